@@ -1,0 +1,125 @@
+"""Radial functions: smooth windows and bases of functions of a distance.
+
+Windows live in the hierarchy (it owns every cutoff); the bases here only have a length scale, so that a
+gate can be moved between edge sets without changing where its messages end.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+#: Length (angstrom) below which distances are softened, see :func:`soften`.
+SOFT_LENGTH = 0.5
+
+
+def smooth_cutoff(r: Float[Tensor, "edges"], cutoff: float) -> Float[Tensor, "edges"]:
+    r"""Polynomial window that is 1 at 0 and leaves with two continuous derivatives at ``cutoff``.
+
+    .. math:: f(x) = 1 - 28 x^6 + 48 x^7 - 21 x^8, \quad x = r / r_c, \quad f(x \ge 1) = 0
+
+    Source: the envelope of DimeNet (arXiv:2003.03123) with p = 6.
+
+    Args:
+        r: distances, angstrom.
+        cutoff: radius at which the window ends, angstrom, > 0.
+
+    Smoothness: C2 at the cutoff, C-infinity inside, flat at 0 (so it is smooth in the vector too).
+    Raises: ValueError: ``cutoff`` is not a positive finite number.
+    """
+    if not (math.isfinite(cutoff) and cutoff > 0):
+        raise ValueError(f"cutoff must be a positive finite length in angstrom, got {cutoff!r}; try 5.0")
+    x = (r / cutoff).clamp(max=1.0)
+    x3 = x * x * x
+    return 1.0 + x3 * x3 * (x * (48.0 - 21.0 * x) - 28.0)
+
+
+def soften(vec: Float[Tensor, "edges 3"]) -> tuple[Float[Tensor, "edges 3"], Float[Tensor, "edges"]]:
+    r"""Softened direction and distance of edge vectors, smooth everywhere including coincident points.
+
+    .. math:: \rho = \sqrt{r^2 + a^2}, \qquad u = \mathbf r / \rho, \qquad a = 0.5\ \text{angstrom}
+
+    A part may sit exactly on its parent (a group with one atom, the centre of a ring), where :math:`\mathbf r/r`
+    has no value. Solid harmonics of :math:`u` vanish there for every degree above 0, as they must.
+
+    Returns: (u, rho).
+    Smoothness: C-infinity. Equivariance: u turns with the vector, rho is invariant.
+    """
+    rho = (vec.square().sum(-1) + SOFT_LENGTH**2).sqrt()
+    return vec / rho.unsqueeze(-1), rho
+
+
+class BesselBasis(nn.Module):
+    r"""Spherical Bessel functions of order 0 on a sphere of radius ``radius``.
+
+    .. math:: B_n(r) = \sqrt 2\, \sin(n \pi r / R) \, / \, (r / R_0), \qquad n = 1 .. N, \quad R_0 = R / 2
+
+    Source: DimeNet (arXiv:2003.03123), here with values of order one at bonding distances; the window is applied
+    by the hierarchy, not here.
+
+    ==========  ===============  =================
+    symbol      code             shape, unit
+    ==========  ===============  =================
+    r           ``r``            (edges,) angstrom
+    B           result           (edges, num_basis)
+    ==========  ===============  =================
+
+    Args:
+        num_basis: number N of functions.
+        radius: length R, angstrom.
+
+    Smoothness: C-infinity for r > 0, which softened distances ensure.
+    Raises: ValueError: ``num_basis`` < 1 or ``radius`` <= 0.
+    """
+
+    def __init__(self, num_basis: int = 8, radius: float = 5.0) -> None:
+        super().__init__()
+        _check_basis(num_basis, radius)
+        self.num_basis, self.radius = num_basis, float(radius)
+
+    def forward(self, r: Float[Tensor, "edges"]) -> Float[Tensor, "edges num_basis"]:
+        x = (r / self.radius).unsqueeze(-1)
+        frequency = torch.arange(1, self.num_basis + 1, device=r.device).to(r.dtype) * math.pi
+        return torch.sin(x * frequency) * (0.5 * math.sqrt(2.0) / x)
+
+    def extra_repr(self) -> str:
+        return f"num_basis={self.num_basis}, radius={self.radius}"
+
+
+class InversePowers(nn.Module):
+    r"""The inverse powers of the paper's order (P, Q, S): :math:`(R_0 / r)^s` for s = 0 .. S.
+
+    Source: arXiv:1803.01588, order of an aggregation rule; departure: distances are softened (see :func:`soften`)
+    so that coincident centres stay finite.
+
+    Args:
+        max_power: S, the highest inverse power, >= 0.
+        radius: reference length R_0 is ``radius / 2``, angstrom.
+
+    Smoothness: C-infinity for r > 0, which softened distances ensure.
+    Raises: ValueError: ``max_power`` < 0 or ``radius`` <= 0.
+    """
+
+    def __init__(self, max_power: int = 3, radius: float = 5.0) -> None:
+        super().__init__()
+        if max_power < 0:
+            raise ValueError(f"max_power must be at least 0, got {max_power!r}; the paper's S, try 3")
+        _check_basis(max_power + 1, radius)
+        self.num_basis, self.radius = max_power + 1, float(radius)
+
+    def forward(self, r: Float[Tensor, "edges"]) -> Float[Tensor, "edges num_basis"]:
+        inverse = 0.5 * self.radius / r
+        return torch.stack([inverse**s for s in range(self.num_basis)], dim=-1)
+
+    def extra_repr(self) -> str:
+        return f"max_power={self.num_basis - 1}, radius={self.radius}"
+
+
+def _check_basis(num_basis: int, radius: float) -> None:
+    if num_basis < 1:
+        raise ValueError(f"num_basis must be at least 1, got {num_basis!r}; try 8")
+    if not (math.isfinite(radius) and radius > 0):
+        raise ValueError(f"radius must be a positive finite length in angstrom, got {radius!r}; try 5.0")
