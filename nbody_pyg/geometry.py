@@ -1,0 +1,444 @@
+"""Geometry of atoms: complete neighbour lists, edge vectors, strain and norms that are safe at zero.
+
+Conventions (the same everywhere in the library): ``index[0]`` is the source, ``index[1]`` the target;
+``vec = pos[source] - pos[target] + shift @ cell``; the rows of ``cell`` are the lattice vectors.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+# Two atoms nearer than this (angstrom) are an error in the input, not a geometry.
+COINCIDENT = 1e-6
+# Above this number of candidate pairs in one graph the cell list of vesin is faster than trying all of them
+# (measured on one core: about 200 atoms of a molecule, about 10 atoms of a crystal).
+_MAX_DENSE_OPEN = 40_000
+_MAX_DENSE_PERIODIC = 3_000
+# More candidates than this are never tried at once, whatever the backend (memory).
+_DENSE_CHUNK = 10_000_000
+# Inverse condition of a cell (volume over the product of edge lengths) under which it counts as singular.
+_SINGULAR = 1e-8
+
+
+# --------------------------------------------------------------------------------------------------
+# Checks of the input, shared with the potential
+# --------------------------------------------------------------------------------------------------
+def check_batch(batch: Tensor | None, num_nodes: int, device: torch.device) -> tuple[Tensor, int]:
+    """Return ``(batch, num_graphs)``; zeros when ``batch`` is None.
+
+    Raises:
+        ValueError: wrong length, not sorted or negative.
+        TypeError: not an integer tensor.
+    """
+    if batch is None:
+        return torch.zeros(num_nodes, dtype=torch.long, device=device), 1
+    if batch.dtype not in (torch.long, torch.int32):
+        raise TypeError(f"batch must be an integer tensor, got {batch.dtype}; cast it with batch.long()")
+    if batch.dim() != 1 or batch.shape[0] != num_nodes:
+        raise ValueError(
+            f"batch must have shape [{num_nodes}], one graph number per atom, got {list(batch.shape)}; "
+            "pass the batch vector that belongs to these positions"
+        )
+    if num_nodes == 0:
+        return batch.long(), 0
+    if bool((batch[1:] < batch[:-1]).any()) or int(batch[0]) < 0:
+        raise ValueError(
+            "batch must be sorted in ascending order and start at 0 or above, and it is not; "
+            "put the atoms of each graph together (torch_geometric.data.Batch.from_data_list does so)"
+        )
+    return batch.long(), int(batch[-1]) + 1
+
+
+def check_positions(pos: Tensor) -> None:
+    """Raise unless ``pos`` is a finite floating tensor [num_nodes, 3]."""
+    if not pos.is_floating_point():
+        raise TypeError(f"pos must be a floating tensor, got {pos.dtype}; cast it with pos.to(torch.float64)")
+    if pos.dim() != 2 or pos.shape[1] != 3:
+        raise ValueError(f"pos must have shape [num_atoms, 3], got {list(pos.shape)}; reshape it")
+    if not bool(torch.isfinite(pos).all()):
+        bad = (~torch.isfinite(pos)).any(dim=1).nonzero().flatten().tolist()
+        raise ValueError(
+            f"pos must be finite, but atom(s) {_some(bad)} have NaN or infinite coordinates; "
+            "remove these frames, or look for the step at which the simulation blew up"
+        )
+
+
+def check_cell(
+    cell: Tensor | None, pbc: Tensor | Sequence[bool] | bool | None, num_graphs: int, like: Tensor
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return cell [B, 3, 3] in the dtype of ``like`` and pbc [B, 3]; ``(cell, None)`` when nothing is periodic.
+
+    A cell without ``pbc`` is periodic along each of its non-zero vectors. One cell is shared by all graphs.
+
+    Raises:
+        ValueError: wrong shapes, pbc without a cell, a singular cell along periodic directions.
+    """
+    if cell is not None:
+        cell = torch.as_tensor(cell, device=like.device).to(like.dtype)
+        if cell.shape[-2:] != (3, 3) or cell.dim() not in (2, 3):
+            raise ValueError(f"cell must have shape [num_graphs, 3, 3] or [3, 3], got {list(cell.shape)}")
+        if not bool(torch.isfinite(cell).all()):
+            raise ValueError(
+                "cell must be finite, but it holds NaN or infinite entries; check how it was read"
+            )
+        cell = cell.reshape(-1, 3, 3)
+        if cell.shape[0] == 1 and num_graphs != 1:
+            cell = cell.expand(num_graphs, 3, 3)
+        if cell.shape[0] != num_graphs:
+            raise ValueError(
+                f"cell must hold one 3x3 matrix for each of the {num_graphs} graphs, got {cell.shape[0]}; "
+                "store it on each Data as [1, 3, 3]"
+            )
+    if pbc is None:
+        if cell is None:
+            return None, None
+        pbc = (cell.detach() != 0).any(dim=-1)
+    pbc = torch.as_tensor(pbc, dtype=torch.bool, device=like.device)
+    if pbc.dim() == 0:
+        pbc = pbc.expand(1, 3)
+    if pbc.shape[-1] != 3 or pbc.dim() > 2:
+        raise ValueError(f"pbc must be a bool or have shape [num_graphs, 3] or [3], got {list(pbc.shape)}")
+    pbc = pbc.reshape(-1, 3)
+    if pbc.shape[0] == 1 and num_graphs != 1:
+        pbc = pbc.expand(num_graphs, 3)
+    if pbc.shape[0] != num_graphs:
+        raise ValueError(
+            f"pbc must hold one row for each of the {num_graphs} graphs, got {pbc.shape[0]}; "
+            "store it on each Data as [1, 3]"
+        )
+    if not bool(pbc.any()):
+        return cell, None
+    if cell is None:
+        raise ValueError(f"pbc is {_some(pbc.tolist())} but cell is None; pass cell [num_graphs, 3, 3]")
+    return cell, pbc
+
+
+def _some(items: Sequence, limit: int = 5) -> str:
+    text = ", ".join(str(item) for item in items[:limit])
+    return text + (f", ... ({len(items)} in all)" if len(items) > limit else "")
+
+
+# --------------------------------------------------------------------------------------------------
+# Lattice helpers
+# --------------------------------------------------------------------------------------------------
+def complete_cell(cell: Float[Tensor, "graphs 3 3"], pbc: Bool[Tensor, "graphs 3"]) -> Tensor:
+    """Replace the vectors of the non-periodic directions by unit vectors normal to the periodic ones.
+
+    The result is invertible whenever the periodic vectors are independent, so a slab, a wire or a zero cell
+    with ``pbc=False`` needs no special case afterwards.
+
+    Raises:
+        ValueError: the periodic vectors of a graph are zero or linearly dependent.
+    """
+    cell = cell.detach().to(torch.float64)
+    full = torch.where(pbc.unsqueeze(-1), cell, torch.zeros_like(cell))
+    for graph, axes in enumerate(pbc.tolist()):
+        if not all(axes) and any(axes):
+            # The right singular vectors of vanishing singular value span the normal space.
+            normal = torch.linalg.svd(full[graph]).Vh[sum(axes) :]
+            full[graph, [k for k in range(3) if not axes[k]]] = normal
+        elif not any(axes):
+            full[graph] = torch.eye(3, dtype=torch.float64, device=cell.device)
+    length = full.norm(dim=-1).prod(dim=-1)
+    flat = torch.linalg.det(full).abs() <= _SINGULAR * length
+    bad = (flat | ~torch.isfinite(length)).nonzero().flatten().tolist()
+    if bad:
+        graph = bad[0]
+        raise ValueError(
+            f"cell of graph {graph} is singular along its periodic directions: cell = "
+            f"{cell[graph].tolist()}, pbc = {pbc[graph].tolist()}; give linearly independent lattice vectors "
+            "or set pbc to False along the directions that do not repeat"
+        )
+    return full
+
+
+def _heights(full: Tensor) -> Tensor:
+    """Distances between opposite faces of each cell, [B, 3]."""
+    return 1.0 / torch.linalg.inv(full).norm(dim=-2)
+
+
+# --------------------------------------------------------------------------------------------------
+# The neighbour list
+# --------------------------------------------------------------------------------------------------
+def neighbour_list(
+    pos: Float[Tensor, "atoms 3"],
+    cutoff: float,
+    batch: Int[Tensor, " atoms"] | None = None,
+    cell: Float[Tensor, "graphs 3 3"] | None = None,
+    pbc: Bool[Tensor, "graphs 3"] | None = None,
+    *,
+    backend: str = "auto",
+    allow_coincident: bool = False,
+) -> tuple[Int[Tensor, "2 edges"], Float[Tensor, "edges 3"]]:
+    r"""All ordered pairs of atoms, and of atoms and periodic images, nearer than ``cutoff``.
+
+    .. math:: \{(j, i, n) : |r_j - r_i + n C| < r_\mathrm{cut}\} \setminus \{(i, i, 0)\}
+
+    The list is complete (no cap on the number of neighbours), holds both directions, and is sorted by target,
+    then source, then shift, so that it is the same for each backend. An atom sees its own images when the cell
+    is smaller than the cutoff. Positions may lie outside the cell, cells may be skewed, and periodicity may be
+    mixed. It holds integers: no gradient flows through it; see :func:`edge_vectors`.
+
+    ==========  ===========================================  ==================================================
+    argument    shape, unit                                  meaning
+    ==========  ===========================================  ==================================================
+    ``pos``     [num_atoms, 3], angstrom                     float32 or float64; distances are taken in float64
+    ``cutoff``  angstrom                                     pairs at exactly this distance are left out
+    ``batch``   [num_atoms], sorted                          graph of each atom; None for one graph
+    ``cell``    [num_graphs, 3, 3] or [3, 3], angstrom       rows are the lattice vectors
+    ``pbc``     [num_graphs, 3], [3] or bool                 None: periodic along each non-zero cell vector
+    ==========  ===========================================  ==================================================
+
+    Args:
+        backend: ``"torch"`` tries all pairs and images, on the device of ``pos``; ``"vesin"`` is a cell list of
+            linear cost on the CPU; ``"auto"`` takes the faster one by the number of candidate pairs.
+        allow_coincident: keep pairs nearer than 1e-6 angstrom instead of refusing them. For centres of parts,
+            which may fall on one point; atoms never should.
+
+    Returns:
+        ``(index, shift)``: sources and targets [2, num_edges]; lattice shifts [num_edges, 3], integers in the
+        dtype of ``pos`` (zeros without periodicity).
+
+    Raises:
+        ValueError: cutoff not positive, NaN or infinite positions, coincident atoms, a singular cell, wrong
+            shapes, batch not sorted.
+        TypeError: positions that are not floating, a batch that is not integer.
+    """
+    if not (isinstance(cutoff, (int, float)) and math.isfinite(cutoff) and cutoff > 0):
+        raise ValueError(f"cutoff must be a positive, finite number (angstrom), got {cutoff!r}; use e.g. 5.0")
+    if backend not in ("auto", "torch", "vesin"):
+        raise ValueError(f"backend must be 'auto', 'torch' or 'vesin', got {backend!r}")
+    check_positions(pos)
+    num_graphs_cell = 1 if cell is None or cell.dim() == 2 else cell.shape[0]
+    graph, num_graphs = check_batch(batch, pos.shape[0], pos.device)
+    num_graphs = max(num_graphs, num_graphs_cell)
+    cell, pbc = check_cell(cell, pbc, num_graphs, pos)
+    where, cutoff = pos.detach().to(torch.float64), float(cutoff)
+    count = torch.bincount(graph, minlength=num_graphs) if batch is not None else graph.new_tensor([len(pos)])
+    candidates, full, images = count * count, None, None
+    if pbc is not None:
+        full = complete_cell(cell, pbc)
+        reach = torch.ceil(cutoff / _heights(full) + 1e-6).long()
+        images = torch.where(pbc, reach, torch.zeros_like(reach))
+        candidates = candidates * (2 * images + 1).prod(dim=-1)
+    if backend == "vesin" or (backend == "auto" and _prefer_cell_list(candidates, pbc is not None)):
+        index, shift, square = _cell_list(where, cutoff, count, full, pbc)
+    elif pbc is None and int(candidates.sum()) <= _DENSE_CHUNK:
+        index, shift, square = _dense_open(where, cutoff, graph, count)
+    else:
+        if pbc is None:
+            full = torch.eye(3, dtype=where.dtype, device=where.device).expand(num_graphs, 3, 3)
+            pbc = torch.zeros(num_graphs, 3, dtype=torch.bool, device=where.device)
+            images = torch.zeros_like(pbc, dtype=torch.long)
+        index, shift, square = _dense_periodic(where, cutoff, graph, count, full, pbc, images)
+    if not allow_coincident:
+        _refuse_coincident(index, shift, square, graph)
+    return index, shift.to(pos.dtype)
+
+
+def _prefer_cell_list(candidates: Tensor, periodic: bool) -> bool:
+    if candidates.device.type != "cpu":
+        # A round trip to the CPU costs more than trying a few million pairs.
+        return int(candidates.sum()) > _DENSE_CHUNK and _has_vesin()
+    largest = _MAX_DENSE_PERIODIC if periodic else _MAX_DENSE_OPEN
+    return (int(candidates.max()) > largest or int(candidates.sum()) > _DENSE_CHUNK) and _has_vesin()
+
+
+def _has_vesin() -> bool:
+    return importlib.util.find_spec("vesin") is not None
+
+
+def _refuse_coincident(index: Tensor, shift: Tensor, square: Tensor, graph: Tensor) -> None:
+    near = square < COINCIDENT**2
+    if bool(near.any()):
+        edge = int(near.nonzero()[0])
+        source, target = sorted(index[:, edge].tolist())
+        image = (
+            f" (periodic image {[int(s) for s in shift[edge].tolist()]})" if bool(shift[edge].any()) else ""
+        )
+        raise ValueError(
+            f"pos must not hold coincident atoms, but atoms {source} and {target}{image} of graph "
+            f"{int(graph[target])} are {float(square[edge]) ** 0.5:.1e} angstrom apart (limit {COINCIDENT:g}); "
+            f"{int(near.sum()) // 2 or 1} such pair(s): remove duplicates, or check the cell and the units of pos"
+        )
+
+
+def _dense_open(pos: Tensor, cutoff: float, graph: Tensor, count: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """All pairs within each graph: sum of N_b^2 candidates, already in sorted order."""
+    num_nodes = pos.shape[0]
+    if count.shape[0] == 1:
+        vec = pos.unsqueeze(0) - pos.unsqueeze(1)  # [target, source]
+        square = (vec * vec).sum(dim=-1)
+        near = square < cutoff * cutoff
+        near.fill_diagonal_(False)
+        target, source = near.nonzero(as_tuple=True)
+        square = square[target, source]
+    else:
+        first = torch.cumsum(count, 0) - count
+        width = count[graph]
+        target = torch.repeat_interleave(torch.arange(num_nodes, device=pos.device), width)
+        begin = torch.cumsum(width, 0) - width
+        source = torch.arange(target.shape[0], device=pos.device) - (begin - first[graph])[target]
+        vec = pos[source] - pos[target]
+        square = (vec * vec).sum(dim=-1)
+        near = (square < cutoff * cutoff) & (source != target)
+        source, target, square = source[near], target[near], square[near]
+    return torch.stack([source, target]), pos.new_zeros(source.shape[0], 3), square
+
+
+def _wrap(pos: Tensor, graph: Tensor, full: Tensor, pbc: Tensor) -> tuple[Tensor, Tensor]:
+    """Positions moved into the cell along the periodic directions, and the lattice shifts taken off."""
+    fraction = torch.bmm(pos.unsqueeze(1), torch.linalg.inv(full)[graph]).squeeze(1)
+    offset = torch.where(pbc[graph], torch.floor(fraction), torch.zeros_like(fraction))
+    return pos - torch.bmm(offset.unsqueeze(1), full[graph]).squeeze(1), offset
+
+
+def _dense_periodic(
+    pos: Tensor, cutoff: float, graph: Tensor, count: Tensor, full: Tensor, pbc: Tensor, images: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """All pairs and all images that can reach, in chunks of targets so that memory stays bounded."""
+    num_nodes, device = pos.shape[0], pos.device
+    wrapped, offset = _wrap(pos, graph, full, pbc)
+    side = 2 * images + 1
+    per_graph = side.prod(dim=-1)
+    first = torch.cumsum(count, 0) - count
+    width = (count * per_graph)[graph]  # candidates of each target
+    rows = max(1, _DENSE_CHUNK // max(1, int(width.max()) if num_nodes else 1))
+    found = []
+    for start in range(0, num_nodes, rows):
+        span = torch.arange(start, min(start + rows, num_nodes), device=device)
+        target = torch.repeat_interleave(span, width[span])
+        begin = torch.cumsum(width[span], 0) - width[span]
+        local = torch.arange(target.shape[0], device=device) - begin[target - start]
+        b = graph[target]
+        source = first[b] + local // per_graph[b]
+        image = local % per_graph[b]
+        n1, n2 = side[b, 1], side[b, 2]
+        step = torch.stack([image // (n1 * n2), image // n2 % n1, image % n2], dim=1)
+        step = (step - images[b]).to(pos.dtype)
+        vec = wrapped[source] - wrapped[target] + torch.bmm(step.unsqueeze(1), full[b]).squeeze(1)
+        square = (vec * vec).sum(dim=-1)
+        near = (square < cutoff * cutoff) & ((source != target) | (step != 0).any(dim=-1))
+        source, target = source[near], target[near]
+        found.append(
+            (torch.stack([source, target]), step[near] - offset[source] + offset[target], square[near])
+        )
+    if not found:
+        return torch.zeros(2, 0, dtype=torch.long, device=device), pos.new_zeros(0, 3), pos.new_zeros(0)
+    return (
+        torch.cat([f[0] for f in found], 1),
+        torch.cat([f[1] for f in found]),
+        torch.cat([f[2] for f in found]),
+    )
+
+
+def _cell_list(
+    pos: Tensor, cutoff: float, count: Tensor, full: Tensor | None, pbc: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One call of vesin per graph, on the CPU; sorted afterwards."""
+    from vesin import NeighborList
+
+    search = NeighborList(cutoff=cutoff, full_list=True, sorted=True)
+    points = pos.cpu().numpy()
+    sources, targets, shifts, distances = [], [], [], []
+    start = 0
+    for b, size in enumerate(count.tolist()):
+        if size == 0:
+            continue
+        part = points[start : start + size]
+        box, periodic = np.zeros((3, 3)), False
+        if pbc is not None and bool(pbc[b].any()):
+            # A non-periodic direction becomes a vector so long that no image along it is within reach:
+            # correct with every version of vesin, also those that know only all or nothing.
+            box, periodic = full[b].cpu().numpy().copy(), True
+            for axis in (~pbc[b]).nonzero().flatten().tolist():
+                along = part @ box[axis]
+                box[axis] *= 2.0 * (along.max() - along.min()) + 2.0 * cutoff + 1.0
+        i, j, s, d = search.compute(points=part, box=box, periodic=periodic, quantities="ijSd")
+        i, j, s = i.astype(np.int64), j.astype(np.int64), s.astype(np.int64)
+        inside = d < cutoff
+        order = np.lexsort((s[:, 2], s[:, 1], s[:, 0], j, i))
+        order = order[inside[order]]
+        targets.append(i[order] + start)
+        sources.append(j[order] + start)
+        shifts.append(s[order])
+        distances.append(d[order])
+        start += size
+    if not sources:
+        return torch.zeros(2, 0, dtype=torch.long, device=pos.device), pos.new_zeros(0, 3), pos.new_zeros(0)
+    index = torch.from_numpy(np.stack([np.concatenate(sources), np.concatenate(targets)]))
+    shift = torch.from_numpy(np.concatenate(shifts)).to(torch.float64)
+    square = torch.from_numpy(np.concatenate(distances)) ** 2
+    return index.to(pos.device), shift.to(pos.device), square.to(pos.device)
+
+
+# --------------------------------------------------------------------------------------------------
+# Differentiable geometry
+# --------------------------------------------------------------------------------------------------
+def edge_vectors(
+    pos: Float[Tensor, "atoms 3"],
+    index: Int[Tensor, "2 edges"],
+    shift: Float[Tensor, "edges 3"] | None = None,
+    cell: Float[Tensor, "graphs 3 3"] | None = None,
+    batch: Int[Tensor, " atoms"] | None = None,
+) -> Float[Tensor, "edges 3"]:
+    """Vectors ``pos[source] - pos[target] + shift @ cell``, from target to source, with gradients.
+
+    Without ``cell`` the shifts are taken to be zero, as :func:`neighbour_list` returns them for open systems.
+    ``batch`` is needed only when there is more than one cell.
+
+    Smoothness: linear in ``pos`` and ``cell``.
+    """
+    vec = pos.index_select(0, index[0]) - pos.index_select(0, index[1])
+    if shift is None or cell is None:
+        return vec
+    shift = shift.to(vec.dtype)
+    cell = cell.reshape(-1, 3, 3).to(vec.dtype)
+    if cell.shape[0] == 1:
+        return vec + shift @ cell[0]
+    if batch is None:
+        raise ValueError(
+            f"batch must be given with {cell.shape[0]} cells; pass the graph number of each atom"
+        )
+    return vec + torch.bmm(shift.unsqueeze(1), cell[batch[index[1]]]).squeeze(1)
+
+
+def safe_norm(vec: Float[Tensor, "*shape dim"], dim: int = -1, keepdim: bool = False) -> Tensor:
+    """Euclidean norm whose first and second derivatives are zero, not NaN, at the zero vector.
+
+    Smoothness: C-infinity away from zero; at zero the value is 0 and every derivative is taken as 0.
+    """
+    square = (vec * vec).sum(dim=dim, keepdim=keepdim)
+    zero = square == 0
+    # The second `where` alone would still multiply 0 by an infinite derivative of the square root.
+    root = torch.sqrt(torch.where(zero, torch.ones_like(square), square))
+    return torch.where(zero, torch.zeros_like(square), root)
+
+
+def apply_strain(
+    pos: Float[Tensor, "atoms 3"],
+    cell: Float[Tensor, "graphs 3 3"] | None,
+    batch: Int[Tensor, " atoms"] | None,
+    strain: Float[Tensor, "graphs 3 3"],
+) -> tuple[Float[Tensor, "atoms 3"], Float[Tensor, "graphs 3 3"] | None]:
+    r"""Deform positions and cell by a symmetric strain.
+
+    .. math:: r' = r (1 + \epsilon), \quad C' = C (1 + \epsilon), \quad \epsilon = (s + s^T) / 2
+
+    The derivative of the energy by ``strain`` at zero, over the volume, is the stress (ASE's sign).
+    """
+    symmetric = 0.5 * (strain + strain.transpose(-1, -2))
+    if symmetric.shape[0] == 1:
+        moved = pos + pos @ symmetric[0]
+    else:
+        if batch is None:
+            raise ValueError(f"batch must be given with {symmetric.shape[0]} strains, one per graph")
+        moved = pos + torch.bmm(pos.unsqueeze(1), symmetric[batch]).squeeze(1)
+    return moved, None if cell is None else cell + torch.bmm(cell, symmetric.expand(cell.shape[0], 3, 3))
