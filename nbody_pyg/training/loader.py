@@ -1,0 +1,257 @@
+"""Mini-batches by slicing: the frames are collated once, a batch costs a few views."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from jaxtyping import Int
+from torch import Tensor
+from torch_geometric.data import Batch, Data
+
+
+@dataclass(frozen=True)
+class _Column:
+    """All values of one key, flat along its concatenation dimension.
+
+    ``start[f]:start[f+1]`` is the slice of frame f; ``increment[f]`` is what frame f adds to the indices of
+    the frames behind it (None where PyG adds nothing).
+    """
+
+    values: Tensor
+    start: Int[Tensor, " frames_plus_1"]
+    dim: int
+    increment: Tensor | None
+
+    def to(self, device: torch.device | str) -> "_Column":
+        step = None if self.increment is None else self.increment.to(device)
+        return _Column(self.values.to(device), self.start.to(device), self.dim, step)
+
+
+class EpochSampler:
+    """Seeded order of the frames: a pure function of (seed, epoch), shared out over the processes.
+
+    Every process gets the same number of frames; the tail is filled from the front of the same permutation,
+    as torch's DistributedSampler does.
+    """
+
+    def __init__(self, num_frames: int, shuffle: bool, seed: int):
+        self.num_frames, self.shuffle, self.seed, self.epoch = num_frames, shuffle, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = int(epoch)
+
+    def order(self, rank: int, world: int) -> Int[Tensor, " share"]:
+        if self.shuffle:
+            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+            order = torch.randperm(self.num_frames, generator=generator)
+        else:
+            order = torch.arange(self.num_frames)
+        if world > 1:
+            share = math.ceil(self.num_frames / world)
+            order = order.repeat(math.ceil(share * world / self.num_frames))[: share * world][rank::world]
+        return order
+
+    def __repr__(self) -> str:
+        return f"EpochSampler({self.num_frames} frames, shuffle={self.shuffle}, seed={self.seed})"
+
+
+class FrameLoader:
+    r"""Iterates over mini-batches of graphs; each equals ``Batch.from_data_list`` of the same frames.
+
+    PyG collates key by key and graph by graph for every batch, which takes as long as a training step once
+    a graph carries a hierarchy. Here all frames become one flat tensor per key, once. A *chunk* of many
+    batches is then gathered in one vectorised step (with the increments of PyG's ``__inc__``), and a batch
+    is a set of views into its chunk.
+
+    Args:
+        frames: graphs with the same keys; every value a tensor or a number.
+        batch_size: graphs per batch and process.
+        shuffle: new order in every epoch, a pure function of ``seed`` and the epoch.
+        drop_last: leave out an incomplete last batch.
+        device: where the flat tensors live.
+        rank, world: share of this process; by default taken from torch.distributed when iteration starts.
+        chunk: batches gathered at once.
+    Cost: O(size of the frames) memory once, plus one chunk.
+    Raises: ValueError: no frames, frames with unequal keys, ``batch_size < 1``; TypeError: a value that is
+        neither tensor nor number.
+    """
+
+    def __init__(
+        self,
+        frames: Sequence[Data],
+        batch_size: int = 1,
+        *,
+        shuffle: bool = False,
+        seed: int = 0,
+        drop_last: bool = False,
+        device: torch.device | str = "cpu",
+        rank: int | None = None,
+        world: int | None = None,
+        chunk: int = 128,
+    ):
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        if len(frames) == 0:
+            raise ValueError("frames is empty: a loader needs at least one graph")
+        self.batch_size, self.drop_last, self.chunk = batch_size, drop_last, chunk
+        self.sampler = EpochSampler(len(frames), shuffle, seed)
+        self._rank, self._world = rank, world
+        self._base = type(frames[0])
+        self._columns = {key: _column(frames, key).to(device) for key in _common_keys(frames)}
+        self._num_nodes = torch.tensor([frame.num_nodes for frame in frames], device=device)
+        # PyG writes num_nodes into a batch only where a frame carries it explicitly.
+        self._explicit_num_nodes = "num_nodes" in frames[0]._store
+        self.device = torch.device(device)
+        self._position = 0  # batches of the current epoch already handed out
+        self._resume_at = 0
+
+    # -- size and position ---------------------------------------------------------------------------------
+    def _ranks(self) -> tuple[int, int]:
+        if self._world is not None:
+            return self._rank or 0, self._world
+        if dist.is_available() and dist.is_initialized():
+            return dist.get_rank(), dist.get_world_size()
+        return 0, 1
+
+    @property
+    def num_frames(self) -> int:
+        return self.sampler.num_frames
+
+    def __len__(self) -> int:
+        share = math.ceil(self.num_frames / self._ranks()[1])
+        return share // self.batch_size if self.drop_last else math.ceil(share / self.batch_size)
+
+    def set_epoch(self, epoch: int) -> None:
+        self.sampler.set_epoch(epoch)
+
+    def state_dict(self) -> dict[str, int]:
+        """Epoch and number of batches handed out in it: enough to go on at the same place."""
+        return {"epoch": self.sampler.epoch, "position": self._position}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.sampler.set_epoch(state["epoch"])
+        self._resume_at = state["position"] if state["position"] < len(self) else 0
+
+    # -- batches -------------------------------------------------------------------------------------------
+    def __iter__(self) -> Iterator[Batch]:
+        # A generator: nothing runs before the first batch is asked for, so that an epoch set between
+        # iter() and the first next() (as Lightning does) still counts.
+        start, self._resume_at = self._resume_at, 0
+        order = self.sampler.order(*self._ranks())
+        if self.drop_last:
+            order = order[: len(order) // self.batch_size * self.batch_size]
+        self._position = start
+        step = self.chunk * self.batch_size
+        for first in range(start * self.batch_size, len(order), step):
+            for batch in self._gather(order[first : first + step]):
+                self._position += 1
+                yield batch
+
+    def batch(self, index: Sequence[int] | Int[Tensor, " graphs"]) -> Batch:
+        """One batch of the frames ``index``, in that order."""
+        index = torch.as_tensor(index, dtype=torch.long)
+        return next(self._gather(index, batch_size=len(index)))
+
+    def _gather(self, order: Tensor, batch_size: int | None = None) -> Iterator[Batch]:
+        """Collate the frames ``order`` at once and hand them out in batches."""
+        size = batch_size or self.batch_size
+        order = order.to(self.device)
+        graphs = torch.arange(len(order), device=self.device)
+        first_graph = graphs // size * size  # of the batch that a graph belongs to
+        bounds = list(range(0, len(order), size)) + [len(order)]
+        slices = []
+        for key, column in self._columns.items():
+            values, start = _select(column, order, first_graph)
+            slices.append((key, values, column.dim, start[bounds].tolist()))
+        counts = self._num_nodes[order]
+        start = _cumulate(counts)
+        node_batch = torch.repeat_interleave(graphs - first_graph, counts)
+        node_bounds = start[bounds].tolist()
+        for i in range(len(bounds) - 1):
+            batch = Batch(_base_cls=self._base)
+            # Straight into the storage: Data.__setattr__ costs more than the views themselves.
+            store = batch._store._mapping
+            for key, values, dim, cut in slices:
+                store[key] = values.narrow(dim, cut[i], cut[i + 1] - cut[i])
+            if self._explicit_num_nodes:
+                store["num_nodes"] = node_bounds[i + 1] - node_bounds[i]
+            store["batch"] = node_batch[node_bounds[i] : node_bounds[i + 1]]
+            ptr = start[bounds[i] : bounds[i + 1] + 1]
+            store["ptr"] = ptr - node_bounds[i] if node_bounds[i] else ptr
+            batch.__dict__["_num_graphs"] = bounds[i + 1] - bounds[i]
+            yield batch
+
+    def __repr__(self) -> str:
+        return (
+            f"FrameLoader({self.num_frames} frames, {len(self)} batches of {self.batch_size}, "
+            f"keys={list(self._columns)})"
+        )
+
+
+def _common_keys(frames: Sequence[Data]) -> list[str]:
+    keys = [key for key in frames[0].keys() if key not in ("batch", "ptr", "num_nodes")]
+    expected = set(frames[0].keys())
+    for number, frame in enumerate(frames):
+        if odd := expected.symmetric_difference(frame.keys()):
+            raise ValueError(
+                f"every frame needs the same keys: frame {number} and frame 0 differ in {sorted(odd)}; "
+                "drop the key or give it to all frames"
+            )
+    return keys
+
+
+def _column(frames: Sequence[Data], key: str) -> _Column:
+    """Flatten one key over all frames, as PyG's collate does, without the increments."""
+    values, increments = [], []
+    for frame in frames:
+        value = frame[key]
+        if isinstance(value, (bool, int, float)):
+            value = torch.tensor(value)
+        if not isinstance(value, Tensor):
+            raise TypeError(f"FrameLoader batches tensors and numbers; {key!r} holds {type(value).__name__}")
+        values.append(value)
+        increments.append(frame.__inc__(key, value))
+    dim = frames[0].__cat_dim__(key, values[0])
+    if dim is None or values[0].dim() == 0:
+        values, dim = [value.unsqueeze(0) for value in values], 0
+    dim = dim % values[0].dim()
+    sizes = torch.tensor([value.shape[dim] for value in values])
+    try:
+        flat = torch.cat(values, dim=dim)
+    except RuntimeError as error:
+        raise ValueError(f"frames disagree about the shape of {key!r}: {error}") from error
+    steps = torch.stack([torch.as_tensor(step) for step in increments])
+    return _Column(flat, _cumulate(sizes), dim, steps if bool((steps != 0).any()) else None)
+
+
+def _cumulate(counts: Tensor) -> Tensor:
+    """[a, b, ...] -> [0, a, a+b, ...]"""
+    return torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+
+
+def _select(column: _Column, order: Tensor, first_graph: Tensor) -> tuple[Tensor, Tensor]:
+    """Values of the frames ``order``, and where each of them starts; indices are made local to a batch."""
+    counts = (column.start[1:] - column.start[:-1])[order]
+    start = _cumulate(counts)
+    offset = column.start[order] - start[:-1]
+    rows = torch.arange(int(start[-1]), device=order.device) + torch.repeat_interleave(offset, counts)
+    values = column.values.index_select(column.dim, rows)
+    if column.increment is not None:
+        step = column.increment[order]
+        before = step.cumsum(0) - step
+        local: Any = before - before[first_graph]
+        # [graphs] or [graphs, ..., 1]: repeat over the entries of each graph, then bring them to column.dim.
+        if local.dim() == 1:
+            shift = torch.repeat_interleave(local, counts)
+            shape = [1] * values.dim()
+            shape[column.dim] = -1
+            shift = shift.view(shape)
+        else:
+            shift = torch.repeat_interleave(local, counts, dim=0).squeeze(-1).movedim(0, column.dim)
+        values = values + shift.to(values.dtype)
+    return values, start
