@@ -73,7 +73,7 @@ def check_positions(pos: Tensor) -> None:
 def check_cell(
     cell: Tensor | None, pbc: Tensor | Sequence[bool] | bool | None, num_graphs: int, like: Tensor
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Return cell [B, 3, 3] in the dtype of ``like`` and pbc [B, 3]; ``(cell, None)`` when nothing is periodic.
+    """Return cell [B, 3, 3] in the dtype of ``like`` and pbc [B, 3], or ``(cell, None)`` without periodicity.
 
     A cell without ``pbc`` is periodic along each of its non-zero vectors. One cell is shared by all graphs.
 
@@ -181,24 +181,24 @@ def neighbour_list(
 
     .. math:: \{(j, i, n) : |r_j - r_i + n C| < r_\mathrm{cut}\} \setminus \{(i, i, 0)\}
 
-    The list is complete (no cap on the number of neighbours), holds both directions, and is sorted by target,
-    then source, then shift, so that it is the same for each backend. An atom sees its own images when the cell
-    is smaller than the cutoff. Positions may lie outside the cell, cells may be skewed, and periodicity may be
-    mixed. It holds integers: no gradient flows through it; see :func:`edge_vectors`.
+    The list is complete (no cap on the number of neighbours), holds both directions, and is sorted by
+    target, then source, then shift, so that it is the same for each backend. An atom sees its own images when
+    the cell is smaller than the cutoff. Positions may lie outside the cell, cells may be skewed, periodicity
+    may be mixed. The list holds integers: no gradient flows through it; see :func:`edge_vectors`.
 
-    ==========  ===========================================  ==================================================
-    argument    shape, unit                                  meaning
-    ==========  ===========================================  ==================================================
-    ``pos``     [num_atoms, 3], angstrom                     float32 or float64; distances are taken in float64
-    ``cutoff``  angstrom                                     pairs at exactly this distance are left out
-    ``batch``   [num_atoms], sorted                          graph of each atom; None for one graph
-    ``cell``    [num_graphs, 3, 3] or [3, 3], angstrom       rows are the lattice vectors
-    ``pbc``     [num_graphs, 3], [3] or bool                 None: periodic along each non-zero cell vector
-    ==========  ===========================================  ==================================================
+    ==========  =======================================  ==================================================
+    argument    shape, unit                              meaning
+    ==========  =======================================  ==================================================
+    ``pos``     [num_atoms, 3], angstrom                 any float; distances are taken in float64
+    ``cutoff``  angstrom                                 pairs at exactly this distance are left out
+    ``batch``   [num_atoms], sorted                      graph of each atom; None for one graph
+    ``cell``    [num_graphs, 3, 3] or [3, 3], angstrom   rows are the lattice vectors
+    ``pbc``     [num_graphs, 3], [3] or bool             None: periodic along each non-zero cell vector
+    ==========  =======================================  ==================================================
 
     Args:
-        backend: ``"torch"`` tries all pairs and images, on the device of ``pos``; ``"vesin"`` is a cell list of
-            linear cost on the CPU; ``"auto"`` takes the faster one by the number of candidate pairs.
+        backend: ``"torch"`` tries all pairs and images, on the device of ``pos``; ``"vesin"`` is a cell list
+            of linear cost on the CPU; ``"auto"`` takes the faster one by the number of candidate pairs.
         allow_coincident: keep pairs nearer than 1e-6 angstrom instead of refusing them. For centres of parts,
             which may fall on one point; atoms never should.
 
@@ -265,8 +265,9 @@ def _refuse_coincident(index: Tensor, shift: Tensor, square: Tensor, graph: Tens
         )
         raise ValueError(
             f"pos must not hold coincident atoms, but atoms {source} and {target}{image} of graph "
-            f"{int(graph[target])} are {float(square[edge]) ** 0.5:.1e} angstrom apart (limit {COINCIDENT:g}); "
-            f"{int(near.sum()) // 2 or 1} such pair(s): remove duplicates, or check the cell and the units of pos"
+            f"{int(graph[target])} are {float(square[edge]) ** 0.5:.1e} angstrom apart "
+            f"(limit {COINCIDENT:g}), one of {int(near.sum()) // 2 or 1} such pair(s); remove duplicates, or check the cell and the "
+            "units of pos"
         )
 
 
@@ -345,7 +346,7 @@ def _cell_list(
     """One call of vesin per graph, on the CPU; sorted afterwards."""
     from vesin import NeighborList
 
-    search = NeighborList(cutoff=cutoff, full_list=True, sorted=True)
+    search = NeighborList(cutoff=cutoff, full_list=True)
     points = pos.cpu().numpy()
     sources, targets, shifts, distances = [], [], [], []
     start = 0

@@ -1,0 +1,428 @@
+"""From energy to forces, stress and Hessian products: the only module that calls ``autograd.grad``."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Self
+
+import torch
+from ase.data import atomic_numbers, chemical_symbols
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch_geometric.data import Data
+
+from nbody_pyg.geometry import apply_strain, check_batch, check_cell, check_positions
+from nbody_pyg.hierarchy.topology import Topology
+
+
+class _Float64Buffers(nn.Module):
+    """Keeps the buffers named in ``_float64`` in double precision through ``.float()`` and ``.to(dtype)``.
+
+    Total energies are of the order of 1e4 eV: a cast to float32 and back would lose about 1 meV for good.
+    """
+
+    _float64: tuple[str, ...] = ()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        exact = {name: self._buffers[name] for name in self._float64}
+        super()._apply(fn, recurse)
+        for name, before in exact.items():
+            after = self._buffers[name]
+            # Storage without data (the meta device) has nothing to preserve.
+            source = after if before.is_meta else before
+            self._buffers[name] = source.to(device=after.device, dtype=torch.float64)
+        return self
+
+
+class AtomicReference(_Float64Buffers):
+    r"""Energies of isolated atoms, summed per graph in float64.
+
+    .. math:: E^{ref}_b = \sum_{i \in b} E_0(z_i)
+
+    ==============  =======================  ==================
+    symbol          code                     shape, unit
+    ==============  =======================  ==================
+    :math:`E_0`     ``values``               [num_species], eV
+    :math:`z`       ``numbers``              [num_species]
+    ==============  =======================  ==================
+
+    Args:
+        energies: one energy (eV) for each element, by atomic number or symbol: ``{1: -13.6, "O": -2041.8}``.
+
+    Raises:
+        ValueError: no element, an unknown symbol, an element given twice, an energy that is not finite; when
+            called, an element without a reference energy.
+
+    Example:
+        >>> AtomicReference({"H": -13.6, 8: -2041.8})
+        AtomicReference(H=-13.6, O=-2041.8 eV)
+    """
+
+    _float64 = ("values",)
+
+    def __init__(self, energies: Mapping[int | str, float]) -> None:
+        super().__init__()
+        if not energies:
+            raise ValueError("energies must name at least one element, got none; pass e.g. {'H': -13.6}")
+        table: dict[int, float] = {}
+        for key, value in energies.items():
+            number = _atomic_number(key)
+            if number in table:
+                raise ValueError(f"energies names {chemical_symbols[number]} twice; keep one of the entries")
+            if not math.isfinite(float(value)):
+                raise ValueError(f"energies[{key!r}] must be finite (eV), got {value!r}")
+            table[number] = float(value)
+        numbers = sorted(table)
+        self.register_buffer("numbers", torch.tensor(numbers, dtype=torch.long))
+        self.register_buffer("values", torch.tensor([table[n] for n in numbers], dtype=torch.float64))
+
+    @property
+    def species(self) -> tuple[int, ...]:
+        """Atomic numbers that have a reference energy, ascending."""
+        return tuple(self.numbers.tolist())
+
+    @property
+    def energies(self) -> dict[int, float]:
+        """Atomic number to energy (eV), in full precision."""
+        return dict(zip(self.numbers.tolist(), self.values.tolist(), strict=True))
+
+    def forward(self, z: Int[Tensor, " atoms"], batch: Tensor, num_graphs: int) -> Float[Tensor, " graphs"]:
+        """Sum of the reference energies of each graph, float64."""
+        return self.energy(z, batch, num_graphs)
+
+    def energy(self, z: Int[Tensor, " atoms"], batch: Tensor, num_graphs: int) -> Float[Tensor, " graphs"]:
+        """Sum of the reference energies of each graph, float64."""
+        slot = torch.searchsorted(self.numbers, z).clamp(max=len(self.numbers) - 1)
+        unknown = self.numbers[slot] != z
+        if bool(unknown.any()):
+            missing = sorted(set(z[unknown].tolist()))
+            raise ValueError(
+                f"z holds {_elements(missing)} without a reference energy; known are "
+                f"{_elements(self.species)}: give E0 of the missing element, or leave these systems out"
+            )
+        total = torch.zeros(num_graphs, dtype=torch.float64, device=z.device)
+        return total.index_add(0, batch, self.values[slot])
+
+    def extra_repr(self) -> str:
+        parts = ", ".join(f"{chemical_symbols[n]}={e:g}" for n, e in self.energies.items())
+        return f"{parts} eV"
+
+
+def _atomic_number(key: int | str) -> int:
+    if isinstance(key, str) and not key.isdigit():
+        if key not in atomic_numbers:
+            raise ValueError(f"energies names {key!r}, which is no element symbol; use e.g. 'O' or 8")
+        return atomic_numbers[key]
+    number = int(key)
+    if not 0 < number < len(chemical_symbols):
+        raise ValueError(f"energies names atomic number {number}, which must lie in 1..118")
+    return number
+
+
+def _elements(numbers: Iterable[int]) -> str:
+    def symbol(n: int) -> str:
+        return chemical_symbols[n] if 0 < n < len(chemical_symbols) else "no element"
+
+    return ", ".join(f"{symbol(n)} ({n})" for n in numbers)
+
+
+class Potential(_Float64Buffers):
+    r"""Energy, forces and stress of any model that returns one energy per graph.
+
+    .. math::
+        E = \sum_i E_0(z_i) + s\, E_\theta(z, r), \qquad
+        F_i = -\frac{\partial E}{\partial r_i}, \qquad
+        \sigma = \frac{1}{V}
+            \Big[\frac{\partial}{\partial \epsilon} E(r(1+\epsilon), C(1+\epsilon))\Big]_{\epsilon=0}
+
+    with a symmetric strain; the sign of the stress is ASE's (positive when the system pulls inwards).
+
+    ========================  =======================  =====================================================
+    key of the result         shape, unit              dtype
+    ========================  =======================  =====================================================
+    ``energy``                [num_graphs], eV         float64; E_0 is added in float64
+    ``interaction_energy``    [num_graphs], eV         that of the model; without E_0
+    ``forces``                [num_atoms, 3], eV/A     that of the model; zeros where nothing interacts
+    ``stress``                [num_graphs, 3, 3],      that of the model; only with ``compute_stress``
+                              eV/A^3
+    ========================  =======================  =====================================================
+
+    Args:
+        model: ``model(z, pos, batch)`` returning [num_graphs] or [num_graphs, 1], or a tuple that starts with
+            it, as PyG's SchNet, DimeNet++ and ViSNet do. Arguments named ``cell``, ``pbc`` and ``topology``
+            are filled when the model's forward has them.
+        reference: energies of the isolated atoms, or None.
+        scale: multiplies the output of the model.
+
+    Smoothness: that of the model.
+    Cost: one forward and one backward pass of the model; forces and stress share the backward pass.
+
+    Raises:
+        TypeError, ValueError: see :meth:`forward`.
+    """
+
+    _float64 = ("scale",)
+
+    def __init__(
+        self, model: nn.Module, reference: AtomicReference | None = None, scale: float = 1.0
+    ) -> None:
+        super().__init__()
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+        if isinstance(model, Potential):
+            raise TypeError("model is already a Potential; pass its .model, or use it as it is")
+        if isinstance(reference, Mapping):
+            reference = AtomicReference(reference)
+        if reference is not None and not isinstance(reference, AtomicReference):
+            raise TypeError(
+                f"reference must be an AtomicReference, a dict or None, got {type(reference).__name__}"
+            )
+        if not math.isfinite(float(scale)) or float(scale) == 0.0:
+            raise ValueError(
+                f"scale must be finite and not zero, got {scale!r}; 1.0 leaves the model as it is"
+            )
+        self.model = model
+        self.reference = reference
+        self.register_buffer("scale", torch.tensor(float(scale), dtype=torch.float64))
+        names = inspect.signature(model.forward).parameters
+        free = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in names.values())
+        self._keywords = frozenset(k for k in ("cell", "pbc", "topology") if free or k in names)
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """Floating dtype of the model's parameters (or buffers); None when it has neither."""
+        for tensor in (*self.model.parameters(), *self.model.buffers()):
+            if tensor.is_floating_point():
+                return tensor.dtype
+        return None
+
+    def forward(
+        self,
+        z: Int[Tensor, " atoms"] | Data,
+        pos: Float[Tensor, "atoms 3"] | None = None,
+        batch: Int[Tensor, " atoms"] | None = None,
+        *,
+        cell: Float[Tensor, "graphs 3 3"] | None = None,
+        pbc: Tensor | None = None,
+        topology: Topology | None = None,
+        compute_forces: bool = True,
+        compute_stress: bool = False,
+        training: bool = False,
+    ) -> dict[str, Tensor]:
+        """Evaluate atoms given as tensors, or as a PyG ``Data`` or ``Batch`` in the first argument.
+
+        Works inside ``torch.no_grad()``. A topology stored on the data by a scheme is used as it is.
+
+        Args:
+            compute_forces: add ``forces``.
+            compute_stress: add ``stress``; needs a periodic cell.
+            training: keep the graph of every result, so that a loss on forces can be differentiated again.
+                Without it, results are detached and memory is that of one backward pass.
+
+        Raises:
+            TypeError: z or batch not integer, pos not floating, pos given beside a Data.
+            ValueError: wrong shapes, lengths that differ, NaN positions, batch not sorted, an element without
+                a reference energy, a periodic cell with a model that has no ``cell`` argument, stress without
+                a cell, an output that is not one energy per graph.
+            RuntimeError: forces or stress under ``torch.inference_mode()``.
+        """
+        system = self._system(z, pos, batch, cell, pbc, topology)
+        derivative = compute_forces or compute_stress
+        if derivative:
+            _refuse_inference_mode()
+        with torch.set_grad_enabled(derivative or (training and torch.is_grad_enabled())):
+            pos, strain = system["pos"], None
+            if derivative and not pos.requires_grad:
+                pos = pos.detach().requires_grad_(True)
+            if compute_stress:
+                strain, volume = self._strain(system, pos)
+            interaction = self._interaction(system, pos, strain)
+            results = {"interaction_energy": interaction}
+            if derivative:
+                inputs = [pos] if strain is None else [pos, strain]
+                gradients = _gradient(interaction.sum(), inputs, create_graph=training)
+                if compute_forces:
+                    results["forces"] = -gradients[0]
+                if compute_stress:
+                    results["stress"] = gradients[1] / volume.reshape(-1, 1, 1)
+            energy = interaction.to(torch.float64)
+            if self.reference is not None:
+                energy = energy + self.reference.energy(system["z"], system["batch"], system["num_graphs"])
+            results["energy"] = energy
+        return results if training else {key: value.detach() for key, value in results.items()}
+
+    def hessian_vector_product(
+        self,
+        vector: Float[Tensor, "atoms 3"],
+        z: Tensor | Data,
+        pos: Tensor | None = None,
+        batch: Tensor | None = None,
+        *,
+        cell: Tensor | None = None,
+        pbc: Tensor | None = None,
+        topology: Topology | None = None,
+    ) -> Float[Tensor, "atoms 3"]:
+        r"""Product of the Hessian with a displacement.
+
+        .. math:: (H v)_i = \sum_j \frac{\partial^2 E}{\partial r_i \partial r_j} v_j
+
+        Costs about two evaluations of the forces, whatever the number of atoms. Unit: eV/A^2 times that of
+        ``vector``.
+        """
+        _refuse_inference_mode()
+        system = self._system(z, pos, batch, cell, pbc, topology)
+        if vector.shape != system["pos"].shape:
+            raise ValueError(
+                f"vector must have the shape of pos {list(system['pos'].shape)}, got {list(vector.shape)}"
+            )
+        with torch.enable_grad():
+            pos = system["pos"].detach().requires_grad_(True)
+            (slope,) = _gradient(self._interaction(system, pos, None).sum(), [pos], create_graph=True)
+            (product,) = _gradient((slope * vector.to(slope.dtype)).sum(), [pos], create_graph=False)
+        return product.detach()
+
+    def hessian(
+        self,
+        z: Tensor | Data,
+        pos: Tensor | None = None,
+        *,
+        cell: Tensor | None = None,
+        pbc: Tensor | None = None,
+        topology: Topology | None = None,
+    ) -> Float[Tensor, "coordinates coordinates"]:
+        """Second derivatives of the energy of one system, [3 num_atoms, 3 num_atoms], eV/A^2.
+
+        Built row by row from one graph: memory of a force evaluation with its graph, not of 3N of them.
+        """
+        _refuse_inference_mode()
+        system = self._system(z, pos, None, cell, pbc, topology)
+        if system["num_graphs"] != 1:
+            raise ValueError(
+                f"hessian takes one system, got a batch of {system['num_graphs']}; loop over the graphs, or "
+                "use hessian_vector_product, which takes batches"
+            )
+        with torch.enable_grad():
+            pos = system["pos"].detach().requires_grad_(True)
+            (slope,) = _gradient(self._interaction(system, pos, None).sum(), [pos], create_graph=True)
+            rows = [_gradient(s, [pos], create_graph=False, retain_graph=True)[0] for s in slope.flatten()]
+        return torch.stack(rows).reshape(pos.numel(), pos.numel()).detach()
+
+    # ----------------------------------------------------------------------------------------------
+    def _system(
+        self,
+        z: Tensor | Data,
+        pos: Tensor | None,
+        batch: Tensor | None,
+        cell: Tensor | None,
+        pbc: Tensor | None,
+        topology: Topology | None,
+    ) -> dict[str, Any]:
+        """Check the input and bring it into one form; nothing here is differentiated."""
+        num_graphs = 0
+        if isinstance(z, Data):
+            if pos is not None or batch is not None or cell is not None or pbc is not None:
+                raise TypeError("pos, batch, cell and pbc come from the Data; pass either a Data or tensors")
+            data = z
+            for key in ("z", "pos"):
+                if data.get(key) is None:
+                    raise ValueError(f"data must hold {key!r}, it has {sorted(data.keys())}; set data.{key}")
+            z, pos, batch = data.z, data.pos, data.get("batch")
+            cell, pbc, num_graphs = (
+                data.get("cell"),
+                data.get("pbc"),
+                data.num_graphs if batch is not None else 1,
+            )
+            if topology is None and "topology" in self._keywords and "num_parts_1" in data:
+                topology = Topology.from_data(data)
+        if not isinstance(z, Tensor) or not isinstance(pos, Tensor):
+            raise TypeError(f"z and pos must be tensors, got {type(z).__name__} and {type(pos).__name__}")
+        if z.is_floating_point() or z.dtype == torch.bool:
+            raise TypeError(f"z must hold integers (atomic numbers), got {z.dtype}; cast it with z.long()")
+        check_positions(pos)
+        if z.dim() != 1 or z.shape[0] != pos.shape[0]:
+            raise ValueError(
+                f"z must have shape [{pos.shape[0]}], one atomic number per row of pos, got {list(z.shape)}"
+            )
+        if z.shape[0] == 0:
+            raise ValueError("z holds no atom; a system needs at least one")
+        batch, found = check_batch(batch, z.shape[0], z.device)
+        num_graphs = max(found, num_graphs)
+        dtype = self.dtype or pos.dtype
+        pos = _usable(pos).to(dtype)
+        cell, pbc = check_cell(cell, pbc, num_graphs, pos)
+        if pbc is not None and "cell" not in self._keywords:
+            raise ValueError(
+                f"{type(self.model).__name__} has no argument 'cell', so it cannot treat a periodic system; "
+                "set pbc to False for molecules, or use a model with forward(z, pos, batch, *, cell, pbc)"
+            )
+        return {
+            "z": _usable(z.long()),
+            "pos": pos,
+            "batch": _usable(batch),
+            "num_graphs": num_graphs,
+            # A cell around an open system means nothing to the model.
+            "cell": None if pbc is None else _usable(cell),
+            "pbc": pbc,
+            "topology": topology,
+        }
+
+    def _strain(self, system: dict[str, Any], pos: Tensor) -> tuple[Tensor, Tensor]:
+        cell, num_graphs = system["cell"], system["num_graphs"]
+        volume = None if cell is None else torch.linalg.det(cell.detach().double()).abs()
+        if volume is None or bool((volume <= 1e-8).any()):
+            raise ValueError(
+                "compute_stress needs a periodic cell with a volume for every graph; give cell and pbc "
+                "(three independent lattice vectors, also for slabs), or set compute_stress=False"
+            )
+        return torch.zeros(
+            num_graphs, 3, 3, dtype=pos.dtype, device=pos.device, requires_grad=True
+        ), volume.to(pos.dtype)
+
+    def _interaction(self, system: dict[str, Any], pos: Tensor, strain: Tensor | None) -> Tensor:
+        """Scaled output of the model, [num_graphs]."""
+        cell = system["cell"]
+        if strain is not None:
+            pos, cell = apply_strain(pos, cell, system["batch"], strain)
+        given = {"cell": cell, "pbc": system["pbc"], "topology": system["topology"]}
+        keywords = {k: v for k, v in given.items() if v is not None and k in self._keywords}
+        output = self.model(system["z"], pos, system["batch"], **keywords)
+        if isinstance(output, (tuple, list)):
+            output = output[0]
+        num_graphs = system["num_graphs"]
+        if not isinstance(output, Tensor) or output.shape not in ((num_graphs,), (num_graphs, 1)):
+            shape = list(output.shape) if isinstance(output, Tensor) else type(output).__name__
+            raise ValueError(
+                f"{type(self.model).__name__} must return one energy per graph, [{num_graphs}] or "
+                f"[{num_graphs}, 1], got {shape}; sum the atoms of each graph with its batch vector"
+            )
+        return output.reshape(num_graphs) * self.scale.to(output.dtype)
+
+
+def _gradient(
+    value: Tensor, inputs: list[Tensor], create_graph: bool, retain_graph: bool | None = None
+) -> tuple[Tensor, ...]:
+    """Derivative of a scalar; zeros, not None, where it does not depend on an input (an atom on its own)."""
+    if not value.requires_grad:
+        return tuple(torch.zeros_like(x) for x in inputs)
+    return torch.autograd.grad(
+        value,
+        inputs,
+        create_graph=create_graph,
+        retain_graph=retain_graph or create_graph,
+        materialize_grads=True,
+    )
+
+
+def _refuse_inference_mode() -> None:
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError(
+            "forces and stress need derivatives, which torch.inference_mode() forbids for good; use "
+            "torch.no_grad() instead, or inference_mode=False in Lightning's Trainer"
+        )
+
+
+def _usable(tensor: Tensor) -> Tensor:
+    """A tensor made under inference mode cannot be saved for a backward pass; its copy can."""
+    return tensor.clone() if tensor.is_inference() and not torch.is_inference_mode_enabled() else tensor
