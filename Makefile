@@ -1,0 +1,62 @@
+# Two commands do everything on a fresh machine:
+#   make train    set up .venv, train on the embedded data set, evaluate: a table and a parity plot
+#   make test     set up .venv with the tools of development and torch-scatter, run the tests
+# ARGS goes to the trainer or to pytest: make train ARGS="--training.max_seconds 20", make test ARGS="-m slow".
+# PYTHON is the interpreter that .venv is made with; versions come from constraints.txt.
+
+PYTHON ?= python3
+VENV = .venv
+PY = $(VENV)/bin/python
+PIP = $(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt
+RUN = runs/embedded
+ARGS =
+
+.PHONY: help train test lint types wheel package dev clean
+
+help:
+	@sed -n 's/^#   //p' Makefile
+
+# --- set-up: each step leaves a stamp and is done again when what it reads has changed
+
+$(VENV)/torch.stamp: constraints.txt
+	$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("nbody_pyg needs Python 3.11 or newer; name one: make PYTHON=python3.12 ...")'
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) torch setuptools wheel
+	touch $@
+
+$(VENV)/package.stamp: $(VENV)/torch.stamp pyproject.toml
+	$(PIP) --no-build-isolation -e .
+	touch $@
+
+$(VENV)/dev.stamp: $(VENV)/package.stamp
+	$(PIP) --no-build-isolation -e ".[dev]"
+	sh scripts/install_scatter.sh $(PY) -c constraints.txt
+	touch $@
+
+package: $(VENV)/package.stamp
+
+dev: $(VENV)/dev.stamp
+
+# --- the two commands
+
+train: $(VENV)/package.stamp
+	$(VENV)/bin/nbody train configs/embedded.yaml $(ARGS)
+	$(VENV)/bin/nbody evaluate $(RUN)/best.nbody --embedded
+
+test: $(VENV)/dev.stamp
+	$(PY) -m pytest $(ARGS)
+
+# --- for developers
+
+lint: $(VENV)/dev.stamp
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+
+types: $(VENV)/dev.stamp
+	$(PY) -m mypy
+
+wheel: $(VENV)/package.stamp
+	$(PY) -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
