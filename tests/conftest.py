@@ -1,0 +1,139 @@
+"""What every test shares: one thread, fixed seeds, rotations, a few molecules, and the data folder.
+
+The package is not imported here, so that a run may switch on jaxtyping's import hook
+(``--jaxtyping-packages=nbody_pyg,beartype.beartype``) before the first import.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+from pathlib import Path
+
+# Before torch and matplotlib are imported: they read these once
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+import hypothesis
+import numpy as np
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+# Derandomised: a failure is the same failure tomorrow. No deadline: the machine may be busy.
+hypothesis.settings.register_profile(
+    "nbody", max_examples=25, deadline=None, derandomize=True, database=None, print_blob=True
+)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "nbody"))
+
+# Atomic numbers and positions in angstrom. Every molecule has at least four atoms that lie in no
+# plane and at least two elements: planar and two-atom inputs let broken covariance pass.
+MOLECULES = {
+    "methanol": (
+        [6, 8, 1, 1, 1, 1],
+        [
+            [-0.0503, 0.6685, 0.0102],
+            [-0.0497, -0.7585, -0.0203],
+            [-1.0807, 0.9987, 0.0311],
+            [0.4612, 1.0653, -0.8785],
+            [0.4533, 1.0405, 0.9122],
+            [0.8623, -1.0551, 0.0254],
+        ],
+    ),
+    # The carbon carries H, F, O and N: the mirror image is another molecule
+    "chiral": (
+        [6, 9, 8, 7, 1, 1, 1, 1],
+        [
+            [0.0214, -0.0108, 0.3122],
+            [1.2603, -0.1312, 0.9001],
+            [-0.7714, -1.0923, 0.6487],
+            [-0.5631, 1.2411, 0.6812],
+            [0.1311, -0.0402, -0.7801],
+            [-0.9822, -1.1104, 1.5831],
+            [-0.0504, 2.0017, 0.2405],
+            [-1.5207, 1.2933, 0.3379],
+        ],
+    ),
+    "ethanol": (
+        [6, 6, 8, 1, 1, 1, 1, 1, 1],
+        [
+            [0.0072, -0.5687, 0.0121],
+            [-1.2854, 0.2499, -0.0083],
+            [1.1304, 0.3147, -0.0315],
+            [0.0392, -1.1972, 0.9018],
+            [0.0455, -1.1916, -0.8822],
+            [-1.3175, 0.8784, -0.8977],
+            [-1.3276, 0.8723, 0.8858],
+            [-2.1422, -0.4239, 0.0191],
+            [1.9857, -0.1365, 0.0402],
+        ],
+    ),
+}
+
+
+@pytest.fixture(autouse=True)
+def _fixed_seeds() -> None:
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _default_dtype_is_left_alone():
+    before = torch.get_default_dtype()
+    yield
+    after = torch.get_default_dtype()
+    torch.set_default_dtype(before)
+    assert after == before, f"the test left torch's default dtype at {after}"
+
+
+@pytest.fixture
+def generator() -> torch.Generator:
+    """A seeded source of random numbers of the test's own."""
+    return torch.Generator().manual_seed(1803)
+
+
+def _orthogonal(determinant: int, generator: torch.Generator) -> torch.Tensor:
+    """A random orthogonal matrix, uniform over those of the determinant, in float64."""
+    q, r = torch.linalg.qr(torch.randn(3, 3, dtype=torch.float64, generator=generator))
+    q = q * torch.sign(torch.diagonal(r))
+    return q * (torch.sign(torch.linalg.det(q)) * determinant)
+
+
+@pytest.fixture(params=[1, -1], ids=["proper", "improper"])
+def rotation(request, generator) -> torch.Tensor:
+    """A random rotation, then a random rotation with inversion: ``[3, 3]``, float64."""
+    return _orthogonal(request.param, generator)
+
+
+@pytest.fixture
+def random_rotation(generator):
+    """A function ``(determinant=1) -> [3, 3]``: a new random orthogonal matrix at each call."""
+    return lambda determinant=1: _orthogonal(determinant, generator)
+
+
+@pytest.fixture(scope="session")
+def molecules() -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Name -> atomic numbers ``[N]`` and positions ``[N, 3]`` in float64."""
+    return {
+        name: (torch.tensor(z), torch.tensor(pos, dtype=torch.float64))
+        for name, (z, pos) in MOLECULES.items()
+    }
+
+
+@pytest.fixture(params=sorted(MOLECULES))
+def molecule(request, molecules) -> tuple[torch.Tensor, torch.Tensor]:
+    """Each molecule in turn: atomic numbers ``[N]`` and a copy of the positions ``[N, 3]``, float64."""
+    z, pos = molecules[request.param]
+    return z.clone(), pos.clone()
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """The folder of benchmark data: ``NBODY_DATA``, or ``../shared/data`` beside the project."""
+    beside = Path(__file__).resolve().parents[2] / "shared" / "data"
+    folder = Path(os.environ.get("NBODY_DATA", beside))
+    if not folder.is_dir():
+        pytest.skip(f"no benchmark data: {folder} is no folder; set NBODY_DATA to where it lies")
+    return folder
