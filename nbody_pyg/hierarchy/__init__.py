@@ -1,0 +1,19 @@
+"""Composition schemes: who is a part of whom, level by level."""
+
+from nbody_pyg.hierarchy.bonds import BondTree
+from nbody_pyg.hierarchy.levels import Hierarchy, Level
+from nbody_pyg.hierarchy.scheme import LevelSpec, Scheme
+from nbody_pyg.hierarchy.sharing import share_topology
+from nbody_pyg.hierarchy.shells import NestedShells
+from nbody_pyg.hierarchy.topology import Topology
+
+__all__ = [
+    "BondTree",
+    "Hierarchy",
+    "Level",
+    "LevelSpec",
+    "NestedShells",
+    "Scheme",
+    "Topology",
+    "share_topology",
+]

@@ -1,0 +1,167 @@
+"""The bond graph: which atoms are bonded, its fragments, and molecules put together across cell boundaries."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nbody_pyg.geometry import complete_cell
+from nbody_pyg.hierarchy.scheme import AtomsInput
+
+#: Atoms nearer than this many times the sum of their covalent radii are bonded. C-H breaks at 1.39 angstrom, C-C at
+#: 1.98; the nearest non-bonded contacts of organic molecules lie above 1.5 (H...H, 0.81 here) and 2.1 (C...H).
+BOND_FACTOR = 1.3
+#: A hydrogen keeps its relatively shortest bond and every other one that is at most this much longer (a bridge).
+_BRIDGE_TOLERANCE = 1.1
+
+
+def covalent_bonds(atoms: AtomsInput, factor: float = BOND_FACTOR) -> Tensor:
+    """Bonds by covalent radii, both directions, sorted by target, then source.
+
+    Hydrogen has one bond: to a heavy atom if one is near, else to hydrogen; ties within 10 % are all kept.
+
+    Raises:
+        ValueError: an atom is bonded to an image of itself, or twice to the same atom (an endless network).
+    """
+    from ase.data import covalent_radii
+
+    table = torch.from_numpy(np.asarray(covalent_radii, dtype=np.float64)).to(atoms.z.device)
+    radius = table[atoms.z]
+    (source, target), shift = atoms.pairs(
+        atoms.pos, atoms.batch, 2.0 * factor * float(radius.max()), parts=False
+    )
+    vec = (atoms.pos[source] - atoms.pos[target]).double()
+    if shift is not None:
+        vec = vec + torch.bmm(shift.double().unsqueeze(1), atoms.cell.double()[atoms.batch[target]]).squeeze(
+            1
+        )
+    ratio = vec.norm(dim=1) / (radius[source] + radius[target])
+    near = ratio < factor
+    source, target, ratio = source[near], target[near], ratio[near]
+    keep = _one_bond_per_hydrogen(atoms.z == 1, source, target, ratio)
+    bonds = torch.stack([source[keep], target[keep]])
+    if shift is not None and bonds.shape[1]:
+        twice = (bonds[:, 1:] == bonds[:, :-1]).all(dim=0)
+        loops = torch.cat([bonds[:, bonds[0] == bonds[1]], bonds[:, 1:][:, twice]], dim=1)
+        if loops.shape[1]:
+            raise ValueError(_endless(int(loops[0, 0]), int(loops[1, 0])))
+    return bonds
+
+
+def _one_bond_per_hydrogen(hydrogen: Tensor, source: Tensor, target: Tensor, ratio: Tensor) -> Tensor:
+    """Mask of the bonds that stay when hydrogens keep their shortest bond only."""
+    num_atoms = hydrogen.shape[0]
+    saturated = torch.zeros_like(hydrogen)  # hydrogens that have a heavy neighbour
+    saturated[target[hydrogen[target] & ~hydrogen[source]]] = True
+    between = hydrogen[source] & hydrogen[target]
+    allowed = ~(between & (saturated[source] | saturated[target]))
+    best = torch.full((num_atoms,), torch.inf, dtype=ratio.dtype, device=ratio.device)
+    best = best.scatter_reduce(0, target[allowed], ratio[allowed], "amin")
+    at_target = ~hydrogen[target] | (ratio <= _BRIDGE_TOLERANCE * best[target])
+    at_source = ~hydrogen[source] | (ratio <= _BRIDGE_TOLERANCE * best[source])
+    return allowed & at_target & at_source
+
+
+def _endless(first: int, second: int) -> str:
+    return (
+        f"BondTree needs molecules, but the bonds through atoms {first} and {second} form a network without end "
+        "across the periodic cell; use NestedShells for crystals and polymers, or pass the bonds of the molecules"
+    )
+
+
+def components(num_nodes: int, source: np.ndarray, target: np.ndarray) -> np.ndarray:
+    """Connected component of each node, numbered by their smallest node."""
+    label = np.arange(num_nodes)
+    while True:
+        low = label.copy()
+        np.minimum.at(low, target, label[source])
+        np.minimum.at(low, source, label[target])
+        low = low[low]  # pointer jumping: long chains settle in few rounds
+        if np.array_equal(low, label):
+            return np.unique(label, return_inverse=True)[1].reshape(num_nodes)
+        label = low
+
+
+def bridges(num_nodes: int, source: np.ndarray, target: np.ndarray) -> np.ndarray:
+    """Mask of the edges that lie in no ring. Edges come in both directions, each once."""
+    start = np.searchsorted(target, np.arange(num_nodes + 1)).tolist()
+    neighbour = source.tolist()
+    entered, low = [-1] * num_nodes, [0] * num_nodes
+    found: set[tuple[int, int]] = set()
+    clock = 0
+    for root in range(num_nodes):
+        if entered[root] >= 0 or start[root] == start[root + 1]:
+            continue
+        entered[root] = low[root] = clock
+        clock += 1
+        stack = [(root, -1, start[root])]
+        while stack:
+            node, parent, edge = stack.pop()
+            if edge < start[node + 1]:
+                stack.append((node, parent, edge + 1))
+                other = neighbour[edge]
+                if entered[other] < 0:
+                    entered[other] = low[other] = clock
+                    clock += 1
+                    stack.append((other, node, start[other]))
+                elif other != parent:
+                    low[node] = min(low[node], entered[other])
+            elif parent >= 0:
+                low[parent] = min(low[parent], low[node])
+                if low[node] > entered[parent]:
+                    found.update(((node, parent), (parent, node)))
+    return np.fromiter(
+        ((s, t) in found for s, t in zip(neighbour, target.tolist(), strict=True)), bool, len(source)
+    )
+
+
+def fragment_labels(z: np.ndarray, bonds: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Group, piece and molecule of each atom (see BondTree), each numbered by its smallest atom.
+
+    Only the bond graph and the atomic numbers enter, and each rule treats all its atoms alike, so the labels
+    commute with every automorphism of the bond graph.
+    """
+    num_atoms, (source, target) = len(z), bonds
+    hydrogen = z == 1
+    num_heavy = np.bincount(target[~hydrogen[source]], minlength=num_atoms)
+    joins = hydrogen[target] & ~hydrogen[source] & (num_heavy[target] == 1)
+    bare = hydrogen & (num_heavy == 0)
+    joins |= bare[source] & bare[target]
+    group = components(num_atoms, source[joins], target[joins])
+
+    num_groups = int(group.max()) + 1
+    ends = np.stack([group[target], group[source]])
+    ends = np.unique(ends[:, ends[0] != ends[1]], axis=1)  # sorted by target, then source
+    degree = np.bincount(ends[0], minlength=num_groups)
+    rotatable = bridges(num_groups, ends[1], ends[0]) & (degree[ends[0]] > 1) & (degree[ends[1]] > 1)
+    piece = components(num_groups, ends[1][~rotatable], ends[0][~rotatable])[group]
+    return group, piece, components(num_atoms, source, target)
+
+
+def unwrap(atoms: AtomsInput, bonds: Tensor) -> Tensor:
+    """Lattice image of each atom that puts its molecule together: ``pos + image @ cell`` is contiguous.
+
+    The first atom of each molecule stays where it is. Each bond must be shorter than half the cell.
+
+    Raises:
+        ValueError: the bonds form an endless periodic network.
+    """
+    full = complete_cell(atoms.cell, atoms.pbc)
+    source, target = bonds
+    graph = atoms.batch[target]
+    vec = (atoms.pos[source] - atoms.pos[target]).double()
+    fraction = torch.bmm(vec.unsqueeze(1), torch.linalg.inv(full)[graph]).squeeze(1)
+    step = torch.where(atoms.pbc[graph], -torch.round(fraction), torch.zeros_like(fraction))
+    num_atoms = atoms.z.shape[0]
+    molecule = components(num_atoms, source.cpu().numpy(), target.cpu().numpy())
+    known = torch.zeros(num_atoms, dtype=torch.bool, device=vec.device)
+    known[torch.from_numpy(np.unique(molecule, return_index=True)[1]).to(vec.device)] = True
+    image = vec.new_zeros(num_atoms, 3)
+    while bool((new := known[target] & ~known[source]).any()):
+        image[source[new]] = image[target[new]] + step[new]
+        known[source[new]] = True
+    broken = (image[source] != image[target] + step).any(dim=1).nonzero().flatten().tolist()
+    if broken:
+        raise ValueError(_endless(int(source[broken[0]]), int(target[broken[0]])))
+    return image.to(atoms.pos.dtype)

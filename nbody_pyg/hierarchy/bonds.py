@@ -1,0 +1,208 @@
+"""BondTree: atoms, groups, pieces, molecules, root; a tree read off the bond graph."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch_geometric.data import Data
+from torch_geometric.data.datapipes import functional_transform
+
+from nbody_pyg.hierarchy.bondgraph import BOND_FACTOR, covalent_bonds, fragment_labels, unwrap
+from nbody_pyg.hierarchy.positions import tree_positions
+from nbody_pyg.hierarchy.scheme import AtomsInput, LevelSpec, Scheme, check_radius
+from nbody_pyg.hierarchy.topology import Topology, sort_edges
+
+
+@functional_transform("nbody_bond_tree")
+class BondTree(Scheme):
+    r"""The tree that chemists draw: every part is a set of bonded atoms.
+
+    =====  =============  ====================================================================================
+    level  name           parts
+    =====  =============  ====================================================================================
+    0      atoms          pairs within ``cutoff``
+    1      groups         a heavy atom with its hydrogens; pairs within ``group_cutoff``
+    2      pieces         ring systems and rigid pieces: what remains when rotatable bonds are cut; pairs within
+                          ``piece_cutoff``
+    3      molecules      connected components; no pairs (their pieces see each other)
+    4      root           the whole system, at its mass-weighted mean
+    =====  =============  ====================================================================================
+
+    A bond between groups is *rotatable* if it lies in no ring and each of its groups has another bond; bond orders
+    are not used. Every rule reads the bond graph only and treats equal atoms equally, so the tree of a relabelled
+    molecule is the relabelled tree, symmetric molecules included.
+
+    Bonds: those given on the data under the key ``bonds_key`` ([2, M], any direction), otherwise pairs nearer than
+    1.3 times the sum of their covalent radii (Cordero et al. 2008). A hydrogen bonded to several heavy atoms keeps
+    the relatively shortest bond; where two are equal (a bridge as in diborane) it keeps both and is a group of its
+    own. Ionic contacts within that distance count as bonds. The transform stores the bonds it used, so a second
+    pass over the same data keeps the tree.
+
+    The tree is the definition of the energy function: at another tree the same network has another energy. A bond
+    that stretches past 1.3 radii in a hot frame would change it, so **give all frames of one trajectory the tree of
+    one reference frame**: :func:`~nbody_pyg.hierarchy.share_topology`. :meth:`update` keeps the children and
+    recomputes the pairs; molecular dynamics goes through it.
+
+    Under periodic boundaries parts are put together along their bonds, whatever images were given; a bond must be
+    shorter than half the cell. Networks without end (diamond, polymers through the cell) are refused.
+
+    Args:
+        cutoff: radius of pairs of atoms, angstrom.
+        group_cutoff: radius of pairs of groups, angstrom; None for no pairs.
+        piece_cutoff: radius of pairs of pieces, angstrom; None for no pairs.
+        bonds_key: key of given bonds on the data.
+
+    Symmetry: E(3), permutations (automorphisms of the bond graph included).
+    Continuity: C-infinity along child edges and C2 along pairs while the bonds are the same; a tree recomputed in
+    every frame jumps when a bond forms or breaks.
+    Cost: O(N) besides the neighbour lists. Distant molecules never change each other's parts below the root.
+    Raises:
+        ValueError: cutoff not positive, bonds out of range, an endless periodic network.
+    """
+
+    symmetry = "E(3), permutations, automorphisms of the bond graph"
+    continuity = "C2 while the bonds are the same; share_topology keeps them the same along a trajectory"
+
+    def __init__(
+        self,
+        cutoff: float = 5.0,
+        group_cutoff: float | None = 6.0,
+        piece_cutoff: float | None = 10.0,
+        bonds_key: str = "bonds",
+    ) -> None:
+        self.cutoff = check_radius("cutoff", cutoff)
+        self.group_cutoff = check_radius("group_cutoff", group_cutoff, optional=True)
+        self.piece_cutoff = check_radius("piece_cutoff", piece_cutoff, optional=True)
+        self.bonds_key = bonds_key
+        self.levels = (
+            LevelSpec("atoms", None, self.cutoff),
+            LevelSpec("groups", 2.0, self.group_cutoff),
+            LevelSpec("pieces", 4.0, self.piece_cutoff),
+            LevelSpec("molecules", 8.0),
+            LevelSpec("root", 16.0),
+        )
+
+    def inputs(self, data: Data) -> dict[str, Tensor]:
+        bonds = data.get(self.bonds_key)
+        return {} if bonds is None else {"bonds": bonds}
+
+    def topology(
+        self,
+        z: Int[Tensor, " atoms"],
+        pos: Float[Tensor, "atoms 3"],
+        batch: Int[Tensor, " atoms"] | None = None,
+        cell: Float[Tensor, "graphs 3 3"] | None = None,
+        pbc: Tensor | None = None,
+        *,
+        bonds: Int[Tensor, "2 bonds"] | None = None,
+    ) -> Topology:
+        """The tree; ``bonds`` overrules the covalent radii (both directions are made from either)."""
+        atoms = AtomsInput.check(z, pos, batch, cell, pbc)
+        if bonds is None:
+            bonds = covalent_bonds(atoms, BOND_FACTOR)
+        else:
+            bonds = _both_directions(bonds, atoms)
+        labels = fragment_labels(z.cpu().numpy(), bonds.cpu().numpy())
+        children, below = [None], np.arange(len(labels[0]))
+        graph = atoms.batch.cpu().numpy()
+        counts, owner = [np.bincount(graph, minlength=atoms.num_graphs)], graph
+        for label in (*labels, graph):
+            # `label` says which part each atom is in; the level below says which part each child is in.
+            first = np.unique(below, return_index=True)[1]
+            parent = label[first]
+            children.append(torch.from_numpy(np.stack([np.arange(len(parent)), parent])))
+            owner = graph[np.unique(label, return_index=True)[1]]
+            counts.append(np.bincount(owner, minlength=atoms.num_graphs))
+            below = label
+        tree = Topology(
+            num_parts=tuple(torch.from_numpy(count).to(z.device) for count in counts),
+            child_index=tuple(
+                None if c is None else sort_edges(c.to(z.device), None, c.shape[1])[0] for c in children
+            ),
+            bonds=bonds,
+            periodic=atoms.periodic,
+        )
+        return self._with_pairs(tree, atoms)
+
+    def update(
+        self,
+        topology: Topology,
+        z: Int[Tensor, " atoms"],
+        pos: Float[Tensor, "atoms 3"],
+        batch: Int[Tensor, " atoms"] | None = None,
+        cell: Float[Tensor, "graphs 3 3"] | None = None,
+        pbc: Tensor | None = None,
+    ) -> Topology:
+        """Keep the bonds and the children, recompute pairs (and, in a cell, the images of the children)."""
+        return self._with_pairs(topology, AtomsInput.check(z, pos, batch, cell, pbc))
+
+    def _with_pairs(self, tree: Topology, atoms: AtomsInput) -> Topology:
+        """The same tree at the positions of ``atoms``: lattice shifts of children, then pairs of each level."""
+        shifts = child_shifts(tree, atoms)
+        tree = Topology(tree.num_parts, tree.child_index, (), shifts, (), tree.bonds, atoms.periodic)
+        centres = tree_positions(tree, atoms.z, atoms.pos, atoms.cell)
+        pairs, pair_shifts = [], []
+        for k, spec in enumerate(self.levels):
+            index = shift = None
+            if spec.pair_radius is not None:
+                index, shift = atoms.pairs(centres[k], tree.batch(k), spec.pair_radius, parts=k > 0)
+            pairs.append(index)
+            pair_shifts.append(shift)
+        return Topology(
+            tree.num_parts,
+            tree.child_index,
+            tuple(pairs),
+            shifts,
+            tuple(pair_shifts),
+            tree.bonds,
+            atoms.periodic,
+        )
+
+
+def child_shifts(tree: Topology, atoms: AtomsInput) -> tuple[Tensor | None, ...]:
+    """Images that put each part of a tree together along its bonds; all None for open systems.
+
+    The position of a part is that of its first atom's image; atoms carry their image relative to it, and parts
+    above carry the difference between the images of their own and their parent's first atom.
+    """
+    if atoms.pbc is None:
+        return (None,) * tree.num_levels
+    image = unwrap(atoms, tree.bonds)
+    shifts: list[Tensor | None] = [None]
+    below = image
+    for k in range(1, tree.num_levels):
+        child, parent = tree.child_index[k]
+        if k == tree.num_levels - 1:
+            shifts.append(torch.zeros_like(below)[child])  # the root takes the molecules as they are
+            break
+        # Children are sorted within each parent, so the first edge of a parent is its first child.
+        first = torch.searchsorted(parent, torch.arange(tree.size(k), device=parent.device))
+        reference = below[child[first]]
+        shifts.append(below[child] - reference[parent])
+        below = reference
+    return tuple(shifts)
+
+
+def _both_directions(bonds: Tensor, atoms: AtomsInput) -> Tensor:
+    """Given bonds, checked, without duplicates, in both directions and sorted."""
+    num_atoms = atoms.z.shape[0]
+    if bonds.dim() != 2 or bonds.shape[0] != 2 or bonds.is_floating_point():
+        raise ValueError(
+            f"bonds must be integers of shape [2, num_bonds], got {bonds.dtype} {list(bonds.shape)}"
+        )
+    if bonds.numel() == 0:
+        return bonds.new_zeros(2, 0, dtype=torch.long)
+    if int(bonds.min()) < 0 or int(bonds.max()) >= num_atoms:
+        raise ValueError(
+            f"bonds must join atoms 0 to {num_atoms - 1}, but hold {int(bonds.min())} to {int(bonds.max())}; "
+            "check that they start at 0 and belong to this molecule"
+        )
+    crossing = (atoms.batch[bonds[0]] != atoms.batch[bonds[1]]).nonzero().flatten().tolist()
+    if crossing:
+        raise ValueError(f"bonds must stay within a graph, but atoms {bonds[:, crossing[0]].tolist()} do not")
+    bonds = bonds.long()[:, bonds[0] != bonds[1]]
+    both = torch.cat([bonds, bonds.flip(0)], dim=1)
+    key = torch.unique(both[1] * num_atoms + both[0])
+    return torch.stack([key % num_atoms, torch.div(key, num_atoms, rounding_mode="floor")])

@@ -1,0 +1,99 @@
+"""Hierarchy: the parts of each level with positions, weights and edge vectors, all differentiable."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from nbody_pyg.hierarchy.topology import Topology
+
+
+@dataclass(frozen=True, eq=False)
+class Level:
+    r"""One level of a hierarchy.
+
+    ================  ======================  ===========  ===============================================
+    symbol            code                    shape        meaning
+    ================  ======================  ===========  ===============================================
+    :math:`r_i`       ``pos``                 [n, 3]       positions, angstrom
+    :math:`g_i`       ``weight``              [n]          existence of the part, in [0, 1]
+                      ``batch``               [n]          graph of each part
+                      ``child_index``         [2, E]       child (level below), parent (this level)
+    :math:`r_{cP}`    ``child_vec``           [E, 3]       :math:`r_c - r_P`, angstrom
+    :math:`p_{cP}`    ``child_weight``        [E]          membership, in [0, 1]: it holds the window
+                      ``pair_index``          [2, P]       source, target (both on this level)
+    :math:`r_{ji}`    ``pair_vec``            [P, 3]       :math:`r_j - r_i`, angstrom
+    :math:`w_{ji}`    ``pair_weight``         [P]          window of the pair, in [0, 1]
+    ================  ======================  ===========  ===============================================
+
+    Entries that a level does not have are None. Gates multiply each message by ``child_weight`` or
+    ``pair_weight``; they have no cutoff of their own.
+    """
+
+    pos: Float[Tensor, "parts 3"]
+    weight: Float[Tensor, " parts"]
+    batch: Int[Tensor, " parts"]
+    child_index: Int[Tensor, "2 edges"] | None = None
+    child_vec: Float[Tensor, "edges 3"] | None = None
+    child_weight: Float[Tensor, " edges"] | None = None
+    pair_index: Int[Tensor, "2 pairs"] | None = None
+    pair_vec: Float[Tensor, "pairs 3"] | None = None
+    pair_weight: Float[Tensor, " pairs"] | None = None
+
+    @property
+    def num_parts(self) -> int:
+        return self.pos.shape[0]
+
+    def __repr__(self) -> str:
+        edges = 0 if self.child_index is None else self.child_index.shape[1]
+        pairs = 0 if self.pair_index is None else self.pair_index.shape[1]
+        return f"Level(parts={self.num_parts}, children={edges}, pairs={pairs})"
+
+
+@dataclass(frozen=True, eq=False)
+class Hierarchy:
+    """The levels of one graph or of a batch, from the atoms (``[0]``) to the root (``[-1]``, one part per graph)."""
+
+    levels: tuple[Level, ...]
+    z: Int[Tensor, " atoms"]
+    num_graphs: int
+
+    @property
+    def root(self) -> Level:
+        return self.levels[-1]
+
+    def __len__(self) -> int:
+        return len(self.levels)
+
+    def __getitem__(self, level: int) -> Level:
+        return self.levels[level]
+
+    def __iter__(self) -> Iterator[Level]:
+        return iter(self.levels)
+
+    def __repr__(self) -> str:
+        sizes = " -> ".join(str(level.num_parts) for level in self.levels)
+        return f"Hierarchy({sizes}, graphs={self.num_graphs})"
+
+    def topology(self) -> Topology:
+        """The integers of this hierarchy (without lattice shifts)."""
+        return Topology(
+            num_parts=tuple(torch.bincount(level.batch, minlength=self.num_graphs) for level in self.levels),
+            child_index=tuple(level.child_index for level in self.levels),
+            pair_index=tuple(level.pair_index for level in self.levels),
+        )
+
+    def validate(self) -> Hierarchy:
+        """Check the definition of a composition scheme, shapes, and that all weights lie in [0, 1].
+
+        Raises:
+            ValueError: the message names the level, the node or edge, and the rule.
+        """
+        from nbody_pyg.hierarchy.validation import validate_hierarchy
+
+        validate_hierarchy(self)
+        return self

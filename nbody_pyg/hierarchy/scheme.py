@@ -1,0 +1,234 @@
+"""Scheme: what every composition scheme shares, from integers (topology) to smooth levels (hierarchy)."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch_geometric.data import Batch, Data
+from torch_geometric.transforms import BaseTransform
+
+from nbody_pyg.data import AtomicData
+from nbody_pyg.geometry import (
+    check_batch,
+    check_cell,
+    check_positions,
+    edge_vectors,
+    neighbour_list,
+    safe_norm,
+)
+from nbody_pyg.hierarchy.levels import Hierarchy, Level
+from nbody_pyg.hierarchy.positions import child_vectors, tree_positions
+from nbody_pyg.hierarchy.topology import Topology
+from nbody_pyg.radial import smooth_cutoff
+
+
+@dataclass(frozen=True)
+class LevelSpec:
+    """Name and length scales (angstrom) of a level, from which radial functions are sized.
+
+    Args:
+        name: what its parts are, e.g. ``"groups"``.
+        child_radius: reach of the edges to its children; None at level 0. A typical length, not a cutoff, where
+            the children are fixed by bonds or labels.
+        pair_radius: cutoff of the pairs on this level; None where it has none.
+    """
+
+    name: str
+    child_radius: float | None = None
+    pair_radius: float | None = None
+
+
+@dataclass(frozen=True)
+class AtomsInput:
+    """Checked input of a scheme: one graph or a batch; ``pbc`` is None when nothing is periodic."""
+
+    z: Int[Tensor, " atoms"]
+    pos: Float[Tensor, "atoms 3"]
+    batch: Int[Tensor, " atoms"]
+    num_graphs: int
+    cell: Float[Tensor, "graphs 3 3"] | None
+    pbc: Tensor | None
+
+    @classmethod
+    def check(
+        cls, z: Tensor, pos: Tensor, batch: Tensor | None, cell: Tensor | None, pbc: Tensor | None
+    ) -> AtomsInput:
+        """Detached, typed input.
+
+        Raises:
+            ValueError, TypeError: wrong shapes, an empty system, a batch that skips a graph, a bad cell.
+        """
+        check_positions(pos)
+        if z.dim() != 1 or z.shape[0] != pos.shape[0]:
+            raise ValueError(
+                f"z must have shape [{pos.shape[0]}], one number per row of pos, got {list(z.shape)}"
+            )
+        if z.is_floating_point():
+            raise TypeError(f"z must hold integers (atomic numbers), got {z.dtype}; cast it with z.long()")
+        if pos.shape[0] == 0:
+            raise ValueError("pos must hold at least one atom, got none; remove empty frames")
+        graph, num_graphs = check_batch(batch, pos.shape[0], pos.device)
+        missing = (torch.bincount(graph, minlength=num_graphs) == 0).nonzero().flatten().tolist()
+        if missing:
+            raise ValueError(f"batch must number the graphs without gaps, but graph {missing[0]} has no atom")
+        cell, pbc = check_cell(cell, pbc, num_graphs, pos)
+        return cls(z.long(), pos.detach(), graph, num_graphs, None if cell is None else cell.detach(), pbc)
+
+    @property
+    def periodic(self) -> Tensor | None:
+        return None if self.pbc is None else self.pbc.any(dim=1)
+
+    def pairs(self, pos: Tensor, batch: Tensor, cutoff: float, parts: bool) -> tuple[Tensor, Tensor | None]:
+        """Neighbours among centres; shifts only for periodic systems. Centres of parts may coincide."""
+        cell = self.cell if self.pbc is not None else None
+        index, shift = neighbour_list(pos, cutoff, batch, cell, self.pbc, allow_coincident=parts)
+        return index, shift if self.pbc is not None else None
+
+
+class Scheme(BaseTransform):
+    """A composition scheme: builds the hierarchy of a system, as a PyG transform.
+
+    Two steps keep integers and gradients apart. :meth:`topology` decides who is a part of whom (no gradient; also
+    what the transform stores on the data); :meth:`hierarchy` computes positions, edge vectors and windows from it,
+    in every forward pass, with gradients.
+
+    A new scheme sets the class attributes, ``self.levels``, keeps its arguments as attributes of the same name,
+    and writes :meth:`topology`; positions and windows have defaults.
+
+    Class attributes:
+        symmetry: under what the scheme commutes.
+        continuity: how smooth the energy of a smooth model is on it.
+    """
+
+    symmetry: ClassVar[str]
+    continuity: ClassVar[str]
+    levels: tuple[LevelSpec, ...]
+
+    def topology(
+        self,
+        z: Int[Tensor, " atoms"],
+        pos: Float[Tensor, "atoms 3"],
+        batch: Int[Tensor, " atoms"] | None = None,
+        cell: Float[Tensor, "graphs 3 3"] | None = None,
+        pbc: Tensor | None = None,
+    ) -> Topology:
+        """Who is a part of whom, for one graph or a batch (``batch`` sorted). No gradient flows through it."""
+        raise NotImplementedError
+
+    def update(
+        self,
+        topology: Topology,
+        z: Int[Tensor, " atoms"],
+        pos: Float[Tensor, "atoms 3"],
+        batch: Int[Tensor, " atoms"] | None = None,
+        cell: Float[Tensor, "graphs 3 3"] | None = None,
+        pbc: Tensor | None = None,
+    ) -> Topology:
+        """The topology at new positions of the same atoms; schemes with fixed children recompute only pairs."""
+        return self.topology(z, pos, batch, cell, pbc)
+
+    def positions(
+        self, topology: Topology, z: Int[Tensor, " atoms"], pos: Float[Tensor, "atoms 3"], cell: Tensor | None
+    ) -> list[Float[Tensor, "parts 3"]]:
+        """Positions of every level, with gradients; the default is the mass-weighted mean of a tree."""
+        return tree_positions(topology, z, pos, cell)
+
+    def child_weight(self, level: int, vec: Float[Tensor, "edges 3"]) -> Float[Tensor, " edges"]:
+        """Membership weight of the child edges of a level; the default is full membership."""
+        return vec.new_ones(vec.shape[0])
+
+    def hierarchy(
+        self,
+        topology: Topology,
+        z: Int[Tensor, " atoms"],
+        pos: Float[Tensor, "atoms 3"],
+        cell: Float[Tensor, "graphs 3 3"] | None = None,
+    ) -> Hierarchy:
+        """Positions, vectors and weights of every level, differentiable in ``pos`` and ``cell``.
+
+        The position of the root of a periodic graph has no meaning (it would depend on which image of an atom was
+        given), so the vectors from it to its children are zero there; it still holds the mean as given.
+        """
+        if cell is not None:
+            cell = cell.reshape(-1, 3, 3)
+        centres = self.positions(topology, z, pos, cell)
+        levels = []
+        for k, here in enumerate(centres):
+            batch = topology.batch(k)
+            child = child_vec = child_weight = pair_vec = pair_weight = None
+            if k > 0:
+                child, shift = topology.child_index[k], topology.child_shift[k]
+                child_vec = child_vectors(centres[k - 1], here, child, shift, cell, batch)
+                if k == topology.num_levels - 1 and topology.periodic is not None:
+                    open_graph = ~topology.periodic.index_select(0, batch.index_select(0, child[1]))
+                    child_vec = child_vec * open_graph.unsqueeze(-1).to(child_vec.dtype)
+                child_weight = self.child_weight(k, child_vec)
+            if (pair := topology.pair_index[k]) is not None:
+                pair_vec = edge_vectors(here, pair, topology.pair_shift[k], cell, batch)
+                pair_weight = smooth_cutoff(safe_norm(pair_vec), self.levels[k].pair_radius)
+            levels.append(
+                Level(here, here.new_ones(here.shape[0]), batch, child, child_vec, child_weight,
+                      pair, pair_vec, pair_weight)
+            )  # fmt: skip
+        return Hierarchy(tuple(levels), z, topology.num_graphs)
+
+    def inputs(self, data: Data) -> dict[str, Any]:
+        """Further keyword arguments of :meth:`topology` that a scheme reads from the data (bonds, labels)."""
+        return {}
+
+    def forward(self, data: Data) -> Data:
+        """Transform: the data as :class:`AtomicData`, with the topology stored on it. A Batch stays a Batch."""
+        out = data if isinstance(data, Batch) else AtomicData.from_data(data)
+        topology = self.topology(
+            out.z, out.pos, out.get("batch"), out.get("cell"), out.get("pbc"), **self.inputs(out)
+        )
+        return topology.store(out)
+
+    def config(self) -> dict[str, Any]:
+        """Name and arguments, ready for JSON; see :meth:`from_config`."""
+        names = list(inspect.signature(type(self).__init__).parameters)[1:]
+        values = {name: getattr(self, name) for name in names}
+        return {"name": type(self).__name__} | {
+            k: list(v) if isinstance(v, tuple) else v for k, v in values.items()
+        }
+
+    @staticmethod
+    def from_config(config: dict[str, Any]) -> Scheme:
+        """Build the scheme that :meth:`config` described; every imported subclass of Scheme is known.
+
+        Raises:
+            ValueError: unknown name.
+            TypeError: arguments that the scheme does not take.
+        """
+        import nbody_pyg.hierarchy  # noqa: F401  (so that the schemes of the library are defined)
+
+        known = {cls.__name__: cls for cls in _subclasses(Scheme)}
+        arguments = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items() if k != "name"}
+        name = config.get("name")
+        if name not in known:
+            raise ValueError(
+                f"name must be one of the schemes {sorted(known)}, got {name!r}; import its module first"
+            )
+        return known[name](**arguments)
+
+    def __repr__(self) -> str:
+        arguments = {k: v for k, v in self.config().items() if k != "name"}
+        return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in arguments.items())})"
+
+
+def _subclasses(cls: type) -> list[type]:
+    return [sub for direct in cls.__subclasses__() for sub in (direct, *_subclasses(direct))]
+
+
+def check_radius(name: str, value: float | None, optional: bool = False) -> float | None:
+    """A positive finite length, or None where the level may go without pairs."""
+    if value is None and optional:
+        return None
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
+        raise ValueError(f"{name} must be a positive finite length in angstrom, got {value!r}; try 5.0")
+    return float(value)

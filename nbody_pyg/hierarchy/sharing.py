@@ -1,0 +1,51 @@
+"""One tree for all frames of a trajectory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch_geometric.data import Data
+
+from nbody_pyg.data import AtomicData
+from nbody_pyg.hierarchy.scheme import Scheme
+from nbody_pyg.hierarchy.topology import Topology
+
+
+def share_topology(frames: Sequence[Data], scheme: Scheme, reference: int | Topology = 0) -> list[AtomicData]:
+    """Store on all frames of one trajectory the parts of one reference frame.
+
+    The tree is part of the definition of the energy: where a hot frame stretches a bond past the limit of the
+    covalent radii, a tree of its own would put a step into the energy surface. Here every frame keeps the
+    children of the reference; only the lists that depend on positions (pairs, lattice images) are its own, through
+    :meth:`Scheme.update`. For schemes without fixed children (NestedShells) it equals applying the scheme.
+
+    Args:
+        frames: frames with the same atoms in the same order. Isomers have the same atoms too: call this once for
+            each trajectory, never for a set of different molecules.
+        scheme: the composition scheme.
+        reference: which frame's tree to take (an equilibrated or relaxed one is best), or a topology.
+
+    Returns:
+        New AtomicData with the hierarchy stored; the frames are left as they are.
+
+    Raises:
+        ValueError: a frame has other atoms than the reference; its number is in the message.
+    """
+    if not frames:
+        return []
+    frames = [AtomicData.from_data(frame) for frame in frames]
+    first = frames[0 if isinstance(reference, Topology) else reference]
+    if isinstance(reference, Topology):
+        tree = reference
+    else:
+        tree = Topology.from_data(scheme(first))
+    for number, frame in enumerate(frames):
+        if not torch.equal(frame.z, first.z):
+            raise ValueError(
+                f"frames must hold the same atoms in the same order, but z of frame {number} differs from the "
+                "reference; call share_topology once for each trajectory"
+            )
+        own = scheme.update(tree, frame.z, frame.pos, None, frame.get("cell"), frame.get("pbc"))
+        own.store(frame)
+    return frames

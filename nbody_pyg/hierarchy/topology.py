@@ -1,0 +1,229 @@
+"""Topology: who is a part of whom, level by level. Integers only; positions and weights live in `Hierarchy`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch_geometric.data import Data
+
+
+@dataclass(frozen=True, eq=False)
+class Topology:
+    r"""The composition scheme of one graph or of a batch: a DAG of parts in levels.
+
+    Level 0 holds the atoms, the last level one root per graph. Child edges join neighbouring levels, so a node's
+    set of atoms is
+
+    .. math:: P_i = \bigcup_{c \in \mathrm{children}(i)} P_c, \qquad P_\mathrm{atom} = \{\mathrm{atom}\}.
+
+    ==================  ===================  ========================================================
+    field               shape                meaning
+    ==================  ===================  ========================================================
+    ``num_parts[k]``    [B] long             parts of each graph at level k (level 0: atoms)
+    ``child_index[k]``  [2, E] long or None  child at level k - 1, parent at level k; None at level 0
+    ``pair_index[k]``   [2, P] long or None  ordered neighbours at level k (source, target)
+    ``child_shift[k]``  [E, 3] or None       lattice shifts: r_child - r_parent + shift @ cell
+    ``pair_shift[k]``   [P, 3] or None       the same for pairs
+    ``bonds``           [2, M] long or None  covalent bonds, both directions, where the scheme uses them
+    ``periodic``        [B] bool or None     graphs with a periodic direction; None when there are none
+    ==================  ===================  ========================================================
+
+    Edges are sorted by parent (target), then child (source). Parts may overlap, and a node may have several
+    parents. Nothing is checked at construction, see :meth:`validate`.
+
+    Source: composition schemes of arXiv:1803.01588 and covariant compositional networks.
+    """
+
+    num_parts: tuple[Int[Tensor, " graphs"], ...]
+    child_index: tuple[Int[Tensor, "2 edges"] | None, ...]
+    pair_index: tuple[Int[Tensor, "2 pairs"] | None, ...] = ()
+    child_shift: tuple[Float[Tensor, "edges 3"] | None, ...] = ()
+    pair_shift: tuple[Float[Tensor, "pairs 3"] | None, ...] = ()
+    bonds: Int[Tensor, "2 bonds"] | None = None
+    periodic: Tensor | None = None
+    _cache: dict[Any, Any] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        for name in ("child_index", "pair_index", "child_shift", "pair_shift"):
+            value = tuple(getattr(self, name))
+            if name != "child_index" and not value:
+                value = (None,) * len(self.num_parts)
+            if len(value) != len(self.num_parts):
+                raise ValueError(
+                    f"{name} must have one entry per level ({len(self.num_parts)}), got {len(value)}; "
+                    "use None for a level that has none"
+                )
+            object.__setattr__(self, name, value)
+
+    @property
+    def num_levels(self) -> int:
+        return len(self.num_parts)
+
+    @property
+    def num_graphs(self) -> int:
+        return self.num_parts[0].shape[0]
+
+    @property
+    def device(self) -> torch.device:
+        return self.num_parts[0].device
+
+    def size(self, level: int) -> int:
+        """Number of parts at a level, over all graphs."""
+        if "sizes" not in self._cache:
+            # One transfer for all levels: this is the only synchronisation of a GPU batch.
+            self._cache["sizes"] = torch.stack(self.num_parts).sum(dim=1).tolist()
+        return self._cache["sizes"][level]
+
+    def batch(self, level: int) -> Int[Tensor, " parts"]:
+        """Graph of each part at a level."""
+        level = range(self.num_levels)[level]
+        if ("batch", level) not in self._cache:
+            graphs = torch.arange(self.num_graphs, device=self.device)
+            value = torch.repeat_interleave(graphs, self.num_parts[level], output_size=self.size(level))
+            self._cache["batch", level] = value
+        return self._cache["batch", level]
+
+    def parts(self, level: int) -> Int[Tensor, "2 members"]:
+        """Which atoms lie in which part: unique columns (atom, part), sorted by part, then atom."""
+        return self._members(level)[0]
+
+    def part_shift(self, level: int) -> Float[Tensor, "members 3"] | None:
+        """Lattice shift of each column of :meth:`parts`; None for open systems.
+
+        Where several paths lead from an atom to a part, the first in the order of the edges counts.
+        """
+        return self._members(level)[1]
+
+    def _members(self, level: int) -> tuple[Tensor, Tensor | None]:
+        level = range(self.num_levels)[level]
+        if ("members", level) in self._cache:
+            return self._cache["members", level]
+        if level == 0:
+            atoms = torch.arange(self.size(0), device=self.device)
+            shift = None
+            if self.child_shift[1:] and self.child_shift[1] is not None:
+                shift = torch.zeros_like(self.child_shift[1][:1]).expand(self.size(0), 3)
+            result = torch.stack([atoms, atoms]), shift
+        else:
+            result = self._join_members(*self._members(level - 1), level)
+        self._cache["members", level] = result
+        return result
+
+    def _join_members(self, below: Tensor, shift: Tensor | None, level: int) -> tuple[Tensor, Tensor | None]:
+        """Members of the children, passed on to the parents along the child edges."""
+        child, parent = self.child_index[level]
+        count = torch.bincount(below[1], minlength=self.size(level - 1))
+        first = torch.cumsum(count, 0) - count
+        width = count[child]
+        edge = torch.repeat_interleave(torch.arange(child.shape[0], device=self.device), width)
+        start = torch.cumsum(width, 0) - width
+        row = torch.arange(edge.shape[0], device=self.device) + (first[child] - start)[edge]
+        num_atoms = self.size(0)
+        key, inverse = torch.unique(parent[edge] * num_atoms + below[0, row], return_inverse=True)
+        members = torch.stack([key % num_atoms, torch.div(key, num_atoms, rounding_mode="floor")])
+        own = self.child_shift[level]
+        if shift is None or own is None:
+            return members, None
+        order = torch.arange(edge.shape[0], device=self.device)
+        seen = torch.full_like(key, edge.shape[0]).scatter_reduce(0, inverse, order, "amin")
+        return members, (shift[row] + own.to(shift.dtype)[edge])[seen]
+
+    def to(self, device: torch.device | str) -> Topology:
+        """The same topology on another device."""
+
+        def move(value: Tensor | None) -> Tensor | None:
+            return None if value is None else value.to(device)
+
+        columns = (self.num_parts, self.child_index, self.pair_index, self.child_shift, self.pair_shift)
+        return Topology(
+            *(tuple(map(move, column)) for column in columns), move(self.bonds), move(self.periodic)
+        )
+
+    def store(self, data: Data) -> Data:
+        """Write the topology on ``data`` in place, as the keys of :class:`~nbody_pyg.data.AtomicData`."""
+        for key in [k for k in data.to_dict() if k.startswith(("num_parts_", "child_", "pair_"))]:
+            del data[key]
+        for level in range(self.num_levels):
+            if level > 0:
+                data[f"num_parts_{level}"] = self.num_parts[level]
+            for name in ("child", "pair"):
+                if (index := getattr(self, f"{name}_index")[level]) is not None:
+                    data[f"{name}_{level}"] = index
+                if (shift := getattr(self, f"{name}_shift")[level]) is not None:
+                    data[f"{name}_shift_{level}"] = shift
+        if self.bonds is not None:
+            data["bonds"] = self.bonds
+        return data
+
+    @classmethod
+    def from_data(cls, data: Data) -> Topology:
+        """Read what :meth:`store` wrote, from one graph or from a batch. Cheap: it runs in every training step.
+
+        Raises:
+            ValueError: ``data`` holds no hierarchy.
+        """
+        stored = data.to_dict()
+        if "num_parts_1" not in stored:
+            raise ValueError(
+                f"data must hold a hierarchy, but has no key 'num_parts_1' (keys: {sorted(stored)}); apply a scheme "
+                "to it first, e.g. transform=BondTree() on the dataset"
+            )
+        num_levels = 1
+        while f"num_parts_{num_levels}" in stored:
+            num_levels += 1
+        ptr, batch = stored.get("ptr"), stored.get("batch")
+        if ptr is not None:
+            num_atoms = ptr[1:] - ptr[:-1]
+        elif batch is not None:
+            num_atoms = torch.bincount(batch, minlength=stored["num_parts_1"].shape[0])
+        else:
+            num_atoms = torch.full_like(stored["num_parts_1"], stored["pos"].shape[0])
+        levels = range(num_levels)
+        pbc = stored.get("pbc")
+        periodic = pbc is not None and "child_shift_1" in stored
+        topology = cls(
+            num_parts=(num_atoms, *(stored[f"num_parts_{k}"] for k in levels[1:])),
+            child_index=tuple(stored.get(f"child_{k}") for k in levels),
+            pair_index=tuple(stored.get(f"pair_{k}") for k in levels),
+            child_shift=tuple(stored.get(f"child_shift_{k}") for k in levels),
+            pair_shift=tuple(stored.get(f"pair_shift_{k}") for k in levels),
+            bonds=stored.get("bonds"),
+            periodic=pbc.reshape(-1, 3).any(dim=1) if periodic else None,
+        )
+        if batch is not None:
+            topology._cache["batch", 0] = batch
+        return topology
+
+    def validate(self) -> Topology:
+        """Check the definition of a composition scheme; returns itself.
+
+        Raises:
+            ValueError: the message names the node and the rule, see :mod:`nbody_pyg.hierarchy.validation`.
+        """
+        from nbody_pyg.hierarchy.validation import validate_topology
+
+        validate_topology(self)
+        return self
+
+    @classmethod
+    def from_dag(cls, edges: Int[Tensor, "2 edges"], num_atoms: int) -> Topology:
+        """Level any user's DAG of parts; see :func:`nbody_pyg.hierarchy.dag.topology_from_dag`."""
+        from nbody_pyg.hierarchy.dag import topology_from_dag
+
+        return topology_from_dag(edges, num_atoms)
+
+    def __repr__(self) -> str:
+        sizes = " -> ".join(str(self.size(k)) for k in range(self.num_levels))
+        return f"Topology({sizes}, graphs={self.num_graphs})"
+
+
+def sort_edges(
+    index: Int[Tensor, "2 edges"], shift: Float[Tensor, "edges 3"] | None, num_sources: int
+) -> tuple[Int[Tensor, "2 edges"], Float[Tensor, "edges 3"] | None]:
+    """Order edges by target, then source (stable in the rest), the order of every edge list here."""
+    order = torch.argsort(index[1] * max(num_sources, 1) + index[0], stable=True)
+    return index[:, order], None if shift is None else shift[order]

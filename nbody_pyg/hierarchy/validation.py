@@ -1,0 +1,194 @@
+"""Checks of the definition of a composition scheme; every message names the node."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from nbody_pyg.hierarchy.levels import Hierarchy
+from nbody_pyg.hierarchy.topology import Topology
+
+
+def validate_topology(topology: Topology, images: bool = False) -> None:
+    r"""Raise unless ``topology`` is a composition scheme.
+
+    A DAG in levels whose leaves are the atoms, with one root per graph that holds all atoms, and
+    :math:`P_c \subseteq P_P` along every child edge. Edges join neighbouring levels, so there are no cycles, parts
+    grow along edges by construction, and a root that every node reaches holds all atoms: what is left to check
+    is that each node has a parent, each part a child, and that edges are in range and within one graph.
+
+    Args:
+        images: allow repeated edges and self pairs, as periodic images give them (also allowed with shifts).
+
+    Raises:
+        ValueError: naming the level, the node and the rule.
+    """
+    if topology.num_levels < 2:
+        raise ValueError("a hierarchy must have at least the atoms and the root, got a single level")
+    for k in range(topology.num_levels):
+        counts = topology.num_parts[k]
+        if counts.shape != topology.num_parts[0].shape or counts.is_floating_point():
+            raise ValueError(
+                f"num_parts[{k}] must be integers of shape {list(topology.num_parts[0].shape)}, one per graph, got "
+                f"{counts.dtype} {list(counts.shape)}"
+            )
+        empty = (counts < 1).nonzero().flatten().tolist()
+        if empty:
+            what = "atom" if k == 0 else "root" if k == topology.num_levels - 1 else "part"
+            raise ValueError(f"graph {empty[0]} has no {what} at level {k}; every level needs at least one")
+    roots = topology.num_parts[-1]
+    many = (roots != 1).nonzero().flatten().tolist()
+    if many:
+        raise ValueError(
+            f"graph {many[0]} has two roots or more ({int(roots[many[0]])} parts at the last level, "
+            f"{topology.num_levels - 1}); add a level with one part above them"
+        )
+    for k in range(topology.num_levels):
+        _check_children(topology, k, images)
+        _check_pairs(topology, k, images)
+
+
+def _name(topology: Topology, level: int, node: int) -> str:
+    """What to call a node: atom 3 (graph 0), part 2 of level 1 (graph 0)."""
+    if level == 0:
+        return f"atom {node} (graph {int(topology.batch(0)[node])})"
+    return f"part {node} of level {level} (graph {int(topology.batch(level)[node])})"
+
+
+def _check_edges(name: str, index: Tensor, shift: Tensor | None, sizes: tuple[int, int]) -> None:
+    if index.dim() != 2 or index.shape[0] != 2 or index.is_floating_point():
+        raise ValueError(
+            f"{name} must be integers of shape [2, edges], got {index.dtype} {list(index.shape)}"
+        )
+    if shift is not None and tuple(shift.shape) != (index.shape[1], 3):
+        raise ValueError(
+            f"the shifts of {name} must have shape [{index.shape[1]}, 3], got {list(shift.shape)}"
+        )
+    for row, size in enumerate(sizes):
+        bad = ((index[row] < 0) | (index[row] >= size)).nonzero().flatten().tolist()
+        if bad:
+            raise ValueError(
+                f"{name} must name nodes 0 to {size - 1} in row {row}, but column {bad[0]} holds "
+                f"{int(index[row, bad[0]])}"
+            )
+
+
+def _repeated(index: Tensor, shift: Tensor | None, num_sources: int) -> int | None:
+    """A column that occurs twice, if any."""
+    rows = index.t() if shift is None else torch.cat([index.t().to(shift.dtype), shift], dim=1)
+    _, inverse, count = torch.unique(rows, dim=0, return_inverse=True, return_counts=True)
+    twice = (count[inverse] > 1).nonzero().flatten().tolist()
+    return twice[0] if twice else None
+
+
+def _check_children(topology: Topology, level: int, images: bool) -> None:
+    index, shift = topology.child_index[level], topology.child_shift[level]
+    if level == 0:
+        if index is not None:
+            raise ValueError("child_index[0] must be None: atoms are leaves and have no children")
+        return
+    if index is None:
+        raise ValueError(
+            f"child_index[{level}] must be a tensor [2, edges], got None; only atoms have no children"
+        )
+    below, here = topology.size(level - 1), topology.size(level)
+    _check_edges(f"child_index[{level}]", index, shift, (below, here))
+    cross = (
+        (topology.batch(level - 1)[index[0]] != topology.batch(level)[index[1]]).nonzero().flatten().tolist()
+    )
+    if cross:
+        child, parent = index[:, cross[0]].tolist()
+        raise ValueError(
+            f"{_name(topology, level - 1, child)} and its parent {_name(topology, level, parent)} must lie in the "
+            "same graph; shift the indices of each graph when you batch by hand"
+        )
+    childless = (torch.bincount(index[1], minlength=here) == 0).nonzero().flatten().tolist()
+    if childless:
+        raise ValueError(
+            f"{_name(topology, level, childless[0])} has no child; every part needs at least one"
+        )
+    orphans = (torch.bincount(index[0], minlength=below) == 0).nonzero().flatten().tolist()
+    if orphans:
+        raise ValueError(
+            f"{_name(topology, level - 1, orphans[0])} has no parent at level {level}, so the root misses its atoms; "
+            "give it a parent (a part of its own will do)"
+        )
+    if not images and (column := _repeated(index, shift, below)) is not None:
+        child, parent = index[:, column].tolist()
+        raise ValueError(
+            f"{_name(topology, level - 1, child)} is listed twice as a child of {_name(topology, level, parent)}; "
+            "children form a set, remove the repeated edge"
+        )
+
+
+def _check_pairs(topology: Topology, level: int, images: bool) -> None:
+    index, shift = topology.pair_index[level], topology.pair_shift[level]
+    if index is None:
+        return
+    size = topology.size(level)
+    _check_edges(f"pair_index[{level}]", index, shift, (size, size))
+    batch = topology.batch(level)
+    cross = (batch[index[0]] != batch[index[1]]).nonzero().flatten().tolist()
+    if cross:
+        first, second = (_name(topology, level, node) for node in index[:, cross[0]].tolist())
+        raise ValueError(f"{first} and {second} are a pair, but must lie in the same graph for that")
+    if images:
+        return
+    same = index[0] == index[1]
+    if shift is not None:
+        same = same & (shift == 0).all(dim=1)
+    if bool(same.any()):
+        node = int(index[0, same.nonzero()[0, 0]])
+        raise ValueError(f"{_name(topology, level, node)} is paired with itself; remove the self pair")
+    if (column := _repeated(index, shift, size)) is not None:
+        raise ValueError(f"pair_index[{level}] lists the pair {index[:, column].tolist()} twice; remove one")
+    both = torch.cat([index, index.flip(0)], dim=1)
+    both_shift = None if shift is None else torch.cat([shift, -shift])
+    rows = both.t() if both_shift is None else torch.cat([both.t().to(both_shift.dtype), both_shift], dim=1)
+    _, inverse, count = torch.unique(rows, dim=0, return_inverse=True, return_counts=True)
+    single = (count[inverse[: index.shape[1]]] == 1).nonzero().flatten().tolist()
+    if single:
+        source, target = index[:, single[0]].tolist()
+        raise ValueError(
+            f"pair_index[{level}] must hold both directions, but has ({source}, {target}) without "
+            f"({target}, {source}); add the reversed pairs"
+        )
+
+
+def validate_hierarchy(hierarchy: Hierarchy) -> None:
+    """Raise unless the integers form a composition scheme and the tensors fit them.
+
+    Raises:
+        ValueError: naming the level, the tensor, and the rule.
+    """
+    if hierarchy.levels[0].num_parts != hierarchy.z.shape[0]:
+        raise ValueError(
+            f"level 0 must hold one node per atom ({hierarchy.z.shape[0]}), got {hierarchy.levels[0].num_parts}"
+        )
+    validate_topology(hierarchy.topology(), images=True)
+    for k, level in enumerate(hierarchy.levels):
+        num_children = None if level.child_index is None else level.child_index.shape[1]
+        num_pairs = None if level.pair_index is None else level.pair_index.shape[1]
+        wanted = {
+            "pos": (level.num_parts, 3),
+            "weight": (level.num_parts,),
+            "batch": (level.num_parts,),
+            "child_vec": None if num_children is None else (num_children, 3),
+            "child_weight": None if num_children is None else (num_children,),
+            "pair_vec": None if num_pairs is None else (num_pairs, 3),
+            "pair_weight": None if num_pairs is None else (num_pairs,),
+        }
+        for name, shape in wanted.items():
+            value = getattr(level, name)
+            got = None if value is None else tuple(value.shape)
+            if got != shape:
+                raise ValueError(f"{name} of level {k} must have shape {shape}, got {got}")
+            if value is None or not value.is_floating_point():
+                continue
+            low, high = (-torch.inf, torch.inf) if name.endswith(("pos", "vec")) else (0.0, 1.0)
+            bad = ~(torch.isfinite(value) & (value >= low) & (value <= high))
+            if bool(bad.any()):
+                row = int(bad.nonzero()[0, 0])
+                raise ValueError(
+                    f"{name} of level {k} must be finite and in [{low}, {high}], row {row} is {value[row]}"
+                )
