@@ -266,8 +266,8 @@ def _refuse_coincident(index: Tensor, shift: Tensor, square: Tensor, graph: Tens
         raise ValueError(
             f"pos must not hold coincident atoms, but atoms {source} and {target}{image} of graph "
             f"{int(graph[target])} are {float(square[edge]) ** 0.5:.1e} angstrom apart "
-            f"(limit {COINCIDENT:g}), one of {int(near.sum()) // 2 or 1} such pair(s); remove duplicates, or check the cell and the "
-            "units of pos"
+            f"(limit {COINCIDENT:g}), one of {int(near.sum()) // 2 or 1} such pair(s); "
+            "remove duplicates, or check the cell and the units of pos"
         )
 
 
