@@ -1,4 +1,4 @@
-"""AtomicData: one atomic system, its labels and its hierarchy, as a PyG `Data` that batches every level right."""
+"""AtomicData: one atomic system, its labels and its hierarchy, as a PyG `Data` that batches right."""
 
 from __future__ import annotations
 
@@ -87,8 +87,8 @@ class AtomicData(Data):
     def from_data(cls, data: Data) -> AtomicData:
         """Turn any PyG `Data` with ``z`` and ``pos`` into AtomicData; tensors are shared, all keys are kept.
 
-        Labels of one value per graph get their leading 1 (``energy`` of shape [] becomes [1], ``cell`` of shape
-        [3, 3] becomes [1, 3, 3]). An AtomicData comes back as a shallow copy.
+        Labels of one value per graph get their leading 1 (``energy`` of shape [] becomes [1], ``cell`` of
+        shape [3, 3] becomes [1, 3, 3]). An AtomicData comes back as a shallow copy.
 
         Raises:
             ValueError: ``z`` or ``pos`` is missing, or a key has the wrong shape.

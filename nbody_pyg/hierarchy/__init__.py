@@ -1,5 +1,6 @@
 """Composition schemes: who is a part of whom, level by level."""
 
+from nbody_pyg.hierarchy.assignment import FromAssignment
 from nbody_pyg.hierarchy.bonds import BondTree
 from nbody_pyg.hierarchy.levels import Hierarchy, Level
 from nbody_pyg.hierarchy.scheme import LevelSpec, Scheme
@@ -9,6 +10,7 @@ from nbody_pyg.hierarchy.topology import Topology
 
 __all__ = [
     "BondTree",
+    "FromAssignment",
     "Hierarchy",
     "Level",
     "LevelSpec",

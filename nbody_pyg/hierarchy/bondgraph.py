@@ -1,4 +1,4 @@
-"""The bond graph: which atoms are bonded, its fragments, and molecules put together across cell boundaries."""
+"""The bond graph: which atoms are bonded, its fragments, and molecules put together in a cell."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from torch import Tensor
 from nbody_pyg.geometry import complete_cell
 from nbody_pyg.hierarchy.scheme import AtomsInput
 
-#: Atoms nearer than this many times the sum of their covalent radii are bonded. C-H breaks at 1.39 angstrom, C-C at
-#: 1.98; the nearest non-bonded contacts of organic molecules lie above 1.5 (H...H, 0.81 here) and 2.1 (C...H).
+#: Atoms nearer than this many times the sum of their covalent radii are bonded. C-H breaks at 1.39 angstrom,
+#: C-C at 1.98; the nearest non-bonded contacts in organic molecules are near 1.6 (H...O) and 2.1 (H...C).
 BOND_FACTOR = 1.3
-#: A hydrogen keeps its relatively shortest bond and every other one that is at most this much longer (a bridge).
+# A hydrogen keeps its relatively shortest bond and every other one at most this much longer (a bridge).
 _BRIDGE_TOLERANCE = 1.1
 
 
@@ -65,8 +65,9 @@ def _one_bond_per_hydrogen(hydrogen: Tensor, source: Tensor, target: Tensor, rat
 
 def _endless(first: int, second: int) -> str:
     return (
-        f"BondTree needs molecules, but the bonds through atoms {first} and {second} form a network without end "
-        "across the periodic cell; use NestedShells for crystals and polymers, or pass the bonds of the molecules"
+        f"BondTree needs molecules, but the bonds through atoms {first} and {second} form a network "
+        "without end across the periodic cell; use NestedShells for crystals and polymers, or pass the bonds "
+        "of the molecules"
     )
 
 

@@ -10,7 +10,6 @@ from torch_geometric.data import Data
 from torch_geometric.data.datapipes import functional_transform
 
 from nbody_pyg.hierarchy.bondgraph import BOND_FACTOR, covalent_bonds, fragment_labels, unwrap
-from nbody_pyg.hierarchy.positions import tree_positions
 from nbody_pyg.hierarchy.scheme import AtomsInput, LevelSpec, Scheme, check_radius
 from nbody_pyg.hierarchy.topology import Topology, sort_edges
 
@@ -24,29 +23,29 @@ class BondTree(Scheme):
     =====  =============  ====================================================================================
     0      atoms          pairs within ``cutoff``
     1      groups         a heavy atom with its hydrogens; pairs within ``group_cutoff``
-    2      pieces         ring systems and rigid pieces: what remains when rotatable bonds are cut; pairs within
-                          ``piece_cutoff``
+    2      pieces         ring systems and rigid pieces: what remains when rotatable bonds are cut;
+                          pairs within ``piece_cutoff``
     3      molecules      connected components; no pairs (their pieces see each other)
     4      root           the whole system, at its mass-weighted mean
     =====  =============  ====================================================================================
 
-    A bond between groups is *rotatable* if it lies in no ring and each of its groups has another bond; bond orders
-    are not used. Every rule reads the bond graph only and treats equal atoms equally, so the tree of a relabelled
-    molecule is the relabelled tree, symmetric molecules included.
+    A bond between groups is *rotatable* if it lies in no ring and each of its groups has another bond; bond
+    orders are not used. Every rule reads the bond graph only and treats equal atoms equally, so the tree of a
+    relabelled molecule is the relabelled tree, symmetric molecules included.
 
-    Bonds: those given on the data under the key ``bonds_key`` ([2, M], any direction), otherwise pairs nearer than
-    1.3 times the sum of their covalent radii (Cordero et al. 2008). A hydrogen bonded to several heavy atoms keeps
-    the relatively shortest bond; where two are equal (a bridge as in diborane) it keeps both and is a group of its
-    own. Ionic contacts within that distance count as bonds. The transform stores the bonds it used, so a second
-    pass over the same data keeps the tree.
+    Bonds: those given on the data under the key ``bonds_key`` ([2, M], any direction), otherwise pairs nearer
+    than 1.3 times the sum of their covalent radii (Cordero et al. 2008). A hydrogen bonded to several heavy
+    atoms keeps the relatively shortest bond; where two are equal (a bridge as in diborane) it keeps both and
+    is a group of its own. Ionic contacts within that distance count as bonds. The transform stores the bonds
+    it used, so a second pass over the same data keeps the tree.
 
-    The tree is the definition of the energy function: at another tree the same network has another energy. A bond
-    that stretches past 1.3 radii in a hot frame would change it, so **give all frames of one trajectory the tree of
-    one reference frame**: :func:`~nbody_pyg.hierarchy.share_topology`. :meth:`update` keeps the children and
-    recomputes the pairs; molecular dynamics goes through it.
+    The tree is the definition of the energy function: at another tree the same network has another energy. A
+    bond that stretches past 1.3 radii in a hot frame would change it, so **give all frames of one trajectory
+    the tree of one reference frame**: :func:`~nbody_pyg.hierarchy.share_topology`. :meth:`update` keeps the
+    children and recomputes the pairs; molecular dynamics goes through it.
 
-    Under periodic boundaries parts are put together along their bonds, whatever images were given; a bond must be
-    shorter than half the cell. Networks without end (diamond, polymers through the cell) are refused.
+    Under periodic boundaries parts are put together along their bonds, whatever images were given; a bond
+    must be shorter than half the cell. Networks without end (diamond, polymers through the cell) are refused.
 
     Args:
         cutoff: radius of pairs of atoms, angstrom.
@@ -55,8 +54,8 @@ class BondTree(Scheme):
         bonds_key: key of given bonds on the data.
 
     Symmetry: E(3), permutations (automorphisms of the bond graph included).
-    Continuity: C-infinity along child edges and C2 along pairs while the bonds are the same; a tree recomputed in
-    every frame jumps when a bond forms or breaks.
+    Continuity: C-infinity along child edges and C2 along pairs while the bonds are the same; a tree
+    recomputed in every frame jumps when a bond forms or breaks.
     Cost: O(N) besides the neighbour lists. Distant molecules never change each other's parts below the root.
     Raises:
         ValueError: cutoff not positive, bonds out of range, an endless periodic network.
@@ -124,7 +123,7 @@ class BondTree(Scheme):
             bonds=bonds,
             periodic=atoms.periodic,
         )
-        return self._with_pairs(tree, atoms)
+        return self._placed(tree, atoms)
 
     def update(
         self,
@@ -136,36 +135,20 @@ class BondTree(Scheme):
         pbc: Tensor | None = None,
     ) -> Topology:
         """Keep the bonds and the children, recompute pairs (and, in a cell, the images of the children)."""
-        return self._with_pairs(topology, AtomsInput.check(z, pos, batch, cell, pbc))
+        return self._placed(topology, AtomsInput.check(z, pos, batch, cell, pbc))
 
-    def _with_pairs(self, tree: Topology, atoms: AtomsInput) -> Topology:
-        """The same tree at the positions of ``atoms``: lattice shifts of children, then pairs of each level."""
+    def _placed(self, tree: Topology, atoms: AtomsInput) -> Topology:
+        """The same tree at the positions of ``atoms``: lattice images of the children, then pairs."""
         shifts = child_shifts(tree, atoms)
         tree = Topology(tree.num_parts, tree.child_index, (), shifts, (), tree.bonds, atoms.periodic)
-        centres = tree_positions(tree, atoms.z, atoms.pos, atoms.cell)
-        pairs, pair_shifts = [], []
-        for k, spec in enumerate(self.levels):
-            index = shift = None
-            if spec.pair_radius is not None:
-                index, shift = atoms.pairs(centres[k], tree.batch(k), spec.pair_radius, parts=k > 0)
-            pairs.append(index)
-            pair_shifts.append(shift)
-        return Topology(
-            tree.num_parts,
-            tree.child_index,
-            tuple(pairs),
-            shifts,
-            tuple(pair_shifts),
-            tree.bonds,
-            atoms.periodic,
-        )
+        return self.with_pairs(tree, atoms)
 
 
 def child_shifts(tree: Topology, atoms: AtomsInput) -> tuple[Tensor | None, ...]:
     """Images that put each part of a tree together along its bonds; all None for open systems.
 
-    The position of a part is that of its first atom's image; atoms carry their image relative to it, and parts
-    above carry the difference between the images of their own and their parent's first atom.
+    The position of a part is that of its first atom's image; atoms carry their image relative to it, and
+    parts above carry the difference between the images of their own and their parent's first atom.
     """
     if atoms.pbc is None:
         return (None,) * tree.num_levels

@@ -13,8 +13,8 @@ def topology_from_dag(edges: Int[Tensor, "2 edges"], num_atoms: int) -> Topology
     """Level a DAG of parts of one system.
 
     A node's level is the length of the longest path from an atom to it. Where an edge skips levels, one
-    pass-through node per skipped level carries the child up (shared by all its parents there): a part with one
-    child and the same atoms, so the composition scheme stays the same.
+    pass-through node per skipped level carries the child up (shared by all its parents there): a part with
+    one child and the same atoms, so the composition scheme stays the same.
 
     Args:
         edges: [2, E], row 0 the child, row 1 the parent; nodes 0 to ``num_atoms - 1`` are the atoms.
@@ -24,7 +24,8 @@ def topology_from_dag(edges: Int[Tensor, "2 edges"], num_atoms: int) -> Topology
         A validated topology without pairs. Parts are numbered by their node within each level.
 
     Raises:
-        ValueError: naming the node: a cycle, two roots, an atom without a parent, a part without atoms, an atom
+        ValueError: naming the node: a cycle, two roots, an atom without a parent, a part without atoms, an
+            atom
             with children, a repeated edge.
     """
     if num_atoms < 1:

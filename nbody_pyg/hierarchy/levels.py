@@ -56,7 +56,7 @@ class Level:
 
 @dataclass(frozen=True, eq=False)
 class Hierarchy:
-    """The levels of one graph or of a batch, from the atoms (``[0]``) to the root (``[-1]``, one part per graph)."""
+    """The levels of a graph or batch, from atoms (``[0]``) to root (``[-1]``, one part per graph)."""
 
     levels: tuple[Level, ...]
     z: Int[Tensor, " atoms"]

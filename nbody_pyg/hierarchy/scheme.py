@@ -33,8 +33,8 @@ class LevelSpec:
 
     Args:
         name: what its parts are, e.g. ``"groups"``.
-        child_radius: reach of the edges to its children; None at level 0. A typical length, not a cutoff, where
-            the children are fixed by bonds or labels.
+        child_radius: reach of the edges to its children; None at level 0. A typical length, not a cutoff,
+            where the children are fixed by bonds or labels.
         pair_radius: cutoff of the pairs on this level; None where it has none.
     """
 
@@ -81,7 +81,13 @@ class AtomsInput:
 
     @property
     def periodic(self) -> Tensor | None:
+        """Graphs with a periodic direction, [B]; None when there are none."""
         return None if self.pbc is None else self.pbc.any(dim=1)
+
+    @property
+    def num_atoms(self) -> Int[Tensor, " graphs"]:
+        """Atoms of each graph."""
+        return torch.bincount(self.batch, minlength=self.num_graphs)
 
     def pairs(self, pos: Tensor, batch: Tensor, cutoff: float, parts: bool) -> tuple[Tensor, Tensor | None]:
         """Neighbours among centres; shifts only for periodic systems. Centres of parts may coincide."""
@@ -93,12 +99,12 @@ class AtomsInput:
 class Scheme(BaseTransform):
     """A composition scheme: builds the hierarchy of a system, as a PyG transform.
 
-    Two steps keep integers and gradients apart. :meth:`topology` decides who is a part of whom (no gradient; also
-    what the transform stores on the data); :meth:`hierarchy` computes positions, edge vectors and windows from it,
-    in every forward pass, with gradients.
+    Two steps keep integers and gradients apart. :meth:`topology` decides who is a part of whom (no gradient;
+    also what the transform stores on the data); :meth:`hierarchy` computes positions, edge vectors and
+    windows from it, in every forward pass, with gradients.
 
-    A new scheme sets the class attributes, ``self.levels``, keeps its arguments as attributes of the same name,
-    and writes :meth:`topology`; positions and windows have defaults.
+    A new scheme sets the class attributes, ``self.levels``, keeps its arguments as attributes of the same
+    name, and writes :meth:`topology`; positions and windows have defaults.
 
     Class attributes:
         symmetry: under what the scheme commutes.
@@ -117,7 +123,8 @@ class Scheme(BaseTransform):
         cell: Float[Tensor, "graphs 3 3"] | None = None,
         pbc: Tensor | None = None,
     ) -> Topology:
-        """Who is a part of whom, for one graph or a batch (``batch`` sorted). No gradient flows through it."""
+        """Who is a part of whom, for one graph or a batch (``batch`` sorted). No gradient flows through
+        it."""
         raise NotImplementedError
 
     def update(
@@ -129,7 +136,8 @@ class Scheme(BaseTransform):
         cell: Float[Tensor, "graphs 3 3"] | None = None,
         pbc: Tensor | None = None,
     ) -> Topology:
-        """The topology at new positions of the same atoms; schemes with fixed children recompute only pairs."""
+        """The topology at new positions of the same atoms; schemes with fixed children recompute only
+        pairs."""
         return self.topology(z, pos, batch, cell, pbc)
 
     def positions(
@@ -151,8 +159,8 @@ class Scheme(BaseTransform):
     ) -> Hierarchy:
         """Positions, vectors and weights of every level, differentiable in ``pos`` and ``cell``.
 
-        The position of the root of a periodic graph has no meaning (it would depend on which image of an atom was
-        given), so the vectors from it to its children are zero there; it still holds the mean as given.
+        The position of the root of a periodic graph has no meaning (it would depend on which image of an atom
+        was given), so the vectors from it to its children are zero there; it still holds the mean as given.
         """
         if cell is not None:
             cell = cell.reshape(-1, 3, 3)
@@ -177,12 +185,26 @@ class Scheme(BaseTransform):
             )  # fmt: skip
         return Hierarchy(tuple(levels), z, topology.num_graphs)
 
+    def with_pairs(self, tree: Topology, atoms: AtomsInput) -> Topology:
+        """``tree`` with the pairs of every level whose spec has a ``pair_radius``, at these positions."""
+        centres = self.positions(tree, atoms.z, atoms.pos, atoms.cell)
+        found: list[tuple[Tensor | None, Tensor | None]] = []
+        for k, spec in enumerate(self.levels):
+            radius, centre = spec.pair_radius, centres[k]
+            found.append(
+                (None, None) if radius is None else atoms.pairs(centre, tree.batch(k), radius, k > 0)
+            )
+        pairs, shifts = zip(*found, strict=True)
+        return Topology(
+            tree.num_parts, tree.child_index, pairs, tree.child_shift, shifts, tree.bonds, atoms.periodic
+        )
+
     def inputs(self, data: Data) -> dict[str, Any]:
         """Further keyword arguments of :meth:`topology` that a scheme reads from the data (bonds, labels)."""
         return {}
 
     def forward(self, data: Data) -> Data:
-        """Transform: the data as :class:`AtomicData`, with the topology stored on it. A Batch stays a Batch."""
+        """Transform: the data as :class:`AtomicData` with the topology stored on it. A Batch stays one."""
         out = data if isinstance(data, Batch) else AtomicData.from_data(data)
         topology = self.topology(
             out.z, out.pos, out.get("batch"), out.get("cell"), out.get("pbc"), **self.inputs(out)
@@ -193,9 +215,7 @@ class Scheme(BaseTransform):
         """Name and arguments, ready for JSON; see :meth:`from_config`."""
         names = list(inspect.signature(type(self).__init__).parameters)[1:]
         values = {name: getattr(self, name) for name in names}
-        return {"name": type(self).__name__} | {
-            k: list(v) if isinstance(v, tuple) else v for k, v in values.items()
-        }
+        return {"name": type(self).__name__} | {key: _plain(value) for key, value in values.items()}
 
     @staticmethod
     def from_config(config: dict[str, Any]) -> Scheme:
@@ -223,6 +243,11 @@ class Scheme(BaseTransform):
 
 def _subclasses(cls: type) -> list[type]:
     return [sub for direct in cls.__subclasses__() for sub in (direct, *_subclasses(direct))]
+
+
+def _plain(value: Any) -> Any:
+    """Tuples as lists, the way JSON gives them back."""
+    return [_plain(item) for item in value] if isinstance(value, (tuple, list)) else value
 
 
 def check_radius(name: str, value: float | None, optional: bool = False) -> float | None:

@@ -17,11 +17,13 @@ def share_topology(frames: Sequence[Data], scheme: Scheme, reference: int | Topo
 
     The tree is part of the definition of the energy: where a hot frame stretches a bond past the limit of the
     covalent radii, a tree of its own would put a step into the energy surface. Here every frame keeps the
-    children of the reference; only the lists that depend on positions (pairs, lattice images) are its own, through
-    :meth:`Scheme.update`. For schemes without fixed children (NestedShells) it equals applying the scheme.
+    children of the reference; only the lists that depend on positions (pairs, lattice images) are its own,
+    through :meth:`Scheme.update`. For schemes without fixed children (NestedShells) it equals applying the
+    scheme.
 
     Args:
-        frames: frames with the same atoms in the same order. Isomers have the same atoms too: call this once for
+        frames: frames with the same atoms in the same order. Isomers have the same atoms too: call this once
+            for
             each trajectory, never for a set of different molecules.
         scheme: the composition scheme.
         reference: which frame's tree to take (an equilibrated or relaxed one is best), or a topology.
@@ -43,8 +45,8 @@ def share_topology(frames: Sequence[Data], scheme: Scheme, reference: int | Topo
     for number, frame in enumerate(frames):
         if not torch.equal(frame.z, first.z):
             raise ValueError(
-                f"frames must hold the same atoms in the same order, but z of frame {number} differs from the "
-                "reference; call share_topology once for each trajectory"
+                f"frames must hold the same atoms in the same order, but z of frame {number} differs from "
+                "the reference; call share_topology once for each trajectory"
             )
         own = scheme.update(tree, frame.z, frame.pos, None, frame.get("cell"), frame.get("pbc"))
         own.store(frame)

@@ -20,15 +20,16 @@ from nbody_pyg.radial import smooth_cutoff
 class NestedShells(Scheme):
     r"""Each part is the neighbourhood of one atom, made of the neighbourhoods one level below.
 
-    .. math:: \mathrm{children}(i, k) = \{(j, k - 1) : |r_j - r_i| < R_k\}, \qquad p_{ji} = f(|r_j - r_i| / R_k)
+    .. math:: \mathrm{children}(i, k) = \{(j, k - 1) : |r_j - r_i| < R_k\}, \qquad p_{ji} = f(|r_j - r_i|)
 
-    with the window f of :func:`~nbody_pyg.radial.smooth_cutoff`, which is 1 for j = i. Level k >= 1 has as many
-    parts as there are atoms, the last level is the root with all parts of the level below. With one radius per
-    layer this is message passing: the composition scheme of flat networks is the special case.
+    with the window f of :func:`~nbody_pyg.radial.smooth_cutoff`, which is 1 for j = i. Level k >= 1 has as
+    many parts as there are atoms, the last level is the root with all parts of the level below. With one
+    radius per layer this is message passing: the composition scheme of flat networks is the special case.
 
-    The position of a part is that of its **central atom**, not the mean of its members: only so do parts enter and
-    leave without a jump. The root sits at the mass-weighted mean of all atoms (under periodic boundaries: of the
-    atoms as given, and the vectors from it are zero). There are no pairs: neighbours are children.
+    The position of a part is that of its **central atom**, not the mean of its members: only so do parts
+    enter and leave without a jump. The root sits at the mass-weighted mean of all atoms (under periodic
+    boundaries: of the atoms as given, and the vectors from it are zero). There are no pairs: neighbours are
+    children.
 
     Source: neighbourhoods of growing radius, arXiv:1803.01588; departure: smooth membership.
 

@@ -1,4 +1,4 @@
-"""Topology: who is a part of whom, level by level. Integers only; positions and weights live in `Hierarchy`."""
+"""Topology: who is a part of whom, level by level, in integers only."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from torch_geometric.data import Data
 class Topology:
     r"""The composition scheme of one graph or of a batch: a DAG of parts in levels.
 
-    Level 0 holds the atoms, the last level one root per graph. Child edges join neighbouring levels, so a node's
-    set of atoms is
+    Level 0 holds the atoms, the last level one root per graph. Child edges join neighbouring levels, so a
+    node's set of atoms is
 
     .. math:: P_i = \bigcup_{c \in \mathrm{children}(i)} P_c, \qquad P_\mathrm{atom} = \{\mathrm{atom}\}.
 
@@ -161,7 +161,7 @@ class Topology:
 
     @classmethod
     def from_data(cls, data: Data) -> Topology:
-        """Read what :meth:`store` wrote, from one graph or from a batch. Cheap: it runs in every training step.
+        """Read what :meth:`store` wrote, from one graph or from a batch; it runs in every step, so it is cheap.
 
         Raises:
             ValueError: ``data`` holds no hierarchy.
@@ -169,8 +169,8 @@ class Topology:
         stored = data.to_dict()
         if "num_parts_1" not in stored:
             raise ValueError(
-                f"data must hold a hierarchy, but has no key 'num_parts_1' (keys: {sorted(stored)}); apply a scheme "
-                "to it first, e.g. transform=BondTree() on the dataset"
+                f"data must hold a hierarchy, but has no key 'num_parts_1' (keys: {sorted(stored)}); apply a "
+                "scheme to it first, e.g. transform=BondTree() on the dataset"
             )
         num_levels = 1
         while f"num_parts_{num_levels}" in stored:

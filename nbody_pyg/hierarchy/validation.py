@@ -12,10 +12,10 @@ from nbody_pyg.hierarchy.topology import Topology
 def validate_topology(topology: Topology, images: bool = False) -> None:
     r"""Raise unless ``topology`` is a composition scheme.
 
-    A DAG in levels whose leaves are the atoms, with one root per graph that holds all atoms, and
-    :math:`P_c \subseteq P_P` along every child edge. Edges join neighbouring levels, so there are no cycles, parts
-    grow along edges by construction, and a root that every node reaches holds all atoms: what is left to check
-    is that each node has a parent, each part a child, and that edges are in range and within one graph.
+    A DAG in levels whose leaves are the atoms, with one root per graph that holds all atoms, and :math:`P_c
+    \subseteq P_P` along every child edge. Edges join neighbouring levels, so there are no cycles, parts grow
+    along edges by construction, and a root that every node reaches holds all atoms: what is left to check is
+    that each node has a parent, each part a child, and that edges are in range and within one graph.
 
     Args:
         images: allow repeated edges and self pairs, as periodic images give them (also allowed with shifts).
@@ -29,8 +29,8 @@ def validate_topology(topology: Topology, images: bool = False) -> None:
         counts = topology.num_parts[k]
         if counts.shape != topology.num_parts[0].shape or counts.is_floating_point():
             raise ValueError(
-                f"num_parts[{k}] must be integers of shape {list(topology.num_parts[0].shape)}, one per graph, got "
-                f"{counts.dtype} {list(counts.shape)}"
+                f"num_parts[{k}] must be integers of shape {list(topology.num_parts[0].shape)}, one per graph, "
+                f"got {counts.dtype} {list(counts.shape)}"
             )
         empty = (counts < 1).nonzero().flatten().tolist()
         if empty:
@@ -99,8 +99,8 @@ def _check_children(topology: Topology, level: int, images: bool) -> None:
     if cross:
         child, parent = index[:, cross[0]].tolist()
         raise ValueError(
-            f"{_name(topology, level - 1, child)} and its parent {_name(topology, level, parent)} must lie in the "
-            "same graph; shift the indices of each graph when you batch by hand"
+            f"{_name(topology, level - 1, child)} and its parent {_name(topology, level, parent)} must "
+            "lie in the same graph; shift the indices of each graph when you batch by hand"
         )
     childless = (torch.bincount(index[1], minlength=here) == 0).nonzero().flatten().tolist()
     if childless:
@@ -110,14 +110,14 @@ def _check_children(topology: Topology, level: int, images: bool) -> None:
     orphans = (torch.bincount(index[0], minlength=below) == 0).nonzero().flatten().tolist()
     if orphans:
         raise ValueError(
-            f"{_name(topology, level - 1, orphans[0])} has no parent at level {level}, so the root misses its atoms; "
-            "give it a parent (a part of its own will do)"
+            f"{_name(topology, level - 1, orphans[0])} has no parent at level {level}, so the root "
+            "misses its atoms; give it a parent (a part of its own will do)"
         )
     if not images and (column := _repeated(index, shift, below)) is not None:
         child, parent = index[:, column].tolist()
         raise ValueError(
-            f"{_name(topology, level - 1, child)} is listed twice as a child of {_name(topology, level, parent)}; "
-            "children form a set, remove the repeated edge"
+            f"{_name(topology, level - 1, child)} is listed twice as a child of "
+            f"{_name(topology, level, parent)}; children form a set, remove the repeated edge"
         )
 
 
@@ -163,7 +163,8 @@ def validate_hierarchy(hierarchy: Hierarchy) -> None:
     """
     if hierarchy.levels[0].num_parts != hierarchy.z.shape[0]:
         raise ValueError(
-            f"level 0 must hold one node per atom ({hierarchy.z.shape[0]}), got {hierarchy.levels[0].num_parts}"
+            f"level 0 must hold one node per atom ({hierarchy.z.shape[0]}), "
+            f"got {hierarchy.levels[0].num_parts}"
         )
     validate_topology(hierarchy.topology(), images=True)
     for k, level in enumerate(hierarchy.levels):
