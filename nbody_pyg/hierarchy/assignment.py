@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -16,9 +16,6 @@ from nbody_pyg.geometry import complete_cell
 from nbody_pyg.hierarchy.positions import atomic_masses, lattice_vectors, member_positions
 from nbody_pyg.hierarchy.scheme import AtomsInput, LevelSpec, Scheme, check_radius
 from nbody_pyg.hierarchy.topology import Topology, sort_edges
-
-if TYPE_CHECKING:
-    from torch_geometric.nn.pool.select import SelectOutput
 
 
 @functional_transform("nbody_from_assignment")
@@ -92,7 +89,7 @@ class FromAssignment(Scheme):
 
     @classmethod
     def from_select(
-        cls, select: SelectOutput, cutoff: float | None = 5.0, part_cutoff: float | None = 10.0
+        cls, select: Any, cutoff: float | None = 5.0, part_cutoff: float | None = 10.0
     ) -> FromAssignment:
         """The clusters of a PyG `SelectOutput` of one molecule as parts; they may overlap.
 
@@ -128,7 +125,7 @@ class FromAssignment(Scheme):
             return {}
         if data.get(self.labels_key) is None:
             raise ValueError(
-                f"data must have labels under {self.labels_key!r}, but its keys are {sorted(data.to_dict())}; "
+                f"data must have labels under {self.labels_key!r}, but has only {sorted(data.to_dict())}; "
                 "store them there, or pass labels= or labels_key="
             )
         return {"labels": data[self.labels_key]}
@@ -166,7 +163,7 @@ class FromAssignment(Scheme):
 
     def positions(
         self, topology: Topology, z: Int[Tensor, " atoms"], pos: Float[Tensor, "atoms 3"], cell: Tensor | None
-    ) -> list[Float[Tensor, "parts 3"]]:
+    ) -> list[Float[Tensor, "_ 3"]]:
         if self.parts is None:
             return super().positions(topology, z, pos, cell)
         return member_positions(topology, z, pos, cell)
@@ -178,8 +175,8 @@ class FromAssignment(Scheme):
             labels = self._tile(torch.tensor(self.labels, device=device), atoms)
         if labels is None:
             raise ValueError(
-                "labels must be given: this scheme reads them from the data. Apply it as a transform and read "
-                "the topology from the data, or construct it with labels= or parts="
+                "labels must be given: this scheme reads them from the data. Apply it as a transform and "
+                "read the topology from the data, or construct it with labels= or parts="
             )
         labels = labels.reshape(labels.shape[0], -1)
         depth = len(self.part_cutoffs)

@@ -142,7 +142,7 @@ class Scheme(BaseTransform):
 
     def positions(
         self, topology: Topology, z: Int[Tensor, " atoms"], pos: Float[Tensor, "atoms 3"], cell: Tensor | None
-    ) -> list[Float[Tensor, "parts 3"]]:
+    ) -> list[Float[Tensor, "_ 3"]]:
         """Positions of every level, with gradients; the default is the mass-weighted mean of a tree."""
         return tree_positions(topology, z, pos, cell)
 

@@ -43,7 +43,7 @@ class NestedShells(Scheme):
 
     Example:
         >>> NestedShells((4.0, 4.0))
-        NestedShells(radii=(4.0, 4.0))
+        NestedShells(radii=[4.0, 4.0])
     """
 
     symmetry = "E(3) and permutations of the atoms"
@@ -88,7 +88,7 @@ class NestedShells(Scheme):
 
     def positions(
         self, topology: Topology, z: Int[Tensor, " atoms"], pos: Float[Tensor, "atoms 3"], cell: Tensor | None
-    ) -> list[Float[Tensor, "parts 3"]]:
+    ) -> list[Float[Tensor, "_ 3"]]:
         mass, batch = atomic_masses(z, pos.dtype), topology.batch(0)
         total = pos.new_zeros(topology.num_graphs, 3).index_add(0, batch, mass.unsqueeze(-1) * pos)
         norm = pos.new_zeros(topology.num_graphs).index_add(0, batch, mass)

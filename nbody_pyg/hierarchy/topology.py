@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch_geometric.data import Data
 
@@ -39,12 +39,12 @@ class Topology:
     """
 
     num_parts: tuple[Int[Tensor, " graphs"], ...]
-    child_index: tuple[Int[Tensor, "2 edges"] | None, ...]
-    pair_index: tuple[Int[Tensor, "2 pairs"] | None, ...] = ()
-    child_shift: tuple[Float[Tensor, "edges 3"] | None, ...] = ()
-    pair_shift: tuple[Float[Tensor, "pairs 3"] | None, ...] = ()
-    bonds: Int[Tensor, "2 bonds"] | None = None
-    periodic: Tensor | None = None
+    child_index: tuple[Int[Tensor, "2 _"] | None, ...]
+    pair_index: tuple[Int[Tensor, "2 _"] | None, ...] = ()
+    child_shift: tuple[Float[Tensor, "_ 3"] | None, ...] = ()
+    pair_shift: tuple[Float[Tensor, "_ 3"] | None, ...] = ()
+    bonds: Int[Tensor, "2 _"] | None = None
+    periodic: Bool[Tensor, " graphs"] | None = None
     _cache: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
@@ -161,7 +161,7 @@ class Topology:
 
     @classmethod
     def from_data(cls, data: Data) -> Topology:
-        """Read what :meth:`store` wrote, from one graph or from a batch; it runs in every step, so it is cheap.
+        """Read what :meth:`store` wrote, from one graph or from a batch; cheap, it runs in every step.
 
         Raises:
             ValueError: ``data`` holds no hierarchy.

@@ -29,8 +29,8 @@ def validate_topology(topology: Topology, images: bool = False) -> None:
         counts = topology.num_parts[k]
         if counts.shape != topology.num_parts[0].shape or counts.is_floating_point():
             raise ValueError(
-                f"num_parts[{k}] must be integers of shape {list(topology.num_parts[0].shape)}, one per graph, "
-                f"got {counts.dtype} {list(counts.shape)}"
+                f"num_parts[{k}] must be integers of shape {list(topology.num_parts[0].shape)}, one per "
+                f"graph, got {counts.dtype} {list(counts.shape)}"
             )
         empty = (counts < 1).nonzero().flatten().tolist()
         if empty:
