@@ -1,0 +1,65 @@
+"""Compile generated C once, keep it, load it through ctypes: a plain C interface, no headers of torch or Python."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+_FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-shared", "-fPIC", "-w")
+
+
+@functools.lru_cache(maxsize=1)
+def compiler() -> str | None:
+    """Path of the C compiler: the environment's CC, or the first of cc, gcc, clang; None where there is none."""
+    candidates = [os.environ["CC"]] if os.environ.get("CC") else ["cc", "gcc", "clang"]
+    return next((found for name in candidates if (found := shutil.which(name))), None)
+
+
+def cache_folder() -> Path:
+    """Where compiled products are kept: NBODY_CACHE, else the user's cache folder."""
+    base = os.environ.get("NBODY_CACHE") or Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "nbody_pyg"
+    return Path(base) / "kernels"
+
+
+@functools.lru_cache(maxsize=1)
+def _machine() -> str:
+    """What -march=native depends on, so that a cache shared between machines is never wrong."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line for line in lines if line.startswith(("flags", "Features")))
+    except (OSError, StopIteration):
+        return "unknown"
+
+
+@functools.lru_cache(maxsize=None)
+def load(source: str) -> ctypes.CDLL:
+    """Shared library of a C source, compiled at the first use.
+
+    Raises: RuntimeError: no compiler, or the compiler failed (its message is included).
+    """
+    cc = compiler()
+    if cc is None:
+        raise RuntimeError("no C compiler found; install gcc or clang, set CC, or use set_backend('torch')")
+    key = hashlib.sha256("\0".join([source, cc, _machine(), *_FLAGS]).encode()).hexdigest()[:24]
+    library = cache_folder() / f"{key}.so"
+    if not library.exists():
+        _compile(cc, source, library)
+    return ctypes.CDLL(str(library))
+
+
+def _compile(cc: str, source: str, library: Path) -> None:
+    library.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=library.parent) as folder:
+        code, built = Path(folder) / "kernel.c", Path(folder) / "kernel.so"
+        code.write_text(source)
+        command = [cc, *_FLAGS, str(code), "-o", str(built)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode != 0:
+            raise RuntimeError(f"the C compiler failed: {' '.join(command)}\n{done.stderr[-2000:]}")
+        os.replace(built, library)  # several processes may build at once: the last one wins, all are equal

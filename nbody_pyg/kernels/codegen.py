@@ -1,0 +1,261 @@
+r"""C source of the three products and their derivatives, written out term by term from a coupling table.
+
+Every product is linear in each factor, so its derivatives are sums of products of the same kind; each function
+below does all that one autograd node needs in a single pass. Channels are the vector lanes. The functions are:
+
+================  ===========================================================================================
+product_*         channelwise product of two node states: out_r = sum c x_i y_j
+one_body_*        edge product: out_r(target) += w_p sum c Y_m x_i(source), edges sorted by target
+density_*         outer product of harmonics and radial functions summed into slots
+================  ===========================================================================================
+
+with ``forward``, ``backward`` and ``double`` (the derivative of backward) of each.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import NamedTuple
+
+_PRELUDE = """
+#include <stdint.h>
+typedef {real} real;
+enum {{ WIDTH = 64 / sizeof(real) }};
+typedef real vec __attribute__((vector_size(64), aligned(sizeof(real)), may_alias));
+static inline real vec_total(vec v) {{ real s = 0; for (int k = 0; k < WIDTH; k++) s += v[k]; return s; }}
+static inline real real_total(real v) {{ return v; }}
+"""
+
+
+class Term(NamedTuple):
+    """One non-zero coefficient: out[row] += value * first[i] * second[j], row belonging to ``path``."""
+
+    row: int
+    i: int
+    j: int
+    path: int
+    value: float
+
+
+def prelude(dtype: str) -> str:
+    """Types shared by all functions; ``dtype`` is "float" or "double"."""
+    return _PRELUDE.format(real=dtype)
+
+
+def _number(value: float) -> str:
+    return f"((real){value!r})"
+
+
+def _weighted(pairs: list[tuple[float, str]]) -> str:
+    return " + ".join(f"{_number(value)} * {name}" for value, name in pairs)
+
+
+def _over_channels(body) -> list[str]:
+    """The body once over whole vectors of channels and once, one by one, over the rest."""
+    lines = ["    int64_t c = 0;", "    for (; c + WIDTH <= C; c += WIDTH) {"]
+    lines += body("vec")
+    lines += ["    }", "    for (; c < C; c++) {"]
+    lines += body("real")
+    lines += ["    }"]
+    return lines
+
+
+def _load(kind: str, name: str, pointer: str, rows) -> list[str]:
+    return [f"        const {kind} {name}{r} = *(const {kind}*)({pointer} + {r} * C + c);" for r in rows]
+
+
+def _store(kind: str, pointer: str, row: int, value: str, add: bool = False) -> str:
+    return f"        *({kind}*)({pointer} + {row} * C + c) {'+=' if add else '='} {value};"
+
+
+def _zero(kind: str, names) -> list[str]:
+    return [f"        {kind} {name} = ({kind}){{0}};" for name in names]
+
+
+def product_source(terms: list[Term], rows1: int, rows2: int, rows_out: int) -> str:
+    """Functions of the channelwise product for one coupling table."""
+    by_pair: dict[tuple[int, int], list[Term]] = defaultdict(list)
+    for term in terms:
+        by_pair[term.i, term.j].append(term)
+    used1, used2 = sorted({t.i for t in terms}), sorted({t.j for t in terms})
+    rows = range(rows_out)
+
+    def forward(kind: str) -> list[str]:
+        lines = _load(kind, "x", "x", used1) + _load(kind, "y", "y", used2) + _zero(kind, [f"o{r}" for r in rows])
+        for (i, j), group in by_pair.items():
+            lines.append(f"        {{ const {kind} t = x{i} * y{j};")
+            lines += [f"          o{t.row} += {_number(t.value)} * t;" for t in group] + ["        }"]
+        return lines + [_store(kind, "out", r, f"o{r}") for r in rows]
+
+    def gradients(kind: str, double: bool) -> list[str]:
+        lines = _load(kind, "x", "x", used1) + _load(kind, "y", "y", used2) + _load(kind, "g", "g", rows)
+        if double:
+            lines += _load(kind, "a", "a", used1) + _load(kind, "b", "b", used2) + _zero(kind, [f"o{r}" for r in rows])
+        lines += _zero(kind, [f"p{i}" for i in range(rows1)] + [f"q{j}" for j in range(rows2)])
+        first, second = ("b", "a") if double else ("y", "x")
+        for (i, j), group in by_pair.items():
+            lines.append(f"        {{ const {kind} s = {_weighted([(t.value, f'g{t.row}') for t in group])};")
+            lines.append(f"          p{i} += s * {first}{j}; q{j} += s * {second}{i};")
+            if double:
+                lines.append(f"          const {kind} t = a{i} * y{j} + x{i} * b{j};")
+                lines += [f"          o{t.row} += {_number(t.value)} * t;" for t in group]
+            lines.append("        }")
+        lines += [_store(kind, "gx", i, f"p{i}") for i in range(rows1)]
+        lines += [_store(kind, "gy", j, f"q{j}") for j in range(rows2)]
+        return lines + ([_store(kind, "gg", r, f"o{r}") for r in rows] if double else [])
+
+    def function(name: str, pointers: list[tuple[str, int]], outputs: set[str], body) -> str:
+        arguments = ", ".join(f"{'' if p in outputs else 'const '}real* restrict {p}" for p, _ in pointers)
+        lines = [f"void {name}(int64_t N, int64_t C, {arguments}) {{", "  for (int64_t n = 0; n < N; n++) {"]
+        lines += _over_channels(body)
+        lines += ["    " + " ".join(f"{p} += {size} * C;" for p, size in pointers), "  }", "}"]
+        return "\n".join(lines)
+
+    x, y, g, out = ("x", rows1), ("y", rows2), ("g", rows_out), ("out", rows_out)
+    gx, gy, gg, a, b = ("gx", rows1), ("gy", rows2), ("gg", rows_out), ("a", rows1), ("b", rows2)
+    return "\n".join([
+        function("product_forward", [x, y, out], {"out"}, forward),
+        function("product_backward", [g, x, y, gx, gy], {"gx", "gy"}, lambda kind: gradients(kind, False)),
+        function("product_double", [g, x, y, a, b, gg, gx, gy], {"gg", "gx", "gy"}, lambda kind: gradients(kind, True)),
+    ])  # fmt: skip
+
+
+def one_body_source(terms: list[Term], rows_in: int, harmonics: int, rows_out: int, paths: int) -> str:
+    """Functions of the edge product; in ``terms`` i counts source rows and j harmonics."""
+    entries: dict[tuple[int, int], list[Term]] = defaultdict(list)
+    for term in terms:
+        entries[term.row, term.i].append(term)
+    number = {key: k for k, key in enumerate(entries)}
+    by_row: dict[int, list[int]] = defaultdict(list)
+    for row, i in entries:
+        by_row[row].append(i)
+    rows_of_path = {p: sorted({t.row for t in terms if t.path == p}) for p in range(paths)}
+    used = sorted({t.i for t in terms})
+
+    def matrix(name: str, source: str) -> list[str]:
+        # The coupling contracted with this edge's harmonics, once for all channels.
+        lines = [f"    real {name}[{len(entries)}];"]
+        for key, group in entries.items():
+            lines.append(f"    {name}[{number[key]}] = {_weighted([(t.value, f'{source}[{t.j}]') for t in group])};")
+        return lines
+
+    def dot(name: str, state: str, row: int) -> str:
+        return " + ".join(f"{name}[{number[row, i]}] * {state}{i}" for i in by_row[row])
+
+    def forward(kind: str) -> list[str]:
+        lines = _load(kind, "x", "xe", used)
+        for p in range(paths):
+            lines.append(f"        {{ const {kind} w0 = *(const {kind}*)(we + {p} * C + c);")
+            lines += [_store(kind, "oe", r, f"w0 * ({dot('M', 'x', r)})", add=True) for r in rows_of_path[p]]
+            lines.append("        }")
+        return lines
+
+    def backward(kind: str) -> list[str]:
+        lines = _load(kind, "x", "xe", used) + _zero(kind, [f"p{i}" for i in used])
+        for p in range(paths):
+            lines.append(f"        {{ const {kind} w0 = *(const {kind}*)(we + {p} * C + c); {kind} s = ({kind}){{0}};")
+            for r in rows_of_path[p]:
+                lines.append(f"        {{ const {kind} g0 = *(const {kind}*)(ge + {r} * C + c); const {kind} h = w0 * g0;")
+                lines.append(f"          s += g0 * ({dot('M', 'x', r)});")
+                lines += [f"          p{i} += M[{number[r, i]}] * h;" for i in by_row[r]]
+                lines += _harmonic_gradient(kind, entries, r, by_row[r], ["h * x{i}"])
+                lines.append("        }")
+            lines.append(f"        *({kind}*)(gwe + {p} * C + c) = s; }}")
+        return lines + [_store(kind, "gxe", i, f"p{i}", add=True) for i in used]
+
+    def double(kind: str) -> list[str]:
+        lines = _load(kind, "x", "xe", used) + _load(kind, "a", "ae", used) + _zero(kind, [f"p{i}" for i in used])
+        for p in range(paths):
+            lines.append(f"        {{ const {kind} w0 = *(const {kind}*)(we + {p} * C + c);")
+            lines.append(f"          const {kind} k0 = *(const {kind}*)(ke + {p} * C + c); {kind} s = ({kind}){{0}};")
+            for r in rows_of_path[p]:
+                lines.append(f"        {{ const {kind} g0 = *(const {kind}*)(ge + {r} * C + c);")
+                lines.append(f"          const {kind} h = w0 * g0, d = k0 * g0;")
+                lines.append(f"          const {kind} z = {dot('M', 'a', r)} + {dot('B', 'x', r)};")
+                lines.append(f"          s += g0 * z;")
+                lines.append(_store(kind, "oe", r, f"w0 * z + k0 * ({dot('M', 'x', r)})", add=True))
+                lines += [f"          p{i} += B[{number[r, i]}] * h + M[{number[r, i]}] * d;" for i in by_row[r]]
+                lines += _harmonic_gradient(kind, entries, r, by_row[r], ["h * a{i} + d * x{i}"])
+                lines.append("        }")
+            lines.append(f"        *({kind}*)(gwe + {p} * C + c) = s; }}")
+        return lines + [_store(kind, "gxe", i, f"p{i}", add=True) for i in used]
+
+    def function(name: str, arguments: str, setup: list[str], body, finish: list[str]) -> str:
+        lines = [f"void {name}(int64_t E, int64_t C, const int64_t* restrict source, const int64_t* restrict target,",
+                 f"    {arguments}) {{", "  for (int64_t e = 0; e < E; e++) {"] + setup  # fmt: skip
+        return "\n".join(lines + _over_channels(body) + finish + ["  }", "}"])
+
+    size_in, size_out, size_w = f"{rows_in} * C", f"{rows_out} * C", f"{paths} * C"
+    state = [f"    const real *xe = x + source[e] * {size_in}, *we = w + e * {size_w}, *Ye = Y + e * {harmonics};"]
+    grads = [f"    const real *ge = g + target[e] * {size_out};",
+             f"    real *gxe = gx + source[e] * {size_in}, *gwe = gw + e * {size_w};",
+             "    " + " ".join(f"vec yv{m} = (vec){{0}}; real yr{m} = 0;" for m in range(harmonics))]  # fmt: skip
+    finish = [f"    gY[e * {harmonics} + {m}] = vec_total(yv{m}) + yr{m};" for m in range(harmonics)]
+    common = "const real* restrict x, const real* restrict Y, const real* restrict w"
+    out = f"    real *oe = out + target[e] * {size_out};"
+    return "\n".join([
+        function("one_body_forward", f"{common}, real* restrict out", state + [out] + matrix("M", "Ye"), forward, []),
+        function("one_body_backward", f"const real* restrict g, {common}, real* restrict gx, real* restrict gY, real* restrict gw",
+                 state + grads + matrix("M", "Ye"), backward, finish),
+        function("one_body_double",
+                 f"const real* restrict g, {common}, const real* restrict a, const real* restrict b, const real* restrict k, "
+                 "real* restrict out, real* restrict gx, real* restrict gY, real* restrict gw",
+                 state + grads + [out, f"    const real *ae = a + source[e] * {size_in}, *be = b + e * {harmonics}, *ke = k + e * {size_w};"]
+                 + matrix("M", "Ye") + matrix("B", "be"), double, finish),
+    ])  # fmt: skip
+
+
+def _harmonic_gradient(kind: str, entries, row: int, columns: list[int], forms: list[str]) -> list[str]:
+    """Accumulate the gradient of the harmonics of one output row; vector and scalar sums are kept apart."""
+    sums, lines = ("yv" if kind == "vec" else "yr"), []
+    for i in columns:
+        lines.append(f"          {{ const {kind} t = {' + '.join(form.format(i=i) for form in forms)};")
+        lines += [f"            {sums}{t.j} += {_number(t.value)} * t;" for t in entries[row, i]]
+        lines.append("          }")
+    return lines
+
+
+def density_source(harmonics: int, basis: int) -> str:
+    """Functions of the density: out[slot, m, b] += Y[e, m] * B[e, b]."""
+    return f"""
+enum {{ M = {harmonics}, K = {basis} }};
+void density_forward(int64_t E, const int64_t* restrict slot, const real* restrict Y, const real* restrict B, real* restrict out) {{
+  for (int64_t e = 0; e < E; e++) {{
+    real* o = out + slot[e] * M * K;
+    for (int m = 0; m < M; m++) for (int b = 0; b < K; b++) o[m * K + b] += Y[e * M + m] * B[e * K + b];
+  }}
+}}
+void density_backward(int64_t E, const int64_t* restrict slot, const real* restrict g, const real* restrict Y, const real* restrict B,
+    real* restrict gY, real* restrict gB) {{
+  for (int64_t e = 0; e < E; e++) {{
+    const real* h = g + slot[e] * M * K;
+    real sum[K];
+    for (int b = 0; b < K; b++) sum[b] = 0;
+    for (int m = 0; m < M; m++) {{
+      real s = 0;
+      for (int b = 0; b < K; b++) {{ s += h[m * K + b] * B[e * K + b]; sum[b] += h[m * K + b] * Y[e * M + m]; }}
+      gY[e * M + m] = s;
+    }}
+    for (int b = 0; b < K; b++) gB[e * K + b] = sum[b];
+  }}
+}}
+void density_double(int64_t E, const int64_t* restrict slot, const real* restrict g, const real* restrict Y, const real* restrict B,
+    const real* restrict a, const real* restrict d, real* restrict out, real* restrict gY, real* restrict gB) {{
+  for (int64_t e = 0; e < E; e++) {{
+    const real* h = g + slot[e] * M * K;
+    real* o = out + slot[e] * M * K;
+    real sum[K];
+    for (int b = 0; b < K; b++) sum[b] = 0;
+    for (int m = 0; m < M; m++) {{
+      real s = 0;
+      for (int b = 0; b < K; b++) {{
+        o[m * K + b] += a[e * M + m] * B[e * K + b] + Y[e * M + m] * d[e * K + b];
+        s += h[m * K + b] * d[e * K + b];
+        sum[b] += h[m * K + b] * a[e * M + m];
+      }}
+      gY[e * M + m] = s;
+    }}
+    for (int b = 0; b < K; b++) gB[e * K + b] = sum[b];
+  }}
+}}
+"""

@@ -1,0 +1,196 @@
+"""Autograd around the compiled products: forward, backward and its derivative, each one call into C.
+
+A third derivative is not offered here (the plain torch backend has it); asking for one is an error, not a wrong number.
+"""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from nbody_pyg.kernels import build, codegen
+from nbody_pyg.kernels.codegen import Term
+
+_C_NAMES = {torch.float32: "float", torch.float64: "double"}
+
+
+class _Library:
+    """Functions of one generated source, by dtype, compiled at first use."""
+
+    def __init__(self, source: str, arity: dict[str, tuple[int, int]]) -> None:
+        self._source, self._arity = source, arity
+        self._loaded: dict[torch.dtype, dict] = {}
+
+    def __getitem__(self, dtype: torch.dtype) -> dict:
+        functions = self._loaded.get(dtype)
+        if functions is None:
+            library = build.load(codegen.prelude(_C_NAMES[dtype]) + self._source)
+            functions = {}
+            for name, (sizes, pointers) in self._arity.items():
+                function = getattr(library, name)
+                function.argtypes = [ctypes.c_int64] * sizes + [ctypes.c_void_p] * pointers
+                function.restype = None
+                functions[name] = function
+            self._loaded[dtype] = functions
+        return functions
+
+    def __deepcopy__(self, memo):
+        return self  # compiled code is shared; ctypes objects cannot be copied
+
+    def __reduce__(self):
+        return _Library, (self._source, self._arity)
+
+
+class ProductKernel:
+    """Channelwise product of node states for one coupling table, see :func:`codegen.product_source`."""
+
+    def __init__(self, terms: list[Term], rows1: int, rows2: int, rows_out: int) -> None:
+        self.rows1, self.rows2, self.rows_out = rows1, rows2, rows_out
+        arity = {"product_forward": (2, 3), "product_backward": (2, 5), "product_double": (2, 8)}
+        self.library = _Library(codegen.product_source(terms, rows1, rows2, rows_out), arity)
+
+    def __call__(self, x: Tensor, y: Tensor) -> Tensor:
+        return _Product.apply(x, y, self)
+
+
+class _Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, y: Tensor, kernel: ProductKernel) -> Tensor:
+        x, y = x.contiguous(), y.contiguous()
+        ctx.save_for_backward(x, y)
+        ctx.kernel = kernel
+        nodes, _, channels = x.shape
+        out = x.new_empty(nodes, kernel.rows_out, channels)
+        kernel.library[x.dtype]["product_forward"](nodes, channels, x.data_ptr(), y.data_ptr(), out.data_ptr())
+        return out
+
+    @staticmethod
+    def backward(ctx, g: Tensor):
+        return *_ProductBackward.apply(g, *ctx.saved_tensors, ctx.kernel), None
+
+
+class _ProductBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, g: Tensor, x: Tensor, y: Tensor, kernel: ProductKernel):
+        g = g.contiguous()
+        ctx.save_for_backward(g, x, y)
+        ctx.kernel = kernel
+        gx, gy = torch.empty_like(x), torch.empty_like(y)
+        tensors = (g, x, y, gx, gy)
+        kernel.library[x.dtype]["product_backward"](x.shape[0], x.shape[2], *[t.data_ptr() for t in tensors])
+        return gx, gy
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, a: Tensor, b: Tensor):
+        g, x, y = ctx.saved_tensors
+        gg, gx, gy = torch.empty_like(g), torch.empty_like(x), torch.empty_like(y)
+        tensors = (g, x, y, a.contiguous(), b.contiguous(), gg, gx, gy)
+        ctx.kernel.library[x.dtype]["product_double"](x.shape[0], x.shape[2], *[t.data_ptr() for t in tensors])
+        return gg, gx, gy, None
+
+
+class OneBodyKernel:
+    """Edge product of source states, harmonics and radial weights, see :func:`codegen.one_body_source`."""
+
+    def __init__(self, terms: list[Term], rows_in: int, harmonics: int, rows_out: int, paths: int) -> None:
+        self.rows_out = rows_out
+        arity = {"one_body_forward": (2, 6), "one_body_backward": (2, 9), "one_body_double": (2, 13)}
+        self.library = _Library(codegen.one_body_source(terms, rows_in, harmonics, rows_out, paths), arity)
+
+    def __call__(self, x: Tensor, harmonics: Tensor, weights: Tensor, index: Tensor, num_targets: int) -> Tensor:
+        """Sum over edges: (targets, rows_out, channels)."""
+        return _OneBody.apply(x, harmonics, weights, index, num_targets, self)
+
+
+class _OneBody(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, harmonics, weights, index, num_targets: int, kernel: OneBodyKernel) -> Tensor:
+        x, harmonics, weights, index = x.contiguous(), harmonics.contiguous(), weights.contiguous(), index.contiguous()
+        ctx.save_for_backward(x, harmonics, weights, index)
+        ctx.kernel = kernel
+        edges, channels = index.shape[1], x.shape[2]
+        out = x.new_zeros(num_targets, kernel.rows_out, channels)
+        tensors = (index[0], index[1], x, harmonics, weights, out)
+        kernel.library[x.dtype]["one_body_forward"](edges, channels, *[t.data_ptr() for t in tensors])
+        return out
+
+    @staticmethod
+    def backward(ctx, g: Tensor):
+        return *_OneBodyBackward.apply(g, *ctx.saved_tensors, ctx.kernel), None, None, None
+
+
+class _OneBodyBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, g, x, harmonics, weights, index, kernel: OneBodyKernel):
+        g = g.contiguous()
+        ctx.save_for_backward(g, x, harmonics, weights, index)
+        ctx.kernel = kernel
+        gx, gy, gw = torch.zeros_like(x), torch.empty_like(harmonics), torch.empty_like(weights)
+        tensors = (index[0], index[1], g, x, harmonics, weights, gx, gy, gw)
+        kernel.library[x.dtype]["one_body_backward"](index.shape[1], x.shape[2], *[t.data_ptr() for t in tensors])
+        return gx, gy, gw
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, a: Tensor, b: Tensor, k: Tensor):
+        g, x, harmonics, weights, index = ctx.saved_tensors
+        gg, gx = torch.zeros_like(g), torch.zeros_like(x)
+        gy, gw = torch.empty_like(harmonics), torch.empty_like(weights)
+        a, b, k = a.contiguous(), b.contiguous(), k.contiguous()
+        tensors = (index[0], index[1], g, x, harmonics, weights, a, b, k, gg, gx, gy, gw)
+        ctx.kernel.library[x.dtype]["one_body_double"](index.shape[1], x.shape[2], *[t.data_ptr() for t in tensors])
+        return gg, gx, gy, gw, None, None
+
+
+class DensityKernel:
+    """Harmonics times radial functions summed into slots, see :func:`codegen.density_source`."""
+
+    def __init__(self, harmonics: int, basis: int) -> None:
+        self.shape = (harmonics, basis)
+        arity = {"density_forward": (1, 4), "density_backward": (1, 6), "density_double": (1, 9)}
+        self.library = _Library(codegen.density_source(harmonics, basis), arity)
+
+    def __call__(self, harmonics: Tensor, radial: Tensor, slot: Tensor, num_slots: int) -> Tensor:
+        """Sum over edges: (num_slots, harmonics, basis)."""
+        return _Density.apply(harmonics, radial, slot, num_slots, self)
+
+
+class _Density(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, harmonics, radial, slot, num_slots: int, kernel: DensityKernel) -> Tensor:
+        harmonics, radial, slot = harmonics.contiguous(), radial.contiguous(), slot.contiguous()
+        ctx.save_for_backward(harmonics, radial, slot)
+        ctx.kernel = kernel
+        out = harmonics.new_zeros(num_slots, *kernel.shape)
+        tensors = (slot, harmonics, radial, out)
+        kernel.library[out.dtype]["density_forward"](slot.shape[0], *[t.data_ptr() for t in tensors])
+        return out
+
+    @staticmethod
+    def backward(ctx, g: Tensor):
+        return *_DensityBackward.apply(g, *ctx.saved_tensors, ctx.kernel), None, None, None
+
+
+class _DensityBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, g, harmonics, radial, slot, kernel: DensityKernel):
+        g = g.contiguous()
+        ctx.save_for_backward(g, harmonics, radial, slot)
+        ctx.kernel = kernel
+        gy, gb = torch.empty_like(harmonics), torch.empty_like(radial)
+        tensors = (slot, g, harmonics, radial, gy, gb)
+        kernel.library[g.dtype]["density_backward"](slot.shape[0], *[t.data_ptr() for t in tensors])
+        return gy, gb
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, a: Tensor, d: Tensor):
+        g, harmonics, radial, slot = ctx.saved_tensors
+        gg, gy, gb = torch.zeros_like(g), torch.empty_like(harmonics), torch.empty_like(radial)
+        tensors = (slot, g, harmonics, radial, a.contiguous(), d.contiguous(), gg, gy, gb)
+        ctx.kernel.library[g.dtype]["density_double"](slot.shape[0], *[t.data_ptr() for t in tensors])
+        return gg, gy, gb, None, None

@@ -1,0 +1,20 @@
+"""Covariant layers: types, linear maps, products, gates, readouts."""
+
+from nbody_pyg.nn.gates import DensityGate, FullGate, OneBodyGate, PairGate, ProductGate
+from nbody_pyg.nn.irreps import from_mul_ir, hidden_irreps, to_mul_ir
+from nbody_pyg.nn.linear import IrrepsLinear
+from nbody_pyg.nn.products import ChannelwiseProduct, FullProduct
+
+__all__ = [
+    "ChannelwiseProduct",
+    "DensityGate",
+    "FullGate",
+    "FullProduct",
+    "IrrepsLinear",
+    "OneBodyGate",
+    "PairGate",
+    "ProductGate",
+    "from_mul_ir",
+    "hidden_irreps",
+    "to_mul_ir",
+]

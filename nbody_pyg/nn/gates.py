@@ -1,0 +1,342 @@
+r"""Interaction gates: how the states of some parts make the state of another.
+
+The order (P, Q, S) of a gate bounds its degree in relative vectors, in states and in inverse distances. "k-th order"
+has two readings in use: the degree k of the solid harmonics of a direction, and the number k of states that interact.
+:class:`OneBodyGate` has the first as its argument ``order``; :class:`ProductGate` the second as ``body_order``.
+Aggregate first, multiply after: the sum over children is linear in each child, so products of sums hold every
+product of children that share weights, at the cost of a node instead of a pair.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from e3nn import o3
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from nbody_pyg.kernels.backend import backend
+from nbody_pyg.kernels.ops import DensityKernel, OneBodyKernel
+from nbody_pyg.nn.harmonics import SolidHarmonics
+from nbody_pyg.nn.irreps import (
+    ConstantTables,
+    coupling_paths,
+    equal_multiplicity,
+    harmonic_irreps,
+    num_rows,
+    require_reachable,
+)
+from nbody_pyg.nn.linear import IrrepsLinear
+from nbody_pyg.nn.products import ChannelwiseProduct, FullProduct, PathLinear, coupling_table, path_row_order, table_terms
+from nbody_pyg.radial import soften
+
+
+class EdgeFeatures(NamedTuple):
+    """What gates need to know of a set of edges.
+
+    ==============  =====================================================================
+    field           shape
+    ==============  =====================================================================
+    index           (2, edges): source, target
+    harmonics       (edges, (lmax+1)^2): solid harmonics of the softened direction
+    radial          (edges, num_basis): radial basis times the window of the hierarchy
+    num_targets     number of receiving parts
+    ==============  =====================================================================
+    """
+
+    index: Tensor
+    harmonics: Tensor
+    radial: Tensor
+    num_targets: int
+
+
+class EdgeEmbedding(nn.Module):
+    """Edge vectors and windows to :class:`EdgeFeatures`; gates on the same edges share one.
+
+    Args:
+        lmax: highest degree of the harmonics.
+        radial: basis of functions of the distance (:mod:`nbody_pyg.radial`).
+        symmetry: "o3", "o3-full" or "so3".
+    """
+
+    def __init__(self, lmax: int, radial: nn.Module, symmetry: str = "o3") -> None:
+        super().__init__()
+        self.harmonics = SolidHarmonics(lmax, symmetry)
+        self.radial = radial
+
+    def forward(
+        self,
+        index: Int[Tensor, "2 edges"],
+        vec: Float[Tensor, "edges 3"],
+        window: Float[Tensor, "edges"],
+        num_targets: int,
+    ) -> EdgeFeatures:
+        direction, rho = soften(vec)
+        return EdgeFeatures(index, self.harmonics(direction), self.radial(rho) * window.unsqueeze(-1), num_targets)
+
+
+def sum_into(messages: Float[Tensor, "edges *shape"], target: Int[Tensor, "edges"], num_targets: int) -> Tensor:
+    """Sum messages at their targets; index_add has derivatives of every order, segment reductions do not."""
+    return messages.new_zeros(num_targets, *messages.shape[1:]).index_add(0, target, messages)
+
+
+class DensityGate(nn.Module):
+    r"""One-body gate whose sources are bare atoms: the atomic density of every element.
+
+    .. math:: A^{\ell}_{i c} = \bar n^{-1/2} \sum_{s, b} W^{\ell}_{s b, c}
+              \sum_{j: z_j = s} w_{ij} B_b(r_{ij})\, Y_\ell(\mathbf r_{ij})
+
+    The inner sum has no channels, so an edge costs only basis x harmonics; W^l acts once per atom. It equals
+    :class:`OneBodyGate` on an embedding of the element (P7, P8 with 0e states).
+
+    Args:
+        num_species: number of elements.
+        num_basis: number of radial functions on the edges.
+        irreps_out: type of the result, one multiplicity, no degree above the harmonics'.
+        degree: typical number of neighbours, a constant (a count taken from the input would break extensivity).
+
+    Shapes: species (sources,) in 0 .. num_species - 1, edges -> (targets, rows, channels).
+    Equivariance: O(3), permutation. Cost: O(edges basis rows + nodes species basis rows channels).
+    Smoothness: that of the window. Raises: ValueError: ``irreps_out`` asks for what no harmonic gives.
+    """
+
+    def __init__(
+        self, num_species: int, num_basis: int, irreps_out: o3.Irreps, degree: float = 1.0, symmetry: str = "o3"
+    ) -> None:
+        super().__init__()
+        self.irreps_out = o3.Irreps(irreps_out)
+        self.num_species, self.scale = num_species, degree**-0.5
+        lmax = max(ir.l for _, ir in self.irreps_out)
+        require_reachable(self.irreps_out, {ir for _, ir in harmonic_irreps(lmax, symmetry)}, "a density of bare atoms")
+        channels, fan_in = equal_multiplicity(self.irreps_out), num_species * num_basis
+        self.weight = nn.Parameter(torch.randn(lmax + 1, fan_in, channels) * num_basis**-0.5)
+        self.kernel = DensityKernel(num_rows(self.irreps_out), num_basis)
+
+    def forward(self, species: Int[Tensor, "sources"], edges: EdgeFeatures) -> Float[Tensor, "targets rows channels"]:
+        source, target = edges.index
+        degrees = [2 * ir.l + 1 for _, ir in self.irreps_out]
+        rows, basis = sum(degrees), edges.radial.shape[1]
+        slot, num_slots = target * self.num_species + species[source], edges.num_targets * self.num_species
+        harmonics = edges.harmonics[:, :rows]
+        if backend(edges.radial) == "c":
+            density = self.kernel(harmonics, edges.radial, slot, num_slots)
+        else:
+            density = sum_into((harmonics.unsqueeze(2) * edges.radial.unsqueeze(1)).flatten(1), slot, num_slots)
+        density = density.view(edges.num_targets, self.num_species, rows, basis).transpose(1, 2).flatten(2) * self.scale
+        blocks = [block @ self.weight[l] for l, block in enumerate(density.split(degrees, dim=1))]
+        return torch.cat(blocks, dim=1)
+
+    def extra_repr(self) -> str:
+        return f"{self.num_species} species -> {self.irreps_out}"
+
+
+class OneBodyGate(ConstantTables):
+    r"""One-body gate of order P: every source acts on its target through one direction.
+
+    .. math:: A^{\ell}_{i} = W^{\ell} \Big[ \bar n^{-1/2} \sum_{j} w_{ij}\, R^{(\ell_1 \ell_2 \ell)}_c(r_{ij})\,
+              CG(\psi_{j c}^{\ell_1} \otimes Y_{\ell_2}(\mathbf r_{ij}))^{\ell} \Big], \qquad \ell_2 \le P
+
+    Zeroth order (P = 0) uses distances only, first order (P = 1) one factor of the direction, k-th order solid
+    harmonics up to degree k. Source: our reading of the gates of arXiv:1803.01588 (P7, P8); departure: the
+    radial functions R are learned combinations of a basis (inverse powers in the strict preset).
+
+    ===============  ===================  ====================================
+    symbol           code                 shape
+    ===============  ===================  ====================================
+    :math:`\psi`     ``x``                (sources, rows_in, channels)
+    w R basis, Y     ``edges``            see :class:`EdgeFeatures`
+    A                result               (targets, rows_out, channels_out)
+    ===============  ===================  ====================================
+
+    Args:
+        irreps_in: type of the sources, one multiplicity.
+        irreps_out: type of the result, one multiplicity.
+        order: P, highest degree of the harmonics used.
+        num_basis: number of radial functions on the edges.
+        degree: typical number of sources per target, a constant.
+        symmetry: "o3", "o3-full" or "so3".
+
+    Equivariance: O(3) or SO(3), permutation of the sources. Smoothness: that of the window.
+    Cost: O(edges paths (2l+1)^2 channels).
+    Raises: ValueError: a fragment of ``irreps_out`` that no path of this order leads to.
+    """
+
+    def __init__(
+        self,
+        irreps_in: o3.Irreps,
+        irreps_out: o3.Irreps,
+        order: int,
+        num_basis: int,
+        degree: float = 1.0,
+        symmetry: str = "o3",
+    ) -> None:
+        super().__init__()
+        self.irreps_in, self.irreps_out, self.order = o3.Irreps(irreps_in), o3.Irreps(irreps_out), order
+        self.channels, self.scale = equal_multiplicity(self.irreps_in), degree**-0.5
+        harmonics = harmonic_irreps(order, symmetry)
+        self.paths = coupling_paths(self.irreps_in, harmonics, self.irreps_out)
+        require_reachable(self.irreps_out, {path.ir for path in self.paths}, f"a gate of order {order} on {irreps_in}")
+        table = coupling_table(self.irreps_in, harmonics, self.paths)
+        self.num_harmonics, self.rows_in = num_rows(harmonics), num_rows(self.irreps_in)
+        terms = table_terms(table, self.paths, self.num_harmonics)
+        self.kernel = OneBodyKernel(terms, self.rows_in, self.num_harmonics, table.shape[0], len(self.paths))
+        table = table.view(-1, self.rows_in, self.num_harmonics).permute(2, 0, 1).flatten(1)
+        self.add_table("coupling", table)
+        self.add_table("path_of_row", torch.tensor([n for n, _ in path_row_order(self.paths)]))
+        self.radial_weight = nn.Parameter(torch.randn(num_basis, len(self.paths) * self.channels) * num_basis**-0.5)
+        self.mix = PathLinear(self.paths, self.channels, self.irreps_out)
+
+    def forward(
+        self, x: Float[Tensor, "sources rows_in channels"], edges: EdgeFeatures
+    ) -> Float[Tensor, "targets rows_out channels_out"]:
+        source, target = edges.index
+        num_edges = source.shape[0]
+        harmonics = edges.harmonics[:, : self.num_harmonics]
+        radial = (edges.radial @ (self.radial_weight * self.scale)).view(num_edges, len(self.paths), self.channels)
+        if backend(x) == "c":
+            return self.mix(self.kernel(x, harmonics, radial, edges.index, edges.num_targets))
+        matrices = (harmonics @ self.coupling).view(num_edges, -1, self.rows_in)
+        messages = torch.bmm(matrices, x.index_select(0, source)) * radial.index_select(1, self.path_of_row)
+        return self.mix(sum_into(messages, target, edges.num_targets))
+
+    def extra_repr(self) -> str:
+        return f"{self.irreps_in} -> {self.irreps_out}, order={self.order}, {len(self.paths)} paths"
+
+
+class ProductGate(nn.Module):
+    r"""Products of a summed state with itself: interactions of several children at once.
+
+    .. math:: B = W_1 A + W_2\,CG(A \otimes A) + W_3\,CG\big(W_2\,CG(A \otimes A) \otimes A\big) + \dots
+
+    With A a sum over children, the term of degree k holds every k-fold product of children (P8, the second reading of
+    "k-th order"), each reduced by W^l before the next product (P11).
+
+    Args:
+        irreps_in: type of ``A``, one multiplicity.
+        irreps_out: type of the result with the same multiplicity, a subset of the fragments of ``irreps_in``.
+        body_order: highest degree in A, >= 1.
+
+    Shapes: (nodes, rows_in, channels) -> (nodes, rows_out, channels).
+    Equivariance: O(3), SO(3). Smoothness: polynomial.
+    Raises: ValueError: ``body_order`` < 1.
+    """
+
+    def __init__(self, irreps_in: o3.Irreps, irreps_out: o3.Irreps, body_order: int = 3) -> None:
+        super().__init__()
+        if body_order < 1:
+            raise ValueError(f"body_order must be at least 1, got {body_order!r}; 2 or 3 is usual")
+        self.irreps_in, self.irreps_out, self.body_order = o3.Irreps(irreps_in), o3.Irreps(irreps_out), body_order
+        self.linear = RowLinear(self.irreps_in, self.irreps_out)
+        self.products = nn.ModuleList()
+        for k in range(2, body_order + 1):
+            last = k == body_order
+            irreps = self.irreps_out if last else self.irreps_in
+            self.products.append(ChannelwiseProduct(self.irreps_in, self.irreps_in, irreps, symmetric=k == 2))
+        self.keep = num_rows(self.irreps_out)
+
+    def forward(self, a: Float[Tensor, "nodes rows_in channels"]) -> Float[Tensor, "nodes rows_out channels"]:
+        result, power = self.linear(a), a
+        for product in self.products:
+            power = product(power, a)
+            result = result + power[:, : self.keep]
+        return result
+
+
+class RowLinear(nn.Module):
+    """W^l on states of one multiplicity, (nodes, rows_in, channels) to (nodes, rows_out, channels_out).
+
+    The same map as :class:`~nbody_pyg.nn.linear.IrrepsLinear`, on the three-dimensional view that the gates use.
+    """
+
+    def __init__(self, irreps_in: o3.Irreps, irreps_out: o3.Irreps) -> None:
+        super().__init__()
+        self.irreps_in, self.irreps_out = o3.Irreps(irreps_in), o3.Irreps(irreps_out)
+        require_reachable(self.irreps_out, {ir for _, ir in self.irreps_in}, f"the linear map of {irreps_in}")
+        channels, channels_out = equal_multiplicity(self.irreps_in), equal_multiplicity(self.irreps_out)
+        starts, start = {}, 0
+        for _, ir in self.irreps_in:
+            starts[ir] = start
+            start += ir.dim
+        self._rows = [(starts[ir], ir.dim) for _, ir in self.irreps_out]
+        self.weights = nn.ParameterList(
+            nn.Parameter(torch.randn(channels, channels_out) * channels**-0.5) for _ in self._rows
+        )
+
+    def forward(self, x: Float[Tensor, "nodes rows_in channels"]) -> Float[Tensor, "nodes rows_out channels_out"]:
+        blocks = [x[:, s : s + d] @ weight for (s, d), weight in zip(self._rows, self.weights, strict=True)]
+        return blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=1)
+
+    def extra_repr(self) -> str:
+        return f"{self.irreps_in} -> {self.irreps_out}"
+
+
+class PairGate(nn.Module):
+    r"""Bilinear gate of pairs of parts on one level.
+
+    .. math:: \psi'^{\,\ell}_i = W^\ell\, CG\Big(\psi_i \otimes \sum_j w_{ij} R(r_{ij})\,
+              CG(\psi_j \otimes Y(\mathbf r_{ij}))\Big)^\ell
+
+    The state of i does not depend on j, so it stands outside the sum: the pairwise products of the paper at the cost
+    of one product per part. Order (P, 2, S) (P7 for order 0, P8 for order 1).
+
+    Args: as for :class:`OneBodyGate`.
+    Equivariance: O(3) or SO(3), permutation. Smoothness: that of the window.
+    """
+
+    def __init__(
+        self,
+        irreps_in: o3.Irreps,
+        irreps_out: o3.Irreps,
+        order: int,
+        num_basis: int,
+        degree: float = 1.0,
+        symmetry: str = "o3",
+    ) -> None:
+        super().__init__()
+        self.gather = OneBodyGate(irreps_in, irreps_in, order, num_basis, degree, symmetry)
+        self.product = ChannelwiseProduct(o3.Irreps(irreps_in), o3.Irreps(irreps_in), irreps_out)
+        self.irreps_in, self.irreps_out = o3.Irreps(irreps_in), o3.Irreps(irreps_out)
+
+    def forward(
+        self, x: Float[Tensor, "parts rows_in channels"], edges: EdgeFeatures
+    ) -> Float[Tensor, "parts rows_out channels"]:
+        return self.product(x, self.gather(x, edges))
+
+
+class FullGate(nn.Module):
+    r"""The uncompressed one-body gate: full product, all radial functions, one W^l.
+
+    .. math:: \psi^{\ell}_i = W^\ell \sum_j w_{ij} \bigoplus_{b} B_b(r_{ij})\, CG(\psi_j \otimes Y(\mathbf r_{ij}))^\ell
+
+    The literal form of P8 for any types (multiplicities may differ). For small types, and as the yardstick of
+    :class:`OneBodyGate`.
+
+    Args: as for :class:`OneBodyGate`; multiplicities are free.
+    Shapes: x (sources, irreps_in.dim) -> (targets, irreps_out.dim), ir_mul.
+    """
+
+    def __init__(
+        self,
+        irreps_in: o3.Irreps | str,
+        irreps_out: o3.Irreps | str,
+        order: int,
+        num_basis: int,
+        degree: float = 1.0,
+        symmetry: str = "o3",
+    ) -> None:
+        super().__init__()
+        self.irreps_in, self.irreps_out = o3.Irreps(irreps_in), o3.Irreps(irreps_out)
+        self.order, self.scale = order, degree**-0.5
+        self.product = FullProduct(self.irreps_in, harmonic_irreps(order, symmetry), max(ir.l for _, ir in self.irreps_out))
+        self.linears = nn.ModuleList(
+            IrrepsLinear(self.product.irreps_out, self.irreps_out) for _ in range(num_basis)
+        )
+
+    def forward(self, x: Float[Tensor, "sources irreps_in"], edges: EdgeFeatures) -> Float[Tensor, "targets irreps_out"]:
+        source, target = edges.index
+        messages = self.product(x[source], edges.harmonics[:, : (self.order + 1) ** 2]) * self.scale
+        total = 0
+        for b, linear in enumerate(self.linears):
+            total = total + linear(sum_into(messages * edges.radial[:, b : b + 1], target, edges.num_targets))
+        return total

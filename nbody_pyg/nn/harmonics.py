@@ -1,0 +1,66 @@
+"""Real solid harmonics as repeated Clebsch-Gordan products of a vector with itself."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from e3nn import o3
+from jaxtyping import Float
+from torch import Tensor
+
+from nbody_pyg.nn.irreps import ConstantTables, harmonic_irreps
+
+
+class SolidHarmonics(ConstantTables):
+    r"""Solid harmonics :math:`r^\ell Y_\ell(\hat r)` of degree 0 .. lmax, e3nn's basis and "component" scale.
+
+    .. math:: Y_0 = 1, \quad Y_1 = \sqrt 3\, \mathbf r, \quad
+              Y_{\ell+1} \propto CG(Y_\ell \otimes Y_1)^{\ell+1}, \quad
+              \textstyle\sum_m Y_{\ell m}^2 = (2\ell+1)\, r^{2\ell}
+
+    Only polynomials: smooth to any order everywhere, including the origin, which normalised harmonics are not.
+
+    ==========  ===========  ======================
+    symbol      code         shape
+    ==========  ===========  ======================
+    r           ``vec``      (edges, 3), any unit
+    Y           result       (edges, (lmax+1)^2)
+    ==========  ===========  ======================
+
+    Args:
+        lmax: highest degree.
+        symmetry: "o3" or "so3"; it only decides the parity written on ``irreps_out``.
+
+    Equivariance: O(3). Smoothness: C-infinity.
+    """
+
+    def __init__(self, lmax: int, symmetry: str = "o3") -> None:
+        super().__init__()
+        self.lmax = lmax
+        self.irreps_out = harmonic_irreps(lmax, symmetry)
+        for l in range(2, lmax + 1):  # noqa: E741
+            self.add_table(f"raise_{l}", _raising_table(l))
+
+    def forward(self, vec: Float[Tensor, "edges 3"]) -> Float[Tensor, "edges rows"]:
+        blocks = [vec.new_ones(vec.shape[0], 1)]
+        if self.lmax >= 1:
+            blocks.append(vec * math.sqrt(3.0))
+        for l in range(2, self.lmax + 1):  # noqa: E741
+            product = (blocks[-1].unsqueeze(2) * blocks[1].unsqueeze(1)).flatten(1)
+            blocks.append(product @ getattr(self, f"raise_{l}"))
+        return torch.cat(blocks, dim=-1)
+
+    def extra_repr(self) -> str:
+        return f"lmax={self.lmax}"
+
+
+def _raising_table(l: int) -> Tensor:  # noqa: E741
+    """Table ((2l-1) * 3, 2l+1) that takes Y_(l-1) x Y_1 to Y_l with the sign and scale of e3nn's harmonics."""
+    table = o3.wigner_3j(l - 1, 1, l, dtype=torch.float64).flatten(0, 1)
+    probe = torch.tensor([[0.3, -0.5, 0.7]], dtype=torch.float64)
+    lower, one, upper = (
+        o3.spherical_harmonics(k, probe, normalize=False, normalization="component") for k in (l - 1, 1, l)
+    )
+    raised = (lower.unsqueeze(2) * one.unsqueeze(1)).flatten(1) @ table
+    return table * (upper.norm() / raised.norm() * (upper * raised).sum().sign())

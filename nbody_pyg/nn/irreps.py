@@ -1,0 +1,172 @@
+r"""Algebra of types: which fragments a state has, how it is laid out, what couples to what.
+
+A state of type :math:`\tau` is one flat tensor in the *ir_mul* layout: block l is the matrix
+:math:`F_l` of shape (2l+1, tau_l), channels contiguous, so that the covariant linear map of Proposition 1 is the
+plain matrix product ``F_l @ W_l``. e3nn stores the transpose (*mul_ir*); two functions convert.
+Where all fragments have the same multiplicity the flat tensor is viewed as (nodes, rows, channels).
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import NamedTuple
+
+import torch
+from e3nn import o3
+from jaxtyping import Float
+from torch import Tensor, nn
+
+#: Symmetry of the fragments: "o3" carries natural parity (-1)^l, "o3-full" both parities of every degree,
+#: "so3" ignores reflections as the paper does (every fragment is written even).
+SYMMETRIES = ("o3", "o3-full", "so3")
+
+
+def hidden_irreps(channels: int, lmax: int, symmetry: str = "o3") -> o3.Irreps:
+    """Type with ``channels`` fragments of every degree up to ``lmax``.
+
+    >>> hidden_irreps(4, 2)
+    4x0e+4x1o+4x2e
+    >>> hidden_irreps(4, 1, "o3-full")
+    4x0e+4x0o+4x1e+4x1o
+
+    Raises: ValueError: channels < 1, lmax < 0 or an unknown symmetry.
+    """
+    if channels < 1:
+        raise ValueError(f"channels must be at least 1, got {channels!r}; try 32")
+    if lmax < 0:
+        raise ValueError(f"lmax must be at least 0, got {lmax!r}; try 2")
+    check_symmetry(symmetry)
+    if symmetry == "o3-full":
+        return o3.Irreps([(channels, (l, p)) for l in range(lmax + 1) for p in (1, -1)])
+    return o3.Irreps([(channels, (l, harmonic_parity(l, symmetry))) for l in range(lmax + 1)])
+
+
+def check_symmetry(symmetry: str) -> None:
+    """Raise ValueError unless ``symmetry`` is one of :data:`SYMMETRIES`."""
+    if symmetry not in SYMMETRIES:
+        raise ValueError(f"symmetry must be one of {', '.join(SYMMETRIES)}, got {symmetry!r}; try 'o3'")
+
+
+def harmonic_parity(l: int, symmetry: str) -> int:  # noqa: E741 (l is the field's word)
+    """Parity that a solid harmonic of degree l is given: (-1)^l, or +1 where reflections are ignored."""
+    return 1 if symmetry == "so3" else (-1) ** l
+
+
+def harmonic_irreps(lmax: int, symmetry: str = "o3") -> o3.Irreps:
+    """One fragment of each degree: the type of the solid harmonics of an edge vector."""
+    return o3.Irreps([(1, (l, harmonic_parity(l, symmetry))) for l in range(lmax + 1)])
+
+
+def num_rows(irreps: o3.Irreps) -> int:
+    """Number of components sum(2l+1) of a type, multiplicities aside."""
+    return sum(ir.dim for _, ir in irreps)
+
+
+def row_slices(irreps: o3.Irreps) -> list[slice]:
+    """Where each fragment's components stand among the rows of an equal-multiplicity state."""
+    stops = torch.tensor([0, *(ir.dim for _, ir in irreps)]).cumsum(0).tolist()
+    return [slice(a, b) for a, b in zip(stops[:-1], stops[1:], strict=True)]
+
+
+def equal_multiplicity(irreps: o3.Irreps) -> int:
+    """The common multiplicity of a type. Raises ValueError where the fragments differ."""
+    found = {mul for mul, _ in irreps}
+    if len(found) != 1:
+        raise ValueError(f"irreps must have one multiplicity for a channelwise product, got {irreps}; map it with IrrepsLinear")
+    return found.pop()
+
+
+def to_mul_ir(x: Float[Tensor, "*batch dim"], irreps: o3.Irreps) -> Float[Tensor, "*batch dim"]:
+    """From the layout inside (channels last in each block) to e3nn's mul_ir layout."""
+    return _transpose_blocks(x, irreps, mul_last=True)
+
+
+def from_mul_ir(x: Float[Tensor, "*batch dim"], irreps: o3.Irreps) -> Float[Tensor, "*batch dim"]:
+    """From e3nn's mul_ir layout to the layout inside (channels last in each block)."""
+    return _transpose_blocks(x, irreps, mul_last=False)
+
+
+def _transpose_blocks(x: Tensor, irreps: o3.Irreps, mul_last: bool) -> Tensor:
+    irreps = o3.Irreps(irreps)
+    if x.shape[-1] != irreps.dim:
+        raise ValueError(f"x must have {irreps.dim} components for {irreps}, got {x.shape[-1]}; check the irreps")
+    blocks, start = [], 0
+    for mul, ir in irreps:
+        block = x[..., start : start + mul * ir.dim]
+        shape = (ir.dim, mul) if mul_last else (mul, ir.dim)
+        blocks.append(block.reshape(*x.shape[:-1], *shape).transpose(-1, -2).reshape(*x.shape[:-1], mul * ir.dim))
+        start += mul * ir.dim
+    return torch.cat(blocks, dim=-1) if blocks else x
+
+
+@functools.lru_cache(maxsize=None)
+def clebsch_gordan(l1: int, l2: int, l3: int) -> Tensor:
+    r"""Coupling coefficients (2l1+1, 2l2+1, 2l3+1) in float64, e3nn's real basis and signs.
+
+    Scaled by sqrt(2 l3 + 1), so that factors of unit variance per component give products of unit variance.
+    """
+    return o3.wigner_3j(l1, l2, l3, dtype=torch.float64) * math.sqrt(2 * l3 + 1)
+
+
+class Path(NamedTuple):
+    """One coupling: fragment ``first`` times fragment ``second`` gives the irrep ``ir`` (positions in their types)."""
+
+    first: int
+    second: int
+    ir: o3.Irrep
+
+
+def coupling_paths(
+    irreps1: o3.Irreps, irreps2: o3.Irreps, keep: o3.Irreps, symmetric: bool = False
+) -> list[Path]:
+    """All couplings of two types whose result is in ``keep``, ordered by result.
+
+    With ``symmetric`` both factors are the same tensor: mirrored paths are left out, and so are couplings of a
+    fragment with itself that are antisymmetric (l1 + l2 + l3 odd) and hence identically zero.
+    """
+    wanted = {ir for _, ir in keep}
+    paths = []
+    for i, (_, ir1) in enumerate(irreps1):
+        for j, (_, ir2) in enumerate(irreps2):
+            for ir in ir1 * ir2:
+                vanishes = symmetric and i == j and (ir1.l + ir2.l + ir.l) % 2 == 1
+                if ir in wanted and not (symmetric and j < i) and not vanishes:
+                    paths.append(Path(i, j, ir))
+    return sorted(paths, key=lambda path: (path.ir.l, -path.ir.p, path.first, path.second))
+
+
+def require_reachable(irreps_out: o3.Irreps, reachable: set[o3.Irrep], what: str) -> None:
+    """Raise ValueError naming the fragments of ``irreps_out`` that no path leads to."""
+    missing = sorted({str(ir) for _, ir in irreps_out if ir not in reachable})
+    if missing:
+        have = ", ".join(sorted(str(ir) for ir in reachable)) or "nothing"
+        raise ValueError(
+            f"irreps_out must be reachable: {what} gives {have}, but no path leads to {', '.join(missing)}; "
+            f"raise lmax, add input fragments, or drop {', '.join(missing)} from irreps_out"
+        )
+
+
+class ConstantTables(nn.Module):
+    """Module whose constants stay exact when its dtype changes.
+
+    A buffer built in float32 and cast to float64 keeps float32's rounding; the tables here are kept in float64
+    beside the module and cast afresh after every move. They are not part of the state dict.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._exact: dict[str, Tensor] = {}
+
+    def add_table(self, name: str, value: Tensor) -> None:
+        exact = value.detach().clone()
+        self._exact[name] = exact
+        dtype = torch.get_default_dtype() if exact.is_floating_point() else exact.dtype
+        self.register_buffer(name, exact.to(dtype), persistent=False)
+
+    def _apply(self, fn, recurse: bool = True):
+        super()._apply(fn, recurse)
+        for name, exact in self._exact.items():
+            moved = getattr(self, name)
+            setattr(self, name, exact.to(device=moved.device, dtype=moved.dtype))
+        return self

@@ -1,0 +1,71 @@
+"""The covariant linear map of Proposition 1."""
+
+from __future__ import annotations
+
+import torch
+from e3nn import o3
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from nbody_pyg.nn.irreps import require_reachable
+
+
+class IrrepsLinear(nn.Module):
+    r"""Mix fragments of equal degree and parity; nothing else is covariant.
+
+    .. math:: F'_\ell = F_\ell W^\ell, \qquad \#\text{weights} = \sum_\ell \tau_\ell \tau'_\ell
+
+    Source: arXiv:1803.01588, the proposition on covariant linear maps (P5); departures: the parity of a fragment
+    counts as part of its degree; weights start with variance 1/tau, which keeps the variance of the state.
+
+    ===============  ==========  =================================
+    symbol           code        shape
+    ===============  ==========  =================================
+    F                ``x``       (nodes, irreps_in.dim), ir_mul
+    F'               result      (nodes, irreps_out.dim), ir_mul
+    ===============  ==========  =================================
+
+    Args:
+        irreps_in: type of the input; fragments of one irrep may stand in several blocks.
+        irreps_out: type of the result.
+        bias: add a learned constant to the 0e fragments of the result (the only ones that may have one).
+
+    Equivariance: O(3), SO(3). Cost: O(nodes * sum (2l+1) tau tau').
+    Raises: ValueError: a fragment of ``irreps_out`` does not occur in ``irreps_in``.
+    """
+
+    def __init__(self, irreps_in: o3.Irreps | str, irreps_out: o3.Irreps | str, bias: bool = False) -> None:
+        super().__init__()
+        self.irreps_in, self.irreps_out = o3.Irreps(irreps_in), o3.Irreps(irreps_out)
+        require_reachable(self.irreps_out, {ir for _, ir in self.irreps_in}, "the linear map of " + str(self.irreps_in))
+        self._slices = self.irreps_in.slices()
+        sources = [[i for i, (_, ir_in) in enumerate(self.irreps_in) if ir_in == ir] for _, ir in self.irreps_out]
+        self._sources = sources
+        self._fan_in = [sum(self.irreps_in[i].mul for i in source) for source in sources]
+        self.weights = nn.ParameterList(
+            nn.Parameter(torch.empty(fan_in, mul)) for fan_in, (mul, _) in zip(self._fan_in, self.irreps_out, strict=True)
+        )
+        num_bias = sum(mul for mul, ir in self.irreps_out if ir == o3.Irrep("0e"))
+        self.bias = nn.Parameter(torch.empty(num_bias)) if bias and num_bias else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        for weight in self.weights:
+            nn.init.normal_(weight, std=max(weight.shape[0], 1) ** -0.5)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    def forward(self, x: Float[Tensor, "nodes irreps_in"]) -> Float[Tensor, "nodes irreps_out"]:
+        nodes = x.shape[0]
+        blocks, used = [], 0
+        for (mul, ir), source, weight in zip(self.irreps_out, self._sources, self.weights, strict=True):
+            parts = [x[:, self._slices[i]].reshape(nodes, ir.dim, self.irreps_in[i].mul) for i in source]
+            block = (parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)) @ weight
+            if self.bias is not None and ir == o3.Irrep("0e"):
+                block = block + self.bias[used : used + mul]
+                used += mul
+            blocks.append(block.reshape(nodes, ir.dim * mul))
+        return torch.cat(blocks, dim=-1) if blocks else x.new_zeros(nodes, 0)
+
+    def extra_repr(self) -> str:
+        return f"{self.irreps_in} -> {self.irreps_out}"
