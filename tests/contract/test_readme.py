@@ -1,0 +1,90 @@
+"""What the README says can be done: its code runs, its commands exist, its links lead somewhere.
+
+A block of Python that must not run (it needs a download, say) is preceded by a line
+``<!-- not run: reason -->``.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+
+FENCE = re.compile(r"^```(?P<language>\w*)\n(?P<body>.*?)^```$", re.MULTILINE | re.DOTALL)
+NOT_RUN = re.compile(r"<!-- not run: .+ -->\s*\Z")
+LINK = re.compile(r"\]\((?P<target>[^)#\s]+)")
+
+
+@pytest.fixture(scope="module")
+def readme(root) -> str:
+    return (root / "README.md").read_text(encoding="utf-8")
+
+
+def _commands(readme: str) -> list[str]:
+    """Lines of shell in fenced or indented blocks, without prompt and comment."""
+    shell = [
+        m["body"] for m in FENCE.finditer(readme) if m["language"] in {"", "bash", "sh", "shell", "console"}
+    ]
+    shell += [line[4:] for line in FENCE.sub("", readme).splitlines() if line.startswith("    ")]
+    lines = "\n".join(shell).replace("\\\n", " ").splitlines()
+    return [line.removeprefix("$ ").split("#")[0].strip() for line in lines if line.strip()]
+
+
+def test_the_make_commands_exist(root, readme):
+    targets = set(
+        re.findall(r"^([\w-]+):(?!=)", (root / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    )
+    used = {line.split()[1] for line in _commands(readme) if line.startswith("make ")}
+    assert {"train", "test"} <= used, "the README shows the two commands"
+    assert used <= targets, f"no such target in the Makefile: {sorted(used - targets)}"
+
+
+def test_the_nbody_commands_exist(root, readme):
+    used = {line.split()[1] for line in _commands(readme) if line.startswith("nbody ")}
+    command_line = [root / "nbody_pyg" / "cli.py", root / "nbody_pyg" / "cli" / "__init__.py"]
+    if not used or not any(path.is_file() for path in command_line):
+        pytest.skip("no nbody command in the README, or no command line yet")
+    for name in sorted(used - {"--help"}):
+        run = subprocess.run(
+            [sys.executable, "-c", "from nbody_pyg.cli import main; main()", name, "--help"],
+            env=os.environ | {"PYTHONPATH": str(root)},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert run.returncode == 0, f"nbody {name}: {run.stderr}"
+        assert name in run.stdout
+
+
+def test_relative_links_lead_somewhere(root, readme):
+    targets = {m["target"] for m in LINK.finditer(readme)}
+    broken = [
+        t for t in targets if not t.startswith(("http:", "https:", "mailto:")) and not (root / t).exists()
+    ]
+    assert not broken, f"the README links to nothing at {broken}"
+
+
+def test_python_blocks_run(root, readme, tmp_path):
+    blocks = [
+        m["body"]
+        for m in FENCE.finditer(readme)
+        if m["language"] == "python" and not NOT_RUN.search(readme[: m.start()])
+    ]
+    if not blocks:
+        pytest.skip("the README has no Python to run")
+    # One namespace, in order, as a reader would type them
+    script = tmp_path / "readme.py"
+    script.write_text("\n".join(blocks), encoding="utf-8")
+    environment = os.environ | {"PYTHONPATH": str(root), "NBODY_SHORT": "1", "MPLBACKEND": "Agg"}
+    run = subprocess.run(
+        [sys.executable, str(script)],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
