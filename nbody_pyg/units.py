@@ -1,0 +1,195 @@
+r"""Units: constants, and conversion into the internal units eV, angstrom, amu, fs and e.
+
+Everything inside the library is in eV, angstrom, eV/angstrom, eV/angstrom^3 (stress), e*angstrom (dipole).
+Values in other units are converted once, where they enter or leave, with the factors of this module;
+nothing else in the library holds a conversion factor. Constants: CODATA 2022 (the SI constants e, N_A, h,
+c and k_B are exact).
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+ELEMENTARY_CHARGE = 1.602176634e-19  # C, exact
+AVOGADRO = 6.02214076e23  # 1/mol, exact
+BOLTZMANN = 1.380649e-23 / ELEMENTARY_CHARGE  # eV/K
+SPEED_OF_LIGHT = 299792458.0  # m/s, exact
+PLANCK = 6.62607015e-34  # J s, exact
+ATOMIC_MASS = 1.66053906892e-27  # kg
+HARTREE = 27.211386245981  # eV
+BOHR = 0.529177210544  # angstrom
+COULOMB = HARTREE * BOHR  # e^2 / (4 pi epsilon_0), eV angstrom
+
+KJ_PER_MOL = 1e3 / (AVOGADRO * ELEMENTARY_CHARGE)
+DEBYE = 1e-21 / SPEED_OF_LIGHT / ELEMENTARY_CHARGE * 1e10  # e angstrom
+
+ENERGY_UNITS: Mapping[str, float] = {
+    "eV": 1.0,
+    "meV": 1e-3,
+    "kcal/mol": 4.184 * KJ_PER_MOL,
+    "kJ/mol": KJ_PER_MOL,
+    "Ha": HARTREE,
+    "mHa": 1e-3 * HARTREE,
+    "Ry": 0.5 * HARTREE,
+    "cm^-1": 100.0 * PLANCK * SPEED_OF_LIGHT / ELEMENTARY_CHARGE,
+}
+LENGTH_UNITS: Mapping[str, float] = {"angstrom": 1.0, "bohr": BOHR, "nm": 10.0, "pm": 1e-2}
+DIPOLE_UNITS: Mapping[str, float] = {"e*angstrom": 1.0, "debye": DEBYE, "e*bohr": BOHR}
+
+# Spellings met in files; compared without regard to case and spaces, except where case carries the meaning
+# (meV).
+_SPELLINGS: Mapping[str, str] = {
+    "electronvolt": "eV",
+    "millielectronvolt": "meV",
+    "kcal mol^-1": "kcal/mol",
+    "kcalmol": "kcal/mol",
+    "kcal": "kcal/mol",
+    "kj mol^-1": "kJ/mol",
+    "kjmol": "kJ/mol",
+    "hartree": "Ha",
+    "hartrees": "Ha",
+    "eh": "Ha",
+    "e_h": "Ha",
+    "millihartree": "mHa",
+    "rydberg": "Ry",
+    "cm-1": "cm^-1",
+    "1/cm": "cm^-1",
+    "a": "angstrom",
+    "å": "angstrom",
+    "ang": "angstrom",
+    "angstroms": "angstrom",
+    "ångström": "angstrom",
+    "a0": "bohr",
+    "bohrs": "bohr",
+    "nanometer": "nm",
+    "picometer": "pm",
+    "d": "debye",
+    "eang": "e*angstrom",
+    "ea": "e*angstrom",
+    "e*a": "e*angstrom",
+    "e*å": "e*angstrom",
+    "e*ang": "e*angstrom",
+    "eangstrom": "e*angstrom",
+    "e*a0": "e*bohr",
+    "ea0": "e*bohr",
+    "ebohr": "e*bohr",
+}
+
+
+def _canonical(unit: str, table: Mapping[str, float], kind: str) -> str:
+    """The table's own name of ``unit``."""
+    if not isinstance(unit, str):
+        raise TypeError(f"{kind} unit must be a string such as {next(iter(table))!r}, got {unit!r}")
+    name = unit.strip()
+    if name in table:
+        return name
+    if name == "MeV":  # lower-casing would read mega as milli
+        raise ValueError(f"unknown {kind} unit 'MeV'; did you mean 'meV'?")
+    plain = name.lower().replace(" ", "")
+    spellings = {known.lower(): known for known in table}
+    spellings |= {s.replace(" ", ""): known for s, known in _SPELLINGS.items() if known in table}
+    if plain in spellings:
+        return spellings[plain]
+    near = difflib.get_close_matches(plain, list(spellings), n=1, cutoff=0.5)
+    hint = f"; did you mean {spellings[near[0]]!r}?" if near else ""
+    raise ValueError(f"unknown {kind} unit {unit!r}{hint} Known: {', '.join(table)}")
+
+
+def energy_factor(unit: str) -> float:
+    """How many eV one ``unit`` of energy is.
+
+    >>> round(energy_factor("kcal/mol"), 7)
+    0.0433641
+    """
+    return ENERGY_UNITS[_canonical(unit, ENERGY_UNITS, "energy")]
+
+
+def length_factor(unit: str) -> float:
+    """How many angstrom one ``unit`` of length is."""
+    return LENGTH_UNITS[_canonical(unit, LENGTH_UNITS, "length")]
+
+
+def dipole_factor(unit: str) -> float:
+    """How many e*angstrom one ``unit`` of dipole moment is."""
+    return DIPOLE_UNITS[_canonical(unit, DIPOLE_UNITS, "dipole")]
+
+
+@dataclass(frozen=True)
+class Units:
+    """The units of a file; its factors multiply a value of the file to give the internal unit.
+
+    ============================  =========================
+    property                      gives
+    ============================  =========================
+    ``energy_factor``             eV
+    ``length_factor``             angstrom
+    ``forces_factor``             eV/angstrom
+    ``stress_factor``             eV/angstrom^3
+    ``dipole_factor``             e*angstrom
+    ============================  =========================
+
+    Args:
+        energy: a unit of energy: eV, meV, kcal/mol, kJ/mol, Ha, mHa, Ry, cm^-1 or a common spelling of one.
+        length: a unit of length: angstrom, bohr, nm, pm. Forces are in energy/length, stress in
+            energy/length^3.
+        dipole: a unit of dipole: e*angstrom, debye, e*bohr.
+
+    Raises:
+        ValueError: unknown unit; the message names the nearest known one.
+
+    Example:
+        >>> Units("Hartree", "Bohr").forces_factor.__round__(4)
+        51.4221
+    """
+
+    energy: str = "eV"
+    length: str = "angstrom"
+    dipole: str = "e*angstrom"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "energy", _canonical(self.energy, ENERGY_UNITS, "energy"))
+        object.__setattr__(self, "length", _canonical(self.length, LENGTH_UNITS, "length"))
+        object.__setattr__(self, "dipole", _canonical(self.dipole, DIPOLE_UNITS, "dipole"))
+
+    @classmethod
+    def parse(cls, units: Units | str | Mapping[str, str]) -> Units:
+        """Units from ``"kcal/mol"``, ``"kcal/mol, angstrom"``, a mapping, or units themselves.
+
+        A string holds energy, then length, then dipole, separated by commas; what is left out keeps its
+        default.
+        """
+        if isinstance(units, Units):
+            return units
+        if isinstance(units, str):
+            parts = [part.strip() for part in units.split(",")]
+            if len(parts) > 3 or not all(parts):
+                raise ValueError(f"units must read 'energy[, length[, dipole]]', got {units!r}")
+            return cls(*parts)
+        if isinstance(units, Mapping):
+            unknown = set(units) - {"energy", "length", "dipole"}
+            if unknown:
+                raise ValueError(f"units knows energy, length and dipole, got {sorted(unknown)}")
+            return cls(**units)
+        raise TypeError(f"units must be a Units, a string or a mapping, got {units!r}")
+
+    @property
+    def energy_factor(self) -> float:
+        return ENERGY_UNITS[self.energy]
+
+    @property
+    def length_factor(self) -> float:
+        return LENGTH_UNITS[self.length]
+
+    @property
+    def forces_factor(self) -> float:
+        return self.energy_factor / self.length_factor
+
+    @property
+    def stress_factor(self) -> float:
+        return self.energy_factor / self.length_factor**3
+
+    @property
+    def dipole_factor(self) -> float:
+        return DIPOLE_UNITS[self.dipole]

@@ -1,0 +1,86 @@
+"""Units: factors against published values, spellings, errors by message."""
+
+from __future__ import annotations
+
+import pytest
+
+from nbody_pyg import units
+from nbody_pyg.units import Units, dipole_factor, energy_factor, length_factor
+
+
+@pytest.mark.parametrize(
+    ("unit", "factor", "digits"),
+    [
+        ("eV", 1.0, 15),
+        ("meV", 1e-3, 15),
+        ("kcal/mol", 0.0433641043, 9),
+        ("kJ/mol", 0.0103642697, 9),
+        ("Ha", 27.211386246, 8),
+        ("Hartree", 27.211386246, 8),
+        ("Ry", 13.605693123, 8),
+        ("cm-1", 1.239841984e-4, 12),
+        ("KCAL/MOL", 0.0433641043, 9),
+        ("kcal mol^-1", 0.0433641043, 9),
+    ],
+)
+def test_energy_factors(unit: str, factor: float, digits: int) -> None:
+    assert energy_factor(unit) == pytest.approx(factor, abs=10.0**-digits, rel=0)
+
+
+def test_length_dipole_and_coulomb() -> None:
+    assert length_factor("Bohr") == pytest.approx(0.529177210544, abs=1e-12)
+    assert length_factor("Å") == length_factor("Angstrom") == 1.0
+    assert dipole_factor("Debye") == pytest.approx(0.20819433, abs=1e-8)
+    assert dipole_factor("e*bohr") / dipole_factor("D") == pytest.approx(2.541746, abs=1e-6)
+    assert pytest.approx(14.3996454, abs=1e-6) == units.COULOMB
+    assert pytest.approx(8.617333262e-5, abs=1e-13) == units.BOLTZMANN
+
+
+def test_the_constants_agree_with_ase() -> None:
+    import ase.units  # an older CODATA set: equal to eight digits
+
+    assert ase.units.Hartree == pytest.approx(units.HARTREE, rel=1e-8)
+    assert ase.units.Bohr == pytest.approx(units.BOHR, rel=1e-8)
+    assert ase.units.kcal / ase.units.mol == pytest.approx(energy_factor("kcal/mol"), rel=1e-7)
+    assert ase.units.Debye == pytest.approx(units.DEBYE, rel=1e-7)
+    assert ase.units.kB == pytest.approx(units.BOLTZMANN, rel=1e-5)
+
+
+def test_derived_factors() -> None:
+    atomic = Units("Ha", "bohr", "debye")
+    assert atomic.forces_factor == pytest.approx(51.422067, abs=1e-5)
+    assert atomic.stress_factor == pytest.approx(183.631534, abs=1e-4)
+    assert atomic.dipole_factor == units.DEBYE
+    assert Units() == Units("eV", "angstrom", "e*angstrom")
+    assert Units("hartree", "a0") == Units("Ha", "bohr")
+
+
+def test_parse() -> None:
+    assert Units.parse("kcal/mol") == Units("kcal/mol")
+    assert Units.parse("Ha, bohr") == Units("Ha", "bohr")
+    assert Units.parse("eV, Ang, D") == Units("eV", "angstrom", "debye")
+    assert Units.parse({"energy": "kJ/mol", "length": "nm"}) == Units("kJ/mol", "nm")
+    assert Units.parse(Units("Ha")) == Units("Ha")
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (
+            lambda: energy_factor("kcal/mole"),
+            ValueError,
+            r"unknown energy unit 'kcal/mole'; did you mean 'kcal/mol'\?",
+        ),
+        (lambda: energy_factor("MeV"), ValueError, "did you mean 'meV'"),
+        (lambda: energy_factor("furlong"), ValueError, r"unknown energy unit 'furlong'.*Known: eV, meV"),
+        (lambda: length_factor("angstorm"), ValueError, "did you mean 'angstrom'"),
+        (lambda: dipole_factor("deby"), ValueError, "did you mean 'debye'"),
+        (lambda: Units(energy=1.0), TypeError, "energy unit must be a string"),
+        (lambda: Units.parse("eV,"), ValueError, "units must read 'energy"),
+        (lambda: Units.parse({"mass": "amu"}), ValueError, "units knows energy, length and dipole"),
+        (lambda: Units.parse(3), TypeError, "units must be a Units, a string or a mapping"),
+    ],
+)
+def test_errors(make, error, message) -> None:
+    with pytest.raises(error, match=message):
+        make()
