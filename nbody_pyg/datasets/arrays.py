@@ -1,0 +1,206 @@
+"""Read frames from npz arrays: the forms of rMD17, of sGDML (MD17) and plain ones."""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from nbody_pyg.data import AtomicData
+from nbody_pyg.datasets.frames import Frames, nearest
+from nbody_pyg.units import Units
+
+# The names under which packages store the same array.
+ARRAY_KEYS: Mapping[str, tuple[str, ...]] = {
+    "z": ("nuclear_charges", "z", "atomic_numbers", "numbers"),
+    "pos": ("coords", "R", "positions", "pos"),
+    "energy": ("energies", "E", "energy"),
+    "forces": ("forces", "F"),
+    "dipole": ("dipoles", "dipole"),
+    "cell": ("cell", "cells"),
+    "pbc": ("pbc",),
+}
+
+
+def read_npz(
+    path: str | Path,
+    *,
+    energy_key: str | None = None,
+    forces_key: str | None = None,
+    dipole_key: str | None = None,
+    units: Units | str | Mapping[str, str] | None = None,
+    rows: Iterable[int] | slice | None = None,
+) -> Frames:
+    """Frames of one npz file, float64, in eV and angstrom.
+
+    ==========  =============================================  =============================
+    array       keys tried                                     shape for M frames, N atoms
+    ==========  =============================================  =============================
+    species     nuclear_charges, z, atomic_numbers, numbers    [N] or [M, N]; 0 is padding
+    positions   coords, R, positions, pos                      [M, N, 3]
+    energy      energies, E, energy                            [M] or [M, 1]
+    forces      forces, F                                      [M, N, 3]
+    dipole      dipoles, dipole                                [M, 3]
+    cell        cell, cells (rows are lattice vectors)         [3, 3] or [M, 3, 3]
+    pbc         pbc (default: all, where there is a cell)      [3] or [M, 3]
+    ==========  =============================================  =============================
+
+    Units are, in this order: the argument ``units``; the file's own words (``energy_unit``,
+    ``length_unit``, or sGDML's ``e_unit``, ``r_unit``); kcal/mol and angstrom for a file in the form of
+    rMD17, which is recognised by ``nuclear_charges`` together with ``old_indices`` or ``old_energies``.
+    Otherwise it is an error: nothing is guessed.
+
+    Args:
+        path: the file. Object arrays (pickles) are refused.
+        energy_key, forces_key, dipole_key: a key that replaces the list, such as ``old_energies``.
+        units: units of the file.
+        rows: which frames; all by default.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: empty or damaged file, missing or misnamed array, wrong shape, NaN, unknown unit.
+    """
+    path = Path(path)
+    given = {"energy": energy_key, "forces": forces_key, "dipole": dipole_key}
+    raw = _load(path)
+    arrays, sources = {}, {}
+    for name, keys in ARRAY_KEYS.items():
+        wanted = given.get(name)
+        if wanted and wanted not in raw:
+            raise ValueError(f"{name}_key {wanted!r} is not in {path.name}; {nearest(wanted, raw)}")
+        key = wanted or next((k for k in keys if k in raw), None)
+        if key is None and name in ("z", "pos"):
+            raise ValueError(f"{path.name} has no {name} (tried {', '.join(keys)}); {nearest(keys[0], raw)}")
+        if key is not None:
+            arrays[name] = _numeric(raw[key], key, path.name)
+            sources[name] = key
+    converted = _checked(arrays, _units(raw, units, path.name), path.name)
+    labels = {name: (key,) for name, key in sources.items() if name in ("energy", "forces", "dipole")}
+    chosen = _rows(rows, len(converted["pos"]), path.name)
+    frames = [_frame(converted, row) for row in chosen]
+    return Frames(frames, name=str(path), sources=labels, available=raw)
+
+
+def _load(path: Path) -> dict[str, np.ndarray]:
+    if not path.exists():
+        raise FileNotFoundError(f"path {str(path)!r} does not exist; give the npz file with the frames")
+    if path.stat().st_size == 0:
+        raise ValueError(f"path {str(path)!r} holds no frame: the file is empty")
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return {key: file[key] for key in file.files}
+    except (OSError, ValueError, zipfile.BadZipFile, EOFError) as error:
+        raise ValueError(
+            f"path {str(path)!r} is no readable npz ({error}); it must hold plain arrays, no pickled objects"
+        ) from error
+
+
+def _numeric(array: np.ndarray, key: str, name: str) -> np.ndarray:
+    if array.dtype.kind not in "fiub":
+        raise ValueError(f"{name}: {key!r} must hold numbers, got an array of {array.dtype}")
+    return array
+
+
+def _text(array: np.ndarray) -> str:
+    value = array.reshape(-1)[0]
+    return value.decode() if isinstance(value, bytes) else str(value)
+
+
+def _units(raw: Mapping[str, np.ndarray], units: Units | str | Mapping[str, str] | None, name: str) -> Units:
+    if units is not None:
+        return Units.parse(units)
+    for energy, length in (("energy_unit", "length_unit"), ("e_unit", "r_unit")):
+        if energy in raw and length in raw:
+            return Units(_text(raw[energy]), _text(raw[length]))
+    if "nuclear_charges" in raw and ("old_indices" in raw or "old_energies" in raw):
+        return Units("kcal/mol", "angstrom")
+    raise ValueError(
+        f"{name} does not say its units; give units, for example units='kcal/mol' or units='Ha, bohr'"
+    )
+
+
+def _checked(arrays: Mapping[str, np.ndarray], units: Units, name: str) -> dict[str, np.ndarray]:
+    """The arrays in our units, each with its frames in front; shapes and values checked."""
+    pos = arrays["pos"].astype(np.float64)
+    if pos.ndim != 3 or pos.shape[2] != 3:
+        raise ValueError(f"{name}: positions must have shape [frames, atoms, 3], got {list(pos.shape)}")
+    frames, atoms = pos.shape[:2]
+    if frames == 0 or atoms == 0:
+        raise ValueError(
+            f"{name} holds no frame or frames without atoms: positions have shape {list(pos.shape)}"
+        )
+    out = {"pos": pos * units.length_factor}
+    species = arrays["z"]
+    if species.dtype.kind == "f" and not np.array_equal(species, np.round(species)):
+        raise ValueError(f"{name}: atomic numbers must be whole, got {species.reshape(-1)[:4]}")
+    out["z"] = _per_frame(species.astype(np.int64), (atoms,), frames, "atomic numbers", name)
+    if out["z"].min() < 0 or out["z"].max() > 118 or not out["z"].any(axis=1).all():
+        raise ValueError(
+            f"{name}: atomic numbers must lie in 1..118 (0 pads), with one atom at least per frame"
+        )
+    if "energy" in arrays:
+        energy = arrays["energy"].astype(np.float64)
+        if energy.size != frames:
+            raise ValueError(f"{name}: energy must have shape [{frames}], got {list(energy.shape)}")
+        out["energy"] = energy.reshape(frames, 1) * units.energy_factor
+    for key, shape, factor in (
+        ("forces", (atoms, 3), units.forces_factor),
+        ("dipole", (3,), units.dipole_factor),
+    ):
+        if key in arrays:
+            if arrays[key].shape != (frames, *shape):
+                raise ValueError(
+                    f"{name}: {key} must have shape {[frames, *shape]}, got {list(arrays[key].shape)}"
+                )
+            out[key] = arrays[key].astype(np.float64) * factor
+    if "cell" in arrays:
+        out["cell"] = (
+            _per_frame(arrays["cell"].astype(np.float64), (3, 3), frames, "cell", name) * units.length_factor
+        )
+        pbc = arrays.get("pbc", np.ones(3, dtype=bool))
+        out["pbc"] = _per_frame(pbc.astype(bool), (3,), frames, "pbc", name)
+    for key, value in out.items():
+        if not np.isfinite(value).all():
+            bad = np.argwhere(~np.isfinite(value))[0]
+            place = f"frame {bad[0]}" + (f", atom {bad[1]}" if key in ("pos", "forces") else "")
+            raise ValueError(
+                f"{name}: {key} of {place} is {value[tuple(bad)]}; remove the frame from the file"
+            )
+    return out
+
+
+def _per_frame(array: np.ndarray, shape: tuple[int, ...], frames: int, what: str, name: str) -> np.ndarray:
+    if array.shape == shape:
+        return np.broadcast_to(array, (frames, *shape))
+    if array.shape != (frames, *shape):
+        wanted = f"{list(shape)} or {[frames, *shape]}"
+        raise ValueError(f"{name}: {what} must have shape {wanted}, got {list(array.shape)}")
+    return array
+
+
+def _rows(rows: Iterable[int] | slice | None, count: int, name: str) -> list[int]:
+    if rows is None or isinstance(rows, slice):
+        return list(range(count))[rows or slice(None)]
+    chosen = [int(row) for row in rows]
+    bad = [row for row in chosen if not 0 <= row < count]
+    if bad:
+        raise ValueError(f"rows must lie in 0..{count - 1} ({name} holds {count} frames), got {bad[:5]}")
+    return chosen
+
+
+def _frame(arrays: Mapping[str, np.ndarray], row: int) -> AtomicData:
+    real = arrays["z"][row] > 0
+    frame = AtomicData(
+        z=torch.from_numpy(arrays["z"][row][real].copy()), pos=torch.from_numpy(arrays["pos"][row][real])
+    )
+    if "energy" in arrays:
+        frame.energy = torch.from_numpy(arrays["energy"][row].copy())
+    if "forces" in arrays:
+        frame.forces = torch.from_numpy(arrays["forces"][row][real])
+    for key in ("dipole", "cell", "pbc"):
+        if key in arrays:
+            frame[key] = torch.from_numpy(arrays[key][row : row + 1].copy())
+    return frame

@@ -1,0 +1,117 @@
+"""Frames: the list of systems that every reader returns, with a record of where its labels came from."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from nbody_pyg.data import AtomicData
+
+# Labels that a reader looks for, with the shape of one system of N atoms ("N" stands for the number of
+# atoms).
+LABEL_SHAPES: Mapping[str, tuple[int | str, ...]] = {
+    "energy": (1,),
+    "forces": ("N", 3),
+    "stress": (1, 3, 3),
+    "dipole": (1, 3),
+    "polarizability": (1, 3, 3),
+    "charge": (1,),
+}
+
+
+class Frames(list[AtomicData]):
+    """A list of AtomicData that remembers its file, the keys its labels were read from, and the keys it saw.
+
+    Args:
+        frames: the systems.
+        name: file or data set they came from; used in tables and errors.
+        sources: for each label the keys it was read from, such as ``{"energy": ("results['energy']",)}``.
+        available: every key that stood in the file, for the hint in "label not found".
+
+    A slice and :meth:`select` keep the record; other list operations give plain lists.
+    """
+
+    def __init__(
+        self,
+        frames: Iterable[AtomicData] = (),
+        *,
+        name: str = "",
+        sources: Mapping[str, Sequence[str]] | None = None,
+        available: Iterable[str] = (),
+    ) -> None:
+        super().__init__(frames)
+        self.name = name
+        self.sources = {label: tuple(keys) for label, keys in (sources or {}).items()}
+        self.available = tuple(sorted(set(available)))
+
+    def __getitem__(self, item):  # type: ignore[no-untyped-def, override]
+        if isinstance(item, slice):
+            return self._like(super().__getitem__(item))
+        return super().__getitem__(item)
+
+    def select(self, indices: Iterable[int] | Tensor) -> Frames:
+        """The frames at ``indices``, in that order; negative or too large indices are an error."""
+        chosen = [int(i) for i in indices]
+        bad = [i for i in chosen if not 0 <= i < len(self)]
+        if bad:
+            raise ValueError(
+                f"indices must lie in 0..{len(self) - 1} ({self.name or 'frames'} holds {len(self)} frames), "
+                f"got {bad[:5]}; check that the split belongs to this file"
+            )
+        return self._like(list.__getitem__(self, i) for i in chosen)
+
+    def _like(self, frames: Iterable[AtomicData]) -> Frames:
+        return Frames(frames, name=self.name, sources=self.sources, available=self.available)
+
+    def __repr__(self) -> str:
+        labels = ", ".join(sorted(self.sources)) or "no labels"
+        return f"Frames({len(self)} from {self.name or 'memory'}; {labels})"
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """A hint that names the known word nearest to ``name``, or lists what there is."""
+    known = sorted(set(known))
+    if not known:
+        return "there are no other keys"
+    plain = {word.lower(): word for word in known}
+    near = difflib.get_close_matches(name.lower(), list(plain), n=1, cutoff=0.4)
+    listed = ", ".join(known[:12]) + (", ..." if len(known) > 12 else "")
+    return f"did you mean {plain[near[0]]!r}? There are: {listed}" if near else f"there are: {listed}"
+
+
+def check_frame(frame: AtomicData, where: str) -> None:
+    """Raise ValueError unless the frame has atoms, finite positions, and finite labels of the right shape."""
+    num_atoms = int(frame.z.shape[0])
+    if num_atoms == 0:
+        raise ValueError(f"{where} has no atoms; remove the frame from the file")
+    if frame.pos.shape != (num_atoms, 3):
+        raise ValueError(f"{where}: pos must have shape [{num_atoms}, 3], got {list(frame.pos.shape)}")
+    if int(frame.z.min()) < 1 or int(frame.z.max()) > 118:
+        raise ValueError(f"{where}: atomic numbers must lie in 1..118, got {sorted(set(frame.z.tolist()))}")
+    _check_finite(frame.pos, "pos", where)
+    for label, shape in LABEL_SHAPES.items():
+        value = frame.get(label)
+        if not isinstance(value, Tensor):
+            continue
+        wanted = tuple(num_atoms if size == "N" else size for size in shape)
+        if tuple(value.shape) != wanted:
+            raise ValueError(
+                f"{where}: {label} must have shape {list(wanted)} for {num_atoms} atoms, "
+                f"got {list(value.shape)}; check which key it was read from"
+            )
+        _check_finite(value, label, where)
+
+
+def _check_finite(value: Tensor, name: str, where: str) -> None:
+    bad = ~torch.isfinite(value)
+    if not bool(bad.any()):
+        return
+    first = bad.nonzero()[0].tolist()
+    place = f" of atom {first[0]}" if name in ("pos", "forces") else ""
+    raise ValueError(
+        f"{where}: {name}{place} is {float(value[tuple(first)])}; labels and positions must be finite: "
+        f"remove the frame, or leave a label out that was not computed"
+    )

@@ -1,0 +1,133 @@
+"""Reference energies E0 of the elements, fitted in float64."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from ase.data import atomic_numbers, chemical_symbols
+
+from nbody_pyg.data import AtomicData
+from nbody_pyg.datasets.audit import require_labels
+
+_LARGE = 50.0  # eV per atom; no chemical bond is that strong
+logger = logging.getLogger(__name__)
+
+
+def fit_reference(
+    frames: Sequence[AtomicData], mode: str | Mapping[int | str, float] = "lstsq"
+) -> dict[int, float]:
+    r"""One energy per element, so that :math:`E - \sum_i E_0(z_i)` is small.
+
+    .. math:: \min_{E_0} \sum_f \bigl( E_f - \sum_z n_{fz} E_0(z) \bigr)^2
+
+    ==============  =================  ============
+    symbol          code               unit
+    ==============  =================  ============
+    :math:`E_f`     ``frame.energy``   eV
+    :math:`E_0(z)`  the result         eV
+    ==============  =================  ============
+
+    Args:
+        frames: systems with energies.
+        mode: ``"lstsq"``: least squares in float64. Where the compositions do not determine every element
+            (one molecule only has one composition), the part that is not determined stays at the mean
+            energy per atom: the fit is as good, and a log message says so.
+            ``"mean"``: the mean energy per atom, for every element.
+            ``"isolated"``: the energies of the frames that are single atoms (the lowest one of each element).
+            A mapping from atomic number or symbol to eV: checked and completed to a plain dictionary.
+
+    Raises:
+        ValueError: no frames or energies, unknown mode, an element of the frames without reference.
+
+    Warns:
+        UserWarning: \|E - E0\| per atom exceeds 50 eV: the references belong to another level of theory or
+            unit.
+    """
+    require_labels(frames, ["energy"])
+    energies = np.array([float(frame.energy) for frame in frames])
+    owner = np.repeat(np.arange(len(frames)), [len(frame.z) for frame in frames])
+    numbers, column = np.unique(np.concatenate([frame.z.numpy() for frame in frames]), return_inverse=True)
+    species = numbers.tolist()
+    counts = np.zeros((len(frames), len(species)))
+    np.add.at(counts, (owner, column), 1.0)
+    if isinstance(mode, Mapping):
+        values = _from_mapping(mode, species)
+    elif mode == "isolated":
+        values = _from_isolated(energies, counts, species)
+    elif mode == "mean":
+        values = np.full(len(species), _mean_per_atom(energies, counts))
+    elif mode == "lstsq":
+        values = _least_squares(energies, counts, species)
+    else:
+        raise ValueError(f"mode must be 'lstsq', 'mean', 'isolated' or a mapping element -> eV, got {mode!r}")
+    left = np.abs(energies - counts @ values) / counts.sum(axis=1)
+    if left.max() > _LARGE:
+        warnings.warn(
+            f"after subtraction of the reference energies {left.max():.1f} eV per atom are left in frame "
+            f"{int(left.argmax())}; references and frames seem to differ in level of theory or units",
+            stacklevel=2,
+        )
+    return dict(zip(species, values.tolist(), strict=True))
+
+
+def _symbols(species: Sequence[int]) -> str:
+    return ", ".join(chemical_symbols[z] for z in species)
+
+
+def _mean_per_atom(energies: np.ndarray, counts: np.ndarray) -> float:
+    return float(energies.sum() / counts.sum())
+
+
+def _from_mapping(given: Mapping[int | str, float], species: Sequence[int]) -> np.ndarray:
+    unknown = [
+        key for key in given if isinstance(key, str) and not key.isdigit() and key not in atomic_numbers
+    ]
+    if unknown:
+        raise ValueError(f"mode names {unknown[0]!r}, which is no element symbol; use e.g. 'O' or 8")
+    table = {
+        atomic_numbers[key] if isinstance(key, str) and not key.isdigit() else int(key): float(value)
+        for key, value in given.items()
+    }
+    missing = [z for z in species if z not in table]
+    if missing:
+        raise ValueError(f"mode gives no reference energy for {_symbols(missing)}; add them to the mapping")
+    values = np.array([table[z] for z in species])
+    if not np.isfinite(values).all():
+        raise ValueError(f"mode must hold finite energies, got {dict(given)}")
+    return values
+
+
+def _from_isolated(energies: np.ndarray, counts: np.ndarray, species: Sequence[int]) -> np.ndarray:
+    single = counts.sum(axis=1) == 1
+    values = []
+    for column, z in enumerate(species):
+        mine = energies[single & (counts[:, column] == 1)]
+        if mine.size == 0:
+            raise ValueError(
+                f"mode 'isolated' needs a frame with a single atom of {chemical_symbols[z]}, there is none; "
+                f"add it, give a mapping, or use mode='lstsq'"
+            )
+        values.append(mine.min())
+    return np.array(values)
+
+
+def _least_squares(energies: np.ndarray, counts: np.ndarray, species: Sequence[int]) -> np.ndarray:
+    # Correcting the mean per atom by the solution of least norm keeps a sensible value in every direction
+    # that the compositions leave open; where they leave none open it is plain least squares.
+    mean = _mean_per_atom(energies, counts)
+    base = np.full(len(species), mean)
+    correction, _, rank, _ = np.linalg.lstsq(counts, energies - counts @ base, rcond=1e-10)
+    if rank < len(species):
+        logger.warning(
+            "reference energies: %d composition%s cannot determine the %d elements %s one by one; "
+            "the rest stays at the mean energy per atom, %.4f eV (the fit of the energies is not affected)",
+            rank,
+            "" if rank == 1 else "s",
+            len(species),
+            _symbols(species),
+            mean,
+        )
+    return base + correction
