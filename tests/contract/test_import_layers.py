@@ -70,7 +70,7 @@ def _imports(name: str, tree: ast.Module, names: set[str], lazy: bool = True) ->
                 continue
             for alias in node.names:
                 full = f"{base}.{alias.name}"
-                if full in names:
+                if full in names or (base == "nbody_pyg" and alias.name in LAYERS):
                     yield full, node.lineno
                 elif (base, alias.name) != ("nbody_pyg", "__version__"):
                     yield base, node.lineno
