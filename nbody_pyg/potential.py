@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Self
@@ -193,7 +194,8 @@ class Potential(_Float64Buffers):
     @property
     def dtype(self) -> torch.dtype | None:
         """Floating dtype of the model's parameters (or buffers); None when it has neither."""
-        for tensor in (*self.model.parameters(), *self.model.buffers()):
+        # A chain, not a tuple: the first weight decides, and this runs at every step.
+        for tensor in itertools.chain(self.model.parameters(), self.model.buffers()):
             if tensor.is_floating_point():
                 return tensor.dtype
         return None
