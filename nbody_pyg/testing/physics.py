@@ -1,0 +1,160 @@
+"""Assertions on conservation and extensivity."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nbody_pyg.testing.subject import Subject, compare, require_signal
+from nbody_pyg.testing.systems import System, prepare_systems
+
+# Coordinates that are displaced in one system; more are sampled.
+_MAX_COORDINATES = 36
+
+
+def assert_extensive(
+    model: Any,
+    *,
+    systems: Sequence[Any] | None = None,
+    distance: float = 1000.0,
+    tolerance: float = 1e-9,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float64,
+) -> float:
+    """Assert that systems ``distance`` angstrom apart, as one graph, have the sum of their energies.
+
+    Each system is put beside itself and beside the next one; forces must not change. A periodic system is
+    compared with its own repetition along each periodic direction instead. For short-ranged models: a Coulomb
+    term between charged systems is not zero at this distance.
+
+    Returns the largest error; raises AssertionError with the error and the systems.
+    """
+    drawn = prepare_systems(model, systems, seed, dtype)
+    subject = Subject(model, dtype)
+    require_signal(subject, drawn, "assert_extensive", seed)
+    away = torch.tensor([1.0, 2.0, -2.0], dtype=dtype) / 3.0 * distance
+    worst = 0.0
+    for number, system in enumerate(drawn):
+        joined = []
+        if system.cell is not None:
+            axes = (
+                range(3)
+                if system.pbc is None
+                else torch.as_tensor(system.pbc).reshape(3).nonzero().flatten().tolist()
+            )
+            joined += [(f"system {number} repeated along axis {k}", system, _repeat(system, k)) for k in axes]
+        else:
+            for other in {number, (number + 1) % len(drawn)}:
+                beside = drawn[other]
+                z, pos = (
+                    torch.cat([system.z, beside.z]),
+                    torch.cat([system.pos, beside.pos + away.to(beside.pos)]),
+                )
+                joined.append(
+                    (f"systems {number} and {other}, {distance:g} angstrom apart", beside, System(z, pos))
+                )
+        energy, forces = subject([system])
+        for name, beside, both in joined:
+            second, second_forces = subject([beside])
+            got, got_forces = subject([both])
+            where = f"assert_extensive: {name}"
+            worst = max(worst, compare(got, energy + second, tolerance, f"{where}: energy"))
+            if got_forces is not None:
+                expected = torch.cat([forces, second_forces])
+                worst = max(worst, compare(got_forces, expected, tolerance, f"{where}: forces"))
+    return worst
+
+
+def _repeat(system: System, axis: int) -> System:
+    cell = system.cell.reshape(1, 3, 3).clone()
+    pos = torch.cat([system.pos, system.pos + cell[0, axis]])
+    cell[0, axis] *= 2.0
+    return replace(system, z=torch.cat([system.z, system.z]), pos=pos, cell=cell)
+
+
+def assert_conservative(
+    model: Any,
+    *,
+    systems: Sequence[Any] | None = None,
+    step: float = 1e-3,
+    tolerance: float = 1e-6,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float64,
+) -> float:
+    r"""Assert that the forces are minus the gradient of the energy, and that their Jacobian is symmetric.
+
+    .. math:: F_a = -\frac{E_{a,-2} - 8 E_{a,-1} + 8 E_{a,+1} - E_{a,+2}}{12 h} + O(h^4), \qquad
+              \frac{\partial F_a}{\partial r_b} = \frac{\partial F_b}{\partial r_a}
+
+    The first finds gradients that were cut (``detach``); the second also tests forces that come without an
+    energy. Both are relative to the largest force, and to the largest entry of the Jacobian. In large systems
+    36 coordinates are sampled. Where the energy is not smooth within ``2 step`` of a geometry the test fails.
+
+    Args:
+        step: displacement h, angstrom.
+        tolerance: relative; differences of fourth order reach about 1e-9 for a smooth energy of a few eV.
+
+    Returns:
+        The largest relative error.
+    """
+    drawn = prepare_systems(model, systems, seed, dtype)
+    subject = Subject(model, dtype)
+    require_signal(subject, drawn, "assert_conservative", seed)
+    generator = torch.Generator().manual_seed(seed)
+    worst = 0.0
+    for number, system in enumerate(drawn):
+        _, forces = subject([system])
+        if forces is None:
+            raise ValueError(
+                "model returns no forces; return them, or only an energy from tensors with a graph"
+            )
+        chosen = torch.randperm(forces.numel(), generator=generator)[:_MAX_COORDINATES].sort().values
+        weights = torch.tensor([1.0, -8.0, 8.0, -1.0], dtype=forces.dtype) / (12.0 * step)
+        moved = []
+        for coordinate in chosen.tolist():
+            for factor in (-2.0, -1.0, 1.0, 2.0):
+                pos = system.pos.clone()
+                pos[coordinate // 3, coordinate % 3] += factor * step
+                moved.append(replace(system, pos=pos))
+        energies, slopes = subject.many(moved)
+        scale = float(forces.abs().max())
+        if not scale > 1e-8:
+            # Nothing acts on this system; the energy must then be flat (the others carry the signal).
+            scale = 1.0
+        atoms = [f"{int(c) // 3}{'xyz'[int(c) % 3]}" for c in chosen]
+        where = f"assert_conservative: system {number}"
+        if energies.numel():
+            numeric = -(energies.reshape(-1, 4) * weights.to(energies)).sum(dim=1)
+            worst = max(
+                worst, _compare_forces(forces.flatten()[chosen], numeric, scale, tolerance, atoms, where)
+            )
+        rows = torch.stack([s.flatten()[chosen] for s in slopes]).reshape(len(atoms), 4, -1)
+        jacobian = (rows * weights.to(rows)[None, :, None]).sum(dim=1)
+        skew = (jacobian - jacobian.T).abs() / max(float(jacobian.abs().max()), scale)
+        worst = max(worst, float(skew.max()))
+        if not worst <= tolerance:
+            a, b = divmod(int(skew.argmax()), len(atoms))
+            raise AssertionError(
+                f"{where}: the Jacobian of the forces is not symmetric, "
+                f"dF[{atoms[b]}]/dr[{atoms[a]}] = {float(jacobian[a, b]):.10g} but "
+                f"dF[{atoms[a]}]/dr[{atoms[b]}] = {float(jacobian[b, a]):.10g}; "
+                f"relative error {float(skew.max()):.3e} exceeds {tolerance:.1e}"
+            )
+    return worst
+
+
+def _compare_forces(
+    forces: Tensor, numeric: Tensor, scale: float, tolerance: float, atoms: Sequence[str], where: str
+) -> float:
+    error = (forces - numeric).abs() / scale
+    k = int(error.argmax())
+    if not float(error[k]) <= tolerance:
+        raise AssertionError(
+            f"{where}, atom {atoms[k]}: force {float(forces[k]):.10g} but -dE/dr = {float(numeric[k]):.10g} "
+            f"eV/A; relative error {float(error[k]):.3e} exceeds {tolerance:.1e}"
+        )
+    return float(error[k])

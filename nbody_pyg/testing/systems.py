@@ -1,0 +1,141 @@
+"""Geometries to test with: random ones, and the user's brought into one form."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch_geometric.data import Data
+
+from nbody_pyg.potential import Potential
+
+
+@dataclass(frozen=True)
+class System:
+    """One geometry: z [N], pos [N, 3]; cell [1, 3, 3] and pbc [1, 3] when it is periodic."""
+
+    z: Tensor
+    pos: Tensor
+    cell: Tensor | None = None
+    pbc: Tensor | None = None
+
+
+def random_molecule(num_atoms: int, species: Sequence[int] = (1, 6, 8), seed: int = 0) -> System:
+    """Atoms grown one after another at 1.0-1.5 angstrom from an earlier one and at least 0.95 from all.
+
+    Holds every element of ``species`` when there are atoms enough, and four atoms or more are not near a
+    plane; float64.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        pos = _grow(num_atoms, generator)
+        if num_atoms < 4 or torch.linalg.svdvals(pos - pos.mean(dim=0))[-1] > 0.5:
+            break
+    z = torch.tensor([species[i % len(species)] for i in range(num_atoms)])
+    return System(z[torch.randperm(num_atoms, generator=generator)], pos)
+
+
+def _grow(num_atoms: int, generator: torch.Generator) -> Tensor:
+    pos = torch.zeros(1, 3, dtype=torch.float64)
+    while pos.shape[0] < num_atoms:
+        step = torch.randn(3, generator=generator, dtype=torch.float64)
+        step = step / step.norm() * (1.0 + 0.5 * torch.rand((), generator=generator, dtype=torch.float64))
+        new = pos[torch.randint(pos.shape[0], (1,), generator=generator)] + step
+        if (pos - new).norm(dim=1).min() > 0.95:
+            pos = torch.cat([pos, new])
+    return pos
+
+
+def _dense_cluster(species: Sequence[int], seed: int, num_atoms: int = 48) -> System:
+    """Every atom has more than 32 others within 5 angstrom, as in a solid."""
+    generator = torch.Generator().manual_seed(seed)
+    grid = torch.cartesian_prod(*[torch.arange(4.0, dtype=torch.float64)] * 3)
+    grid = grid[grid.sub(1.4).norm(dim=1).argsort()[:num_atoms]] * 1.35
+    pos = grid + 0.12 * torch.randn(grid.shape, generator=generator, dtype=torch.float64)
+    z = torch.tensor([species[i % len(species)] for i in range(num_atoms)])
+    return System(z[torch.randperm(num_atoms, generator=generator)], pos)
+
+
+def _species_of(subject: Any) -> tuple[int, ...]:
+    """Elements that the model knows; hydrogen, carbon and oxygen when it does not say."""
+    known = getattr(subject, "species", None)
+    if isinstance(subject, Potential):
+        known = getattr(subject.model, "species", None)
+        if subject.reference is not None:
+            reference = subject.reference.species
+            known = reference if known is None else [n for n in known if int(n) in reference]
+    return tuple(int(n) for n in known)[:4] if known is not None and len(known) else (1, 6, 8)
+
+
+def prepare_systems(
+    subject: Any, systems: Sequence[Any] | None, seed: int, dtype: torch.dtype, dense: bool = False
+) -> list[System]:
+    if systems is None:
+        species = _species_of(subject)
+        drawn = [random_molecule(size, species, seed + i) for i, size in enumerate((5, 7, 9))]
+        if dense:
+            drawn.append(_dense_cluster(species, seed))
+    else:
+        drawn = [_as_system(item) for item in systems]
+        if not drawn:
+            raise ValueError("systems is empty; pass at least one geometry, or None for random ones")
+
+    def cast(t: Tensor | None) -> Tensor | None:
+        return None if t is None else t.detach().to(dtype)
+
+    return [replace(s, pos=cast(s.pos), cell=cast(s.cell)) for s in drawn]
+
+
+def _as_system(item: Any) -> System:
+    if isinstance(item, System):
+        return item
+    if isinstance(item, Data):
+        # A stored hierarchy belongs to one geometry; the helpers move atoms, so models build their own.
+        cell, pbc = item.get("cell"), item.get("pbc")
+        return (
+            System(item.z, item.pos, cell, pbc)
+            if pbc is None or bool(pbc.any())
+            else System(item.z, item.pos)
+        )
+    if isinstance(item, (tuple, list)) and len(item) in (2, 4):
+        return System(*item)
+    raise TypeError(
+        f"systems must hold System, Data, (z, pos) or (z, pos, cell, pbc), got {type(item).__name__}"
+    )
+
+
+def require_volume(systems: Sequence[System]) -> None:
+    """A planar or linear geometry hides a broken parity; some geometry must span space."""
+    for system in systems:
+        if system.cell is not None:
+            return
+        spread = torch.linalg.svdvals((system.pos - system.pos.mean(dim=0)).double())
+        if system.pos.shape[0] >= 4 and spread[-1] > 1e-2 * spread[0]:
+            return
+    raise ValueError(
+        "systems must hold a geometry of at least four atoms that do not lie in a plane, else broken "
+        "symmetry stays hidden; add one, or pass systems=None for random geometries"
+    )
+
+
+def collate(systems: Sequence[System]) -> tuple[tuple[Tensor, Tensor, Tensor], dict[str, Tensor]]:
+    """Arguments (z, pos, batch) and keywords (cell, pbc when there are any) for a list of systems."""
+    sizes = torch.tensor([s.pos.shape[0] for s in systems])
+    batch = torch.repeat_interleave(torch.arange(len(systems)), sizes).to(systems[0].pos.device)
+    arguments = (torch.cat([s.z for s in systems]), torch.cat([s.pos for s in systems]), batch)
+    periodic = [s.cell is not None for s in systems]
+    if not any(periodic):
+        return arguments, {}
+    if not all(periodic):
+        raise ValueError("systems must be all periodic or all open; test them in two calls")
+    keywords = {"cell": torch.cat([s.cell.reshape(1, 3, 3) for s in systems])}
+    if all(s.pbc is not None for s in systems):
+        keywords["pbc"] = torch.cat([torch.as_tensor(s.pbc).reshape(1, 3) for s in systems])
+    return arguments, keywords
+
+
+def random_like(like: Tensor, generator: torch.Generator) -> Tensor:
+    return torch.randn(like.shape, generator=generator, dtype=torch.float64).to(like)
