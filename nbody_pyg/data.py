@@ -11,7 +11,7 @@ from torch_geometric.data import Batch, Data
 
 # Keys that a composition scheme writes; the number is the level.
 _INDEX_KEY = re.compile(r"^(child|pair)_(\d+)$")
-_HIERARCHY_KEY = re.compile(r"^(child|pair|child_shift|pair_shift|num_parts)_\d+$|^bonds$")
+_HIERARCHY_KEY = re.compile(r"^(child|pair|child_shift|pair_shift|num_parts)_\d+$|^(bonds|scheme)$")
 # Shapes of one value per graph: they carry a leading 1, so that batching stacks instead of mixing rows.
 _GRAPH_SHAPES: dict[str, tuple[int, ...]] = {
     "energy": (1,),
@@ -48,6 +48,7 @@ class AtomicData(Data):
     ``child_shift_k``   [E, 3]                lattice shifts of the children, only for periodic systems
     ``pair_shift_k``    [P, 3]                lattice shifts of the pairs, only for periodic systems
     ``bonds``           [2, M] long           covalent bonds, both directions (only where a scheme uses them)
+    ``scheme``          str                   the scheme that wrote the hierarchy
     ==================  ====================  ==========================================================
 
     The hierarchy keys are written by the schemes of :mod:`nbody_pyg.hierarchy`. Their names avoid the words

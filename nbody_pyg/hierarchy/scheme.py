@@ -162,6 +162,7 @@ class Scheme(BaseTransform):
         The position of the root of a periodic graph has no meaning (it would depend on which image of an atom
         was given), so the vectors from it to its children are zero there; it still holds the mean as given.
         """
+        self._check_levels(topology)
         if cell is not None:
             cell = cell.reshape(-1, 3, 3)
         centres = self.positions(topology, z, pos, cell)
@@ -184,6 +185,15 @@ class Scheme(BaseTransform):
                       pair, pair_vec, pair_weight)
             )  # fmt: skip
         return Hierarchy(tuple(levels), z, topology.num_graphs)
+
+    def _check_levels(self, topology: Topology) -> None:
+        """Raise ValueError unless the topology has the levels and the pairs of this scheme."""
+        wanted = [spec.pair_radius is not None for spec in self.levels]
+        if [index is not None for index in topology.pair_index] != wanted:
+            raise ValueError(
+                f"topology must have {len(wanted)} levels, with pairs at levels "
+                f"{[k for k, pairs in enumerate(wanted) if pairs]}, for {self!r}, got {topology!r}, which another scheme made; apply this scheme"
+            )
 
     def with_pairs(self, tree: Topology, atoms: AtomsInput) -> Topology:
         """``tree`` with the pairs of every level whose spec has a ``pair_radius``, at these positions."""
@@ -209,7 +219,29 @@ class Scheme(BaseTransform):
         topology = self.topology(
             out.z, out.pos, out.get("batch"), out.get("cell"), out.get("pbc"), **self.inputs(out)
         )
-        return topology.store(out)
+        return self.store(topology, out)
+
+    def store(self, topology: Topology, data: Data) -> Data:
+        """Write ``topology`` on ``data`` in place, signed with the name and arguments of this scheme."""
+        topology.store(data)
+        data["scheme"] = [repr(self)] * topology.num_graphs if isinstance(data, Batch) else repr(self)
+        return data
+
+    def read(self, data: Data) -> Topology:
+        """The topology stored on ``data``, which must be of this very scheme; cheap, for every step.
+
+        Raises:
+            ValueError: no hierarchy, or that of another scheme or of other radii (its windows would then cut
+                where the neighbour lists do not end, and the energy would jump).
+        """
+        signed = data.get("scheme")
+        for found in {signed} if isinstance(signed, str) else set(signed or ()):
+            if found != repr(self):
+                raise ValueError(
+                    f"data must hold the hierarchy of {self!r}, but holds that of {found}; apply the "
+                    "scheme of the model to the data (model.scheme is a transform)"
+                )
+        return Topology.from_data(data)
 
     def config(self) -> dict[str, Any]:
         """Name and arguments, ready for JSON; see :meth:`from_config`."""
