@@ -90,7 +90,8 @@ def _load(path: Path) -> dict[str, np.ndarray]:
     if path.stat().st_size == 0:
         raise ValueError(f"path {str(path)!r} holds no frame: the file is empty")
     try:
-        with np.load(path, allow_pickle=False) as file:
+        # numpy leaves a file open that it opened itself and could not read
+        with path.open("rb") as handle, np.load(handle, allow_pickle=False) as file:
             return {key: file[key] for key in file.files}
     except (OSError, ValueError, zipfile.BadZipFile, EOFError) as error:
         raise ValueError(

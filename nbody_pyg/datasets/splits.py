@@ -85,7 +85,9 @@ class Split:
         return f"Split({len(self.train)}/{len(self.val)}/{len(self.test)}, {self.fingerprint})"
 
 
-def split_indices(n: int, train: float, val: float = 0, test: float | None = None, seed: int = 0) -> Split:
+def split_indices(
+    n: int, train: int | float, val: int | float = 0, test: int | float | None = None, seed: int = 0
+) -> Split:
     """A random split of ``n`` frames by seed: the same on every machine.
 
     Args:
@@ -186,7 +188,7 @@ def _indices(rows: Sequence[int] | np.ndarray, name: str) -> np.ndarray:
     return array
 
 
-def _size(value: float, n: int, name: str) -> int:
+def _size(value: int | float, n: int, name: str) -> int:
     if isinstance(value, float) and 0 < value < 1:
         return round(value * n)
     if value < 0 or value != int(value):

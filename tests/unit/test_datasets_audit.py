@@ -1,0 +1,75 @@
+"""The label table, and the error that stops a training without labels."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from nbody_pyg.data import AtomicData
+from nbody_pyg.datasets import Frames, label_audit, require_labels
+
+
+def frame(**labels) -> AtomicData:
+    data = AtomicData(z=torch.tensor([8, 1, 1, 6]), pos=torch.randn(4, 3, dtype=torch.float64))
+    for key, value in labels.items():
+        data[key] = value
+    return data
+
+
+def energy(value: float) -> torch.Tensor:
+    return torch.tensor([value], dtype=torch.float64)
+
+
+@pytest.fixture
+def frames() -> Frames:
+    forces = torch.arange(12, dtype=torch.float64).reshape(4, 3) - 5.5
+    systems = [frame(energy=energy(-2.0), forces=forces), frame(energy=energy(-4.0))]
+    return Frames(systems, name="x.xyz", sources={"energy": ["info['E']"]}, available=["E", "my_dipole"])
+
+
+def test_counts_and_ranges(frames):
+    table = label_audit(frames)
+    energies, forces = table.rows
+    assert (energies.label, energies.found, energies.total, energies.keys) == ("energy", 2, 2, ("info['E']",))
+    assert (energies.minimum, energies.maximum, energies.mean, energies.std) == (-4.0, -2.0, -3.0, 1.0)
+    assert (forces.found, forces.total) == (1, 2)
+    assert forces.std == pytest.approx(math.sqrt(143 / 12))
+    assert table.count("forces") == (1, 2)
+    assert table.count("stress") == (0, 2)
+
+
+def test_the_table_reads_well(frames):
+    text = str(label_audit({"train": frames, "test": [frame(alpha=energy(3.0))]}))
+    lines = text.splitlines()
+    assert lines[0].split()[:4] == ["source", "label", "read", "from"]
+    assert "info['E']" in lines[1]
+    assert "2/2" in lines[1]
+    assert "eV/A" in lines[2]
+    assert any(line.split()[:2] == ["test", "alpha"] for line in lines)  # a label of the user's own
+    assert any(line.split()[:2] == ["test", "energy"] and "0/1" in line for line in lines)
+
+
+def test_required_labels(frames):
+    require_labels(frames, ["energy"])
+    require_labels(frames, ["energy", "forces"], partial=True)
+    with pytest.raises(
+        ValueError, match=r"'forces' is in only 1 of the 2 frames of x.xyz \(missing first in frame 1\)"
+    ):
+        require_labels(frames, ["energy", "forces"])
+    with pytest.raises(
+        ValueError, match=r"'dipole' is in none of the 2 frames of x.xyz; did you mean 'my_dipole'\?"
+    ):
+        require_labels(frames, ["dipole"], partial=True)
+    with pytest.raises(ValueError, match="Name its key with dipole_key when reading"):
+        require_labels({"val": frames}, ["dipole"])
+    with pytest.raises(ValueError, match="val holds no frame"):
+        require_labels({"train": frames, "val": []}, ["energy"])
+
+
+def test_plain_lists_hint_at_their_own_keys():
+    with pytest.raises(
+        ValueError, match=r"'energy' is in none of the 1 frames of frames; did you mean 'enrgy'"
+    ):
+        require_labels([frame(enrgy=energy(1.0))], ["energy"])
