@@ -1,5 +1,26 @@
 """Training: data in batches, loss, schedule, averaging and the Lightning task."""
 
+from nbody_pyg.training.ema import WeightEMA
 from nbody_pyg.training.loader import EpochSampler, FrameLoader
+from nbody_pyg.training.loss import EnergyForceLoss
+from nbody_pyg.training.metrics import ErrorMeter
+from nbody_pyg.training.optim import build_optimizer
+from nbody_pyg.training.run import FitResult, fit, force_variance
+from nbody_pyg.training.schedule import WarmupCosine
+from nbody_pyg.training.settings import TrainingConfig
+from nbody_pyg.training.task import PotentialTask
 
-__all__ = ["EpochSampler", "FrameLoader"]
+__all__ = [
+    "EnergyForceLoss",
+    "EpochSampler",
+    "ErrorMeter",
+    "FitResult",
+    "FrameLoader",
+    "PotentialTask",
+    "TrainingConfig",
+    "WarmupCosine",
+    "WeightEMA",
+    "build_optimizer",
+    "fit",
+    "force_variance",
+]

@@ -99,9 +99,12 @@ class FrameLoader:
         if len(frames) == 0:
             raise ValueError("frames is empty: a loader needs at least one graph")
         self.batch_size, self.drop_last, self.chunk = batch_size, drop_last, chunk
+        # The names by which Lightning finds what has a set_epoch.
+        self.batch_sampler = None
         self.sampler = EpochSampler(len(frames), shuffle, seed)
         self._rank, self._world = rank, world
-        self._base = type(frames[0])
+        # The batch class of PyG for these frames; making one by Batch(...) inspects signatures every time.
+        self._batch_class = type(Batch(_base_cls=type(frames[0])))
         self._columns = {key: _column(frames, key).to(device) for key in _common_keys(frames)}
         self._num_nodes = torch.tensor([frame.num_nodes for frame in frames], device=device)
         # PyG writes num_nodes into a batch only where a frame carries it explicitly.
@@ -163,27 +166,27 @@ class FrameLoader:
         order = order.to(self.device)
         graphs = torch.arange(len(order), device=self.device)
         first_graph = graphs // size * size  # of the batch that a graph belongs to
-        bounds = list(range(0, len(order), size)) + [len(order)]
-        slices = []
-        for key, column in self._columns.items():
-            values, start = _select(column, order, first_graph)
-            slices.append((key, values, column.dim, start[bounds].tolist()))
+        bounds = torch.tensor([*range(0, len(order), size), len(order)], device=self.device)
         counts = self._num_nodes[order]
         start = _cumulate(counts)
-        node_batch = torch.repeat_interleave(graphs - first_graph, counts)
-        node_bounds = start[bounds].tolist()
-        for i in range(len(bounds) - 1):
-            batch = Batch(_base_cls=self._base)
+        num_nodes = start[bounds].diff().tolist()
+        ends = start[1:] - start[first_graph]
+        parts: dict[str, Any] = {
+            key: _split(column, order, first_graph, bounds) for key, column in self._columns.items()
+        }
+        if self._explicit_num_nodes:
+            parts["num_nodes"] = num_nodes
+        parts["batch"] = torch.repeat_interleave(graphs - first_graph, counts).split(num_nodes)
+        num_graphs = bounds.diff().tolist()
+        zero = ends.new_zeros(1)
+        for number, ptr in enumerate(ends.split(num_graphs)):
+            batch = type.__call__(self._batch_class)
             # Straight into the storage: Data.__setattr__ costs more than the views themselves.
             store = batch._store._mapping
-            for key, values, dim, cut in slices:
-                store[key] = values.narrow(dim, cut[i], cut[i + 1] - cut[i])
-            if self._explicit_num_nodes:
-                store["num_nodes"] = node_bounds[i + 1] - node_bounds[i]
-            store["batch"] = node_batch[node_bounds[i] : node_bounds[i + 1]]
-            ptr = start[bounds[i] : bounds[i + 1] + 1]
-            store["ptr"] = ptr - node_bounds[i] if node_bounds[i] else ptr
-            batch.__dict__["_num_graphs"] = bounds[i + 1] - bounds[i]
+            for key, pieces in parts.items():
+                store[key] = pieces[number]
+            store["ptr"] = torch.cat((zero, ptr))
+            batch.__dict__["_num_graphs"] = num_graphs[number]
             yield batch
 
     def __repr__(self) -> str:
@@ -234,8 +237,8 @@ def _cumulate(counts: Tensor) -> Tensor:
     return torch.cat([counts.new_zeros(1), counts.cumsum(0)])
 
 
-def _select(column: _Column, order: Tensor, first_graph: Tensor) -> tuple[Tensor, Tensor]:
-    """Values of the frames ``order``, and where each of them starts; indices are made local to a batch."""
+def _split(column: _Column, order: Tensor, first_graph: Tensor, bounds: Tensor) -> tuple[Tensor, ...]:
+    """Values of the frames ``order``, cut at the ``bounds`` of the batches; indices are local to a batch."""
     counts = (column.start[1:] - column.start[:-1])[order]
     start = _cumulate(counts)
     offset = column.start[order] - start[:-1]
@@ -244,14 +247,12 @@ def _select(column: _Column, order: Tensor, first_graph: Tensor) -> tuple[Tensor
     if column.increment is not None:
         step = column.increment[order]
         before = step.cumsum(0) - step
-        local: Any = before - before[first_graph]
-        # [graphs] or [graphs, ..., 1]: repeat over the entries of each graph, then bring them to column.dim.
-        if local.dim() == 1:
-            shift = torch.repeat_interleave(local, counts)
-            shape = [1] * values.dim()
-            shape[column.dim] = -1
-            shift = shift.view(shape)
+        local = before - before[first_graph]
+        shift = torch.repeat_interleave(local, counts, dim=0)
+        # [entries] or [entries, ..., 1]: the entries of a graph lie along column.dim.
+        if shift.dim() == 1:
+            shift = shift.view([-1 if dim == column.dim else 1 for dim in range(values.dim())])
         else:
-            shift = torch.repeat_interleave(local, counts, dim=0).squeeze(-1).movedim(0, column.dim)
+            shift = shift.squeeze(-1).movedim(0, column.dim)
         values = values + shift.to(values.dtype)
-    return values, start
+    return values.split(start[bounds].diff().tolist(), column.dim)

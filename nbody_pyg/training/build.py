@@ -1,0 +1,62 @@
+"""A potential as a plain dictionary and back: what checkpoints and model files store beside the weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from nbody_pyg.potential import AtomicReference, Potential
+
+_DTYPES = {"float32": torch.float32, "float64": torch.float64}
+
+
+def potential_config(potential: Potential) -> dict[str, Any]:
+    """JSON-able description: class and config of the model, E0 (eV), scale, dtype.
+
+    A model without ``config()`` (any network that is not ours) is described by its class name only; such a
+    potential is rebuilt by handing a model of the same shape to :func:`potential_from_config`.
+    """
+    model = potential.model
+    config = model.config() if hasattr(model, "config") and callable(model.config) else None
+    reference = potential.reference
+    return {
+        "model": {"class": type(model).__name__, "config": config},
+        "e0": None if reference is None else {str(z): e for z, e in reference.energies.items()},
+        "scale": float(potential.scale),
+        "dtype": str(potential.dtype or torch.float32).removeprefix("torch."),
+    }
+
+
+def potential_from_config(config: dict[str, Any], model: nn.Module | None = None) -> Potential:
+    """Build the potential that :func:`potential_config` described, with fresh weights.
+
+    Args:
+        model: the network, where it is not one of ours.
+    Raises: ValueError: a foreign model and none given, or a model of another class; unknown dtype.
+    """
+    described = config["model"]
+    if model is None:
+        model = _build_model(described)
+    elif type(model).__name__ != described["class"]:
+        raise ValueError(
+            f"the file holds a {described['class']}, but model is a {type(model).__name__}; pass the same class"
+        )
+    if config["dtype"] not in _DTYPES:
+        raise ValueError(f"dtype must be one of {sorted(_DTYPES)}, got {config['dtype']!r}")
+    e0 = config["e0"]
+    reference = None if e0 is None else AtomicReference({int(z): e for z, e in e0.items()})
+    return Potential(model, reference, config["scale"]).to(_DTYPES[config["dtype"]])
+
+
+def _build_model(described: dict[str, Any]) -> nn.Module:
+    from nbody_pyg import models
+
+    found = getattr(models, described["class"], None)
+    if described["config"] is None or found is None or not hasattr(found, "from_config"):
+        raise ValueError(
+            f"the file holds a {described['class']}, which nbody_pyg cannot build by itself; build the network "
+            "as it was and pass it as model="
+        )
+    return found.from_config(described["config"])

@@ -1,0 +1,214 @@
+"""Callbacks of a training run: checkpoints, CSV log, progress, and stopping on a signal."""
+
+from __future__ import annotations
+
+import csv
+import os
+import random
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from tqdm import tqdm
+
+
+class Checkpoints(Callback):
+    """Writes ``last.ckpt`` after every validation and at the end, ``best.ckpt`` when the score improves.
+
+    Every write goes to a temporary file that is renamed, so that a killed run leaves a readable file. The
+    files load with ``weights_only=True``: tensors and plain values only, random states included.
+
+    Args:
+        folder: where the files go.
+        monitor: a logged metric, lower is better; ``best`` needs validation.
+    """
+
+    def __init__(self, folder: str | Path, monitor: str = "val_forces_mae"):
+        self.folder, self.monitor = Path(folder), monitor
+        self.best_score, self.best_step = float("inf"), -1
+
+    def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:
+        if trainer.sanity_checking or trainer.state.fn != "fit":
+            return
+        score = trainer.callback_metrics.get(self.monitor)
+        if score is not None and float(score) < self.best_score:
+            self.best_score, self.best_step = float(score), trainer.global_step
+            self._save(trainer, "best.ckpt")
+        self._save(trainer, "last.ckpt")
+
+    def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
+        self._save(trainer, "last.ckpt")
+
+    def _save(self, trainer: Trainer, name: str) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        temporary = self.folder / f".{name}.tmp"
+        trainer.save_checkpoint(temporary, weights_only=False)
+        if trainer.is_global_zero:
+            os.replace(temporary, self.folder / name)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best_score": self.best_score, "best_step": self.best_step, **_random_state()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.best_score, self.best_step = state["best_score"], state["best_step"]
+        _set_random_state(state)
+
+
+def _random_state() -> dict[str, Any]:
+    kind, keys, position, has_gauss, gauss = np.random.get_state()
+    return {
+        "torch": torch.get_rng_state(),
+        "python": random.getstate(),
+        "numpy": (kind, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, gauss),
+    }
+
+
+def _set_random_state(state: dict[str, Any]) -> None:
+    torch.set_rng_state(state["torch"].cpu())
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    kind, keys, *rest = state["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
+
+
+class MetricsCSV(Callback):
+    """One row per ``log_every`` steps and per validation in ``metrics.csv``; a resumed run goes on in the file.
+
+    Columns: kind (train or val), step, epoch, cpu_seconds (of training), wall_seconds, lr, loss, grad_norm,
+    energy_mae (meV), energy_rmse, forces_mae (meV/angstrom), forces_rmse.
+    """
+
+    columns = ("kind", "step", "epoch", "cpu_seconds", "wall_seconds", "lr", "loss", "grad_norm",
+               "energy_mae", "energy_rmse", "forces_mae", "forces_rmse")  # fmt: skip
+
+    def __init__(self, path: str | Path, every: int = 50):
+        self.path, self.every, self._began = Path(path), every, 0.0
+        self.latest: dict[str, float] = {}
+
+    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
+        self._began = time.perf_counter()
+        if not trainer.is_global_zero:
+            return
+        rows = []
+        if trainer.global_step and self.path.exists():
+            with self.path.open(newline="") as file:
+                rows = [row for row in csv.DictReader(file) if int(row["step"]) <= trainer.global_step]
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, self.columns)
+            writer.writeheader()
+            writer.writerows(rows)
+
+    def _write(self, trainer: Trainer, module: Any, kind: str, values: dict[str, float]) -> None:
+        row = {
+            "kind": kind,
+            "step": trainer.global_step,
+            "epoch": trainer.current_epoch,
+            "cpu_seconds": f"{module.clock.elapsed:.3f}",
+            "wall_seconds": f"{time.perf_counter() - self._began:.3f}",
+            "lr": f"{trainer.optimizers[0].param_groups[0]['lr']:.6g}",
+        }
+        row |= {key: f"{value:.6g}" for key, value in values.items() if key in self.columns}
+        with self.path.open("a", newline="") as file:
+            csv.DictWriter(file, self.columns).writerow(row)
+
+    def on_train_batch_end(self, trainer: Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if trainer.global_step % self.every == 0:
+            self.latest = module.running.take()
+            if trainer.is_global_zero:
+                self._write(trainer, module, "train", self.latest)
+
+    def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:
+        if trainer.is_global_zero and trainer.state.fn == "fit" and not trainer.sanity_checking:
+            scores = {k.removeprefix("val_"): float(v) for k, v in trainer.callback_metrics.items()}
+            self._write(trainer, module, "val", scores)
+
+
+class RunProgress(Callback):
+    """One bar over the whole run, with MAE in meV and meV/angstrom; plain lines where there is no terminal."""
+
+    def __init__(self, log: MetricsCSV, every: int = 50):
+        self.log, self.every = log, every
+        self._bar: tqdm | None = None
+        self._scores = ""
+
+    def on_train_start(self, trainer: Trainer, module: Any) -> None:
+        if trainer.is_global_zero and sys.stderr.isatty():
+            layout = "{l_bar}{bar}| {elapsed}<{remaining} {postfix}"
+            self._bar = tqdm(total=100.0, desc="training", bar_format=layout, dynamic_ncols=True)
+
+    def on_train_batch_end(self, trainer: Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if self._bar is not None and trainer.global_step % self.every == 0:
+            now = self.log.latest
+            text = f"step {trainer.global_step}"
+            if now:
+                text += f", train E {now['energy_mae']:.1f} meV F {now['forces_mae']:.1f} meV/A"
+            self._bar.set_postfix_str(text + self._scores, refresh=False)
+            self._bar.update(100.0 * module.progress - self._bar.n)
+
+    def on_validation_end(self, trainer: Trainer, module: Any) -> None:
+        if trainer.sanity_checking or trainer.state.fn != "fit" or not trainer.is_global_zero:
+            return
+        scores = trainer.callback_metrics
+        parts = [
+            f"{letter} {float(scores[f'val_{name}_mae']):.1f} {unit}"
+            for letter, name, unit in (("E", "energy", "meV"), ("F", "forces", "meV/A"))
+            if f"val_{name}_mae" in scores
+        ]
+        self._scores = f" | val {' '.join(parts)}"
+        if self._bar is None:
+            rate = trainer.optimizers[0].param_groups[0]["lr"]
+            print(
+                f"step {trainer.global_step:7d}  {100 * module.current_progress():5.1f} %  "
+                f"{module.clock.elapsed:7.1f} CPU s  lr {rate:.1e} {self._scores}",
+                flush=True,
+            )
+
+    def on_train_end(self, trainer: Trainer, module: Any) -> None:
+        if self._bar is not None:
+            self._bar.update(100.0 * module.progress - self._bar.n)
+            self._bar.close()
+            self._bar = None
+
+
+class GracefulStop(Callback):
+    """SIGTERM or Ctrl-C: finish the step, write ``last.ckpt``, leave the loop. A second signal kills at once.
+
+    ``received`` holds the number of the signal afterwards; the command line exits with 128 + that number
+    (143 for SIGTERM, 130 for Ctrl-C), as a shell reports a process that the signal ended.
+    """
+
+    signals = (signal.SIGTERM, signal.SIGINT)
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self._before: dict[int, Any] = {}
+
+    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
+        # After Lightning has installed its own handler, which would leave before the checkpoint is written.
+        self._before = {number: signal.signal(number, self._handle) for number in self.signals}
+
+    def _handle(self, number: int, frame: Any) -> None:
+        self.received = number
+        self._restore()
+
+    def _restore(self) -> None:
+        for number in list(self._before):
+            signal.signal(number, signal.SIG_DFL)
+
+    def on_train_batch_end(self, trainer: Trainer, module: LightningModule, *_: Any) -> None:
+        stop = self.received is not None
+        if trainer.world_size > 1:
+            stop = trainer.strategy.reduce_boolean_decision(stop, all=False)
+        if stop:
+            trainer.should_stop = True
+
+    def teardown(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
+        self._before = {}

@@ -1,0 +1,98 @@
+"""The training loss: energies, forces and stress in one dimensionless number."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+def _mse(error: Tensor, width: float) -> Tensor:
+    return error.square().mean()
+
+
+def _huber(error: Tensor, width: float) -> Tensor:
+    # 2 x PyTorch's Huber loss: equal to the square for small errors, so that weights keep their meaning.
+    return 2.0 * torch.nn.functional.huber_loss(error, torch.zeros_like(error), delta=width)
+
+
+def _norm(error: Tensor, width: float) -> Tensor:
+    """Mean length of the error vectors (rotation invariant L1); a soft root keeps the gradient finite at 0."""
+    rows = error.reshape(error.shape[0], -1)
+    return (rows.square().mean(dim=1) + width**2 * 1e-6).sqrt().mean() * width
+
+
+PENALTIES: dict[str, Callable[[Tensor, float], Tensor]] = {"mse": _mse, "huber": _huber, "norm": _norm}
+
+
+@dataclass(frozen=True)
+class EnergyForceLoss:
+    r"""Weighted penalties of forces, interaction energy and stress over the variance of the forces.
+
+    .. math:: L = \frac{1}{\sigma_F^2} \Big[ w_F \langle d(F - F^*) \rangle + w_E \langle d(E - E^*) \rangle
+              + w_S \langle d(\tfrac{V}{N} (\sigma - \sigma^*)) \rangle \Big], \qquad d(x) = x^2
+
+    E is the interaction energy: E0 is taken off the label in float64, before any cast.
+
+    ======================  ==================  ==================================================
+    symbol                  code                unit
+    ======================  ==================  ==================================================
+    :math:`F`               forces              eV/angstrom; mean over atoms and components
+    :math:`E`               energy              eV per molecule (or per atom: ``energy_per="atom"``)
+    :math:`\sigma V/N`      stress              eV per atom
+    :math:`\sigma_F^2`      ``force_variance``  (eV/angstrom)^2, mean square of the training forces
+    :math:`w_F`             ``force_weight``    1
+    :math:`w_E, w_S`        ``energy_weight``   angstrom^-2
+    ======================  ==================  ==================================================
+
+    Args:
+        penalty: ``mse`` as above; ``huber``, quadratic up to 1 standard deviation of the forces and linear
+            beyond it; ``norm``, the length of the error (times the standard deviation).
+    Raises: ValueError: unknown penalty, ``energy_per`` neither molecule nor atom, non-positive variance,
+        negative weight, all weights zero.
+    """
+
+    force_variance: float = 1.0
+    force_weight: float = 1.0
+    energy_weight: float = 0.05
+    stress_weight: float = 0.0
+    energy_per: str = "molecule"
+    penalty: str = "mse"
+
+    def __post_init__(self) -> None:
+        if self.penalty not in PENALTIES:
+            raise ValueError(f"penalty must be one of {sorted(PENALTIES)}, got {self.penalty!r}")
+        if self.energy_per not in ("molecule", "atom"):
+            raise ValueError(f"energy_per must be 'molecule' or 'atom', got {self.energy_per!r}")
+        if not self.force_variance > 0:
+            raise ValueError(
+                f"force_variance must be positive, got {self.force_variance}: are all training forces zero?"
+            )
+        weights = (self.force_weight, self.energy_weight, self.stress_weight)
+        if min(weights) < 0 or max(weights) == 0:
+            raise ValueError(f"weights must not be negative, and one must be positive, got {weights}")
+
+    def __call__(
+        self,
+        energy_error: Float[Tensor, " graphs"] | None,
+        force_error: Float[Tensor, "atoms 3"] | None,
+        virial_error: Float[Tensor, "graphs 3 3"] | None = None,
+        num_atoms: Float[Tensor, " graphs"] | None = None,
+    ) -> Float[Tensor, ""]:
+        """Errors are prediction minus label; a NaN marks a missing label and has to be removed before."""
+        penalty, width = PENALTIES[self.penalty], self.force_variance**0.5
+        loss: Tensor | float = 0.0
+        if force_error is not None and self.force_weight:
+            loss = loss + self.force_weight * penalty(force_error, width)
+        if energy_error is not None and self.energy_weight:
+            if self.energy_per == "atom" and num_atoms is not None:
+                energy_error = energy_error / num_atoms
+            loss = loss + self.energy_weight * penalty(energy_error, width)
+        if virial_error is not None and self.stress_weight:
+            loss = loss + self.stress_weight * penalty(virial_error, width)
+        if not isinstance(loss, Tensor):
+            raise ValueError("no term of the loss has both a label and a positive weight")
+        return loss / self.force_variance

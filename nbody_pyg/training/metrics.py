@@ -1,0 +1,113 @@
+"""Errors of a potential against labels, summed over batches and processes in float64."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from ase.data import chemical_symbols
+from torch import Tensor
+
+_MILLI = 1000.0  # eV -> meV
+
+
+class RunningMeans:
+    """Loss, errors and gradient norm since the last row of the log.
+
+    Sums stay on the device: nothing waits for a value until a row is due.
+    """
+
+    def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        self.loss: Tensor | float = 0.0
+        self.energy: Tensor | float = 0.0
+        self.forces: Tensor | float = 0.0
+        self.norm: Tensor | float = 0.0
+        self.count = 0
+
+    def add(self, loss: Tensor, energy_error: Tensor | None, force_error: Tensor | None) -> None:
+        self.loss += loss.detach()
+        if energy_error is not None:
+            self.energy += energy_error.detach().abs().mean()
+        if force_error is not None:
+            self.forces += force_error.detach().abs().mean()
+        self.count += 1
+
+    def take(self) -> dict[str, float]:
+        """Means (MAE in meV per graph and meV/angstrom), and start anew."""
+        count = max(self.count, 1)
+        means = {
+            "loss": float(self.loss) / count,
+            "energy_mae": _MILLI * float(self.energy) / count,
+            "forces_mae": _MILLI * float(self.forces) / count,
+            "grad_norm": float(self.norm) / count,
+        }
+        self.clear()
+        return means
+
+
+class ErrorMeter:
+    r"""Mean absolute and root mean square errors of energy, forces (also by element) and stress.
+
+    ===================================  ==========================================================
+    key of :meth:`compute`               unit
+    ===================================  ==========================================================
+    ``energy_mae``, ``energy_rmse``      meV per graph
+    ``energy_per_atom_mae``, ``_rmse``   meV per atom
+    ``forces_mae``, ``forces_rmse``      meV/angstrom, over components
+    ``stress_mae``, ``stress_rmse``      meV/angstrom^3, over components
+    ``forces_mae_X``                     meV/angstrom, on atoms of element X
+    ===================================  ==========================================================
+
+    A label that is NaN counts as missing. Targets without any label are left out of the result.
+    """
+
+    _ROWS = ("energy", "energy_per_atom", "forces", "stress")
+
+    def __init__(self, device: torch.device | str = "cpu"):
+        # Per row: sum of |error|, sum of error^2, number of values.
+        self.sums = torch.zeros(len(self._ROWS), 3, dtype=torch.float64, device=device)
+        self.by_element = torch.zeros(len(chemical_symbols), 2, dtype=torch.float64, device=device)
+
+    def _add(self, row: str, error: Tensor, label: Tensor) -> None:
+        error = error[~label.isnan()]  # by label: a prediction that is NaN has to show in the result
+        self.sums[self._ROWS.index(row)] += torch.stack(
+            [error.abs().sum(), error.square().sum(), error.new_tensor(float(error.numel()))]
+        )
+
+    @torch.no_grad()
+    def update(self, result: dict[str, Tensor], batch: Any) -> None:
+        """Add a batch: ``result`` of a Potential, and the labels of the same graphs."""
+        if "energy" in batch and "energy" in result:
+            error = (result["energy"] - batch.energy).double().reshape(-1)
+            self._add("energy", error, batch.energy)
+            num_atoms = torch.bincount(batch.batch, minlength=len(error))
+            self._add("energy_per_atom", error / num_atoms, batch.energy)
+        if "forces" in batch and "forces" in result:
+            error = result["forces"].double() - batch.forces
+            self._add("forces", error, batch.forces)
+            known = ~batch.forces.isnan().any(dim=1)
+            values = torch.stack([error.abs().sum(dim=1), torch.full_like(error[:, 0], 3.0)], dim=1)
+            self.by_element.index_add_(0, batch.z[known], values[known])
+        if "stress" in batch and "stress" in result:
+            self._add("stress", result["stress"].double() - batch.stress, batch.stress)
+
+    def reduce(self) -> None:
+        """Sum over the processes of torch.distributed, where it runs."""
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            dist.all_reduce(self.sums)
+            dist.all_reduce(self.by_element)
+
+    def compute(self) -> dict[str, float]:
+        out: dict[str, float] = {}
+        for row, (absolute, square, count) in zip(self._ROWS, self.sums.tolist(), strict=True):
+            if count:
+                out[f"{row}_mae"] = _MILLI * absolute / count
+                out[f"{row}_rmse"] = _MILLI * (square / count) ** 0.5
+        for number, (absolute, count) in enumerate(self.by_element.tolist()):
+            if count:
+                out[f"forces_mae_{chemical_symbols[number]}"] = _MILLI * absolute / count
+        return out

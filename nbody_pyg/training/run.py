@@ -1,0 +1,127 @@
+"""fit: one call from frames and a model to a trained potential."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from lightning.pytorch import Trainer
+from torch_geometric.data import Data
+
+from nbody_pyg.potential import Potential
+from nbody_pyg.training.callbacks import Checkpoints, GracefulStop, MetricsCSV, RunProgress
+from nbody_pyg.training.ema import WeightEMA
+from nbody_pyg.training.loader import FrameLoader
+from nbody_pyg.training.settings import TrainingConfig
+from nbody_pyg.training.task import PotentialTask
+
+
+@dataclass(frozen=True)
+class FitResult:
+    """What a run left behind: the potential holds the averaged weights at the end of the run.
+
+    ``interrupted`` is the number of the signal that ended the run, or None. ``best_forces_mae`` (meV/angstrom)
+    and ``best_step`` describe ``best.ckpt``; infinite and -1 without validation frames.
+    """
+
+    potential: Potential
+    steps: int
+    epochs: int
+    cpu_seconds: float
+    best_forces_mae: float
+    best_step: int
+    interrupted: int | None
+
+
+def force_variance(frames: Sequence[Data]) -> float:
+    """Mean square of all known force components, (eV/angstrom)^2; 1 where the frames have no forces."""
+    known = [frame.forces.double().flatten() for frame in frames if frame.get("forces") is not None]
+    if not known:
+        return 1.0
+    values = torch.cat(known)
+    return float(values[~values.isnan()].square().mean())
+
+
+def make_trainer(settings: TrainingConfig, callbacks: list, validate: bool, folder: str | Path) -> Trainer:
+    """A Lightning Trainer stripped of everything that costs time per step."""
+    multiple = settings.processes > 1
+    return Trainer(
+        accelerator={"cpu": "cpu", "cuda": "gpu", "auto": "auto"}[settings.device],
+        devices=settings.processes if multiple or settings.device != "auto" else "auto",
+        strategy="ddp_find_unused_parameters_true" if multiple else "auto",
+        max_epochs=-1 if settings.max_epochs is None else settings.max_epochs,
+        max_steps=-1 if settings.max_steps is None else settings.max_steps,
+        # Validation by steps, across epochs: an epoch may be 10 steps or 100,000.
+        val_check_interval=settings.validate_every if validate else None,
+        check_val_every_n_epoch=None if validate else 1,
+        limit_val_batches=None if validate else 0,
+        num_sanity_val_steps=0,
+        callbacks=callbacks,
+        default_root_dir=str(folder),
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        inference_mode=False,
+        use_distributed_sampler=False,
+    )
+
+
+def fit(
+    potential: Potential,
+    train: Sequence[Data],
+    val: Sequence[Data] = (),
+    settings: TrainingConfig | None = None,
+    folder: str | Path = "run",
+    resume: str | Path | None = None,
+    show_progress: bool = True,
+) -> FitResult:
+    """Train ``potential`` in place.
+
+    Writes ``metrics.csv``, ``last.ckpt`` and (with validation frames) ``best.ckpt`` into ``folder``.
+
+    Args:
+        train, val: frames with labels; where the model has a scheme, with its topology stored (apply the
+            scheme to every frame once), or else it is searched for anew at every step.
+        resume: a checkpoint from which to go on; the run continues as if it had never stopped.
+    Raises: ValueError: no frames, or labels without any force and energy; FloatingPointError: see the task.
+    """
+    settings = settings or TrainingConfig(max_epochs=100)
+    torch.set_num_threads(settings.threads)
+    folder = Path(folder)
+    potential.to(getattr(torch, settings.dtype))
+    task = PotentialTask(potential, settings, force_variance(train))
+    log = MetricsCSV(folder / "metrics.csv", settings.log_every)
+    stop, checkpoints = GracefulStop(), Checkpoints(folder)
+    callbacks = [WeightEMA(settings.ema_decay)] if settings.ema_decay else []
+    callbacks += [log, *([RunProgress(log, settings.log_every)] if show_progress else []), stop, checkpoints]
+    with warnings.catch_warnings():
+        _quieten()
+        trainer = make_trainer(settings, callbacks, bool(val), folder)
+        loader = FrameLoader(train, settings.batch_size, shuffle=True, seed=settings.seed)
+        evaluation = FrameLoader(val, 4 * settings.batch_size) if val else None
+        trainer.fit(task, loader, evaluation, ckpt_path=resume, weights_only=True if resume else None)
+    potential.eval()
+    return FitResult(
+        potential,
+        steps=trainer.global_step,
+        epochs=trainer.current_epoch,
+        cpu_seconds=task.clock.elapsed,
+        best_forces_mae=checkpoints.best_score,
+        best_step=checkpoints.best_step,
+        interrupted=stop.received,
+    )
+
+
+def _quieten() -> None:
+    """Lightning's advice on workers and loggers does not apply to a loader that slices tensors."""
+    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch.accelerators.cuda"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=".*GPU available but not used.*")
+    warnings.filterwarnings("ignore", message=".*number of training batches.*")
+    warnings.filterwarnings("ignore", message=".*`max_epochs` was not set.*")

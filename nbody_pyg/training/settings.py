@@ -1,0 +1,57 @@
+"""TrainingConfig: everything that decides how a potential is trained, in one frozen dataclass."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+
+def setting(default: Any, text: str) -> Any:
+    """A dataclass field with the line that ``--help`` prints."""
+    return dataclasses.field(default=default, metadata={"help": text})
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """How to train. The run ends at the first limit that is reached; at least one limit is needed.
+
+    Raises: ValueError: no limit, or a value outside its range.
+    """
+
+    budget_seconds: float | None = setting(None, "CPU seconds of training (process time); validation is free")
+    max_epochs: int | None = setting(None, "limit in passes over the training frames")
+    max_steps: int | None = setting(None, "limit in optimizer steps")
+    batch_size: int = setting(5, "molecules per step (and process)")
+    optimizer: str = setting("adam", "adam (AMSGrad), adamw, or a class of nbody_pyg.training.optim")
+    lr: float = setting(5e-3, "learning rate after the warm-up")
+    weight_decay: float = setting(0.0, "weight decay of the optimizer")
+    warmup_steps: int = setting(50, "steps of linear warm-up")
+    constant_fraction: float = setting(0.3, "share of the run at full learning rate before the cosine to 0")
+    clip_norm: float | None = setting(10.0, "largest norm of the gradient; null switches clipping off")
+    ema_decay: float = setting(0.99, "decay of the averaged weights, which are validated and saved; 0: none")
+    force_weight: float = setting(1.0, "weight of the force term")
+    energy_weight: float = setting(0.05, "weight of the energy term, angstrom^-2")
+    stress_weight: float = setting(0.0, "weight of the stress term, angstrom^-2")
+    energy_per: str = setting("molecule", "energy errors count per 'molecule' or per 'atom'")
+    penalty: str = setting("mse", "mse, huber or norm")
+    validate_every: int = setting(500, "steps between two validations")
+    log_every: int = setting(50, "steps between two rows of the log")
+    seed: int = setting(0, "seed of the weights and of the order of the frames")
+    dtype: str = setting("float32", "precision of the model: float32 or float64")
+    threads: int = setting(1, "CPU threads of a process")
+    device: str = setting("cpu", "cpu, cuda or auto")
+    processes: int = setting(1, "processes of distributed training (gloo on CPU, nccl on GPU)")
+
+    def __post_init__(self) -> None:
+        if self.budget_seconds is None and self.max_epochs is None and self.max_steps is None:
+            raise ValueError("training needs a limit: set budget_seconds, max_epochs or max_steps")
+        positive = ("budget_seconds", "max_epochs", "max_steps", "batch_size", "lr", "clip_norm")
+        for name in (*positive, "validate_every", "log_every", "threads", "processes"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name} must be positive, got {value}")
+        if self.dtype not in ("float32", "float64"):
+            raise ValueError(f"dtype must be 'float32' or 'float64', got {self.dtype!r}")
+        if self.device not in ("cpu", "cuda", "auto"):
+            raise ValueError(f"device must be 'cpu', 'cuda' or 'auto', got {self.device!r}")

@@ -1,0 +1,224 @@
+"""PotentialTask: a potential, its loss and its schedule as a LightningModule."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch import LightningModule
+from torch import Tensor
+
+from nbody_pyg.potential import Potential
+from nbody_pyg.training.build import potential_config, potential_from_config
+from nbody_pyg.training.clock import ProcessClock
+from nbody_pyg.training.flat import FlatParameters
+from nbody_pyg.training.loss import EnergyForceLoss
+from nbody_pyg.training.metrics import ErrorMeter, RunningMeans
+from nbody_pyg.training.optim import build_optimizer
+from nbody_pyg.training.schedule import WarmupCosine
+from nbody_pyg.training.settings import TrainingConfig
+
+
+class PotentialTask(LightningModule):
+    """Trains a potential on energies, forces and stress; works for any model that a Potential takes.
+
+    The learning rate follows :class:`WarmupCosine` over the *progress* of the run: the larger of its shares
+    of steps, epochs and CPU time (whichever limits are set). When the budget of CPU time is spent, training
+    stops after the step at hand. Gradient clipping is done here, so the Trainer needs no ``gradient_clip_val``.
+    The Trainer needs ``inference_mode=False``, since forces are derivatives.
+
+    Args:
+        potential: what is trained; or the dictionary that a checkpoint holds in its place.
+        settings: a TrainingConfig, or its dictionary.
+        force_variance: mean square of the components of the training forces, (eV/angstrom)^2.
+    Raises:
+        FloatingPointError: the loss is not finite; names the step and what to try.
+        ValueError: a batch without any label that the loss weighs.
+    """
+
+    def __init__(
+        self,
+        potential: Potential | dict[str, Any],
+        settings: TrainingConfig | dict[str, Any],
+        force_variance: float = 1.0,
+    ):
+        super().__init__()
+        self.potential = potential_from_config(potential) if isinstance(potential, dict) else potential
+        self.settings = TrainingConfig(**settings) if isinstance(settings, dict) else settings
+        s = self.settings
+        self.loss = EnergyForceLoss(
+            float(force_variance), s.force_weight, s.energy_weight, s.stress_weight, s.energy_per, s.penalty
+        )
+        self.schedule = WarmupCosine(s.warmup_steps, s.constant_fraction)
+        self.clock = ProcessClock()
+        self.progress = 0.0
+        self.hparams.update(
+            potential=potential_config(self.potential),
+            settings=dataclasses.asdict(s),
+            force_variance=float(force_variance),
+        )
+        self._hparams_initial = dict(self.hparams)
+        self._hparams_name = "kwargs"
+        self.flat: FlatParameters | None = None
+        self._meter: ErrorMeter | None = None
+        self.running = RunningMeans()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # Lightning notes the running hook here two dozen times per step; the way through nn.Module, which
+        # asks whether it is a parameter or a module, takes 0.1 ms of a step.
+        if name == "_current_fx_name":
+            self.__dict__[name] = value
+        else:
+            super().__setattr__(name, value)
+
+    # -- loss ----------------------------------------------------------------------------------------------
+    def _errors(self, batch: Any, training: bool) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        s = self.settings
+        forces = "forces" in batch and (s.force_weight > 0 or not training)
+        stress = "stress" in batch and s.stress_weight > 0
+        result = self.potential(batch, compute_forces=forces, compute_stress=stress, training=training)
+        errors = {}
+        if "energy" in batch:
+            # Total energies, with E0, differ in float64; only their small difference is cast.
+            difference = result["energy"] - batch.energy
+            errors["energy_error"] = _known(difference.to(result["interaction_energy"].dtype), batch.energy)
+        if forces:
+            error = result["forces"] - batch.forces.to(result["forces"].dtype)
+            errors["force_error"] = _known(error, batch.forces)
+        if stress:
+            volume = torch.linalg.det(batch.cell).abs() / torch.bincount(batch.batch)
+            error = result["stress"] - batch.stress.to(result["stress"].dtype)
+            errors["virial_error"] = _known(error * volume.to(error.dtype).view(-1, 1, 1), batch.stress)
+        return result, errors
+
+    def training_step(self, batch: Any, batch_idx: int = 0) -> Tensor:
+        _, errors = self._errors(batch, training=True)
+        if self.settings.energy_per == "atom" and "energy_error" in errors:
+            errors["num_atoms"] = torch.bincount(batch.batch)[~batch.energy.isnan()]
+        loss = self.loss(errors.get("energy_error"), errors.get("force_error"),
+                         errors.get("virial_error"), errors.get("num_atoms"))  # fmt: skip
+        self.running.add(loss, errors.get("energy_error"), errors.get("force_error"))
+        # On the CPU the value is at hand; on a GPU asking for it would stall every step.
+        if loss.device.type == "cpu" or batch_idx % self.settings.log_every == 0:
+            self._check_finite(loss.item())
+        return loss
+
+    def _check_finite(self, loss: float) -> None:
+        if not math.isfinite(loss):
+            raise FloatingPointError(
+                f"loss became {loss} at step {self.global_step} (learning rate "
+                f"{self.optimizers().param_groups[0]['lr']:.3g}); the last checkpoint is still good. Try a "
+                "smaller lr, a longer warmup_steps, a smaller clip_norm, or dtype float64; check the labels"
+            )
+
+    # -- optimization --------------------------------------------------------------------------------------
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        s = self.settings
+        # Several processes: the reducer of DDP wants to own the gradients.
+        self.flat = FlatParameters(self.potential) if self.trainer.world_size == 1 else None
+        optimizer = build_optimizer(s.optimizer, self.potential, s.lr, s.weight_decay, self.flat)
+        for group in optimizer.param_groups:
+            group.setdefault("initial_lr", group["lr"])
+        return optimizer
+
+    def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: torch.optim.Optimizer) -> None:
+        if self.flat is None:
+            optimizer.zero_grad()
+        else:
+            self.flat.zero_grad()
+
+    def configure_gradient_clipping(self, optimizer: Any, *_: Any, **__: Any) -> None:
+        """Called before every update."""
+        limit = self.settings.clip_norm
+        if limit is None:
+            return
+        if self.flat is None:
+            gradients = [p for p in self.potential.parameters() if p.grad is not None]
+            self.running.norm += torch.nn.utils.clip_grad_norm_(gradients, limit, foreach=True)
+        else:
+            self.running.norm += self.flat.clip_grad_norm(limit)
+
+    def current_progress(self) -> float:
+        """Share of the run that is over, in [0, 1]; the same number on every process."""
+        s, shares = self.settings, [0.0]
+        if s.max_steps is not None:
+            shares.append(self.global_step / s.max_steps)
+        if s.max_epochs is not None and self._trainer is not None:
+            shares.append(self.global_step / (s.max_epochs * self.trainer.num_training_batches))
+        if s.budget_seconds is not None:
+            shares.append(self.clock.elapsed / s.budget_seconds)
+        progress = min(1.0, max(shares))
+        if s.budget_seconds is not None and dist.is_available() and dist.is_initialized():
+            # Unequal learning rates would let the processes drift apart.
+            shared = torch.tensor([progress], dtype=torch.float64, device=self.device)
+            dist.broadcast(shared, src=0)
+            progress = float(shared)
+        return progress
+
+    def on_fit_start(self) -> None:
+        self.running.clear()
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        self.clock.start()
+        self.progress = self.current_progress()
+        factor = self.schedule(self.global_step, self.progress)
+        for group in self.optimizers(use_pl_optimizer=False).param_groups:
+            group["lr"] = group["initial_lr"] * factor
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        budget = self.settings.budget_seconds
+        if budget is not None:
+            self.progress = self.current_progress()
+            if self.progress >= 1.0:
+                self.trainer.should_stop = True
+
+    def on_train_end(self) -> None:
+        self.clock.pause()
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        return batch if batch.pos.device == device else batch.to(device)
+
+    # -- validation and test -------------------------------------------------------------------------------
+    def on_validation_start(self) -> None:
+        self.clock.pause()
+
+    def on_validation_epoch_start(self) -> None:
+        self._meter = ErrorMeter(self.device)
+
+    def validation_step(self, batch: Any, batch_idx: int = 0) -> None:
+        with torch.enable_grad():
+            result, _ = self._errors(batch, training=False)
+        self._meter.update(result, batch)
+
+    def on_validation_epoch_end(self) -> None:
+        self._meter.reduce()
+        for name, value in self._meter.compute().items():
+            self.log(f"val_{name}", value, rank_zero_only=False)
+        self._meter = None
+
+    on_test_epoch_start = on_validation_epoch_start
+    test_step = validation_step
+
+    def on_test_epoch_end(self) -> None:
+        self._meter.reduce()
+        for name, value in self._meter.compute().items():
+            self.log(f"test_{name}", value, rank_zero_only=False)
+        self._meter = None
+
+    # -- log and checkpoint --------------------------------------------------------------------------------
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["cpu_seconds"] = self.clock.elapsed
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.clock = ProcessClock(float(checkpoint.get("cpu_seconds", 0.0)))
+
+
+def _known(error: Tensor, label: Tensor) -> Tensor:
+    """Rows whose label is not missing (NaN). A prediction that is NaN stays, to be noticed."""
+    missing = label.isnan()
+    if not bool(missing.any()):
+        return error
+    return error[~missing.flatten(1).any(dim=1)] if error.dim() > 1 else error[~missing]
