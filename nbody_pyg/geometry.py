@@ -171,8 +171,8 @@ def neighbour_list(
     pos: Float[Tensor, "atoms 3"],
     cutoff: float,
     batch: Int[Tensor, " atoms"] | None = None,
-    cell: Float[Tensor, "graphs 3 3"] | None = None,
-    pbc: Bool[Tensor, "graphs 3"] | None = None,
+    cell: Float[Tensor, "*graphs 3 3"] | None = None,
+    pbc: Bool[Tensor, "*graphs 3"] | Sequence[bool] | bool | None = None,
     *,
     backend: str = "auto",
     allow_coincident: bool = False,
@@ -387,7 +387,7 @@ def edge_vectors(
     pos: Float[Tensor, "atoms 3"],
     index: Int[Tensor, "2 edges"],
     shift: Float[Tensor, "edges 3"] | None = None,
-    cell: Float[Tensor, "graphs 3 3"] | None = None,
+    cell: Float[Tensor, "*graphs 3 3"] | None = None,
     batch: Int[Tensor, " atoms"] | None = None,
 ) -> Float[Tensor, "edges 3"]:
     """Vectors ``pos[source] - pos[target] + shift @ cell``, from target to source, with gradients.

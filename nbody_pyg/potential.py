@@ -10,9 +10,9 @@ from typing import Any, Self
 
 import torch
 from ase.data import atomic_numbers, chemical_symbols
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from torch_geometric.data import Data
+from torch_geometric.data import Batch, Data
 
 from nbody_pyg.geometry import apply_strain, check_batch, check_cell, check_positions
 from nbody_pyg.hierarchy.topology import Topology
@@ -206,8 +206,8 @@ class Potential(_Float64Buffers):
         pos: Float[Tensor, "atoms 3"] | None = None,
         batch: Int[Tensor, " atoms"] | None = None,
         *,
-        cell: Float[Tensor, "graphs 3 3"] | None = None,
-        pbc: Tensor | None = None,
+        cell: Float[Tensor, "*graphs 3 3"] | None = None,
+        pbc: Bool[Tensor, "*graphs 3"] | bool | None = None,
         topology: Topology | None = None,
         compute_forces: bool = True,
         compute_stress: bool = False,

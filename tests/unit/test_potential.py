@@ -303,6 +303,8 @@ def test_data_and_tensors_give_the_same():
     got = potential(Batch.from_data_list(parts))
     for key, value in expected.items():
         torch.testing.assert_close(got[key], value, rtol=0, atol=1e-13)
+    hand_made = potential(Data(z=z, pos=pos, batch=batch))
+    torch.testing.assert_close(hand_made["forces"], expected["forces"], rtol=0, atol=1e-13)
     single = potential(parts[0])
     torch.testing.assert_close(single["energy"], expected["energy"][:1], rtol=0, atol=1e-12)
 
