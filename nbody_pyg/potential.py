@@ -6,7 +6,7 @@ import inspect
 import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Self
+from typing import Any
 
 import torch
 from ase.data import atomic_numbers, chemical_symbols
@@ -26,7 +26,7 @@ class _Float64Buffers(nn.Module):
 
     _float64: tuple[str, ...] = ()
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         exact = {name: self._buffers[name] for name in self._float64}
         super()._apply(fn, recurse)
         for name, before in exact.items():
@@ -154,7 +154,7 @@ class Potential(_Float64Buffers):
         model: ``model(z, pos, batch)`` returning [num_graphs] or [num_graphs, 1], or a tuple that starts with
             it, as PyG's SchNet, DimeNet++ and ViSNet do. Arguments named ``cell``, ``pbc`` and ``topology``
             are filled when the model's forward has them.
-        reference: energies of the isolated atoms, or None.
+        reference: energies of the isolated atoms, as a module or as the dict that makes one, or None.
         scale: multiplies the output of the model.
 
     Smoothness: that of the model.
@@ -167,7 +167,10 @@ class Potential(_Float64Buffers):
     _float64 = ("scale",)
 
     def __init__(
-        self, model: nn.Module, reference: AtomicReference | None = None, scale: float = 1.0
+        self,
+        model: nn.Module,
+        reference: AtomicReference | Mapping[int | str, float] | None = None,
+        scale: float = 1.0,
     ) -> None:
         super().__init__()
         if not isinstance(model, nn.Module):
@@ -331,11 +334,8 @@ class Potential(_Float64Buffers):
                 if data.get(key) is None:
                     raise ValueError(f"data must hold {key!r}, it has {sorted(data.keys())}; set data.{key}")
             z, pos, batch = data.z, data.pos, data.get("batch")
-            cell, pbc, num_graphs = (
-                data.get("cell"),
-                data.get("pbc"),
-                data.num_graphs if batch is not None else 1,
-            )
+            cell, pbc = data.get("cell"), data.get("pbc")
+            num_graphs = data.num_graphs if isinstance(data, Batch) else 0
             if topology is None and "topology" in self._keywords and "num_parts_1" in data:
                 topology = Topology.from_data(data)
         if not isinstance(z, Tensor) or not isinstance(pos, Tensor):

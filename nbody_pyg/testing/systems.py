@@ -73,6 +73,12 @@ def _species_of(subject: Any) -> tuple[int, ...]:
 def prepare_systems(
     subject: Any, systems: Sequence[Any] | None, seed: int, dtype: torch.dtype, dense: bool = False
 ) -> list[System]:
+    """The user's systems, or random ones of elements that the model knows, in ``dtype``.
+
+    Raises:
+        ValueError: ``systems`` is empty.
+        TypeError: an entry is neither System, Data nor tuple.
+    """
     if systems is None:
         species = _species_of(subject)
         drawn = [random_molecule(size, species, seed + i) for i, size in enumerate((5, 7, 9))]
@@ -138,4 +144,5 @@ def collate(systems: Sequence[System]) -> tuple[tuple[Tensor, Tensor, Tensor], d
 
 
 def random_like(like: Tensor, generator: torch.Generator) -> Tensor:
+    """Normal random numbers in the shape, dtype and device of a tensor; drawn in float64 on the CPU."""
     return torch.randn(like.shape, generator=generator, dtype=torch.float64).to(like)
