@@ -5,6 +5,7 @@ from __future__ import annotations
 import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import SupportsIndex
 
 import numpy as np
 import torch
@@ -32,7 +33,7 @@ def read_npz(
     forces_key: str | None = None,
     dipole_key: str | None = None,
     units: Units | str | Mapping[str, str] | None = None,
-    rows: Iterable[int] | slice | None = None,
+    rows: Iterable[SupportsIndex] | slice | None = None,
 ) -> Frames:
     """Frames of one npz file, float64, in eV and angstrom.
 
@@ -182,7 +183,7 @@ def _per_frame(array: np.ndarray, shape: tuple[int, ...], frames: int, what: str
     return array
 
 
-def _rows(rows: Iterable[int] | slice | None, count: int, name: str) -> list[int]:
+def _rows(rows: Iterable[SupportsIndex] | slice | None, count: int, name: str) -> list[int]:
     if rows is None or isinstance(rows, slice):
         return list(range(count))[rows or slice(None)]
     chosen = [int(row) for row in rows]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
+from typing import SupportsIndex
 
 import torch
 from torch import Tensor
@@ -52,7 +53,7 @@ class Frames(list[AtomicData]):
             return self._like(super().__getitem__(item))
         return super().__getitem__(item)
 
-    def select(self, indices: Iterable[int] | Tensor) -> Frames:
+    def select(self, indices: Iterable[SupportsIndex]) -> Frames:
         """The frames at ``indices``, in that order; negative or too large indices are an error."""
         chosen = [int(i) for i in indices]
         bad = [i for i in chosen if not 0 <= i < len(self)]

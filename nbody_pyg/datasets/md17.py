@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import SupportsIndex
 
 import numpy as np
 
@@ -95,7 +96,7 @@ def load_rmd17(
     return rows.apply(read_npz(archive / "npz_data" / f"rmd17_{molecule}.npz", units=_KCAL))
 
 
-def load_md17(root: str | Path, molecule: str, rows: Iterable[int] | slice | None = None) -> Frames:
+def load_md17(root: str | Path, molecule: str, rows: Iterable[SupportsIndex] | slice | None = None) -> Frames:
     """Every frame of a raw MD17 or rMD17 file, in eV and eV/angstrom, float64.
 
     Args:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, SupportsIndex
 
 import numpy as np
 import torch
@@ -54,7 +54,7 @@ TOTAL_ENERGIES = tuple(
 
 
 def load_qm9(
-    root: str | Path, target: str | int = "U0_atomization", rows: Iterable[int] | None = None
+    root: str | Path, target: str | int = "U0_atomization", rows: Iterable[SupportsIndex] | None = None
 ) -> Frames:
     """Molecules of QM9 with one property, float64, in the order of PyG's ``QM9`` (rows 0 to 130,830).
 
@@ -88,7 +88,7 @@ def load_qm9(
     )
 
 
-def load_qm9_dipoles(path: str | Path, rows: Iterable[int] | None = None) -> Frames:
+def load_qm9_dipoles(path: str | Path, rows: Iterable[SupportsIndex] | None = None) -> Frames:
     """10,000 molecules of QM9 with RI-MP2/def2-TZVP dipole *vectors*, in e*angstrom and the frame of ``pos``.
 
     ``energy`` is the binding energy (eV); ``homo`` (eV) has shape [1]. ``path`` is ``qm9_10k_rimp2.npz``
@@ -180,7 +180,7 @@ def _require(raw: Mapping[str, np.ndarray], keys: Iterable[str], path: Path) -> 
 
 
 def _molecules(
-    raw: Mapping[str, np.ndarray], rows: Iterable[int] | None, name: str
+    raw: Mapping[str, np.ndarray], rows: Iterable[SupportsIndex] | None, name: str
 ) -> Iterable[tuple[AtomicData, int]]:
     """Molecules of concatenated arrays: n atoms each, Z and R one after the other."""
     ends = np.cumsum(raw["n"])
@@ -203,7 +203,7 @@ def _molecules(
         yield AtomicData(z=z, pos=torch.from_numpy(raw["R"][atoms].astype(np.float64))), row
 
 
-def _chosen(rows: Iterable[int] | None, count: int, name: str) -> list[int]:
+def _chosen(rows: Iterable[SupportsIndex] | None, count: int, name: str) -> list[int]:
     if rows is None:
         return list(range(count))
     chosen = [int(row) for row in rows]
@@ -213,7 +213,7 @@ def _chosen(rows: Iterable[int] | None, count: int, name: str) -> list[int]:
     return chosen
 
 
-def _load_packed(path: Path, name: str, rows: Iterable[int] | None) -> Frames:
+def _load_packed(path: Path, name: str, rows: Iterable[SupportsIndex] | None) -> Frames:
     columns = {"U0": ("U0_Ha", HARTREE), "U0_atomization": ("U0_atomization_eV", 1.0)}
     if name not in columns:
         raise ValueError(f"target {name!r} is not in {path.name}, which has U0 and U0_atomization only")
@@ -228,7 +228,7 @@ def _load_packed(path: Path, name: str, rows: Iterable[int] | None) -> Frames:
     return _frames(frames, path, name, key, raw)
 
 
-def _load_sdf(folder: Path, name: str, rows: Iterable[int] | None) -> Frames:
+def _load_sdf(folder: Path, name: str, rows: Iterable[SupportsIndex] | None) -> Frames:
     for file in ("gdb9.sdf.csv", "uncharacterized.txt"):
         if not (folder / file).exists():
             raise FileNotFoundError(f"{folder / file} is missing beside gdb9.sdf; PyG's QM9 downloads it")

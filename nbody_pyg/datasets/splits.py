@@ -7,9 +7,10 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+from torch import Tensor
 
 from nbody_pyg.data import AtomicData
 from nbody_pyg.datasets.frames import Frames
@@ -23,7 +24,7 @@ class FrameSplit(NamedTuple):
     test: Frames
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False, eq=False, repr=False)
 class Split:
     """Three lists of row indices.
 
@@ -41,9 +42,14 @@ class Split:
     val: np.ndarray
     test: np.ndarray
 
-    def __post_init__(self) -> None:
-        for name in ("train", "val", "test"):
-            object.__setattr__(self, name, _indices(getattr(self, name), name))
+    def __init__(
+        self,
+        train: Sequence[Any] | np.ndarray | Tensor,
+        val: Sequence[Any] | np.ndarray | Tensor = (),
+        test: Sequence[Any] | np.ndarray | Tensor = (),
+    ) -> None:
+        for name, rows in (("train", train), ("val", val), ("test", test)):
+            object.__setattr__(self, name, _indices(rows, name))
         for one, two in (("train", "val"), ("train", "test"), ("val", "test")):
             common = np.intersect1d(getattr(self, one), getattr(self, two))
             if common.size:
@@ -168,7 +174,7 @@ def read_indices(path: str | Path) -> np.ndarray:
         raise ValueError(f"index file {path.name!r} must hold one whole number a line: {error}") from None
 
 
-def _indices(rows: Sequence[int] | np.ndarray, name: str) -> np.ndarray:
+def _indices(rows: Sequence[Any] | np.ndarray | Tensor, name: str) -> np.ndarray:
     array = np.asarray(rows)
     if array.size == 0:
         return np.zeros(0, dtype=np.int64)

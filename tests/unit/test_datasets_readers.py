@@ -9,6 +9,7 @@ import torch
 from ase import Atoms
 from ase.calculators.singlepoint import SinglePointCalculator
 
+from nbody_pyg.data import AtomicData
 from nbody_pyg.datasets import Frames, read_frames
 from nbody_pyg.units import Units
 
@@ -218,8 +219,9 @@ def test_dummy_atoms_and_bad_arguments(write):
 
 
 def test_select_and_repr():
-    frames = Frames(range(5), name="x", sources={"energy": ["E"]})  # any objects will do
-    assert list(frames.select(torch.tensor([3, 1]))) == [3, 1]
+    systems = [AtomicData(z=torch.tensor([i + 1]), pos=torch.zeros(1, 3)) for i in range(5)]
+    frames = Frames(systems, name="x", sources={"energy": ["E"]})
+    assert [int(f.z) for f in frames.select(torch.tensor([3, 1]))] == [4, 2]
     assert repr(frames) == "Frames(5 from x; energy)"
     with pytest.raises(ValueError, match=r"indices must lie in 0..4 .*got \[5, -1\]"):
         frames.select([5, 0, -1])

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from nbody_pyg.data import AtomicData
 from nbody_pyg.datasets import Frames, Split, qm9_split, read_indices, read_split, split_indices
 
 
@@ -33,11 +35,15 @@ def test_fractions_and_sizes():
     assert repr(split).startswith("Split(160/20/10, ")
 
 
+def frame(number: int) -> AtomicData:
+    return AtomicData(z=torch.tensor([number + 1]), pos=torch.zeros(1, 3))
+
+
 def test_apply_and_fingerprint():
-    frames = Frames([f"frame {i}" for i in range(6)], name="six")
+    frames = Frames([frame(i) for i in range(6)], name="six")
     parts = Split([4, 0], [1], [5, 2]).apply(frames)
-    assert list(parts.train) == ["frame 4", "frame 0"]
-    assert list(parts.test) == ["frame 5", "frame 2"]
+    assert [int(f.z) for f in parts.train] == [5, 1]
+    assert [int(f.z) for f in parts.test] == [6, 3]
     assert parts.val.name == "six"
     assert Split([0, 4], [1], [2, 5]).fingerprint == Split([4, 0], [1], [5, 2]).fingerprint
     assert Split([0, 4, 1], [], [2, 5]).fingerprint != Split([0, 4], [1], [2, 5]).fingerprint
@@ -72,7 +78,7 @@ def test_files(tmp_path):
         (lambda: Split([0, -1], [], []), ValueError, "train holds the negative index -1"),
         (lambda: Split(np.array([0.5, 1.0]), [], []), TypeError, "train must be a flat list of integers"),
         (lambda: Split([0], [9], []).check(9), ValueError, r"val holds index 9, but there are only 9 frames"),
-        (lambda: Split([7], [], []).apply(Frames([1, 2])), ValueError, "but there are only 2 frames"),
+        (lambda: Split([7], [], []).apply([frame(0), frame(1)]), ValueError, "but there are only 2 frames"),
         (lambda: split_indices(5, 4, 2), ValueError, "take 6 frames, but there are only 5"),
         (lambda: split_indices(5, 0, 2), ValueError, "train must take at least one of the 5 frames"),
         (lambda: split_indices(5, 2, -1), ValueError, "val must be a number of frames"),

@@ -75,10 +75,10 @@ def test_parse() -> None:
         (lambda: energy_factor("furlong"), ValueError, r"unknown energy unit 'furlong'.*Known: eV, meV"),
         (lambda: length_factor("angstorm"), ValueError, "did you mean 'angstrom'"),
         (lambda: dipole_factor("deby"), ValueError, "did you mean 'debye'"),
-        (lambda: Units(energy=1.0), TypeError, "energy unit must be a string"),
+        (lambda: Units(energy=1.0), TypeError, "energy unit must be a string|Expected type"),
         (lambda: Units.parse("eV,"), ValueError, "units must read 'energy"),
         (lambda: Units.parse({"mass": "amu"}), ValueError, "units knows energy, length and dipole"),
-        (lambda: Units.parse(3), TypeError, "units must be a Units, a string or a mapping"),
+        (lambda: Units.parse(3), TypeError, "units must be a Units, a string or a mapping|Expected type"),
     ],
 )
 def test_errors(make, error, message) -> None:
