@@ -16,6 +16,7 @@ from torch_geometric.data import Batch, Data
 
 from nbody_pyg.geometry import apply_strain, check_batch, check_cell, check_positions
 from nbody_pyg.hierarchy.topology import Topology
+from nbody_pyg.kernels.linear import skip_weight_gradients
 
 
 class _Float64Buffers(nn.Module):
@@ -408,13 +409,14 @@ def _gradient(
     """Derivative of a scalar; zeros, not None, where it does not depend on an input (an atom on its own)."""
     if not value.requires_grad:
         return tuple(torch.zeros_like(x) for x in inputs)
-    return torch.autograd.grad(
-        value,
-        inputs,
-        create_graph=create_graph,
-        retain_graph=retain_graph or create_graph,
-        materialize_grads=True,
-    )
+    with skip_weight_gradients():
+        return torch.autograd.grad(
+            value,
+            inputs,
+            create_graph=create_graph,
+            retain_graph=retain_graph or create_graph,
+            materialize_grads=True,
+        )
 
 
 def _refuse_inference_mode() -> None:

@@ -55,7 +55,7 @@ def soften(vec: Float[Tensor, "edges 3"]) -> tuple[Float[Tensor, "edges 3"], Flo
 class BesselBasis(nn.Module):
     r"""Spherical Bessel functions of order 0 on a sphere of radius ``radius``.
 
-    .. math:: B_n(r) = \sqrt 2\, \sin(n \pi r / R) \, / \, (r / R_0), \qquad n = 1 .. N, \quad R_0 = R / 2
+    .. math:: B_n(r) = \sqrt 2\, \sin(n \pi r / R) \, / \, (r / R_0), \qquad n = 1 .. N, \quad R_0 = 0.3 R
 
     Source: DimeNet (arXiv:2003.03123), here with values of order one at bonding distances; the window is applied
     by the hierarchy, not here.
@@ -83,21 +83,21 @@ class BesselBasis(nn.Module):
     def forward(self, r: Float[Tensor, "edges"]) -> Float[Tensor, "edges num_basis"]:
         x = (r / self.radius).unsqueeze(-1)
         frequency = torch.arange(1, self.num_basis + 1, device=r.device).to(r.dtype) * math.pi
-        return torch.sin(x * frequency) * (0.5 * math.sqrt(2.0) / x)
+        return torch.sin(x * frequency) * (0.3 * math.sqrt(2.0) / x)
 
     def extra_repr(self) -> str:
         return f"num_basis={self.num_basis}, radius={self.radius}"
 
 
 class InversePowers(nn.Module):
-    r"""The inverse powers of the paper's order (P, Q, S): :math:`(R_0 / r)^s` for s = 0 .. S.
+    r"""The inverse powers of the paper's order (P, Q, S): :math:`(R_0 / r)^s` for s = 0 .. S, R_0 = 1 angstrom.
 
     Source: arXiv:1803.01588, order of an aggregation rule; departure: distances are softened (see :func:`soften`)
     so that coincident centres stay finite.
 
     Args:
         max_power: S, the highest inverse power, >= 0.
-        radius: reference length R_0 is ``radius / 2``, angstrom.
+        radius: not used by the powers; bases share their arguments.
 
     Smoothness: C-infinity for r > 0, which softened distances ensure.
     Raises: ValueError: ``max_power`` < 0 or ``radius`` <= 0.
@@ -111,7 +111,7 @@ class InversePowers(nn.Module):
         self.num_basis, self.radius = max_power + 1, float(radius)
 
     def forward(self, r: Float[Tensor, "edges"]) -> Float[Tensor, "edges num_basis"]:
-        inverse = 0.5 * self.radius / r
+        inverse = 1.0 / r
         return torch.stack([inverse**s for s in range(self.num_basis)], dim=-1)
 
     def extra_repr(self) -> str:

@@ -109,10 +109,12 @@ class Scheme(BaseTransform):
     Class attributes:
         symmetry: under what the scheme commutes.
         continuity: how smooth the energy of a smooth model is on it.
+        centred: every part below the root stands for one atom, in the order of the atoms.
     """
 
     symmetry: ClassVar[str]
     continuity: ClassVar[str]
+    centred: ClassVar[bool] = False
     levels: tuple[LevelSpec, ...]
 
     def topology(
@@ -192,7 +194,8 @@ class Scheme(BaseTransform):
         if [index is not None for index in topology.pair_index] != wanted:
             raise ValueError(
                 f"topology must have {len(wanted)} levels, with pairs at levels "
-                f"{[k for k, pairs in enumerate(wanted) if pairs]}, for {self!r}, got {topology!r}, which another scheme made; apply this scheme"
+                f"{[k for k, pairs in enumerate(wanted) if pairs]}, for {self!r}, got "
+                f"{topology!r}, which another scheme made; apply this scheme"
             )
 
     def with_pairs(self, tree: Topology, atoms: AtomsInput) -> Topology:

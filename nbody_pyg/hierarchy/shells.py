@@ -47,6 +47,7 @@ class NestedShells(Scheme):
     """
 
     symmetry = "E(3) and permutations of the atoms"
+    centred = True
     continuity = "C2 (members enter and leave through a smooth window)"
 
     def __init__(self, radii: Sequence[float] = (5.0, 5.0)) -> None:

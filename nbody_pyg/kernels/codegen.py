@@ -215,25 +215,26 @@ def _harmonic_gradient(kind: str, entries, row: int, columns: list[int], forms: 
     return lines
 
 
-def density_source(harmonics: int, basis: int) -> str:
-    """Functions of the density: out[slot, m, b] += Y[e, m] * B[e, b]."""
+def density_source(harmonics: int, basis: int, num_species: int) -> str:
+    """Functions of the density: out[target, m, species, b] += Y[e, m] * B[e, b], slot = target * species + its number."""
     return f"""
-enum {{ M = {harmonics}, K = {basis} }};
+enum {{ M = {harmonics}, K = {basis}, S = {num_species}, Q = S * K }};
+#define AT(slot) ((slot) / S * (M * Q) + (slot) % S * K)
 void density_forward(int64_t E, const int64_t* restrict slot, const real* restrict Y, const real* restrict B, real* restrict out) {{
   for (int64_t e = 0; e < E; e++) {{
-    real* o = out + slot[e] * M * K;
-    for (int m = 0; m < M; m++) for (int b = 0; b < K; b++) o[m * K + b] += Y[e * M + m] * B[e * K + b];
+    real* o = out + AT(slot[e]);
+    for (int m = 0; m < M; m++) for (int b = 0; b < K; b++) o[m * Q + b] += Y[e * M + m] * B[e * K + b];
   }}
 }}
 void density_backward(int64_t E, const int64_t* restrict slot, const real* restrict g, const real* restrict Y, const real* restrict B,
     real* restrict gY, real* restrict gB) {{
   for (int64_t e = 0; e < E; e++) {{
-    const real* h = g + slot[e] * M * K;
+    const real* h = g + AT(slot[e]);
     real sum[K];
     for (int b = 0; b < K; b++) sum[b] = 0;
     for (int m = 0; m < M; m++) {{
       real s = 0;
-      for (int b = 0; b < K; b++) {{ s += h[m * K + b] * B[e * K + b]; sum[b] += h[m * K + b] * Y[e * M + m]; }}
+      for (int b = 0; b < K; b++) {{ s += h[m * Q + b] * B[e * K + b]; sum[b] += h[m * Q + b] * Y[e * M + m]; }}
       gY[e * M + m] = s;
     }}
     for (int b = 0; b < K; b++) gB[e * K + b] = sum[b];
@@ -242,16 +243,16 @@ void density_backward(int64_t E, const int64_t* restrict slot, const real* restr
 void density_double(int64_t E, const int64_t* restrict slot, const real* restrict g, const real* restrict Y, const real* restrict B,
     const real* restrict a, const real* restrict d, real* restrict out, real* restrict gY, real* restrict gB) {{
   for (int64_t e = 0; e < E; e++) {{
-    const real* h = g + slot[e] * M * K;
-    real* o = out + slot[e] * M * K;
+    const real* h = g + AT(slot[e]);
+    real* o = out + AT(slot[e]);
     real sum[K];
     for (int b = 0; b < K; b++) sum[b] = 0;
     for (int m = 0; m < M; m++) {{
       real s = 0;
       for (int b = 0; b < K; b++) {{
-        o[m * K + b] += a[e * M + m] * B[e * K + b] + Y[e * M + m] * d[e * K + b];
-        s += h[m * K + b] * d[e * K + b];
-        sum[b] += h[m * K + b] * a[e * M + m];
+        o[m * Q + b] += a[e * M + m] * B[e * K + b] + Y[e * M + m] * d[e * K + b];
+        s += h[m * Q + b] * d[e * K + b];
+        sum[b] += h[m * Q + b] * a[e * M + m];
       }}
       gY[e * M + m] = s;
     }}

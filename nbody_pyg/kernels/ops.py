@@ -149,23 +149,24 @@ class _OneBodyBackward(torch.autograd.Function):
 class DensityKernel:
     """Harmonics times radial functions summed into slots, see :func:`codegen.density_source`."""
 
-    def __init__(self, harmonics: int, basis: int) -> None:
-        self.shape = (harmonics, basis)
+    def __init__(self, harmonics: int, basis: int, num_species: int) -> None:
+        self.shape, self.num_species = (harmonics, basis), num_species
         arity = {"density_forward": (1, 4), "density_backward": (1, 6), "density_double": (1, 9)}
-        self.library = _Library(codegen.density_source(harmonics, basis), arity)
+        self.library = _Library(codegen.density_source(harmonics, basis, num_species), arity)
 
-    def __call__(self, harmonics: Tensor, radial: Tensor, slot: Tensor, num_slots: int) -> Tensor:
-        """Sum over edges: (num_slots, harmonics, basis)."""
-        return _Density.apply(harmonics, radial, slot, num_slots, self)
+    def __call__(self, harmonics: Tensor, radial: Tensor, slot: Tensor, num_targets: int) -> Tensor:
+        """Sum over edges, slot = target * species + species of the source: (targets, harmonics, species * basis)."""
+        return _Density.apply(harmonics, radial, slot, num_targets, self)
 
 
 class _Density(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, harmonics, radial, slot, num_slots: int, kernel: DensityKernel) -> Tensor:
+    def forward(ctx, harmonics, radial, slot, num_targets: int, kernel: DensityKernel) -> Tensor:
         harmonics, radial, slot = harmonics.contiguous(), radial.contiguous(), slot.contiguous()
         ctx.save_for_backward(harmonics, radial, slot)
         ctx.kernel = kernel
-        out = harmonics.new_zeros(num_slots, *kernel.shape)
+        rows, basis = kernel.shape
+        out = harmonics.new_zeros(num_targets, rows, kernel.num_species * basis)
         tensors = (slot, harmonics, radial, out)
         kernel.library[out.dtype]["density_forward"](slot.shape[0], *[t.data_ptr() for t in tensors])
         return out

@@ -17,6 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from nbody_pyg.kernels.backend import backend
+from nbody_pyg.kernels.linear import Block, LinearKernel
 from nbody_pyg.kernels.ops import DensityKernel, OneBodyKernel
 from nbody_pyg.nn.harmonics import SolidHarmonics
 from nbody_pyg.nn.irreps import (
@@ -28,7 +29,15 @@ from nbody_pyg.nn.irreps import (
     require_reachable,
 )
 from nbody_pyg.nn.linear import IrrepsLinear
-from nbody_pyg.nn.products import ChannelwiseProduct, FullProduct, PathLinear, coupling_table, path_row_order, table_terms
+from nbody_pyg.nn.products import (
+    ChannelwiseProduct,
+    FullProduct,
+    PathLinear,
+    blockwise_linear,
+    coupling_table,
+    path_row_order,
+    table_terms,
+)
 from nbody_pyg.radial import soften
 
 
@@ -110,22 +119,26 @@ class DensityGate(nn.Module):
         lmax = max(ir.l for _, ir in self.irreps_out)
         require_reachable(self.irreps_out, {ir for _, ir in harmonic_irreps(lmax, symmetry)}, "a density of bare atoms")
         channels, fan_in = equal_multiplicity(self.irreps_out), num_species * num_basis
-        self.weight = nn.Parameter(torch.randn(lmax + 1, fan_in, channels) * num_basis**-0.5)
-        self.kernel = DensityKernel(num_rows(self.irreps_out), num_basis)
+        self.weights = nn.ParameterList(
+            nn.Parameter(torch.randn(fan_in, channels) * num_basis**-0.5) for _ in range(lmax + 1)
+        )
+        rows = num_rows(self.irreps_out)
+        blocks = [Block(l * l, l * l, 2 * l + 1, fan_in, channels) for l in range(lmax + 1)]
+        self.linear = LinearKernel(blocks, rows, fan_in, rows, channels)
+        self.kernel = DensityKernel(rows, num_basis, num_species)
 
     def forward(self, species: Int[Tensor, "sources"], edges: EdgeFeatures) -> Float[Tensor, "targets rows channels"]:
         source, target = edges.index
-        degrees = [2 * ir.l + 1 for _, ir in self.irreps_out]
-        rows, basis = sum(degrees), edges.radial.shape[1]
-        slot, num_slots = target * self.num_species + species[source], edges.num_targets * self.num_species
-        harmonics = edges.harmonics[:, :rows]
-        if backend(edges.radial) == "c":
-            density = self.kernel(harmonics, edges.radial, slot, num_slots)
+        rows, basis = self.kernel.shape
+        harmonics, radial = edges.harmonics[:, :rows] * self.scale, edges.radial
+        slot = target * self.num_species + species[source]
+        if backend(radial) == "c":
+            density = self.kernel(harmonics, radial, slot, edges.num_targets)
         else:
-            density = sum_into((harmonics.unsqueeze(2) * edges.radial.unsqueeze(1)).flatten(1), slot, num_slots)
-        density = density.view(edges.num_targets, self.num_species, rows, basis).transpose(1, 2).flatten(2) * self.scale
-        blocks = [block @ self.weight[l] for l, block in enumerate(density.split(degrees, dim=1))]
-        return torch.cat(blocks, dim=1)
+            outer = (harmonics.unsqueeze(2) * radial.unsqueeze(1)).flatten(1)
+            density = sum_into(outer, slot, edges.num_targets * self.num_species)
+            density = density.view(edges.num_targets, self.num_species, rows, basis).transpose(1, 2).flatten(2)
+        return blockwise_linear(self.linear, density, *self.weights)
 
     def extra_repr(self) -> str:
         return f"{self.num_species} species -> {self.irreps_out}"
@@ -216,13 +229,16 @@ class ProductGate(nn.Module):
         irreps_in: type of ``A``, one multiplicity.
         irreps_out: type of the result with the same multiplicity, a subset of the fragments of ``irreps_in``.
         body_order: highest degree in A, >= 1.
+        gain: size of each product at the start, relative to unit variance.
 
     Shapes: (nodes, rows_in, channels) -> (nodes, rows_out, channels).
     Equivariance: O(3), SO(3). Smoothness: polynomial.
     Raises: ValueError: ``body_order`` < 1.
     """
 
-    def __init__(self, irreps_in: o3.Irreps, irreps_out: o3.Irreps, body_order: int = 3) -> None:
+    def __init__(
+        self, irreps_in: o3.Irreps, irreps_out: o3.Irreps, body_order: int = 3, gain: float = 1.0
+    ) -> None:
         super().__init__()
         if body_order < 1:
             raise ValueError(f"body_order must be at least 1, got {body_order!r}; 2 or 3 is usual")
@@ -232,7 +248,11 @@ class ProductGate(nn.Module):
         for k in range(2, body_order + 1):
             last = k == body_order
             irreps = self.irreps_out if last else self.irreps_in
-            self.products.append(ChannelwiseProduct(self.irreps_in, self.irreps_in, irreps, symmetric=k == 2))
+            product = ChannelwiseProduct(self.irreps_in, self.irreps_in, irreps, symmetric=k == 2)
+            with torch.no_grad():
+                for weight in product.mix.weights:
+                    weight.mul_(gain)
+            self.products.append(product)
         self.keep = num_rows(self.irreps_out)
 
     def forward(self, a: Float[Tensor, "nodes rows_in channels"]) -> Float[Tensor, "nodes rows_out channels"]:
@@ -258,14 +278,17 @@ class RowLinear(nn.Module):
         for _, ir in self.irreps_in:
             starts[ir] = start
             start += ir.dim
-        self._rows = [(starts[ir], ir.dim) for _, ir in self.irreps_out]
+        blocks, row_out = [], 0
+        for _, ir in self.irreps_out:
+            blocks.append(Block(starts[ir], row_out, ir.dim, channels, channels_out))
+            row_out += ir.dim
         self.weights = nn.ParameterList(
-            nn.Parameter(torch.randn(channels, channels_out) * channels**-0.5) for _ in self._rows
+            nn.Parameter(torch.randn(channels, channels_out) * channels**-0.5) for _ in blocks
         )
+        self.kernel = LinearKernel(blocks, start, channels, row_out, channels_out)
 
     def forward(self, x: Float[Tensor, "nodes rows_in channels"]) -> Float[Tensor, "nodes rows_out channels_out"]:
-        blocks = [x[:, s : s + d] @ weight for (s, d), weight in zip(self._rows, self.weights, strict=True)]
-        return blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=1)
+        return blockwise_linear(self.kernel, x, *self.weights)
 
     def extra_repr(self) -> str:
         return f"{self.irreps_in} -> {self.irreps_out}"

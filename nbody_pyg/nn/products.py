@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from nbody_pyg.kernels.backend import backend
 from nbody_pyg.kernels.codegen import Term
+from nbody_pyg.kernels.linear import Block, LinearKernel
 from nbody_pyg.kernels.ops import ProductKernel
 from nbody_pyg.nn.irreps import (
     ConstantTables,
@@ -90,28 +91,41 @@ class PathLinear(nn.Module):
         super().__init__()
         self.irreps_out = o3.Irreps(irreps_out)
         self.channels_out = equal_multiplicity(self.irreps_out)
-        self._blocks = []
-        self.weights = nn.ParameterList()
         counts = Counter(path.ir for path in paths)
         starts, start = {}, 0
         for ir in dict.fromkeys(path.ir for path in paths):
             starts[ir] = start
             start += ir.dim * counts[ir]
+        self._blocks, self.weights, row_out = [], nn.ParameterList(), 0
         for _, ir in self.irreps_out:
-            self._blocks.append((starts.get(ir, 0), ir.dim, counts[ir]))
-            fan_in = counts[ir] * channels
-            self.weights.append(nn.Parameter(torch.randn(fan_in, self.channels_out) * max(fan_in, 1) ** -0.5))
+            if counts[ir]:
+                fan_in = counts[ir] * channels
+                self._blocks.append(Block(starts[ir], row_out, ir.dim, fan_in, self.channels_out))
+                self.weights.append(nn.Parameter(torch.randn(fan_in, self.channels_out) * fan_in**-0.5))
+            row_out += ir.dim
+        self.kernel = LinearKernel(self._blocks, start, channels, row_out, self.channels_out)
 
     def forward(self, x: Float[Tensor, "nodes path_rows channels"]) -> Float[Tensor, "nodes rows channels_out"]:
-        nodes, _, channels = x.shape
-        blocks = []
-        for (start, dim, num_paths), weight in zip(self._blocks, self.weights, strict=True):
-            if num_paths == 0:
-                blocks.append(x.new_zeros(nodes, dim, self.channels_out))
-                continue
-            block = x[:, start : start + dim * num_paths]
-            blocks.append(block.reshape(nodes, dim, num_paths * channels) @ weight)
-        return blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=1)
+        return blockwise_linear(self.kernel, x, *self.weights)
+
+
+def blockwise_linear(
+    kernel: LinearKernel, x: Float[Tensor, "nodes rows_in channels"], *weights: Tensor
+) -> Float[Tensor, "nodes rows_out channels_out"]:
+    """Multiply each block of rows by its own matrix, on the backend of the day; rows of no block become zero."""
+    if backend(x) == "c":
+        return kernel(x, *weights)
+    nodes, channels = x.shape[0], x.shape[2]
+    pieces, row = [], 0
+    for block, weight in zip(kernel.blocks, weights, strict=True):
+        if block.row_out > row:
+            pieces.append(x.new_zeros(nodes, block.row_out - row, kernel.shape_out[1]))
+        rows = x[:, block.row_in : block.row_in + block.dim * (block.size_in // channels)]
+        pieces.append(rows.reshape(nodes, block.dim, block.size_in) @ weight)
+        row = block.row_out + block.dim
+    if row < kernel.shape_out[0]:
+        pieces.append(x.new_zeros(nodes, kernel.shape_out[0] - row, kernel.shape_out[1]))
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
 
 
 def path_row_order(paths: list[Path]) -> list[tuple[int, int]]:

@@ -5,6 +5,9 @@ from __future__ import annotations
 from torch import nn, optim
 
 from nbody_pyg.training.flat import FlatParameters
+from nbody_pyg.training.soap import Soap
+
+__all__ = ["Soap", "build_optimizer"]
 
 
 def build_optimizer(
@@ -12,7 +15,7 @@ def build_optimizer(
 ) -> optim.Optimizer:
     """The optimizer ``name`` over the trainable parameters of ``module``.
 
-    ``adam`` (AMSGrad, fused) and ``adamw`` come from torch; any other name is looked up in this file. A class
+    ``soap`` is :class:`~nbody_pyg.training.soap.Soap`; ``adam`` (AMSGrad, fused) and ``adamw`` come from torch; any other name is looked up in this file. A class
     that has to tell parameters apart offers ``from_module(module, lr, weight_decay)``. The element-wise ones
     work on ``flat`` where it is given.
 
@@ -25,10 +28,10 @@ def build_optimizer(
         kind = optim.Adam if name == "adam" else optim.AdamW
         chosen = parameters if flat is None else [flat.parameter]
         return kind(chosen, lr=lr, weight_decay=weight_decay, amsgrad=True, fused=True)
-    found = globals().get(name)
+    found = Soap if name == "soap" else globals().get(name)
     if not (isinstance(found, type) and issubclass(found, optim.Optimizer)):
         own = [k for k, v in globals().items() if isinstance(v, type) and issubclass(v, optim.Optimizer)]
-        raise ValueError(f"optimizer must be one of {sorted(['adam', 'adamw', *own])}, got {name!r}")
+        raise ValueError(f"optimizer must be one of {sorted(['adam', 'adamw', 'soap', *own])}, got {name!r}")
     if hasattr(found, "from_module"):
         return found.from_module(module, lr=lr, weight_decay=weight_decay)
     return found(parameters, lr=lr, weight_decay=weight_decay)

@@ -1,0 +1,388 @@
+"""NBodyNet: from atoms, through the levels of a hierarchy, to energies and covariant properties."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from ase.data import chemical_symbols
+from e3nn import o3
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch_geometric.data import Data
+
+from nbody_pyg.hierarchy import Hierarchy, NestedShells, Scheme, Topology
+from nbody_pyg.nn.gates import EdgeEmbedding, EdgeFeatures, OneBodyGate, RowLinear, sum_into
+from nbody_pyg.nn.interaction import Interaction, add_to_scalars
+from nbody_pyg.nn.irreps import check_symmetry, hidden_irreps, num_rows, require_reachable
+from nbody_pyg.nn.readout import LinearReadout, MLPReadout
+from nbody_pyg.radial import BesselBasis, InversePowers
+
+PRESETS = ("practical", "strict")
+SWEEPS = ("up", "up-down")
+#: Typical number of sources per target where the caller gives none.
+_DEFAULT_DEGREE = {"pair": 12.0, "child": 3.0}
+
+
+class Step(NamedTuple):
+    """One visit of a level: along its ``pair`` edges, ``up`` from its children, or ``down`` from its parents."""
+
+    kind: str
+    level: int
+
+    @property
+    def edges(self) -> str:
+        """Name of the edge set that the step uses, e.g. "pair_0" or "child_2"."""
+        return f"pair_{self.level}" if self.kind == "pair" else f"child_{self.level + (self.kind == 'down')}"
+
+
+class NBodyNet(nn.Module):
+    r"""Covariant hierarchical N-body network.
+
+    .. math:: \psi_i = \Phi\big(\{\psi_c, \mathbf r_c - \mathbf r_i\}_{c \in \mathrm{children}(i)}\big), \qquad
+              E = \sum_{k} \sum_{i \in \mathrm{level}\ k} g_i\, \epsilon_k(\psi_i)
+
+    Every part of every level carries a covariant state; states meet only in products that are decomposed by
+    Clebsch-Gordan and mixed within each degree (:mod:`nbody_pyg.nn.gates`). The network goes up the levels,
+    exchanges states between neighbours of one level where the scheme has pairs, comes down again, and reads
+    a value off every part. Two presets of the one architecture:
+
+    * ``practical``: Bessel radial functions, a small network on the scalars of the readout, residual states;
+    * ``strict``: polynomial in the states with softened inverse powers of the distance; no activation anywhere.
+
+    ===================  ===========================  ==========================================
+    symbol               code                         shape, unit
+    ===================  ===========================  ==========================================
+    z                    ``z``                        (atoms,) atomic numbers
+    r                    ``pos``                      (atoms, 3) angstrom
+    E                    result                       (graphs,) for a scalar target; else (graphs, dim)
+    ===================  ===========================  ==========================================
+
+    Args:
+        species: atomic numbers that the network knows.
+        scheme: composition scheme; the default is two nested shells of 5 angstrom.
+        channels: multiplicity of every fragment.
+        lmax: highest degree.
+        body_order: highest power of a summed state in one interaction.
+        preset: "practical" or "strict".
+        irreps_out: type of the target, in e3nn's words: "0e" energy, "1o" dipole, "0e + 2e" polarizability.
+        target: "extensive" sums a value over the parts of all levels below the root; "intensive" reads the
+            root, which is not additive.
+        options: further settings, see :attr:`DEFAULTS`: num_layers (visits of the lowest level that has pairs),
+            num_basis, symmetry ("o3", "o3-full", "so3"), sweeps ("up", "up-down"), degrees (typical number of
+            sources per target, by edge set such as "pair_0" or "child_1").
+
+    Equivariance: O(3) (with symmetry "so3" only rotations), translation, permutation.
+    Smoothness: that of the scheme. Cost: linear in the number of edges.
+    Raises: ValueError: unknown preset, option or symmetry, a target that no path reaches; in forward: an
+        unknown element.
+
+    Example:
+        >>> NBodyNet([1, 6, 8], channels=8)
+        NBodyNet(H C O, NestedShells(radii=[5.0, 5.0]), practical, 8x0e+8x1o+8x2e -> 1x0e, 13929 parameters)
+    """
+
+    #: Settings that ``options`` may change.
+    DEFAULTS: dict[str, Any] = {
+        "num_layers": 2,
+        "num_basis": 8,
+        "symmetry": "o3",
+        "sweeps": "up-down",
+        "degrees": None,
+    }
+
+    def __init__(
+        self,
+        species: Sequence[int],
+        scheme: Scheme | None = None,
+        channels: int = 32,
+        lmax: int = 2,
+        body_order: int = 3,
+        preset: str = "practical",
+        irreps_out: str = "0e",
+        target: str = "extensive",
+        **options: Any,
+    ) -> None:
+        super().__init__()
+        self.scheme = NestedShells((5.0, 5.0)) if scheme is None else scheme
+        self.species = _check_species(species)
+        self.preset, self.target = _check_choice("preset", preset, PRESETS), _check_choice(
+            "target", target, ("extensive", "intensive")
+        )
+        unknown = set(options) - set(self.DEFAULTS)
+        if unknown:
+            raise ValueError(f"options must be among {sorted(self.DEFAULTS)}, got {sorted(unknown)}; check the spelling")
+        self.options = self.DEFAULTS | options
+        check_symmetry(self.options["symmetry"])
+        _check_choice("sweeps", self.options["sweeps"], SWEEPS)
+        self.channels, self.lmax, self.body_order = channels, lmax, body_order
+        self.irreps = hidden_irreps(channels, lmax, self.options["symmetry"])
+        self.irreps_out = o3.Irreps(irreps_out)
+        require_reachable(self.irreps_out, {ir for _, ir in self.irreps}, f"a network of type {self.irreps}")
+        table = torch.full((119,), -1, dtype=torch.long)
+        table[torch.tensor(self.species)] = torch.arange(len(self.species))
+        self.register_buffer("species_of", table, persistent=False)
+        self._build()
+
+    # ------------------------------------------------------------------ construction
+    def _build(self) -> None:
+        levels, num_basis, symmetry = self.scheme.levels, self.options["num_basis"], self.options["symmetry"]
+        self.steps = self._plan()
+        self.embeddings, self.interactions = nn.ModuleDict(), nn.ModuleList()
+        last_visit = {step.level: n for n, step in enumerate(self.steps)}
+        types: dict[int, o3.Irreps] = {}
+        scalars = hidden_irreps(self.channels, max(ir.l for _, ir in self.irreps_out), symmetry)
+        for n, step in enumerate(self.steps):
+            if step.edges not in self.embeddings:
+                spec = levels[int(step.edges[-1])]
+                radius = spec.pair_radius if step.kind == "pair" else spec.child_radius
+                basis = InversePowers(num_basis - 1, radius) if self.preset == "strict" else BesselBasis(num_basis, radius)
+                self.embeddings[step.edges] = EdgeEmbedding(self.lmax, basis, symmetry)
+            sends_again = any(self._source(later) == step.level for later in self.steps[n + 1 :])
+            final = last_visit[step.level] == n and not sends_again
+            irreps_out = scalars if final and step.kind != "down" else self.irreps
+            self.interactions.append(self._interaction(step, types, irreps_out))
+            types[step.level] = irreps_out
+        self._types = types
+        readout = LinearReadout if self.preset == "strict" else MLPReadout
+        self.readouts = nn.ModuleDict({str(k): readout(types[k], self.irreps_out) for k in self._read_levels()})
+        num_scalars = self.irreps_out.count(o3.Irrep("0e"))
+        self.shift = nn.Parameter(torch.zeros(len(self.species), num_scalars)) if self._shifts() else None
+
+    def _plan(self) -> list[Step]:
+        """The order in which levels are visited."""
+        pairs = [spec.pair_radius is not None for spec in self.scheme.levels]
+        top = len(pairs) - 1 if self.target == "intensive" else len(pairs) - 2
+        passes = self.options["num_layers"] - 1 if pairs[0] else 0
+        steps = [Step("pair", 0)] if pairs[0] else []
+        for k in range(1, top + 1):
+            steps += [Step("up", k)] + ([Step("pair", k)] if pairs[k] else [])
+        # Shells have nothing to send down to: their lower levels are the same atoms with less context.
+        if self.options["sweeps"] == "up-down" and pairs[0] and self.target == "extensive":
+            steps += [Step("down", k) for k in range(top - 1, -1, -1)]
+        return steps + [Step("pair", 0)] * passes
+
+    def _source(self, step: Step) -> int:
+        return step.level + {"pair": 0, "up": -1, "down": 1}[step.kind]
+
+    def _interaction(self, step: Step, types: dict[int, o3.Irreps], irreps_out: o3.Irreps) -> nn.Module:
+        symmetry, num_basis, centred = self.options["symmetry"], self.options["num_basis"], self._centred(step.level)
+        kind = step.edges.split("_")[0]
+        degree = float((self.options["degrees"] or {}).get(step.edges, _DEFAULT_DEGREE[kind]))
+        if step.kind == "down":
+            return OneBodyGate(self.irreps, self.irreps, self.lmax, num_basis, 1.0, symmetry)
+        source = types.get(self._source(step))
+        return Interaction(
+            irreps_source=source,
+            irreps_target=types.get(step.level) if step.kind == "pair" else self._inherited(step, types),
+            irreps=self.irreps,
+            num_basis=num_basis,
+            degree=degree,
+            num_species=len(self.species),
+            centred=centred,
+            body_order=self.body_order,
+            residual=self.preset == "practical",
+            irreps_out=irreps_out,
+            symmetry=symmetry,
+            bare=self._centred(self._source(step)),
+        )
+
+    def _centred(self, level: int) -> bool:
+        """Whether each part of a level stands for one atom, in the order of the atoms."""
+        return level == 0 or (self.scheme.centred and level < len(self.scheme.levels) - 1)
+
+    def _inherited(self, step: Step, types: dict[int, o3.Irreps]) -> o3.Irreps | None:
+        """A shell continues the state of the smaller shell around the same atom."""
+        return types.get(step.level - 1) if self._centred(step.level) else None
+
+    def _read_levels(self) -> list[int]:
+        return [len(self.scheme.levels) - 1] if self.target == "intensive" else sorted(self._types)
+
+    def _shifts(self) -> bool:
+        return self.target == "extensive" and self.irreps_out.count(o3.Irrep("0e")) == self.irreps_out.dim
+
+    # ------------------------------------------------------------------ evaluation
+    def forward(
+        self,
+        z: Int[Tensor, " atoms"] | Data,
+        pos: Float[Tensor, "atoms 3"] | None = None,
+        batch: Int[Tensor, " atoms"] | None = None,
+        *,
+        cell: Float[Tensor, "graphs 3 3"] | None = None,
+        pbc: Tensor | None = None,
+        topology: Topology | None = None,
+    ) -> Float[Tensor, "graphs *dim"]:
+        """Value of each system: energies without those of isolated atoms, eV, or the target of ``irreps_out``.
+
+        A ``Data`` or ``Batch`` may stand in the first place. The topology is read off the data where a
+        transform has stored it, and built otherwise.
+        """
+        hierarchy = self.hierarchy(z, pos, batch, cell=cell, pbc=pbc, topology=topology)
+        values = self._values(hierarchy)
+        total = 0
+        for k, value in values.items():
+            level = hierarchy[k]
+            total = total + sum_into(value, level.batch, hierarchy.num_graphs)
+        return total.squeeze(-1) if self.irreps_out.dim == 1 else total
+
+    def hierarchy(
+        self,
+        z: Tensor | Data,
+        pos: Tensor | None = None,
+        batch: Tensor | None = None,
+        *,
+        cell: Tensor | None = None,
+        pbc: Tensor | None = None,
+        topology: Topology | None = None,
+    ) -> Hierarchy:
+        """The hierarchy that :meth:`forward` would use for these atoms."""
+        if isinstance(z, Data):
+            data = z
+            z, pos, batch, cell, pbc = (data.get(key) for key in ("z", "pos", "batch", "cell", "pbc"))
+            if topology is None and data.get("num_parts_1") is not None:
+                topology = self.scheme.read(data)
+        pos = pos.to(self.dtype)
+        cell = None if cell is None else cell.to(self.dtype)
+        if topology is None:
+            topology = self.scheme.topology(z, pos, batch, cell, pbc)
+        return self.scheme.hierarchy(topology, z, pos, cell)
+
+    def states(self, hierarchy: Hierarchy) -> dict[int, Float[Tensor, "parts rows channels"]]:
+        """State of every part, by level; levels that the network does not use are left out."""
+        species = self._species_index(hierarchy.z)
+        features: dict[str, EdgeFeatures] = {}
+        states: dict[int, Tensor] = {}
+        for step, interaction in zip(self.steps, self.interactions, strict=True):
+            edges = self._edges(step, hierarchy, features)
+            source = states.get(self._source(step))
+            if step.kind == "down":
+                states[step.level] = states[step.level] + interaction(source, edges)
+                continue
+            target = states.get(step.level)
+            if step.kind == "up" and self._centred(step.level):
+                target = states.get(step.level - 1)
+            states[step.level] = interaction(
+                source,
+                target,
+                edges,
+                species if self._centred(self._source(step)) else None,
+                species if self._centred(step.level) else None,
+            )
+        return states
+
+    def energies(self, hierarchy: Hierarchy) -> dict[int, Float[Tensor, "parts"]]:
+        """Contribution of every part of every level to a scalar target; they sum to the value exactly."""
+        return {k: value.squeeze(-1) for k, value in self._values(hierarchy).items()}
+
+    def representations(self, data: Data) -> list[tuple[o3.Irreps, Tensor]]:
+        """(type, states in e3nn's mul_ir layout) of every level in use, for tests of covariance."""
+        from nbody_pyg.nn.irreps import to_mul_ir
+
+        states = self.states(self.hierarchy(data))
+        return [(self._types[k], to_mul_ir(x.flatten(1), self._types[k])) for k, x in sorted(states.items())]
+
+    def _values(self, hierarchy: Hierarchy) -> dict[int, Float[Tensor, "parts dim"]]:
+        states = self.states(hierarchy)
+        values = {}
+        for name, readout in self.readouts.items():
+            k = int(name)
+            values[k] = readout(states[k]) * hierarchy[k].weight.unsqueeze(-1)
+        if self.shift is not None:
+            atoms = self.shift.index_select(0, self._species_index(hierarchy.z))
+            values[0] = values[0] + atoms if 0 in values else atoms
+        return values
+
+    def _edges(self, step: Step, hierarchy: Hierarchy, features: dict[str, EdgeFeatures]) -> EdgeFeatures:
+        """Edge features, computed once per edge set; the way down reverses the edges of the way up."""
+        key = step.edges + ("_down" if step.kind == "down" else "")
+        if key not in features:
+            level = hierarchy[int(step.edges[-1])]
+            if step.kind == "pair":
+                index, vec, window = level.pair_index, level.pair_vec, level.pair_weight
+            else:
+                index, vec, window = level.child_index, level.child_vec, level.child_weight
+                if step.kind == "down":
+                    index, vec = index.flip(0), -vec
+            targets = hierarchy[step.level].num_parts
+            features[key] = self.embeddings[step.edges](index, vec, window, targets)
+        return features[key]
+
+    def _species_index(self, z: Tensor) -> Tensor:
+        index = self.species_of[z.clamp(0, 118)]
+        if not torch.compiler.is_compiling() and bool((index < 0).any()):
+            unknown = sorted(set(z[index < 0].tolist()))
+            names = ", ".join(f"{chemical_symbols[n] if 0 < n < 119 else 'no element'} ({n})" for n in unknown)
+            known = ", ".join(chemical_symbols[n] for n in self.species)
+            raise ValueError(f"z must hold elements of this model ({known}), got {names}; train a model with them")
+        return index
+
+    # ------------------------------------------------------------------ description
+    @property
+    def dtype(self) -> torch.dtype:
+        """Floating dtype of the weights; positions are cast to it."""
+        return next(self.parameters()).dtype
+
+    @classmethod
+    def practical(cls, species: Sequence[int], scheme: Scheme | None = None, **arguments: Any) -> NBodyNet:
+        """The preset for potentials: learned radial functions, residual states, a network in the readout."""
+        return cls(species, scheme, preset="practical", **arguments)
+
+    @classmethod
+    def strict(cls, species: Sequence[int], scheme: Scheme | None = None, **arguments: Any) -> NBodyNet:
+        """The paper's setting: polynomial in the states, inverse powers, no activation, no residual."""
+        return cls(species, scheme, preset="strict", **({"num_basis": 4} | arguments))
+
+    def config(self) -> dict[str, Any]:
+        """Everything that :meth:`from_config` needs, ready for JSON."""
+        return {
+            "species": list(self.species),
+            "scheme": self.scheme.config(),
+            "channels": self.channels,
+            "lmax": self.lmax,
+            "body_order": self.body_order,
+            "preset": self.preset,
+            "irreps_out": str(self.irreps_out),
+            "target": self.target,
+            **self.options,
+        }
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> NBodyNet:
+        """Build the network that :meth:`config` described, with fresh weights."""
+        arguments = dict(config)
+        return cls(arguments.pop("species"), Scheme.from_config(arguments.pop("scheme")), **arguments)
+
+    def __repr__(self) -> str:
+        names = " ".join(chemical_symbols[n] for n in self.species)
+        size = sum(p.numel() for p in self.parameters())
+        return (
+            f"NBodyNet({names}, {self.scheme!r}, {self.preset}, {self.irreps} -> {self.irreps_out}, {size} parameters)"
+        )
+
+
+def edge_degrees(scheme: Scheme, frames: Iterable[Data]) -> dict[str, float]:
+    """Mean number of sources per target of every edge set over some frames: the ``degrees`` of a network."""
+    edges: dict[str, int] = {}
+    targets: dict[str, int] = {}
+    for frame in frames:
+        topology = scheme.read(frame) if frame.get("num_parts_1") is not None else scheme.read(scheme(frame))
+        for k in range(topology.num_levels):
+            for name, index in ((f"child_{k}", topology.child_index[k]), (f"pair_{k}", topology.pair_index[k])):
+                if index is not None:
+                    edges[name] = edges.get(name, 0) + index.shape[1]
+                    targets[name] = targets.get(name, 0) + topology.size(k)
+    return {name: max(edges[name] / targets[name], 1.0) for name in edges}
+
+
+def _check_species(species: Sequence[int]) -> tuple[int, ...]:
+    found = tuple(sorted({int(n) for n in species}))
+    if not found or found[0] < 1 or found[-1] > 118:
+        raise ValueError(f"species must be atomic numbers between 1 and 118, got {list(species)}; e.g. [1, 6, 8]")
+    return found
+
+
+def _check_choice(name: str, value: str, choices: Sequence[str]) -> str:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}; try {choices[0]!r}")
+    return value

@@ -1,0 +1,63 @@
+"""Readouts: from the states of the parts to one covariant value per part, summed into one per system."""
+
+from __future__ import annotations
+
+from e3nn import o3
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from nbody_pyg.nn.irreps import equal_multiplicity
+from nbody_pyg.nn.linear import IrrepsLinear
+
+
+class LinearReadout(nn.Module):
+    """W^l alone: polynomial, any target type. The readout of the strict preset.
+
+    Args:
+        irreps_in: type of the states, one multiplicity.
+        irreps_out: type of the target, e.g. "0e", "1o" (dipole), "0e + 2e" (polarizability).
+
+    Shapes: (nodes, rows, channels) -> (nodes, irreps_out.dim), ir_mul.
+    Raises: ValueError: a fragment of the target that the states do not have.
+    """
+
+    def __init__(self, irreps_in: o3.Irreps, irreps_out: o3.Irreps) -> None:
+        super().__init__()
+        self.linear = IrrepsLinear(irreps_in, irreps_out)
+
+    def forward(self, x: Float[Tensor, "nodes rows channels"]) -> Float[Tensor, "nodes dim"]:
+        return self.linear(x.flatten(1))
+
+
+class MLPReadout(nn.Module):
+    r"""W^l plus, for the scalars of the target, a small network of the scalar channels.
+
+    .. math:: y^0 = W^0 \psi^0 + V\, \mathrm{silu}(U \psi^0 + b), \qquad y^\ell = W^\ell \psi^\ell
+
+    The scalars of a target of higher degree are scaled by no network: only l = 0 may pass through an activation (P9).
+
+    Args: as for :class:`LinearReadout`; ``hidden`` is the width of the network.
+    """
+
+    def __init__(self, irreps_in: o3.Irreps, irreps_out: o3.Irreps, hidden: int = 32) -> None:
+        super().__init__()
+        self.linear = IrrepsLinear(irreps_in, irreps_out)
+        num_scalars = o3.Irreps(irreps_out).count(o3.Irrep("0e"))
+        channels = equal_multiplicity(o3.Irreps(irreps_in))
+        self.num_scalars = num_scalars
+        self.network = None
+        if num_scalars and o3.Irreps(irreps_out)[0].ir == o3.Irrep("0e"):
+            self.network = nn.Sequential(
+                nn.Linear(channels, hidden), nn.SiLU(), nn.Linear(hidden, num_scalars, bias=False)
+            )
+
+    def forward(self, x: Float[Tensor, "nodes rows channels"]) -> Float[Tensor, "nodes dim"]:
+        y = self.linear(x.flatten(1))
+        if self.network is None:
+            return y
+        scalars = self.network(x[:, 0])
+        if y.shape[1] == self.num_scalars:
+            return y + scalars
+        return nn.functional.pad(scalars, (0, y.shape[1] - self.num_scalars)) + y
+
+

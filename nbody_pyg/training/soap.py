@@ -1,0 +1,124 @@
+"""SOAP: Adam in the eigenbasis of Shampoo's preconditioner, batched over weights of one shape."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+
+class Soap(Optimizer):
+    r"""Adam run in a slowly turning basis in which the gradient's rows and columns are uncorrelated.
+
+    .. math:: L \leftarrow \beta_s L + (1 - \beta_s) G G^T, \quad R \leftarrow \beta_s R + (1 - \beta_s) G^T G, \qquad
+              W \leftarrow W - \eta\; Q_L\, \mathrm{Adam}(Q_L^T G Q_R)\, Q_R^T
+
+    with :math:`Q` the eigenvectors of L and R, refreshed by one step of power iteration every ``frequency`` steps.
+    Source: Vyas et al., arXiv:2409.11321. The W^l of an N-body network are many small matrices, for which this costs
+    little (all of one shape go through one batched product) and takes about half the steps of Adam.
+
+    Weights that are not matrices, or have a side of one or above ``max_size``, are trained by plain Adam.
+
+    Args:
+        params: parameters or groups.
+        lr: learning rate.
+        betas: decay of the mean and of the mean square.
+        shampoo_beta: decay of L and R.
+        frequency: steps between refreshes of the bases.
+        max_size: largest side that is turned.
+        eps: added to the root of the mean square.
+        weight_decay: decoupled decay.
+
+    Raises: ValueError: a rate or decay out of range.
+    """
+
+    def __init__(
+        self,
+        params: Iterable,
+        lr: float = 3e-3,
+        betas: tuple[float, float] = (0.9, 0.98),
+        shampoo_beta: float = 0.95,
+        frequency: int = 10,
+        max_size: int = 512,
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+    ) -> None:
+        if lr <= 0 or not all(0 <= beta < 1 for beta in (*betas, shampoo_beta)) or frequency < 1:
+            raise ValueError(f"lr and frequency must be positive and decays in [0, 1), got {lr}, {frequency}, {betas}")
+        defaults = dict(
+            lr=lr, betas=betas, shampoo_beta=shampoo_beta, frequency=frequency,
+            max_size=max_size, eps=eps, weight_decay=weight_decay,
+        )  # fmt: skip
+        super().__init__(params, defaults)
+
+    @classmethod
+    def from_module(cls, module: nn.Module, lr: float, weight_decay: float = 0.0) -> Soap:
+        return cls([p for p in module.parameters() if p.requires_grad], lr=lr, weight_decay=weight_decay)
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            matrices: dict[tuple, list[Tensor]] = defaultdict(list)
+            others = []
+            for p in group["params"]:
+                if p.grad is not None:
+                    turned = p.dim() == 2 and 1 < min(p.shape) and max(p.shape) <= group["max_size"]
+                    (matrices[tuple(p.shape)] if turned else others).append(p)
+            for members in matrices.values():
+                self._step_matrices(members, group)
+            if others:
+                self._step_others(others, group)
+        return loss
+
+    def _step_matrices(self, members: list[Tensor], group: dict) -> None:
+        # The state of a whole batch of equal shapes lives with its first member.
+        grad, state = torch.stack([p.grad for p in members]), self.state[members[0]]
+        if not state:
+            self._start(state, grad)
+        state["step"] += 1
+        (beta1, beta2), step = group["betas"], int(state["step"])
+        left, right, mean, square = state["left"], state["right"], state["mean"], state["square"]
+        state["rows"].lerp_(grad @ grad.mT, 1 - group["shampoo_beta"])
+        state["columns"].lerp_(grad.mT @ grad, 1 - group["shampoo_beta"])
+        mean.lerp_(grad, 1 - beta1)
+        turned_grad, turned_mean = left.mT @ grad @ right, left.mT @ mean @ right
+        square.mul_(beta2).addcmul_(turned_grad, turned_grad, value=1 - beta2)
+        root = (square / (1 - beta2**step)).sqrt_().add_(group["eps"])
+        update = left @ (turned_mean / root) @ right.mT
+        self._apply_update(members, list(update.unbind()), group["lr"] / (1 - beta1**step), group)
+        if step % group["frequency"] == 0 or step < 4:
+            state["left"] = torch.linalg.qr(state["rows"] @ left)[0]
+            state["right"] = torch.linalg.qr(state["columns"] @ right)[0]
+
+    @staticmethod
+    def _start(state: dict, grad: Tensor) -> None:
+        rows, columns = grad @ grad.mT, grad.mT @ grad
+        state.update(
+            step=torch.zeros(()), rows=rows, columns=columns, mean=torch.zeros_like(grad), square=torch.zeros_like(grad),
+            left=torch.linalg.eigh(rows)[1], right=torch.linalg.eigh(columns)[1],
+        )  # fmt: skip
+
+    def _step_others(self, members: list[Tensor], group: dict) -> None:
+        grad, state = torch.cat([p.grad.flatten() for p in members]), self.state[members[0]]
+        if not state:
+            state.update(step=torch.zeros(()), mean=torch.zeros_like(grad), square=torch.zeros_like(grad))
+        state["step"] += 1
+        (beta1, beta2), step = group["betas"], int(state["step"])
+        state["mean"].lerp_(grad, 1 - beta1)
+        state["square"].mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+        update = state["mean"] / (state["square"] / (1 - beta2**step)).sqrt_().add_(group["eps"])
+        pieces = [u.view_as(p) for u, p in zip(update.split([p.numel() for p in members]), members, strict=True)]
+        self._apply_update(members, pieces, group["lr"] / (1 - beta1**step), group)
+
+    @staticmethod
+    def _apply_update(members: list[Tensor], update: list[Tensor], rate: float, group: dict) -> None:
+        if group["weight_decay"]:
+            torch._foreach_mul_(members, 1 - group["lr"] * group["weight_decay"])
+        torch._foreach_add_(members, update, alpha=-rate)
