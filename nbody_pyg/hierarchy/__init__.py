@@ -3,6 +3,7 @@
 from nbody_pyg.hierarchy.assignment import FromAssignment
 from nbody_pyg.hierarchy.bonds import BondTree
 from nbody_pyg.hierarchy.levels import Hierarchy, Level
+from nbody_pyg.hierarchy.plot import plot_hierarchy
 from nbody_pyg.hierarchy.scheme import LevelSpec, Scheme
 from nbody_pyg.hierarchy.sharing import share_topology
 from nbody_pyg.hierarchy.shells import NestedShells
@@ -17,5 +18,6 @@ __all__ = [
     "NestedShells",
     "Scheme",
     "Topology",
+    "plot_hierarchy",
     "share_topology",
 ]
