@@ -1,7 +1,7 @@
 """Training: data in batches, loss, schedule, averaging and the Lightning task."""
 
 from nbody_pyg.training.ema import WeightEMA
-from nbody_pyg.training.loader import EpochSampler, FrameLoader
+from nbody_pyg.training.loader import EpochSampler, FrameLoader, FrameStream
 from nbody_pyg.training.loss import EnergyForceLoss
 from nbody_pyg.training.metrics import ErrorMeter
 from nbody_pyg.training.optim import build_optimizer
@@ -16,6 +16,7 @@ __all__ = [
     "ErrorMeter",
     "FitResult",
     "FrameLoader",
+    "FrameStream",
     "PotentialTask",
     "TrainingConfig",
     "WarmupCosine",

@@ -41,6 +41,10 @@ class Checkpoints(Callback):
             self._save(trainer, "best.ckpt")
         self._save(trainer, "last.ckpt")
 
+    def on_train_batch_end(self, trainer: Trainer, module: LightningModule, *_: Any) -> None:
+        if trainer.should_stop:  # asked to stop: first make sure of the work done
+            self._save(trainer, "last.ckpt")
+
     def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
         self._save(trainer, "last.ckpt")
 
@@ -86,8 +90,9 @@ class MetricsCSV(Callback):
     columns = ("kind", "step", "epoch", "cpu_seconds", "wall_seconds", "lr", "loss", "grad_norm",
                "energy_mae", "energy_rmse", "forces_mae", "forces_rmse")  # fmt: skip
 
-    def __init__(self, path: str | Path, every: int = 50):
+    def __init__(self, path: str | Path, every: int = 50, steps_per_epoch: int = 1):
         self.path, self.every, self._began = Path(path), every, 0.0
+        self.steps_per_epoch = steps_per_epoch
         self.latest: dict[str, float] = {}
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
@@ -108,7 +113,7 @@ class MetricsCSV(Callback):
         row = {
             "kind": kind,
             "step": trainer.global_step,
-            "epoch": trainer.current_epoch,
+            "epoch": trainer.global_step // self.steps_per_epoch,
             "cpu_seconds": f"{module.clock.elapsed:.3f}",
             "wall_seconds": f"{time.perf_counter() - self._began:.3f}",
             "lr": f"{trainer.optimizers[0].param_groups[0]['lr']:.6g}",
@@ -195,11 +200,9 @@ class GracefulStop(Callback):
 
     def _handle(self, number: int, frame: Any) -> None:
         self.received = number
-        self._restore()
+        for each in self._before:
+            signal.signal(each, signal.SIG_DFL)
 
-    def _restore(self) -> None:
-        for number in list(self._before):
-            signal.signal(number, signal.SIG_DFL)
 
     def on_train_batch_end(self, trainer: Trainer, module: LightningModule, *_: Any) -> None:
         stop = self.received is not None
@@ -208,7 +211,10 @@ class GracefulStop(Callback):
         if stop:
             trainer.should_stop = True
 
-    def teardown(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
+    def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
         for number, handler in self._before.items():
-            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
         self._before = {}
+
+    def on_exception(self, trainer: Trainer, module: LightningModule, exception: BaseException) -> None:
+        self.on_train_end(trainer, module)

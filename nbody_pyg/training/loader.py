@@ -196,6 +196,46 @@ class FrameLoader:
         )
 
 
+class FrameStream:
+    """The batches of a FrameLoader, epoch after epoch, as one sequence numbered by steps.
+
+    Where it stands is one integer, so that a run can go on at any step: set ``step`` before the first batch
+    is asked for. The order within an epoch is that of the loader.
+
+    Args:
+        loader: what is repeated.
+        step: number of the first batch.
+    """
+
+    def __init__(self, loader: FrameLoader, step: int = 0):
+        self.loader, self.step = loader, step
+
+    @property
+    def epoch(self) -> int:
+        return self.step // len(self.loader)
+
+    def __len__(self) -> int:
+        # It never ends; a length spares Lightning fetching one batch ahead to find that out.
+        return 2**40
+
+    def __iter__(self) -> Iterator[Batch]:
+        while True:
+            epoch, position = divmod(self.step, len(self.loader))
+            self.loader.load_state_dict({"epoch": epoch, "position": position})
+            for batch in self.loader:
+                self.step += 1
+                yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        return {"step": self.step}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.step = state["step"]
+
+    def __repr__(self) -> str:
+        return f"FrameStream({self.loader!r}, step={self.step})"
+
+
 def _common_keys(frames: Sequence[Data]) -> list[str]:
     keys = [key for key in frames[0].keys() if key not in ("batch", "ptr", "num_nodes")]
     expected = set(frames[0].keys())

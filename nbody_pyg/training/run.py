@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import logging
+import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from lightning.fabric.utilities.warnings import PossibleUserWarning
 from lightning.pytorch import Trainer
 from torch_geometric.data import Data
 
 from nbody_pyg.potential import Potential
 from nbody_pyg.training.callbacks import Checkpoints, GracefulStop, MetricsCSV, RunProgress
 from nbody_pyg.training.ema import WeightEMA
-from nbody_pyg.training.loader import FrameLoader
+from nbody_pyg.training.loader import FrameLoader, FrameStream
 from nbody_pyg.training.settings import TrainingConfig
 from nbody_pyg.training.task import PotentialTask
 
@@ -43,19 +45,32 @@ def force_variance(frames: Sequence[Data]) -> float:
     if not known:
         return 1.0
     values = torch.cat(known)
+    if bool(values.isinf().any()):
+        raise ValueError("forces of the training frames hold infinite values; remove those frames")
     return float(values[~values.isnan()].square().mean())
 
 
-def make_trainer(settings: TrainingConfig, callbacks: list, validate: bool, folder: str | Path) -> Trainer:
-    """A Lightning Trainer stripped of everything that costs time per step."""
+def steps_per_epoch(settings: TrainingConfig, num_frames: int) -> int:
+    """Steps of one pass over the training frames, shared out over the processes."""
+    return math.ceil(math.ceil(num_frames / settings.processes) / settings.batch_size)
+
+
+def make_trainer(
+    settings: TrainingConfig, callbacks: list, epoch: int, validate: bool, folder: str | Path
+) -> Trainer:
+    """A Lightning Trainer stripped of everything that costs time per step; ``epoch`` counts steps.
+
+    It sees one endless epoch (a :class:`FrameStream`), so that all limits and intervals are in steps.
+    """
+    limits = [settings.max_steps, None if settings.max_epochs is None else settings.max_epochs * epoch]
     multiple = settings.processes > 1
     return Trainer(
         accelerator={"cpu": "cpu", "cuda": "gpu", "auto": "auto"}[settings.device],
         devices=settings.processes if multiple or settings.device != "auto" else "auto",
         strategy="ddp_find_unused_parameters_true" if multiple else "auto",
-        max_epochs=-1 if settings.max_epochs is None else settings.max_epochs,
-        max_steps=-1 if settings.max_steps is None else settings.max_steps,
-        # Validation by steps, across epochs: an epoch may be 10 steps or 100,000.
+        max_epochs=-1,
+        max_steps=min((limit for limit in limits if limit is not None), default=-1),
+        # Validation by steps: an epoch may be 10 of them or 100,000.
         val_check_interval=settings.validate_every if validate else None,
         check_val_every_n_epoch=None if validate else 1,
         limit_val_batches=None if validate else 0,
@@ -93,23 +108,23 @@ def fit(
     settings = settings or TrainingConfig(max_epochs=100)
     torch.set_num_threads(settings.threads)
     folder = Path(folder)
-    potential.to(getattr(torch, settings.dtype))
     task = PotentialTask(potential, settings, force_variance(train))
-    log = MetricsCSV(folder / "metrics.csv", settings.log_every)
+    epoch = steps_per_epoch(settings, len(train))
+    log = MetricsCSV(folder / "metrics.csv", settings.log_every, epoch)
     stop, checkpoints = GracefulStop(), Checkpoints(folder)
     callbacks = [WeightEMA(settings.ema_decay)] if settings.ema_decay else []
     callbacks += [log, *([RunProgress(log, settings.log_every)] if show_progress else []), stop, checkpoints]
     with warnings.catch_warnings():
         _quieten()
-        trainer = make_trainer(settings, callbacks, bool(val), folder)
-        loader = FrameLoader(train, settings.batch_size, shuffle=True, seed=settings.seed)
+        trainer = make_trainer(settings, callbacks, epoch, bool(val), folder)
+        stream = FrameStream(FrameLoader(train, settings.batch_size, shuffle=True, seed=settings.seed))
         evaluation = FrameLoader(val, 4 * settings.batch_size) if val else None
-        trainer.fit(task, loader, evaluation, ckpt_path=resume, weights_only=True if resume else None)
+        trainer.fit(task, stream, evaluation, ckpt_path=resume, weights_only=True if resume else None)
     potential.eval()
     return FitResult(
         potential,
         steps=trainer.global_step,
-        epochs=trainer.current_epoch,
+        epochs=trainer.global_step // epoch,
         cpu_seconds=task.clock.elapsed,
         best_forces_mae=checkpoints.best_score,
         best_step=checkpoints.best_step,
@@ -118,10 +133,9 @@ def fit(
 
 
 def _quieten() -> None:
-    """Lightning's advice on workers and loggers does not apply to a loader that slices tensors."""
+    """Lightning's advice on workers, loggers and unset limits does not apply to this loop."""
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch.accelerators.cuda"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-    warnings.filterwarnings("ignore", message=".*GPU available but not used.*")
-    warnings.filterwarnings("ignore", message=".*number of training batches.*")
-    warnings.filterwarnings("ignore", message=".*`max_epochs` was not set.*")
+    warnings.filterwarnings("ignore", category=PossibleUserWarning)
+    # Notices about Lightning's own calls into torch and PyTorch's into itself.
+    warnings.filterwarnings("ignore", module=r"(lightning|torch)\..*")

@@ -47,14 +47,14 @@ class PotentialTask(LightningModule):
     ):
         super().__init__()
         self.potential = potential_from_config(potential) if isinstance(potential, dict) else potential
-        self.settings = TrainingConfig(**settings) if isinstance(settings, dict) else settings
-        s = self.settings
+        self.settings = s = TrainingConfig(**settings) if isinstance(settings, dict) else settings
+        self.potential.to(getattr(torch, s.dtype))
         self.loss = EnergyForceLoss(
             float(force_variance), s.force_weight, s.energy_weight, s.stress_weight, s.energy_per, s.penalty
         )
         self.schedule = WarmupCosine(s.warmup_steps, s.constant_fraction)
         self.clock = ProcessClock()
-        self.progress = 0.0
+        self.progress, self._total_steps = 0.0, math.inf
         self.hparams.update(
             potential=potential_config(self.potential),
             settings=dataclasses.asdict(s),
@@ -143,11 +143,8 @@ class PotentialTask(LightningModule):
 
     def current_progress(self) -> float:
         """Share of the run that is over, in [0, 1]; the same number on every process."""
-        s, shares = self.settings, [0.0]
-        if s.max_steps is not None:
-            shares.append(self.global_step / s.max_steps)
-        if s.max_epochs is not None and self._trainer is not None:
-            shares.append(self.global_step / (s.max_epochs * self.trainer.num_training_batches))
+        s = self.settings
+        shares = [self.global_step / self._total_steps]
         if s.budget_seconds is not None:
             shares.append(self.clock.elapsed / s.budget_seconds)
         progress = min(1.0, max(shares))
@@ -158,8 +155,9 @@ class PotentialTask(LightningModule):
             progress = float(shared)
         return progress
 
-    def on_fit_start(self) -> None:
+    def on_train_start(self) -> None:
         self.running.clear()
+        self._total_steps = max(float(self.trainer.estimated_stepping_batches), 1.0)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         self.clock.start()
@@ -169,8 +167,7 @@ class PotentialTask(LightningModule):
             group["lr"] = group["initial_lr"] * factor
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        budget = self.settings.budget_seconds
-        if budget is not None:
+        if self.settings.budget_seconds is not None:
             self.progress = self.current_progress()
             if self.progress >= 1.0:
                 self.trainer.should_stop = True

@@ -1,0 +1,268 @@
+"""fit: it learns, goes on bit by bit where it stopped, keeps its budget and its files."""
+
+from __future__ import annotations
+
+import csv
+import os
+import signal
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+from torch import Tensor, nn
+
+from nbody_pyg.data import AtomicData
+from nbody_pyg.potential import Potential
+from nbody_pyg.training import FrameLoader, PotentialTask, TrainingConfig, fit, force_variance
+from nbody_pyg.training import run as run_module
+
+E0 = {1: -13.6, 6: -1030.5, 8: -2041.8}
+
+
+class PairNetwork(nn.Module):
+    """Energy from all distances within each graph; smooth, invariant, quick."""
+
+    def __init__(self, width: int = 8):
+        super().__init__()
+        self.embed = nn.Embedding(10, width)
+        self.hidden = nn.Linear(width + 1, width)
+        self.out = nn.Linear(width, 1)
+        self.unused = nn.Parameter(torch.ones(3))
+
+    def forward(self, z: Tensor, pos: Tensor, batch: Tensor) -> Tensor:
+        row, col = (batch[:, None] == batch[None, :]).fill_diagonal_(False).nonzero().T
+        gauss = torch.exp(-0.3 * (pos[row] - pos[col]).square().sum(-1, keepdim=True))
+        x = torch.tanh(self.hidden(torch.cat([self.embed(z[row]) * self.embed(z[col]), gauss], dim=-1)))
+        num_graphs = int(batch[-1]) + 1
+        return pos.new_zeros(num_graphs).index_add(0, batch[row], (self.out(x) * gauss).squeeze(-1))
+
+
+def potential(seed: int = 0, e0: dict[int, float] | None = E0) -> Potential:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return Potential(PairNetwork(), e0)
+
+
+def frames(count: int = 12, seed: int = 0) -> list[AtomicData]:
+    """Distorted molecules of 4 and 5 atoms, not coplanar, labelled by another network of the same kind."""
+    generator, teacher = torch.Generator().manual_seed(seed), potential(seed=3).double()
+    out = []
+    for number in range(count):
+        z = torch.tensor([6, 8, 1, 1, 1][: 4 + number % 2])
+        pos = torch.randn(len(z), 3, generator=generator, dtype=torch.float64)
+        labels = teacher(z, pos, torch.zeros_like(z))
+        out.append(AtomicData(z=z, pos=pos, energy=labels["energy"], forces=labels["forces"]))
+    return out
+
+
+# float64 and one thread: what is compared bit by bit below.
+COMMON = {"batch_size": 3, "dtype": "float64", "log_every": 2, "validate_every": 6, "warmup_steps": 3}
+
+
+@pytest.fixture
+def extra(monkeypatch):
+    """Callbacks that a test puts into the trainer of fit."""
+    added: list[Callback] = []
+    make = run_module.make_trainer
+    monkeypatch.setattr(run_module, "make_trainer", lambda s, c, *rest: make(s, [*added, *c], *rest))
+    return added
+
+
+def weights(model) -> torch.Tensor:
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def rows(folder, kind):
+    with (folder / "metrics.csv").open() as file:
+        return [row for row in csv.DictReader(file) if row["kind"] == kind]
+
+
+def test_it_learns_and_leaves_its_files(tmp_path):
+    model = potential()
+    settings = TrainingConfig(max_epochs=40, lr=0.02, **COMMON)
+    result = fit(model, frames(), frames(4, seed=1), settings, tmp_path)
+    assert result.steps == 160 and result.epochs == 40 and result.cpu_seconds > 0
+    scores = [float(row["forces_mae"]) for row in rows(tmp_path, "val")]
+    assert len(scores) == 160 // 6
+    assert 0 < scores[-1] < 0.7 * scores[0]
+    assert result.best_forces_mae == pytest.approx(min(scores), rel=1e-4)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["best.ckpt", "last.ckpt", "metrics.csv"]
+    train = rows(tmp_path, "train")
+    assert [int(row["step"]) for row in train] == list(range(2, 161, 2))
+    assert float(train[-1]["lr"]) < 1e-4 < float(train[2]["lr"])
+
+
+class StopAt(Callback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_train_batch_end(self, trainer, *_):
+        if trainer.global_step == self.step:
+            trainer.should_stop = True
+
+
+@pytest.mark.parametrize("stop", [8, 6, 5], ids=["end of an epoch", "at a validation", "inside an epoch"])
+def test_resumed_run_equals_uninterrupted_run_bit_by_bit(tmp_path, extra, stop):
+    settings = TrainingConfig(max_epochs=4, **COMMON)
+    whole = potential()
+    fit(whole, frames(), frames(4, seed=1), settings, tmp_path / "whole")
+    extra.append(StopAt(stop))
+    fit(potential(), frames(), frames(4, seed=1), settings, tmp_path / "parts")
+    extra.clear()
+    resumed = potential(seed=7)
+    result = fit(
+        resumed, frames(), frames(4, seed=1), settings, tmp_path / "parts", resume=tmp_path / "parts/last.ckpt"
+    )
+    assert result.steps == 16
+    assert torch.equal(weights(resumed), weights(whole))
+    states = [
+        torch.load(tmp_path / name / "last.ckpt", weights_only=True)["training_state"]
+        for name in ("whole", "parts")
+    ]
+    assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+    for kind in ("train", "val"):
+        a, b = (
+            {r["step"]: (r["lr"], r["loss"], r["forces_mae"]) for r in rows(tmp_path / name, kind)}
+            for name in ("whole", "parts")
+        )
+        # The stop adds a validation and cuts one row of means in two; all else is the same log.
+        assert set(a) <= set(b) and len(b) <= len(a) + 1
+        assert all(a[step] == b[step] for step in a if not stop <= int(step) <= stop + 1)
+
+
+def test_sigterm_finishes_the_step_and_saves(tmp_path, extra):
+    class Terminate(Callback):
+        def on_train_batch_start(self, trainer, *_):
+            if trainer.global_step == 4:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    extra.append(Terminate())
+    before = signal.getsignal(signal.SIGTERM)
+    result = fit(potential(), frames(), (), TrainingConfig(max_epochs=9, **COMMON), tmp_path)
+    assert result.interrupted == signal.SIGTERM and result.steps == 5
+    assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == 5
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_budget_of_cpu_time_ends_the_run_and_drives_the_schedule(tmp_path):
+    settings = TrainingConfig(budget_seconds=0.5, **COMMON | {"validate_every": 10})
+    result = fit(potential(), frames(), frames(4, seed=1), settings, tmp_path)
+    assert 0.5 <= result.cpu_seconds < 0.7
+    assert result.steps > 10
+    rates = [float(row["lr"]) for row in rows(tmp_path, "train")]
+    assert max(rates) == pytest.approx(5e-3) and rates[-1] < 5e-4
+
+
+def test_average_is_what_is_validated_saved_and_returned(tmp_path):
+    model = potential()
+    fit(model, frames(), frames(4, seed=1), TrainingConfig(max_steps=12, **COMMON), tmp_path)
+    state = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    for name, value in model.state_dict().items():
+        assert torch.equal(state["state_dict"][f"potential.{name}"], value)
+    raw = state["training_state"]["potential.model.out.weight"]
+    assert not torch.equal(raw, state["state_dict"]["potential.model.out.weight"])
+
+
+def test_averaging_follows_its_definition(tmp_path, extra):
+    class Record(Callback):
+        seen: list = []
+
+        def on_train_start(self, trainer, module):
+            self.average = weights(module).clone()
+
+        def on_train_batch_end(self, trainer, module, *_):
+            n = trainer.global_step - 1
+            decay = min(0.9, (1 + n) / (10 + n))
+            self.average = decay * self.average + (1 - decay) * weights(module)
+
+    record = Record()
+    extra.append(record)
+    model = potential()
+    fit(model, frames(), (), TrainingConfig(max_steps=15, ema_decay=0.9, **COMMON), tmp_path)
+    assert torch.allclose(weights(model), record.average, rtol=0, atol=1e-12)
+    assert weights(model).abs().max() > 0
+
+
+def test_without_averaging_and_clipping(tmp_path):
+    settings = TrainingConfig(max_steps=4, ema_decay=0.0, clip_norm=None, **COMMON)
+    fit(potential(), frames(), frames(2), settings, tmp_path)
+    assert "training_state" not in torch.load(tmp_path / "last.ckpt", weights_only=True)
+
+
+def test_checkpoint_loads_as_a_task_with_the_network_given(tmp_path):
+    model = potential()
+    fit(model, frames(), (), TrainingConfig(max_steps=3, **COMMON), tmp_path)
+    task = PotentialTask.load_from_checkpoint(
+        tmp_path / "last.ckpt", potential=potential(seed=5), weights_only=True
+    )
+    assert torch.equal(weights(task), weights(model))
+    assert task.settings == TrainingConfig(max_steps=3, **COMMON)
+    with pytest.raises(ValueError, match="PairNetwork, which nbody_pyg cannot build by itself"):
+        PotentialTask.load_from_checkpoint(tmp_path / "last.ckpt", weights_only=True)
+
+
+def test_loss_that_is_not_finite_stops_with_advice(tmp_path):
+    data = frames()
+    data[3].energy[:] = float("inf")
+    with pytest.raises(FloatingPointError, match=r"loss became inf at step \d .*smaller lr"):
+        fit(potential(), data, (), TrainingConfig(max_epochs=2, **COMMON), tmp_path)
+
+
+def test_infinite_forces_are_refused(tmp_path):
+    data = frames()
+    data[3].forces[0, 0] = float("inf")
+    with pytest.raises(ValueError, match="forces of the training frames hold infinite values"):
+        fit(potential(), data, (), TrainingConfig(max_epochs=2, **COMMON), tmp_path)
+
+
+def test_network_that_returns_nan_is_not_taken_for_a_missing_label(tmp_path):
+    class Broken(PairNetwork):
+        def forward(self, z, pos, batch):
+            return super().forward(z, pos, batch) * float("nan")
+
+    with pytest.raises(FloatingPointError, match="loss became nan at step 0"):
+        fit(Potential(Broken()), frames(), (), TrainingConfig(max_steps=2, **COMMON), tmp_path)
+
+
+def test_missing_labels_are_left_out():
+    data = frames(6)
+    data[1].forces[2] = float("nan")
+    data[2].energy[:] = float("nan")
+    model = potential().double()
+    task = PotentialTask(model, TrainingConfig(max_steps=1, dtype="float64"), force_variance(data))
+    batch = FrameLoader(data, 6).batch(range(6))
+    loss = task.training_step(batch)
+    result = model(batch)
+    force_error = (result["forces"] - batch.forces)[~batch.forces.isnan().any(1)]
+    energy_error = (result["energy"] - batch.energy)[~batch.energy.isnan()]
+    expected = (force_error.square().mean() + 0.05 * energy_error.square().mean()) / force_variance(data)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-12) and loss.item() > 0
+
+
+def test_total_energies_are_subtracted_in_double_precision():
+    """A float32 total energy of -1e5 eV is off by meV; the interaction energy must not notice."""
+    data = frames(4)
+    for frame in data:
+        frame.energy += 1e5 * len(frame.z)
+    model = potential(e0={z: e + 1e5 for z, e in {1: -13.6, 6: -1030.5, 8: -2041.8}.items()}).float()
+    task = PotentialTask(model, TrainingConfig(max_steps=1), 1.0)
+    batch = FrameLoader(data, 4).batch(range(4))
+    _, errors = task._errors(batch, training=True)
+    shifted = potential().double()(FrameLoader(frames(4), 4).batch(range(4)))["energy"]
+    exact = shifted - FrameLoader(frames(4), 4).batch(range(4)).energy
+    assert torch.allclose(errors["energy_error"].double(), exact, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({}, "training needs a limit"),
+        ({"max_steps": 0}, "max_steps must be positive, got 0"),
+        ({"max_steps": 1, "lr": -1.0}, r"lr must be positive, got -1\.0"),
+        ({"max_steps": 1, "dtype": "half"}, "dtype must be 'float32' or 'float64', got 'half'"),
+        ({"max_steps": 1, "device": "tpu"}, "device must be"),
+    ],
+)
+def test_wrong_settings(change, message):
+    with pytest.raises(ValueError, match=message):
+        TrainingConfig(**change)
