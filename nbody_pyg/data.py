@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Any
 
@@ -54,11 +55,17 @@ class AtomicData(Data):
     The hierarchy keys are written by the schemes of :mod:`nbody_pyg.hierarchy`. Their names avoid the words
     ("index", "batch", "face") by which PyG would shift them by the number of atoms.
 
+    Args:
+        keys: any of these, and any others, as keyword arguments; nothing is checked (see :meth:`from_data`).
+
     Example:
         >>> data = AtomicData(z=torch.tensor([8, 1, 1]), pos=torch.randn(3, 3))
         >>> data.num_nodes
         3
     """
+
+    def __init__(self, **keys: Any) -> None:
+        super().__init__(**keys)
 
     def __inc__(self, key: str, value: Any, *args: Any, **kwargs: Any) -> Any:
         match = _INDEX_KEY.match(key)
@@ -123,7 +130,10 @@ class AtomicData(Data):
         for key, shape in _GRAPH_SHAPES.items():
             value = self.get(key)
             if isinstance(value, Tensor) and tuple(value.shape) != shape:
-                raise ValueError(f"{key} must have shape {list(shape)}, got {list(value.shape)}")
+                raise ValueError(
+                    f"{key} must have shape {list(shape)}, got {list(value.shape)}; rename the key if it "
+                    "means something else"
+                )
 
     @classmethod
     def from_ase(cls, atoms: Any, labels: bool = True) -> AtomicData:
@@ -186,10 +196,8 @@ def _with_graph_shape(key: str, value: Any) -> Any:
         if value is None:
             return None
         value = torch.as_tensor(value, dtype=torch.bool if key == "pbc" else torch.float64)
-    if tuple(value.shape) == shape[1:]:
-        return value.reshape(shape)
-    # A total dipole or charge of another meaning (PyG's QM9 has none) is caught by `check`.
-    return value
+    # Anything else, such as charges of atoms under the name of the total one, is refused by `check`.
+    return value.reshape(shape) if value.numel() == math.prod(shape) else value
 
 
 # PyG reloads processed datasets with weights_only=True, which refuses classes that are not registered.

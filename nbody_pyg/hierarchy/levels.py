@@ -56,7 +56,13 @@ class Level:
 
 @dataclass(frozen=True, eq=False)
 class Hierarchy:
-    """The levels of a graph or batch, from atoms (``[0]``) to root (``[-1]``, one part per graph)."""
+    """The levels of a graph or batch, from atoms (``[0]``) to root (``[-1]``, one part per graph).
+
+    Args:
+        levels: one :class:`Level` each.
+        z: atomic numbers of the atoms.
+        num_graphs: number of graphs, and of parts in the last level.
+    """
 
     levels: tuple[Level, ...]
     z: Int[Tensor, " atoms"]

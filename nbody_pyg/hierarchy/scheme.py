@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
@@ -227,7 +228,8 @@ class Scheme(BaseTransform):
     def store(self, topology: Topology, data: Data) -> Data:
         """Write ``topology`` on ``data`` in place, signed with the name and arguments of this scheme."""
         topology.store(data)
-        data["scheme"] = [repr(self)] * topology.num_graphs if isinstance(data, Batch) else repr(self)
+        signed = self.signature
+        data["scheme"] = [signed] * topology.num_graphs if isinstance(data, Batch) else signed
         return data
 
     def read(self, data: Data) -> Topology:
@@ -239,12 +241,18 @@ class Scheme(BaseTransform):
         """
         signed = data.get("scheme")
         for found in {signed} if isinstance(signed, str) else set(signed or ()):
-            if found != repr(self):
+            if found != self.signature:
                 raise ValueError(
                     f"data must hold the hierarchy of {self!r}, but holds that of {found}; apply the "
                     "scheme of the model to the data (model.scheme is a transform)"
                 )
         return Topology.from_data(data)
+
+    @cached_property
+    def signature(self) -> str:
+        """Name and arguments in one line, with which stored hierarchies are signed."""
+        arguments = {k: v for k, v in self.config().items() if k != "name"}
+        return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in arguments.items())})"
 
     def config(self) -> dict[str, Any]:
         """Name and arguments, ready for JSON; see :meth:`from_config`."""
@@ -272,8 +280,7 @@ class Scheme(BaseTransform):
         return known[name](**arguments)
 
     def __repr__(self) -> str:
-        arguments = {k: v for k, v in self.config().items() if k != "name"}
-        return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in arguments.items())})"
+        return self.signature
 
 
 def _subclasses(cls: type) -> list[type]:

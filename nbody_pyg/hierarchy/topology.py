@@ -20,17 +20,19 @@ class Topology:
 
     .. math:: P_i = \bigcup_{c \in \mathrm{children}(i)} P_c, \qquad P_\mathrm{atom} = \{\mathrm{atom}\}.
 
-    ==================  ===================  ========================================================
-    field               shape                meaning
-    ==================  ===================  ========================================================
-    ``num_parts[k]``    [B] long             parts of each graph at level k (level 0: atoms)
-    ``child_index[k]``  [2, E] long or None  child at level k - 1, parent at level k; None at level 0
-    ``pair_index[k]``   [2, P] long or None  ordered neighbours at level k (source, target)
-    ``child_shift[k]``  [E, 3] or None       lattice shifts: r_child - r_parent + shift @ cell
-    ``pair_shift[k]``   [P, 3] or None       the same for pairs
-    ``bonds``           [2, M] long or None  covalent bonds, both directions, where the scheme uses them
-    ``periodic``        [B] bool or None     graphs with a periodic direction; None when there are none
-    ==================  ===================  ========================================================
+    ===============  ===================  ===========================================================
+    field            shape at level k     meaning
+    ===============  ===================  ===========================================================
+    ``num_parts``    [B] long             parts of each graph (level 0: atoms)
+    ``child_index``  [2, E] long or None  child at level k - 1, parent at level k; None at level 0
+    ``pair_index``   [2, P] long or None  ordered neighbours at this level (source, target)
+    ``child_shift``  [E, 3] or None       lattice shifts: r_child - r_parent + shift @ cell
+    ``pair_shift``   [P, 3] or None       the same for pairs
+    ===============  ===================  ===========================================================
+
+    These are tuples with one entry per level. Two fields belong to the whole: ``bonds``, [2, M] or None, the
+    covalent bonds in both directions where the scheme uses them; ``periodic``, [B] bool or None, the graphs
+    with a periodic direction (None when there are none).
 
     Edges are sorted by parent (target), then child (source). Parts may overlap, and a node may have several
     parents. Nothing is checked at construction, see :meth:`validate`.
@@ -45,7 +47,7 @@ class Topology:
     pair_shift: tuple[Float[Tensor, "_ 3"] | None, ...] = ()
     bonds: Int[Tensor, "2 _"] | None = None
     periodic: Bool[Tensor, " graphs"] | None = None
-    _cache: dict[Any, Any] = field(default_factory=dict, repr=False)
+    _cache: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         for name in ("child_index", "pair_index", "child_shift", "pair_shift"):
