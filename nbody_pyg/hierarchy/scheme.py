@@ -126,8 +126,7 @@ class Scheme(BaseTransform):
         cell: Float[Tensor, "graphs 3 3"] | None = None,
         pbc: Tensor | None = None,
     ) -> Topology:
-        """Who is a part of whom, for one graph or a batch (``batch`` sorted). No gradient flows through
-        it."""
+        """Who is a part of whom, for one graph or a batch (``batch`` sorted); no gradient flows through."""
         raise NotImplementedError
 
     def update(
@@ -139,8 +138,7 @@ class Scheme(BaseTransform):
         cell: Float[Tensor, "graphs 3 3"] | None = None,
         pbc: Tensor | None = None,
     ) -> Topology:
-        """The topology at new positions of the same atoms; schemes with fixed children recompute only
-        pairs."""
+        """The topology at new positions of the same atoms; where children are fixed, only pairs change."""
         return self.topology(z, pos, batch, cell, pbc)
 
     def positions(
