@@ -219,7 +219,7 @@ class Potential(_Float64Buffers):
     ) -> dict[str, Tensor]:
         """Evaluate atoms given as tensors, or as a PyG ``Data`` or ``Batch`` in the first argument.
 
-        Works inside ``torch.no_grad()``. A topology stored on the data by a scheme is used as it is.
+        Works inside ``torch.no_grad()``. A topology stored on the data by the model's scheme is used as it is.
 
         Args:
             compute_forces: add ``forces``.
@@ -338,7 +338,9 @@ class Potential(_Float64Buffers):
             cell, pbc = data.get("cell"), data.get("pbc")
             num_graphs = data.num_graphs if isinstance(data, Batch) else 0
             if topology is None and "topology" in self._keywords and "num_parts_1" in data:
-                topology = Topology.from_data(data)
+                # A scheme refuses what another scheme has stored; `scheme` is optional for foreign models.
+                scheme = getattr(self.model, "scheme", None)
+                topology = Topology.from_data(data) if scheme is None else scheme.read(data)
         if not isinstance(z, Tensor) or not isinstance(pos, Tensor):
             raise TypeError(f"z and pos must be tensors, got {type(z).__name__} and {type(pos).__name__}")
         if z.is_floating_point() or z.dtype == torch.bool:

@@ -23,6 +23,7 @@ def assert_smooth(
     step: float = 0.02,
     distance: float = 8.0,
     tolerance: float = 1e-10,
+    frozen_topology: bool = False,
     seed: int = 0,
     dtype: torch.dtype = torch.float64,
 ) -> float:
@@ -37,13 +38,14 @@ def assert_smooth(
 
     Args:
         systems: starting geometries: in each, one atom is pulled out by ``distance``, and, on a second path,
-            the whole system is stretched to three times its size. Models whose topology is derived from bonds
-            are smooth only while it is fixed: pass a function with a frozen topology, or short ``paths``.
+            the whole system is stretched to three times its size.
         paths: (z, start, end) instead: straight lines from start [N, 3] to end [N, 3].
         continuity: derivatives of the energy that must be continuous: 1 for continuous forces, 2 for
             continuous curvature.
         step: first grid spacing, angstrom of the fastest atom.
         tolerance: eV (eV/A for forces); steps smaller than this are not looked for.
+        frozen_topology: keep the parts that the model's scheme finds at the start of each path. For schemes
+            that follow from bonds, which promise smoothness only while the bonds stay as they are.
 
     Returns:
         The lowest order seen, in terms of the energy: about 3 for windows with two continuous derivatives,
@@ -53,7 +55,7 @@ def assert_smooth(
         AssertionError: with the place on the path, the size of the step and the order.
     """
     if paths is None:
-        drawn = prepare_systems(model, systems, seed, dtype)
+        drawn = prepare_systems(model, systems, seed, dtype, sizes=(5, 7))
         if any(s.cell is not None for s in drawn):
             raise ValueError("systems must be open for the default paths; pass paths=[(z, start, end)]")
         paths = [path for i, s in enumerate(drawn) for path in _default_paths(s, distance, seed + i)]
@@ -64,6 +66,7 @@ def assert_smooth(
         length = float((end - start).norm(dim=1).max())
         if not length > 0:
             raise ValueError(f"paths[{number}] starts where it ends; give two different geometries")
+        subject.start = (z, start) if frozen_topology else None
         line = _Line(subject, z, start, (end - start) / length, length)
         lowest = min(lowest, _scan(line, f"assert_smooth: path {number}", continuity, step, tolerance))
     return lowest
@@ -118,7 +121,7 @@ def _scan(line: _Line, name: str, continuity: int, step: float, tolerance: float
         column = 0 if what == "energy" else 1
         # A sixth difference amplifies round-off by up to 64.
         floor = max(tolerance, 64 * 1e-14 * float(values.abs().max()))
-        for place in _peaks(_differences(values), number=5):
+        for place in _peaks(_differences(values), number=4):
             found = _zoom(line, column, float(grid[place + 3]), float(grid[1] - grid[0]), floor)
             lowest = min(lowest, found.order + continuity - order)
             if found.order < order + 0.5:
@@ -149,12 +152,13 @@ class _Found:
 
 
 def _zoom(line: _Line, column: int, centre: float, step: float, floor: float) -> _Found:
-    """Follow the largest sixth difference around a point while the step shrinks by four, five times."""
+    """Follow the largest sixth difference around a point while the step shrinks by four, four times."""
     sizes: list[float] = []
     steps: list[float] = []
-    for _ in range(6):
-        middle = min(max(centre, 13 * step), max(line.length - 13 * step, 13 * step))
-        grid = middle + step * torch.arange(-12.0, 13.0, dtype=torch.float64)
+    for _ in range(5):
+        # Nine steps either side: stencils then cover 1.5 steps of the level on which the place was read.
+        middle = min(max(centre, 9 * step), max(line.length - 9 * step, 9 * step))
+        grid = middle + step * torch.arange(-9.0, 10.0, dtype=torch.float64)
         differences = _differences(line(grid)[column])
         top = int(differences.argmax())
         centre = float(grid[top + 3])

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nbody_pyg.hierarchy.topology import Topology
 from nbody_pyg.potential import Potential
 from nbody_pyg.testing.systems import System, collate, random_like
 
@@ -43,6 +44,15 @@ class Subject:
         self.raw = subject
         self.potential: Potential | None = subject if isinstance(subject, Potential) else None
         self.gives_forces = False
+        # With a geometry here, all systems are displacements of it and keep its topology.
+        self.start: tuple[Tensor, Tensor] | None = None
+
+    def _topology(self, z: Tensor, pos: Tensor, batch: Tensor) -> Topology:
+        scheme = None if self.potential is None else getattr(self.potential.model, "scheme", None)
+        if scheme is None:
+            raise ValueError("frozen_topology needs a model with a scheme; set it to False for others")
+        start = self.start[1].repeat(len(z) // len(self.start[0]), 1)
+        return scheme.update(scheme.topology(z, start, batch), z, pos, batch)
 
     def _prepare(self, arguments: tuple, keywords: dict[str, Tensor]) -> None:
         if self.potential is not None or self.gives_forces:
@@ -56,7 +66,7 @@ class Subject:
         """All systems as one batch. Energies come without the reference, whose size would cost digits."""
         arguments, keywords = collate(systems)
         self._prepare(arguments, keywords)
-        if self.potential is None:
+        if self.potential is None and self.start is None:
             out = self.raw(*arguments, **keywords)
             energy, force = out.get("energy"), out.get("forces")
             if energy is None and force is None:
@@ -66,7 +76,8 @@ class Subject:
                 arguments[1].new_zeros(len(systems), 0) if energy is None else energy.detach().reshape(-1)
             )
             return energy, None if force is None else force.detach()
-        out = self.potential(*arguments, **keywords, compute_forces=forces)
+        topology = None if self.start is None else self._topology(*arguments)
+        out = self.potential(*arguments, **keywords, topology=topology, compute_forces=forces)
         return out["interaction_energy"], out.get("forces")
 
     def many(self, systems: Sequence[System], forces: bool = True) -> tuple[Tensor, list[Tensor]]:

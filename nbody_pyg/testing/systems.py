@@ -71,7 +71,12 @@ def _species_of(subject: Any) -> tuple[int, ...]:
 
 
 def prepare_systems(
-    subject: Any, systems: Sequence[Any] | None, seed: int, dtype: torch.dtype, dense: bool = False
+    subject: Any,
+    systems: Sequence[Any] | None,
+    seed: int,
+    dtype: torch.dtype,
+    dense: bool = False,
+    sizes: Sequence[int] = (5, 7, 9),
 ) -> list[System]:
     """The user's systems, or random ones of elements that the model knows, in ``dtype``.
 
@@ -81,7 +86,7 @@ def prepare_systems(
     """
     if systems is None:
         species = _species_of(subject)
-        drawn = [random_molecule(size, species, seed + i) for i, size in enumerate((5, 7, 9))]
+        drawn = [random_molecule(size, species, seed + i) for i, size in enumerate(sizes)]
         if dense:
             drawn.append(_dense_cluster(species, seed))
     else:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch_geometric.data import Batch, Data
 
 from nbody_pyg.geometry import edge_vectors, neighbour_list, safe_norm
+from nbody_pyg.hierarchy import BondTree, NestedShells
 from nbody_pyg.potential import AtomicReference, Potential
 from nbody_pyg.radial import smooth_cutoff
 
@@ -356,6 +357,12 @@ def test_topology_is_handed_to_models_that_take_it():
     assert seen["topology"].size(0) == 6
     Potential(Takes())(z, pos)
     assert seen["topology"] is None
+    model = Takes()
+    model.scheme = NestedShells(radii=(3.0,))
+    Potential(model)(model.scheme(Data(z=z, pos=pos)))
+    assert seen["topology"].num_levels == 3
+    with pytest.raises(ValueError, match="data must hold the hierarchy of NestedShells"):
+        Potential(model)(BondTree()(Data(z=z, pos=pos)))
 
 
 @pytest.fixture

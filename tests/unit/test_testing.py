@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch_geometric.data import Data
 
 from nbody_pyg.geometry import edge_vectors, neighbour_list, safe_norm
+from nbody_pyg.hierarchy import BondTree
 from nbody_pyg.potential import AtomicReference, Potential
 from nbody_pyg.radial import smooth_cutoff
 from nbody_pyg.testing import (
@@ -243,6 +244,46 @@ def test_smoothness_reports_the_order():
     assert 1.6 < assert_smooth(quadratic_window) < 2.5
     with pytest.raises(AssertionError, match="continuity 2 needs 3"):
         assert_smooth(quadratic_window, continuity=2)
+
+
+def test_bond_trees_are_smooth_while_their_topology_is_frozen():
+    class Grouped(nn.Module):
+        """Squared distances between the centres of bonded groups: exact only for a fixed topology."""
+
+        def __init__(self):
+            super().__init__()
+            self.scheme = BondTree()
+
+        def forward(self, z, pos, batch, *, topology=None):
+            if topology is None:
+                topology = self.scheme.topology(z, pos, batch)
+            hierarchy = self.scheme.hierarchy(topology, z, pos)
+            energy = sound(z, pos, batch)
+            for level in hierarchy.levels[1:]:
+                spread = level.child_vec.square().sum(dim=-1)
+                energy = energy.index_add(0, level.batch[level.child_index[1]], 0.01 * spread)
+            return energy
+
+    z = torch.tensor([6, 1, 1, 1, 8, 1])
+    pos = torch.tensor(
+        [
+            [-0.05, 0.67, 0.01],
+            [-1.08, 1.0, 0.03],
+            [0.46, 1.07, -0.88],
+            [0.45, 1.04, 0.91],
+            [-0.05, -0.76, -0.02],
+            [0.86, -1.06, 0.03],
+        ],
+        dtype=F64,
+    )
+    end = pos.clone()
+    end[5] += torch.tensor([2.5, -2.0, 0.5])
+    model = Potential(Grouped())
+    with pytest.raises(AssertionError, match="energy not smooth near"):
+        assert_smooth(model, paths=[(z, pos, end)])
+    assert assert_smooth(model, paths=[(z, pos, end)], frozen_topology=True) > 1.5
+    with pytest.raises(ValueError, match="frozen_topology needs a model with a scheme"):
+        assert_smooth(sound, paths=[(z, pos, end)], frozen_topology=True)
 
 
 def test_tuples_and_own_paths_are_taken():
