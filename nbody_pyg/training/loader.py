@@ -69,7 +69,7 @@ class FrameLoader:
     is a set of views into its chunk.
 
     Args:
-        frames: graphs with the same keys; every value a tensor or a number.
+        frames: graphs with the same keys; every value a tensor, a number or a string.
         batch_size: graphs per batch and process.
         shuffle: new order in every epoch, a pure function of ``seed`` and the epoch.
         drop_last: leave out an incomplete last batch.
@@ -78,7 +78,7 @@ class FrameLoader:
         chunk: batches gathered at once.
     Cost: O(size of the frames) memory once, plus one chunk.
     Raises: ValueError: no frames, frames with unequal keys, ``batch_size < 1``; TypeError: a value that is
-        neither tensor nor number.
+        neither tensor, number nor string.
     """
 
     def __init__(
@@ -105,7 +105,10 @@ class FrameLoader:
         self._rank, self._world = rank, world
         # The batch class of PyG for these frames; making one by Batch(...) inspects signatures every time.
         self._batch_class = type(Batch(_base_cls=type(frames[0])))
-        self._columns = {key: _column(frames, key).to(device) for key in _common_keys(frames)}
+        keys = _common_keys(frames)
+        words = [key for key in keys if isinstance(frames[0][key], str)]
+        self._words = {key: [frame[key] for frame in frames] for key in words}
+        self._columns = {key: _column(frames, key).to(device) for key in keys if key not in self._words}
         self._num_nodes = torch.tensor([frame.num_nodes for frame in frames], device=device)
         # PyG writes num_nodes into a batch only where a frame carries it explicitly.
         self._explicit_num_nodes = "num_nodes" in frames[0]._store
@@ -174,6 +177,9 @@ class FrameLoader:
         parts: dict[str, Any] = {
             key: _split(column, order, first_graph, bounds) for key, column in self._columns.items()
         }
+        for key, words in self._words.items():
+            chosen = [words[frame] for frame in order.tolist()]
+            parts[key] = [chosen[first : first + size] for first in range(0, len(chosen), size)]
         if self._explicit_num_nodes:
             parts["num_nodes"] = num_nodes
         parts["batch"] = torch.repeat_interleave(graphs - first_graph, counts).split(num_nodes)
@@ -256,7 +262,7 @@ def _column(frames: Sequence[Data], key: str) -> _Column:
         if isinstance(value, (bool, int, float)):
             value = torch.tensor(value)
         if not isinstance(value, Tensor):
-            raise TypeError(f"FrameLoader batches tensors and numbers; {key!r} holds {type(value).__name__}")
+            raise TypeError(f"FrameLoader batches tensors, numbers and strings; {key!r} holds {type(value).__name__}")
         values.append(value)
         increments.append(frame.__inc__(key, value))
     dim = frames[0].__cat_dim__(key, values[0])

@@ -134,8 +134,7 @@ def test_errors():
     with pytest.raises(ValueError, match=r"frame 3 and frame 0 differ in \['forces'\]"):
         FrameLoader(data)
     data = frames()
-    data[0].name = "x"
-    for frame in data[1:]:
-        frame.name = "y"
-    with pytest.raises(TypeError, match="'name' holds str"):
+    for frame in data:
+        frame.name = {"x": 1}
+    with pytest.raises(TypeError, match="'name' holds dict"):
         FrameLoader(data)
