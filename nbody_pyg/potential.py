@@ -219,7 +219,7 @@ class Potential(_Float64Buffers):
     ) -> dict[str, Tensor]:
         """Evaluate atoms given as tensors, or as a PyG ``Data`` or ``Batch`` in the first argument.
 
-        Works inside ``torch.no_grad()``. A topology stored on the data by the model's scheme is used as it is.
+        Works inside ``torch.no_grad()``. A topology that the model's scheme stored on the data is used.
 
         Args:
             compute_forces: add ``forces``.
