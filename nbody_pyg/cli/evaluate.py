@@ -1,0 +1,90 @@
+"""nbody evaluate: errors of one or several models, parity plots and predictions."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from torch_geometric.data import Data
+
+from nbody_pyg.cli.plots import parity_plot
+from nbody_pyg.cli.tables import error_table
+from nbody_pyg.data import AtomicData
+from nbody_pyg.datasets import embedded, label_audit, read_frames
+from nbody_pyg.deploy import load_model
+from nbody_pyg.training.evaluation import Evaluation, evaluate as predict
+
+
+def evaluate(args: argparse.Namespace) -> int:
+    models = [args.model, *(path for path in args.data if path.endswith(".nbody"))]
+    sets = {_name(p): _frames(p, args) for p in args.data if not p.endswith(".nbody")}
+    if not sets:
+        raise ValueError("no data: name at least one file of frames after the model files")
+    print(label_audit(sets), "\n")
+    folder = Path(args.out) if args.out else Path(args.model).parent / "evaluate"
+    folder.mkdir(parents=True, exist_ok=True)
+    labels = _distinct(models)
+    errors = {}
+    for path in models:
+        potential = load_model(path, device=args.device)
+        found = {name: predict(potential, f, args.batch_size, args.device) for name, f in sets.items()}
+        errors |= {(labels[path], name): evaluation.errors for name, evaluation in found.items()}
+        stem = "" if len(models) == 1 else f"{labels[path].replace('/', '_')}_"
+        for name, evaluation in found.items():
+            _write(sets[name], evaluation, folder / f"{stem}{name.replace(':', '_')}_predictions.xyz")
+        labelled = {n: (sets[n], found[n]) for n in found if evaluation_has_labels(found[n])}
+        if labelled and not args.no_plot:
+            parity_plot(labelled, folder / f"{stem}parity.png", labels[path] if stem else "")
+    if any(errors.values()):
+        print(error_table(errors), "\n")
+    else:
+        print("the frames carry no labels: predictions only\n")
+    record = [{"model": model, "set": name, **found} for (model, name), found in errors.items()]
+    (folder / "errors.json").write_text(json.dumps(record, indent=1) + "\n")
+    print(f"written to {folder}: {', '.join(sorted(p.name for p in folder.iterdir()))}")
+    return 0
+
+
+def evaluation_has_labels(evaluation: Evaluation) -> bool:
+    return "energy_mae" in evaluation.errors or "forces_mae" in evaluation.errors
+
+
+def _frames(path: str, args: argparse.Namespace) -> Sequence[Data]:
+    """An embedded set "molecule:split", or a file."""
+    if ":" in path and not Path(path).exists():
+        return embedded(*path.split(":", 1))
+    return read_frames(path, energy_key=args.energy_key, forces_key=args.forces_key, units=args.units)
+
+
+def _name(path: str) -> str:
+    return path if ":" in path and not Path(path).exists() else Path(path).stem
+
+
+def _distinct(paths: Sequence[str]) -> dict[str, str]:
+    """Short names: the file, or the folder too where files share a name."""
+    stems = [Path(p).stem for p in paths]
+    if len(set(stems)) == len(stems):
+        return dict(zip(paths, stems, strict=True))
+    return {path: f"{Path(path).parent.name}/{Path(path).stem}" for path in paths}
+
+
+def _write(frames: Sequence[Data], found: Evaluation, path: Path) -> None:
+    """Extended xyz: predictions as energy and forces, labels as REF_energy and REF_forces."""
+    from ase.calculators.singlepoint import SinglePointCalculator
+    from ase.io import write
+
+    out = []
+    for number, frame in enumerate(frames):
+        atoms = AtomicData(z=frame.z, pos=frame.pos, cell=frame.get("cell"), pbc=frame.get("pbc")).to_ase()
+        results = {"energy": float(found.energy[number]), "forces": found.forces[number].numpy()}
+        if found.stress is not None:
+            results["stress"] = found.stress[number].numpy().reshape(9)[[0, 4, 8, 5, 2, 1]]
+        atoms.calc = SinglePointCalculator(atoms, **results)
+        if frame.get("energy") is not None:
+            atoms.info["REF_energy"] = float(frame.energy)
+        if frame.get("forces") is not None:
+            atoms.arrays["REF_forces"] = frame.forces.numpy()
+        out.append(atoms)
+    write(path, out, format="extxyz")

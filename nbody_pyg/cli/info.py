@@ -1,0 +1,54 @@
+"""nbody info: the contents of a model file."""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+from ase.data import chemical_symbols
+
+from nbody_pyg.cli.tables import error_table, table
+from nbody_pyg.deploy import cg_fingerprint, read_metadata
+
+
+def info(args: argparse.Namespace) -> int:
+    header = read_metadata(args.model)
+    if args.json:
+        print(json.dumps(header, indent=1))
+        return 0
+    model, record = header["model"], header["metadata"]
+    config = dict(model["config"] or {})
+    scheme = dict(config.pop("scheme", None) or {})
+    species = header["species"] or []
+    matches = header["cg_fingerprint"] == cg_fingerprint()
+    rows = [
+        ("model", model["class"]),
+        ("parameters", f"{header['num_parameters']:,}"),
+        ("dtype", header["dtype"]),
+        ("elements", " ".join(chemical_symbols[z] for z in species)),
+        ("scale", f"{header['scale']:.6g}"),
+        ("format version", header["format_version"]),
+        ("written with", ", ".join(f"{name} {version}" for name, version in header["versions"].items())),
+        ("units", ", ".join(f"{name} {unit}" for name, unit in header["units"].items())),
+        ("CG fingerprint", f"{header['cg_fingerprint'][:16]} ({'same' if matches else 'DIFFERENT'} here)"),
+    ]
+    rows += [("scheme", scheme.pop("name", ""))] if scheme else []
+    rows += [(f"scheme.{key}", _short(value)) for key, value in scheme.items()]
+    rows += [(key, _short(value)) for key, value in config.items() if key != "species"]
+    for key in ("steps", "epochs", "cpu_seconds", "weights", "num_frames"):
+        if key in record:
+            rows.append((key.replace("_", " "), _short(record[key])))
+    print(table(["", args.model], [(key, str(value)) for key, value in rows]))
+    if header["e0"]:
+        print("\nE0, eV")
+        print(table(["element", "energy"], [(chemical_symbols[int(z)], f"{e:.6f}") for z, e in header["e0"].items()]))
+    if record.get("errors"):
+        print("\nerrors after training")
+        print(error_table({("", name): values for name, values in record["errors"].items()}))
+    return 0
+
+
+def _short(value: object) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_short(item)}" for key, item in value.items())
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,119 @@
+"""Entry point: parses the command, runs it, and turns user errors into one clear line."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+_DESCRIPTION = """\
+Covariant hierarchical N-body networks for atoms.
+
+  nbody train configs/embedded.yaml                 train a potential, test it, keep it in one file
+  nbody evaluate runs/embedded/model.nbody my.xyz   errors, parity plot, predictions
+  nbody info runs/embedded/model.nbody              what is in a model file
+  nbody md runs/embedded/model.nbody start.xyz      molecular dynamics
+  nbody hierarchy molecule.xyz --scheme BondTree    build, check and draw a hierarchy
+
+Units: eV, angstrom, fs; tables in meV and meV/A."""
+
+_EXIT = """\
+exit status: 0 done; 1 error in the input; 2 wrong arguments; 143 or 130 stopped by SIGTERM or Ctrl-C
+after writing last.ckpt (go on with --output.resume true)"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="nbody", description=_DESCRIPTION, epilog=_EXIT,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    train = commands.add_parser("train", add_help=False, help="train a potential from a YAML file")
+    train.add_argument("config", nargs="?")
+    train.add_argument("-h", "--help", action="store_true")
+
+    evaluate = commands.add_parser("evaluate", help="errors of models on labelled frames")
+    evaluate.add_argument("model", help="model file")
+    evaluate.add_argument(
+        "data", nargs="+",
+        help="files of frames, embedded sets as ethanol:test_300K, or more model files (*.nbody) to compare",
+    )  # fmt: skip
+    evaluate.add_argument("--out", default=None, help="folder for parity.png, predictions and errors.json")
+    evaluate.add_argument("--batch-size", type=int, default=20, help="frames at a time (default: 20)")
+    evaluate.add_argument("--units", default=None, help="units of the files, e.g. 'kcal/mol'")
+    evaluate.add_argument("--energy-key", default=None, help="key of the energy in the files")
+    evaluate.add_argument("--forces-key", default=None, help="key of the forces in the files")
+    evaluate.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
+    evaluate.add_argument("--no-plot", action="store_true", help="no parity plot")
+
+    info = commands.add_parser("info", help="what is in a model file")
+    info.add_argument("model", help="model file")
+    info.add_argument("--json", action="store_true", help="everything, as JSON")
+
+    md = commands.add_parser("md", help="molecular dynamics with ASE")
+    md.add_argument("model", help="model file")
+    md.add_argument("start", help="first structure: any file that ASE reads (the last frame is taken)")
+    md.add_argument("--ensemble", choices=("nve", "langevin"), default="nve", help="default: nve")
+    md.add_argument("--steps", type=int, default=2000, help="default: 2000")
+    md.add_argument("--timestep", type=float, default=0.5, help="fs (default: 0.5)")
+    md.add_argument("--temperature", type=float, default=300.0, help="K (default: 300)")
+    md.add_argument("--friction", type=float, default=0.01, help="1/fs, Langevin only (default: 0.01)")
+    md.add_argument("--every", type=int, default=10, help="steps between samples (default: 10)")
+    md.add_argument("--seed", type=int, default=0, help="of velocities and thermostat (default: 0)")
+    md.add_argument("--dtype", choices=("float32", "float64"), default=None, help="default: the model's")
+    md.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
+    md.add_argument("--out", default="md", help="folder for md.log, trajectory.xyz, energy.png (default: md)")
+
+    hierarchy = commands.add_parser("hierarchy", help="build, check and draw the hierarchy of a structure")
+    hierarchy.add_argument("file", help="any file that ASE reads, or a molecule of the embedded sets")
+    hierarchy.add_argument("--scheme", default="BondTree", help="name of a scheme (default: BondTree)")
+    hierarchy.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="argument of the scheme, e.g. cutoff=4"
+    )
+    hierarchy.add_argument("--model", default=None, help="take the scheme of this model file")
+    hierarchy.add_argument("--index", type=int, default=0, help="frame of the file (default: 0)")
+    hierarchy.add_argument("--plot", default=None, metavar="PNG", help="draw it into this file")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status."""
+    parser = build_parser()
+    args, rest = parser.parse_known_args(argv)
+    if args.command != "train" and rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    try:
+        return _run(args, rest)
+    except (ValueError, FileNotFoundError, FloatingPointError) as error:
+        if args.debug:
+            raise
+        print(f"nbody {args.command}: error: {error}", file=sys.stderr)
+        return 1
+    except BrokenPipeError:  # the reader of a pipe has seen enough
+        return 0
+
+
+def _run(args: argparse.Namespace, rest: list[str]) -> int:
+    # Imported when needed: torch takes seconds, --help should not.
+    if args.command == "train":
+        from nbody_pyg.cli.train import train
+
+        # An option's value may have been taken for the file: "--training.lr 0.01 my.yaml" keeps its order.
+        return train(args, rest)
+    if args.command == "evaluate":
+        from nbody_pyg.cli.evaluate import evaluate
+
+        return evaluate(args)
+    if args.command == "info":
+        from nbody_pyg.cli.info import info
+
+        return info(args)
+    if args.command == "md":
+        from nbody_pyg.cli.md import md
+
+        return md(args)
+    from nbody_pyg.cli.hierarchy import hierarchy
+
+    return hierarchy(args)

@@ -1,0 +1,74 @@
+"""Parity plots: prediction against label, with the errors written in."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from torch_geometric.data import Data
+
+from nbody_pyg.training.evaluation import Evaluation
+
+_COLOURS = ("#1f5fa8", "#c4501b", "#2e8b57", "#7a4fa3", "#8c6d1f")
+
+
+def parity_plot(
+    results: Mapping[str, tuple[Sequence[Data], Evaluation]], path: str | Path, title: str = ""
+) -> None:
+    """Energies (mean taken off, eV per molecule) and force components of every set, in one PNG.
+
+    Raises: ValueError: no set has labels.
+    """
+    energy = {
+        name: (_stack([f.energy for f in frames]), found.energy.numpy())
+        for name, (frames, found) in results.items()
+        if all(f.get("energy") is not None for f in frames)
+    }
+    forces = {
+        name: (_stack([f.forces.flatten() for f in frames]), _stack([x.flatten() for x in found.forces]))
+        for name, (frames, found) in results.items()
+        if all(f.get("forces") is not None for f in frames)
+    }
+    panels = [("energy", "eV", "meV", energy), ("force component", "eV/Å", "meV/Å", forces)]
+    panels = [panel for panel in panels if panel[3]]
+    if not panels:
+        raise ValueError("no set has labels to compare with; nothing to plot")
+    figure = Figure(figsize=(5.2 * len(panels), 5.4), layout="constrained")
+    for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        _panel(axes, *panel)
+    if title:
+        figure.suptitle(title, fontsize=12)
+    figure.savefig(path, dpi=160)
+
+
+def _panel(
+    axes: Axes, name: str, unit: str, milli: str, sets: Mapping[str, tuple[np.ndarray, np.ndarray]]
+) -> None:
+    centre = np.concatenate([label for label, _ in sets.values()]).mean() if name == "energy" else 0.0
+    # The widest set lies at the bottom, so that it does not hide the others.
+    order = sorted(sets, key=lambda key: -np.ptp(sets[key][0]))
+    colours = dict(zip(sets, _COLOURS * len(sets), strict=False))
+    for key in order:
+        label, found = sets[key]
+        text = f"{key}: MAE {1000 * np.abs(found - label).mean():.1f} {milli}"
+        axes.plot(
+            label - centre, found - centre, ".", ms=2.5 if len(label) > 3000 else 5, alpha=0.5, mew=0,
+            color=colours[key], label=text, rasterized=True,
+        )  # fmt: skip
+    values = np.concatenate([np.concatenate(pair) for pair in sets.values()]) - centre
+    low, high = values.min(), values.max()
+    pad = 0.04 * (high - low) or 1.0
+    ends = (low - pad, high + pad)
+    axes.plot(ends, ends, color="0.25", lw=0.9, zorder=0)
+    axes.set(xlim=ends, ylim=ends, aspect="equal")
+    suffix = " − mean" if name == "energy" else ""
+    axes.set_xlabel(f"reference {name}{suffix} ({unit})")
+    axes.set_ylabel(f"predicted {name}{suffix} ({unit})")
+    axes.legend(loc="upper left", frameon=False, markerscale=3, fontsize=9)
+
+
+def _stack(parts: Sequence) -> np.ndarray:
+    return np.concatenate([np.asarray(part, dtype=float).reshape(-1) for part in parts])

@@ -1,0 +1,47 @@
+"""Plain, aligned tables for the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """Columns of words to the left, of numbers to the right; two spaces between."""
+    cells = [[_cell(value) for value in row] for row in rows]
+    widths = [max(len(line[i]) for line in (head, *cells)) for i in range(len(head))]
+    right = [all(_is_number(row[i]) for row in rows) and bool(rows) for i in range(len(head))]
+
+    def line(words: Sequence[str]) -> str:
+        pairs = zip(words, widths, right, strict=True)
+        return "  ".join(w.rjust(n) if r else w.ljust(n) for w, n, r in pairs).rstrip()
+
+    return "\n".join([line(head), line(["-" * n for n in widths]), *(line(row) for row in cells)])
+
+
+def error_table(errors: Mapping[tuple[str, str], Mapping[str, float]]) -> str:
+    """One row per (model, set): errors of energy, forces and, where there is one, stress."""
+    head = ["model", "set", "E MAE", "E RMSE", "E/atom MAE", "E/atom RMSE", "F MAE", "F RMSE"]
+    keys = ["energy_mae", "energy_rmse", "energy_per_atom_mae", "energy_per_atom_rmse", "forces_mae", "forces_rmse"]
+    units = ["", "", "meV", "meV", "meV", "meV", "meV/A", "meV/A"]
+    if any("stress_mae" in found for found in errors.values()):
+        head, keys = [*head, "S MAE", "S RMSE"], [*keys, "stress_mae", "stress_rmse"]
+        units += ["meV/A^3", "meV/A^3"]
+    elements = sorted({key for found in errors.values() for key in found if key.startswith("forces_mae_")})
+    head += [f"F MAE {key.removeprefix('forces_mae_')}" for key in elements]
+    units += ["meV/A"] * len(elements)
+    head = [f"{name} {unit}".strip() for name, unit in zip(head, units, strict=True)]
+    rows = [[*name, *(found.get(key) for key in [*keys, *elements])] for name, found in errors.items()]
+    if len({name for name, _ in errors}) == 1:
+        head, rows = head[1:], [row[1:] for row in rows]
+    return table(head, rows)
+
+
+def _is_number(value: Any) -> bool:
+    return value is None or (isinstance(value, (int, float)) and not isinstance(value, bool))
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.2f}" if isinstance(value, float) else str(value)

@@ -1,0 +1,122 @@
+"""nbody train: data, label audit, training, test, model file."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from ase.data import chemical_symbols
+
+from nbody_pyg.cli.plots import parity_plot
+from nbody_pyg.cli.tables import error_table
+from nbody_pyg.datasets import label_audit
+from nbody_pyg.deploy import save_model
+from nbody_pyg.potential import Potential
+from nbody_pyg.training import FitResult, fit
+from nbody_pyg.training.config import Config, config_parser, load_config
+from nbody_pyg.training.evaluation import Evaluation, evaluate
+from nbody_pyg.training.prepare import DataSets, build_potential, load_data
+
+
+def train(args: argparse.Namespace, overrides: list[str]) -> int:
+    if args.help:
+        parser = config_parser()
+        parser.print_help()
+        return 0
+    config = load_config(args.config, overrides)
+    torch.set_num_threads(config.training.threads)
+    folder = Path(config.output.folder)
+    data = load_data(config.data)
+    print(label_audit(data.named()), "\n")
+    potential = build_potential(config, data)
+    _describe(potential, config)
+    data = data.with_topology(potential.model.scheme)
+    resume = _checkpoint(folder) if config.output.resume else None
+    if resume is None and (folder / "model.nbody").exists():
+        print(f"replacing the earlier run in {folder}")
+    folder.mkdir(parents=True, exist_ok=True)
+    config.save(folder / "config.yaml")
+    result = fit(potential, data.train, data.val, config.training, folder, resume)
+    if result.interrupted is not None:
+        print(
+            f"stopped by signal {result.interrupted} after step {result.steps}; go on with the same command and "
+            "--output.resume true"
+        )
+        return 128 + result.interrupted
+    if torch.distributed.is_initialized() and torch.distributed.get_rank() > 0:
+        return 0  # the first process tests and saves
+    _finish(potential, data, config, result, folder)
+    return 0
+
+
+def _describe(potential: Potential, config: Config) -> None:
+    e0 = {} if potential.reference is None else potential.reference.energies
+    print(f"model   {potential.model!r}")
+    print(f"E0      {', '.join(f'{chemical_symbols[z]} {e:.4f}' for z, e in e0.items()) or 'none'} eV")
+    limits = {
+        "CPU s": config.training.budget_seconds,
+        "epochs": config.training.max_epochs,
+        "steps": config.training.max_steps,
+    }
+    until = " or ".join(f"{value:g} {name}" for name, value in limits.items() if value is not None)
+    print(f"scale   {float(potential.scale):.4f}   training until {until}\n", flush=True)
+
+
+def _checkpoint(folder: Path) -> Path:
+    path = folder / "last.ckpt"
+    if not path.is_file():
+        raise FileNotFoundError(f"output.resume is set, but there is no {path} to go on from")
+    return path
+
+
+def _finish(potential: Potential, data: DataSets, config: Config, result: FitResult, folder: Path) -> None:
+    """Choose the weights, test them, and write model, errors and plot."""
+    kept = _choose_weights(potential, data, config, result, folder)
+    sets = {**({"val": data.val} if len(data.val) else {}), **data.tests} or {"train": data.train}
+    found = {name: evaluate(potential, frames) for name, frames in sets.items()}
+    errors = {name: evaluation.errors for name, evaluation in found.items()}
+    print(
+        f"\n{result.steps} steps, {result.epochs} epochs, {result.cpu_seconds:.1f} CPU s "
+        f"({1000 * result.cpu_seconds / max(result.steps, 1):.1f} ms per step); weights: {kept}\n"
+    )
+    print(error_table({("", name): values for name, values in errors.items()}), "\n")
+    record: dict[str, Any] = {
+        "config": config.to_dict(),
+        "steps": result.steps,
+        "epochs": result.epochs,
+        "cpu_seconds": round(result.cpu_seconds, 3),
+        "weights": kept,
+        "num_frames": {name: len(frames) for name, frames in data.named().items()},
+        "errors": errors,
+        "errors_unit": "meV and meV/angstrom",
+    }
+    save_model(potential, folder / "model.nbody", record)
+    (folder / "errors.json").write_text(json.dumps(errors, indent=1) + "\n")
+    print(f"model      {folder / 'model.nbody'}\nlog        {folder / 'metrics.csv'}")
+    if config.output.plot:
+        _plot(sets, found, data, folder)
+
+
+def _plot(sets: dict, found: dict[str, Evaluation], data: DataSets, folder: Path) -> None:
+    names = list(data.tests) or list(sets)
+    parity_plot({name: (sets[name], found[name]) for name in names}, folder / "parity.png")
+    print(f"parity     {folder / 'parity.png'}")
+
+
+def _choose_weights(
+    potential: Potential, data: DataSets, config: Config, result: FitResult, folder: Path
+) -> str:
+    """Leave the last weights in place, or those of best.ckpt where their validation error is smaller."""
+    best = folder / "best.ckpt"
+    if config.output.weights == "last" or not len(data.val) or result.best_step < 0 or not best.is_file():
+        return f"last (step {result.steps})"
+    now = evaluate(potential, data.val).errors.get("forces_mae", float("inf"))
+    if now <= result.best_forces_mae:
+        return f"last (step {result.steps})"
+    state = torch.load(best, weights_only=True)["state_dict"]
+    prefix = "potential."
+    potential.load_state_dict({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})
+    return f"best of validation (step {result.best_step})"

@@ -1,0 +1,166 @@
+"""Molecular dynamics by ASE, with a report on how well the energy was conserved."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from ase import Atoms, units
+from ase.io.trajectory import Trajectory
+from ase.md import MDLogger
+from ase.md.langevin import Langevin
+from ase.md.md import MolecularDynamics
+from ase.md.velocitydistribution import MaxwellBoltzmannDistribution, Stationary, ZeroRotation
+from ase.md.verlet import VelocityVerlet
+
+ENSEMBLES = ("nve", "langevin")
+
+
+@dataclass(frozen=True)
+class MDReport:
+    """Samples of a run, and what they say about it.
+
+    ========================  ==========================================================================
+    field                     unit
+    ========================  ==========================================================================
+    ``time``                  ps
+    ``total``, ``potential``  eV
+    ``temperature``           K
+    ``drift``                 meV per atom per 10 ps: slope of the straight line through ``total``
+    ``fluctuation``           meV per atom: standard deviation about that line
+    ``largest_jump``          meV per atom between two samples that follow each other
+    ========================  ==========================================================================
+
+    Drift and jumps tell about the potential only where the total energy is conserved (nve).
+    """
+
+    time: np.ndarray
+    total: np.ndarray
+    potential: np.ndarray
+    temperature: np.ndarray
+    num_atoms: int
+
+    @property
+    def drift(self) -> float:
+        return 1e3 * 10.0 * self._line()[0] / self.num_atoms
+
+    @property
+    def fluctuation(self) -> float:
+        slope, start = self._line()
+        return 1e3 * float(np.std(self.total - slope * self.time - start)) / self.num_atoms
+
+    @property
+    def largest_jump(self) -> float:
+        steps = np.abs(np.diff(self.total))
+        return 1e3 * float(steps.max()) / self.num_atoms if len(steps) else 0.0
+
+    def _line(self) -> tuple[float, float]:
+        if len(self.time) < 2:
+            return 0.0, float(self.total[0])
+        slope, start = np.polyfit(self.time, self.total, 1)
+        return float(slope), float(start)
+
+    def __str__(self) -> str:
+        return (
+            f"{len(self.time)} samples, {self.time[-1]:.3f} ps, mean temperature {self.temperature.mean():.1f} K\n"
+            f"total energy: drift {self.drift:+.4f} meV/atom per 10 ps, fluctuation {self.fluctuation:.4f} "
+            f"meV/atom, largest jump {self.largest_jump:.4f} meV/atom"
+        )
+
+
+def run_md(
+    atoms: Atoms,
+    steps: int,
+    *,
+    ensemble: str = "nve",
+    timestep: float = 0.5,
+    temperature: float = 300.0,
+    friction: float = 0.01,
+    seed: int = 0,
+    sample_every: int = 10,
+    log: str | Path | None = None,
+    trajectory: str | Path | None = None,
+    report: Callable[[int], None] | None = None,
+) -> MDReport:
+    """Move ``atoms`` (in place) with the calculator they carry.
+
+    Velocities are drawn from the Maxwell-Boltzmann distribution unless the atoms bring some; total momentum
+    is removed, for isolated molecules also the angular momentum.
+
+    Args:
+        ensemble: "nve" (velocity Verlet) or "langevin".
+        timestep: fs.
+        temperature: K, of the first velocities and of the thermostat.
+        friction: 1/fs, of the Langevin thermostat.
+        sample_every: steps between samples, log lines and frames.
+        log: text file in ASE's MDLogger form.
+        trajectory: frames with energies, forces and velocities: ASE's ``.traj``, or extxyz by any other name.
+        report: called with the number of steps done at every sample.
+    Raises: ValueError: no calculator, unknown ensemble, steps or timestep not positive.
+    """
+    if atoms.calc is None:
+        raise ValueError("atoms carry no calculator; set atoms.calc = NBodyCalculator(...)")
+    if ensemble not in ENSEMBLES:
+        raise ValueError(f"ensemble must be one of {', '.join(ENSEMBLES)}, got {ensemble!r}")
+    for name, value in (("steps", steps), ("timestep", timestep), ("sample_every", sample_every)):
+        if value <= 0:
+            raise ValueError(f"{name} must be positive, got {value}")
+    rng = np.random.default_rng(seed)
+    if not np.any(atoms.get_momenta()):
+        MaxwellBoltzmannDistribution(atoms, temperature_K=temperature, rng=rng)
+        Stationary(atoms)
+        if not atoms.pbc.any() and len(atoms) > 2:
+            ZeroRotation(atoms)
+    dyn: MolecularDynamics
+    if ensemble == "nve":
+        dyn = VelocityVerlet(atoms, timestep * units.fs)
+    else:
+        dyn = Langevin(
+            atoms, timestep * units.fs, temperature_K=temperature, friction=friction / units.fs, rng=rng
+        )
+    samples: list[tuple[float, float, float, float]] = []
+
+    def sample() -> None:
+        potential = atoms.get_potential_energy()
+        total = potential + atoms.get_kinetic_energy()
+        samples.append((dyn.get_time() / (1000 * units.fs), total, potential, atoms.get_temperature()))
+        if report is not None:
+            report(dyn.nsteps)
+
+    dyn.attach(sample, interval=sample_every)
+    closing = []
+    if log is not None:
+        logger = MDLogger(dyn, atoms, str(log), peratom=False, mode="w")
+        dyn.attach(logger, interval=sample_every)
+        closing.append(logger)
+    if trajectory is not None:
+        writer = _frame_writer(Path(trajectory), atoms)
+        dyn.attach(writer.write, interval=sample_every)
+        closing.append(writer)
+    try:
+        dyn.run(steps)
+    finally:
+        for item in closing:
+            item.close()
+    time, total, potential, kelvin = np.array(samples).T
+    return MDReport(time, total, potential, kelvin, len(atoms))
+
+
+class _ExtxyzWriter:
+    """Appends the atoms to an extxyz file."""
+
+    def __init__(self, path: Path, atoms: Atoms):
+        self.path, self.atoms, self._first = path, atoms, True
+
+    def write(self) -> None:
+        self.atoms.write(self.path, format="extxyz", append=not self._first)
+        self._first = False
+
+    def close(self) -> None:
+        pass
+
+
+def _frame_writer(path: Path, atoms: Atoms) -> Trajectory | _ExtxyzWriter:
+    return Trajectory(str(path), "w", atoms) if path.suffix == ".traj" else _ExtxyzWriter(path, atoms)

@@ -1,0 +1,253 @@
+"""The configuration of a run: frozen dataclasses, read from one YAML file and dotted overrides."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import inspect
+import typing
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jsonargparse
+import yaml
+
+from nbody_pyg.training.settings import TrainingConfig, setting
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where frames come from: exactly one of ``embedded``, ``rmd17`` and ``train``."""
+
+    embedded: str | None = setting(None, "a molecule of the embedded sets: ethanol, alanine_dipeptide")
+    rmd17: str | None = setting(None, "a molecule of revised MD17, read from files under root")
+    root: str | None = setting(None, "folder of the rMD17 files")
+    split: int = setting(1, "number of the published rMD17 split")
+    train: str | None = setting(None, "file of training frames (extxyz, npz, anything ASE reads)")
+    val: str | None = setting(None, "file of validation frames; without it num_val are taken from train")
+    test: dict[str, str] | str | None = setting(None, "file of test frames, or {name: file}")
+    num_train: int | None = setting(None, "number of training frames (default: all that are left)")
+    num_val: int | None = setting(None, "number of validation frames (default: 50, at most a tenth)")
+    split_seed: int = setting(0, "seed of the random split into training and validation")
+    units: str | None = setting(None, "units of the files, e.g. 'kcal/mol' or 'Ha, bohr'")
+    energy_key: str | None = setting(None, "key of the energy in the files")
+    forces_key: str | None = setting(None, "key of the forces in the files")
+    stress_key: str | None = setting(None, "key of the stress in the files")
+    e0: dict[str, float] | str = setting("lstsq", "lstsq, mean, isolated, or {element: eV}")
+
+    def __post_init__(self) -> None:
+        given = [name for name in ("embedded", "rmd17", "train") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(f"data needs exactly one of embedded, rmd17 and train, got {given or 'none'}")
+        if self.rmd17 is not None and self.root is None:
+            raise ValueError("data.rmd17 needs data.root, the folder of the rMD17 files")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Preset, scheme and the arguments that go to the constructor of NBodyNet as they are."""
+
+    preset: str = "practical"
+    scheme: Mapping[str, Any] = dataclasses.field(default_factory=lambda: {"name": "NestedShells"})
+    scale: float | str = "forces"
+    arguments: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class OutputConfig:
+    """What a run leaves behind, and where."""
+
+    folder: str = setting("runs/nbody", "folder of model.nbody, config.yaml, metrics.csv and checkpoints")
+    resume: bool = setting(False, "go on from last.ckpt in the folder")
+    weights: str = setting("best", "which weights to keep: best of the validation, or last")
+    plot: bool = setting(True, "draw parity plots of the test sets")
+
+    def __post_init__(self) -> None:
+        if self.weights not in ("best", "last"):
+            raise ValueError(f"output.weights must be 'best' or 'last', got {self.weights!r}")
+
+
+@dataclass(frozen=True)
+class Config:
+    """A whole run."""
+
+    data: DataConfig
+    model: ModelConfig
+    training: TrainingConfig
+    output: OutputConfig
+
+    def to_dict(self) -> dict[str, Any]:
+        """The nested form of the YAML file; reading it back gives an equal Config."""
+        out = {name: dataclasses.asdict(getattr(self, name)) for name in ("data", "training", "output")}
+        model = {"preset": self.model.preset, "scheme": dict(self.model.scheme), "scale": self.model.scale}
+        return {"data": out["data"], "model": {**model, **self.model.arguments}, **out}
+
+    def save(self, path: str | Path) -> None:
+        Path(path).write_text(yaml.safe_dump(_plain(self.to_dict()), sort_keys=False))
+
+
+_SECTIONS = {"data": DataConfig, "training": TrainingConfig, "output": OutputConfig}
+_MODEL_KEYS = {
+    "preset": "practical (for potentials) or strict (polynomial, as in the paper)",
+    "scheme": "composition scheme, e.g. {name: BondTree, cutoff: 5.0}; see --model.scheme.<argument>",
+    "scale": "factor of the network's output: forces (their root mean square) or a number",
+}
+
+
+def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML file and lay ``--section.key value`` overrides over it.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: an unknown key (the message names the nearest one), a value of the wrong type, or
+            values that contradict each other.
+    """
+    tree: dict[str, Any] = {}
+    if path is not None:
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"no configuration file at {path}")
+        tree = yaml.safe_load(Path(path).read_text()) or {}
+        if not isinstance(tree, dict):
+            raise ValueError(f"{path} must hold sections ({', '.join([*_SECTIONS, 'model'])}), got {tree!r}")
+    for key, value in _parse_overrides(overrides):
+        _insert(tree, key.split("."), value)
+    _check_keys(tree)
+    parser = config_parser()
+    try:
+        parsed = parser.parse_object({k: v for k, v in tree.items() if v is not None})
+    except jsonargparse.ArgumentError as error:
+        raise ValueError(str(error)) from error
+    values = {name: dict(vars(parsed[name])) for name in (*_SECTIONS, "model")}
+    model = values.pop("model")
+    given = set(tree.get("model") or {})
+    chosen = {k: _jsonable(v) for k, v in model.items() if k in given and k not in _MODEL_KEYS}
+    scheme = {"name": "NestedShells"} | dict(model["scheme"] or {})
+    return Config(
+        data=DataConfig(**values["data"]),
+        model=ModelConfig(model["preset"], scheme, model["scale"], chosen),
+        training=TrainingConfig(**values["training"]),
+        output=OutputConfig(**values["output"]),
+    )
+
+
+def config_parser() -> jsonargparse.ArgumentParser:
+    """The typed keys of a configuration with their defaults and help."""
+    parser = jsonargparse.ArgumentParser(
+        prog="nbody train CONFIG.yaml", exit_on_error=False, add_help=False,
+        description="Every key of the YAML file is an option: training.lr in the file is --training.lr here.",
+    )  # fmt: skip
+    for section, kind in _SECTIONS.items():
+        group = parser.add_argument_group(section, (kind.__doc__ or "").strip().splitlines()[0])
+        hints = typing.get_type_hints(kind)
+        for field in dataclasses.fields(kind):
+            group.add_argument(
+                f"--{section}.{field.name}", type=hints[field.name], default=field.default,
+                help=field.metadata["help"],
+            )  # fmt: skip
+    group = parser.add_argument_group("model", "the network; further keys are arguments of NBodyNet")
+    group.add_argument("--model.preset", type=str, default="practical", help=_MODEL_KEYS["preset"])
+    group.add_argument("--model.scheme", type=dict, default=None, help=_MODEL_KEYS["scheme"])
+    group.add_argument("--model.scale", type=float | str, default="forces", help=_MODEL_KEYS["scale"])
+    for name, default in model_arguments().items():
+        # Types are the constructor's business: it knows its rules and words its errors.
+        group.add_argument(f"--model.{name}", type=Any, default=default, help="argument of NBodyNet")
+    return parser
+
+
+def model_arguments() -> dict[str, Any]:
+    """Names and defaults of what may stand in the model section, read off NBodyNet itself."""
+    from nbody_pyg.models import NBodyNet
+
+    found: dict[str, Any] = {}
+    for function in (NBodyNet.__init__, NBodyNet.practical, NBodyNet.strict):
+        for parameter in inspect.signature(function).parameters.values():
+            named = parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
+            if named and parameter.name not in ("self", "species", "scheme", "preset"):
+                default = None if parameter.default is parameter.empty else parameter.default
+                found.setdefault(parameter.name, default)
+    return found | dict(getattr(NBodyNet, "DEFAULTS", {}))
+
+
+def scheme_arguments(name: str) -> list[str]:
+    """Arguments of a composition scheme."""
+    from nbody_pyg import hierarchy
+    from nbody_pyg.hierarchy import Scheme
+
+    known = {n: c for n, c in vars(hierarchy).items() if isinstance(c, type) and issubclass(c, Scheme)}
+    known.pop("Scheme", None)
+    if name not in known:
+        raise ValueError(f"unknown scheme {name!r} in model.scheme.name; {_nearest(name, known)}")
+    return list(inspect.signature(known[name].__init__).parameters)[1:]
+
+
+def _check_keys(tree: Mapping[str, Any]) -> None:
+    """Refuse a key that nothing reads, and name the nearest one that exists."""
+    known = {name: [f.name for f in dataclasses.fields(kind)] for name, kind in _SECTIONS.items()}
+    known["model"] = [*_MODEL_KEYS, *model_arguments()]
+    for section, values in tree.items():
+        if section not in known:
+            raise ValueError(f"unknown section {section!r}; {_nearest(section, known)}")
+        if values is None:
+            continue
+        if not isinstance(values, Mapping):
+            raise ValueError(f"section {section} must hold keys and values, got {values!r}")
+        for key in values:
+            if key not in known[section]:
+                raise ValueError(f"unknown key {section}.{key}; {_nearest(key, known[section], section)}")
+    scheme = (tree.get("model") or {}).get("scheme") or {}
+    if not isinstance(scheme, Mapping):
+        raise ValueError(f"model.scheme must hold a name and arguments, got {scheme!r}; e.g. {{name: BondTree}}")
+    arguments = scheme_arguments(scheme.get("name", "NestedShells"))
+    for key in scheme:
+        if key not in (*arguments, "name"):
+            raise ValueError(f"unknown key model.scheme.{key}; {_nearest(key, [*arguments, 'name'], 'model.scheme')}")
+
+
+def _nearest(word: str, known: Iterable[str], section: str = "") -> str:
+    known = sorted(known)
+    prefix = f"{section}." if section else ""
+    if near := difflib.get_close_matches(word, known, n=1, cutoff=0.5):
+        return f"did you mean {prefix}{near[0]}?"
+    return f"there are {', '.join(known)}"
+
+
+def _parse_overrides(words: Sequence[str]) -> list[tuple[str, Any]]:
+    """``--a.b value`` and ``--a.b=value`` as (key, value read as YAML)."""
+    out, words = [], list(words)
+    while words:
+        word = words.pop(0)
+        if not word.startswith("--") or "." not in word:
+            raise ValueError(f"cannot read {word!r}; overrides look like --training.lr 0.01")
+        key, equals, text = word[2:].partition("=")
+        if not equals:
+            if not words:
+                raise ValueError(f"{word} needs a value")
+            text = words.pop(0)
+        value = yaml.safe_load(text)
+        if isinstance(value, str):  # YAML reads 1e-3 as a word
+            try:
+                value = float(value)
+            except ValueError:
+                value = text
+        out.append((key, value))
+    return out
+
+
+def _insert(tree: dict[str, Any], keys: list[str], value: Any) -> None:
+    for key in keys[:-1]:
+        if not isinstance(tree.get(key), dict):
+            tree[key] = {}
+        tree = tree[key]
+    tree[keys[-1]] = value
+
+
+def _jsonable(value: Any) -> Any:
+    return dict(vars(value)) if isinstance(value, jsonargparse.Namespace) else value
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value

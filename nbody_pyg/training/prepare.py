@@ -1,0 +1,104 @@
+"""From a configuration to frames and a fresh potential: data, split, E0, scale, typical degrees."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch_geometric.data import Data
+
+from nbody_pyg.datasets import embedded, fit_reference, load_rmd17, read_frames, require_labels, split_indices
+from nbody_pyg.hierarchy import Scheme
+from nbody_pyg.potential import AtomicReference, Potential
+from nbody_pyg.training.config import Config, DataConfig, model_arguments
+from nbody_pyg.training.run import force_variance
+
+
+@dataclass
+class DataSets:
+    """Frames for training, for validation (maybe none) and for any number of named tests."""
+
+    train: Sequence[Data]
+    val: Sequence[Data]
+    tests: dict[str, Sequence[Data]] = field(default_factory=dict)
+
+    def named(self) -> dict[str, Sequence[Data]]:
+        return {"train": self.train, **({"val": self.val} if len(self.val) else {}), **self.tests}
+
+    def with_topology(self, scheme: Scheme) -> DataSets:
+        """The same frames with their hierarchies stored, so that training does not search for them."""
+        tests = {name: [scheme(f) for f in frames] for name, frames in self.tests.items()}
+        return DataSets([scheme(f) for f in self.train], [scheme(f) for f in self.val], tests)
+
+
+def load_data(config: DataConfig) -> DataSets:
+    """Read and split what the configuration names.
+
+    Raises: ValueError, FileNotFoundError: of the readers; more frames wanted than there are.
+    """
+    if config.embedded is not None:
+        tests = {name: embedded(config.embedded, f"test_{name}") for name in ("300K", "600K")}
+        return _split(embedded(config.embedded), None, tests, config)
+    if config.rmd17 is not None:
+        num_train, num_val = config.num_train or 950, 50 if config.num_val is None else config.num_val
+        found = load_rmd17(config.root, config.rmd17, config.split, num_train=num_train, num_val=num_val)
+        return DataSets(found.train, found.val, {"test": found.test})
+    paths = config.test or {}
+    paths = {"test": paths} if isinstance(paths, str) else paths
+    tests = {name: _read(path, config) for name, path in paths.items()}
+    val = None if config.val is None else _read(config.val, config)
+    return _split(_read(config.train, config), val, tests, config)
+
+
+def _read(path: str, config: DataConfig) -> Sequence[Data]:
+    return read_frames(
+        Path(path),
+        energy_key=config.energy_key,
+        forces_key=config.forces_key,
+        stress_key=config.stress_key,
+        units=config.units,
+    )
+
+
+def _split(frames: Sequence[Data], val: Sequence[Data] | None, tests: dict, config: DataConfig) -> DataSets:
+    num_val = config.num_val
+    if num_val is None:
+        num_val = 0 if val is not None else min(50, len(frames) // 10)
+    num_train = config.num_train or len(frames) - num_val
+    part = split_indices(len(frames), num_train, num_val, seed=config.split_seed).apply(frames)
+    return DataSets(part.train, part.val if val is None else val, tests)
+
+
+def build_potential(config: Config, data: DataSets) -> Potential:
+    """A fresh network with E0, scale and typical degrees taken from the training frames.
+
+    Seeds torch's generator, so that the same configuration gives the same weights.
+    """
+    from nbody_pyg.models import NBodyNet, edge_degrees
+
+    require_labels(data.train, _wanted(config), partial=False)
+    species = sorted({int(z) for frame in data.train for z in frame.z.unique()})
+    e0 = config.data.e0
+    has_energy = data.train[0].get("energy") is not None
+    reference = AtomicReference(fit_reference(data.train, e0)) if has_energy else None
+    scale = config.model.scale
+    if scale == "forces":
+        scale = force_variance(data.train) ** 0.5
+    scheme = Scheme.from_config(dict(config.model.scheme))
+    arguments = dict(config.model.arguments)
+    if "degrees" in model_arguments() and arguments.get("degrees") is None:
+        arguments["degrees"] = edge_degrees(scheme, data.train[:200])
+    presets = {"practical": NBodyNet.practical, "strict": NBodyNet.strict}
+    if config.model.preset not in presets:
+        raise ValueError(f"model.preset must be one of {sorted(presets)}, got {config.model.preset!r}")
+    torch.manual_seed(config.training.seed)
+    model = presets[config.model.preset](species, scheme=scheme, **arguments)
+    return Potential(model, reference, float(scale)).to(getattr(torch, config.training.dtype))
+
+
+def _wanted(config: Config) -> list[str]:
+    weights = config.training
+    wanted = {"energy": weights.energy_weight, "forces": weights.force_weight, "stress": weights.stress_weight}
+    return [label for label, weight in wanted.items() if weight > 0]
