@@ -27,6 +27,7 @@ from nbody_pyg.nn.irreps import (
     harmonic_irreps,
     num_rows,
     require_reachable,
+    row_slices,
 )
 from nbody_pyg.nn.linear import IrrepsLinear
 from nbody_pyg.nn.products import (
@@ -116,15 +117,18 @@ class DensityGate(nn.Module):
         super().__init__()
         self.irreps_out = o3.Irreps(irreps_out)
         self.num_species, self.scale = num_species, degree**-0.5
-        lmax = max(ir.l for _, ir in self.irreps_out)
-        require_reachable(self.irreps_out, {ir for _, ir in harmonic_irreps(lmax, symmetry)}, "a density of bare atoms")
+        degrees = [ir.l for _, ir in self.irreps_out]
+        require_reachable(self.irreps_out, {ir for _, ir in harmonic_irreps(max(degrees), symmetry)}, "a density of bare atoms")
         channels, fan_in = equal_multiplicity(self.irreps_out), num_species * num_basis
         self.weights = nn.ParameterList(
-            nn.Parameter(torch.randn(fan_in, channels) * num_basis**-0.5) for _ in range(lmax + 1)
+            nn.Parameter(torch.randn(fan_in, channels) * num_basis**-0.5) for _ in degrees
         )
-        rows = num_rows(self.irreps_out)
-        blocks = [Block(l * l, l * l, 2 * l + 1, fan_in, channels) for l in range(lmax + 1)]
-        self.linear = LinearKernel(blocks, rows, fan_in, rows, channels)
+        rows = (max(degrees) + 1) ** 2
+        blocks = [
+            Block(l * l, part.start, 2 * l + 1, fan_in, channels)
+            for l, part in zip(degrees, row_slices(self.irreps_out), strict=True)
+        ]
+        self.linear = LinearKernel(blocks, rows, fan_in, num_rows(self.irreps_out), channels)
         self.kernel = DensityKernel(rows, num_basis, num_species)
 
     def forward(self, species: Int[Tensor, "sources"], edges: EdgeFeatures) -> Float[Tensor, "targets rows channels"]:
@@ -233,7 +237,7 @@ class ProductGate(nn.Module):
 
     Shapes: (nodes, rows_in, channels) -> (nodes, rows_out, channels).
     Equivariance: O(3), SO(3). Smoothness: polynomial.
-    Raises: ValueError: ``body_order`` < 1.
+    Raises: ValueError: ``body_order`` < 1, or ``irreps_out`` is no subset of ``irreps_in``.
     """
 
     def __init__(
@@ -243,6 +247,11 @@ class ProductGate(nn.Module):
         if body_order < 1:
             raise ValueError(f"body_order must be at least 1, got {body_order!r}; 2 or 3 is usual")
         self.irreps_in, self.irreps_out, self.body_order = o3.Irreps(irreps_in), o3.Irreps(irreps_out), body_order
+        if not set(self.irreps_out) <= set(self.irreps_in):
+            raise ValueError(
+                f"irreps_out must be some of the fragments of irreps_in, got {self.irreps_out} of {self.irreps_in}; "
+                "map the result with RowLinear"
+            )
         self.linear = RowLinear(self.irreps_in, self.irreps_out)
         self.products = nn.ModuleList()
         for k in range(2, body_order + 1):
@@ -253,13 +262,17 @@ class ProductGate(nn.Module):
                 for weight in product.mix.weights:
                     weight.mul_(gain)
             self.products.append(product)
-        self.keep = num_rows(self.irreps_out)
+        rows = dict(zip((ir for _, ir in self.irreps_in), row_slices(self.irreps_in), strict=True))
+        kept = [row for _, ir in self.irreps_out for row in range(rows[ir].start, rows[ir].stop)]
+        # The leading fragments, the usual case, are a plain slice
+        self._keep = slice(len(kept)) if kept == list(range(len(kept))) else kept
 
     def forward(self, a: Float[Tensor, "nodes rows_in channels"]) -> Float[Tensor, "nodes rows_out channels"]:
         result, power = self.linear(a), a
         for product in self.products:
             power = product(power, a)
-            result = result + power[:, : self.keep]
+            last = product is self.products[-1]
+            result = result + (power if last else power[:, self._keep])
         return result
 
 
@@ -276,6 +289,8 @@ class RowLinear(nn.Module):
         channels, channels_out = equal_multiplicity(self.irreps_in), equal_multiplicity(self.irreps_out)
         starts, start = {}, 0
         for _, ir in self.irreps_in:
+            if ir in starts:
+                raise ValueError(f"irreps_in must hold each fragment in one block, got {self.irreps_in}; use IrrepsLinear")
             starts[ir] = start
             start += ir.dim
         blocks, row_out = [], 0
