@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -41,16 +42,27 @@ def _machine() -> str:
 def load(source: str) -> ctypes.CDLL:
     """Shared library of a C source, compiled at the first use.
 
-    Raises: RuntimeError: no compiler, or the compiler failed (its message is included).
+    A cached file that cannot be loaded (cut off, from another system) is built anew once.
+
+    Raises: RuntimeError: no compiler, the compiler failed (its message is included), or the cache folder
+        cannot be written.
     """
     cc = compiler()
     if cc is None:
         raise RuntimeError("no C compiler found; install gcc or clang, set CC, or use set_backend('torch')")
     key = hashlib.sha256("\0".join([source, cc, _machine(), *_FLAGS]).encode()).hexdigest()[:24]
     library = cache_folder() / f"{key}.so"
-    if not library.exists():
+    if library.exists():
+        with contextlib.suppress(OSError):
+            return ctypes.CDLL(str(library))
+    try:
         _compile(cc, source, library)
-    return ctypes.CDLL(str(library))
+        return ctypes.CDLL(str(library))
+    except OSError as error:
+        raise RuntimeError(
+            f"the compiled products could not be kept in {cache_folder()}: {error}; set NBODY_CACHE to a folder that "
+            "can be written and holds programs, or use set_backend('torch')"
+        ) from error
 
 
 def _compile(cc: str, source: str, library: Path) -> None:
@@ -61,5 +73,8 @@ def _compile(cc: str, source: str, library: Path) -> None:
         command = [cc, *_FLAGS, str(code), "-o", str(built)]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode != 0:
-            raise RuntimeError(f"the C compiler failed: {' '.join(command)}\n{done.stderr[-2000:]}")
+            raise RuntimeError(
+                f"the C compiler failed: {' '.join(command)}\n{done.stderr[-2000:]}\n"
+                "Set CC to a working C compiler, or use set_backend('torch')."
+            )
         os.replace(built, library)  # several processes may build at once: the last one wins, all are equal
