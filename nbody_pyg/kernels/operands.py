@@ -1,0 +1,21 @@
+"""What compiled code is told about its operands must be true: it reads memory by shape and type and cannot tell."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def check_operands(dtype: torch.dtype, **operands: tuple[Tensor, tuple[int, ...]]) -> None:
+    """Raise unless every operand has this dtype and the shape that stands beside it.
+
+    Raises: TypeError: another dtype. ValueError: another shape.
+    """
+    for name, (tensor, shape) in operands.items():
+        if tensor.dtype is not dtype:
+            raise TypeError(
+                f"{name} must have the dtype of the other operands, {dtype}, got {tensor.dtype}; cast it, "
+                "and leave autocast off or use set_backend('torch')"
+            )
+        if tuple(tensor.shape) != shape:
+            raise ValueError(f"{name} must have shape {list(shape)}, got {list(tensor.shape)}; check the irreps and edges")
