@@ -1,14 +1,13 @@
 # Two commands do everything on a fresh machine:
-#   make train    set up .venv, train on the embedded data set, evaluate: a table and a parity plot
+#   make train    set up .venv, train on the embedded data set, test at 300 K and 600 K: a table and a parity plot
 #   make test     set up .venv with the tools of development and torch-scatter, run the tests
-# ARGS goes to the trainer or to pytest: make train ARGS="--training.max_seconds 20", make test ARGS="-m slow".
+# ARGS goes to the trainer or to pytest: make train ARGS="--training.budget_seconds 20", make test ARGS="-m slow".
 # PYTHON is the interpreter that .venv is made with; versions come from constraints.txt.
 
 PYTHON ?= python3
 VENV = .venv
 PY = $(VENV)/bin/python
 PIP = $(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt
-RUN = runs/embedded
 ARGS =
 
 .PHONY: help train test lint types wheel package dev clean
@@ -41,7 +40,6 @@ dev: $(VENV)/dev.stamp
 
 train: $(VENV)/package.stamp
 	$(VENV)/bin/nbody train configs/embedded.yaml $(ARGS)
-	$(VENV)/bin/nbody evaluate $(RUN)/best.nbody --embedded
 
 test: $(VENV)/dev.stamp
 	$(PY) -m pytest $(ARGS)

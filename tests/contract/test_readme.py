@@ -49,7 +49,13 @@ def test_the_nbody_commands_exist(root, readme):
         pytest.skip("no nbody command in the README, or no command line yet")
     for name in sorted(used - {"--help"}):
         run = subprocess.run(
-            [sys.executable, "-c", "from nbody_pyg.cli import main; main()", name, "--help"],
+            [
+                sys.executable,
+                "-c",
+                "import sys; from nbody_pyg.cli import main; sys.exit(main())",
+                name,
+                "--help",
+            ],
             env=os.environ | {"PYTHONPATH": str(root)},
             capture_output=True,
             text=True,
