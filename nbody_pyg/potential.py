@@ -16,7 +16,7 @@ from torch_geometric.data import Batch, Data
 
 from nbody_pyg.geometry import apply_strain, check_batch, check_cell, check_positions
 from nbody_pyg.hierarchy.topology import Topology
-from nbody_pyg.kernels.linear import skip_weight_gradients
+from nbody_pyg.kernels.scope import skip_weight_gradients
 
 
 class _Float64Buffers(nn.Module):

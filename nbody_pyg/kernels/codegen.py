@@ -5,7 +5,7 @@ below does all that one autograd node needs in a single pass. Channels are the v
 
 ================  ===========================================================================================
 product_*         channelwise product of two node states: out_r = sum c x_i y_j
-one_body_*        edge product: out_r(target) += w_p sum c Y_m x_i(source), edges sorted by target
+one_body_*        edge product: out_r(target) += w_p sum c Y_m x_i(source) with w_p = sum B_b W_bp in registers
 density_*         outer product of harmonics and radial functions summed into slots
 ================  ===========================================================================================
 
@@ -120,8 +120,14 @@ def product_source(terms: list[Term], rows1: int, rows2: int, rows_out: int) -> 
     ])  # fmt: skip
 
 
-def one_body_source(terms: list[Term], rows_in: int, harmonics: int, rows_out: int, paths: int) -> str:
-    """Functions of the edge product; in ``terms`` i counts source rows and j harmonics."""
+def one_body_source(
+    terms: list[Term], rows_in: int, harmonics: int, rows_out: int, paths: int, basis: int
+) -> str:
+    """Functions of the edge product; in ``terms`` i counts source rows and j harmonics.
+
+    The radial weight of a path and channel is made from the ``basis`` functions of the edge where it is needed:
+    written to memory it would be most of the traffic of the whole product.
+    """
     entries: dict[tuple[int, int], list[Term]] = defaultdict(list)
     for term in terms:
         entries[term.row, term.i].append(term)
@@ -142,42 +148,54 @@ def one_body_source(terms: list[Term], rows_in: int, harmonics: int, rows_out: i
     def dot(name: str, state: str, row: int) -> str:
         return " + ".join(f"{name}[{number[row, i]}] * {state}{i}" for i in by_row[row])
 
+    def at(kind: str, pointer: str, p: int) -> str:
+        return f"*({kind}*)({pointer} + (b * {paths} + {p}) * C + c)"
+
+    def radial(kind: str, name: str, functions: str, p: int, pointer: str = "W") -> str:
+        return f"for (int b = 0; b < {basis}; b++) {name} += {functions}[b] * {at('const ' + kind, pointer, p)};"
+
     def forward(kind: str) -> list[str]:
         lines = _load(kind, "x", "xe", used)
         for p in range(paths):
-            lines.append(f"        {{ const {kind} w0 = *(const {kind}*)(we + {p} * C + c);")
+            lines.append(f"        {{ {kind} w0 = ({kind}){{0}}; {radial(kind, 'w0', 'Be', p)}")
             lines += [_store(kind, "oe", r, f"w0 * ({dot('M', 'x', r)})", add=True) for r in rows_of_path[p]]
             lines.append("        }")
         return lines
 
     def backward(kind: str) -> list[str]:
+        sums = "bv" if kind == "vec" else "br"
         lines = _load(kind, "x", "xe", used) + _zero(kind, [f"p{i}" for i in used])
         for p in range(paths):
-            lines.append(f"        {{ const {kind} w0 = *(const {kind}*)(we + {p} * C + c); {kind} s = ({kind}){{0}};")
+            lines.append(f"        {{ {kind} w0 = ({kind}){{0}}, s = ({kind}){{0}}; {radial(kind, 'w0', 'Be', p)}")
             for r in rows_of_path[p]:
                 lines.append(f"        {{ const {kind} g0 = *(const {kind}*)(ge + {r} * C + c); const {kind} h = w0 * g0;")
                 lines.append(f"          s += g0 * ({dot('M', 'x', r)});")
                 lines += [f"          p{i} += M[{number[r, i]}] * h;" for i in by_row[r]]
                 lines += _harmonic_gradient(kind, entries, r, by_row[r], ["h * x{i}"])
                 lines.append("        }")
-            lines.append(f"        *({kind}*)(gwe + {p} * C + c) = s; }}")
+            lines.append(f"        for (int b = 0; b < {basis}; b++) {sums}[b] += s * {at('const ' + kind, 'W', p)};")
+            lines.append(f"        if (gW) for (int b = 0; b < {basis}; b++) {at(kind, 'gW', p)} += Be[b] * s; }}")
         return lines + [_store(kind, "gxe", i, f"p{i}", add=True) for i in used]
 
     def double(kind: str) -> list[str]:
+        sums = "bv" if kind == "vec" else "br"
         lines = _load(kind, "x", "xe", used) + _load(kind, "a", "ae", used) + _zero(kind, [f"p{i}" for i in used])
         for p in range(paths):
-            lines.append(f"        {{ const {kind} w0 = *(const {kind}*)(we + {p} * C + c);")
-            lines.append(f"          const {kind} k0 = *(const {kind}*)(ke + {p} * C + c); {kind} s = ({kind}){{0}};")
+            lines.append(f"        {{ {kind} w0 = ({kind}){{0}}, k0 = w0, s = w0, s0 = w0;")
+            lines.append(f"          {radial(kind, 'w0', 'Be', p)} {radial(kind, 'k0', 'De', p)}")
+            lines.append(f"          if (U) {radial(kind, 'k0', 'Be', p, 'U')}")
             for r in rows_of_path[p]:
                 lines.append(f"        {{ const {kind} g0 = *(const {kind}*)(ge + {r} * C + c);")
-                lines.append(f"          const {kind} h = w0 * g0, d = k0 * g0;")
-                lines.append(f"          const {kind} z = {dot('M', 'a', r)} + {dot('B', 'x', r)};")
-                lines.append(f"          s += g0 * z;")
-                lines.append(_store(kind, "oe", r, f"w0 * z + k0 * ({dot('M', 'x', r)})", add=True))
-                lines += [f"          p{i} += B[{number[r, i]}] * h + M[{number[r, i]}] * d;" for i in by_row[r]]
+                lines.append(f"          const {kind} h = w0 * g0, d = k0 * g0, y = {dot('M', 'x', r)};")
+                lines.append(f"          const {kind} z = {dot('M', 'a', r)} + {dot('N', 'x', r)};")
+                lines.append("          s += g0 * z; s0 += g0 * y;")
+                lines.append(_store(kind, "oe", r, "w0 * z + k0 * y", add=True))
+                lines += [f"          p{i} += N[{number[r, i]}] * h + M[{number[r, i]}] * d;" for i in by_row[r]]
                 lines += _harmonic_gradient(kind, entries, r, by_row[r], ["h * a{i} + d * x{i}"])
                 lines.append("        }")
-            lines.append(f"        *({kind}*)(gwe + {p} * C + c) = s; }}")
+            lines.append(f"        for (int b = 0; b < {basis}; b++) {{ {sums}[b] += s * {at('const ' + kind, 'W', p)};")
+            lines.append(f"          {at(kind, 'gW', p)} += Be[b] * s + De[b] * s0; }}")
+            lines.append(f"        if (U) for (int b = 0; b < {basis}; b++) {sums}[b] += s0 * {at('const ' + kind, 'U', p)}; }}")
         return lines + [_store(kind, "gxe", i, f"p{i}", add=True) for i in used]
 
     def function(name: str, arguments: str, setup: list[str], body, finish: list[str]) -> str:
@@ -185,23 +203,25 @@ def one_body_source(terms: list[Term], rows_in: int, harmonics: int, rows_out: i
                  f"    {arguments}) {{", "  for (int64_t e = 0; e < E; e++) {"] + setup  # fmt: skip
         return "\n".join(lines + _over_channels(body) + finish + ["  }", "}"])
 
-    size_in, size_out, size_w = f"{rows_in} * C", f"{rows_out} * C", f"{paths} * C"
-    state = [f"    const real *xe = x + source[e] * {size_in}, *we = w + e * {size_w}, *Ye = Y + e * {harmonics};"]
-    grads = [f"    const real *ge = g + target[e] * {size_out};",
-             f"    real *gxe = gx + source[e] * {size_in}, *gwe = gw + e * {size_w};",
+    size_in, size_out = f"{rows_in} * C", f"{rows_out} * C"
+    state = [f"    const real *xe = x + source[e] * {size_in}, *Be = B + e * {basis}, *Ye = Y + e * {harmonics};"]
+    grads = [f"    const real *ge = g + target[e] * {size_out};", f"    real *gxe = gx + source[e] * {size_in};",
+             f"    vec bv[{basis}] = {{0}}; real br[{basis}] = {{0}};",
              "    " + " ".join(f"vec yv{m} = (vec){{0}}; real yr{m} = 0;" for m in range(harmonics))]  # fmt: skip
     finish = [f"    gY[e * {harmonics} + {m}] = vec_total(yv{m}) + yr{m};" for m in range(harmonics)]
-    common = "const real* restrict x, const real* restrict Y, const real* restrict w"
+    finish.append(f"    for (int b = 0; b < {basis}; b++) gB[e * {basis} + b] = vec_total(bv[b]) + br[b];")
+    common = "const real* restrict x, const real* restrict Y, const real* restrict B, const real* restrict W"
+    results = "real* restrict gx, real* restrict gY, real* restrict gB, real* restrict gW"
     out = f"    real *oe = out + target[e] * {size_out};"
+    cotangents = f"    const real *ae = a + source[e] * {size_in}, *Ne = n + e * {harmonics}, *De = d + e * {basis};"
     return "\n".join([
         function("one_body_forward", f"{common}, real* restrict out", state + [out] + matrix("M", "Ye"), forward, []),
-        function("one_body_backward", f"const real* restrict g, {common}, real* restrict gx, real* restrict gY, real* restrict gw",
+        function("one_body_backward", f"const real* restrict g, {common}, {results}",
                  state + grads + matrix("M", "Ye"), backward, finish),
         function("one_body_double",
-                 f"const real* restrict g, {common}, const real* restrict a, const real* restrict b, const real* restrict k, "
-                 "real* restrict out, real* restrict gx, real* restrict gY, real* restrict gw",
-                 state + grads + [out, f"    const real *ae = a + source[e] * {size_in}, *be = b + e * {harmonics}, *ke = k + e * {size_w};"]
-                 + matrix("M", "Ye") + matrix("B", "be"), double, finish),
+                 f"const real* restrict g, {common}, const real* restrict a, const real* restrict n, const real* restrict d, "
+                 f"const real* restrict U, real* restrict out, {results}",
+                 state + grads + [out, cotangents] + matrix("M", "Ye") + matrix("N", "Ne"), double, finish),
     ])  # fmt: skip
 
 

@@ -9,7 +9,6 @@ derivatives and the chain closes at every order:
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 from typing import NamedTuple
 
@@ -18,6 +17,8 @@ from torch import Tensor
 
 from nbody_pyg.kernels import build
 from nbody_pyg.kernels.codegen import prelude
+from nbody_pyg.kernels.operands import check_operands
+from nbody_pyg.kernels.scope import weight_gradients_skipped
 
 #: Register tile: TILE rows times PANEL vectors of accumulators, which fills the registers of AVX-512.
 _SOURCE = """
@@ -153,6 +154,9 @@ class LinearKernel:
         self._fresh_out = torch.Tensor.new_empty if covers_out else torch.Tensor.new_zeros
 
     def __call__(self, x: Tensor, *weights: Tensor) -> Tensor:
+        check_operands(x.dtype, x=(x, (x.shape[0], *self.shape_in)))
+        for block, weight in zip(self.blocks, weights, strict=True):
+            check_operands(x.dtype, weight=(weight, (block.size_in, block.size_out)))
         return _Apply.apply(self, x, *weights)
 
     def _call(self, name: str, dtype: torch.dtype, nodes: int, *arguments) -> None:
@@ -194,23 +198,6 @@ def _function(name: str, dtype: torch.dtype):
     return found
 
 
-_skip_weights = False
-
-
-@contextlib.contextmanager
-def skip_weight_gradients():
-    """Inside, backward passes give no gradients of weights: for forces, which need those of positions only.
-
-    autograd cannot tell a custom function which of its inputs the caller asked for, so the caller says it here.
-    """
-    global _skip_weights
-    before, _skip_weights = _skip_weights, True
-    try:
-        yield
-    finally:
-        _skip_weights = before
-
-
 class _Apply(torch.autograd.Function):
     """Z = X W."""
 
@@ -225,7 +212,7 @@ class _Apply(torch.autograd.Function):
     def backward(ctx, g: Tensor):
         x, *weights = ctx.saved_tensors
         gx = _Transposed.apply(ctx.kernel, g, *weights) if ctx.needs_input_grad[1] else None
-        gw = _Outer.apply(ctx.kernel, x, g) if any(ctx.needs_input_grad[2:]) and not _skip_weights else [None] * len(weights)
+        gw = _Outer.apply(ctx.kernel, x, g) if any(ctx.needs_input_grad[2:]) and not weight_gradients_skipped() else [None] * len(weights)
         return None, gx, *gw
 
 
@@ -243,7 +230,7 @@ class _Transposed(torch.autograd.Function):
     def backward(ctx, g: Tensor):
         z, *weights = ctx.saved_tensors
         gz = _Apply.apply(ctx.kernel, g, *weights) if ctx.needs_input_grad[1] else None
-        gw = _Outer.apply(ctx.kernel, g, z) if any(ctx.needs_input_grad[2:]) and not _skip_weights else [None] * len(weights)
+        gw = _Outer.apply(ctx.kernel, g, z) if any(ctx.needs_input_grad[2:]) and not weight_gradients_skipped() else [None] * len(weights)
         return None, gz, *gw
 
 

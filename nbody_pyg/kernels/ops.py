@@ -13,6 +13,8 @@ from torch.autograd.function import once_differentiable
 
 from nbody_pyg.kernels import build, codegen
 from nbody_pyg.kernels.codegen import Term
+from nbody_pyg.kernels.operands import check_operands
+from nbody_pyg.kernels.scope import weight_gradients_skipped
 
 _C_NAMES = {torch.float32: "float", torch.float64: "double"}
 
@@ -53,6 +55,8 @@ class ProductKernel:
         self.library = _Library(codegen.product_source(terms, rows1, rows2, rows_out), arity)
 
     def __call__(self, x: Tensor, y: Tensor) -> Tensor:
+        nodes, channels = x.shape[0], x.shape[2]
+        check_operands(x.dtype, x=(x, (nodes, self.rows1, channels)), y=(y, (nodes, self.rows2, channels)))
         return _Product.apply(x, y, self)
 
 
@@ -94,56 +98,79 @@ class _ProductBackward(torch.autograd.Function):
 
 
 class OneBodyKernel:
-    """Edge product of source states, harmonics and radial weights, see :func:`codegen.one_body_source`."""
+    """Edge product of source states, harmonics and radial functions, see :func:`codegen.one_body_source`."""
 
-    def __init__(self, terms: list[Term], rows_in: int, harmonics: int, rows_out: int, paths: int) -> None:
-        self.rows_out = rows_out
-        arity = {"one_body_forward": (2, 6), "one_body_backward": (2, 9), "one_body_double": (2, 13)}
-        self.library = _Library(codegen.one_body_source(terms, rows_in, harmonics, rows_out, paths), arity)
+    def __init__(self, terms: list[Term], rows_in: int, harmonics: int, rows_out: int, paths: int, basis: int) -> None:
+        self.rows_in, self.rows_out, self.harmonics, self.paths, self.basis = rows_in, rows_out, harmonics, paths, basis
+        arity = {"one_body_forward": (2, 7), "one_body_backward": (2, 11), "one_body_double": (2, 16)}
+        self.library = _Library(codegen.one_body_source(terms, rows_in, harmonics, rows_out, paths, basis), arity)
 
-    def __call__(self, x: Tensor, harmonics: Tensor, weights: Tensor, index: Tensor, num_targets: int) -> Tensor:
-        """Sum over edges: (targets, rows_out, channels)."""
-        return _OneBody.apply(x, harmonics, weights, index, num_targets, self)
+    def __call__(
+        self, x: Tensor, harmonics: Tensor, radial: Tensor, weight: Tensor, index: Tensor, num_targets: int
+    ) -> Tensor:
+        """Sum over edges, radial weights ``radial @ weight``: (targets, rows_out, channels)."""
+        edges, channels = index.shape[1], x.shape[2]
+        check_operands(
+            x.dtype,
+            x=(x, (x.shape[0], self.rows_in, channels)),
+            harmonics=(harmonics, (edges, self.harmonics)),
+            radial=(radial, (edges, self.basis)),
+            weight=(weight, (self.basis, self.paths * channels)),
+        )
+        check_operands(torch.int64, index=(index, (2, edges)))
+        return _OneBody.apply(x, harmonics, radial, weight, index, num_targets, self)
 
 
 class _OneBody(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, harmonics, weights, index, num_targets: int, kernel: OneBodyKernel) -> Tensor:
-        x, harmonics, weights, index = x.contiguous(), harmonics.contiguous(), weights.contiguous(), index.contiguous()
-        ctx.save_for_backward(x, harmonics, weights, index)
+    def forward(ctx, x, harmonics, radial, weight, index, num_targets: int, kernel: OneBodyKernel) -> Tensor:
+        factors = [t.contiguous() for t in (x, harmonics, radial, weight)]
+        index = index.contiguous()
+        ctx.save_for_backward(*factors, index)
         ctx.kernel = kernel
-        edges, channels = index.shape[1], x.shape[2]
-        out = x.new_zeros(num_targets, kernel.rows_out, channels)
-        tensors = (index[0], index[1], x, harmonics, weights, out)
-        kernel.library[x.dtype]["one_body_forward"](edges, channels, *[t.data_ptr() for t in tensors])
+        out = x.new_zeros(num_targets, kernel.rows_out, x.shape[2])
+        tensors = (index[0], index[1], *factors, out)
+        kernel.library[x.dtype]["one_body_forward"](index.shape[1], x.shape[2], *[t.data_ptr() for t in tensors])
         return out
 
     @staticmethod
     def backward(ctx, g: Tensor):
-        return *_OneBodyBackward.apply(g, *ctx.saved_tensors, ctx.kernel), None, None, None
+        weigh = ctx.needs_input_grad[3] and not weight_gradients_skipped()
+        return *_OneBodyBackward.apply(g, *ctx.saved_tensors, weigh, ctx.kernel), None, None, None
 
 
 class _OneBodyBackward(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, g, x, harmonics, weights, index, kernel: OneBodyKernel):
+    def forward(ctx, g, x, harmonics, radial, weight, index, weigh: bool, kernel: OneBodyKernel):
         g = g.contiguous()
-        ctx.save_for_backward(g, x, harmonics, weights, index)
+        ctx.save_for_backward(g, x, harmonics, radial, weight, index)
         ctx.kernel = kernel
-        gx, gy, gw = torch.zeros_like(x), torch.empty_like(harmonics), torch.empty_like(weights)
-        tensors = (index[0], index[1], g, x, harmonics, weights, gx, gy, gw)
-        kernel.library[x.dtype]["one_body_backward"](index.shape[1], x.shape[2], *[t.data_ptr() for t in tensors])
-        return gx, gy, gw
+        ctx.set_materialize_grads(False)
+        gx, gy, gb = torch.zeros_like(x), torch.empty_like(harmonics), torch.empty_like(radial)
+        gw = torch.zeros_like(weight) if weigh else None
+        tensors = (index[0], index[1], g, x, harmonics, radial, weight, gx, gy, gb, gw)
+        kernel.library[x.dtype]["one_body_backward"](index.shape[1], x.shape[2], *[_pointer(t) for t in tensors])
+        return gx, gy, gb, gw
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, a: Tensor, b: Tensor, k: Tensor):
-        g, x, harmonics, weights, index = ctx.saved_tensors
-        gg, gx = torch.zeros_like(g), torch.zeros_like(x)
-        gy, gw = torch.empty_like(harmonics), torch.empty_like(weights)
-        a, b, k = a.contiguous(), b.contiguous(), k.contiguous()
-        tensors = (index[0], index[1], g, x, harmonics, weights, a, b, k, gg, gx, gy, gw)
-        ctx.kernel.library[x.dtype]["one_body_double"](index.shape[1], x.shape[2], *[t.data_ptr() for t in tensors])
-        return gg, gx, gy, gw, None, None
+    def backward(ctx, *cotangents: Tensor | None):
+        g, x, harmonics, radial, weight, index = ctx.saved_tensors
+        factors = (x, harmonics, radial)
+        a, n, d = (
+            torch.zeros_like(like) if given is None else given.contiguous()
+            for given, like in zip(cotangents[:3], factors, strict=True)
+        )
+        u = None if cotangents[3] is None else cotangents[3].contiguous()
+        gg, gx, gw = torch.zeros_like(g), torch.zeros_like(x), torch.zeros_like(weight)
+        gy, gb = torch.empty_like(harmonics), torch.empty_like(radial)
+        tensors = (index[0], index[1], g, *factors, weight, a, n, d, u, gg, gx, gy, gb, gw)
+        ctx.kernel.library[x.dtype]["one_body_double"](index.shape[1], x.shape[2], *[_pointer(t) for t in tensors])
+        return gg, gx, gy, gb, gw, None, None, None
+
+
+def _pointer(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
 
 
 class DensityKernel:
@@ -156,6 +183,9 @@ class DensityKernel:
 
     def __call__(self, harmonics: Tensor, radial: Tensor, slot: Tensor, num_targets: int) -> Tensor:
         """Sum over edges, slot = target * species + species of the source: (targets, harmonics, species * basis)."""
+        edges, (rows, basis) = slot.shape[0], self.shape
+        check_operands(radial.dtype, radial=(radial, (edges, basis)), harmonics=(harmonics, (edges, rows)))
+        check_operands(torch.int64, slot=(slot, (edges,)))
         return _Density.apply(harmonics, radial, slot, num_targets, self)
 
 

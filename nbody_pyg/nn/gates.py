@@ -197,7 +197,7 @@ class OneBodyGate(ConstantTables):
         table = coupling_table(self.irreps_in, harmonics, self.paths)
         self.num_harmonics, self.rows_in = num_rows(harmonics), num_rows(self.irreps_in)
         terms = table_terms(table, self.paths, self.num_harmonics)
-        self.kernel = OneBodyKernel(terms, self.rows_in, self.num_harmonics, table.shape[0], len(self.paths))
+        self.kernel = OneBodyKernel(terms, self.rows_in, self.num_harmonics, table.shape[0], len(self.paths), num_basis)
         table = table.view(-1, self.rows_in, self.num_harmonics).permute(2, 0, 1).flatten(1)
         self.add_table("coupling", table)
         self.add_table("path_of_row", torch.tensor([n for n, _ in path_row_order(self.paths)]))
@@ -210,9 +210,10 @@ class OneBodyGate(ConstantTables):
         source, target = edges.index
         num_edges = source.shape[0]
         harmonics = edges.harmonics[:, : self.num_harmonics]
-        radial = (edges.radial @ (self.radial_weight * self.scale)).view(num_edges, len(self.paths), self.channels)
+        weight = self.radial_weight * self.scale
         if backend(x) == "c":
-            return self.mix(self.kernel(x, harmonics, radial, edges.index, edges.num_targets))
+            return self.mix(self.kernel(x, harmonics, edges.radial, weight, edges.index, edges.num_targets))
+        radial = (edges.radial @ weight).view(num_edges, len(self.paths), self.channels)
         matrices = (harmonics @ self.coupling).view(num_edges, -1, self.rows_in)
         messages = torch.bmm(matrices, x.index_select(0, source)) * radial.index_select(1, self.path_of_row)
         return self.mix(sum_into(messages, target, edges.num_targets))
