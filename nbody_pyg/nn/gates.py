@@ -17,6 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from nbody_pyg.kernels.backend import backend
+from nbody_pyg.kernels.edges import FeatureKernel
 from nbody_pyg.kernels.linear import Block, LinearKernel
 from nbody_pyg.kernels.ops import DensityKernel, OneBodyKernel
 from nbody_pyg.nn.harmonics import SolidHarmonics
@@ -39,7 +40,7 @@ from nbody_pyg.nn.products import (
     path_row_order,
     table_terms,
 )
-from nbody_pyg.radial import soften
+from nbody_pyg.radial import SOFT_LENGTH, soften
 
 
 class EdgeFeatures(NamedTuple):
@@ -74,6 +75,9 @@ class EdgeEmbedding(nn.Module):
         super().__init__()
         self.harmonics = SolidHarmonics(lmax, symmetry)
         self.radial = radial
+        # A user's own basis need not be known to the compiled backend.
+        known = radial.compiled() if hasattr(radial, "compiled") else None
+        self.kernel = FeatureKernel(self.harmonics.polynomials(), soft=SOFT_LENGTH, **known) if known else None
 
     def forward(
         self,
@@ -82,6 +86,8 @@ class EdgeEmbedding(nn.Module):
         window: Float[Tensor, "edges"],
         num_targets: int,
     ) -> EdgeFeatures:
+        if self.kernel is not None and backend(vec) == "c":
+            return EdgeFeatures(index, *self.kernel(vec, window), num_targets)
         direction, rho = soften(vec)
         return EdgeFeatures(index, self.harmonics(direction), self.radial(rho) * window.unsqueeze(-1), num_targets)
 
@@ -214,7 +220,7 @@ class OneBodyGate(ConstantTables):
         if backend(x) == "c":
             return self.mix(self.kernel(x, harmonics, edges.radial, weight, edges.index, edges.num_targets))
         radial = (edges.radial @ weight).view(num_edges, len(self.paths), self.channels)
-        matrices = (harmonics @ self.coupling).view(num_edges, -1, self.rows_in)
+        matrices = (harmonics @ self.coupling).view(num_edges, self.path_of_row.shape[0], self.rows_in)
         messages = torch.bmm(matrices, x.index_select(0, source)) * radial.index_select(1, self.path_of_row)
         return self.mix(sum_into(messages, target, edges.num_targets))
 
