@@ -1,9 +1,9 @@
 """Make the embedded data sets: GFN2-xTB molecular dynamics of ethanol and alanine dipeptide.
 
-Run ``python datasets/make_embedded.py`` (about 20 CPU-minutes on one thread; needs ``tblite`` and ``ase``).
+Run ``python datasets/make_embedded.py`` (about 22 CPU-minutes on one thread; needs ``tblite`` and ``ase``).
 Finished walkers are kept in ``<out>/.partial`` until the set is complete, so an interrupted run resumes.
 
-Each split is sampled by its own Langevin walkers (own starts, own seeds). Positions are rounded to 1e-6 A and
+Each split is sampled by its own Langevin walkers with their own seeds. Positions are rounded to 1e-6 A and
 *then* labelled by a fresh single-point calculation, so that a label belongs to exactly the positions
 stored and does not depend on the self-consistent solution of the step before. Every frame must keep the
 bond graph of the relaxed molecule; a walker that breaks a bond, or a set whose temperature or forces are
