@@ -12,6 +12,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from nbody_pyg.geometry import safe_norm
+from nbody_pyg.kernels.backend import backend
+from nbody_pyg.kernels.edges import compiled_window
+
 #: Length (angstrom) below which distances are softened, see :func:`soften`.
 SOFT_LENGTH = 0.5
 
@@ -35,6 +39,13 @@ def smooth_cutoff(r: Float[Tensor, "edges"], cutoff: float) -> Float[Tensor, "ed
     x = (r / cutoff).clamp(max=1.0)
     x3 = x * x * x
     return 1.0 + x3 * x3 * (x * (48.0 - 21.0 * x) - 28.0)
+
+
+def vector_window(vec: Float[Tensor, "edges 3"], cutoff: float) -> Float[Tensor, "edges"]:
+    """:func:`smooth_cutoff` of the length of some vectors, in one step where a compiled backend runs."""
+    if backend(vec) == "c":
+        return compiled_window(vec, cutoff)
+    return smooth_cutoff(safe_norm(vec), cutoff)
 
 
 def soften(vec: Float[Tensor, "edges 3"]) -> tuple[Float[Tensor, "edges 3"], Float[Tensor, "edges"]]:
@@ -80,6 +91,11 @@ class BesselBasis(nn.Module):
         _check_basis(num_basis, radius)
         self.num_basis, self.radius = num_basis, float(radius)
 
+    def compiled(self) -> dict[str, str | int | float]:
+        """Arguments that describe this basis to :class:`~nbody_pyg.kernels.edges.FeatureKernel`."""
+        scale = 0.3 * math.sqrt(2.0) * self.radius
+        return {"basis": "bessel", "num_basis": self.num_basis, "scale": scale, "frequency": math.pi / self.radius}
+
     def forward(self, r: Float[Tensor, "edges"]) -> Float[Tensor, "edges num_basis"]:
         x = (r / self.radius).unsqueeze(-1)
         frequency = torch.arange(1, self.num_basis + 1, device=r.device).to(r.dtype) * math.pi
@@ -109,6 +125,10 @@ class InversePowers(nn.Module):
             raise ValueError(f"max_power must be at least 0, got {max_power!r}; the paper's S, try 3")
         _check_basis(max_power + 1, radius)
         self.num_basis, self.radius = max_power + 1, float(radius)
+
+    def compiled(self) -> dict[str, str | int | float]:
+        """Arguments that describe this basis to :class:`~nbody_pyg.kernels.edges.FeatureKernel`."""
+        return {"basis": "powers", "num_basis": self.num_basis, "scale": 1.0}
 
     def forward(self, r: Float[Tensor, "edges"]) -> Float[Tensor, "edges num_basis"]:
         inverse = 1.0 / r

@@ -20,12 +20,11 @@ from nbody_pyg.geometry import (
     check_positions,
     edge_vectors,
     neighbour_list,
-    safe_norm,
 )
 from nbody_pyg.hierarchy.levels import Hierarchy, Level
 from nbody_pyg.hierarchy.positions import child_vectors, tree_positions
 from nbody_pyg.hierarchy.topology import Topology
-from nbody_pyg.radial import smooth_cutoff
+from nbody_pyg.radial import vector_window
 
 
 @dataclass(frozen=True)
@@ -180,7 +179,7 @@ class Scheme(BaseTransform):
                 child_weight = self.child_weight(k, child_vec)
             if (pair := topology.pair_index[k]) is not None:
                 pair_vec = edge_vectors(here, pair, topology.pair_shift[k], cell, batch)
-                pair_weight = smooth_cutoff(safe_norm(pair_vec), self.levels[k].pair_radius)
+                pair_weight = vector_window(pair_vec, self.levels[k].pair_radius)
             levels.append(
                 Level(here, here.new_ones(here.shape[0]), batch, child, child_vec, child_weight,
                       pair, pair_vec, pair_weight)

@@ -9,11 +9,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch_geometric.data.datapipes import functional_transform
 
-from nbody_pyg.geometry import safe_norm
 from nbody_pyg.hierarchy.positions import atomic_masses
 from nbody_pyg.hierarchy.scheme import AtomsInput, LevelSpec, Scheme, check_radius
 from nbody_pyg.hierarchy.topology import Topology, sort_edges
-from nbody_pyg.radial import smooth_cutoff
+from nbody_pyg.radial import vector_window
 
 
 @functional_transform("nbody_nested_shells")
@@ -98,4 +97,4 @@ class NestedShells(Scheme):
     def child_weight(self, level: int, vec: Float[Tensor, "edges 3"]) -> Float[Tensor, " edges"]:
         if level > len(self.radii):
             return vec.new_ones(vec.shape[0])
-        return smooth_cutoff(safe_norm(vec), self.radii[level - 1])
+        return vector_window(vec, self.radii[level - 1])

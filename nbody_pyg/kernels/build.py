@@ -70,7 +70,7 @@ def _compile(cc: str, source: str, library: Path) -> None:
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:
         code, built = Path(folder) / "kernel.c", Path(folder) / "kernel.so"
         code.write_text(source)
-        command = [cc, *_FLAGS, str(code), "-o", str(built)]
+        command = [cc, *_FLAGS, str(code), "-o", str(built), "-lm"]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode != 0:
             raise RuntimeError(

@@ -15,8 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from nbody_pyg.kernels import build
-from nbody_pyg.kernels.codegen import prelude
+from nbody_pyg.kernels.library import Library
 from nbody_pyg.kernels.operands import check_operands
 from nbody_pyg.kernels.scope import weight_gradients_skipped
 
@@ -119,7 +118,6 @@ void linear_outer(int64_t nblocks, int64_t N, const int64_t* blocks, int64_t xs,
   }
 }
 """
-_C_NAMES = {torch.float32: "float", torch.float64: "double"}
 
 
 class Block(NamedTuple):
@@ -160,23 +158,22 @@ class LinearKernel:
         return _Apply.apply(self, x, *weights)
 
     def _call(self, name: str, dtype: torch.dtype, nodes: int, *arguments) -> None:
-        function = _function(name, dtype)
-        function(len(self.blocks), nodes, self._table.data_ptr(), *self._strides, *arguments)
+        _library.call(name, dtype, len(self.blocks), nodes, self._table, *self._strides, *arguments)
 
     def apply(self, x: Tensor, weights) -> Tensor:
         out = self._fresh_out(x, (x.shape[0], *self.shape_out))
-        self._call("linear_apply", x.dtype, x.shape[0], x.data_ptr(), _pointers(weights), out.data_ptr())
+        self._call("linear_apply", x.dtype, x.shape[0], x, _pointers(weights), out)
         return out
 
     def transposed(self, g: Tensor, weights) -> Tensor:
         out, scratch = self._fresh_in(g, (g.shape[0], *self.shape_in)), g.new_empty(self._scratch)
-        pointers = (g.data_ptr(), _pointers(weights), scratch.data_ptr(), out.data_ptr())
+        pointers = (g, _pointers(weights), scratch, out)
         self._call("linear_transposed", g.dtype, g.shape[0], *pointers)
         return out
 
     def outer(self, x: Tensor, g: Tensor) -> list[Tensor]:
         out = [x.new_empty(b.size_in, b.size_out) for b in self.blocks]
-        self._call("linear_outer", x.dtype, x.shape[0], x.data_ptr(), g.data_ptr(), _pointers(out))
+        self._call("linear_outer", x.dtype, x.shape[0], x, g, _pointers(out))
         return out
 
 
@@ -184,18 +181,9 @@ def _pointers(tensors):
     return (ctypes.c_void_p * len(tensors))(*[t.data_ptr() for t in tensors])
 
 
-_functions: dict = {}
-
-
-def _function(name: str, dtype: torch.dtype):
-    found = _functions.get((name, dtype))
-    if found is None:
-        found = getattr(build.load(prelude(_C_NAMES[dtype]) + _SOURCE), name)
-        pointers = 4 if name == "linear_transposed" else 3
-        found.argtypes = [ctypes.c_int64] * 2 + [ctypes.c_void_p] + [ctypes.c_int64] * 2 + [ctypes.c_void_p] * pointers
-        found.restype = None
-        _functions[name, dtype] = found
-    return found
+_library = Library(
+    _SOURCE, {"linear_apply": "2ip2i3p", "linear_transposed": "2ip2i4p", "linear_outer": "2ip2i3p"}
+)
 
 
 class _Apply(torch.autograd.Function):

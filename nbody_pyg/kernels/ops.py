@@ -5,45 +5,15 @@ A third derivative is not offered here (the plain torch backend has it); asking 
 
 from __future__ import annotations
 
-import ctypes
-
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from nbody_pyg.kernels import build, codegen
+from nbody_pyg.kernels import codegen
 from nbody_pyg.kernels.codegen import Term
+from nbody_pyg.kernels.library import Library
 from nbody_pyg.kernels.operands import check_operands
 from nbody_pyg.kernels.scope import weight_gradients_skipped
-
-_C_NAMES = {torch.float32: "float", torch.float64: "double"}
-
-
-class _Library:
-    """Functions of one generated source, by dtype, compiled at first use."""
-
-    def __init__(self, source: str, arity: dict[str, tuple[int, int]]) -> None:
-        self._source, self._arity = source, arity
-        self._loaded: dict[torch.dtype, dict] = {}
-
-    def __getitem__(self, dtype: torch.dtype) -> dict:
-        functions = self._loaded.get(dtype)
-        if functions is None:
-            library = build.load(codegen.prelude(_C_NAMES[dtype]) + self._source)
-            functions = {}
-            for name, (sizes, pointers) in self._arity.items():
-                function = getattr(library, name)
-                function.argtypes = [ctypes.c_int64] * sizes + [ctypes.c_void_p] * pointers
-                function.restype = None
-                functions[name] = function
-            self._loaded[dtype] = functions
-        return functions
-
-    def __deepcopy__(self, memo):
-        return self  # compiled code is shared; ctypes objects cannot be copied
-
-    def __reduce__(self):
-        return _Library, (self._source, self._arity)
 
 
 class ProductKernel:
@@ -51,8 +21,8 @@ class ProductKernel:
 
     def __init__(self, terms: list[Term], rows1: int, rows2: int, rows_out: int) -> None:
         self.rows1, self.rows2, self.rows_out = rows1, rows2, rows_out
-        arity = {"product_forward": (2, 3), "product_backward": (2, 5), "product_double": (2, 8)}
-        self.library = _Library(codegen.product_source(terms, rows1, rows2, rows_out), arity)
+        signatures = {"product_forward": "2i3p", "product_backward": "2i5p", "product_double": "2i8p"}
+        self.library = Library(codegen.product_source(terms, rows1, rows2, rows_out), signatures)
 
     def __call__(self, x: Tensor, y: Tensor) -> Tensor:
         nodes, channels = x.shape[0], x.shape[2]
@@ -68,7 +38,7 @@ class _Product(torch.autograd.Function):
         ctx.kernel = kernel
         nodes, _, channels = x.shape
         out = x.new_empty(nodes, kernel.rows_out, channels)
-        kernel.library[x.dtype]["product_forward"](nodes, channels, x.data_ptr(), y.data_ptr(), out.data_ptr())
+        kernel.library.call("product_forward", x.dtype, nodes, channels, x, y, out)
         return out
 
     @staticmethod
@@ -84,7 +54,7 @@ class _ProductBackward(torch.autograd.Function):
         ctx.kernel = kernel
         gx, gy = torch.empty_like(x), torch.empty_like(y)
         tensors = (g, x, y, gx, gy)
-        kernel.library[x.dtype]["product_backward"](x.shape[0], x.shape[2], *[t.data_ptr() for t in tensors])
+        kernel.library.call("product_backward", x.dtype, x.shape[0], x.shape[2], *tensors)
         return gx, gy
 
     @staticmethod
@@ -93,7 +63,7 @@ class _ProductBackward(torch.autograd.Function):
         g, x, y = ctx.saved_tensors
         gg, gx, gy = torch.empty_like(g), torch.empty_like(x), torch.empty_like(y)
         tensors = (g, x, y, a.contiguous(), b.contiguous(), gg, gx, gy)
-        ctx.kernel.library[x.dtype]["product_double"](x.shape[0], x.shape[2], *[t.data_ptr() for t in tensors])
+        ctx.kernel.library.call("product_double", x.dtype, x.shape[0], x.shape[2], *tensors)
         return gg, gx, gy, None
 
 
@@ -102,8 +72,8 @@ class OneBodyKernel:
 
     def __init__(self, terms: list[Term], rows_in: int, harmonics: int, rows_out: int, paths: int, basis: int) -> None:
         self.rows_in, self.rows_out, self.harmonics, self.paths, self.basis = rows_in, rows_out, harmonics, paths, basis
-        arity = {"one_body_forward": (2, 7), "one_body_backward": (2, 11), "one_body_double": (2, 16)}
-        self.library = _Library(codegen.one_body_source(terms, rows_in, harmonics, rows_out, paths, basis), arity)
+        signatures = {"one_body_forward": "2i7p", "one_body_backward": "2i11p", "one_body_double": "2i16p"}
+        self.library = Library(codegen.one_body_source(terms, rows_in, harmonics, rows_out, paths, basis), signatures)
 
     def __call__(
         self, x: Tensor, harmonics: Tensor, radial: Tensor, weight: Tensor, index: Tensor, num_targets: int
@@ -130,7 +100,7 @@ class _OneBody(torch.autograd.Function):
         ctx.kernel = kernel
         out = x.new_zeros(num_targets, kernel.rows_out, x.shape[2])
         tensors = (index[0], index[1], *factors, out)
-        kernel.library[x.dtype]["one_body_forward"](index.shape[1], x.shape[2], *[t.data_ptr() for t in tensors])
+        kernel.library.call("one_body_forward", x.dtype, index.shape[1], x.shape[2], *tensors)
         return out
 
     @staticmethod
@@ -149,7 +119,7 @@ class _OneBodyBackward(torch.autograd.Function):
         gx, gy, gb = torch.zeros_like(x), torch.empty_like(harmonics), torch.empty_like(radial)
         gw = torch.zeros_like(weight) if weigh else None
         tensors = (index[0], index[1], g, x, harmonics, radial, weight, gx, gy, gb, gw)
-        kernel.library[x.dtype]["one_body_backward"](index.shape[1], x.shape[2], *[_pointer(t) for t in tensors])
+        kernel.library.call("one_body_backward", x.dtype, index.shape[1], x.shape[2], *tensors)
         return gx, gy, gb, gw
 
     @staticmethod
@@ -165,12 +135,8 @@ class _OneBodyBackward(torch.autograd.Function):
         gg, gx, gw = torch.zeros_like(g), torch.zeros_like(x), torch.zeros_like(weight)
         gy, gb = torch.empty_like(harmonics), torch.empty_like(radial)
         tensors = (index[0], index[1], g, *factors, weight, a, n, d, u, gg, gx, gy, gb, gw)
-        ctx.kernel.library[x.dtype]["one_body_double"](index.shape[1], x.shape[2], *[_pointer(t) for t in tensors])
+        ctx.kernel.library.call("one_body_double", x.dtype, index.shape[1], x.shape[2], *tensors)
         return gg, gx, gy, gb, gw, None, None, None
-
-
-def _pointer(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
 
 
 class DensityKernel:
@@ -178,8 +144,8 @@ class DensityKernel:
 
     def __init__(self, harmonics: int, basis: int, num_species: int) -> None:
         self.shape, self.num_species = (harmonics, basis), num_species
-        arity = {"density_forward": (1, 4), "density_backward": (1, 6), "density_double": (1, 9)}
-        self.library = _Library(codegen.density_source(harmonics, basis, num_species), arity)
+        signatures = {"density_forward": "1i4p", "density_backward": "1i6p", "density_double": "1i9p"}
+        self.library = Library(codegen.density_source(harmonics, basis, num_species), signatures)
 
     def __call__(self, harmonics: Tensor, radial: Tensor, slot: Tensor, num_targets: int) -> Tensor:
         """Sum over edges, slot = target * species + species of the source: (targets, harmonics, species * basis)."""
@@ -198,7 +164,7 @@ class _Density(torch.autograd.Function):
         rows, basis = kernel.shape
         out = harmonics.new_zeros(num_targets, rows, kernel.num_species * basis)
         tensors = (slot, harmonics, radial, out)
-        kernel.library[out.dtype]["density_forward"](slot.shape[0], *[t.data_ptr() for t in tensors])
+        kernel.library.call("density_forward", out.dtype, slot.shape[0], *tensors)
         return out
 
     @staticmethod
@@ -214,7 +180,7 @@ class _DensityBackward(torch.autograd.Function):
         ctx.kernel = kernel
         gy, gb = torch.empty_like(harmonics), torch.empty_like(radial)
         tensors = (slot, g, harmonics, radial, gy, gb)
-        kernel.library[g.dtype]["density_backward"](slot.shape[0], *[t.data_ptr() for t in tensors])
+        kernel.library.call("density_backward", g.dtype, slot.shape[0], *tensors)
         return gy, gb
 
     @staticmethod
@@ -223,5 +189,5 @@ class _DensityBackward(torch.autograd.Function):
         g, harmonics, radial, slot = ctx.saved_tensors
         gg, gy, gb = torch.zeros_like(g), torch.empty_like(harmonics), torch.empty_like(radial)
         tensors = (slot, g, harmonics, radial, a.contiguous(), d.contiguous(), gg, gy, gb)
-        ctx.kernel.library[g.dtype]["density_double"](slot.shape[0], *[t.data_ptr() for t in tensors])
+        ctx.kernel.library.call("density_double", g.dtype, slot.shape[0], *tensors)
         return gg, gy, gb, None, None

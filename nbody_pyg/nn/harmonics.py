@@ -9,6 +9,7 @@ from e3nn import o3
 from jaxtyping import Float
 from torch import Tensor
 
+from nbody_pyg.kernels.edges import Polynomial
 from nbody_pyg.nn.irreps import ConstantTables, harmonic_irreps
 
 
@@ -41,6 +42,24 @@ class SolidHarmonics(ConstantTables):
         self.irreps_out = harmonic_irreps(lmax, symmetry)
         for l in range(2, lmax + 1):  # noqa: E741
             self.add_table(f"raise_{l}", _raising_table(l))
+
+    def polynomials(self) -> list[Polynomial]:
+        """Every component as a polynomial in x, y, z: exponents to coefficient, in float64."""
+        blocks: list[list[Polynomial]] = [[{(0, 0, 0): 1.0}]]
+        axes = [(1, 0, 0), (0, 1, 0), (0, 0, 1)]
+        if self.lmax >= 1:
+            blocks.append([{axis: math.sqrt(3.0)} for axis in axes])
+        for l in range(2, self.lmax + 1):  # noqa: E741
+            table = _raising_table(l).view(2 * l - 1, 3, 2 * l + 1).tolist()
+            block: list[Polynomial] = [{} for _ in range(2 * l + 1)]
+            for i, lower in enumerate(blocks[-1]):
+                for j, axis in enumerate(axes):
+                    for m, polynomial in enumerate(block):
+                        for powers, value in lower.items():
+                            raised = tuple(p + q for p, q in zip(powers, axis, strict=True))
+                            polynomial[raised] = polynomial.get(raised, 0.0) + value * math.sqrt(3.0) * table[i][j][m]
+            blocks.append([{p: v for p, v in poly.items() if abs(v) > 1e-12} for poly in block])
+        return [polynomial for block in blocks for polynomial in block]
 
     def forward(self, vec: Float[Tensor, "edges 3"]) -> Float[Tensor, "edges rows"]:
         blocks = [vec.new_ones(vec.shape[0], 1)]

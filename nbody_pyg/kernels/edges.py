@@ -1,0 +1,287 @@
+r"""Compiled features of edges: solid harmonics, radial functions and windows with two derivatives.
+
+A feature is a function of one vector, so the backward pass and its derivative are written down once, by hand:
+with :math:`\rho = \sqrt{r^2 + a^2}`, :math:`u = \mathbf r / \rho`, any function f(u, rho) has
+
+.. math:: \partial f / \partial \mathbf r = (f_u - u\,(u \cdot f_u)) / \rho + f_\rho\, u
+
+The harmonics are polynomials in u, whose derivatives are polynomials again. All arithmetic of one edge is done in
+double precision, whatever the tensors hold: it costs next to nothing there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from nbody_pyg.kernels.library import Library
+
+#: A polynomial in x, y, z: exponents to coefficient.
+Polynomial = dict[tuple[int, int, int], float]
+
+_BASES = {
+    # value f, derivatives f1, f2 of the basis functions at rho
+    "bessel": """
+      const double k = {frequency!r}, t = {scale!r} / rho, s1 = sin(k * rho), c1 = cos(k * rho);
+      double s = s1, c = c1;
+      for (int b = 0; b < K; b++) {{
+        const double w = (b + 1) * k;
+        f[b] = t * s; f1[b] = t * (w * c - s / rho); f2[b] = t * (-w * w * s - 2 * w * c / rho + 2 * s / (rho * rho));
+        const double next = s * c1 + c * s1; c = c * c1 - s * s1; s = next;
+      }}""",
+    "powers": """
+      double p = {scale!r};
+      for (int b = 0; b < K; b++) {{
+        f[b] = p; f1[b] = -b * p / rho; f2[b] = b * (b + 1) * p / (rho * rho); p /= rho;
+      }}""",
+}
+
+_FEATURES = """
+#include <math.h>
+enum {{ M = {rows}, K = {basis} }};
+static inline void radial(double rho, double* f, double* f1, double* f2) {{{radial}
+}}
+#define EDGE \\
+  const double X = v[3*e], Y = v[3*e+1], Z = v[3*e+2], rho = sqrt(X*X + Y*Y + Z*Z + {soft2!r}); \\
+  const double x = X / rho, y = Y / rho, z = Z / rho, w = window[e]; \\
+  double f[K], f1[K], f2[K]; radial(rho, f, f1, f2); (void)w;
+#define CHAIN(ux, uy, uz, ur, out) do {{ \\
+  const double along = x * (ux) + y * (uy) + z * (uz); \\
+  (out)[0] = ((ux) - x * along) / rho + (ur) * x; (out)[1] = ((uy) - y * along) / rho + (ur) * y; \\
+  (out)[2] = ((uz) - z * along) / rho + (ur) * z; }} while (0)
+{polynomials}
+void features_forward(int64_t E, const real* v, const real* window, real* H, real* R) {{
+  for (int64_t e = 0; e < E; e++) {{ EDGE
+    double h[M]; values(x, y, z, h);
+    for (int m = 0; m < M; m++) H[e*M+m] = h[m];
+    for (int b = 0; b < K; b++) R[e*K+b] = w * f[b];
+  }}
+}}
+void features_backward(int64_t E, const real* v, const real* window, const real* gH, const real* gR, real* gv, real* gw) {{
+  for (int64_t e = 0; e < E; e++) {{ EDGE
+    double g[3], unused[3], slope = 0, value = 0;
+    gradient(x, y, z, gH + e*M, 0, 0, 0, g, unused);
+    for (int b = 0; b < K; b++) {{ slope += gR[e*K+b] * w * f1[b]; value += gR[e*K+b] * f[b]; }}
+    double out[3]; CHAIN(g[0], g[1], g[2], slope, out);
+    for (int i = 0; i < 3; i++) gv[3*e+i] = out[i];
+    gw[e] = value;
+  }}
+}}
+/* cotangents: c of gv, d of gw */
+void features_double(int64_t E, const real* v, const real* window, const real* gH, const real* gR, const real* c, const real* d,
+    real* oH, real* oR, real* ov, real* ow) {{
+  for (int64_t e = 0; e < E; e++) {{ EDGE
+    const double cx = c[3*e], cy = c[3*e+1], cz = c[3*e+2], q = x * cx + y * cy + z * cz;
+    const double tx = (cx - x * q) / rho, ty = (cy - y * q) / rho, tz = (cz - z * q) / rho;
+    double h[M]; along(x, y, z, tx, ty, tz, h);
+    for (int m = 0; m < M; m++) oH[e*M+m] = h[m];
+    double slope = 0, bend = 0, plain = 0;
+    for (int b = 0; b < K; b++) {{
+      const double r = gR[e*K+b];
+      oR[e*K+b] = w * f1[b] * q + d[e] * f[b];
+      plain += r * f1[b]; bend += r * f2[b];
+    }}
+    slope = w * plain;
+    ow[e] = plain * q;
+    double g[3], t[3];
+    gradient(x, y, z, gH + e*M, tx, ty, tz, g, t);
+    const double gu = g[0] * x + g[1] * y + g[2] * z, gt = g[0] * tx + g[1] * ty + g[2] * tz;
+    double out[3];
+    CHAIN(t[0] - (g[0] * q + gu * cx) / rho + slope * cx, t[1] - (g[1] * q + gu * cy) / rho + slope * cy,
+          t[2] - (g[2] * q + gu * cz) / rho + slope * cz, -gt / rho + w * bend * q + d[e] * plain, out);
+    for (int i = 0; i < 3; i++) ov[3*e+i] = out[i];
+  }}
+}}
+"""
+
+_WINDOW = """
+#include <math.h>
+/* f = 1 - 28 x^6 + 48 x^7 - 21 x^8 and its derivatives divided by r: s = f'/r, s1 = s'/r */
+#define EDGE \\
+  const double X = v[3*e], Y = v[3*e+1], Z = v[3*e+2], r = sqrt(X*X + Y*Y + Z*Z), x = r / cutoff, i2 = 1 / (cutoff * cutoff); \\
+  const int in = x < 1; const double x2 = x * x, x4 = in ? x2 * x2 : 0; (void)i2; (void)x4;
+void window_forward(int64_t E, double cutoff, const real* v, real* f) {
+  for (int64_t e = 0; e < E; e++) { EDGE f[e] = in ? 1 + x4 * x2 * (x * (48 - 21 * x) - 28) : 0; }
+}
+void window_backward(int64_t E, double cutoff, const real* v, const real* g, real* gv) {
+  for (int64_t e = 0; e < E; e++) { EDGE
+    const double s = g[e] * -168 * x4 * (1 - x) * (1 - x) * i2;
+    gv[3*e] = s * X; gv[3*e+1] = s * Y; gv[3*e+2] = s * Z; }
+}
+void window_double(int64_t E, double cutoff, const real* v, const real* g, const real* c, real* gg, real* gv) {
+  for (int64_t e = 0; e < E; e++) { EDGE
+    const double s = -168 * x4 * (1 - x) * (1 - x) * i2, q = X * c[3*e] + Y * c[3*e+1] + Z * c[3*e+2];
+    const double s1 = in ? -336 * x2 * (1 - x) * (2 - 3 * x) * i2 * i2 : 0;
+    gg[e] = s * q;
+    gv[3*e] = g[e] * (s * c[3*e] + q * s1 * X); gv[3*e+1] = g[e] * (s * c[3*e+1] + q * s1 * Y);
+    gv[3*e+2] = g[e] * (s * c[3*e+2] + q * s1 * Z); }
+}
+"""
+
+
+def _monomial(exponents: tuple[int, int, int]) -> str:
+    factors = [name for name, power in zip("xyz", exponents, strict=True) for _ in range(power)]
+    return " * ".join(factors) or "1"
+
+
+def _derivative(polynomial: Polynomial, axis: int) -> Polynomial:
+    result: Polynomial = {}
+    for powers, value in polynomial.items():
+        if powers[axis]:
+            lowered = tuple(p - (k == axis) for k, p in enumerate(powers))
+            result[lowered] = result.get(lowered, 0.0) + value * powers[axis]
+    return result
+
+
+def _expression(polynomial: Polynomial, names: dict[tuple[int, int, int], str]) -> str:
+    return " + ".join(f"{value!r} * {names[powers]}" for powers, value in sorted(polynomial.items())) or "0"
+
+
+def harmonic_source(polynomials: Sequence[Polynomial]) -> str:
+    """C functions of some polynomials: values; the slopes along t; gradient of g.Y and its derivative along t."""
+    every = sorted({powers for polynomial in polynomials for powers in polynomial})
+    lower = {p for poly in polynomials for a in range(3) for p in _derivative(poly, a)}
+    names = {p: f"m{''.join(map(str, p))}" for p in sorted({*every, *lower, (0, 0, 0)})}
+    monomials = " ".join(f"const double {name} = {_monomial(p)}; (void){name};" for p, name in names.items())
+    values = " ".join(f"h[{k}] = {_expression(poly, names)};" for k, poly in enumerate(polynomials))
+    slopes = " ".join(
+        f"h[{k}] = " + " + ".join(f"t{name} * ({_expression(_derivative(poly, a), names)})" for a, name in enumerate("xyz")) + ";"
+        for k, poly in enumerate(polynomials)
+    )
+    # Combine all harmonics into one polynomial with coefficients G first: its derivatives are then taken once.
+    combine = " ".join(
+        f"const double G{n} = " + " + ".join(f"{poly[p]!r} * g[{k}]" for k, poly in enumerate(polynomials) if p in poly) + ";"
+        for n, p in enumerate(every)
+    )
+
+    def derivative(axes: Sequence[int]) -> str:
+        terms = []
+        for n, powers in enumerate(every):
+            polynomial: Polynomial = {powers: 1.0}
+            for axis in axes:
+                polynomial = _derivative(polynomial, axis)
+            terms += [f"{value!r} * G{n} * {names[p]}" for p, value in polynomial.items()]
+        return " + ".join(terms) or "0"
+
+    first = " ".join(f"out[{a}] = {derivative([a])};" for a in range(3))
+    second = " ".join(
+        f"bent[{a}] = " + " + ".join(f"t{name} * ({derivative([a, b])})" for b, name in enumerate("xyz")) + ";"
+        for a in range(3)
+    )
+    arguments = "double x, double y, double z"
+    return f"""
+static inline void values({arguments}, double* h) {{ {monomials} {values} }}
+static inline void along({arguments}, double tx, double ty, double tz, double* h) {{ {monomials} {slopes} }}
+static inline void gradient({arguments}, const real* g, double tx, double ty, double tz, double* out, double* bent) {{
+  {monomials} {combine} {first} {second} }}
+"""
+
+
+class FeatureKernel:
+    """Edge vectors and windows to (harmonics, window times radial functions).
+
+    Args:
+        polynomials: the harmonics as polynomials of the softened direction.
+        basis: "bessel" (scale sin(n frequency rho) / rho) or "powers" (scale rho^-s).
+        num_basis: number of radial functions.
+        soft: softening length a, angstrom.
+        scale, frequency: numbers of the basis.
+    """
+
+    def __init__(
+        self, polynomials: Sequence[Polynomial], basis: str, num_basis: int, soft: float, scale: float, frequency: float = 0.0
+    ) -> None:
+        self.rows, self.num_basis = len(polynomials), num_basis
+        source = _FEATURES.format(
+            rows=self.rows,
+            basis=num_basis,
+            soft2=soft * soft,
+            radial=_BASES[basis].format(scale=scale, frequency=frequency),
+            polynomials=harmonic_source(polynomials),
+        )
+        arity = {"features_forward": "i4p", "features_backward": "i6p", "features_double": "i10p"}
+        self.library = Library(source, arity)
+
+    def __call__(self, vec: Tensor, window: Tensor) -> tuple[Tensor, Tensor]:
+        return _Features.apply(vec, window, self)
+
+
+class _Features(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, vec: Tensor, window: Tensor, kernel: FeatureKernel):
+        vec, window = vec.contiguous(), window.contiguous()
+        ctx.save_for_backward(vec, window)
+        ctx.kernel = kernel
+        harmonics, radial = vec.new_empty(len(vec), kernel.rows), vec.new_empty(len(vec), kernel.num_basis)
+        kernel.library.call("features_forward", vec.dtype, len(vec), vec, window, harmonics, radial)
+        return harmonics, radial
+
+    @staticmethod
+    def backward(ctx, gh: Tensor, gr: Tensor):
+        return *_FeaturesBackward.apply(*ctx.saved_tensors, gh, gr, ctx.kernel), None
+
+
+class _FeaturesBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, vec, window, gh, gr, kernel: FeatureKernel):
+        gh, gr = gh.contiguous(), gr.contiguous()
+        ctx.save_for_backward(vec, window, gh, gr)
+        ctx.kernel = kernel
+        gv, gw = torch.empty_like(vec), torch.empty_like(window)
+        kernel.library.call("features_backward", vec.dtype, len(vec), vec, window, gh, gr, gv, gw)
+        return gv, gw
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, c: Tensor, d: Tensor):
+        saved = ctx.saved_tensors
+        vec, window, gh, gr = saved
+        oh, orad, ov, ow = (torch.empty_like(t) for t in (gh, gr, vec, window))
+        tensors = (*saved, c.contiguous(), d.contiguous(), oh, orad, ov, ow)
+        ctx.kernel.library.call("features_double", vec.dtype, len(vec), *tensors)
+        return ov, ow, oh, orad, None
+
+
+_window_library = Library(_WINDOW, {"window_forward": "id2p", "window_backward": "id3p", "window_double": "id5p"})
+
+
+def compiled_window(vec: Tensor, cutoff: float) -> Tensor:
+    """The window of :func:`nbody_pyg.radial.smooth_cutoff` as a function of the vector."""
+    return _Window.apply(vec, cutoff)
+
+
+class _Window(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, vec: Tensor, cutoff: float) -> Tensor:
+        vec = vec.contiguous()
+        ctx.save_for_backward(vec)
+        ctx.cutoff = cutoff
+        out = vec.new_empty(len(vec))
+        _window_library.call("window_forward", vec.dtype, len(vec), cutoff, vec, out)
+        return out
+
+    @staticmethod
+    def backward(ctx, g: Tensor):
+        return _WindowBackward.apply(*ctx.saved_tensors, g, ctx.cutoff), None
+
+
+class _WindowBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, vec: Tensor, g: Tensor, cutoff: float) -> Tensor:
+        g = g.contiguous()
+        ctx.save_for_backward(vec, g)
+        ctx.cutoff = cutoff
+        gv = torch.empty_like(vec)
+        _window_library.call("window_backward", vec.dtype, len(vec), cutoff, vec, g, gv)
+        return gv
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, c: Tensor):
+        vec, g = ctx.saved_tensors
+        gg, gv = torch.empty_like(g), torch.empty_like(vec)
+        _window_library.call("window_double", vec.dtype, len(vec), ctx.cutoff, vec, g, c.contiguous(), gg, gv)
+        return gv, gg, None
