@@ -10,10 +10,11 @@ from graphlib import CycleError, TopologicalSorter
 LAYERS = [
     "typing",
     "units",
+    "kernels",
     "data",
     "geometry",
     "radial",
-    "kernels",
+    
     "hierarchy",
     "nn",
     "models",
