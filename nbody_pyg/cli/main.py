@@ -30,9 +30,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
+    # Its words are keys of the configuration, which argparse does not know: see _train_words.
     train = commands.add_parser("train", add_help=False, help="train a potential from a YAML file")
-    train.add_argument("config", nargs="?")
-    train.add_argument("-h", "--help", action="store_true")
+    train.add_argument("words", nargs=argparse.REMAINDER)
 
     evaluate = commands.add_parser("evaluate", help="errors of models on labelled frames")
     evaluate.add_argument("model", help="model file")
@@ -80,12 +80,12 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
-    parser = build_parser()
-    args, rest = parser.parse_known_args(argv)
-    if args.command != "train" and rest:
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    words = list(sys.argv[1:] if argv is None else argv)
+    # argparse reads options of the first parser only up to the command, and would refuse dotted keys.
+    place = words.index("train") if "train" in words[:2] else len(words)
+    args = build_parser().parse_args([*words[: place + 1]])
     try:
-        return _run(args, rest)
+        return _run(args, words[place + 1 :])
     except (ValueError, FileNotFoundError, FloatingPointError) as error:
         if args.debug:
             raise
@@ -95,13 +95,32 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
 
 
+def _train_words(words: Sequence[str]) -> tuple[str | None, list[str], bool]:
+    """The words after ``train`` as (configuration file, overrides, help wanted)."""
+    files: list[str] = []
+    overrides: list[str] = []
+    wants_help, rest = False, list(words)
+    while rest:
+        word = rest.pop(0)
+        if word in ("-h", "--help"):
+            wants_help = True
+        elif word.startswith("-"):
+            overrides.append(word)
+            if "=" not in word and rest:
+                overrides.append(rest.pop(0))
+        else:
+            files.append(word)
+    if len(files) > 1:
+        raise ValueError(f"train takes one configuration file, got {' and '.join(files)}")
+    return files[0] if files else None, overrides, wants_help
+
+
 def _run(args: argparse.Namespace, rest: list[str]) -> int:
     # Imported when needed: torch takes seconds, --help should not.
     if args.command == "train":
         from nbody_pyg.cli.train import train
 
-        # An option's value may have been taken for the file: "--training.lr 0.01 my.yaml" keeps its order.
-        return train(args, rest)
+        return train(*_train_words(rest))
     if args.command == "evaluate":
         from nbody_pyg.cli.evaluate import evaluate
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
+import contextlib
 import json
+import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +23,18 @@ from nbody_pyg.training.evaluation import Evaluation, evaluate
 from nbody_pyg.training.prepare import DataSets, build_potential, load_data
 
 
-def train(args: argparse.Namespace, overrides: list[str]) -> int:
-    if args.help:
-        parser = config_parser()
-        parser.print_help()
+def train(path: str | None, overrides: Sequence[str] = (), wants_help: bool = False) -> int:
+    """Run what the configuration file and the overrides describe; returns the exit status."""
+    if wants_help:
+        config_parser().print_help()
         return 0
-    config = load_config(args.config, overrides)
+    with contextlib.ExitStack() as stack:
+        if int(os.environ.get("LOCAL_RANK", 0)) > 0:  # one process of several speaks
+            stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
+        return _train(load_config(path, overrides))
+
+
+def _train(config: Config) -> int:
     torch.set_num_threads(config.training.threads)
     folder = Path(config.output.folder)
     data = load_data(config.data)

@@ -12,7 +12,7 @@ from ase.io.trajectory import Trajectory
 from ase.md import MDLogger
 from ase.md.langevin import Langevin
 from ase.md.md import MolecularDynamics
-from ase.md.velocitydistribution import MaxwellBoltzmannDistribution, Stationary, ZeroRotation
+from ase.md.velocitydistribution import Stationary, ZeroRotation
 from ase.md.verlet import VelocityVerlet
 
 ENSEMBLES = ("nve", "langevin")
@@ -109,7 +109,8 @@ def run_md(
             raise ValueError(f"{name} must be positive, got {value}")
     rng = np.random.default_rng(seed)
     if not np.any(atoms.get_momenta()):
-        MaxwellBoltzmannDistribution(atoms, temperature_K=temperature, rng=rng)
+        width = np.sqrt(units.kB * temperature * atoms.get_masses())
+        atoms.set_momenta(width[:, None] * rng.standard_normal((len(atoms), 3)))
         Stationary(atoms)
         if not atoms.pbc.any() and len(atoms) > 2:
             ZeroRotation(atoms)
@@ -117,9 +118,11 @@ def run_md(
     if ensemble == "nve":
         dyn = VelocityVerlet(atoms, timestep * units.fs)
     else:
+        # fixcm=True samples a wrong distribution for small systems, so the centre of mass moves here.
         dyn = Langevin(
-            atoms, timestep * units.fs, temperature_K=temperature, friction=friction / units.fs, rng=rng
-        )
+            atoms, timestep * units.fs, temperature_K=temperature, friction=friction / units.fs, rng=rng,
+            fixcm=False,
+        )  # fmt: skip
     samples: list[tuple[float, float, float, float]] = []
 
     def sample() -> None:

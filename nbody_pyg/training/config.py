@@ -135,7 +135,8 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
 def config_parser() -> jsonargparse.ArgumentParser:
     """The typed keys of a configuration with their defaults and help."""
     parser = jsonargparse.ArgumentParser(
-        prog="nbody train CONFIG.yaml", exit_on_error=False, add_help=False,
+        prog="nbody train", usage="nbody train [CONFIG.yaml] [--SECTION.KEY VALUE ...]",
+        exit_on_error=False, add_help=False,
         description="Every key of the YAML file is an option: training.lr in the file is --training.lr here.",
     )  # fmt: skip
     for section, kind in _SECTIONS.items():

@@ -1,0 +1,97 @@
+"""The configuration: YAML, dotted overrides, and errors that name the nearest key."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import yaml
+
+from nbody_pyg.training.config import config_parser, load_config, model_arguments
+from nbody_pyg.training.prepare import build_potential, load_data
+
+BASE = ["--data.embedded", "ethanol", "--training.max_steps", "3"]
+
+
+def test_overrides_alone_are_enough():
+    config = load_config(overrides=[*BASE, "--model.channels=4", "--training.lr", "1e-3"])
+    assert config.data.embedded == "ethanol" and config.training.max_steps == 3
+    assert config.model.arguments == {"channels": 4} and config.training.lr == 1e-3
+    assert config.model.scheme == {"name": "NestedShells"} and config.output.folder == "runs/nbody"
+
+
+def test_file_overrides_and_round_trip(tmp_path):
+    text = {
+        "data": {"train": "a.xyz", "test": {"hot": "b.xyz"}, "e0": {"H": -13.6}},
+        "model": {"preset": "strict", "scheme": {"name": "BondTree", "cutoff": 4.0}, "lmax": 1, "scale": 2},
+        "training": {"max_epochs": 2, "clip_norm": None},
+    }
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(text))
+    config = load_config(tmp_path / "c.yaml", ["--model.scheme.cutoff", "3.5", "--data.units", "kcal/mol"])
+    assert config.model.scheme == {"name": "BondTree", "cutoff": 3.5}
+    assert config.model.preset == "strict" and config.model.scale == 2.0
+    assert config.data.test == {"hot": "b.xyz"} and config.data.e0 == {"H": -13.6}
+    assert config.training.clip_norm is None and config.data.units == "kcal/mol"
+    config.save(tmp_path / "again.yaml")
+    assert load_config(tmp_path / "again.yaml") == config
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.training.lr = 1.0
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--training.learning_rat", "1"], r"unknown key training\.learning_rat"),
+        (["--training.batchsize", "1"], r"unknown key training\.batchsize; did you mean training\.batch_size\?"),
+        (["--trainin.lr", "1"], r"unknown section 'trainin'; did you mean training\?"),
+        (["--model.chanels", "4"], r"unknown key model\.chanels; did you mean model\.channels\?"),
+        (["--model.scheme.name", "BondTee"], r"unknown scheme 'BondTee'.*did you mean BondTree\?"),
+        (["--model.scheme.radius", "4"], r"unknown key model\.scheme\.radius; did you mean model\.scheme\.radii\?"),
+        (["--training.lr", "fast"], "training.lr"),
+        (["--training.max_steps", "2.5"], "training.max_steps"),
+        (["--data.rmd17", "aspirin"], "exactly one of embedded, rmd17 and train, got .'embedded', 'rmd17'"),
+        (["--training.max_steps", "null"], "training needs a limit"),
+        (["--output.weights", "first"], "output.weights must be 'best' or 'last', got 'first'"),
+        (["training.lr", "1"], "cannot read 'training.lr'; overrides look like"),
+        (["--training.lr"], "--training.lr needs a value"),
+    ],
+)
+def test_errors(words, message):
+    with pytest.raises(ValueError, match=message):
+        load_config(overrides=[*BASE, *words])
+
+
+def test_missing_or_shapeless_file(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no configuration file at"):
+        load_config(tmp_path / "none.yaml")
+    (tmp_path / "list.yaml").write_text("- a\n- b\n")
+    with pytest.raises(ValueError, match="must hold sections"):
+        load_config(tmp_path / "list.yaml")
+
+
+def test_help_lists_every_key():
+    text = config_parser().format_help()
+    for key in ("data.embedded", "training.budget_seconds", "output.resume", "model.scheme"):
+        assert f"--{key}" in text
+    for name in model_arguments():
+        assert f"--model.{name}" in text
+
+
+def test_data_and_potential_from_a_configuration():
+    words = ["--data.num_train", "20", "--data.num_val", "4", "--model.channels", "4", "--model.lmax", "1"]
+    config = load_config(overrides=[*BASE, *words, "--training.dtype", "float64"])
+    data = load_data(config.data)
+    assert [len(frames) for frames in data.named().values()][:2] == [20, 4] and set(data.tests) == {"300K", "600K"}
+    one, two = build_potential(config, data), build_potential(config, data)
+    assert one.model.species == (1, 6, 8) and one.model.channels == 4
+    frame = data.train[0]
+    assert float(one(frame)["energy"]) == float(two(frame)["energy"])
+    assert abs(float(one(frame)["energy"] - frame.energy)) < 50
+    stored = data.with_topology(one.model.scheme).train[0]
+    assert "num_parts_1" in stored and float(one(stored)["energy"]) == pytest.approx(float(one(frame)["energy"]))
+
+
+def test_unknown_preset_names_the_known_ones():
+    config = load_config(overrides=[*BASE, "--model.preset", "fast"])
+    with pytest.raises(ValueError, match=r"model.preset must be one of \['practical', 'strict'\], got 'fast'"):
+        build_potential(config, load_data(config.data))
