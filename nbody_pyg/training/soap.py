@@ -87,15 +87,17 @@ class Soap(Optimizer):
         left, right, mean, square = state["left"], state["right"], state["mean"], state["square"]
         state["rows"].lerp_(grad @ grad.mT, 1 - group["shampoo_beta"])
         state["columns"].lerp_(grad.mT @ grad, 1 - group["shampoo_beta"])
-        mean.lerp_(grad, 1 - beta1)
-        turned_grad, turned_mean = left.mT @ grad @ right, left.mT @ mean @ right
-        square.mul_(beta2).addcmul_(turned_grad, turned_grad, value=1 - beta2)
+        # The mean is kept in the turned basis, and turned along when the basis changes.
+        turned = left.mT @ grad @ right
+        mean.lerp_(turned, 1 - beta1)
+        square.mul_(beta2).addcmul_(turned, turned, value=1 - beta2)
         root = (square / (1 - beta2**step)).sqrt_().add_(group["eps"])
-        update = left @ (turned_mean / root) @ right.mT
+        update = left @ (mean / root) @ right.mT
         self._apply_update(members, list(update.unbind()), group["lr"] / (1 - beta1**step), group)
         if step % group["frequency"] == 0 or step < 4:
             state["left"] = torch.linalg.qr(state["rows"] @ left)[0]
             state["right"] = torch.linalg.qr(state["columns"] @ right)[0]
+            state["mean"] = (state["left"].mT @ left) @ mean @ (right.mT @ state["right"])
 
     @staticmethod
     def _start(state: dict, grad: Tensor) -> None:
