@@ -14,7 +14,6 @@ LAYERS = [
     "data",
     "geometry",
     "radial",
-    
     "hierarchy",
     "nn",
     "models",
