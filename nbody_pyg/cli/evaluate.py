@@ -13,7 +13,7 @@ from nbody_pyg.cli.plots import parity_plot
 from nbody_pyg.cli.tables import error_table
 from nbody_pyg.data import AtomicData
 from nbody_pyg.datasets import embedded, label_audit, read_frames
-from nbody_pyg.deploy import load_model
+from nbody_pyg.deploy import load_model, with_reference
 from nbody_pyg.training.evaluation import Evaluation, evaluate as predict
 
 
@@ -29,7 +29,11 @@ def evaluate(args: argparse.Namespace) -> int:
     errors = {}
     for path in models:
         potential = load_model(path, device=args.device)
-        found = {name: predict(potential, f, args.batch_size, args.device) for name, f in sets.items()}
+        scheme = getattr(potential.model, "scheme", None)
+        found = {
+            name: predict(potential, with_reference(frames, path, scheme), args.batch_size, args.device)
+            for name, frames in sets.items()
+        }
         errors |= {(labels[path], name): evaluation.errors for name, evaluation in found.items()}
         stem = "" if len(models) == 1 else f"{labels[path].replace('/', '_')}_"
         for name, evaluation in found.items():

@@ -41,7 +41,8 @@ def _train(config: Config) -> int:
     print(label_audit(data.named()), "\n")
     potential = build_potential(config, data)
     _describe(potential, config)
-    data = data.with_topology(potential.model.scheme)
+    shared = config.data.shares_hierarchy
+    data = data.with_topology(potential.model.scheme, shared)
     resume = _checkpoint(folder) if config.output.resume else None
     if resume is None and (folder / "model.nbody").exists():
         print(f"replacing the earlier run in {folder}")
@@ -101,6 +102,8 @@ def _finish(potential: Potential, data: DataSets, config: Config, result: FitRes
         "errors": errors,
         "errors_unit": "meV and meV/angstrom",
     }
+    if config.data.shares_hierarchy:
+        record["reference"] = {"z": data.train[0].z.tolist(), "pos": data.train[0].pos.tolist()}
     save_model(potential, folder / "model.nbody", record)
     (folder / "errors.json").write_text(json.dumps(errors, indent=1) + "\n")
     print(f"model      {folder / 'model.nbody'}\nlog        {folder / 'metrics.csv'}")

@@ -11,7 +11,8 @@ from ase.calculators.calculator import Calculator, PropertyNotImplementedError, 
 from ase.data import chemical_symbols
 from ase.stress import full_3x3_to_voigt_6_stress
 
-from nbody_pyg.deploy.model_file import load_model
+from nbody_pyg.deploy.model_file import load_model, read_metadata
+from nbody_pyg.deploy.reference import reference_topology
 from nbody_pyg.hierarchy import Topology
 from nbody_pyg.potential import Potential
 
@@ -34,7 +35,8 @@ class NBodyCalculator(Calculator):
     Along a trajectory the hierarchy is carried on with ``scheme.update``, which keeps groups of atoms together
     for schemes with fixed parts (BondTree), so that the energy stays smooth. It is built anew for other
     elements or periodicity, or when an atom has moved further than ``carry_on`` since the last call: that is
-    another structure, not the next step. :meth:`reset` forgets it as well.
+    another structure, not the next step. :meth:`reset` forgets it as well. A model file that was trained on
+    one molecule brings the hierarchy for it.
 
     Args:
         potential: a Potential, or the path of a model file.
@@ -58,7 +60,9 @@ class NBodyCalculator(Calculator):
         super().__init__(**kwargs)
         if dtype is not None and dtype not in _DTYPES:
             raise ValueError(f"dtype must be one of {sorted(_DTYPES)} or None, got {dtype!r}")
+        self.metadata: dict[str, Any] = {}
         if not isinstance(potential, Potential):
+            self.metadata = read_metadata(potential)["metadata"]
             potential = load_model(potential)
         self.potential = potential.to(device).eval()
         if dtype is not None:
@@ -128,7 +132,11 @@ class NBodyCalculator(Calculator):
         if follows:
             self._topology = self.scheme.update(self._topology, z, pos, None, cell, pbc)
         else:
-            self._topology = self.scheme.topology(z, pos, None, cell, pbc)
+            known = None if pbc is not None else reference_topology(self.metadata, self.scheme, z.tolist())
+            if known is None:
+                self._topology = self.scheme.topology(z, pos, None, cell, pbc)
+            else:
+                self._topology = self.scheme.update(known.to(self.device), z, pos)
         self._key, self._last = key, pos
         return self._topology
 

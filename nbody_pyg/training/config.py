@@ -35,6 +35,10 @@ class DataConfig:
     energy_key: str | None = setting(None, "key of the energy in the files")
     forces_key: str | None = setting(None, "key of the forces in the files")
     stress_key: str | None = setting(None, "key of the stress in the files")
+    one_molecule: bool | None = setting(
+        None, "all frames hold one molecule in one order of atoms, and share the hierarchy of the first "
+        "(default: true for embedded and rmd17)"
+    )  # fmt: skip
     e0: dict[str, float] | str = setting("lstsq", "lstsq, mean, isolated, or {element: eV}")
 
     def __post_init__(self) -> None:
@@ -43,6 +47,11 @@ class DataConfig:
             raise ValueError(f"data needs exactly one of embedded, rmd17 and train, got {given or 'none'}")
         if self.rmd17 is not None and self.root is None:
             raise ValueError("data.rmd17 needs data.root, the folder of the rMD17 files")
+
+    @property
+    def shares_hierarchy(self) -> bool:
+        """Whether bonds are taken from the first frame, so that a stretched bond is no step in the energy."""
+        return self.train is None if self.one_molecule is None else self.one_molecule
 
 
 @dataclass(frozen=True)

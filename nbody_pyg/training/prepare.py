@@ -10,7 +10,7 @@ import torch
 from torch_geometric.data import Data
 
 from nbody_pyg.datasets import embedded, fit_reference, load_rmd17, read_frames, require_labels, split_indices
-from nbody_pyg.hierarchy import Scheme
+from nbody_pyg.hierarchy import Scheme, Topology, share_topology
 from nbody_pyg.potential import AtomicReference, Potential
 from nbody_pyg.training.config import Config, DataConfig, model_arguments
 from nbody_pyg.training.run import force_variance
@@ -27,10 +27,23 @@ class DataSets:
     def named(self) -> dict[str, Sequence[Data]]:
         return {"train": self.train, **({"val": self.val} if len(self.val) else {}), **self.tests}
 
-    def with_topology(self, scheme: Scheme) -> DataSets:
-        """The same frames with their hierarchies stored, so that training does not search for them."""
-        tests = {name: [scheme(f) for f in frames] for name, frames in self.tests.items()}
-        return DataSets([scheme(f) for f in self.train], [scheme(f) for f in self.val], tests)
+    def with_topology(self, scheme: Scheme, shared: bool = False) -> DataSets:
+        """The same frames with their hierarchies stored, so that training does not search for them.
+
+        Args:
+            shared: every frame takes the parts of the first training frame (see share_topology).
+        """
+        if shared:
+            tree = Topology.from_data(scheme(self.train[0]))
+
+            def store(frames: Sequence[Data]) -> Sequence[Data]:
+                return share_topology(frames, scheme, tree)
+        else:
+
+            def store(frames: Sequence[Data]) -> Sequence[Data]:
+                return [scheme(frame) for frame in frames]
+
+        return DataSets(store(self.train), store(self.val), {n: store(f) for n, f in self.tests.items()})
 
 
 def load_data(config: DataConfig) -> DataSets:

@@ -12,7 +12,8 @@ from ase.calculators.fd import calculate_numerical_forces, calculate_numerical_s
 from ase.io import read
 
 from nbody_pyg import BondTree, NestedShells
-from nbody_pyg.deploy import NBodyCalculator, run_md, save_model
+from nbody_pyg.data import AtomicData
+from nbody_pyg.deploy import NBodyCalculator, run_md, save_model, with_reference
 from nbody_pyg.models import NBodyNet
 from nbody_pyg.potential import AtomicReference, Potential
 
@@ -108,6 +109,31 @@ def test_groups_stay_together_along_a_trajectory(ethanol):
     ethanol.positions[8] -= 8 * 0.4 * away / np.linalg.norm(away)
     ethanol.get_potential_energy()
     assert torch.equal(calculator._topology.child_index[1], children)
+
+
+def test_model_of_one_molecule_brings_its_hierarchy(tmp_path, ethanol):
+    """Started from a structure with a long bond, it still has the groups that it was trained with."""
+    potential = Potential(network(BondTree(cutoff=4.0)), E0).double()
+    reference = {"z": ethanol.numbers.tolist(), "pos": ethanol.positions.tolist()}
+    save_model(potential, tmp_path / "m.nbody", {"reference": reference})
+    stretched = ethanol.copy()
+    away = ethanol.positions[8] - ethanol.positions[2]
+    stretched.positions[8] += 1.0 * away
+    energies = []
+    for source in (tmp_path / "m.nbody", potential):
+        stretched.calc = NBodyCalculator(source)
+        energies.append(stretched.get_potential_energy())
+    ethanol.calc = NBodyCalculator(potential)
+    ethanol.get_potential_energy()
+    for step in range(4):
+        ethanol.positions[8] += 0.25 * away
+        followed = ethanol.get_potential_energy()
+    assert energies[0] == pytest.approx(followed, abs=1e-8) != energies[1]
+    frames = [AtomicData.from_ase(stretched, labels=False)]
+    shared = with_reference(frames, tmp_path / "m.nbody", potential.model.scheme)
+    assert float(potential(shared[0])["energy"]) == pytest.approx(energies[0], abs=1e-8)
+    single = with_reference([AtomicData.from_ase(ase_molecule("CH4"))], tmp_path / "m.nbody", potential.model.scheme)
+    assert single[0].num_nodes == 5 and "num_parts_1" in single[0]
 
 
 def test_other_atoms_and_other_periodicity(calculator, ethanol):
