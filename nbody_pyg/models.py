@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch_geometric.data import Data
 
 from nbody_pyg.hierarchy import Hierarchy, NestedShells, Scheme, Topology
-from nbody_pyg.nn.gates import EdgeEmbedding, EdgeFeatures, OneBodyGate, RowLinear, sum_into
-from nbody_pyg.nn.interaction import Interaction, add_to_scalars
-from nbody_pyg.nn.irreps import check_symmetry, hidden_irreps, num_rows, require_reachable
+from nbody_pyg.nn.gates import EdgeEmbedding, EdgeFeatures, OneBodyGate, sum_into
+from nbody_pyg.nn.interaction import Interaction, Recipe
+from nbody_pyg.nn.irreps import check_symmetry, hidden_irreps, require_reachable, to_mul_ir
 from nbody_pyg.nn.readout import LinearReadout, MLPReadout
 from nbody_pyg.radial import BesselBasis, InversePowers
 
@@ -80,7 +80,7 @@ class NBodyNet(nn.Module):
 
     Example:
         >>> NBodyNet([1, 6, 8], channels=8)
-        NBodyNet(H C O, NestedShells(radii=[5.0, 5.0]), practical, 8x0e+8x1o+8x2e -> 1x0e, 13929 parameters)
+        NBodyNet(H C O, NestedShells(radii=[5.0, 5.0]), practical, 8x0e+8x1o+8x2e -> 1x0e, 5843 parameters)
     """
 
     #: Settings that ``options`` may change.
@@ -107,12 +107,15 @@ class NBodyNet(nn.Module):
         super().__init__()
         self.scheme = NestedShells((5.0, 5.0)) if scheme is None else scheme
         self.species = _check_species(species)
-        self.preset, self.target = _check_choice("preset", preset, PRESETS), _check_choice(
-            "target", target, ("extensive", "intensive")
+        self.preset, self.target = (
+            _check_choice("preset", preset, PRESETS),
+            _check_choice("target", target, ("extensive", "intensive")),
         )
         unknown = set(options) - set(self.DEFAULTS)
         if unknown:
-            raise ValueError(f"options must be among {sorted(self.DEFAULTS)}, got {sorted(unknown)}; check the spelling")
+            raise ValueError(
+                f"options must be among {sorted(self.DEFAULTS)}, got {sorted(unknown)}; check the spelling"
+            )
         self.options = self.DEFAULTS | options
         check_symmetry(self.options["symmetry"])
         _check_choice("sweeps", self.options["sweeps"], SWEEPS)
@@ -137,7 +140,11 @@ class NBodyNet(nn.Module):
             if step.edges not in self.embeddings:
                 spec = levels[int(step.edges[-1])]
                 radius = spec.pair_radius if step.kind == "pair" else spec.child_radius
-                basis = InversePowers(num_basis - 1, radius) if self.preset == "strict" else BesselBasis(num_basis, radius)
+                basis = (
+                    InversePowers(num_basis - 1, radius)
+                    if self.preset == "strict"
+                    else BesselBasis(num_basis, radius)
+                )
                 self.embeddings[step.edges] = EdgeEmbedding(self.lmax, basis, symmetry)
             sends_again = any(self._source(later) == step.level for later in self.steps[n + 1 :])
             final = last_visit[step.level] == n and not sends_again
@@ -146,7 +153,9 @@ class NBodyNet(nn.Module):
             types[step.level] = irreps_out
         self._types = types
         readout = LinearReadout if self.preset == "strict" else MLPReadout
-        self.readouts = nn.ModuleDict({str(k): readout(types[k], self.irreps_out) for k in self._read_levels()})
+        self.readouts = nn.ModuleDict(
+            {str(k): readout(types[k], self.irreps_out) for k in self._read_levels()}
+        )
         num_scalars = self.irreps_out.count(o3.Irrep("0e"))
         self.shift = nn.Parameter(torch.zeros(len(self.species), num_scalars)) if self._shifts() else None
 
@@ -167,25 +176,26 @@ class NBodyNet(nn.Module):
         return step.level + {"pair": 0, "up": -1, "down": 1}[step.kind]
 
     def _interaction(self, step: Step, types: dict[int, o3.Irreps], irreps_out: o3.Irreps) -> nn.Module:
-        symmetry, num_basis, centred = self.options["symmetry"], self.options["num_basis"], self._centred(step.level)
+        recipe = Recipe(
+            num_species=len(self.species),
+            num_basis=self.options["num_basis"],
+            body_order=self.body_order,
+            symmetry=self.options["symmetry"],
+            practical=self.preset == "practical",
+        )
         kind = step.edges.split("_")[0]
         degree = float((self.options["degrees"] or {}).get(step.edges, _DEFAULT_DEGREE[kind]))
         if step.kind == "down":
-            return OneBodyGate(self.irreps, self.irreps, self.lmax, num_basis, 1.0, symmetry)
-        source = types.get(self._source(step))
+            return OneBodyGate(self.irreps, self.irreps, self.lmax, recipe.num_basis, 1.0, recipe.symmetry)
         return Interaction(
-            irreps_source=source,
-            irreps_target=types.get(step.level) if step.kind == "pair" else self._inherited(step, types),
-            irreps=self.irreps,
-            num_basis=num_basis,
-            degree=degree,
-            num_species=len(self.species),
-            centred=centred,
-            body_order=self.body_order,
-            residual=self.preset == "practical",
-            irreps_out=irreps_out,
-            symmetry=symmetry,
+            recipe,
+            self.irreps,
+            types.get(self._source(step)),
+            types.get(step.level) if step.kind == "pair" else self._inherited(step, types),
+            irreps_out,
             bare=self._centred(self._source(step)),
+            centred=self._centred(step.level),
+            degree=degree,
         )
 
     def _centred(self, level: int) -> bool:
@@ -277,8 +287,6 @@ class NBodyNet(nn.Module):
 
     def representations(self, data: Data) -> list[tuple[o3.Irreps, Tensor]]:
         """(type, states in e3nn's mul_ir layout) of every level in use, for tests of covariance."""
-        from nbody_pyg.nn.irreps import to_mul_ir
-
         states = self.states(self.hierarchy(data))
         return [(self._types[k], to_mul_ir(x.flatten(1), self._types[k])) for k, x in sorted(states.items())]
 
@@ -312,9 +320,13 @@ class NBodyNet(nn.Module):
         index = self.species_of[z.clamp(0, 118)]
         if not torch.compiler.is_compiling() and bool((index < 0).any()):
             unknown = sorted(set(z[index < 0].tolist()))
-            names = ", ".join(f"{chemical_symbols[n] if 0 < n < 119 else 'no element'} ({n})" for n in unknown)
+            names = ", ".join(
+                f"{chemical_symbols[n] if 0 < n < 119 else 'no element'} ({n})" for n in unknown
+            )
             known = ", ".join(chemical_symbols[n] for n in self.species)
-            raise ValueError(f"z must hold elements of this model ({known}), got {names}; train a model with them")
+            raise ValueError(
+                f"z must hold elements of this model ({known}), got {names}; train a model with them"
+            )
         return index
 
     # ------------------------------------------------------------------ description
@@ -356,9 +368,7 @@ class NBodyNet(nn.Module):
     def __repr__(self) -> str:
         names = " ".join(chemical_symbols[n] for n in self.species)
         size = sum(p.numel() for p in self.parameters())
-        return (
-            f"NBodyNet({names}, {self.scheme!r}, {self.preset}, {self.irreps} -> {self.irreps_out}, {size} parameters)"
-        )
+        return f"NBodyNet({names}, {self.scheme!r}, {self.preset}, {self.irreps} -> {self.irreps_out}, {size} parameters)"
 
 
 def edge_degrees(scheme: Scheme, frames: Iterable[Data]) -> dict[str, float]:
@@ -368,7 +378,10 @@ def edge_degrees(scheme: Scheme, frames: Iterable[Data]) -> dict[str, float]:
     for frame in frames:
         topology = scheme.read(frame) if frame.get("num_parts_1") is not None else scheme.read(scheme(frame))
         for k in range(topology.num_levels):
-            for name, index in ((f"child_{k}", topology.child_index[k]), (f"pair_{k}", topology.pair_index[k])):
+            for name, index in (
+                (f"child_{k}", topology.child_index[k]),
+                (f"pair_{k}", topology.pair_index[k]),
+            ):
                 if index is not None:
                     edges[name] = edges.get(name, 0) + index.shape[1]
                     targets[name] = targets.get(name, 0) + topology.size(k)
@@ -378,7 +391,9 @@ def edge_degrees(scheme: Scheme, frames: Iterable[Data]) -> dict[str, float]:
 def _check_species(species: Sequence[int]) -> tuple[int, ...]:
     found = tuple(sorted({int(n) for n in species}))
     if not found or found[0] < 1 or found[-1] > 118:
-        raise ValueError(f"species must be atomic numbers between 1 and 118, got {list(species)}; e.g. [1, 6, 8]")
+        raise ValueError(
+            f"species must be atomic numbers between 1 and 118, got {list(species)}; e.g. [1, 6, 8]"
+        )
     return found
 
 

@@ -94,7 +94,12 @@ class BesselBasis(nn.Module):
     def compiled(self) -> dict[str, str | int | float]:
         """Arguments that describe this basis to :class:`~nbody_pyg.kernels.edges.FeatureKernel`."""
         scale = 0.3 * math.sqrt(2.0) * self.radius
-        return {"basis": "bessel", "num_basis": self.num_basis, "scale": scale, "frequency": math.pi / self.radius}
+        return {
+            "basis": "bessel",
+            "num_basis": self.num_basis,
+            "scale": scale,
+            "frequency": math.pi / self.radius,
+        }
 
     def forward(self, r: Float[Tensor, "edges"]) -> Float[Tensor, "edges num_basis"]:
         x = (r / self.radius).unsqueeze(-1)

@@ -12,7 +12,16 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-_FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-shared", "-fPIC", "-w")
+_FLAGS = (
+    "-O3",
+    "-march=native",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-ffp-contract=fast",
+    "-shared",
+    "-fPIC",
+    "-w",
+)
 
 
 @functools.lru_cache(maxsize=1)
@@ -24,7 +33,10 @@ def compiler() -> str | None:
 
 def cache_folder() -> Path:
     """Where compiled products are kept: NBODY_CACHE, else the user's cache folder."""
-    base = os.environ.get("NBODY_CACHE") or Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "nbody_pyg"
+    base = (
+        os.environ.get("NBODY_CACHE")
+        or Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "nbody_pyg"
+    )
     return Path(base) / "kernels"
 
 
@@ -38,7 +50,7 @@ def _machine() -> str:
         return "unknown"
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def load(source: str) -> ctypes.CDLL:
     """Shared library of a C source, compiled at the first use.
 

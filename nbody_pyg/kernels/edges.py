@@ -148,12 +148,18 @@ def harmonic_source(polynomials: Sequence[Polynomial]) -> str:
     monomials = " ".join(f"const double {name} = {_monomial(p)}; (void){name};" for p, name in names.items())
     values = " ".join(f"h[{k}] = {_expression(poly, names)};" for k, poly in enumerate(polynomials))
     slopes = " ".join(
-        f"h[{k}] = " + " + ".join(f"t{name} * ({_expression(_derivative(poly, a), names)})" for a, name in enumerate("xyz")) + ";"
+        f"h[{k}] = "
+        + " + ".join(
+            f"t{name} * ({_expression(_derivative(poly, a), names)})" for a, name in enumerate("xyz")
+        )
+        + ";"
         for k, poly in enumerate(polynomials)
     )
     # Combine all harmonics into one polynomial with coefficients G first: its derivatives are then taken once.
     combine = " ".join(
-        f"const double G{n} = " + " + ".join(f"{poly[p]!r} * g[{k}]" for k, poly in enumerate(polynomials) if p in poly) + ";"
+        f"const double G{n} = "
+        + " + ".join(f"{poly[p]!r} * g[{k}]" for k, poly in enumerate(polynomials) if p in poly)
+        + ";"
         for n, p in enumerate(every)
     )
 
@@ -168,7 +174,9 @@ def harmonic_source(polynomials: Sequence[Polynomial]) -> str:
 
     first = " ".join(f"out[{a}] = {derivative([a])};" for a in range(3))
     second = " ".join(
-        f"bent[{a}] = " + " + ".join(f"t{name} * ({derivative([a, b])})" for b, name in enumerate("xyz")) + ";"
+        f"bent[{a}] = "
+        + " + ".join(f"t{name} * ({derivative([a, b])})" for b, name in enumerate("xyz"))
+        + ";"
         for a in range(3)
     )
     arguments = "double x, double y, double z"
@@ -192,7 +200,13 @@ class FeatureKernel:
     """
 
     def __init__(
-        self, polynomials: Sequence[Polynomial], basis: str, num_basis: int, soft: float, scale: float, frequency: float = 0.0
+        self,
+        polynomials: Sequence[Polynomial],
+        basis: str,
+        num_basis: int,
+        soft: float,
+        scale: float,
+        frequency: float = 0.0,
     ) -> None:
         self.rows, self.num_basis = len(polynomials), num_basis
         source = _FEATURES.format(
@@ -245,7 +259,9 @@ class _FeaturesBackward(torch.autograd.Function):
         return ov, ow, oh, orad, None
 
 
-_window_library = Library(_WINDOW, {"window_forward": "id2p", "window_backward": "id3p", "window_double": "id5p"})
+_window_library = Library(
+    _WINDOW, {"window_forward": "id2p", "window_backward": "id3p", "window_double": "id5p"}
+)
 
 
 def compiled_window(vec: Tensor, cutoff: float) -> Tensor:

@@ -38,7 +38,9 @@ class Library:
         for name, signature in self._signatures.items():
             function = getattr(library, name)
             function.argtypes = [
-                _C_TYPES[kind] for count, kind in re.findall(r"(\d*)([idp])", signature) for _ in range(int(count or 1))
+                _C_TYPES[kind]
+                for count, kind in re.findall(r"(\d*)([idp])", signature)
+                for _ in range(int(count or 1))
             ]
             function.restype = None
             functions[name] = function

@@ -136,7 +136,9 @@ class Block(NamedTuple):
 class LinearKernel:
     """Blockwise linear map: x (nodes, rows_in, channels_in) and one matrix per block to (nodes, rows_out, channels_out)."""
 
-    def __init__(self, blocks: list[Block], rows_in: int, channels_in: int, rows_out: int, channels_out: int) -> None:
+    def __init__(
+        self, blocks: list[Block], rows_in: int, channels_in: int, rows_out: int, channels_out: int
+    ) -> None:
         self.blocks, self.shape_in, self.shape_out = blocks, (rows_in, channels_in), (rows_out, channels_out)
         numbers = [
             number
@@ -200,7 +202,11 @@ class _Apply(torch.autograd.Function):
     def backward(ctx, g: Tensor):
         x, *weights = ctx.saved_tensors
         gx = _Transposed.apply(ctx.kernel, g, *weights) if ctx.needs_input_grad[1] else None
-        gw = _Outer.apply(ctx.kernel, x, g) if any(ctx.needs_input_grad[2:]) and not weight_gradients_skipped() else [None] * len(weights)
+        gw = (
+            _Outer.apply(ctx.kernel, x, g)
+            if any(ctx.needs_input_grad[2:]) and not weight_gradients_skipped()
+            else [None] * len(weights)
+        )
         return None, gx, *gw
 
 
@@ -218,7 +224,11 @@ class _Transposed(torch.autograd.Function):
     def backward(ctx, g: Tensor):
         z, *weights = ctx.saved_tensors
         gz = _Apply.apply(ctx.kernel, g, *weights) if ctx.needs_input_grad[1] else None
-        gw = _Outer.apply(ctx.kernel, g, z) if any(ctx.needs_input_grad[2:]) and not weight_gradients_skipped() else [None] * len(weights)
+        gw = (
+            _Outer.apply(ctx.kernel, g, z)
+            if any(ctx.needs_input_grad[2:]) and not weight_gradients_skipped()
+            else [None] * len(weights)
+        )
         return None, gz, *gw
 
 

@@ -18,4 +18,6 @@ def check_operands(dtype: torch.dtype, **operands: tuple[Tensor, tuple[int, ...]
                 "and leave autocast off or use set_backend('torch')"
             )
         if tuple(tensor.shape) != shape:
-            raise ValueError(f"{name} must have shape {list(shape)}, got {list(tensor.shape)}; check the irreps and edges")
+            raise ValueError(
+                f"{name} must have shape {list(shape)}, got {list(tensor.shape)}; check the irreps and edges"
+            )

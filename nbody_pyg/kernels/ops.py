@@ -70,10 +70,20 @@ class _ProductBackward(torch.autograd.Function):
 class OneBodyKernel:
     """Edge product of source states, harmonics and radial functions, see :func:`codegen.one_body_source`."""
 
-    def __init__(self, terms: list[Term], rows_in: int, harmonics: int, rows_out: int, paths: int, basis: int) -> None:
-        self.rows_in, self.rows_out, self.harmonics, self.paths, self.basis = rows_in, rows_out, harmonics, paths, basis
+    def __init__(
+        self, terms: list[Term], rows_in: int, harmonics: int, rows_out: int, paths: int, basis: int
+    ) -> None:
+        self.rows_in, self.rows_out, self.harmonics, self.paths, self.basis = (
+            rows_in,
+            rows_out,
+            harmonics,
+            paths,
+            basis,
+        )
         signatures = {"one_body_forward": "2i7p", "one_body_backward": "2i11p", "one_body_double": "2i16p"}
-        self.library = Library(codegen.one_body_source(terms, rows_in, harmonics, rows_out, paths, basis), signatures)
+        self.library = Library(
+            codegen.one_body_source(terms, rows_in, harmonics, rows_out, paths, basis), signatures
+        )
 
     def __call__(
         self, x: Tensor, harmonics: Tensor, radial: Tensor, weight: Tensor, index: Tensor, num_targets: int

@@ -77,7 +77,9 @@ class EdgeEmbedding(nn.Module):
         self.radial = radial
         # A user's own basis need not be known to the compiled backend.
         known = radial.compiled() if hasattr(radial, "compiled") else None
-        self.kernel = FeatureKernel(self.harmonics.polynomials(), soft=SOFT_LENGTH, **known) if known else None
+        self.kernel = (
+            FeatureKernel(self.harmonics.polynomials(), soft=SOFT_LENGTH, **known) if known else None
+        )
 
     def forward(
         self,
@@ -89,10 +91,14 @@ class EdgeEmbedding(nn.Module):
         if self.kernel is not None and backend(vec) == "c":
             return EdgeFeatures(index, *self.kernel(vec, window), num_targets)
         direction, rho = soften(vec)
-        return EdgeFeatures(index, self.harmonics(direction), self.radial(rho) * window.unsqueeze(-1), num_targets)
+        return EdgeFeatures(
+            index, self.harmonics(direction), self.radial(rho) * window.unsqueeze(-1), num_targets
+        )
 
 
-def sum_into(messages: Float[Tensor, "edges *shape"], target: Int[Tensor, "edges"], num_targets: int) -> Tensor:
+def sum_into(
+    messages: Float[Tensor, "edges *shape"], target: Int[Tensor, "edges"], num_targets: int
+) -> Tensor:
     """Sum messages at their targets; index_add has derivatives of every order, segment reductions do not."""
     return messages.new_zeros(num_targets, *messages.shape[1:]).index_add(0, target, messages)
 
@@ -109,7 +115,8 @@ class DensityGate(nn.Module):
     Args:
         num_species: number of elements.
         num_basis: number of radial functions on the edges.
-        irreps_out: type of the result, one multiplicity, no degree above the harmonics'.
+        irreps_out: type of the result, one multiplicity, no degree above the harmonics'. With symmetry "o3-full" it
+            may hold fragments of the other parity, which bare atoms cannot make: they are zero.
         degree: typical number of neighbours, a constant (a count taken from the input would break extensivity).
 
     Shapes: species (sources,) in 0 .. num_species - 1, edges -> (targets, rows, channels).
@@ -118,26 +125,36 @@ class DensityGate(nn.Module):
     """
 
     def __init__(
-        self, num_species: int, num_basis: int, irreps_out: o3.Irreps, degree: float = 1.0, symmetry: str = "o3"
+        self,
+        num_species: int,
+        num_basis: int,
+        irreps_out: o3.Irreps,
+        degree: float = 1.0,
+        symmetry: str = "o3",
     ) -> None:
         super().__init__()
         self.irreps_out = o3.Irreps(irreps_out)
         self.num_species, self.scale = num_species, degree**-0.5
-        degrees = [ir.l for _, ir in self.irreps_out]
-        require_reachable(self.irreps_out, {ir for _, ir in harmonic_irreps(max(degrees), symmetry)}, "a density of bare atoms")
+        natural = {ir for _, ir in harmonic_irreps(max(ir.l for _, ir in self.irreps_out), symmetry)}
+        if symmetry != "o3-full":
+            require_reachable(self.irreps_out, natural, "a density of bare atoms")
         channels, fan_in = equal_multiplicity(self.irreps_out), num_species * num_basis
-        self.weights = nn.ParameterList(
-            nn.Parameter(torch.randn(fan_in, channels) * num_basis**-0.5) for _ in degrees
-        )
-        rows = (max(degrees) + 1) ** 2
+        slices = row_slices(self.irreps_out)
         blocks = [
-            Block(l * l, part.start, 2 * l + 1, fan_in, channels)
-            for l, part in zip(degrees, row_slices(self.irreps_out), strict=True)
+            Block(ir.l**2, part.start, ir.dim, fan_in, channels)
+            for part, (_, ir) in zip(slices, self.irreps_out, strict=True)
+            if ir in natural
         ]
+        self.weights = nn.ParameterList(
+            nn.Parameter(torch.randn(fan_in, channels) * num_basis**-0.5) for _ in blocks
+        )
+        rows = (max(ir.l for _, ir in self.irreps_out) + 1) ** 2
         self.linear = LinearKernel(blocks, rows, fan_in, num_rows(self.irreps_out), channels)
         self.kernel = DensityKernel(rows, num_basis, num_species)
 
-    def forward(self, species: Int[Tensor, "sources"], edges: EdgeFeatures) -> Float[Tensor, "targets rows channels"]:
+    def forward(
+        self, species: Int[Tensor, "sources"], edges: EdgeFeatures
+    ) -> Float[Tensor, "targets rows channels"]:
         source, target = edges.index
         rows, basis = self.kernel.shape
         harmonics, radial = edges.harmonics[:, :rows] * self.scale, edges.radial
@@ -147,7 +164,9 @@ class DensityGate(nn.Module):
         else:
             outer = (harmonics.unsqueeze(2) * radial.unsqueeze(1)).flatten(1)
             density = sum_into(outer, slot, edges.num_targets * self.num_species)
-            density = density.view(edges.num_targets, self.num_species, rows, basis).transpose(1, 2).flatten(2)
+            density = (
+                density.view(edges.num_targets, self.num_species, rows, basis).transpose(1, 2).flatten(2)
+            )
         return blockwise_linear(self.linear, density, *self.weights)
 
     def extra_repr(self) -> str:
@@ -199,15 +218,21 @@ class OneBodyGate(ConstantTables):
         self.channels, self.scale = equal_multiplicity(self.irreps_in), degree**-0.5
         harmonics = harmonic_irreps(order, symmetry)
         self.paths = coupling_paths(self.irreps_in, harmonics, self.irreps_out)
-        require_reachable(self.irreps_out, {path.ir for path in self.paths}, f"a gate of order {order} on {irreps_in}")
+        require_reachable(
+            self.irreps_out, {path.ir for path in self.paths}, f"a gate of order {order} on {irreps_in}"
+        )
         table = coupling_table(self.irreps_in, harmonics, self.paths)
         self.num_harmonics, self.rows_in = num_rows(harmonics), num_rows(self.irreps_in)
         terms = table_terms(table, self.paths, self.num_harmonics)
-        self.kernel = OneBodyKernel(terms, self.rows_in, self.num_harmonics, table.shape[0], len(self.paths), num_basis)
+        self.kernel = OneBodyKernel(
+            terms, self.rows_in, self.num_harmonics, table.shape[0], len(self.paths), num_basis
+        )
         table = table.view(-1, self.rows_in, self.num_harmonics).permute(2, 0, 1).flatten(1)
         self.add_table("coupling", table)
         self.add_table("path_of_row", torch.tensor([n for n, _ in path_row_order(self.paths)]))
-        self.radial_weight = nn.Parameter(torch.randn(num_basis, len(self.paths) * self.channels) * num_basis**-0.5)
+        self.radial_weight = nn.Parameter(
+            torch.randn(num_basis, len(self.paths) * self.channels) * num_basis**-0.5
+        )
         self.mix = PathLinear(self.paths, self.channels, self.irreps_out)
 
     def forward(
@@ -253,7 +278,11 @@ class ProductGate(nn.Module):
         super().__init__()
         if body_order < 1:
             raise ValueError(f"body_order must be at least 1, got {body_order!r}; 2 or 3 is usual")
-        self.irreps_in, self.irreps_out, self.body_order = o3.Irreps(irreps_in), o3.Irreps(irreps_out), body_order
+        self.irreps_in, self.irreps_out, self.body_order = (
+            o3.Irreps(irreps_in),
+            o3.Irreps(irreps_out),
+            body_order,
+        )
         if not set(self.irreps_out) <= set(self.irreps_in):
             raise ValueError(
                 f"irreps_out must be some of the fragments of irreps_in, got {self.irreps_out} of {self.irreps_in}; "
@@ -297,7 +326,9 @@ class RowLinear(nn.Module):
         starts, start = {}, 0
         for _, ir in self.irreps_in:
             if ir in starts:
-                raise ValueError(f"irreps_in must hold each fragment in one block, got {self.irreps_in}; use IrrepsLinear")
+                raise ValueError(
+                    f"irreps_in must hold each fragment in one block, got {self.irreps_in}; use IrrepsLinear"
+                )
             starts[ir] = start
             start += ir.dim
         blocks, row_out = [], 0
@@ -309,7 +340,9 @@ class RowLinear(nn.Module):
         )
         self.kernel = LinearKernel(blocks, start, channels, row_out, channels_out)
 
-    def forward(self, x: Float[Tensor, "nodes rows_in channels"]) -> Float[Tensor, "nodes rows_out channels_out"]:
+    def forward(
+        self, x: Float[Tensor, "nodes rows_in channels"]
+    ) -> Float[Tensor, "nodes rows_out channels_out"]:
         return blockwise_linear(self.kernel, x, *self.weights)
 
     def extra_repr(self) -> str:
@@ -373,12 +406,16 @@ class FullGate(nn.Module):
         super().__init__()
         self.irreps_in, self.irreps_out = o3.Irreps(irreps_in), o3.Irreps(irreps_out)
         self.order, self.scale = order, degree**-0.5
-        self.product = FullProduct(self.irreps_in, harmonic_irreps(order, symmetry), max(ir.l for _, ir in self.irreps_out))
+        self.product = FullProduct(
+            self.irreps_in, harmonic_irreps(order, symmetry), max(ir.l for _, ir in self.irreps_out)
+        )
         self.linears = nn.ModuleList(
             IrrepsLinear(self.product.irreps_out, self.irreps_out) for _ in range(num_basis)
         )
 
-    def forward(self, x: Float[Tensor, "sources irreps_in"], edges: EdgeFeatures) -> Float[Tensor, "targets irreps_out"]:
+    def forward(
+        self, x: Float[Tensor, "sources irreps_in"], edges: EdgeFeatures
+    ) -> Float[Tensor, "targets irreps_out"]:
         source, target = edges.index
         messages = self.product(x[source], edges.harmonics[:, : (self.order + 1) ** 2]) * self.scale
         total = 0

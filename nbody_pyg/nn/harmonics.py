@@ -40,7 +40,7 @@ class SolidHarmonics(ConstantTables):
         super().__init__()
         self.lmax = lmax
         self.irreps_out = harmonic_irreps(lmax, symmetry)
-        for l in range(2, lmax + 1):  # noqa: E741
+        for l in range(2, lmax + 1):
             self.add_table(f"raise_{l}", _raising_table(l))
 
     def polynomials(self) -> list[Polynomial]:
@@ -49,7 +49,7 @@ class SolidHarmonics(ConstantTables):
         axes = [(1, 0, 0), (0, 1, 0), (0, 0, 1)]
         if self.lmax >= 1:
             blocks.append([{axis: math.sqrt(3.0)} for axis in axes])
-        for l in range(2, self.lmax + 1):  # noqa: E741
+        for l in range(2, self.lmax + 1):
             table = _raising_table(l).view(2 * l - 1, 3, 2 * l + 1).tolist()
             block: list[Polynomial] = [{} for _ in range(2 * l + 1)]
             for i, lower in enumerate(blocks[-1]):
@@ -57,7 +57,9 @@ class SolidHarmonics(ConstantTables):
                     for m, polynomial in enumerate(block):
                         for powers, value in lower.items():
                             raised = tuple(p + q for p, q in zip(powers, axis, strict=True))
-                            polynomial[raised] = polynomial.get(raised, 0.0) + value * math.sqrt(3.0) * table[i][j][m]
+                            polynomial[raised] = (
+                                polynomial.get(raised, 0.0) + value * math.sqrt(3.0) * table[i][j][m]
+                            )
             blocks.append([{p: v for p, v in poly.items() if abs(v) > 1e-12} for poly in block])
         return [polynomial for block in blocks for polynomial in block]
 
@@ -65,7 +67,7 @@ class SolidHarmonics(ConstantTables):
         blocks = [vec.new_ones(vec.shape[0], 1)]
         if self.lmax >= 1:
             blocks.append(vec * math.sqrt(3.0))
-        for l in range(2, self.lmax + 1):  # noqa: E741
+        for l in range(2, self.lmax + 1):
             product = (blocks[-1].unsqueeze(2) * blocks[1].unsqueeze(1)).flatten(1)
             blocks.append(product @ getattr(self, f"raise_{l}"))
         return torch.cat(blocks, dim=-1)
@@ -74,7 +76,7 @@ class SolidHarmonics(ConstantTables):
         return f"lmax={self.lmax}"
 
 
-def _raising_table(l: int) -> Tensor:  # noqa: E741
+def _raising_table(l: int) -> Tensor:
     """Table ((2l-1) * 3, 2l+1) that takes Y_(l-1) x Y_1 to Y_l with the sign and scale of e3nn's harmonics."""
     table = o3.wigner_3j(l - 1, 1, l, dtype=torch.float64).flatten(0, 1)
     probe = torch.tensor([[0.3, -0.5, 0.7]], dtype=torch.float64)

@@ -48,7 +48,7 @@ def check_symmetry(symmetry: str) -> None:
         raise ValueError(f"symmetry must be one of {', '.join(SYMMETRIES)}, got {symmetry!r}; try 'o3'")
 
 
-def harmonic_parity(l: int, symmetry: str) -> int:  # noqa: E741 (l is the field's word)
+def harmonic_parity(l: int, symmetry: str) -> int:
     """Parity that a solid harmonic of degree l is given: (-1)^l, or +1 where reflections are ignored."""
     return 1 if symmetry == "so3" else (-1) ** l
 
@@ -73,7 +73,9 @@ def equal_multiplicity(irreps: o3.Irreps) -> int:
     """The common multiplicity of a type. Raises ValueError where the fragments differ."""
     found = {mul for mul, _ in irreps}
     if len(found) != 1:
-        raise ValueError(f"irreps must have one multiplicity for a channelwise product, got {irreps}; map it with IrrepsLinear")
+        raise ValueError(
+            f"irreps must have one multiplicity for a channelwise product, got {irreps}; map it with IrrepsLinear"
+        )
     return found.pop()
 
 
@@ -90,17 +92,21 @@ def from_mul_ir(x: Float[Tensor, "*batch dim"], irreps: o3.Irreps) -> Float[Tens
 def _transpose_blocks(x: Tensor, irreps: o3.Irreps, mul_last: bool) -> Tensor:
     irreps = o3.Irreps(irreps)
     if x.shape[-1] != irreps.dim:
-        raise ValueError(f"x must have {irreps.dim} components for {irreps}, got {x.shape[-1]}; check the irreps")
+        raise ValueError(
+            f"x must have {irreps.dim} components for {irreps}, got {x.shape[-1]}; check the irreps"
+        )
     blocks, start = [], 0
     for mul, ir in irreps:
         block = x[..., start : start + mul * ir.dim]
         shape = (ir.dim, mul) if mul_last else (mul, ir.dim)
-        blocks.append(block.reshape(*x.shape[:-1], *shape).transpose(-1, -2).reshape(*x.shape[:-1], mul * ir.dim))
+        blocks.append(
+            block.reshape(*x.shape[:-1], *shape).transpose(-1, -2).reshape(*x.shape[:-1], mul * ir.dim)
+        )
         start += mul * ir.dim
     return torch.cat(blocks, dim=-1) if blocks else x
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def clebsch_gordan(l1: int, l2: int, l3: int) -> Tensor:
     r"""Coupling coefficients (2l1+1, 2l2+1, 2l3+1) in float64, e3nn's real basis and signs.
 

@@ -37,13 +37,18 @@ class IrrepsLinear(nn.Module):
     def __init__(self, irreps_in: o3.Irreps | str, irreps_out: o3.Irreps | str, bias: bool = False) -> None:
         super().__init__()
         self.irreps_in, self.irreps_out = o3.Irreps(irreps_in), o3.Irreps(irreps_out)
-        require_reachable(self.irreps_out, {ir for _, ir in self.irreps_in}, "the linear map of " + str(self.irreps_in))
+        require_reachable(
+            self.irreps_out, {ir for _, ir in self.irreps_in}, "the linear map of " + str(self.irreps_in)
+        )
         self._slices = self.irreps_in.slices()
-        sources = [[i for i, (_, ir_in) in enumerate(self.irreps_in) if ir_in == ir] for _, ir in self.irreps_out]
+        sources = [
+            [i for i, (_, ir_in) in enumerate(self.irreps_in) if ir_in == ir] for _, ir in self.irreps_out
+        ]
         self._sources = sources
         self._fan_in = [sum(self.irreps_in[i].mul for i in source) for source in sources]
         self.weights = nn.ParameterList(
-            nn.Parameter(torch.empty(fan_in, mul)) for fan_in, (mul, _) in zip(self._fan_in, self.irreps_out, strict=True)
+            nn.Parameter(torch.empty(fan_in, mul))
+            for fan_in, (mul, _) in zip(self._fan_in, self.irreps_out, strict=True)
         )
         num_bias = sum(mul for mul, ir in self.irreps_out if ir == o3.Irrep("0e"))
         self.bias = nn.Parameter(torch.empty(num_bias)) if bias and num_bias else None

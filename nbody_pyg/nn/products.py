@@ -58,10 +58,16 @@ class ChannelwiseProduct(ConstantTables):
         self, irreps1: o3.Irreps, irreps2: o3.Irreps, irreps_out: o3.Irreps, symmetric: bool = False
     ) -> None:
         super().__init__()
-        self.irreps1, self.irreps2, self.irreps_out = o3.Irreps(irreps1), o3.Irreps(irreps2), o3.Irreps(irreps_out)
+        self.irreps1, self.irreps2, self.irreps_out = (
+            o3.Irreps(irreps1),
+            o3.Irreps(irreps2),
+            o3.Irreps(irreps_out),
+        )
         channels = equal_multiplicity(self.irreps1)
         if equal_multiplicity(self.irreps2) != channels:
-            raise ValueError(f"irreps2 must have the multiplicity of irreps1, got {irreps1} and {irreps2}; use IrrepsLinear")
+            raise ValueError(
+                f"irreps2 must have the multiplicity of irreps1, got {irreps1} and {irreps2}; use IrrepsLinear"
+            )
         self.paths = coupling_paths(self.irreps1, self.irreps2, self.irreps_out, symmetric)
         table = coupling_table(self.irreps1, self.irreps2, self.paths)
         self.add_table("coupling", table)
@@ -105,7 +111,9 @@ class PathLinear(nn.Module):
             row_out += ir.dim
         self.kernel = LinearKernel(self._blocks, start, channels, row_out, self.channels_out)
 
-    def forward(self, x: Float[Tensor, "nodes path_rows channels"]) -> Float[Tensor, "nodes rows channels_out"]:
+    def forward(
+        self, x: Float[Tensor, "nodes path_rows channels"]
+    ) -> Float[Tensor, "nodes rows channels_out"]:
         return blockwise_linear(self.kernel, x, *self.weights)
 
 
@@ -144,7 +152,9 @@ def coupling_table(irreps1: o3.Irreps, irreps2: o3.Irreps, paths: list[Path]) ->
     table = torch.zeros(len(order), num_rows(irreps1), num_rows(irreps2), dtype=torch.float64)
     for row, (n, m) in enumerate(order):
         first, second, ir = paths[n]
-        table[row, slices1[first], slices2[second]] = clebsch_gordan(irreps1[first].ir.l, irreps2[second].ir.l, ir.l)[..., m]
+        table[row, slices1[first], slices2[second]] = clebsch_gordan(
+            irreps1[first].ir.l, irreps2[second].ir.l, ir.l
+        )[..., m]
     return table.flatten(1)
 
 
@@ -190,8 +200,14 @@ class FullProduct(ConstantTables):
         self, x: Float[Tensor, "nodes irreps1"], y: Float[Tensor, "nodes irreps2"]
     ) -> Float[Tensor, "nodes irreps_out"]:
         nodes = x.shape[0]
-        xs = [x[:, s].reshape(nodes, ir.dim, mul) for s, (mul, ir) in zip(self.irreps1.slices(), self.irreps1, strict=True)]
-        ys = [y[:, s].reshape(nodes, ir.dim, mul) for s, (mul, ir) in zip(self.irreps2.slices(), self.irreps2, strict=True)]
+        xs = [
+            x[:, s].reshape(nodes, ir.dim, mul)
+            for s, (mul, ir) in zip(self.irreps1.slices(), self.irreps1, strict=True)
+        ]
+        ys = [
+            y[:, s].reshape(nodes, ir.dim, mul)
+            for s, (mul, ir) in zip(self.irreps2.slices(), self.irreps2, strict=True)
+        ]
         blocks = [
             torch.einsum("nac,nbd,abm->nmcd", xs[i], ys[j], getattr(self, f"cg_{n}")).reshape(nodes, -1)
             for n, (i, j) in enumerate(self._pairs)

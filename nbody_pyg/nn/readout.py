@@ -59,5 +59,3 @@ class MLPReadout(nn.Module):
         if y.shape[1] == self.num_scalars:
             return y + scalars
         return nn.functional.pad(scalars, (0, y.shape[1] - self.num_scalars)) + y
-
-

@@ -47,7 +47,9 @@ class Soap(Optimizer):
         weight_decay: float = 0.0,
     ) -> None:
         if lr <= 0 or not all(0 <= beta < 1 for beta in (*betas, shampoo_beta)) or frequency < 1:
-            raise ValueError(f"lr and frequency must be positive and decays in [0, 1), got {lr}, {frequency}, {betas}")
+            raise ValueError(
+                f"lr and frequency must be positive and decays in [0, 1), got {lr}, {frequency}, {betas}"
+            )
         defaults = dict(
             lr=lr, betas=betas, shampoo_beta=shampoo_beta, frequency=frequency,
             max_size=max_size, eps=eps, weight_decay=weight_decay,
@@ -69,7 +71,7 @@ class Soap(Optimizer):
             others = []
             for p in group["params"]:
                 if p.grad is not None:
-                    turned = p.dim() == 2 and 1 < min(p.shape) and max(p.shape) <= group["max_size"]
+                    turned = p.dim() == 2 and min(p.shape) > 1 and max(p.shape) <= group["max_size"]
                     (matrices[tuple(p.shape)] if turned else others).append(p)
             for members in matrices.values():
                 self._step_matrices(members, group)
@@ -116,7 +118,9 @@ class Soap(Optimizer):
         state["mean"].lerp_(grad, 1 - beta1)
         state["square"].mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
         update = state["mean"] / (state["square"] / (1 - beta2**step)).sqrt_().add_(group["eps"])
-        pieces = [u.view_as(p) for u, p in zip(update.split([p.numel() for p in members]), members, strict=True)]
+        pieces = [
+            u.view_as(p) for u, p in zip(update.split([p.numel() for p in members]), members, strict=True)
+        ]
         self._apply_update(members, pieces, group["lr"] / (1 - beta1**step), group)
 
     @staticmethod
