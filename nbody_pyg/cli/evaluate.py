@@ -14,7 +14,8 @@ from nbody_pyg.cli.tables import error_table
 from nbody_pyg.data import AtomicData
 from nbody_pyg.datasets import embedded, label_audit, read_frames
 from nbody_pyg.deploy import load_model, with_reference
-from nbody_pyg.training.evaluation import Evaluation, evaluate as predict
+from nbody_pyg.training.evaluation import Evaluation
+from nbody_pyg.training.evaluation import evaluate as predict
 
 
 def evaluate(args: argparse.Namespace) -> int:

@@ -41,7 +41,12 @@ def info(args: argparse.Namespace) -> int:
     print(table(["", args.model], [(key, str(value)) for key, value in rows]))
     if header["e0"]:
         print("\nE0, eV")
-        print(table(["element", "energy"], [(chemical_symbols[int(z)], f"{e:.6f}") for z, e in header["e0"].items()]))
+        print(
+            table(
+                ["element", "energy"],
+                [(chemical_symbols[int(z)], f"{e:.6f}") for z, e in header["e0"].items()],
+            )
+        )
     if record.get("errors"):
         print("\nerrors after training")
         print(error_table({("", name): values for name, values in record["errors"].items()}))

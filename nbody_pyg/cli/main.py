@@ -70,7 +70,11 @@ def build_parser() -> argparse.ArgumentParser:
     hierarchy.add_argument("file", help="any file that ASE reads, or a molecule of the embedded sets")
     hierarchy.add_argument("--scheme", default="BondTree", help="name of a scheme (default: BondTree)")
     hierarchy.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="argument of the scheme, e.g. cutoff=4"
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="argument of the scheme, e.g. cutoff=4",
     )
     hierarchy.add_argument("--model", default=None, help="take the scheme of this model file")
     hierarchy.add_argument("--index", type=int, default=0, help="frame of the file (default: 0)")

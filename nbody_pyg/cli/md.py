@@ -22,7 +22,10 @@ def md(args: argparse.Namespace) -> int:
     folder = Path(args.out)
     folder.mkdir(parents=True, exist_ok=True)
     formula = atoms.get_chemical_formula()
-    print(f"{formula}: {len(atoms)} atoms, {args.ensemble}, {args.steps} steps of {args.timestep} fs", flush=True)
+    print(
+        f"{formula}: {len(atoms)} atoms, {args.ensemble}, {args.steps} steps of {args.timestep} fs",
+        flush=True,
+    )
     result = run_md(
         atoms,
         args.steps,
@@ -44,7 +47,7 @@ def md(args: argparse.Namespace) -> int:
     return 0
 
 
-def _progress(steps: int):  # noqa: ANN202
+def _progress(steps: int):
     def report(done: int) -> None:
         sys.stderr.write(f"\r{100 * done / steps:5.1f} %" + ("\n" if done >= steps else ""))
 

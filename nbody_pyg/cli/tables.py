@@ -22,7 +22,14 @@ def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 def error_table(errors: Mapping[tuple[str, str], Mapping[str, float]]) -> str:
     """One row per (model, set): errors of energy, forces and, where there is one, stress."""
     head = ["model", "set", "E MAE", "E RMSE", "E/atom MAE", "E/atom RMSE", "F MAE", "F RMSE"]
-    keys = ["energy_mae", "energy_rmse", "energy_per_atom_mae", "energy_per_atom_rmse", "forces_mae", "forces_rmse"]
+    keys = [
+        "energy_mae",
+        "energy_rmse",
+        "energy_per_atom_mae",
+        "energy_per_atom_rmse",
+        "forces_mae",
+        "forces_rmse",
+    ]
     units = ["", "", "meV", "meV", "meV", "meV", "meV/A", "meV/A"]
     if any("stress_mae" in found for found in errors.values()):
         head, keys = [*head, "S MAE", "S RMSE"], [*keys, "stress_mae", "stress_rmse"]

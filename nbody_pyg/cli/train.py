@@ -51,8 +51,8 @@ def _train(config: Config) -> int:
     result = fit(potential, data.train, data.val, config.training, folder, resume)
     if result.interrupted is not None:
         print(
-            f"stopped by signal {result.interrupted} after step {result.steps}; go on with the same command and "
-            "--output.resume true"
+            f"stopped by signal {result.interrupted} after step {result.steps}; go on with the same command "
+            "and --output.resume true"
         )
         return 128 + result.interrupted
     if torch.distributed.is_initialized() and torch.distributed.get_rank() > 0:

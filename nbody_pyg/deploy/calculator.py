@@ -32,11 +32,11 @@ class NBodyCalculator(Calculator):
     ``energies``     per atom, where every part of the hierarchy belongs to one atom (NestedShells)
     ===============  ===============================================================================
 
-    Along a trajectory the hierarchy is carried on with ``scheme.update``, which keeps groups of atoms together
-    for schemes with fixed parts (BondTree), so that the energy stays smooth. It is built anew for other
-    elements or periodicity, or when an atom has moved further than ``carry_on`` since the last call: that is
-    another structure, not the next step. :meth:`reset` forgets it as well. A model file that was trained on
-    one molecule brings the hierarchy for it.
+    Along a trajectory the hierarchy is carried on with ``scheme.update``, which keeps groups of atoms
+    together for schemes with fixed parts (BondTree), so that the energy stays smooth. It is built anew for
+    other elements or periodicity, or when an atom has moved further than ``carry_on`` since the last call:
+    that is another structure, not the next step. :meth:`reset` forgets it as well. A model file that was
+    trained on one molecule brings the hierarchy for it.
 
     Args:
         potential: a Potential, or the path of a model file.
@@ -143,7 +143,9 @@ class NBodyCalculator(Calculator):
     def _energies(self, z: Any, pos: Any, batch: Any, cell: Any, topology: Topology | None) -> Any:
         """Contribution of each atom with its E0; they sum to the energy."""
         if self.scheme is None or not getattr(self.scheme, "centred", False):
-            raise PropertyNotImplementedError("energies need a hierarchy in which every part is centred on an atom")
+            raise PropertyNotImplementedError(
+                "energies need a hierarchy in which every part is centred on an atom"
+            )
         model = self.potential.model
         with torch.no_grad():
             hierarchy = model.hierarchy(z, pos, batch, cell=cell, topology=topology)

@@ -64,7 +64,8 @@ class MDReport:
 
     def __str__(self) -> str:
         return (
-            f"{len(self.time)} samples, {self.time[-1]:.3f} ps, mean temperature {self.temperature.mean():.1f} K\n"
+            f"{len(self.time)} samples, {self.time[-1]:.3f} ps, "
+            f"mean temperature {self.temperature.mean():.1f} K\n"
             f"total energy: drift {self.drift:+.4f} meV/atom per 10 ps, fluctuation {self.fluctuation:.4f} "
             f"meV/atom, largest jump {self.largest_jump:.4f} meV/atom"
         )

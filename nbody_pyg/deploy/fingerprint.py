@@ -1,4 +1,4 @@
-"""A number for the convention of the Clebsch-Gordan coefficients, so that weights are not read under another."""
+"""A number for the convention of the Clebsch-Gordan coefficients, so that weights are never mixed up."""
 
 from __future__ import annotations
 

@@ -73,18 +73,19 @@ def load_model(
     header, tensors = _read(Path(path))
     if header["sha256"] != _digest(tensors):
         raise ValueError(f"{path} is damaged: its weights do not match their checksum; get a fresh copy")
+    theirs = header["versions"]
     if model is None and header["cg_fingerprint"] != cg_fingerprint():
         raise ValueError(
-            f"{path} was written with e3nn {header['versions'].get('e3nn')}, whose Clebsch-Gordan coefficients "
-            f"differ from those of e3nn {_version('e3nn')} installed here, so that its energies would be wrong; "
-            f"install e3nn=={header['versions'].get('e3nn')}"
+            f"{path} was written with e3nn {theirs['e3nn']}, whose Clebsch-Gordan coefficients differ from "
+            f"those of e3nn {_version('e3nn')} installed here, so that its energies would be wrong; "
+            f"install e3nn=={theirs['e3nn']}"
         )
     potential = potential_from_config(header, model)
     problems = potential.load_state_dict(tensors, strict=False)
     if problems.missing_keys or problems.unexpected_keys:
         raise ValueError(
             f"weights of {path} do not fit the network: missing {problems.missing_keys[:3]}, "
-            f"unexpected {problems.unexpected_keys[:3]}; written by nbody_pyg {header['versions']['nbody_pyg']}"
+            f"unexpected {problems.unexpected_keys[:3]}; written by nbody_pyg {theirs['nbody_pyg']}"
         )
     return potential.to(device).eval()
 
@@ -102,7 +103,8 @@ def _read(path: Path, weights: bool = True) -> tuple[dict[str, Any], dict[str, T
             text = (file.metadata() or {}).get(_KEY)
             header = None if text is None else json.loads(text)
             known = header is not None and header["format_version"] <= FORMAT_VERSION
-            tensors = {name: file.get_tensor(name) for name in file.keys()} if weights and known else {}
+            names = list(file.keys()) if weights and known else []
+            tensors = {name: file.get_tensor(name) for name in names}
     except (SafetensorError, json.JSONDecodeError, KeyError, TypeError) as error:
         raise ValueError(
             f"{path} is no readable model file, it is truncated or damaged ({error}); get a fresh copy"
@@ -111,8 +113,8 @@ def _read(path: Path, weights: bool = True) -> tuple[dict[str, Any], dict[str, T
         raise ValueError(f"{path} is a safetensors file, but was not written by nbody_pyg")
     if not known:
         raise ValueError(
-            f"{path} has format version {header['format_version']}, this nbody_pyg {_version('nbody_pyg')} reads up "
-            f"to {FORMAT_VERSION}; upgrade nbody_pyg"
+            f"{path} has format version {header['format_version']}, this nbody_pyg {_version('nbody_pyg')} "
+            f"reads up to {FORMAT_VERSION}; upgrade nbody_pyg"
         )
     return header, tensors
 

@@ -41,7 +41,8 @@ def potential_from_config(config: dict[str, Any], model: nn.Module | None = None
         model = _build_model(described)
     elif type(model).__name__ != described["class"]:
         raise ValueError(
-            f"the file holds a {described['class']}, but model is a {type(model).__name__}; pass the same class"
+            f"the file holds a {described['class']}, but model is a {type(model).__name__}; "
+            "pass the same class"
         )
     if config["dtype"] not in _DTYPES:
         raise ValueError(f"dtype must be one of {sorted(_DTYPES)}, got {config['dtype']!r}")
@@ -56,7 +57,7 @@ def _build_model(described: dict[str, Any]) -> nn.Module:
     found = getattr(models, described["class"], None)
     if described["config"] is None or found is None or not hasattr(found, "from_config"):
         raise ValueError(
-            f"the file holds a {described['class']}, which nbody_pyg cannot build by itself; build the network "
-            "as it was and pass it as model="
+            f"the file holds a {described['class']}, which nbody_pyg cannot build by itself; build the "
+            "network as it was and pass it as model="
         )
     return found.from_config(described["config"])

@@ -8,6 +8,7 @@ import random
 import signal
 import sys
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,7 @@ class Checkpoints(Callback):
 
 
 def _random_state() -> dict[str, Any]:
-    kind, keys, position, has_gauss, gauss = np.random.get_state()
+    kind, keys, position, has_gauss, gauss = np.random.get_state()  # noqa: NPY002 (the global one is meant)
     return {
         "torch": torch.get_rng_state(),
         "python": random.getstate(),
@@ -77,11 +78,11 @@ def _set_random_state(state: dict[str, Any]) -> None:
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))
     kind, keys, *rest = state["numpy"]
-    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))  # noqa: NPY002
 
 
 class MetricsCSV(Callback):
-    """One row per ``log_every`` steps and per validation in ``metrics.csv``; a resumed run goes on in the file.
+    """One row per ``log_every`` steps and per validation in ``metrics.csv``; a resumed run goes on.
 
     Columns: kind (train or val), step, epoch, cpu_seconds (of training), wall_seconds, lr, loss, grad_norm,
     energy_mae (meV), energy_rmse, forces_mae (meV/angstrom), forces_rmse.
@@ -122,7 +123,9 @@ class MetricsCSV(Callback):
         with self.path.open("a", newline="") as file:
             csv.DictWriter(file, self.columns).writerow(row)
 
-    def on_train_batch_end(self, trainer: Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         if trainer.global_step % self.every == 0:
             self.latest = module.running.take()
             if trainer.is_global_zero:
@@ -135,7 +138,7 @@ class MetricsCSV(Callback):
 
 
 class RunProgress(Callback):
-    """One bar over the whole run, with MAE in meV and meV/angstrom; plain lines where there is no terminal."""
+    """One bar over the whole run, with MAE in meV and meV/angstrom; plain lines without a terminal."""
 
     def __init__(self, log: MetricsCSV, every: int = 50):
         self.log, self.every = log, every
@@ -147,7 +150,9 @@ class RunProgress(Callback):
             layout = "{l_bar}{bar}| {elapsed}<{remaining} {postfix}"
             self._bar = tqdm(total=100.0, desc="training", bar_format=layout, dynamic_ncols=True)
 
-    def on_train_batch_end(self, trainer: Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         if self._bar is not None and trainer.global_step % self.every == 0:
             now = self.log.latest
             text = f"step {trainer.global_step}"
@@ -203,7 +208,6 @@ class GracefulStop(Callback):
         for each in self._before:
             signal.signal(each, signal.SIG_DFL)
 
-
     def on_train_batch_end(self, trainer: Trainer, module: LightningModule, *_: Any) -> None:
         stop = self.received is not None
         if trainer.world_size > 1:
@@ -218,3 +222,48 @@ class GracefulStop(Callback):
 
     def on_exception(self, trainer: Trainer, module: LightningModule, exception: BaseException) -> None:
         self.on_train_end(trainer, module)
+
+
+class CallbackGroup(Callback):
+    """Several callbacks as one: Lightning takes time for every callback at every hook, wanted or not.
+
+    Only the hooks listed in ``hooks`` are handed on, to the members that define them, in their order.
+    """
+
+    hooks = (
+        "on_train_start",
+        "on_train_batch_end",
+        "on_validation_start",
+        "on_validation_end",
+        "on_train_end",
+        "on_fit_end",
+        "on_exception",
+        "on_save_checkpoint",
+        "on_load_checkpoint",
+    )
+
+    def __init__(self, members: Sequence[Callback]):
+        self.members = tuple(members)
+        for hook in self.hooks:
+            calls = [
+                getattr(member, hook)
+                for member in self.members
+                if getattr(type(member), hook) is not getattr(Callback, hook)
+            ]
+            setattr(self, hook, _in_turn(calls))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {type(member).__name__: member.state_dict() for member in self.members}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for member in self.members:
+            if found := state.get(type(member).__name__):
+                member.load_state_dict(found)
+
+
+def _in_turn(calls: Sequence[Callable[..., None]]) -> Callable[..., None]:
+    def call_all(*args: Any, **kwargs: Any) -> None:
+        for call in calls:
+            call(*args, **kwargs)
+
+    return call_all

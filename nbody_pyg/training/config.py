@@ -27,7 +27,7 @@ class DataConfig:
     split: int = setting(1, "number of the published rMD17 split")
     train: str | None = setting(None, "file of training frames (extxyz, npz, anything ASE reads)")
     val: str | None = setting(None, "file of validation frames; without it num_val are taken from train")
-    test: dict[str, str] | str | None = setting(None, "file of test frames, or {name: file}")
+    test: dict[str, str] | str | None = setting(None, "file of test frames, or {name: file}")  # noqa: RUF009
     num_train: int | None = setting(None, "number of training frames (default: all that are left)")
     num_val: int | None = setting(None, "number of validation frames (default: 50, at most a tenth)")
     split_seed: int = setting(0, "seed of the random split into training and validation")
@@ -39,7 +39,7 @@ class DataConfig:
         None, "all frames hold one molecule in one order of atoms, and share the hierarchy of the first "
         "(default: true for embedded and rmd17)"
     )  # fmt: skip
-    e0: dict[str, float] | str = setting("lstsq", "lstsq, mean, isolated, or {element: eV}")
+    e0: dict[str, float] | str = setting("lstsq", "lstsq, mean, isolated, or {element: eV}")  # noqa: RUF009
 
     def __post_init__(self) -> None:
         given = [name for name in ("embedded", "rmd17", "train") if getattr(self, name) is not None]
@@ -208,11 +208,15 @@ def _check_keys(tree: Mapping[str, Any]) -> None:
                 raise ValueError(f"unknown key {section}.{key}; {_nearest(key, known[section], section)}")
     scheme = (tree.get("model") or {}).get("scheme") or {}
     if not isinstance(scheme, Mapping):
-        raise ValueError(f"model.scheme must hold a name and arguments, got {scheme!r}; e.g. {{name: BondTree}}")
+        raise ValueError(
+            f"model.scheme must hold a name and arguments, got {scheme!r}; e.g. {{name: BondTree}}"
+        )
     arguments = scheme_arguments(scheme.get("name", "NestedShells"))
     for key in scheme:
         if key not in (*arguments, "name"):
-            raise ValueError(f"unknown key model.scheme.{key}; {_nearest(key, [*arguments, 'name'], 'model.scheme')}")
+            raise ValueError(
+                f"unknown key model.scheme.{key}; {_nearest(key, [*arguments, 'name'], 'model.scheme')}"
+            )
 
 
 def _nearest(word: str, known: Iterable[str], section: str = "") -> str:

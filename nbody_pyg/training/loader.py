@@ -243,7 +243,7 @@ class FrameStream:
 
 
 def _common_keys(frames: Sequence[Data]) -> list[str]:
-    keys = [key for key in frames[0].keys() if key not in ("batch", "ptr", "num_nodes")]
+    keys = [key for key in sorted(frames[0].keys()) if key not in ("batch", "ptr", "num_nodes")]
     expected = set(frames[0].keys())
     for number, frame in enumerate(frames):
         if odd := expected.symmetric_difference(frame.keys()):
@@ -262,7 +262,9 @@ def _column(frames: Sequence[Data], key: str) -> _Column:
         if isinstance(value, (bool, int, float)):
             value = torch.tensor(value)
         if not isinstance(value, Tensor):
-            raise TypeError(f"FrameLoader batches tensors, numbers and strings; {key!r} holds {type(value).__name__}")
+            raise TypeError(
+                f"FrameLoader batches tensors, numbers and strings; {key!r} holds {type(value).__name__}"
+            )
         values.append(value)
         increments.append(frame.__inc__(key, value))
     dim = frames[0].__cat_dim__(key, values[0])

@@ -20,7 +20,7 @@ def _huber(error: Tensor, width: float) -> Tensor:
 
 
 def _norm(error: Tensor, width: float) -> Tensor:
-    """Mean length of the error vectors (rotation invariant L1); a soft root keeps the gradient finite at 0."""
+    """Mean length of the error vectors (rotation invariant L1), with a finite gradient at 0."""
     rows = error.reshape(error.shape[0], -1)
     return (rows.square().mean(dim=1) + width**2 * 1e-6).sqrt().mean() * width
 

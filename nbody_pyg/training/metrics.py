@@ -15,8 +15,11 @@ _MILLI = 1000.0  # eV -> meV
 class RunningMeans:
     """Loss, errors and gradient norm since the last row of the log.
 
-    Sums stay on the device: nothing waits for a value until a row is due.
+    Sums stay on the device: nothing waits for a value until a row is due. Errors are looked at in every fifth
+    step only, which is enough for a log and spares a tenth of a millisecond in the others.
     """
+
+    every = 5
 
     def __init__(self) -> None:
         self.clear()
@@ -26,23 +29,26 @@ class RunningMeans:
         self.energy: Tensor | float = 0.0
         self.forces: Tensor | float = 0.0
         self.norm: Tensor | float = 0.0
-        self.count = 0
+        self.count = self.looked_at = 0
 
     def add(self, loss: Tensor, energy_error: Tensor | None, force_error: Tensor | None) -> None:
         self.loss += loss.detach()
+        self.count += 1
+        if self.count % self.every != 1:
+            return
+        self.looked_at += 1
         if energy_error is not None:
             self.energy += energy_error.detach().abs().mean()
         if force_error is not None:
             self.forces += force_error.detach().abs().mean()
-        self.count += 1
 
     def take(self) -> dict[str, float]:
         """Means (MAE in meV per graph and meV/angstrom), and start anew."""
-        count = max(self.count, 1)
+        count, looked_at = max(self.count, 1), max(self.looked_at, 1)
         means = {
             "loss": float(self.loss) / count,
-            "energy_mae": _MILLI * float(self.energy) / count,
-            "forces_mae": _MILLI * float(self.forces) / count,
+            "energy_mae": _MILLI * float(self.energy) / looked_at,
+            "forces_mae": _MILLI * float(self.forces) / looked_at,
             "grad_norm": float(self.norm) / count,
         }
         self.clear()

@@ -15,9 +15,9 @@ def build_optimizer(
 ) -> optim.Optimizer:
     """The optimizer ``name`` over the trainable parameters of ``module``.
 
-    ``soap`` is :class:`~nbody_pyg.training.soap.Soap`; ``adam`` (AMSGrad, fused) and ``adamw`` come from torch; any other name is looked up in this file. A class
-    that has to tell parameters apart offers ``from_module(module, lr, weight_decay)``. The element-wise ones
-    work on ``flat`` where it is given.
+    ``soap`` is :class:`~nbody_pyg.training.soap.Soap`; ``adam`` (AMSGrad, fused) and ``adamw`` come from
+    torch; any other name is looked up in this file. A class that has to tell parameters apart offers
+    ``from_module(module, lr, weight_decay)``. The element-wise ones work on ``flat`` where it is given.
 
     Raises: ValueError: unknown name, or nothing to train.
     """

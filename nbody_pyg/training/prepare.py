@@ -113,5 +113,9 @@ def build_potential(config: Config, data: DataSets) -> Potential:
 
 def _wanted(config: Config) -> list[str]:
     weights = config.training
-    wanted = {"energy": weights.energy_weight, "forces": weights.force_weight, "stress": weights.stress_weight}
+    wanted = {
+        "energy": weights.energy_weight,
+        "forces": weights.force_weight,
+        "stress": weights.stress_weight,
+    }
     return [label for label, weight in wanted.items() if weight > 0]

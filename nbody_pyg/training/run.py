@@ -15,7 +15,7 @@ from lightning.pytorch import Trainer
 from torch_geometric.data import Data
 
 from nbody_pyg.potential import Potential
-from nbody_pyg.training.callbacks import Checkpoints, GracefulStop, MetricsCSV, RunProgress
+from nbody_pyg.training.callbacks import CallbackGroup, Checkpoints, GracefulStop, MetricsCSV, RunProgress
 from nbody_pyg.training.ema import WeightEMA
 from nbody_pyg.training.loader import FrameLoader, FrameStream
 from nbody_pyg.training.settings import TrainingConfig
@@ -26,8 +26,8 @@ from nbody_pyg.training.task import PotentialTask
 class FitResult:
     """What a run left behind: the potential holds the averaged weights at the end of the run.
 
-    ``interrupted`` is the number of the signal that ended the run, or None. ``best_forces_mae`` (meV/angstrom)
-    and ``best_step`` describe ``best.ckpt``; infinite and -1 without validation frames.
+    ``interrupted`` is the number of the signal that ended the run, or None. ``best_forces_mae``
+    (meV/angstrom) and ``best_step`` describe ``best.ckpt``; infinite and -1 without validation frames.
     """
 
     potential: Potential
@@ -116,7 +116,7 @@ def fit(
     callbacks += [log, *([RunProgress(log, settings.log_every)] if show_progress else []), stop, checkpoints]
     with warnings.catch_warnings():
         _quieten()
-        trainer = make_trainer(settings, callbacks, epoch, bool(val), folder)
+        trainer = make_trainer(settings, [CallbackGroup(callbacks)], epoch, bool(val), folder)
         stream = FrameStream(FrameLoader(train, settings.batch_size, shuffle=True, seed=settings.seed))
         evaluation = FrameLoader(val, 4 * settings.batch_size) if val else None
         trainer.fit(task, stream, evaluation, ckpt_path=resume, weights_only=True if resume else None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import math
 from typing import Any
 
@@ -27,8 +28,8 @@ class PotentialTask(LightningModule):
 
     The learning rate follows :class:`WarmupCosine` over the *progress* of the run: the larger of its shares
     of steps, epochs and CPU time (whichever limits are set). When the budget of CPU time is spent, training
-    stops after the step at hand. Gradient clipping is done here, so the Trainer needs no ``gradient_clip_val``.
-    The Trainer needs ``inference_mode=False``, since forces are derivatives.
+    stops after the step at hand. Gradient clipping is done here, so the Trainer needs no
+    ``gradient_clip_val``. The Trainer needs ``inference_mode=False``, since forces are derivatives.
 
     Args:
         potential: what is trained; or the dictionary that a checkpoint holds in its place.
@@ -63,6 +64,7 @@ class PotentialTask(LightningModule):
         self._hparams_initial = dict(self.hparams)
         self._hparams_name = "kwargs"
         self.flat: FlatParameters | None = None
+        self._groups: list[dict[str, Any]] = []
         self._meter: ErrorMeter | None = None
         self.running = RunningMeans()
 
@@ -158,19 +160,19 @@ class PotentialTask(LightningModule):
     def on_train_start(self) -> None:
         self.running.clear()
         self._total_steps = max(float(self.trainer.estimated_stepping_batches), 1.0)
+        self._groups = self.optimizers(use_pl_optimizer=False).param_groups
+        self.progress = self.current_progress()
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         self.clock.start()
-        self.progress = self.current_progress()
         factor = self.schedule(self.global_step, self.progress)
-        for group in self.optimizers(use_pl_optimizer=False).param_groups:
+        for group in self._groups:
             group["lr"] = group["initial_lr"] * factor
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        if self.settings.budget_seconds is not None:
-            self.progress = self.current_progress()
-            if self.progress >= 1.0:
-                self.trainer.should_stop = True
+        self.progress = self.current_progress()
+        if self.settings.budget_seconds is not None and self.progress >= 1.0:
+            self.trainer.should_stop = True
 
     def on_train_end(self) -> None:
         self.clock.pause()
@@ -211,6 +213,10 @@ class PotentialTask(LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.clock = ProcessClock(float(checkpoint.get("cpu_seconds", 0.0)))
+
+
+# Lightning asks for the signature at every step; it is found at once when it is written down.
+PotentialTask.training_step.__signature__ = inspect.signature(PotentialTask.training_step)
 
 
 def _known(error: Tensor, label: Tensor) -> Tensor:

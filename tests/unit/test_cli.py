@@ -13,12 +13,28 @@ from matplotlib import image
 from nbody_pyg.cli import main
 from nbody_pyg.cli.tables import error_table, table
 from nbody_pyg.datasets import embedded
-from nbody_pyg.deploy import NBodyCalculator, load_model, read_metadata
+from nbody_pyg.deploy import load_model, read_metadata
 
-TINY = (
-    "--data.embedded ethanol --data.num_train 12 --data.num_val 4 --model.channels 4 --model.lmax 1 "
-    "--model.scheme.radii [4.0] --training.batch_size 4 --training.validate_every 3 --training.log_every 1"
-).split()
+TINY = [
+    "--data.embedded",
+    "ethanol",
+    "--data.num_train",
+    "12",
+    "--data.num_val",
+    "4",
+    "--model.channels",
+    "4",
+    "--model.lmax",
+    "1",
+    "--model.scheme.radii",
+    "[4.0]",
+    "--training.batch_size",
+    "4",
+    "--training.validate_every",
+    "3",
+    "--training.log_every",
+    "1",
+]
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +125,12 @@ def test_md(folder, tmp_path, capsys):
     assert "drift" in capsys.readouterr().out
     assert {p.name for p in (tmp_path / "md").iterdir()} == {"md.log", "trajectory.xyz", "energy.png"}
     assert len(read(tmp_path / "md/trajectory.xyz", ":")) == 5
-    assert main(["md", str(folder / "model.nbody"), str(tmp_path / "start.xyz"), "--ensemble", "langevin", *words]) == 0
+    assert (
+        main(
+            ["md", str(folder / "model.nbody"), str(tmp_path / "start.xyz"), "--ensemble", "langevin", *words]
+        )
+        == 0
+    )
 
 
 def test_hierarchy(folder, tmp_path, capsys):

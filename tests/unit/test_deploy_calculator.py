@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 from ase import Atoms
-from ase.build import bulk, molecule as ase_molecule
+from ase.build import bulk
+from ase.build import molecule as ase_molecule
 from ase.calculators.calculator import PropertyNotImplementedError
 from ase.calculators.fd import calculate_numerical_forces, calculate_numerical_stress
 from ase.io import read
@@ -74,7 +75,9 @@ def test_no_stress_without_a_cell(ethanol, calculator):
 def test_unknown_element(calculator):
     atoms = ase_molecule("CH3Cl")
     atoms.calc = calculator
-    with pytest.raises(ValueError, match=r"atoms hold \['Cl'\], but the model was trained on \['H', 'C', 'O'\]"):
+    with pytest.raises(
+        ValueError, match=r"atoms hold \['Cl'\], but the model was trained on \['H', 'C', 'O'\]"
+    ):
         atoms.get_potential_energy()
 
 
@@ -87,7 +90,7 @@ def test_model_file_and_precision(tmp_path, ethanol):
         energies[dtype] = ethanol.get_potential_energy()
     assert energies[None] == energies["float32"]
     assert 0 < abs(energies["float32"] - energies["float64"]) < 1e-4
-    with pytest.raises(ValueError, match="dtype must be one of .* got 'half'"):
+    with pytest.raises(ValueError, match=r"dtype must be one of .* got 'half'"):
         NBodyCalculator(potential, dtype="half")
 
 
@@ -125,14 +128,16 @@ def test_model_of_one_molecule_brings_its_hierarchy(tmp_path, ethanol):
         energies.append(stretched.get_potential_energy())
     ethanol.calc = NBodyCalculator(potential)
     ethanol.get_potential_energy()
-    for step in range(4):
+    for _ in range(4):
         ethanol.positions[8] += 0.25 * away
         followed = ethanol.get_potential_energy()
     assert energies[0] == pytest.approx(followed, abs=1e-8) != energies[1]
     frames = [AtomicData.from_ase(stretched, labels=False)]
     shared = with_reference(frames, tmp_path / "m.nbody", potential.model.scheme)
     assert float(potential(shared[0])["energy"]) == pytest.approx(energies[0], abs=1e-8)
-    single = with_reference([AtomicData.from_ase(ase_molecule("CH4"))], tmp_path / "m.nbody", potential.model.scheme)
+    single = with_reference(
+        [AtomicData.from_ase(ase_molecule("CH4"))], tmp_path / "m.nbody", potential.model.scheme
+    )
     assert single[0].num_nodes == 5 and "num_parts_1" in single[0]
 
 

@@ -24,7 +24,9 @@ def potential() -> Potential:
 
 @pytest.fixture
 def path(potential, tmp_path):
-    save_model(potential, tmp_path / "model.nbody", {"note": "for a test", "errors": {"val": {"forces_mae": 1.5}}})
+    save_model(
+        potential, tmp_path / "model.nbody", {"note": "for a test", "errors": {"val": {"forces_mae": 1.5}}}
+    )
     return tmp_path / "model.nbody"
 
 
@@ -109,7 +111,7 @@ def test_no_model_file(tmp_path):
 
 def test_weights_that_do_not_fit(path):
     rewrite(path, lambda h: h["model"]["config"].update(lmax=2))
-    with pytest.raises((ValueError, RuntimeError), match="do not fit the network|size mismatch"):
+    with pytest.raises((ValueError, RuntimeError), match=r"do not fit the network|size mismatch"):
         load_model(path)
 
 
@@ -136,5 +138,7 @@ def test_fingerprint_sees_a_sign(monkeypatch):
     before = cg_fingerprint()
     assert len(before) == 64 and before == cg_fingerprint.__wrapped__()
     true = fingerprint.o3.wigner_3j
-    monkeypatch.setattr(fingerprint.o3, "wigner_3j", lambda a, b, c, **k: true(a, b, c, **k) * (-1) ** (a == b == c == 1))
+    monkeypatch.setattr(
+        fingerprint.o3, "wigner_3j", lambda a, b, c, **k: true(a, b, c, **k) * (-1) ** (a == b == c == 1)
+    )
     assert cg_fingerprint.__wrapped__() != before

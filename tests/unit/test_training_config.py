@@ -42,11 +42,17 @@ def test_file_overrides_and_round_trip(tmp_path):
     ("words", "message"),
     [
         (["--training.learning_rat", "1"], r"unknown key training\.learning_rat"),
-        (["--training.batchsize", "1"], r"unknown key training\.batchsize; did you mean training\.batch_size\?"),
+        (
+            ["--training.batchsize", "1"],
+            r"unknown key training\.batchsize; did you mean training\.batch_size\?",
+        ),
         (["--trainin.lr", "1"], r"unknown section 'trainin'; did you mean training\?"),
         (["--model.chanels", "4"], r"unknown key model\.chanels; did you mean model\.channels\?"),
         (["--model.scheme.name", "BondTee"], r"unknown scheme 'BondTee'.*did you mean BondTree\?"),
-        (["--model.scheme.radius", "4"], r"unknown key model\.scheme\.radius; did you mean model\.scheme\.radii\?"),
+        (
+            ["--model.scheme.radius", "4"],
+            r"unknown key model\.scheme\.radius; did you mean model\.scheme\.radii\?",
+        ),
         (["--training.lr", "fast"], "training.lr"),
         (["--training.max_steps", "2.5"], "training.max_steps"),
         (["--data.rmd17", "aspirin"], "exactly one of embedded, rmd17 and train, got .'embedded', 'rmd17'"),
@@ -81,17 +87,24 @@ def test_data_and_potential_from_a_configuration():
     words = ["--data.num_train", "20", "--data.num_val", "4", "--model.channels", "4", "--model.lmax", "1"]
     config = load_config(overrides=[*BASE, *words, "--training.dtype", "float64"])
     data = load_data(config.data)
-    assert [len(frames) for frames in data.named().values()][:2] == [20, 4] and set(data.tests) == {"300K", "600K"}
+    assert [len(frames) for frames in data.named().values()][:2] == [20, 4] and set(data.tests) == {
+        "300K",
+        "600K",
+    }
     one, two = build_potential(config, data), build_potential(config, data)
     assert one.model.species == (1, 6, 8) and one.model.channels == 4
     frame = data.train[0]
     assert float(one(frame)["energy"]) == float(two(frame)["energy"])
     assert abs(float(one(frame)["energy"] - frame.energy)) < 50
     stored = data.with_topology(one.model.scheme).train[0]
-    assert "num_parts_1" in stored and float(one(stored)["energy"]) == pytest.approx(float(one(frame)["energy"]))
+    assert "num_parts_1" in stored and float(one(stored)["energy"]) == pytest.approx(
+        float(one(frame)["energy"])
+    )
 
 
 def test_unknown_preset_names_the_known_ones():
     config = load_config(overrides=[*BASE, "--model.preset", "fast"])
-    with pytest.raises(ValueError, match=r"model.preset must be one of \['practical', 'strict'\], got 'fast'"):
+    with pytest.raises(
+        ValueError, match=r"model.preset must be one of \['practical', 'strict'\], got 'fast'"
+    ):
         build_potential(config, load_data(config.data))

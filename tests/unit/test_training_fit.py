@@ -111,7 +111,12 @@ def test_resumed_run_equals_uninterrupted_run_bit_by_bit(tmp_path, extra, stop):
     extra.clear()
     resumed = potential(seed=7)
     result = fit(
-        resumed, frames(), frames(4, seed=1), settings, tmp_path / "parts", resume=tmp_path / "parts/last.ckpt"
+        resumed,
+        frames(),
+        frames(4, seed=1),
+        settings,
+        tmp_path / "parts",
+        resume=tmp_path / "parts/last.ckpt",
     )
     assert result.steps == 16
     assert torch.equal(weights(resumed), weights(whole))
@@ -165,8 +170,6 @@ def test_average_is_what_is_validated_saved_and_returned(tmp_path):
 
 def test_averaging_follows_its_definition(tmp_path, extra):
     class Record(Callback):
-        seen: list = []
-
         def on_train_start(self, trainer, module):
             self.average = weights(module).clone()
 

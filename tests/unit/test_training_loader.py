@@ -49,7 +49,7 @@ def frames(sizes=(4, 1, 7, 3, 5, 2, 6), seed=0):
 
 def assert_same(ours: Batch, theirs: Batch) -> None:
     assert sorted(ours.keys()) == sorted(theirs.keys())
-    for key in theirs.keys():
+    for key in sorted(theirs.keys()):
         a, b = ours[key], theirs[key]
         if key == "num_nodes":
             assert a == b

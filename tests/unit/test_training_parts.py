@@ -31,7 +31,8 @@ def test_schedule_by_its_formula():
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"), [((-1, 0.3), "warmup_steps must not be negative"), ((5, 1.5), "constant must be")]
+    ("arguments", "message"),
+    [((-1, 0.3), "warmup_steps must not be negative"), ((5, 1.5), "constant must be")],
 )
 def test_schedule_errors(arguments, message):
     with pytest.raises(ValueError, match=message):
