@@ -247,15 +247,17 @@ class NBodyNet(nn.Module):
         topology: Topology | None = None,
     ) -> Hierarchy:
         """The hierarchy that :meth:`forward` would use for these atoms."""
+        given: dict[str, Any] = {}
         if isinstance(z, Data):
             data = z
             z, pos, batch, cell, pbc = (data.get(key) for key in ("z", "pos", "batch", "cell", "pbc"))
             if topology is None and data.get("num_parts_1") is not None:
                 topology = self.scheme.read(data)
+            given = self.scheme.inputs(data)  # bonds or labels that the data brings along
         pos = pos.to(self.dtype)
         cell = None if cell is None else cell.to(self.dtype)
         if topology is None:
-            topology = self.scheme.topology(z, pos, batch, cell, pbc)
+            topology = self.scheme.topology(z, pos, batch, cell, pbc, **given)
         return self.scheme.hierarchy(topology, z, pos, cell)
 
     def states(self, hierarchy: Hierarchy) -> dict[int, Float[Tensor, "parts rows channels"]]:
