@@ -19,6 +19,7 @@ from nbody_pyg.training.evaluation import evaluate as predict
 
 
 def evaluate(args: argparse.Namespace) -> int:
+    """Run the command; returns the exit status."""
     models = [args.model, *(path for path in args.data if path.endswith(".nbody"))]
     sets = {_name(p): _frames(p, args) for p in args.data if not p.endswith(".nbody")}
     if not sets:
@@ -39,7 +40,7 @@ def evaluate(args: argparse.Namespace) -> int:
         stem = "" if len(models) == 1 else f"{labels[path].replace('/', '_')}_"
         for name, evaluation in found.items():
             _write(sets[name], evaluation, folder / f"{stem}{name.replace(':', '_')}_predictions.xyz")
-        labelled = {n: (sets[n], found[n]) for n in found if evaluation_has_labels(found[n])}
+        labelled = {n: (sets[n], found[n]) for n in found if _has_labels(found[n])}
         if labelled and not args.no_plot:
             parity_plot(labelled, folder / f"{stem}parity.png", labels[path] if stem else "")
     if any(errors.values()):
@@ -52,7 +53,7 @@ def evaluate(args: argparse.Namespace) -> int:
     return 0
 
 
-def evaluation_has_labels(evaluation: Evaluation) -> bool:
+def _has_labels(evaluation: Evaluation) -> bool:
     return "energy_mae" in evaluation.errors or "forces_mae" in evaluation.errors
 
 

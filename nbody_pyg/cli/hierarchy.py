@@ -18,6 +18,7 @@ from nbody_pyg.training.config import scheme_arguments
 
 
 def hierarchy(args: argparse.Namespace) -> int:
+    """Run the command; returns the exit status."""
     frame = _frame(args.file, args.index)
     scheme = load_model(args.model).model.scheme if args.model else _scheme(args)
     topology = scheme.read(scheme(frame)).validate()

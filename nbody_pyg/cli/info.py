@@ -12,6 +12,7 @@ from nbody_pyg.deploy import cg_fingerprint, read_metadata
 
 
 def info(args: argparse.Namespace) -> int:
+    """Run the command; returns the exit status."""
     header = read_metadata(args.model)
     if args.json:
         print(json.dumps(header, indent=1))

@@ -23,6 +23,7 @@ after writing last.ckpt (go on with --output.resume true)"""
 
 
 def build_parser() -> argparse.ArgumentParser:
+    """The commands and their options, with help."""
     parser = argparse.ArgumentParser(
         prog="nbody", description=_DESCRIPTION, epilog=_EXIT,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -14,6 +14,7 @@ from nbody_pyg.deploy import MDReport, NBodyCalculator, run_md
 
 
 def md(args: argparse.Namespace) -> int:
+    """Run the command; returns the exit status."""
     torch.set_num_threads(1)
     if not Path(args.start).is_file():
         raise FileNotFoundError(f"no structure at {args.start}")

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 
@@ -77,10 +77,10 @@ class EnergyForceLoss:
 
     def __call__(
         self,
-        energy_error: Float[Tensor, " graphs"] | None,
+        energy_error: Float[Tensor, " energies"] | None,
         force_error: Float[Tensor, "atoms 3"] | None,
-        virial_error: Float[Tensor, "graphs 3 3"] | None = None,
-        num_atoms: Float[Tensor, " graphs"] | None = None,
+        virial_error: Float[Tensor, "stresses 3 3"] | None = None,
+        num_atoms: Int[Tensor, " energies"] | None = None,
     ) -> Float[Tensor, ""]:
         """Errors are prediction minus label; a NaN marks a missing label and has to be removed before."""
         penalty, width = PENALTIES[self.penalty], self.force_variance**0.5

@@ -4,9 +4,16 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
+import torch
 from ase.io import read, write
 from matplotlib import image
 
@@ -162,6 +169,26 @@ def test_errors_are_one_line(words, message, capsys, tmp_path, monkeypatch):
     error = capsys.readouterr().err
     assert error.startswith(f"nbody {words[0]}: error: ") and message in error
     assert "Traceback" not in error
+
+
+@pytest.mark.slow
+def test_sigterm_ends_with_its_status_and_a_checkpoint_to_go_on_from(tmp_path):
+    words = [*TINY, "--training.max_steps", "1000000", "--output.folder", str(tmp_path)]
+    code = "import sys; from nbody_pyg.cli import main; sys.exit(main())"
+    root = str(Path(__file__).resolve().parents[2])
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, "train", *words],
+        env=os.environ | {"PYTHONPATH": root},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    while not (tmp_path / "last.ckpt").exists():  # written by the first validation
+        assert process.poll() is None
+        time.sleep(0.2)
+    process.send_signal(signal.SIGTERM)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 143 and "stopped by signal 15 after step" in out
+    assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] > 2
 
 
 def test_help(capsys):
