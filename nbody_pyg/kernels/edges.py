@@ -15,8 +15,8 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from nbody_pyg.kernels.derivatives import last_derivative
 from nbody_pyg.kernels.library import Library
 
 #: A polynomial in x, y, z: exponents to coefficient.
@@ -220,13 +220,12 @@ class FeatureKernel:
         self.library = Library(source, arity)
 
     def __call__(self, vec: Tensor, window: Tensor) -> tuple[Tensor, Tensor]:
-        return _Features.apply(vec, window, self)
+        return _Features.apply(vec.contiguous(), window.contiguous(), self)
 
 
 class _Features(torch.autograd.Function):
     @staticmethod
     def forward(ctx, vec: Tensor, window: Tensor, kernel: FeatureKernel):
-        vec, window = vec.contiguous(), window.contiguous()
         ctx.save_for_backward(vec, window)
         ctx.kernel = kernel
         harmonics, radial = vec.new_empty(len(vec), kernel.rows), vec.new_empty(len(vec), kernel.num_basis)
@@ -249,7 +248,7 @@ class _FeaturesBackward(torch.autograd.Function):
         return gv, gw
 
     @staticmethod
-    @once_differentiable
+    @last_derivative
     def backward(ctx, c: Tensor, d: Tensor):
         saved = ctx.saved_tensors
         vec, window, gh, gr = saved
@@ -266,13 +265,12 @@ _window_library = Library(
 
 def compiled_window(vec: Tensor, cutoff: float) -> Tensor:
     """The window of :func:`nbody_pyg.radial.smooth_cutoff` as a function of the vector."""
-    return _Window.apply(vec, cutoff)
+    return _Window.apply(vec.contiguous(), cutoff)
 
 
 class _Window(torch.autograd.Function):
     @staticmethod
     def forward(ctx, vec: Tensor, cutoff: float) -> Tensor:
-        vec = vec.contiguous()
         ctx.save_for_backward(vec)
         ctx.cutoff = cutoff
         out = vec.new_empty(len(vec))
@@ -295,7 +293,7 @@ class _WindowBackward(torch.autograd.Function):
         return gv
 
     @staticmethod
-    @once_differentiable
+    @last_derivative
     def backward(ctx, c: Tensor):
         vec, g = ctx.saved_tensors
         gg, gv = torch.empty_like(g), torch.empty_like(vec)

@@ -157,7 +157,7 @@ class LinearKernel:
         check_operands(x.dtype, x=(x, (x.shape[0], *self.shape_in)))
         for block, weight in zip(self.blocks, weights, strict=True):
             check_operands(x.dtype, weight=(weight, (block.size_in, block.size_out)))
-        return _Apply.apply(self, x, *weights)
+        return _Apply.apply(self, x.contiguous(), *[w.contiguous() for w in weights])
 
     def _call(self, name: str, dtype: torch.dtype, nodes: int, *arguments) -> None:
         _library.call(name, dtype, len(self.blocks), nodes, self._table, *self._strides, *arguments)
@@ -188,12 +188,13 @@ _library = Library(
 )
 
 
+# Operands are made contiguous before ``apply``: a copy made inside ``forward`` and saved there has no graph, and
+# second derivatives would silently lose their part through it.
 class _Apply(torch.autograd.Function):
     """Z = X W."""
 
     @staticmethod
     def forward(ctx, kernel: LinearKernel, x: Tensor, *weights: Tensor) -> Tensor:
-        x, weights = x.contiguous(), [w.contiguous() for w in weights]
         ctx.kernel = kernel
         ctx.save_for_backward(x, *weights)
         return kernel.apply(x, weights)
@@ -201,6 +202,7 @@ class _Apply(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g: Tensor):
         x, *weights = ctx.saved_tensors
+        g = g.contiguous()
         gx = _Transposed.apply(ctx.kernel, g, *weights) if ctx.needs_input_grad[1] else None
         gw = (
             _Outer.apply(ctx.kernel, x, g)
@@ -215,7 +217,6 @@ class _Transposed(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, kernel: LinearKernel, z: Tensor, *weights: Tensor) -> Tensor:
-        z, weights = z.contiguous(), [w.contiguous() for w in weights]
         ctx.kernel = kernel
         ctx.save_for_backward(z, *weights)
         return kernel.transposed(z, weights)
@@ -223,6 +224,7 @@ class _Transposed(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g: Tensor):
         z, *weights = ctx.saved_tensors
+        g = g.contiguous()
         gz = _Apply.apply(ctx.kernel, g, *weights) if ctx.needs_input_grad[1] else None
         gw = (
             _Outer.apply(ctx.kernel, g, z)
@@ -237,7 +239,6 @@ class _Outer(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, kernel: LinearKernel, x: Tensor, z: Tensor):
-        x, z = x.contiguous(), z.contiguous()
         ctx.kernel = kernel
         ctx.save_for_backward(x, z)
         return tuple(kernel.outer(x, z))
@@ -245,6 +246,7 @@ class _Outer(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *g: Tensor):
         x, z = ctx.saved_tensors
+        g = [t.contiguous() for t in g]
         gx = _Transposed.apply(ctx.kernel, z, *g) if ctx.needs_input_grad[1] else None
         gz = _Apply.apply(ctx.kernel, x, *g) if ctx.needs_input_grad[2] else None
         return None, gx, gz

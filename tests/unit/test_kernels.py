@@ -1,0 +1,384 @@
+"""Compiled products against plain torch: values, first and second derivatives, odd sizes, and what can go wrong."""
+
+from __future__ import annotations
+
+import copy
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from nbody_pyg import NBodyNet, NestedShells
+from nbody_pyg.kernels import available_backends, backend, build, set_backend
+from nbody_pyg.kernels.linear import Block, LinearKernel
+from nbody_pyg.kernels.scope import skip_weight_gradients
+from nbody_pyg.nn.gates import DensityGate, EdgeEmbedding, EdgeFeatures, OneBodyGate, ProductGate, RowLinear
+from nbody_pyg.nn.irreps import hidden_irreps, num_rows
+from nbody_pyg.nn.products import ChannelwiseProduct, blockwise_linear
+from nbody_pyg.radial import BesselBasis, InversePowers
+
+needs_c = pytest.mark.skipif(build.compiler() is None, reason="no C compiler")
+EXACT = dict(rtol=1e-10, atol=1e-10)
+
+
+@pytest.fixture(autouse=True)
+def _backend_is_left_alone():
+    yield
+    set_backend("auto")
+
+
+@pytest.fixture
+def fresh_build(monkeypatch, tmp_path):
+    """A build module that remembers nothing, with a cache of its own; forgets again afterwards."""
+    monkeypatch.setenv("NBODY_CACHE", str(tmp_path / "cache"))
+    forget = (build.compiler, build.load)
+    for function in forget:
+        function.cache_clear()
+    yield tmp_path / "cache" / "kernels"
+    monkeypatch.undo()
+    for function in forget:
+        function.cache_clear()
+
+
+def _randn(generator, *shape, dtype=torch.float64):
+    return torch.randn(*shape, dtype=torch.float64, generator=generator).to(dtype)
+
+
+def _edges(generator, sources, targets, count, lmax, dtype=torch.float64, num_basis=3) -> EdgeFeatures:
+    index = torch.stack([torch.randint(max(n, 1), (count,), generator=generator) for n in (sources, targets)])
+    return EdgeFeatures(
+        index,
+        _randn(generator, count, (lmax + 1) ** 2, dtype=dtype),
+        _randn(generator, count, num_basis, dtype=dtype),
+        targets,
+    )
+
+
+def _both(call, inputs, parameters=()):
+    """Values, gradients and the derivative of the gradients on each backend."""
+    results = []
+    for name in ("torch", "c"):
+        set_backend(name)
+        leaves = [x.detach().clone().requires_grad_(True) for x in inputs]
+        every = [*leaves, *parameters]
+        out = call(*leaves)
+        seed = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out)
+        first = torch.autograd.grad(out, every, seed, create_graph=True)
+        seeds = [torch.linspace(-1, 2, g.numel(), dtype=g.dtype).view_as(g) for g in first]
+        second = torch.autograd.grad(first, every, seeds, allow_unused=True, materialize_grads=True)
+        results.append([out, *first, *second])
+    return results
+
+
+def _assert_both(call, inputs, parameters=(), **tolerance):
+    plain, compiled = _both(call, inputs, list(parameters))
+    assert plain[0].numel() == 0 or plain[0].abs().max() > 0
+    for n, (a, b) in enumerate(zip(plain, compiled, strict=True)):
+        scale = max(1.0, float(a.detach().abs().max())) if a.numel() else 1.0
+        torch.testing.assert_close(b / scale, a / scale, **(tolerance or EXACT), msg=lambda m, n=n: f"result {n}: {m}")
+
+
+TYPES = [("o3", 0), ("o3", 1), ("o3", 2), ("so3", 1), ("o3-full", 1)]
+CHANNELS = [1, 3, 19, 32]
+
+
+@needs_c
+@pytest.mark.parametrize("channels", CHANNELS)
+@pytest.mark.parametrize(("symmetry", "lmax"), TYPES)
+def test_every_product_is_the_same_on_both_backends(symmetry, lmax, channels, generator):
+    irreps = hidden_irreps(channels, lmax, symmetry)
+    rows = num_rows(irreps)
+    product = ChannelwiseProduct(irreps, irreps, irreps).double()
+    _assert_both(product, [_randn(generator, 4, rows, channels) for _ in range(2)], product.parameters())
+    gate = OneBodyGate(irreps, irreps, lmax, 3, degree=3.0, symmetry=symmetry).double()
+    edges = _edges(generator, 4, 3, 7, lmax)
+
+    def one_body(x, harmonics, radial):
+        return gate(x, EdgeFeatures(edges.index, harmonics, radial, 3))
+
+    _assert_both(one_body, [_randn(generator, 4, rows, channels), edges.harmonics, edges.radial], gate.parameters())
+    density = DensityGate(2, 3, hidden_irreps(channels, lmax, "so3" if symmetry == "so3" else "o3"), 3.0, symmetry).double()
+    species = torch.tensor([0, 1, 1, 0])
+    _assert_both(
+        lambda harmonics, radial: density(species, EdgeFeatures(edges.index, harmonics, radial, 3)),
+        [edges.harmonics, edges.radial],
+        density.parameters(),
+    )
+    linear = RowLinear(irreps, hidden_irreps(channels + 2, lmax, symmetry)).double()
+    _assert_both(linear, [_randn(generator, 4, rows, channels)], linear.parameters())
+
+
+@needs_c
+@pytest.mark.slow
+@pytest.mark.parametrize(("symmetry", "lmax"), [("o3", 3), ("so3", 3), ("o3-full", 2)])
+def test_large_types_are_the_same_on_both_backends(symmetry, lmax, generator):
+    test_every_product_is_the_same_on_both_backends(symmetry, lmax, 5, generator)
+
+
+@needs_c
+@pytest.mark.parametrize(("nodes", "targets", "count"), [(1, 1, 0), (1, 1, 1), (1, 3, 2), (0, 0, 0), (4, 2, 0)])
+def test_no_edges_one_node_no_node(nodes, targets, count, generator):
+    irreps = hidden_irreps(3, 1)
+    x, edges = _randn(generator, nodes, 4, 3), _edges(generator, nodes, targets, count, 1)
+    gate, product = OneBodyGate(irreps, irreps, 1, 3).double(), ChannelwiseProduct(irreps, irreps, irreps).double()
+    density, linear = DensityGate(2, 3, irreps).double(), RowLinear(irreps, irreps).double()
+    for call in (
+        lambda: gate(x, edges),
+        lambda: density(torch.zeros(nodes, dtype=torch.long), edges),
+        lambda: product(x, x),
+        lambda: linear(x),
+    ):
+        values = []
+        for name in ("torch", "c"):
+            set_backend(name)
+            values.append(call())
+        torch.testing.assert_close(values[1], values[0], **EXACT)
+
+
+@needs_c
+def test_inputs_that_are_not_contiguous(generator):
+    irreps = hidden_irreps(19, 1)
+    product, linear = ChannelwiseProduct(irreps, irreps, irreps).double(), RowLinear(irreps, irreps).double()
+    x = _randn(generator, 19, 4, 5).permute(2, 1, 0)
+    wide = _randn(generator, 5, 8, 19)[:, ::2]
+    assert not x.is_contiguous() and not wide.is_contiguous()
+    _assert_both(lambda a, b: product(a.permute(2, 1, 0), b[:, ::2]), [_randn(generator, 19, 4, 5), _randn(generator, 5, 8, 19)])
+    _assert_both(lambda a: linear(a.permute(2, 1, 0)), [_randn(generator, 19, 4, 5)])
+    gate, edges = OneBodyGate(irreps, irreps, 1, 3).double(), _edges(generator, 5, 5, 6, 1)
+    _assert_both(
+        lambda a, h, r: gate(a[:, ::2], EdgeFeatures(edges.index.flip(0), h.flip(0), r.T.contiguous().T, 5)),
+        [_randn(generator, 5, 8, 19), edges.harmonics, edges.radial],
+    )
+
+
+@needs_c
+def test_first_and_second_derivatives_against_finite_differences(generator):
+    set_backend("c")
+    irreps = hidden_irreps(2, 1)
+    check = dict(fast_mode=False, atol=1e-6)
+    product = ChannelwiseProduct(irreps, irreps, irreps).double().kernel
+    gate = OneBodyGate(irreps, irreps, 1, 2).double()
+    edges = _edges(generator, 3, 2, 4, 1, num_basis=2)
+    density = DensityGate(2, 2, irreps).double().kernel
+    slot = torch.tensor([0, 3, 2, 3])
+    linear = LinearKernel([Block(0, 3, 1, 2, 2), Block(1, 0, 3, 2, 2)], 4, 2, 4, 2)
+    cases = [
+        (lambda x, y: product(x, y), [(2, 4, 2), (2, 4, 2)]),
+        (lambda x, h, r, w: gate.kernel(x, h, r, w, edges.index, 2), [(3, 4, 2), (4, 4), (4, 2), tuple(gate.radial_weight.shape)]),
+        (lambda h, r: density(h, r, slot, 2), [(4, 4), (4, 2)]),
+        (lambda x, a, b: linear(x, a, b), [(2, 4, 2), (2, 2), (2, 2)]),
+    ]  # fmt: skip
+    for call, shapes in cases:
+        inputs = [_randn(generator, *shape).requires_grad_(True) for shape in shapes]
+        assert call(*inputs).abs().max() > 0
+        assert torch.autograd.gradcheck(call, inputs, **check)
+        assert torch.autograd.gradgradcheck(call, inputs, **check)
+
+
+@needs_c
+def test_edge_features_and_windows_are_the_same_on_both_backends(generator):
+    vec = 2 * _randn(generator, 9, 3)
+    vec[0] = 0.0  # a part on its parent
+    index, window = torch.zeros(2, 9, dtype=torch.long), torch.rand(9, dtype=torch.float64, generator=generator)
+    for basis in (BesselBasis(5, 5.0), InversePowers(3, 5.0)):
+        for lmax in (0, 2, 3):
+            embedding = EdgeEmbedding(lmax, basis).double()
+            _assert_both(lambda v, w, e=embedding: torch.cat(e(index, v, w, 1)[1:3], dim=1), [vec, window])
+    z, pos = torch.tensor([6, 8, 1, 1, 1]), _randn(generator, 5, 3)
+    scheme = NestedShells((3.0,))
+    topology = scheme.topology(z, pos)
+    _assert_both(lambda p: scheme.hierarchy(topology, z, p)[1].child_weight, [pos])
+
+
+@needs_c
+def test_the_third_use_of_the_linear_map_when_weight_gradients_are_skipped(generator):
+    """Forces first, without gradients of weights; then the loss, with them."""
+    irreps = hidden_irreps(3, 1)
+    gate = ProductGate(irreps, irreps, 2).double()
+    x = _randn(generator, 4, 4, 3)
+    results = []
+    for name, skip in (("torch", False), ("c", False), ("c", True)):
+        set_backend(name)
+        leaf = x.clone().requires_grad_(True)
+        energy = gate(leaf).square().sum()
+        if skip:
+            with skip_weight_gradients():
+                (force,) = torch.autograd.grad(energy, leaf, create_graph=True)
+        else:
+            (force,) = torch.autograd.grad(energy, leaf, create_graph=True)
+        results.append([force, *torch.autograd.grad(force.square().sum() + energy, [leaf, *gate.parameters()])])
+    for other in results[1:]:
+        for a, b in zip(results[0], other, strict=True):
+            torch.testing.assert_close(b, a, **EXACT)
+    set_backend("c")
+    leaf = x.clone().requires_grad_(True)
+    with skip_weight_gradients():
+        found = torch.autograd.grad(gate.linear(leaf).sum(), [leaf, *gate.linear.parameters()], allow_unused=True)
+    assert found[0] is not None and all(g is None for g in found[1:])
+
+
+@needs_c
+def test_a_third_derivative_is_an_error_and_torch_has_it(generator):
+    irreps = hidden_irreps(2, 1)
+    product = ChannelwiseProduct(irreps, irreps, irreps).double()
+    x = _randn(generator, 2, 4, 2).requires_grad_(True)
+
+    def third():
+        value = product(x, x).square().sum()
+        for _ in range(2):
+            (value,) = torch.autograd.grad(value, x, create_graph=True)
+            value = value.square().sum()
+        return torch.autograd.grad(value, x)[0]
+
+    set_backend("torch")
+    assert torch.isfinite(third()).all()
+    set_backend("c")
+    with pytest.raises(RuntimeError, match=r"two derivatives, but a third was asked for; call .*set_backend\('torch'\)"):
+        third()
+
+
+@needs_c
+def test_float32_has_the_error_of_float32(generator):
+    irreps = hidden_irreps(19, 2)
+    gate, edges, x = OneBodyGate(irreps, irreps, 2, 3), _edges(generator, 5, 5, 30, 2), _randn(generator, 5, 9, 19)
+    single = EdgeFeatures(edges.index, edges.harmonics.float(), edges.radial.float(), 5)
+    set_backend("c")
+    with torch.no_grad():
+        low, high = gate(x.float(), single), copy.deepcopy(gate).double()(x, edges)
+    assert low.dtype == torch.float32
+    error = float((low - high).abs().max() / high.abs().max())
+    assert 1e-9 < error < 1e-5
+
+
+@needs_c
+def test_wrong_types_and_shapes_never_reach_compiled_code(generator):
+    set_backend("c")
+    irreps = hidden_irreps(3, 1)
+    product, linear = ChannelwiseProduct(irreps, irreps, irreps).double().kernel, RowLinear(irreps, irreps)
+    x = _randn(generator, 2, 4, 3)
+    with pytest.raises(TypeError, match=r"y must have the dtype of the other operands, torch.float64, got torch.float32"):
+        product(x, x.float())
+    with pytest.raises(ValueError, match=r"y must have shape \[2, 4, 3\], got \[2, 3, 3\]; check the irreps and edges"):
+        product(x, x[:, :3])
+    with pytest.raises(TypeError, match="weight must have the dtype of the other operands"):
+        linear(x)
+    gate, edges = OneBodyGate(irreps, irreps, 1, 3).double(), _edges(generator, 2, 2, 4, 1)
+    with pytest.raises(TypeError, match="index must have the dtype"):
+        gate(x, edges._replace(index=edges.index.int()))
+    with pytest.raises(ValueError, match="radial must have shape"):
+        gate(x, edges._replace(radial=edges.radial[:, :2]))
+
+
+def test_which_backend_runs():
+    assert available_backends()[-1] == "torch"
+    set_backend("torch")
+    assert backend() == "torch"
+    set_backend("auto")
+    assert backend(torch.zeros(1)) == available_backends()[0]
+    assert backend(torch.zeros(1, dtype=torch.bfloat16)) == "torch"
+    assert backend(torch.zeros(1, device="meta")) == "torch"
+    with pytest.raises(ValueError, match="backend must be one of auto, c, torch, got 'cuda'; try 'auto'"):
+        set_backend("cuda")
+
+
+def test_without_a_compiler_plain_torch_runs(monkeypatch, generator):
+    monkeypatch.setattr(build, "compiler", lambda: None)
+    assert available_backends() == ["torch"] and backend(torch.zeros(1)) == "torch"
+    irreps = hidden_irreps(3, 1)
+    assert ProductGate(irreps, irreps, 2)(torch.randn(2, 4, 3)).shape == (2, 4, 3)
+    with pytest.raises(ValueError, match="backend 'c' needs a C compiler and none was found; install gcc or set CC"):
+        set_backend("c")
+    with pytest.raises(RuntimeError, match=r"no C compiler found; install gcc or clang, set CC, or use set_backend\('torch'\)"):
+        build.load.__wrapped__("int one(void) { return 1; }")
+
+
+def test_the_compiler_is_that_of_the_environment(fresh_build, monkeypatch):
+    monkeypatch.setenv("CC", "no-such-compiler")
+    build.compiler.cache_clear()
+    assert build.compiler() is None and available_backends() == ["torch"]
+
+
+@needs_c
+def test_compiled_code_is_kept_and_used_again(fresh_build, monkeypatch):
+    source = "int answer(void) { return 42; }"
+    assert build.load(source).answer() == 42
+    files = sorted(fresh_build.iterdir())
+    assert len(files) == 1 and files[0].suffix == ".so", "no temporary file is left"
+    build.load.cache_clear()
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: pytest.fail("compiled again"))
+    assert build.load(source).answer() == 42
+
+
+@needs_c
+def test_a_broken_file_in_the_cache_is_built_anew(fresh_build):
+    source = "int answer(void) { return 43; }"
+    build.load(source)
+    (file,) = fresh_build.iterdir()
+    build.load.cache_clear()
+    file.unlink()
+    file.write_bytes(b"\x7fELF cut off")
+    assert build.load(source).answer() == 43
+
+
+@needs_c
+def test_a_failing_compiler_and_a_folder_that_cannot_be_written_say_what_to_do(fresh_build, monkeypatch, tmp_path):
+    with pytest.raises(RuntimeError, match=r"(?s)the C compiler failed: .*error.*Set CC to a working C compiler, or use set_backend"):
+        build.load("this is not C")
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("NBODY_CACHE", str(tmp_path / "file"))
+    with pytest.raises(RuntimeError, match="could not be kept in .*; set NBODY_CACHE to a folder that can be written"):
+        build.load("int other(void) { return 1; }")
+
+
+def test_the_environment_chooses_the_backend():
+    code = "from nbody_pyg.kernels import backend; print(backend())"
+    run = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, "NBODY_BACKEND": "torch"}, capture_output=True, text=True, check=True
+    )
+    assert run.stdout.strip() == "torch"
+
+
+@needs_c
+def test_copies_and_state_dicts(generator):
+    irreps = hidden_irreps(3, 1)
+    gate, x = ProductGate(irreps, irreps, 3), torch.randn(4, 4, 3, generator=generator)
+    set_backend("c")
+    with torch.no_grad():
+        expected = gate(x)
+        twin = copy.deepcopy(gate)
+        torch.testing.assert_close(twin(x), expected, rtol=0, atol=0)
+        fresh = ProductGate(irreps, irreps, 3)
+        assert not torch.equal(fresh(x), expected)
+        fresh.load_state_dict(gate.state_dict())
+        torch.testing.assert_close(fresh(x), expected, rtol=0, atol=0)
+    assert all(value.is_floating_point() for value in gate.state_dict().values()), "weights only"
+
+
+@needs_c
+def test_a_network_is_the_same_on_both_backends(molecules):
+    z, pos = molecules["ethanol"]
+    net, results = NBodyNet([1, 6, 8], NestedShells((4.0, 3.0)), channels=5).double(), []
+    for name in ("torch", "c"):
+        set_backend(name)
+        leaf = pos.clone().requires_grad_(True)
+        energy = net(z, leaf)
+        (force,) = torch.autograd.grad(energy.sum(), leaf, create_graph=True)
+        weights = torch.autograd.grad(force.square().sum() + energy.sum(), list(net.parameters()))
+        results.append([energy.detach(), force.detach(), *weights])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(b, a, rtol=1e-9, atol=1e-10)
+
+
+def test_rows_of_no_block_are_zero(generator):
+    """A fragment that no path reaches: filled, on every backend, also in the derivatives."""
+    kernel = LinearKernel([Block(0, 4, 1, 3, 2)], 4, 3, 5, 2)
+    weight, x = _randn(generator, 3, 2), _randn(generator, 2, 4, 3)
+    for name in available_backends():
+        set_backend(name)
+        leaf = x.clone().requires_grad_(True)
+        out = blockwise_linear(kernel, leaf, weight)
+        assert not out[:, :4].any() and out[:, 4].all()
+        (gradient,) = torch.autograd.grad(out.sum(), leaf)
+        assert gradient[:, 0].all() and not gradient[:, 1:].any()
