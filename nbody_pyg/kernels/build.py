@@ -13,7 +13,6 @@ import tempfile
 from pathlib import Path
 
 _FLAGS = (
-    "-O3",
     "-march=native",
     "-fno-math-errno",
     "-fno-trapping-math",
@@ -22,6 +21,14 @@ _FLAGS = (
     "-fPIC",
     "-w",
 )
+
+
+#: Sources longer than this compile with less effort; they are straight lines, so little is lost.
+_LONG = 250_000
+
+
+def _flags(source: str) -> tuple[str, ...]:
+    return ("-O1" if len(source) > _LONG else "-O2", *_FLAGS)
 
 
 @functools.lru_cache(maxsize=1)
@@ -62,7 +69,7 @@ def load(source: str) -> ctypes.CDLL:
     cc = compiler()
     if cc is None:
         raise RuntimeError("no C compiler found; install gcc or clang, set CC, or use set_backend('torch')")
-    key = hashlib.sha256("\0".join([source, cc, _machine(), *_FLAGS]).encode()).hexdigest()[:24]
+    key = hashlib.sha256("\0".join([source, cc, _machine(), *_flags(source)]).encode()).hexdigest()[:24]
     library = cache_folder() / f"{key}.so"
     if library.exists():
         with contextlib.suppress(OSError):
@@ -82,7 +89,7 @@ def _compile(cc: str, source: str, library: Path) -> None:
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:
         code, built = Path(folder) / "kernel.c", Path(folder) / "kernel.so"
         code.write_text(source)
-        command = [cc, *_FLAGS, str(code), "-o", str(built), "-lm"]
+        command = [cc, *_flags(source), str(code), "-o", str(built), "-lm"]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode != 0:
             raise RuntimeError(

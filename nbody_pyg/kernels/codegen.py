@@ -50,14 +50,10 @@ def _weighted(pairs: list[tuple[float, str]]) -> str:
     return " + ".join(f"{_number(value)} * {name}" for value, name in pairs)
 
 
-def _over_channels(body) -> list[str]:
-    """The body once over whole vectors of channels and once, one by one, over the rest."""
-    lines = ["    int64_t c = 0;", "    for (; c + WIDTH <= C; c += WIDTH) {"]
-    lines += body("vec")
-    lines += ["    }", "    for (; c < C; c++) {"]
-    lines += body("real")
-    lines += ["    }"]
-    return lines
+def _over_channels(body, tail: bool) -> list[str]:
+    """The body over whole vectors of channels; with ``tail`` once more, one by one, over the rest."""
+    lines = ["    int64_t c = 0;", "    for (; c + WIDTH <= C; c += WIDTH) {", *body("vec"), "    }"]
+    return [*lines, "    for (; c < C; c++) {", *body("real"), "    }"] if tail else lines
 
 
 def _load(kind: str, name: str, pointer: str, rows) -> list[str]:
@@ -72,7 +68,7 @@ def _zero(kind: str, names) -> list[str]:
     return [f"        {kind} {name} = ({kind}){{0}};" for name in names]
 
 
-def product_source(terms: list[Term], rows1: int, rows2: int, rows_out: int) -> str:
+def product_source(terms: list[Term], rows1: int, rows2: int, rows_out: int, tail: bool = True) -> str:
     """Functions of the channelwise product for one coupling table."""
     by_pair: dict[tuple[int, int], list[Term]] = defaultdict(list)
     for term in terms:
@@ -113,7 +109,7 @@ def product_source(terms: list[Term], rows1: int, rows2: int, rows_out: int) -> 
     def function(name: str, pointers: list[tuple[str, int]], outputs: set[str], body) -> str:
         arguments = ", ".join(f"{'' if p in outputs else 'const '}real* restrict {p}" for p, _ in pointers)
         lines = [f"void {name}(int64_t N, int64_t C, {arguments}) {{", "  for (int64_t n = 0; n < N; n++) {"]
-        lines += _over_channels(body)
+        lines += _over_channels(body, tail)
         lines += ["    " + " ".join(f"{p} += {size} * C;" for p, size in pointers), "  }", "}"]
         return "\n".join(lines)
 
@@ -127,7 +123,7 @@ def product_source(terms: list[Term], rows1: int, rows2: int, rows_out: int) -> 
 
 
 def one_body_source(
-    terms: list[Term], rows_in: int, harmonics: int, rows_out: int, paths: int, basis: int
+    terms: list[Term], rows_in: int, harmonics: int, rows_out: int, paths: int, basis: int, tail: bool = True
 ) -> str:
     """Functions of the edge product; in ``terms`` i counts source rows and j harmonics.
 
@@ -227,7 +223,7 @@ def one_body_source(
     def function(name: str, arguments: str, setup: list[str], body, finish: list[str]) -> str:
         lines = [f"void {name}(int64_t E, int64_t C, const int64_t* restrict source, const int64_t* restrict target,",
                  f"    {arguments}) {{", "  for (int64_t e = 0; e < E; e++) {"] + setup  # fmt: skip
-        return "\n".join(lines + _over_channels(body) + finish + ["  }", "}"])
+        return "\n".join(lines + _over_channels(body, tail) + finish + ["  }", "}"])
 
     size_in, size_out = f"{rows_in} * C", f"{rows_out} * C"
     state = [

@@ -14,6 +14,9 @@ from nbody_pyg.kernels.codegen import prelude
 _C_NAMES = {torch.float32: "float", torch.float64: "double"}
 _C_TYPES = {"i": ctypes.c_int64, "d": ctypes.c_double, "p": ctypes.c_void_p}
 
+#: Longest source (characters) that is worth compiling.
+MAX_SOURCE = 800_000
+
 
 class Library:
     """Compiled functions.
@@ -26,6 +29,11 @@ class Library:
     def __init__(self, source: str, signatures: dict[str, str]) -> None:
         self._source, self._signatures = source, signatures
         self._loaded: dict[torch.dtype, dict] = {}
+
+    @property
+    def too_long(self) -> bool:
+        """Whether compiling would take minutes: high degrees in both parities. Such products run on plain torch."""
+        return len(self._source) > MAX_SOURCE
 
     def call(self, name: str, dtype: torch.dtype, *arguments: Tensor | float | int | None) -> None:
         """Call one function; tensors are passed by address and must be contiguous, None as a null pointer."""

@@ -7,33 +7,37 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from nbody_pyg.kernels import codegen
 from nbody_pyg.kernels.codegen import Term
+from nbody_pyg.kernels.derivatives import last_derivative
 from nbody_pyg.kernels.library import Library
 from nbody_pyg.kernels.operands import check_operands
 from nbody_pyg.kernels.scope import weight_gradients_skipped
+
+#: A vector holds at most this many channels (64 bytes of float32).
+LANES = 16
 
 
 class ProductKernel:
     """Channelwise product of node states for one coupling table, see :func:`codegen.product_source`."""
 
-    def __init__(self, terms: list[Term], rows1: int, rows2: int, rows_out: int) -> None:
-        self.rows1, self.rows2, self.rows_out = rows1, rows2, rows_out
+    def __init__(self, terms: list[Term], rows1: int, rows2: int, rows_out: int, channels: int) -> None:
+        self.rows1, self.rows2, self.rows_out, self.channels = rows1, rows2, rows_out, channels
+        tail = channels % LANES != 0
         signatures = {"product_forward": "2i3p", "product_backward": "2i5p", "product_double": "2i8p"}
-        self.library = Library(codegen.product_source(terms, rows1, rows2, rows_out), signatures)
+        self.library = Library(codegen.product_source(terms, rows1, rows2, rows_out, tail), signatures)
 
     def __call__(self, x: Tensor, y: Tensor) -> Tensor:
-        nodes, channels = x.shape[0], x.shape[2]
+        nodes, channels = x.shape[0], self.channels
         check_operands(x.dtype, x=(x, (nodes, self.rows1, channels)), y=(y, (nodes, self.rows2, channels)))
-        return _Product.apply(x, y, self)
+        # Made contiguous here, not in ``forward``: a copy that is saved there has no graph of its own
+        return _Product.apply(x.contiguous(), y.contiguous(), self)
 
 
 class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, y: Tensor, kernel: ProductKernel) -> Tensor:
-        x, y = x.contiguous(), y.contiguous()
         ctx.save_for_backward(x, y)
         ctx.kernel = kernel
         nodes, _, channels = x.shape
@@ -58,7 +62,7 @@ class _ProductBackward(torch.autograd.Function):
         return gx, gy
 
     @staticmethod
-    @once_differentiable
+    @last_derivative
     def backward(ctx, a: Tensor, b: Tensor):
         g, x, y = ctx.saved_tensors
         gg, gx, gy = torch.empty_like(g), torch.empty_like(x), torch.empty_like(y)
@@ -71,25 +75,27 @@ class OneBodyKernel:
     """Edge product of source states, harmonics and radial functions, see :func:`codegen.one_body_source`."""
 
     def __init__(
-        self, terms: list[Term], rows_in: int, harmonics: int, rows_out: int, paths: int, basis: int
+        self,
+        terms: list[Term],
+        rows_in: int,
+        harmonics: int,
+        rows_out: int,
+        paths: int,
+        basis: int,
+        channels: int,
     ) -> None:
-        self.rows_in, self.rows_out, self.harmonics, self.paths, self.basis = (
-            rows_in,
-            rows_out,
-            harmonics,
-            paths,
-            basis,
-        )
+        self.rows_in, self.rows_out, self.harmonics = rows_in, rows_out, harmonics
+        self.paths, self.basis, self.channels = paths, basis, channels
+        tail = channels % LANES != 0
+        source = codegen.one_body_source(terms, rows_in, harmonics, rows_out, paths, basis, tail)
         signatures = {"one_body_forward": "2i7p", "one_body_backward": "2i11p", "one_body_double": "2i16p"}
-        self.library = Library(
-            codegen.one_body_source(terms, rows_in, harmonics, rows_out, paths, basis), signatures
-        )
+        self.library = Library(source, signatures)
 
     def __call__(
         self, x: Tensor, harmonics: Tensor, radial: Tensor, weight: Tensor, index: Tensor, num_targets: int
     ) -> Tensor:
         """Sum over edges, radial weights ``radial @ weight``: (targets, rows_out, channels)."""
-        edges, channels = index.shape[1], x.shape[2]
+        edges, channels = index.shape[1], self.channels
         check_operands(
             x.dtype,
             x=(x, (x.shape[0], self.rows_in, channels)),
@@ -98,14 +104,14 @@ class OneBodyKernel:
             weight=(weight, (self.basis, self.paths * channels)),
         )
         check_operands(torch.int64, index=(index, (2, edges)))
-        return _OneBody.apply(x, harmonics, radial, weight, index, num_targets, self)
+        factors = [t.contiguous() for t in (x, harmonics, radial, weight)]
+        return _OneBody.apply(*factors, index.contiguous(), num_targets, self)
 
 
 class _OneBody(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, harmonics, radial, weight, index, num_targets: int, kernel: OneBodyKernel) -> Tensor:
-        factors = [t.contiguous() for t in (x, harmonics, radial, weight)]
-        index = index.contiguous()
+        factors = (x, harmonics, radial, weight)
         ctx.save_for_backward(*factors, index)
         ctx.kernel = kernel
         out = x.new_zeros(num_targets, kernel.rows_out, x.shape[2])
@@ -133,7 +139,7 @@ class _OneBodyBackward(torch.autograd.Function):
         return gx, gy, gb, gw
 
     @staticmethod
-    @once_differentiable
+    @last_derivative
     def backward(ctx, *cotangents: Tensor | None):
         g, x, harmonics, radial, weight, index = ctx.saved_tensors
         factors = (x, harmonics, radial)
@@ -162,13 +168,12 @@ class DensityKernel:
         edges, (rows, basis) = slot.shape[0], self.shape
         check_operands(radial.dtype, radial=(radial, (edges, basis)), harmonics=(harmonics, (edges, rows)))
         check_operands(torch.int64, slot=(slot, (edges,)))
-        return _Density.apply(harmonics, radial, slot, num_targets, self)
+        return _Density.apply(harmonics.contiguous(), radial.contiguous(), slot.contiguous(), num_targets, self)
 
 
 class _Density(torch.autograd.Function):
     @staticmethod
     def forward(ctx, harmonics, radial, slot, num_targets: int, kernel: DensityKernel) -> Tensor:
-        harmonics, radial, slot = harmonics.contiguous(), radial.contiguous(), slot.contiguous()
         ctx.save_for_backward(harmonics, radial, slot)
         ctx.kernel = kernel
         rows, basis = kernel.shape
@@ -194,7 +199,7 @@ class _DensityBackward(torch.autograd.Function):
         return gy, gb
 
     @staticmethod
-    @once_differentiable
+    @last_derivative
     def backward(ctx, a: Tensor, d: Tensor):
         g, harmonics, radial, slot = ctx.saved_tensors
         gg, gy, gb = torch.zeros_like(g), torch.empty_like(harmonics), torch.empty_like(radial)

@@ -225,7 +225,7 @@ class OneBodyGate(ConstantTables):
         self.num_harmonics, self.rows_in = num_rows(harmonics), num_rows(self.irreps_in)
         terms = table_terms(table, self.paths, self.num_harmonics)
         self.kernel = OneBodyKernel(
-            terms, self.rows_in, self.num_harmonics, table.shape[0], len(self.paths), num_basis
+            terms, self.rows_in, self.num_harmonics, table.shape[0], len(self.paths), num_basis, self.channels
         )
         table = table.view(-1, self.rows_in, self.num_harmonics).permute(2, 0, 1).flatten(1)
         self.add_table("coupling", table)
@@ -242,7 +242,7 @@ class OneBodyGate(ConstantTables):
         num_edges = source.shape[0]
         harmonics = edges.harmonics[:, : self.num_harmonics]
         weight = self.radial_weight * self.scale
-        if backend(x) == "c":
+        if backend(x) == "c" and not self.kernel.library.too_long:
             return self.mix(self.kernel(x, harmonics, edges.radial, weight, edges.index, edges.num_targets))
         radial = (edges.radial @ weight).view(num_edges, len(self.paths), self.channels)
         matrices = (harmonics @ self.coupling).view(num_edges, self.path_of_row.shape[0], self.rows_in)

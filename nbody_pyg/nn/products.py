@@ -72,13 +72,15 @@ class ChannelwiseProduct(ConstantTables):
         table = coupling_table(self.irreps1, self.irreps2, self.paths)
         self.add_table("coupling", table)
         rows1, rows2 = num_rows(self.irreps1), num_rows(self.irreps2)
-        self.kernel = ProductKernel(table_terms(table, self.paths, rows2), rows1, rows2, table.shape[0])
+        self.kernel = ProductKernel(
+            table_terms(table, self.paths, rows2), rows1, rows2, table.shape[0], channels
+        )
         self.mix = PathLinear(self.paths, channels, self.irreps_out)
 
     def forward(
         self, x: Float[Tensor, "nodes rows1 channels"], y: Float[Tensor, "nodes rows2 channels"]
     ) -> Float[Tensor, "nodes rows_out channels_out"]:
-        if backend(x) == "c":
+        if backend(x) == "c" and not self.kernel.library.too_long:
             return self.mix(self.kernel(x, y))
         outer = (x.unsqueeze(2) * y.unsqueeze(1)).flatten(1, 2)
         return self.mix(torch.matmul(self.coupling, outer))
