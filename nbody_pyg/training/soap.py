@@ -20,7 +20,8 @@ class Soap(Optimizer):
     Source: Vyas et al., arXiv:2409.11321. The W^l of an N-body network are many small matrices, for which this costs
     little (all of one shape go through one batched product) and takes about half the steps of Adam.
 
-    Weights that are not matrices, or have a side of one or above ``max_size``, are trained by plain Adam.
+    Weights that are not matrices, or have a side of one or above ``max_size``, are trained by plain Adam. A weight
+    without a gradient stays as it is in that step; its averages take the gradient as zero.
 
     Args:
         params: parameters or groups.
@@ -70,18 +71,19 @@ class Soap(Optimizer):
             matrices: dict[tuple, list[Tensor]] = defaultdict(list)
             others = []
             for p in group["params"]:
-                if p.grad is not None:
-                    turned = p.dim() == 2 and min(p.shape) > 1 and max(p.shape) <= group["max_size"]
-                    (matrices[tuple(p.shape)] if turned else others).append(p)
+                turned = p.dim() == 2 and min(p.shape) > 1 and max(p.shape) <= group["max_size"]
+                (matrices[tuple(p.shape)] if turned else others).append(p)
+            # Who belongs together never depends on who has a gradient today: the state is that of the batch.
             for members in matrices.values():
-                self._step_matrices(members, group)
-            if others:
+                if any(p.grad is not None for p in members):
+                    self._step_matrices(members, group)
+            if any(p.grad is not None for p in others):
                 self._step_others(others, group)
         return loss
 
     def _step_matrices(self, members: list[Tensor], group: dict) -> None:
         # The state of a whole batch of equal shapes lives with its first member.
-        grad, state = torch.stack([p.grad for p in members]), self.state[members[0]]
+        grad, state = torch.stack([_gradient(p) for p in members]), self.state[members[0]]
         if not state:
             self._start(state, grad)
         state["step"] += 1
@@ -110,7 +112,7 @@ class Soap(Optimizer):
         )  # fmt: skip
 
     def _step_others(self, members: list[Tensor], group: dict) -> None:
-        grad, state = torch.cat([p.grad.flatten() for p in members]), self.state[members[0]]
+        grad, state = torch.cat([_gradient(p).flatten() for p in members]), self.state[members[0]]
         if not state:
             state.update(step=torch.zeros(()), mean=torch.zeros_like(grad), square=torch.zeros_like(grad))
         state["step"] += 1
@@ -125,6 +127,13 @@ class Soap(Optimizer):
 
     @staticmethod
     def _apply_update(members: list[Tensor], update: list[Tensor], rate: float, group: dict) -> None:
+        update = [u for u, p in zip(update, members, strict=True) if p.grad is not None]
+        members = [p for p in members if p.grad is not None]
         if group["weight_decay"]:
             torch._foreach_mul_(members, 1 - group["lr"] * group["weight_decay"])
         torch._foreach_add_(members, update, alpha=-rate)
+
+
+def _gradient(p: Tensor) -> Tensor:
+    """The gradient of a parameter, zero where it has none."""
+    return torch.zeros_like(p) if p.grad is None else p.grad
