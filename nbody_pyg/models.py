@@ -254,6 +254,7 @@ class NBodyNet(nn.Module):
             if topology is None and data.get("num_parts_1") is not None:
                 topology = self.scheme.read(data)
             given = self.scheme.inputs(data)  # bonds or labels that the data brings along
+        self._species_index(z)  # names an unknown element before its mass is looked up
         pos = pos.to(self.dtype)
         cell = None if cell is None else cell.to(self.dtype)
         if topology is None:
