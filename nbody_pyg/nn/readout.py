@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+import torch
 from e3nn import o3
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from nbody_pyg.nn.irreps import equal_multiplicity
 from nbody_pyg.nn.linear import IrrepsLinear
+
+
+#: Size of a value at the start, relative to unit variance: dozens of parts add up to one energy.
+_START = 0.1
+
+
+def _small_linear(irreps_in: o3.Irreps, irreps_out: o3.Irreps) -> IrrepsLinear:
+    linear = IrrepsLinear(irreps_in, irreps_out)
+    with torch.no_grad():
+        for weight in linear.weights:
+            weight.mul_(_START)
+    return linear
 
 
 class LinearReadout(nn.Module):
@@ -23,7 +36,7 @@ class LinearReadout(nn.Module):
 
     def __init__(self, irreps_in: o3.Irreps, irreps_out: o3.Irreps) -> None:
         super().__init__()
-        self.linear = IrrepsLinear(irreps_in, irreps_out)
+        self.linear = _small_linear(irreps_in, irreps_out)
 
     def forward(self, x: Float[Tensor, "nodes rows channels"]) -> Float[Tensor, "nodes dim"]:
         return self.linear(x.flatten(1))
@@ -34,14 +47,14 @@ class MLPReadout(nn.Module):
 
     .. math:: y^0 = W^0 \psi^0 + V\, \mathrm{silu}(U \psi^0 + b), \qquad y^\ell = W^\ell \psi^\ell
 
-    The scalars of a target of higher degree are scaled by no network: only l = 0 may pass through an activation (P9).
+    Fragments of higher degree pass through no activation (P9).
 
     Args: as for :class:`LinearReadout`; ``hidden`` is the width of the network.
     """
 
     def __init__(self, irreps_in: o3.Irreps, irreps_out: o3.Irreps, hidden: int = 32) -> None:
         super().__init__()
-        self.linear = IrrepsLinear(irreps_in, irreps_out)
+        self.linear = _small_linear(irreps_in, irreps_out)
         num_scalars = o3.Irreps(irreps_out).count(o3.Irrep("0e"))
         channels = equal_multiplicity(o3.Irreps(irreps_in))
         self.num_scalars = num_scalars

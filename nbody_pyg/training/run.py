@@ -19,6 +19,7 @@ from nbody_pyg.training.callbacks import CallbackGroup, Checkpoints, GracefulSto
 from nbody_pyg.training.ema import WeightEMA
 from nbody_pyg.training.loader import FrameLoader, FrameStream
 from nbody_pyg.training.settings import TrainingConfig
+from nbody_pyg.training.steady import steady_process
 from nbody_pyg.training.task import PotentialTask
 
 
@@ -114,7 +115,7 @@ def fit(
     stop, checkpoints = GracefulStop(), Checkpoints(folder)
     callbacks = [WeightEMA(settings.ema_decay)] if settings.ema_decay else []
     callbacks += [log, *([RunProgress(log, settings.log_every)] if show_progress else []), stop, checkpoints]
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), steady_process():
         _quieten()
         trainer = make_trainer(settings, [CallbackGroup(callbacks)], epoch, bool(val), folder)
         stream = FrameStream(FrameLoader(train, settings.batch_size, shuffle=True, seed=settings.seed))
