@@ -64,8 +64,9 @@ def test_cited_files_and_tests_exist(page):
     missing, path = [], None
     for match in CITED.finditer(page.read_text(encoding="utf-8")):
         path = ROOT / match["path"] if match["path"] else path
-        if path is None or not path.exists():
-            missing.append(match[0])
-        elif match["name"] and not re.search(rf"\b(?:def|class) {match['name']}\b", path.read_text("utf-8")):
+        found = path is not None and path.exists()
+        if found and match["name"]:
+            found = re.search(rf"\b(?:def|class) {match['name']}\b", path.read_text(encoding="utf-8"))
+        if not found:
             missing.append(match[0])
     assert not missing, f"{page.name} cites what does not exist: {missing}"
