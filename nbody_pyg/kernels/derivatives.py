@@ -12,9 +12,9 @@ import torch
 def last_derivative(backward: Callable[..., tuple]) -> Callable[..., tuple]:
     """Decorate the ``backward`` of a function that has no further derivative.
 
-    torch's ``once_differentiable`` raises only where ``.backward()`` reaches its outputs; ``autograd.grad`` with named
-    inputs passes it by and returns a number without that part (seen with torch 2.13). Here the outputs stay joined to
-    all that they depend on.
+    torch's ``once_differentiable`` raises only where ``.backward()`` reaches its outputs; ``autograd.grad``
+    with named inputs passes it by and returns a number without that part (seen with torch 2.13). Here the
+    outputs stay joined to all that they depend on.
     """
 
     @functools.wraps(backward)

@@ -1,4 +1,5 @@
-"""What compiled code is told about its operands must be true: it reads memory by shape and type and cannot tell."""
+"""What compiled code is told about its operands must be true: it reads memory by shape and type and cannot
+tell."""
 
 from __future__ import annotations
 

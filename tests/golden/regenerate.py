@@ -1,10 +1,14 @@
-"""Make wigner_3j.json: coupling coefficients up to degree 2 in closed form, from Cartesian tensors with sympy.
+"""Make wigner_3j.json: coupling coefficients up to degree 2 in closed form, from Cartesian tensors with
+sympy.
 
-In the real basis a fragment of degree 1 is a vector (x, y, z) and one of degree 2 a symmetric traceless matrix
-sum_m q_m T_m, in e3nn's order xz, xy, y^2, yz, z^2 - x^2. Every coupling is then the only invariant contraction of
-its three tensors, normalised to one; what is left is a sign, which is convention: SIGNS holds those of e3nn 0.6.0.
+In the real basis a fragment of degree 1 is a vector (x, y, z), one of degree 2 a symmetric traceless matrix
+sum_m q_m T_m, in e3nn's order xz, xy, y^2, yz, z^2 - x^2. Every coupling is then the only invariant
+contraction of
+its three tensors, normalised to one; what is left is a sign, which is convention: SIGNS holds those of e3nn
+0.6.0.
 
-Run ``python tests/golden/regenerate.py`` from the project; the values change only if a convention is changed here.
+Run ``python tests/golden/regenerate.py`` from the project; the values change only if a convention is
+changed here.
 """
 
 from __future__ import annotations
@@ -30,7 +34,13 @@ def basis(l: int) -> list[sympy.Matrix | sympy.Integer]:
     def symmetric(i, j):
         return sympy.Matrix(3, 3, lambda a, b: half if {a, b} == {i, j} else 0)
 
-    return [symmetric(0, 2), symmetric(0, 1), sympy.diag(-sixth, 2 * sixth, -sixth), symmetric(1, 2), sympy.diag(-half, 0, half)]
+    return [
+        symmetric(0, 2),
+        symmetric(0, 1),
+        sympy.diag(-sixth, 2 * sixth, -sixth),
+        symmetric(1, 2),
+        sympy.diag(-half, 0, half),
+    ]
 
 
 def contraction(ls: tuple[int, int, int], a, b, c):

@@ -42,4 +42,8 @@ def test_the_table_is_what_its_script_makes():
 
 
 def test_no_golden_file_without_a_script():
-    assert {p.name for p in HERE.iterdir() if p.is_file()} == {"regenerate.py", "test_couplings.py", "wigner_3j.json"}
+    assert {p.name for p in HERE.iterdir() if p.is_file()} == {
+        "regenerate.py",
+        "test_couplings.py",
+        "wigner_3j.json",
+    }

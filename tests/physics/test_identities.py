@@ -1,6 +1,7 @@
 """Known physics as gates with weights set by hand: multipole translation, dipole-dipole, Coulomb.
 
-Edge features are given directly, with bare distances: softening belongs to the embedding of edges, not to gates.
+Edge features are given directly, with bare distances: softening belongs to the embedding of edges, not to
+gates.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from nbody_pyg.kernels import available_backends, set_backend
 from nbody_pyg.nn.gates import EdgeFeatures, OneBodyGate, PairGate
 from nbody_pyg.nn.harmonics import SolidHarmonics
 
-EXACT = dict(rtol=0, atol=1e-12)
+EXACT = {"rtol": 0, "atol": 1e-12}
 
 
 @pytest.fixture(params=available_backends(), autouse=True)
@@ -59,7 +60,10 @@ def test_multipole_translation_is_a_gate_of_order_two(generator):
     gate = OneBodyGate(irreps, irreps, 2, 1).double()
     # Y_2 = sqrt(5/6) CG(Y_1 x Y_1), hence Y_2(a + b) = Y_2(a) + Y_2(b) + 2 sqrt(5/6) CG(Y_1(a) x Y_1(b))
     cross = 2 * math.sqrt(5 / 6)
-    _set(gate, {(0, 0, 0): 1.0, (0, 1, 1): 1.0, (1, 0, 1): 1.0, (0, 2, 2): 1.0, (1, 1, 2): cross, (2, 0, 2): 1.0})
+    _set(
+        gate,
+        {(0, 0, 0): 1.0, (0, 1, 1): 1.0, (1, 0, 1): 1.0, (0, 2, 2): 1.0, (1, 1, 2): cross, (2, 0, 2): 1.0},
+    )
     got, expected = gate(children.unsqueeze(-1), edges)[0, :, 0], _moments(charges, pos - root)
     assert expected.abs().min() > 1e-2
     torch.testing.assert_close(got, expected, **EXACT)

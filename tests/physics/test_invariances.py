@@ -36,7 +36,8 @@ def net(request):
 
 
 def _systems(net):
-    """The dense default cluster is one molecule to a bond graph; strict polynomials get the small ones only."""
+    """The dense default cluster is one molecule to a bond graph; strict polynomials get the small ones
+    only."""
     return [random_molecule(n, SPECIES, seed=n) for n in (5, 7, 9)]
 
 
@@ -140,9 +141,12 @@ def test_no_edges_between_far_atoms(net):
 
 
 def test_parts_with_one_atom(molecules):
-    """Water beside a helium-like lone oxygen: groups, pieces and molecules of one atom sit on their parents."""
+    """Water beside a helium-like lone oxygen: groups, pieces and molecules of one atom sit on their
+    parents."""
     z = torch.tensor([8, 1, 1, 8, 6])
-    pos = torch.tensor([[0, 0, 0], [0.96, 0, 0.1], [-0.24, 0.93, 0], [3.5, 0.4, 0.2], [0.3, 4.0, 1.0]], dtype=torch.float64)
+    pos = torch.tensor(
+        [[0, 0, 0], [0.96, 0, 0.1], [-0.24, 0.93, 0], [3.5, 0.4, 0.2], [0.3, 4.0, 1.0]], dtype=torch.float64
+    )
     net = _net(BondTree(4.5), "practical")
     pos.requires_grad_(True)
     energy = net(z, pos)

@@ -41,10 +41,14 @@ def _tamed(net: NBodyNet) -> NBodyNet:
         for layer in net.interactions:
             size: list[float] = []
             spot = layer.norm if isinstance(layer, Interaction) else layer
-            hook = spot.register_forward_hook(lambda _, __, out, size=size: size.append(float(out.detach().abs().max())))
+            hook = spot.register_forward_hook(
+                lambda _, __, out, size=size: size.append(float(out.detach().abs().max()))
+            )
             with torch.no_grad():
                 net(_data(system))
-                linear = [layer.density, layer.gate, layer.keep] if isinstance(layer, Interaction) else [layer]
+                linear = (
+                    [layer.density, layer.gate, layer.keep] if isinstance(layer, Interaction) else [layer]
+                )
                 for weight in [w for m in linear if m is not None for w in getattr(m, "mix", m).weights]:
                     weight.div_(max(size[0], 1e-3))
             hook.remove()
@@ -74,10 +78,14 @@ def test_every_level_and_degree_is_covariant(scheme, symmetry, preset):
     net = _net(scheme, symmetry, preset)
     call, types = _levels(net)
     assert len(types) == (len(net.scheme.levels) - 2 if scheme == "shells" else len(net.scheme.levels) - 1)
-    assert all({ir for _, ir in irreps} == {ir for _, ir in net.irreps} for irreps in types), "no degree is missing"
+    assert all({ir for _, ir in irreps} == {ir for _, ir in net.irreps} for irreps in types), (
+        "no degree is missing"
+    )
     # The first parts see bare atoms only, from which no pseudoscalar can be made
     full = symmetry == "o3-full"
-    worst = assert_equivariant(call, types, systems=[random_molecule(7, SPECIES)], num_rotations=2, allow_zero=full)
+    worst = assert_equivariant(
+        call, types, systems=[random_molecule(7, SPECIES)], num_rotations=2, allow_zero=full
+    )
     assert worst < 1e-10
     system = random_molecule(7, SPECIES)
     top = call(system.z, system.pos, torch.zeros(7, dtype=torch.long))[-1]
@@ -115,7 +123,14 @@ def test_energies_of_mirror_images(scheme, preset, molecules, random_rotation):
 
 def test_pseudoscalars_change_sign(molecules):
     z, pos = molecules["chiral"]
-    net = NBodyNet(sorted(set(z.tolist())), NestedShells((3.0, 3.0)), channels=4, lmax=1, symmetry="o3-full", irreps_out="0o")
+    net = NBodyNet(
+        sorted(set(z.tolist())),
+        NestedShells((3.0, 3.0)),
+        channels=4,
+        lmax=1,
+        symmetry="o3-full",
+        irreps_out="0o",
+    )
     with torch.no_grad():
         left, right = net.double()(z, pos), net(z, -pos)
     assert left.abs() > 1e-8
@@ -123,7 +138,8 @@ def test_pseudoscalars_change_sign(molecules):
 
 
 def test_proposition_1(generator):
-    """P5: the maps that commute with every rotation and the inversion are those of IrrepsLinear, and no more."""
+    """P5: the maps that commute with every rotation and the inversion are those of IrrepsLinear, and no
+    more."""
     irreps_in, irreps_out = o3.Irreps("2x0e+1x0o+2x1o+1x1e+1x2e"), o3.Irreps("1x0e+1x0o+3x1o+2x2e")
     rows = []
     for k in range(4):
@@ -171,7 +187,8 @@ def _differences(function, order: int):
 @pytest.mark.parametrize("scheme", ["tree", "shells"])
 @pytest.mark.parametrize("body_order", [2, 3])
 def test_strict_is_polynomial_in_the_states(scheme, body_order):
-    """P9: along psi -> lambda psi each interaction is a polynomial of degree body_order in lambda, not more."""
+    """P9: along psi -> lambda psi each interaction is a polynomial of degree body_order in lambda, not
+    more."""
     net = _net(scheme, preset="strict", body_order=body_order)
     system, recorder = random_molecule(7, SPECIES), None
     recorder = _Recorder(net)
@@ -200,14 +217,18 @@ def test_practical_is_not_polynomial():
     system, recorder = random_molecule(7, SPECIES), _Recorder(net)
     with torch.no_grad():
         net(system.z, system.pos)
-        layer, (source, target, *rest) = next(c for c in recorder.calls if c[1][0] is not None and c[1][1] is not None)
+        layer, (source, target, *rest) = next(
+            c for c in recorder.calls if c[1][0] is not None and c[1][1] is not None
+        )
         beyond = _differences(lambda f: layer(f * source, f * target, *rest), 3)[1]
     assert beyond > 1e-6
 
 
 def test_strict_has_no_activation_and_no_norm():
-    allowed = {"NBodyNet", "ModuleList", "ModuleDict", "ParameterList", "Identity", "EdgeEmbedding", "SolidHarmonics",
-               "InversePowers", "Interaction", "DensityGate", "OneBodyGate", "PathLinear", "RowLinear", "SpeciesScale",
+    allowed = {"NBodyNet", "ModuleList", "ModuleDict", "ParameterList", "Identity", "EdgeEmbedding",
+    "SolidHarmonics",
+               "InversePowers", "Interaction", "DensityGate", "OneBodyGate", "PathLinear", "RowLinear",
+               "SpeciesScale",
                "ProductGate", "ChannelwiseProduct", "LinearReadout", "IrrepsLinear"}  # fmt: skip
     for scheme in SCHEMES:
         for symmetry in ("o3", "o3-full", "so3"):
@@ -258,7 +279,9 @@ def test_a_polarizability_turns_as_a_tensor(rotation):
 
     before, after = tensor(system.pos), tensor(system.pos @ rotation.T)
     assert (before - before.trace() / 3 * torch.eye(3, dtype=torch.float64)).abs().max() > 1e-3
-    torch.testing.assert_close(after, rotation @ before @ rotation.T, rtol=0, atol=1e-6 * float(before.abs().max()))
+    torch.testing.assert_close(
+        after, rotation @ before @ rotation.T, rtol=0, atol=1e-6 * float(before.abs().max())
+    )
 
 
 @pytest.mark.parametrize("scheme", ["tree", "shells", "labels"])
@@ -272,14 +295,17 @@ def test_an_intensive_target_is_read_off_the_root(scheme):
     assert out.shape == (1, 4)
     root = assert_equivariant(call, types, systems=[system], num_rotations=2)
     assert root < 1e-10
-    assert assert_equivariant(lambda z, pos, batch: net(AtomicData(z=z, pos=pos, labels=data.labels)), "0e+1o",
-                              systems=[system], num_rotations=2) < 1e-10  # fmt: skip
+    target = lambda z, pos, batch: net(AtomicData(z=z, pos=pos, labels=data.labels))  # noqa: E731
+    assert assert_equivariant(target, "0e+1o", systems=[system], num_rotations=2) < 1e-10
 
 
 def test_an_intensive_root_is_not_additive_and_the_extensive_sum_is():
     system = random_molecule(6, SPECIES)
     far = torch.cat([system.pos, system.pos + 1000.0]), torch.cat([system.z, system.z])
-    extensive, intensive = _net("shells", irreps_out="0e"), _net("shells", irreps_out="0e", target="intensive")
+    extensive, intensive = (
+        _net("shells", irreps_out="0e"),
+        _net("shells", irreps_out="0e", target="intensive"),
+    )
     with torch.no_grad():
         for net, additive in ((extensive, True), (intensive, False)):
             one, two = net(system.z, system.pos), net(far[1], far[0])

@@ -62,7 +62,10 @@ def test_linear_maps_are_covariant_and_layouts_convert(irreps, channels, seed):
     linear, g, x = IrrepsLinear(irreps, out, bias=True).double(), _rotation(seed), _randn(seed, 4, irreps.dim)
     _close(linear(rotate_features(x, irreps, g, "ir_mul")), rotate_features(linear(x), out, g, "ir_mul"))
     assert torch.equal(from_mul_ir(to_mul_ir(x, irreps), irreps), x)
-    _close(rotate_features(to_mul_ir(x, irreps), irreps, g), to_mul_ir(rotate_features(x, irreps, g, "ir_mul"), irreps))
+    _close(
+        rotate_features(to_mul_ir(x, irreps), irreps, g),
+        to_mul_ir(rotate_features(x, irreps, g, "ir_mul"), irreps),
+    )
 
 
 _GATES: dict = {}
@@ -78,7 +81,11 @@ def test_one_body_gates_are_covariant_and_blind_to_order(kind, count, parts, see
     irreps, gate = _GATES[kind]
     generator = torch.Generator().manual_seed(seed)
     index = torch.randint(parts, (2, count), generator=generator)
-    vec, window, x = _randn(seed, count, 3), torch.rand(count, generator=generator).double(), _randn(seed, parts, num_rows(irreps), 3)
+    vec, window, x = (
+        _randn(seed, count, 3),
+        torch.rand(count, generator=generator).double(),
+        _randn(seed, parts, num_rows(irreps), 3),
+    )
     embedding, g = EdgeEmbedding(lmax, BesselBasis(4, 5.0), symmetry).double(), _rotation(seed)
     if symmetry == "so3":
         g = g * torch.linalg.det(g).sign()

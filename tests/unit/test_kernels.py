@@ -1,4 +1,5 @@
-"""Compiled products against plain torch: values, first and second derivatives, odd sizes, and what can go wrong."""
+"""Compiled products against plain torch: values, first and second derivatives, odd sizes, and what can go
+wrong."""
 
 from __future__ import annotations
 
@@ -20,7 +21,7 @@ from nbody_pyg.nn.products import ChannelwiseProduct, blockwise_linear
 from nbody_pyg.radial import BesselBasis, InversePowers
 
 needs_c = pytest.mark.skipif(build.compiler() is None, reason="no C compiler")
-EXACT = dict(rtol=1e-10, atol=1e-10)
+EXACT = {"rtol": 1e-10, "atol": 1e-10}
 
 
 @pytest.fixture(autouse=True)
@@ -77,7 +78,9 @@ def _assert_both(call, inputs, parameters=(), **tolerance):
     assert plain[0].numel() == 0 or plain[0].abs().max() > 0
     for n, (a, b) in enumerate(zip(plain, compiled, strict=True)):
         scale = max(1.0, float(a.detach().abs().max())) if a.numel() else 1.0
-        torch.testing.assert_close(b / scale, a / scale, **(tolerance or EXACT), msg=lambda m, n=n: f"result {n}: {m}")
+        torch.testing.assert_close(
+            b / scale, a / scale, **(tolerance or EXACT), msg=lambda m, n=n: f"result {n}: {m}"
+        )
 
 
 TYPES = [("o3", 0), ("o3", 1), ("o3", 2), ("so3", 1), ("o3-full", 1)]
@@ -98,8 +101,12 @@ def test_every_product_is_the_same_on_both_backends(symmetry, lmax, channels, ge
     def one_body(x, harmonics, radial):
         return gate(x, EdgeFeatures(edges.index, harmonics, radial, 3))
 
-    _assert_both(one_body, [_randn(generator, 4, rows, channels), edges.harmonics, edges.radial], gate.parameters())
-    density = DensityGate(2, 3, hidden_irreps(channels, lmax, "so3" if symmetry == "so3" else "o3"), 3.0, symmetry).double()
+    _assert_both(
+        one_body, [_randn(generator, 4, rows, channels), edges.harmonics, edges.radial], gate.parameters()
+    )
+    density = DensityGate(
+        2, 3, hidden_irreps(channels, lmax, "so3" if symmetry == "so3" else "o3"), 3.0, symmetry
+    ).double()
     species = torch.tensor([0, 1, 1, 0])
     _assert_both(
         lambda harmonics, radial: density(species, EdgeFeatures(edges.index, harmonics, radial, 3)),
@@ -118,11 +125,16 @@ def test_large_types_are_the_same_on_both_backends(symmetry, lmax, generator):
 
 
 @needs_c
-@pytest.mark.parametrize(("nodes", "targets", "count"), [(1, 1, 0), (1, 1, 1), (1, 3, 2), (0, 0, 0), (4, 2, 0)])
+@pytest.mark.parametrize(
+    ("nodes", "targets", "count"), [(1, 1, 0), (1, 1, 1), (1, 3, 2), (0, 0, 0), (4, 2, 0)]
+)
 def test_no_edges_one_node_no_node(nodes, targets, count, generator):
     irreps = hidden_irreps(3, 1)
     x, edges = _randn(generator, nodes, 4, 3), _edges(generator, nodes, targets, count, 1)
-    gate, product = OneBodyGate(irreps, irreps, 1, 3).double(), ChannelwiseProduct(irreps, irreps, irreps).double()
+    gate, product = (
+        OneBodyGate(irreps, irreps, 1, 3).double(),
+        ChannelwiseProduct(irreps, irreps, irreps).double(),
+    )
     density, linear = DensityGate(2, 3, irreps).double(), RowLinear(irreps, irreps).double()
     for call in (
         lambda: gate(x, edges),
@@ -144,7 +156,10 @@ def test_inputs_that_are_not_contiguous(generator):
     x = _randn(generator, 19, 4, 5).permute(2, 1, 0)
     wide = _randn(generator, 5, 8, 19)[:, ::2]
     assert not x.is_contiguous() and not wide.is_contiguous()
-    _assert_both(lambda a, b: product(a.permute(2, 1, 0), b[:, ::2]), [_randn(generator, 19, 4, 5), _randn(generator, 5, 8, 19)])
+    _assert_both(
+        lambda a, b: product(a.permute(2, 1, 0), b[:, ::2]),
+        [_randn(generator, 19, 4, 5), _randn(generator, 5, 8, 19)],
+    )
     _assert_both(lambda a: linear(a.permute(2, 1, 0)), [_randn(generator, 19, 4, 5)])
     gate, edges = OneBodyGate(irreps, irreps, 1, 3).double(), _edges(generator, 5, 5, 6, 1)
     _assert_both(
@@ -157,7 +172,7 @@ def test_inputs_that_are_not_contiguous(generator):
 def test_first_and_second_derivatives_against_finite_differences(generator):
     set_backend("c")
     irreps = hidden_irreps(2, 1)
-    check = dict(fast_mode=False, atol=1e-6)
+    check = {"fast_mode": False, "atol": 1e-6}
     product = ChannelwiseProduct(irreps, irreps, irreps).double().kernel
     gate = OneBodyGate(irreps, irreps, 1, 2).double()
     edges = _edges(generator, 3, 2, 4, 1, num_basis=2)
@@ -166,7 +181,10 @@ def test_first_and_second_derivatives_against_finite_differences(generator):
     linear = LinearKernel([Block(0, 3, 1, 2, 2), Block(1, 0, 3, 2, 2)], 4, 2, 4, 2)
     cases = [
         (lambda x, y: product(x, y), [(2, 4, 2), (2, 4, 2)]),
-        (lambda x, h, r, w: gate.kernel(x, h, r, w, edges.index, 2), [(3, 4, 2), (4, 4), (4, 2), tuple(gate.radial_weight.shape)]),
+        (
+            lambda x, h, r, w: gate.kernel(x, h, r, w, edges.index, 2),
+            [(3, 4, 2), (4, 4), (4, 2), tuple(gate.radial_weight.shape)],
+        ),
         (lambda h, r: density(h, r, slot, 2), [(4, 4), (4, 2)]),
         (lambda x, a, b: linear(x, a, b), [(2, 4, 2), (2, 2), (2, 2)]),
     ]  # fmt: skip
@@ -181,7 +199,10 @@ def test_first_and_second_derivatives_against_finite_differences(generator):
 def test_edge_features_and_windows_are_the_same_on_both_backends(generator):
     vec = 2 * _randn(generator, 9, 3)
     vec[0] = 0.0  # a part on its parent
-    index, window = torch.zeros(2, 9, dtype=torch.long), torch.rand(9, dtype=torch.float64, generator=generator)
+    index, window = (
+        torch.zeros(2, 9, dtype=torch.long),
+        torch.rand(9, dtype=torch.float64, generator=generator),
+    )
     for basis in (BesselBasis(5, 5.0), InversePowers(3, 5.0)):
         for lmax in (0, 2, 3):
             embedding = EdgeEmbedding(lmax, basis).double()
@@ -208,14 +229,18 @@ def test_the_third_use_of_the_linear_map_when_weight_gradients_are_skipped(gener
                 (force,) = torch.autograd.grad(energy, leaf, create_graph=True)
         else:
             (force,) = torch.autograd.grad(energy, leaf, create_graph=True)
-        results.append([force, *torch.autograd.grad(force.square().sum() + energy, [leaf, *gate.parameters()])])
+        results.append(
+            [force, *torch.autograd.grad(force.square().sum() + energy, [leaf, *gate.parameters()])]
+        )
     for other in results[1:]:
         for a, b in zip(results[0], other, strict=True):
             torch.testing.assert_close(b, a, **EXACT)
     set_backend("c")
     leaf = x.clone().requires_grad_(True)
     with skip_weight_gradients():
-        found = torch.autograd.grad(gate.linear(leaf).sum(), [leaf, *gate.linear.parameters()], allow_unused=True)
+        found = torch.autograd.grad(
+            gate.linear(leaf).sum(), [leaf, *gate.linear.parameters()], allow_unused=True
+        )
     assert found[0] is not None and all(g is None for g in found[1:])
 
 
@@ -235,14 +260,20 @@ def test_a_third_derivative_is_an_error_and_torch_has_it(generator):
     set_backend("torch")
     assert torch.isfinite(third()).all()
     set_backend("c")
-    with pytest.raises(RuntimeError, match=r"two derivatives, but a third was asked for; call .*set_backend\('torch'\)"):
+    with pytest.raises(
+        RuntimeError, match=r"two derivatives, but a third was asked for; call .*set_backend\('torch'\)"
+    ):
         third()
 
 
 @needs_c
 def test_float32_has_the_error_of_float32(generator):
     irreps = hidden_irreps(19, 2)
-    gate, edges, x = OneBodyGate(irreps, irreps, 2, 3), _edges(generator, 5, 5, 30, 2), _randn(generator, 5, 9, 19)
+    gate, edges, x = (
+        OneBodyGate(irreps, irreps, 2, 3),
+        _edges(generator, 5, 5, 30, 2),
+        _randn(generator, 5, 9, 19),
+    )
     single = EdgeFeatures(edges.index, edges.harmonics.float(), edges.radial.float(), 5)
     set_backend("c")
     with torch.no_grad():
@@ -258,9 +289,13 @@ def test_wrong_types_and_shapes_never_reach_compiled_code(generator):
     irreps = hidden_irreps(3, 1)
     product, linear = ChannelwiseProduct(irreps, irreps, irreps).double().kernel, RowLinear(irreps, irreps)
     x = _randn(generator, 2, 4, 3)
-    with pytest.raises(TypeError, match=r"y must have the dtype of the other operands, torch.float64, got torch.float32"):
+    with pytest.raises(
+        TypeError, match=r"y must have the dtype of the other operands, torch.float64, got torch.float32"
+    ):
         product(x, x.float())
-    with pytest.raises(ValueError, match=r"y must have shape \[2, 4, 3\], got \[2, 3, 3\]; check the irreps and edges"):
+    with pytest.raises(
+        ValueError, match=r"y must have shape \[2, 4, 3\], got \[2, 3, 3\]; check the irreps and edges"
+    ):
         product(x, x[:, :3])
     with pytest.raises(TypeError, match="weight must have the dtype of the other operands"):
         linear(x)
@@ -288,9 +323,14 @@ def test_without_a_compiler_plain_torch_runs(monkeypatch, generator):
     assert available_backends() == ["torch"] and backend(torch.zeros(1)) == "torch"
     irreps = hidden_irreps(3, 1)
     assert ProductGate(irreps, irreps, 2)(torch.randn(2, 4, 3)).shape == (2, 4, 3)
-    with pytest.raises(ValueError, match="backend 'c' needs a C compiler and none was found; install gcc or set CC"):
+    with pytest.raises(
+        ValueError, match="backend 'c' needs a C compiler and none was found; install gcc or set CC"
+    ):
         set_backend("c")
-    with pytest.raises(RuntimeError, match=r"no C compiler found; install gcc or clang, set CC, or use set_backend\('torch'\)"):
+    with pytest.raises(
+        RuntimeError,
+        match=r"no C compiler found; install gcc or clang, set CC, or use set_backend\('torch'\)",
+    ):
         build.load.__wrapped__("int one(void) { return 1; }")
 
 
@@ -323,19 +363,30 @@ def test_a_broken_file_in_the_cache_is_built_anew(fresh_build):
 
 
 @needs_c
-def test_a_failing_compiler_and_a_folder_that_cannot_be_written_say_what_to_do(fresh_build, monkeypatch, tmp_path):
-    with pytest.raises(RuntimeError, match=r"(?s)the C compiler failed: .*error.*Set CC to a working C compiler, or use set_backend"):
+def test_a_failing_compiler_and_a_folder_that_cannot_be_written_say_what_to_do(
+    fresh_build, monkeypatch, tmp_path
+):
+    with pytest.raises(
+        RuntimeError,
+        match=r"(?s)the C compiler failed: .*error.*Set CC to a working C compiler, or use set_backend",
+    ):
         build.load("this is not C")
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("NBODY_CACHE", str(tmp_path / "file"))
-    with pytest.raises(RuntimeError, match="could not be kept in .*; set NBODY_CACHE to a folder that can be written"):
+    with pytest.raises(
+        RuntimeError, match=r"could not be kept in .*; set NBODY_CACHE to a folder that can be written"
+    ):
         build.load("int other(void) { return 1; }")
 
 
 def test_the_environment_chooses_the_backend():
     code = "from nbody_pyg.kernels import backend; print(backend())"
     run = subprocess.run(
-        [sys.executable, "-c", code], env={**os.environ, "NBODY_BACKEND": "torch"}, capture_output=True, text=True, check=True
+        [sys.executable, "-c", code],
+        env={**os.environ, "NBODY_BACKEND": "torch"},
+        capture_output=True,
+        text=True,
+        check=True,
     )
     assert run.stdout.strip() == "torch"
 

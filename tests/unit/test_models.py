@@ -13,7 +13,11 @@ from nbody_pyg import BondTree, FromAssignment, NBodyNet, NestedShells
 from nbody_pyg.data import AtomicData
 from nbody_pyg.models import edge_degrees
 
-SCHEMES = [BondTree(4.0), NestedShells((3.0, 2.0)), FromAssignment(labels=[0, 0, 1, 1, 1, 0], part_cutoffs=(6.0,))]
+SCHEMES = [
+    BondTree(4.0),
+    NestedShells((3.0, 2.0)),
+    FromAssignment(labels=[0, 0, 1, 1, 1, 0], part_cutoffs=(6.0,)),
+]
 
 
 def _net(scheme=None, **options) -> NBodyNet:
@@ -51,7 +55,9 @@ def test_bonds_and_labels_that_come_with_the_data_are_used(molecules):
     torch.testing.assert_close(cut, by_transform, rtol=0, atol=1e-12)
     labelled = _net(FromAssignment(part_cutoffs=(6.0,)))
     with torch.no_grad():
-        one, other = (labelled(AtomicData(z=z, pos=pos, labels=torch.tensor(l))) for l in ([0] * 6, [0, 0, 0, 1, 1, 1]))
+        one, other = (
+            labelled(AtomicData(z=z, pos=pos, labels=torch.tensor(l))) for l in ([0] * 6, [0, 0, 0, 1, 1, 1])
+        )
     assert (one - other).abs() > 1e-6
 
 
@@ -62,7 +68,9 @@ def test_contributions_sum_to_the_value(molecules):
         with torch.no_grad():
             net.shift.copy_(torch.randn(3, 1))
             parts = net.energies(net.hierarchy(z, pos))
-            torch.testing.assert_close(sum(v.sum() for v in parts.values()), net(z, pos)[0], rtol=0, atol=1e-12)
+            torch.testing.assert_close(
+                sum(v.sum() for v in parts.values()), net(z, pos)[0], rtol=0, atol=1e-12
+            )
         assert all(v.dim() == 1 for v in parts.values())
 
 
@@ -128,7 +136,9 @@ def _double_of(net):
 def test_species_are_sorted_and_unknown_ones_named(molecules):
     z, pos = molecules["methanol"]
     assert NBodyNet([8, 1, 6, 1], channels=2).species == (1, 6, 8)
-    with pytest.raises(ValueError, match=r"z must hold elements of this model \(H, C\), got O \(8\); train a model with them"):
+    with pytest.raises(
+        ValueError, match=r"z must hold elements of this model \(H, C\), got O \(8\); train a model with them"
+    ):
         NBodyNet([1, 6], channels=2)(z, pos)
     for wrong in (0, -1, 119):
         odd = z.clone()
@@ -162,7 +172,7 @@ def test_errors(arguments, message):
 
 def test_a_hierarchy_of_another_scheme_is_refused(molecules):
     z, pos = molecules["methanol"]
-    with pytest.raises(ValueError, match="data must hold the hierarchy of .* apply the scheme of the model"):
+    with pytest.raises(ValueError, match=r"data must hold the hierarchy of .* apply the scheme of the model"):
         _net(NestedShells((3.0, 2.0)))(NestedShells((4.0, 2.0))(AtomicData(z=z, pos=pos)))
 
 
@@ -171,7 +181,9 @@ def test_typical_degrees_are_means_over_frames(molecules):
     scheme = NestedShells((100.0, 0.1))
     degrees = edge_degrees(scheme, frames)
     sizes = torch.tensor([len(f.z) for f in frames]).double()
-    assert degrees["child_1"] == pytest.approx(float((sizes**2).sum() / sizes.sum())), "everyone is a child of everyone"
+    assert degrees["child_1"] == pytest.approx(float((sizes**2).sum() / sizes.sum())), (
+        "everyone is a child of everyone"
+    )
     assert degrees["child_2"] == 1.0, "only itself"
     assert degrees["child_3"] == pytest.approx(float(sizes.mean())), "all atoms of a system below its root"
     assert edge_degrees(scheme, [scheme(f) for f in frames]) == degrees, "stored hierarchies are read"
@@ -179,7 +191,13 @@ def test_typical_degrees_are_means_over_frames(molecules):
 
 def test_scalar_networks_and_single_channels(molecules):
     z, pos = molecules["methanol"]
-    for options in ({"lmax": 0}, {"channels": 1, "lmax": 2}, {"body_order": 1}, {"num_basis": 1}, {"body_order": 5}):
+    for options in (
+        {"lmax": 0},
+        {"channels": 1, "lmax": 2},
+        {"body_order": 1},
+        {"num_basis": 1},
+        {"body_order": 5},
+    ):
         leaf = pos.clone().requires_grad_(True)
         energy = _net(NestedShells((4.0, 3.0)), **options)(z, leaf)
         (force,) = torch.autograd.grad(energy.sum(), leaf)

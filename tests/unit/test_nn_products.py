@@ -119,14 +119,15 @@ def test_a_product_of_two_linear_maps_holds_the_fully_connected_product(generato
     with float64_by_default():
         theirs = o3.FullyConnectedTensorProduct(theirs_in, theirs_in, "1x0e+1x1o")
     x, y = torch.randn(2, 4, 4, dtype=torch.float64, generator=generator)
-    # With one channel on either side the full product needs no map before: 4 paths to 0e and 1o, one weight each
+    # With one channel on either side the full product needs no map before: 4 paths to 0e and 1o,
+    # one weight each
     ours = ChannelwiseProduct(theirs_in, theirs_in, theirs_in).double()
     paths = [(p.first, p.second, p.ir) for p in ours.paths]
     with torch.no_grad():
         for n, instruction in enumerate(theirs.instructions):
             ir = theirs.irreps_out[instruction.i_out].ir
             same = [p for p in paths if p[2] == ir]
-            block = [k for k, (_, out) in enumerate(ours.irreps_out) if out == ir][0]
+            block = next(k for k, (_, out) in enumerate(ours.irreps_out) if out == ir)
             weight = theirs.weight_view_for_instruction(n).reshape(())
             scale = instruction.path_weight / ir.dim**0.5
             ours.mix.weights[block][same.index((instruction.i_in1, instruction.i_in2, ir))] = weight * scale
@@ -151,6 +152,8 @@ def test_channelwise_product_turns(symmetry, symmetric, backend):
 
 
 def test_errors():
-    with pytest.raises(ValueError, match="irreps2 must have the multiplicity of irreps1, got 2x0e and 3x0e; use IrrepsLinear"):
+    with pytest.raises(
+        ValueError, match="irreps2 must have the multiplicity of irreps1, got 2x0e and 3x0e; use IrrepsLinear"
+    ):
         ChannelwiseProduct(o3.Irreps("2x0e"), o3.Irreps("3x0e"), o3.Irreps("2x0e"))
     assert "2x0e x 2x0e -> 2x0e, 1 paths" in repr(ChannelwiseProduct(*[o3.Irreps("2x0e")] * 3))

@@ -86,7 +86,9 @@ def test_is_deterministic_and_resumes_exactly():
 def test_weights_of_one_shape_do_not_mix():
     """Several matrices in one batch are trained as each would be alone."""
     problems = [_problem(k) for k in range(3)]
-    together = _run(Soap([w for w, _ in problems], lr=0.02), [w for w, _ in problems], [l for _, l in problems], 15)
+    together = _run(
+        Soap([w for w, _ in problems], lr=0.02), [w for w, _ in problems], [l for _, l in problems], 15
+    )
     for k, expected in enumerate(together):
         weight, loss = _problem(k)
         (alone,) = _run(Soap([weight], lr=0.02), [weight], [loss], 15)
@@ -98,7 +100,10 @@ def test_vectors_and_thin_and_large_matrices_go_the_way_of_adam():
     torch.manual_seed(1)
     values = [torch.randn(shape) for shape in shapes]
     runs = []
-    for make in (lambda p: Soap(p, lr=0.01, betas=(0.9, 0.98), max_size=8), lambda p: torch.optim.Adam(p, lr=0.01, betas=(0.9, 0.98))):
+    for make in (
+        lambda p: Soap(p, lr=0.01, betas=(0.9, 0.98), max_size=8),
+        lambda p: torch.optim.Adam(p, lr=0.01, betas=(0.9, 0.98)),
+    ):
         parameters = [nn.Parameter(v.clone()) for v in values]
         runs.append(_run(make(parameters), parameters, [lambda p=p: (p**4).sum() for p in parameters], 20))
     for a, b, v in zip(*runs, values, strict=True):
