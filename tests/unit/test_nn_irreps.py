@@ -159,7 +159,9 @@ def test_tables_are_exact_after_a_detour_through_float32():
     assert torch.equal(product.float().coupling, exact.float())
 
 
-def test_equivariance_of_a_product_that_was_built_in_float32_is_that_of_float64(random_rotation, generator, monkeypatch):
+def test_equivariance_of_a_product_that_was_built_in_float32_is_that_of_float64(
+    random_rotation, generator, monkeypatch
+):
     irreps = hidden_irreps(3, 3)
     monkeypatch.setattr(build, "compiler", lambda: None)  # the table itself, which plain torch uses
     product = ChannelwiseProduct(irreps, irreps, irreps).double()
