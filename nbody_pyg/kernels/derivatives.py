@@ -33,7 +33,7 @@ class _Last(torch.autograd.Function):
         return compute()
 
     @staticmethod
-    def backward(ctx, *cotangents: torch.Tensor):
+    def backward(ctx, *cotangents: torch.Tensor | None):
         raise RuntimeError(
             "the compiled products have two derivatives, but a third was asked for; "
             "call nbody_pyg.kernels.set_backend('torch') before the forward pass"

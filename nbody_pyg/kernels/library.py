@@ -35,7 +35,9 @@ class Library:
         """Whether compiling would take minutes: high degrees in both parities. Such products run on plain torch."""
         return len(self._source) > MAX_SOURCE
 
-    def call(self, name: str, dtype: torch.dtype, *arguments: Tensor | float | int | None) -> None:
+    def call(
+        self, name: str, dtype: torch.dtype, *arguments: Tensor | ctypes.Array | float | int | None
+    ) -> None:
         """Call one function; tensors are passed by address and must be contiguous, None as a null pointer."""
         functions = self._loaded.get(dtype) or self._load(dtype)
         functions[name](*[a.data_ptr() if isinstance(a, Tensor) else a for a in arguments])
