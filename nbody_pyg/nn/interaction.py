@@ -119,9 +119,9 @@ class Interaction(nn.Module):
             self.scale = SpeciesScale(recipe.num_species, irreps)
             self.bias = nn.Parameter(torch.zeros(recipe.num_species, irreps[0].mul))
         self.norm = SoftNorm() if recipe.practical else nn.Identity()
-        # Without the norm, a tower of products has to start small to stay in range.
+        # Without the norm, a tower of products has to start very small to stay in range.
         self.products = ProductGate(
-            irreps, self.irreps_out, recipe.body_order, gain=1.0 if recipe.practical else 0.1
+            irreps, self.irreps_out, recipe.body_order, gain=1.0 if recipe.practical else 0.01
         )
 
     def forward(

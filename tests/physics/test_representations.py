@@ -13,6 +13,7 @@ from torch import nn
 from nbody_pyg import BondTree, FromAssignment, NBodyNet, NestedShells
 from nbody_pyg.data import AtomicData
 from nbody_pyg.kernels import set_backend
+from nbody_pyg.nn.gates import ProductGate
 from nbody_pyg.nn.interaction import Interaction
 from nbody_pyg.nn.linear import IrrepsLinear
 from nbody_pyg.testing import assert_conservative, assert_equivariant, random_molecule, wigner_matrix
@@ -35,8 +36,13 @@ def _net(scheme: str, symmetry: str = "o3", preset: str = "practical", **options
 
 
 def _tamed(net: NBodyNet) -> NBodyNet:
-    """Weights that keep every A at size one: nothing else bounds a polynomial of degree 3^depth."""
+    """Products as large as after training, and weights that keep every A at size one: nothing else bounds a
+    polynomial of degree 3^depth."""
     if net.preset == "strict":
+        for gate in net.modules():
+            if isinstance(gate, ProductGate):
+                for weight in gate.products.parameters():
+                    weight.data.mul_(10.0)
         system = random_molecule(7, net.species)
         for layer in net.interactions:
             size: list[float] = []
