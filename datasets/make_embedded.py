@@ -70,17 +70,13 @@ SAMPLING = {
 }
 
 
-def place(
-    a: np.ndarray, b: np.ndarray, c: np.ndarray, bond: float, angle: float, dihedral: float
-) -> np.ndarray:
+def place(a: np.ndarray, b: np.ndarray, c: np.ndarray, bond: float, angle: float, dihedral: float) -> np.ndarray:
     """Position d with |cd| = bond, angle bcd and dihedral abcd in degrees."""
     angle, dihedral = np.radians(angle), np.radians(dihedral)
     axis = (c - b) / np.linalg.norm(c - b)
     normal = np.cross(b - a, axis)
     normal /= np.linalg.norm(normal)
-    local = bond * np.array(
-        [-np.cos(angle), np.sin(angle) * np.cos(dihedral), np.sin(angle) * np.sin(dihedral)]
-    )
+    local = bond * np.array([-np.cos(angle), np.sin(angle) * np.cos(dihedral), np.sin(angle) * np.sin(dihedral)])
     return c + local[0] * axis + local[1] * np.cross(normal, axis) + local[2] * normal
 
 
@@ -234,9 +230,7 @@ def check_forces(numbers: np.ndarray, pos: np.ndarray, forces: np.ndarray, step:
     return worst
 
 
-def statistics(
-    numbers: np.ndarray, data: dict[str, np.ndarray], name: str, temperature: float
-) -> dict[str, float]:
+def statistics(numbers: np.ndarray, data: dict[str, np.ndarray], name: str, temperature: float) -> dict[str, float]:
     """Figures for the data card; raises when the sample is not what it claims to be."""
     fd_error = check_forces(numbers, data["coords"][0], data["forces"][0])
     if fd_error > 1e-3:
@@ -259,9 +253,7 @@ def isolated_atoms() -> dict[str, float]:
     energies = {}
     for number, unpaired in ISOLATED_SPIN.items():
         atoms = Atoms(numbers=[number], positions=[[0.0, 0.0, 0.0]])
-        atoms.calc = TBLite(
-            method="GFN2-xTB", accuracy=LABEL_ACCURACY, verbosity=0, multiplicity=unpaired + 1
-        )
+        atoms.calc = TBLite(method="GFN2-xTB", accuracy=LABEL_ACCURACY, verbosity=0, multiplicity=unpaired + 1)
         energies[str(number)] = round(float(atoms.get_potential_energy()), 8)
     return energies
 
@@ -310,12 +302,8 @@ def make_split(name: str, split: Split, relaxed: list[Atoms], out: Path) -> dict
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--out", type=Path, default=Path(__file__).resolve().parent / "embedded", help="folder"
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parent / "embedded", help="folder")
     parser.add_argument("--molecules", nargs="+", choices=list(SAMPLING), default=list(SAMPLING))
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
@@ -337,9 +325,7 @@ def main() -> None:
     for name in args.molecules:
         relaxed = relax(name)
         energies = np.array([atoms.get_potential_energy() for atoms in relaxed])
-        print(
-            name, "relaxed starts, eV above the lowest:", np.round(energies - energies.min(), 4), flush=True
-        )
+        print(name, "relaxed starts, eV above the lowest:", np.round(energies - energies.min(), 4), flush=True)
         for split in SPLITS:
             manifest["files"][f"{name}_{split.name}.npz"] = make_split(name, split, relaxed, args.out)
             path.write_text(json.dumps(manifest, indent=1) + "\n")

@@ -117,16 +117,12 @@ class AtomicData(Data):
         """Raise ValueError or TypeError unless every known key has the shape of the table above."""
         num_atoms = self.z.shape[0]
         if self.z.is_floating_point():
-            raise TypeError(
-                f"z must hold integers (atomic numbers), got {self.z.dtype}; cast it with z.long()"
-            )
+            raise TypeError(f"z must hold integers (atomic numbers), got {self.z.dtype}; cast it with z.long()")
         for key, tail in _ATOM_SHAPES.items():
             value = self.get(key)
             if isinstance(value, Tensor) and tuple(value.shape) != (num_atoms, *tail):
                 want = [num_atoms, *tail]
-                raise ValueError(
-                    f"{key} must have shape {want} for {num_atoms} atoms, got {list(value.shape)}"
-                )
+                raise ValueError(f"{key} must have shape {want} for {num_atoms} atoms, got {list(value.shape)}")
         for key, shape in _GRAPH_SHAPES.items():
             value = self.get(key)
             if isinstance(value, Tensor) and tuple(value.shape) != shape:

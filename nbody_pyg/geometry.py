@@ -85,9 +85,7 @@ def check_cell(
         if cell.shape[-2:] != (3, 3) or cell.dim() not in (2, 3):
             raise ValueError(f"cell must have shape [num_graphs, 3, 3] or [3, 3], got {list(cell.shape)}")
         if not bool(torch.isfinite(cell).all()):
-            raise ValueError(
-                "cell must be finite, but it holds NaN or infinite entries; check how it was read"
-            )
+            raise ValueError("cell must be finite, but it holds NaN or infinite entries; check how it was read")
         cell = cell.reshape(-1, 3, 3)
         if cell.shape[0] == 1 and num_graphs != 1:
             cell = cell.expand(num_graphs, 3, 3)
@@ -260,9 +258,7 @@ def _refuse_coincident(index: Tensor, shift: Tensor, square: Tensor, graph: Tens
     if bool(near.any()):
         edge = int(near.nonzero()[0])
         source, target = sorted(index[:, edge].tolist())
-        image = (
-            f" (periodic image {[int(s) for s in shift[edge].tolist()]})" if bool(shift[edge].any()) else ""
-        )
+        image = f" (periodic image {[int(s) for s in shift[edge].tolist()]})" if bool(shift[edge].any()) else ""
         raise ValueError(
             f"pos must not hold coincident atoms, but atoms {source} and {target}{image} of graph "
             f"{int(graph[target])} are {float(square[edge]) ** 0.5:.1e} angstrom apart "
@@ -328,9 +324,7 @@ def _dense_periodic(
         square = (vec * vec).sum(dim=-1)
         near = (square < cutoff * cutoff) & ((source != target) | (step != 0).any(dim=-1))
         source, target = source[near], target[near]
-        found.append(
-            (torch.stack([source, target]), step[near] - offset[source] + offset[target], square[near])
-        )
+        found.append((torch.stack([source, target]), step[near] - offset[source] + offset[target], square[near]))
     if not found:
         return torch.zeros(2, 0, dtype=torch.long, device=device), pos.new_zeros(0, 3), pos.new_zeros(0)
     return (
@@ -405,9 +399,7 @@ def edge_vectors(
     if cell.shape[0] == 1:
         return vec + shift @ cell[0]
     if batch is None:
-        raise ValueError(
-            f"batch must be given with {cell.shape[0]} cells; pass the graph number of each atom"
-        )
+        raise ValueError(f"batch must be given with {cell.shape[0]} cells; pass the graph number of each atom")
     return vec + torch.bmm(shift.unsqueeze(1), cell[batch[index[1]]]).squeeze(1)
 
 

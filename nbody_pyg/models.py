@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from ase.data import chemical_symbols
@@ -84,7 +84,7 @@ class NBodyNet(nn.Module):
     """
 
     #: Settings that ``options`` may change.
-    DEFAULTS: dict[str, Any] = {
+    DEFAULTS: ClassVar[dict[str, Any]] = {
         "num_layers": 2,
         "num_basis": 8,
         "symmetry": "o3",
@@ -107,10 +107,8 @@ class NBodyNet(nn.Module):
         super().__init__()
         self.scheme = NestedShells((5.0, 5.0)) if scheme is None else scheme
         self.species = _check_species(species)
-        self.preset, self.target = (
-            _check_choice("preset", preset, PRESETS),
-            _check_choice("target", target, ("extensive", "intensive")),
-        )
+        self.preset = _check_choice("preset", preset, PRESETS)
+        self.target = _check_choice("target", target, ("extensive", "intensive"))
         unknown = set(options) - set(self.DEFAULTS)
         if unknown:
             raise ValueError(
@@ -141,9 +139,7 @@ class NBodyNet(nn.Module):
                 spec = levels[int(step.edges[-1])]
                 radius = spec.pair_radius if step.kind == "pair" else spec.child_radius
                 basis = (
-                    InversePowers(num_basis - 1, radius)
-                    if self.preset == "strict"
-                    else BesselBasis(num_basis, radius)
+                    InversePowers(num_basis - 1, radius) if self.preset == "strict" else BesselBasis(num_basis, radius)
                 )
                 self.embeddings[step.edges] = EdgeEmbedding(self.lmax, basis, symmetry)
             sends_again = any(self._source(later) == step.level for later in self.steps[n + 1 :])
@@ -153,9 +149,7 @@ class NBodyNet(nn.Module):
             types[step.level] = irreps_out
         self._types = types
         readout = LinearReadout if self.preset == "strict" else MLPReadout
-        self.readouts = nn.ModuleDict(
-            {str(k): readout(types[k], self.irreps_out) for k in self._read_levels()}
-        )
+        self.readouts = nn.ModuleDict({str(k): readout(types[k], self.irreps_out) for k in self._read_levels()})
         num_scalars = self.irreps_out.count(o3.Irrep("0e"))
         self.shift = nn.Parameter(torch.zeros(len(self.species), num_scalars)) if self._shifts() else None
 
@@ -323,13 +317,9 @@ class NBodyNet(nn.Module):
         index = self.species_of[z.clamp(0, 118)]
         if not torch.compiler.is_compiling() and bool((index < 0).any()):
             unknown = sorted(set(z[index < 0].tolist()))
-            names = ", ".join(
-                f"{chemical_symbols[n] if 0 < n < 119 else 'no element'} ({n})" for n in unknown
-            )
+            names = ", ".join(f"{chemical_symbols[n] if 0 < n < 119 else 'no element'} ({n})" for n in unknown)
             known = ", ".join(chemical_symbols[n] for n in self.species)
-            raise ValueError(
-                f"z must hold elements of this model ({known}), got {names}; train a model with them"
-            )
+            raise ValueError(f"z must hold elements of this model ({known}), got {names}; train a model with them")
         return index
 
     # ------------------------------------------------------------------ description
@@ -371,7 +361,9 @@ class NBodyNet(nn.Module):
     def __repr__(self) -> str:
         names = " ".join(chemical_symbols[n] for n in self.species)
         size = sum(p.numel() for p in self.parameters())
-        return f"NBodyNet({names}, {self.scheme!r}, {self.preset}, {self.irreps} -> {self.irreps_out}, {size} parameters)"
+        return (
+            f"NBodyNet({names}, {self.scheme!r}, {self.preset}, {self.irreps} -> {self.irreps_out}, {size} parameters)"
+        )
 
 
 def edge_degrees(scheme: Scheme, frames: Iterable[Data]) -> dict[str, float]:
@@ -394,9 +386,7 @@ def edge_degrees(scheme: Scheme, frames: Iterable[Data]) -> dict[str, float]:
 def _check_species(species: Sequence[int]) -> tuple[int, ...]:
     found = tuple(sorted({int(n) for n in species}))
     if not found or found[0] < 1 or found[-1] > 118:
-        raise ValueError(
-            f"species must be atomic numbers between 1 and 118, got {list(species)}; e.g. [1, 6, 8]"
-        )
+        raise ValueError(f"species must be atomic numbers between 1 and 118, got {list(species)}; e.g. [1, 6, 8]")
     return found
 
 

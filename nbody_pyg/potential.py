@@ -181,13 +181,9 @@ class Potential(_Float64Buffers):
         if isinstance(reference, Mapping):
             reference = AtomicReference(reference)
         if reference is not None and not isinstance(reference, AtomicReference):
-            raise TypeError(
-                f"reference must be an AtomicReference, a dict or None, got {type(reference).__name__}"
-            )
+            raise TypeError(f"reference must be an AtomicReference, a dict or None, got {type(reference).__name__}")
         if not math.isfinite(float(scale)) or float(scale) == 0.0:
-            raise ValueError(
-                f"scale must be finite and not zero, got {scale!r}; 1.0 leaves the model as it is"
-            )
+            raise ValueError(f"scale must be finite and not zero, got {scale!r}; 1.0 leaves the model as it is")
         self.model = model
         self.reference = reference
         self.register_buffer("scale", torch.tensor(float(scale), dtype=torch.float64))
@@ -280,9 +276,7 @@ class Potential(_Float64Buffers):
         _refuse_inference_mode()
         system = self._system(z, pos, batch, cell, pbc, topology)
         if vector.shape != system["pos"].shape:
-            raise ValueError(
-                f"vector must have the shape of pos {list(system['pos'].shape)}, got {list(vector.shape)}"
-            )
+            raise ValueError(f"vector must have the shape of pos {list(system['pos'].shape)}, got {list(vector.shape)}")
         with torch.enable_grad():
             pos = system["pos"].detach().requires_grad_(True)
             (slope,) = _gradient(self._interaction(system, pos, None).sum(), [pos], create_graph=True)
@@ -381,9 +375,9 @@ class Potential(_Float64Buffers):
                 "compute_stress needs a periodic cell with a volume for every graph; give cell and pbc "
                 "(three independent lattice vectors, also for slabs), or set compute_stress=False"
             )
-        return torch.zeros(
-            num_graphs, 3, 3, dtype=pos.dtype, device=pos.device, requires_grad=True
-        ), volume.to(pos.dtype)
+        return torch.zeros(num_graphs, 3, 3, dtype=pos.dtype, device=pos.device, requires_grad=True), volume.to(
+            pos.dtype
+        )
 
     def _interaction(self, system: dict[str, Any], pos: Tensor, strain: Tensor | None) -> Tensor:
         """Scaled output of the model, [num_graphs]."""

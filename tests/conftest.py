@@ -116,10 +116,7 @@ def random_rotation(generator):
 @pytest.fixture(scope="session")
 def molecules() -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """Name -> atomic numbers ``[N]`` and positions ``[N, 3]`` in float64."""
-    return {
-        name: (torch.tensor(z), torch.tensor(pos, dtype=torch.float64))
-        for name, (z, pos) in MOLECULES.items()
-    }
+    return {name: (torch.tensor(z), torch.tensor(pos, dtype=torch.float64)) for name, (z, pos) in MOLECULES.items()}
 
 
 @pytest.fixture(params=sorted(MOLECULES))

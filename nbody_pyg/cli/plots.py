@@ -15,9 +15,7 @@ from nbody_pyg.training.evaluation import Evaluation
 _COLOURS = ("#1f5fa8", "#c4501b", "#2e8b57", "#7a4fa3", "#8c6d1f")
 
 
-def parity_plot(
-    results: Mapping[str, tuple[Sequence[Data], Evaluation]], path: str | Path, title: str = ""
-) -> None:
+def parity_plot(results: Mapping[str, tuple[Sequence[Data], Evaluation]], path: str | Path, title: str = "") -> None:
     """Energies (mean taken off, eV per molecule) and force components of every set, in one PNG.
 
     Raises: ValueError: no set has labels.
@@ -44,9 +42,7 @@ def parity_plot(
     figure.savefig(path, dpi=160)
 
 
-def _panel(
-    axes: Axes, name: str, unit: str, milli: str, sets: Mapping[str, tuple[np.ndarray, np.ndarray]]
-) -> None:
+def _panel(axes: Axes, name: str, unit: str, milli: str, sets: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> None:
     centre = np.concatenate([label for label, _ in sets.values()]).mean() if name == "energy" else 0.0
     # The widest set lies at the bottom, so that it does not hide the others.
     order = sorted(sets, key=lambda key: -np.ptp(sets[key][0]))

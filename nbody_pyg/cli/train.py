@@ -117,9 +117,7 @@ def _plot(sets: dict, found: dict[str, Evaluation], data: DataSets, folder: Path
     print(f"parity     {folder / 'parity.png'}")
 
 
-def _choose_weights(
-    potential: Potential, data: DataSets, config: Config, result: FitResult, folder: Path
-) -> str:
+def _choose_weights(potential: Potential, data: DataSets, config: Config, result: FitResult, folder: Path) -> str:
     """Leave the last weights in place, or those of best.ckpt where their validation error is smaller."""
     best = folder / "best.ckpt"
     if config.output.weights == "last" or not len(data.val) or result.best_step < 0 or not best.is_file():

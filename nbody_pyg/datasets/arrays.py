@@ -119,9 +119,7 @@ def _units(raw: Mapping[str, np.ndarray], units: Units | str | Mapping[str, str]
             return Units(_text(raw[energy]), _text(raw[length]))
     if "nuclear_charges" in raw and ("old_indices" in raw or "old_energies" in raw):
         return Units("kcal/mol", "angstrom")
-    raise ValueError(
-        f"{name} does not say its units; give units, for example units='kcal/mol' or units='Ha, bohr'"
-    )
+    raise ValueError(f"{name} does not say its units; give units, for example units='kcal/mol' or units='Ha, bohr'")
 
 
 def _checked(arrays: Mapping[str, np.ndarray], units: Units, name: str) -> dict[str, np.ndarray]:
@@ -131,18 +129,14 @@ def _checked(arrays: Mapping[str, np.ndarray], units: Units, name: str) -> dict[
         raise ValueError(f"{name}: positions must have shape [frames, atoms, 3], got {list(pos.shape)}")
     frames, atoms = pos.shape[:2]
     if frames == 0 or atoms == 0:
-        raise ValueError(
-            f"{name} holds no frame or frames without atoms: positions have shape {list(pos.shape)}"
-        )
+        raise ValueError(f"{name} holds no frame or frames without atoms: positions have shape {list(pos.shape)}")
     out = {"pos": pos * units.length_factor}
     species = arrays["z"]
     if species.dtype.kind == "f" and not np.array_equal(species, np.round(species)):
         raise ValueError(f"{name}: atomic numbers must be whole, got {species.reshape(-1)[:4]}")
     out["z"] = _per_frame(species.astype(np.int64), (atoms,), frames, "atomic numbers", name)
     if out["z"].min() < 0 or out["z"].max() > 118 or not out["z"].any(axis=1).all():
-        raise ValueError(
-            f"{name}: atomic numbers must lie in 1..118 (0 pads), with one atom at least per frame"
-        )
+        raise ValueError(f"{name}: atomic numbers must lie in 1..118 (0 pads), with one atom at least per frame")
     if "energy" in arrays:
         energy = arrays["energy"].astype(np.float64)
         if energy.size != frames:
@@ -154,23 +148,17 @@ def _checked(arrays: Mapping[str, np.ndarray], units: Units, name: str) -> dict[
     ):
         if key in arrays:
             if arrays[key].shape != (frames, *shape):
-                raise ValueError(
-                    f"{name}: {key} must have shape {[frames, *shape]}, got {list(arrays[key].shape)}"
-                )
+                raise ValueError(f"{name}: {key} must have shape {[frames, *shape]}, got {list(arrays[key].shape)}")
             out[key] = arrays[key].astype(np.float64) * factor
     if "cell" in arrays:
-        out["cell"] = (
-            _per_frame(arrays["cell"].astype(np.float64), (3, 3), frames, "cell", name) * units.length_factor
-        )
+        out["cell"] = _per_frame(arrays["cell"].astype(np.float64), (3, 3), frames, "cell", name) * units.length_factor
         pbc = arrays.get("pbc", np.ones(3, dtype=bool))
         out["pbc"] = _per_frame(pbc.astype(bool), (3,), frames, "pbc", name)
     for key, value in out.items():
         if not np.isfinite(value).all():
             bad = np.argwhere(~np.isfinite(value))[0]
             place = f"frame {bad[0]}" + (f", atom {bad[1]}" if key in ("pos", "forces") else "")
-            raise ValueError(
-                f"{name}: {key} of {place} is {value[tuple(bad)]}; remove the frame from the file"
-            )
+            raise ValueError(f"{name}: {key} of {place} is {value[tuple(bad)]}; remove the frame from the file")
     return out
 
 

@@ -122,9 +122,7 @@ def require_labels(
         for label in labels:
             missing = [i for i, frame in enumerate(group) if not isinstance(frame.get(label), Tensor)]
             if len(missing) == len(group):
-                keys = (
-                    group.available if isinstance(group, Frames) and group.available else set(group[0].keys())
-                )
+                keys = group.available if isinstance(group, Frames) and group.available else set(group[0].keys())
                 hint = nearest(label, set(keys) - {"numbers", "positions"})
                 option = f"{label}_key" if label in LABEL_SHAPES else "the key"
                 raise ValueError(

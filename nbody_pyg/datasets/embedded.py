@@ -27,9 +27,7 @@ def embedded_folder() -> Path:
     for place in places:
         if (place / "manifest.json").exists():
             return place
-    raise FileNotFoundError(
-        f"the embedded data sets are missing (looked in {places[0]} and {places[1]}); {_CURE}"
-    )
+    raise FileNotFoundError(f"the embedded data sets are missing (looked in {places[0]} and {places[1]}); {_CURE}")
 
 
 def embedded_manifest() -> dict:
@@ -74,9 +72,7 @@ def embedded(molecule: str, split: str = "train") -> Frames:
         raise FileNotFoundError(f"the embedded file {path} is missing; {_CURE}")
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     if digest != files[name]["sha256"]:
-        raise ValueError(
-            f"the embedded file {path} is damaged (its checksum differs from manifest.json); {_CURE}"
-        )
+        raise ValueError(f"the embedded file {path} is damaged (its checksum differs from manifest.json); {_CURE}")
     frames = read_npz(path)
     frames.name = f"{molecule} {split}"
     return frames

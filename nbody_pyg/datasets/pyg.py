@@ -97,9 +97,7 @@ def _units(
                 f"of its own, such as name='alpha'"
             )
         return Units("eV", "angstrom")
-    raise ValueError(
-        f"units of {type(dataset).__name__} are not known; give units, for example units='kcal/mol'"
-    )
+    raise ValueError(f"units of {type(dataset).__name__} are not known; give units, for example units='kcal/mol'")
 
 
 def _frame(
@@ -133,9 +131,7 @@ def _frame(
     return AtomicData.from_data(data), used, step
 
 
-def _take(
-    data: Data, given: str | None, keys: tuple[str, ...], label: str, where: str
-) -> tuple[Tensor, str] | None:
+def _take(data: Data, given: str | None, keys: tuple[str, ...], label: str, where: str) -> tuple[Tensor, str] | None:
     """Remove a label from the data under whichever key holds it."""
     if given is not None and given not in data:
         raise ValueError(f"{where}: {label}_key {given!r} is missing; {nearest(given, data.keys())}")

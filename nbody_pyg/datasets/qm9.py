@@ -48,9 +48,7 @@ TARGETS: Mapping[str, Target] = {
     "B": Target("B", 1.0, "GHz"),
     "C": Target("C", 1.0, "GHz"),
 }
-TOTAL_ENERGIES = tuple(
-    name for name in TARGETS if name[:2] in ("U", "H", "G", "U0") or name.endswith("_atomization")
-)
+TOTAL_ENERGIES = tuple(name for name in TARGETS if name[:2] in ("U", "H", "G", "U0") or name.endswith("_atomization"))
 
 
 def load_qm9(
@@ -137,8 +135,7 @@ def qm9_split(family: str) -> Split:
         order = np.random.RandomState(0).permutation(NUM_QM9)
         return Split(order[:100_000], order[100_000:117_748], order[117_748:])
     raise ValueError(
-        f"family must be 'dimenet' (110,000/10,000/10,831) or 'cormorant' (100,000/17,748/13,083), "
-        f"got {family!r}"
+        f"family must be 'dimenet' (110,000/10,000/10,831) or 'cormorant' (100,000/17,748/13,083), got {family!r}"
     )
 
 
@@ -186,15 +183,12 @@ def _molecules(
     ends = np.cumsum(raw["n"])
     if int(ends[-1]) != len(raw["Z"]) or raw["R"].shape != (len(raw["Z"]), 3):
         raise ValueError(
-            f"{name}: Z and R must hold sum(n) = {int(ends[-1])} atoms, "
-            f"got {len(raw['Z'])} and {list(raw['R'].shape)}"
+            f"{name}: Z and R must hold sum(n) = {int(ends[-1])} atoms, got {len(raw['Z'])} and {list(raw['R'].shape)}"
         )
     # Checked once for all molecules: frame by frame it would take longer than reading.
     for key, value in raw.items():
         if value.dtype.kind == "f" and not np.isfinite(value).all():
-            raise ValueError(
-                f"{name}: {key} holds NaN or infinity at {np.argwhere(~np.isfinite(value))[0].tolist()}"
-            )
+            raise ValueError(f"{name}: {key} holds NaN or infinity at {np.argwhere(~np.isfinite(value))[0].tolist()}")
     if raw["n"].min() < 1 or raw["Z"].min() < 1 or raw["Z"].max() > 118:
         raise ValueError(f"{name}: every molecule must have atoms with atomic numbers in 1..118")
     for row in _chosen(rows, len(ends), name):
@@ -239,9 +233,7 @@ def _load_sdf(folder: Path, name: str, rows: Iterable[SupportsIndex] | None) -> 
         raise ValueError(f"gdb9.sdf.csv has no column {target.column!r}; {nearest(target.column, columns)}")
     column = columns.index(target.column)
     # Nine lines of heading and two of closing stand around the list of failed molecules, counted from 1.
-    failed = {
-        int(line.split()[0]) - 1 for line in (folder / "uncharacterized.txt").read_text().split("\n")[9:-2]
-    }
+    failed = {int(line.split()[0]) - 1 for line in (folder / "uncharacterized.txt").read_text().split("\n")[9:-2]}
     entries = (folder / "gdb9.sdf").read_text().split("$$$$\n")[:-1]
     if len(entries) != len(lines):
         raise ValueError(

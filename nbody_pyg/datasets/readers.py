@@ -77,13 +77,9 @@ def read_frames(
         raise FileNotFoundError(f"path {str(path)!r} does not exist; give the file with the frames")
     given = {"energy": energy_key, "forces": forces_key, "stress": stress_key, "dipole": dipole_key}
     if path.suffix == ".npz":
-        frames = read_npz(
-            path, energy_key=energy_key, forces_key=forces_key, dipole_key=dipole_key, units=units
-        )
+        frames = read_npz(path, energy_key=energy_key, forces_key=forces_key, dipole_key=dipole_key, units=units)
         return frames[_as_slice(index)]
-    return _read_ase(
-        path, {k: v for k, v in given.items() if v}, Units.parse(units or Units()), index, file_format
-    )
+    return _read_ase(path, {k: v for k, v in given.items() if v}, Units.parse(units or Units()), index, file_format)
 
 
 def _as_slice(index: str | slice) -> slice:
@@ -109,16 +105,12 @@ def _read_ase(
             f"({type(error).__name__}: {error}); check the file, or name its format with file_format"
         ) from error
     if not systems:
-        raise ValueError(
-            f"path {str(path)!r} holds no frame (index {index!r}); give a file with at least one"
-        )
+        raise ValueError(f"path {str(path)!r} holds no frame (index {index!r}); give a file with at least one")
     available = set().union(*(_stores(atoms)[1] for atoms in systems))
     keys = {label: (given[label],) if label in given else names for label, names in DEFAULT_KEYS.items()}
     for label, key in given.items():
         if key not in available:
-            raise ValueError(
-                f"{label}_key {key!r} is in no frame of {str(path)!r}; {nearest(key, available)}"
-            )
+            raise ValueError(f"{label}_key {key!r} is in no frame of {str(path)!r}; {nearest(key, available)}")
     frames, sources = [], {}
     for number, atoms in enumerate(systems):
         where = f"frame {number} of {path.name}"
@@ -128,9 +120,7 @@ def _read_ase(
         frames.append(frame)
         for label, key in used.items():
             sources.setdefault(label, {})[key] = None
-    return Frames(
-        frames, name=str(path), sources={k: tuple(v) for k, v in sources.items()}, available=available
-    )
+    return Frames(frames, name=str(path), sources={k: tuple(v) for k, v in sources.items()}, available=available)
 
 
 def _stores(atoms: Atoms) -> tuple[dict[str, Mapping[str, Any]], set[str]]:
@@ -167,9 +157,7 @@ def _frame(
             found = {store: values[key] for store, values in stores.items() if key in values}
             if not found:
                 continue
-            shaped = {
-                s: _shaped(value, label, key, len(atoms), f"{where}, {s}") for s, value in found.items()
-            }
+            shaped = {s: _shaped(value, label, key, len(atoms), f"{where}, {s}") for s, value in found.items()}
             store, value = next(iter(shaped.items()))
             for other, second in shaped.items():
                 if not np.allclose(value, second, rtol=1e-12, atol=1e-9, equal_nan=True):

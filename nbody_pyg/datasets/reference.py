@@ -16,9 +16,7 @@ _LARGE = 50.0  # eV per atom; no chemical bond is that strong
 logger = logging.getLogger(__name__)
 
 
-def fit_reference(
-    frames: Sequence[AtomicData], mode: str | Mapping[int | str, float] = "lstsq"
-) -> dict[int, float]:
+def fit_reference(frames: Sequence[AtomicData], mode: str | Mapping[int | str, float] = "lstsq") -> dict[int, float]:
     r"""One energy per element, so that :math:`E - \sum_i E_0(z_i)` is small.
 
     .. math:: \min_{E_0} \sum_f \bigl( E_f - \sum_z n_{fz} E_0(z) \bigr)^2
@@ -82,9 +80,7 @@ def _mean_per_atom(energies: np.ndarray, counts: np.ndarray) -> float:
 
 
 def _from_mapping(given: Mapping[int | str, float], species: Sequence[int]) -> np.ndarray:
-    unknown = [
-        key for key in given if isinstance(key, str) and not key.isdigit() and key not in atomic_numbers
-    ]
+    unknown = [key for key in given if isinstance(key, str) and not key.isdigit() and key not in atomic_numbers]
     if unknown:
         raise ValueError(f"mode names {unknown[0]!r}, which is no element symbol; use e.g. 'O' or 8")
     table = {

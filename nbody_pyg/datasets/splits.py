@@ -107,16 +107,12 @@ def split_indices(
         ValueError: a negative number, no frame for training, or more than ``n`` frames in all.
     """
     sizes = [
-        _size(value, n, name)
-        for name, value in (("train", train), ("val", val), ("test", test))
-        if value is not None
+        _size(value, n, name) for name, value in (("train", train), ("val", val), ("test", test)) if value is not None
     ]
     if sizes[0] == 0:
         raise ValueError(f"train must take at least one of the {n} frames, got {train!r}")
     if sum(sizes) > n:
-        raise ValueError(
-            f"train + val + test take {sum(sizes)} frames, but there are only {n}; ask for fewer"
-        )
+        raise ValueError(f"train + val + test take {sum(sizes)} frames, but there are only {n}; ask for fewer")
     order = np.random.default_rng(seed).permutation(n)
     rest = n if test is None else sum(sizes)
     return Split(order[: sizes[0]], order[sizes[0] : sizes[0] + sizes[1]], order[sizes[0] + sizes[1] : rest])
@@ -146,9 +142,7 @@ def read_split(path: str | Path, prefix: str = "") -> Split:
         with np.load(path, allow_pickle=False) as file:
             lists = {key: file[key] for key in file.files}
     else:
-        raise ValueError(
-            f"split file must end in .json or .npz, got {path.name!r}; read plain lists by read_indices"
-        )
+        raise ValueError(f"split file must end in .json or .npz, got {path.name!r}; read plain lists by read_indices")
     chosen = {}
     for name, words in (("train", ("train",)), ("val", ("val", "valid", "validation")), ("test", ("test",))):
         keys = [start + word for word in words for start in (prefix, "idx_" + prefix)]
@@ -179,18 +173,14 @@ def _indices(rows: Sequence[Any] | np.ndarray | Tensor, name: str) -> np.ndarray
     if array.size == 0:
         return np.zeros(0, dtype=np.int64)
     if array.ndim != 1 or array.dtype.kind not in "iu":
-        raise TypeError(
-            f"{name} must be a flat list of integers, got {array.dtype} of shape {list(array.shape)}"
-        )
+        raise TypeError(f"{name} must be a flat list of integers, got {array.dtype} of shape {list(array.shape)}")
     array = array.astype(np.int64)
     if array.min() < 0:
         raise ValueError(f"{name} holds the negative index {int(array.min())}; indices count from 0")
     values, counts = np.unique(array, return_counts=True)
     if counts.max() > 1:
         twice = values[counts > 1]
-        raise ValueError(
-            f"{name} holds {twice.size} indices more than once, for example {twice[:5].tolist()}"
-        )
+        raise ValueError(f"{name} holds {twice.size} indices more than once, for example {twice[:5].tolist()}")
     return array
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -35,7 +36,7 @@ class NBodyCalculator(Calculator):
     Along a trajectory the hierarchy is carried on with ``scheme.update``, which keeps groups of atoms
     together for schemes with fixed parts (BondTree), so that the energy stays smooth. It is built anew for
     other elements or periodicity, or when an atom has moved further than ``carry_on`` since the last call:
-    that is another structure, not the next step. :meth:`reset` forgets it as well. A model file that was
+    that is another structure, not the next step. :meth:`forget` does so too. A model file that was
     trained on one molecule brings the hierarchy for it.
 
     Args:
@@ -61,7 +62,9 @@ class NBodyCalculator(Calculator):
         if dtype is not None and dtype not in _DTYPES:
             raise ValueError(f"dtype must be one of {sorted(_DTYPES)} or None, got {dtype!r}")
         self.metadata: dict[str, Any] = {}
-        if not isinstance(potential, Potential):
+        if isinstance(potential, Potential):
+            potential = copy.deepcopy(potential)  # the caller's keeps its device and precision
+        else:
             self.metadata = read_metadata(potential)["metadata"]
             potential = load_model(potential)
         self.potential = potential.to(device).eval()
@@ -73,8 +76,8 @@ class NBodyCalculator(Calculator):
         self._key: Any = None
         self._last: torch.Tensor | None = None
 
-    def reset(self) -> None:
-        super().reset()
+    def forget(self) -> None:
+        """Build the hierarchy anew at the next call. (ASE's own ``reset`` may be called at every step.)"""
         self._topology = self._key = self._last = None
 
     def calculate(
@@ -143,9 +146,7 @@ class NBodyCalculator(Calculator):
     def _energies(self, z: Any, pos: Any, batch: Any, cell: Any, topology: Topology | None) -> Any:
         """Contribution of each atom with its E0; they sum to the energy."""
         if self.scheme is None or not getattr(self.scheme, "centred", False):
-            raise PropertyNotImplementedError(
-                "energies need a hierarchy in which every part is centred on an atom"
-            )
+            raise PropertyNotImplementedError("energies need a hierarchy in which every part is centred on an atom")
         model = self.potential.model
         with torch.no_grad():
             hierarchy = model.hierarchy(z, pos, batch, cell=cell, topology=topology)

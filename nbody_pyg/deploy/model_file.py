@@ -58,9 +58,7 @@ def save_model(potential: Potential, path: str | Path, metadata: Mapping[str, An
         raise
 
 
-def load_model(
-    path: str | Path, model: nn.Module | None = None, device: torch.device | str = "cpu"
-) -> Potential:
+def load_model(path: str | Path, model: nn.Module | None = None, device: torch.device | str = "cpu") -> Potential:
     """Read a potential, ready for evaluation.
 
     Args:

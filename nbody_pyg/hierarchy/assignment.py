@@ -70,9 +70,7 @@ class FromAssignment(Scheme):
         if isinstance(part_cutoffs, (int, float)) or len(part_cutoffs) == 0:
             raise ValueError(f"part_cutoffs must list one radius per level of parts, got {part_cutoffs!r}")
         if parts is not None and len(part_cutoffs) != 1:
-            raise ValueError(
-                f"parts make one level, so part_cutoffs must have length 1, got {part_cutoffs!r}"
-            )
+            raise ValueError(f"parts make one level, so part_cutoffs must have length 1, got {part_cutoffs!r}")
         self.labels_key = labels_key
         self.labels = None if labels is None else _as_tuples(labels)
         self.parts = None if parts is None else _as_tuples(parts)
@@ -88,9 +86,7 @@ class FromAssignment(Scheme):
         self.levels = (LevelSpec("atoms", None, self.cutoff), *specs, root)
 
     @classmethod
-    def from_select(
-        cls, select: Any, cutoff: float | None = 5.0, part_cutoff: float | None = 10.0
-    ) -> FromAssignment:
+    def from_select(cls, select: Any, cutoff: float | None = 5.0, part_cutoff: float | None = 10.0) -> FromAssignment:
         """The clusters of a PyG `SelectOutput` of one molecule as parts; they may overlap.
 
         Args:
@@ -225,9 +221,7 @@ class FromAssignment(Scheme):
         num_atoms, num_parts = int(index[0].max()) + 1, len(self.parts)
         self._tile(torch.zeros(num_atoms, device=device), atoms)
         graphs = torch.arange(atoms.num_graphs, device=device).reshape(-1, 1)
-        index = torch.stack(
-            [(index[0] + graphs * num_atoms).flatten(), (index[1] + graphs * num_parts).flatten()]
-        )
+        index = torch.stack([(index[0] + graphs * num_atoms).flatten(), (index[1] + graphs * num_parts).flatten()])
         everything = torch.arange(num_parts * atoms.num_graphs, device=device)
         root = torch.stack([everything, torch.div(everything, num_parts, rounding_mode="floor")])
         ones = torch.ones_like(atoms.num_atoms)
@@ -268,9 +262,7 @@ def _nearest_images(tree: Topology, atoms: AtomsInput) -> tuple[Tensor | None, .
         sine = centre.new_zeros(size, 3).index_add(0, parent, weight * angle.sin())
         cosine = centre.new_zeros(size, 3).index_add(0, parent, weight * angle.cos())
         mean = torch.atan2(sine, cosine) / (2.0 * math.pi)
-        shift = torch.where(
-            atoms.pbc[graph], -torch.round(fraction - mean[parent]), torch.zeros_like(fraction)
-        )
+        shift = torch.where(atoms.pbc[graph], -torch.round(fraction - mean[parent]), torch.zeros_like(fraction))
         shifts.append(shift.to(atoms.pos.dtype))
         here = centre[child] + lattice_vectors(shift, full, graph)
         mass = centre.new_zeros(size).index_add(0, parent, weight.squeeze(-1))

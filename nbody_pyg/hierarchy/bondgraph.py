@@ -28,14 +28,10 @@ def covalent_bonds(atoms: AtomsInput, factor: float = BOND_FACTOR) -> Tensor:
 
     table = torch.from_numpy(np.asarray(covalent_radii, dtype=np.float64)).to(atoms.z.device)
     radius = table[atoms.z]
-    (source, target), shift = atoms.pairs(
-        atoms.pos, atoms.batch, 2.0 * factor * float(radius.max()), parts=False
-    )
+    (source, target), shift = atoms.pairs(atoms.pos, atoms.batch, 2.0 * factor * float(radius.max()), parts=False)
     vec = (atoms.pos[source] - atoms.pos[target]).double()
     if shift is not None:
-        vec = vec + torch.bmm(shift.double().unsqueeze(1), atoms.cell.double()[atoms.batch[target]]).squeeze(
-            1
-        )
+        vec = vec + torch.bmm(shift.double().unsqueeze(1), atoms.cell.double()[atoms.batch[target]]).squeeze(1)
     ratio = vec.norm(dim=1) / (radius[source] + radius[target])
     near = ratio < factor
     source, target, ratio = source[near], target[near], ratio[near]
@@ -112,9 +108,7 @@ def bridges(num_nodes: int, source: np.ndarray, target: np.ndarray) -> np.ndarra
                 low[parent] = min(low[parent], low[node])
                 if low[node] > entered[parent]:
                     found.update(((node, parent), (parent, node)))
-    return np.fromiter(
-        ((s, t) in found for s, t in zip(neighbour, target.tolist(), strict=True)), bool, len(source)
-    )
+    return np.fromiter(((s, t) in found for s, t in zip(neighbour, target.tolist(), strict=True)), bool, len(source))
 
 
 def fragment_labels(z: np.ndarray, bonds: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

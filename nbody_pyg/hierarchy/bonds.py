@@ -117,9 +117,7 @@ class BondTree(Scheme):
             below = label
         tree = Topology(
             num_parts=tuple(torch.from_numpy(count).to(z.device) for count in counts),
-            child_index=tuple(
-                None if c is None else sort_edges(c.to(z.device), None, c.shape[1])[0] for c in children
-            ),
+            child_index=tuple(None if c is None else sort_edges(c.to(z.device), None, c.shape[1])[0] for c in children),
             bonds=bonds,
             periodic=atoms.periodic,
         )
@@ -172,9 +170,7 @@ def _both_directions(bonds: Tensor, atoms: AtomsInput) -> Tensor:
     """Given bonds, checked, without duplicates, in both directions and sorted."""
     num_atoms = atoms.z.shape[0]
     if bonds.dim() != 2 or bonds.shape[0] != 2 or bonds.is_floating_point():
-        raise ValueError(
-            f"bonds must be integers of shape [2, num_bonds], got {bonds.dtype} {list(bonds.shape)}"
-        )
+        raise ValueError(f"bonds must be integers of shape [2, num_bonds], got {bonds.dtype} {list(bonds.shape)}")
     if bonds.numel() == 0:
         return bonds.new_zeros(2, 0, dtype=torch.long)
     if int(bonds.min()) < 0 or int(bonds.max()) >= num_atoms:

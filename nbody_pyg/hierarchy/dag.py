@@ -32,17 +32,11 @@ def topology_from_dag(edges: Int[Tensor, "2 edges"], num_atoms: int) -> Topology
         raise ValueError(f"num_atoms must be at least 1, got {num_atoms}")
     edges = torch.as_tensor(edges)
     if edges.dim() != 2 or edges.shape[0] != 2 or edges.is_floating_point():
-        raise ValueError(
-            f"edges must be integers of shape [2, num_edges], got {edges.dtype} {list(edges.shape)}"
-        )
+        raise ValueError(f"edges must be integers of shape [2, num_edges], got {edges.dtype} {list(edges.shape)}")
     if edges.numel() and int(edges.min()) < 0:
         raise ValueError(f"edges must name nodes from 0, got {int(edges.min())}")
     if edges.numel() == 0:
-        edges = (
-            torch.tensor([range(num_atoms), [num_atoms] * num_atoms])
-            if num_atoms == 1
-            else edges.reshape(2, 0)
-        )
+        edges = torch.tensor([range(num_atoms), [num_atoms] * num_atoms]) if num_atoms == 1 else edges.reshape(2, 0)
     pairs = list(zip(*edges.tolist(), strict=True))
     num_nodes = max([num_atoms - 1, *(node for pair in pairs for node in pair)]) + 1
     children: list[list[int]] = [[] for _ in range(num_nodes)]
@@ -57,12 +51,8 @@ def topology_from_dag(edges: Int[Tensor, "2 edges"], num_atoms: int) -> Topology
     if len(roots) > 1:
         orphan = next((node for node in roots if node < num_atoms), None)
         if orphan is not None:
-            raise ValueError(
-                f"atom {orphan} has no parent, so the root misses it; add an edge from it to a part"
-            )
-        raise ValueError(
-            f"the DAG must have one root, but nodes {roots} have no parent; join them under one node"
-        )
+            raise ValueError(f"atom {orphan} has no parent, so the root misses it; add an edge from it to a part")
+        raise ValueError(f"the DAG must have one root, but nodes {roots} have no parent; join them under one node")
     return _assemble(parents, level, num_atoms)
 
 
@@ -74,9 +64,7 @@ def _levels(children: list[list[int]], parents: list[list[int]], num_atoms: int)
                 f"atom {node} must be a leaf, but has the child {below[0]}; atoms are nodes below {num_atoms}"
             )
         if node >= num_atoms and not below:
-            raise ValueError(
-                f"node {node} has no child and is no atom, so its part is empty; remove or fill it"
-            )
+            raise ValueError(f"node {node} has no child and is no atom, so its part is empty; remove or fill it")
     waiting = [len(below) for below in children]
     ready = list(range(num_atoms))
     level = [0] * len(children)
@@ -112,9 +100,7 @@ def _assemble(parents: list[list[int]], level: list[int], num_atoms: int) -> Top
     child_index: list[Tensor | None] = [None]
     for k in range(1, top + 1):
         columns = [(number[k - 1][n], number[k][n]) for n in present[k] if level[n] < k]
-        columns += [
-            (number[k - 1][n], number[k][p]) for n in present[k - 1] for p in parents[n] if level[p] == k
-        ]
+        columns += [(number[k - 1][n], number[k][p]) for n in present[k - 1] for p in parents[n] if level[p] == k]
         index = torch.tensor(columns, dtype=torch.long).t().contiguous()
         child_index.append(sort_edges(index, None, len(present[k - 1]))[0])
     return Topology(

@@ -46,9 +46,7 @@ class _Drawing:
         # Bonds that leave through a face of the cell would cross the whole picture
         ends = self.xy[bonds.cpu().numpy()]
         self.bonds = bonds.cpu().numpy()[:, np.linalg.norm(ends[0] - ends[1], axis=-1) < 3.0]
-        self.overlapping = any(
-            sum(map(len, self.members[k])) > len(self.z) for k in range(1, self.num_levels)
-        )
+        self.overlapping = any(sum(map(len, self.members[k])) > len(self.z) for k in range(1, self.num_levels))
         # Many overlapping parts drawn at once would show nothing: then one of them stands for all
         inner = [topology.size(k) for k in range(1, self.num_levels - 1)]
         self.dense = self.overlapping and max(inner, default=0) > len(_PALETTE)
@@ -195,9 +193,7 @@ def _draw_molecule(ax: Axes, drawing: _Drawing) -> None:
             color = drawing.colors[level][part]
             if drawing.dense:  # nested parts of different colours would mix to grey
                 ax.add_patch(Polygon(outline, facecolor="white", linewidth=0, zorder=top - level))
-            fill = Polygon(
-                outline, facecolor=color, alpha=0.10 if neutral else 0.20, linewidth=0, zorder=top - level
-            )
+            fill = Polygon(outline, facecolor=color, alpha=0.10 if neutral else 0.20, linewidth=0, zorder=top - level)
             edge = Polygon(
                 outline, fill=False, edgecolor=color, linewidth=1.3, alpha=0.75, zorder=top - level,
                 linestyle=(0, (4, 3)) if neutral else "-",
@@ -222,23 +218,17 @@ def _draw_molecule(ax: Axes, drawing: _Drawing) -> None:
         edgecolors=_INK, linewidths=scale, zorder=11,
     )  # fmt: skip
     if drawing.dense and drawing.topology.size(1) == len(xy):
-        ax.scatter(
-            *xy[[drawing.focus]].T, s=420, facecolors="none", edgecolors=_INK, linewidths=1.6, zorder=12
-        )
+        ax.scatter(*xy[[drawing.focus]].T, s=420, facecolors="none", edgecolors=_INK, linewidths=1.6, zorder=12)
     for z in sorted(set(drawing.z.tolist()), key=lambda z: (z != 6, -z)):
         atom = int(np.argmax(drawing.z == z))
-        ax.scatter(
-            [], [], s=90, c=[drawing.element_colors[atom]], edgecolors=_INK, label=drawing.symbols[atom]
-        )
+        ax.scatter([], [], s=90, c=[drawing.element_colors[atom]], edgecolors=_INK, label=drawing.symbols[atom])
     ax.legend(loc="lower left", ncols=6, frameon=False, handletextpad=0.1, columnspacing=0.9, fontsize=11)
     _scale_bar(ax, xy)
 
 
 def _scale_bar(ax: Axes, xy: np.ndarray) -> None:
     low, high = xy.min(axis=0) - 2.0, xy.max(axis=0) + 2.0
-    ax.plot(
-        [high[0] - 2.2, high[0] - 0.2], [low[1] + 0.35] * 2, color=_INK, linewidth=2.2, solid_capstyle="butt"
-    )
+    ax.plot([high[0] - 2.2, high[0] - 0.2], [low[1] + 0.35] * 2, color=_INK, linewidth=2.2, solid_capstyle="butt")
     ax.text(high[0] - 1.2, low[1] + 0.5, "2 Å", ha="center", va="bottom", fontsize=10, color=_INK)
     ax.set_xlim(low[0], high[0])
     ax.set_ylim(low[1], high[1])

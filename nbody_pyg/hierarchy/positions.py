@@ -65,9 +65,7 @@ def tree_positions(
         size, shift = topology.size(k), topology.child_shift[k]
         here, child_mass = levels[-1].index_select(0, child), mass.index_select(0, child)
         if shift is not None and cell is not None:
-            here = here + lattice_vectors(
-                shift, cell.to(pos.dtype), topology.batch(k).index_select(0, parent)
-            )
+            here = here + lattice_vectors(shift, cell.to(pos.dtype), topology.batch(k).index_select(0, parent))
         mass = pos.new_zeros(size).index_add(0, parent, child_mass)
         total = pos.new_zeros(size, 3).index_add(0, parent, child_mass.unsqueeze(-1) * here)
         levels.append(total / mass.unsqueeze(-1))

@@ -55,9 +55,7 @@ class AtomsInput:
     pbc: Tensor | None
 
     @classmethod
-    def check(
-        cls, z: Tensor, pos: Tensor, batch: Tensor | None, cell: Tensor | None, pbc: Tensor | None
-    ) -> AtomsInput:
+    def check(cls, z: Tensor, pos: Tensor, batch: Tensor | None, cell: Tensor | None, pbc: Tensor | None) -> AtomsInput:
         """Detached, typed input.
 
         Raises:
@@ -65,9 +63,7 @@ class AtomsInput:
         """
         check_positions(pos)
         if z.dim() != 1 or z.shape[0] != pos.shape[0]:
-            raise ValueError(
-                f"z must have shape [{pos.shape[0]}], one number per row of pos, got {list(z.shape)}"
-            )
+            raise ValueError(f"z must have shape [{pos.shape[0]}], one number per row of pos, got {list(z.shape)}")
         if z.is_floating_point():
             raise TypeError(f"z must hold integers (atomic numbers), got {z.dtype}; cast it with z.long()")
         if pos.shape[0] == 0:
@@ -202,13 +198,9 @@ class Scheme(BaseTransform):
         found: list[tuple[Tensor | None, Tensor | None]] = []
         for k, spec in enumerate(self.levels):
             radius, centre = spec.pair_radius, centres[k]
-            found.append(
-                (None, None) if radius is None else atoms.pairs(centre, tree.batch(k), radius, k > 0)
-            )
+            found.append((None, None) if radius is None else atoms.pairs(centre, tree.batch(k), radius, k > 0))
         pairs, shifts = zip(*found, strict=True)
-        return Topology(
-            tree.num_parts, tree.child_index, pairs, tree.child_shift, shifts, tree.bonds, atoms.periodic
-        )
+        return Topology(tree.num_parts, tree.child_index, pairs, tree.child_shift, shifts, tree.bonds, atoms.periodic)
 
     def inputs(self, data: Data) -> dict[str, Any]:
         """Further keyword arguments of :meth:`topology` that a scheme reads from the data (bonds, labels)."""
@@ -217,9 +209,7 @@ class Scheme(BaseTransform):
     def forward(self, data: Data) -> Data:
         """Transform: the data as :class:`AtomicData` with the topology stored on it. A Batch stays one."""
         out = data if isinstance(data, Batch) else AtomicData.from_data(data)
-        topology = self.topology(
-            out.z, out.pos, out.get("batch"), out.get("cell"), out.get("pbc"), **self.inputs(out)
-        )
+        topology = self.topology(out.z, out.pos, out.get("batch"), out.get("cell"), out.get("pbc"), **self.inputs(out))
         return self.store(topology, out)
 
     def store(self, topology: Topology, data: Data) -> Data:
@@ -271,9 +261,7 @@ class Scheme(BaseTransform):
         arguments = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items() if k != "name"}
         name = config.get("name")
         if name not in known:
-            raise ValueError(
-                f"name must be one of the schemes {sorted(known)}, got {name!r}; import its module first"
-            )
+            raise ValueError(f"name must be one of the schemes {sorted(known)}, got {name!r}; import its module first")
         return known[name](**arguments)
 
     def __repr__(self) -> str:

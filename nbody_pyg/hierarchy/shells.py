@@ -51,9 +51,7 @@ class NestedShells(Scheme):
 
     def __init__(self, radii: Sequence[float] = (5.0, 5.0)) -> None:
         if isinstance(radii, (int, float)) or len(radii) == 0:
-            raise ValueError(
-                f"radii must list at least one radius in angstrom, got {radii!r}; try (5.0, 5.0)"
-            )
+            raise ValueError(f"radii must list at least one radius in angstrom, got {radii!r}; try (5.0, 5.0)")
         self.radii = tuple(check_radius(f"radii[{k}]", radius) for k, radius in enumerate(radii))
         shells = tuple(LevelSpec(f"shell {k + 1}", radius) for k, radius in enumerate(self.radii))
         self.levels = (LevelSpec("atoms"), *shells, LevelSpec("root", 2.0 * max(self.radii)))

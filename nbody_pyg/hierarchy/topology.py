@@ -141,9 +141,7 @@ class Topology:
             return None if value is None else value.to(device)
 
         columns = (self.num_parts, self.child_index, self.pair_index, self.child_shift, self.pair_shift)
-        return Topology(
-            *(tuple(map(move, column)) for column in columns), move(self.bonds), move(self.periodic)
-        )
+        return Topology(*(tuple(map(move, column)) for column in columns), move(self.bonds), move(self.periodic))
 
     def store(self, data: Data) -> Data:
         """Write the topology on ``data`` in place, as the keys of :class:`~nbody_pyg.data.AtomicData`."""

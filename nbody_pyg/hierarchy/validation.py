@@ -57,13 +57,9 @@ def _name(topology: Topology, level: int, node: int) -> str:
 
 def _check_edges(name: str, index: Tensor, shift: Tensor | None, sizes: tuple[int, int]) -> None:
     if index.dim() != 2 or index.shape[0] != 2 or index.is_floating_point():
-        raise ValueError(
-            f"{name} must be integers of shape [2, edges], got {index.dtype} {list(index.shape)}"
-        )
+        raise ValueError(f"{name} must be integers of shape [2, edges], got {index.dtype} {list(index.shape)}")
     if shift is not None and tuple(shift.shape) != (index.shape[1], 3):
-        raise ValueError(
-            f"the shifts of {name} must have shape [{index.shape[1]}, 3], got {list(shift.shape)}"
-        )
+        raise ValueError(f"the shifts of {name} must have shape [{index.shape[1]}, 3], got {list(shift.shape)}")
     for row, size in enumerate(sizes):
         bad = ((index[row] < 0) | (index[row] >= size)).nonzero().flatten().tolist()
         if bad:
@@ -88,14 +84,10 @@ def _check_children(topology: Topology, level: int, images: bool) -> None:
             raise ValueError("child_index[0] must be None: atoms are leaves and have no children")
         return
     if index is None:
-        raise ValueError(
-            f"child_index[{level}] must be a tensor [2, edges], got None; only atoms have no children"
-        )
+        raise ValueError(f"child_index[{level}] must be a tensor [2, edges], got None; only atoms have no children")
     below, here = topology.size(level - 1), topology.size(level)
     _check_edges(f"child_index[{level}]", index, shift, (below, here))
-    cross = (
-        (topology.batch(level - 1)[index[0]] != topology.batch(level)[index[1]]).nonzero().flatten().tolist()
-    )
+    cross = (topology.batch(level - 1)[index[0]] != topology.batch(level)[index[1]]).nonzero().flatten().tolist()
     if cross:
         child, parent = index[:, cross[0]].tolist()
         raise ValueError(
@@ -104,9 +96,7 @@ def _check_children(topology: Topology, level: int, images: bool) -> None:
         )
     childless = (torch.bincount(index[1], minlength=here) == 0).nonzero().flatten().tolist()
     if childless:
-        raise ValueError(
-            f"{_name(topology, level, childless[0])} has no child; every part needs at least one"
-        )
+        raise ValueError(f"{_name(topology, level, childless[0])} has no child; every part needs at least one")
     orphans = (torch.bincount(index[0], minlength=below) == 0).nonzero().flatten().tolist()
     if orphans:
         raise ValueError(
@@ -163,8 +153,7 @@ def validate_hierarchy(hierarchy: Hierarchy) -> None:
     """
     if hierarchy.levels[0].num_parts != hierarchy.z.shape[0]:
         raise ValueError(
-            f"level 0 must hold one node per atom ({hierarchy.z.shape[0]}), "
-            f"got {hierarchy.levels[0].num_parts}"
+            f"level 0 must hold one node per atom ({hierarchy.z.shape[0]}), got {hierarchy.levels[0].num_parts}"
         )
     validate_topology(hierarchy.topology(), images=True)
     for k, level in enumerate(hierarchy.levels):

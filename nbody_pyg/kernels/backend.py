@@ -31,9 +31,7 @@ def set_backend(name: str) -> None:
     if name not in _BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(_BACKENDS)}, got {name!r}; try 'auto'")
     if name == "c" and build.compiler() is None:
-        raise ValueError(
-            "backend 'c' needs a C compiler and none was found; install gcc or set CC, or use 'torch'"
-        )
+        raise ValueError("backend 'c' needs a C compiler and none was found; install gcc or set CC, or use 'torch'")
     _forced = name
 
 

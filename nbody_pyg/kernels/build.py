@@ -40,10 +40,7 @@ def compiler() -> str | None:
 
 def cache_folder() -> Path:
     """Where compiled products are kept: NBODY_CACHE, else the user's cache folder."""
-    base = (
-        os.environ.get("NBODY_CACHE")
-        or Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "nbody_pyg"
-    )
+    base = os.environ.get("NBODY_CACHE") or Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "nbody_pyg"
     return Path(base) / "kernels"
 
 

@@ -77,9 +77,7 @@ def product_source(terms: list[Term], rows1: int, rows2: int, rows_out: int, tai
     rows = range(rows_out)
 
     def forward(kind: str) -> list[str]:
-        lines = (
-            _load(kind, "x", "x", used1) + _load(kind, "y", "y", used2) + _zero(kind, [f"o{r}" for r in rows])
-        )
+        lines = _load(kind, "x", "x", used1) + _load(kind, "y", "y", used2) + _zero(kind, [f"o{r}" for r in rows])
         for (i, j), group in by_pair.items():
             lines.append(f"        {{ const {kind} t = x{i} * y{j};")
             lines += [f"          o{t.row} += {_number(t.value)} * t;" for t in group] + ["        }"]
@@ -88,11 +86,7 @@ def product_source(terms: list[Term], rows1: int, rows2: int, rows_out: int, tai
     def gradients(kind: str, double: bool) -> list[str]:
         lines = _load(kind, "x", "x", used1) + _load(kind, "y", "y", used2) + _load(kind, "g", "g", rows)
         if double:
-            lines += (
-                _load(kind, "a", "a", used1)
-                + _load(kind, "b", "b", used2)
-                + _zero(kind, [f"o{r}" for r in rows])
-            )
+            lines += _load(kind, "a", "a", used1) + _load(kind, "b", "b", used2) + _zero(kind, [f"o{r}" for r in rows])
         lines += _zero(kind, [f"p{i}" for i in range(rows1)] + [f"q{j}" for j in range(rows2)])
         first, second = ("b", "a") if double else ("y", "x")
         for (i, j), group in by_pair.items():
@@ -144,9 +138,7 @@ def one_body_source(
         # The coupling contracted with this edge's harmonics, once for all channels.
         lines = [f"    real {name}[{len(entries)}];"]
         for key, group in entries.items():
-            lines.append(
-                f"    {name}[{number[key]}] = {_weighted([(t.value, f'{source}[{t.j}]') for t in group])};"
-            )
+            lines.append(f"    {name}[{number[key]}] = {_weighted([(t.value, f'{source}[{t.j}]') for t in group])};")
         return lines
 
     def dot(name: str, state: str, row: int) -> str:
@@ -156,9 +148,7 @@ def one_body_source(
         return f"*({kind}*)({pointer} + (b * {paths} + {p}) * C + c)"
 
     def radial(kind: str, name: str, functions: str, p: int, pointer: str = "W") -> str:
-        return (
-            f"for (int b = 0; b < {basis}; b++) {name} += {functions}[b] * {at('const ' + kind, pointer, p)};"
-        )
+        return f"for (int b = 0; b < {basis}; b++) {name} += {functions}[b] * {at('const ' + kind, pointer, p)};"
 
     def forward(kind: str) -> list[str]:
         lines = _load(kind, "x", "xe", used)
@@ -172,9 +162,7 @@ def one_body_source(
         sums = "bv" if kind == "vec" else "br"
         lines = _load(kind, "x", "xe", used) + _zero(kind, [f"p{i}" for i in used])
         for p in range(paths):
-            lines.append(
-                f"        {{ {kind} w0 = ({kind}){{0}}, s = ({kind}){{0}}; {radial(kind, 'w0', 'Be', p)}"
-            )
+            lines.append(f"        {{ {kind} w0 = ({kind}){{0}}, s = ({kind}){{0}}; {radial(kind, 'w0', 'Be', p)}")
             for r in rows_of_path[p]:
                 lines.append(
                     f"        {{ const {kind} g0 = *(const {kind}*)(ge + {r} * C + c); const {kind} h = w0 * g0;"
@@ -183,19 +171,13 @@ def one_body_source(
                 lines += [f"          p{i} += M[{number[r, i]}] * h;" for i in by_row[r]]
                 lines += _harmonic_gradient(kind, entries, r, by_row[r], ["h * x{i}"])
                 lines.append("        }")
-            lines.append(
-                f"        for (int b = 0; b < {basis}; b++) {sums}[b] += s * {at('const ' + kind, 'W', p)};"
-            )
-            lines.append(
-                f"        if (gW) for (int b = 0; b < {basis}; b++) {at(kind, 'gW', p)} += Be[b] * s; }}"
-            )
+            lines.append(f"        for (int b = 0; b < {basis}; b++) {sums}[b] += s * {at('const ' + kind, 'W', p)};")
+            lines.append(f"        if (gW) for (int b = 0; b < {basis}; b++) {at(kind, 'gW', p)} += Be[b] * s; }}")
         return lines + [_store(kind, "gxe", i, f"p{i}", add=True) for i in used]
 
     def double(kind: str) -> list[str]:
         sums = "bv" if kind == "vec" else "br"
-        lines = (
-            _load(kind, "x", "xe", used) + _load(kind, "a", "ae", used) + _zero(kind, [f"p{i}" for i in used])
-        )
+        lines = _load(kind, "x", "xe", used) + _load(kind, "a", "ae", used) + _zero(kind, [f"p{i}" for i in used])
         for p in range(paths):
             lines.append(f"        {{ {kind} w0 = ({kind}){{0}}, k0 = w0, s = w0, s0 = w0;")
             lines.append(f"          {radial(kind, 'w0', 'Be', p)} {radial(kind, 'k0', 'De', p)}")
@@ -206,9 +188,7 @@ def one_body_source(
                 lines.append(f"          const {kind} z = {dot('M', 'a', r)} + {dot('N', 'x', r)};")
                 lines.append("          s += g0 * z; s0 += g0 * y;")
                 lines.append(_store(kind, "oe", r, "w0 * z + k0 * y", add=True))
-                lines += [
-                    f"          p{i} += N[{number[r, i]}] * h + M[{number[r, i]}] * d;" for i in by_row[r]
-                ]
+                lines += [f"          p{i} += N[{number[r, i]}] * h + M[{number[r, i]}] * d;" for i in by_row[r]]
                 lines += _harmonic_gradient(kind, entries, r, by_row[r], ["h * a{i} + d * x{i}"])
                 lines.append("        }")
             lines.append(
@@ -226,9 +206,7 @@ def one_body_source(
         return "\n".join(lines + _over_channels(body, tail) + finish + ["  }", "}"])
 
     size_in, size_out = f"{rows_in} * C", f"{rows_out} * C"
-    state = [
-        f"    const real *xe = x + source[e] * {size_in}, *Be = B + e * {basis}, *Ye = Y + e * {harmonics};"
-    ]
+    state = [f"    const real *xe = x + source[e] * {size_in}, *Be = B + e * {basis}, *Ye = Y + e * {harmonics};"]
     grads = [f"    const real *ge = g + target[e] * {size_out};", f"    real *gxe = gx + source[e] * {size_in};",
              f"    vec bv[{basis}] = {{0}}; real br[{basis}] = {{0}};",
              "    " + " ".join(f"vec yv{m} = (vec){{0}}; real yr{m} = 0;" for m in range(harmonics))]  # fmt: skip
@@ -237,11 +215,9 @@ def one_body_source(
     common = "const real* restrict x, const real* restrict Y, const real* restrict B, const real* restrict W"
     results = "real* restrict gx, real* restrict gY, real* restrict gB, real* restrict gW"
     out = f"    real *oe = out + target[e] * {size_out};"
-    cotangents = (
-        f"    const real *ae = a + source[e] * {size_in}, *Ne = n + e * {harmonics}, *De = d + e * {basis};"
-    )
+    cotangents = f"    const real *ae = a + source[e] * {size_in}, *Ne = n + e * {harmonics}, *De = d + e * {basis};"
     return "\n".join([
-        function("one_body_forward", f"{common}, real* restrict out", state + [out] + matrix("M", "Ye"), forward, []),
+        function("one_body_forward", f"{common}, real* restrict out", [*state, out, *matrix("M", "Ye")], forward, []),
         function("one_body_backward", f"const real* restrict g, {common}, {results}",
                  state + grads + matrix("M", "Ye"), backward, finish),
         function("one_body_double",

@@ -149,9 +149,7 @@ def harmonic_source(polynomials: Sequence[Polynomial]) -> str:
     values = " ".join(f"h[{k}] = {_expression(poly, names)};" for k, poly in enumerate(polynomials))
     slopes = " ".join(
         f"h[{k}] = "
-        + " + ".join(
-            f"t{name} * ({_expression(_derivative(poly, a), names)})" for a, name in enumerate("xyz")
-        )
+        + " + ".join(f"t{name} * ({_expression(_derivative(poly, a), names)})" for a, name in enumerate("xyz"))
         + ";"
         for k, poly in enumerate(polynomials)
     )
@@ -174,9 +172,7 @@ def harmonic_source(polynomials: Sequence[Polynomial]) -> str:
 
     first = " ".join(f"out[{a}] = {derivative([a])};" for a in range(3))
     second = " ".join(
-        f"bent[{a}] = "
-        + " + ".join(f"t{name} * ({derivative([a, b])})" for b, name in enumerate("xyz"))
-        + ";"
+        f"bent[{a}] = " + " + ".join(f"t{name} * ({derivative([a, b])})" for b, name in enumerate("xyz")) + ";"
         for a in range(3)
     )
     arguments = "double x, double y, double z"
@@ -258,9 +254,7 @@ class _FeaturesBackward(torch.autograd.Function):
         return ov, ow, oh, orad, None
 
 
-_window_library = Library(
-    _WINDOW, {"window_forward": "id2p", "window_backward": "id3p", "window_double": "id5p"}
-)
+_window_library = Library(_WINDOW, {"window_forward": "id2p", "window_backward": "id3p", "window_double": "id5p"})
 
 
 def compiled_window(vec: Tensor, cutoff: float) -> Tensor:

@@ -35,9 +35,7 @@ class Library:
         """Whether compiling would take minutes: high degrees in both parities. Such products run on plain torch."""
         return len(self._source) > MAX_SOURCE
 
-    def call(
-        self, name: str, dtype: torch.dtype, *arguments: Tensor | ctypes.Array | float | int | None
-    ) -> None:
+    def call(self, name: str, dtype: torch.dtype, *arguments: Tensor | ctypes.Array | float | int | None) -> None:
         """Call one function; tensors are passed by address and must be contiguous, None as a null pointer."""
         functions = self._loaded.get(dtype) or self._load(dtype)
         functions[name](*[a.data_ptr() if isinstance(a, Tensor) else a for a in arguments])
@@ -48,9 +46,7 @@ class Library:
         for name, signature in self._signatures.items():
             function = getattr(library, name)
             function.argtypes = [
-                _C_TYPES[kind]
-                for count, kind in re.findall(r"(\d*)([idp])", signature)
-                for _ in range(int(count or 1))
+                _C_TYPES[kind] for count, kind in re.findall(r"(\d*)([idp])", signature) for _ in range(int(count or 1))
             ]
             function.restype = None
             functions[name] = function

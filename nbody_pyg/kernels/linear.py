@@ -136,9 +136,7 @@ class Block(NamedTuple):
 class LinearKernel:
     """Blockwise linear map: x (nodes, rows_in, channels_in) and one matrix per block to (nodes, rows_out, channels_out)."""
 
-    def __init__(
-        self, blocks: list[Block], rows_in: int, channels_in: int, rows_out: int, channels_out: int
-    ) -> None:
+    def __init__(self, blocks: list[Block], rows_in: int, channels_in: int, rows_out: int, channels_out: int) -> None:
         self.blocks, self.shape_in, self.shape_out = blocks, (rows_in, channels_in), (rows_out, channels_out)
         numbers = [
             number
@@ -183,9 +181,7 @@ def _pointers(tensors):
     return (ctypes.c_void_p * len(tensors))(*[t.data_ptr() for t in tensors])
 
 
-_library = Library(
-    _SOURCE, {"linear_apply": "2ip2i3p", "linear_transposed": "2ip2i4p", "linear_outer": "2ip2i3p"}
-)
+_library = Library(_SOURCE, {"linear_apply": "2ip2i3p", "linear_transposed": "2ip2i4p", "linear_outer": "2ip2i3p"})
 
 
 # Operands are made contiguous before ``apply``: a copy made inside ``forward`` and saved there has no graph, and

@@ -77,9 +77,7 @@ class EdgeEmbedding(nn.Module):
         self.radial = radial
         # A user's own basis need not be known to the compiled backend.
         known = radial.compiled() if hasattr(radial, "compiled") else None
-        self.kernel = (
-            FeatureKernel(self.harmonics.polynomials(), soft=SOFT_LENGTH, **known) if known else None
-        )
+        self.kernel = FeatureKernel(self.harmonics.polynomials(), soft=SOFT_LENGTH, **known) if known else None
 
     def forward(
         self,
@@ -91,14 +89,10 @@ class EdgeEmbedding(nn.Module):
         if self.kernel is not None and backend(vec) == "c":
             return EdgeFeatures(index, *self.kernel(vec, window), num_targets)
         direction, rho = soften(vec)
-        return EdgeFeatures(
-            index, self.harmonics(direction), self.radial(rho) * window.unsqueeze(-1), num_targets
-        )
+        return EdgeFeatures(index, self.harmonics(direction), self.radial(rho) * window.unsqueeze(-1), num_targets)
 
 
-def sum_into(
-    messages: Float[Tensor, "edges *shape"], target: Int[Tensor, "edges"], num_targets: int
-) -> Tensor:
+def sum_into(messages: Float[Tensor, "edges *shape"], target: Int[Tensor, "edges"], num_targets: int) -> Tensor:
     """Sum messages at their targets; index_add has derivatives of every order, segment reductions do not."""
     return messages.new_zeros(num_targets, *messages.shape[1:]).index_add(0, target, messages)
 
@@ -145,16 +139,12 @@ class DensityGate(nn.Module):
             for part, (_, ir) in zip(slices, self.irreps_out, strict=True)
             if ir in natural
         ]
-        self.weights = nn.ParameterList(
-            nn.Parameter(torch.randn(fan_in, channels) * num_basis**-0.5) for _ in blocks
-        )
+        self.weights = nn.ParameterList(nn.Parameter(torch.randn(fan_in, channels) * num_basis**-0.5) for _ in blocks)
         rows = (max(ir.l for _, ir in self.irreps_out) + 1) ** 2
         self.linear = LinearKernel(blocks, rows, fan_in, num_rows(self.irreps_out), channels)
         self.kernel = DensityKernel(rows, num_basis, num_species)
 
-    def forward(
-        self, species: Int[Tensor, "sources"], edges: EdgeFeatures
-    ) -> Float[Tensor, "targets rows channels"]:
+    def forward(self, species: Int[Tensor, "sources"], edges: EdgeFeatures) -> Float[Tensor, "targets rows channels"]:
         source, target = edges.index
         rows, basis = self.kernel.shape
         harmonics, radial = edges.harmonics[:, :rows] * self.scale, edges.radial
@@ -164,9 +154,7 @@ class DensityGate(nn.Module):
         else:
             outer = (harmonics.unsqueeze(2) * radial.unsqueeze(1)).flatten(1)
             density = sum_into(outer, slot, edges.num_targets * self.num_species)
-            density = (
-                density.view(edges.num_targets, self.num_species, rows, basis).transpose(1, 2).flatten(2)
-            )
+            density = density.view(edges.num_targets, self.num_species, rows, basis).transpose(1, 2).flatten(2)
         return blockwise_linear(self.linear, density, *self.weights)
 
     def extra_repr(self) -> str:
@@ -218,9 +206,7 @@ class OneBodyGate(ConstantTables):
         self.channels, self.scale = equal_multiplicity(self.irreps_in), degree**-0.5
         harmonics = harmonic_irreps(order, symmetry)
         self.paths = coupling_paths(self.irreps_in, harmonics, self.irreps_out)
-        require_reachable(
-            self.irreps_out, {path.ir for path in self.paths}, f"a gate of order {order} on {irreps_in}"
-        )
+        require_reachable(self.irreps_out, {path.ir for path in self.paths}, f"a gate of order {order} on {irreps_in}")
         table = coupling_table(self.irreps_in, harmonics, self.paths)
         self.num_harmonics, self.rows_in = num_rows(harmonics), num_rows(self.irreps_in)
         terms = table_terms(table, self.paths, self.num_harmonics)
@@ -230,9 +216,7 @@ class OneBodyGate(ConstantTables):
         table = table.view(-1, self.rows_in, self.num_harmonics).permute(2, 0, 1).flatten(1)
         self.add_table("coupling", table)
         self.add_table("path_of_row", torch.tensor([n for n, _ in path_row_order(self.paths)]))
-        self.radial_weight = nn.Parameter(
-            torch.randn(num_basis, len(self.paths) * self.channels) * num_basis**-0.5
-        )
+        self.radial_weight = nn.Parameter(torch.randn(num_basis, len(self.paths) * self.channels) * num_basis**-0.5)
         self.mix = PathLinear(self.paths, self.channels, self.irreps_out)
 
     def forward(
@@ -272,9 +256,7 @@ class ProductGate(nn.Module):
     Raises: ValueError: ``body_order`` < 1, or ``irreps_out`` is no subset of ``irreps_in``.
     """
 
-    def __init__(
-        self, irreps_in: o3.Irreps, irreps_out: o3.Irreps, body_order: int = 3, gain: float = 1.0
-    ) -> None:
+    def __init__(self, irreps_in: o3.Irreps, irreps_out: o3.Irreps, body_order: int = 3, gain: float = 1.0) -> None:
         super().__init__()
         if body_order < 1:
             raise ValueError(f"body_order must be at least 1, got {body_order!r}; 2 or 3 is usual")
@@ -340,9 +322,7 @@ class RowLinear(nn.Module):
         )
         self.kernel = LinearKernel(blocks, start, channels, row_out, channels_out)
 
-    def forward(
-        self, x: Float[Tensor, "nodes rows_in channels"]
-    ) -> Float[Tensor, "nodes rows_out channels_out"]:
+    def forward(self, x: Float[Tensor, "nodes rows_in channels"]) -> Float[Tensor, "nodes rows_out channels_out"]:
         return blockwise_linear(self.kernel, x, *self.weights)
 
     def extra_repr(self) -> str:
@@ -409,9 +389,7 @@ class FullGate(nn.Module):
         self.product = FullProduct(
             self.irreps_in, harmonic_irreps(order, symmetry), max(ir.l for _, ir in self.irreps_out)
         )
-        self.linears = nn.ModuleList(
-            IrrepsLinear(self.product.irreps_out, self.irreps_out) for _ in range(num_basis)
-        )
+        self.linears = nn.ModuleList(IrrepsLinear(self.product.irreps_out, self.irreps_out) for _ in range(num_basis))
 
     def forward(
         self, x: Float[Tensor, "sources irreps_in"], edges: EdgeFeatures

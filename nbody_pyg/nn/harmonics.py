@@ -57,9 +57,7 @@ class SolidHarmonics(ConstantTables):
                     for m, polynomial in enumerate(block):
                         for powers, value in lower.items():
                             raised = tuple(p + q for p, q in zip(powers, axis, strict=True))
-                            polynomial[raised] = (
-                                polynomial.get(raised, 0.0) + value * math.sqrt(3.0) * table[i][j][m]
-                            )
+                            polynomial[raised] = polynomial.get(raised, 0.0) + value * math.sqrt(3.0) * table[i][j][m]
             blocks.append([{p: v for p, v in poly.items() if abs(v) > 1e-12} for poly in block])
         return [polynomial for block in blocks for polynomial in block]
 

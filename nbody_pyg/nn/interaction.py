@@ -21,9 +21,7 @@ class SpeciesScale(nn.Module):
     def __init__(self, num_species: int, irreps: o3.Irreps) -> None:
         super().__init__()
         dims = torch.tensor([ir.dim for _, ir in irreps])
-        self.register_buffer(
-            "block_of_row", torch.arange(len(dims)).repeat_interleave(dims), persistent=False
-        )
+        self.register_buffer("block_of_row", torch.arange(len(dims)).repeat_interleave(dims), persistent=False)
         self.weight = nn.Parameter(torch.ones(num_species, len(dims), irreps[0].mul))
 
     def forward(self, x: Tensor, species: Int[Tensor, "nodes"]) -> Tensor:
@@ -102,9 +100,7 @@ class Interaction(nn.Module):
     ) -> None:
         super().__init__()
         if irreps_source is None and not bare:
-            raise ValueError(
-                "irreps_source must be given unless bare is set: sources need a state or an element"
-            )
+            raise ValueError("irreps_source must be given unless bare is set: sources need a state or an element")
         self.irreps, self.irreps_out = irreps, irreps if irreps_out is None else irreps_out
         self.density = self.gate = self.keep = self.carry = self.scale = self.bias = None
         if bare:
@@ -120,9 +116,7 @@ class Interaction(nn.Module):
             self.bias = nn.Parameter(torch.zeros(recipe.num_species, irreps[0].mul))
         self.norm = SoftNorm() if recipe.practical else nn.Identity()
         # Without the norm, a tower of products has to start very small to stay in range.
-        self.products = ProductGate(
-            irreps, self.irreps_out, recipe.body_order, gain=1.0 if recipe.practical else 0.01
-        )
+        self.products = ProductGate(irreps, self.irreps_out, recipe.body_order, gain=1.0 if recipe.practical else 0.01)
 
     def forward(
         self,

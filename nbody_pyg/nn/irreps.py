@@ -9,6 +9,7 @@ Where all fragments have the same multiplicity the flat tensor is viewed as (nod
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from typing import NamedTuple
 
@@ -66,7 +67,7 @@ def num_rows(irreps: o3.Irreps) -> int:
 def row_slices(irreps: o3.Irreps) -> list[slice]:
     """Where each fragment's components stand among the rows of an equal-multiplicity state."""
     stops = torch.tensor([0, *(ir.dim for _, ir in irreps)]).cumsum(0).tolist()
-    return [slice(a, b) for a, b in zip(stops[:-1], stops[1:], strict=True)]
+    return [slice(a, b) for a, b in itertools.pairwise(stops)]
 
 
 def equal_multiplicity(irreps: o3.Irreps) -> int:
@@ -92,16 +93,12 @@ def from_mul_ir(x: Float[Tensor, "*batch dim"], irreps: o3.Irreps) -> Float[Tens
 def _transpose_blocks(x: Tensor, irreps: o3.Irreps, mul_last: bool) -> Tensor:
     irreps = o3.Irreps(irreps)
     if x.shape[-1] != irreps.dim:
-        raise ValueError(
-            f"x must have {irreps.dim} components for {irreps}, got {x.shape[-1]}; check the irreps"
-        )
+        raise ValueError(f"x must have {irreps.dim} components for {irreps}, got {x.shape[-1]}; check the irreps")
     blocks, start = [], 0
     for mul, ir in irreps:
         block = x[..., start : start + mul * ir.dim]
         shape = (ir.dim, mul) if mul_last else (mul, ir.dim)
-        blocks.append(
-            block.reshape(*x.shape[:-1], *shape).transpose(-1, -2).reshape(*x.shape[:-1], mul * ir.dim)
-        )
+        blocks.append(block.reshape(*x.shape[:-1], *shape).transpose(-1, -2).reshape(*x.shape[:-1], mul * ir.dim))
         start += mul * ir.dim
     return torch.cat(blocks, dim=-1) if blocks else x
 
@@ -123,9 +120,7 @@ class Path(NamedTuple):
     ir: o3.Irrep
 
 
-def coupling_paths(
-    irreps1: o3.Irreps, irreps2: o3.Irreps, keep: o3.Irreps, symmetric: bool = False
-) -> list[Path]:
+def coupling_paths(irreps1: o3.Irreps, irreps2: o3.Irreps, keep: o3.Irreps, symmetric: bool = False) -> list[Path]:
     """All couplings of two types whose result is in ``keep``, ordered by result.
 
     With ``symmetric`` both factors are the same tensor: mirrored paths are left out, and so are couplings of a

@@ -37,13 +37,9 @@ class IrrepsLinear(nn.Module):
     def __init__(self, irreps_in: o3.Irreps | str, irreps_out: o3.Irreps | str, bias: bool = False) -> None:
         super().__init__()
         self.irreps_in, self.irreps_out = o3.Irreps(irreps_in), o3.Irreps(irreps_out)
-        require_reachable(
-            self.irreps_out, {ir for _, ir in self.irreps_in}, "the linear map of " + str(self.irreps_in)
-        )
+        require_reachable(self.irreps_out, {ir for _, ir in self.irreps_in}, "the linear map of " + str(self.irreps_in))
         self._slices = self.irreps_in.slices()
-        sources = [
-            [i for i, (_, ir_in) in enumerate(self.irreps_in) if ir_in == ir] for _, ir in self.irreps_out
-        ]
+        sources = [[i for i, (_, ir_in) in enumerate(self.irreps_in) if ir_in == ir] for _, ir in self.irreps_out]
         self._sources = sources
         self._fan_in = [sum(self.irreps_in[i].mul for i in source) for source in sources]
         self.weights = nn.ParameterList(

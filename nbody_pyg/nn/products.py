@@ -54,9 +54,7 @@ class ChannelwiseProduct(ConstantTables):
     Raises: ValueError: unequal multiplicities.
     """
 
-    def __init__(
-        self, irreps1: o3.Irreps, irreps2: o3.Irreps, irreps_out: o3.Irreps, symmetric: bool = False
-    ) -> None:
+    def __init__(self, irreps1: o3.Irreps, irreps2: o3.Irreps, irreps_out: o3.Irreps, symmetric: bool = False) -> None:
         super().__init__()
         self.irreps1, self.irreps2, self.irreps_out = (
             o3.Irreps(irreps1),
@@ -72,9 +70,7 @@ class ChannelwiseProduct(ConstantTables):
         table = coupling_table(self.irreps1, self.irreps2, self.paths)
         self.add_table("coupling", table)
         rows1, rows2 = num_rows(self.irreps1), num_rows(self.irreps2)
-        self.kernel = ProductKernel(
-            table_terms(table, self.paths, rows2), rows1, rows2, table.shape[0], channels
-        )
+        self.kernel = ProductKernel(table_terms(table, self.paths, rows2), rows1, rows2, table.shape[0], channels)
         self.mix = PathLinear(self.paths, channels, self.irreps_out)
 
     def forward(
@@ -113,9 +109,7 @@ class PathLinear(nn.Module):
             row_out += ir.dim
         self.kernel = LinearKernel(self._blocks, start, channels, row_out, self.channels_out)
 
-    def forward(
-        self, x: Float[Tensor, "nodes path_rows channels"]
-    ) -> Float[Tensor, "nodes rows channels_out"]:
+    def forward(self, x: Float[Tensor, "nodes path_rows channels"]) -> Float[Tensor, "nodes rows channels_out"]:
         return blockwise_linear(self.kernel, x, *self.weights)
 
 
@@ -154,9 +148,9 @@ def coupling_table(irreps1: o3.Irreps, irreps2: o3.Irreps, paths: list[Path]) ->
     table = torch.zeros(len(order), num_rows(irreps1), num_rows(irreps2), dtype=torch.float64)
     for row, (n, m) in enumerate(order):
         first, second, ir = paths[n]
-        table[row, slices1[first], slices2[second]] = clebsch_gordan(
-            irreps1[first].ir.l, irreps2[second].ir.l, ir.l
-        )[..., m]
+        table[row, slices1[first], slices2[second]] = clebsch_gordan(irreps1[first].ir.l, irreps2[second].ir.l, ir.l)[
+            ..., m
+        ]
     return table.flatten(1)
 
 

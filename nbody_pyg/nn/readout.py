@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from nbody_pyg.nn.irreps import equal_multiplicity
 from nbody_pyg.nn.linear import IrrepsLinear
 
-
 #: Size of a value at the start, relative to unit variance: dozens of parts add up to one energy.
 _START = 0.1
 

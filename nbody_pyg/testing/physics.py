@@ -42,9 +42,7 @@ def assert_extensive(
         joined = []
         if system.cell is not None:
             axes = (
-                range(3)
-                if system.pbc is None
-                else torch.as_tensor(system.pbc).reshape(3).nonzero().flatten().tolist()
+                range(3) if system.pbc is None else torch.as_tensor(system.pbc).reshape(3).nonzero().flatten().tolist()
             )
             joined += [(f"system {number} repeated along axis {k}", system, _repeat(system, k)) for k in axes]
         else:
@@ -54,9 +52,7 @@ def assert_extensive(
                     torch.cat([system.z, beside.z]),
                     torch.cat([system.pos, beside.pos + away.to(beside.pos)]),
                 )
-                joined.append(
-                    (f"systems {number} and {other}, {distance:g} angstrom apart", beside, System(z, pos))
-                )
+                joined.append((f"systems {number} and {other}, {distance:g} angstrom apart", beside, System(z, pos)))
         energy, forces = subject([system])
         for name, beside, both in joined:
             second, second_forces = subject([beside])
@@ -109,9 +105,7 @@ def assert_conservative(
     for number, system in enumerate(drawn):
         _, forces = subject([system])
         if forces is None:
-            raise ValueError(
-                "model returns no forces; return them, or only an energy from tensors with a graph"
-            )
+            raise ValueError("model returns no forces; return them, or only an energy from tensors with a graph")
         chosen = torch.randperm(forces.numel(), generator=generator)[:_MAX_COORDINATES].sort().values
         weights = torch.tensor([1.0, -8.0, 8.0, -1.0], dtype=forces.dtype) / (12.0 * step)
         moved = []
@@ -129,9 +123,7 @@ def assert_conservative(
         where = f"assert_conservative: system {number}"
         if energies.numel():
             numeric = -(energies.reshape(-1, 4) * weights.to(energies)).sum(dim=1)
-            worst = max(
-                worst, _compare_forces(forces.flatten()[chosen], numeric, scale, tolerance, atoms, where)
-            )
+            worst = max(worst, _compare_forces(forces.flatten()[chosen], numeric, scale, tolerance, atoms, where))
         rows = torch.stack([s.flatten()[chosen] for s in slopes]).reshape(len(atoms), 4, -1)
         jacobian = (rows * weights.to(rows)[None, :, None]).sum(dim=1)
         skew = (jacobian - jacobian.T).abs() / max(float(jacobian.abs().max()), scale)

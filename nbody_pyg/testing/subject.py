@@ -72,9 +72,7 @@ class Subject:
             if energy is None and force is None:
                 raise ValueError(f"model must return 'energy' or 'forces', got a dict with {sorted(out)}")
             # Without an energy its tensor has no entries, [num_graphs, 0], and compares as equal.
-            energy = (
-                arguments[1].new_zeros(len(systems), 0) if energy is None else energy.detach().reshape(-1)
-            )
+            energy = arguments[1].new_zeros(len(systems), 0) if energy is None else energy.detach().reshape(-1)
             return energy, None if force is None else force.detach()
         topology = None if self.start is None else self._topology(*arguments)
         out = self.potential(*arguments, **keywords, topology=topology, compute_forces=forces)

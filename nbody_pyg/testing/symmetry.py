@@ -163,9 +163,7 @@ def _feature_call(
         generator = torch.Generator().manual_seed(seed)
         inputs = [torch.randn(7, t.dim, generator=generator, dtype=torch.float64).to(dtype) for t in types]
     if len(inputs) != len(types):
-        raise ValueError(
-            f"inputs must hold {len(types)} tensors, one per entry of irreps_in, got {len(inputs)}"
-        )
+        raise ValueError(f"inputs must hold {len(types)} tensors, one per entry of irreps_in, got {len(inputs)}")
     function = copy.deepcopy(model).to(dtype).eval() if isinstance(model, nn.Module) else model
 
     def call(rotation: Tensor) -> list[Tensor]:
@@ -189,9 +187,7 @@ def _check_outputs(
         raise ValueError(f"irreps_out has {len(types)} entries but the model returns {len(plain)} tensors")
     for number, (out, irreps) in enumerate(zip(plain, types, strict=True)):
         if out.shape[-1] != irreps.dim:
-            raise ValueError(
-                f"output {number} must have {irreps.dim} components ({irreps}), got {list(out.shape)}"
-            )
+            raise ValueError(f"output {number} must have {irreps.dim} components ({irreps}), got {list(out.shape)}")
         for (mul, irrep), part in zip(irreps, irreps.slices(), strict=True):
             if not allow_zero and mul and not float(out[..., part].abs().max()) > 100 * tolerance:
                 raise AssertionError(
@@ -269,11 +265,7 @@ def assert_translation_invariant(
         if system.cell is not None:
             lattice = torch.zeros_like(system.pos)
             steps = torch.tensor([2.0, -1.0, 3.0]).to(lattice)
-            axes = (
-                torch.ones(3, dtype=torch.bool)
-                if system.pbc is None
-                else torch.as_tensor(system.pbc).reshape(3)
-            )
+            axes = torch.ones(3, dtype=torch.bool) if system.pbc is None else torch.as_tensor(system.pbc).reshape(3)
             lattice[-1] = (steps * axes.to(steps)) @ system.cell.reshape(3, 3)
             moves.append(("last atom moved by lattice vectors", lattice))
         for name, move in moves:
@@ -307,9 +299,7 @@ def assert_batch_independent(
     for order in (list(range(len(drawn))), list(range(len(drawn)))[::-1], [0, 0, *range(1, len(drawn))]):
         energies, forces = subject([drawn[i] for i in order])
         where = f"assert_batch_independent: systems {order} as one batch"
-        worst = max(
-            worst, compare(energies, torch.cat([alone[i][0] for i in order]), tolerance, f"{where}: energy")
-        )
+        worst = max(worst, compare(energies, torch.cat([alone[i][0] for i in order]), tolerance, f"{where}: energy"))
         if forces is not None:
             expected = torch.cat([alone[i][1] for i in order])
             worst = max(worst, compare(forces, expected, tolerance, f"{where}: forces"))

@@ -106,16 +106,10 @@ def _as_system(item: Any) -> System:
     if isinstance(item, Data):
         # A stored hierarchy belongs to one geometry; the helpers move atoms, so models build their own.
         cell, pbc = item.get("cell"), item.get("pbc")
-        return (
-            System(item.z, item.pos, cell, pbc)
-            if pbc is None or bool(pbc.any())
-            else System(item.z, item.pos)
-        )
+        return System(item.z, item.pos, cell, pbc) if pbc is None or bool(pbc.any()) else System(item.z, item.pos)
     if isinstance(item, (tuple, list)) and len(item) in (2, 4):
         return System(*item)
-    raise TypeError(
-        f"systems must hold System, Data, (z, pos) or (z, pos, cell, pbc), got {type(item).__name__}"
-    )
+    raise TypeError(f"systems must hold System, Data, (z, pos) or (z, pos, cell, pbc), got {type(item).__name__}")
 
 
 def require_volume(systems: Sequence[System]) -> None:

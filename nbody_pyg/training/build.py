@@ -41,8 +41,7 @@ def potential_from_config(config: dict[str, Any], model: nn.Module | None = None
         model = _build_model(described)
     elif type(model).__name__ != described["class"]:
         raise ValueError(
-            f"the file holds a {described['class']}, but model is a {type(model).__name__}; "
-            "pass the same class"
+            f"the file holds a {described['class']}, but model is a {type(model).__name__}; pass the same class"
         )
     if config["dtype"] not in _DTYPES:
         raise ValueError(f"dtype must be one of {sorted(_DTYPES)}, got {config['dtype']!r}")

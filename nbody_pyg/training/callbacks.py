@@ -123,9 +123,7 @@ class MetricsCSV(Callback):
         with self.path.open("a", newline="") as file:
             csv.DictWriter(file, self.columns).writerow(row)
 
-    def on_train_batch_end(
-        self, trainer: Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if trainer.global_step % self.every == 0:
             self.latest = module.running.take()
             if trainer.is_global_zero:
@@ -150,9 +148,7 @@ class RunProgress(Callback):
             layout = "{l_bar}{bar}| {elapsed}<{remaining} {postfix}"
             self._bar = tqdm(total=100.0, desc="training", bar_format=layout, dynamic_ncols=True)
 
-    def on_train_batch_end(
-        self, trainer: Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if self._bar is not None and trainer.global_step % self.every == 0:
             now = self.log.latest
             text = f"step {trainer.global_step}"

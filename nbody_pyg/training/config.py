@@ -208,15 +208,11 @@ def _check_keys(tree: Mapping[str, Any]) -> None:
                 raise ValueError(f"unknown key {section}.{key}; {_nearest(key, known[section], section)}")
     scheme = (tree.get("model") or {}).get("scheme") or {}
     if not isinstance(scheme, Mapping):
-        raise ValueError(
-            f"model.scheme must hold a name and arguments, got {scheme!r}; e.g. {{name: BondTree}}"
-        )
+        raise ValueError(f"model.scheme must hold a name and arguments, got {scheme!r}; e.g. {{name: BondTree}}")
     arguments = scheme_arguments(scheme.get("name", "NestedShells"))
     for key in scheme:
         if key not in (*arguments, "name"):
-            raise ValueError(
-                f"unknown key model.scheme.{key}; {_nearest(key, [*arguments, 'name'], 'model.scheme')}"
-            )
+            raise ValueError(f"unknown key model.scheme.{key}; {_nearest(key, [*arguments, 'name'], 'model.scheme')}")
 
 
 def _nearest(word: str, known: Iterable[str], section: str = "") -> str:

@@ -74,9 +74,7 @@ class WeightEMA(Callback):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._steps = state["steps"]
 
-    def on_save_checkpoint(
-        self, trainer: Trainer, module: LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
+    def on_save_checkpoint(self, trainer: Trainer, module: LightningModule, checkpoint: dict[str, Any]) -> None:
         if not self._weights:
             return
         flat = getattr(module, "flat", None)
@@ -88,9 +86,7 @@ class WeightEMA(Callback):
         average, weights = (state, exchanged) if self._swapped else (exchanged, state)
         checkpoint["state_dict"], checkpoint["training_state"] = average, weights
 
-    def on_load_checkpoint(
-        self, trainer: Trainer, module: LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
+    def on_load_checkpoint(self, trainer: Trainer, module: LightningModule, checkpoint: dict[str, Any]) -> None:
         if "training_state" not in checkpoint:
             return
         names = [name for name, p in module.named_parameters() if p.requires_grad]

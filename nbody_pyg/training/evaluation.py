@@ -53,6 +53,4 @@ def _uniform(frames: Sequence[Data]) -> Sequence[Data]:
     keys = set.intersection(*(set(frame.keys()) for frame in frames)) if frames else set()
     if all(set(frame.keys()) == keys for frame in frames):
         return frames
-    return [
-        type(frame).from_dict({k: v for k, v in frame.to_dict().items() if k in keys}) for frame in frames
-    ]
+    return [type(frame).from_dict({k: v for k, v in frame.to_dict().items() if k in keys}) for frame in frames]

@@ -262,9 +262,7 @@ def _column(frames: Sequence[Data], key: str) -> _Column:
         if isinstance(value, (bool, int, float)):
             value = torch.tensor(value)
         if not isinstance(value, Tensor):
-            raise TypeError(
-                f"FrameLoader batches tensors, numbers and strings; {key!r} holds {type(value).__name__}"
-            )
+            raise TypeError(f"FrameLoader batches tensors, numbers and strings; {key!r} holds {type(value).__name__}")
         values.append(value)
         increments.append(frame.__inc__(key, value))
     dim = frames[0].__cat_dim__(key, values[0])

@@ -56,9 +56,7 @@ def steps_per_epoch(settings: TrainingConfig, num_frames: int) -> int:
     return math.ceil(math.ceil(num_frames / settings.processes) / settings.batch_size)
 
 
-def make_trainer(
-    settings: TrainingConfig, callbacks: list, epoch: int, validate: bool, folder: str | Path
-) -> Trainer:
+def make_trainer(settings: TrainingConfig, callbacks: list, epoch: int, validate: bool, folder: str | Path) -> Trainer:
     """A Lightning Trainer stripped of everything that costs time per step; ``epoch`` counts steps.
 
     It sees one endless epoch (a :class:`FrameStream`), so that all limits and intervals are in steps.
@@ -107,6 +105,7 @@ def fit(
     Raises: ValueError: no frames, or labels without any force and energy; FloatingPointError: see the task.
     """
     settings = settings or TrainingConfig(max_epochs=100)
+    threads = torch.get_num_threads()
     torch.set_num_threads(settings.threads)
     folder = Path(folder)
     task = PotentialTask(potential, settings, force_variance(train))
@@ -121,6 +120,7 @@ def fit(
         stream = FrameStream(FrameLoader(train, settings.batch_size, shuffle=True, seed=settings.seed))
         evaluation = FrameLoader(val, 4 * settings.batch_size) if val else None
         trainer.fit(task, stream, evaluation, ckpt_path=resume, weights_only=True if resume else None)
+    torch.set_num_threads(threads)
     potential.eval()
     return FitResult(
         potential,

@@ -48,13 +48,11 @@ class Soap(Optimizer):
         weight_decay: float = 0.0,
     ) -> None:
         if lr <= 0 or not all(0 <= beta < 1 for beta in (*betas, shampoo_beta)) or frequency < 1:
-            raise ValueError(
-                f"lr and frequency must be positive and decays in [0, 1), got {lr}, {frequency}, {betas}"
-            )
-        defaults = dict(
-            lr=lr, betas=betas, shampoo_beta=shampoo_beta, frequency=frequency,
-            max_size=max_size, eps=eps, weight_decay=weight_decay,
-        )  # fmt: skip
+            raise ValueError(f"lr and frequency must be positive and decays in [0, 1), got {lr}, {frequency}, {betas}")
+        defaults = {
+            "lr": lr, "betas": betas, "shampoo_beta": shampoo_beta, "frequency": frequency,
+            "max_size": max_size, "eps": eps, "weight_decay": weight_decay,
+        }  # fmt: skip
         super().__init__(params, defaults)
 
     @classmethod
@@ -106,10 +104,9 @@ class Soap(Optimizer):
     @staticmethod
     def _start(state: dict, grad: Tensor) -> None:
         rows, columns = grad @ grad.mT, grad.mT @ grad
-        state.update(
-            step=torch.zeros(()), rows=rows, columns=columns, mean=torch.zeros_like(grad), square=torch.zeros_like(grad),
-            left=torch.linalg.eigh(rows)[1], right=torch.linalg.eigh(columns)[1],
-        )  # fmt: skip
+        state.update(step=torch.zeros(()), mean=torch.zeros_like(grad), square=torch.zeros_like(grad))
+        state.update(rows=rows, left=torch.linalg.eigh(rows)[1])
+        state.update(columns=columns, right=torch.linalg.eigh(columns)[1])
 
     def _step_others(self, members: list[Tensor], group: dict) -> None:
         grad, state = torch.cat([_gradient(p).flatten() for p in members]), self.state[members[0]]
@@ -120,9 +117,7 @@ class Soap(Optimizer):
         state["mean"].lerp_(grad, 1 - beta1)
         state["square"].mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
         update = state["mean"] / (state["square"] / (1 - beta2**step)).sqrt_().add_(group["eps"])
-        pieces = [
-            u.view_as(p) for u, p in zip(update.split([p.numel() for p in members]), members, strict=True)
-        ]
+        pieces = [u.view_as(p) for u, p in zip(update.split([p.numel() for p in members]), members, strict=True)]
         self._apply_update(members, pieces, group["lr"] / (1 - beta1**step), group)
 
     @staticmethod

@@ -60,6 +60,4 @@ def record(function: Callable) -> Callable:
 def _report() -> None:
     if path := os.environ.get("SHAPE_REPORT"):
         with open(path, "w", encoding="utf-8") as file:
-            file.writelines(
-                json.dumps(f"{key}\n    {text}") + "\n" for key, text in sorted(_findings.items())
-            )
+            file.writelines(json.dumps(f"{key}\n    {text}") + "\n" for key, text in sorted(_findings.items()))

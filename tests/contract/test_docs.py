@@ -14,9 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted((ROOT / "docs").glob("*.md"))
 FENCE = re.compile(r"^```python\n(?P<body>.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\((?P<target>[^)\s]+)\)")
-CITED = re.compile(
-    r"`(?P<path>(?:nbody_pyg|tests|datasets|notebooks|configs)/[\w/.-]+)?(?:::(?P<name>\w+))?`"
-)
+CITED = re.compile(r"`(?P<path>(?:nbody_pyg|tests|datasets|notebooks|configs)/[\w/.-]+)?(?:::(?P<name>\w+))?`")
 HEADING = re.compile(r"^#+ (?P<title>.+)$", re.MULTILINE)
 
 

@@ -58,9 +58,7 @@ def _parameters(value: object) -> dict[str, inspect.Parameter]:
 
 
 def test_public_classes_and_functions_have_docstrings(modules):
-    missing = [
-        name for name, value in _public(modules) if name.count(".") == _depth(value) and not value.__doc__
-    ]
+    missing = [name for name, value in _public(modules) if name.count(".") == _depth(value) and not value.__doc__]
     assert not missing, "without a docstring: " + ", ".join(missing)
 
 
@@ -76,11 +74,7 @@ def test_methods_of_exported_classes_have_docstrings():
         for attribute, value in vars(cls).items() if inspect.isclass(cls) else ():
             function = getattr(value, "__func__", value)
             # What overrides a documented method inherits its docstring; reset_parameters is PyG's word
-            if (
-                attribute.startswith("_")
-                or attribute == "reset_parameters"
-                or not inspect.isfunction(function)
-            ):
+            if attribute.startswith("_") or attribute == "reset_parameters" or not inspect.isfunction(function):
                 continue
             if not any(inspect.getdoc(getattr(base, attribute, None)) for base in cls.__mro__):
                 missing.append(f"{name}.{attribute}")
@@ -94,9 +88,7 @@ def test_documented_arguments_exist(modules):
         known = set(parameters)
         if inspect.isclass(value):
             known |= set(dir(value)) | set(getattr(value, "__annotations__", {}))
-        wrong += [
-            f"{name}: {argument}" for argument in _arguments(value) if parameters and argument not in known
-        ]
+        wrong += [f"{name}: {argument}" for argument in _arguments(value) if parameters and argument not in known]
     assert not wrong, "documented, but in no signature:\n" + "\n".join(wrong)
 
 

@@ -43,9 +43,7 @@ def _type_checking_only(tree: ast.Module) -> set[ast.AST]:
 
 def _in_functions(tree: ast.Module) -> set[ast.AST]:
     """Everything that is executed only when a function is called."""
-    functions = [
-        n for n in ast.walk(tree) if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))
-    ]
+    functions = [n for n in ast.walk(tree) if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))]
     return {inner for function in functions for inner in ast.walk(function)}
 
 
@@ -78,9 +76,7 @@ def _imports(name: str, tree: ast.Module, names: set[str], lazy: bool = True) ->
 
 def test_every_module_has_a_layer(sources):
     strangers = sorted({_layer(name) for name in sources} - set(LAYERS) - {""})
-    assert not strangers, (
-        f"{strangers} stand in no layer: say where imports may point, in LAYERS of this file"
-    )
+    assert not strangers, f"{strangers} stand in no layer: say where imports may point, in LAYERS of this file"
 
 
 def test_imports_point_downwards(sources):

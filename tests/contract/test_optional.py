@@ -84,9 +84,7 @@ def test_everything_works_without_the_optional_packages(without):
     assert without["energy"] is None or abs(without["energy"][0]) > 0
 
 
-@pytest.mark.skipif(
-    importlib.util.find_spec("torch_scatter") is None, reason="torch-scatter is not installed"
-)
+@pytest.mark.skipif(importlib.util.find_spec("torch_scatter") is None, reason="torch-scatter is not installed")
 def test_torch_scatter_changes_no_number(root, without):
     present = _run(root, [])
     assert present["energy"] == pytest.approx(without["energy"], rel=0, abs=1e-12)

@@ -41,9 +41,7 @@ def pyproject(root) -> dict:
 @pytest.fixture(scope="module")
 def requirements(pyproject) -> dict[str, Requirement]:
     project = pyproject["project"]
-    lines = project["dependencies"] + [
-        r for extra in project["optional-dependencies"].values() for r in extra
-    ]
+    lines = project["dependencies"] + [r for extra in project["optional-dependencies"].values() for r in extra]
     return {canonicalize_name(r.name): r for r in map(Requirement, lines)}
 
 
@@ -51,9 +49,7 @@ def requirements(pyproject) -> dict[str, Requirement]:
 def constraints(root) -> dict[str, str]:
     lines = (root / "constraints.txt").read_text(encoding="utf-8").splitlines()
     pins = [line for line in lines if line and not line.startswith("#")]
-    assert all(re.fullmatch(r"[a-z0-9-]+==[\w.]+", pin) for pin in pins), (
-        "constraints.txt holds exact pins only"
-    )
+    assert all(re.fullmatch(r"[a-z0-9-]+==[\w.]+", pin) for pin in pins), "constraints.txt holds exact pins only"
     return dict(pin.split("==") for pin in pins)
 
 
@@ -67,9 +63,7 @@ def test_setup_cfg_repeats_nothing(root, pyproject):
             table = table.get(key, {})
         if section in TWINS and not table:
             continue
-        twice += [
-            f"[{section}] {key}" for key in setup[section] if key in table or key.replace("_", "-") in table
-        ]
+        twice += [f"[{section}] {key}" for key in setup[section] if key in table or key.replace("_", "-") in table]
     assert not twice, f"these stand in setup.cfg and in pyproject.toml: {twice}"
 
 

@@ -25,9 +25,7 @@ def _signature(function) -> str:
 
 def _members(name: str, cls: type) -> Iterator[str]:
     """Public methods and properties that the package itself defines, inherited ones included."""
-    for attribute in sorted(
-        {a for c in cls.__mro__ if c.__module__.startswith("nbody_pyg") for a in vars(c)}
-    ):
+    for attribute in sorted({a for c in cls.__mro__ if c.__module__.startswith("nbody_pyg") for a in vars(c)}):
         if attribute.startswith("_"):
             continue
         value = inspect.getattr_static(cls, attribute)

@@ -27,18 +27,14 @@ def readme(root) -> str:
 
 def _commands(readme: str) -> list[str]:
     """Lines of shell in fenced or indented blocks, without prompt and comment."""
-    shell = [
-        m["body"] for m in FENCE.finditer(readme) if m["language"] in {"", "bash", "sh", "shell", "console"}
-    ]
+    shell = [m["body"] for m in FENCE.finditer(readme) if m["language"] in {"", "bash", "sh", "shell", "console"}]
     shell += [line[4:] for line in FENCE.sub("", readme).splitlines() if line.startswith("    ")]
     lines = "\n".join(shell).replace("\\\n", " ").splitlines()
     return [line.removeprefix("$ ").split("#")[0].strip() for line in lines if line.strip()]
 
 
 def test_the_make_commands_exist(root, readme):
-    targets = set(
-        re.findall(r"^([\w-]+):(?!=)", (root / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
-    )
+    targets = set(re.findall(r"^([\w-]+):(?!=)", (root / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
     used = {line.split()[1] for line in _commands(readme) if line.startswith("make ")}
     assert {"train", "test"} <= used, "the README shows the two commands"
     assert used <= targets, f"no such target in the Makefile: {sorted(used - targets)}"
@@ -59,9 +55,7 @@ def test_the_nbody_commands_exist(readme, capsys):
 
 def test_relative_links_lead_somewhere(root, readme):
     targets = {m["target"] for m in LINK.finditer(readme)}
-    broken = [
-        t for t in targets if not t.startswith(("http:", "https:", "mailto:")) and not (root / t).exists()
-    ]
+    broken = [t for t in targets if not t.startswith(("http:", "https:", "mailto:")) and not (root / t).exists()]
     assert not broken, f"the README links to nothing at {broken}"
 
 

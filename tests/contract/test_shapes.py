@@ -21,9 +21,7 @@ def test_annotations_hold_in_every_unit_test(root, tmp_path):
     options = ["-q", "--no-header", "-p", "no:cacheprovider"]
     hook = "--jaxtyping-packages=nbody_pyg,shape_recorder.record"
     command = [sys.executable, "-m", "pytest", "tests/unit", *options, hook]
-    run = subprocess.run(
-        command, cwd=root, env=_environment(root, report), capture_output=True, text=True, check=False
-    )
+    run = subprocess.run(command, cwd=root, env=_environment(root, report), capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stdout[-8000:] + run.stderr[-2000:]
     violations = _violations(report)
     assert not violations, "\n".join(violations)

@@ -52,9 +52,7 @@ def _tamed(net: NBodyNet) -> NBodyNet:
             )
             with torch.no_grad():
                 net(_data(system))
-                linear = (
-                    [layer.density, layer.gate, layer.keep] if isinstance(layer, Interaction) else [layer]
-                )
+                linear = [layer.density, layer.gate, layer.keep] if isinstance(layer, Interaction) else [layer]
                 for weight in [w for m in linear if m is not None for w in getattr(m, "mix", m).weights]:
                     weight.div_(max(size[0], 1e-3))
             hook.remove()
@@ -84,14 +82,10 @@ def test_every_level_and_degree_is_covariant(scheme, symmetry, preset):
     net = _net(scheme, symmetry, preset)
     call, types = _levels(net)
     assert len(types) == (len(net.scheme.levels) - 2 if scheme == "shells" else len(net.scheme.levels) - 1)
-    assert all({ir for _, ir in irreps} == {ir for _, ir in net.irreps} for irreps in types), (
-        "no degree is missing"
-    )
+    assert all({ir for _, ir in irreps} == {ir for _, ir in net.irreps} for irreps in types), "no degree is missing"
     # The first parts see bare atoms only, from which no pseudoscalar can be made
     full = symmetry == "o3-full"
-    worst = assert_equivariant(
-        call, types, systems=[random_molecule(7, SPECIES)], num_rotations=2, allow_zero=full
-    )
+    worst = assert_equivariant(call, types, systems=[random_molecule(7, SPECIES)], num_rotations=2, allow_zero=full)
     assert worst < 1e-10
     system = random_molecule(7, SPECIES)
     top = call(system.z, system.pos, torch.zeros(7, dtype=torch.long))[-1]
@@ -223,9 +217,7 @@ def test_practical_is_not_polynomial():
     system, recorder = random_molecule(7, SPECIES), _Recorder(net)
     with torch.no_grad():
         net(system.z, system.pos)
-        layer, (source, target, *rest) = next(
-            c for c in recorder.calls if c[1][0] is not None and c[1][1] is not None
-        )
+        layer, (source, target, *rest) = next(c for c in recorder.calls if c[1][0] is not None and c[1][1] is not None)
         beyond = _differences(lambda f: layer(f * source, f * target, *rest), 3)[1]
     assert beyond > 1e-6
 
@@ -285,9 +277,7 @@ def test_a_polarizability_turns_as_a_tensor(rotation):
 
     before, after = tensor(system.pos), tensor(system.pos @ rotation.T)
     assert (before - before.trace() / 3 * torch.eye(3, dtype=torch.float64)).abs().max() > 1e-3
-    torch.testing.assert_close(
-        after, rotation @ before @ rotation.T, rtol=0, atol=1e-6 * float(before.abs().max())
-    )
+    torch.testing.assert_close(after, rotation @ before @ rotation.T, rtol=0, atol=1e-6 * float(before.abs().max()))
 
 
 @pytest.mark.parametrize("scheme", ["tree", "shells", "labels"])

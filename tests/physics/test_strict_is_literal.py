@@ -53,9 +53,7 @@ def add(*states):
 class Edge:
     """One child and its parent, or one ordered pair."""
 
-    def __init__(
-        self, source: int, target: int, vec: torch.Tensor, weight: torch.Tensor, lmax: int, powers: int
-    ):
+    def __init__(self, source: int, target: int, vec: torch.Tensor, weight: torch.Tensor, lmax: int, powers: int):
         rho = (vec.square().sum() + SOFT**2).sqrt()
         self.source, self.target = source, target
         self.y = [
@@ -119,11 +117,7 @@ class Literal:
             if edge.target != target:
                 continue
             # A density of bare atoms has natural parity; other fragments get none of it
-            natural = [
-                ir
-                for _, ir in gate.irreps_out
-                if ir.p == (-1) ** ir.l or self.net.options["symmetry"] == "so3"
-            ]
+            natural = [ir for _, ir in gate.irreps_out if ir.p == (-1) ** ir.l or self.net.options["symmetry"] == "so3"]
             for k, ir in enumerate(natural):
                 table = gate.weights[k].view(gate.num_species, -1, self.channels)[int(species[edge.source])]
                 weight = sum(r * table[s] for s, r in enumerate(edge.radial)) * gate.scale
@@ -133,17 +127,13 @@ class Literal:
     def one_body(self, gate, states, edges, target):
         """W^l sum_c CG(psi_c x Y(r_c)) r_c^-s"""
         weights = gate.radial_weight.view(-1, len(gate.paths), gate.channels)
-        sums = {
-            n: torch.zeros(p.ir.dim, self.channels, dtype=torch.float64) for n, p in enumerate(gate.paths)
-        }
+        sums = {n: torch.zeros(p.ir.dim, self.channels, dtype=torch.float64) for n, p in enumerate(gate.paths)}
         for edge in edges:
             if edge.target != target:
                 continue
             for n, path in enumerate(gate.paths):
                 psi, l1 = states[edge.source][gate.irreps_in[path.first].ir], gate.irreps_in[path.first].ir.l
-                product = couple(
-                    psi, edge.y[path.second].expand(-1, self.channels), l1, path.second, path.ir.l
-                )
+                product = couple(psi, edge.y[path.second].expand(-1, self.channels), l1, path.second, path.ir.l)
                 radial = sum(r * weights[s, n] for s, r in enumerate(edge.radial)) * gate.scale
                 sums[n] = sums[n] + product * radial
         return self.mix(gate.mix, gate.paths, sums)
@@ -165,9 +155,7 @@ class Literal:
         return out
 
     def linear(self, layer, state):
-        return {
-            ir: state[ir] @ weight for (_, ir), weight in zip(layer.irreps_out, layer.weights, strict=True)
-        }
+        return {ir: state[ir] @ weight for (_, ir), weight in zip(layer.irreps_out, layer.weights, strict=True)}
 
     # ------------------------------------------------------------- the network
     def interaction(self, layer, step, states, targets, edges, species, count):
@@ -270,9 +258,5 @@ def test_the_literal_evaluation_notices_each_weight(molecules):
     net = _net(BondTree(3.0))
     energy = net(z, pos).sum()
     gradients = torch.autograd.grad(energy, list(net.parameters()), allow_unused=True)
-    dead = [
-        name
-        for (name, _), g in zip(net.named_parameters(), gradients, strict=True)
-        if g is None or not g.any()
-    ]
+    dead = [name for (name, _), g in zip(net.named_parameters(), gradients, strict=True) if g is None or not g.any()]
     assert not dead

@@ -83,9 +83,7 @@ def test_the_card_is_true():
         assert (folder / name).stat().st_size == entry["bytes"]
         assert (len(frames), frames[0].num_nodes) == (entry["frames"], entry["atoms"])
         energies = torch.cat([f.energy for f in frames])
-        assert float(energies.std(correction=0)) == pytest.approx(
-            entry["statistics"]["energy_std_eV"], abs=1e-5
-        )
+        assert float(energies.std(correction=0)) == pytest.approx(entry["statistics"]["energy_std_eV"], abs=1e-5)
         rms = torch.stack([f.forces for f in frames]).square().mean().sqrt()
         assert float(rms) == pytest.approx(entry["statistics"]["force_rms_eV_per_A"], abs=1e-5)
     readme = (folder / "README.md").read_text()

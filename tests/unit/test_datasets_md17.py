@@ -58,9 +58,7 @@ def test_950_and_50_of_the_first_1000(packed, lists):
 def test_the_published_archive_gives_the_same(packed, archive):
     for ours, theirs in zip(load_rmd17(packed, "aspirin"), load_rmd17(archive, "aspirin"), strict=True):
         assert len(ours) == len(theirs)
-        assert all(
-            a.energy.equal(b.energy) and a.forces.equal(b.forces) for a, b in zip(ours, theirs, strict=True)
-        )
+        assert all(a.energy.equal(b.energy) and a.forces.equal(b.forces) for a, b in zip(ours, theirs, strict=True))
 
 
 def test_small_training_sets_are_the_first_frames(packed, lists):
@@ -90,9 +88,7 @@ def test_errors(packed, archive, tmp_path):
         load_rmd17(packed, "aspirin", 6)
     with pytest.raises(ValueError, match=r"num_train \+ num_val must take 1 to 1000 frames"):
         load_rmd17(packed, "aspirin", num_train=990)
-    with pytest.raises(
-        FileNotFoundError, match=r"holds neither rmd17_ethanol_train_01.npz nor rmd17/npz_data"
-    ):
+    with pytest.raises(FileNotFoundError, match=r"holds neither rmd17_ethanol_train_01.npz nor rmd17/npz_data"):
         load_rmd17(packed, "ethanol")
     with pytest.raises(FileNotFoundError, match=r"index_train_02.csv is missing"):
         load_rmd17(archive, "aspirin", 2)

@@ -37,9 +37,7 @@ def md17_root(tmp_path):
     )  # fmt: skip
     folder = tmp_path / "ethanol" / "raw"
     folder.mkdir(parents=True)
-    np.savez(
-        folder / "md17_ethanol.npz", z=z, R=pos, E=energies[:, None], F=forces, theory=np.array(b"PBE+vdW-TS")
-    )
+    np.savez(folder / "md17_ethanol.npz", z=z, R=pos, E=energies[:, None], F=forces, theory=np.array(b"PBE+vdW-TS"))
     return tmp_path
 
 

@@ -16,9 +16,7 @@ MOLECULES = [
     (["O", "H", "H"], [0.1, 0.9, -0.8]),
     (["C", "F", "H", "H"], [0.0, 1.3, -0.6, -0.5]),
 ]
-COLUMNS = (
-    "mol_id,A,B,C,mu,alpha,homo,lumo,gap,r2,zpve,u0,u298,h298,g298,cv,u0_atom,u298_atom,h298_atom,g298_atom"
-)
+COLUMNS = "mol_id,A,B,C,mu,alpha,homo,lumo,gap,r2,zpve,u0,u298,h298,g298,cv,u0_atom,u298_atom,h298_atom,g298_atom"
 
 
 def value(molecule: int, column: str) -> float:
@@ -30,9 +28,7 @@ def molblock(number: int, symbols: list[str], xs: list[float]) -> str:
         f"{x:10.4f}{0.5 * x:10.4f}{i * 0.7:10.4f} {s:<3} 0  0\n"
         for i, (s, x) in enumerate(zip(symbols, xs, strict=True))
     )
-    head = (
-        f"gdb_{number + 1}\n     RDKit          3D\n\n{len(symbols):3d}  0  0  0  0  0  0  0  0  0999 V2000\n"
-    )
+    head = f"gdb_{number + 1}\n     RDKit          3D\n\n{len(symbols):3d}  0  0  0  0  0  0  0  0  0999 V2000\n"
     return f"{head}{atoms}M  END\n$$$$\n"
 
 
@@ -41,9 +37,7 @@ def raw(tmp_path):
     """The three raw files of PyG's QM9 for four molecules, of which the second failed the authors' check."""
     (tmp_path / "gdb9.sdf").write_text("".join(molblock(i, *m) for i, m in enumerate(MOLECULES)))
     names = COLUMNS.split(",")[1:]
-    lines = [
-        f"gdb_{i + 1}," + ",".join(repr(value(i, name)) for name in names) for i in range(len(MOLECULES))
-    ]
+    lines = [f"gdb_{i + 1}," + ",".join(repr(value(i, name)) for name in names) for i in range(len(MOLECULES))]
     (tmp_path / "gdb9.sdf.csv").write_text("\n".join([COLUMNS, *lines]) + "\n")
     (tmp_path / "uncharacterized.txt").write_text("heading\n" * 9 + "      2 N CC 0.1\n" + "closing\n")
     return tmp_path
@@ -56,17 +50,13 @@ def test_raw_files(raw):
     np.testing.assert_array_equal(frames[2].pos[1].numpy(), [1.3, 0.65, 0.7])
     expected = value(3, "u0_atom") * energy_factor("kcal/mol")
     assert frames[2].energy.item() == pytest.approx(expected, rel=1e-15)
-    assert load_qm9(raw, "U0", rows=[1])[0].energy.item() == pytest.approx(
-        value(2, "u0") * HARTREE, rel=1e-15
-    )
+    assert load_qm9(raw, "U0", rows=[1])[0].energy.item() == pytest.approx(value(2, "u0") * HARTREE, rel=1e-15)
 
 
 @pytest.mark.parametrize("name", ["mu", "alpha", "homo", "gap", "r2", "Cv", "C"])
 def test_other_targets_have_their_own_name(raw, name):
     frame = load_qm9(raw, name)[0]
-    assert frame[name].item() == pytest.approx(
-        value(0, TARGETS[name].column) * TARGETS[name].factor, rel=1e-15
-    )
+    assert frame[name].item() == pytest.approx(value(0, TARGETS[name].column) * TARGETS[name].factor, rel=1e-15)
     assert "energy" not in frame
 
 
@@ -96,9 +86,7 @@ def test_dipole_vectors_and_units(tmp_path):
     frames = load_qm9_dipoles(tmp_path, rows=[1, 0])
     assert frames[0].dipole.shape == (1, 3)
     assert frames[0].dipole[0, 0].item() / DEBYE == pytest.approx(2.541746, abs=1e-6)
-    np.testing.assert_allclose(
-        frames[1].dipole.numpy(), arrays["dipole_au"][:1] * dipole_factor("e*bohr"), rtol=1e-15
-    )
+    np.testing.assert_allclose(frames[1].dipole.numpy(), arrays["dipole_au"][:1] * dipole_factor("e*bohr"), rtol=1e-15)
     assert frames[0].energy.item() == pytest.approx(-0.75 * HARTREE)
     arrays["R"][3, 1] = np.nan
     np.savez(tmp_path / "qm9_10k_rimp2.npz", **arrays)
@@ -107,9 +95,7 @@ def test_dipole_vectors_and_units(tmp_path):
 
 
 def test_errors(raw, tmp_path):
-    with pytest.raises(
-        ValueError, match=r"target 'U0_atomisation' is not in QM9; did you mean 'U0_atomization'\?"
-    ):
+    with pytest.raises(ValueError, match=r"target 'U0_atomisation' is not in QM9; did you mean 'U0_atomization'\?"):
         load_qm9(raw, "U0_atomisation")
     with pytest.raises(ValueError, match=r"target must lie in 0..18 or be a name, got 19"):
         load_qm9(raw, 19)
@@ -119,9 +105,7 @@ def test_errors(raw, tmp_path):
         load_qm9(tmp_path / "elsewhere")
     with pytest.raises(FileNotFoundError, match="does not exist"):
         load_qm9_dipoles(tmp_path)
-    np.savez(
-        tmp_path / "qm9_U0.npz", n=[4], Z=[6, 1, 1], R=np.ones((3, 3)), U0_Ha=[-1.0], U0_atomization_eV=[-1.0]
-    )
+    np.savez(tmp_path / "qm9_U0.npz", n=[4], Z=[6, 1, 1], R=np.ones((3, 3)), U0_Ha=[-1.0], U0_atomization_eV=[-1.0])
     with pytest.raises(ValueError, match=r"Z and R must hold sum\(n\) = 4 atoms"):
         load_qm9(tmp_path)
     with pytest.raises(ValueError, match="which has U0 and U0_atomization only"):

@@ -37,9 +37,7 @@ def write(tmp_path):
 
 
 def test_results_of_the_calculator(write):
-    frames = read_frames(
-        write([molecule(energy=-3.25, forces=FORCES), molecule(energy=-3.5, forces=2 * FORCES)])
-    )
+    frames = read_frames(write([molecule(energy=-3.25, forces=FORCES), molecule(energy=-3.5, forces=2 * FORCES)]))
     assert len(frames) == 2
     assert frames.sources == {"energy": ("results['energy']",), "forces": ("results['forces']",)}
     assert frames[0].energy.tolist() == [-3.25]
@@ -137,9 +135,7 @@ def test_one_key_with_two_values_is_an_error(tmp_path):
     systems = ase.io.read(path)
     if "energy" not in systems.info:
         pytest.skip("this ASE drops the second value while writing")
-    with pytest.raises(
-        ValueError, match=r"'energy' has one value in info and another in results \(they differ by 1\)"
-    ):
+    with pytest.raises(ValueError, match=r"'energy' has one value in info and another in results \(they differ by 1\)"):
         read_frames(path)
 
 
@@ -171,18 +167,14 @@ def test_missing_and_empty_files(tmp_path):
 def test_a_misnamed_key_names_the_nearest(write):
     atoms = molecule()
     atoms.info["dft_energy"] = -1.0
-    with pytest.raises(
-        ValueError, match=r"energy_key 'dft_enrgy' is in no frame.*did you mean 'dft_energy'\?"
-    ):
+    with pytest.raises(ValueError, match=r"energy_key 'dft_enrgy' is in no frame.*did you mean 'dft_energy'\?"):
         read_frames(write([atoms]), energy_key="dft_enrgy")
 
 
 def test_wrong_shapes(write):
     atoms = molecule()
     atoms.arrays["f2"] = np.ones((4, 2))
-    with pytest.raises(
-        ValueError, match=r"forces under 'f2' must have shape \[4, 3\] for 4 atoms, got \[4, 2\]"
-    ):
+    with pytest.raises(ValueError, match=r"forces under 'f2' must have shape \[4, 3\] for 4 atoms, got \[4, 2\]"):
         read_frames(write([atoms]), forces_key="f2")
     atoms.info["text"] = "hello"
     with pytest.raises(ValueError, match="'text' must hold numbers for energy"):

@@ -31,13 +31,9 @@ def test_least_squares_recovers_exact_references():
 
 
 def test_least_squares_is_orthogonal_to_the_compositions():
-    frames = [
-        frame(species, extra) for species, extra in zip(FORMULAS, (0.3, -0.2, 0.5, -0.4, 0.1), strict=True)
-    ]
+    frames = [frame(species, extra) for species, extra in zip(FORMULAS, (0.3, -0.2, 0.5, -0.4, 0.1), strict=True)]
     reference = fit_reference(frames)
-    left = torch.tensor(
-        [float(f.energy) - total(reference, s) for f, s in zip(frames, FORMULAS, strict=True)]
-    )
+    left = torch.tensor([float(f.energy) - total(reference, s) for f, s in zip(frames, FORMULAS, strict=True)])
     for z in E0:
         assert abs(sum(float(r) * s.count(z) for r, s in zip(left, FORMULAS, strict=True))) < 1e-6
     assert left.abs().max() > 0.01

@@ -75,9 +75,7 @@ def test_no_stress_without_a_cell(ethanol, calculator):
 def test_unknown_element(calculator):
     atoms = ase_molecule("CH3Cl")
     atoms.calc = calculator
-    with pytest.raises(
-        ValueError, match=r"atoms hold \['Cl'\], but the model was trained on \['H', 'C', 'O'\]"
-    ):
+    with pytest.raises(ValueError, match=r"atoms hold \['Cl'\], but the model was trained on \['H', 'C', 'O'\]"):
         atoms.get_potential_energy()
 
 
@@ -105,7 +103,8 @@ def test_groups_stay_together_along_a_trajectory(ethanol):
         ethanol.positions[8] += 0.4 * away / np.linalg.norm(away)
         followed = ethanol.get_potential_energy()
         assert torch.equal(calculator._topology.child_index[1], children)
-    calculator.reset()
+    calculator.results.clear()
+    calculator.forget()
     afresh = ethanol.get_potential_energy()
     assert not torch.equal(calculator._topology.child_index[1], children) and afresh != followed
     # A jump is no next step.
@@ -135,9 +134,7 @@ def test_model_of_one_molecule_brings_its_hierarchy(tmp_path, ethanol):
     frames = [AtomicData.from_ase(stretched, labels=False)]
     shared = with_reference(frames, tmp_path / "m.nbody", potential.model.scheme)
     assert float(potential(shared[0])["energy"]) == pytest.approx(energies[0], abs=1e-8)
-    single = with_reference(
-        [AtomicData.from_ase(ase_molecule("CH4"))], tmp_path / "m.nbody", potential.model.scheme
-    )
+    single = with_reference([AtomicData.from_ase(ase_molecule("CH4"))], tmp_path / "m.nbody", potential.model.scheme)
     assert single[0].num_nodes == 5 and "num_parts_1" in single[0]
 
 

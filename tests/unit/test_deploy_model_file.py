@@ -24,9 +24,7 @@ def potential() -> Potential:
 
 @pytest.fixture
 def path(potential, tmp_path):
-    save_model(
-        potential, tmp_path / "model.nbody", {"note": "for a test", "errors": {"val": {"forces_mae": 1.5}}}
-    )
+    save_model(potential, tmp_path / "model.nbody", {"note": "for a test", "errors": {"val": {"forces_mae": 1.5}}})
     return tmp_path / "model.nbody"
 
 

@@ -199,9 +199,7 @@ def test_batch_of_cells_with_different_periodicity_is_the_union(backend):
 def test_shared_cell_and_single_cell_shapes():
     pos, _, cell, _ = random_case(4, size=3)
     alone = neighbour_list(pos, 4.0, cell=cell, pbc=True)
-    assert torch.equal(
-        neighbour_list(pos, 4.0, cell=cell[None], pbc=torch.ones(1, 3, dtype=torch.bool))[0], alone[0]
-    )
+    assert torch.equal(neighbour_list(pos, 4.0, cell=cell[None], pbc=torch.ones(1, 3, dtype=torch.bool))[0], alone[0])
     batch = torch.tensor([0, 0, 0, 1, 1, 1])
     twice = neighbour_list(torch.cat([pos, pos]), 4.0, batch, cell, True)
     assert torch.equal(twice[0], torch.cat([alone[0], alone[0] + 3], dim=1))
@@ -309,9 +307,7 @@ def test_coincident_atoms_are_named(backend):
     pos = torch.randn(6, 3, dtype=F64, generator=torch.Generator().manual_seed(0))
     pos[5] = pos[3] + 1e-8
     batch = torch.tensor([0, 0, 1, 1, 1, 1])
-    message = (
-        r"coincident atoms, but atoms 3 and 5 of graph 1 are .* angstrom apart \(limit 1e-06\), one of 1 such"
-    )
+    message = r"coincident atoms, but atoms 3 and 5 of graph 1 are .* angstrom apart \(limit 1e-06\), one of 1 such"
     with pytest.raises(ValueError, match=message):
         neighbour_list(pos, 2.0, batch, backend=backend)
     index, _ = neighbour_list(pos, 2.0, batch, backend=backend, allow_coincident=True)

@@ -28,9 +28,7 @@ def _ase(name: str):
 
 
 def _cubane():
-    corners = torch.tensor(
-        [[x, y, z] for x in (-1, 1) for y in (-1, 1) for z in (-1, 1)], dtype=torch.float64
-    )
+    corners = torch.tensor([[x, y, z] for x in (-1, 1) for y in (-1, 1) for z in (-1, 1)], dtype=torch.float64)
     return torch.tensor([6] * 8 + [1] * 8), torch.cat([corners * 0.785, corners * 1.415])
 
 
@@ -72,10 +70,7 @@ def _parts(topology: Topology, level: int) -> list[list[int]]:
 
 def _named(topology: Topology, rename: list[int]) -> list:
     """The topology in terms of sets of atoms, which no numbering of parts can change."""
-    sets = [
-        [frozenset(rename[a] for a in part) for part in _parts(topology, k)]
-        for k in range(topology.num_levels)
-    ]
+    sets = [[frozenset(rename[a] for a in part) for part in _parts(topology, k)] for k in range(topology.num_levels)]
     found = []
     for k in range(topology.num_levels):
         for index, low in ((topology.child_index[k], k - 1), (topology.pair_index[k], k)):
@@ -193,9 +188,7 @@ def test_far_molecules_give_the_union_of_the_single_trees(molecules):
             low = singles[0][k - 1].num_parts if name == "child" else n
             offset = torch.tensor([[low], [n]])
             index = [getattr(s[k], f"{name}_index") for s in singles]
-            assert torch.equal(
-                getattr(both[k], f"{name}_index"), torch.cat([index[0], index[1] + offset], dim=1)
-            )
+            assert torch.equal(getattr(both[k], f"{name}_index"), torch.cat([index[0], index[1] + offset], dim=1))
             for value in (f"{name}_vec", f"{name}_weight"):
                 single = torch.cat([getattr(s[k], value) for s in singles])
                 torch.testing.assert_close(getattr(both[k], value), single, rtol=0, atol=1e-9)
@@ -235,9 +228,7 @@ def test_a_cell_puts_molecules_together_whatever_images_are_given(generator):
             torch.testing.assert_close(hierarchy[k].child_vec, reference[k].child_vec, rtol=0, atol=1e-10)
         for k in (0, 1, 2):
             assert reference[k].pair_index.shape[1] > 0
-            assert np.allclose(
-                _sorted_rows(hierarchy[k].pair_vec), _sorted_rows(reference[k].pair_vec), atol=2e-6
-            )
+            assert np.allclose(_sorted_rows(hierarchy[k].pair_vec), _sorted_rows(reference[k].pair_vec), atol=2e-6)
     # Inside the molecules the cell changes nothing
     outside = scheme.hierarchy(open_tree, z, pos)
     torch.testing.assert_close(reference[1].child_vec, outside[1].child_vec, rtol=0, atol=1e-12)
@@ -328,9 +319,7 @@ def test_positions_are_centres_of_mass_with_gradients(molecule):
 
     def everything(r):
         levels = scheme.hierarchy(topology, z, r)
-        values = [
-            v for level in levels for v in (level.pos, level.child_vec, level.pair_vec, level.pair_weight)
-        ]
+        values = [v for level in levels for v in (level.pos, level.child_vec, level.pair_vec, level.pair_weight)]
         return tuple(v for v in values if v is not None)
 
     assert torch.autograd.gradcheck(everything, (pos.requires_grad_(),), atol=1e-7)

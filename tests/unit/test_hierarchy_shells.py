@@ -42,9 +42,7 @@ def test_shells_have_every_neighbour_and_the_atom_itself(molecule):
         torch.testing.assert_close(hierarchy[k].child_vec, pos[child] - pos[parent], rtol=0, atol=1e-12)
         window = smooth_cutoff(distance[child, parent], radius)
         torch.testing.assert_close(hierarchy[k].child_weight, window, rtol=0, atol=1e-10)
-        assert torch.equal(
-            hierarchy[k].child_weight[child == parent], torch.ones(len(z), dtype=torch.float64)
-        )
+        assert torch.equal(hierarchy[k].child_weight[child == parent], torch.ones(len(z), dtype=torch.float64))
         assert torch.equal(hierarchy[k].pos, pos), "a part sits on its central atom"
         assert hierarchy[k].pair_index is None
     assert hierarchy.root.child_index.tolist() == [list(range(len(z))), [0] * len(z)]
@@ -77,9 +75,7 @@ def test_shells_are_smooth_where_an_atom_enters():
     for h in (1e-2, 1e-3, 1e-4):
         # Across the radius, where the number of edges changes
         edge = (4.0 - 0.02) ** 0.5
-        second = [
-            total(edge + s * h + h) - 2 * total(edge + s * h) + total(edge + s * h - h) for s in (-1, 0, 1)
-        ]
+        second = [total(edge + s * h + h) - 2 * total(edge + s * h) + total(edge + s * h - h) for s in (-1, 0, 1)]
         bounds.append(max(abs(v) for v in second) / h**2)
     assert bounds[2] < 2 * bounds[0] + 1e-3, f"second differences diverge: {bounds}"
 
@@ -93,22 +89,13 @@ def test_shells_in_a_cell_smaller_than_the_radius():
     big_z, big_pos = (
         z.repeat(27),
         torch.cat(
-            [
-                pos + torch.tensor([a, b, c]).double() @ cell[0]
-                for a in range(3)
-                for b in range(3)
-                for c in range(3)
-            ]
+            [pos + torch.tensor([a, b, c]).double() @ cell[0] for a in range(3) for b in range(3) for c in range(3)]
         ),
     )
     small = scheme.hierarchy(scheme.topology(z, pos, cell=cell, pbc=pbc).validate(), z, pos, cell)
-    big = scheme.hierarchy(
-        scheme.topology(big_z, big_pos, cell=3 * cell, pbc=pbc).validate(), big_z, big_pos, 3 * cell
-    )
+    big = scheme.hierarchy(scheme.topology(big_z, big_pos, cell=3 * cell, pbc=pbc).validate(), big_z, big_pos, 3 * cell)
     assert small[1].child_index.shape[1] > 2 * len(z)
-    torch.testing.assert_close(
-        27 * small[1].child_weight.sum(), big[1].child_weight.sum(), rtol=1e-12, atol=0
-    )
+    torch.testing.assert_close(27 * small[1].child_weight.sum(), big[1].child_weight.sum(), rtol=1e-12, atol=0)
     moved = pos + torch.tensor([[3.0, -1, 0], [0, 2, 2]]).double() @ cell[0]
     other = scheme.hierarchy(scheme.topology(z, moved, cell=cell, pbc=pbc), z, moved, cell)
     torch.testing.assert_close(other[1].child_weight.sum(), small[1].child_weight.sum(), rtol=1e-12, atol=0)
@@ -253,9 +240,7 @@ def test_a_hierarchy_of_another_scheme_is_refused(molecules):
         Batch.from_data_list([frame, frame]),
         BondTree(cutoff=4.0)(Batch.from_data_list([frame])),
     ):
-        with pytest.raises(
-            ValueError, match=r"must hold the hierarchy of BondTree\(cutoff=5.0.*holds that of"
-        ):
+        with pytest.raises(ValueError, match=r"must hold the hierarchy of BondTree\(cutoff=5.0.*holds that of"):
             BondTree(cutoff=5.0).read(data)
     topology = Topology.from_data(frame)
     for scheme in (NestedShells(), BondTree(group_cutoff=None)):
@@ -305,9 +290,7 @@ class TestEveryScheme:
                     vec = getattr(before, f"{name}_vec") @ rotation.T
                     torch.testing.assert_close(getattr(after, f"{name}_vec"), vec, rtol=0, atol=1e-10)
                     weight = f"{name}_weight"
-                    torch.testing.assert_close(
-                        getattr(after, weight), getattr(before, weight), rtol=0, atol=1e-10
-                    )
+                    torch.testing.assert_close(getattr(after, weight), getattr(before, weight), rtol=0, atol=1e-10)
 
     def test_second_derivatives_are_finite(self, scheme, molecule):
         z, pos = molecule

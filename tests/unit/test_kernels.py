@@ -78,9 +78,7 @@ def _assert_both(call, inputs, parameters=(), **tolerance):
     assert plain[0].numel() == 0 or plain[0].abs().max() > 0
     for n, (a, b) in enumerate(zip(plain, compiled, strict=True)):
         scale = max(1.0, float(a.detach().abs().max())) if a.numel() else 1.0
-        torch.testing.assert_close(
-            b / scale, a / scale, **(tolerance or EXACT), msg=lambda m, n=n: f"result {n}: {m}"
-        )
+        torch.testing.assert_close(b / scale, a / scale, **(tolerance or EXACT), msg=lambda m, n=n: f"result {n}: {m}")
 
 
 TYPES = [("o3", 0), ("o3", 1), ("o3", 2), ("so3", 1), ("o3-full", 1)]
@@ -101,9 +99,7 @@ def test_every_product_is_the_same_on_both_backends(symmetry, lmax, channels, ge
     def one_body(x, harmonics, radial):
         return gate(x, EdgeFeatures(edges.index, harmonics, radial, 3))
 
-    _assert_both(
-        one_body, [_randn(generator, 4, rows, channels), edges.harmonics, edges.radial], gate.parameters()
-    )
+    _assert_both(one_body, [_randn(generator, 4, rows, channels), edges.harmonics, edges.radial], gate.parameters())
     density = DensityGate(
         2, 3, hidden_irreps(channels, lmax, "so3" if symmetry == "so3" else "o3"), 3.0, symmetry
     ).double()
@@ -125,9 +121,7 @@ def test_large_types_are_the_same_on_both_backends(symmetry, lmax, generator):
 
 
 @needs_c
-@pytest.mark.parametrize(
-    ("nodes", "targets", "count"), [(1, 1, 0), (1, 1, 1), (1, 3, 2), (0, 0, 0), (4, 2, 0)]
-)
+@pytest.mark.parametrize(("nodes", "targets", "count"), [(1, 1, 0), (1, 1, 1), (1, 3, 2), (0, 0, 0), (4, 2, 0)])
 def test_no_edges_one_node_no_node(nodes, targets, count, generator):
     irreps = hidden_irreps(3, 1)
     x, edges = _randn(generator, nodes, 4, 3), _edges(generator, nodes, targets, count, 1)
@@ -229,18 +223,14 @@ def test_the_third_use_of_the_linear_map_when_weight_gradients_are_skipped(gener
                 (force,) = torch.autograd.grad(energy, leaf, create_graph=True)
         else:
             (force,) = torch.autograd.grad(energy, leaf, create_graph=True)
-        results.append(
-            [force, *torch.autograd.grad(force.square().sum() + energy, [leaf, *gate.parameters()])]
-        )
+        results.append([force, *torch.autograd.grad(force.square().sum() + energy, [leaf, *gate.parameters()])])
     for other in results[1:]:
         for a, b in zip(results[0], other, strict=True):
             torch.testing.assert_close(b, a, **EXACT)
     set_backend("c")
     leaf = x.clone().requires_grad_(True)
     with skip_weight_gradients():
-        found = torch.autograd.grad(
-            gate.linear(leaf).sum(), [leaf, *gate.linear.parameters()], allow_unused=True
-        )
+        found = torch.autograd.grad(gate.linear(leaf).sum(), [leaf, *gate.linear.parameters()], allow_unused=True)
     assert found[0] is not None and all(g is None for g in found[1:])
 
 
@@ -293,9 +283,7 @@ def test_wrong_types_and_shapes_never_reach_compiled_code(generator):
         TypeError, match=r"y must have the dtype of the other operands, torch.float64, got torch.float32"
     ):
         product(x, x.float())
-    with pytest.raises(
-        ValueError, match=r"y must have shape \[2, 4, 3\], got \[2, 3, 3\]; check the irreps and edges"
-    ):
+    with pytest.raises(ValueError, match=r"y must have shape \[2, 4, 3\], got \[2, 3, 3\]; check the irreps and edges"):
         product(x, x[:, :3])
     with pytest.raises(TypeError, match="weight must have the dtype of the other operands"):
         linear(x)
@@ -323,9 +311,7 @@ def test_without_a_compiler_plain_torch_runs(monkeypatch, generator):
     assert available_backends() == ["torch"] and backend(torch.zeros(1)) == "torch"
     irreps = hidden_irreps(3, 1)
     assert ProductGate(irreps, irreps, 2)(torch.randn(2, 4, 3)).shape == (2, 4, 3)
-    with pytest.raises(
-        ValueError, match="backend 'c' needs a C compiler and none was found; install gcc or set CC"
-    ):
+    with pytest.raises(ValueError, match="backend 'c' needs a C compiler and none was found; install gcc or set CC"):
         set_backend("c")
     with pytest.raises(
         RuntimeError,
@@ -363,9 +349,7 @@ def test_a_broken_file_in_the_cache_is_built_anew(fresh_build):
 
 
 @needs_c
-def test_a_failing_compiler_and_a_folder_that_cannot_be_written_say_what_to_do(
-    fresh_build, monkeypatch, tmp_path
-):
+def test_a_failing_compiler_and_a_folder_that_cannot_be_written_say_what_to_do(fresh_build, monkeypatch, tmp_path):
     with pytest.raises(
         RuntimeError,
         match=r"(?s)the C compiler failed: .*error.*Set CC to a working C compiler, or use set_backend",
@@ -373,9 +357,7 @@ def test_a_failing_compiler_and_a_folder_that_cannot_be_written_say_what_to_do(
         build.load("this is not C")
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("NBODY_CACHE", str(tmp_path / "file"))
-    with pytest.raises(
-        RuntimeError, match=r"could not be kept in .*; set NBODY_CACHE to a folder that can be written"
-    ):
+    with pytest.raises(RuntimeError, match=r"could not be kept in .*; set NBODY_CACHE to a folder that can be written"):
         build.load("int other(void) { return 1; }")
 
 

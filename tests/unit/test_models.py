@@ -55,9 +55,7 @@ def test_bonds_and_labels_that_come_with_the_data_are_used(molecules):
     torch.testing.assert_close(cut, by_transform, rtol=0, atol=1e-12)
     labelled = _net(FromAssignment(part_cutoffs=(6.0,)))
     with torch.no_grad():
-        one, other = (
-            labelled(AtomicData(z=z, pos=pos, labels=torch.tensor(l))) for l in ([0] * 6, [0, 0, 0, 1, 1, 1])
-        )
+        one, other = (labelled(AtomicData(z=z, pos=pos, labels=torch.tensor(l))) for l in ([0] * 6, [0, 0, 0, 1, 1, 1]))
     assert (one - other).abs() > 1e-6
 
 
@@ -68,9 +66,7 @@ def test_contributions_sum_to_the_value(molecules):
         with torch.no_grad():
             net.shift.copy_(torch.randn(3, 1))
             parts = net.energies(net.hierarchy(z, pos))
-            torch.testing.assert_close(
-                sum(v.sum() for v in parts.values()), net(z, pos)[0], rtol=0, atol=1e-12
-            )
+            torch.testing.assert_close(sum(v.sum() for v in parts.values()), net(z, pos)[0], rtol=0, atol=1e-12)
         assert all(v.dim() == 1 for v in parts.values())
 
 
@@ -181,9 +177,7 @@ def test_typical_degrees_are_means_over_frames(molecules):
     scheme = NestedShells((100.0, 0.1))
     degrees = edge_degrees(scheme, frames)
     sizes = torch.tensor([len(f.z) for f in frames]).double()
-    assert degrees["child_1"] == pytest.approx(float((sizes**2).sum() / sizes.sum())), (
-        "everyone is a child of everyone"
-    )
+    assert degrees["child_1"] == pytest.approx(float((sizes**2).sum() / sizes.sum())), "everyone is a child of everyone"
     assert degrees["child_2"] == 1.0, "only itself"
     assert degrees["child_3"] == pytest.approx(float(sizes.mean())), "all atoms of a system below its root"
     assert edge_degrees(scheme, [scheme(f) for f in frames]) == degrees, "stored hierarchies are read"

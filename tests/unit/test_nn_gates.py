@@ -73,9 +73,7 @@ def _literal_one_body(gate: OneBodyGate, x, edges: EdgeFeatures) -> torch.Tensor
     radial = gate.radial_weight.view(-1, len(gate.paths), gate.channels)
     out = []
     for target in range(edges.num_targets):
-        sums = {
-            n: torch.zeros(p.ir.dim, gate.channels, dtype=torch.float64) for n, p in enumerate(gate.paths)
-        }
+        sums = {n: torch.zeros(p.ir.dim, gate.channels, dtype=torch.float64) for n, p in enumerate(gate.paths)}
         for e in range(edges.index.shape[1]):
             if edges.index[1, e] != target:
                 continue
@@ -124,20 +122,14 @@ def test_one_body_gate_is_e3nn_uvu_and_index_add(irreps_in, irreps_out, order, s
         torch.set_default_dtype(before)
     source, target = edges.index
     weights = edges.radial @ gate.radial_weight * gate.scale
-    messages = product(
-        to_mul_ir(x.flatten(1), irreps_in)[source], edges.harmonics[:, : (order + 1) ** 2], weights
-    )
+    messages = product(to_mul_ir(x.flatten(1), irreps_in)[source], edges.harmonics[:, : (order + 1) ** 2], weights)
     summed = messages.new_zeros(edges.num_targets, middle.dim).index_add(0, target, messages)
     blocks, mixers = [], list(gate.mix.weights)
     for mul, ir in irreps_out:
         parts = [
-            summed[:, s].unflatten(1, (c, ir.dim))
-            for (_, i), s in zip(middle, middle.slices(), strict=True)
-            if i == ir
+            summed[:, s].unflatten(1, (c, ir.dim)) for (_, i), s in zip(middle, middle.slices(), strict=True) if i == ir
         ]
-        blocks.append(
-            torch.einsum("nkm,kc->ncm", torch.cat(parts, 1), mixers.pop(0)).reshape(-1, mul * ir.dim)
-        )
+        blocks.append(torch.einsum("nkm,kc->ncm", torch.cat(parts, 1), mixers.pop(0)).reshape(-1, mul * ir.dim))
     got = to_mul_ir(gate(x, edges).flatten(1), irreps_out)
     torch.testing.assert_close(got, torch.cat(blocks, 1), **EXACT)
 
@@ -172,9 +164,7 @@ def test_pair_gate_is_the_double_sum_over_pairs(backend, generator):
     parts = 4
     index = torch.tensor([(j, i) for i in range(parts) for j in range(parts) if i != j]).T.contiguous()
     vec = torch.randn(12, 3, dtype=torch.float64, generator=generator)
-    edges = EdgeEmbedding(2, InversePowers(2, 5.0)).double()(
-        index, vec, torch.ones(12, dtype=torch.float64), parts
-    )
+    edges = EdgeEmbedding(2, InversePowers(2, 5.0)).double()(index, vec, torch.ones(12, dtype=torch.float64), parts)
     x, rows = _state(irreps, parts, generator), row_slices(irreps)
     expected = torch.zeros(parts, 9, 3, dtype=torch.float64)
     for e, (_, i) in enumerate(index.T.tolist()):
@@ -205,9 +195,7 @@ def test_product_gate_is_the_sum_over_tuples_of_children(irreps_out, backend, ge
 
     def product(layer, x, y):
         values = {
-            n: _couple(
-                x[rows[p.first]], y[rows[p.second]], irreps[p.first].ir.l, irreps[p.second].ir.l, p.ir.l
-            )
+            n: _couple(x[rows[p.first]], y[rows[p.second]], irreps[p.first].ir.l, irreps[p.second].ir.l, p.ir.l)
             for n, p in enumerate(layer.paths)
         }
         return _mix(layer.mix, layer.paths, values)
@@ -260,9 +248,7 @@ def test_full_gate_contains_the_channelwise_gate(generator):
                 for n, (_, got) in enumerate(full.product.irreps_out):
                     if got == ir:
                         i, j = full.product._pairs[n]
-                        path = next(
-                            q for q in numbers if (gate.paths[q].first, gate.paths[q].second) == (i, j)
-                        )
+                        path = next(q for q in numbers if (gate.paths[q].first, gate.paths[q].second) == (i, j))
                         blocks.append(radial[b, path, :, None] * mix[numbers.index(path)])
                 linear.weights[k].copy_(torch.cat(blocks))
     edges, x = _edges(generator, lmax=2), _state(irreps, 5, generator)
@@ -291,9 +277,7 @@ def test_gates_turn(kind, symmetry, backend, rotation, generator):
     }[kind]().double()
 
     def call(rotated: bool):
-        edges = _edges(
-            torch.Generator().manual_seed(3), parts, parts, vec=vec @ rotation.T if rotated else vec
-        )
+        edges = _edges(torch.Generator().manual_seed(3), parts, parts, vec=vec @ rotation.T if rotated else vec)
         state = matrix @ x if rotated else x
         if kind == "density":
             return gate(torch.tensor([0, 1, 1, 0, 1]), edges)
@@ -338,9 +322,7 @@ def test_order_of_the_edges_does_not_matter(backend, generator):
     gate = OneBodyGate(irreps, irreps, 2, 3).double()
     edges, x = _edges(generator), _state(irreps, 5, generator)
     order = torch.randperm(11, generator=generator)
-    shuffled = EdgeFeatures(
-        edges.index[:, order], edges.harmonics[order], edges.radial[order], edges.num_targets
-    )
+    shuffled = EdgeFeatures(edges.index[:, order], edges.harmonics[order], edges.radial[order], edges.num_targets)
     torch.testing.assert_close(gate(x, shuffled), gate(x, edges), rtol=0, atol=1e-12)
 
 
@@ -366,9 +348,7 @@ def test_embedding_multiplies_by_the_window_of_the_hierarchy(generator):
 
 def test_errors():
     irreps = hidden_irreps(3, 1)
-    with pytest.raises(
-        ValueError, match="a gate of order 0 on 3x0e gives 0e, but no path leads to 1o; raise lmax"
-    ):
+    with pytest.raises(ValueError, match="a gate of order 0 on 3x0e gives 0e, but no path leads to 1o; raise lmax"):
         OneBodyGate(o3.Irreps("3x0e"), irreps, 0, 3)
     with pytest.raises(ValueError, match="a density of bare atoms gives 0e, 1o, but no path leads to 1e"):
         DensityGate(2, 3, o3.Irreps("3x0e+3x1e"))

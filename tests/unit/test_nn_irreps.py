@@ -77,9 +77,7 @@ def test_couplings_are_e3nn_wigner_3j_with_unit_variance():
                 torch.testing.assert_close(table, expected, rtol=0, atol=1e-14)
                 # Rows are orthonormal: products of unit variance have unit variance
                 gram = torch.einsum("abm,abn->mn", table, table)
-                torch.testing.assert_close(
-                    gram, torch.eye(2 * l3 + 1, dtype=torch.float64), rtol=0, atol=1e-12
-                )
+                torch.testing.assert_close(gram, torch.eye(2 * l3 + 1, dtype=torch.float64), rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("symmetry", SYMMETRIES)

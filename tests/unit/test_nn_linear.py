@@ -52,9 +52,7 @@ def test_equals_e3nn_through_the_change_of_layout(irreps_in, irreps_out, bias, g
     got = to_mul_ir(ours(x), ours.irreps_out)
     assert expected.abs().max() > 0.1
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-10)
-    torch.testing.assert_close(
-        ours(from_mul_ir(to_mul_ir(x, ours.irreps_in), ours.irreps_in)), ours(x), rtol=0, atol=0
-    )
+    torch.testing.assert_close(ours(from_mul_ir(to_mul_ir(x, ours.irreps_in), ours.irreps_in)), ours(x), rtol=0, atol=0)
 
 
 def test_variance_is_kept(generator):

@@ -37,9 +37,7 @@ class ToyModel(nn.Module):
         r = safe_norm(vec)
         window = smooth_cutoff(r, self.cutoff)
         pair = self.charge[z[index[0]]] * self.charge[z[index[1]]] * torch.exp(-r) * window
-        density = torch.zeros_like(pos).index_add(
-            0, index[1], vec * (self.charge[z[index[0]]] * window)[:, None]
-        )
+        density = torch.zeros_like(pos).index_add(0, index[1], vec * (self.charge[z[index[0]]] * window)[:, None])
         atom = torch.zeros_like(pos[:, 0]).index_add(0, index[1], pair)
         atom = atom + 0.1 * self.charge[z] * (density * density).sum(dim=-1)
         num_graphs = int(batch[-1]) + 1 if cell is None else cell.shape[0]
@@ -66,9 +64,7 @@ def crystal(seed: int = 0, mixed: bool = False) -> tuple[Tensor, Tensor, Tensor,
     return torch.tensor([1, 8, 6, 1, 7]), pos, cell.reshape(1, 3, 3), pbc
 
 
-def finite_difference_forces(
-    potential: Potential, z: Tensor, pos: Tensor, h: float = 1e-4, **kwargs
-) -> Tensor:
+def finite_difference_forces(potential: Potential, z: Tensor, pos: Tensor, h: float = 1e-4, **kwargs) -> Tensor:
     forces = torch.zeros_like(pos)
     for i in range(pos.shape[0]):
         for k in range(3):
@@ -329,9 +325,7 @@ def test_pyg_schnet_runs_with_forces():
         return index, safe_norm(edge_vectors(pos, index))
 
     torch.manual_seed(0)
-    net = SchNet(
-        hidden_channels=16, num_filters=16, num_interactions=2, num_gaussians=8, interaction_graph=graph
-    )
+    net = SchNet(hidden_channels=16, num_filters=16, num_interactions=2, num_gaussians=8, interaction_graph=graph)
     potential = Potential(net.double())
     z, pos, batch = two_graphs()
     forces = potential(z, pos, batch)["forces"]
@@ -411,9 +405,7 @@ def test_unknown_element_is_named():
     potential = Potential(ToyModel(), AtomicReference({"H": -13.6, "O": -2041.8}))
     z, pos = molecule()
     z = torch.tensor([1, 8, 6, 6, 1, 7])
-    with pytest.raises(
-        ValueError, match=r"C \(6\), N \(7\) without a reference energy; known are H \(1\), O \(8\)"
-    ):
+    with pytest.raises(ValueError, match=r"C \(6\), N \(7\) without a reference energy; known are H \(1\), O \(8\)"):
         potential(z, pos)
 
 
@@ -446,9 +438,7 @@ def test_constructor_errors_and_wrong_outputs_are_named(unchecked):
         def forward(self, z, pos, batch):
             return pos.sum(dim=-1)
 
-    with pytest.raises(
-        ValueError, match=r"PerAtom must return one energy per graph, \[1\] or \[1, 1\], got \[6\]"
-    ):
+    with pytest.raises(ValueError, match=r"PerAtom must return one energy per graph, \[1\] or \[1, 1\], got \[6\]"):
         Potential(PerAtom())(*molecule())
 
     class Open(nn.Module):

@@ -40,9 +40,7 @@ def test_the_window_leaves_with_two_derivatives_and_not_with_three():
 
 @pytest.mark.parametrize("cutoff", [0.0, -1.0, math.nan, math.inf])
 def test_a_window_needs_a_positive_length(cutoff):
-    with pytest.raises(
-        ValueError, match=r"cutoff must be a positive finite length in angstrom, got .*; try 5\.0"
-    ):
+    with pytest.raises(ValueError, match=r"cutoff must be a positive finite length in angstrom, got .*; try 5\.0"):
         smooth_cutoff(torch.ones(1), cutoff)
 
 

@@ -86,9 +86,7 @@ def test_is_deterministic_and_resumes_exactly():
 def test_weights_of_one_shape_do_not_mix():
     """Several matrices in one batch are trained as each would be alone."""
     problems = [_problem(k) for k in range(3)]
-    together = _run(
-        Soap([w for w, _ in problems], lr=0.02), [w for w, _ in problems], [l for _, l in problems], 15
-    )
+    together = _run(Soap([w for w, _ in problems], lr=0.02), [w for w, _ in problems], [l for _, l in problems], 15)
     for k, expected in enumerate(together):
         weight, loss = _problem(k)
         (alone,) = _run(Soap([weight], lr=0.02), [weight], [loss], 15)

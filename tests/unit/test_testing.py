@@ -92,9 +92,7 @@ def dipole(z, pos, batch):
 # ------------------------------------------------------------------------------------- mutants
 def along_z(z, pos, batch):
     index, vec, r = edges(z, pos, batch)
-    return sound(z, pos, batch) + 1e-6 * per_graph(
-        (vec[:, 2].square() * smooth_cutoff(r, CUTOFF)), batch[index[1]]
-    )
+    return sound(z, pos, batch) + 1e-6 * per_graph((vec[:, 2].square() * smooth_cutoff(r, CUTOFF)), batch[index[1]])
 
 
 def handed(z, pos, batch):
@@ -102,9 +100,7 @@ def handed(z, pos, batch):
     index, vec, r = edges(z, pos, batch)
     densities = []
     for power in (1, 2, 3):
-        scaled = (
-            vec * (weight(z)[index[0]] ** power * torch.exp(-power * r) * smooth_cutoff(r, CUTOFF))[:, None]
-        )
+        scaled = vec * (weight(z)[index[0]] ** power * torch.exp(-power * r) * smooth_cutoff(r, CUTOFF))[:, None]
         densities.append(torch.zeros_like(pos).index_add(0, index[1], scaled))
     a, b, c = densities
     return sound(z, pos, batch) + per_graph((a * torch.linalg.cross(b, c)).sum(dim=-1), batch)
@@ -288,9 +284,7 @@ def test_bond_trees_are_smooth_while_their_topology_is_frozen():
 
 def test_tuples_and_own_paths_are_taken():
     molecule = random_molecule(6)
-    assert_permutation_invariant(
-        sound, systems=[(molecule.z, molecule.pos), System(molecule.z, molecule.pos * 1.1)]
-    )
+    assert_permutation_invariant(sound, systems=[(molecule.z, molecule.pos), System(molecule.z, molecule.pos * 1.1)])
     end = molecule.pos.clone()
     end[0] += torch.tensor([0.3, 0.1, 0.2])
     assert_smooth(sound, paths=[(molecule.z, molecule.pos, end)])
@@ -383,9 +377,7 @@ def test_covariant_functions_of_atoms():
 
 def test_layers_of_features_in_both_layouts():
     torch.manual_seed(0)
-    product = o3.FullyConnectedTensorProduct(
-        "3x0e + 2x1o + 1x2e", "2x1o + 1x1e", "2x0e + 2x0o + 3x1o + 2x1e + 2x2e"
-    )
+    product = o3.FullyConnectedTensorProduct("3x0e + 2x1o + 1x2e", "2x1o + 1x1e", "2x0e + 2x0o + 3x1o + 2x1e + 2x2e")
     args = (product.irreps_out, [product.irreps_in1, product.irreps_in2])
     assert assert_equivariant(product, *args, tolerance=1e-6) < 1e-6
     with pytest.raises(AssertionError, match="under"):

@@ -97,14 +97,10 @@ def test_data_and_potential_from_a_configuration():
     assert float(one(frame)["energy"]) == float(two(frame)["energy"])
     assert abs(float(one(frame)["energy"] - frame.energy)) < 50
     stored = data.with_topology(one.model.scheme).train[0]
-    assert "num_parts_1" in stored and float(one(stored)["energy"]) == pytest.approx(
-        float(one(frame)["energy"])
-    )
+    assert "num_parts_1" in stored and float(one(stored)["energy"]) == pytest.approx(float(one(frame)["energy"]))
 
 
 def test_unknown_preset_names_the_known_ones():
     config = load_config(overrides=[*BASE, "--model.preset", "fast"])
-    with pytest.raises(
-        ValueError, match=r"model.preset must be one of \['practical', 'strict'\], got 'fast'"
-    ):
+    with pytest.raises(ValueError, match=r"model.preset must be one of \['practical', 'strict'\], got 'fast'"):
         build_potential(config, load_data(config.data))
