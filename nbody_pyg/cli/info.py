@@ -9,6 +9,8 @@ from ase.data import chemical_symbols
 
 from nbody_pyg.cli.tables import error_table, table
 from nbody_pyg.deploy import cg_fingerprint, read_metadata
+from nbody_pyg.kernels.backend import backend
+from nbody_pyg.kernels.build import cache_folder, compiler
 
 
 def info(args: argparse.Namespace) -> int:
@@ -31,6 +33,7 @@ def info(args: argparse.Namespace) -> int:
         ("format version", header["format_version"]),
         ("written with", ", ".join(f"{name} {version}" for name, version in header["versions"].items())),
         ("units", ", ".join(f"{name} {unit}" for name, unit in header["units"].items())),
+        ("products here", _products()),
         ("CG fingerprint", f"{header['cg_fingerprint'][:16]} ({'same' if matches else 'DIFFERENT'} here)"),
     ]
     rows += [("scheme", scheme.pop("name", ""))] if scheme else []
@@ -52,6 +55,13 @@ def info(args: argparse.Namespace) -> int:
         print("\nerrors after training")
         print(error_table({("", name): values for name, values in record["errors"].items()}))
     return 0
+
+
+def _products() -> str:
+    """Which implementation of the products would run on this machine's CPU, and why."""
+    if backend() == "c":
+        return f"c (compiled once with {compiler()}, kept in {cache_folder()})"
+    return "torch" if compiler() else "torch (no C compiler found; with one, training is several times faster)"
 
 
 def _short(value: object) -> str:

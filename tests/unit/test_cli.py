@@ -21,6 +21,7 @@ from nbody_pyg.cli import main
 from nbody_pyg.cli.tables import error_table, table
 from nbody_pyg.datasets import embedded
 from nbody_pyg.deploy import load_model, read_metadata
+from nbody_pyg.kernels import backend
 
 TINY = [
     "--data.embedded",
@@ -121,6 +122,7 @@ def test_info(folder, capsys):
     assert main(["info", str(folder / "model.nbody")]) == 0
     out = capsys.readouterr().out
     assert "H C O" in out and "NestedShells" in out and "same here" in out and "600K" in out
+    assert f"products here    {backend()}" in out
     assert main(["info", str(folder / "model.nbody"), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["format_version"] == 1
 
