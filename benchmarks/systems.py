@@ -1,0 +1,54 @@
+"""The systems that are timed: molecules of the embedded set, and droplets of water."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from nbody_pyg.datasets import embedded
+
+CUTOFF = 5.0
+#: Edge of the cube that holds one molecule of water at 1 g/cm^3, angstrom.
+_SPACING = 3.107
+
+
+class System(NamedTuple):
+    """Atoms of one or several molecules; forces and energies are random labels, as good as any for a clock."""
+
+    z: Tensor
+    pos: Tensor
+    batch: Tensor
+    num_graphs: int
+
+    @property
+    def num_atoms(self) -> int:
+        return len(self.z)
+
+
+def molecules(count: int, name: str = "alanine_dipeptide") -> System:
+    """The first frames of an embedded data set (alanine dipeptide: 22 atoms)."""
+    frames = embedded(name, "test_300K")[:count]
+    batch = torch.arange(count).repeat_interleave(torch.tensor([len(frame.z) for frame in frames]))
+    return System(torch.cat([frame.z for frame in frames]), torch.cat([frame.pos for frame in frames]), batch, count)
+
+
+def water(count: int, seed: int = 0) -> System:
+    """A droplet of ``count`` molecules: those lattice points of liquid density that are nearest to the centre,
+    each with a molecule turned at random. Not equilibrated, but with the neighbours of the liquid."""
+    generator = torch.Generator().manual_seed(seed)
+    reach = int((count * 0.75 / torch.pi) ** (1 / 3)) + 2
+    axis = torch.arange(-reach, reach + 1, dtype=torch.float64)
+    grid = torch.cartesian_prod(axis, axis, axis) + torch.tensor([0.1, 0.2, 0.3], dtype=torch.float64)
+    centres = grid[grid.norm(dim=1).argsort()[:count]] * _SPACING
+    angle = torch.tensor(104.5).deg2rad().double()
+    hydrogens = 0.9572 * torch.stack(
+        [torch.stack([(angle / 2).cos(), s * (angle / 2).sin(), torch.zeros(()).double()]) for s in (1, -1)]
+    )
+    molecule = torch.cat([torch.zeros(1, 3, dtype=torch.float64), hydrogens])
+    turns = torch.linalg.qr(torch.randn(count, 3, 3, dtype=torch.float64, generator=generator))[0]
+    turns = turns * torch.linalg.det(turns).reshape(-1, 1, 1)
+    pos = (centres.unsqueeze(1) + molecule @ turns.mT).reshape(-1, 3)
+    z = torch.tensor([8, 1, 1]).repeat(count)
+    return System(z, pos, torch.zeros_like(z), 1)

@@ -1,0 +1,140 @@
+"""The benchmarks run: in a tiny setting each prints its table and writes its JSON. Figures are not judged here."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+import sys
+import tomllib
+
+import pytest
+import torch
+
+from nbody_pyg import NBodyNet, NestedShells
+from nbody_pyg.deploy import save_model
+from nbody_pyg.potential import Potential
+
+TINY = {
+    "kernels": "--lmax 1 --nodes 12 --edges 40 --channels 16 --seconds 0.05",
+    "models": "--models NBodyNet SchNet PaiNN --batch 2 --waters 3 --seconds 0.05",
+    "scaling": "--sweeps atoms neighbours --waters 100 105 --cutoffs 3 5 --fixed 5 --seconds 0.02",
+    "nve": "{model} --time 0.01 --every 2 --equilibrate 0.005",
+}
+#: What the table must show, and the keys of a record in the JSON.
+SHOWN = {
+    "kernels": ["GFLOP/s", "edge product, lmax 1", "nbody_pyg torch", "dense einsum", "x bound"],
+    "models": ["molecule: 1 graphs, 22 atoms", "droplet: 1 graphs, 9 atoms", "NBodyNet, SOAP", "SchNet"],
+    "scaling": ["us per atom", r"E\+F time ~ \(atoms\)\^", "against neighbours"],
+    "nve": ["drift mev per atom per 10ps", "mean temperature k"],
+}
+HELPERS = ("kernels", "models", "scaling", "nve", "timing", "report", "systems", "peers", "products")
+
+
+@pytest.fixture(scope="module")
+def folder(root):
+    return root / "benchmarks"
+
+
+@pytest.fixture
+def script(folder, monkeypatch):
+    """A function name -> the script as a module; they import each other by their bare names."""
+    monkeypatch.syspath_prepend(str(folder))
+    choice = sys.modules["nbody_pyg.kernels.backend"]
+    monkeypatch.setattr(choice, "_forced", choice._forced)  # the benchmarks force one; this puts it back
+    before = {name: sys.modules.pop(name) for name in HELPERS if name in sys.modules}
+    yield importlib.import_module
+    for name in HELPERS:
+        sys.modules.pop(name, None)
+    sys.modules.update(before)
+
+
+@pytest.fixture
+def model(tmp_path):
+    """A model file for ethanol, untrained and tiny."""
+    network = NBodyNet([1, 6, 8], NestedShells((4.0,)), channels=16, lmax=1)
+    path = tmp_path / "m.nbody"
+    save_model(Potential(network, {1: -10.0, 6: -50.0, 8: -100.0}, scale=0.01), path)
+    return path
+
+
+@pytest.mark.parametrize("name", sorted(TINY))
+def test_script_prints_a_table_and_writes_json(name, script, model, tmp_path, capsys):
+    out = tmp_path / "result" / f"{name}.json"
+    arguments = TINY[name].format(model=model).split()
+    assert script(name).main([*arguments, "--out", str(out)]) == 0
+    printed = capsys.readouterr().out
+    for words in SHOWN[name]:
+        assert re.search(words, printed), f"{words!r} is missing in\n{printed}"
+    ruler = next(line for line in printed.splitlines() if re.fullmatch(r"-+(  -+)+", line))
+    lines = printed.splitlines()
+    body = lines[lines.index(ruler) + 1]
+    assert len(body) <= len(ruler), "the first row is not aligned with its head"
+    found = json.loads(out.read_text())
+    assert {"processor", "versions", "load at the start"} <= set(found["machine"])
+    check = {"kernels": _kernels, "models": _models, "scaling": _scaling, "nve": _nve}
+    check[name](found, out)
+
+
+def _kernels(found, out):
+    assert found["hardware"]["flop_per_s"] > 0
+    assert [record["problem"] for record in found["results"]] == ["edge product", "density", "node product"]
+    for record in found["results"]:
+        assert max(record["errors"].values()) < 1e-10
+        assert {"forward", "first", "second"} == set(record["times"])
+        assert all(t["minimum_s"] > 0 for times in record["times"].values() for t in times.values())
+
+
+def _models(found, out):
+    assert [record["system"] for record in found["results"]] == ["molecule", "batch", "droplet"]
+    assert "SchNet" in found["results"][0]["times"]["E+F"]
+    assert set(found["missing"]) <= {"PaiNN"}
+    assert all("pip install" in reason for reason in found["missing"].values())
+
+
+def _scaling(found, out):
+    sweeps = found["sweeps"]
+    assert set(sweeps) == {"atoms", "neighbours"}
+    assert [record["atoms"] for record in sweeps["atoms"]["results"]] == [300, 315]
+    assert "E+F time from 300 atoms" in sweeps["atoms"]["exponents"]
+
+
+def _nve(found, out):
+    assert found["results"]["time_ps"] == pytest.approx(0.01)
+    assert len(found["samples"]["total_ev"]) == 11
+    assert out.with_suffix(".png").stat().st_size > 1000
+
+
+def test_every_path_can_fail_the_comparison(script):
+    """The check before timing sees a wrong product."""
+    products = script("products")
+    problem = products.edge_product(6, 20, 4, 1, torch.float64)
+    assert max(problem.errors().values()) < 1e-12
+    path = problem.paths["nbody_pyg torch"]
+    right = path.call
+    path.call = lambda *inputs: right(*inputs) * (1 + 1e-6)
+    errors = problem.errors()
+    assert errors["nbody_pyg torch"] > 1e-7
+    assert errors["dense einsum"] < 1e-12
+
+
+def test_timing_helpers(script):
+    timing = script("timing")
+    assert timing.exponent([1.0, 2.0, 4.0, 8.0], [3.0, 12.0, 48.0, 192.0]) == pytest.approx(2.0)
+    times = timing.interleave({"short": lambda: sum(range(100)), "long": lambda: sum(range(10_000))}, 0.05, (5, 9))
+    assert 5 <= len(times["short"].samples) == len(times["long"].samples) <= 9
+    assert times["long"].over(times["short"]) > 10
+    held = timing.peak_memory(lambda: torch.ones(4_000_000).sum())
+    assert held is None or 15e6 < held < 60e6
+
+
+def test_benchmarks_stay_out_of_the_wheel(root, folder):
+    pyproject = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))
+    assert pyproject["tool"]["setuptools"]["packages"]["find"]["include"] == ["nbody_pyg*"]
+    assert not (folder / "__init__.py").exists()
+
+
+def test_the_readme_names_every_script(folder):
+    text = (folder / "README.md").read_text(encoding="utf-8")
+    scripts = sorted(path.name for path in folder.glob("*.py"))
+    assert [name for name in scripts if name not in text] == []
