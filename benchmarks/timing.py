@@ -38,7 +38,7 @@ class Timing:
 
 
 def interleave(
-    functions: Mapping[str, Callable[[], object]], seconds: float = 10.0, rounds: tuple[int, int] = (3, 101)
+    functions: Mapping[str, Callable[[], object]], seconds: float = 10.0, rounds: tuple[int, int] = (5, 101)
 ) -> dict[str, Timing]:
     """Call the functions in turn, round after round, so that a busy machine slows all of them alike.
 
