@@ -22,6 +22,8 @@ from nbody_pyg.geometry import neighbour_list
 SPECIES = (1, 6, 7, 8)
 #: Typical number of neighbours, where a model wants one.
 _NEIGHBOURS = 18.0
+#: mace-torch pins e3nn 0.4.4, older than what nbody_pyg asks for; mace-torch 0.3.16 was seen to run with e3nn 0.6.
+_MACE = "pip install --no-deps mace-torch opt-einsum opt-einsum-fx torch-ema; pip install pandas"
 CONFIG = Path(__file__).parents[1] / "configs" / "rmd17.yaml"
 
 
@@ -182,11 +184,11 @@ PEERS: dict[str, tuple[Callable[[System], Peer], str]] = {
     "NequIP": (NequIP, "pip install nequip"),
     "MACE 64x0e": (
         lambda system: MACE(system, "64x0e"),
-        "pip install mace-torch (pins e3nn 0.4.4: needs an environment of its own, without nbody_pyg)",
+        _MACE,
     ),
     "MACE 128x0e+128x1o": (
         lambda system: MACE(system, "128x0e + 128x1o"),
-        "pip install mace-torch (pins e3nn 0.4.4: needs an environment of its own, without nbody_pyg)",
+        _MACE,
     ),
 }
 

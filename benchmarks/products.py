@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from nbody_pyg.kernels import available_backends, set_backend
 from nbody_pyg.kernels.scope import skip_weight_gradients
-from nbody_pyg.nn.gates import DensityGate, EdgeFeatures, OneBodyGate, sum_into
+from nbody_pyg.nn.edges import EdgeFeatures, sum_into
+from nbody_pyg.nn.gates import DensityGate, OneBodyGate
 from nbody_pyg.nn.irreps import harmonic_irreps, hidden_irreps, num_rows
 from nbody_pyg.nn.products import ChannelwiseProduct, path_row_order
 
