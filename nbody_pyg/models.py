@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch_geometric.data import Data
 
 from nbody_pyg.hierarchy import Hierarchy, NestedShells, Scheme, Topology
-from nbody_pyg.nn.gates import EdgeEmbedding, EdgeFeatures, OneBodyGate, sum_into
+from nbody_pyg.nn.edges import EdgeEmbedding, EdgeFeatures, sum_into
+from nbody_pyg.nn.gates import OneBodyGate
 from nbody_pyg.nn.interaction import Interaction, Recipe
 from nbody_pyg.nn.irreps import check_symmetry, hidden_irreps, require_reachable, to_mul_ir
 from nbody_pyg.nn.readout import LinearReadout, MLPReadout

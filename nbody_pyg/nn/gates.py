@@ -9,18 +9,15 @@ product of children that share weights, at the cost of a node instead of a pair.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from e3nn import o3
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from nbody_pyg.kernels.backend import backend
-from nbody_pyg.kernels.edges import FeatureKernel
 from nbody_pyg.kernels.linear import Block, LinearKernel
 from nbody_pyg.kernels.ops import DensityKernel, OneBodyKernel
-from nbody_pyg.nn.harmonics import SolidHarmonics
+from nbody_pyg.nn.edges import EdgeFeatures, sum_into
 from nbody_pyg.nn.irreps import (
     ConstantTables,
     coupling_paths,
@@ -30,71 +27,15 @@ from nbody_pyg.nn.irreps import (
     require_reachable,
     row_slices,
 )
-from nbody_pyg.nn.linear import IrrepsLinear
+from nbody_pyg.nn.linear import IrrepsLinear, RowLinear, blockwise_linear
 from nbody_pyg.nn.products import (
     ChannelwiseProduct,
     FullProduct,
     PathLinear,
-    blockwise_linear,
     coupling_table,
     path_row_order,
     table_terms,
 )
-from nbody_pyg.radial import SOFT_LENGTH, soften
-
-
-class EdgeFeatures(NamedTuple):
-    """What gates need to know of a set of edges.
-
-    ==============  =====================================================================
-    field           shape
-    ==============  =====================================================================
-    index           (2, edges): source, target
-    harmonics       (edges, (lmax+1)^2): solid harmonics of the softened direction
-    radial          (edges, num_basis): radial basis times the window of the hierarchy
-    num_targets     number of receiving parts
-    ==============  =====================================================================
-    """
-
-    index: Tensor
-    harmonics: Tensor
-    radial: Tensor
-    num_targets: int
-
-
-class EdgeEmbedding(nn.Module):
-    """Edge vectors and windows to :class:`EdgeFeatures`; gates on the same edges share one.
-
-    Args:
-        lmax: highest degree of the harmonics.
-        radial: basis of functions of the distance (:mod:`nbody_pyg.radial`).
-        symmetry: "o3", "o3-full" or "so3".
-    """
-
-    def __init__(self, lmax: int, radial: nn.Module, symmetry: str = "o3") -> None:
-        super().__init__()
-        self.harmonics = SolidHarmonics(lmax, symmetry)
-        self.radial = radial
-        # A user's own basis need not be known to the compiled backend.
-        known = radial.compiled() if hasattr(radial, "compiled") else None
-        self.kernel = FeatureKernel(self.harmonics.polynomials(), soft=SOFT_LENGTH, **known) if known else None
-
-    def forward(
-        self,
-        index: Int[Tensor, "2 edges"],
-        vec: Float[Tensor, "edges 3"],
-        window: Float[Tensor, "edges"],
-        num_targets: int,
-    ) -> EdgeFeatures:
-        if self.kernel is not None and backend(vec) == "c":
-            return EdgeFeatures(index, *self.kernel(vec, window), num_targets)
-        direction, rho = soften(vec)
-        return EdgeFeatures(index, self.harmonics(direction), self.radial(rho) * window.unsqueeze(-1), num_targets)
-
-
-def sum_into(messages: Float[Tensor, "edges *shape"], target: Int[Tensor, "edges"], num_targets: int) -> Tensor:
-    """Sum messages at their targets; index_add has derivatives of every order, segment reductions do not."""
-    return messages.new_zeros(num_targets, *messages.shape[1:]).index_add(0, target, messages)
 
 
 class DensityGate(nn.Module):
@@ -292,41 +233,6 @@ class ProductGate(nn.Module):
             last = product is self.products[-1]
             result = result + (power if last else power[:, self._keep])
         return result
-
-
-class RowLinear(nn.Module):
-    """W^l on states of one multiplicity, (nodes, rows_in, channels) to (nodes, rows_out, channels_out).
-
-    The same map as :class:`~nbody_pyg.nn.linear.IrrepsLinear`, on the three-dimensional view that the gates use.
-    """
-
-    def __init__(self, irreps_in: o3.Irreps, irreps_out: o3.Irreps) -> None:
-        super().__init__()
-        self.irreps_in, self.irreps_out = o3.Irreps(irreps_in), o3.Irreps(irreps_out)
-        require_reachable(self.irreps_out, {ir for _, ir in self.irreps_in}, f"the linear map of {irreps_in}")
-        channels, channels_out = equal_multiplicity(self.irreps_in), equal_multiplicity(self.irreps_out)
-        starts, start = {}, 0
-        for _, ir in self.irreps_in:
-            if ir in starts:
-                raise ValueError(
-                    f"irreps_in must hold each fragment in one block, got {self.irreps_in}; use IrrepsLinear"
-                )
-            starts[ir] = start
-            start += ir.dim
-        blocks, row_out = [], 0
-        for _, ir in self.irreps_out:
-            blocks.append(Block(starts[ir], row_out, ir.dim, channels, channels_out))
-            row_out += ir.dim
-        self.weights = nn.ParameterList(
-            nn.Parameter(torch.randn(channels, channels_out) * channels**-0.5) for _ in blocks
-        )
-        self.kernel = LinearKernel(blocks, start, channels, row_out, channels_out)
-
-    def forward(self, x: Float[Tensor, "nodes rows_in channels"]) -> Float[Tensor, "nodes rows_out channels_out"]:
-        return blockwise_linear(self.kernel, x, *self.weights)
-
-    def extra_repr(self) -> str:
-        return f"{self.irreps_in} -> {self.irreps_out}"
 
 
 class PairGate(nn.Module):

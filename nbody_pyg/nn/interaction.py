@@ -9,7 +9,9 @@ from e3nn import o3
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from nbody_pyg.nn.gates import DensityGate, EdgeFeatures, OneBodyGate, ProductGate, RowLinear
+from nbody_pyg.nn.edges import EdgeFeatures
+from nbody_pyg.nn.gates import DensityGate, OneBodyGate, ProductGate
+from nbody_pyg.nn.linear import RowLinear
 
 
 class SpeciesScale(nn.Module):

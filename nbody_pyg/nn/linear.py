@@ -1,4 +1,4 @@
-"""The covariant linear map of Proposition 1."""
+"""The covariant linear map of Proposition 1, for any type and for the states of one multiplicity inside the network."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from e3nn import o3
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from nbody_pyg.nn.irreps import require_reachable
+from nbody_pyg.kernels.backend import backend
+from nbody_pyg.kernels.linear import Block, LinearKernel
+from nbody_pyg.nn.irreps import equal_multiplicity, require_reachable
 
 
 class IrrepsLinear(nn.Module):
@@ -70,3 +72,57 @@ class IrrepsLinear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.irreps_in} -> {self.irreps_out}"
+
+
+class RowLinear(nn.Module):
+    """W^l on states of one multiplicity, (nodes, rows_in, channels) to (nodes, rows_out, channels_out).
+
+    The same map as :class:`~nbody_pyg.nn.linear.IrrepsLinear`, on the three-dimensional view that the gates use.
+    """
+
+    def __init__(self, irreps_in: o3.Irreps, irreps_out: o3.Irreps) -> None:
+        super().__init__()
+        self.irreps_in, self.irreps_out = o3.Irreps(irreps_in), o3.Irreps(irreps_out)
+        require_reachable(self.irreps_out, {ir for _, ir in self.irreps_in}, f"the linear map of {irreps_in}")
+        channels, channels_out = equal_multiplicity(self.irreps_in), equal_multiplicity(self.irreps_out)
+        starts, start = {}, 0
+        for _, ir in self.irreps_in:
+            if ir in starts:
+                raise ValueError(
+                    f"irreps_in must hold each fragment in one block, got {self.irreps_in}; use IrrepsLinear"
+                )
+            starts[ir] = start
+            start += ir.dim
+        blocks, row_out = [], 0
+        for _, ir in self.irreps_out:
+            blocks.append(Block(starts[ir], row_out, ir.dim, channels, channels_out))
+            row_out += ir.dim
+        self.weights = nn.ParameterList(
+            nn.Parameter(torch.randn(channels, channels_out) * channels**-0.5) for _ in blocks
+        )
+        self.kernel = LinearKernel(blocks, start, channels, row_out, channels_out)
+
+    def forward(self, x: Float[Tensor, "nodes rows_in channels"]) -> Float[Tensor, "nodes rows_out channels_out"]:
+        return blockwise_linear(self.kernel, x, *self.weights)
+
+    def extra_repr(self) -> str:
+        return f"{self.irreps_in} -> {self.irreps_out}"
+
+
+def blockwise_linear(
+    kernel: LinearKernel, x: Float[Tensor, "nodes rows_in channels"], *weights: Tensor
+) -> Float[Tensor, "nodes rows_out channels_out"]:
+    """Multiply each block of rows by its own matrix, on the backend of the day; rows of no block become zero."""
+    if backend(x) == "c":
+        return kernel(x, *weights)
+    nodes, channels = x.shape[0], x.shape[2]
+    pieces, row = [], 0
+    for block, weight in zip(kernel.blocks, weights, strict=True):
+        if block.row_out > row:
+            pieces.append(x.new_zeros(nodes, block.row_out - row, kernel.shape_out[1]))
+        rows = x[:, block.row_in : block.row_in + block.dim * (block.size_in // channels)]
+        pieces.append(rows.reshape(nodes, block.dim, block.size_in) @ weight)
+        row = block.row_out + block.dim
+    if row < kernel.shape_out[0]:
+        pieces.append(x.new_zeros(nodes, kernel.shape_out[0] - row, kernel.shape_out[1]))
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)

@@ -27,6 +27,7 @@ from nbody_pyg.nn.irreps import (
     num_rows,
     row_slices,
 )
+from nbody_pyg.nn.linear import blockwise_linear
 
 
 class ChannelwiseProduct(ConstantTables):
@@ -111,25 +112,6 @@ class PathLinear(nn.Module):
 
     def forward(self, x: Float[Tensor, "nodes path_rows channels"]) -> Float[Tensor, "nodes rows channels_out"]:
         return blockwise_linear(self.kernel, x, *self.weights)
-
-
-def blockwise_linear(
-    kernel: LinearKernel, x: Float[Tensor, "nodes rows_in channels"], *weights: Tensor
-) -> Float[Tensor, "nodes rows_out channels_out"]:
-    """Multiply each block of rows by its own matrix, on the backend of the day; rows of no block become zero."""
-    if backend(x) == "c":
-        return kernel(x, *weights)
-    nodes, channels = x.shape[0], x.shape[2]
-    pieces, row = [], 0
-    for block, weight in zip(kernel.blocks, weights, strict=True):
-        if block.row_out > row:
-            pieces.append(x.new_zeros(nodes, block.row_out - row, kernel.shape_out[1]))
-        rows = x[:, block.row_in : block.row_in + block.dim * (block.size_in // channels)]
-        pieces.append(rows.reshape(nodes, block.dim, block.size_in) @ weight)
-        row = block.row_out + block.dim
-    if row < kernel.shape_out[0]:
-        pieces.append(x.new_zeros(nodes, kernel.shape_out[0] - row, kernel.shape_out[1]))
-    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
 
 
 def path_row_order(paths: list[Path]) -> list[tuple[int, int]]:

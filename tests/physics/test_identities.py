@@ -13,7 +13,8 @@ import torch
 from e3nn import o3
 
 from nbody_pyg.kernels import available_backends, set_backend
-from nbody_pyg.nn.gates import EdgeFeatures, OneBodyGate, PairGate
+from nbody_pyg.nn.edges import EdgeFeatures
+from nbody_pyg.nn.gates import OneBodyGate, PairGate
 from nbody_pyg.nn.harmonics import SolidHarmonics
 
 EXACT = {"rtol": 0, "atol": 1e-12}

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nbody_pyg import BondTree, NBodyNet, NestedShells
-from nbody_pyg.nn.gates import EdgeEmbedding, OneBodyGate
+from nbody_pyg.nn.edges import EdgeEmbedding
+from nbody_pyg.nn.gates import OneBodyGate
 from nbody_pyg.nn.irreps import from_mul_ir, hidden_irreps, num_rows, to_mul_ir
 from nbody_pyg.nn.linear import IrrepsLinear
 from nbody_pyg.nn.products import FullProduct

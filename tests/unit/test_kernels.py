@@ -15,9 +15,11 @@ from nbody_pyg import NBodyNet, NestedShells
 from nbody_pyg.kernels import available_backends, backend, build, set_backend
 from nbody_pyg.kernels.linear import Block, LinearKernel
 from nbody_pyg.kernels.scope import skip_weight_gradients
-from nbody_pyg.nn.gates import DensityGate, EdgeEmbedding, EdgeFeatures, OneBodyGate, ProductGate, RowLinear
+from nbody_pyg.nn.edges import EdgeEmbedding, EdgeFeatures
+from nbody_pyg.nn.gates import DensityGate, OneBodyGate, ProductGate
 from nbody_pyg.nn.irreps import hidden_irreps, num_rows
-from nbody_pyg.nn.products import ChannelwiseProduct, blockwise_linear
+from nbody_pyg.nn.linear import RowLinear, blockwise_linear
+from nbody_pyg.nn.products import ChannelwiseProduct
 from nbody_pyg.radial import BesselBasis, InversePowers
 
 needs_c = pytest.mark.skipif(build.compiler() is None, reason="no C compiler")

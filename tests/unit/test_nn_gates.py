@@ -11,15 +11,13 @@ import torch
 from e3nn import o3
 
 from nbody_pyg.kernels import available_backends, set_backend
+from nbody_pyg.nn.edges import EdgeEmbedding, EdgeFeatures, sum_into
 from nbody_pyg.nn.gates import (
     DensityGate,
-    EdgeEmbedding,
-    EdgeFeatures,
     FullGate,
     OneBodyGate,
     PairGate,
     ProductGate,
-    sum_into,
 )
 from nbody_pyg.nn.irreps import hidden_irreps, num_rows, row_slices, to_mul_ir
 from nbody_pyg.radial import InversePowers

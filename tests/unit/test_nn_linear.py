@@ -6,9 +6,8 @@ import pytest
 import torch
 from e3nn import o3
 
-from nbody_pyg.nn.gates import RowLinear
 from nbody_pyg.nn.irreps import from_mul_ir, to_mul_ir
-from nbody_pyg.nn.linear import IrrepsLinear
+from nbody_pyg.nn.linear import IrrepsLinear, RowLinear
 
 TYPES = [
     ("3x0e + 2x1o + 1x2e", "2x0e + 4x1o + 3x2e"),

@@ -1,0 +1,67 @@
+"""Features of a set of edges, shared by all gates on it, and the sum over edges."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from nbody_pyg.kernels.backend import backend
+from nbody_pyg.kernels.edges import FeatureKernel
+from nbody_pyg.nn.harmonics import SolidHarmonics
+from nbody_pyg.radial import SOFT_LENGTH, soften
+
+
+class EdgeFeatures(NamedTuple):
+    """What gates need to know of a set of edges.
+
+    ==============  =====================================================================
+    field           shape
+    ==============  =====================================================================
+    index           (2, edges): source, target
+    harmonics       (edges, (lmax+1)^2): solid harmonics of the softened direction
+    radial          (edges, num_basis): radial basis times the window of the hierarchy
+    num_targets     number of receiving parts
+    ==============  =====================================================================
+    """
+
+    index: Tensor
+    harmonics: Tensor
+    radial: Tensor
+    num_targets: int
+
+
+class EdgeEmbedding(nn.Module):
+    """Edge vectors and windows to :class:`EdgeFeatures`; gates on the same edges share one.
+
+    Args:
+        lmax: highest degree of the harmonics.
+        radial: basis of functions of the distance (:mod:`nbody_pyg.radial`).
+        symmetry: "o3", "o3-full" or "so3".
+    """
+
+    def __init__(self, lmax: int, radial: nn.Module, symmetry: str = "o3") -> None:
+        super().__init__()
+        self.harmonics = SolidHarmonics(lmax, symmetry)
+        self.radial = radial
+        # A user's own basis need not be known to the compiled backend.
+        known = radial.compiled() if hasattr(radial, "compiled") else None
+        self.kernel = FeatureKernel(self.harmonics.polynomials(), soft=SOFT_LENGTH, **known) if known else None
+
+    def forward(
+        self,
+        index: Int[Tensor, "2 edges"],
+        vec: Float[Tensor, "edges 3"],
+        window: Float[Tensor, "edges"],
+        num_targets: int,
+    ) -> EdgeFeatures:
+        if self.kernel is not None and backend(vec) == "c":
+            return EdgeFeatures(index, *self.kernel(vec, window), num_targets)
+        direction, rho = soften(vec)
+        return EdgeFeatures(index, self.harmonics(direction), self.radial(rho) * window.unsqueeze(-1), num_targets)
+
+
+def sum_into(messages: Float[Tensor, "edges *shape"], target: Int[Tensor, "edges"], num_targets: int) -> Tensor:
+    """Sum messages at their targets; index_add has derivatives of every order, segment reductions do not."""
+    return messages.new_zeros(num_targets, *messages.shape[1:]).index_add(0, target, messages)
