@@ -258,8 +258,10 @@ class NBodyNet(nn.Module):
 
     def states(self, hierarchy: Hierarchy) -> dict[int, Float[Tensor, "parts rows channels"]]:
         """State of every part, by level; levels that the network does not use are left out."""
-        species = self._species_index(hierarchy.z)
-        features: dict[str, EdgeFeatures] = {}
+        return self._states(hierarchy, self._species_index(hierarchy.z))
+
+    def _states(self, hierarchy: Hierarchy, species: Int[Tensor, " atoms"]) -> dict[int, Tensor]:
+        features: dict[tuple, EdgeFeatures] = {}
         states: dict[int, Tensor] = {}
         for step, interaction in zip(self.steps, self.interactions, strict=True):
             edges = self._edges(step, hierarchy, features)
@@ -289,29 +291,33 @@ class NBodyNet(nn.Module):
         return [(self._types[k], to_mul_ir(x.flatten(1), self._types[k])) for k, x in sorted(states.items())]
 
     def _values(self, hierarchy: Hierarchy) -> dict[int, Float[Tensor, "parts dim"]]:
-        states = self.states(hierarchy)
+        species = self._species_index(hierarchy.z)
+        states = self._states(hierarchy, species)
         values = {}
         for name, readout in self.readouts.items():
             k = int(name)
             values[k] = readout(states[k]) * hierarchy[k].weight.unsqueeze(-1)
         if self.shift is not None:
-            atoms = self.shift.index_select(0, self._species_index(hierarchy.z))
+            atoms = self.shift.index_select(0, species)
             values[0] = values[0] + atoms if 0 in values else atoms
         return values
 
-    def _edges(self, step: Step, hierarchy: Hierarchy, features: dict[str, EdgeFeatures]) -> EdgeFeatures:
-        """Edge features, computed once per edge set; the way down reverses the edges of the way up."""
-        key = step.edges + ("_down" if step.kind == "down" else "")
+    def _edges(self, step: Step, hierarchy: Hierarchy, features: dict[tuple, EdgeFeatures]) -> EdgeFeatures:
+        """Edge features, computed once per set of edges; the way down reverses the edges of the way up.
+
+        Centred levels of one radius share their edges (the very same tensor), and with them the features.
+        """
+        number = int(step.edges[-1])
+        level, spec = hierarchy[number], self.scheme.levels[number]
+        if step.kind == "pair":
+            index, vec, window, radius = level.pair_index, level.pair_vec, level.pair_weight, spec.pair_radius
+        else:
+            index, vec, window, radius = level.child_index, level.child_vec, level.child_weight, spec.child_radius
+        key = (id(index) if self.scheme.centred else step.edges, radius, step.kind == "down")
         if key not in features:
-            level = hierarchy[int(step.edges[-1])]
-            if step.kind == "pair":
-                index, vec, window = level.pair_index, level.pair_vec, level.pair_weight
-            else:
-                index, vec, window = level.child_index, level.child_vec, level.child_weight
-                if step.kind == "down":
-                    index, vec = index.flip(0), -vec
-            targets = hierarchy[step.level].num_parts
-            features[key] = self.embeddings[step.edges](index, vec, window, targets)
+            if step.kind == "down":
+                index, vec = index.flip(0), -vec
+            features[key] = self.embeddings[step.edges](index, vec, window, hierarchy[step.level].num_parts)
         return features[key]
 
     def _species_index(self, z: Tensor) -> Tensor:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch_geometric.data import Data
 from torch_geometric.data.datapipes import functional_transform
 
 from nbody_pyg.hierarchy.positions import atomic_masses
@@ -83,6 +85,15 @@ class NestedShells(Scheme):
             child_shift=(None, *(shift for _, shift in shells), root_shift),
             periodic=atoms.periodic,
         )
+
+    def read(self, data: Data) -> Topology:
+        """As for every scheme; shells of one radius share one tensor of edges again, as :meth:`topology` made them."""
+        topology = super().read(data)
+        child, shift = list(topology.child_index), list(topology.child_shift)
+        for k in range(2, len(self.radii) + 1):
+            if self.radii[k - 1] == self.radii[k - 2]:
+                child[k], shift[k] = child[k - 1], shift[k - 1]
+        return replace(topology, child_index=tuple(child), child_shift=tuple(shift))
 
     def positions(
         self, topology: Topology, z: Int[Tensor, " atoms"], pos: Float[Tensor, "atoms 3"], cell: Tensor | None

@@ -23,12 +23,14 @@ _FLAGS = (
 )
 
 
-#: Sources longer than this compile with less effort; they are straight lines, so little is lost.
-_LONG = 250_000
+#: Short sources hold loops, which only full effort unrolls into registers; long ones are straight lines already,
+#: and the longest would take minutes.
+_SHORT, _LONG = 30_000, 250_000
 
 
 def _flags(source: str) -> tuple[str, ...]:
-    return ("-O1" if len(source) > _LONG else "-O2", *_FLAGS)
+    effort = "-O3" if len(source) < _SHORT else "-O2" if len(source) < _LONG else "-O1"
+    return (effort, *_FLAGS)
 
 
 @functools.lru_cache(maxsize=1)
