@@ -22,3 +22,17 @@ def check_operands(dtype: torch.dtype, **operands: tuple[Tensor, tuple[int, ...]
             raise ValueError(
                 f"{name} must have shape {list(shape)}, got {list(tensor.shape)}; check the irreps and edges"
             )
+
+
+def check_range(name: str, index: Tensor, size: int) -> None:
+    """Raise unless all entries of an index count something out of ``size``.
+
+    Raises: ValueError: an entry below 0 or not below ``size``.
+    """
+    if index.numel() == 0:
+        return
+    low, high = (int(bound) for bound in torch.aminmax(index))
+    if low < 0 or high >= size:
+        raise ValueError(
+            f"{name} must lie between 0 and {size - 1}, got {low} to {high}; check the edges against the number of parts"
+        )

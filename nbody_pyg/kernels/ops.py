@@ -12,7 +12,7 @@ from nbody_pyg.kernels import codegen
 from nbody_pyg.kernels.codegen import Term
 from nbody_pyg.kernels.derivatives import last_derivative
 from nbody_pyg.kernels.library import Library
-from nbody_pyg.kernels.operands import check_operands
+from nbody_pyg.kernels.operands import check_operands, check_range
 from nbody_pyg.kernels.scope import weight_gradients_skipped
 
 #: A vector holds at most this many channels (64 bytes of float32).
@@ -104,6 +104,8 @@ class OneBodyKernel:
             weight=(weight, (self.basis, self.paths * channels)),
         )
         check_operands(torch.int64, index=(index, (2, edges)))
+        check_range("index[0] (sources)", index[0], x.shape[0])
+        check_range("index[1] (targets)", index[1], num_targets)
         factors = [t.contiguous() for t in (x, harmonics, radial, weight)]
         return _OneBody.apply(*factors, index.contiguous(), num_targets, self)
 
@@ -168,6 +170,7 @@ class DensityKernel:
         edges, (rows, basis) = slot.shape[0], self.shape
         check_operands(radial.dtype, radial=(radial, (edges, basis)), harmonics=(harmonics, (edges, rows)))
         check_operands(torch.int64, slot=(slot, (edges,)))
+        check_range("slot (target * species + species of the source)", slot, num_targets * self.num_species)
         return _Density.apply(harmonics.contiguous(), radial.contiguous(), slot.contiguous(), num_targets, self)
 
 

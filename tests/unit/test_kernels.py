@@ -417,3 +417,19 @@ def test_rows_of_no_block_are_zero(generator):
         assert not out[:, :4].any() and out[:, 4].all()
         (gradient,) = torch.autograd.grad(out.sum(), leaf)
         assert gradient[:, 0].all() and not gradient[:, 1:].any()
+
+
+@needs_c
+@pytest.mark.parametrize(("row", "wrong"), [(0, 7), (0, -1), (1, 5)])
+def test_edges_that_point_nowhere_are_refused(row, wrong):
+    gate = OneBodyGate(hidden_irreps(2, 1), hidden_irreps(2, 1), 1, 2).double()
+    index = torch.randint(0, 5, (2, 6))
+    index[row, 3] = wrong
+    edges = EdgeFeatures(index, torch.randn(6, 4).double(), torch.randn(6, 2).double(), 5)
+    set_backend("c")
+    with pytest.raises(ValueError, match=rf"index\[{row}\].* must lie between 0 and 4, got .*; check the edges"):
+        gate(torch.randn(5, 4, 2).double(), edges)
+    density = DensityGate(3, 2, hidden_irreps(2, 1)).double()
+    if row == 1:
+        with pytest.raises(ValueError, match=r"slot .* must lie between 0 and 14"):
+            density(torch.zeros(5, dtype=torch.long), edges)

@@ -40,8 +40,8 @@ if __name__ == "__main__":
         frames.append(AtomicData(z=torch.tensor([6, 8, 1, 1]), pos=pos, energy=vec.square().sum().reshape(1),
                                  forces=-2 * vec))
     torch.manual_seed(1)
-    settings = TrainingConfig(max_steps=8, batch_size=4 // processes, processes=processes, dtype="float64", optimizer="adam",
-                              validate_every=4, warmup_steps=2, budget_seconds=600)
+    settings = TrainingConfig(max_steps=8, batch_size=4 // processes, processes=processes, dtype="float64",
+                              optimizer="adam", validate_every=4, warmup_steps=2, budget_seconds=600)
     result = fit(Potential(Net()), frames, frames[:4], settings, folder, show_progress=False)
 """
 
