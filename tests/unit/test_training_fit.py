@@ -151,7 +151,7 @@ def test_sigterm_finishes_the_step_and_saves(tmp_path, extra):
 def test_budget_of_cpu_time_ends_the_run_and_drives_the_schedule(tmp_path):
     settings = TrainingConfig(budget_seconds=0.5, **COMMON | {"validate_every": 10})
     result = fit(potential(), frames(), frames(4, seed=1), settings, tmp_path)
-    assert 0.5 <= result.cpu_seconds < 0.7
+    assert 0.5 <= result.cpu_seconds < 2.5  # the step at hand is finished, however slow the machine
     assert result.steps > 10
     rates = [float(row["lr"]) for row in rows(tmp_path, "train")]
     assert max(rates) == pytest.approx(TrainingConfig.lr) and rates[-1] < 5e-4
