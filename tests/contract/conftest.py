@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import ast
 import importlib
+import os
 import pkgutil
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -17,6 +21,29 @@ ROOT = Path(__file__).resolve().parents[2]
 def root() -> Path:
     """The folder of the project."""
     return ROOT
+
+
+@pytest.fixture
+def run_blocks(tmp_path) -> Callable[[list[str]], None]:
+    """Runs the blocks of a page in one namespace, in order, as a reader would type them; skips a page without any."""
+
+    def run(blocks: list[str]) -> None:
+        if not blocks:
+            pytest.skip("no Python on this page")
+        script = tmp_path / "page.py"
+        script.write_text("\n".join(blocks), encoding="utf-8")
+        settings = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "NBODY_SHORT": "1", "MPLBACKEND": "Agg"}
+        done = subprocess.run(
+            [sys.executable, str(script)],
+            cwd=tmp_path,
+            env=os.environ | settings,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+
+    return run
 
 
 @pytest.fixture(scope="session")

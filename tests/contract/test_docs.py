@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -23,22 +20,8 @@ def page(request) -> Path:
     return request.param
 
 
-def test_python_blocks_run(page, tmp_path):
-    blocks = [match["body"] for match in FENCE.finditer(page.read_text(encoding="utf-8"))]
-    if not blocks:
-        pytest.skip("no Python on this page")
-    script = tmp_path / "page.py"
-    script.write_text("\n".join(blocks), encoding="utf-8")
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg"}
-    run = subprocess.run(
-        [sys.executable, str(script)],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert run.returncode == 0, run.stdout + run.stderr
+def test_python_blocks_run(page, run_blocks):
+    run_blocks([match["body"] for match in FENCE.finditer(page.read_text(encoding="utf-8"))])
 
 
 def test_links_lead_somewhere(page):

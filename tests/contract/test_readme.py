@@ -6,10 +6,7 @@ A block of Python that must not run (it needs a download, say) is preceded by a 
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 
 import pytest
 
@@ -59,24 +56,11 @@ def test_relative_links_lead_somewhere(root, readme):
     assert not broken, f"the README links to nothing at {broken}"
 
 
-def test_python_blocks_run(root, readme, tmp_path):
-    blocks = [
-        m["body"]
-        for m in FENCE.finditer(readme)
-        if m["language"] == "python" and not NOT_RUN.search(readme[: m.start()])
-    ]
-    if not blocks:
-        pytest.skip("the README has no Python to run")
-    # One namespace, in order, as a reader would type them
-    script = tmp_path / "readme.py"
-    script.write_text("\n".join(blocks), encoding="utf-8")
-    environment = os.environ | {"PYTHONPATH": str(root), "NBODY_SHORT": "1", "MPLBACKEND": "Agg"}
-    run = subprocess.run(
-        [sys.executable, str(script)],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
+def test_python_blocks_run(readme, run_blocks):
+    run_blocks(
+        [
+            m["body"]
+            for m in FENCE.finditer(readme)
+            if m["language"] == "python" and not NOT_RUN.search(readme[: m.start()])
+        ]
     )
-    assert run.returncode == 0, run.stdout + run.stderr
