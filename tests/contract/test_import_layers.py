@@ -14,6 +14,7 @@ LAYERS = [
     "data",
     "geometry",
     "radial",
+    "multipoles",
     "hierarchy",
     "nn",
     "models",
