@@ -6,6 +6,7 @@ import copy
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from ase import Atoms
 from ase.calculators.calculator import Calculator, PropertyNotImplementedError, all_changes
@@ -14,7 +15,7 @@ from ase.stress import full_3x3_to_voigt_6_stress
 
 from nbody_pyg.deploy.model_file import load_model, read_metadata
 from nbody_pyg.deploy.reference import reference_topology
-from nbody_pyg.hierarchy import Topology
+from nbody_pyg.hierarchy import Topology, TopologyCache
 from nbody_pyg.potential import Potential
 
 _DTYPES = {"float32": torch.float32, "float64": torch.float64}
@@ -33,17 +34,22 @@ class NBodyCalculator(Calculator):
     ``energies``     per atom, where every part of the hierarchy belongs to one atom (NestedShells)
     ===============  ===============================================================================
 
-    Along a trajectory the hierarchy is carried on with ``scheme.update``, which keeps groups of atoms
-    together for schemes with fixed parts (BondTree), so that the energy stays smooth. It is built anew for
-    other elements or periodicity, or when an atom has moved further than ``carry_on`` since the last call:
-    that is another structure, not the next step. :meth:`forget` does so too. A model file that was
-    trained on one molecule brings the hierarchy for it.
+    Along a trajectory the hierarchy is carried on by a :class:`~nbody_pyg.hierarchy.TopologyCache`: neighbour lists
+    with a skin serve many steps, and schemes with fixed parts (BondTree) keep their groups of atoms together,
+    so that the energy stays smooth. The hierarchy is built anew for other elements or periodicity, or when an atom has
+    moved further than ``carry_on`` since the last call: that is another structure, not the next step.
+    :meth:`forget` does so too. A model file that was trained on one molecule brings the hierarchy for it.
+
+    The attribute ``topologies`` is that cache, with counts of its ``calls`` and ``rebuilds``; None for models without a
+    scheme.
 
     Args:
         potential: a Potential, or the path of a model file.
         device: where to compute.
         dtype: "float32" or "float64"; by default that of the model.
         carry_on: displacement (angstrom) up to which a structure counts as the next step of the last one.
+        skin: how much further than needed neighbours are searched (angstrom), to search again only when an atom has
+            moved by half of it. Energies and forces do not depend on it; 0 searches at every step.
     Raises:
         ValueError: an element that the model does not know, or an unknown dtype.
     """
@@ -56,6 +62,7 @@ class NBodyCalculator(Calculator):
         device: torch.device | str = "cpu",
         dtype: str | None = None,
         carry_on: float = 1.0,
+        skin: float = 0.5,
         **kwargs: Any,
     ):
         super().__init__(**kwargs)
@@ -70,15 +77,17 @@ class NBodyCalculator(Calculator):
         self.potential = potential.to(device).eval()
         if dtype is not None:
             self.potential.to(_DTYPES[dtype])
-        self.device, self.carry_on = torch.device(device), carry_on
+        self.device = torch.device(device)
         self.scheme = getattr(self.potential.model, "scheme", None)
-        self._topology: Topology | None = None
-        self._key: Any = None
-        self._last: torch.Tensor | None = None
+        self.topologies = None
+        if self.scheme is not None:
+            self.topologies = TopologyCache(self.scheme, skin, carry_on, self._reference)
+        self._numbers: np.ndarray | None = None
 
     def forget(self) -> None:
         """Build the hierarchy anew at the next call. (ASE's own ``reset`` may be called at every step.)"""
-        self._topology = self._key = self._last = None
+        if self.topologies is not None:
+            self.topologies.forget()
 
     def calculate(
         self,
@@ -88,7 +97,9 @@ class NBodyCalculator(Calculator):
     ) -> None:
         super().calculate(atoms, properties, system_changes)
         atoms = self.atoms
-        self._check_species(atoms)
+        if self._numbers is None or not np.array_equal(atoms.numbers, self._numbers):
+            self._check_species(atoms)
+            self._numbers = atoms.numbers.copy()
         z = torch.as_tensor(atoms.numbers, dtype=torch.long, device=self.device)
         pos = torch.as_tensor(atoms.positions, dtype=torch.float64, device=self.device)
         periodic = bool(atoms.pbc.any())
@@ -98,7 +109,7 @@ class NBodyCalculator(Calculator):
         if periodic:
             cell = torch.as_tensor(atoms.cell.array, dtype=torch.float64, device=self.device).reshape(1, 3, 3)
             pbc = torch.as_tensor(atoms.pbc, device=self.device).reshape(1, 3)
-        topology = None if self.scheme is None else self._carry_on(z, pos, cell, pbc)
+        topology = None if self.topologies is None else self.topologies(z, pos, None, cell, pbc)
         batch = torch.zeros_like(z)
         result = self.potential(
             z, pos, batch, cell=cell, pbc=pbc, topology=topology, compute_stress="stress" in properties
@@ -124,24 +135,10 @@ class NBodyCalculator(Calculator):
                 f"{[chemical_symbols[n] for n in species]} only; train one with these elements"
             )
 
-    def _carry_on(self, z: torch.Tensor, pos: torch.Tensor, cell: Any, pbc: Any) -> Topology:
-        """The topology at these positions: the last one updated, or a new one."""
-        key = (z.tolist(), None if pbc is None else pbc.tolist())
-        follows = (
-            self._topology is not None
-            and key == self._key
-            and float((pos - self._last).norm(dim=1).max()) <= self.carry_on
-        )
-        if follows:
-            self._topology = self.scheme.update(self._topology, z, pos, None, cell, pbc)
-        else:
-            known = None if pbc is not None else reference_topology(self.metadata, self.scheme, z.tolist())
-            if known is None:
-                self._topology = self.scheme.topology(z, pos, None, cell, pbc)
-            else:
-                self._topology = self.scheme.update(known.to(self.device), z, pos)
-        self._key, self._last = key, pos
-        return self._topology
+    def _reference(self, z: torch.Tensor, pbc: torch.Tensor | None) -> Topology | None:
+        """The topology that the model was trained with, where these are the atoms of its one molecule."""
+        found = None if pbc is not None else reference_topology(self.metadata, self.scheme, z.tolist())
+        return None if found is None else found.to(self.device)
 
     def _energies(self, z: Any, pos: Any, batch: Any, cell: Any, topology: Topology | None) -> Any:
         """Contribution of each atom with its E0; they sum to the energy."""

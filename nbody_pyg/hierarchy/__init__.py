@@ -7,6 +7,7 @@ from nbody_pyg.hierarchy.plot import plot_hierarchy
 from nbody_pyg.hierarchy.scheme import LevelSpec, Scheme
 from nbody_pyg.hierarchy.sharing import share_topology
 from nbody_pyg.hierarchy.shells import NestedShells
+from nbody_pyg.hierarchy.skin import TopologyCache
 from nbody_pyg.hierarchy.topology import Topology
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "NestedShells",
     "Scheme",
     "Topology",
+    "TopologyCache",
     "plot_hierarchy",
     "share_topology",
 ]

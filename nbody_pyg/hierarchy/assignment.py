@@ -14,7 +14,7 @@ from torch_geometric.data.datapipes import functional_transform
 
 from nbody_pyg.geometry import complete_cell
 from nbody_pyg.hierarchy.positions import atomic_masses, lattice_vectors, member_positions
-from nbody_pyg.hierarchy.scheme import AtomsInput, LevelSpec, Scheme, check_radius
+from nbody_pyg.hierarchy.scheme import AtomsInput, LevelSpec, Scheme, check_radius, widen_pairs
 from nbody_pyg.hierarchy.topology import Topology, sort_edges
 
 
@@ -163,6 +163,9 @@ class FromAssignment(Scheme):
         if self.parts is None:
             return super().positions(topology, z, pos, cell)
         return member_positions(topology, z, pos, cell)
+
+    def widened(self, skin: float) -> FromAssignment:
+        return widen_pairs(self, skin)
 
     def _labels(self, atoms: AtomsInput, labels: Tensor | None) -> Tensor:
         """Labels [N, L] of all atoms, checked."""

@@ -10,7 +10,7 @@ from torch_geometric.data import Data
 from torch_geometric.data.datapipes import functional_transform
 
 from nbody_pyg.hierarchy.bondgraph import BOND_FACTOR, covalent_bonds, fragment_labels, unwrap
-from nbody_pyg.hierarchy.scheme import AtomsInput, LevelSpec, Scheme, check_radius
+from nbody_pyg.hierarchy.scheme import AtomsInput, LevelSpec, Scheme, check_radius, widen_pairs
 from nbody_pyg.hierarchy.topology import Topology, sort_edges
 
 
@@ -134,6 +134,9 @@ class BondTree(Scheme):
     ) -> Topology:
         """Keep the bonds and the children, recompute pairs (and, in a cell, the images of the children)."""
         return self._placed(topology, AtomsInput.check(z, pos, batch, cell, pbc))
+
+    def widened(self, skin: float) -> BondTree:
+        return widen_pairs(self, skin)
 
     def _placed(self, tree: Topology, atoms: AtomsInput) -> Topology:
         """The same tree at the positions of ``atoms``: lattice images of the children, then pairs."""

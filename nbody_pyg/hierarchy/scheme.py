@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, ClassVar
 
@@ -135,6 +136,18 @@ class Scheme(BaseTransform):
     ) -> Topology:
         """The topology at new positions of the same atoms; where children are fixed, only pairs change."""
         return self.topology(z, pos, batch, cell, pbc)
+
+    def list_radii(self) -> tuple[tuple[float | None, float | None], ...]:
+        """Radii (angstrom) by which the children and the pairs of every level are searched; None where they are not."""
+        return tuple((None, spec.pair_radius) for spec in self.levels)
+
+    def widened(self, skin: float) -> Scheme | None:
+        """A copy whose lists reach further by ``skin`` (angstrom), or None where lists cannot be kept.
+
+        With a copy, :class:`~nbody_pyg.hierarchy.TopologyCache` searches once for many steps of a trajectory. Only
+        schemes whose topology depends on positions through :meth:`list_radii` alone may give one.
+        """
+        return None
 
     def positions(
         self, topology: Topology, z: Int[Tensor, " atoms"], pos: Float[Tensor, "atoms 3"], cell: Tensor | None
@@ -275,6 +288,16 @@ def _subclasses(cls: type) -> list[type]:
 def _plain(value: Any) -> Any:
     """Tuples as lists, the way JSON gives them back."""
     return [_plain(item) for item in value] if isinstance(value, (tuple, list)) else value
+
+
+def widen_pairs(scheme: Scheme, skin: float) -> Scheme:
+    """A copy of a scheme whose pairs reach further by ``skin``; children stay."""
+    wide = copy.copy(scheme)
+    wide.levels = tuple(
+        spec if spec.pair_radius is None else replace(spec, pair_radius=spec.pair_radius + skin)
+        for spec in scheme.levels
+    )
+    return wide
 
 
 def check_radius(name: str, value: float | None, optional: bool = False) -> float | None:

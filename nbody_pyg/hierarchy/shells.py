@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -85,6 +86,14 @@ class NestedShells(Scheme):
             child_shift=(None, *(shift for _, shift in shells), root_shift),
             periodic=atoms.periodic,
         )
+
+    def list_radii(self) -> tuple[tuple[float | None, float | None], ...]:
+        return ((None, None), *((radius, None) for radius in self.radii), (None, None))
+
+    def widened(self, skin: float) -> NestedShells:
+        wide = copy.copy(self)
+        wide.radii = tuple(radius + skin for radius in self.radii)
+        return wide
 
     def read(self, data: Data) -> Topology:
         """As for every scheme; shells of one radius share one tensor of edges again, as :meth:`topology` made them."""

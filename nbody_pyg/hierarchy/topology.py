@@ -134,6 +134,22 @@ class Topology:
         seen = torch.full_like(key, edge.shape[0]).scatter_reduce(0, inverse, order, "amin")
         return members, (shift[row] + own.to(shift.dtype)[edge])[seen]
 
+    def with_edges(
+        self,
+        child_index: tuple[Int[Tensor, "2 _"] | None, ...],
+        pair_index: tuple[Int[Tensor, "2 _"] | None, ...],
+        child_shift: tuple[Float[Tensor, "_ 3"] | None, ...],
+        pair_shift: tuple[Float[Tensor, "_ 3"] | None, ...],
+    ) -> Topology:
+        """The same parts joined by other edges; what follows from the parts alone is not computed again."""
+        columns = (child_index, pair_index, child_shift, pair_shift)
+        other = Topology(self.num_parts, *columns, self.bonds, self.periodic)
+        self.size(0)
+        for level in range(self.num_levels):
+            self.batch(level)
+        other._cache.update({k: v for k, v in self._cache.items() if k == "sizes" or k[0] == "batch"})
+        return other
+
     def to(self, device: torch.device | str) -> Topology:
         """The same topology on another device."""
 

@@ -97,20 +97,20 @@ def test_groups_stay_together_along_a_trajectory(ethanol):
     calculator = NBodyCalculator(Potential(network(BondTree(cutoff=4.0)), E0), dtype="float64")
     ethanol.calc = calculator
     ethanol.get_potential_energy()
-    children = calculator._topology.child_index[1].clone()
+    children = calculator.topologies.topology.child_index[1].clone()
     away = ethanol.positions[8] - ethanol.positions[2]
     for _ in range(8):
         ethanol.positions[8] += 0.4 * away / np.linalg.norm(away)
         followed = ethanol.get_potential_energy()
-        assert torch.equal(calculator._topology.child_index[1], children)
+        assert torch.equal(calculator.topologies.topology.child_index[1], children)
     calculator.results.clear()
     calculator.forget()
     afresh = ethanol.get_potential_energy()
-    assert not torch.equal(calculator._topology.child_index[1], children) and afresh != followed
+    assert not torch.equal(calculator.topologies.topology.child_index[1], children) and afresh != followed
     # A jump is no next step.
     ethanol.positions[8] -= 8 * 0.4 * away / np.linalg.norm(away)
     ethanol.get_potential_energy()
-    assert torch.equal(calculator._topology.child_index[1], children)
+    assert torch.equal(calculator.topologies.topology.child_index[1], children)
 
 
 def test_model_of_one_molecule_brings_its_hierarchy(tmp_path, ethanol):

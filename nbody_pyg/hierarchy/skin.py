@@ -1,0 +1,161 @@
+"""TopologyCache: neighbour lists with a skin, kept from step to step of a trajectory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from nbody_pyg.geometry import complete_cell
+from nbody_pyg.hierarchy.positions import child_vectors
+from nbody_pyg.hierarchy.scheme import Scheme
+from nbody_pyg.hierarchy.topology import Topology
+
+
+class TopologyCache:
+    r"""The topology of a system that moves, searched anew only when it has to be.
+
+    Lists are searched by :math:`R + s` with a skin s. They hold every pair nearer than R for as long as
+
+    .. math:: 2 \max_i |u_i| \le \sigma (R + s) - R, \qquad u_i = r_i - r^0_i F, \quad F = C_0^{-1} C,
+              \quad \sigma = \min(1, \sigma_\mathrm{min}(F))
+
+    where :math:`r^0, C_0` are positions and cell of the search and R the largest radius: without a change of the
+    cell, until an atom has moved by s/2. Centres of parts are means of atoms, so they move no further. Of a kept list
+    each call returns the edges within R, in the order of a search, by one comparison of lengths: results are those
+    of a search at every step, to round-off.
+
+    ======================  ==================================================================================
+    since the last call     what happens
+    ======================  ==================================================================================
+    atoms within the skin   the kept lists are used
+    further                 lists are searched again; parts stay (:meth:`Scheme.update`)
+    beyond ``carry_on``     another structure, not the next step: everything anew (:meth:`Scheme.topology`)
+    other atoms or pbc      likewise
+    ======================  ==================================================================================
+
+    Schemes that cannot widen their lists (:meth:`Scheme.widened` gives None) are updated at every call.
+
+    Args:
+        scheme: whose topology is wanted.
+        skin: s, angstrom; 0 searches at every call.
+        carry_on: displacement (angstrom) between calls up to which a structure counts as the next step.
+        start: called with ``z`` and ``pbc`` where everything is built anew: parts to begin with in place of those
+            that the scheme would find, or None.
+
+    The attributes ``calls`` and ``rebuilds`` count calls and searches; ``topology`` is what the last call returned.
+
+    Smoothness: that of the scheme. Cost: O(edges) for a kept list.
+    Raises: ValueError: ``skin`` or ``carry_on`` is negative or not finite.
+    """
+
+    def __init__(
+        self,
+        scheme: Scheme,
+        skin: float = 0.5,
+        carry_on: float = 1.0,
+        start: Callable[[Tensor, Tensor | None], Topology | None] | None = None,
+    ) -> None:
+        for name, value in (("skin", skin), ("carry_on", carry_on)):
+            if not 0 <= value < float("inf"):
+                raise ValueError(f"{name} must be a length in angstrom, 0 or above, got {value!r}; try 0.5")
+        self.scheme, self.skin, self.carry_on, self._start = scheme, float(skin), float(carry_on), start
+        self._wide = scheme.widened(self.skin) if self.skin > 0 else None
+        radii = [radius for pair in scheme.list_radii() for radius in pair if radius is not None]
+        self._reach = max(radii, default=0.0)
+        self.rebuilds = self.calls = 0
+        self.forget()
+
+    def forget(self) -> None:
+        """Build everything anew at the next call."""
+        self.topology: Topology | None = None
+        self._kept: Topology | None = None
+        self._identity: tuple[Tensor | None, ...] = ()
+        self._origin: tuple[Tensor, Tensor | None] | None = None
+        self._last: Tensor | None = None
+
+    def __call__(
+        self,
+        z: Int[Tensor, " atoms"],
+        pos: Float[Tensor, "atoms 3"],
+        batch: Int[Tensor, " atoms"] | None = None,
+        cell: Float[Tensor, "graphs 3 3"] | None = None,
+        pbc: Tensor | None = None,
+    ) -> Topology:
+        """The topology at these positions; arguments as for :meth:`Scheme.topology`."""
+        pos = pos.detach()
+        cell = None if cell is None else cell.detach().reshape(-1, 3, 3)
+        self.calls += 1
+        identity = (z, batch, pbc)
+        known = self._kept is not None and all(map(_same, identity, self._identity))
+        follows = known and _longest(pos - self._last) <= self.carry_on
+        if not (follows and self._wide is not None and self._within(pos, cell, pbc)):
+            self._search(follows, z, pos, batch, cell, pbc)
+            # Copies: the caller may go on to change its tensors in place
+            self._identity = tuple(None if t is None else t.clone() for t in identity)
+            self._origin = (pos.clone(), None if cell is None else cell.clone())
+        self._last = pos.clone()
+        self.topology = self._kept if self._wide is None else narrow(self._kept, self.scheme, z, pos, cell)
+        return self.topology
+
+    def _search(self, follows: bool, z: Tensor, pos: Tensor, batch: Any, cell: Any, pbc: Any) -> None:
+        """Search lists anew, for the parts as they are if this is the next step of the same structure."""
+        self.rebuilds += 1
+        scheme = self._wide or self.scheme
+        parts = self._kept if follows else None
+        if parts is None and self._start is not None:
+            parts = self._start(z, pbc)
+        if parts is None:
+            self._kept = scheme.topology(z, pos, batch, cell, pbc)
+        else:
+            self._kept = scheme.update(parts, z, pos, batch, cell, pbc)
+
+    def _within(self, pos: Tensor, cell: Tensor | None, pbc: Tensor | None) -> bool:
+        """Whether the kept lists still hold every edge."""
+        before, old_cell = self._origin
+        if pbc is None or cell is None or torch.equal(cell, old_cell):
+            return 2.0 * _longest(pos - before) <= self.skin
+        periodic = pbc.reshape(-1, 3)
+        new, old = complete_cell(cell, periodic), complete_cell(old_cell, periodic)
+        deformation = torch.linalg.solve(old, new)
+        moved = torch.bmm(before.double().unsqueeze(1), deformation[self._kept.batch(0)]).squeeze(1)
+        shrunk = min(1.0, float(torch.linalg.svdvals(deformation).min()))
+        return 2.0 * _longest(pos - moved) <= shrunk * (self._reach + self.skin) - self._reach
+
+
+def narrow(
+    wide: Topology, scheme: Scheme, z: Int[Tensor, " atoms"], pos: Float[Tensor, "atoms 3"], cell: Tensor | None
+) -> Topology:
+    """``wide``, made by a widened copy of ``scheme``, without the edges beyond the radii of ``scheme``."""
+    with torch.no_grad():
+        centres = scheme.positions(wide, z, pos, cell)
+        lists: dict[str, list[tuple[Tensor | None, Tensor | None]]] = {"child": [], "pair": []}
+        done: dict[tuple, tuple[Tensor, Tensor | None]] = {}
+        for k, radii in enumerate(scheme.list_radii()):
+            for kind, radius in zip(lists, radii, strict=True):
+                index, shift = getattr(wide, f"{kind}_index")[k], getattr(wide, f"{kind}_shift")[k]
+                if radius is None or index is None:
+                    lists[kind].append((index, shift))
+                    continue
+                ends = centres[k - 1 if kind == "child" else k], centres[k]
+                # Centred levels share one list, and must go on sharing it: their features are computed once.
+                key = (id(index), radius, *map(id, ends))
+                if key not in done:
+                    vec = child_vectors(*ends, index, shift, cell, wide.batch(k))
+                    near = ((vec * vec).sum(dim=1) < radius * radius).nonzero().squeeze(1)
+                    done[key] = (index.index_select(1, near), None if shift is None else shift.index_select(0, near))
+                lists[kind].append(done[key])
+    (child, child_shift), (pair, pair_shift) = (zip(*lists[kind], strict=True) for kind in ("child", "pair"))
+    return wide.with_edges(child, pair, child_shift, pair_shift)
+
+
+def _same(a: Tensor | None, b: Tensor | None) -> bool:
+    return a is b if a is None or b is None else a.shape == b.shape and torch.equal(a, b)
+
+
+def _longest(vec: Tensor) -> float:
+    """Length of the longest row; 0 where there is none."""
+    return float((vec * vec).sum(dim=1).max()) ** 0.5 if len(vec) else 0.0
