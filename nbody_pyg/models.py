@@ -223,12 +223,13 @@ class NBodyNet(nn.Module):
         A ``Data`` or ``Batch`` may stand in the first place. The topology is read off the data where a
         transform has stored it, and built otherwise.
         """
-        hierarchy = self.hierarchy(z, pos, batch, cell=cell, pbc=pbc, topology=topology)
-        values = self._values(hierarchy)
+        return self.total(self.hierarchy(z, pos, batch, cell=cell, pbc=pbc, topology=topology))
+
+    def total(self, hierarchy: Hierarchy) -> Float[Tensor, "graphs *dim"]:
+        """Value of each system of a hierarchy: the sum of those of its parts."""
         total = 0
-        for k, value in values.items():
-            level = hierarchy[k]
-            total = total + sum_into(value, level.batch, hierarchy.num_graphs)
+        for k, value in self.values(hierarchy).items():
+            total = total + sum_into(value, hierarchy[k].batch, hierarchy.num_graphs)
         return total.squeeze(-1) if self.irreps_out.dim == 1 else total
 
     def hierarchy(
@@ -283,14 +284,15 @@ class NBodyNet(nn.Module):
 
     def energies(self, hierarchy: Hierarchy) -> dict[int, Float[Tensor, "parts"]]:
         """Contribution of every part of every level to a scalar target; they sum to the value exactly."""
-        return {k: value.squeeze(-1) for k, value in self._values(hierarchy).items()}
+        return {k: value.squeeze(-1) for k, value in self.values(hierarchy).items()}
 
     def representations(self, data: Data) -> list[tuple[o3.Irreps, Tensor]]:
         """(type, states in e3nn's mul_ir layout) of every level in use, for tests of covariance."""
         states = self.states(self.hierarchy(data))
         return [(self._types[k], to_mul_ir(x.flatten(1), self._types[k])) for k, x in sorted(states.items())]
 
-    def _values(self, hierarchy: Hierarchy) -> dict[int, Float[Tensor, "parts dim"]]:
+    def values(self, hierarchy: Hierarchy) -> dict[int, Float[Tensor, "parts dim"]]:
+        """Value of every part of every level that has a readout, of type ``irreps_out``, weighted by g."""
         species = self._species_index(hierarchy.z)
         states = self._states(hierarchy, species)
         values = {}

@@ -164,15 +164,21 @@ class OneBodyGate(ConstantTables):
         self, x: Float[Tensor, "sources rows_in channels"], edges: EdgeFeatures
     ) -> Float[Tensor, "targets rows_out channels_out"]:
         source, target = edges.index
-        num_edges = source.shape[0]
-        harmonics = edges.harmonics[:, : self.num_harmonics]
-        weight = self.radial_weight * self.scale
         if backend(x) == "c" and not self.kernel.library.too_long:
+            harmonics, weight = edges.harmonics[:, : self.num_harmonics], self.radial_weight * self.scale
             return self.mix(self.kernel(x, harmonics, edges.radial, weight, edges.index, edges.num_targets))
-        radial = (edges.radial @ weight).view(num_edges, len(self.paths), self.channels)
-        matrices = (harmonics @ self.coupling).view(num_edges, self.path_of_row.shape[0], self.rows_in)
-        messages = torch.bmm(matrices, x.index_select(0, source)) * radial.index_select(1, self.path_of_row)
+        messages = self.messages(x.index_select(0, source), edges.harmonics, edges.radial)
         return self.mix(sum_into(messages, target, edges.num_targets))
+
+    def messages(
+        self, x: Float[Tensor, "edges rows_in channels"], harmonics: Tensor, radial: Tensor
+    ) -> Float[Tensor, "edges path_rows channels"]:
+        """What each edge carries, from the state of its source; W^l (``mix``) follows after the sum."""
+        num_edges = x.shape[0]
+        radial = (radial @ (self.radial_weight * self.scale)).view(num_edges, len(self.paths), self.channels)
+        matrices = harmonics[:, : self.num_harmonics] @ self.coupling
+        matrices = matrices.view(num_edges, self.path_of_row.shape[0], self.rows_in)
+        return torch.bmm(matrices, x) * radial.index_select(1, self.path_of_row)
 
     def extra_repr(self) -> str:
         return f"{self.irreps_in} -> {self.irreps_out}, order={self.order}, {len(self.paths)} paths"

@@ -18,6 +18,7 @@ LAYERS = [
     "hierarchy",
     "nn",
     "models",
+    "explain",
     "potential",
     "datasets",
     "training",

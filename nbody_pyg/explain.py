@@ -1,0 +1,122 @@
+"""Explanations: which atoms, parts and memberships a network's value rests on, by ``torch_geometric.explain``."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor, nn
+from torch_geometric.data import Data
+from torch_geometric.nn import MessagePassing
+
+from nbody_pyg.hierarchy import Hierarchy, Level
+from nbody_pyg.models import NBodyNet
+
+
+class Membership(MessagePassing):
+    """The weights of one set of edges of a hierarchy, as something that an explainer may mask."""
+
+    def __init__(self) -> None:
+        super().__init__(aggr="sum", node_dim=0)
+
+    def forward(self, weight: Tensor, part: slice) -> Tensor:
+        """The weights of the edges, ``part`` of all that the explainer knows."""
+        mask = self._edge_mask
+        if not self.explain or mask is None:
+            return weight
+        mask = mask[part]
+        return weight * (mask.sigmoid() if self._apply_sigmoid else mask)
+
+
+class ExplainableNet(nn.Module):
+    r"""An :class:`~nbody_pyg.models.NBodyNet` in the form that ``torch_geometric.explain.Explainer`` takes.
+
+    The whole hierarchy is one graph: its nodes are the parts of all levels, atoms first, its edges all child
+    and pair edges. A node has one feature, its existence weight g, an edge its membership or window:
+
+    .. math:: g_i \leftarrow x_i\, g_i, \qquad p_{cP} \leftarrow m_{cP}\, x_c\, p_{cP}, \qquad
+              w_{ji} \leftarrow m_{ji}\, x_j\, w_{ji}
+
+    so that a node mask says how much a part counts, and an edge mask how much a part counts *for another*.
+    With x = 1 and no mask the value is that of the network.
+
+    Args:
+        model: the network; a Potential's is ``potential.model``.
+
+    Raises: TypeError: another model; ValueError: in forward, ``x`` or ``edge_index`` of another hierarchy.
+
+    Example: see ``docs/pyg.md``.
+    """
+
+    def __init__(self, model: NBodyNet) -> None:
+        super().__init__()
+        if not isinstance(model, NBodyNet):
+            raise TypeError(
+                f"model must be an NBodyNet, got {type(model).__name__}; give Explainer other models as such"
+            )
+        self.model = model
+        self.memberships = nn.ModuleDict()
+        for k, spec in enumerate(model.scheme.levels):
+            if k > 0:
+                self.memberships[f"child_{k}"] = Membership()
+            if spec.pair_radius is not None:
+                self.memberships[f"pair_{k}"] = Membership()
+
+    def graph(self, data: Data) -> tuple[Tensor, Tensor]:
+        """Node features (all one) and edges of the whole hierarchy of ``data``, for ``Explainer.__call__``."""
+        hierarchy = self.model.hierarchy(data)
+        edges = [index for _, _, index in _edge_sets(hierarchy)]
+        return hierarchy[0].pos.new_ones(sum(level.num_parts for level in hierarchy), 1), torch.cat(edges, dim=1)
+
+    def parts(self, data: Data) -> Tensor:
+        """Level of each node of :meth:`graph`."""
+        sizes = torch.tensor([level.num_parts for level in self.model.hierarchy(data)])
+        return torch.repeat_interleave(torch.arange(len(sizes)), sizes)
+
+    def forward(self, x: Tensor, edge_index: Tensor, data: Data) -> Tensor:
+        """Value of each graph, (graphs, dim)."""
+        hierarchy = self.model.hierarchy(data)
+        num_nodes, num_edges = sum(level.num_parts for level in hierarchy), 0
+        offsets = _offsets(hierarchy)
+        changed: list[dict[str, Tensor]] = [
+            {"weight": level.weight * x[offsets[k] : offsets[k] + level.num_parts, 0]}
+            for k, level in enumerate(hierarchy)
+        ]
+        for name, k, index in _edge_sets(hierarchy):
+            kind = name.split("_")[0]
+            part = slice(num_edges, num_edges + index.shape[1])
+            num_edges = part.stop
+            weight = getattr(hierarchy[k], f"{kind}_weight") * x[index[0], 0]
+            changed[k][f"{kind}_weight"] = self.memberships[name](weight, part)
+            # A tensor of its own: shells of one radius share edges, and with them features, but not masks.
+            changed[k][f"{kind}_index"] = getattr(hierarchy[k], f"{kind}_index").clone()
+        if x.shape[0] != num_nodes or edge_index.shape[1] != num_edges:
+            raise ValueError(
+                f"x and edge_index must be those of graph(data): {num_nodes} nodes and {num_edges} edges, "
+                f"got {x.shape[0]} and {edge_index.shape[1]}"
+            )
+        levels: tuple[Level, ...] = tuple(
+            dataclasses.replace(level, **new) for level, new in zip(hierarchy, changed, strict=True)
+        )
+        total = self.model.total(Hierarchy(levels, hierarchy.z, hierarchy.num_graphs))
+        return total.reshape(hierarchy.num_graphs, -1)
+
+
+def _offsets(hierarchy: Hierarchy) -> list[int]:
+    """Number of the first node of each level."""
+    starts = [0]
+    for level in hierarchy:
+        starts.append(starts[-1] + level.num_parts)
+    return starts
+
+
+def _edge_sets(hierarchy: Hierarchy) -> list[tuple[str, int, Tensor]]:
+    """(name, level, edges between nodes of the whole graph) of every set of edges, in one order."""
+    start, sets = _offsets(hierarchy), []
+    for k, level in enumerate(hierarchy):
+        if level.child_index is not None:
+            shift = level.child_index.new_tensor([[start[k - 1]], [start[k]]])
+            sets.append((f"child_{k}", k, level.child_index + shift))
+        if level.pair_index is not None:
+            sets.append((f"pair_{k}", k, level.pair_index + start[k]))
+    return sets
