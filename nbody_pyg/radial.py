@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from nbody_pyg.geometry import safe_norm
 from nbody_pyg.kernels.backend import backend
 from nbody_pyg.kernels.edges import compiled_window
+from nbody_pyg.kernels.gpu.features import gpu_window
 
 #: Length (angstrom) below which distances are softened, see :func:`soften`.
 SOFT_LENGTH = 0.5
@@ -43,8 +44,9 @@ def smooth_cutoff(r: Float[Tensor, "edges"], cutoff: float) -> Float[Tensor, "ed
 
 def vector_window(vec: Float[Tensor, "edges 3"], cutoff: float) -> Float[Tensor, "edges"]:
     """:func:`smooth_cutoff` of the length of some vectors, in one step where a compiled backend runs."""
-    if backend(vec) == "c":
-        return compiled_window(vec, cutoff)
+    which = backend(vec)
+    if which != "torch":
+        return (compiled_window if which == "c" else gpu_window)(vec, cutoff)
     return smooth_cutoff(safe_norm(vec), cutoff)
 
 

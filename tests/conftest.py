@@ -20,6 +20,9 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
+# Without a GPU its kernels run in Triton's interpreter, which has to be switched on before anything imports Triton
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # Derandomised: a failure is the same failure tomorrow. No deadline: the machine may be busy.
 hypothesis.settings.register_profile(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 
+import torch
 from ase.data import chemical_symbols
 
 from nbody_pyg.cli.tables import error_table, table
@@ -58,10 +59,14 @@ def info(args: argparse.Namespace) -> int:
 
 
 def _products() -> str:
-    """Which implementation of the products would run on this machine's CPU, and why."""
+    """Which implementation of the products would run on this machine's CPU and GPU, and why."""
     if backend() == "c":
-        return f"c (compiled once with {compiler()}, kept in {cache_folder()})"
-    return "torch" if compiler() else "torch (no C compiler found; with one, training is several times faster)"
+        text = f"c (compiled once with {compiler()}, kept in {cache_folder()})"
+    else:
+        text = backend() if compiler() else "torch (no C compiler found; with one, training is several times faster)"
+    if torch.cuda.is_available():
+        text += f"; on the GPU {backend(torch.empty(0, device='cuda'))}"
+    return text
 
 
 def _short(value: object) -> str:

@@ -122,12 +122,14 @@ void window_double(int64_t E, double cutoff, const real* v, const real* g, const
 """
 
 
-def _monomial(exponents: tuple[int, int, int]) -> str:
+def monomial(exponents: tuple[int, int, int]) -> str:
+    """Text of a product of powers of x, y, z."""
     factors = [name for name, power in zip("xyz", exponents, strict=True) for _ in range(power)]
     return " * ".join(factors) or "1"
 
 
-def _derivative(polynomial: Polynomial, axis: int) -> Polynomial:
+def derivative(polynomial: Polynomial, axis: int) -> Polynomial:
+    """Derivative by x (0), y (1) or z (2)."""
     result: Polynomial = {}
     for powers, value in polynomial.items():
         if powers[axis]:
@@ -136,20 +138,21 @@ def _derivative(polynomial: Polynomial, axis: int) -> Polynomial:
     return result
 
 
-def _expression(polynomial: Polynomial, names: dict[tuple[int, int, int], str]) -> str:
+def expression(polynomial: Polynomial, names: dict[tuple[int, int, int], str]) -> str:
+    """Text of a polynomial, its monomials under these names."""
     return " + ".join(f"{value!r} * {names[powers]}" for powers, value in sorted(polynomial.items())) or "0"
 
 
 def harmonic_source(polynomials: Sequence[Polynomial]) -> str:
     """C functions of some polynomials: values; the slopes along t; gradient of g.Y and its derivative along t."""
     every = sorted({powers for polynomial in polynomials for powers in polynomial})
-    lower = {p for poly in polynomials for a in range(3) for p in _derivative(poly, a)}
+    lower = {p for poly in polynomials for a in range(3) for p in derivative(poly, a)}
     names = {p: f"m{''.join(map(str, p))}" for p in sorted({*every, *lower, (0, 0, 0)})}
-    monomials = " ".join(f"const double {name} = {_monomial(p)}; (void){name};" for p, name in names.items())
-    values = " ".join(f"h[{k}] = {_expression(poly, names)};" for k, poly in enumerate(polynomials))
+    monomials = " ".join(f"const double {name} = {monomial(p)}; (void){name};" for p, name in names.items())
+    values = " ".join(f"h[{k}] = {expression(poly, names)};" for k, poly in enumerate(polynomials))
     slopes = " ".join(
         f"h[{k}] = "
-        + " + ".join(f"t{name} * ({_expression(_derivative(poly, a), names)})" for a, name in enumerate("xyz"))
+        + " + ".join(f"t{name} * ({expression(derivative(poly, a), names)})" for a, name in enumerate("xyz"))
         + ";"
         for k, poly in enumerate(polynomials)
     )
@@ -161,18 +164,18 @@ def harmonic_source(polynomials: Sequence[Polynomial]) -> str:
         for n, p in enumerate(every)
     )
 
-    def derivative(axes: Sequence[int]) -> str:
+    def combined(axes: Sequence[int]) -> str:
         terms = []
         for n, powers in enumerate(every):
             polynomial: Polynomial = {powers: 1.0}
             for axis in axes:
-                polynomial = _derivative(polynomial, axis)
+                polynomial = derivative(polynomial, axis)
             terms += [f"{value!r} * G{n} * {names[p]}" for p, value in polynomial.items()]
         return " + ".join(terms) or "0"
 
-    first = " ".join(f"out[{a}] = {derivative([a])};" for a in range(3))
+    first = " ".join(f"out[{a}] = {combined([a])};" for a in range(3))
     second = " ".join(
-        f"bent[{a}] = " + " + ".join(f"t{name} * ({derivative([a, b])})" for b, name in enumerate("xyz")) + ";"
+        f"bent[{a}] = " + " + ".join(f"t{name} * ({combined([a, b])})" for b, name in enumerate("xyz")) + ";"
         for a in range(3)
     )
     arguments = "double x, double y, double z"

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from nbody_pyg.kernels.backend import backend
 from nbody_pyg.kernels.edges import FeatureKernel
+from nbody_pyg.kernels.gpu.features import FeatureProgram
 from nbody_pyg.nn.harmonics import SolidHarmonics
 from nbody_pyg.radial import SOFT_LENGTH, soften
 
@@ -47,7 +48,11 @@ class EdgeEmbedding(nn.Module):
         self.radial = radial
         # A user's own basis need not be known to the compiled backend.
         known = radial.compiled() if hasattr(radial, "compiled") else None
-        self.kernel = FeatureKernel(self.harmonics.polynomials(), soft=SOFT_LENGTH, **known) if known else None
+        self.kernel = self.gpu = None
+        if known:
+            polynomials = self.harmonics.polynomials()
+            self.kernel = FeatureKernel(polynomials, soft=SOFT_LENGTH, **known)
+            self.gpu = FeatureProgram(polynomials, soft=SOFT_LENGTH, **known)
 
     def forward(
         self,
@@ -56,8 +61,10 @@ class EdgeEmbedding(nn.Module):
         window: Float[Tensor, "edges"],
         num_targets: int,
     ) -> EdgeFeatures:
-        if self.kernel is not None and backend(vec) == "c":
-            return EdgeFeatures(index, *self.kernel(vec, window), num_targets)
+        which = backend(vec)
+        if self.kernel is not None and which != "torch":
+            kernel = self.kernel if which == "c" else self.gpu
+            return EdgeFeatures(index, *kernel(vec, window), num_targets)
         direction, rho = soften(vec)
         return EdgeFeatures(index, self.harmonics(direction), self.radial(rho) * window.unsqueeze(-1), num_targets)
 

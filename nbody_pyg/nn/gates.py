@@ -15,6 +15,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from nbody_pyg.kernels.backend import backend
+from nbody_pyg.kernels.gpu.density import DensityProgram
+from nbody_pyg.kernels.gpu.one_body import OneBodyProgram
 from nbody_pyg.kernels.linear import Block, LinearKernel
 from nbody_pyg.kernels.ops import DensityKernel, OneBodyKernel
 from nbody_pyg.nn.edges import EdgeFeatures, sum_into
@@ -84,13 +86,18 @@ class DensityGate(nn.Module):
         rows = (max(ir.l for _, ir in self.irreps_out) + 1) ** 2
         self.linear = LinearKernel(blocks, rows, fan_in, num_rows(self.irreps_out), channels)
         self.kernel = DensityKernel(rows, num_basis, num_species)
+        self.gpu = DensityProgram(rows, num_basis, num_species)
 
     def forward(self, species: Int[Tensor, "sources"], edges: EdgeFeatures) -> Float[Tensor, "targets rows channels"]:
         source, target = edges.index
         rows, basis = self.kernel.shape
         harmonics, radial = edges.harmonics[:, :rows] * self.scale, edges.radial
+        which = backend(radial)
+        if which == "triton":
+            density = self.gpu(harmonics, radial, species, edges.index, edges.num_targets)
+            return blockwise_linear(self.linear, density, *self.weights)
         slot = target * self.num_species + species[source]
-        if backend(radial) == "c":
+        if which == "c":
             density = self.kernel(harmonics, radial, slot, edges.num_targets)
         else:
             outer = (harmonics.unsqueeze(2) * radial.unsqueeze(1)).flatten(1)
@@ -151,9 +158,8 @@ class OneBodyGate(ConstantTables):
         table = coupling_table(self.irreps_in, harmonics, self.paths)
         self.num_harmonics, self.rows_in = num_rows(harmonics), num_rows(self.irreps_in)
         terms = table_terms(table, self.paths, self.num_harmonics)
-        self.kernel = OneBodyKernel(
-            terms, self.rows_in, self.num_harmonics, table.shape[0], len(self.paths), num_basis, self.channels
-        )
+        sizes = (self.rows_in, self.num_harmonics, table.shape[0], len(self.paths), num_basis, self.channels)
+        self.kernel, self.gpu = OneBodyKernel(terms, *sizes), OneBodyProgram(terms, *sizes)
         table = table.view(-1, self.rows_in, self.num_harmonics).permute(2, 0, 1).flatten(1)
         self.add_table("coupling", table)
         self.add_table("path_of_row", torch.tensor([n for n, _ in path_row_order(self.paths)]))
@@ -164,9 +170,12 @@ class OneBodyGate(ConstantTables):
         self, x: Float[Tensor, "sources rows_in channels"], edges: EdgeFeatures
     ) -> Float[Tensor, "targets rows_out channels_out"]:
         source, target = edges.index
-        if backend(x) == "c" and not self.kernel.library.too_long:
-            harmonics, weight = edges.harmonics[:, : self.num_harmonics], self.radial_weight * self.scale
+        which = backend(x)
+        harmonics, weight = edges.harmonics[:, : self.num_harmonics], self.radial_weight * self.scale
+        if which == "c" and not self.kernel.library.too_long:
             return self.mix(self.kernel(x, harmonics, edges.radial, weight, edges.index, edges.num_targets))
+        if which == "triton" and not self.gpu.too_long:
+            return self.mix(self.gpu(x, harmonics, edges.radial, weight, edges.index, edges.num_targets))
         messages = self.messages(x.index_select(0, source), edges.harmonics, edges.radial)
         return self.mix(sum_into(messages, target, edges.num_targets))
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from nbody_pyg.kernels.backend import backend
 from nbody_pyg.kernels.codegen import Term
+from nbody_pyg.kernels.gpu.product import ProductProgram
 from nbody_pyg.kernels.linear import Block, LinearKernel
 from nbody_pyg.kernels.ops import ProductKernel
 from nbody_pyg.nn.irreps import (
@@ -71,14 +72,18 @@ class ChannelwiseProduct(ConstantTables):
         table = coupling_table(self.irreps1, self.irreps2, self.paths)
         self.add_table("coupling", table)
         rows1, rows2 = num_rows(self.irreps1), num_rows(self.irreps2)
-        self.kernel = ProductKernel(table_terms(table, self.paths, rows2), rows1, rows2, table.shape[0], channels)
+        sizes = (table_terms(table, self.paths, rows2), rows1, rows2, table.shape[0], channels)
+        self.kernel, self.gpu = ProductKernel(*sizes), ProductProgram(*sizes)
         self.mix = PathLinear(self.paths, channels, self.irreps_out)
 
     def forward(
         self, x: Float[Tensor, "nodes rows1 channels"], y: Float[Tensor, "nodes rows2 channels"]
     ) -> Float[Tensor, "nodes rows_out channels_out"]:
-        if backend(x) == "c" and not self.kernel.library.too_long:
+        which = backend(x)
+        if which == "c" and not self.kernel.library.too_long:
             return self.mix(self.kernel(x, y))
+        if which == "triton" and not self.gpu.too_long:
+            return self.mix(self.gpu(x, y))
         outer = (x.unsqueeze(2) * y.unsqueeze(1)).flatten(1, 2)
         return self.mix(torch.matmul(self.coupling, outer))
 

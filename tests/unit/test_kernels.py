@@ -304,7 +304,7 @@ def test_which_backend_runs():
     assert backend(torch.zeros(1)) == available_backends()[0]
     assert backend(torch.zeros(1, dtype=torch.bfloat16)) == "torch"
     assert backend(torch.zeros(1, device="meta")) == "torch"
-    with pytest.raises(ValueError, match="backend must be one of auto, c, torch, got 'cuda'; try 'auto'"):
+    with pytest.raises(ValueError, match="backend must be one of auto, c, triton, torch, got 'cuda'; try 'auto'"):
         set_backend("cuda")
 
 

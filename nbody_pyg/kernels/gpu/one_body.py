@@ -1,0 +1,147 @@
+"""The edge product on a GPU: launches, and autograd around them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from nbody_pyg.kernels.codegen import Term
+from nbody_pyg.kernels.derivatives import last_derivative
+from nbody_pyg.kernels.gpu.build import Program
+from nbody_pyg.kernels.gpu.edge_source import groups_of, one_body_source
+from nbody_pyg.kernels.gpu.grid import channel_block, parts_of_a_node, warps
+from nbody_pyg.kernels.gpu.order import EdgeOrder, edge_order
+from nbody_pyg.kernels.operands import check_operands
+from nbody_pyg.kernels.scope import weight_gradients_skipped
+
+#: More coefficients than this (lmax 3 in both parities has 1,400) would take minutes to compile.
+MAX_TERMS = 2000
+#: Edges that one program sums up for the gradient of the weights; fewer where the result would not fill the GPU.
+_CHUNKS, _SHORTEST = 512, 32
+
+
+class OneBodyProgram:
+    """Edge product of source states, harmonics and radial functions for one coupling table.
+
+    The counterpart of :class:`nbody_pyg.kernels.ops.OneBodyKernel`, with the same arguments and errors.
+    """
+
+    def __init__(
+        self, terms: Sequence[Term], rows_in: int, harmonics: int, rows_out: int, paths: int, basis: int, channels: int
+    ) -> None:
+        self.rows_in, self.rows_out, self.harmonics = rows_in, rows_out, harmonics
+        self.paths, self.basis, self.channels = paths, basis, channels
+        self.groups, self.too_long = len(groups_of(terms, basis)), len(terms) > MAX_TERMS
+        self.program = Program(one_body_source, terms, rows_in, harmonics, rows_out, paths, basis)
+
+    def __call__(
+        self, x: Tensor, harmonics: Tensor, radial: Tensor, weight: Tensor, index: Tensor, num_targets: int
+    ) -> Tensor:
+        """Sum over edges, radial weights ``radial @ weight``: (targets, rows_out, channels)."""
+        edges, channels = index.shape[1], self.channels
+        check_operands(
+            x.dtype,
+            x=(x, (x.shape[0], self.rows_in, channels)),
+            harmonics=(harmonics, (edges, self.harmonics)),
+            radial=(radial, (edges, self.basis)),
+            weight=(weight, (self.basis, self.paths * channels)),
+        )
+        check_operands(torch.int64, index=(index, (2, edges)))
+        order = edge_order(index, x.shape[0], num_targets)
+        factors = [t.contiguous() for t in (x, harmonics, radial, weight)]
+        return _OneBody.apply(*factors, order, self)
+
+    # ------------------------------------------------------------------ launches
+    def _constants(self, x: Tensor, u: Tensor | None) -> dict[str, int]:
+        block = channel_block(self.channels, x.element_size())
+        return {"C": self.channels, "CB": block, "HAS_U": int(u is not None), "num_warps": warps(block)}
+
+    def _sum(self, name: str, order: EdgeOrder, end: int, out_rows: int, groups: int, factors, cotangents=()) -> Tensor:
+        """A function that sums over the edges at one end of theirs: (nodes, out_rows, channels)."""
+        x, rows, nodes = factors[1], order.by(end), order.sizes[end]
+        constants = self._constants(x, cotangents[3] if cotangents else None)
+        blocks = -(-self.channels // constants["CB"])
+        split = parts_of_a_node(nodes, blocks * groups, len(rows.edge))
+        out = x.new_empty(split, nodes, out_rows, self.channels)
+        given = (*factors, *cotangents, *rows, nodes, split)
+        self.program.launch(name, (nodes * split, blocks, groups), out, *given, **constants)
+        return out[0] if split == 1 else out.sum(0)
+
+    def targets(self, order: EdgeOrder, factors, cotangents=()) -> Tensor:
+        name = "one_body_targets" + "_double" * bool(cotangents)
+        return self._sum(name, order, 1, self.rows_out, self.groups, factors, cotangents)
+
+    def sources(self, order: EdgeOrder, factors, cotangents=()) -> Tensor:
+        name = "one_body_sources" + "_double" * bool(cotangents)
+        return self._sum(name, order, 0, self.rows_in, 1, factors, cotangents)
+
+    def edges(self, order: EdgeOrder, factors, cotangents=()) -> tuple[Tensor, Tensor]:
+        """Gradients of the harmonics and of the radial functions."""
+        x, rows, nodes = factors[1], order.by(1), order.sizes[1]
+        constants = self._constants(x, cotangents[3] if cotangents else None)
+        blocks, count = -(-self.channels // constants["CB"]), len(rows.edge)
+        split = parts_of_a_node(nodes, blocks * self.groups, count)
+        planes = x.new_empty(blocks * self.groups, count, self.harmonics + self.basis)
+        given = (planes, count, *factors, *cotangents, *rows, nodes, split)
+        name = "one_body_edges" + "_double" * bool(cotangents)
+        self.program.launch(name, (nodes * split, blocks, self.groups), *given, **constants)
+        total = planes[0] if len(planes) == 1 else planes.sum(0)
+        return total[:, : self.harmonics].contiguous(), total[:, self.harmonics :].contiguous()
+
+    def weights(self, order: EdgeOrder, factors, cotangents=()) -> Tensor:
+        """Gradient of the radial weights."""
+        x, rows = factors[1], order.by(1)
+        constants, count = self._constants(x, None), len(rows.edge)
+        length = max(_SHORTEST, -(-count // _CHUNKS))
+        chunks, blocks = -(-count // length), -(-self.channels // constants["CB"])
+        out = x.new_empty(chunks, self.basis, self.paths * self.channels)
+        # The weights themselves do not occur in their own gradient
+        given = (*factors[:4], *cotangents[:3], rows.edge, rows.source, rows.target, count, length)
+        name = "one_body_weights" + "_double" * bool(cotangents)
+        self.program.launch(name, (chunks, blocks, self.groups), out, *given, **constants)
+        return out[0] if chunks == 1 else out.sum(0)
+
+
+class _OneBody(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, harmonics, radial, weight, order: EdgeOrder, kernel: OneBodyProgram) -> Tensor:
+        ctx.save_for_backward(x, harmonics, radial, weight)
+        ctx.order, ctx.kernel = order, kernel
+        return kernel.targets(order, (x, x, harmonics, radial, weight))  # the forward pass has no g: x stands in
+
+    @staticmethod
+    def backward(ctx, g: Tensor):
+        weigh = ctx.needs_input_grad[3] and not weight_gradients_skipped()
+        wanted = (ctx.needs_input_grad[0], any(ctx.needs_input_grad[1:3]), weigh)
+        return *_OneBodyBackward.apply(g, *ctx.saved_tensors, wanted, ctx.order, ctx.kernel), None, None
+
+
+class _OneBodyBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, g, x, harmonics, radial, weight, wanted: tuple[bool, ...], order, kernel: OneBodyProgram):
+        factors = (g.contiguous(), x, harmonics, radial, weight)
+        ctx.save_for_backward(*factors)
+        ctx.order, ctx.kernel = order, kernel
+        ctx.set_materialize_grads(False)
+        gx = kernel.sources(order, factors) if wanted[0] else None
+        gy, gb = kernel.edges(order, factors) if wanted[1] else (None, None)
+        gw = kernel.weights(order, factors) if wanted[2] else None
+        return gx, gy, gb, gw
+
+    @staticmethod
+    @last_derivative
+    def backward(ctx, *cotangents: Tensor | None):
+        factors, order, kernel = ctx.saved_tensors, ctx.order, ctx.kernel
+        filled = tuple(
+            torch.zeros_like(like) if given is None else given.contiguous()
+            for given, like in zip(cotangents[:3], factors[1:4], strict=True)
+        )
+        given = (*filled, None if cotangents[3] is None else cotangents[3].contiguous())
+        wanted = ctx.needs_input_grad
+        gg = kernel.targets(order, factors, given) if wanted[0] else None
+        gx = kernel.sources(order, factors, given) if wanted[1] else None
+        gy, gb = kernel.edges(order, factors, given) if wanted[2] or wanted[3] else (None, None)
+        gw = kernel.weights(order, factors, given) if wanted[4] else None
+        return gg, gx, gy, gb, gw, None, None, None

@@ -1,0 +1,82 @@
+"""Edges in the order of their targets and of their sources, so that every sum over edges is one loop."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from nbody_pyg.kernels.operands import check_range
+
+#: Edge numbers and node numbers are kept in 32 bits, half the traffic; kernels compute addresses in 64.
+LARGEST = 2**31 - 1
+
+
+class Rows(NamedTuple):
+    """Edges grouped by one end: those of node n are ``edge[ptr[n]:ptr[n + 1]]``, all int32.
+
+    ==========  ============================================
+    field       shape
+    ==========  ============================================
+    ptr         (nodes + 1,)
+    edge        (edges,): number of the edge
+    source      (edges,): source of that edge
+    target      (edges,): target of that edge
+    ==========  ============================================
+    """
+
+    ptr: Tensor
+    edge: Tensor
+    source: Tensor
+    target: Tensor
+
+
+class EdgeOrder:
+    """Both orders of one set of edges, each made when it is first asked for.
+
+    Args:
+        index: (2, edges), int64: source, target.
+        num_sources, num_targets: number of nodes at either end.
+
+    Raises: ValueError: an edge that points outside the nodes, or too many edges.
+    """
+
+    def __init__(self, index: Tensor, num_sources: int, num_targets: int) -> None:
+        if max(index.shape[1], num_sources, num_targets) > LARGEST:
+            raise ValueError(f"index must hold at most {LARGEST} edges, got {index.shape[1]}; split the batch")
+        check_range("index[0] (sources)", index[0], num_sources)
+        check_range("index[1] (targets)", index[1], num_targets)
+        self.ends = (index[0].to(torch.int32), index[1].to(torch.int32))
+        self.sizes = (num_sources, num_targets)
+        self._rows: list[Rows | None] = [None, None]
+
+    def by(self, end: int) -> Rows:
+        """Edges grouped by source (0) or target (1)."""
+        found = self._rows[end]
+        if found is None:
+            key, edge = torch.sort(self.ends[end], stable=True)
+            nodes = torch.arange(self.sizes[end] + 1, dtype=key.dtype, device=key.device)
+            ptr = torch.searchsorted(key, nodes, out_int32=True)
+            found = Rows(ptr, edge.to(torch.int32), *(node.index_select(0, edge) for node in self.ends))
+            self._rows[end] = found
+        return found
+
+
+# A weak reference, not an address: the entry goes when its tensor goes
+_known: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def edge_order(index: Tensor, num_sources: int, num_targets: int) -> EdgeOrder:
+    """The order of these edges, made once for each index tensor and kept as long as that tensor lives.
+
+    The topology owns the index of its edges, so sorting and checking are done once for all steps on it.
+    """
+    # An index that was changed in place is another one; inference tensors do not count their changes
+    state = (num_sources, num_targets, 0 if index.is_inference() else index._version)
+    held = _known.get(index)
+    if held is None or held[0] != state:
+        held = (state, EdgeOrder(index, num_sources, num_targets))
+        _known[index] = held
+    return held[1]
