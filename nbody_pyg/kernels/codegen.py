@@ -22,6 +22,8 @@ _PRELUDE = """
 typedef {real} real;
 enum {{ WIDTH = 64 / sizeof(real) }};
 typedef real vec __attribute__((vector_size(64), aligned(sizeof(real)), may_alias));
+typedef real half __attribute__((vector_size(32), aligned(sizeof(real)), may_alias));
+typedef real quarter __attribute__((vector_size(16), aligned(sizeof(real)), may_alias));
 static inline real vec_total(vec v) {{ real s = 0; for (int k = 0; k < WIDTH; k++) s += v[k]; return s; }}
 static inline real real_total(real v) {{ return v; }}
 """

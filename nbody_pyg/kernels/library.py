@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import re
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -24,21 +25,28 @@ class Library:
     Args:
         source: C code that uses the type ``real``.
         signatures: for each function its arguments, e.g. "2i3p": two integers and three pointers ("d": a double).
+        links: functions of other libraries that this one calls, as (library, name). Their addresses are handed to the
+            source's own ``link_functions(void* const*)`` after loading: what is shared is compiled once.
     """
 
-    def __init__(self, source: str, signatures: dict[str, str]) -> None:
-        self._source, self._signatures = source, signatures
+    def __init__(self, source: str, signatures: dict[str, str], links: Sequence[tuple[Library, str]] = ()) -> None:
+        self._source, self._signatures, self._links = source, signatures, tuple(links)
         self._loaded: dict[torch.dtype, dict] = {}
 
     @property
     def too_long(self) -> bool:
         """Whether compiling would take minutes: high degrees in both parities. Such products run on plain torch."""
-        return len(self._source) > MAX_SOURCE
+        return len(self._source) > MAX_SOURCE or any(library.too_long for library, _ in self._links)
 
     def call(self, name: str, dtype: torch.dtype, *arguments: Tensor | ctypes.Array | float | int | None) -> None:
         """Call one function; tensors are passed by address and must be contiguous, None as a null pointer."""
         functions = self._loaded.get(dtype) or self._load(dtype)
         functions[name](*[a.data_ptr() if isinstance(a, Tensor) else a for a in arguments])
+
+    def address(self, name: str, dtype: torch.dtype) -> int:
+        """Where one of the functions lies."""
+        functions = self._loaded.get(dtype) or self._load(dtype)
+        return ctypes.cast(functions[name], ctypes.c_void_p).value
 
     def _load(self, dtype: torch.dtype) -> dict:
         library = build.load(prelude(_C_NAMES[dtype]) + self._source)
@@ -50,6 +58,9 @@ class Library:
             ]
             function.restype = None
             functions[name] = function
+        if self._links:
+            addresses = [library.address(name, dtype) for library, name in self._links]
+            library.link_functions((ctypes.c_void_p * len(addresses))(*addresses))
         self._loaded[dtype] = functions
         return functions
 
@@ -57,4 +68,4 @@ class Library:
         return self  # compiled code is shared; ctypes objects cannot be copied
 
     def __reduce__(self):
-        return Library, (self._source, self._signatures)
+        return Library, (self._source, self._signatures, self._links)

@@ -89,21 +89,22 @@ class DensityGate(nn.Module):
         self.gpu = DensityProgram(rows, num_basis, num_species)
 
     def forward(self, species: Int[Tensor, "sources"], edges: EdgeFeatures) -> Float[Tensor, "targets rows channels"]:
+        return blockwise_linear(self.linear, self.collect(species, edges), *self.weights)
+
+    def collect(self, species: Int[Tensor, "sources"], edges: EdgeFeatures) -> Float[Tensor, "targets rows fan_in"]:
+        """The inner sum, before W^l."""
         source, target = edges.index
         rows, basis = self.kernel.shape
         harmonics, radial = edges.harmonics[:, :rows] * self.scale, edges.radial
         which = backend(radial)
         if which == "triton":
-            density = self.gpu(harmonics, radial, species, edges.index, edges.num_targets)
-            return blockwise_linear(self.linear, density, *self.weights)
+            return self.gpu(harmonics, radial, species, edges.index, edges.num_targets)
         slot = target * self.num_species + species[source]
         if which == "c":
-            density = self.kernel(harmonics, radial, slot, edges.num_targets)
-        else:
-            outer = (harmonics.unsqueeze(2) * radial.unsqueeze(1)).flatten(1)
-            density = sum_into(outer, slot, edges.num_targets * self.num_species)
-            density = density.view(edges.num_targets, self.num_species, rows, basis).transpose(1, 2).flatten(2)
-        return blockwise_linear(self.linear, density, *self.weights)
+            return self.kernel(harmonics, radial, slot, edges.num_targets)
+        outer = (harmonics.unsqueeze(2) * radial.unsqueeze(1)).flatten(1)
+        density = sum_into(outer, slot, edges.num_targets * self.num_species)
+        return density.view(edges.num_targets, self.num_species, rows, basis).transpose(1, 2).flatten(2)
 
     def extra_repr(self) -> str:
         return f"{self.num_species} species -> {self.irreps_out}"
@@ -169,15 +170,21 @@ class OneBodyGate(ConstantTables):
     def forward(
         self, x: Float[Tensor, "sources rows_in channels"], edges: EdgeFeatures
     ) -> Float[Tensor, "targets rows_out channels_out"]:
+        return self.mix(self.collect(x, edges))
+
+    def collect(
+        self, x: Float[Tensor, "sources rows_in channels"], edges: EdgeFeatures
+    ) -> Float[Tensor, "targets path_rows channels"]:
+        """The sum over sources, path by path, before W^l."""
         source, target = edges.index
         which = backend(x)
         harmonics, weight = edges.harmonics[:, : self.num_harmonics], self.radial_weight * self.scale
         if which == "c" and not self.kernel.library.too_long:
-            return self.mix(self.kernel(x, harmonics, edges.radial, weight, edges.index, edges.num_targets))
+            return self.kernel(x, harmonics, edges.radial, weight, edges.index, edges.num_targets)
         if which == "triton" and not self.gpu.too_long:
-            return self.mix(self.gpu(x, harmonics, edges.radial, weight, edges.index, edges.num_targets))
+            return self.gpu(x, harmonics, edges.radial, weight, edges.index, edges.num_targets)
         messages = self.messages(x.index_select(0, source), edges.harmonics, edges.radial)
-        return self.mix(sum_into(messages, target, edges.num_targets))
+        return sum_into(messages, target, edges.num_targets)
 
     def messages(
         self, x: Float[Tensor, "edges rows_in channels"], harmonics: Tensor, radial: Tensor
@@ -237,17 +244,20 @@ class ProductGate(nn.Module):
                     weight.mul_(gain)
             self.products.append(product)
         rows = dict(zip((ir for _, ir in self.irreps_in), row_slices(self.irreps_in), strict=True))
-        kept = [row for _, ir in self.irreps_out for row in range(rows[ir].start, rows[ir].stop)]
-        # The leading fragments, the usual case, are a plain slice
-        self._keep = slice(len(kept)) if kept == list(range(len(kept))) else kept
+        self.kept_rows = [row for _, ir in self.irreps_out for row in range(rows[ir].start, rows[ir].stop)]
 
     def forward(self, a: Float[Tensor, "nodes rows_in channels"]) -> Float[Tensor, "nodes rows_out channels"]:
         result, power = self.linear(a), a
         for product in self.products:
             power = product(power, a)
-            last = product is self.products[-1]
-            result = result + (power if last else power[:, self._keep])
+            result = result + (power if product is self.products[-1] else self.kept(power))
         return result
+
+    def kept(self, x: Float[Tensor, "nodes rows_in channels"]) -> Float[Tensor, "nodes rows_out channels"]:
+        """The fragments that the result has."""
+        count = len(self.kept_rows)
+        # The leading fragments, the usual case, are a plain slice
+        return x[:, :count] if self.kept_rows == list(range(count)) else x[:, self.kept_rows]
 
 
 class PairGate(nn.Module):

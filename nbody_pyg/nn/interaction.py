@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -9,9 +11,14 @@ from e3nn import o3
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from nbody_pyg.kernels.backend import backend
+from nbody_pyg.kernels.linear import LinearKernel
+from nbody_pyg.kernels.update import UpdateKernel
+from nbody_pyg.kernels.update_source import Product, Update
 from nbody_pyg.nn.edges import EdgeFeatures
 from nbody_pyg.nn.gates import DensityGate, OneBodyGate, ProductGate
-from nbody_pyg.nn.linear import RowLinear
+from nbody_pyg.nn.irreps import num_rows
+from nbody_pyg.nn.linear import RowLinear, blockwise_linear
 
 
 class SpeciesScale(nn.Module):
@@ -119,6 +126,8 @@ class Interaction(nn.Module):
         self.norm = SoftNorm() if recipe.practical else nn.Identity()
         # Without the norm, a tower of products has to start very small to stay in range.
         self.products = ProductGate(irreps, self.irreps_out, recipe.body_order, gain=1.0 if recipe.practical else 0.01)
+        chain = [product.kernel for product in self.products.products]
+        self.kernel = UpdateKernel(self._update(), chain, recipe.num_species, self.update)
 
     def forward(
         self,
@@ -128,22 +137,78 @@ class Interaction(nn.Module):
         source_species: Int[Tensor, " sources"] | None,
         target_species: Int[Tensor, " targets"] | None,
     ) -> Float[Tensor, "targets rows_out channels"]:
-        terms = []
+        inputs = []
         if self.density is not None:
-            terms.append(self.density(source_species, edges))
+            inputs.append(self.density.collect(source_species, edges))
         if self.gate is not None:
-            terms.append(self.gate(source, edges))
+            inputs.append(self.gate.collect(source, edges))
         if self.keep is not None:
-            terms.append(self.keep(target))
+            inputs.append(target)
+        compiled = backend(inputs[0]) == "c" and not self.kernel.library.too_long
+        update = self.kernel if compiled else self.update
+        scale = None if self.scale is None else self.scale.weight
+        return update(inputs, target_species, self._matrices(), scale, self.bias)
+
+    def update(
+        self,
+        inputs: Sequence[Tensor],
+        species: Int[Tensor, " targets"] | None,
+        matrices: Sequence[Tensor],
+        scale: Tensor | None,
+        bias: Tensor | None,
+    ) -> Float[Tensor, "targets rows_out channels"]:
+        """From what the edges brought to the new states, step by step (``kernel`` does the same in one)."""
+        weights = iter(matrices)
+
+        def mapped(kernel: LinearKernel, x: Tensor) -> Tensor:
+            return blockwise_linear(kernel, x, *itertools.islice(weights, len(kernel.blocks)))
+
+        terms = [mapped(kernel, x) for kernel, x in zip(self._gather(), inputs, strict=True)]
         a = sum(terms[1:], terms[0])
-        if self.scale is not None:
-            a = self.scale(a, target_species)
-        new = self.products(self.norm(a))
+        carried = [mapped(self.carry.kernel, inputs[-1])] if self.carry is not None else []
+        if scale is not None:
+            a = a * scale.index_select(1, self.scale.block_of_row).index_select(0, species)
+        a = power = self.norm(a)
+        new = sum(carried, mapped(self.products.linear.kernel, a))
+        for product in self.products.products:
+            power = mapped(product.mix.kernel, product.couple(power, a))
+            new = new + (power if product is self.products.products[-1] else self.products.kept(power))
+        return new if bias is None else add_to_scalars(new, bias.index_select(0, species))
+
+    def _gather(self) -> list[LinearKernel]:
+        """The maps into the sum, one for each input."""
+        kernels = [] if self.density is None else [self.density.linear]
+        kernels += [] if self.gate is None else [self.gate.mix.kernel]
+        return kernels + ([] if self.keep is None else [self.keep.kernel])
+
+    def _matrices(self) -> list[Tensor]:
+        """All matrices, in the order in which an update uses them."""
+        chain = [product.mix.weights for product in self.products.products]
+        mix = None if self.gate is None else self.gate.mix
+        given = [m.weights for m in (self.density, mix, self.keep, self.carry) if m is not None]
+        return [weight for weights in (*given, self.products.linear.weights, *chain) for weight in weights]
+
+    def _update(self) -> Update:
+        """What the compiled form is made of."""
+        gather = [kernel.map for kernel in self._gather()]
+        carry = [None] * len(gather)
         if self.carry is not None:
-            new = new + self.carry(target)
-        if self.bias is not None:
-            new = add_to_scalars(new, self.bias.index_select(0, target_species))
-        return new
+            carry[-1] = self.carry.kernel.map
+        chain = [Product(p.mix.kernel.map.rows_in, p.mix.kernel.map) for p in self.products.products]
+        return Update(
+            rows=num_rows(self.irreps),
+            channels=self.irreps[0].mul,
+            rows_out=num_rows(self.irreps_out),
+            inputs=tuple(m.size_in for m in gather),
+            gather=tuple(gather),
+            carry=tuple(carry),
+            linear=self.products.linear.kernel.map,
+            products=tuple(chain),
+            keep=tuple(self.products.kept_rows),
+            degree_of_row=() if self.scale is None else tuple(self.scale.block_of_row.tolist()),
+            norm=isinstance(self.norm, SoftNorm),
+            bias=self.bias is not None,
+        )
 
 
 def add_to_scalars(

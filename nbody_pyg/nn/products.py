@@ -79,13 +79,19 @@ class ChannelwiseProduct(ConstantTables):
     def forward(
         self, x: Float[Tensor, "nodes rows1 channels"], y: Float[Tensor, "nodes rows2 channels"]
     ) -> Float[Tensor, "nodes rows_out channels_out"]:
+        return self.mix(self.couple(x, y))
+
+    def couple(
+        self, x: Float[Tensor, "nodes rows1 channels"], y: Float[Tensor, "nodes rows2 channels"]
+    ) -> Float[Tensor, "nodes path_rows channels"]:
+        """The product path by path, before W^l."""
         which = backend(x)
         if which == "c" and not self.kernel.library.too_long:
-            return self.mix(self.kernel(x, y))
+            return self.kernel(x, y)
         if which == "triton" and not self.gpu.too_long:
-            return self.mix(self.gpu(x, y))
+            return self.gpu(x, y)
         outer = (x.unsqueeze(2) * y.unsqueeze(1)).flatten(1, 2)
-        return self.mix(torch.matmul(self.coupling, outer))
+        return torch.matmul(self.coupling, outer)
 
     def extra_repr(self) -> str:
         return f"{self.irreps1} x {self.irreps2} -> {self.irreps_out}, {len(self.paths)} paths"
