@@ -454,4 +454,5 @@ static void through_norm(int64_t nodes, const real* a, const real* rho, const re
 
 
 def workspace_size(update: Update) -> int:
+    """Numbers of working memory that the functions of :func:`update_source` need, whatever the number of parts."""
     return _Writer(update).workspace()
