@@ -7,6 +7,7 @@ from nbody_pyg.hierarchy import (
     Hierarchy,
     NestedShells,
     Scheme,
+    SmoothSurvivors,
     Topology,
     share_topology,
 )
@@ -23,6 +24,7 @@ __all__ = [
     "NestedShells",
     "Potential",
     "Scheme",
+    "SmoothSurvivors",
     "Topology",
     "__version__",
     "share_topology",

@@ -12,7 +12,8 @@ from torch_geometric.data import Batch, Data
 
 # Keys that a composition scheme writes; the number is the level.
 _INDEX_KEY = re.compile(r"^(child|pair)_(\d+)$")
-_HIERARCHY_KEY = re.compile(r"^(child|pair|child_shift|pair_shift|num_parts)_\d+$|^(bonds|scheme)$")
+_CENTRE_KEY = re.compile(r"^centre_(\d+)$")
+_HIERARCHY_KEY = re.compile(r"^(child|pair|child_shift|pair_shift|num_parts|centre)_\d+$|^(bonds|scheme)$")
 # Shapes of one value per graph: they carry a leading 1, so that batching stacks instead of mixing rows.
 _GRAPH_SHAPES: dict[str, tuple[int, ...]] = {
     "energy": (1,),
@@ -48,6 +49,7 @@ class AtomicData(Data):
     ``pair_k``          [2, P] long           ordered neighbours at level k
     ``child_shift_k``   [E, 3]                lattice shifts of the children, only for periodic systems
     ``pair_shift_k``    [P, 3]                lattice shifts of the pairs, only for periodic systems
+    ``centre_k``        [n] long              part of level k - 1 on which each part of level k sits (some schemes)
     ``bonds``           [2, M] long           covalent bonds, both directions (only where a scheme uses them)
     ``scheme``          str                   the scheme that wrote the hierarchy
     ==================  ====================  ==========================================================
@@ -69,6 +71,8 @@ class AtomicData(Data):
 
     def __inc__(self, key: str, value: Any, *args: Any, **kwargs: Any) -> Any:
         match = _INDEX_KEY.match(key)
+        if (centre := _CENTRE_KEY.match(key)) is not None:
+            return self._num_parts(int(centre.group(1)) - 1)
         if match is None:
             return self.num_nodes if key == "bonds" else super().__inc__(key, value, *args, **kwargs)
         level = int(match.group(2))

@@ -315,6 +315,8 @@ class NBodyNet(nn.Module):
             index, vec, window, radius = level.pair_index, level.pair_vec, level.pair_weight, spec.pair_radius
         else:
             index, vec, window, radius = level.child_index, level.child_vec, level.child_weight, spec.child_radius
+            if step.kind == "up" and level.pool_weight is not None:
+                window = level.pool_weight
         key = (id(index) if self.scheme.centred else step.edges, radius, step.kind == "down")
         if key not in features:
             if step.kind == "down":

@@ -8,6 +8,7 @@ from nbody_pyg.hierarchy.scheme import LevelSpec, Scheme
 from nbody_pyg.hierarchy.sharing import share_topology
 from nbody_pyg.hierarchy.shells import NestedShells
 from nbody_pyg.hierarchy.skin import TopologyCache
+from nbody_pyg.hierarchy.survivors import SmoothSurvivors
 from nbody_pyg.hierarchy.topology import Topology
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "LevelSpec",
     "NestedShells",
     "Scheme",
+    "SmoothSurvivors",
     "Topology",
     "TopologyCache",
     "plot_hierarchy",

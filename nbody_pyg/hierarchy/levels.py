@@ -30,8 +30,10 @@ class Level:
     :math:`w_{ji}`    ``pair_weight``         [P]          window of the pair, in [0, 1]
     ================  ======================  ===========  ===============================================
 
-    Entries that a level does not have are None. Gates multiply each message by ``child_weight`` or
-    ``pair_weight``; they have no cutoff of their own.
+    Entries that a level does not have are None. Gates multiply each message by a weight; they have no cutoff of
+    their own. On the way up that is ``pool_weight``, where a level has one: :math:`g_c\, p_{cP} / g_P`, finite where
+    the parent vanishes. On the way down it is ``child_weight``, among pairs ``pair_weight`` (which holds the existence
+    of the source). Where all parts exist fully, ``pool_weight`` is None and ``child_weight`` serves both ways.
     """
 
     pos: Float[Tensor, "parts 3"]
@@ -43,6 +45,7 @@ class Level:
     pair_index: Int[Tensor, "2 pairs"] | None = None
     pair_vec: Float[Tensor, "pairs 3"] | None = None
     pair_weight: Float[Tensor, " pairs"] | None = None
+    pool_weight: Float[Tensor, " edges"] | None = None
 
     @property
     def num_parts(self) -> int:

@@ -30,9 +30,10 @@ class Topology:
     ``pair_shift``   [P, 3] or None       the same for pairs
     ===============  ===================  ===========================================================
 
-    These are tuples with one entry per level. Two fields belong to the whole: ``bonds``, [2, M] or None, the
-    covalent bonds in both directions where the scheme uses them; ``periodic``, [B] bool or None, the graphs
-    with a periodic direction (None when there are none).
+    These are tuples with one entry per level. Schemes whose parts sit on one of their children say on which:
+    ``centre``, [n_k] long or None, a node of level k - 1 for each part of level k. Two fields belong to the whole:
+    ``bonds``, [2, M] or None, the covalent bonds in both directions where the scheme uses them; ``periodic``, [B] bool
+    or None, the graphs with a periodic direction (None when there are none).
 
     Edges are sorted by parent (target), then child (source). Parts may overlap, and a node may have several
     parents. Nothing is checked at construction, see :meth:`validate`.
@@ -47,10 +48,11 @@ class Topology:
     pair_shift: tuple[Float[Tensor, "_ 3"] | None, ...] = ()
     bonds: Int[Tensor, "2 _"] | None = None
     periodic: Bool[Tensor, " graphs"] | None = None
+    centre: tuple[Int[Tensor, " _"] | None, ...] = ()
     _cache: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        for name in ("child_index", "pair_index", "child_shift", "pair_shift"):
+        for name in ("child_index", "pair_index", "child_shift", "pair_shift", "centre"):
             value = tuple(getattr(self, name))
             if name != "child_index" and not value:
                 value = (None,) * len(self.num_parts)
@@ -143,7 +145,7 @@ class Topology:
     ) -> Topology:
         """The same parts joined by other edges; what follows from the parts alone is not computed again."""
         columns = (child_index, pair_index, child_shift, pair_shift)
-        other = Topology(self.num_parts, *columns, self.bonds, self.periodic)
+        other = Topology(self.num_parts, *columns, self.bonds, self.periodic, self.centre)
         self.size(0)
         for level in range(self.num_levels):
             self.batch(level)
@@ -157,15 +159,18 @@ class Topology:
             return None if value is None else value.to(device)
 
         columns = (self.num_parts, self.child_index, self.pair_index, self.child_shift, self.pair_shift)
-        return Topology(*(tuple(map(move, column)) for column in columns), move(self.bonds), move(self.periodic))
+        own = (move(self.bonds), move(self.periodic), tuple(map(move, self.centre)))
+        return Topology(*(tuple(map(move, column)) for column in columns), *own)
 
     def store(self, data: Data) -> Data:
         """Write the topology on ``data`` in place, as the keys of :class:`~nbody_pyg.data.AtomicData`."""
-        for key in [k for k in data.to_dict() if k.startswith(("num_parts_", "child_", "pair_"))]:
+        for key in [k for k in data.to_dict() if k.startswith(("num_parts_", "child_", "pair_", "centre_"))]:
             del data[key]
         for level in range(self.num_levels):
             if level > 0:
                 data[f"num_parts_{level}"] = self.num_parts[level]
+            if (centre := self.centre[level]) is not None:
+                data[f"centre_{level}"] = centre
             for name in ("child", "pair"):
                 if (index := getattr(self, f"{name}_index")[level]) is not None:
                     data[f"{name}_{level}"] = index
@@ -209,6 +214,7 @@ class Topology:
             pair_shift=tuple(stored.get(f"pair_shift_{k}") for k in levels),
             bonds=stored.get("bonds"),
             periodic=pbc.reshape(-1, 3).any(dim=1) if periodic else None,
+            centre=tuple(stored.get(f"centre_{k}") for k in levels),
         )
         if batch is not None:
             topology._cache["batch", 0] = batch

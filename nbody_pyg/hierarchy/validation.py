@@ -167,6 +167,7 @@ def validate_hierarchy(hierarchy: Hierarchy) -> None:
             "child_weight": None if num_children is None else (num_children,),
             "pair_vec": None if num_pairs is None else (num_pairs, 3),
             "pair_weight": None if num_pairs is None else (num_pairs,),
+            "pool_weight": None if level.pool_weight is None or num_children is None else (num_children,),
         }
         for name, shape in wanted.items():
             value = getattr(level, name)
@@ -175,7 +176,11 @@ def validate_hierarchy(hierarchy: Hierarchy) -> None:
                 raise ValueError(f"{name} of level {k} must have shape {shape}, got {got}")
             if value is None or not value.is_floating_point():
                 continue
-            low, high = (-torch.inf, torch.inf) if name.endswith(("pos", "vec")) else (0.0, 1.0)
+            low, high = (
+                (-torch.inf, torch.inf)
+                if name.endswith(("pos", "vec"))
+                else (0.0, torch.inf if name == "pool_weight" else 1.0)
+            )
             bad = ~(torch.isfinite(value) & (value >= low) & (value <= high))
             if bool(bad.any()):
                 row = int(bad.nonzero()[0, 0])

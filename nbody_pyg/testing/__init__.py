@@ -11,6 +11,7 @@ pass anything.
 from __future__ import annotations
 
 from nbody_pyg.testing.physics import assert_conservative, assert_extensive
+from nbody_pyg.testing.separability import assert_separable, assert_size_transfer
 from nbody_pyg.testing.smoothness import assert_smooth
 from nbody_pyg.testing.symmetry import (
     assert_batch_independent,
@@ -29,6 +30,8 @@ __all__ = [
     "assert_equivariant",
     "assert_extensive",
     "assert_permutation_invariant",
+    "assert_separable",
+    "assert_size_transfer",
     "assert_smooth",
     "assert_translation_invariant",
     "random_molecule",

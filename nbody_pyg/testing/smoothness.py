@@ -24,6 +24,7 @@ def assert_smooth(
     distance: float = 8.0,
     tolerance: float = 1e-10,
     frozen_topology: bool = False,
+    through_changes: bool = False,
     seed: int = 0,
     dtype: torch.dtype = torch.float64,
 ) -> float:
@@ -46,6 +47,8 @@ def assert_smooth(
         tolerance: eV (eV/A for forces); steps smaller than this are not looked for.
         frozen_topology: keep the parts that the model's scheme finds at the start of each path. For schemes
             that follow from bonds, which promise smoothness only while the bonds stay as they are.
+        through_changes: fail also where the parts of the model's scheme, or their children, stay the same along
+            every path: then nothing has been tested that a dynamic hierarchy promises.
 
     Returns:
         The lowest order seen, in terms of the energy: about 3 for windows with two continuous derivatives,
@@ -60,6 +63,8 @@ def assert_smooth(
             raise ValueError("systems must be open for the default paths; pass paths=[(z, start, end)]")
         paths = [path for i, s in enumerate(drawn) for path in _default_paths(s, distance, seed + i)]
     subject = Subject(model, dtype)
+    if through_changes:
+        _require_changes(model, paths, dtype)
     lowest = math.inf
     for number, (z, start, end) in enumerate(paths):
         start, end = start.to(dtype), end.to(dtype)
@@ -83,6 +88,25 @@ def _default_paths(system: System, distance: float, seed: int) -> list[tuple[Ten
     pulled[atom] += direction / direction.norm() * distance
     stretched = centre + 3.0 * (system.pos - centre)
     return [(system.z, system.pos, pulled), (system.z, system.pos, stretched)]
+
+
+def _require_changes(model: Any, paths: Sequence[tuple[Tensor, Tensor, Tensor]], dtype: torch.dtype) -> None:
+    """Raise unless parts or children change on some path (pairs do on every path that crosses a cutoff)."""
+    scheme = getattr(getattr(model, "model", model), "scheme", None)
+    if scheme is None:
+        raise ValueError("through_changes needs a model with a scheme; set it to False for others")
+    for z, start, end in paths:
+        first = None
+        for t in torch.linspace(0.0, 1.0, 65, dtype=dtype):
+            topology = scheme.topology(z, start.to(dtype) + t * (end - start).to(dtype))
+            own = [*topology.num_parts, *(c for c in topology.child_index if c is not None)]
+            first = first or own
+            if any(a.shape != b.shape or not torch.equal(a, b) for a, b in zip(own, first, strict=True)):
+                return
+    raise AssertionError(
+        "assert_smooth: no part and no child of the hierarchy changes along any path, so the test of its changes is "
+        "vacuous; take longer paths, or a scheme that follows the positions"
+    )
 
 
 @dataclass(frozen=True)

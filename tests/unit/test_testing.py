@@ -19,6 +19,8 @@ from nbody_pyg.testing import (
     assert_equivariant,
     assert_extensive,
     assert_permutation_invariant,
+    assert_separable,
+    assert_size_transfer,
     assert_smooth,
     assert_translation_invariant,
     random_molecule,
@@ -436,6 +438,62 @@ def test_planar_systems_are_refused():
         assert_equivariant(sound, systems=[flat])
 
 
+def slots(z, pos, batch):
+    """Sums over the first hundred atoms of a graph: right for few copies, wrong for many."""
+    values = atomic(z, pos, batch)
+    first = torch.searchsorted(batch, batch)
+    return per_graph(torch.where(torch.arange(len(batch)) - first < 100, values, 0.0 * values), batch)
+
+
+def equilibrated(z, pos, batch):
+    """Charges that share out the excess of the whole graph equally, at any distance: a constant force of the size."""
+    values = atomic(z, pos, batch)
+    total = per_graph(values, batch)
+    return total - 0.5 * total.square() / torch.bincount(batch).to(total.dtype)
+
+
+def coulomb(z, pos, batch):
+    """Charges +1 and -1 in turn, unscreened."""
+    index, _, r = edges(z, pos, batch, cutoff=1e5)
+    charge = 1.0 - 2.0 * (z % 2).to(pos.dtype)
+    pair = 0.5 * charge[index[0]] * charge[index[1]] / r
+    return per_graph(torch.zeros_like(pos[:, 0]).index_add(0, index[1], pair), batch)
+
+
+def test_separability_of_sound_models():
+    assert assert_separable(sound) < 1e-9
+    assert assert_size_transfer(sound) < 1e-9
+    ions = [System(torch.tensor([1, 1, 3, 2]), random_molecule(4, seed=s).pos) for s in (0, 1)]
+    assert assert_separable(coulomb, systems=ions, decay=1) > 1e-4
+
+
+@pytest.mark.parametrize(
+    ("helper", "mutant", "message"),
+    [
+        (assert_separable, softmaxed, r"systems 0 and 1, 125 angstrom apart: energy differs by"),
+        (assert_separable, averaged, "energy differs by"),
+        (assert_separable, equilibrated, "differs by"),
+        (assert_size_transfer, averaged, r"2 copies of system 0: energy per copy: error"),
+        (assert_size_transfer, slots, r"27 copies of system 0: energy per copy: error"),
+    ],
+)
+def test_models_that_know_the_whole_system_are_rejected(helper, mutant, message):
+    with pytest.raises(AssertionError, match=message):
+        helper(mutant)
+
+
+def test_slots_pass_for_two_systems():
+    """Why a helper for many copies exists beside that for two."""
+    assert_extensive(slots)
+    assert_separable(slots)
+
+
+def test_charges_do_not_pass_for_neutral_systems():
+    ions = [System(torch.tensor([1, 1, 3, 2]), random_molecule(4, seed=s).pos) for s in (0, 1)]
+    with pytest.raises(AssertionError, match=r"energy differs by .* \(decay D\^-3\)"):
+        assert_separable(coulomb, systems=ions, decay=3)
+
+
 def test_bad_arguments_are_named():
     molecule = random_molecule(6)
     with pytest.raises(ValueError, match="systems is empty"):
@@ -455,3 +513,13 @@ def test_bad_arguments_are_named():
         assert_smooth(sound, systems=[periodic])
     with pytest.raises(ValueError, match="all periodic or all open"):
         assert_batch_independent(sound, systems=[molecule, periodic])
+    with pytest.raises(ValueError, match="at least two open geometries"):
+        assert_separable(sound, systems=[molecule])
+    with pytest.raises(ValueError, match="distances must grow"):
+        assert_separable(sound, distances=(10.0, 5.0))
+    with pytest.raises(ValueError, match="systems must be open; repeat a cell"):
+        assert_size_transfer(sound, systems=[periodic])
+    with pytest.raises(ValueError, match="counts must be 2 or more"):
+        assert_size_transfer(sound, counts=(1,))
+    with pytest.raises(ValueError, match="through_changes needs a model with a scheme"):
+        assert_smooth(sound, through_changes=True)

@@ -1,0 +1,157 @@
+"""Smooth thinning of points, and the partition of unity that hands every point to the survivors near it."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+#: Part of the radius up to which a survivor excludes others completely.
+PLATEAU = 0.7
+#: A survivor takes points in up to this multiple of the radius within which it suppresses others.
+REACH = 1.35
+#: Sum of windows from which on a point is taken over completely.
+FILLED = 0.5
+
+
+def quintic_step(t: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    r"""From 0 at t = 0 to 1 at t = 1, constant outside, with two continuous derivatives.
+
+    .. math:: S(t) = t^3 (10 - 15 t + 6 t^2)
+    """
+    t = t.clamp(0.0, 1.0)
+    return t * t * t * (10.0 + t * (6.0 * t - 15.0))
+
+
+def plateau_window(r: Float[Tensor, "edges"], inner: float, outer: float) -> Float[Tensor, "edges"]:
+    """1 up to ``inner``, 0 from ``outer`` on, C2 between them (angstrom)."""
+    return 1.0 - quintic_step((r - inner) / (outer - inner))
+
+
+def dead_zone(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """A step that ignores values below 0.1 and takes values above 0.6 for 1: undecided weights become decided."""
+    return quintic_step((x - 0.1) / 0.5)
+
+
+def thin(
+    priority: Float[Tensor, " nodes"],
+    existence: Float[Tensor, " nodes"],
+    index: Int[Tensor, "2 edges"],
+    r: Float[Tensor, "edges"],
+    radius: float,
+    rounds: int = 4,
+) -> Float[Tensor, " nodes"]:
+    r"""Survival :math:`s_i \in [0, 1]`: a smooth form of Luby's maximal independent set.
+
+    .. math:: d_i = \sum_{j} u_j\, S(\pi_j - \pi_i)\, w(r_{ij}), \qquad
+              \hat s_i = \theta\big(u_i (1 - \theta(d_i))\big), \qquad s_i \leftarrow s_i + (1 - s_i)\, \hat s_i, \qquad
+              u_i = g_i \Big(1 - \theta\big(s_i + \textstyle\sum_k s_k w(r_{ik})\big)\Big)
+
+    In each round a node survives unless an undecided neighbour has the higher priority, and then takes the nodes near
+    it out of the contest. The window w is 1 up to 0.7 ``radius`` and 0 beyond ``radius``. A priority that is higher by
+    1 wins completely; at equal priorities nobody does, so that equivalent atoms have equal weights: all of them
+    survive, or none does.
+
+    Args:
+        priority: :math:`\pi`; differences below 1 are partial.
+        existence: g, 1 for atoms; what exists in part survives in part at most.
+        index: pairs in both directions, those beyond ``radius`` may be left out.
+        r: their distances, angstrom.
+        radius: angstrom.
+        rounds: after this many rounds chains of ever lower priorities stay undecided; see :func:`share_out`.
+
+    Smoothness: C2. Cost: O(rounds x edges).
+    Source: after M. Luby, "A simple parallel algorithm for the maximal independent set problem" (1986); the smooth
+    steps and the treatment of ties are ours.
+    """
+    near = (r.detach() < radius).nonzero().squeeze(1)
+    source, target = index.index_select(1, near)
+    window = plateau_window(r.index_select(0, near), PLATEAU * radius, radius)
+    wins = quintic_step(priority.index_select(0, source) - priority.index_select(0, target)) * window
+    undecided, survival = existence, torch.zeros_like(existence)
+    for turn in range(rounds):
+        stronger = _sum(undecided.index_select(0, source) * wins, target, survival)
+        new = dead_zone(undecided * (1.0 - dead_zone(stronger)))
+        survival = survival + (1.0 - survival) * new
+        if turn + 1 < rounds:
+            taken = _sum(survival.index_select(0, source) * window, target, survival)
+            undecided = existence * (1.0 - dead_zone(survival + taken))
+    return survival
+
+
+class Share(NamedTuple):
+    """How nodes divide themselves among survivors.
+
+    =============  ========  ===========================================================================
+    field          shape     meaning
+    =============  ========  ===========================================================================
+    existence      [nodes]   g of the part that would be centred on each node
+    fill           [nodes]   factor of the windows, :math:`S(Z_j / Z_0) / Z_j`
+    alone          [nodes]   what no survivor takes, :math:`1 - S(Z_j / Z_0)`: it stays a part of its own
+    =============  ========  ===========================================================================
+    """
+
+    existence: Tensor
+    fill: Tensor
+    alone: Tensor
+
+
+def share_out(
+    survival: Float[Tensor, " nodes"],
+    existence: Float[Tensor, " nodes"],
+    index: Int[Tensor, "2 edges"],
+    r: Float[Tensor, "edges"],
+    radius: float,
+) -> Share:
+    r"""Divide every node among the survivors around it; see :func:`membership` for the weights on edges.
+
+    .. math:: Z_j = s_j + \sum_A s_A\, W(r_{jA}), \qquad
+              g'_A = s_A + (1 - s_A)\, g_A\, \big(1 - S(Z_A / Z_0)\big), \qquad Z_0 = 1/2
+
+    with a window W that is 1 up to ``radius`` and 0 beyond 1.35 ``radius``.
+
+    Smoothness: C2. Cost: O(edges).
+    """
+    near = (r.detach() < REACH * radius).nonzero().squeeze(1)
+    source, target = index.index_select(1, near)
+    window = plateau_window(r.index_select(0, near), radius, REACH * radius)
+    total = survival + _sum(survival.index_select(0, source) * window, target, survival)
+    t = (total / FILLED).clamp(max=1.0)
+    # S(t) / t is a polynomial, so nothing is divided by a small sum.
+    fill = torch.where(total < FILLED, t * t * (10.0 + t * (6.0 * t - 15.0)) / FILLED, 1.0 / total.clamp(min=FILLED))
+    alone = 1.0 - quintic_step(t)
+    return Share(survival + (1.0 - survival) * existence * alone, fill, alone)
+
+
+def membership(
+    share: Share,
+    survival: Float[Tensor, " nodes"],
+    existence: Float[Tensor, " nodes"],
+    child: Int[Tensor, " edges"],
+    centre: Int[Tensor, " edges"],
+    r: Float[Tensor, "edges"],
+    itself: Tensor,
+    radius: float,
+) -> tuple[Float[Tensor, " edges"], Float[Tensor, " edges"]]:
+    r"""Weights of edges from nodes to the nodes on which parts are centred: (p, pooling weight).
+
+    .. math:: p_{jA} = s_A W(r_{jA}) \frac{S(Z_j / Z_0)}{Z_j} + \delta_{jA} \big(1 - S(Z_j / Z_0)\big), \qquad
+              \sum_A p_{jA} = 1, \qquad \hat p_{jA} = g_j\, p_{jA} / g'_A
+
+    p says how much of the child goes where; :math:`\hat p` is its share of a parent that exists in part: it stays
+    finite where the parent vanishes, because :math:`s_A` cancels.
+    """
+    window = plateau_window(r, radius, REACH * radius) * share.fill.index_select(0, child)
+    alone = share.alone.index_select(0, child) * itself.to(r.dtype)
+    g, s = share.existence.index_select(0, centre), survival.index_select(0, centre)
+    exists = g > 0
+    whole = torch.where(exists, g, torch.ones_like(g))
+    survived = torch.where(exists, s / whole, torch.ones_like(g))
+    pooled = existence.index_select(0, child) * (survived * window + alone / whole)
+    return s * window + alone, pooled
+
+
+def _sum(values: Tensor, target: Tensor, like: Tensor) -> Tensor:
+    return torch.zeros_like(like).index_add(0, target, values)
