@@ -51,7 +51,7 @@ def fluid() -> System:
     return _fluid(60)
 
 
-@pytest.fixture(scope="module", params=["atom", "mean"])
+@pytest.fixture(scope="module", params=["atom", pytest.param("mean", marks=pytest.mark.slow)])
 def both(request) -> SmoothSurvivors:
     """Parts on atoms, and on means."""
     return SmoothSurvivors(**SMALL, centre=request.param)
@@ -131,7 +131,7 @@ def test_survivors_keep_their_distance_and_reach_everyone():
     assert torch.cdist(system.pos, level.pos).min(dim=1).values.max() < 1.35 * radius
 
 
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_candidates_of_weight_zero_change_nothing(both, seed):
     """Energy, forces and their derivative are those of the full list of candidates, bit for bit or to round-off."""
     scheme, net = both, _net(both)
