@@ -24,7 +24,7 @@ _GRAPH_SHAPES: dict[str, tuple[int, ...]] = {
     "dipole": (1, 3),
     "polarizability": (1, 3, 3),
 }
-_ATOM_SHAPES: dict[str, tuple[int, ...]] = {"z": (), "pos": (3,), "forces": (3,), "energies": ()}
+_ATOM_SHAPES: dict[str, tuple[int, ...]] = {"z": (), "pos": (3,), "forces": (3,), "energies": (), "charges": ()}
 
 
 class AtomicData(Data):
@@ -44,6 +44,7 @@ class AtomicData(Data):
     ``dipole``          [1, 3]                e angstrom
     ``polarizability``  [1, 3, 3]
     ``charge``          [1]                   total charge, e
+    ``charges``         [N]                   formal charges of the atoms, e (optional)
     ``num_parts_k``     [1] long              number of parts at level k >= 1 of the hierarchy
     ``child_k``         [2, E] long           row 0: part at level k - 1, row 1: its parent at level k
     ``pair_k``          [2, P] long           ordered neighbours at level k

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from torch_geometric.data import Data
 
 from nbody_pyg.hierarchy import Hierarchy, NestedShells, Scheme, Topology
+from nbody_pyg.nn.charges import LongRangeSettings, charge_shares
+from nbody_pyg.nn.coulomb import LongRange
 from nbody_pyg.nn.edges import EdgeEmbedding, EdgeFeatures, sum_into
 from nbody_pyg.nn.gates import OneBodyGate
 from nbody_pyg.nn.interaction import Interaction, Recipe
@@ -72,7 +74,9 @@ class NBodyNet(nn.Module):
             root, which is not additive.
         options: further settings, see :attr:`DEFAULTS`: num_layers (visits of the lowest level that has pairs),
             num_basis, symmetry ("o3", "o3-full", "so3"), sweeps ("up", "up-down"), degrees (typical number of
-            sources per target, by edge set such as "pair_0" or "child_1").
+            sources per target, by edge set such as "pair_0" or "child_1"), long_range (energy of latent charges
+            beyond every cutoff: None, or the name of a method, or settings as in
+            :class:`~nbody_pyg.nn.charges.LongRangeSettings`).
 
     Equivariance: O(3) (with symmetry "so3" only rotations), translation, permutation.
     Smoothness: that of the scheme. Cost: linear in the number of edges.
@@ -91,6 +95,7 @@ class NBodyNet(nn.Module):
         "symmetry": "o3",
         "sweeps": "up-down",
         "degrees": None,
+        "long_range": None,
     }
 
     def __init__(
@@ -117,6 +122,8 @@ class NBodyNet(nn.Module):
             )
         self.options = self.DEFAULTS | options
         check_symmetry(self.options["symmetry"])
+        if self.options["long_range"] is not None:
+            self.options["long_range"] = LongRangeSettings.parse(self.options["long_range"]).to_dict()
         _check_choice("sweeps", self.options["sweeps"], SWEEPS)
         self.channels, self.lmax, self.body_order = channels, lmax, body_order
         self.irreps = hidden_irreps(channels, lmax, self.options["symmetry"])
@@ -134,7 +141,9 @@ class NBodyNet(nn.Module):
         self.embeddings, self.interactions = nn.ModuleDict(), nn.ModuleList()
         last_visit = {step.level: n for n, step in enumerate(self.steps)}
         types: dict[int, o3.Irreps] = {}
-        scalars = hidden_irreps(self.channels, max(ir.l for _, ir in self.irreps_out), symmetry)
+        settings = self._long_range_settings()
+        dipoles = settings is not None and settings.dipoles
+        scalars = hidden_irreps(self.channels, max(int(dipoles), *(ir.l for _, ir in self.irreps_out)), symmetry)
         for n, step in enumerate(self.steps):
             if step.edges not in self.embeddings:
                 spec = levels[int(step.edges[-1])]
@@ -153,6 +162,26 @@ class NBodyNet(nn.Module):
         self.readouts = nn.ModuleDict({str(k): readout(types[k], self.irreps_out) for k in self._read_levels()})
         num_scalars = self.irreps_out.count(o3.Irrep("0e"))
         self.shift = nn.Parameter(torch.zeros(len(self.species), num_scalars)) if self._shifts() else None
+        self.long_range = None
+        if settings is not None:
+            self._atom_level = max((k for k in types if self._centred(k)), default=None)
+            self._atom_step = next((s for s in self.steps if self._between_atoms(s)), None)
+            irreps = None if self._atom_level is None else types[self._atom_level]
+            basis = num_basis if self._atom_step else 0
+            self.long_range = LongRange(settings, levels, len(self.species), irreps, basis)
+
+    def _long_range_settings(self) -> LongRangeSettings | None:
+        if self.options["long_range"] is None:
+            return None
+        if not self._shifts() or self.irreps_out.dim != 1:
+            raise ValueError(
+                f"long_range is an extensive energy, but the target is {self.target} {self.irreps_out}; leave it out"
+            )
+        return LongRangeSettings.parse(self.options["long_range"])
+
+    def _between_atoms(self, step: Step) -> bool:
+        """Whether the edges of a step join parts that stand for one atom each, in both directions."""
+        return step.kind != "down" and self._centred(step.level) and self._centred(self._source(step))
 
     def _plan(self) -> list[Step]:
         """The order in which levels are visited."""
@@ -217,18 +246,31 @@ class NBodyNet(nn.Module):
         cell: Float[Tensor, "graphs 3 3"] | None = None,
         pbc: Tensor | None = None,
         topology: Topology | None = None,
+        charge: Float[Tensor, " graphs"] | None = None,
+        charges: Float[Tensor, " atoms"] | None = None,
     ) -> Float[Tensor, "graphs *dim"]:
         """Value of each system: energies without those of isolated atoms, eV, or the target of ``irreps_out``.
 
         A ``Data`` or ``Batch`` may stand in the first place. The topology is read off the data where a
-        transform has stored it, and built otherwise.
+        transform has stored it, and built otherwise. With ``long_range``, ``charge`` is the total charge of each
+        graph, e (0 if it is not given), and ``charges`` the formal charges of the atoms, if they are known.
         """
-        return self.total(self.hierarchy(z, pos, batch, cell=cell, pbc=pbc, topology=topology))
+        hierarchy = self.hierarchy(z, pos, batch, cell=cell, pbc=pbc, topology=topology)
+        if self.long_range is None:
+            return self.total(hierarchy)
+        if isinstance(z, Data):
+            pbc, charge, charges = (z.get(key) for key in ("pbc", "charge", "charges"))
+        self._check_open(pbc)
+        return self.total(
+            hierarchy, charge_shares(hierarchy[0].batch, hierarchy.num_graphs, charge, charges, hierarchy[0].pos)
+        )
 
-    def total(self, hierarchy: Hierarchy) -> Float[Tensor, "graphs *dim"]:
-        """Value of each system of a hierarchy: the sum of those of its parts."""
+    def total(
+        self, hierarchy: Hierarchy, share: Float[Tensor, " atoms"] | None = None
+    ) -> Float[Tensor, "graphs *dim"]:
+        """Value of each system of a hierarchy: the sum of those of its parts; ``share`` as for :meth:`values`."""
         total = 0
-        for k, value in self.values(hierarchy).items():
+        for k, value in self.values(hierarchy, share).items():
             total = total + sum_into(value, hierarchy[k].batch, hierarchy.num_graphs)
         return total.squeeze(-1) if self.irreps_out.dim == 1 else total
 
@@ -259,10 +301,11 @@ class NBodyNet(nn.Module):
 
     def states(self, hierarchy: Hierarchy) -> dict[int, Float[Tensor, "parts rows channels"]]:
         """State of every part, by level; levels that the network does not use are left out."""
-        return self._states(hierarchy, self._species_index(hierarchy.z))
+        return self._states(hierarchy, self._species_index(hierarchy.z), {})
 
-    def _states(self, hierarchy: Hierarchy, species: Int[Tensor, " atoms"]) -> dict[int, Tensor]:
-        features: dict[tuple, EdgeFeatures] = {}
+    def _states(
+        self, hierarchy: Hierarchy, species: Int[Tensor, " atoms"], features: dict[tuple, EdgeFeatures]
+    ) -> dict[int, Tensor]:
         states: dict[int, Tensor] = {}
         for step, interaction in zip(self.steps, self.interactions, strict=True):
             edges = self._edges(step, hierarchy, features)
@@ -291,10 +334,16 @@ class NBodyNet(nn.Module):
         states = self.states(self.hierarchy(data))
         return [(self._types[k], to_mul_ir(x.flatten(1), self._types[k])) for k, x in sorted(states.items())]
 
-    def values(self, hierarchy: Hierarchy) -> dict[int, Float[Tensor, "parts dim"]]:
-        """Value of every part of every level that has a readout, of type ``irreps_out``, weighted by g."""
-        species = self._species_index(hierarchy.z)
-        states = self._states(hierarchy, species)
+    def values(
+        self, hierarchy: Hierarchy, share: Float[Tensor, " atoms"] | None = None
+    ) -> dict[int, Float[Tensor, "parts dim"]]:
+        """Value of every part of every level that has a readout, of type ``irreps_out``, weighted by g.
+
+        With ``long_range`` the energy of the latent charges is among the values of the atoms; ``share`` is what each
+        atom has of the total charge, e (0 if it is not given).
+        """
+        species, features = self._species_index(hierarchy.z), {}
+        states = self._states(hierarchy, species, features)
         values = {}
         for name, readout in self.readouts.items():
             k = int(name)
@@ -302,7 +351,19 @@ class NBodyNet(nn.Module):
         if self.shift is not None:
             atoms = self.shift.index_select(0, species)
             values[0] = values[0] + atoms if 0 in values else atoms
+        if self.long_range is not None:
+            x = None if self._atom_level is None else states[self._atom_level]
+            edges = None if self._atom_step is None else self._edges(self._atom_step, hierarchy, features)
+            share = hierarchy[0].pos.new_zeros(species.shape[0]) if share is None else share
+            values[0] = values[0] + self.long_range(x, species, share, edges, hierarchy).unsqueeze(-1)
         return values
+
+    def _check_open(self, pbc: Tensor | None) -> None:
+        method = self.long_range.settings.method
+        if method != "ewald" and pbc is not None and bool(torch.as_tensor(pbc).any()):
+            raise ValueError(
+                f"pbc must be off for long_range method {method!r}, which does not know periodic images; use 'ewald'"
+            )
 
     def _edges(self, step: Step, hierarchy: Hierarchy, features: dict[tuple, EdgeFeatures]) -> EdgeFeatures:
         """Edge features, computed once per set of edges; the way down reverses the edges of the way up.

@@ -18,6 +18,9 @@ from nbody_pyg.geometry import apply_strain, check_batch, check_cell, check_posi
 from nbody_pyg.hierarchy.topology import Topology
 from nbody_pyg.kernels.scope import skip_weight_gradients
 
+#: Arguments that a model's forward may have beside z, pos and batch.
+_OPTIONAL = ("cell", "pbc", "topology", "charge", "charges")
+
 
 class _Float64Buffers(nn.Module):
     """Keeps the buffers named in ``_float64`` in double precision through ``.float()`` and ``.to(dtype)``.
@@ -153,8 +156,8 @@ class Potential(_Float64Buffers):
 
     Args:
         model: ``model(z, pos, batch)`` returning [num_graphs] or [num_graphs, 1], or a tuple that starts with
-            it, as PyG's SchNet, DimeNet++ and ViSNet do. Arguments named ``cell``, ``pbc`` and ``topology``
-            are filled when the model's forward has them.
+            it, as PyG's SchNet, DimeNet++ and ViSNet do. Arguments named ``cell``, ``pbc``,
+            ``topology``, ``charge`` and ``charges`` are filled when the model's forward has them.
         reference: energies of the isolated atoms, as a module or as the dict that makes one, or None.
         scale: multiplies the output of the model.
 
@@ -189,7 +192,7 @@ class Potential(_Float64Buffers):
         self.register_buffer("scale", torch.tensor(float(scale), dtype=torch.float64))
         names = inspect.signature(model.forward).parameters
         free = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in names.values())
-        self._keywords = frozenset(k for k in ("cell", "pbc", "topology") if free or k in names)
+        self._keywords = frozenset(k for k in _OPTIONAL if free or k in names)
 
     @property
     def dtype(self) -> torch.dtype | None:
@@ -209,6 +212,8 @@ class Potential(_Float64Buffers):
         cell: Float[Tensor, "*graphs 3 3"] | None = None,
         pbc: Bool[Tensor, "*graphs 3"] | bool | None = None,
         topology: Topology | None = None,
+        charge: Float[Tensor, " graphs"] | None = None,
+        charges: Float[Tensor, " atoms"] | None = None,
         compute_forces: bool = True,
         compute_stress: bool = False,
         training: bool = False,
@@ -218,6 +223,8 @@ class Potential(_Float64Buffers):
         Works inside ``torch.no_grad()``. A topology that the model's scheme stored on the data is used.
 
         Args:
+            charge: total charge of each graph, for models that take it, e; None is neutral.
+            charges: formal charges of the atoms, for models that take them, e.
             compute_forces: add ``forces``.
             compute_stress: add ``stress``; needs a periodic cell.
             training: keep the graph of every result, so that a loss on forces can be differentiated again.
@@ -230,7 +237,7 @@ class Potential(_Float64Buffers):
                 a cell, an output that is not one energy per graph.
             RuntimeError: forces or stress under ``torch.inference_mode()``.
         """
-        system = self._system(z, pos, batch, cell, pbc, topology)
+        system = self._system(z, pos, batch, cell, pbc, topology, charge, charges)
         derivative = compute_forces or compute_stress
         if derivative:
             _refuse_inference_mode()
@@ -318,6 +325,8 @@ class Potential(_Float64Buffers):
         cell: Tensor | None,
         pbc: Tensor | None,
         topology: Topology | None,
+        charge: Tensor | None = None,
+        charges: Tensor | None = None,
     ) -> dict[str, Any]:
         """Check the input and bring it into one form; nothing here is differentiated."""
         num_graphs = 0
@@ -330,6 +339,7 @@ class Potential(_Float64Buffers):
                     raise ValueError(f"data must hold {key!r}, it has {sorted(data.keys())}; set data.{key}")
             z, pos, batch = data.z, data.pos, data.get("batch")
             cell, pbc = data.get("cell"), data.get("pbc")
+            charge, charges = data.get("charge"), data.get("charges")
             num_graphs = data.num_graphs if isinstance(data, Batch) else 0
             if topology is None and "topology" in self._keywords and "num_parts_1" in data:
                 # A scheme refuses what another scheme has stored; `scheme` is optional for foreign models.
@@ -365,6 +375,8 @@ class Potential(_Float64Buffers):
             "cell": None if pbc is None else _usable(cell),
             "pbc": pbc,
             "topology": topology,
+            "charge": charge,
+            "charges": charges,
         }
 
     def _strain(self, system: dict[str, Any], pos: Tensor) -> tuple[Tensor, Tensor]:
@@ -384,7 +396,7 @@ class Potential(_Float64Buffers):
         cell = system["cell"]
         if strain is not None:
             pos, cell = apply_strain(pos, cell, system["batch"], strain)
-        given = {"cell": cell, "pbc": system["pbc"], "topology": system["topology"]}
+        given = {key: system[key] for key in _OPTIONAL} | {"cell": cell}
         keywords = {k: v for k, v in given.items() if v is not None and k in self._keywords}
         output = self.model(system["z"], pos, system["batch"], **keywords)
         if isinstance(output, (tuple, list)):

@@ -50,6 +50,24 @@ def vector_window(vec: Float[Tensor, "edges 3"], cutoff: float) -> Float[Tensor,
     return smooth_cutoff(safe_norm(vec), cutoff)
 
 
+def plateau_window(r: Float[Tensor, "edges"], inner: float, outer: float) -> Float[Tensor, "edges"]:
+    r"""Window that is exactly 1 up to ``inner`` and exactly 0 from ``outer`` on.
+
+    .. math:: f = 1 - S\Big(\frac{r - r_1}{r_2 - r_1}\Big), \qquad S(t) = t^3 (10 - 15 t + 6 t^2)
+
+    Args:
+        r: distances, angstrom.
+        inner: where it begins to fall, angstrom.
+        outer: where it ends, angstrom, > ``inner``.
+
+    Smoothness: C2. Raises: ValueError: not 0 <= ``inner`` < ``outer``.
+    """
+    if not 0 <= inner < outer < math.inf:
+        raise ValueError(f"inner and outer must satisfy 0 <= inner < outer, got {inner!r} and {outer!r}; try 3.5, 5.0")
+    t = ((r - inner) / (outer - inner)).clamp(0.0, 1.0)
+    return 1.0 - t * t * t * (10.0 - t * (15.0 - 6.0 * t))
+
+
 def soften(vec: Float[Tensor, "edges 3"]) -> tuple[Float[Tensor, "edges 3"], Float[Tensor, "edges"]]:
     r"""Softened direction and distance of edge vectors, smooth everywhere including coincident points.
 

@@ -46,14 +46,33 @@ def _translate(
     num_targets: int,
     lmax_out: int,
     weight: Tensor | None,
+    factors: Tensor | None,
 ) -> Tensor:
     source, target = index
     table = _table(name, degree_of(values), lmax_out, values.dtype, values.device)
+    if factors is not None:
+        table = table * _by_rows(factors, lmax_out, degree_of(values)).flatten()
     matrices = (harmonics @ table).view(source.shape[0], coefficients.rows(lmax_out), values.shape[1])
     if weight is not None:
         matrices = matrices * weight.view(-1, 1, 1)
     messages = torch.bmm(matrices, values.index_select(0, source))
     return messages.new_zeros(num_targets, *messages.shape[1:]).index_add(0, target, messages)
+
+
+def _by_rows(factors: Tensor, lmax_out: int, lmax_in: int) -> Tensor:
+    """A number for each pair of degrees (result, source), repeated for their components."""
+    if factors.shape != (lmax_out + 1, lmax_in + 1):
+        raise ValueError(
+            f"factors must have shape [{lmax_out + 1}, {lmax_in + 1}], degrees of the result and of the values, got "
+            f"{list(factors.shape)}"
+        )
+    out, inner = (
+        torch.arange(lmax + 1, device=factors.device).repeat_interleave(
+            2 * torch.arange(lmax + 1, device=factors.device) + 1, output_size=coefficients.rows(lmax)
+        )
+        for lmax in (lmax_out, lmax_in)
+    )
+    return factors.index_select(0, out).index_select(1, inner)
 
 
 def m2m(
@@ -63,6 +82,7 @@ def m2m(
     num_targets: int,
     lmax: int | None = None,
     weight: Float[Tensor, " edges"] | None = None,
+    factors: Float[Tensor, "degrees_out degrees_in"] | None = None,
 ) -> Float[Tensor, "targets rows channels"]:
     r"""Multipole moments about the centres of the parents, from those about the centres of the children.
 
@@ -79,13 +99,14 @@ def m2m(
         num_targets: number of targets.
         lmax: highest degree of the result; None for that of ``values``.
         weight: factor of each edge.
+        factors: a number for each degree of the result and of the values, times its coefficient; None for 1.
 
     Smoothness: polynomial in ``vec``. Equivariance: O(3). Cost: O(edges lmax^4 (lmax^2 + channels)).
     """
     lmax = degree_of(values) if lmax is None else check_lmax("lmax", lmax)
     if lmax < degree_of(values):
         values = values[:, : coefficients.rows(lmax)]
-    return _translate("shift_table", values, regular_harmonics(vec, lmax), index, num_targets, lmax, weight)
+    return _translate("shift_table", values, regular_harmonics(vec, lmax), index, num_targets, lmax, weight, factors)
 
 
 def p2m(
@@ -116,6 +137,7 @@ def m2l(
     lmax: int | None = None,
     weight: Float[Tensor, " edges"] | None = None,
     width: float | None = None,
+    factors: Float[Tensor, "degrees_out degrees_in"] | None = None,
 ) -> Float[Tensor, "targets rows channels"]:
     r"""Local field of distant multipoles, :math:`\phi(\mathbf x) = \sum_{lm} L_{lm} R_{lm}(\mathbf x - \mathbf d)`.
 
@@ -132,13 +154,14 @@ def m2l(
         lmax: highest degree of the field; None for that of ``values``.
         weight: factor of each edge.
         width: smear the charges, see :func:`~nbody_pyg.multipoles.irregular_harmonics`.
+        factors: as for :func:`m2m`.
 
     Smoothness: C-infinity for vec != 0, with a width everywhere. Equivariance: O(3).
     """
     upper = degree_of(values)
     lmax = upper if lmax is None else check_lmax("lmax", lmax)
     harmonics = irregular_harmonics(vec, upper + lmax, width)
-    return _translate("interaction_table", values, harmonics, index, num_targets, lmax, weight)
+    return _translate("interaction_table", values, harmonics, index, num_targets, lmax, weight, factors)
 
 
 def l2l(
@@ -148,6 +171,7 @@ def l2l(
     num_targets: int,
     lmax: int | None = None,
     weight: Float[Tensor, " edges"] | None = None,
+    factors: Float[Tensor, "degrees_out degrees_in"] | None = None,
 ) -> Float[Tensor, "targets rows channels"]:
     r"""Local fields about other centres: from the parents (sources) down to the children (targets).
 
@@ -160,7 +184,7 @@ def l2l(
     """
     upper = degree_of(values)
     lmax = upper if lmax is None else check_lmax("lmax", lmax)
-    return _translate("descend_table", values, regular_harmonics(vec, upper), index, num_targets, lmax, weight)
+    return _translate("descend_table", values, regular_harmonics(vec, upper), index, num_targets, lmax, weight, factors)
 
 
 def l2p(

@@ -1,0 +1,207 @@
+"""Latent charges: local, conserved, moved between neighbours; and the settings of long-range energies."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from e3nn import o3
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from nbody_pyg.multipoles.coefficients import check_lmax
+from nbody_pyg.nn.edges import EdgeFeatures, sum_into
+from nbody_pyg.nn.irreps import equal_multiplicity, row_slices
+
+METHODS = ("direct", "hierarchy", "ewald")
+
+
+@dataclass(frozen=True)
+class LongRangeSettings:
+    """What ``long_range=`` of :class:`~nbody_pyg.NBodyNet` may hold.
+
+    Args:
+        method: "direct" sums over all pairs of atoms (exact, O(N^2), open systems); "hierarchy" is a fast multipole
+            method over the parts of the scheme (open systems); "ewald" is for periodic systems, charges only.
+        channels: number of latent charges of each atom.
+        dipoles: each atom has latent dipoles as well.
+        elements: each element brings a learned charge of its own. The total charge of a system is then what its
+            composition says, not what it is told to be.
+        transfers: atoms exchange charge with their neighbours.
+        width: standard deviation of the Gaussian over which a charge is smeared, angstrom; it keeps r -> 0 finite.
+        lmax: highest degree of the moments of parts, for "hierarchy".
+        trained: train factors of the analytic translations, for "hierarchy".
+    """
+
+    method: str = "direct"
+    channels: int = 2
+    dipoles: bool = False
+    elements: bool = False
+    transfers: bool = True
+    width: float = 0.5
+    lmax: int = 4
+    trained: bool = False
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise ValueError(f"method must be one of {', '.join(METHODS)}, got {self.method!r}; try 'direct'")
+        if isinstance(self.channels, bool) or not isinstance(self.channels, int) or self.channels < 1:
+            raise ValueError(f"channels must be a positive integer, got {self.channels!r}; try 2")
+        if not (isinstance(self.width, (int, float)) and math.isfinite(self.width) and self.width > 0):
+            raise ValueError(f"width must be a positive length in angstrom, got {self.width!r}; try 0.5")
+        if self.method == "ewald" and self.dipoles:
+            raise ValueError("dipoles must be off with method 'ewald', which knows charges only; use 'direct' if open")
+        check_lmax("lmax", self.lmax)
+
+    @classmethod
+    def parse(cls, given: Mapping[str, Any] | str | LongRangeSettings) -> LongRangeSettings:
+        """Settings from a dictionary, or from the name of a method.
+
+        Raises: ValueError: an unknown key, or a value out of range.
+        """
+        if isinstance(given, LongRangeSettings):
+            return given
+        given = {"method": given} if isinstance(given, str) else dict(given)
+        known = [field.name for field in dataclasses.fields(cls)]
+        if unknown := sorted(set(given) - set(known)):
+            raise ValueError(f"long_range must hold some of {known}, got {unknown}; check the spelling")
+        return cls(**given)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings, ready for JSON."""
+        return dataclasses.asdict(self)
+
+
+class LatentCharges(nn.Module):
+    r"""Charges (and dipoles) of atoms from their states, with exact conservation.
+
+    .. math:: q_i = Q_i + \sum_j p_{ij}, \qquad
+              p_{ij} = -p_{ji} = \sum_b w_{ij} B_b(r_{ij}) (u_{b i} v_j - u_{b j} v_i), \qquad
+              \boldsymbol\mu_i = W \psi_i^1
+
+    The transfers p are antisymmetric and end with the window w of the edges, so charge is conserved to rounding and
+    moves only between neighbours: the charges of a molecule do not know of another one far away. :math:`Q_i` is the
+    share of the total charge that the atom starts from. It enters the first channel; the others start neutral. With
+    ``elements`` a learned charge of its element is added to every channel. u and v are linear in the scalars of the
+    atom, plus a constant of its element.
+
+    ===============  ====================  =====================================================
+    symbol           code                  shape, unit
+    ===============  ====================  =====================================================
+    :math:`\psi`     ``x``                 (atoms, rows, channels_in), or None
+    w B              ``edges``             see :class:`~nbody_pyg.nn.edges.EdgeFeatures`, both directions
+    Q                ``share``             (atoms,), e
+    q, mu            result                (atoms, 1 or 4, channels), e and e angstrom
+    ===============  ====================  =====================================================
+
+    Args:
+        settings: channels, dipoles, elements, transfers.
+        num_species: number of elements.
+        irreps: type of the states of the atoms, or None where they have none.
+        num_basis: number of radial functions on the edges, or 0 where there are none.
+
+    Equivariance: O(3), permutation. Smoothness: that of the states and windows. Cost: O(edges basis channels).
+    Raises: ValueError: dipoles from states without vectors.
+    """
+
+    def __init__(
+        self, settings: LongRangeSettings, num_species: int, irreps: o3.Irreps | None = None, num_basis: int = 0
+    ) -> None:
+        super().__init__()
+        self.settings, self.irreps = settings, irreps
+        channels, self.num_basis = settings.channels, num_basis if settings.transfers else 0
+        width = self.num_basis * channels + channels
+        self.scalars = self.dipole = self.offset = self.own = None
+        features = 0 if irreps is None else equal_multiplicity(irreps)
+        if self.num_basis:
+            self.offset = nn.Parameter(torch.randn(num_species, width) * 0.1)
+            if features:
+                self.scalars = nn.Linear(features, width, bias=False)
+                nn.init.normal_(self.scalars.weight, std=0.1 * features**-0.5)
+        if settings.dipoles:
+            vectors = [] if irreps is None else [n for n, (_, ir) in enumerate(irreps) if (ir.l, ir.p) in ((1, -1),)]
+            if not vectors:
+                raise ValueError(
+                    f"dipoles must come from vectors 1o, got states of type {irreps}; set lmax to 1 or more"
+                )
+            self._vector_rows = row_slices(irreps)[vectors[0]]
+            self.dipole = nn.Parameter(torch.randn(features, channels) * 0.1 * features**-0.5)
+        if settings.elements:
+            # Not zero: an energy that is bilinear in charges has no slope there
+            self.own = nn.Parameter(torch.randn(num_species, channels) * 0.3)
+        gain = torch.zeros(channels)
+        gain[0] = 1.0
+        self.register_buffer("gain", gain, persistent=False)
+
+    def forward(
+        self,
+        x: Float[Tensor, "atoms rows channels_in"] | None,
+        species: Int[Tensor, " atoms"],
+        share: Float[Tensor, " atoms"],
+        edges: EdgeFeatures | None = None,
+    ) -> Float[Tensor, "atoms rows_out channels"]:
+        charges = share.unsqueeze(1) * self.gain
+        if self.own is not None:
+            charges = charges + self.own.index_select(0, species)
+        if self.num_basis:
+            charges = charges + self._transferred(x, species, edges)
+        if self.dipole is None:
+            return charges.unsqueeze(1)
+        return torch.cat([charges.unsqueeze(1), x[:, self._vector_rows] @ self.dipole], dim=1)
+
+    def _transferred(self, x: Tensor | None, species: Tensor, edges: EdgeFeatures) -> Tensor:
+        channels, (source, target) = self.settings.channels, edges.index
+        features = self.offset.index_select(0, species)
+        if self.scalars is not None:
+            features = features + self.scalars(x[:, 0])
+        u, v = features[:, :-channels].view(-1, self.num_basis, channels), features[:, -channels:]
+        # Sum over the basis first: what is left on an edge is one number for each channel
+        radial = edges.radial.unsqueeze(1)
+        given = torch.bmm(radial, u.index_select(0, target)).squeeze(1) * v.index_select(0, source)
+        taken = torch.bmm(radial, u.index_select(0, source)).squeeze(1) * v.index_select(0, target)
+        return sum_into(given - taken, target, species.shape[0])
+
+    def extra_repr(self) -> str:
+        return f"{self.irreps} -> {self.settings.channels} charges, dipoles={self.settings.dipoles}"
+
+
+def charge_shares(
+    batch: Int[Tensor, " atoms"],
+    num_graphs: int,
+    charge: Float[Tensor, " graphs"] | None,
+    charges: Float[Tensor, " atoms"] | None,
+    like: Tensor,
+) -> Float[Tensor, " atoms"]:
+    """What every atom has of the total charge before transfers.
+
+    ``charges`` of the atoms (formal charges) enter where they are, which keeps fragments independent of each other;
+    without them ``charge`` is spread evenly over the atoms of its graph, and without both there is none.
+
+    Raises: ValueError: wrong shapes, or a total that differs from the sum of ``charges``.
+    """
+    num_atoms = batch.shape[0]
+    if charge is not None:
+        charge = charge.reshape(-1).to(like.dtype)
+        if charge.shape[0] != num_graphs:
+            raise ValueError(f"charge must have one value for each of {num_graphs} graphs, got {charge.shape[0]}")
+    if charges is not None:
+        if tuple(charges.shape) != (num_atoms,):
+            raise ValueError(f"charges must have shape [{num_atoms}], one for each atom, got {list(charges.shape)}")
+        charges = charges.to(like.dtype)
+        if charge is not None and not torch.compiler.is_compiling():
+            total = charges.new_zeros(num_graphs).index_add(0, batch, charges)
+            if bool((total - charge).abs().max() > 1e-3):
+                wrong = int((total - charge).abs().argmax())
+                raise ValueError(
+                    f"charges must add up to charge in every graph, got {float(total[wrong]):g} and "
+                    f"{float(charge[wrong]):g} in graph {wrong}; give one of the two"
+                )
+        return charges
+    if charge is None:
+        return like.new_zeros(num_atoms)
+    count = torch.bincount(batch, minlength=num_graphs).to(like.dtype)
+    return (charge / count).index_select(0, batch)

@@ -1,0 +1,213 @@
+"""Energy of latent charges: over all pairs, through the hierarchy, or by Ewald sums."""
+
+from __future__ import annotations
+
+import torch
+from e3nn import o3
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from nbody_pyg.geometry import safe_norm
+from nbody_pyg.hierarchy import Hierarchy, Level, LevelSpec
+from nbody_pyg.multipoles import all_pairs, m2l
+from nbody_pyg.nn.charges import LatentCharges, LongRangeSettings
+from nbody_pyg.nn.edges import EdgeFeatures
+from nbody_pyg.nn.interaction import SoftNorm
+from nbody_pyg.nn.translation import AcrossGate, DownGate, Translation, UpGate, join_pairs, merge_pairs
+from nbody_pyg.radial import plateau_window
+from nbody_pyg.units import COULOMB
+
+#: Share of a pair radius up to which parts leave all to their children.
+_PLATEAU = 0.7
+
+
+class DirectField(nn.Module):
+    r"""Local field of all other atoms by a sum over all pairs: exact.
+
+    .. math:: L_i = \sum_{j \ne i} \mathrm{M2L}(M_j, \mathbf r_j - \mathbf r_i)
+
+    Args:
+        lmax: 0 for charges, 1 for charges and dipoles.
+        width: smearing of the charges, angstrom.
+
+    Shapes: (atoms, rows, channels) -> the same. Cost: O(N^2). Smoothness: C-infinity.
+    """
+
+    def __init__(self, lmax: int, width: float) -> None:
+        super().__init__()
+        self.lmax, self.width = lmax, width
+
+    def forward(
+        self, moments: Float[Tensor, "atoms rows channels"], hierarchy: Hierarchy
+    ) -> Float[Tensor, "atoms rows channels"]:
+        pos, index = hierarchy[0].pos, all_pairs(hierarchy[0].batch)
+        vec = pos.index_select(0, index[0]) - pos.index_select(0, index[1])
+        return m2l(moments, vec, index, pos.shape[0], self.lmax, None, self.width)
+
+    def extra_repr(self) -> str:
+        return f"lmax={self.lmax}, width={self.width}"
+
+
+class HierarchyField(nn.Module):
+    r"""Local field of all other atoms by a fast multipole method over the parts of a scheme.
+
+    .. math:: E = \sum_k \sum_{A<B} \big(n^k_{AB} - w_k(R_{AB})\big) V_{AB}, \qquad
+              n^{k}_{ij} = \sum_{AB} p_{iA}\, p_{jB}\, w_{k+1}(R_{AB}), \quad w_k(0) = 1, \; w_0 = 0
+
+    A pair of parts within the window of its level leaves its interaction to the children, smoothly: w is 1 up to 0.7
+    of the ``pair_radius`` of the level and 0 beyond it. What a level hands down its children take up exactly, so every
+    pair of atoms counts once; the energy differs from the direct sum only by the moments above ``lmax``. On the
+    highest level with pairs all parts see each other. Levels above it, and without pairs, take no part.
+
+    The error is that of parts that are wide compared with 0.7 ``pair_radius``: choose radii of at least three
+    times the radius of the parts.
+
+    Args:
+        specs: levels of the scheme.
+        lmax_atoms: 0 for charges, 1 for charges and dipoles.
+        lmax: highest degree of the moments and fields of parts.
+        width: smearing of the charges of atoms, angstrom; parts see each other bare.
+        trained: train a factor for each path of the translations.
+
+    Shapes: (atoms, rows, channels) -> the same. Cost: O(N) pairs at fixed density up to the highest level with pairs.
+    Smoothness: C2 while the parts stay the same. Raises: ValueError: no level of parts with pairs.
+    """
+
+    def __init__(
+        self, specs: tuple[LevelSpec, ...], lmax_atoms: int, lmax: int, width: float, trained: bool = False
+    ) -> None:
+        super().__init__()
+        self.radii = []
+        for spec in specs[1:-1]:
+            if spec.pair_radius is None:
+                break
+            self.radii.append(spec.pair_radius)
+        if not self.radii:
+            raise ValueError(
+                f"long_range 'hierarchy' needs parts with pairs, but level 1 of the scheme, {specs[1].name!r}, has no "
+                "pair_radius; use method 'direct', or a scheme such as BondTree or FromAssignment"
+            )
+        lmax = max(lmax, lmax_atoms)
+        self.lmax_atoms, self.width = lmax_atoms, width
+        self.up, self.across, self.down = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
+        for k in range(len(self.radii)):
+            self.up.append(UpGate(lmax, lmax_in=lmax if k else lmax_atoms, trained=trained))
+            self.across.append(AcrossGate(lmax, trained=trained))
+            self.down.append(DownGate(lmax if k else lmax_atoms, lmax_in=lmax, trained=trained))
+
+    def forward(
+        self, moments: Float[Tensor, "atoms rows channels"], hierarchy: Hierarchy
+    ) -> Float[Tensor, "atoms rows channels"]:
+        levels, top = hierarchy.levels, len(self.radii)
+        rising = [_children(levels[k]) for k in range(1, top + 1)]
+        parts = [moments]
+        for gate, edges in zip(self.up, rising, strict=True):
+            parts.append(gate.translate(parts[-1], edges))
+        pairs = all_pairs(levels[top].batch)
+        near = pairs, levels[top].pos.new_ones(pairs.shape[1])
+        field = None
+        for k in range(top, 0, -1):
+            level, edges = levels[k], rising[k - 1]
+            window = plateau_window(safe_norm(level.pair_vec), _PLATEAU * self.radii[k - 1], self.radii[k - 1])
+            here = self.across[k - 1].translate(parts[k], self._handed(level, near, window))
+            field = here if field is None else here + field
+            field = self.down[k - 1].translate(field, edges.reversed(levels[k - 1].num_parts))
+            near = self._below(level, window, edges, levels[k - 1].num_parts)
+        index, weight = near
+        vec = levels[0].pos.index_select(0, index[0]) - levels[0].pos.index_select(0, index[1])
+        return field + m2l(moments, vec, index, moments.shape[0], self.lmax_atoms, weight, self.width)
+
+    def _handed(self, level: Level, near: tuple[Tensor, Tensor], window: Tensor) -> Translation:
+        """Pairs that this level takes up less what it hands down; those with nothing left are dropped."""
+        index, weight = near
+        index = torch.cat([index, level.pair_index], dim=1)
+        index, weight = merge_pairs(index, torch.cat([weight, -window]), level.num_parts)
+        keep = weight.detach().abs() > 1e-14
+        index, weight = index[:, keep], weight[keep]
+        vec = level.pos.index_select(0, index[0]) - level.pos.index_select(0, index[1])
+        return Translation(index, vec, weight, level.num_parts)
+
+    def _below(self, level: Level, window: Tensor, edges: Translation, size: int) -> tuple[Tensor, Tensor]:
+        """Pairs of children, with the weight that their parents left to them."""
+        itself = torch.arange(level.num_parts, device=window.device).expand(2, -1)
+        pairs = torch.cat([itself, level.pair_index], dim=1)
+        weight = torch.cat([window.new_ones(level.num_parts), window])
+        keep = weight.detach() > 0
+        return join_pairs(pairs[:, keep], weight[keep], edges.index, edges.window, (size, level.num_parts))
+
+    def extra_repr(self) -> str:
+        return f"radii={self.radii}, width={self.width}"
+
+
+def _children(level: Level) -> Translation:
+    return Translation(level.child_index, level.child_vec, level.child_weight, level.num_parts)
+
+
+class LongRange(nn.Module):
+    r"""Energy of latent charges, for each atom.
+
+    .. math:: E = \sum_c s_c\, \frac{k_e}{2} \sum_i \sum_{lm} M^c_{i, lm} L^c_{i, lm}
+              + \sum_{i c} (\chi_i^c q_i^c + \eta_i^c (q_i^c)^2)
+
+    with the latent moments M of :class:`~nbody_pyg.nn.charges.LatentCharges`, the local field L of all other atoms, a
+    learned strength and sign :math:`s_c` of each channel (1, -1, 1, ... at the start), and a local term that is linear
+    in the scalars of the atom and zero at the start. The only term that sees far is bilinear, so energies of distant
+    neutral systems add up. Charges are in e if the energy is not scaled afterwards.
+
+    Args:
+        settings: see :class:`~nbody_pyg.nn.charges.LongRangeSettings`.
+        specs: levels of the scheme.
+        num_species: number of elements.
+        irreps: type of the states of the atoms, or None.
+        num_basis: radial functions on the edges between atoms, or 0.
+
+    Shapes: states, species, share, edges, hierarchy -> (atoms,), eV.
+    Equivariance: O(3), permutation. Smoothness: that of the states, and of the parts for "hierarchy".
+    """
+
+    def __init__(
+        self,
+        settings: LongRangeSettings,
+        specs: tuple[LevelSpec, ...],
+        num_species: int,
+        irreps: o3.Irreps | None,
+        num_basis: int,
+    ) -> None:
+        super().__init__()
+        self.settings = settings
+        self.norm = SoftNorm()  # products may be large, charges must not be
+        self.charges = LatentCharges(settings, num_species, irreps, num_basis)
+        lmax = int(settings.dipoles)
+        if settings.method == "hierarchy":
+            self.field = HierarchyField(specs, lmax, settings.lmax, settings.width, settings.trained)
+        else:
+            self.field = DirectField(lmax, settings.width)
+        signs = torch.ones(settings.channels)
+        signs[1::2] = -1.0
+        self.strength = nn.Parameter(signs)
+        self.local = nn.Parameter(torch.zeros(num_species, 2 * settings.channels))
+        features = 0 if irreps is None else irreps[0].mul
+        self.local_states = nn.Linear(features, 2 * settings.channels, bias=False) if features else None
+        if self.local_states is not None:
+            nn.init.zeros_(self.local_states.weight)
+
+    def forward(
+        self,
+        x: Float[Tensor, "atoms rows channels_in"] | None,
+        species: Int[Tensor, " atoms"],
+        share: Float[Tensor, " atoms"],
+        edges: EdgeFeatures | None,
+        hierarchy: Hierarchy,
+    ) -> Float[Tensor, " atoms"]:
+        x = None if x is None else self.norm(x)
+        moments = self.charges(x, species, share, edges)
+        field = self.field(moments, hierarchy)
+        pairs = (moments * field).sum(1) * (0.5 * COULOMB * self.strength)
+        return (pairs + self._local(x, species, moments[:, 0])).sum(1)
+
+    def _local(self, x: Tensor | None, species: Tensor, charges: Tensor) -> Tensor:
+        weights = self.local.index_select(0, species)
+        if self.local_states is not None:
+            weights = weights + self.local_states(x[:, 0])
+        linear, square = weights.chunk(2, dim=1)
+        return linear * charges + square * charges.square()
