@@ -265,9 +265,7 @@ class NBodyNet(nn.Module):
             hierarchy, charge_shares(hierarchy[0].batch, hierarchy.num_graphs, charge, charges, hierarchy[0].pos)
         )
 
-    def total(
-        self, hierarchy: Hierarchy, share: Float[Tensor, " atoms"] | None = None
-    ) -> Float[Tensor, "graphs *dim"]:
+    def total(self, hierarchy: Hierarchy, share: Float[Tensor, " atoms"] | None = None) -> Float[Tensor, "graphs *dim"]:
         """Value of each system of a hierarchy: the sum of those of its parts; ``share`` as for :meth:`values`."""
         total = 0
         for k, value in self.values(hierarchy, share).items():
