@@ -7,6 +7,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 from torch_geometric.data import Data
 
 from nbody_pyg.cli.plots import parity_plot
@@ -14,8 +15,10 @@ from nbody_pyg.cli.tables import error_table
 from nbody_pyg.data import AtomicData
 from nbody_pyg.datasets import embedded, label_audit, read_frames
 from nbody_pyg.deploy import load_model, with_reference
+from nbody_pyg.properties import PropertyModel
 from nbody_pyg.training.evaluation import Evaluation
 from nbody_pyg.training.evaluation import evaluate as predict
+from nbody_pyg.training.property_task import evaluate_properties
 
 
 def evaluate(args: argparse.Namespace) -> int:
@@ -32,6 +35,10 @@ def evaluate(args: argparse.Namespace) -> int:
     for path in models:
         potential = load_model(path, device=args.device)
         scheme = getattr(potential.model, "scheme", None)
+        if isinstance(potential, PropertyModel):
+            if len(models) > 1:
+                raise ValueError(f"{path} holds a model of properties; evaluate it by itself, not beside others")
+            return _evaluate_properties(potential, sets, folder, args)
         found = {
             name: predict(potential, with_reference(frames, path, scheme), args.batch_size, args.device)
             for name, frames in sets.items()
@@ -49,6 +56,23 @@ def evaluate(args: argparse.Namespace) -> int:
         print("the frames carry no labels: predictions only\n")
     record = [{"model": model, "set": name, **found} for (model, name), found in errors.items()]
     (folder / "errors.json").write_text(json.dumps(record, indent=1) + "\n")
+    print(f"written to {folder}: {', '.join(sorted(p.name for p in folder.iterdir()))}")
+    return 0
+
+
+def _evaluate_properties(model: PropertyModel, sets: dict, folder: Path, args: argparse.Namespace) -> int:
+    """Table and predictions (npz, one array per property) of a model that is no potential."""
+    errors = {}
+    for name, frames in sets.items():
+        found = evaluate_properties(model, frames, args.batch_size, args.device)
+        errors["", name] = found.errors
+        values = {key: value.numpy() for key, value in found.values.items()}
+        np.savez(folder / f"{name.replace(':', '_')}_predictions.npz", **values)
+    if any(errors.values()):
+        print(error_table(errors, model.properties), "\n")
+    else:
+        print(f"the frames carry none of the labels {[p.name for p in model.properties]}: predictions only\n")
+    (folder / "errors.json").write_text(json.dumps([{"set": n, **e} for (_, n), e in errors.items()], indent=1) + "\n")
     print(f"written to {folder}: {', '.join(sorted(p.name for p in folder.iterdir()))}")
     return 0
 

@@ -12,6 +12,7 @@ from nbody_pyg.cli.tables import error_table, table
 from nbody_pyg.deploy import cg_fingerprint, read_metadata
 from nbody_pyg.kernels.backend import backend
 from nbody_pyg.kernels.build import cache_folder, compiler
+from nbody_pyg.properties import Property
 
 
 def info(args: argparse.Namespace) -> int:
@@ -30,7 +31,7 @@ def info(args: argparse.Namespace) -> int:
         ("parameters", f"{header['num_parameters']:,}"),
         ("dtype", header["dtype"]),
         ("elements", " ".join(chemical_symbols[z] for z in species)),
-        ("scale", f"{header['scale']:.6g}"),
+        *_scales(header),
         ("format version", header["format_version"]),
         ("written with", ", ".join(f"{name} {version}" for name, version in header["versions"].items())),
         ("units", ", ".join(f"{name} {unit}" for name, unit in header["units"].items())),
@@ -54,8 +55,22 @@ def info(args: argparse.Namespace) -> int:
         )
     if record.get("errors"):
         print("\nerrors after training")
-        print(error_table({("", name): values for name, values in record["errors"].items()}))
+        properties = [Property(**p) for p in (header.get("property") or {}).get("properties", [])]
+        print(error_table({("", name): values for name, values in record["errors"].items()}, properties))
     return 0
+
+
+def _scales(header: dict) -> list[tuple[str, str]]:
+    """The scale of a potential, or what is known of each property."""
+    described = header.get("property")
+    if described is None:
+        return [("scale", f"{header['scale']:.6g}")]
+    rows = []
+    for p in described["properties"]:
+        known = described["statistics"][p["name"]]
+        text = f"{p['readout']}, {p['unit'] or 'no unit'}; mean {known['mean']:.6g}, scale {known['scale']:.6g}"
+        rows.append((f"target {p['name']}", text))
+    return rows
 
 
 def _products() -> str:

@@ -10,7 +10,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch_geometric.data import Data
 
+from nbody_pyg.properties import Property
 from nbody_pyg.training.evaluation import Evaluation
+from nbody_pyg.training.property_task import PropertyEvaluation
 
 _COLOURS = ("#1f5fa8", "#c4501b", "#2e8b57", "#7a4fa3", "#8c6d1f")
 
@@ -42,14 +44,40 @@ def parity_plot(results: Mapping[str, tuple[Sequence[Data], Evaluation]], path: 
     figure.savefig(path, dpi=160)
 
 
-def _panel(axes: Axes, name: str, unit: str, milli: str, sets: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> None:
+def property_plot(
+    results: Mapping[str, tuple[Sequence[Data], PropertyEvaluation]], properties: Sequence[Property], path: str | Path
+) -> None:
+    """Predictions against labels of every property, by component, in one PNG."""
+    figure = Figure(figsize=(5.2 * len(properties), 5.4), layout="constrained")
+    for axes, p in zip(figure.subplots(1, len(properties), squeeze=False)[0], properties, strict=True):
+        sets = {
+            name: (_stack([frame[p.name].reshape(-1) for frame in frames]), found.values[p.name].reshape(-1).numpy())
+            for name, (frames, found) in results.items()
+            if all(p.name in frame for frame in frames)
+        }
+        if not sets:
+            raise ValueError(f"no set has the label {p.name!r} to compare with; nothing to plot")
+        _panel(axes, p.name + (" component" if p.shape else ""), p.unit, p.unit, sets, milli_factor=1.0)
+    figure.savefig(path, dpi=160)
+
+
+def _panel(
+    axes: Axes,
+    name: str,
+    unit: str,
+    milli: str,
+    sets: Mapping[str, tuple[np.ndarray, np.ndarray]],
+    milli_factor: float = 1000.0,
+) -> None:
+    """``milli`` is the unit of the errors, ``milli_factor`` how many of it make one ``unit``."""
     centre = np.concatenate([label for label, _ in sets.values()]).mean() if name == "energy" else 0.0
     # The widest set lies at the bottom, so that it does not hide the others.
     order = sorted(sets, key=lambda key: -np.ptp(sets[key][0]))
     colours = dict(zip(sets, _COLOURS * len(sets), strict=False))
     for key in order:
         label, found = sets[key]
-        text = f"{key}: MAE {1000 * np.abs(found - label).mean():.1f} {milli}"
+        error = milli_factor * np.abs(found - label).mean()
+        text = f"{key}: MAE {f'{error:.1f}' if milli_factor > 1 else f'{error:.3g}'} {milli}".rstrip()
         axes.plot(
             label - centre, found - centre, ".", ms=2.5 if len(label) > 3000 else 5, alpha=0.5, mew=0,
             color=colours[key], label=text, rasterized=True,
@@ -61,8 +89,9 @@ def _panel(axes: Axes, name: str, unit: str, milli: str, sets: Mapping[str, tupl
     axes.plot(ends, ends, color="0.25", lw=0.9, zorder=0)
     axes.set(xlim=ends, ylim=ends, aspect="equal")
     suffix = " − mean" if name == "energy" else ""
-    axes.set_xlabel(f"reference {name}{suffix} ({unit})")
-    axes.set_ylabel(f"predicted {name}{suffix} ({unit})")
+    suffix += f" ({unit})" if unit else ""
+    axes.set_xlabel(f"reference {name}{suffix}")
+    axes.set_ylabel(f"predicted {name}{suffix}")
     axes.legend(loc="upper left", frameon=False, markerscale=3, fontsize=9)
 
 

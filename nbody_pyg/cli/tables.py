@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from nbody_pyg.properties import Property
+
 
 def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     """Columns of words to the left, of numbers to the right; two spaces between."""
@@ -19,8 +21,10 @@ def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     return "\n".join([line(head), line(["-" * n for n in widths]), *(line(row) for row in cells)])
 
 
-def error_table(errors: Mapping[tuple[str, str], Mapping[str, float]]) -> str:
-    """One row per (model, set): errors of energy, forces and, where there is one, stress."""
+def error_table(errors: Mapping[tuple[str, str], Mapping[str, float]], properties: Sequence[Property] = ()) -> str:
+    """One row per (model, set): errors of energy, forces and, where there is one, stress; or of properties."""
+    if properties:
+        return _property_table(errors, properties)
     head = ["model", "set", "E MAE", "E RMSE", "E/atom MAE", "E/atom RMSE", "F MAE", "F RMSE"]
     keys = [
         "energy_mae",
@@ -39,6 +43,22 @@ def error_table(errors: Mapping[tuple[str, str], Mapping[str, float]]) -> str:
     units += ["meV/A"] * len(elements)
     head = [f"{name} {unit}".strip() for name, unit in zip(head, units, strict=True)]
     rows = [[*name, *(found.get(key) for key in [*keys, *elements])] for name, found in errors.items()]
+    if len({name for name, _ in errors}) == 1:
+        head, rows = head[1:], [row[1:] for row in rows]
+    return table(head, rows)
+
+
+def _property_table(errors: Mapping[tuple[str, str], Mapping[str, float]], properties: Sequence[Property]) -> str:
+    columns = [(p, kind) for p in properties for kind in ("mae", "rmse", "r2")]
+    head = [
+        "model",
+        "set",
+        *(f"{p.name} {kind.upper()} {'' if kind == 'r2' else p.unit}".strip() for p, kind in columns),
+    ]
+    rows = []
+    for name, found in errors.items():
+        values = [found.get(f"{p.name}_{kind}") for p, kind in columns]
+        rows.append([*name, *("-" if value is None else f"{value:.5g}" for value in values)])
     if len({name for name, _ in errors}) == 1:
         head, rows = head[1:], [row[1:] for row in rows]
     return table(head, rows)

@@ -11,16 +11,19 @@ from typing import Any
 
 import torch
 from ase.data import chemical_symbols
+from torch_geometric.data import Data
 
-from nbody_pyg.cli.plots import parity_plot
+from nbody_pyg.cli.plots import parity_plot, property_plot
 from nbody_pyg.cli.tables import error_table
 from nbody_pyg.datasets import label_audit
 from nbody_pyg.deploy import save_model
 from nbody_pyg.potential import Potential
+from nbody_pyg.properties import PropertyModel
 from nbody_pyg.training import FitResult, fit
 from nbody_pyg.training.config import Config, config_parser, load_config
 from nbody_pyg.training.evaluation import Evaluation, evaluate
 from nbody_pyg.training.prepare import DataSets, build_potential, load_data
+from nbody_pyg.training.property_task import PropertyEvaluation, evaluate_properties
 
 
 def train(path: str | None, overrides: Sequence[str] = (), wants_help: bool = False) -> int:
@@ -61,17 +64,30 @@ def _train(config: Config) -> int:
     return 0
 
 
-def _describe(potential: Potential, config: Config) -> None:
-    e0 = {} if potential.reference is None else potential.reference.energies
+def _describe(potential: Potential | PropertyModel, config: Config) -> None:
     print(f"model   {potential.model!r}")
-    print(f"E0      {', '.join(f'{chemical_symbols[z]} {e:.4f}' for z, e in e0.items()) or 'none'} eV")
+    if isinstance(potential, PropertyModel):
+        for p in potential.properties:
+            found = potential.statistics[p.name]
+            print(f"target  {p.name}, {p.readout}; mean {found.mean:.5g}, scale {found.scale:.5g} {p.unit}".rstrip())
+            _print_elements(found.elements or {}, p.unit)
+        scale = ""
+    else:
+        _print_elements({} if potential.reference is None else potential.reference.energies, "eV", "E0", "none")
+        scale = f"scale   {float(potential.scale):.4f}   "
     limits = {
         "CPU s": config.training.budget_seconds,
         "epochs": config.training.max_epochs,
         "steps": config.training.max_steps,
     }
     until = " or ".join(f"{value:g} {name}" for name, value in limits.items() if value is not None)
-    print(f"scale   {float(potential.scale):.4f}   training until {until}\n", flush=True)
+    print(f"{scale}training until {until}\n", flush=True)
+
+
+def _print_elements(values: dict[int, float], unit: str, title: str = "        of each", otherwise: str = "") -> None:
+    text = ", ".join(f"{chemical_symbols[z]} {e:.4f}" for z, e in values.items()) or otherwise
+    if text:
+        print(f"{title:7s} {text} {unit}".rstrip())
 
 
 def _checkpoint(folder: Path) -> Path:
@@ -81,17 +97,20 @@ def _checkpoint(folder: Path) -> Path:
     return path
 
 
-def _finish(potential: Potential, data: DataSets, config: Config, result: FitResult, folder: Path) -> None:
+def _finish(
+    potential: Potential | PropertyModel, data: DataSets, config: Config, result: FitResult, folder: Path
+) -> None:
     """Choose the weights, test them, and write model, errors and plot."""
     kept = _choose_weights(potential, data, config, result, folder)
     sets = {**({"val": data.val} if len(data.val) else {}), **data.tests} or {"train": data.train}
-    found = {name: evaluate(potential, frames) for name, frames in sets.items()}
+    found = {name: _evaluate(potential, frames) for name, frames in sets.items()}
     errors = {name: evaluation.errors for name, evaluation in found.items()}
     print(
         f"\n{result.steps} steps, {result.epochs} epochs, {result.cpu_seconds:.1f} CPU s "
         f"({1000 * result.cpu_seconds / max(result.steps, 1):.1f} ms per step); weights: {kept}\n"
     )
-    print(error_table({("", name): values for name, values in errors.items()}), "\n")
+    properties = potential.properties if isinstance(potential, PropertyModel) else ()
+    print(error_table({("", name): values for name, values in errors.items()}, properties), "\n")
     record: dict[str, Any] = {
         "config": config.to_dict(),
         "steps": result.steps,
@@ -100,7 +119,7 @@ def _finish(potential: Potential, data: DataSets, config: Config, result: FitRes
         "weights": kept,
         "num_frames": {name: len(frames) for name, frames in data.named().items()},
         "errors": errors,
-        "errors_unit": "meV and meV/angstrom",
+        "errors_unit": {p.name: p.unit for p in properties} or "meV and meV/angstrom",
     }
     if config.data.shares_hierarchy:
         record["reference"] = {"z": data.train[0].z.tolist(), "pos": data.train[0].pos.tolist()}
@@ -108,22 +127,35 @@ def _finish(potential: Potential, data: DataSets, config: Config, result: FitRes
     (folder / "errors.json").write_text(json.dumps(errors, indent=1) + "\n")
     print(f"model      {folder / 'model.nbody'}\nlog        {folder / 'metrics.csv'}")
     if config.output.plot:
-        _plot(sets, found, data, folder)
+        _plot(potential, sets, found, data, folder)
 
 
-def _plot(sets: dict, found: dict[str, Evaluation], data: DataSets, folder: Path) -> None:
+def _evaluate(potential: Potential | PropertyModel, frames: Sequence[Data]) -> Evaluation | PropertyEvaluation:
+    if isinstance(potential, PropertyModel):
+        return evaluate_properties(potential, frames)
+    # Forces cost as much again as energies: not for thousands of molecules without a label for them.
+    return evaluate(potential, frames, compute_forces=any("forces" in frame for frame in frames))
+
+
+def _plot(potential: Potential | PropertyModel, sets: dict, found: dict, data: DataSets, folder: Path) -> None:
     names = list(data.tests) or list(sets)
-    parity_plot({name: (sets[name], found[name]) for name in names}, folder / "parity.png")
+    results = {name: (sets[name], found[name]) for name in names}
+    if isinstance(potential, PropertyModel):
+        property_plot(results, potential.properties, folder / "parity.png")
+    else:
+        parity_plot(results, folder / "parity.png")
     print(f"parity     {folder / 'parity.png'}")
 
 
-def _choose_weights(potential: Potential, data: DataSets, config: Config, result: FitResult, folder: Path) -> str:
+def _choose_weights(
+    potential: Potential | PropertyModel, data: DataSets, config: Config, result: FitResult, folder: Path
+) -> str:
     """Leave the last weights in place, or those of best.ckpt where their validation error is smaller."""
     best = folder / "best.ckpt"
     if config.output.weights == "last" or not len(data.val) or result.best_step < 0 or not best.is_file():
         return f"last (step {result.steps})"
-    now = evaluate(potential, data.val).errors.get("forces_mae", float("inf"))
-    if now <= result.best_forces_mae:
+    now = _evaluate(potential, data.val).errors.get(result.monitor, float("inf"))
+    if now <= result.best_score:
         return f"last (step {result.steps})"
     state = torch.load(best, weights_only=True)["state_dict"]
     prefix = "potential."

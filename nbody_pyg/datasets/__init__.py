@@ -8,7 +8,7 @@ from nbody_pyg.datasets.embedded import embedded, embedded_folder, embedded_mani
 from nbody_pyg.datasets.frames import Frames
 from nbody_pyg.datasets.md17 import load_md17, load_rmd17
 from nbody_pyg.datasets.pyg import from_pyg
-from nbody_pyg.datasets.qm9 import load_qm9, load_qm9_dipoles, qm9_split
+from nbody_pyg.datasets.qm9 import load_qm9, load_qm9_dipoles, qm9_atomref, qm9_split
 from nbody_pyg.datasets.readers import read_frames
 from nbody_pyg.datasets.reference import fit_reference
 from nbody_pyg.datasets.splits import FrameSplit, Split, read_indices, read_split, split_indices
@@ -28,6 +28,7 @@ __all__ = [
     "load_qm9",
     "load_qm9_dipoles",
     "load_rmd17",
+    "qm9_atomref",
     "qm9_split",
     "read_frames",
     "read_indices",

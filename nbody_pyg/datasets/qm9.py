@@ -19,21 +19,23 @@ NUM_QM9 = 130_831  # molecules, without the 3,054 that failed the consistency ch
 
 
 class Target(NamedTuple):
-    """A property of QM9: its column in ``gdb9.sdf.csv``, the factor into our unit, and that unit."""
+    """A property of QM9: its column in ``gdb9.sdf.csv``, the factor into our unit, that unit, and how it is read off
+    the atoms (a readout of :class:`~nbody_pyg.properties.Property`)."""
 
     column: str
     factor: float
     unit: str
+    readout: str = "extensive"
 
 
 # In the order of PyG's y[:, 0..18].
 TARGETS: Mapping[str, Target] = {
-    "mu": Target("mu", 1.0, "D"),
+    "mu": Target("mu", 1.0, "D", "dipole_norm"),
     "alpha": Target("alpha", 1.0, "a0^3"),
-    "homo": Target("homo", HARTREE, "eV"),
-    "lumo": Target("lumo", HARTREE, "eV"),
-    "gap": Target("gap", HARTREE, "eV"),
-    "r2": Target("r2", 1.0, "a0^2"),
+    "homo": Target("homo", HARTREE, "eV", "intensive"),
+    "lumo": Target("lumo", HARTREE, "eV", "intensive"),
+    "gap": Target("gap", HARTREE, "eV", "intensive"),
+    "r2": Target("r2", 1.0, "a0^2", "r2"),
     "zpve": Target("zpve", HARTREE, "eV"),
     "U0": Target("u0", HARTREE, "eV"),
     "U": Target("u298", HARTREE, "eV"),
@@ -44,9 +46,18 @@ TARGETS: Mapping[str, Target] = {
     "U_atomization": Target("u298_atom", energy_factor("kcal/mol"), "eV"),
     "H_atomization": Target("h298_atom", energy_factor("kcal/mol"), "eV"),
     "G_atomization": Target("g298_atom", energy_factor("kcal/mol"), "eV"),
-    "A": Target("A", 1.0, "GHz"),
-    "B": Target("B", 1.0, "GHz"),
-    "C": Target("C", 1.0, "GHz"),
+    "A": Target("A", 1.0, "GHz", "intensive"),
+    "B": Target("B", 1.0, "GHz", "intensive"),
+    "C": Target("C", 1.0, "GHz", "intensive"),
+}
+#: The twelve that are usually learned: regression targets 0 to 11 of the literature and of PyG.
+REGRESSION_TARGETS = tuple(TARGETS)[:12]
+# Energies (Ha) and heat capacities (cal/mol/K) of the free atoms at the level of the set, from its own atomref.txt.
+_ATOMREF: Mapping[str, dict[int, float]] = {
+    "U0": {1: -0.500273, 6: -37.846772, 7: -54.583861, 8: -75.064579, 9: -99.718730},
+    "U": {1: -0.498857, 6: -37.845355, 7: -54.582445, 8: -75.063163, 9: -99.717314},
+    "H": {1: -0.497912, 6: -37.844411, 7: -54.581501, 8: -75.062219, 9: -99.716370},
+    "G": {1: -0.510927, 6: -37.861317, 7: -54.598897, 8: -75.079532, 9: -99.733544},
 }
 TOTAL_ENERGIES = tuple(name for name in TARGETS if name[:2] in ("U", "H", "G", "U0") or name.endswith("_atomization"))
 
@@ -84,6 +95,25 @@ def load_qm9(
         f"{str(root)!r} holds neither qm9_U0.npz nor gdb9.sdf; unpack PyG's raw archive "
         f"(torch_geometric.datasets.QM9.raw_url, and raw_url2 as uncharacterized.txt) there"
     )
+
+
+def qm9_atomref(target: str) -> dict[int, float]:
+    """Reference energies (eV) of H, C, N, O, F for a total energy of QM9: U0, U, H or G.
+
+    With them taken off, a total energy is the atomization energy of the same name.
+
+    Args:
+        target: name of the energy; zero for each element for atomization energies, which have them off already.
+
+    Raises:
+        ValueError: a target that is no energy of the whole molecule.
+    """
+    name = _target_name(target)
+    if name.endswith("_atomization"):
+        return dict.fromkeys(_ATOMREF["U0"], 0.0)
+    if name not in _ATOMREF:
+        raise ValueError(f"target {name!r} has no energies of free atoms; only {', '.join(_ATOMREF)} have")
+    return {z: energy * HARTREE for z, energy in _ATOMREF[name].items()}
 
 
 def load_qm9_dipoles(path: str | Path, rows: Iterable[SupportsIndex] | None = None) -> Frames:

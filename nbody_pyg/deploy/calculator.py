@@ -74,6 +74,11 @@ class NBodyCalculator(Calculator):
         else:
             self.metadata = read_metadata(potential)["metadata"]
             potential = load_model(potential)
+        if not isinstance(potential, Potential):
+            raise ValueError(
+                f"potential must give energies and forces, got a {type(potential).__name__} for other properties; "
+                "train one on energies (data.qm9 U0, or frames with energy and forces)"
+            )
         self.potential = potential.to(device).eval()
         if dtype is not None:
             self.potential.to(_DTYPES[dtype])

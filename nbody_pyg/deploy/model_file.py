@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from nbody_pyg.deploy.fingerprint import cg_fingerprint
 from nbody_pyg.potential import Potential
+from nbody_pyg.properties import PropertyModel
 from nbody_pyg.training.build import potential_config, potential_from_config
 
 FORMAT_VERSION = 1
@@ -26,8 +27,10 @@ _KEY = "nbody_pyg"
 _PACKAGES = ("nbody_pyg", "torch", "torch_geometric", "e3nn")
 
 
-def save_model(potential: Potential, path: str | Path, metadata: Mapping[str, Any] | None = None) -> None:
-    """Write a potential into one file, whole or not at all (temporary file, then rename).
+def save_model(
+    potential: Potential | PropertyModel, path: str | Path, metadata: Mapping[str, Any] | None = None
+) -> None:
+    """Write a potential (or a model of properties) into one file, whole or not at all (temporary file, then rename).
 
     Args:
         metadata: what else to keep, JSON-able: training settings, data, errors.
@@ -58,8 +61,10 @@ def save_model(potential: Potential, path: str | Path, metadata: Mapping[str, An
         raise
 
 
-def load_model(path: str | Path, model: nn.Module | None = None, device: torch.device | str = "cpu") -> Potential:
-    """Read a potential, ready for evaluation.
+def load_model(
+    path: str | Path, model: nn.Module | None = None, device: torch.device | str = "cpu"
+) -> Potential | PropertyModel:
+    """Read a potential, or a model of properties, ready for evaluation.
 
     Args:
         model: the network, where it is not one of ours: built as it was when the file was written.
@@ -117,8 +122,8 @@ def _read(path: Path, weights: bool = True) -> tuple[dict[str, Any], dict[str, T
     return header, tensors
 
 
-def _species(potential: Potential) -> list[int] | None:
-    for source in (potential.model, potential.reference):
+def _species(potential: Potential | PropertyModel) -> list[int] | None:
+    for source in (potential.model, getattr(potential, "reference", None)):
         if (species := getattr(source, "species", None)) is not None:
             return [int(z) for z in species]
     return None

@@ -8,11 +8,12 @@ import torch
 from torch import nn
 
 from nbody_pyg.potential import AtomicReference, Potential
+from nbody_pyg.properties import PropertyModel
 
 _DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
 
-def potential_config(potential: Potential) -> dict[str, Any]:
+def potential_config(potential: Potential | PropertyModel) -> dict[str, Any]:
     """JSON-able description: class and config of the model, E0 (eV), scale, dtype.
 
     A model without ``config()`` (any network that is not ours) is described by its class name only; such a
@@ -20,17 +21,21 @@ def potential_config(potential: Potential) -> dict[str, Any]:
     """
     model = potential.model
     config = model.config() if hasattr(model, "config") and callable(model.config) else None
+    described = {"class": type(model).__name__, "config": config}
+    if isinstance(potential, PropertyModel):
+        dtype = str(potential.dtype).removeprefix("torch.")
+        return {"model": described, "e0": None, "scale": 1.0, "dtype": dtype, "property": potential.config()}
     reference = potential.reference
     return {
-        "model": {"class": type(model).__name__, "config": config},
+        "model": described,
         "e0": None if reference is None else {str(z): e for z, e in reference.energies.items()},
         "scale": float(potential.scale),
         "dtype": str(potential.dtype or torch.float32).removeprefix("torch."),
     }
 
 
-def potential_from_config(config: dict[str, Any], model: nn.Module | None = None) -> Potential:
-    """Build the potential that :func:`potential_config` described, with fresh weights.
+def potential_from_config(config: dict[str, Any], model: nn.Module | None = None) -> Potential | PropertyModel:
+    """Build the potential, or the model of properties, that :func:`potential_config` described, with fresh weights.
 
     Args:
         model: the network, where it is not one of ours.
@@ -45,6 +50,8 @@ def potential_from_config(config: dict[str, Any], model: nn.Module | None = None
         )
     if config["dtype"] not in _DTYPES:
         raise ValueError(f"dtype must be one of {sorted(_DTYPES)}, got {config['dtype']!r}")
+    if config.get("property") is not None:
+        return PropertyModel.from_config(config["property"], model).to(_DTYPES[config["dtype"]])
     e0 = config["e0"]
     reference = None if e0 is None else AtomicReference({int(z): e for z, e in e0.items()})
     return Potential(model, reference, config["scale"]).to(_DTYPES[config["dtype"]])

@@ -135,6 +135,10 @@ class MetricsCSV(Callback):
             self._write(trainer, module, "val", scores)
 
 
+def _rounded(value: float) -> str:
+    return f"{value:.1f}" if value >= 10 else f"{value:.4g}"
+
+
 class RunProgress(Callback):
     """One bar over the whole run, with MAE in meV and meV/angstrom; plain lines without a terminal."""
 
@@ -152,8 +156,8 @@ class RunProgress(Callback):
         if self._bar is not None and trainer.global_step % self.every == 0:
             now = self.log.latest
             text = f"step {trainer.global_step}"
-            if now:
-                text += f", train E {now['energy_mae']:.1f} meV F {now['forces_mae']:.1f} meV/A"
+            parts = [f"{name} {_rounded(now[key])} {unit}" for name, key, unit in module.shown if key in now]
+            text += f", train {' '.join(parts)}" if parts else ""
             self._bar.set_postfix_str(text + self._scores, refresh=False)
             self._bar.update(100.0 * module.progress - self._bar.n)
 
@@ -162,9 +166,9 @@ class RunProgress(Callback):
             return
         scores = trainer.callback_metrics
         parts = [
-            f"{letter} {float(scores[f'val_{name}_mae']):.1f} {unit}"
-            for letter, name, unit in (("E", "energy", "meV"), ("F", "forces", "meV/A"))
-            if f"val_{name}_mae" in scores
+            f"{name} {_rounded(float(scores[f'val_{key}']))} {unit}".rstrip()
+            for name, key, unit in module.shown
+            if f"val_{key}" in scores
         ]
         self._scores = f" | val {' '.join(parts)}"
         if self._bar is None:

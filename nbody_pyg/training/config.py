@@ -14,22 +14,28 @@ from typing import Any
 import jsonargparse
 import yaml
 
+from nbody_pyg.properties import Property
 from nbody_pyg.training.settings import TrainingConfig, setting
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Where frames come from: exactly one of ``embedded``, ``rmd17`` and ``train``."""
+    """Where frames come from: exactly one of ``embedded``, ``rmd17``, ``qm9`` and ``train``."""
 
     embedded: str | None = setting(None, "a molecule of the embedded sets: ethanol, alanine_dipeptide")
     rmd17: str | None = setting(None, "a molecule of revised MD17, read from files under root")
-    root: str | None = setting(None, "folder of the rMD17 files")
+    qm9: str | None = setting(
+        None, "a target of QM9 (U0, mu, alpha, homo, ...; dipole: the vectors of the RI-MP2 set), read under root"
+    )  # fmt: skip
+    family: str = setting("dimenet", "split of QM9: dimenet (110,000 molecules for training) or cormorant (100,000)")
+    root: str | None = setting(None, "folder of the files of rMD17 or QM9")
     split: int = setting(1, "number of the published rMD17 split")
     train: str | None = setting(None, "file of training frames (extxyz, npz, anything ASE reads)")
     val: str | None = setting(None, "file of validation frames; without it num_val are taken from train")
     test: dict[str, str] | str | None = setting(None, "file of test frames, or {name: file}")  # noqa: RUF009
     num_train: int | None = setting(None, "number of training frames (default: all that are left)")
     num_val: int | None = setting(None, "number of validation frames (default: 50, at most a tenth)")
+    num_test: int | None = setting(None, "number of test molecules of QM9 (default: all of the split)")
     split_seed: int = setting(0, "seed of the random split into training and validation")
     units: str | None = setting(None, "units of the files, e.g. 'kcal/mol' or 'Ha, bohr'")
     energy_key: str | None = setting(None, "key of the energy in the files")
@@ -39,19 +45,21 @@ class DataConfig:
         None, "all frames hold one molecule in one order of atoms, and share the hierarchy of the first "
         "(default: true for embedded and rmd17)"
     )  # fmt: skip
-    e0: dict[str, float] | str = setting("lstsq", "lstsq, mean, isolated, or {element: eV}")  # noqa: RUF009
+    e0: dict[str, float] | str = setting("lstsq", "lstsq, mean, isolated, atomref (of QM9), or {element: eV}")  # noqa: RUF009
 
     def __post_init__(self) -> None:
-        given = [name for name in ("embedded", "rmd17", "train") if getattr(self, name) is not None]
+        given = [name for name in ("embedded", "rmd17", "qm9", "train") if getattr(self, name) is not None]
         if len(given) != 1:
-            raise ValueError(f"data needs exactly one of embedded, rmd17 and train, got {given or 'none'}")
-        if self.rmd17 is not None and self.root is None:
-            raise ValueError("data.rmd17 needs data.root, the folder of the rMD17 files")
+            raise ValueError(f"data needs exactly one of embedded, rmd17, qm9 and train, got {given or 'none'}")
+        for name in ("rmd17", "qm9"):
+            if getattr(self, name) is not None and self.root is None:
+                raise ValueError(f"data.{name} needs data.root, the folder of its files")
 
     @property
     def shares_hierarchy(self) -> bool:
         """Whether bonds are taken from the first frame, so that a stretched bond is no step in the energy."""
-        return self.train is None if self.one_molecule is None else self.one_molecule
+        one = self.train is None and self.qm9 is None
+        return one if self.one_molecule is None else self.one_molecule
 
 
 @dataclass(frozen=True)
@@ -86,12 +94,15 @@ class Config:
     model: ModelConfig
     training: TrainingConfig
     output: OutputConfig
+    target: tuple[Property, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """The nested form of the YAML file; reading it back gives an equal Config."""
         out = {name: dataclasses.asdict(getattr(self, name)) for name in ("data", "training", "output")}
         model = {"preset": self.model.preset, "scheme": dict(self.model.scheme), "scale": self.model.scale}
-        return {"data": out["data"], "model": {**model, **self.model.arguments}, **out}
+        target = {p.name: {"readout": p.readout, "unit": p.unit, "weight": p.weight} for p in self.target}
+        whole = {"data": out["data"], "model": {**model, **self.model.arguments}, **out}
+        return whole | ({"target": target} if target else {})
 
     def save(self, path: str | Path) -> None:
         Path(path).write_text(yaml.safe_dump(_plain(self.to_dict()), sort_keys=False))
@@ -124,6 +135,7 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
         _insert(tree, key.split("."), value)
     _check_keys(tree)
     parser = config_parser()
+    target = _properties(tree.pop("target", None) or {})
     try:
         parsed = parser.parse_object({k: v for k, v in tree.items() if v is not None})
     except jsonargparse.ArgumentError as error:
@@ -138,7 +150,26 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
         model=ModelConfig(model["preset"], scheme, model["scale"], chosen),
         training=TrainingConfig(**values["training"]),
         output=OutputConfig(**values["output"]),
+        target=target,
     )
+
+
+def _properties(section: Mapping[str, Any]) -> tuple[Property, ...]:
+    """The section ``target``: {label: {readout, unit, weight}}."""
+    known = [f.name for f in dataclasses.fields(Property) if f.name != "name"]
+    found = []
+    for name, values in section.items():
+        values = {} if values is None else values
+        if not isinstance(values, Mapping):
+            raise ValueError(f"target.{name} must hold keys and values, got {values!r}; e.g. {{readout: dipole}}")
+        for key in values:
+            if key not in known:
+                raise ValueError(f"unknown key target.{name}.{key}; {_nearest(str(key), known, f'target.{name}')}")
+        weight = values.get("weight", 1.0)
+        if isinstance(weight, bool) or not isinstance(weight, (int, float)):
+            raise ValueError(f"target.{name}.weight must be a number, got {weight!r}")
+        found.append(Property(str(name), str(values.get("readout", "extensive")), str(values.get("unit", "")), weight))
+    return tuple(found)
 
 
 def config_parser() -> jsonargparse.ArgumentParser:
@@ -198,7 +229,11 @@ def _check_keys(tree: Mapping[str, Any]) -> None:
     known["model"] = [*_MODEL_KEYS, *model_arguments()]
     for section, values in tree.items():
         if section not in known:
-            raise ValueError(f"unknown section {section!r}; {_nearest(section, known)}")
+            if section == "target":
+                if not isinstance(values, Mapping | None):
+                    raise ValueError(f"section target must hold labels and their readouts, got {values!r}")
+                continue
+            raise ValueError(f"unknown section {section!r}; {_nearest(str(section), [*known, 'target'])}")
         if values is None:
             continue
         if not isinstance(values, Mapping):

@@ -29,20 +29,26 @@ class Evaluation:
 
 
 def evaluate(
-    potential: Potential, frames: Sequence[Data], batch_size: int = 20, device: torch.device | str = "cpu"
+    potential: Potential,
+    frames: Sequence[Data],
+    batch_size: int = 20,
+    device: torch.device | str = "cpu",
+    compute_forces: bool = True,
 ) -> Evaluation:
     """Energies and forces of every frame; the stress where all frames carry a stress to compare with.
 
-    Labels are optional: what has none is predicted and left out of the errors.
+    Labels are optional: what has none is predicted and left out of the errors. Without ``compute_forces`` the
+    list of forces is empty.
     """
     loader = FrameLoader(_uniform(frames), batch_size, device=device)
     meter, energy, forces, stress = ErrorMeter(device), [], [], []
     for batch in loader:
-        result = potential(batch, compute_stress="stress" in batch)
+        result = potential(batch, compute_forces=compute_forces, compute_stress="stress" in batch)
         meter.update(result, batch)
         energy.append(result["energy"].cpu())
         per_frame = torch.bincount(batch.batch, minlength=batch.num_graphs).tolist()
-        forces.extend(result["forces"].double().cpu().split(per_frame))
+        if compute_forces:
+            forces.extend(result["forces"].double().cpu().split(per_frame))
         if "stress" in result:
             stress.append(result["stress"].double().cpu())
     return Evaluation(meter.compute(), torch.cat(energy), forces, torch.cat(stress) if stress else None)

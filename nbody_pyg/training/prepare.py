@@ -2,18 +2,36 @@
 
 from __future__ import annotations
 
+import typing
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch_geometric.data import Data
 
-from nbody_pyg.datasets import embedded, fit_reference, load_rmd17, read_frames, require_labels, split_indices
+from nbody_pyg.datasets import (
+    embedded,
+    fit_reference,
+    load_qm9,
+    load_qm9_dipoles,
+    load_rmd17,
+    qm9_atomref,
+    qm9_split,
+    read_frames,
+    require_labels,
+    split_indices,
+)
+from nbody_pyg.datasets.qm9 import TARGETS, TOTAL_ENERGIES
 from nbody_pyg.hierarchy import Scheme, Topology, share_topology
 from nbody_pyg.potential import AtomicReference, Potential
+from nbody_pyg.properties import Property, PropertyModel, fit_statistics, property_irreps
 from nbody_pyg.training.config import Config, DataConfig, model_arguments
 from nbody_pyg.training.run import force_variance
+
+if typing.TYPE_CHECKING:
+    from nbody_pyg.models import NBodyNet
 
 
 @dataclass
@@ -58,11 +76,46 @@ def load_data(config: DataConfig) -> DataSets:
         num_train, num_val = config.num_train or 950, 50 if config.num_val is None else config.num_val
         found = load_rmd17(config.root, config.rmd17, config.split, num_train=num_train, num_val=num_val)
         return DataSets(found.train, found.val, {"test": found.test})
+    if config.qm9 is not None:
+        return _load_qm9(config)
     paths = config.test or {}
     paths = {"test": paths} if isinstance(paths, str) else paths
     tests = {name: _read(path, config) for name, path in paths.items()}
     val = None if config.val is None else _read(config.val, config)
     return _split(_read(config.train, config), val, tests, config)
+
+
+def _load_qm9(config: DataConfig) -> DataSets:
+    """The first molecules of each list of the chosen split family; of the dipole set a random split."""
+    if config.qm9 == "dipole":
+        frames = load_qm9_dipoles(config.root)
+        num_val = 500 if config.num_val is None else config.num_val
+        num_test = 1000 if config.num_test is None else config.num_test
+        num_train = config.num_train or len(frames) - num_val - num_test
+        part = split_indices(len(frames), num_train, num_val, num_test, seed=config.split_seed).apply(frames)
+        return DataSets(part.train, part.val, {"test": part.test})
+    split = qm9_split(config.family)
+    rows = (
+        split.train[: config.num_train],
+        split.val[: 1000 if config.num_val is None else config.num_val],
+        split.test[: config.num_test],
+    )
+    # Read once: the text files of QM9 take a minute.
+    every = load_qm9(config.root, config.qm9, np.concatenate(rows))
+    ends = np.cumsum([len(part) for part in rows])
+    return DataSets(every[: ends[0]], every[ends[0] : ends[1]], {"test": every[ends[1] : ends[2]]})
+
+
+def wanted_properties(config: Config) -> tuple[Property, ...]:
+    """What is learned beside energies and forces: the section ``target``, or what the target of QM9 asks for."""
+    name = config.data.qm9
+    if config.target or name is None:
+        return config.target
+    if name == "dipole":
+        return (Property("dipole", "dipole", "e*angstrom"),)
+    if name in TARGETS and name not in TOTAL_ENERGIES:
+        return (Property(name, TARGETS[name].readout, TARGETS[name].unit),)
+    return ()
 
 
 def _read(path: str, config: DataConfig) -> Sequence[Data]:
@@ -84,21 +137,49 @@ def _split(frames: Sequence[Data], val: Sequence[Data] | None, tests: dict, conf
     return DataSets(part.train, part.val if val is None else val, tests)
 
 
-def build_potential(config: Config, data: DataSets) -> Potential:
+def build_potential(config: Config, data: DataSets) -> Potential | PropertyModel:
     """A fresh network with E0, scale and typical degrees taken from the training frames.
+
+    A potential, or a model of the properties that the configuration names.
 
     Seeds torch's generator, so that the same configuration gives the same weights.
     """
-    from nbody_pyg.models import NBodyNet, edge_degrees
-
+    if properties := wanted_properties(config):
+        return _build_properties(config, data, properties)
     require_labels(data.train, _wanted(config), partial=False)
-    species = sorted({int(z) for frame in data.train for z in frame.z.unique()})
     e0 = config.data.e0
+    if e0 == "atomref":
+        if config.data.qm9 is None:
+            raise ValueError("data.e0 'atomref' is known for data.qm9 only; use lstsq, mean, isolated or {element: eV}")
+        e0 = qm9_atomref(config.data.qm9)
     has_energy = data.train[0].get("energy") is not None
     reference = AtomicReference(fit_reference(data.train, e0)) if has_energy else None
     scale = config.model.scale
     if scale == "forces":
         scale = force_variance(data.train) ** 0.5
+    model = _network(config, data)
+    return Potential(model, reference, float(scale)).to(getattr(torch, config.training.dtype))
+
+
+def _build_properties(config: Config, data: DataSets, properties: tuple[Property, ...]) -> PropertyModel:
+    for name, frames in data.named().items():
+        require_labels({name: frames}, [p.name for p in properties])
+    for key in ("irreps_out", "target"):
+        if key in config.model.arguments:
+            raise ValueError(f"model.{key} must not be given for properties: it follows from their readouts")
+    given = {"irreps_out": str(property_irreps(properties))}
+    if any(p.readout == "root" for p in properties):
+        given["target"] = "intensive"
+    statistics = {p.name: fit_statistics(data.train, p) for p in properties}
+    model = PropertyModel(_network(config, data, **given), properties, statistics)
+    return model.to(getattr(torch, config.training.dtype))
+
+
+def _network(config: Config, data: DataSets, **given: str) -> NBodyNet:
+    """A fresh network for the elements of the training frames, with seeded weights."""
+    from nbody_pyg.models import NBodyNet, edge_degrees
+
+    species = sorted({int(z) for frame in data.train for z in frame.z.unique()})
     scheme = Scheme.from_config(dict(config.model.scheme))
     arguments = dict(config.model.arguments)
     if "degrees" in model_arguments() and arguments.get("degrees") is None:
@@ -107,8 +188,7 @@ def build_potential(config: Config, data: DataSets) -> Potential:
     if config.model.preset not in presets:
         raise ValueError(f"model.preset must be one of {sorted(presets)}, got {config.model.preset!r}")
     torch.manual_seed(config.training.seed)
-    model = presets[config.model.preset](species, scheme=scheme, **arguments)
-    return Potential(model, reference, float(scale)).to(getattr(torch, config.training.dtype))
+    return presets[config.model.preset](species, scheme=scheme, **(arguments | given))
 
 
 def _wanted(config: Config) -> list[str]:

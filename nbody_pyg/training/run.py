@@ -15,9 +15,11 @@ from lightning.pytorch import Trainer
 from torch_geometric.data import Data
 
 from nbody_pyg.potential import Potential
+from nbody_pyg.properties import PropertyModel
 from nbody_pyg.training.callbacks import CallbackGroup, Checkpoints, GracefulStop, MetricsCSV, RunProgress
 from nbody_pyg.training.ema import WeightEMA
 from nbody_pyg.training.loader import FrameLoader, FrameStream
+from nbody_pyg.training.property_task import PropertyTask
 from nbody_pyg.training.settings import TrainingConfig
 from nbody_pyg.training.steady import steady_process
 from nbody_pyg.training.task import PotentialTask
@@ -27,17 +29,25 @@ from nbody_pyg.training.task import PotentialTask
 class FitResult:
     """What a run left behind: the potential holds the averaged weights at the end of the run.
 
-    ``interrupted`` is the number of the signal that ended the run, or None. ``best_forces_mae``
-    (meV/angstrom) and ``best_step`` describe ``best.ckpt``; infinite and -1 without validation frames.
+    ``interrupted`` is the number of the signal that ended the run, or None. ``best_score`` and ``best_step``
+    describe ``best.ckpt``; infinite and -1 without validation frames. The score is the mean absolute error
+    ``monitor``: of the forces (meV/angstrom), of the energy (meV) where none are trained on, or of the first
+    property, in its unit.
     """
 
-    potential: Potential
+    potential: Potential | PropertyModel
     steps: int
     epochs: int
     cpu_seconds: float
-    best_forces_mae: float
+    best_score: float
     best_step: int
     interrupted: int | None
+    monitor: str = "forces_mae"
+
+    @property
+    def best_forces_mae(self) -> float:
+        """``best_score``, under the name that it has for potentials trained on forces."""
+        return self.best_score
 
 
 def force_variance(frames: Sequence[Data]) -> float:
@@ -86,7 +96,7 @@ def make_trainer(settings: TrainingConfig, callbacks: list, epoch: int, validate
 
 
 def fit(
-    potential: Potential,
+    potential: Potential | PropertyModel,
     train: Sequence[Data],
     val: Sequence[Data] = (),
     settings: TrainingConfig | None = None,
@@ -94,7 +104,7 @@ def fit(
     resume: str | Path | None = None,
     show_progress: bool = True,
 ) -> FitResult:
-    """Train ``potential`` in place.
+    """Train a potential, or a model of properties, in place.
 
     Writes ``metrics.csv``, ``last.ckpt`` and (with validation frames) ``best.ckpt`` into ``folder``.
 
@@ -108,10 +118,12 @@ def fit(
     threads = torch.get_num_threads()
     torch.set_num_threads(settings.threads)
     folder = Path(folder)
-    task = PotentialTask(potential, settings, force_variance(train))
+    kind = PropertyTask if isinstance(potential, PropertyModel) else PotentialTask
+    task = kind(potential, settings, force_variance(train))
     epoch = steps_per_epoch(settings, len(train))
     log = MetricsCSV(folder / "metrics.csv", settings.log_every, epoch)
-    stop, checkpoints = GracefulStop(), Checkpoints(folder)
+    log.columns = (*log.columns, *(metric for _, metric, _ in task.shown if metric not in log.columns))
+    stop, checkpoints = GracefulStop(), Checkpoints(folder, task.monitor)
     callbacks = [WeightEMA(settings.ema_decay)] if settings.ema_decay else []
     callbacks += [log, *([RunProgress(log, settings.log_every)] if show_progress else []), stop, checkpoints]
     with warnings.catch_warnings(), steady_process():
@@ -127,9 +139,10 @@ def fit(
         steps=trainer.global_step,
         epochs=trainer.global_step // epoch,
         cpu_seconds=task.clock.elapsed,
-        best_forces_mae=checkpoints.best_score,
+        best_score=checkpoints.best_score,
         best_step=checkpoints.best_step,
         interrupted=stop.received,
+        monitor=task.monitor.removeprefix("val_"),
     )
 
 

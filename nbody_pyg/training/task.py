@@ -66,6 +66,9 @@ class PotentialTask(LightningModule):
         self.flat: FlatParameters | None = None
         self._groups: list[dict[str, Any]] = []
         self._meter: ErrorMeter | None = None
+        # What is shown of a run, (title, metric, unit), and the metric by which the best weights are chosen.
+        self.shown = (("E", "energy_mae", "meV"), ("F", "forces_mae", "meV/A"))
+        self.monitor = "val_forces_mae" if s.force_weight > 0 else "val_energy_mae"
         self.running = RunningMeans()
 
     def __setattr__(self, name: str, value: Any) -> None:

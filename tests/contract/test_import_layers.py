@@ -20,6 +20,7 @@ LAYERS = [
     "models",
     "explain",
     "potential",
+    "properties",
     "datasets",
     "training",
     "deploy",

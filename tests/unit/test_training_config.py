@@ -55,7 +55,7 @@ def test_file_overrides_and_round_trip(tmp_path):
         ),
         (["--training.lr", "fast"], "training.lr"),
         (["--training.max_steps", "2.5"], "training.max_steps"),
-        (["--data.rmd17", "aspirin"], "exactly one of embedded, rmd17 and train, got .'embedded', 'rmd17'"),
+        (["--data.rmd17", "aspirin"], "exactly one of embedded, rmd17, qm9 and train, got .'embedded', 'rmd17'"),
         (["--training.max_steps", "null"], "training needs a limit"),
         (["--output.weights", "first"], "output.weights must be 'best' or 'last', got 'first'"),
         (["training.lr", "1"], "cannot read 'training.lr'; overrides look like"),

@@ -1,0 +1,301 @@
+"""Properties beside energies: scalars, dipoles, polarizabilities, read off a network in the right way for each."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from e3nn import o3
+from torch import Tensor, nn
+from torch_geometric.data import Data
+
+from nbody_pyg.geometry import safe_norm
+from nbody_pyg.hierarchy import Hierarchy
+from nbody_pyg.hierarchy.positions import atomic_masses
+from nbody_pyg.models import NBodyNet
+from nbody_pyg.nn.edges import sum_into
+from nbody_pyg.nn.irreps import clebsch_gordan
+
+#: Readout -> (scalars, vectors, tensors of degree 2) that it takes from every part, and the shape of its value.
+READOUTS: Mapping[str, tuple[tuple[int, int, int], tuple[int, ...]]] = {
+    "extensive": ((1, 0, 0), ()),
+    "intensive": ((1, 0, 0), ()),
+    "root": ((1, 0, 0), ()),
+    "dipole": ((1, 1, 0), (3,)),
+    "dipole_norm": ((1, 1, 0), ()),
+    "r2": ((2, 0, 0), ()),
+    "polarizability": ((1, 0, 1), (3, 3)),
+}
+
+
+@dataclass(frozen=True)
+class Property:
+    r"""What is learned: the key of the label, how it is read off the parts, its unit, its weight in the loss.
+
+    ====================  ==============================================================  ==============
+    ``readout``           value, from what each part i gives                              type of a part
+    ====================  ==============================================================  ==============
+    ``extensive``         :math:`\sum_i a_i`                                              0e
+    ``intensive``         :math:`\frac1N \sum_i a_i`, the mean over the atoms             0e
+    ``root``              :math:`a` of the root, which is not additive                    0e
+    ``dipole``            :math:`\sum_i q_i (r_i - r_0) + \mu_i`                          0e + 1o
+    ``dipole_norm``       the length of that                                              0e + 1o
+    ``r2``                :math:`\sum_i a_i + q_i |r_i - r_0|^2`                          2x0e
+    ``polarizability``    :math:`\sum_i a_i 1 + A_i`, A symmetric and traceless           0e + 2e
+    ====================  ==============================================================  ==============
+
+    with :math:`r_0` the centre of mass. (A dipole about it does not depend on the origin for an ion either.)
+
+    Args:
+        name: key of the label on the frames, of shape [1], [1, 3] or [1, 3, 3].
+        readout: one of the table.
+        unit: of the label, for tables; nothing is converted.
+        weight: in the loss, where several properties are learned at once.
+
+    Raises: ValueError: unknown readout, a weight that is not positive.
+    """
+
+    name: str
+    readout: str = "extensive"
+    unit: str = ""
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.readout not in READOUTS:
+            raise ValueError(f"readout of {self.name} must be one of {', '.join(READOUTS)}, got {self.readout!r}")
+        if not self.weight > 0:
+            raise ValueError(f"weight of {self.name} must be positive, got {self.weight!r}")
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the value of one system."""
+        return READOUTS[self.readout][1]
+
+
+def property_irreps(properties: Sequence[Property]) -> o3.Irreps:
+    """The ``irreps_out`` of a network that gives what all these readouts need.
+
+    >>> property_irreps([Property("dipole", "dipole"), Property("alpha")])
+    2x0e+1x1o
+    """
+    counts = [sum(READOUTS[p.readout][0][l] for p in properties) for l in range(3)]
+    return o3.Irreps([(n, ir) for n, ir in zip(counts, ("0e", "1o", "2e"), strict=True) if n])
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """What is taken off a label before it is learned: a mean, a value per element, and the scale of the rest.
+
+    ``spread`` (for "r2") is a value per element for each squared distance from the centre of mass.
+    """
+
+    mean: float = 0.0
+    scale: float = 1.0
+    elements: Mapping[int, float] | None = None
+    spread: Mapping[int, float] | None = None
+
+
+class PropertyModel(nn.Module):
+    r"""A network that learns properties; the counterpart of :class:`~nbody_pyg.potential.Potential` for energies.
+
+    .. math:: y = \bar y + \sum_i y_0(z_i) + s\, \mathrm{readout}(\{\psi_i\})
+
+    Mean, values per element and scale are kept and added in float64.
+
+    Args:
+        model: an :class:`~nbody_pyg.models.NBodyNet` of type :func:`property_irreps`; or any
+            ``model(z, pos, batch)`` that returns one number per graph, for one scalar property.
+        properties: what it learns.
+        statistics: by the name of the property; none for what is learned as it is.
+
+    Raises: ValueError: a network of another type, two properties of one name, a readout that the model cannot
+        give, in forward: a periodic system where distances from the centre of mass are needed.
+
+    Example:
+        >>> wanted = [Property("dipole", "dipole", "e*angstrom")]
+        >>> model = PropertyModel(NBodyNet([1, 6], channels=4, irreps_out=str(property_irreps(wanted))), wanted)
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        properties: Sequence[Property],
+        statistics: Mapping[str, Statistics] | None = None,
+    ) -> None:
+        super().__init__()
+        self.model, self.properties = model, tuple(properties)
+        names = [p.name for p in self.properties]
+        if not names or len(set(names)) < len(names):
+            raise ValueError(f"properties must have names of their own, got {names or 'none'}")
+        self.statistics = {name: (statistics or {}).get(name, Statistics()) for name in names}
+        if isinstance(model, NBodyNet):
+            wanted = property_irreps(self.properties)
+            if model.irreps_out != wanted:
+                raise ValueError(f"model must have irreps_out={str(wanted)!r} for {names}, got {model.irreps_out}")
+            roots = {p.readout == "root" for p in self.properties}
+            if roots != {model.target == "intensive"}:
+                raise ValueError(
+                    "readout 'root' needs a network with target='intensive', and the others one with 'extensive'; "
+                    f"got {[p.readout for p in self.properties]} and {model.target!r}"
+                )
+        elif len(names) > 1 or self.properties[0].readout not in ("extensive", "intensive"):
+            raise ValueError(
+                f"{type(model).__name__} gives one number per graph, so one property with readout 'extensive' or "
+                f"'intensive' (both taken as they come); use an NBodyNet for {[p.readout for p in self.properties]}"
+            )
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Floating dtype of the weights."""
+        return next(p.dtype for p in self.model.parameters() if p.is_floating_point())
+
+    @property
+    def species(self) -> tuple[int, ...] | None:
+        """Atomic numbers that the network knows, where it says so."""
+        return getattr(self.model, "species", None)
+
+    def forward(self, data: Data) -> dict[str, Tensor]:
+        """Value of each property, float64, (graphs, *shape)."""
+        batch = data.get("batch")
+        num_graphs = 1 if batch is None else int(data.num_graphs)
+        batch = torch.zeros_like(data.z) if batch is None else batch
+        centre = self._centre(data, batch, num_graphs)
+        raw = self._from_network(data, centre) if isinstance(self.model, NBodyNet) else self._from_other(data, batch)
+        return {p.name: self._restored(p, raw[p.name], data, batch, num_graphs, centre) for p in self.properties}
+
+    # ------------------------------------------------------------------ readouts
+    def _from_network(self, data: Data, centre: Tensor) -> dict[str, Tensor]:
+        hierarchy = self.model.hierarchy(data)
+        values, counts = self.model.values(hierarchy), [0, 0, 0]
+        size = hierarchy.num_graphs
+        num_atoms = torch.bincount(hierarchy[0].batch, minlength=size).unsqueeze(-1)
+        n0 = self.model.irreps_out.count(o3.Irrep("0e"))
+        n1 = self.model.irreps_out.count(o3.Irrep("1o"))
+        out = {}
+        for p in self.properties:
+            total: Tensor | float = 0.0
+            (k0, k1, k2), _ = READOUTS[p.readout]
+            for level, value in values.items():
+                # Blocks are stored channels last: [scalars], [3, vectors], [5, tensors]
+                a = value[:, counts[0] : counts[0] + k0]
+                v = value[:, n0 : n0 + 3 * n1].reshape(len(value), 3, n1)[:, :, counts[1] : counts[1] + k1]
+                t = value[:, n0 + 3 * n1 :].reshape(len(value), 5, -1)[:, :, counts[2] : counts[2] + k2] if k2 else a
+                total = total + self._sum(p.readout, hierarchy, level, a, v, t, centre.to(value.dtype))
+            counts = [counts[0] + k0, counts[1] + k1, counts[2] + k2]
+            if p.readout == "intensive":
+                total = total / num_atoms.to(total.dtype)
+            if p.readout == "dipole_norm":
+                total = safe_norm(total).unsqueeze(-1)
+            out[p.name] = total.reshape(size, *p.shape)
+        return out
+
+    @staticmethod
+    def _sum(readout: str, hierarchy: Hierarchy, level: int, a: Tensor, v: Tensor, t: Tensor, centre: Tensor) -> Tensor:
+        """Contribution of the parts of a level to each graph."""
+        here = hierarchy[level]
+        if readout in ("dipole", "dipole_norm"):
+            each = a * (here.pos - centre[here.batch]) + v.squeeze(-1)
+        elif readout == "r2":
+            square = (here.pos - centre[here.batch]).square().sum(-1, keepdim=True)
+            each = a[:, :1] + a[:, 1:] * square
+        elif readout == "polarizability":
+            table = clebsch_gordan(1, 1, 2).to(a)
+            trace = a * torch.eye(3).to(a).reshape(1, 9)
+            each = trace + (t.squeeze(-1) @ table.reshape(9, 5).t())
+        else:
+            each = a
+        return sum_into(each, here.batch, hierarchy.num_graphs)
+
+    def _from_other(self, data: Data, batch: Tensor) -> dict[str, Tensor]:
+        output = self.model(data.z, data.pos.to(self.dtype), batch)
+        output = output[0] if isinstance(output, (tuple, list)) else output
+        return {self.properties[0].name: output.reshape(-1)}
+
+    def _centre(self, data: Data, batch: Tensor, num_graphs: int) -> Tensor:
+        """Centre of mass of each graph, float64."""
+        pbc = data.get("pbc")
+        if pbc is not None and bool(pbc.any()) and any(p.readout in _PLACED for p in self.properties):
+            raise ValueError(f"data must not be periodic for {sorted(_PLACED)}: a cell has no centre of mass")
+        mass = atomic_masses(data.z, torch.float64).unsqueeze(-1)
+        total = sum_into(mass * data.pos.double(), batch, num_graphs)
+        return total / sum_into(mass, batch, num_graphs)
+
+    def _restored(self, p: Property, raw: Tensor, data: Data, batch: Tensor, num_graphs: int, centre: Tensor) -> Tensor:
+        """Scale, mean and the values of the elements, in float64."""
+        known = self.statistics[p.name]
+        value = raw.double() * known.scale + known.mean
+        if known.elements is not None:
+            value = value + sum_into(_table(known.elements, data.z), batch, num_graphs)
+        if known.spread is not None:
+            square = (data.pos.double() - centre[batch]).square().sum(-1)
+            value = value + sum_into(_table(known.spread, data.z) * square, batch, num_graphs)
+        return value
+
+    # ------------------------------------------------------------------ description
+    def config(self) -> dict[str, Any]:
+        """Properties and statistics, ready for JSON; :meth:`from_config` with the network gives the model back."""
+        return {
+            "properties": [asdict(p) for p in self.properties],
+            "statistics": {name: _jsonable(asdict(found)) for name, found in self.statistics.items()},
+        }
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any], model: nn.Module) -> PropertyModel:
+        """The model that :meth:`config` described, around ``model``."""
+        statistics = {}
+        for name, found in config["statistics"].items():
+            tables = {k: found[k] and {int(z): v for z, v in found[k].items()} for k in ("elements", "spread")}
+            statistics[name] = Statistics(found["mean"], found["scale"], **tables)
+        return cls(model, [Property(**p) for p in config["properties"]], statistics)
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{p.name} ({p.readout}{', ' + p.unit if p.unit else ''})" for p in self.properties)
+
+
+_PLACED = frozenset({"dipole", "dipole_norm", "r2"})
+
+
+def _table(values: Mapping[int, float], z: Tensor) -> Tensor:
+    """Value of each atom, float64."""
+    table = torch.full((119,), float("nan"), dtype=torch.float64)
+    table[list(values)] = torch.tensor(list(values.values()), dtype=torch.float64)
+    found = table.to(z.device)[z]
+    if bool(found.isnan().any()):
+        raise ValueError(f"z holds {sorted(set(z[found.isnan()].tolist()))}, which the training set did not have")
+    return found
+
+
+def _jsonable(values: dict[str, Any]) -> dict[str, Any]:
+    return {k: {str(z): e for z, e in v.items()} if isinstance(v, dict) else v for k, v in values.items()}
+
+
+def fit_statistics(frames: Sequence[Data], wanted: Property) -> Statistics:
+    """Mean, values per element (float64 least squares) and scale of a label over the training frames.
+
+    Extensive properties get a value per element, "r2" also one per element and squared distance, intensive ones
+    a mean; vectors and tensors only a scale.
+    """
+    label = torch.cat([frame[wanted.name].double().reshape(1, *wanted.shape) for frame in frames])
+    if wanted.readout in ("intensive", "root"):
+        return Statistics(float(label.mean()), float(label.std()) or 1.0)
+    if wanted.readout not in ("extensive", "r2"):
+        return Statistics(0.0, float(label.square().mean().sqrt()) or 1.0)
+    species = sorted({int(z) for frame in frames for z in frame.z.unique()})
+    rows = []
+    for frame in frames:
+        which = (frame.z.unsqueeze(-1) == torch.tensor(species)).double()
+        row = [which.sum(0)]
+        if wanted.readout == "r2":
+            mass = atomic_masses(frame.z, torch.float64).unsqueeze(-1)
+            arm = frame.pos.double() - (mass * frame.pos).sum(0) / mass.sum()
+            row.append((which * arm.square().sum(-1, keepdim=True)).sum(0))
+        rows.append(torch.cat(row))
+    design = torch.stack(rows)
+    # Least norm, so that compositions that leave elements open get no wild values.
+    solution = torch.linalg.lstsq(design, label.unsqueeze(-1), driver="gelsd").solution.squeeze(-1)
+    scale = float((label - design @ solution).std(correction=0)) or 1.0
+    parts = solution.split(len(species))
+    tables = [dict(zip(species, part.tolist(), strict=True)) for part in parts]
+    return Statistics(0.0, scale, tables[0], tables[1] if len(tables) > 1 else None)

@@ -1,0 +1,152 @@
+"""PropertyTask: a PropertyModel, its loss and its errors in the trainer of potentials."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch_geometric.data import Data
+
+from nbody_pyg.properties import Property, PropertyModel
+from nbody_pyg.training.loader import FrameLoader
+from nbody_pyg.training.loss import PENALTIES
+from nbody_pyg.training.metrics import RunningMeans
+from nbody_pyg.training.task import PotentialTask
+
+
+class PropertyMeter:
+    r"""Errors of properties in their own units, summed over batches and processes in float64.
+
+    ================  ============================================================================
+    key               meaning
+    ================  ============================================================================
+    ``NAME_mae``      mean absolute error over graphs and components
+    ``NAME_rmse``     root mean square error over components
+    ``NAME_r2``       :math:`1 - \sum (y - y^*)^2 / \sum (y^* - \bar y^*)^2`, mean of each component
+    ================  ============================================================================
+    """
+
+    def __init__(self, properties: Sequence[Property], device: torch.device | str = "cpu") -> None:
+        self.properties = tuple(properties)
+        # Per property and component: count, |error|, error^2, label, label^2
+        sizes = [max(torch.Size(p.shape).numel(), 1) for p in self.properties]
+        self.sums = [torch.zeros(5, size, dtype=torch.float64, device=device) for size in sizes]
+
+    @torch.no_grad()
+    def update(self, result: dict[str, Tensor], batch: Data) -> None:
+        """Add a batch: values of the model, and the labels of the same graphs."""
+        for p, sums in zip(self.properties, self.sums, strict=True):
+            if p.name not in batch:
+                continue
+            label = batch[p.name].double().reshape(len(result[p.name]), -1)
+            error = result[p.name].reshape(label.shape) - label
+            known = ~label.isnan().any(dim=1)
+            label, error = label[known], error[known]
+            ones = torch.ones_like(label)
+            sums += torch.stack([x.sum(0) for x in (ones, error.abs(), error.square(), label, label.square())])
+
+    def reduce(self) -> None:
+        """Sum over the processes of torch.distributed, where it runs."""
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            for sums in self.sums:
+                dist.all_reduce(sums)
+
+    def compute(self) -> dict[str, float]:
+        out = {}
+        for p, (count, absolute, square, label, label2) in zip(self.properties, self.sums, strict=True):
+            if not float(count.sum()):
+                continue
+            total = float(count.sum())
+            out[f"{p.name}_mae"] = float(absolute.sum()) / total
+            out[f"{p.name}_rmse"] = (float(square.sum()) / total) ** 0.5
+            spread = float((label2 - label.square() / count).sum())
+            out[f"{p.name}_r2"] = 1.0 - float(square.sum()) / spread if spread > 0 else float("nan")
+        return out
+
+
+class _PropertyMeans(RunningMeans):
+    """Means since the last row of the log, under the name of the first property and in its unit."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+
+    def take(self) -> dict[str, float]:
+        error = float(self.energy) / max(self.looked_at, 1)
+        kept = super().take()
+        return {"loss": kept["loss"], "grad_norm": kept["grad_norm"], f"{self.name}_mae": error}
+
+
+class PropertyTask(PotentialTask):
+    r"""Trains a :class:`~nbody_pyg.properties.PropertyModel`: all else is as for potentials.
+
+    .. math:: L = \sum_p w_p \Big\langle d\Big(\frac{y_p - y_p^*}{s_p}\Big) \Big\rangle
+
+    Args:
+        potential: the model; or the dictionary that a checkpoint holds in its place.
+        settings: a TrainingConfig; of its weights only ``penalty`` is used.
+        force_variance: not used; a checkpoint hands it over.
+    """
+
+    potential: PropertyModel
+
+    def __init__(self, potential: Any, settings: Any, force_variance: float = 1.0):
+        super().__init__(potential, settings, force_variance)
+        first = self.potential.properties[0]
+        self.monitor = f"val_{first.name}_mae"
+        self.shown = tuple((p.name, f"{p.name}_mae", p.unit) for p in self.potential.properties)
+        self.running = _PropertyMeans(first.name)
+
+    def training_step(self, batch: Any, batch_idx: int = 0) -> Tensor:
+        values = self.potential(batch)
+        loss: Tensor | float = 0.0
+        penalty = PENALTIES[self.settings.penalty]
+        first: Tensor | None = None
+        for p in self.potential.properties:
+            # The difference is taken in float64, and only then cast. A missing label is NaN.
+            label = batch[p.name].reshape(values[p.name].shape)
+            known = ~label.reshape(len(label), -1).isnan().any(dim=1)
+            error = (values[p.name] - label)[known].to(self.potential.dtype) / self.potential.statistics[p.name].scale
+            loss = loss + p.weight * penalty(error, 1.0)
+            first = error if first is None else first
+        scale = self.potential.statistics[self.potential.properties[0].name].scale
+        self.running.add(loss, None if first is None else first * scale, None)
+        if loss.device.type == "cpu" or batch_idx % self.settings.log_every == 0:
+            self._check_finite(loss.item())
+        return loss
+
+    def on_validation_epoch_start(self) -> None:
+        self._meter = PropertyMeter(self.potential.properties, self.device)
+
+    def validation_step(self, batch: Any, batch_idx: int = 0) -> None:
+        with torch.no_grad():
+            self._meter.update(self.potential(batch), batch)
+
+    on_test_epoch_start = on_validation_epoch_start
+    test_step = validation_step
+
+
+@dataclass(frozen=True)
+class PropertyEvaluation:
+    """Predictions in the order of the frames, float64, by property; and their errors (:class:`PropertyMeter`)."""
+
+    errors: dict[str, float]
+    values: dict[str, Tensor]
+
+
+def evaluate_properties(
+    model: PropertyModel, frames: Sequence[Data], batch_size: int = 100, device: torch.device | str = "cpu"
+) -> PropertyEvaluation:
+    """The properties of every frame; what has no label is predicted and left out of the errors."""
+    meter, found = PropertyMeter(model.properties, device), []
+    with torch.no_grad():
+        for batch in FrameLoader(frames, batch_size, device=device):
+            found.append(model(batch))
+            meter.update(found[-1], batch)
+    return PropertyEvaluation(
+        meter.compute(), {p.name: torch.cat([x[p.name].cpu() for x in found]) for p in model.properties}
+    )
