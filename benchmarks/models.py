@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from peers import PEERS, Missing, Peer, build
+from peers import PEERS, Missing, Timed, build
 from report import arguments, show, start, write
 from systems import System, molecules, water
 from timing import Timing, interleave, peak_memory
@@ -33,7 +33,7 @@ OURS = "NBodyNet"
 class Runner:
     """A model on one system, as the functions that are timed."""
 
-    def __init__(self, model: Peer, system: System) -> None:
+    def __init__(self, model: Timed, system: System) -> None:
         self.potential, self.system = Potential(model), system
         generator = torch.Generator().manual_seed(0)
         self.energy = torch.randn(system.num_graphs, dtype=torch.float64, generator=generator)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from nbody_pyg.cli.tables import table
+from nbody_pyg.compare.measure import processor
 from nbody_pyg.kernels import available_backends
 from nbody_pyg.training.steady import steady_process
 
@@ -47,7 +48,7 @@ def machine() -> dict[str, Any]:
     load = f"{os.getloadavg()[0]:.2f}" if hasattr(os, "getloadavg") else "unknown"
     return {
         "date": time.strftime("%Y-%m-%d %H:%M"),
-        "processor": _processor(),
+        "processor": processor(),
         "cores": os.cpu_count(),
         "load at the start": load,
         "threads": torch.get_num_threads(),
@@ -55,16 +56,6 @@ def machine() -> dict[str, Any]:
         "versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
         "backends": ", ".join(available_backends()),
     }
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    if not info.exists():
-        return platform.processor() or platform.machine()
-    text = info.read_text()
-    model = next((l.split(":")[1].strip() for l in text.splitlines() if l.startswith("model name")), "")
-    vectors = [name for name in ("avx2", "avx512f") if f" {name} " in text]
-    return " ".join([model or platform.machine(), *vectors])
 
 
 def show(title: str, head: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import math
 import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
+
+from nbody_pyg.compare.measure import peak_memory
+
+__all__ = ["Timing", "exponent", "interleave", "peak_memory"]
 
 #: A sample lasts at least this long (seconds); short functions are called several times for one.
 _SAMPLE = 2e-3
@@ -68,27 +69,6 @@ def _once(function: Callable[[], object], calls: int) -> float:
     for _ in range(calls):
         function()
     return (time.process_time() - start) / calls
-
-
-def peak_memory(function: Callable[[], object]) -> float | None:
-    """Bytes by which the resident memory of the process grows at most while the function runs.
-
-    Linux with glibc: free memory is given back first, then the high-water mark is reset. None elsewhere.
-    """
-    try:
-        gc.collect()
-        ctypes.CDLL(None).malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")
-    except (OSError, AttributeError):
-        return None
-    before = _status("VmRSS")
-    function()
-    return float(_status("VmHWM") - before)
-
-
-def _status(key: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key + ":"))
 
 
 def exponent(x: list[float], y: list[float]) -> float:

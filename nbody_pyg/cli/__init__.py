@@ -1,4 +1,4 @@
-"""The command line: nbody train, evaluate, info, md, hierarchy."""
+"""The command line: nbody train, evaluate, info, md, hierarchy, compare."""
 
 from nbody_pyg.cli.main import main
 

@@ -14,6 +14,7 @@ Covariant hierarchical N-body networks for atoms.
   nbody info runs/embedded/model.nbody              what is in a model file
   nbody md runs/embedded/model.nbody start.xyz      molecular dynamics
   nbody hierarchy molecule.xyz --scheme BondTree    build, check and draw a hierarchy
+  nbody compare --models nbody painn --budget 300   the same training for other models, one table
 
 Units: eV, angstrom, fs; tables in meV and meV/A."""
 
@@ -34,6 +35,9 @@ def build_parser() -> argparse.ArgumentParser:
     # Its words are keys of the configuration, which argparse does not know: see _train_words.
     train = commands.add_parser("train", add_help=False, help="train a potential from a YAML file")
     train.add_argument("words", nargs=argparse.REMAINDER)
+
+    compare = commands.add_parser("compare", add_help=False, help="our network beside its peers, or its variants")
+    compare.add_argument("words", nargs=argparse.REMAINDER)
 
     evaluate = commands.add_parser("evaluate", help="errors of models on labelled frames")
     evaluate.add_argument("model", help="model file")
@@ -87,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
     words = list(sys.argv[1:] if argv is None else argv)
     # argparse reads options of the first parser only up to the command, and would refuse dotted keys.
-    place = words.index("train") if "train" in words[:2] else len(words)
+    place = next((n for n, word in enumerate(words[:2]) if word in ("train", "compare")), len(words))
     args = build_parser().parse_args([*words[: place + 1]])
     try:
         return _run(args, words[place + 1 :])
@@ -126,6 +130,12 @@ def _run(args: argparse.Namespace, rest: list[str]) -> int:
         from nbody_pyg.cli.train import train
 
         return train(*_train_words(rest))
+    if args.command == "compare":
+        from nbody_pyg.cli.compare import compare
+
+        # A list may follow an option, so that only the first word can be the file.
+        path = rest.pop(0) if rest and not rest[0].startswith("-") else None
+        return compare(path, [w for w in rest if w not in ("-h", "--help")], "-h" in rest or "--help" in rest)
     if args.command == "evaluate":
         from nbody_pyg.cli.evaluate import evaluate
 

@@ -133,6 +133,14 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
             raise ValueError(f"{path} must hold sections ({', '.join([*_SECTIONS, 'model'])}), got {tree!r}")
     for key, value in _parse_overrides(overrides):
         _insert(tree, key.split("."), value)
+    return parse_config(tree)
+
+
+def parse_config(tree: Mapping[str, Any]) -> Config:
+    """A Config from the nested form of the YAML file.
+
+    Raises: ValueError: see :func:`load_config`.
+    """
     _check_keys(tree)
     parser = config_parser()
     target = _properties(tree.pop("target", None) or {})

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -53,6 +55,18 @@ class WeightEMA(Callback):
         kept = [w.clone() for w in self._weights]
         torch._foreach_copy_(self._weights, self._average)
         self._average, self._swapped = kept, not self._swapped
+
+    @contextlib.contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Inside, the module holds the averaged weights, as it does in validation."""
+        swaps = bool(self._weights) and not self._swapped
+        if swaps:
+            self._swap()
+        try:
+            yield
+        finally:
+            if swaps:
+                self._swap()
 
     def on_validation_start(self, trainer: Trainer, module: LightningModule) -> None:
         if self._weights and not self._swapped:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 from lightning.fabric.utilities.warnings import PossibleUserWarning
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 from torch_geometric.data import Data
 
 from nbody_pyg.potential import Potential
@@ -103,6 +103,7 @@ def fit(
     folder: str | Path = "run",
     resume: str | Path | None = None,
     show_progress: bool = True,
+    callbacks: Sequence[Callback] = (),
 ) -> FitResult:
     """Train a potential, or a model of properties, in place.
 
@@ -112,6 +113,7 @@ def fit(
         train, val: frames with labels; where the model has a scheme, with its topology stored (apply the
             scheme to every frame once), or else it is searched for anew at every step.
         resume: a checkpoint from which to go on; the run continues as if it had never stopped.
+        callbacks: further ones, called after ours and before the checkpoint is written.
     Raises: ValueError: no frames, or labels without any force and energy; FloatingPointError: see the task.
     """
     settings = settings or TrainingConfig(max_epochs=100)
@@ -124,11 +126,11 @@ def fit(
     log = MetricsCSV(folder / "metrics.csv", settings.log_every, epoch)
     log.columns = (*log.columns, *(metric for _, metric, _ in task.shown if metric not in log.columns))
     stop, checkpoints = GracefulStop(), Checkpoints(folder, task.monitor)
-    callbacks = [WeightEMA(settings.ema_decay)] if settings.ema_decay else []
-    callbacks += [log, *([RunProgress(log, settings.log_every)] if show_progress else []), stop, checkpoints]
+    group: list[Callback] = [WeightEMA(settings.ema_decay)] if settings.ema_decay else []
+    group += [log, *([RunProgress(log, settings.log_every)] if show_progress else []), *callbacks, stop, checkpoints]
     with warnings.catch_warnings(), steady_process():
         _quieten()
-        trainer = make_trainer(settings, [CallbackGroup(callbacks)], epoch, bool(val), folder)
+        trainer = make_trainer(settings, [CallbackGroup(group)], epoch, bool(val), folder)
         stream = FrameStream(FrameLoader(train, settings.batch_size, shuffle=True, seed=settings.seed))
         evaluation = FrameLoader(val, 4 * settings.batch_size) if val else None
         trainer.fit(task, stream, evaluation, ckpt_path=resume, weights_only=True if resume else None)

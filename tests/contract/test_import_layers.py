@@ -23,6 +23,7 @@ LAYERS = [
     "properties",
     "datasets",
     "training",
+    "compare",
     "deploy",
     "testing",
     "cli",

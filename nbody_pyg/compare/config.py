@@ -1,0 +1,216 @@
+"""What is compared, and how: one frozen dataclass, read from YAML and the command line."""
+
+# ruff: noqa: RUF009 (setting() makes the field itself)
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jsonargparse
+import yaml
+
+from nbody_pyg.compare.registry import MODELS, entry
+from nbody_pyg.training.config import parse_config
+from nbody_pyg.training.settings import setting
+
+#: Keys of the nested sections; everything in them is a key of ``nbody train`` too.
+SECTIONS = ("data", "training", "model")
+#: What ``nbody compare`` runs on when no data is named.
+_FIRST_TRY = {"embedded": "ethanol", "num_val": 50}
+
+
+def _list(text: str, *values: Any) -> Any:
+    return field(default_factory=lambda: list(values), metadata={"help": text})
+
+
+@dataclass(frozen=True)
+class CompareConfig:
+    """A comparison. Every model runs through the same trainer, on the same frames, for the same budget.
+
+    Raises: ValueError: an unknown model, a value out of range, a limit given twice.
+    """
+
+    models: list[str] = _list(f"what is compared: {', '.join(MODELS)}", "nbody", "schnet")
+    budget: float | None = setting(None, "CPU seconds of training for each run (default: 60, without --steps)")
+    steps: int | None = setting(None, "optimizer steps of each run, in place of a budget")
+    seeds: list[int] = _list("one final run of each model for every seed", 0)
+    optimizers: list[str] | None = setting(
+        None, "train every model with each of these: adam, soap (default: both in a search, else the model's best)"
+    )
+    lr: float | None = setting(None, "learning rate of every model (default: the registry's, or the search's)")
+    batch_size: int = setting(4, "molecules per step")
+    search: list[float] | None = setting(None, "learning rates to try first, judged on the validation frames")
+    search_seconds: float = setting(60.0, "CPU seconds of each run of the search")
+    search_steps: int | None = setting(None, "steps of each run of the search, in place of seconds")
+    extend: int = setting(2, "further learning rates (by factors of 3) where the best lies at the edge of the search")
+    search_on: str = setting("first", "search on the 'first' molecule and use the result for all, or on 'each'")
+    finals: str = setting("best", "after a search, a final run for the 'best' optimizer, for 'each', or for 'none'")
+    cutoff: float = setting(5.0, "of the peers' neighbour lists, angstrom")
+    points: int = setting(12, "points of a learning curve")
+    arguments: dict[str, dict[str, Any]] = field(
+        default_factory=dict, metadata={"help": "arguments of a peer's adapter, e.g. {painn: {features: 64}}"}
+    )
+    ablation: str | None = setting(None, "YAML file of variants of our network, compared in place of models")
+    variants: list[str] | None = setting(None, "some of the variants of the file (default: all)")
+    python: dict[str, str] = field(
+        default_factory=dict, metadata={"help": "the interpreter of a model's own environment, e.g. mace=PATH"}
+    )
+    out: str = setting("runs/compare", "folder of the results; finished runs found there are not run again")
+    report: bool = setting(False, "run nothing: tables and plots of what the folder holds")
+    isolate: bool = setting(True, "every run in a process of its own, so that no model can disturb another")
+    data: dict[str, Any] = field(default_factory=dict)
+    training: dict[str, Any] = field(default_factory=dict)
+    model: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in self.models:
+            entry(name)
+        for name in (*self.arguments, *self.python):
+            entry(name)
+        if self.budget is not None and self.steps is not None:
+            raise ValueError(f"give budget or steps, not both, got {self.budget} and {self.steps}")
+        for name in ("budget", "steps", "lr", "batch_size", "search_seconds", "search_steps", "cutoff", "points"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name} must be positive, got {value}")
+        for name, choices in (("search_on", ("first", "each")), ("finals", ("best", "each", "none"))):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
+        if self.search and self.lr is not None:
+            raise ValueError(f"give lr, or learning rates to search, not both, got {self.lr} and {self.search}")
+        taken = {"budget_seconds", "max_steps", "max_epochs", "batch_size", "lr", "optimizer", "seed"}
+        if found := sorted(taken & set(self.training)):
+            raise ValueError(
+                f"training.{found[0]} is set by the comparison: use budget, steps, batch_size, lr, optimizers or seeds"
+            )
+        for data in self.datasets():  # finds a wrong key before anything runs
+            parse_config({"data": data, "training": self.training | {"max_steps": 1}, "model": self.model})
+
+    @property
+    def limit(self) -> dict[str, Any]:
+        """Of the final runs, as keys of a training configuration."""
+        if self.steps is not None:
+            return {"max_steps": self.steps}
+        return {"budget_seconds": float(self.budget or 60.0)}
+
+    @property
+    def search_limit(self) -> dict[str, Any]:
+        """Of the runs of the search."""
+        if self.search_steps is not None:
+            return {"max_steps": self.search_steps}
+        return {"budget_seconds": float(self.search_seconds)}
+
+    def datasets(self) -> list[dict[str, Any]]:
+        """The data sections: one for each molecule where several are named."""
+        data = dict(self.data) or dict(_FIRST_TRY)
+        for key in ("rmd17", "embedded"):
+            if isinstance(data.get(key), list):
+                return [{**data, key: name} for name in data[key]]
+        return [data]
+
+
+def load_compare(path: str | Path | None = None, words: Sequence[str] = ()) -> CompareConfig:
+    """Read a YAML file and lay the words of the command line over it.
+
+    Options are ``--key value``, ``--key value value`` for lists, ``--section.key value``, and ``--python
+    model=PATH``.
+
+    Raises: FileNotFoundError: no such file; ValueError: unknown keys and wrong values.
+    """
+    tree: dict[str, Any] = {}
+    if path is not None:
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"no configuration file at {path}")
+        tree = yaml.safe_load(Path(path).read_text()) or {}
+    for key, values in _options(words):
+        _lay(tree, key, values)
+    known = {f.name: f for f in dataclasses.fields(CompareConfig)}
+    hints = typing.get_type_hints(CompareConfig)
+    for key in tree:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+            raise ValueError(
+                f"unknown key {key!r}; " + (f"did you mean {near[0]}?" if near else f"there are {[*known]}")
+            )
+        if "list" in str(hints[key]) and tree[key] is not None and not isinstance(tree[key], list):
+            tree[key] = [tree[key]]
+    try:
+        parsed = compare_parser().parse_object({k: v for k, v in tree.items() if k not in SECTIONS})
+    except jsonargparse.ArgumentError as error:
+        raise ValueError(str(error)) from error
+    values = {key: _plain(value) for key, value in vars(parsed).items()}
+    return CompareConfig(**values, **{name: dict(tree.get(name) or {}) for name in SECTIONS})
+
+
+def compare_parser() -> jsonargparse.ArgumentParser:
+    """The keys with their defaults and help."""
+    parser = jsonargparse.ArgumentParser(
+        prog="nbody compare", usage="nbody compare [CONFIG.yaml] [--KEY VALUE ...] [--data.KEY VALUE ...]",
+        exit_on_error=False, add_help=False,
+        description="Train models on the same frames for the same time, and say where ours wins and where it loses. "
+        "Keys of data, training and model are those of nbody train, e.g. --data.rmd17 aspirin ethanol "
+        "--data.root FOLDER, --training.energy_weight 0.05, --model.channels 48.",
+    )  # fmt: skip
+    hints = typing.get_type_hints(CompareConfig)
+    for each in dataclasses.fields(CompareConfig):
+        if each.name in SECTIONS:
+            continue
+        default = each.default if each.default is not dataclasses.MISSING else each.default_factory()
+        parser.add_argument(f"--{each.name}", type=hints[each.name], default=default, help=each.metadata["help"])
+    return parser
+
+
+def _options(words: Sequence[str]) -> list[tuple[str, list[Any]]]:
+    """``--key value value`` and ``--key=value`` as (key, values read as YAML)."""
+    found: list[tuple[str, list[Any]]] = []
+    for word in words:
+        if word.startswith("--"):
+            key, equals, text = word[2:].partition("=")
+            key = key if "." in key else key.replace("-", "_")
+            found.append((key, [_value(text)] if equals else []))
+        elif found:
+            found[-1][1].append(_value(word))
+        else:
+            raise ValueError(f"cannot read {word!r}; options look like --budget 300")
+    return found
+
+
+def _value(text: str) -> Any:
+    value = yaml.safe_load(text)
+    if isinstance(value, str):  # YAML reads 1e-3 as a word
+        try:
+            return float(value)
+        except ValueError:
+            return text
+    return value
+
+
+def _lay(tree: dict[str, Any], key: str, values: list[Any]) -> None:
+    """Put what an option says into the nested form."""
+    if key == "report" and not values:
+        values = [True]
+    if not values:
+        raise ValueError(f"--{key} needs a value")
+    if key == "python":
+        pairs = [str(value).partition("=") for value in values]
+        if not all(equals for _, equals, _ in pairs):
+            raise ValueError(f"--python takes MODEL=PATH, got {values}")
+        tree["python"] = (tree.get("python") or {}) | {name: path for name, _, path in pairs}
+        return
+    *sections, last = key.split(".")
+    for section in sections:
+        tree = tree.setdefault(section, {})
+        if not isinstance(tree, dict):
+            raise ValueError(f"--{key}: {section} holds a value, not a section")
+    tree[last] = values[0] if len(values) == 1 else values
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, (jsonargparse.Namespace, Mapping)):
+        return {k: _plain(v) for k, v in (vars(value) if isinstance(value, jsonargparse.Namespace) else value).items()}
+    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value

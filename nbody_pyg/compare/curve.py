@@ -1,0 +1,78 @@
+"""The learning curve of a run: errors of the averaged weights at shares of the budget, in time that does not count."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch_geometric.data import Data
+
+from nbody_pyg.training.callbacks import CallbackGroup
+from nbody_pyg.training.ema import WeightEMA
+from nbody_pyg.training.evaluation import evaluate
+
+
+class LearningCurve(Callback):
+    """Tests the averaged weights on fixed frames at shares of the run that are equally spaced in logarithm.
+
+    The clock of the training stands still meanwhile. The learning rate falls to zero only at the end, so that
+    an early point lies above what a run of that length would reach.
+
+    Args:
+        sets: name to frames, the same in every run that is compared.
+        points: number of points, the last at the end of the run; 0 for none but that.
+        first: share of the run of the first point.
+        note: called with one line for each point.
+
+    Attributes:
+        rows: one dictionary for each point: step, cpu_seconds, and {set: errors} in meV and meV/angstrom.
+    """
+
+    def __init__(
+        self, sets: Mapping[str, Sequence[Data]], points: int = 12, first: float = 0.02,
+        note: Callable[[str], None] = lambda _: None,
+    ) -> None:  # fmt: skip
+        self.sets, self.note = dict(sets), note
+        self.marks = [float(mark) for mark in np.geomspace(first, 1.0, points)[:-1]] if points > 1 else []
+        self.rows: list[dict[str, Any]] = []
+
+    def on_train_batch_end(self, trainer: Trainer, module: LightningModule, *_: Any) -> None:
+        passed = len(self.rows)
+        if passed < len(self.marks) and module.current_progress() >= self.marks[passed]:
+            self._look(trainer, module)
+
+    def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
+        finished = module.current_progress() >= 1.0
+        if finished and (not self.rows or self.rows[-1]["step"] < trainer.global_step):
+            self._look(trainer, module)
+
+    def _look(self, trainer: Trainer, module: LightningModule) -> None:
+        module.clock.pause()  # it starts again with the next step
+        row = {"step": trainer.global_step, "cpu_seconds": module.clock.elapsed}
+        groups = [c for c in trainer.callbacks if isinstance(c, CallbackGroup)]
+        averages = [m for group in groups for m in group.members if isinstance(m, WeightEMA)]
+        module.potential.eval()
+        if averages:
+            with averages[0].averaged():
+                row |= self._errors(module)
+        else:
+            row |= self._errors(module)
+        module.potential.train()
+        self.rows.append(row)
+        parts = [
+            f"{name} E {row[name].get('energy_mae', float('nan')):.1f} meV F {row[name].get('forces_mae', 0):.1f} meV/A"
+            for name in self.sets
+        ]
+        self.note(f"{row['cpu_seconds']:8.1f} CPU s  step {row['step']:6d}  {'  '.join(parts)}")
+
+    def _errors(self, module: LightningModule) -> dict[str, dict[str, float]]:
+        found = {n: evaluate(module.potential, f, device=module.device).errors for n, f in self.sets.items()}
+        return {name: {k: v for k, v in e.items() if k.endswith(("_mae", "_rmse"))} for name, e in found.items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"rows": self.rows}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.rows = list(state["rows"])

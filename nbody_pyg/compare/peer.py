@@ -1,0 +1,131 @@
+"""What every peer has in common: one call for the energy of a batch, with edges that are handed to it."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import random
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from nbody_pyg.compare.graph import CutoffGraph
+from nbody_pyg.hierarchy.topology import Topology
+
+
+class MissingPeer(ImportError):
+    """A peer that is not installed; the message is the line that installs it, and what was not found."""
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a peer is told about the training frames before it is built.
+
+    ``species`` are atomic numbers, ascending; ``cutoff`` is in angstrom; ``degree`` is the mean number of
+    neighbours within it.
+    """
+
+    species: tuple[int, ...]
+    cutoff: float = 5.0
+    degree: float = 12.0
+    dtype: torch.dtype = torch.float32
+
+
+class Peer(nn.Module):
+    r"""A model of another package as ``model(z, pos, batch, topology=...) -> energies``.
+
+    Energies and forces come from :class:`~nbody_pyg.potential.Potential`, as ours do. The edges are those of
+    :class:`CutoffGraph`: row 0 the source j, row 1 the target i, :math:`\mathbf r_j - \mathbf r_i` from target
+    to source. Nothing is kept from one call to the next.
+
+    A new peer is a subclass of some twenty lines: build the model in ``__init__``, write :meth:`energy`, and
+    enter it in :mod:`nbody_pyg.compare.registry`.
+
+    Args:
+        facts: elements, cutoff, mean number of neighbours, precision.
+    """
+
+    def __init__(self, facts: Facts) -> None:
+        super().__init__()
+        self.scheme = CutoffGraph(facts.cutoff)
+        table = torch.full((119,), -1, dtype=torch.long)
+        table[list(facts.species)] = torch.arange(len(facts.species))
+        self.register_buffer("type_of", table, persistent=False)
+
+    def forward(
+        self,
+        z: Int[Tensor, " atoms"],
+        pos: Float[Tensor, "atoms 3"],
+        batch: Int[Tensor, " atoms"],
+        *,
+        topology: Topology | None = None,
+    ) -> Tensor:
+        """Energy of each graph; the edges are found here only where no topology is given."""
+        if topology is None:
+            topology = self.scheme.topology(z, pos, batch)
+        return self.energy(z, pos, batch, topology.pair_index[0], topology.num_parts[0])
+
+    def energy(
+        self,
+        z: Int[Tensor, " atoms"],
+        pos: Float[Tensor, "atoms 3"],
+        batch: Int[Tensor, " atoms"],
+        index: Int[Tensor, "2 edges"],
+        num_atoms: Int[Tensor, " graphs"],
+    ) -> Tensor:
+        """Energies, [graphs] or [graphs, 1]; ``num_atoms`` counts the atoms of each graph."""
+        raise NotImplementedError
+
+    def types(self, z: Int[Tensor, " atoms"]) -> Int[Tensor, " atoms"]:
+        """Position of each element among the species."""
+        return self.type_of.index_select(0, z)
+
+
+def with_loops(index: Int[Tensor, "2 edges"], num_atoms: int) -> Int[Tensor, "2 edges_and_atoms"]:
+    """The edges and one loop on every atom."""
+    loops = torch.arange(num_atoms, device=index.device).expand(2, -1)
+    return torch.cat([index, loops], dim=1)
+
+
+def loop_vectors(
+    pos: Float[Tensor, "atoms 3"], index: Int[Tensor, "2 edges"]
+) -> tuple[Float[Tensor, " edges"], Float[Tensor, "edges 3"]]:
+    """Length and vector r_source - r_target of every edge; loops, which must stand last, have length 0.
+
+    The norm is not taken of the loops, where it has no derivative.
+    """
+    vec = pos.index_select(0, index[0]) - pos.index_select(0, index[1])
+    bonded = index.shape[1] - pos.shape[0]
+    length = torch.cat([vec[:bonded].norm(dim=-1), vec.new_zeros(pos.shape[0])])
+    return length, vec
+
+
+@contextlib.contextmanager
+def undisturbed(seed: int) -> Iterator[None]:
+    """Build a peer with seeded weights, and put back what some of them change for the whole process.
+
+    nequip sets the default dtype and seeds every generator, mace sets environment variables, several set up
+    logging: none of it may reach the models that come after.
+    """
+    dtype, environment = torch.get_default_dtype(), dict(os.environ)
+    level, states = logging.getLogger().level, (torch.get_rng_state(), random.getstate(), np.random.get_state())  # noqa: NPY002
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what peers say about themselves
+            torch.manual_seed(seed)
+            yield
+    finally:
+        torch.set_default_dtype(dtype)
+        for key in set(os.environ) - set(environment):
+            del os.environ[key]
+        os.environ.update(environment)
+        logging.getLogger().setLevel(level)
+        torch.set_rng_state(states[0])
+        random.setstate(states[1])
+        np.random.set_state(states[2])  # noqa: NPY002

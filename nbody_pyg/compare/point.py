@@ -1,0 +1,212 @@
+"""One run of a comparison: which model, on which frames, trained how; and how it is carried out."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch_geometric.data import Data
+
+from nbody_pyg.compare.curve import LearningCurve
+from nbody_pyg.compare.graph import CutoffGraph
+from nbody_pyg.compare.measure import latency, machine, peak_memory
+from nbody_pyg.compare.peer import Facts
+from nbody_pyg.compare.registry import build_peer, version
+from nbody_pyg.datasets import fit_reference
+from nbody_pyg.models import edge_degrees
+from nbody_pyg.potential import AtomicReference, Potential
+from nbody_pyg.training.config import Config, parse_config
+from nbody_pyg.training.evaluation import evaluate
+from nbody_pyg.training.loader import FrameLoader
+from nbody_pyg.training.loss import EnergyForceLoss
+from nbody_pyg.training.prepare import DataSets, build_potential, load_data
+from nbody_pyg.training.run import fit, force_variance
+from nbody_pyg.training.settings import TrainingConfig
+
+#: Frames of each set that a learning curve looks at.
+_CURVE_FRAMES = 50
+
+
+@dataclass(frozen=True)
+class Point:
+    """Everything that decides the result of a run, ready for JSON.
+
+    Args:
+        name: of the contestant, as the tables have it.
+        title: the model in words.
+        model: name in the registry.
+        arguments: of our network (the section "model" of a configuration), or of the peer's adapter.
+        data: the section "data" of a configuration.
+        training: the section "training": optimizer, learning rate, budget, seed, and so on.
+        cutoff: of the peers' graphs, angstrom.
+        purpose: "search" (validation frames only) or "final" (tested in full).
+        points: of the learning curve.
+    """
+
+    name: str
+    title: str
+    model: str
+    arguments: dict[str, Any] = field(default_factory=dict)
+    data: dict[str, Any] = field(default_factory=dict)
+    training: dict[str, Any] = field(default_factory=dict)
+    cutoff: float = 5.0
+    purpose: str = "final"
+    points: int = 12
+
+    @property
+    def dataset(self) -> str:
+        """The molecule or the file, in one word."""
+        for key in ("rmd17", "embedded", "train"):
+            if self.data.get(key):
+                word = Path(str(self.data[key])).stem
+                return word if self.data.get("num_train") is None else f"{word}-{self.data['num_train']}"
+        return "data"
+
+    @property
+    def limit(self) -> str:
+        """The budget in words, e.g. "300 s" or "1000 steps"."""
+        seconds, steps = self.training.get("budget_seconds"), self.training.get("max_steps")
+        return f"{seconds:g} s" if seconds is not None else f"{steps} steps"
+
+    @property
+    def folder(self) -> Path:
+        """Where its result lies, relative to the folder of the comparison; the digits are those of its settings."""
+        t = self.training
+        # Where the files lie is no part of what is computed.
+        settings = dataclasses.asdict(self) | {"data": {k: v for k, v in self.data.items() if k != "root"}}
+        digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:8]
+        words = [self.purpose, t["optimizer"], f"lr{t['lr']:g}", f"b{t['batch_size']}", f"seed{t['seed']}"]
+        return Path(self.dataset) / self.name / "-".join([*words, self.limit.replace(" ", ""), digest])
+
+    def config(self, folder: Path) -> Config:
+        """The configuration of the same run for :func:`~nbody_pyg.training.run.fit`."""
+        model = self.arguments if self.model == "nbody" else {}
+        sections = {"data": self.data, "training": self.training, "model": model, "output": {"folder": str(folder)}}
+        return parse_config({name: dict(values) for name, values in sections.items()})
+
+    def __str__(self) -> str:
+        t = self.training
+        return (
+            f"{self.dataset}, {self.name}, {t['optimizer']}, lr {t['lr']:g}, seed {t['seed']}, {self.limit}"
+            f"{' (search)' if self.purpose == 'search' else ''}"
+        )
+
+
+def run_point(point: Point, folder: Path, note: Callable[[str], None] = print) -> dict[str, Any]:
+    """Train and test; resumes from ``last.ckpt`` in ``folder`` where an earlier run was stopped by a signal.
+
+    Not in the budget, for any model: neighbour lists and hierarchies, the first steps (in which kernels are
+    compiled), the learning curve, tests.
+
+    Returns: the record, with "status" done, failed (the loss became infinite) or interrupted (by a signal).
+    Raises: MissingPeer: the model's package is not installed.
+    """
+    config = point.config(folder)
+    torch.set_num_threads(config.training.threads)
+    data = load_data(config.data)
+    if point.purpose == "search":
+        data = DataSets(data.train, data.val)  # it must not see the test frames at all
+    potential = build(point, config, data)
+    data = data.with_topology(potential.model.scheme, config.data.shares_hierarchy)
+    record: dict[str, Any] = {
+        "point": dataclasses.asdict(point), "title": point.title, "version": version(point.model),
+        "machine": machine(), "parameters": sum(p.numel() for p in potential.parameters() if p.requires_grad),
+        "frames": {name: len(frames) for name, frames in data.named().items()},
+    }  # fmt: skip
+    record["memory_bytes"] = warm_up(potential, data.train, config.training)
+    curve = LearningCurve(_curve_sets(data), point.points, note=note)
+    checkpoint = folder / "last.ckpt"
+    began = time.time()
+    try:
+        result = fit(
+            potential, data.train, (), config.training, folder, resume=checkpoint if checkpoint.is_file() else None,
+            show_progress=False, callbacks=[curve],
+        )  # fmt: skip
+    except FloatingPointError as error:
+        return record | {"status": "failed", "reason": str(error), "val": {}, "test": {}, "curve": curve.rows}
+    if result.interrupted is not None:
+        return record | {"status": "interrupted", "signal": result.interrupted}
+    record |= {"steps": result.steps, "cpu_seconds": result.cpu_seconds, "wall_seconds": time.time() - began}
+    device = "cuda" if config.training.device == "cuda" else "cpu"
+    record["latency"] = latency(potential, data.train[0], 0.5 if point.purpose == "search" else 3.0, device)
+    record["val"] = evaluate(potential, data.val, device=device).errors if len(data.val) else {}
+    record["test"] = {name: evaluate(potential, frames, device=device).errors for name, frames in data.tests.items()}
+    finite = all(math.isfinite(v) for errors in (record["val"], *record["test"].values()) for v in errors.values())
+    status = {"status": "done"} if finite else {"status": "failed", "reason": "errors are not finite"}
+    return record | {"curve": curve.rows} | status
+
+
+def build(point: Point, config: Config, data: DataSets) -> Potential:
+    """A potential with fresh weights; E0 and the scale of the energies are found in the same way for every model."""
+    if point.model == "nbody":
+        return build_potential(config, data)
+    species = tuple(sorted({int(z) for frame in data.train for z in frame.z.unique()}))
+    degree = edge_degrees(CutoffGraph(point.cutoff), data.train[:200])["pair_0"]
+    facts = Facts(species, point.cutoff, degree, getattr(torch, config.training.dtype))
+    peer = build_peer(point.model, facts, config.training.seed, **point.arguments)
+    scale = config.model.scale
+    return Potential(
+        peer,
+        AtomicReference(fit_reference(data.train, config.data.e0)),
+        force_variance(data.train) ** 0.5 if scale == "forces" else float(scale),
+    ).to(getattr(torch, config.training.dtype))
+
+
+def warm_up(potential: Potential, frames: Sequence[Data], settings: TrainingConfig, steps: int = 3) -> float | None:
+    """Take gradients that are thrown away, so that what a first call compiles is not in the budget.
+
+    Returns: bytes of memory that such a step takes; None where that cannot be told, or on a GPU.
+    """
+    if settings.device != "cpu":
+        return None
+    loader = FrameLoader(frames[: settings.batch_size * steps], settings.batch_size)
+    loss = EnergyForceLoss()
+
+    def step(batch: Data) -> None:
+        result = potential(batch, training=True)
+        error = result["interaction_energy"] / len(batch.z)
+        loss(error, result["forces"] - batch.forces.to(result["forces"].dtype)).backward()
+        potential.zero_grad(set_to_none=True)
+
+    for batch in loader:
+        step(batch)
+    return peak_memory(lambda: step(loader.batch(range(min(settings.batch_size, loader.num_frames)))))
+
+
+def _curve_sets(data: DataSets) -> dict[str, Sequence[Data]]:
+    """Validation frames, and frames of the tests spread evenly, the same for every model."""
+    sets = {"val": data.val, **data.tests}
+    return {name: frames[:: max(1, len(frames) // _CURVE_FRAMES)] for name, frames in sets.items() if len(frames)}
+
+
+def main(arguments: Sequence[str]) -> int:
+    """``python -m nbody_pyg.compare.point FILE.json FOLDER``: one run in a process of its own.
+
+    Writes ``FOLDER/record.json``. Exit status: 0 done or failed, 3 package missing (the reason is the last line
+    of the output), 128 + number stopped by a signal.
+    """
+    spec, folder = Path(arguments[0]), Path(arguments[1])
+    try:
+        record = run_point(Point(**json.loads(spec.read_text())), folder, note=lambda line: print(line, flush=True))
+    except ImportError as error:
+        print(f"missing: {error}", flush=True)
+        return 3
+    if record["status"] == "interrupted":
+        return 128 + record["signal"]
+    temporary = folder / ".record.json"
+    temporary.write_text(json.dumps(record, indent=1, default=float) + "\n", encoding="utf-8")
+    temporary.replace(folder / "record.json")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,193 @@
+"""Adapters of the peers: physics of each where it is installed, and what they do to the process."""
+
+from __future__ import annotations
+
+import os
+import random
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from nbody_pyg import NestedShells
+from nbody_pyg.compare.graph import CutoffGraph
+from nbody_pyg.compare.peer import Facts, MissingPeer, undisturbed
+from nbody_pyg.compare.registry import MODELS, build_peer, entry, version
+from nbody_pyg.data import AtomicData
+from nbody_pyg.potential import Potential
+from nbody_pyg.training.loader import FrameLoader
+
+#: Arguments with which every peer is small.
+TINY = {
+    "schnet": {"hidden_channels": 8, "num_filters": 8, "num_interactions": 2, "num_gaussians": 8},
+    "dimenet": {
+        "hidden_channels": 8, "num_blocks": 1, "int_emb_size": 4, "basis_emb_size": 4, "out_emb_channels": 8,
+        "num_spherical": 3, "num_radial": 3, "output_initializer": "glorot_orthogonal",
+    },
+    "visnet": {"hidden_channels": 8, "num_heads": 2, "num_layers": 2, "num_rbf": 8},
+    "visnet-l2": {"hidden_channels": 8, "num_heads": 2, "num_layers": 2, "num_rbf": 8},
+    "painn": {"features": 8, "layers": 2, "num_basis": 8},
+    "schnet-spk": {"features": 8, "layers": 2, "num_basis": 8},
+    "tensornet": {"features": 8, "num_layers": 1, "num_rbf": 8},
+    "nequip": {"num_features": [8, 4], "radial_mlp_width": 8},
+    "nequip-l2": {"num_features": 4, "num_layers": 2, "radial_mlp_width": 8},
+    "mace": {"irreps": "8x0e", "lmax": 2, "correlation": 2, "readout": 4},
+    "mace-128": {"irreps": "4x0e+4x1o", "lmax": 2, "correlation": 2, "readout": 4},
+}  # fmt: skip
+PEERS = [name for name, found in MODELS.items() if found.build]
+FACTS = Facts((1, 6, 7, 8, 9), 4.0, 6.0, torch.float64)
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # of the peers' own making
+
+
+@pytest.fixture(scope="module")
+def built() -> dict[str, Potential]:
+    return {}
+
+
+@pytest.fixture(params=PEERS)
+def peer(request, built) -> Potential:
+    name = request.param
+    if name not in built:
+        try:
+            built[name] = Potential(build_peer(name, FACTS, seed=1, **TINY[name]), scale=2.0).eval()
+        except MissingPeer as error:
+            pytest.skip(str(error))
+    return built[name]
+
+
+def test_every_peer_has_a_tiny_form():
+    assert sorted(TINY) == sorted(PEERS)
+
+
+def test_forces_are_derivatives_and_train(peer, molecules):
+    z, pos = molecules["chiral"]
+    found = peer(z, pos)
+    assert found["forces"].abs().max() > 1e-4
+    direction = torch.randn(pos.shape, dtype=pos.dtype, generator=torch.Generator().manual_seed(3))
+    step = 1e-4
+    energies = [peer(z, pos + s * step * direction, compute_forces=False)["energy"] for s in (1, -1)]
+    slope = (energies[0] - energies[1]) / (2 * step)
+    assert slope.item() == pytest.approx(-(found["forces"] * direction).sum().item(), rel=1e-5, abs=1e-7)
+    result = peer(z, pos, training=True)
+    (result["forces"].square().sum() + result["interaction_energy"].sum()).backward()
+    gradients = [p.grad for p in peer.parameters() if p.grad is not None]
+    assert all(bool(g.isfinite().all()) for g in gradients)
+    assert sum(float(g.abs().sum()) for g in gradients) > 0
+    peer.zero_grad(set_to_none=True)
+
+
+def test_energy_does_not_know_the_frame_nor_the_order(peer, molecules, random_rotation):
+    z, pos = molecules["chiral"]
+    found = peer(z, pos)
+    turn, order = random_rotation(1), torch.tensor([3, 0, 7, 5, 1, 2, 6, 4])
+    moved = peer(z[order], (pos @ turn.T + 3.0)[order])
+    assert moved["energy"].item() == pytest.approx(found["energy"].item(), abs=1e-6)
+    torch.testing.assert_close(moved["forces"], (found["forces"] @ turn.T)[order], rtol=0, atol=1e-6)
+    mirrored = peer(z, -pos)
+    assert mirrored["energy"].item() == pytest.approx(found["energy"].item(), abs=1e-6)
+
+
+def test_batch_equals_singles(peer, molecules):
+    frames = [AtomicData(z=z, pos=pos) for z, pos in (molecules[n] for n in ("methanol", "chiral", "ethanol"))]
+    frames = [peer.model.scheme(frame) for frame in frames]
+    together = peer(FrameLoader(frames, 3).batch([0, 1, 2]))
+    alone = [peer(frame) for frame in frames]
+    torch.testing.assert_close(together["energy"], torch.cat([r["energy"] for r in alone]), rtol=0, atol=1e-9)
+    torch.testing.assert_close(together["forces"], torch.cat([r["forces"] for r in alone]), rtol=0, atol=1e-9)
+    # Nothing is kept from call to call, and edges searched for are the edges stored.
+    again = peer(frames[0].z, frames[0].pos)
+    torch.testing.assert_close(again["forces"], alone[0]["forces"], rtol=0, atol=1e-12)
+
+
+def test_the_edges_are_those_that_are_handed_in(peer, molecules):
+    z, pos = molecules["chiral"]
+    topology = peer.model.scheme.topology(z, pos)
+    full = peer(z, pos, topology=topology)["energy"]
+    index = topology.pair_index[0]
+    fewer = type(topology)(topology.num_parts, topology.child_index, (index[:, (index != 4).all(dim=0)], None))
+    assert abs(peer(z, pos, topology=fewer)["energy"] - full) > 1e-6
+
+
+def test_triplets_are_all_paths_of_two_edges(molecules):
+    from nbody_pyg.compare.adapters.pyg import triplets
+
+    z, pos = molecules["chiral"]
+    index = CutoffGraph(2.2).topology(z, pos).pair_index[0]
+    i, j, idx_i, idx_j, idx_k, kj, ji = triplets(index, len(z))
+    edges = list(zip(*index.tolist(), strict=True))
+    assert list(zip(j.tolist(), i.tolist(), strict=True)) == edges
+    found = set(zip(idx_k.tolist(), idx_j.tolist(), idx_i.tolist(), strict=True))
+    wanted = {(k, j, i) for k, j in edges for jj, i in edges if j == jj and k != i}
+    assert found == wanted
+    assert len(idx_k) == len(wanted) > 10
+    for n in range(len(idx_k)):
+        assert edges[kj[n]] == (idx_k[n], idx_j[n])
+        assert edges[ji[n]] == (idx_j[n], idx_i[n])
+
+
+def test_cutoff_graph_is_a_valid_scheme_with_the_edges_of_a_shell(molecules):
+    z, pos = molecules["chiral"]
+    graph = CutoffGraph(2.5)
+    topology = graph.topology(z, pos).validate()
+    shell = NestedShells((2.5,)).topology(z, pos).child_index[1]
+    assert topology.pair_index[0].tolist() == shell[:, shell[0] != shell[1]].tolist()
+    frame = graph(AtomicData(z=z, pos=pos))
+    assert graph.read(frame).pair_index[0].shape[1] > 0
+    with pytest.raises(ValueError, match="holds that of"):
+        CutoffGraph(3.0).read(frame)
+    with pytest.raises(ValueError, match="cutoff must be a positive"):
+        CutoffGraph(-1.0)
+
+
+def test_weights_depend_on_the_seed_alone():
+    one, again, other = (
+        build_peer("schnet", FACTS, seed=seed, **TINY["schnet"]).model.lin1.weight for seed in (0, 0, 1)
+    )
+    assert torch.equal(one, again)
+    assert not torch.equal(one, other)
+
+
+def test_what_a_peer_changes_is_put_back():
+    before = (torch.get_default_dtype(), dict(os.environ), torch.get_rng_state(), random.getstate())
+    numpy_before = np.random.get_state()[1].copy()  # noqa: NPY002
+
+    def spoil() -> None:
+        torch.set_default_dtype(torch.float64)
+        os.environ["NBODY_PEER"] = "1"
+        os.environ.pop("PATH")
+        np.random.rand(3)  # noqa: NPY002
+        random.random()
+        raise RuntimeError("spoiled")
+
+    with pytest.raises(RuntimeError, match="spoiled"), undisturbed(3):
+        spoil()
+    assert (torch.get_default_dtype(), dict(os.environ)) == before[:2]
+    assert torch.equal(torch.get_rng_state(), before[2])
+    assert random.getstate() == before[3]
+    assert (np.random.get_state()[1] == numpy_before).all()  # noqa: NPY002
+
+
+@pytest.mark.parametrize(
+    ("name", "package"),
+    [("painn", "schnetpack"), ("nequip", "nequip"), ("mace", "mace"), ("tensornet", "torchmdnet")],
+)
+def test_a_missing_peer_is_named_with_its_pip_line(name, package, monkeypatch):
+    for loaded in [key for key in sys.modules if key == package or key.startswith(package + ".")]:
+        monkeypatch.delitem(sys.modules, loaded)
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(MissingPeer, match=rf"is not installed: pip install .*{entry(name).distribution}"):
+        build_peer(name, FACTS)
+
+
+def test_names_of_the_registry():
+    with pytest.raises(ValueError, match="did you mean 'painn'"):
+        entry("paynn")
+    with pytest.raises(ValueError, match="our own network"):
+        build_peer("nbody", FACTS)
+    assert version("schnet").startswith("torch_geometric 2")
+    for found in MODELS.values():
+        assert found.optimizer in found.lr
+        assert set(found.lr) == {"adam", "soap"}
+        assert not found.build or found.install.startswith("pip install")

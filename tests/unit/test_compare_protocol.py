@@ -1,0 +1,207 @@
+"""The protocol without any training: what is run, what is chosen, and what is read from the command line."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+
+from nbody_pyg import NBodyNet, Scheme
+from nbody_pyg.compare.config import CompareConfig, compare_parser, load_compare
+from nbody_pyg.compare.contestants import contestants
+from nbody_pyg.compare.peer import MissingPeer
+from nbody_pyg.compare.point import Point
+from nbody_pyg.compare.protocol import beyond, compare
+from nbody_pyg.compare.registry import MODELS
+from nbody_pyg.training.config import parse_config
+
+ROOT = Path(__file__).resolve().parents[2]
+DATA = {"rmd17": ["aspirin", "ethanol"], "root": "somewhere"}
+
+
+class Fake:
+    """Runs nothing: the error of the forces depends on how far the learning rate lies from the best one."""
+
+    def __init__(self, best: dict[str, float], worst: float = math.inf) -> None:
+        self.best, self.worst, self.points = best, worst, []
+
+    def __call__(self, point: Point) -> dict:
+        if point.model == "painn":
+            raise MissingPeer("PaiNN is not installed: pip install schnetpack")
+        self.points.append(point)
+        lr, optimizer = point.training["lr"], point.training["optimizer"]
+        error = 10.0 + abs(math.log(lr / self.best[optimizer]))
+        if lr > self.worst:
+            return {"point": vars(point), "status": "failed", "reason": "loss became nan", "val": {}, "test": {}}
+        return {"point": vars(point), "status": "done", "val": {"forces_mae": error}, "test": {}}
+
+
+def quiet(_: str) -> None:
+    """Nobody reads it."""
+
+
+def test_a_search_chooses_on_the_first_molecule_and_trains_all_with_it():
+    config = CompareConfig(
+        models=["schnet"], data=DATA, search=[1e-3, 3e-3, 1e-2], search_seconds=7.0, budget=30.0, seeds=[4, 5]
+    )
+    run = Fake({"soap": 3e-3, "adam": 1.5e-3})
+    outcome = compare(config, run, quiet)
+    searches = [p for p in run.points if p.purpose == "search"]
+    assert [(p.training["optimizer"], p.training["lr"]) for p in searches] == [
+        (o, lr) for o in ("soap", "adam") for lr in (1e-3, 3e-3, 1e-2, *([3e-4] if o == "adam" else []))
+    ]
+    assert {p.dataset for p in searches} == {"aspirin"}
+    assert {p.training["budget_seconds"] for p in searches} == {7.0}
+    assert {p.training["seed"] for p in searches} == {4}
+    finals = [p for p in run.points if p.purpose == "final"]
+    assert [(p.dataset, p.training["seed"]) for p in finals] == [
+        ("aspirin", 4), ("aspirin", 5), ("ethanol", 4), ("ethanol", 5),
+    ]  # fmt: skip
+    assert {(p.training["optimizer"], p.training["lr"]) for p in finals} == {("soap", 3e-3)}
+    assert {p.training["budget_seconds"] for p in finals} == {30.0}
+    assert [c.optimizer for c in outcome.choices["schnet"]] == ["soap", "adam"]
+    assert not outcome.choices["schnet"][0].edge
+
+
+def test_every_optimizer_gets_a_final_run_where_asked_for_and_every_molecule_a_search():
+    config = CompareConfig(
+        models=["schnet"], data=DATA, search=[1e-3, 1e-2], extend=0, finals="each", search_on="each", steps=10
+    )
+    run = Fake({"soap": 1e-2, "adam": 1e-3})
+    compare(config, run, quiet)
+    finals = [(p.dataset, p.training["optimizer"], p.training["lr"]) for p in run.points if p.purpose == "final"]
+    rates = {"soap": 1e-2, "adam": 1e-3}
+    assert sorted(finals) == sorted((m, o, rates[o]) for m in ("aspirin", "ethanol") for o in ("soap", "adam"))
+    assert {p.dataset for p in run.points if p.purpose == "search"} == {"aspirin", "ethanol"}
+
+
+def test_the_search_goes_on_at_an_edge_and_says_so_when_it_ends_there():
+    config = CompareConfig(models=["schnet"], search=[1e-3, 3e-3], optimizers=["adam"], extend=2, finals="none")
+    run = Fake({"adam": 1.0})
+    outcome = compare(config, run, quiet)
+    assert [p.training["lr"] for p in run.points] == [1e-3, 3e-3, 9e-3, 0.03]
+    assert outcome.choices["schnet"][0].edge
+    assert not outcome.finals
+
+
+def test_runs_that_fail_are_no_choice():
+    config = CompareConfig(models=["schnet"], search=[1e-3, 1e-2], optimizers=["adam"], extend=1, finals="none")
+    run = Fake({"adam": 1.0}, worst=5e-3)
+    outcome = compare(config, run, quiet)
+    assert outcome.choices["schnet"][0].lr == 1e-3
+    assert beyond({1e-2: math.inf, 3e-2: math.inf}) == pytest.approx(3e-3)
+    assert beyond({1e-3: 2.0, 3e-3: 1.0, 1e-2: 3.0}) is None
+
+
+def test_without_a_search_the_registry_decides_and_the_missing_are_named():
+    config = CompareConfig(models=["painn", "schnet", "nbody"], budget=5.0, model={"channels": 8})
+    run = Fake({"soap": 1e-2, "adam": 1e-2})
+    outcome = compare(config, run, quiet)
+    assert outcome.missing == {"painn": "PaiNN is not installed: pip install schnetpack"}
+    for point in run.points:
+        found = MODELS[point.model]
+        assert point.training["optimizer"] == found.optimizer
+        assert point.training["lr"] == found.lr[found.optimizer]
+    assert run.points[-1].arguments == {"channels": 8}
+    assert run.points[0].arguments == {}
+    # Apart from the model, its optimizer and learning rate, nothing differs.
+    settings = [{k: v for k, v in p.training.items() if k not in ("optimizer", "lr")} for p in run.points]
+    assert settings[0] == settings[1]
+
+
+def test_points_with_other_settings_lie_in_other_folders():
+    training = {"optimizer": "adam", "lr": 1e-3, "batch_size": 4, "seed": 0, "budget_seconds": 5.0}
+    one = Point("painn", "PaiNN", "painn", data={"rmd17": "aspirin", "root": "a"}, training=training)
+    moved = Point("painn", "PaiNN", "painn", data={"rmd17": "aspirin", "root": "b"}, training=training)
+    other = Point("painn", "PaiNN", "painn", data={"rmd17": "aspirin", "root": "a"}, training=training, cutoff=4.0)
+    few = Point("painn", "PaiNN", "painn", data={"rmd17": "aspirin", "num_train": 50}, training=training)
+    assert one.folder == moved.folder != other.folder
+    assert few.dataset == "aspirin-50"
+    assert str(one.folder).startswith("aspirin/painn/final-adam-lr0.001-b4-seed0-5s-")
+
+
+def test_command_line_lies_over_the_file(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text("models: [nbody, painn]\nbudget: 100\ndata: {rmd17: aspirin, root: a}\n")
+    words = "--budget 20 --models nbody mace --search 1e-3 3e-3 --search-seconds 5 --seeds 0 1 --data.root b"
+    words += " --data.rmd17 ethanol aspirin --training.energy_weight 0.1 --model.channels 16 --python mace=/x/python"
+    config = load_compare(path, words.split())
+    assert config.models == ["nbody", "mace"]
+    assert config.limit == {"budget_seconds": 20.0}
+    assert config.search == [1e-3, 3e-3]
+    assert (config.search_seconds, config.seeds) == (5.0, [0, 1])
+    assert [d["rmd17"] for d in config.datasets()] == ["ethanol", "aspirin"]
+    assert config.datasets()[0]["root"] == "b"
+    assert config.training == {"energy_weight": 0.1}
+    assert config.model == {"channels": 16}
+    assert config.python == {"mace": "/x/python"}
+    assert load_compare(None, ["--report"]).report
+    assert load_compare().datasets() == [{"embedded": "ethanol", "num_val": 50}]
+    assert "--search_seconds" in compare_parser().format_help()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--models nbody paynn", "did you mean 'painn'"),
+        ("--modles nbody", "did you mean models"),
+        ("--budget 10 --steps 5", "budget or steps, not both"),
+        ("--budget -1", "budget must be positive"),
+        ("--finals some", "finals must be one of best, each, none"),
+        ("--lr 1e-3 --search 1e-3 3e-3", "not both"),
+        ("--training.lr 0.1", "training.lr is set by the comparison"),
+        ("--training.learning_rate 0.1", "unknown key training.learning_rate"),
+        ("--data.rmd17 aspirin", "needs data.root"),
+        ("--model.chanels 8", "did you mean model.channels"),
+        ("--python mace", "MODEL=PATH"),
+        ("--budget", "--budget needs a value"),
+        ("--seeds some", "seeds"),
+        ("--ablation nowhere.yaml", "no file of variants"),
+        ("nbody", "cannot read 'nbody'"),
+    ],
+)
+def test_wrong_words_are_answered(words, message):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        contestants(load_compare(None, words.split()))
+
+
+def test_variants_are_overrides_of_model_and_training(tmp_path):
+    path = tmp_path / "a.yaml"
+    path.write_text("groups: {one: {base: {}, small: {model.channels: 4}}, two: {slow: {training.lr: 0.001}}}\n")
+    config = CompareConfig(ablation=str(path), model={"channels": 8, "lmax": 1}, steps=3)
+    found = {c.name: c for c in contestants(config)}
+    assert found["base"].arguments == {"channels": 8, "lmax": 1}
+    assert found["small"].arguments == {"channels": 4, "lmax": 1}
+    assert (found["small"].title, found["small"].group) == ("channels 4", "one")
+    run = Fake({"soap": 1e-2, "adam": 1e-2})
+    compare(config, run, quiet)
+    assert [p.training["lr"] for p in run.points] == [MODELS["nbody"].lr["soap"]] * 2 + [0.001]
+    assert [c.name for c in contestants(CompareConfig(ablation=str(path), variants=["slow"]))] == ["slow"]
+    with pytest.raises(ValueError, match="has no variant 'slwo'"):
+        contestants(CompareConfig(ablation=str(path), variants=["slwo"]))
+    path.write_text("groups: {one: {base: {data.rmd17: aspirin}}}\n")
+    with pytest.raises(ValueError, match=r"overrides 'data\.rmd17'; keys are model\.KEY and training\.KEY"):
+        contestants(CompareConfig(ablation=str(path)))
+    path.write_text("groups: {one: {base: {}}, two: {base: {}}}\n")
+    with pytest.raises(ValueError, match="twice"):
+        contestants(CompareConfig(ablation=str(path)))
+
+
+def test_every_variant_that_we_ship_can_be_built():
+    found = contestants(CompareConfig(ablation=str(ROOT / "configs" / "ablations.yaml")))
+    assert len(found) > 30
+    described = set()
+    for variant in found:
+        tree = {"data": {"embedded": "ethanol"}, "training": {"max_steps": 1, **variant.training}}
+        config = parse_config({**tree, "model": dict(variant.arguments)})
+        preset = {"practical": NBodyNet.practical, "strict": NBodyNet.strict}[config.model.preset]
+        model = preset([1, 6, 8], scheme=Scheme.from_config(dict(config.model.scheme)), **config.model.arguments)
+        described.add(f"{model.config()} {config.training}")
+    assert len(described) == len(found), "two variants are the same"
+
+
+def test_the_configuration_that_we_ship_is_read():
+    config = load_compare(ROOT / "configs" / "compare_rmd17.yaml", ["--data.root", "x"])
+    assert len(config.datasets()) == 4
+    assert {"nbody", "painn", "tensornet", "nequip", "mace"} <= set(config.models)

@@ -1,0 +1,106 @@
+"""Tables, verdicts and plots of made-up records."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from nbody_pyg.compare.plots import learning_curves, pareto
+from nbody_pyg.compare.report import aligned, comparison_rows, groups, markdown, search_rows, verdicts
+
+
+def record(name, model, force, energy, latency=5e-3, seed=0, purpose="final", lr=0.01, status="done", **point):
+    training = {"optimizer": "soap", "lr": lr, "batch_size": 4, "seed": seed, "budget_seconds": 300.0}
+    errors = {"forces_mae": force, "energy_mae": energy}
+    curve = [
+        {"step": s, "cpu_seconds": 3.0 * s, "test": {k: v * 100 / s for k, v in errors.items()}} for s in (1, 10, 100)
+    ]
+    return {
+        "point": {
+            "name": name, "title": name.upper(), "model": model, "purpose": purpose, "training": training,
+            "data": {"rmd17": "aspirin"}, **point,
+        },
+        "title": name.upper(), "status": status, "steps": 3000, "cpu_seconds": 300.0, "parameters": 60_000,
+        "memory_bytes": 20e6, "latency": {"median_s": latency}, "frames": {"train": 950, "val": 50, "test": 1000},
+        "val": errors, "test": {"test": errors} if purpose == "final" else {}, "curve": curve,
+    }  # fmt: skip
+
+
+@pytest.fixture
+def group():
+    records = [
+        record("nbody", "nbody", 12.0, 5.0, 7e-3, seed=0), record("nbody", "nbody", 14.0, 7.0, 9e-3, seed=1),
+        record("painn", "painn", 30.0, 4.0, 6e-3), record("mace", "mace", 26.0, 9.0, 20e-3),
+    ]  # fmt: skip
+    (found,) = groups(records)
+    return found
+
+
+def test_table_has_a_row_for_each_model_best_first_and_spreads_over_seeds(group):
+    head, rows = comparison_rows(group)
+    assert [row[0] for row in rows] == ["NBODY", "MACE", "PAINN"]
+    cells = dict(zip(head, rows[0], strict=True))
+    assert cells["F MAE meV/A"] == "13.00 ± 1.41"
+    assert cells["E MAE meV"] == "6.00 ± 1.41"
+    assert (cells["E+F ms"], cells["ms/step"], cells["memory MB"]) == ("8.0", "100.0", "20")
+    assert (cells["parameters"], cells["lr"]) == ("60,000", "0.01")
+    assert dict(zip(head, rows[1], strict=True))["F MAE meV/A"] == "26.00"
+    assert "300 s of training CPU time (950 train, 50 val, 1000 test)" in group.title
+    lines = markdown(head, rows).splitlines()
+    assert len(lines) == 5
+    assert {line.count("|") for line in lines} == {len(head) + 1}
+    text = aligned(head, rows).splitlines()
+    assert all(len(line) <= len(text[1]) for line in text)
+
+
+def test_losses_are_said_as_plainly_as_wins_and_first(group):
+    lines = verdicts(group)
+    words = [line.split()[0] for line in lines]
+    assert words == ["LOSES", "LOSES", "equal", "equal", "WINS"]
+    assert "energy MAE: 6.00 meV against 4.00 of PAINN, 1.50 x" in lines[0]
+    assert "E+F of one molecule: 8.00 ms against 6.00 of PAINN, 1.33 x" in lines[1]
+    assert "force MAE: 13.00 meV/A against 26.00 of MACE, 0.50 x" in lines[-1]
+
+
+def test_runs_of_other_budgets_or_frames_are_other_tables():
+    one, other = record("nbody", "nbody", 1.0, 1.0), record("painn", "painn", 2.0, 2.0)
+    other["point"]["training"]["budget_seconds"] = 60.0
+    few = record("painn", "painn", 2.0, 2.0)
+    few["point"]["data"] = {"rmd17": "aspirin", "num_train": 50}
+    found = groups([one, other, few])
+    assert [(g.dataset, g.limit) for g in found] == [("aspirin", "300 s"), ("aspirin", "60 s"), ("aspirin-50", "300 s")]
+    assert all(verdicts(g) == [] for g in found)
+
+
+def test_a_failed_run_stands_in_the_table():
+    failed = record("painn", "painn", math.nan, math.nan, status="failed")
+    failed |= {"test": {}, "val": {}, "latency": {}}
+    (found,) = groups([record("nbody", "nbody", 1.0, 1.0), failed])
+    head, rows = comparison_rows(found)
+    assert dict(zip(head, rows[-1], strict=True))["F MAE meV/A"] == "failed"
+
+
+def test_searches_show_every_rate_and_the_chosen_one():
+    records = [
+        record("painn", "painn", f, 1.0, purpose="search", lr=lr) for lr, f in ((1e-3, 9.0), (3e-3, 8.0), (1e-2, 8.5))
+    ]
+    records.append(record("painn", "painn", 1.0, 1.0, purpose="search", lr=0.03, status="failed"))
+    head, rows = search_rows(records)
+    assert head[-5:] == ["0.001", "0.003", "0.01", "0.03", "chosen"]
+    assert rows == [["aspirin", "PAINN", "soap", "300 s", "9.0", "8.0", "8.5", "failed", "0.003"]]
+
+
+def test_plots_have_a_curve_and_a_point_for_each_model(group, tmp_path):
+    figure = learning_curves(group, tmp_path / "curves.png")
+    left = figure.axes[0]
+    assert len(left.lines) == 4  # two seeds of ours
+    assert [text.get_text() for text in left.get_legend().get_texts()] == ["NBODY", "MACE", "PAINN"]
+    assert (left.get_xscale(), left.get_yscale()) == ("log", "log")
+    assert left.lines[0].get_xdata().tolist() == [3.0, 30.0, 300.0]
+    front = pareto(group, tmp_path / "pareto.png").axes[0]
+    points = {line.get_label(): (line.get_xdata()[0], line.get_ydata()[0]) for line in front.lines[:3]}
+    assert points == {"NBODY": (8.0, 13.0), "MACE": (20.0, 26.0), "PAINN": (6.0, 30.0)}
+    # The front leaves out what is both slower and less accurate than another.
+    assert list(front.lines[3].get_xdata()) == [6.0, 8.0]
+    assert all((tmp_path / name).stat().st_size > 5000 for name in ("curves.png", "pareto.png"))
