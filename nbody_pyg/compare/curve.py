@@ -26,8 +26,7 @@ class LearningCurve(Callback):
         first: share of the run of the first point.
         note: called with one line for each point.
 
-    Attributes:
-        rows: one dictionary for each point: step, cpu_seconds, and {set: errors} in meV and meV/angstrom.
+    ``rows`` holds one dictionary for each point: step, cpu_seconds, and {set: errors} in meV and meV/angstrom.
     """
 
     def __init__(

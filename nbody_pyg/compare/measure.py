@@ -32,7 +32,7 @@ def latency(potential: Potential, frame: Data, seconds: float = 2.0, device: str
     for _ in range(3):
         potential(batch)
     end = clock() + seconds
-    while len(samples) < 5 or (clock() < end and len(samples) < 1000):
+    while len(samples) < 5 or (clock() < end and len(samples) < 300):
         start = clock()
         potential(batch)
         if on_gpu:

@@ -137,7 +137,7 @@ def run_point(point: Point, folder: Path, note: Callable[[str], None] = print) -
         return record | {"status": "interrupted", "signal": result.interrupted}
     record |= {"steps": result.steps, "cpu_seconds": result.cpu_seconds, "wall_seconds": time.time() - began}
     device = "cuda" if config.training.device == "cuda" else "cpu"
-    record["latency"] = latency(potential, data.train[0], 0.5 if point.purpose == "search" else 3.0, device)
+    record["latency"] = latency(potential, data.train[0], 0.0 if point.purpose == "search" else 3.0, device)
     record["val"] = evaluate(potential, data.val, device=device).errors if len(data.val) else {}
     record["test"] = {name: evaluate(potential, frames, device=device).errors for name, frames in data.tests.items()}
     finite = all(math.isfinite(v) for errors in (record["val"], *record["test"].values()) for v in errors.values())

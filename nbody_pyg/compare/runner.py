@@ -119,6 +119,7 @@ class Runner:
         finally:
             if process.poll() is None:
                 process.terminate()
+            process.stdout.close()
             if before is not None:
                 signal.signal(signal.SIGTERM, before)
         return last

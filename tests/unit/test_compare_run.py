@@ -51,7 +51,7 @@ def _words(frames: Path, out: Path, extra: str = "") -> list[str]:
 def folder(frames, tmp_path_factory) -> Path:
     """A finished comparison."""
     out = tmp_path_factory.mktemp("compare")
-    extra = "--isolate false --steps 8 --search 1e-3 1e-2 --search_steps 4 --extend 0 --optimizers adam soap"
+    extra = "--isolate false --steps 8 --search 1e-3 1e-2 --search_steps 4 --extend 0 --optimizers soap"
     assert main(_words(frames, out, extra)) == 0
     return out
 
@@ -60,7 +60,7 @@ def test_a_comparison_leaves_records_tables_and_plots(folder):
     records = load_records(folder)
     searches = [r for r in records if r["point"]["purpose"] == "search"]
     finals = [r for r in records if r["point"]["purpose"] == "final"]
-    assert len(searches) == 2 * 2 * 2
+    assert len(searches) == 2 * 2
     assert {r["point"]["model"] for r in finals} == {"nbody", "schnet"}
     for record in searches:
         assert record["test"] == {}
@@ -97,10 +97,10 @@ def test_what_was_chosen_is_best_on_the_validation_frames(folder):
 
 def test_finished_runs_are_not_run_again(frames, folder, capsys):
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("record.json")}
-    extra = "--isolate false --steps 8 --search 1e-3 1e-2 --search_steps 4 --extend 0 --optimizers adam soap"
+    extra = "--isolate false --steps 8 --search 1e-3 1e-2 --search_steps 4 --extend 0 --optimizers soap"
     assert main(_words(frames, folder, extra)) == 0
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("record.json")} == before
-    assert capsys.readouterr().out.count("there already") == len(before) == 10
+    assert capsys.readouterr().out.count("there already") == len(before) == 6
     assert main(["compare", "--report", "--out", str(folder)]) == 0
     assert "F MAE meV/A" in capsys.readouterr().out
 
@@ -142,6 +142,7 @@ def test_a_run_that_diverges_is_recorded_as_failed(frames, tmp_path):
     assert "learning rate" in record["reason"] or "finite" in record["reason"]
 
 
+@pytest.mark.slow
 def test_a_process_of_its_own_and_a_missing_package(frames, tmp_path):
     notes: list[str] = []
     runner = Runner(tmp_path, note=notes.append)
