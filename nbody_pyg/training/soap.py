@@ -20,8 +20,9 @@ class Soap(Optimizer):
     Source: Vyas et al., arXiv:2409.11321. The W^l of an N-body network are many small matrices, for which this costs
     little (all of one shape go through one batched product) and takes about half the steps of Adam.
 
-    Weights that are not matrices, or have a side of one or above ``max_size``, are trained by plain Adam. A weight
-    without a gradient stays as it is in that step; its averages take the gradient as zero.
+    A side longer than ``max_size`` is not turned (its basis costs the cube of its length); weights that are not
+    matrices, or have a side of one or no side to turn, are trained by plain Adam. A weight without a gradient stays as
+    it is in that step; its averages take the gradient as zero.
 
     Args:
         params: parameters or groups.
@@ -43,7 +44,7 @@ class Soap(Optimizer):
         betas: tuple[float, float] = (0.9, 0.98),
         shampoo_beta: float = 0.95,
         frequency: int = 10,
-        max_size: int = 512,
+        max_size: int = 192,
         eps: float = 1e-8,
         weight_decay: float = 0.0,
     ) -> None:
@@ -69,7 +70,7 @@ class Soap(Optimizer):
             matrices: dict[tuple, list[Tensor]] = defaultdict(list)
             others = []
             for p in group["params"]:
-                turned = p.dim() == 2 and min(p.shape) > 1 and max(p.shape) <= group["max_size"]
+                turned = p.dim() == 2 and 1 < min(p.shape) <= group["max_size"]
                 (matrices[tuple(p.shape)] if turned else others).append(p)
             # Who belongs together never depends on who has a gradient today: the state is that of the batch.
             for members in matrices.values():
@@ -83,30 +84,31 @@ class Soap(Optimizer):
         # The state of a whole batch of equal shapes lives with its first member.
         grad, state = torch.stack([_gradient(p) for p in members]), self.state[members[0]]
         if not state:
-            self._start(state, grad)
+            self._start(state, grad, group["max_size"])
         state["step"] += 1
-        (beta1, beta2), step = group["betas"], int(state["step"])
-        left, right, mean, square = state["left"], state["right"], state["mean"], state["square"]
-        state["rows"].lerp_(grad @ grad.mT, 1 - group["shampoo_beta"])
-        state["columns"].lerp_(grad.mT @ grad, 1 - group["shampoo_beta"])
+        (beta1, beta2), step, keep = group["betas"], int(state["step"]), group["shampoo_beta"]
+        for side in _sides(state):
+            state[side].lerp_(_gram(grad, side), 1 - keep)
         # The mean is kept in the turned basis, and turned along when the basis changes.
-        turned = left.mT @ grad @ right
-        mean.lerp_(turned, 1 - beta1)
-        square.mul_(beta2).addcmul_(turned, turned, value=1 - beta2)
-        root = (square / (1 - beta2**step)).sqrt_().add_(group["eps"])
-        update = left @ (mean / root) @ right.mT
+        turned = _turn(state, grad, into=True)
+        state["mean"].lerp_(turned, 1 - beta1)
+        state["square"].mul_(beta2).addcmul_(turned, turned, value=1 - beta2)
+        root = (state["square"] / (1 - beta2**step)).sqrt_().add_(group["eps"])
+        update = _turn(state, state["mean"] / root, into=False)
         self._apply_update(members, list(update.unbind()), group["lr"] / (1 - beta1**step), group)
         if step % group["frequency"] == 0 or step < 4:
-            state["left"] = torch.linalg.qr(state["rows"] @ left)[0]
-            state["right"] = torch.linalg.qr(state["columns"] @ right)[0]
-            state["mean"] = (state["left"].mT @ left) @ mean @ (right.mT @ state["right"])
+            mean = _turn(state, state["mean"], into=False)
+            for side in _sides(state):
+                state[f"{side}_basis"] = torch.linalg.qr(state[side] @ state[f"{side}_basis"])[0]
+            state["mean"] = _turn(state, mean, into=True)
 
     @staticmethod
-    def _start(state: dict, grad: Tensor) -> None:
-        rows, columns = grad @ grad.mT, grad.mT @ grad
+    def _start(state: dict, grad: Tensor, max_size: int) -> None:
         state.update(step=torch.zeros(()), mean=torch.zeros_like(grad), square=torch.zeros_like(grad))
-        state.update(rows=rows, left=torch.linalg.eigh(rows)[1])
-        state.update(columns=columns, right=torch.linalg.eigh(columns)[1])
+        sizes = {"rows": grad.shape[-2], "columns": grad.shape[-1]}
+        for side in (side for side, size in sizes.items() if size <= max_size):
+            state[side] = _gram(grad, side)
+            state[f"{side}_basis"] = torch.linalg.eigh(state[side])[1]
 
     def _step_others(self, members: list[Tensor], group: dict) -> None:
         grad, state = torch.cat([_gradient(p).flatten() for p in members]), self.state[members[0]]
@@ -127,6 +129,27 @@ class Soap(Optimizer):
         if group["weight_decay"]:
             torch._foreach_mul_(members, 1 - group["lr"] * group["weight_decay"])
         torch._foreach_add_(members, update, alpha=-rate)
+
+
+def _gram(grad: Tensor, side: str) -> Tensor:
+    """G G^T of the rows or G^T G of the columns."""
+    return grad @ grad.mT if side == "rows" else grad.mT @ grad
+
+
+def _sides(state: dict) -> list[str]:
+    """The sides that are turned; which ones shows in what the state holds, and so outlives a checkpoint."""
+    return [side for side in ("rows", "columns") if side in state]
+
+
+def _turn(state: dict, x: Tensor, into: bool) -> Tensor:
+    """Into the bases of the sides that are turned, or out of them."""
+    if "rows" in state:
+        basis = state["rows_basis"]
+        x = (basis.mT if into else basis) @ x
+    if "columns" in state:
+        basis = state["columns_basis"]
+        x = x @ (basis if into else basis.mT)
+    return x
 
 
 def _gradient(p: Tensor) -> Tensor:

@@ -94,7 +94,7 @@ def test_weights_of_one_shape_do_not_mix():
 
 
 def test_vectors_and_thin_and_large_matrices_go_the_way_of_adam():
-    shapes = [(7,), (), (4, 1), (3, 2, 2), (9, 3)]
+    shapes = [(7,), (), (4, 1), (3, 2, 2), (9, 10)]
     torch.manual_seed(1)
     values = [torch.randn(shape) for shape in shapes]
     runs = []
@@ -107,6 +107,27 @@ def test_vectors_and_thin_and_large_matrices_go_the_way_of_adam():
     for a, b, v in zip(*runs, values, strict=True):
         assert not torch.equal(a, v)
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_a_long_side_is_left_as_it_is():
+    """Only the short side of a long matrix is turned: the step is that of the same rows in any order."""
+    torch.manual_seed(5)
+    value, target = torch.randn(9, 3, dtype=torch.float64), torch.randn(9, 3, dtype=torch.float64)
+    order = torch.randperm(9)
+    runs = []
+    for rows in (torch.arange(9), order):
+        weight = nn.Parameter(value[rows].clone())
+        optimizer = Soap([weight], lr=0.02, max_size=8)
+
+        def loss(w=weight, rows=rows):
+            return ((w - target[rows]) * torch.tensor([1.0, 3.0, 9.0])).square().sum()
+
+        (trained,) = _run(optimizer, [weight], [loss], 20)
+        assert "columns_basis" in optimizer.state[weight]
+        assert "rows_basis" not in optimizer.state[weight]
+        runs.append(trained)
+    torch.testing.assert_close(runs[0][order], runs[1], rtol=1e-10, atol=1e-10)
+    assert (runs[0] - target).square().sum() < (value - target).square().sum()
 
 
 @pytest.mark.parametrize("missing", [0, 1, 2, 3])
