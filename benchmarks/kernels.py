@@ -12,6 +12,7 @@ from __future__ import annotations
 import itertools
 
 import torch
+from gpu_peers import cuequivariance_path
 from products import PROBLEMS, Problem
 from report import arguments, show, start, write
 from timing import Timing, interleave
@@ -87,6 +88,8 @@ def compare(name: str, lmax: int, args, peak: dict[str, float]) -> dict:
     if errors[worst] > TOLERANCE:
         raise AssertionError(f"{name}, lmax {lmax}: {worst} deviates from e3nn by {errors[worst]:.1e}")
     problem = PROBLEMS[name](args.nodes, args.edges, args.channels, lmax, torch.float32)
+    if name == "edge product":
+        problem.paths.update(cuequivariance_path(problem, args.channels, lmax))
     times = measure(problem, args.seconds)
     bounds = {"flop": problem.flop / peak["flop_per_s"], "bytes": problem.bytes / peak["bytes_per_s"]}
     limit = max(bounds, key=bounds.get)

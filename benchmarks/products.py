@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -95,6 +96,7 @@ class Problem(NamedTuple):
     flop: float
     bytes: float
     same_parameters: bool = True
+    index: Tensor | None = None
 
     def errors(self) -> dict[str, float]:
         """Largest deviation of each path from e3nn, over the largest number of that tensor."""
@@ -149,12 +151,34 @@ def tensor_product(irreps1, irreps2, paths, mode: str, kind: str, dtype: torch.d
     channels = irreps1[0].mul
     slots = o3.Irreps([(channels, path.ir) for path in paths])
     steps = [(path.first, path.second, n, kind, kind == "uvu") for n, path in enumerate(paths)]
-    with e3nn_settings(mode):
-        product = o3.TensorProduct(
-            irreps1, irreps2, slots, steps, irrep_normalization="component", path_normalization="none",
-            internal_weights=False, shared_weights=False,
-        )  # fmt: skip
-    return product.to(dtype)
+
+    def make() -> o3.TensorProduct:
+        with e3nn_settings(mode):
+            return o3.TensorProduct(
+                irreps1, irreps2, slots, steps, irrep_normalization="component", path_normalization="none",
+                internal_weights=False, shared_weights=False,
+            )  # fmt: skip
+
+    return placed(make, dtype)
+
+
+def placed(make: Callable[[], nn.Module], dtype: torch.dtype) -> nn.Module:
+    """A module built on the CPU, where all coefficients are made, then moved to where the problem lives.
+
+    That is torch's default device: the GPU benchmark builds its problems under ``with torch.device("cuda")``.
+    """
+    device = torch.get_default_device()
+    with torch.device("cpu"):
+        module = make()
+    return module.to(device=device, dtype=dtype)
+
+
+#: Backends of ours to time; None for all that run here on the CPU.
+chosen: list[str] | None = None
+
+
+def own_backends() -> list[str]:
+    return [name for name in reversed(available_backends()) if name != "triton"] if chosen is None else chosen
 
 
 def on(name: str, call: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -189,9 +213,9 @@ def random_edges(nodes: int, edges: int, lmax: int, dtype: torch.dtype, generato
 
 def edge_product(nodes: int, edges: int, channels: int, lmax: int, dtype: torch.dtype) -> Problem:
     """OneBodyGate before its W^l: sum over edges of CG(x_j, Y) times radial weights ``radial @ W``."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(0)
     irreps, harmonic = hidden_irreps(channels, lmax), harmonic_irreps(lmax)
-    gate = OneBodyGate(irreps, irreps, lmax, NUM_BASIS).to(dtype)
+    gate = placed(lambda: OneBodyGate(irreps, irreps, lmax, NUM_BASIS), dtype)
     gate.mix = nn.Identity()
     features = random_edges(nodes, edges, lmax, dtype, generator)
     source, target = features.index
@@ -220,7 +244,7 @@ def edge_product(nodes: int, edges: int, channels: int, lmax: int, dtype: torch.
         out = slot_layout(order, [path.ir.dim for path in gate.paths], channels)
         paths[name] = Path(theirs, inputs, parameters, layouts, out)
     paths["dense einsum"] = Path(einsum, inputs, parameters)
-    for name in reversed(available_backends()):
+    for name in own_backends():
         paths[f"nbody_pyg {name}"] = Path(on(name, ours), inputs, parameters)
 
     # M[row, i] = sum_j CG * Y_j once per edge, then out[row] += w[path] * M x for every channel
@@ -228,14 +252,14 @@ def edge_product(nodes: int, edges: int, channels: int, lmax: int, dtype: torch.
     radial_flop = 2 * NUM_BASIS * len(gate.paths) * channels
     flop = edges * (channels * (2 * pairs + len(order)) + 2 * nonzero + radial_flop)
     moved = edges * (4 * (table.shape[0] + NUM_BASIS) + 16) + 4 * nodes * channels * (num_rows(irreps) + len(order))
-    return Problem(finish(paths, generator), flop, moved)
+    return Problem(finish(paths, generator), flop, moved, index=features.index)
 
 
 def density(nodes: int, edges: int, channels: int, lmax: int, dtype: torch.dtype) -> Problem:
     """DensityGate with its W^l; for the others a product per edge with an embedding of the element."""
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(1)
     irreps, harmonic = hidden_irreps(channels, lmax), harmonic_irreps(lmax)
-    gate = DensityGate(NUM_SPECIES, NUM_BASIS, irreps).to(dtype)
+    gate = placed(lambda: DensityGate(NUM_SPECIES, NUM_BASIS, irreps), dtype)
     features = random_edges(nodes, edges, lmax, dtype, generator)
     source, target = features.index
     species = torch.randint(NUM_SPECIES, (nodes,), generator=generator)
@@ -258,7 +282,7 @@ def density(nodes: int, edges: int, channels: int, lmax: int, dtype: torch.dtype
 
     inputs = [features.harmonics, features.radial]
     scalars = o3.Irreps([(channels, (0, 1))])
-    steps = OneBodyGate(scalars, irreps, lmax, NUM_BASIS).paths
+    steps = placed(lambda: OneBodyGate(scalars, irreps, lmax, NUM_BASIS), dtype).paths
     paths = {}
     for name, mode in E3NN.items():
         product = tensor_product(scalars, harmonic, steps, mode, "uvu", dtype)
@@ -269,7 +293,7 @@ def density(nodes: int, edges: int, channels: int, lmax: int, dtype: torch.dtype
 
         paths[name] = Path(theirs, inputs, [embedding, weight], out=state_layout(irreps))
     paths["einsum per edge"] = Path(einsum, inputs, [embedding, weight])
-    for name in reversed(available_backends()):
+    for name in own_backends():
         paths[f"nbody_pyg {name}"] = Path(on(name, ours), inputs, list(gate.weights))
     rows, fan_in = (lmax + 1) ** 2, NUM_SPECIES * NUM_BASIS
     flop = 2 * edges * rows * NUM_BASIS + 2 * nodes * rows * fan_in * channels
@@ -279,9 +303,9 @@ def density(nodes: int, edges: int, channels: int, lmax: int, dtype: torch.dtype
 
 def node_product(nodes: int, edges: int, channels: int, lmax: int, dtype: torch.dtype) -> Problem:
     """ChannelwiseProduct of two states with the W^l after it; e3nn's 'uuu' product and o3.Linear."""
-    generator = torch.Generator().manual_seed(2)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(2)
     irreps = hidden_irreps(channels, lmax)
-    gate = ChannelwiseProduct(irreps, irreps, irreps).to(dtype)
+    gate = placed(lambda: ChannelwiseProduct(irreps, irreps, irreps), dtype)
     x, y = (
         torch.randn(nodes, num_rows(irreps), channels, dtype=torch.float64, generator=generator).to(dtype)
         for _ in range(2)
@@ -306,8 +330,7 @@ def node_product(nodes: int, edges: int, channels: int, lmax: int, dtype: torch.
     paths = {}
     for name, mode in E3NN.items():
         product = tensor_product(irreps, irreps, gate.paths, mode, "uuu", dtype)
-        with e3nn_settings(mode):
-            linear = o3.Linear(product.irreps_out, irreps, shared_weights=True, internal_weights=False).to(dtype)
+        linear = placed(functools.partial(_e3nn_linear, product.irreps_out, irreps, mode), dtype)
         arrange = linear_weights(linear)
 
         def theirs(x, y, *weights, product=product, linear=linear, arrange=arrange):
@@ -316,13 +339,18 @@ def node_product(nodes: int, edges: int, channels: int, lmax: int, dtype: torch.
         layouts = [state_layout(irreps)] * 2
         paths[name] = Path(theirs, [x, y], weights, layouts, state_layout(irreps))
     paths["dense einsum"] = Path(einsum, [x, y], weights)
-    for name in reversed(available_backends()):
+    for name in own_backends():
         paths[f"nbody_pyg {name}"] = Path(on(name, ours), [x, y], weights)
     pairs, nonzero = int((table != 0).any(0).sum()), int((table != 0).sum())
     mixing = 2 * sum(dim * w.numel() for dim, w in zip(dims, weights, strict=True))
     flop = nodes * (channels * (pairs + 2 * nonzero) + mixing)
     moved = 4 * nodes * channels * 3 * rows1 + 4 * sum(w.numel() for w in weights)
     return Problem(finish(paths, generator), flop, moved)
+
+
+def _e3nn_linear(irreps_in: o3.Irreps, irreps_out: o3.Irreps, mode: str) -> o3.Linear:
+    with e3nn_settings(mode):
+        return o3.Linear(irreps_in, irreps_out, shared_weights=True, internal_weights=False)
 
 
 def linear_weights(linear: o3.Linear) -> Callable[[tuple[Tensor, ...]], Tensor]:

@@ -1,4 +1,17 @@
-"""Fast products: C generated from the coupling tables, compiled once, cached; plain torch stays the reference."""
+"""Fast products, generated from the coupling tables; plain torch stays the reference.
+
+============  ==================================  ======================================================
+backend       runs on                             made of
+============  ==================================  ======================================================
+``c``         CPU tensors, with a C compiler      :mod:`nbody_pyg.kernels.codegen`, called through ctypes
+``triton``    CUDA tensors, with Triton           :mod:`nbody_pyg.kernels.gpu`
+``torch``     everything, any order of            the fallback inside each gate
+              derivative
+============  ==================================  ======================================================
+
+:mod:`nbody_pyg.kernels.backend` chooses, tensor by tensor. The first two have two derivatives, written out by hand,
+and raise at a third. Code is generated from the same terms at the first use and kept in one cache folder.
+"""
 
 from nbody_pyg.kernels.backend import available_backends, backend, set_backend
 

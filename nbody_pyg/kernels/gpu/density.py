@@ -70,7 +70,7 @@ def _power(number: int) -> int:
     return 1 << (number - 1).bit_length()
 
 
-_program = Program(_density_source)
+program = Program(_density_source)
 
 
 class DensityProgram:
@@ -93,25 +93,26 @@ class DensityProgram:
             check_range("species", species, self.num_species)
         return _Density.apply(harmonics.contiguous(), radial.contiguous(), species.to(torch.int32), order, self)
 
-    def _sizes(self) -> dict[str, int]:
+    def sizes(self) -> dict[str, int]:
+        """Extents that its kernels are compiled for."""
         return {"M": self.rows, "K": self.basis, "Q": self.width, "MP": _power(self.rows)}
 
     def sum(self, order: EdgeOrder, species: Tensor, harmonics: Tensor, radial: Tensor, *two: Tensor) -> Tensor:
-        sizes, targets = self._sizes(), order.sizes[1]
+        sizes, targets = self.sizes(), order.sizes[1]
         block = min(_power(self.width), max(_TILE // sizes["MP"], 16))
         out = radial.new_empty(targets, self.rows, self.width)
         grid = (targets, -(-self.width // block))
         a, d = two or (harmonics, radial)
         given = (out, harmonics, radial, a, d, *order.by(1), species)
-        _program.launch("density_sum", grid, *given, **sizes, QB=block, TWO=int(bool(two)), num_warps=1)
+        program.launch("density_sum", grid, *given, **sizes, QB=block, TWO=int(bool(two)), num_warps=1)
         return out
 
     def edges(self, order: EdgeOrder, species: Tensor, g: Tensor, y: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         count = y.shape[0]
         gy, gb = torch.empty_like(y), torch.empty_like(b)
         given = (g, y, b, gy, gb, *order.ends, species, count)
-        constants = {**self._sizes(), "KP": _power(self.basis), "EB": _EDGES, "num_warps": 4}
-        _program.launch("density_edges", (-(-count // _EDGES),), *given, **constants)
+        constants = {**self.sizes(), "KP": _power(self.basis), "EB": _EDGES, "num_warps": 4}
+        program.launch("density_edges", (-(-count // _EDGES),), *given, **constants)
         return gy, gb
 
 
