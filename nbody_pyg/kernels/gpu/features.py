@@ -98,7 +98,10 @@ def _radial(basis: str, count: int, scale: float, frequency: float, order: int) 
     for b in range(count):
         if basis == "bessel":
             w = (b + 1) * frequency
-            lines += [f"s = tl.sin({w!r} * rho)"] + ([f"c = tl.cos({w!r} * rho)"] if order else [])
+            if b == 0:
+                lines += [f"s1 = tl.sin({w!r} * rho)", f"c1 = tl.cos({w!r} * rho)", "s = s1", "c = c1"]
+            else:  # the next multiple of the angle: the slow functions are called once
+                lines += ["s0 = s", "s = s0 * c1 + c * s1", "c = c * c1 - s0 * s1"]
             lines.append(f"f_{b} = ({scale!r} / rho) * s")
             if order > 0:
                 lines.append(f"f1_{b} = ({scale!r} / rho) * ({w!r} * c - s / rho)")
