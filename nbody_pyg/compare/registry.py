@@ -29,8 +29,8 @@ class Entry:
     """A model as it enters a comparison.
 
     ``build`` is "module:class" of the adapter, empty for our own network. ``lr`` holds, by optimizer, the
-    learning rate that a search on the validation frames of rMD17 aspirin chose (or, where none was made, the
-    authors' own); a comparison without a search takes it, and ``optimizer``, the better of the two there.
+    learning rate that a search on the validation frames of rMD17 aspirin chose (PaiNN, TensorNet), or one that
+    is usual for the model where no search was made yet; a comparison without a search takes it, and ``optimizer``, the better of the two there.
     """
 
     title: str
@@ -82,6 +82,7 @@ MODELS: dict[str, Entry] = {
     "tensornet": Entry(
         "TensorNet (torchmd-net)", _ADAPTERS + "torchmdnet:TensorNet", "torchmd-net", _TORCHMD,
         "128 channels, 2 layers, 32 radial functions: the authors' for rMD17", {"num_layers": 2, "num_rbf": 32},
+        lr={"adam": 3e-3, "soap": 1e-2},
     ),
     "nequip": Entry(
         "NequIP S", _ADAPTERS + "nequip:NequIP", "nequip", "pip install nequip",
