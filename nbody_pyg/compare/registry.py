@@ -30,7 +30,8 @@ class Entry:
 
     ``build`` is "module:class" of the adapter, empty for our own network. ``lr`` holds, by optimizer, the
     learning rate that a search on the validation frames of rMD17 aspirin chose (PaiNN, TensorNet), or one that
-    is usual for the model where no search was made yet; a comparison without a search takes it, and ``optimizer``, the better of the two there.
+    is usual for the model where no search was made yet. A comparison without a search takes it, with
+    ``optimizer``, the better of the two there.
     """
 
     title: str

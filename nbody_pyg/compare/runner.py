@@ -94,6 +94,8 @@ class Runner:
         status = process.returncode
         if status == 3:
             raise MissingPeer(last.removeprefix("missing: "))
+        if status < 0:  # before the training could answer the signal
+            status = 128 - status
         if status in (128 + signal.SIGINT, 128 + signal.SIGTERM):
             raise Stopped(status)
         if status != 0 or not (folder / "record.json").is_file():

@@ -16,9 +16,10 @@ import torch
 from ase.calculators.singlepoint import SinglePointCalculator
 
 from nbody_pyg.cli import main
+from nbody_pyg.compare.peer import MissingPeer
 from nbody_pyg.compare.point import Point, run_point
 from nbody_pyg.compare.report import load_records
-from nbody_pyg.compare.runner import Runner
+from nbody_pyg.compare.runner import Runner, Stopped
 from nbody_pyg.datasets import embedded
 
 SMALL = (
@@ -154,6 +155,23 @@ def test_a_process_of_its_own_and_a_missing_package(frames, tmp_path):
     assert notes[before:] == [f"{_point(frames, max_steps=3)}: there already"]
     with pytest.raises(ValueError, match="cannot run '/nowhere/python' for schnet"):
         Runner(tmp_path, {"schnet": "/nowhere/python"})(_point(frames, max_steps=5))
+
+
+@pytest.mark.parametrize(
+    ("does", "error", "message"),
+    [
+        ("kill -TERM $$", Stopped, "stopped by signal 15; the same command goes on"),
+        ("echo 'missing: pip install it'; exit 3", MissingPeer, "^pip install it$"),
+        ("echo 'no such thing' >&2; exit 1", RuntimeError, "status 1:\nno such thing"),
+    ],
+)
+def test_how_a_process_ends_is_told(frames, tmp_path, does, error, message):
+    script = tmp_path / "python"
+    script.write_text(f"#!/bin/sh\n{does}\n")
+    script.chmod(0o755)
+    with pytest.raises(error, match=message):
+        Runner(tmp_path, {"schnet": str(script)}, note=lambda _: None)(_point(frames, max_steps=3))
+    assert not list(tmp_path.rglob("record.json"))
 
 
 @pytest.mark.slow
