@@ -13,7 +13,7 @@ import pytest
 from nbody_pyg.cli import main
 
 FENCE = re.compile(r"^```(?P<language>\w*)\n(?P<body>.*?)^```$", re.MULTILINE | re.DOTALL)
-NOT_RUN = re.compile(r"<!-- not run: .+ -->\s*\Z")
+NOT_RUN = re.compile(r"<!-- (not run: .+|run by tests/\S+, .+) -->\s*\Z")
 LINK = re.compile(r"\]\((?P<target>[^)#\s]+)")
 
 
