@@ -102,6 +102,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except BrokenPipeError:  # the reader of a pipe has seen enough
         return 0
+    except (OSError, TypeError) as error:  # no space left, no permission; a value of a wrong kind
+        if args.debug:
+            raise
+        print(f"nbody {args.command}: error: {error}", file=sys.stderr)
+        return 1
 
 
 def _train_words(words: Sequence[str]) -> tuple[str | None, list[str], bool]:

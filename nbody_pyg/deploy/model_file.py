@@ -5,9 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
-import os
 import platform
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +19,7 @@ from nbody_pyg.deploy.fingerprint import cg_fingerprint
 from nbody_pyg.potential import Potential
 from nbody_pyg.properties import PropertyModel
 from nbody_pyg.training.build import potential_config, potential_from_config
+from nbody_pyg.training.durable import written_whole
 
 FORMAT_VERSION = 1
 _KEY = "nbody_pyg"
@@ -51,14 +50,8 @@ def save_model(
     }
     text = json.dumps(header)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    try:
+    with written_whole(path) as temporary:
         save_file(tensors, temporary, metadata={_KEY: text})
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
 
 
 def load_model(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import os
 import random
 import signal
 import sys
@@ -16,6 +15,8 @@ import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from tqdm import tqdm
+
+from nbody_pyg.training.durable import written_whole
 
 
 class Checkpoints(Callback):
@@ -52,9 +53,11 @@ class Checkpoints(Callback):
     def _save(self, trainer: Trainer, name: str) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         temporary = self.folder / f".{name}.tmp"
-        trainer.save_checkpoint(temporary, weights_only=False)
-        if trainer.is_global_zero:
-            os.replace(temporary, self.folder / name)
+        if not trainer.is_global_zero:
+            trainer.save_checkpoint(temporary, weights_only=False)  # every process takes part
+            return
+        with written_whole(self.folder / name, temporary):
+            trainer.save_checkpoint(temporary, weights_only=False)
 
     def state_dict(self) -> dict[str, Any]:
         return {"best_score": self.best_score, "best_step": self.best_step, **_random_state()}

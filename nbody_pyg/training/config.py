@@ -128,7 +128,7 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
     if path is not None:
         if not Path(path).is_file():
             raise FileNotFoundError(f"no configuration file at {path}")
-        tree = yaml.safe_load(Path(path).read_text()) or {}
+        tree = _parse_yaml(Path(path).read_bytes(), str(path)) or {}
         if not isinstance(tree, dict):
             raise ValueError(f"{path} must hold sections ({', '.join([*_SECTIONS, 'model'])}), got {tree!r}")
     for key, value in _parse_overrides(overrides):
@@ -278,7 +278,7 @@ def _parse_overrides(words: Sequence[str]) -> list[tuple[str, Any]]:
             if not words:
                 raise ValueError(f"{word} needs a value")
             text = words.pop(0)
-        value = yaml.safe_load(text)
+        value = _parse_yaml(text, word)
         if isinstance(value, str):  # YAML reads 1e-3 as a word
             try:
                 value = float(value)
@@ -286,6 +286,14 @@ def _parse_overrides(words: Sequence[str]) -> list[tuple[str, Any]]:
                 value = text
         out.append((key, value))
     return out
+
+
+def _parse_yaml(text: str | bytes, where: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{where} is no YAML: {reason}; indent by spaces, close brackets and quotes") from None
 
 
 def _insert(tree: dict[str, Any], keys: list[str], value: Any) -> None:

@@ -43,7 +43,11 @@ def test_the_table_is_what_its_script_makes():
 
 def test_no_golden_file_without_a_script():
     assert {p.name for p in HERE.iterdir() if p.is_file()} == {
+        "model_format_1.json",
+        "model_format_1.nbody",
+        "models.py",
         "regenerate.py",
         "test_couplings.py",
+        "test_model_files.py",
         "wigner_3j.json",
     }
