@@ -40,6 +40,14 @@ class Step(NamedTuple):
         return f"pair_{self.level}" if self.kind == "pair" else f"child_{self.level + (self.kind == 'down')}"
 
 
+class Surroundings(NamedTuple):
+    """What long-range energies need to know beside the hierarchy: shares of the total charge, and the cell."""
+
+    share: Tensor
+    cell: Tensor | None = None
+    pbc: Tensor | None = None
+
+
 class NBodyNet(nn.Module):
     r"""Covariant hierarchical N-body network.
 
@@ -168,7 +176,7 @@ class NBodyNet(nn.Module):
             self._atom_step = next((s for s in self.steps if self._between_atoms(s)), None)
             irreps = None if self._atom_level is None else types[self._atom_level]
             basis = num_basis if self._atom_step else 0
-            self.long_range = LongRange(settings, levels, len(self.species), irreps, basis)
+            self.long_range = LongRange(settings, self.scheme, len(self.species), irreps, basis)
 
     def _long_range_settings(self) -> LongRangeSettings | None:
         if self.options["long_range"] is None:
@@ -259,16 +267,14 @@ class NBodyNet(nn.Module):
         if self.long_range is None:
             return self.total(hierarchy)
         if isinstance(z, Data):
-            pbc, charge, charges = (z.get(key) for key in ("pbc", "charge", "charges"))
-        self._check_open(pbc)
-        return self.total(
-            hierarchy, charge_shares(hierarchy[0].batch, hierarchy.num_graphs, charge, charges, hierarchy[0].pos)
-        )
+            cell, pbc, charge, charges = (z.get(key) for key in ("cell", "pbc", "charge", "charges"))
+        share = charge_shares(hierarchy[0].batch, hierarchy.num_graphs, charge, charges, hierarchy[0].pos)
+        return self.total(hierarchy, Surroundings(share, cell, pbc))
 
-    def total(self, hierarchy: Hierarchy, share: Float[Tensor, " atoms"] | None = None) -> Float[Tensor, "graphs *dim"]:
-        """Value of each system of a hierarchy: the sum of those of its parts; ``share`` as for :meth:`values`."""
+    def total(self, hierarchy: Hierarchy, surroundings: Surroundings | None = None) -> Float[Tensor, "graphs *dim"]:
+        """Value of each system of a hierarchy: the sum of those of its parts; arguments as for :meth:`values`."""
         total = 0
-        for k, value in self.values(hierarchy, share).items():
+        for k, value in self.values(hierarchy, surroundings).items():
             total = total + sum_into(value, hierarchy[k].batch, hierarchy.num_graphs)
         return total.squeeze(-1) if self.irreps_out.dim == 1 else total
 
@@ -333,12 +339,12 @@ class NBodyNet(nn.Module):
         return [(self._types[k], to_mul_ir(x.flatten(1), self._types[k])) for k, x in sorted(states.items())]
 
     def values(
-        self, hierarchy: Hierarchy, share: Float[Tensor, " atoms"] | None = None
+        self, hierarchy: Hierarchy, surroundings: Surroundings | None = None
     ) -> dict[int, Float[Tensor, "parts dim"]]:
         """Value of every part of every level that has a readout, of type ``irreps_out``, weighted by g.
 
-        With ``long_range`` the energy of the latent charges is among the values of the atoms; ``share`` is what each
-        atom has of the total charge, e (0 if it is not given).
+        With ``long_range`` the energy of the latent charges is among the values of the atoms, and ``surroundings`` say
+        what a hierarchy does not: total charges and periodic images; without them systems are neutral and open.
         """
         species, features = self._species_index(hierarchy.z), {}
         states = self._states(hierarchy, species, features)
@@ -352,16 +358,9 @@ class NBodyNet(nn.Module):
         if self.long_range is not None:
             x = None if self._atom_level is None else states[self._atom_level]
             edges = None if self._atom_step is None else self._edges(self._atom_step, hierarchy, features)
-            share = hierarchy[0].pos.new_zeros(species.shape[0]) if share is None else share
-            values[0] = values[0] + self.long_range(x, species, share, edges, hierarchy).unsqueeze(-1)
+            share, *periodic = surroundings or Surroundings(hierarchy[0].pos.new_zeros(species.shape[0]))
+            values[0] = values[0] + self.long_range(x, species, share, edges, hierarchy, *periodic).unsqueeze(-1)
         return values
-
-    def _check_open(self, pbc: Tensor | None) -> None:
-        method = self.long_range.settings.method
-        if method != "ewald" and pbc is not None and bool(torch.as_tensor(pbc).any()):
-            raise ValueError(
-                f"pbc must be off for long_range method {method!r}, which does not know periodic images; use 'ewald'"
-            )
 
     def _edges(self, step: Step, hierarchy: Hierarchy, features: dict[tuple, EdgeFeatures]) -> EdgeFeatures:
         """Edge features, computed once per set of edges; the way down reverses the edges of the way up.

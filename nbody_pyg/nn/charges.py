@@ -26,7 +26,8 @@ class LongRangeSettings:
 
     Args:
         method: "direct" sums over all pairs of atoms (exact, O(N^2), open systems); "hierarchy" is a fast multipole
-            method over the parts of the scheme (open systems); "ewald" is for periodic systems, charges only.
+            method over the parts of the scheme (open systems); "ewald" is for periodic systems, charges only, and
+            needs torch-pme.
         channels: number of latent charges of each atom.
         dipoles: each atom has latent dipoles as well.
         elements: each element brings a learned charge of its own. The total charge of a system is then what its

@@ -8,10 +8,11 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from nbody_pyg.geometry import safe_norm
-from nbody_pyg.hierarchy import Hierarchy, Level, LevelSpec
+from nbody_pyg.hierarchy import Hierarchy, Level, Scheme, SmoothSurvivors
 from nbody_pyg.multipoles import all_pairs, m2l
 from nbody_pyg.nn.charges import LatentCharges, LongRangeSettings
 from nbody_pyg.nn.edges import EdgeFeatures
+from nbody_pyg.nn.ewald import EwaldField
 from nbody_pyg.nn.interaction import SoftNorm
 from nbody_pyg.nn.translation import AcrossGate, DownGate, Translation, UpGate, join_pairs, merge_pairs
 from nbody_pyg.radial import plateau_window
@@ -59,34 +60,25 @@ class HierarchyField(nn.Module):
     pair of atoms counts once; the energy differs from the direct sum only by the moments above ``lmax``. On the
     highest level with pairs all parts see each other. Levels above it, and without pairs, take no part.
 
-    The error is that of parts that are wide compared with 0.7 ``pair_radius``: choose radii of at least three
-    times the radius of the parts.
+    The error is that of parts that are wide compared with 0.7 ``pair_radius``: choose pair radii of three times
+    the radius of the parts or more. Parts that overlap must not meet as multipoles at all, so the cutoffs of
+    ``SmoothSurvivors`` have to be at least 3.9 times its radii.
 
     Args:
-        specs: levels of the scheme.
+        scheme: composition scheme, of whose levels those with pairs are used.
         lmax_atoms: 0 for charges, 1 for charges and dipoles.
         lmax: highest degree of the moments and fields of parts.
         width: smearing of the charges of atoms, angstrom; parts see each other bare.
         trained: train a factor for each path of the translations.
 
     Shapes: (atoms, rows, channels) -> the same. Cost: O(N) pairs at fixed density up to the highest level with pairs.
-    Smoothness: C2 while the parts stay the same. Raises: ValueError: no level of parts with pairs.
+    Smoothness: that of the scheme, at most C2. Raises: ValueError: no level of parts with pairs, or survivors that
+    overlap beyond the plateau of their window.
     """
 
-    def __init__(
-        self, specs: tuple[LevelSpec, ...], lmax_atoms: int, lmax: int, width: float, trained: bool = False
-    ) -> None:
+    def __init__(self, scheme: Scheme, lmax_atoms: int, lmax: int, width: float, trained: bool = False) -> None:
         super().__init__()
-        self.radii = []
-        for spec in specs[1:-1]:
-            if spec.pair_radius is None:
-                break
-            self.radii.append(spec.pair_radius)
-        if not self.radii:
-            raise ValueError(
-                f"long_range 'hierarchy' needs parts with pairs, but level 1 of the scheme, {specs[1].name!r}, has no "
-                "pair_radius; use method 'direct', or a scheme such as BondTree or FromAssignment"
-            )
+        self.radii = _far_radii(scheme)
         lmax = max(lmax, lmax_atoms)
         self.lmax_atoms, self.width = lmax_atoms, width
         self.up, self.across, self.down = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
@@ -139,6 +131,27 @@ class HierarchyField(nn.Module):
         return f"radii={self.radii}, width={self.width}"
 
 
+def _far_radii(scheme: Scheme) -> list[float]:
+    """Pair radii of the levels of parts that take part: from the first one up to the last that has pairs."""
+    radii: list[float] = []
+    for spec in scheme.levels[1:-1]:
+        if spec.pair_radius is None:
+            break
+        if isinstance(scheme, SmoothSurvivors) and _PLATEAU * spec.pair_radius < 2.0 * spec.child_radius:
+            least = 2.0 * spec.child_radius / _PLATEAU
+            raise ValueError(
+                f"cutoffs[{len(radii) + 1}] of SmoothSurvivors must be at least {least:.4g} angstrom for long_range "
+                f"'hierarchy', so that no two parts that overlap meet as multipoles, got {spec.pair_radius}"
+            )
+        radii.append(spec.pair_radius)
+    if not radii:
+        raise ValueError(
+            f"long_range 'hierarchy' needs parts with pairs, but level 1 of the scheme, {scheme.levels[1].name!r}, has "
+            "no pair_radius; use method 'direct', or a scheme such as BondTree or SmoothSurvivors"
+        )
+    return radii
+
+
 def _children(level: Level) -> Translation:
     return Translation(level.child_index, level.child_vec, level.child_weight, level.num_parts)
 
@@ -156,19 +169,20 @@ class LongRange(nn.Module):
 
     Args:
         settings: see :class:`~nbody_pyg.nn.charges.LongRangeSettings`.
-        specs: levels of the scheme.
+        scheme: composition scheme of the network.
         num_species: number of elements.
         irreps: type of the states of the atoms, or None.
         num_basis: radial functions on the edges between atoms, or 0.
 
-    Shapes: states, species, share, edges, hierarchy -> (atoms,), eV.
+    Shapes: states, species, share, edges, hierarchy (cell and pbc for "ewald") -> (atoms,), eV.
     Equivariance: O(3), permutation. Smoothness: that of the states, and of the parts for "hierarchy".
+    Raises: ValueError: periodic directions with a method for open systems.
     """
 
     def __init__(
         self,
         settings: LongRangeSettings,
-        specs: tuple[LevelSpec, ...],
+        scheme: Scheme,
         num_species: int,
         irreps: o3.Irreps | None,
         num_basis: int,
@@ -179,7 +193,9 @@ class LongRange(nn.Module):
         self.charges = LatentCharges(settings, num_species, irreps, num_basis)
         lmax = int(settings.dipoles)
         if settings.method == "hierarchy":
-            self.field = HierarchyField(specs, lmax, settings.lmax, settings.width, settings.trained)
+            self.field = HierarchyField(scheme, lmax, settings.lmax, settings.width, settings.trained)
+        elif settings.method == "ewald":
+            self.field = EwaldField(settings.width)
         else:
             self.field = DirectField(lmax, settings.width)
         signs = torch.ones(settings.channels)
@@ -198,10 +214,20 @@ class LongRange(nn.Module):
         share: Float[Tensor, " atoms"],
         edges: EdgeFeatures | None,
         hierarchy: Hierarchy,
+        cell: Float[Tensor, "graphs 3 3"] | None = None,
+        pbc: Tensor | None = None,
     ) -> Float[Tensor, " atoms"]:
         x = None if x is None else self.norm(x)
         moments = self.charges(x, species, share, edges)
-        field = self.field(moments, hierarchy)
+        if self.settings.method == "ewald":
+            field = self.field(moments, hierarchy, cell, pbc)
+        elif pbc is not None and bool(torch.as_tensor(pbc).any()):
+            raise ValueError(
+                f"pbc must be off for long_range method {self.settings.method!r}, which does not know periodic images; "
+                "use 'ewald'"
+            )
+        else:
+            field = self.field(moments, hierarchy)
         pairs = (moments * field).sum(1) * (0.5 * COULOMB * self.strength)
         return (pairs + self._local(x, species, moments[:, 0])).sum(1)
 

@@ -18,6 +18,7 @@ OPTIONAL = [
     "torch_spline_conv",
     "pyg_lib",
     "tblite",
+    "torchpme",
     "triton",
     "nequip",
     "schnetpack",

@@ -9,7 +9,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from nbody_pyg import BondTree, FromAssignment, NBodyNet, NestedShells, Potential
+from nbody_pyg import BondTree, FromAssignment, NBodyNet, NestedShells, Potential, SmoothSurvivors
 from nbody_pyg.data import AtomicData
 from nbody_pyg.nn.charges import LatentCharges, LongRangeSettings, charge_shares
 from nbody_pyg.nn.coulomb import DirectField, HierarchyField
@@ -99,11 +99,55 @@ def test_field_through_the_hierarchy_converges(generator):
     moments = torch.randn(60, 4, 2, dtype=torch.float64, generator=generator)
     exact = DirectField(1, 0.5)(moments, hierarchy)
     errors = [
-        float((HierarchyField(scheme.levels, 1, lmax, 0.5)(moments, hierarchy) - exact).norm() / exact.norm())
+        float((HierarchyField(scheme, 1, lmax, 0.5)(moments, hierarchy) - exact).norm() / exact.norm())
         for lmax in (1, 2, 4, 6, 8)
     ]
     assert errors[0] > 1e-3 and errors[-1] < 1e-4, errors
     assert all(after < 0.5 * before for before, after in pairwise(errors)), errors
+
+
+@pytest.fixture(scope="module")
+def gas():
+    """150 unit charges of both signs, 0.05 per cubic angstrom, with their hierarchy of survivors."""
+    generator = torch.Generator().manual_seed(0)
+    scheme = SmoothSurvivors((2.5,), (4.5, 10.0))
+    pos = (150 / 0.05) ** (1 / 3) * torch.rand(150, 3, dtype=torch.float64, generator=generator)
+    z, charges = torch.full((150,), 6), torch.randn(150, 1, 1, dtype=torch.float64, generator=generator).sign()
+    return scheme, z, pos, charges
+
+
+def test_survivors_carry_the_field_and_keep_it_smooth(gas):
+    """Centres that exist in part and share their atoms: every pair still counts once."""
+    scheme, z, pos, charges = gas
+    hierarchy = scheme.hierarchy(scheme.topology(z, pos), z, pos)
+    partly = (hierarchy[1].weight > 0.01) & (hierarchy[1].weight < 0.99)
+    assert partly.sum() > 5 and hierarchy[1].num_parts < 120
+    exact = DirectField(0, 0.3)(charges, hierarchy)
+    errors = [
+        float((HierarchyField(scheme, 0, lmax, 0.3)(charges, hierarchy) - exact).norm() / exact.norm())
+        for lmax in (0, 2, 4)
+    ]
+    assert errors[0] > 1e-2 and errors[1] < 0.1 * errors[0] and errors[2] < 0.2 * errors[1], errors
+
+
+def test_survivors_cross_boundaries_without_a_step(gas):
+    """Second differences of the energy converge while an atom crosses boundaries of parts."""
+    scheme, z, pos, charges = gas
+    field, path = HierarchyField(scheme, 0, 1, 0.3), torch.tensor([1.0, 0.4, -0.3], dtype=torch.float64)
+
+    def energy(x):
+        moved = pos.clone()
+        moved[3] += x * path
+        hierarchy = scheme.hierarchy(scheme.topology(z, moved), z, moved)
+        return float(0.5 * (charges * field(charges, hierarchy)).sum())
+
+    curvature = []
+    for step in (1e-3, 1e-4):
+        values = [[energy(x + k * step) for k in (-1, 0, 1)] for x in torch.linspace(0.5, 1.5, 5).tolist()]
+        curvature.append([(low - 2 * mid + high) / step**2 for low, mid, high in values])
+    coarse, fine = torch.tensor(curvature)
+    assert fine.abs().max() > 1e-2
+    assert (coarse - fine).abs().max() < 1e-2 * fine.abs().max()
 
 
 def _without(net):
@@ -248,6 +292,8 @@ def test_settings_say_what_is_wrong(molecules):
             LongRangeSettings.parse(given)
     with pytest.raises(ValueError, match=r"needs parts with pairs, but level 1 of the scheme, 'shell 1', has no"):
         _net(NestedShells((4.0,)), "hierarchy")
+    with pytest.raises(ValueError, match=r"cutoffs\[1\] of SmoothSurvivors must be at least 11\.57 angstrom"):
+        _net(SmoothSurvivors((3.0,), (5.0, 9.0)), "hierarchy")
     with pytest.raises(ValueError, match="long_range is an extensive energy, but the target is extensive 1x1o"):
         _net(NestedShells((4.0,)), "direct", irreps_out="1o")
     with pytest.raises(ValueError, match="dipoles must come from vectors 1o"):
