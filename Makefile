@@ -28,7 +28,7 @@ $(VENV)/package.stamp: $(VENV)/torch.stamp pyproject.toml
 	touch $@
 
 $(VENV)/dev.stamp: $(VENV)/package.stamp
-	$(PIP) --no-build-isolation -e ".[dev,data]"
+	$(PIP) --no-build-isolation -e ".[dev,data,periodic]"
 	sh scripts/install_scatter.sh $(PY) -c constraints.txt
 	touch $@
 

@@ -19,8 +19,9 @@ import torch
 from report import arguments, show, start, write
 
 from nbody_pyg.datasets import read_frames, split_indices
-from nbody_pyg.training import evaluate, fit
+from nbody_pyg.training import fit
 from nbody_pyg.training.config import Config, load_config
+from nbody_pyg.training.evaluation import evaluate
 from nbody_pyg.training.prepare import DataSets, build_potential
 
 CONFIG = Path(__file__).resolve().parent.parent / "configs" / "longrange" / "ions.yaml"

@@ -23,6 +23,7 @@ DISTRIBUTIONS = {
     "yaml": "PyYAML",
     "torch_scatter": "torch-scatter",
     "torch_geometric": "torch-geometric",
+    "torchpme": "torch-pme",
 }
 # Sections and keys of setup.cfg -> where pyproject.toml has the same thing
 TWINS = {
