@@ -13,7 +13,7 @@ import torch
 from nbody_pyg import NBodyNet, NestedShells
 from nbody_pyg.kernels import available_backends, backend, set_backend
 from nbody_pyg.kernels.gpu import build, grid, one_body
-from nbody_pyg.kernels.gpu.edge_source import groups_of
+from nbody_pyg.kernels.gpu.edge_source import apart, groups_of
 from nbody_pyg.kernels.gpu.order import EdgeOrder, edge_order
 from nbody_pyg.kernels.scope import skip_weight_gradients
 from nbody_pyg.nn.edges import EdgeEmbedding, EdgeFeatures
@@ -180,13 +180,14 @@ def test_first_and_second_derivatives_against_finite_differences(generator):
 
 
 def test_shared_edges_and_long_sums_change_no_number(generator, monkeypatch):
-    """Edges of one node on several programs, weights loaded in the loop, several chunks of weight gradients."""
+    """Edges of one node on several programs, weights loaded in the loop, many groups and chunks."""
     irreps = hidden_irreps(2, 1)
     monkeypatch.setattr("nbody_pyg.kernels.gpu.edge_source.MAX_WEIGHTS", 1)
     monkeypatch.setattr(one_body, "_SHORTEST", 2)
     edges = _edges(generator, 1, 1, 4, 1)
     gate, call = _one_body(irreps, 1, edges)
-    assert grid.parts_of_a_node(1, gate.gpu.groups, 4) == 2, "the case is not what it says"
+    assert apart(gate.gpu.groups) and gate.gpu.together == 1, "every group is a kernel of its own"
+    assert grid.parts_of_a_node(1, 1, 4) == 2, "the case is not what it says"
     _assert_same(call, [_randn(generator, 1, 4, 2), *edges[1:3]], gate.parameters())
     assert "w0_0 = " in gate.gpu.program.source
 

@@ -28,6 +28,8 @@ from nbody_pyg.kernels.codegen import Term
 
 #: Most radial weights, and most rows, of one group.
 MAX_WEIGHTS, MAX_ROWS = 32, 24
+#: Most groups in one kernel; with more, each group is a kernel of its own. Compiling takes longer than in proportion.
+MAX_TOGETHER = 3
 
 
 def groups_of(terms: Sequence[Term], basis: int) -> list[list[int]]:
@@ -48,6 +50,11 @@ def groups_of(terms: Sequence[Term], basis: int) -> list[list[int]]:
     return groups
 
 
+def apart(groups: int) -> bool:
+    """Whether every group is a kernel of its own, chosen by the constant GROUP, instead of a branch at run time."""
+    return groups > MAX_TOGETHER
+
+
 class _Emitter:
     """Pieces of code for one coupling table; all code of a function is indented by its caller."""
 
@@ -55,6 +62,7 @@ class _Emitter:
         self.terms, self.harmonics, self.basis, self.paths = terms, harmonics, basis, paths
         self.rows_in, self.rows_out = rows_in, rows_out
         self.groups = groups_of(terms, basis)
+        self.group = "GROUP" if apart(len(self.groups)) else "group"
         self.entries: dict[tuple[int, int], list[Term]] = defaultdict(list)
         for term in terms:
             self.entries[term.row, term.i].append(term)
@@ -124,7 +132,7 @@ class _Emitter:
         body = []
         for n, group in enumerate(self.groups):
             rows = [r for p in group for r in self.rows[p]]
-            body += [f"if group == {n}:", *_indent(self.weights(group) + _zeros("o", rows))]
+            body += [f"if {self.group} == {n}:", *_indent(self.weights(group) + _zeros("o", rows))]
             loop = [*self.features(double), *self.states("x", "x", "node", self.inputs(group), self.rows_in)]
             loop += self.matrix(group, "M", "Y")
             if double:
@@ -143,9 +151,12 @@ class _Emitter:
         return _function(f"one_body_targets{'_double' if double else ''}", _arguments("out", double), head + body)
 
     def sources(self, double: bool) -> str:
+        zero, separate = "tl.zeros([CB], out.dtype.element_ty)", self.group == "GROUP"
+        store = [
+            f"tl.store(out + {i} * C + c, {f'o{i}' if i in self.used else zero}, mask=m)" for i in range(self.rows_in)
+        ]
         body = _zeros("o", self.used)
-        for group in self.groups:
-            body += self.weights(group)
+        for n, group in enumerate(self.groups):
             loop = [*self.features(double), *self.matrix(group, "M", "Y")]
             loop += self.matrix(group, "N", "N") if double else []
             for p in group:
@@ -156,15 +167,12 @@ class _Emitter:
                     loop += [f"f = k{p} * g{r}"] if double else []
                     for i in self.columns[r]:
                         loop.append(f"o{i} += N{r}_{i} * h + M{r}_{i} * f" if double else f"o{i} += M{r}_{i} * h")
-            body += _loop("target", loop)
-        head = [f"out += (part * nodes + here) * ({self.rows_in} * C)"]
-        zero = "tl.zeros([CB], out.dtype.element_ty)"
-        tail = [
-            f"tl.store(out + {i} * C + c, {f'o{i}' if i in self.used else zero}, mask=m)" for i in range(self.rows_in)
-        ]
-        return _function(
-            f"one_body_sources{'_double' if double else ''}", _arguments("out", double), head + body + tail
-        )
+            lines = self.weights(group) + _loop("target", loop)
+            body += [f"if GROUP == {n}:", *_indent(lines)] if separate else lines
+        plane = "(GROUP * split + part)" if separate else "part"
+        head = [f"out += ({plane} * nodes + here) * ({self.rows_in} * C)"]
+        name = f"one_body_sources{'_double' if double else ''}"
+        return _function(name, _arguments("out", double), head + body + store)
 
     def slopes(self, p: int, double: bool) -> list[str]:
         """s = g.(M x) (double: g.z with z = M a + N x, and v = g.(M x)) of one path."""
@@ -207,8 +215,11 @@ class _Emitter:
                 )
             ]
             first = self.weights(group) + self.states("g", "g", "here", rows, self.rows_out)
-            body += [f"if group == {n}:", *_indent(first + _loop("source", loop))]
-        head = ["group = tl.program_id(2)", "plane = (group * tl.num_programs(1) + tl.program_id(1)).to(tl.int64)"]
+            body += [f"if {self.group} == {n}:", *_indent(first + _loop("source", loop))]
+        head = [
+            "group = tl.program_id(2)",
+            f"plane = ({self.group} * tl.num_programs(1) + tl.program_id(1)).to(tl.int64)",
+        ]
         return _function(f"one_body_edges{'_double' if double else ''}", _arguments("out, edges", double), head + body)
 
     def weight_gradients(self, double: bool) -> str:
@@ -231,7 +242,7 @@ class _Emitter:
                 for p in group
                 for b in range(self.basis)
             ]
-            body += [f"if group == {n}:", *_indent([*_zeros("o", names), "for k in range(begin, end):"])]
+            body += [f"if {self.group} == {n}:", *_indent([*_zeros("o", names), "for k in range(begin, end):"])]
             body += _indent(_indent(loop)) + _indent(store)
         head = [
             "part = tl.program_id(0).to(tl.int64)",
@@ -278,7 +289,7 @@ def _arguments(out: str, double: bool) -> str:
 
 
 def _define(name: str, arguments: str, body: list[str]) -> str:
-    head = f"@triton.jit\ndef {name}({arguments}, C: tl.constexpr, CB: tl.constexpr, HAS_U: tl.constexpr):"
+    head = f"@triton.jit\ndef {name}({arguments}, C: tl.constexpr, CB: tl.constexpr, HAS_U: tl.constexpr, GROUP: tl.constexpr):"
     return "\n".join([head, *_indent(body), ""])
 
 

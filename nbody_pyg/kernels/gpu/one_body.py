@@ -10,7 +10,7 @@ from torch import Tensor
 from nbody_pyg.kernels.codegen import Term
 from nbody_pyg.kernels.derivatives import last_derivative
 from nbody_pyg.kernels.gpu.build import Program
-from nbody_pyg.kernels.gpu.edge_source import groups_of, one_body_source
+from nbody_pyg.kernels.gpu.edge_source import apart, groups_of, one_body_source
 from nbody_pyg.kernels.gpu.grid import channel_block, parts_of_a_node, warps
 from nbody_pyg.kernels.gpu.order import EdgeOrder, edge_order
 from nbody_pyg.kernels.operands import check_operands
@@ -34,6 +34,7 @@ class OneBodyProgram:
         self.rows_in, self.rows_out, self.harmonics = rows_in, rows_out, harmonics
         self.paths, self.basis, self.channels = paths, basis, channels
         self.groups, self.too_long = len(groups_of(terms, basis)), len(terms) > MAX_TERMS
+        self.together = 1 if apart(self.groups) else self.groups
         self.program = Program(one_body_source, terms, rows_in, harmonics, rows_out, paths, basis)
 
     def __call__(
@@ -58,16 +59,26 @@ class OneBodyProgram:
         block = channel_block(self.channels, x.element_size())
         return {"C": self.channels, "CB": block, "HAS_U": int(u is not None), "num_warps": warps(block)}
 
+    def _launch(self, name: str, grid: tuple[int, int, int], given: tuple, constants: dict[str, int]) -> None:
+        """All groups: in one launch, or in one each."""
+        if not apart(self.groups):
+            self.program.launch(name, grid, *given, **constants, GROUP=0)
+            return
+        for group in range(self.groups):
+            self.program.launch(name, (*grid[:2], 1), *given, **constants, GROUP=group)
+
     def _sum(self, name: str, order: EdgeOrder, end: int, out_rows: int, groups: int, factors, cotangents=()) -> Tensor:
         """A function that sums over the edges at one end of theirs: (nodes, out_rows, channels)."""
         x, rows, nodes = factors[1], order.by(end), order.sizes[end]
         constants = self._constants(x, cotangents[3] if cotangents else None)
         blocks = -(-self.channels // constants["CB"])
-        split = parts_of_a_node(nodes, blocks * groups, len(rows.edge))
-        out = x.new_empty(split, nodes, out_rows, self.channels)
-        given = (*factors, *cotangents, *rows, nodes, split)
-        self.program.launch(name, (nodes * split, blocks, groups), out, *given, **constants)
-        return out[0] if split == 1 else out.sum(0)
+        split = parts_of_a_node(nodes, blocks * (1 if end == 0 else self.together), len(rows.edge))
+        # The sum over the edges of a source takes all groups: kernels of one group each write a sum of their own
+        planes = split * (self.groups if end == 0 and apart(self.groups) else 1)
+        out = x.new_empty(planes, nodes, out_rows, self.channels)
+        given = (out, *factors, *cotangents, *rows, nodes, split)
+        self._launch(name, (nodes * split, blocks, groups), given, constants)
+        return out[0] if planes == 1 else out.sum(0)
 
     def targets(self, order: EdgeOrder, factors, cotangents=()) -> Tensor:
         name = "one_body_targets" + "_double" * bool(cotangents)
@@ -82,11 +93,11 @@ class OneBodyProgram:
         x, rows, nodes = factors[1], order.by(1), order.sizes[1]
         constants = self._constants(x, cotangents[3] if cotangents else None)
         blocks, count = -(-self.channels // constants["CB"]), len(rows.edge)
-        split = parts_of_a_node(nodes, blocks * self.groups, count)
+        split = parts_of_a_node(nodes, blocks * self.together, count)
         planes = x.new_empty(blocks * self.groups, count, self.harmonics + self.basis)
         given = (planes, count, *factors, *cotangents, *rows, nodes, split)
         name = "one_body_edges" + "_double" * bool(cotangents)
-        self.program.launch(name, (nodes * split, blocks, self.groups), *given, **constants)
+        self._launch(name, (nodes * split, blocks, self.groups), given, constants)
         total = planes[0] if len(planes) == 1 else planes.sum(0)
         return total[:, : self.harmonics].contiguous(), total[:, self.harmonics :].contiguous()
 
@@ -98,9 +109,9 @@ class OneBodyProgram:
         chunks, blocks = -(-count // length), -(-self.channels // constants["CB"])
         out = x.new_empty(chunks, self.basis, self.paths * self.channels)
         # The weights themselves do not occur in their own gradient
-        given = (*factors[:4], *cotangents[:3], rows.edge, rows.source, rows.target, count, length)
+        given = (out, *factors[:4], *cotangents[:3], rows.edge, rows.source, rows.target, count, length)
         name = "one_body_weights" + "_double" * bool(cotangents)
-        self.program.launch(name, (chunks, blocks, self.groups), out, *given, **constants)
+        self._launch(name, (chunks, blocks, self.groups), given, constants)
         return out[0] if chunks == 1 else out.sum(0)
 
 
