@@ -1,7 +1,7 @@
 """Let the benchmarks run where Lightning is not installed, as on a machine that only has torch, Triton and PyG.
 
-Importing ``nbody_pyg.training`` or ``nbody_pyg.cli`` imports the trainer. The benchmarks want a few of their modules
-that do not need it: without Lightning, the two packages are entered as bare folders before anything imports them.
+Importing ``nbody_pyg.training``, ``cli`` or ``compare`` imports the trainer. The benchmarks want a few of their modules
+that do not need it: without Lightning, these packages are entered as bare folders before anything imports them.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from types import ModuleType
 import nbody_pyg
 
 
-def enter_bare_packages(names: tuple[str, ...] = ("training", "cli")) -> None:
+def enter_bare_packages(names: tuple[str, ...] = ("training", "cli", "compare")) -> None:
     """Enter the packages without running their ``__init__``."""
     for name in names:
         full = f"nbody_pyg.{name}"

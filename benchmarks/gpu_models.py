@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from cuda_timing import captured
 from models import OURS, Runner
-from peers import Missing, Peer, build
+from peers import Missing, Timed, build
 from report import show
 from systems import System, molecules, water
 from torch import Tensor
@@ -31,7 +31,7 @@ def moved(value: Any, device: torch.device) -> Any:
 
 def runner_on(name: str, system: System, device: torch.device) -> Runner:
     """A model with its edges on the device; built on the CPU, where its tables are made."""
-    peer: Peer = build(name, system).to(device)
+    peer: Timed = build(name, system).to(device)
     for key, value in list(vars(peer).items()):
         if not key.startswith("_"):
             setattr(peer, key, moved(value, device))

@@ -20,6 +20,7 @@ from report import show
 
 from nbody_pyg.kernels.gpu.density import DensityProgram
 from nbody_pyg.kernels.gpu.density import program as density_program
+from nbody_pyg.kernels.gpu.edge_source import apart
 from nbody_pyg.kernels.gpu.grid import channel_block, warps
 from nbody_pyg.nn.edges import EdgeEmbedding
 from nbody_pyg.nn.gates import OneBodyGate
@@ -98,13 +99,15 @@ def kernels_of(lmax: int, channels: int, dtype: torch.dtype) -> list[tuple[str, 
     size = torch.empty(0, dtype=dtype).element_size()
     block = channel_block(channels, size)
     lanes = {"C": channels, "CB": block}
-    edge, node = (
-        OneBodyGate(irreps, irreps, lmax, 8).gpu.program,
-        ChannelwiseProduct(irreps, irreps, irreps).gpu.program,
-    )
+    edge = OneBodyGate(irreps, irreps, lmax, 8).gpu
+    node = ChannelwiseProduct(irreps, irreps, irreps).gpu.program
     features = EdgeEmbedding(lmax, BesselBasis(8, 5.0)).gpu.program
-    parts = itertools.product(("targets", "sources", "edges", "weights"), ("", "_double"))
-    found = [(f"one_body_{part}{kind}", edge, {**lanes, "HAS_U": 0}, warps(block)) for part, kind in parts]
+    groups = range(edge.groups if apart(edge.groups) else 1)
+    parts = itertools.product(("targets", "sources", "edges", "weights"), ("", "_double"), groups)
+    found = [
+        (f"one_body_{part}{kind}", edge.program, {**lanes, "HAS_U": 0, "GROUP": n}, warps(block))
+        for part, kind, n in parts
+    ]
     found += [(f"product_{part}", node, lanes, warps(block)) for part in ("forward", "backward", "double")]
     found += [(f"features_{part}", features, {"BLOCK": 128}, 4) for part in ("forward", "backward", "double")]
     sizes = DensityProgram((lmax + 1) ** 2, 8, 4).sizes()
@@ -122,7 +125,9 @@ def resource_table(lmax: list[int], channels: list[int], dtype: torch.dtype = to
         for count in channels:
             for name, kernel, constants, num_warps in kernels_of(degree, count, dtype):
                 used = compile_kernel(kernel, constants, dtype, num_warps)
-                records.append({"lmax": degree, "channels": count, "kernel": name, **used})
+                records.append(
+                    {"lmax": degree, "channels": count, "kernel": name, "group": constants.get("GROUP"), **used}
+                )
                 print(f"lmax {degree}, {count} channels, {name}: {used}", flush=True)
     head = list(records[0])
     show("resources of each kernel", head, [[record[key] for key in head] for record in records])
