@@ -61,13 +61,17 @@ class LearningCurve(Callback):
         module.potential.train()
         self.rows.append(row)
         parts = [
-            f"{name} E {row[name].get('energy_mae', float('nan')):.1f} meV F {row[name].get('forces_mae', 0):.1f} meV/A"
+            f"{name} E {row[name].get('energy_mae', float('nan')):.1f} meV"
+            + (f" F {row[name]['forces_mae']:.1f} meV/A" if "forces_mae" in row[name] else "")
             for name in self.sets
         ]
         self.note(f"{row['cpu_seconds']:8.1f} CPU s  step {row['step']:6d}  {'  '.join(parts)}")
 
     def _errors(self, module: LightningModule) -> dict[str, dict[str, float]]:
-        found = {n: evaluate(module.potential, f, device=module.device).errors for n, f in self.sets.items()}
+        found = {}
+        for name, frames in self.sets.items():
+            forces = "forces" in frames[0]
+            found[name] = evaluate(module.potential, frames, device=module.device, compute_forces=forces).errors
         return {name: {k: v for k, v in e.items() if k.endswith(("_mae", "_rmse"))} for name, e in found.items()}
 
     def state_dict(self) -> dict[str, Any]:

@@ -138,8 +138,8 @@ def run_point(point: Point, folder: Path, note: Callable[[str], None] = print) -
     record |= {"steps": result.steps, "cpu_seconds": result.cpu_seconds, "wall_seconds": time.time() - began}
     device = "cuda" if config.training.device == "cuda" else "cpu"
     record["latency"] = latency(potential, data.train[0], 0.0 if point.purpose == "search" else 3.0, device)
-    record["val"] = evaluate(potential, data.val, device=device).errors if len(data.val) else {}
-    record["test"] = {name: evaluate(potential, frames, device=device).errors for name, frames in data.tests.items()}
+    record["val"] = _errors(potential, data.val, device) if len(data.val) else {}
+    record["test"] = {name: _errors(potential, frames, device) for name, frames in data.tests.items()}
     finite = all(math.isfinite(v) for errors in (record["val"], *record["test"].values()) for v in errors.values())
     status = {"status": "done"} if finite else {"status": "failed", "reason": "errors are not finite"}
     return record | {"curve": curve.rows} | status
@@ -172,14 +172,19 @@ def warm_up(potential: Potential, frames: Sequence[Data], settings: TrainingConf
     loss = EnergyForceLoss()
 
     def step(batch: Data) -> None:
-        result = potential(batch, training=True)
+        forces = "forces" in batch
+        result = potential(batch, compute_forces=forces, training=True)
         error = result["interaction_energy"] / len(batch.z)
-        loss(error, result["forces"] - batch.forces.to(result["forces"].dtype)).backward()
+        loss(error, result["forces"] - batch.forces.to(result["forces"].dtype) if forces else None).backward()
         potential.zero_grad(set_to_none=True)
 
     for batch in loader:
         step(batch)
     return peak_memory(lambda: step(loader.batch(range(min(settings.batch_size, loader.num_frames)))))
+
+
+def _errors(potential: Potential, frames: Sequence[Data], device: str) -> dict[str, float]:
+    return evaluate(potential, frames, device=device, compute_forces="forces" in frames[0]).errors
 
 
 def _curve_sets(data: DataSets) -> dict[str, Sequence[Data]]:
