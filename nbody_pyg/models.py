@@ -47,6 +47,19 @@ class Surroundings(NamedTuple):
     cell: Tensor | None = None
     pbc: Tensor | None = None
 
+    @classmethod
+    def of(
+        cls,
+        hierarchy: Hierarchy,
+        charge: Tensor | None = None,
+        charges: Tensor | None = None,
+        cell: Tensor | None = None,
+        pbc: Tensor | None = None,
+    ) -> Surroundings:
+        """From the total charge of each graph, or the formal charges of the atoms; arguments as for the network."""
+        level = hierarchy[0]
+        return cls(charge_shares(level.batch, hierarchy.num_graphs, charge, charges, level.pos), cell, pbc)
+
 
 class NBodyNet(nn.Module):
     r"""Covariant hierarchical N-body network.
@@ -268,8 +281,7 @@ class NBodyNet(nn.Module):
             return self.total(hierarchy)
         if isinstance(z, Data):
             cell, pbc, charge, charges = (z.get(key) for key in ("cell", "pbc", "charge", "charges"))
-        share = charge_shares(hierarchy[0].batch, hierarchy.num_graphs, charge, charges, hierarchy[0].pos)
-        return self.total(hierarchy, Surroundings(share, cell, pbc))
+        return self.total(hierarchy, Surroundings.of(hierarchy, charge, charges, cell, pbc))
 
     def total(self, hierarchy: Hierarchy, surroundings: Surroundings | None = None) -> Float[Tensor, "graphs *dim"]:
         """Value of each system of a hierarchy: the sum of those of its parts; arguments as for :meth:`values`."""
@@ -329,9 +341,11 @@ class NBodyNet(nn.Module):
             )
         return states
 
-    def energies(self, hierarchy: Hierarchy) -> dict[int, Float[Tensor, "parts"]]:
+    def energies(
+        self, hierarchy: Hierarchy, surroundings: Surroundings | None = None
+    ) -> dict[int, Float[Tensor, "parts"]]:
         """Contribution of every part of every level to a scalar target; they sum to the value exactly."""
-        return {k: value.squeeze(-1) for k, value in self.values(hierarchy).items()}
+        return {k: value.squeeze(-1) for k, value in self.values(hierarchy, surroundings).items()}
 
     def representations(self, data: Data) -> list[tuple[o3.Irreps, Tensor]]:
         """(type, states in e3nn's mul_ir layout) of every level in use, for tests of covariance."""
@@ -358,7 +372,7 @@ class NBodyNet(nn.Module):
         if self.long_range is not None:
             x = None if self._atom_level is None else states[self._atom_level]
             edges = None if self._atom_step is None else self._edges(self._atom_step, hierarchy, features)
-            share, *periodic = surroundings or Surroundings(hierarchy[0].pos.new_zeros(species.shape[0]))
+            share, *periodic = surroundings or Surroundings.of(hierarchy)
             values[0] = values[0] + self.long_range(x, species, share, edges, hierarchy, *periodic).unsqueeze(-1)
         return values
 

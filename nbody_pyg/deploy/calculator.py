@@ -16,6 +16,7 @@ from ase.stress import full_3x3_to_voigt_6_stress
 from nbody_pyg.deploy.model_file import load_model, read_metadata
 from nbody_pyg.deploy.reference import reference_topology
 from nbody_pyg.hierarchy import Topology, TopologyCache
+from nbody_pyg.models import Surroundings
 from nbody_pyg.potential import Potential
 
 _DTYPES = {"float32": torch.float32, "float64": torch.float64}
@@ -116,9 +117,8 @@ class NBodyCalculator(Calculator):
             pbc = torch.as_tensor(atoms.pbc, device=self.device).reshape(1, 3)
         topology = None if self.topologies is None else self.topologies(z, pos, None, cell, pbc)
         batch = torch.zeros_like(z)
-        result = self.potential(
-            z, pos, batch, cell=cell, pbc=pbc, topology=topology, compute_stress="stress" in properties
-        )
+        given = {"cell": cell, "pbc": pbc, "topology": topology, **self._charges(atoms)}
+        result = self.potential(z, pos, batch, **given, compute_stress="stress" in properties)
         energy = float(result["energy"])
         self.results = {
             "energy": energy,
@@ -129,7 +129,7 @@ class NBodyCalculator(Calculator):
             stress = result["stress"][0].double().cpu().numpy()
             self.results["stress"] = full_3x3_to_voigt_6_stress(stress)
         if "energies" in properties:
-            self.results["energies"] = self._energies(z, pos, batch, cell, topology)
+            self.results["energies"] = self._energies(z, pos, batch, **given)
 
     def _check_species(self, atoms: Atoms) -> None:
         species = getattr(self.potential.model, "species", None)
@@ -145,14 +145,25 @@ class NBodyCalculator(Calculator):
         found = None if pbc is not None else reference_topology(self.metadata, self.scheme, z.tolist())
         return None if found is None else found.to(self.device)
 
-    def _energies(self, z: Any, pos: Any, batch: Any, cell: Any, topology: Topology | None) -> Any:
+    def _charges(self, atoms: Atoms) -> dict[str, torch.Tensor]:
+        """Formal charges of the atoms where ASE has some, else the total charge; models without charges ignore both."""
+        if atoms.has("initial_charges"):
+            return {"charges": torch.as_tensor(atoms.get_initial_charges(), device=self.device)}
+        if "charge" in atoms.info:
+            return {"charge": torch.tensor([float(atoms.info["charge"])], dtype=torch.float64, device=self.device)}
+        return {}
+
+    def _energies(
+        self, z: Any, pos: Any, batch: Any, cell: Any, pbc: Any, topology: Topology | None, **charges: torch.Tensor
+    ) -> Any:
         """Contribution of each atom with its E0; they sum to the energy."""
         if self.scheme is None or not getattr(self.scheme, "centred", False):
             raise PropertyNotImplementedError("energies need a hierarchy in which every part is centred on an atom")
         model = self.potential.model
         with torch.no_grad():
             hierarchy = model.hierarchy(z, pos, batch, cell=cell, topology=topology)
-            parts = [value for value in model.energies(hierarchy).values() if len(value) == len(z)]
+            surroundings = Surroundings.of(hierarchy, cell=cell, pbc=pbc, **charges)
+            parts = [value for value in model.energies(hierarchy, surroundings).values() if len(value) == len(z)]
             total = torch.stack(parts).sum(0) * self.potential.scale
         total = total.double()
         if self.potential.reference is not None:

@@ -18,15 +18,15 @@ def boys(t: Float[Tensor, "*shape"], order: int) -> Float[Tensor, "*shape orders
     >>> boys(torch.zeros(1, dtype=torch.float64), 2)
     tensor([[1.0000, 0.3333, 0.2000]], dtype=torch.float64)
     """
-    switch = 10.0 + order
+    switch = 2.0 + 2.0 * order
     large = t > switch
-    small_t, large_t = torch.where(large, torch.ones_like(t), t), torch.where(large, t, torch.full_like(t, switch))
-    # F_n = exp(-t) sum_k (2t)^k / ((2n+1)(2n+3) .. (2n+2k+1)): positive terms only
-    term = torch.full_like(t, 1.0 / (2 * order + 1))
-    total = term
-    for k in range(1, int(2 * switch) + 40):
-        term = term * (2.0 * small_t / (2 * order + 2 * k + 1))
-        total = total + term
+    one = torch.ones_like(t)
+    small_t, large_t = torch.where(large, one, t), torch.where(large, t, torch.full_like(t, switch))
+    # F_n = exp(-t) sum_k (2t)^k / ((2n+1)(2n+3) .. (2n+2k+1)): positive terms only, summed from the last
+    total = one
+    for k in range(_num_terms(order, switch), 0, -1):
+        total = torch.addcmul(one, small_t, total, value=2.0 / (2 * order + 2 * k + 1))
+    total = total / (2 * order + 1)
     decay = torch.exp(-small_t)
     down = [decay * total]
     for n in range(order - 1, -1, -1):
@@ -36,6 +36,16 @@ def boys(t: Float[Tensor, "*shape"], order: int) -> Float[Tensor, "*shape orders
     for n in range(order):
         up.append(((2 * n + 1) * up[-1] - decay) / (2.0 * large_t))
     return torch.stack([torch.where(large, a, b) for a, b in zip(up, reversed(down), strict=True)], dim=-1)
+
+
+def _num_terms(order: int, largest: float) -> int:
+    """Terms of the series of F_order after which nothing changes, at the largest argument."""
+    term, total, count = 1.0, 1.0, 0
+    while term > 1e-18 * total:
+        count += 1
+        term *= 2.0 * largest / (2 * order + 2 * count + 1)
+        total += term
+    return count
 
 
 def gaussian_factors(square: Float[Tensor, "*shape"], lmax: int, width: float) -> Float[Tensor, "*shape degrees"]:

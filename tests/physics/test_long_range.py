@@ -8,9 +8,11 @@ from itertools import pairwise
 
 import pytest
 import torch
+from ase import Atoms
 
 from nbody_pyg import BondTree, FromAssignment, NBodyNet, NestedShells, Potential, SmoothSurvivors
 from nbody_pyg.data import AtomicData
+from nbody_pyg.deploy import NBodyCalculator
 from nbody_pyg.nn.charges import LatentCharges, LongRangeSettings, charge_shares
 from nbody_pyg.nn.coulomb import DirectField, HierarchyField
 from nbody_pyg.testing import assert_batch_independent, assert_conservative, assert_equivariant
@@ -276,6 +278,25 @@ def test_configuration_comes_back_and_potentials_pass_the_charge(molecules):
     torch.testing.assert_close(
         copy.deepcopy(potential).float()(data)["energy"], potential(data)["energy"], rtol=1e-4, atol=1e-3
     )
+
+
+def test_the_calculator_takes_charges_from_ase(molecules):
+    z, pos = molecules["methanol"]
+    potential = Potential(_net(NestedShells((4.0,)), FULL))
+    atoms = Atoms(numbers=z.numpy(), positions=pos.numpy())
+    found = []
+    for change in ("nothing", "total", "formal"):
+        if change == "total":
+            atoms.info["charge"] = 1
+        if change == "formal":
+            atoms.set_initial_charges([0, -1, 0, 0, 0, 0])
+        atoms.calc = NBodyCalculator(potential)
+        found.append(atoms.get_potential_energy())
+        assert atoms.get_potential_energies().sum() == pytest.approx(found[-1], abs=1e-9)
+    formal = torch.tensor([0.0, -1, 0, 0, 0, 0], dtype=torch.float64)
+    for got, given in zip(found, ({}, {"charge": torch.ones(1)}, {"charges": formal}), strict=True):
+        assert got == pytest.approx(float(potential(z, pos, **given)["energy"]), abs=1e-9)
+    assert len({round(energy, 6) for energy in found}) == 3
 
 
 def test_settings_say_what_is_wrong(molecules):
