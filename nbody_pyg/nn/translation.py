@@ -179,6 +179,9 @@ def join_pairs(
 ) -> tuple[Int[Tensor, "2 _"], Float[Tensor, " _"]]:
     r"""Pairs of children of pairs of parents: :math:`n_{ij} = \sum_{AB} p_{iA}\, p_{jB}\, w_{AB}`, each pair once.
 
+    One side after the other, with sums in between: children that share several parents would otherwise make a term
+    for each pair of them.
+
     Args:
         pairs: parents, source and target; with (A, A) if children of one parent shall meet.
         weight: w of each pair.
@@ -186,27 +189,34 @@ def join_pairs(
         child_weight: memberships p.
         sizes: number of children and of parents.
     """
-    device = pairs.device
     order = torch.argsort(child_index[1], stable=True)
     child, member = child_index[0, order], child_weight.index_select(0, order)
     count = torch.bincount(child_index[1], minlength=sizes[1])
     first = torch.cumsum(count, 0) - count
-    width = count[pairs[0]] * count[pairs[1]]
-    pair = torch.repeat_interleave(torch.arange(pairs.shape[1], device=device), width)
-    number = torch.arange(pair.shape[0], device=device) - (torch.cumsum(width, 0) - width)[pair]
-    across = count[pairs[1, pair]]
-    source = first[pairs[0, pair]] + torch.div(number, across, rounding_mode="floor")
-    target = first[pairs[1, pair]] + number % across
-    product = weight.index_select(0, pair) * member.index_select(0, source) * member.index_select(0, target)
-    return merge_pairs(torch.stack([child[source], child[target]]), product, sizes[0])
+    for row in (0, 1):
+        width = count[pairs[row]]
+        pair = torch.repeat_interleave(torch.arange(pairs.shape[1], device=pairs.device), width)
+        number = torch.arange(pair.shape[0], device=pairs.device) - (torch.cumsum(width, 0) - width)[pair]
+        slot = first[pairs[row, pair]] + number
+        weight = weight.index_select(0, pair) * member.index_select(0, slot)
+        pairs = torch.stack([child[slot], pairs[1, pair]] if row == 0 else [pairs[0, pair], child[slot]])
+        pairs, weight = _add_up(pairs, weight, sizes[0])
+    return _without_selves(pairs, weight)
 
 
 def merge_pairs(
     pairs: Int[Tensor, "2 pairs"], weight: Float[Tensor, " pairs"], size: int
 ) -> tuple[Int[Tensor, "2 _"], Float[Tensor, " _"]]:
     """Add up the weights of pairs that occur more than once, and drop pairs of a node with itself."""
-    key, slot = torch.unique(pairs[1] * size + pairs[0], return_inverse=True)
+    return _without_selves(*_add_up(pairs, weight, size))
+
+
+def _add_up(pairs: Tensor, weight: Tensor, num_sources: int) -> tuple[Tensor, Tensor]:
+    key, slot = torch.unique(pairs[1] * num_sources + pairs[0], return_inverse=True)
     total = weight.new_zeros(key.shape[0]).index_add(0, slot, weight)
-    index = torch.stack([key % size, torch.div(key, size, rounding_mode="floor")])
-    keep = index[0] != index[1]
-    return index[:, keep], total[keep]
+    return torch.stack([key % num_sources, torch.div(key, num_sources, rounding_mode="floor")]), total
+
+
+def _without_selves(pairs: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    keep = pairs[0] != pairs[1]
+    return pairs[:, keep], weight[keep]
