@@ -2,7 +2,8 @@
 
 Triton brings the assembler and the disassembler of the vendor, so registers, spilled bytes and instructions of every
 kernel are known without a GPU. Registers decide how many warps are resident (65,536 for each multiprocessor, here one
-warp per program); local memory other than 0 means that registers were spilled.
+warp per program); spills other than 0 mean that registers
+went to local memory (but in the edge features, where the sine of a large angle uses some of it).
 """
 
 from __future__ import annotations
