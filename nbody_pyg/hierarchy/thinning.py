@@ -31,8 +31,8 @@ def plateau_window(r: Float[Tensor, "edges"], inner: float, outer: float) -> Flo
 
 
 def dead_zone(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-    """A step that ignores values below 0.1 and takes values above 0.6 for 1: undecided weights become decided."""
-    return quintic_step((x - 0.1) / 0.5)
+    """A step that ignores values below 0.1 and takes values above 0.9 for 1: undecided weights become decided."""
+    return quintic_step((x - 0.1) / 0.8)
 
 
 def thin(
@@ -41,7 +41,7 @@ def thin(
     index: Int[Tensor, "2 edges"],
     r: Float[Tensor, "edges"],
     radius: float,
-    rounds: int = 4,
+    rounds: int = 2,
 ) -> Float[Tensor, " nodes"]:
     r"""Survival :math:`s_i \in [0, 1]`: a smooth form of Luby's maximal independent set.
 
