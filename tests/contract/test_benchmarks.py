@@ -20,6 +20,8 @@ TINY = {
     "models": "--models NBodyNet SchNet PaiNN --batch 2 --waters 3 --seconds 0.05",
     "scaling": "--sweeps atoms neighbours --waters 100 105 --cutoffs 3 5 --fixed 5 --seconds 0.02",
     "nve": "{model} --time 0.01 --every 2 --equilibrate 0.005",
+    "smoothness": "--atoms 16 --length 0.3 --channels 2",
+    "hierarchy": "--waters 4 6 --all-pairs 3 4 --channels 2 --seconds 0.02",
 }
 #: What the table must show, and the keys of a record in the JSON.
 SHOWN = {
@@ -27,8 +29,22 @@ SHOWN = {
     "models": ["molecule: 1 graphs, 22 atoms", "droplet: 1 graphs, 9 atoms", "NBodyNet, SOAP", "SchNet"],
     "scaling": ["us per atom", r"E\+F time ~ \(atoms\)\^", "against neighbours"],
     "nve": ["drift mev per atom per 10ps", "mean temperature k"],
+    "smoothness": [r"max \|d2E\|/h\^2", "survivors", "hard"],
+    "hierarchy": ["of it topology ms", r"all pairs: time ~ N\^"],
 }
-HELPERS = ("kernels", "models", "scaling", "nve", "timing", "report", "systems", "peers", "products")
+HELPERS = (
+    "kernels",
+    "models",
+    "scaling",
+    "nve",
+    "smoothness",
+    "hierarchy",
+    "timing",
+    "report",
+    "systems",
+    "peers",
+    "products",
+)
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +88,10 @@ def test_script_prints_a_table_and_writes_json(name, script, model, tmp_path, ca
     assert len(body) <= len(ruler), "the first row is not aligned with its head"
     found = json.loads(out.read_text())
     assert {"processor", "versions", "load at the start"} <= set(found["machine"])
-    check = {"kernels": _kernels, "models": _models, "scaling": _scaling, "nve": _nve}
+    check = {
+        "kernels": _kernels, "models": _models, "scaling": _scaling, "nve": _nve,
+        "smoothness": _smoothness, "hierarchy": _hierarchy,
+    }  # fmt: skip
     check[name](found, out)
 
 
@@ -103,6 +122,17 @@ def _nve(found, out):
     assert found["results"]["time_ps"] == pytest.approx(0.01)
     assert len(found["samples"]["total_ev"]) == 11
     assert out.with_suffix(".png").stat().st_size > 1000
+
+
+def _smoothness(found, out):
+    assert [row["h"] for row in found["results"]["survivors"]] == [1e-2, 1e-3, 1e-4]
+    assert all(row["curvature"] > 0 for rows in found["results"].values() for row in rows)
+    assert out.with_suffix(".png").stat().st_size > 1000
+
+
+def _hierarchy(found, out):
+    assert [record["atoms"] for record in found["results"]] == [9, 12, 12, 18]
+    assert all(record["evaluate_s"] > record["topology_s"] > 0 for record in found["results"])
 
 
 def test_every_path_can_fail_the_comparison(script):
