@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch_geometric.data import Batch
 
-from nbody_pyg import AtomicData, NBodyNet, SmoothSurvivors
+from nbody_pyg import AtomicData, NBodyNet, NestedShells, SmoothSurvivors
 from nbody_pyg.geometry import edge_vectors
 from nbody_pyg.hierarchy import FromAssignment, Scheme, Topology
 from nbody_pyg.hierarchy.thinning import plateau_window, quintic_step, share_out, thin
@@ -253,6 +253,23 @@ def test_cells_are_exact(net):
         assert_equivariant(net, systems=[one], num_rotations=1, tolerance=1e-9)
     topology = net.scheme.topology(system.z, inside, None, cell, torch.tensor([[True] * 3])).validate()
     assert (topology.child_shift[1] != 0).any(), "parts reach across the boundary"
+
+
+def test_matched_pairs_of_environments():
+    """What lies beyond all local cutoffs: the hierarchy tells two far fields apart, the flat network cannot."""
+    near, far = _fluid(12, seed=1), _fluid(12, seed=2)
+    away = torch.tensor([16.0, 0.0, 0.0], dtype=F64)
+    turned = (far.pos - far.pos.mean(0)) @ torch.tensor([[0, 1, 0], [-1, 0, 0], [0, 0, 1]], dtype=F64) + far.pos.mean(0)
+    z = torch.cat([near.z, far.z])
+    scheme = SmoothSurvivors((2.0, 3.5), (3.2, 5.0, 24.0))
+    found = {}
+    for name, own in (("survivors", scheme), ("flat", NestedShells((3.2, 3.2)))):
+        potential = Potential(_net(own))
+        one, other = (potential(z, torch.cat([near.pos, b + away]))["forces"][:12] for b in (far.pos, turned))
+        found[name] = float((one - other).abs().max())
+        assert one.abs().max() > 1e-3
+    assert torch.cdist(near.pos, far.pos + away).min() > 6.4, "beyond two layers of the flat network"
+    assert found["flat"] < 1e-12 and found["survivors"] > 1e-6
 
 
 # ------------------------------------------------------------------------------- ties
