@@ -40,6 +40,10 @@ from nbody_pyg.nn.products import (
 )
 
 
+#: Edges that plain torch takes at once on a CPU, so that what they carry stays in the cache.
+_EDGES_AT_ONCE = 256
+
+
 class DensityGate(nn.Module):
     r"""One-body gate whose sources are bare atoms: the atomic density of every element.
 
@@ -183,8 +187,14 @@ class OneBodyGate(ConstantTables):
             return self.kernel(x, harmonics, edges.radial, weight, edges.index, edges.num_targets)
         if which == "triton" and not self.gpu.too_long:
             return self.gpu(x, harmonics, edges.radial, weight, edges.index, edges.num_targets)
-        messages = self.messages(x.index_select(0, source), edges.harmonics, edges.radial)
-        return sum_into(messages, target, edges.num_targets)
+        few = x.device.type == "cpu" and not torch.compiler.is_compiling()
+        at_once = _EDGES_AT_ONCE if few else max(len(source), 1)
+        total = x.new_zeros(edges.num_targets, self.path_of_row.shape[0], self.channels)
+        pieces = (t.split(at_once) for t in (source, target, edges.harmonics, edges.radial))
+        for source_, target_, harmonics, radial in zip(*pieces, strict=True):
+            messages = self.messages(x.index_select(0, source_), harmonics, radial)
+            total.index_add_(0, target_, messages)
+        return total
 
     def messages(
         self, x: Float[Tensor, "edges rows_in channels"], harmonics: Tensor, radial: Tensor
