@@ -39,7 +39,6 @@ from nbody_pyg.nn.products import (
     table_terms,
 )
 
-
 #: Edges that plain torch takes at once on a CPU, so that what they carry stays in the cache.
 _EDGES_AT_ONCE = 256
 
