@@ -66,7 +66,7 @@ def train(config: Config, data: DataSets, folder: Path) -> dict[str, Any]:
     record = {"parameters": _size(potential), "steps": result.steps, "cpu_seconds": result.cpu_seconds}
     record["tests"] = {name: evaluate(potential, frames).errors for name, frames in ready.tests.items()}
     if potential.model.long_range is not None:
-        record["strength"] = potential.model.long_range.strength.tolist()
+        record["charges"] = {k: v.tolist() for k, v in potential.model.long_range.state_dict().items() if v.numel() < 9}
     return record
 
 

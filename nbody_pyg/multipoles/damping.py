@@ -18,24 +18,31 @@ def boys(t: Float[Tensor, "*shape"], order: int) -> Float[Tensor, "*shape orders
     >>> boys(torch.zeros(1, dtype=torch.float64), 2)
     tensor([[1.0000, 0.3333, 0.2000]], dtype=torch.float64)
     """
-    switch = 2.0 + 2.0 * order
-    large = t > switch
-    one = torch.ones_like(t)
-    small_t, large_t = torch.where(large, one, t), torch.where(large, t, torch.full_like(t, switch))
-    # F_n = exp(-t) sum_k (2t)^k / ((2n+1)(2n+3) .. (2n+2k+1)): positive terms only, summed from the last
-    total = one
-    for k in range(_num_terms(order, switch), 0, -1):
-        total = torch.addcmul(one, small_t, total, value=2.0 / (2 * order + 2 * k + 1))
-    total = total / (2 * order + 1)
-    decay = torch.exp(-small_t)
-    down = [decay * total]
-    for n in range(order - 1, -1, -1):
-        down.append((2.0 * small_t * down[-1] + decay) / (2 * n + 1))
-    root, decay = large_t.sqrt(), torch.exp(-large_t)
+    switch = 1.0 + 2.0 * order
+    low = t <= switch
+    large = torch.where(low, torch.full_like(t, switch), t)
+    root, decay = large.sqrt(), torch.exp(-large)
     up = [torch.erf(root) * (0.5 * math.sqrt(math.pi)) / root]
     for n in range(order):
-        up.append(((2 * n + 1) * up[-1] - decay) / (2.0 * large_t))
-    return torch.stack([torch.where(large, a, b) for a, b in zip(up, reversed(down), strict=True)], dim=-1)
+        up.append(((2 * n + 1) * up[-1] - decay) / (2.0 * large))
+    result = torch.stack(up, dim=-1)
+    if torch.compiler.is_compiling():
+        return torch.where(low.unsqueeze(-1), _boys_of_small(torch.where(low, t, torch.zeros_like(t)), order), result)
+    where = low.nonzero(as_tuple=True)
+    return result.index_put(where, _boys_of_small(t[where], order))
+
+
+def _boys_of_small(t: Tensor, order: int) -> Tensor:
+    r"""The highest order by :math:`e^{-t} \sum_k (2t)^k / ((2n+1)(2n+3) \dots (2n+2k+1))`, the others downward."""
+    one = torch.ones_like(t)
+    total = one
+    for k in range(_num_terms(order, 1.0 + 2.0 * order), 0, -1):
+        total = torch.addcmul(one, t, total, value=2.0 / (2 * order + 2 * k + 1))
+    decay = torch.exp(-t)
+    down = [decay * total / (2 * order + 1)]
+    for n in range(order - 1, -1, -1):
+        down.append((2.0 * t * down[-1] + decay) / (2 * n + 1))
+    return torch.stack(down[::-1], dim=-1)
 
 
 def _num_terms(order: int, largest: float) -> int:

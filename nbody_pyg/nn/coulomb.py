@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from nbody_pyg.geometry import safe_norm
 from nbody_pyg.hierarchy import Hierarchy, Level, Scheme, SmoothSurvivors
 from nbody_pyg.multipoles import all_pairs, m2l
-from nbody_pyg.nn.charges import LatentCharges, LongRangeSettings
+from nbody_pyg.nn.charges import SLOW, LatentCharges, LongRangeSettings
 from nbody_pyg.nn.edges import EdgeFeatures
 from nbody_pyg.nn.ewald import EwaldField
 from nbody_pyg.nn.interaction import SoftNorm
@@ -200,7 +200,7 @@ class LongRange(nn.Module):
             self.field = DirectField(lmax, settings.width)
         signs = torch.ones(settings.channels)
         signs[1::2] = -1.0
-        self.strength = nn.Parameter(signs)
+        self.strength = nn.Parameter(signs / SLOW)
         self.local = nn.Parameter(torch.zeros(num_species, 2 * settings.channels))
         features = 0 if irreps is None else irreps[0].mul
         self.local_states = nn.Linear(features, 2 * settings.channels, bias=False) if features else None
@@ -228,7 +228,7 @@ class LongRange(nn.Module):
             )
         else:
             field = self.field(moments, hierarchy)
-        pairs = (moments * field).sum(1) * (0.5 * COULOMB * self.strength)
+        pairs = (moments * field).sum(1) * (0.5 * COULOMB * SLOW * self.strength)
         return (pairs + self._local(x, species, moments[:, 0])).sum(1)
 
     def _local(self, x: Tensor | None, species: Tensor, charges: Tensor) -> Tensor:
