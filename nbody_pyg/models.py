@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch_geometric.data import Data
 
 from nbody_pyg.hierarchy import Hierarchy, NestedShells, Scheme, Topology
+from nbody_pyg.kernels.scope import is_tracing
 from nbody_pyg.nn.charges import LongRangeSettings, charge_shares
 from nbody_pyg.nn.coulomb import LongRange
 from nbody_pyg.nn.edges import EdgeEmbedding, EdgeFeatures, sum_into
@@ -396,9 +397,13 @@ class NBodyNet(nn.Module):
             features[key] = self.embeddings[step.edges](index, vec, window, hierarchy[step.level].num_parts)
         return features[key]
 
+    def check_species(self, z: Int[Tensor, " atoms"]) -> None:
+        """Raise ValueError where an element is not one of this network's."""
+        self._species_index(z)
+
     def _species_index(self, z: Tensor) -> Tensor:
         index = self.species_of[z.clamp(0, 118)]
-        if not torch.compiler.is_compiling() and bool((index < 0).any()):
+        if not is_tracing() and bool((index < 0).any()):
             unknown = sorted(set(z[index < 0].tolist()))
             names = ", ".join(f"{chemical_symbols[n] if 0 < n < 119 else 'no element'} ({n})" for n in unknown)
             known = ", ".join(chemical_symbols[n] for n in self.species)

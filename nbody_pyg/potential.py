@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import itertools
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -409,6 +409,32 @@ class Potential(_Float64Buffers):
                 f"[{num_graphs}, 1], got {shape}; sum the atoms of each graph with its batch vector"
             )
         return output.reshape(num_graphs) * self.scale.to(output.dtype)
+
+
+def derivatives(
+    energy: Callable[[Tensor, Tensor | None], Tensor],
+    pos: Tensor,
+    cell: Tensor | None,
+    batch: Tensor,
+    stress: bool,
+    create_graph: bool,
+) -> list[Tensor]:
+    """Energies, forces and, where asked for, stress of ``energy(pos, cell)``; asks for no value: it can be traced."""
+    with torch.enable_grad():
+        pos = pos.detach().requires_grad_(True)
+        inputs = [pos]
+        if stress:
+            inputs.append(torch.zeros_like(cell).requires_grad_(True))
+            moved, bent = apply_strain(pos, cell, batch, inputs[1])
+        value = energy(moved, bent) if stress else energy(pos, cell)
+        slopes = _gradient(value.sum(), inputs, create_graph=create_graph)
+    found = [value, -slopes[0]]
+    return [*found, slopes[1] / torch.linalg.det(cell).abs().reshape(-1, 1, 1)] if stress else found
+
+
+def parameter_gradients(loss: Tensor, parameters: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Gradients of a loss; unlike ``loss.backward()`` it leaves ``.grad`` alone and calls no hook."""
+    return torch.autograd.grad(loss, list(parameters), allow_unused=True, materialize_grads=True)
 
 
 def _gradient(

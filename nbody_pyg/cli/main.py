@@ -69,6 +69,7 @@ def build_parser() -> argparse.ArgumentParser:
     md.add_argument("--seed", type=int, default=0, help="of velocities and thermostat (default: 0)")
     md.add_argument("--dtype", choices=("float32", "float64"), default=None, help="default: the model's")
     md.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
+    md.add_argument("--compile", action="store_true", help="compile the model at the first step: faster small systems")
     md.add_argument("--out", default="md", help="folder for md.log, trajectory.xyz, energy.png (default: md)")
 
     hierarchy = commands.add_parser("hierarchy", help="build, check and draw the hierarchy of a structure")

@@ -19,7 +19,7 @@ def md(args: argparse.Namespace) -> int:
     if not Path(args.start).is_file():
         raise FileNotFoundError(f"no structure at {args.start}")
     atoms = read(args.start)
-    atoms.calc = NBodyCalculator(args.model, device=args.device, dtype=args.dtype)
+    atoms.calc = NBodyCalculator(args.model, device=args.device, dtype=args.dtype, compile=args.compile)
     folder = Path(args.out)
     folder.mkdir(parents=True, exist_ok=True)
     formula = atoms.get_chemical_formula()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -151,6 +152,12 @@ class Topology:
             self.batch(level)
         other._cache.update({k: v for k, v in self._cache.items() if k == "sizes" or k[0] == "batch"})
         return other
+
+    def assume(self, batches: Sequence[Int[Tensor, " parts"]]) -> Topology:
+        """Take the graph of each part of every level as given, and sizes from it, in place of computing them."""
+        self._cache["sizes"] = [batch.shape[0] for batch in batches]
+        self._cache.update({("batch", level): batch for level, batch in enumerate(batches)})
+        return self
 
     def to(self, device: torch.device | str) -> Topology:
         """The same topology on another device."""

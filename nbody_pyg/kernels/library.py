@@ -11,6 +11,7 @@ from torch import Tensor
 
 from nbody_pyg.kernels import build
 from nbody_pyg.kernels.codegen import prelude
+from nbody_pyg.kernels.scope import is_dry
 
 _C_NAMES = {torch.float32: "float", torch.float64: "double"}
 _C_TYPES = {"i": ctypes.c_int64, "d": ctypes.c_double, "p": ctypes.c_void_p}
@@ -34,12 +35,19 @@ class Library:
         self._loaded: dict[torch.dtype, dict] = {}
 
     @property
+    def source(self) -> str:
+        """The C code."""
+        return self._source
+
+    @property
     def too_long(self) -> bool:
         """Whether compiling would take minutes: high degrees in both parities. Such products run on plain torch."""
         return len(self._source) > MAX_SOURCE or any(library.too_long for library, _ in self._links)
 
     def call(self, name: str, dtype: torch.dtype, *arguments: Tensor | ctypes.Array | float | int | None) -> None:
         """Call one function; tensors are passed by address and must be contiguous, None as a null pointer."""
+        if is_dry():
+            return
         functions = self._loaded.get(dtype) or self._load(dtype)
         functions[name](*[a.data_ptr() if isinstance(a, Tensor) else a for a in arguments])
 

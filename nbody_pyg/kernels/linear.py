@@ -17,7 +17,7 @@ from torch import Tensor
 from nbody_pyg.kernels.library import Library
 from nbody_pyg.kernels.operands import check_operands
 from nbody_pyg.kernels.panels import LINKED, LINKS
-from nbody_pyg.kernels.scope import weight_gradients_skipped
+from nbody_pyg.kernels.scope import is_dry, weight_gradients_skipped
 from nbody_pyg.kernels.update_source import Block, Map
 
 #: Nodes that are worked on at once: their rows of one degree stay in the nearest cache.
@@ -107,6 +107,8 @@ class LinearKernel:
 
 
 def _pointers(tensors):
+    if is_dry():
+        return None
     return (ctypes.c_void_p * len(tensors))(*[t.data_ptr() for t in tensors])
 
 

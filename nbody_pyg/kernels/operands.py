@@ -6,6 +6,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from nbody_pyg.kernels.scope import is_tracing
+
 
 def check_operands(dtype: torch.dtype, **operands: tuple[Tensor, tuple[int, ...]]) -> None:
     """Raise unless every operand has this dtype and the shape that stands beside it.
@@ -29,7 +31,7 @@ def check_range(name: str, index: Tensor, size: int) -> None:
 
     Raises: ValueError: an entry below 0 or not below ``size``.
     """
-    if index.numel() == 0:
+    if is_tracing() or index.numel() == 0:
         return
     low, high = (int(bound) for bound in torch.aminmax(index))
     if low < 0 or high >= size:

@@ -13,7 +13,7 @@ from nbody_pyg.kernels.library import Library
 from nbody_pyg.kernels.operands import check_operands, check_range
 from nbody_pyg.kernels.ops import ProductKernel
 from nbody_pyg.kernels.panels import LINKS
-from nbody_pyg.kernels.scope import weight_gradients_skipped
+from nbody_pyg.kernels.scope import is_dry, weight_gradients_skipped
 from nbody_pyg.kernels.update_source import PRODUCT_FUNCTIONS, Update, update_source, workspace_size
 
 _SIGNATURES = {"update_forward": "1i9p", "update_backward": "1i13p", "update_double": "1i14p"}
@@ -97,6 +97,8 @@ class UpdateKernel:
 
 
 def _pointers(tensors: Sequence[Tensor | None]):
+    if is_dry():
+        return None
     return (ctypes.c_void_p * len(tensors))(*[None if t is None else t.data_ptr() for t in tensors])
 
 

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from lightning.pytorch import LightningModule
 from torch import Tensor
 
+from nbody_pyg.accelerate import compile_potential
 from nbody_pyg.potential import Potential
 from nbody_pyg.training.build import potential_config, potential_from_config
 from nbody_pyg.training.clock import ProcessClock
@@ -63,6 +64,7 @@ class PotentialTask(LightningModule):
         )
         self._hparams_initial = dict(self.hparams)
         self._hparams_name = "kwargs"
+        self._compiled = compile_potential(self.potential, "training") if s.compile else None
         self.flat: FlatParameters | None = None
         self._groups: list[dict[str, Any]] = []
         self._meter: ErrorMeter | None = None
@@ -84,7 +86,8 @@ class PotentialTask(LightningModule):
         s = self.settings
         forces = "forces" in batch and (s.force_weight > 0 or not training)
         stress = "stress" in batch and s.stress_weight > 0
-        result = self.potential(batch, compute_forces=forces, compute_stress=stress, training=training)
+        evaluate = self._compiled if training and self._compiled is not None else self.potential
+        result = evaluate(batch, compute_forces=forces, compute_stress=stress, training=training)
         errors = {}
         if "energy" in batch:
             # Total energies, with E0, differ in float64; only their small difference is cast.

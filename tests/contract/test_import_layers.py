@@ -20,6 +20,7 @@ LAYERS = [
     "models",
     "explain",
     "potential",
+    "accelerate",
     "properties",
     "datasets",
     "training",

@@ -1,0 +1,229 @@
+"""compile_potential: the whole of energy and forces as one compiled program, opt-in and checked against eager mode."""
+
+from __future__ import annotations
+
+import itertools
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nbody_pyg.hierarchy.topology import Topology
+from nbody_pyg.kernels.opaque import opaque_products
+from nbody_pyg.kernels.operands import check_range
+from nbody_pyg.models import NBodyNet
+from nbody_pyg.potential import Potential, derivatives, parameter_gradients
+
+MODES = ("md", "training")
+#: Largest difference from eager mode, relative to the largest number of a result.
+_TOLERANCE = {torch.float32: 2e-4, torch.float64: 1e-9}
+
+
+class CompiledPotential:
+    r"""A potential whose evaluation is traced once, compiled by torch, and then run without Python in between.
+
+    Energy, and its derivative by positions (and strain), are recorded as one graph of any number of atoms and edges
+    (``make_fx``), in which the compiled products are single operators, and handed to ``torch.compile``. Programs of the
+    first batch and of the first one of another size are compared with eager mode: energies, forces, stress, and in mode
+    "training" the gradients of all parameters. Where tracing, compiling or the comparison fails, one warning says why
+    and everything runs in eager mode from then on. No global setting of torch is changed.
+
+    Call it as the potential itself. Batches that differ in kind from the first one (in their optional tensors, in sizes
+    that are 0 or 1, in sizes that are equal) run in eager mode.
+
+    Args:
+        potential: what is compiled: its model must be an :class:`~nbody_pyg.models.NBodyNet`. Its parameters are read
+            at every call, so that training goes on.
+        mode: "md": no gradients of parameters; "training": results that a loss can be differentiated through. Calls
+            with another value of ``training`` run in eager mode.
+        backend: of ``torch.compile``, e.g. "inductor" or "aot_eager".
+
+    Smoothness: that of the potential. Cost: a minute or more for the first call.
+    Raises: ValueError: an unknown mode. TypeError: another model than NBodyNet.
+    """
+
+    def __init__(self, potential: Potential, mode: str = "md", backend: str = "inductor") -> None:
+        if mode not in MODES:
+            raise ValueError(
+                f"mode must be one of {', '.join(MODES)}, got {mode!r}; 'md' for forces, 'training' to fit"
+            )
+        if not isinstance(potential.model, NBodyNet):
+            raise TypeError(f"potential must hold an NBodyNet to be compiled, got a {type(potential.model).__name__}")
+        self.potential, self.mode, self.backend = potential, mode, backend
+        self.failure: str | None = None
+        self.calls = self.compiled_calls = 0
+        self._programs: dict[tuple, _Program] = {}
+
+    def __call__(self, *arguments: Any, training: bool = False, **keywords: Any) -> dict[str, Tensor]:
+        """Results of the potential for the same arguments."""
+        self.calls += 1
+        forces = keywords.pop("compute_forces", True)
+        stress = keywords.pop("compute_stress", False)
+        eager = lambda: self.potential(  # noqa: E731
+            *arguments, training=training, compute_forces=forces, compute_stress=stress, **keywords
+        )
+        if self.failure is not None or training != (self.mode == "training") or not forces:
+            return eager()
+        system = self._system(*arguments, **keywords)
+        if system["charge"] is not None or system["charges"] is not None or self.potential.model.long_range is not None:
+            return eager()
+        tensors, layout = _flatten(self.potential.model.scheme, system, stress)
+        program = self._program(tensors, layout)
+        if program is None:
+            return eager()
+        self.potential.model.check_species(system["z"])  # a recorded graph checks nothing
+        try:
+            return self._run(program, tensors, system, training, eager)
+        except Exception as error:  # whatever a compiler may raise: eager mode is always there
+            self._give_up(f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}")
+            return eager()
+
+    def _system(self, z: Any, pos: Any = None, batch: Any = None, **keywords: Any) -> dict[str, Any]:
+        given = {key: keywords.get(key) for key in ("cell", "pbc", "topology", "charge", "charges")}
+        return self.potential._system(z, pos, batch, **given)
+
+    def _program(self, tensors: Sequence[Tensor], layout: _Layout) -> _Program | None:
+        sizes = [size for tensor in tensors for size in tensor.shape]
+        # Sizes of 0 and 1 broadcast, and equal sizes become one symbol: such a graph is right for its kind only.
+        kind = tuple(size if size < 2 else 2 + sizes.index(size) for size in sizes)
+        key = (layout, kind, tensors[0].dtype, tensors[0].device)
+        if not self._programs:
+            self._programs[key] = _Program(self.potential, layout, self.mode == "training", self.backend)
+        return self._programs.get(key)
+
+    def _run(self, program: _Program, tensors: list[Tensor], system: dict, training: bool, eager: Callable) -> dict:
+        sizes = [tuple(tensor.shape) for tensor in tensors]
+        known = sizes == program.seen or program.checks == 2
+        names = ("interaction_energy", "forces", "stress")
+        # Eager mode first: a table that is made once and kept must not be made of a tracer's tensors
+        wanted = None if known else eager()
+        with warnings.catch_warnings():
+            if not known:
+                warnings.simplefilter("ignore")  # what torch says to itself while it traces and compiles
+            results = dict(zip(names, program(tensors), strict=False))
+        if not known:
+            error = self._difference(results, wanted, training)
+            if not error <= _TOLERANCE[tensors[0].dtype]:
+                raise ArithmeticError(f"results differ from eager mode by {error:.1e} of their largest number")
+            program.seen, program.checks = sizes, program.checks + 1
+            # The comparison has used up the graph of the results
+            results = dict(zip(names, program(tensors), strict=False))
+        self.compiled_calls += 1
+        energy = results["interaction_energy"].to(torch.float64)
+        if self.potential.reference is not None:
+            energy = energy + self.potential.reference.energy(system["z"], system["batch"], system["num_graphs"])
+        return {**results, "energy": energy}
+
+    def _difference(self, found: dict[str, Tensor], wanted: dict[str, Tensor], training: bool) -> float:
+        """Largest relative difference, also of the gradients of a loss by all parameters."""
+        pairs = [(value, wanted[name]) for name, value in found.items()]
+        if training:
+            parameters = [p for p in self.potential.model.parameters() if p.requires_grad]
+            losses = [sum(value.square().sum() for value in column) for column in zip(*pairs, strict=True)]
+            pairs += zip(*(parameter_gradients(loss, parameters) for loss in losses), strict=True)
+        return float(torch.tensor([_relative(a.detach(), b.detach()) for a, b in pairs]).max())  # NaN stays NaN
+
+    def _give_up(self, reason: str) -> None:
+        self.failure = reason
+        self._programs.clear()
+        warnings.warn(f"compiling the potential failed ({reason}); it runs in eager mode", RuntimeWarning, stacklevel=3)
+
+    def __repr__(self) -> str:
+        state = "eager" if self.failure else f"{len(self._programs)} programs"
+        return f"CompiledPotential({self.mode}, {state})"
+
+
+def compile_potential(potential: Potential, mode: str = "md", backend: str = "inductor") -> CompiledPotential:
+    """The potential as a compiled program; see :class:`CompiledPotential`."""
+    return CompiledPotential(potential, mode, backend)
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """How a list of tensors stands for a system: for each field the number of its tensor, or None.
+
+    ``fields``: z, batch, cell, periodic, then num_parts, batch, child_index, child_shift, pair_index, pair_shift level
+    by level. Fields that share a tensor share a number (shells of one radius compute their features once).
+    """
+
+    fields: tuple[int | None, ...]
+    levels: int
+    stress: bool
+
+
+def _flatten(scheme: Any, system: dict[str, Any], stress: bool) -> tuple[list[Tensor], _Layout]:
+    topology = system["topology"]
+    if topology is None:
+        topology = scheme.topology(*(system[key] for key in ("z", "pos", "batch", "cell", "pbc")))
+    count = topology.num_levels
+    batches = [system["batch"], *(topology.batch(k) for k in range(1, count))]
+    columns = (topology.num_parts, batches, topology.child_index, topology.child_shift,
+               topology.pair_index, topology.pair_shift)  # fmt: skip
+    values = [system["z"], system["batch"], system["cell"], topology.periodic, *itertools.chain(*columns)]
+    _check_edges(topology)
+    tensors, numbers = [system["pos"].detach()], {}
+    for value in values:
+        if value is not None and id(value) not in numbers:
+            numbers[id(value)] = len(tensors)
+            tensors.append(value.detach())
+    fields = tuple(None if value is None else numbers[id(value)] for value in values)
+    return tensors, _Layout(fields, count, stress)
+
+
+def _check_edges(topology: Topology) -> None:
+    """Compiled code follows edges wherever they lead."""
+    for level in range(topology.num_levels):
+        size, child, pair = topology.size(level), topology.child_index[level], topology.pair_index[level]
+        if child is not None and (level == 1 or child is not topology.child_index[level - 1]):
+            check_range(f"child_index[{level}][0]", child[0], topology.size(level - 1))
+            check_range(f"child_index[{level}][1]", child[1], size)
+        if pair is not None:
+            check_range(f"pair_index[{level}]", pair, size)
+
+
+class _Program:
+    """One traced and compiled evaluation: a list of tensors to interaction energies, forces and stress."""
+
+    def __init__(self, potential: Potential, layout: _Layout, training: bool, backend: str) -> None:
+        self.potential, self.layout, self.training, self.backend = potential, layout, training, backend
+        self.seen: list[tuple[int, ...]] | None = None
+        self.checks = 0
+        self._compiled: Callable | None = None
+
+    def __call__(self, tensors: list[Tensor]) -> list[Tensor]:
+        if self._compiled is None:
+            self._compiled = torch.compile(self._trace(tensors), dynamic=True, backend=self.backend)
+        with torch.set_grad_enabled(self.training):
+            return self._compiled(*tensors)
+
+    def _trace(self, tensors: list[Tensor]) -> torch.fx.GraphModule:
+        from torch.fx.experimental.proxy_tensor import make_fx
+
+        # Parameters stay what they are, constants of the graph with sizes of their own
+        with opaque_products():
+            graph = make_fx(self._evaluate, tracing_mode="symbolic", _allow_non_fake_inputs=True)(*tensors)
+        graph.graph.eliminate_dead_code()
+        graph.recompile()
+        return graph
+
+    def _evaluate(self, pos: Tensor, *rest: Tensor) -> list[Tensor]:
+        model, layout = self.potential.model, self.layout
+        z, _, cell, periodic, *fields = (None if n is None else (pos, *rest)[n] for n in layout.fields)
+        count = layout.levels
+        parts, batches, child, child_shift, pair, pair_shift = (tuple(fields[k * count :][:count]) for k in range(6))
+        topology = Topology(parts, child, pair, child_shift, pair_shift, None, periodic).assume(batches)
+
+        def energy(pos: Tensor, cell: Tensor | None) -> Tensor:
+            hierarchy = model.scheme.hierarchy(topology, z, pos, cell)
+            return model.total(hierarchy) * self.potential.scale.to(pos.dtype)
+
+        found = derivatives(energy, pos, cell, batches[0], layout.stress, create_graph=self.training)
+        return found if self.training else [value.detach() for value in found]
+
+
+def _relative(found: Tensor, wanted: Tensor) -> float:
+    size = max(float(wanted.abs().max()), 1e-6) if wanted.numel() else 1.0
+    return float((found - wanted).abs().max()) / size if wanted.numel() else 0.0
