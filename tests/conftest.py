@@ -116,10 +116,19 @@ def random_rotation(generator):
     return lambda determinant=1: _orthogonal(determinant, generator)
 
 
+class _Copies(dict):
+    """Gives out copies, so that no test can change the molecules of the next one."""
+
+    def __getitem__(self, name):
+        return tuple(t.clone() for t in super().__getitem__(name))
+
+
 @pytest.fixture(scope="session")
 def molecules() -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """Name -> atomic numbers ``[N]`` and positions ``[N, 3]`` in float64."""
-    return {name: (torch.tensor(z), torch.tensor(pos, dtype=torch.float64)) for name, (z, pos) in MOLECULES.items()}
+    return _Copies(
+        {name: (torch.tensor(z), torch.tensor(pos, dtype=torch.float64)) for name, (z, pos) in MOLECULES.items()}
+    )
 
 
 @pytest.fixture(params=sorted(MOLECULES))

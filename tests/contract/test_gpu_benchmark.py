@@ -71,6 +71,7 @@ def test_a_wrong_kernel_fails_the_check_and_other_sections_go_on(gpu, tmp_path, 
     assert "failed sections: check" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_models_on_a_device_and_missing_peers(gpu, tmp_path, capsys):
     words = ("--waters", "1", "--batches", "1", "--backends", "torch", "--models", "NBodyNet", "PaiNN")
     status, found = _run(gpu, tmp_path, *words, "--sections", "model", "training")

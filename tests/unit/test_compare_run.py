@@ -125,6 +125,7 @@ def _point(frames: Path, **training) -> Point:
     return Point("schnet", "SchNet (PyG)", "schnet", arguments, data, settings, points=3)
 
 
+@pytest.mark.slow
 def test_a_budget_of_time_is_kept_and_the_curve_costs_nothing(frames, tmp_path):
     record = run_point(_point(frames, budget_seconds=0.4), tmp_path, note=lambda _: None)
     assert 0.4 <= record["cpu_seconds"] < 0.6
@@ -132,11 +133,13 @@ def test_a_budget_of_time_is_kept_and_the_curve_costs_nothing(frames, tmp_path):
     assert record["steps"] > 5
 
 
+@pytest.mark.slow
 def test_the_same_point_gives_the_same_result(frames, tmp_path):
     one, other = (run_point(_point(frames, max_steps=4), tmp_path / n, note=lambda _: None) for n in ("a", "b"))
     assert one["test"] == other["test"]
 
 
+@pytest.mark.slow
 def test_a_run_that_diverges_is_recorded_as_failed(frames, tmp_path):
     record = run_point(_point(frames, max_steps=40, lr=1e9, clip_norm=None), tmp_path, note=lambda _: None)
     assert record["status"] == "failed"

@@ -179,6 +179,7 @@ def test_first_and_second_derivatives_against_finite_differences(generator):
         assert torch.autograd.gradgradcheck(call, inputs, fast_mode=True)
 
 
+@pytest.mark.slow
 def test_shared_edges_and_long_sums_change_no_number(generator, monkeypatch):
     """Edges of one node on several programs, weights loaded in the loop, many groups and chunks."""
     irreps = hidden_irreps(2, 1)
