@@ -4,7 +4,7 @@
 
 E+F of droplets of water, one thread, float32, with the search for the topology included (a part of every step here:
 the hierarchy follows the positions). ``all pairs`` has one level of neighbourhoods that hold the whole droplet, with
-the same channels and degrees. The crossing point is where the lines of both meet, from fits of the powers.
+the same channels and degrees. The crossing point is where the measured curves of both meet.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import torch
 from report import arguments, show, start, write
 from systems import water
@@ -24,6 +25,11 @@ from nbody_pyg.potential import Potential
 #: Atoms from which on exponents are fitted.
 _LARGE = 450
 HEAD = ["network", "atoms", "nodes", "E+F and topology ms", "of it topology ms", "us per atom", "memory MB"]
+
+
+def _diameter(waters: int) -> float:
+    """A radius that no pair of the droplet exceeds, angstrom."""
+    return 2.0 * float(water(waters).pos.norm(dim=1).max()) + 1.0
 
 
 def measure(name: str, scheme: Scheme, waters: int, channels: int, seconds: float) -> dict[str, Any]:
@@ -59,32 +65,37 @@ def fits(records: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
             large = [r for r in records if r["network"] == name]
         atoms = [r["atoms"] for r in large]
         found[name] = {"time": exponent(atoms, [r["evaluate_s"] for r in large])}
-        # straight line through the largest system, with the fitted slope
-        found[name]["seconds_per_power"] = large[-1]["evaluate_s"] / atoms[-1] ** found[name]["time"]
         if all(r["memory_bytes"] for r in large):
             found[name]["memory"] = exponent(atoms, [r["memory_bytes"] for r in large])
     return found
 
 
-def crossing(found: dict[str, dict[str, float]]) -> float | None:
-    """Atoms at which both take the same time."""
-    if len(found) < 2:
-        return None
-    one, two = found["survivors"], found["all pairs"]
-    return math.exp(math.log(one["seconds_per_power"] / two["seconds_per_power"]) / (two["time"] - one["time"]))
+def crossing(records: list[dict[str, Any]]) -> float | None:
+    """Atoms from which on all pairs take longer, by straight lines between the points of a log-log plot."""
+
+    def line(name: str) -> tuple[list[float], list[float]]:
+        own = sorted((r["atoms"], r["evaluate_s"]) for r in records if r["network"] == name)
+        return [math.log(atoms) for atoms, _ in own], [math.log(seconds) for _, seconds in own]
+
+    (x, y), (u, v) = line("all pairs"), line("survivors")
+    grid = np.linspace(max(x[0], u[0]), min(x[-1], u[-1]), 1000)
+    longer = np.nonzero(np.interp(grid, x, y) > np.interp(grid, u, v))[0]
+    return None if len(longer) == 0 else float(np.exp(grid[longer[0]]))
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = arguments(__doc__.split("\n")[0], "hierarchy.json")
     parser.add_argument("--waters", type=int, nargs="+", default=[50, 167, 500, 1667, 6667], help="molecules")
-    parser.add_argument("--all-pairs", type=int, nargs="+", default=[17, 33, 67, 133], help="molecules, all pairs")
+    parser.add_argument(
+        "--all-pairs", type=int, nargs="+", default=[33, 67, 133, 200, 267], help="molecules, all pairs"
+    )
     parser.add_argument("--channels", type=int, default=16)
     parser.add_argument("--seconds", type=float, default=4.0, help="CPU time for each case, at least two rounds")
     args = parser.parse_args(argv)
     records = []
     with start():
         survivors = SmoothSurvivors((3.0, 6.0), (5.0, 9.0, 12.0))
-        cases = [("all pairs", NestedShells((1e4,)), n) for n in args.all_pairs]
+        cases = [("all pairs", NestedShells((_diameter(n),)), n) for n in args.all_pairs]
         for name, scheme, waters in cases + [("survivors", survivors, n) for n in args.waters]:
             records.append(measure(name, scheme, waters, args.channels, args.seconds))
             print(records[-1], flush=True)
@@ -95,7 +106,7 @@ def main(argv: list[str] | None = None) -> int:
     ]  # fmt: skip
     show("droplets of water", HEAD, rows)
     found = fits(records)
-    meet = crossing(found)
+    meet = crossing(records)
     for name, values in found.items():
         memory = f", memory ~ N^{values['memory']:.2f}" if "memory" in values else ""
         print(f"{name}: time ~ N^{values['time']:.2f}{memory}")
