@@ -17,8 +17,6 @@ from nbody_pyg.multipoles.coefficients import check_lmax
 from nbody_pyg.nn.edges import EdgeFeatures, sum_into
 from nbody_pyg.nn.irreps import equal_multiplicity, row_slices
 
-#: Factor of weights on which sums over all pairs depend: steps of the optimizer would shake the energy otherwise.
-SLOW = 0.1
 METHODS = ("direct", "hierarchy", "ewald")
 
 
@@ -135,7 +133,7 @@ class LatentCharges(nn.Module):
             self.dipole = nn.Parameter(torch.randn(features, channels) * 0.1 * features**-0.5)
         if settings.elements:
             # Not zero: an energy that is bilinear in charges has no slope there
-            self.own = nn.Parameter(torch.randn(num_species, channels) * 0.3 / SLOW)
+            self.own = nn.Parameter(torch.randn(num_species, channels) * 0.3)
         gain = torch.zeros(channels)
         gain[0] = 1.0
         self.register_buffer("gain", gain, persistent=False)
@@ -149,7 +147,7 @@ class LatentCharges(nn.Module):
     ) -> Float[Tensor, "atoms rows_out channels"]:
         charges = share.unsqueeze(1) * self.gain
         if self.own is not None:
-            charges = charges + SLOW * self.own.index_select(0, species)
+            charges = charges + self.own.index_select(0, species)
         if self.num_basis:
             charges = charges + self._transferred(x, species, edges)
         if self.dipole is None:

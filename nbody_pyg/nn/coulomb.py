@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from nbody_pyg.geometry import safe_norm
 from nbody_pyg.hierarchy import Hierarchy, Level, Scheme, SmoothSurvivors
 from nbody_pyg.multipoles import all_pairs, m2l
-from nbody_pyg.nn.charges import SLOW, LatentCharges, LongRangeSettings
+from nbody_pyg.nn.charges import LatentCharges, LongRangeSettings
 from nbody_pyg.nn.edges import EdgeFeatures
 from nbody_pyg.nn.ewald import EwaldField
 from nbody_pyg.nn.interaction import SoftNorm
@@ -18,6 +18,8 @@ from nbody_pyg.nn.translation import AcrossGate, DownGate, Translation, UpGate, 
 from nbody_pyg.radial import plateau_window
 from nbody_pyg.units import COULOMB
 
+#: Factor of the strengths: full steps of an optimizer would shake an energy that sums over all pairs.
+_SLOW = 0.1
 #: Share of a pair radius up to which parts leave all to their children.
 _PLATEAU = 0.7
 
@@ -200,7 +202,7 @@ class LongRange(nn.Module):
             self.field = DirectField(lmax, settings.width)
         signs = torch.ones(settings.channels)
         signs[1::2] = -1.0
-        self.strength = nn.Parameter(signs / SLOW)
+        self.strength = nn.Parameter(signs / _SLOW)
         self.local = nn.Parameter(torch.zeros(num_species, 2 * settings.channels))
         features = 0 if irreps is None else irreps[0].mul
         self.local_states = nn.Linear(features, 2 * settings.channels, bias=False) if features else None
@@ -228,7 +230,7 @@ class LongRange(nn.Module):
             )
         else:
             field = self.field(moments, hierarchy)
-        pairs = (moments * field).sum(1) * (0.5 * COULOMB * SLOW * self.strength)
+        pairs = (moments * field).sum(1) * (0.5 * COULOMB * _SLOW * self.strength)
         return (pairs + self._local(x, species, moments[:, 0])).sum(1)
 
     def _local(self, x: Tensor | None, species: Tensor, charges: Tensor) -> Tensor:

@@ -247,7 +247,7 @@ def test_energy_is_finite_and_smooth_where_atoms_meet():
     net = _net(NestedShells((4.0,)), {"elements": True, "transfers": False})
     r = torch.tensor([0.0, 1e-6, 1e-3, 2e-3], dtype=torch.float64)
     z = torch.tensor([6, 8])
-    own = 0.1 * net.long_range.charges.own[[1, 3]].detach()
+    own = net.long_range.charges.own[[1, 3]].detach()
     field = net.long_range.field
     for x in r:
         pos = torch.stack([torch.zeros(3), torch.tensor([0.0, float(x), 0.0])]).double().requires_grad_(True)
