@@ -6,7 +6,7 @@ import inspect
 import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from ase.data import atomic_numbers, chemical_symbols
@@ -14,34 +14,19 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch_geometric.data import Batch, Data
 
-from nbody_pyg.geometry import apply_strain, check_batch, check_cell, check_positions
+from nbody_pyg.geometry import apply_strain, check_batch, check_cell, check_positions, edge_vectors, neighbour_list
+from nbody_pyg.hierarchy.levels import Hierarchy
 from nbody_pyg.hierarchy.topology import Topology
 from nbody_pyg.kernels.scope import skip_weight_gradients
+from nbody_pyg.models import Surroundings
+from nbody_pyg.nn.exact import Float64Buffers
+from nbody_pyg.nn.repulsion import ZBLRepulsion, short_edges
 
 #: Arguments that a model's forward may have beside z, pos and batch.
 _OPTIONAL = ("cell", "pbc", "topology", "charge", "charges")
 
 
-class _Float64Buffers(nn.Module):
-    """Keeps the buffers named in ``_float64`` in double precision through ``.float()`` and ``.to(dtype)``.
-
-    Total energies are of the order of 1e4 eV: a cast to float32 and back would lose about 1 meV for good.
-    """
-
-    _float64: tuple[str, ...] = ()
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        exact = {name: self._buffers[name] for name in self._float64}
-        super()._apply(fn, recurse)
-        for name, before in exact.items():
-            after = self._buffers[name]
-            # Storage without data (the meta device) has nothing to preserve.
-            source = after if before.is_meta else before
-            self._buffers[name] = source.to(device=after.device, dtype=torch.float64)
-        return self
-
-
-class AtomicReference(_Float64Buffers):
+class AtomicReference(Float64Buffers):
     r"""Energies of isolated atoms, summed per graph in float64.
 
     .. math:: E^{ref}_b = \sum_{i \in b} E_0(z_i)
@@ -133,16 +118,47 @@ def _elements(numbers: Iterable[int]) -> str:
     return ", ".join(f"{symbol(n)} ({n})" for n in numbers)
 
 
-class Potential(_Float64Buffers):
+class EnergyParts(NamedTuple):
+    """An energy taken apart; everything sums to the energy of the potential.
+
+    ===============  ==========================  ============================================================
+    field            shape, unit                 meaning
+    ===============  ==========================  ============================================================
+    ``hierarchy``                                positions and members of the parts
+    ``levels``       {level: [num_parts]}, eV    interaction energy that the network reads off each part
+    ``repulsion``    [num_atoms], eV             half of the repulsion of each of the atom's close pairs
+    ``reference``    [num_atoms], eV             energy of the isolated atom
+    ===============  ==========================  ============================================================
+
+    float64. With a network in float64 the sum is exact to round-off; with one in float32 it differs by the
+    rounding of its own sum.
+    """
+
+    hierarchy: Hierarchy
+    levels: dict[int, Tensor]
+    repulsion: Tensor
+    reference: Tensor
+
+    def total(self) -> Float[Tensor, " graphs"]:
+        """Energy of each system."""
+        graphs = self.hierarchy.num_graphs
+        whole = self.reference.new_zeros(graphs).index_add(0, self.hierarchy[0].batch, self.reference + self.repulsion)
+        for k, values in self.levels.items():
+            whole = whole.index_add(0, self.hierarchy[k].batch, values)
+        return whole
+
+
+class Potential(Float64Buffers):
     r"""Energy, forces and stress of any model that returns one energy per graph.
 
     .. math::
-        E = \sum_i E_0(z_i) + s\, E_\theta(z, r), \qquad
+        E = \sum_i E_0(z_i) + s\, E_\theta(z, r) + \sum_{i<j} V_{z_i z_j}(r_{ij}), \qquad
         F_i = -\frac{\partial E}{\partial r_i}, \qquad
         \sigma = \frac{1}{V}
             \Big[\frac{\partial}{\partial \epsilon} E(r(1+\epsilon), C(1+\epsilon))\Big]_{\epsilon=0}
 
-    with a symmetric strain; the sign of the stress is ASE's (positive when the system pulls inwards).
+    with a symmetric strain; the sign of the stress is ASE's (positive when the system pulls inwards). V is the
+    repulsion of nuclei nearer than a bond, :class:`~nbody_pyg.nn.repulsion.ZBLRepulsion`.
 
     ========================  =======================  =====================================================
     key of the result         shape, unit              dtype
@@ -160,8 +176,11 @@ class Potential(_Float64Buffers):
             ``topology``, ``charge`` and ``charges`` are filled when the model's forward has them.
         reference: energies of the isolated atoms, as a module or as the dict that makes one, or None.
         scale: multiplies the output of the model.
+        repulsion: "zbl", a repulsion of one's own, or None; "auto" is "zbl" for an :class:`NBodyNet` of the
+            practical preset that gives energies, and None for every other model. Training takes the reach of the
+            repulsion from its frames: ``ZBLRepulsion.from_frames``.
 
-    Smoothness: that of the model.
+    Smoothness: that of the model; the repulsion has two continuous derivatives where it ends.
     Cost: one forward and one backward pass of the model; forces and stress share the backward pass.
 
     Raises:
@@ -175,6 +194,7 @@ class Potential(_Float64Buffers):
         model: nn.Module,
         reference: AtomicReference | Mapping[int | str, float] | None = None,
         scale: float = 1.0,
+        repulsion: ZBLRepulsion | str | None = "auto",
     ) -> None:
         super().__init__()
         if not isinstance(model, nn.Module):
@@ -189,6 +209,7 @@ class Potential(_Float64Buffers):
             raise ValueError(f"scale must be finite and not zero, got {scale!r}; 1.0 leaves the model as it is")
         self.model = model
         self.reference = reference
+        self.repulsion = _repulsion(repulsion, model)
         self.register_buffer("scale", torch.tensor(float(scale), dtype=torch.float64))
         names = inspect.signature(model.forward).parameters
         free = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in names.values())
@@ -247,7 +268,10 @@ class Potential(_Float64Buffers):
                 pos = pos.detach().requires_grad_(True)
             if compute_stress:
                 strain, volume = self._strain(system, pos)
-            interaction = self._interaction(system, pos, strain)
+            # The repulsion has no weights: unless the caller goes on to differentiate by positions, its forces
+            # need no graph, and a loss on them no second backward pass.
+            follow = training and system["pos"].requires_grad
+            interaction = self._interaction(system, pos, strain, repel=follow)
             results = {"interaction_energy": interaction}
             if derivative:
                 inputs = [pos] if strain is None else [pos, strain]
@@ -256,11 +280,51 @@ class Potential(_Float64Buffers):
                     results["forces"] = -gradients[0]
                 if compute_stress:
                     results["stress"] = gradients[1] / volume.reshape(-1, 1, 1)
-            energy = interaction.to(torch.float64)
+            if self.repulsion is not None and not follow:
+                self._add_repulsion(results, system)
+            energy = results["interaction_energy"].to(torch.float64)
             if self.reference is not None:
                 energy = energy + self.reference.energy(system["z"], system["batch"], system["num_graphs"])
             results["energy"] = energy
         return results if training else {key: value.detach() for key, value in results.items()}
+
+    @torch.no_grad()
+    def energies(
+        self,
+        z: Int[Tensor, " atoms"] | Data,
+        pos: Float[Tensor, "atoms 3"] | None = None,
+        batch: Int[Tensor, " atoms"] | None = None,
+        *,
+        cell: Float[Tensor, "*graphs 3 3"] | None = None,
+        pbc: Bool[Tensor, "*graphs 3"] | bool | None = None,
+        topology: Topology | None = None,
+        charge: Tensor | None = None,
+        charges: Tensor | None = None,
+    ) -> EnergyParts:
+        """What each part of the hierarchy contributes to the energy; see :class:`EnergyParts`.
+
+        Raises: ValueError: a model that does not say, such as one that is not an :class:`NBodyNet`.
+        """
+        if not hasattr(self.model, "hierarchy") or not hasattr(self.model, "energies"):
+            raise ValueError(
+                f"{type(self.model).__name__} gives one energy per system and nothing below it; energies of parts "
+                "need a model with hierarchy() and energies(), such as NBodyNet"
+            )
+        system = self._system(z, pos, batch, cell, pbc, topology, charge, charges)
+        inputs = (system["z"], system["pos"], system["batch"])
+        hierarchy = self.model.hierarchy(*inputs, cell=system["cell"], pbc=system["pbc"], topology=system["topology"])
+        surroundings = Surroundings.of(hierarchy, system["charge"], system["charges"], system["cell"], system["pbc"])
+        found = self.model.energies(hierarchy, surroundings)
+        levels = {k: (value * self.scale.to(value.dtype)).double() for k, value in found.items()}
+        zero = torch.zeros(len(system["z"]), dtype=torch.float64, device=system["z"].device)
+        repulsion, reference = zero, zero
+        if self.repulsion is not None:
+            index, shift = self._short_edges(system)
+            vec = edge_vectors(system["pos"], index, shift, system["cell"], system["batch"])
+            repulsion = self.repulsion.energy(system["z"], index, vec).double()
+        if self.reference is not None:
+            reference = self.reference.energy(system["z"], torch.arange(len(zero), device=zero.device), len(zero))
+        return EnergyParts(hierarchy, levels, repulsion, reference)
 
     def hessian_vector_product(
         self,
@@ -286,7 +350,7 @@ class Potential(_Float64Buffers):
             raise ValueError(f"vector must have the shape of pos {list(system['pos'].shape)}, got {list(vector.shape)}")
         with torch.enable_grad():
             pos = system["pos"].detach().requires_grad_(True)
-            (slope,) = _gradient(self._interaction(system, pos, None).sum(), [pos], create_graph=True)
+            (slope,) = _gradient(self._interaction(system, pos, None, repel=True).sum(), [pos], create_graph=True)
             (product,) = _gradient((slope * vector.to(slope.dtype)).sum(), [pos], create_graph=False)
         return product.detach()
 
@@ -312,7 +376,7 @@ class Potential(_Float64Buffers):
             )
         with torch.enable_grad():
             pos = system["pos"].detach().requires_grad_(True)
-            (slope,) = _gradient(self._interaction(system, pos, None).sum(), [pos], create_graph=True)
+            (slope,) = _gradient(self._interaction(system, pos, None, repel=True).sum(), [pos], create_graph=True)
             rows = [_gradient(s, [pos], create_graph=False, retain_graph=True)[0] for s in slope.flatten()]
         return torch.stack(rows).reshape(pos.numel(), pos.numel()).detach()
 
@@ -391,8 +455,8 @@ class Potential(_Float64Buffers):
             pos.dtype
         )
 
-    def _interaction(self, system: dict[str, Any], pos: Tensor, strain: Tensor | None) -> Tensor:
-        """Scaled output of the model, [num_graphs]."""
+    def _interaction(self, system: dict[str, Any], pos: Tensor, strain: Tensor | None, repel: bool) -> Tensor:
+        """Scaled output of the model, [num_graphs]; with ``repel`` plus the repulsion, differentiable."""
         cell = system["cell"]
         if strain is not None:
             pos, cell = apply_strain(pos, cell, system["batch"], strain)
@@ -408,7 +472,60 @@ class Potential(_Float64Buffers):
                 f"{type(self.model).__name__} must return one energy per graph, [{num_graphs}] or "
                 f"[{num_graphs}, 1], got {shape}; sum the atoms of each graph with its batch vector"
             )
-        return output.reshape(num_graphs) * self.scale.to(output.dtype)
+        interaction = output.reshape(num_graphs) * self.scale.to(output.dtype)
+        if repel and self.repulsion is not None:
+            index, shift = self._short_edges(system)
+            vec = edge_vectors(pos, index, shift, cell, system["batch"])
+            interaction = interaction.index_add(0, system["batch"], self.repulsion.energy(system["z"], index, vec))
+        return interaction
+
+    def _short_edges(self, system: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
+        """Edges that hold every pair within reach of the repulsion: those of the hierarchy, or a list of its own."""
+        found = short_edges(getattr(self.model, "scheme", None), system["topology"], self.repulsion.longest)
+        if found is None:
+            found = neighbour_list(
+                system["pos"], self.repulsion.longest, system["batch"], system["cell"], system["pbc"]
+            )
+        return found
+
+    @torch.no_grad()
+    def _add_repulsion(self, results: dict[str, Tensor], system: dict[str, Any]) -> None:
+        """Add the repulsion to energy, forces and stress, by its explicit derivative."""
+        pos, batch = system["pos"], system["batch"]
+        index, shift = self._short_edges(system)
+        near = self.repulsion.contacts(system["z"], index, edge_vectors(pos, index, shift, system["cell"], batch))
+        if near.energy.shape[0] == 0:
+            return
+        target = near.index[1]
+        pull = near.slope.unsqueeze(-1) * near.vec / near.vec.norm(dim=-1, keepdim=True)
+        energy = results["interaction_energy"]
+        with torch.enable_grad():  # the part of the model keeps its graph
+            results["interaction_energy"] = energy.index_add(0, batch[target], 0.5 * near.energy)
+            if "forces" in results:
+                results["forces"] = results["forces"].index_add(0, target, pull)
+        if "stress" in results:
+            virial = torch.einsum("ea,eb->eab", 0.5 * pull, near.vec)
+            volume = torch.linalg.det(system["cell"].double()).abs().to(pos.dtype).reshape(-1, 1, 1)
+            stress = torch.zeros_like(results["stress"]).index_add(0, batch[target], virial) / volume
+            with torch.enable_grad():
+                results["stress"] = results["stress"] + stress
+
+
+def _repulsion(repulsion: ZBLRepulsion | str | None, model: nn.Module) -> ZBLRepulsion | None:
+    if repulsion == "auto":
+        energies = str(getattr(model, "irreps_out", "")) == "1x0e" and getattr(model, "target", "") == "extensive"
+        repulsion = "zbl" if energies and getattr(model, "preset", "") == "practical" else None
+    if repulsion == "zbl":
+        species = getattr(model, "species", None)
+        if species is None:
+            raise ValueError(
+                f"repulsion 'zbl' needs the elements, which {type(model).__name__} does not name in an attribute "
+                "'species'; pass ZBLRepulsion([1, 6, 8]) with yours"
+            )
+        return ZBLRepulsion(species)
+    if repulsion is not None and not isinstance(repulsion, ZBLRepulsion):
+        raise ValueError(f"repulsion must be 'auto', 'zbl', None or a ZBLRepulsion, got {repulsion!r}")
+    return repulsion
 
 
 def derivatives(

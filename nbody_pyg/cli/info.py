@@ -32,6 +32,7 @@ def info(args: argparse.Namespace) -> int:
         ("dtype", header["dtype"]),
         ("elements", " ".join(chemical_symbols[z] for z in species)),
         *_scales(header),
+        ("repulsion", _repulsion(header.get("repulsion"))),
         ("format version", header["format_version"]),
         ("written with", ", ".join(f"{name} {version}" for name, version in header["versions"].items())),
         ("units", ", ".join(f"{name} {unit}" for name, unit in header["units"].items())),
@@ -71,6 +72,12 @@ def _scales(header: dict) -> list[tuple[str, str]]:
         text = f"{p['readout']}, {p['unit'] or 'no unit'}; mean {known['mean']:.6g}, scale {known['scale']:.6g}"
         rows.append((f"target {p['name']}", text))
     return rows
+
+
+def _repulsion(described: dict | None) -> str:
+    if described is None:
+        return "none"
+    return f"{described['name']}, below {', '.join(f'{k} {v:.2f}' for k, v in described['reach'].items())} angstrom"
 
 
 def _products() -> str:

@@ -17,7 +17,6 @@ from nbody_pyg.accelerate import compile_potential
 from nbody_pyg.deploy.model_file import load_model, read_metadata
 from nbody_pyg.deploy.reference import reference_topology
 from nbody_pyg.hierarchy import Topology, TopologyCache
-from nbody_pyg.models import Surroundings
 from nbody_pyg.potential import Potential
 
 _DTYPES = {"float32": torch.float32, "float64": torch.float64}
@@ -165,13 +164,6 @@ class NBodyCalculator(Calculator):
         """Contribution of each atom with its E0; they sum to the energy."""
         if self.scheme is None or not getattr(self.scheme, "centred", False):
             raise PropertyNotImplementedError("energies need a hierarchy in which every part is centred on an atom")
-        model = self.potential.model
-        with torch.no_grad():
-            hierarchy = model.hierarchy(z, pos, batch, cell=cell, topology=topology)
-            surroundings = Surroundings.of(hierarchy, cell=cell, pbc=pbc, **charges)
-            parts = [value for value in model.energies(hierarchy, surroundings).values() if len(value) == len(z)]
-            total = torch.stack(parts).sum(0) * self.potential.scale
-        total = total.double()
-        if self.potential.reference is not None:
-            total = total + self.potential.reference.energy(z, torch.arange(len(z), device=z.device), len(z))
-        return total.cpu().numpy()
+        parts = self.potential.energies(z, pos, batch, cell=cell, pbc=pbc, topology=topology, **charges)
+        own = [values for k, values in parts.levels.items() if len(values) == len(z)]
+        return (torch.stack(own).sum(0) + parts.repulsion + parts.reference).cpu().numpy()

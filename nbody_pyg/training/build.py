@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from nbody_pyg.nn.repulsion import ZBLRepulsion
 from nbody_pyg.potential import AtomicReference, Potential
 from nbody_pyg.properties import PropertyModel
 
@@ -30,6 +31,7 @@ def potential_config(potential: Potential | PropertyModel) -> dict[str, Any]:
         "model": described,
         "e0": None if reference is None else {str(z): e for z, e in reference.energies.items()},
         "scale": float(potential.scale),
+        "repulsion": None if potential.repulsion is None else potential.repulsion.config(),
         "dtype": str(potential.dtype or torch.float32).removeprefix("torch."),
     }
 
@@ -54,7 +56,10 @@ def potential_from_config(config: dict[str, Any], model: nn.Module | None = None
         return PropertyModel.from_config(config["property"], model).to(_DTYPES[config["dtype"]])
     e0 = config["e0"]
     reference = None if e0 is None else AtomicReference({int(z): e for z, e in e0.items()})
-    return Potential(model, reference, config["scale"]).to(_DTYPES[config["dtype"]])
+    # Files of the first format have no repulsion, and their networks were trained without one.
+    described = config.get("repulsion")
+    repulsion = None if described is None else ZBLRepulsion.from_config(described)
+    return Potential(model, reference, config["scale"], repulsion).to(_DTYPES[config["dtype"]])
 
 
 def _build_model(described: dict[str, Any]) -> nn.Module:

@@ -62,6 +62,9 @@ class DataConfig:
         return one if self.one_molecule is None else self.one_molecule
 
 
+REPULSIONS = ("auto", "zbl", "none")
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """Preset, scheme and the arguments that go to the constructor of NBodyNet as they are."""
@@ -69,7 +72,12 @@ class ModelConfig:
     preset: str = "practical"
     scheme: Mapping[str, Any] = dataclasses.field(default_factory=lambda: {"name": "NestedShells"})
     scale: float | str = "forces"
+    repulsion: str = "auto"
     arguments: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.repulsion not in REPULSIONS:
+            raise ValueError(f"model.repulsion must be one of {', '.join(REPULSIONS)}, got {self.repulsion!r}")
 
 
 @dataclass(frozen=True)
@@ -100,6 +108,7 @@ class Config:
         """The nested form of the YAML file; reading it back gives an equal Config."""
         out = {name: dataclasses.asdict(getattr(self, name)) for name in ("data", "training", "output")}
         model = {"preset": self.model.preset, "scheme": dict(self.model.scheme), "scale": self.model.scale}
+        model["repulsion"] = self.model.repulsion
         target = {p.name: {"readout": p.readout, "unit": p.unit, "weight": p.weight} for p in self.target}
         whole = {"data": out["data"], "model": {**model, **self.model.arguments}, **out}
         return whole | ({"target": target} if target else {})
@@ -112,6 +121,7 @@ _SECTIONS = {"data": DataConfig, "training": TrainingConfig, "output": OutputCon
 _MODEL_KEYS = {
     "preset": "practical (for potentials) or strict (polynomial, as in the paper)",
     "scheme": "composition scheme, e.g. {name: BondTree, cutoff: 5.0}; see --model.scheme.<argument>",
+    "repulsion": "of nuclei nearer than a bond: zbl, none, or auto (zbl for the practical preset)",
     "scale": "factor of the network's output: forces (their root mean square) or a number",
 }
 
@@ -155,7 +165,7 @@ def parse_config(tree: Mapping[str, Any]) -> Config:
     scheme = {"name": "NestedShells"} | dict(model["scheme"] or {})
     return Config(
         data=DataConfig(**values["data"]),
-        model=ModelConfig(model["preset"], scheme, model["scale"], chosen),
+        model=ModelConfig(model["preset"], scheme, model["scale"], str(model["repulsion"] or "none").lower(), chosen),
         training=TrainingConfig(**values["training"]),
         output=OutputConfig(**values["output"]),
         target=target,
@@ -199,6 +209,7 @@ def config_parser() -> jsonargparse.ArgumentParser:
     group.add_argument("--model.preset", type=str, default="practical", help=_MODEL_KEYS["preset"])
     group.add_argument("--model.scheme", type=dict, default=None, help=_MODEL_KEYS["scheme"])
     group.add_argument("--model.scale", type=float | str, default="forces", help=_MODEL_KEYS["scale"])
+    group.add_argument("--model.repulsion", type=str | None, default="auto", help=_MODEL_KEYS["repulsion"])
     for name, default in model_arguments().items():
         # Types are the constructor's business: it knows its rules and words its errors.
         group.add_argument(f"--model.{name}", type=Any, default=default, help="argument of NBodyNet")

@@ -25,9 +25,10 @@ from nbody_pyg.datasets import (
 )
 from nbody_pyg.datasets.qm9 import TARGETS, TOTAL_ENERGIES
 from nbody_pyg.hierarchy import Scheme, Topology, share_topology
+from nbody_pyg.nn.repulsion import ZBLRepulsion
 from nbody_pyg.potential import AtomicReference, Potential
 from nbody_pyg.properties import Property, PropertyModel, fit_statistics, property_irreps
-from nbody_pyg.training.config import Config, DataConfig, model_arguments
+from nbody_pyg.training.config import Config, DataConfig, ModelConfig, model_arguments
 from nbody_pyg.training.run import force_variance
 
 if typing.TYPE_CHECKING:
@@ -134,6 +135,8 @@ def _split(frames: Sequence[Data], val: Sequence[Data] | None, tests: dict, conf
         num_val = 0 if val is not None else min(50, len(frames) // 10)
     num_train = config.num_train or len(frames) - num_val
     part = split_indices(len(frames), num_train, num_val, seed=config.split_seed).apply(frames)
+    if not tests and config.num_train is not None and len(part.test):
+        tests = {"rest": part.test}  # frames that nobody asked to train on
     return DataSets(part.train, part.val if val is None else val, tests)
 
 
@@ -158,7 +161,8 @@ def build_potential(config: Config, data: DataSets) -> Potential | PropertyModel
     if scale == "forces":
         scale = force_variance(data.train) ** 0.5
     model = _network(config, data)
-    return Potential(model, reference, float(scale)).to(getattr(torch, config.training.dtype))
+    repulsion = _repulsion(config.model, model.species, data.train)
+    return Potential(model, reference, float(scale), repulsion).to(getattr(torch, config.training.dtype))
 
 
 def _build_properties(config: Config, data: DataSets, properties: tuple[Property, ...]) -> PropertyModel:
@@ -189,6 +193,12 @@ def _network(config: Config, data: DataSets, **given: str) -> NBodyNet:
         raise ValueError(f"model.preset must be one of {sorted(presets)}, got {config.model.preset!r}")
     torch.manual_seed(config.training.seed)
     return presets[config.model.preset](species, scheme=scheme, **(arguments | given))
+
+
+def _repulsion(config: ModelConfig, species: Sequence[int], frames: Sequence[Data]) -> ZBLRepulsion | None:
+    """Repulsion that ends below the shortest distances of the training frames, which it leaves alone."""
+    wanted = config.repulsion == "zbl" or (config.repulsion == "auto" and config.preset == "practical")
+    return ZBLRepulsion.from_frames(species, frames) if wanted else None
 
 
 def _wanted(config: Config) -> list[str]:

@@ -12,6 +12,7 @@ import torch
 
 from nbody_pyg import NBodyNet, NestedShells, Potential
 from nbody_pyg.deploy import FORMAT_VERSION, load_model, save_model
+from nbody_pyg.nn.repulsion import ZBLRepulsion
 
 FOLDER = Path(__file__).parent
 Z = [6, 8, 1, 1, 1, 1]
@@ -30,5 +31,7 @@ if __name__ == "__main__":
     torch.manual_seed(11)
     net = NBodyNet([1, 6, 8], NestedShells((3.0, 3.0)), channels=2, lmax=1)
     target = FOLDER / f"model_format_{FORMAT_VERSION}.nbody"
-    save_model(Potential(net, {"H": -13.6, "C": -1030.5, "O": -2041.8}, 0.7), target, {"note": "golden"})
+    # Reaches beyond the bonds of methanol, so that the repulsion is part of what is kept.
+    repulsion = ZBLRepulsion([1, 6, 8], {"H-O": 1.2, "C-O": 1.6})
+    save_model(Potential(net, {"H": -13.6, "C": -1030.5, "O": -2041.8}, 0.7, repulsion), target, {"note": "golden"})
     target.with_suffix(".json").write_text(json.dumps(values(target)) + "\n")
