@@ -12,6 +12,7 @@ Covariant hierarchical N-body networks for atoms.
   nbody train configs/embedded.yaml                 train a potential, test it, keep it in one file
   nbody evaluate runs/embedded/model.nbody my.xyz   errors, parity plot, predictions
   nbody info runs/embedded/model.nbody              what is in a model file
+  nbody check runs/embedded/model.nbody             is its physics right? a table and a verdict
   nbody md runs/embedded/model.nbody start.xyz      molecular dynamics
   nbody hierarchy molecule.xyz --scheme BondTree    build, check and draw a hierarchy
   nbody compare --models nbody painn --budget 300   the same training for other models, one table
@@ -19,7 +20,7 @@ Covariant hierarchical N-body networks for atoms.
 Units: eV, angstrom, fs; tables in meV and meV/A."""
 
 _EXIT = """\
-exit status: 0 done; 1 error in the input; 2 wrong arguments; 143 or 130 stopped by SIGTERM or Ctrl-C
+exit status: 0 done; 1 error in the input; 2 wrong arguments; 3 a check failed; 143 or 130 stopped by SIGTERM or Ctrl-C
 after writing last.ckpt (go on with --output.resume true)"""
 
 
@@ -56,6 +57,19 @@ def build_parser() -> argparse.ArgumentParser:
     info = commands.add_parser("info", help="what is in a model file")
     info.add_argument("model", help="model file")
     info.add_argument("--json", action="store_true", help="everything, as JSON")
+
+    check = commands.add_parser("check", help="test the physics of a trained model")
+    check.add_argument("model", help="model file")
+    check.add_argument(
+        "--frames", default=None, help="structures: a file, or an embedded set (default: the model's own)"
+    )
+    check.add_argument(
+        "--nve-steps", type=int, default=1000, help="of the run at constant energy; 0: none (default: 1000)"
+    )
+    check.add_argument("--timestep", type=float, default=0.5, help="fs (default: 0.5)")
+    check.add_argument("--temperature", type=float, default=300.0, help="K (default: 300)")
+    check.add_argument("--seed", type=int, default=0, help="of rotations, samples and velocities (default: 0)")
+    check.add_argument("--json", default=None, metavar="FILE", help="write every line there too")
 
     md = commands.add_parser("md", help="molecular dynamics with ASE")
     md.add_argument("model", help="model file")
@@ -150,6 +164,10 @@ def _run(args: argparse.Namespace, rest: list[str]) -> int:
         from nbody_pyg.cli.info import info
 
         return info(args)
+    if args.command == "check":
+        from nbody_pyg.cli.check import check
+
+        return check(args)
     if args.command == "md":
         from nbody_pyg.cli.md import md
 

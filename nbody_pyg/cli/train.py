@@ -13,6 +13,7 @@ import torch
 from ase.data import chemical_symbols
 from torch_geometric.data import Data
 
+from nbody_pyg.cli.frames import sample_of
 from nbody_pyg.cli.plots import parity_plot, property_plot
 from nbody_pyg.cli.tables import error_table
 from nbody_pyg.datasets import label_audit
@@ -24,6 +25,9 @@ from nbody_pyg.training.config import Config, config_parser, load_config
 from nbody_pyg.training.evaluation import Evaluation, evaluate
 from nbody_pyg.training.prepare import DataSets, build_potential, load_data
 from nbody_pyg.training.property_task import PropertyEvaluation, evaluate_properties
+
+# Atoms of a structure that is kept in the model file, as text.
+_LARGEST_SAMPLE = 1000
 
 
 def train(path: str | None, overrides: Sequence[str] = (), wants_help: bool = False) -> int:
@@ -123,6 +127,8 @@ def _finish(
     }
     if config.data.shares_hierarchy:
         record["reference"] = {"z": data.train[0].z.tolist(), "pos": data.train[0].pos.tolist()}
+    if len(data.train[0].z) <= _LARGEST_SAMPLE:
+        record["sample"] = sample_of(data.train[0])  # on which `nbody check` can test the model
     save_model(potential, folder / "model.nbody", record)
     (folder / "errors.json").write_text(json.dumps(errors, indent=1) + "\n")
     print(f"model      {folder / 'model.nbody'}\nlog        {folder / 'metrics.csv'}")

@@ -5,11 +5,12 @@ Every helper takes a plain function ``energy(z, pos, batch) -> [num_graphs]``, a
 that returns ``{"energy": ..., "forces": ...}``. Modules are copied and tested in float64. By default
 geometries are drawn at random: they are never planar, hold several elements, and one of them is dense enough
 to reveal a cap on the number of neighbours. A result that does not depend on its input fails too: it would
-pass anything.
+pass anything. :func:`check_potential` measures all of it on a trained potential, and more.
 """
 
 from __future__ import annotations
 
+from nbody_pyg.testing.check import Check, CheckReport, check_potential
 from nbody_pyg.testing.physics import assert_conservative, assert_extensive
 from nbody_pyg.testing.separability import assert_separable, assert_size_transfer
 from nbody_pyg.testing.smoothness import assert_smooth
@@ -24,6 +25,8 @@ from nbody_pyg.testing.symmetry import (
 from nbody_pyg.testing.systems import System, random_molecule
 
 __all__ = [
+    "Check",
+    "CheckReport",
     "System",
     "assert_batch_independent",
     "assert_conservative",
@@ -34,6 +37,7 @@ __all__ = [
     "assert_size_transfer",
     "assert_smooth",
     "assert_translation_invariant",
+    "check_potential",
     "random_molecule",
     "rotate_features",
     "wigner_matrix",

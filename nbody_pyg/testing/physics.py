@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -106,27 +106,12 @@ def assert_conservative(
         _, forces = subject([system])
         if forces is None:
             raise ValueError("model returns no forces; return them, or only an energy from tensors with a graph")
-        chosen = torch.randperm(forces.numel(), generator=generator)[:_MAX_COORDINATES].sort().values
-        weights = torch.tensor([1.0, -8.0, 8.0, -1.0], dtype=forces.dtype) / (12.0 * step)
-        moved = []
-        for coordinate in chosen.tolist():
-            for factor in (-2.0, -1.0, 1.0, 2.0):
-                pos = system.pos.clone()
-                pos[coordinate // 3, coordinate % 3] += factor * step
-                moved.append(replace(system, pos=pos))
-        energies, slopes = subject.many(moved)
-        scale = float(forces.abs().max())
-        if not scale > 1e-8:
-            # Nothing acts on this system; the energy must then be flat (the others carry the signal).
-            scale = 1.0
-        atoms = [f"{int(c) // 3}{'xyz'[int(c) % 3]}" for c in chosen]
+        found = finite_differences(subject, system, forces, step, generator)
         where = f"assert_conservative: system {number}"
-        if energies.numel():
-            numeric = -(energies.reshape(-1, 4) * weights.to(energies)).sum(dim=1)
-            worst = max(worst, _compare_forces(forces.flatten()[chosen], numeric, scale, tolerance, atoms, where))
-        rows = torch.stack([s.flatten()[chosen] for s in slopes]).reshape(len(atoms), 4, -1)
-        jacobian = (rows * weights.to(rows)[None, :, None]).sum(dim=1)
-        skew = (jacobian - jacobian.T).abs() / max(float(jacobian.abs().max()), scale)
+        atoms = found.names
+        if found.numeric is not None:
+            worst = max(worst, _compare_forces(found.forces, found.numeric, found.scale, tolerance, atoms, where))
+        jacobian, skew = found.jacobian, found.skew
         worst = max(worst, float(skew.max()))
         if not worst <= tolerance:
             a, b = divmod(int(skew.argmax()), len(atoms))
@@ -137,6 +122,44 @@ def assert_conservative(
                 f"relative error {float(skew.max()):.3e} exceeds {tolerance:.1e}"
             )
     return worst
+
+
+class Differences(NamedTuple):
+    """Differences of energies and forces by some coordinates of one system.
+
+    ``forces`` and ``numeric`` (None without energies) [c] in eV/A, ``jacobian`` [c, c] in eV/A^2, ``skew`` [c, c]
+    its antisymmetric part relative to the largest entry, ``scale`` the largest force, ``names`` of the coordinates.
+    """
+
+    forces: Tensor
+    numeric: Tensor | None
+    jacobian: Tensor
+    skew: Tensor
+    scale: float
+    names: list[str]
+
+
+def finite_differences(
+    subject: Subject, system: System, forces: Tensor, step: float, generator: torch.Generator
+) -> Differences:
+    """Central differences of fourth order by at most 36 coordinates, drawn at random."""
+    chosen = torch.randperm(forces.numel(), generator=generator)[:_MAX_COORDINATES].sort().values
+    weights = torch.tensor([1.0, -8.0, 8.0, -1.0], dtype=forces.dtype) / (12.0 * step)
+    moved = []
+    for coordinate in chosen.tolist():
+        for factor in (-2.0, -1.0, 1.0, 2.0):
+            pos = system.pos.clone()
+            pos[coordinate // 3, coordinate % 3] += factor * step
+            moved.append(replace(system, pos=pos))
+    energies, slopes = subject.many(moved)
+    # Where nothing acts on the system the energy must be flat (others carry the signal).
+    scale = float(forces.abs().max()) if float(forces.abs().max()) > 1e-8 else 1.0
+    numeric = -(energies.reshape(-1, 4) * weights.to(energies)).sum(dim=1) if energies.numel() else None
+    rows = torch.stack([s.flatten()[chosen] for s in slopes]).reshape(len(chosen), 4, -1)
+    jacobian = (rows * weights.to(rows)[None, :, None]).sum(dim=1)
+    skew = (jacobian - jacobian.T).abs() / max(float(jacobian.abs().max()), scale)
+    names = [f"{int(c) // 3}{'xyz'[int(c) % 3]}" for c in chosen]
+    return Differences(forces.flatten()[chosen], numeric, jacobian, skew, scale, names)
 
 
 def _compare_forces(

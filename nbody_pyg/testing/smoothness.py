@@ -77,6 +77,14 @@ def assert_smooth(
     return lowest
 
 
+class NotSmooth(AssertionError):
+    """What :func:`assert_smooth` raises; ``order`` is the order that its message tells, in terms of the energy."""
+
+    def __init__(self, order: float, message: str) -> None:
+        super().__init__(message)
+        self.order = order
+
+
 def _default_paths(system: System, distance: float, seed: int) -> list[tuple[Tensor, Tensor, Tensor]]:
     generator = torch.Generator().manual_seed(seed)
     centre = system.pos.mean(dim=0)
@@ -149,10 +157,11 @@ def _scan(line: _Line, name: str, continuity: int, step: float, tolerance: float
             found = _zoom(line, column, float(grid[place + 3]), float(grid[1] - grid[0]), floor)
             lowest = min(lowest, found.order + continuity - order)
             if found.order < order + 0.5:
-                raise AssertionError(
+                raise NotSmooth(
+                    found.order + continuity - order,
                     f"{name}: {what} not smooth near {found.place:.6f} of {line.length:.3f} angstrom: "
                     f"differences over {found.step:.1e} angstrom are still {found.size:.3e} and fall as "
-                    f"h^{found.order:.2f} (a step: 0, a kink: 1); continuity {order} needs {order + 1}"
+                    f"h^{found.order:.2f} (a step: 0, a kink: 1); continuity {order} needs {order + 1}",
                 )
     return lowest
 

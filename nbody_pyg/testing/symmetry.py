@@ -12,7 +12,7 @@ from e3nn import o3
 from torch import Tensor, nn
 
 from nbody_pyg.testing.subject import Subject, compare, require_signal
-from nbody_pyg.testing.systems import System, collate, prepare_systems, random_like, require_volume
+from nbody_pyg.testing.systems import System, collate, prepare_systems, random_like, require_volume, turn
 
 
 def _rotations(count: int, improper: bool, seed: int) -> Iterator[Tensor]:
@@ -122,7 +122,7 @@ def assert_equivariant(
     for number, system in enumerate(drawn):
         energy, forces = subject([system])
         for rotation in rotations:
-            turned_energy, turned_forces = subject([_turn(system, rotation)])
+            turned_energy, turned_forces = subject([turn(system, rotation)])
             kind = "improper rotation" if torch.linalg.det(rotation) < 0 else "rotation"
             where = f"assert_equivariant: system {number}, {kind} {_short(rotation)}"
             worst = max(worst, compare(turned_energy, energy, tolerance, f"{where}: energy"))
@@ -136,12 +136,6 @@ def _short(rotation: Tensor) -> str:
     return str([[round(v, 3) for v in row] for row in rotation.tolist()])
 
 
-def _turn(system: System, rotation: Tensor) -> System:
-    rotation = rotation.to(system.pos)
-    cell = None if system.cell is None else system.cell @ rotation.T
-    return replace(system, pos=system.pos @ rotation.T, cell=cell)
-
-
 def _as_list(value: Any) -> list:
     """A list or tuple as it is, anything else as its only entry; Irreps are tuples but one entry."""
     return list(value) if isinstance(value, (list, tuple)) and not isinstance(value, o3.Irreps) else [value]
@@ -149,7 +143,7 @@ def _as_list(value: Any) -> list:
 
 def _system_call(function: Callable[..., Any], system: System) -> Callable[[Tensor], list[Tensor]]:
     def call(rotation: Tensor) -> list[Tensor]:
-        arguments, keywords = collate([_turn(system, rotation)])
+        arguments, keywords = collate([turn(system, rotation)])
         return [out.detach() for out in _as_list(function(*arguments, **keywords))]
 
     return call

@@ -112,6 +112,28 @@ def _as_system(item: Any) -> System:
     raise TypeError(f"systems must hold System, Data, (z, pos) or (z, pos, cell, pbc), got {type(item).__name__}")
 
 
+def turn(system: System, rotation: Tensor) -> System:
+    """The system after a rotation or reflection [3, 3] about the origin, its cell with it."""
+    rotation = rotation.to(system.pos)
+    cell = None if system.cell is None else system.cell @ rotation.T
+    return replace(system, pos=system.pos @ rotation.T, cell=cell)
+
+
+def open_cluster(system: System, num_atoms: int = 24) -> System:
+    """The atoms around the first one of a periodic system, nearest images, as an open system.
+
+    Molecules at its surface may be cut: it is for tests that pull atoms apart, not for physics.
+    """
+    cell = system.cell.reshape(3, 3)
+    pbc = torch.ones(3, dtype=torch.bool) if system.pbc is None else torch.as_tensor(system.pbc).reshape(3)
+    shifts = torch.cartesian_prod(*[torch.arange(-1, 2) if axis else torch.zeros(1, dtype=torch.long) for axis in pbc])
+    # Enough images for a cell that is smaller than the cluster only by half.
+    images = system.pos[None] + (shifts.to(cell) @ cell)[:, None]
+    flat, z = images.reshape(-1, 3), system.z.repeat(len(shifts))
+    nearest = (flat - system.pos[0]).norm(dim=1).argsort()[: min(num_atoms, len(flat))]
+    return System(z[nearest], flat[nearest])
+
+
 def require_volume(systems: Sequence[System]) -> None:
     """A planar or linear geometry hides a broken parity; some geometry must span space."""
     for system in systems:

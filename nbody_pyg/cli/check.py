@@ -1,0 +1,65 @@
+"""nbody check: the physics of a trained model, line by line, with a verdict."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nbody_pyg.cli.frames import read_structures
+from nbody_pyg.data import AtomicData
+from nbody_pyg.deploy import load_model, read_metadata
+from nbody_pyg.testing import Check, check_potential
+
+#: Exit status when a check failed; 1 and 2 are errors of the input and of the arguments.
+FAILED = 3
+
+
+def check(args: argparse.Namespace) -> int:
+    """Run the command; returns the exit status."""
+    torch.set_num_threads(1)
+    metadata = read_metadata(args.model)["metadata"]
+    potential = load_model(args.model)
+    frames, origin = _frames(args, metadata)
+    print(f"{potential.model!r}\nstructures: {origin}\n")
+    print(f"{'':44} {'measured':>10}  {'':9} {'bound':>8}", flush=True)
+    found = check_potential(
+        potential, frames, metadata=metadata, nve_steps=args.nve_steps, timestep=args.timestep,
+        temperature=args.temperature, report=_line, only=args.only, seed=args.seed,
+    )  # fmt: skip
+    count = sum(line.passed is not None for line in found.checks)
+    if found.passed:
+        print(f"\nPASS: {count} checks")
+    else:
+        print(f"\nFAIL: {len(found.failures)} of {count} checks")
+        for line in found.failures:
+            print(f"  {line.name}: {line.note}")
+    if args.json:
+        Path(args.json).write_text(json.dumps({"model": args.model, **found.to_dict()}, indent=1) + "\n")
+        print(f"written to {args.json}")
+    return 0 if found.passed else FAILED
+
+
+def _line(line: Check) -> None:
+    verdict = {True: "pass", False: "FAIL", None: "note"}[line.passed]
+    note = "" if line.passed is False or not line.note else f"   {line.note}"
+    print(f"{verdict}  {line.name:38} {line.figure:>10.3g}  {line.unit:9} {line.bound:>8}{note}", flush=True)
+
+
+def _frames(args: argparse.Namespace, metadata: dict[str, Any]) -> tuple[list[AtomicData] | None, str]:
+    """Structures to test on: those named, else the one that training left in the file, else none."""
+    if args.frames is not None:
+        frames = read_structures(args.frames)
+        step = max(1, len(frames) // 3)
+        return frames[::step][:3], f"{args.frames} (every {step}th of {len(frames)})"
+    sample = metadata.get("sample") or metadata.get("reference")
+    if sample is None:
+        return None, "random molecules; name some with --frames for tests where the model will be used"
+    frame = AtomicData(z=torch.tensor(sample["z"]), pos=torch.tensor(sample["pos"], dtype=torch.float64))
+    if sample.get("cell") is not None:
+        frame.cell = torch.tensor(sample["cell"], dtype=torch.float64).reshape(1, 3, 3)
+        frame.pbc = torch.tensor(sample["pbc"]).reshape(1, 3)
+    return [frame], "the training frame that the model file holds; others by --frames"
