@@ -97,25 +97,30 @@ class CompiledPotential:
     def _run(self, program: _Program, tensors: list[Tensor], system: dict, training: bool, eager: Callable) -> dict:
         sizes = [tuple(tensor.shape) for tensor in tensors]
         known = sizes == program.seen or program.checks == 2
-        names = ("interaction_energy", "forces", "stress")
         # Eager mode first: a table that is made once and kept must not be made of a tracer's tensors
         wanted = None if known else eager()
         with warnings.catch_warnings():
             if not known:
                 warnings.simplefilter("ignore")  # what torch says to itself while it traces and compiles
-            results = dict(zip(names, program(tensors), strict=False))
+            results = self._results(program, tensors, system)
         if not known:
             error = self._difference(results, wanted, training)
             if not error <= _TOLERANCE[tensors[0].dtype]:
                 raise ArithmeticError(f"results differ from eager mode by {error:.1e} of their largest number")
             program.seen, program.checks = sizes, program.checks + 1
             # The comparison has used up the graph of the results
-            results = dict(zip(names, program(tensors), strict=False))
+            results = self._results(program, tensors, system)
         self.compiled_calls += 1
         energy = results["interaction_energy"].to(torch.float64)
         if self.potential.reference is not None:
             energy = energy + self.potential.reference.energy(system["z"], system["batch"], system["num_graphs"])
         return {**results, "energy": energy}
+
+    def _results(self, program: _Program, tensors: list[Tensor], system: dict[str, Any]) -> dict[str, Tensor]:
+        """What the program gives, with the repulsion, which has no weights and acts on few pairs or none."""
+        results = dict(zip(("interaction_energy", "forces", "stress"), program(tensors), strict=False))
+        self.potential.add_repulsion(results, system)
+        return results
 
     def _difference(self, found: dict[str, Tensor], wanted: dict[str, Tensor], training: bool) -> float:
         """Largest relative difference, also of the gradients of a loss by all parameters."""

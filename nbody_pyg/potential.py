@@ -280,8 +280,8 @@ class Potential(Float64Buffers):
                     results["forces"] = -gradients[0]
                 if compute_stress:
                     results["stress"] = gradients[1] / volume.reshape(-1, 1, 1)
-            if self.repulsion is not None and not follow:
-                self._add_repulsion(results, system)
+            if not follow:
+                self.add_repulsion(results, system)
             energy = results["interaction_energy"].to(torch.float64)
             if self.reference is not None:
                 energy = energy + self.reference.energy(system["z"], system["batch"], system["num_graphs"])
@@ -489,8 +489,10 @@ class Potential(Float64Buffers):
         return found
 
     @torch.no_grad()
-    def _add_repulsion(self, results: dict[str, Tensor], system: dict[str, Any]) -> None:
-        """Add the repulsion to energy, forces and stress, by its explicit derivative."""
+    def add_repulsion(self, results: dict[str, Tensor], system: dict[str, Any]) -> None:
+        """Add the repulsion to the results of the model on a checked system, by its explicit derivative, in place."""
+        if self.repulsion is None:
+            return
         pos, batch = system["pos"], system["batch"]
         index, shift = self._short_edges(system)
         near = self.repulsion.contacts(system["z"], index, edge_vectors(pos, index, shift, system["cell"], batch))

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from ase.io import read
+from ase.io import read, write
 
 from nbody_pyg.data import AtomicData
 from nbody_pyg.datasets import embedded
@@ -29,3 +30,8 @@ def sample_of(frame: AtomicData) -> dict[str, list]:
     if frame.get("pbc") is not None and bool(torch.as_tensor(frame.pbc).any()):
         out["cell"], out["pbc"] = frame.cell.reshape(3, 3).tolist(), frame.pbc.reshape(3).tolist()
     return out
+
+
+def write_structures(path: str | Path, frames: Sequence[AtomicData]) -> None:
+    """Extended xyz with the energies and forces of the frames as results of a calculator."""
+    write(path, [frame.to_ase() for frame in frames], format="extxyz")

@@ -14,14 +14,16 @@ Covariant hierarchical N-body networks for atoms.
   nbody info runs/embedded/model.nbody              what is in a model file
   nbody check runs/embedded/model.nbody             is its physics right? a table and a verdict
   nbody md runs/embedded/model.nbody start.xyz      molecular dynamics
+  nbody relax runs/embedded/model.nbody my.xyz      minima of many structures at once
+  nbody energies runs/embedded/model.nbody my.xyz   which part of a molecule holds which energy
   nbody hierarchy molecule.xyz --scheme BondTree    build, check and draw a hierarchy
   nbody compare --models nbody painn --budget 300   the same training for other models, one table
 
 Units: eV, angstrom, fs; tables in meV and meV/A."""
 
 _EXIT = """\
-exit status: 0 done; 1 error in the input; 2 wrong arguments; 3 a check failed; 143 or 130 stopped by SIGTERM or Ctrl-C
-after writing last.ckpt (go on with --output.resume true)"""
+exit status: 0 done; 1 error in the input; 2 wrong arguments; 3 a check failed, or uncertainty stopped
+the dynamics; 143 or 130 stopped by SIGTERM or Ctrl-C after writing last.ckpt (go on with --output.resume true)"""
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -84,7 +86,27 @@ def build_parser() -> argparse.ArgumentParser:
     md.add_argument("--dtype", choices=("float32", "float64"), default=None, help="default: the model's")
     md.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
     md.add_argument("--compile", action="store_true", help="compile the model at the first step: faster small systems")
+    md.add_argument("--committee", nargs="+", default=[], metavar="MODEL", help="further models: forces are their mean")
+    md.add_argument("--max-forces-std", type=float, default=None, metavar="EV_PER_A",
+                    help="stop when the committee disagrees by more on the force on an atom, eV/A")  # fmt: skip
     md.add_argument("--out", default="md", help="folder for md.log, trajectory.xyz, energy.png (default: md)")
+
+    relax = commands.add_parser("relax", help="relax many structures at once")
+    relax.add_argument("model", help="model file")
+    relax.add_argument("frames", help="any file that ASE reads, or an embedded set as ethanol:test_300K")
+    relax.add_argument("--fmax", type=float, default=0.01, help="largest force at the end, eV/A (default: 0.01)")
+    relax.add_argument("--steps", type=int, default=500, help="at most, of each structure (default: 500)")
+    relax.add_argument("--batch-size", type=int, default=64, help="structures at a time (default: 64)")
+    relax.add_argument("--dtype", choices=("float32", "float64"), default="float64", help="default: float64")
+    relax.add_argument("--out", default="relaxed.xyz", help="extended xyz (default: relaxed.xyz)")
+
+    energies = commands.add_parser("energies", help="energy of each part of the hierarchy of a structure")
+    energies.add_argument("model", help="model file")
+    energies.add_argument("file", help="any file that ASE reads, or an embedded set as ethanol")
+    energies.add_argument("--index", type=int, default=0, help="frame of the file (default: 0)")
+    energies.add_argument("--minus", type=int, default=None, metavar="INDEX", help="show differences to this frame")
+    energies.add_argument("--level", default=None, help="name or number of the level to list and to draw")
+    energies.add_argument("--plot", default=None, metavar="PNG", help="draw it into this file")
 
     hierarchy = commands.add_parser("hierarchy", help="build, check and draw the hierarchy of a structure")
     hierarchy.add_argument("file", help="any file that ASE reads, or a molecule of the embedded sets")
@@ -168,6 +190,14 @@ def _run(args: argparse.Namespace, rest: list[str]) -> int:
         from nbody_pyg.cli.check import check
 
         return check(args)
+    if args.command == "relax":
+        from nbody_pyg.cli.relax import relax
+
+        return relax(args)
+    if args.command == "energies":
+        from nbody_pyg.cli.energies import energies
+
+        return energies(args)
     if args.command == "md":
         from nbody_pyg.cli.md import md
 

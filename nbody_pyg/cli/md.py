@@ -10,7 +10,10 @@ import torch
 from ase.io import read
 from matplotlib.figure import Figure
 
-from nbody_pyg.deploy import MDReport, NBodyCalculator, run_md
+from nbody_pyg.deploy import Committee, MDReport, NBodyCalculator, run_md, stop_on_uncertainty
+
+#: Exit status when the uncertainty ended the run.
+STOPPED = 3
 
 
 def md(args: argparse.Namespace) -> int:
@@ -19,7 +22,12 @@ def md(args: argparse.Namespace) -> int:
     if not Path(args.start).is_file():
         raise FileNotFoundError(f"no structure at {args.start}")
     atoms = read(args.start)
-    atoms.calc = NBodyCalculator(args.model, device=args.device, dtype=args.dtype, compile=args.compile)
+    members = list(dict.fromkeys([args.model, *args.committee]))
+    options = {"device": args.device, "dtype": args.dtype, "compile": args.compile}
+    if len(members) == 1 and args.max_forces_std is not None:
+        raise ValueError("--max-forces-std needs further models to compare with; name them with --committee")
+    atoms.calc = Committee(members, **options) if len(members) > 1 else NBodyCalculator(args.model, **options)
+    stop = None if args.max_forces_std is None else stop_on_uncertainty(args.max_forces_std)
     folder = Path(args.out)
     folder.mkdir(parents=True, exist_ok=True)
     formula = atoms.get_chemical_formula()
@@ -39,12 +47,20 @@ def md(args: argparse.Namespace) -> int:
         log=folder / "md.log",
         trajectory=folder / "trajectory.xyz",
         report=_progress(args.steps) if sys.stderr.isatty() else None,
+        stop=stop,
     )
     print(result)
+    if len(members) > 1:
+        print(
+            f"committee of {len(members)}: forces differ by {max(atoms.calc.results['forces_std']):.3f} eV/A at the end"
+        )
     if args.ensemble == "langevin":
         print("(a thermostat exchanges energy: drift and jumps are no measure of the potential here)")
     plot_energies(result, folder / "energy.png", f"{formula}, {args.ensemble}, {args.timestep} fs")
     print(f"written to {folder}: md.log, trajectory.xyz, energy.png")
+    if result.stopped is not None:
+        print(f"\n{result.stopped}")
+        return STOPPED
     return 0
 
 

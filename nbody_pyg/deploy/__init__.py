@@ -1,20 +1,31 @@
 """Deployment: the model file, the ASE calculator and molecular dynamics."""
 
 from nbody_pyg.deploy.calculator import NBodyCalculator
+from nbody_pyg.deploy.committee import Committee, stop_on_uncertainty
 from nbody_pyg.deploy.dynamics import MDReport, run_md
+from nbody_pyg.deploy.energies import EnergyExplanation, explain_energy
+from nbody_pyg.deploy.energy_plot import plot_energy_parts
 from nbody_pyg.deploy.fingerprint import cg_fingerprint
 from nbody_pyg.deploy.model_file import FORMAT_VERSION, load_model, read_metadata, save_model
 from nbody_pyg.deploy.reference import reference_topology, with_reference
+from nbody_pyg.deploy.relax import Relaxation, relax
 
 __all__ = [
     "FORMAT_VERSION",
+    "Committee",
+    "EnergyExplanation",
     "MDReport",
     "NBodyCalculator",
+    "Relaxation",
     "cg_fingerprint",
+    "explain_energy",
     "load_model",
+    "plot_energy_parts",
     "read_metadata",
     "reference_topology",
+    "relax",
     "run_md",
     "save_model",
+    "stop_on_uncertainty",
     "with_reference",
 ]

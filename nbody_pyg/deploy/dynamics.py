@@ -31,6 +31,7 @@ class MDReport:
     ``drift``                 meV per atom per 10 ps: slope of the straight line through ``total``
     ``fluctuation``           meV per atom: standard deviation about that line
     ``largest_jump``          meV per atom between two samples that follow each other
+    ``stopped``               why the run ended before its time; None when it did not
     ========================  ==========================================================================
 
     Drift and jumps tell about the potential only where the total energy is conserved (nve).
@@ -41,6 +42,7 @@ class MDReport:
     potential: np.ndarray
     temperature: np.ndarray
     num_atoms: int
+    stopped: str | None = None
 
     @property
     def drift(self) -> float:
@@ -84,6 +86,7 @@ def run_md(
     log: str | Path | None = None,
     trajectory: str | Path | None = None,
     report: Callable[[int], None] | None = None,
+    stop: Callable[[Atoms], str | None] | None = None,
 ) -> MDReport:
     """Move ``atoms`` (in place) with the calculator they carry.
 
@@ -99,6 +102,8 @@ def run_md(
         log: text file in ASE's MDLogger form.
         trajectory: frames with energies, forces and velocities: ASE's ``.traj``, or extxyz by any other name.
         report: called with the number of steps done at every sample.
+        stop: called with the atoms after every step; a text ends the run, and is kept in the report. The last structure
+            is written too. See :func:`~nbody_pyg.deploy.stop_on_uncertainty`.
     Raises: ValueError: no calculator, unknown ensemble, steps or timestep not positive.
     """
     if atoms.calc is None:
@@ -134,7 +139,7 @@ def run_md(
             report(dyn.nsteps)
 
     dyn.attach(sample, interval=sample_every)
-    closing = []
+    closing, writers = [], []
     if log is not None:
         logger = MDLogger(dyn, atoms, str(log), peratom=False, mode="w")
         dyn.attach(logger, interval=sample_every)
@@ -143,13 +148,22 @@ def run_md(
         writer = _frame_writer(Path(trajectory), atoms)
         dyn.attach(writer.write, interval=sample_every)
         closing.append(writer)
+        writers.append(writer)
+    stopped = None
     try:
-        dyn.run(steps)
+        for _ in dyn.irun(steps):
+            if stop is not None and (reason := stop(atoms)):
+                stopped = f"stopped after step {dyn.nsteps} ({dyn.get_time() / units.fs:.2f} fs): {reason}"
+                if dyn.nsteps % sample_every:
+                    sample()
+                    for writer in writers:
+                        writer.write()
+                break
     finally:
         for item in closing:
             item.close()
     time, total, potential, kelvin = np.array(samples).T
-    return MDReport(time, total, potential, kelvin, len(atoms))
+    return MDReport(time, total, potential, kelvin, len(atoms), stopped)
 
 
 class _ExtxyzWriter:

@@ -26,7 +26,7 @@ _NEUTRAL = "#8A8F98"
 _INK = "#2B2F36"
 
 
-class _Drawing:
+class Drawing:
     """What both panels share: projected atoms, parts, and one colour for each part of each level."""
 
     def __init__(self, data: AtomicData, topology: Topology, names: list[str], focus: int | None) -> None:
@@ -157,7 +157,7 @@ def plot_hierarchy(
     names = [f"level {k}" for k in range(topology.num_levels)]
     if scheme is not None:
         names = [spec.name for spec in scheme.levels]
-    drawing = _Drawing(frame, topology, names, focus)
+    drawing = Drawing(frame, topology, names, focus)
     figure = Figure(figsize=figsize, facecolor="white", layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(1.0, 1.15))
     _draw_molecule(left, drawing)
@@ -167,7 +167,7 @@ def plot_hierarchy(
     return figure
 
 
-def _clusters(drawing: _Drawing) -> list[tuple[int, int]]:
+def _clusters(drawing: Drawing) -> list[tuple[int, int]]:
     """The parts to outline (level, part), largest first."""
     inner = range(drawing.num_levels - 2, 0, -1)
     if drawing.dense:
@@ -182,7 +182,7 @@ def _clusters(drawing: _Drawing) -> list[tuple[int, int]]:
     return shown[::-1]
 
 
-def _draw_molecule(ax: Axes, drawing: _Drawing) -> None:
+def _draw_molecule(ax: Axes, drawing: Drawing) -> None:
     from matplotlib.patches import Polygon
 
     xy, top = drawing.xy, drawing.num_levels - 2
@@ -223,10 +223,10 @@ def _draw_molecule(ax: Axes, drawing: _Drawing) -> None:
         atom = int(np.argmax(drawing.z == z))
         ax.scatter([], [], s=90, c=[drawing.element_colors[atom]], edgecolors=_INK, label=drawing.symbols[atom])
     ax.legend(loc="lower left", ncols=6, frameon=False, handletextpad=0.1, columnspacing=0.9, fontsize=11)
-    _scale_bar(ax, xy)
+    scale_bar(ax, xy)
 
 
-def _scale_bar(ax: Axes, xy: np.ndarray) -> None:
+def scale_bar(ax: Axes, xy: np.ndarray) -> None:
     low, high = xy.min(axis=0) - 2.0, xy.max(axis=0) + 2.0
     ax.plot([high[0] - 2.2, high[0] - 0.2], [low[1] + 0.35] * 2, color=_INK, linewidth=2.2, solid_capstyle="butt")
     ax.text(high[0] - 1.2, low[1] + 0.5, "2 Å", ha="center", va="bottom", fontsize=10, color=_INK)
@@ -236,7 +236,7 @@ def _scale_bar(ax: Axes, xy: np.ndarray) -> None:
     ax.axis("off")
 
 
-def _rows(drawing: _Drawing) -> list[np.ndarray]:
+def _rows(drawing: Drawing) -> list[np.ndarray]:
     """Horizontal place of every node: parents over the middle of their children, no crossings in a tree."""
     topology = drawing.topology
     if drawing.overlapping:
@@ -264,7 +264,7 @@ def _rows(drawing: _Drawing) -> list[np.ndarray]:
     return rows
 
 
-def _draw_dag(ax: Axes, drawing: _Drawing) -> None:
+def _draw_dag(ax: Axes, drawing: Drawing) -> None:
     from matplotlib.collections import LineCollection
 
     rows = _rows(drawing)
@@ -298,7 +298,7 @@ def _curve(x0: float, y0: int, x1: float, y1: int) -> np.ndarray:
     return np.stack([x0 + (x1 - x0) * s, y0 + (y1 - y0) * t], axis=1)
 
 
-def _draw_row(ax: Axes, drawing: _Drawing, level: int, row: np.ndarray) -> None:
+def _draw_row(ax: Axes, drawing: Drawing, level: int, row: np.ndarray) -> None:
     """Nodes of one level: atoms as discs, parts as boxes with their formula where there is room."""
     focused = drawing.dense and 0 < level < drawing.num_levels - 1
     if level == 0 or len(row) > 16 or focused:

@@ -80,7 +80,9 @@ def repulsion() -> ZBLRepulsion:
 
 def test_a_sound_potential_passes(net, frames):
     seen = []
-    report = check_potential(Potential(net, repulsion=repulsion()), frames, nve_steps=40, timestep=0.05, report=seen.append)
+    report = check_potential(
+        Potential(net, repulsion=repulsion()), frames, nve_steps=40, timestep=0.05, report=seen.append
+    )
     assert report.passed, report.failures
     assert list(report.checks) == seen and len(seen) > 20
     assert report["smoothness"].figure > 2.5  # a window with two continuous derivatives
@@ -155,7 +157,9 @@ def test_command(net, molecules, tmp_path, capsys):
     assert "PASS:" in out and "the training frame that the model file holds" in out
     assert json.loads(json_file.read_text())["checks"][0]["name"] == "rotations"
     save_model(Potential(net, scale=30.0, repulsion=None), tmp_path / "bad.nbody")
-    assert main(["check", str(tmp_path / "bad.nbody"), "--only", "short_range", "--frames", str(tmp_path / "a.xyz")]) == 3
+    assert (
+        main(["check", str(tmp_path / "bad.nbody"), "--only", "short_range", "--frames", str(tmp_path / "a.xyz")]) == 3
+    )
     out = capsys.readouterr().out
     assert "FAIL" in out and "attract each other" in out
     assert main(["check", str(tmp_path / "bad.nbody"), "--only", "taste"]) == 1

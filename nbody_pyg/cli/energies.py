@@ -1,0 +1,78 @@
+"""nbody energies: the energy of a structure by the parts of its hierarchy."""
+
+from __future__ import annotations
+
+import argparse
+
+from nbody_pyg.cli.frames import read_structures
+from nbody_pyg.cli.tables import table
+from nbody_pyg.data import AtomicData
+from nbody_pyg.deploy import EnergyExplanation, explain_energy, load_model, plot_energy_parts, read_metadata
+from nbody_pyg.deploy.reference import reference_topology
+from nbody_pyg.hierarchy import Scheme
+
+
+def energies(args: argparse.Namespace) -> int:
+    """Run the command; returns the exit status."""
+    potential = load_model(args.model).double()
+    frames = read_structures(args.file)
+    metadata = read_metadata(args.model)["metadata"]
+    scheme = getattr(potential.model, "scheme", None)
+
+    def explain(index: int) -> EnergyExplanation:
+        if not -len(frames) <= index < len(frames):
+            raise ValueError(f"index must lie in 0..{len(frames) - 1} ({args.file}), got {index}")
+        frame = frames[index]
+        # The first frame's parts for both, so that they can be compared.
+        first = frames[args.index]
+        tree = None if scheme is None else _tree(scheme, metadata, first, frame)
+        return explain_energy(potential, frame, tree)
+
+    found = explain(args.index)
+    what = f"frame {args.index} of {args.file}"
+    if args.minus is not None:
+        found, what = found.minus(explain(args.minus)), f"{what} minus frame {args.minus}"
+    print(f"{what}: {found.total:.6f} eV\n")
+    rows = [(name, f"{value:+.6f}") for name, value in found.by_level.items()]
+    print(table(["level", "energy eV"], [*rows, ("sum", f"{sum(found.by_level.values()):+.6f}")]))
+    level = _level(found, args.level)
+    if level is not None:
+        _parts(found, level)
+    if args.plot:
+        plot_energy_parts(found, level).savefig(args.plot, dpi=160)
+        print(f"\ndrawn in {args.plot}")
+    return 0
+
+
+def _tree(scheme: Scheme, metadata: dict, first: AtomicData, frame: AtomicData):
+    """Parts of the training molecule where the model has one, else those of the first frame, at the positions here."""
+    cell, pbc = frame.get("cell"), frame.get("pbc")
+    tree = None if pbc is not None else reference_topology(metadata, scheme, frame.z.tolist())
+    if tree is None:
+        tree = scheme.topology(first.z, first.pos, None, first.get("cell"), first.get("pbc"))
+    return scheme.update(tree, frame.z, frame.pos, None, cell, pbc)
+
+
+def _level(found: EnergyExplanation, wanted: str | None) -> int | None:
+    if wanted is None:
+        return None
+    if wanted in found.names:
+        return found.names.index(wanted)
+    if wanted.isdigit() and int(wanted) < len(found.names):
+        return int(wanted)
+    raise ValueError(f"level must be one of {', '.join(found.names)} or its number, got {wanted!r}")
+
+
+def _parts(found: EnergyExplanation, level: int) -> None:
+    values = found.within(level)
+    atoms: list[list[int]] = [[] for _ in values]
+    pairs = found.topology.parts(level).t().tolist() if level else [[i, i] for i in range(len(values))]
+    for atom, part in pairs:
+        atoms[part].append(atom)
+    symbols = AtomicData(z=found.frame.z, pos=found.frame.pos).to_ase().symbols
+    rows = [
+        (part, str(symbols[own].get_chemical_formula()), f"{float(values[part]):+.6f}", " ".join(map(str, own[:12])))
+        for part, own in enumerate(atoms)
+    ]
+    print(f"\nwithin each of {found.names[level]}")
+    print(table(["part", "formula", "energy eV", "atoms"], rows))

@@ -1,0 +1,124 @@
+"""Committee: several models of one potential energy, and how far they disagree."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from ase import Atoms
+from ase.calculators.calculator import Calculator, PropertyNotImplementedError, all_changes
+
+from nbody_pyg.deploy.calculator import NBodyCalculator
+from nbody_pyg.potential import Potential
+
+
+class Committee(Calculator):
+    r"""Mean of several potentials as an ASE calculator, with the standard deviation among them.
+
+    .. math:: \bar F = \frac{1}{M} \sum_m F_m, \qquad
+              \sigma_i = \Big( \frac{1}{M - 1} \sum_m |F_{m,i} - \bar F_i|^2 \Big)^{1/2}
+
+    ====================  ====================  ============================================================
+    key of ``results``    shape, unit           meaning
+    ====================  ====================  ============================================================
+    ``energy``            eV                    mean; likewise ``free_energy``, ``forces``, ``stress``
+    ``energy_std``        eV                    standard deviation over the members
+    ``forces_std``        [N], eV/A             :math:`\sigma_i` of each atom
+    ``stress_std``        [6], eV/A^3           only when the stress was asked for
+    ====================  ====================  ============================================================
+
+    The mean energy has the mean forces as its gradient, so that a committee conserves energy as its members do.
+    Members differ by their seed, or by the frames they were trained on; their disagreement is a warning, not an
+    error bar.
+
+    Args:
+        members: at least two potentials, or paths of model files.
+        options: further arguments of each :class:`NBodyCalculator` (device, dtype, skin).
+    Raises: ValueError: fewer than two members, or members that know different elements.
+    """
+
+    implemented_properties: ClassVar[list[str]] = [
+        "energy", "free_energy", "forces", "stress", "energy_std", "forces_std", "stress_std",
+    ]  # fmt: skip
+
+    def __init__(self, members: Sequence[Potential | str | Path], **options: Any):
+        super().__init__()
+        if isinstance(members, (str, Path)) or len(members) < 2:
+            raise ValueError(f"members must list at least two potentials or model files, got {members!r}")
+        self.members = [NBodyCalculator(member, **options) for member in members]
+        known = {tuple(getattr(m.potential.model, "species", None) or ()) for m in self.members}
+        if len(known) > 1:
+            raise ValueError(f"members must know the same elements, got {sorted(known)}; train them on the same data")
+        self._share_lists()
+
+    def _share_lists(self) -> None:
+        """Members with one scheme and one reference molecule search for neighbours once."""
+        first: dict[tuple[str, str], NBodyCalculator] = {}
+        for member in self.members:
+            if member.topologies is not None:
+                key = (member.scheme.signature, str(member.metadata.get("reference")))
+                member.topologies = first.setdefault(key, member).topologies
+
+    def calculate(
+        self,
+        atoms: Atoms | None = None,
+        properties: list[str] | tuple[str, ...] = ("energy",),
+        system_changes: list[str] = all_changes,
+    ) -> None:
+        super().calculate(atoms, properties, system_changes)
+        periodic = bool(self.atoms.pbc.any())
+        wants_stress = any(name.startswith("stress") for name in properties)
+        if wants_stress and not periodic:
+            raise PropertyNotImplementedError("stress needs a periodic cell; this system has none")
+        found = []
+        for member in self.members:
+            member.calculate(self.atoms, ["energy", "forces", *(["stress"] if wants_stress else [])], all_changes)
+            found.append(member.results)
+        energy = np.array([result["energy"] for result in found])
+        forces = np.stack([result["forces"] for result in found])
+        self.results = {
+            "energy": float(energy.mean()),
+            "free_energy": float(energy.mean()),
+            "energy_std": float(energy.std(ddof=1)),
+            "forces": forces.mean(axis=0),
+            "forces_std": np.sqrt(forces.var(axis=0, ddof=1).sum(axis=1)),
+        }
+        if wants_stress:
+            stress = np.stack([result["stress"] for result in found])
+            self.results |= {"stress": stress.mean(axis=0), "stress_std": stress.std(axis=0, ddof=1)}
+
+    def forget(self) -> None:
+        """Build the hierarchies anew at the next call."""
+        for member in self.members:
+            member.forget()
+
+    @property
+    def device(self) -> torch.device:
+        return self.members[0].device
+
+
+def stop_on_uncertainty(limit: float) -> Callable[[Atoms], str | None]:
+    """For :func:`run_md`: says why to stop when the forces on some atom differ by more than ``limit`` (eV/A).
+
+    Raises: ValueError: limit not positive; when called, atoms that carry no committee.
+    """
+    if not limit > 0:
+        raise ValueError(f"limit of the standard deviation of forces must be positive (eV/angstrom), got {limit}")
+
+    def stop(atoms: Atoms) -> str | None:
+        spread = getattr(atoms.calc, "results", {}).get("forces_std")
+        if spread is None:
+            raise ValueError("a limit on the uncertainty needs a committee; set atoms.calc = Committee([...])")
+        atom = int(np.argmax(spread))
+        atoms.info["forces_std"] = float(spread[atom])
+        if spread[atom] <= limit:
+            return None
+        return (
+            f"the members disagree on the force on atom {atom} ({atoms.symbols[atom]}) by {spread[atom]:.3f} eV/A, "
+            f"more than {limit:g}: the structure is unlike the training data; label it and train again"
+        )
+
+    return stop

@@ -1,0 +1,120 @@
+"""explain_energy: which part of a molecule holds which part of its energy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch_geometric.data import Data
+
+from nbody_pyg.data import AtomicData
+from nbody_pyg.hierarchy import Topology
+from nbody_pyg.potential import Potential
+
+
+@dataclass(frozen=True)
+class EnergyExplanation:
+    r"""The energy of one structure, taken apart along its hierarchy.
+
+    .. math:: E = \sum_i E_0(z_i) + \sum_k \sum_{P \in \mathrm{level}\ k} \epsilon_P + \sum_i V_i
+
+    ==================  ================================  ===================================================
+    field               shape, unit                       meaning
+    ==================  ================================  ===================================================
+    ``own``             {level: [parts]}, eV              :math:`\epsilon_P`, what the network reads off a part
+    ``repulsion``       [atoms], eV                       :math:`V_i`, half of that of each close pair
+    ``reference``       [atoms], eV                       :math:`E_0(z_i)`
+    ``total``           eV                                E: the sum of all of them, to round-off
+    ==================  ================================  ===================================================
+
+    float64. How the network shares an energy out is learned, and not unique: two networks of the same errors may
+    do it differently. Differences between structures under one network are what to look at.
+    """
+
+    frame: AtomicData
+    topology: Topology
+    names: tuple[str, ...]
+    own: dict[int, Tensor]
+    repulsion: Tensor
+    reference: Tensor
+
+    @property
+    def total(self) -> float:
+        parts = [*self.own.values(), self.repulsion, self.reference]
+        return float(torch.stack([part.sum() for part in parts]).sum())
+
+    @property
+    def by_level(self) -> dict[str, float]:
+        """Sum over the parts of each level, by name, and of repulsion and isolated atoms."""
+        levels = {self.names[k]: float(values.sum()) for k, values in sorted(self.own.items())}
+        return levels | {"repulsion": float(self.repulsion.sum()), "isolated atoms": float(self.reference.sum())}
+
+    def on_atoms(self) -> Float[Tensor, " atoms"]:
+        """Interaction energy by atom: that of a part goes to its centre atom, or in equal shares to its atoms."""
+        total = self.repulsion.clone()
+        atoms = len(total)
+        for k, values in self.own.items():
+            if len(values) == atoms and k < self.topology.num_levels - 1 and self._centred:
+                total = total + values
+                continue
+            atom, part = self.topology.parts(k) if k else torch.arange(atoms).expand(2, -1)
+            size = torch.bincount(part, minlength=len(values)).clamp(min=1)
+            total = total.index_add(0, atom, (values / size)[part])
+        return total
+
+    def within(self, level: int) -> Float[Tensor, " parts"]:
+        """Interaction energy of each part of a level with all that it is made of; not what lies above or between.
+
+        Raises: ValueError: no such level, or parts that overlap, of which this would count some energies twice.
+        """
+        if not 0 <= level < self.topology.num_levels:
+            raise ValueError(f"level must lie in 0..{self.topology.num_levels - 1}, got {level}")
+        total = self.own[0] + self.repulsion if 0 in self.own else self.repulsion
+        for k in range(1, level + 1):
+            child, parent = self.topology.child_index[k]
+            if len(child.unique()) != len(child):
+                raise ValueError(
+                    f"level {k} ({self.names[k]}) has parts that overlap, so that energies within them do not add; "
+                    "use on_atoms(), or a hierarchy that is a tree (BondTree)"
+                )
+            above = total.new_zeros(self.topology.size(k)).index_add(0, parent, total[child])
+            total = above + self.own[k] if k in self.own else above
+        return total
+
+    def minus(self, other: EnergyExplanation) -> EnergyExplanation:
+        """The difference to another structure of the same parts, part by part.
+
+        Raises: ValueError: another molecule or another hierarchy.
+        """
+        same = self.frame.z.equal(other.frame.z) and self.own.keys() == other.own.keys()
+        if not same or any(len(self.own[k]) != len(other.own[k]) for k in self.own):
+            raise ValueError("other must have the same atoms and parts; give both the same topology")
+        own = {k: values - other.own[k] for k, values in self.own.items()}
+        return replace(
+            self, own=own, repulsion=self.repulsion - other.repulsion, reference=self.reference - other.reference
+        )
+
+    @property
+    def _centred(self) -> bool:
+        sizes = {self.topology.size(k) for k in range(self.topology.num_levels - 1)}
+        return sizes == {len(self.repulsion)}
+
+
+def explain_energy(potential: Potential, frame: Data, topology: Topology | None = None) -> EnergyExplanation:
+    """Take the energy of one structure apart.
+
+    Parts sum to the energy: to 1e-10 eV for a potential in float64 (``copy.deepcopy(potential).double()``).
+
+    Args:
+        topology: the hierarchy to use, where it should not be built for these positions, nor read off the frame.
+    Raises: ValueError: a batch, or a model that does not tell energies of parts.
+    """
+    if frame.get("batch") is not None and int(frame.batch.max()) > 0:
+        raise ValueError("frame must be a single structure, got a batch; pass batch.get_example(i)")
+    parts = potential.energies(frame, topology=topology)
+    names = tuple(spec.name for spec in potential.model.scheme.levels)
+    return EnergyExplanation(
+        AtomicData.from_data(frame), parts.hierarchy.topology(), names, parts.levels, parts.repulsion, parts.reference
+    )
