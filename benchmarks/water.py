@@ -117,9 +117,10 @@ def compare(args, reference: list[Atoms]) -> dict[str, float]:
     temperature = np.mean([atoms.get_temperature() for atoms in used])
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
-    axes.plot(r, wanted, color="0.35", lw=2.5, label=f"PBE0 frames ({len(reference)}): peak {height0:.2f} at {place0:.3f} Å")
-    axes.plot(r, found, color="#c4501b", lw=1.6,
-              label=f"model, {args.time - args.skip:g} ps at {temperature:.0f} K: peak {height:.2f} at {place:.3f} Å")  # fmt: skip
+    name0 = f"PBE0 frames ({len(reference)}): peak {height0:.2f} at {place0:.3f} Å"
+    name = f"model, {args.time - args.skip:g} ps at {temperature:.0f} K: peak {height:.2f} at {place:.3f} Å"
+    axes.plot(r, wanted, color="0.35", lw=2.5, label=name0)
+    axes.plot(r, found, color="#c4501b", lw=1.6, label=name)
     axes.axhline(1.0, color="0.8", lw=0.8, zorder=0)
     axes.set(xlabel="O–O distance (Å)", ylabel="g(r)", xlim=(2.0, r[-1]), ylim=(0, None))
     axes.legend(frameon=False, loc="upper right")

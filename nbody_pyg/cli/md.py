@@ -51,9 +51,8 @@ def md(args: argparse.Namespace) -> int:
     )
     print(result)
     if len(members) > 1:
-        print(
-            f"committee of {len(members)}: forces differ by {max(atoms.calc.results['forces_std']):.3f} eV/A at the end"
-        )
+        spread = max(atoms.calc.results["forces_std"])
+        print(f"committee of {len(members)}: forces differ by {spread:.3f} eV/A at the end")
     if args.ensemble == "langevin":
         print("(a thermostat exchanges energy: drift and jumps are no measure of the potential here)")
     plot_energies(result, folder / "energy.png", f"{formula}, {args.ensemble}, {args.timestep} fs")
