@@ -41,7 +41,9 @@ def test_parts_sum_to_the_whole(name, ethanol):
     assert sum(found.by_level.values()) == pytest.approx(float(whole["energy"]), abs=1e-10)
     assert float(found.on_atoms().sum()) == pytest.approx(float(whole["interaction_energy"]), abs=1e-10)
     assert float(found.repulsion.sum()) > 0.01
-    assert all(float(values.abs().max()) > 1e-6 for values in found.own.values())
+    # Untrained shells have nothing on the atoms but a shift, which starts at zero.
+    signal = {k: float(values.abs().max()) for k, values in found.own.items()}
+    assert all(size > 1e-6 for k, size in signal.items() if k or name != "shells"), signal
 
 
 def test_energies_within_parts_nest(ethanol):
