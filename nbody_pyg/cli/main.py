@@ -68,6 +68,10 @@ def build_parser() -> argparse.ArgumentParser:
     check.add_argument(
         "--nve-steps", type=int, default=1000, help="of the run at constant energy; 0: none (default: 1000)"
     )
+    check.add_argument(
+        "--only", nargs="+", default=[], metavar="SECTION",
+        help="symmetry, derivatives, additivity, smoothness, short_range, precision, dynamics (default: all)",
+    )  # fmt: skip
     check.add_argument("--timestep", type=float, default=0.5, help="fs (default: 0.5)")
     check.add_argument("--temperature", type=float, default=300.0, help="K (default: 300)")
     check.add_argument("--seed", type=int, default=0, help="of rotations, samples and velocities (default: 0)")

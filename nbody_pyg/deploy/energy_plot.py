@@ -65,29 +65,39 @@ def _draw_molecule(
     from matplotlib.patches import Polygon
 
     xy = drawing.xy
-    if level:
-        for part, atoms in enumerate(drawing.members[level]):
-            for outline in outlines(xy, atoms, drawing.bonds, 0.55):
-                colour = colours.to_rgba(values[part])
-                ax.add_patch(Polygon(outline, facecolor=colour, edgecolor=_INK, linewidth=0.8, alpha=0.9, zorder=1))
-            x, y = xy[atoms].mean(axis=0)
-            # Away from the middle, where bonds and atoms are.
-            away = np.array([x, y]) / max(float(np.hypot(x, y)), 1e-6)
-            at = np.array([x, y]) + 1.6 * away
-            ax.text(*at, f"{values[part]:+.2f}", ha="center", va="center", fontsize=10, color=_INK, zorder=20)
+    taken = list(xy)
+    for part, atoms in enumerate(drawing.members[level] if level else []):
+        shapes = outlines(xy, atoms, drawing.bonds, 0.55)
+        for outline in shapes:
+            colour = colours.to_rgba(values[part])
+            ax.add_patch(Polygon(outline, facecolor=colour, edgecolor=_INK, linewidth=0.8, alpha=0.9, zorder=1))
+        at = _free_place(np.concatenate(shapes), xy[atoms].mean(axis=0), np.array(taken))
+        taken.append(at)
+        ax.text(*at, f"{values[part]:+.2f}", ha="center", va="center", fontsize=10, color=_INK, zorder=20)
     for source, target in drawing.bonds.T:
         if source < target:
             ax.plot(*xy[[source, target]].T, color="#5B616B", linewidth=2.4, zorder=10, solid_capstyle="round")
     size = np.where(drawing.z == 1, 110.0, 240.0) * min(1.0, 14.0 / (4.0 + float(np.ptp(xy, axis=0).max()))) ** 2
     near = np.argsort(drawing.depth)
     fill = [drawing.element_colors[a] if level else colours.to_rgba(values[a]) for a in near]
-    ax.scatter(*xy[near].T, s=size[near], c=fill, edgecolors=_INK, linewidths=0.9, zorder=11)
+    for place, atom in enumerate(near):  # one by one, so that what lies in front hides what lies behind
+        order = 12 + drawing.depth[atom] - 1e-3
+        ax.scatter(*xy[atom], s=size[atom], color=[fill[place]], edgecolors=_INK, linewidths=0.9, zorder=order)
     if len(xy) <= 40:
         for atom, symbol in enumerate(drawing.symbols):
             ax.text(
                 *xy[atom], symbol, ha="center", va="center", fontsize=7, color=_INK, zorder=12 + drawing.depth[atom]
             )
     scale_bar(ax, xy)
+
+
+def _free_place(outline: np.ndarray, centre: np.ndarray, taken: np.ndarray) -> np.ndarray:
+    """A point just outside an outline, as far as can be from atoms and from other labels."""
+    away = outline - centre
+    points = outline + 0.45 * away / np.maximum(np.linalg.norm(away, axis=1, keepdims=True), 1e-6)
+    room = np.linalg.norm(points[:, None] - taken[None], axis=-1).min(axis=1)
+    # Among points with room enough, one that does not wander off.
+    return points[int(np.argmax(np.minimum(room, 1.3) - 0.05 * np.linalg.norm(away, axis=1)))]
 
 
 def _draw_levels(ax: Axes, explanation: EnergyExplanation) -> None:

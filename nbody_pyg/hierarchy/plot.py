@@ -227,6 +227,7 @@ def _draw_molecule(ax: Axes, drawing: Drawing) -> None:
 
 
 def scale_bar(ax: Axes, xy: np.ndarray) -> None:
+    """Two angstrom as a line in the corner; sets the limits of the axes around the atoms."""
     low, high = xy.min(axis=0) - 2.0, xy.max(axis=0) + 2.0
     ax.plot([high[0] - 2.2, high[0] - 0.2], [low[1] + 0.35] * 2, color=_INK, linewidth=2.2, solid_capstyle="butt")
     ax.text(high[0] - 1.2, low[1] + 0.5, "2 Å", ha="center", va="bottom", fontsize=10, color=_INK)

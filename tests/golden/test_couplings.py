@@ -45,6 +45,8 @@ def test_no_golden_file_without_a_script():
     assert {p.name for p in HERE.iterdir() if p.is_file()} == {
         "model_format_1.json",
         "model_format_1.nbody",
+        "model_format_2.json",
+        "model_format_2.nbody",
         "models.py",
         "regenerate.py",
         "test_couplings.py",
