@@ -12,6 +12,7 @@ from nbody_pyg.accelerate import compile_potential
 from nbody_pyg.datasets import embedded
 from nbody_pyg.deploy import NBodyCalculator
 from nbody_pyg.kernels import ops, scope
+from nbody_pyg.nn.repulsion import ZBLRepulsion
 from nbody_pyg.potential import parameter_gradients
 from nbody_pyg.training import TrainingConfig, fit
 
@@ -19,7 +20,9 @@ from nbody_pyg.training import TrainingConfig, fit
 def network(scheme=None, **arguments) -> Potential:
     torch.manual_seed(2)
     net = NBodyNet([1, 6, 8], scheme or NestedShells((3.0, 3.0)), channels=4, lmax=1, **arguments)
-    return Potential(net, {1: -13.0, 6: -1030.0, 8: -2040.0}, scale=0.7).double()
+    # Beyond the bonds: the repulsion is added outside of the program.
+    repulsion = ZBLRepulsion([1, 6, 8], {"C-H": 1.4, "C-C": 1.8})
+    return Potential(net, {1: -13.0, 6: -1030.0, 8: -2040.0}, 0.7, repulsion).double()
 
 
 @pytest.fixture(scope="module")
