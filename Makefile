@@ -1,6 +1,7 @@
 # Two commands do everything on a fresh machine:
 #   make train    set up .venv, train on the embedded data set, test at 300 K and 600 K: a table and a parity plot
 #   make test     set up .venv with the tools of development and torch-scatter, run the tests
+#   make docs     build the site of the documentation; open site/index.html
 # ARGS goes to the trainer or to pytest: make train ARGS="--training.budget_seconds 20", make test ARGS="-m slow".
 # PYTHON is the interpreter that .venv is made with; versions come from constraints.txt.
 
@@ -10,7 +11,7 @@ PY = $(VENV)/bin/python
 PIP = $(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt
 ARGS =
 
-.PHONY: help train test lint types wheel package dev clean
+.PHONY: help train test lint types docs wheel package dev clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -30,6 +31,10 @@ $(VENV)/package.stamp: $(VENV)/torch.stamp pyproject.toml
 $(VENV)/dev.stamp: $(VENV)/package.stamp
 	$(PIP) --no-build-isolation -e ".[dev,data,periodic]"
 	sh scripts/install_scatter.sh $(PY) -c constraints.txt
+	touch $@
+
+$(VENV)/docs.stamp: $(VENV)/package.stamp
+	$(PIP) --no-build-isolation -e ".[docs]"
 	touch $@
 
 package: $(VENV)/package.stamp
@@ -53,8 +58,11 @@ lint: $(VENV)/dev.stamp
 types: $(VENV)/dev.stamp
 	$(PY) -m mypy
 
+docs: $(VENV)/docs.stamp
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet
+
 wheel: $(VENV)/package.stamp
 	$(PY) -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) build dist site *.egg-info .mypy_cache .pytest_cache .ruff_cache
