@@ -1,6 +1,6 @@
 """What latent charges are worth: ions in pairs and in clusters, behind a cutoff of 5 angstrom.
 
-    python benchmarks/charges.py --data FOLDER --seconds 150
+    python benchmarks/charges.py --data FOLDER --seconds 150    (80 are enough for pairs)
 
 Two networks per task: configs/longrange/ions.yaml, and the same one without the energy of latent charges and with
 more channels, until it has at least as many parameters. ``two_atoms`` is an ion pair from 1 to 10 angstrom (10,000
