@@ -87,19 +87,21 @@ def runners(system: System, names: list[str], missing: dict[str, str]) -> dict[s
     return found
 
 
-def measure(found: dict[str, Runner], training: bool, seconds: float) -> dict[str, dict[str, Timing]]:
+def measure(
+    found: dict[str, Runner], training: bool, seconds: float, rounds: tuple[int, int]
+) -> dict[str, dict[str, Timing]]:
     """Task -> model -> times."""
-    times = {"E+F": interleave({name: runner.evaluate for name, runner in found.items()}, seconds)}
+    times = {"E+F": interleave({name: runner.evaluate for name, runner in found.items()}, seconds, rounds)}
     if not training:
         return times
     calls = {name: runner.backward for name, runner in found.items()}
-    times["step without optimizer"] = interleave(calls, seconds)
+    times["step without optimizer"] = interleave(calls, seconds, rounds)
     # From here on the weights are views of flat tensors; our second optimizer needs a network of its own.
     calls = {name: runner.step("adam") for name, runner in found.items()}
     if OURS in found:
         system = found[OURS].system
         calls[f"{OURS}, SOAP"] = Runner(build(OURS, system), system).step("soap")
-    times["step with optimizer"] = interleave(calls, seconds)
+    times["step with optimizer"] = interleave(calls, seconds, rounds)
     return times
 
 
@@ -132,6 +134,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--batch", type=int, default=5, help="molecules in the batch")
     parser.add_argument("--waters", type=int, default=334, help="molecules in the droplet")
     parser.add_argument("--seconds", type=float, default=60.0, help="CPU time for each system and task")
+    parser.add_argument("--rounds", type=int, default=5, help="rounds at least, whatever the time")
     args = parser.parse_args(argv)
     missing: dict[str, str] = {}
     records = []
@@ -147,7 +150,7 @@ def main(argv: list[str] | None = None) -> int:
             memory = {
                 model: peak_memory(runner.backward if training else runner.evaluate) for model, runner in found.items()
             }
-            times = measure(found, training, args.seconds)
+            times = measure(found, training, args.seconds, (args.rounds, max(args.rounds, 101)))
             sizes = {model: runner.num_parameters for model, runner in found.items()}
             title = (
                 f"{name}: {system.num_graphs} graphs, {system.num_atoms} atoms, {count} edges within 5 A; memory of "

@@ -20,6 +20,7 @@ TINY = {
     "models": "--models NBodyNet SchNet PaiNN --batch 2 --waters 3 --seconds 0.05",
     "scaling": "--sweeps atoms neighbours --waters 100 105 --cutoffs 3 5 --fixed 5 --seconds 0.02",
     "nve": "{model} --time 0.01 --every 2 --equilibrate 0.005",
+    "md": "--waters 2 --seconds 0.02",
     "smoothness": "--atoms 16 --length 0.3 --channels 2",
     "hierarchy": "--waters 4 6 --all-pairs 3 4 --channels 2 --seconds 0.02",
 }
@@ -29,6 +30,7 @@ SHOWN = {
     "models": ["molecule: 1 graphs, 22 atoms", "droplet: 1 graphs, 9 atoms", "NBodyNet, SOAP", "SchNet"],
     "scaling": ["us per atom", r"E\+F time ~ \(atoms\)\^", "against neighbours"],
     "nve": ["drift mev per atom per 10ps", "mean temperature k"],
+    "md": ["E\\+F alone", "no skin", "skin 0.5"],
     "smoothness": [r"max \|d2E\|/h\^2", "survivors", "hard"],
     "hierarchy": ["of it topology ms", r"all pairs: time ~ N\^"],
 }
@@ -37,6 +39,7 @@ HELPERS = (
     "models",
     "scaling",
     "nve",
+    "md",
     "smoothness",
     "hierarchy",
     "timing",
@@ -90,7 +93,7 @@ def test_script_prints_a_table_and_writes_json(name, script, model, tmp_path, ca
     assert {"processor", "versions", "load at the start"} <= set(found["machine"])
     check = {
         "kernels": _kernels, "models": _models, "scaling": _scaling, "nve": _nve,
-        "smoothness": _smoothness, "hierarchy": _hierarchy,
+        "md": _md, "smoothness": _smoothness, "hierarchy": _hierarchy,
     }  # fmt: skip
     check[name](found, out)
 
@@ -122,6 +125,11 @@ def _nve(found, out):
     assert found["results"]["time_ps"] == pytest.approx(0.01)
     assert len(found["samples"]["total_ev"]) == 11
     assert out.with_suffix(".png").stat().st_size > 1000
+
+
+def _md(found, out):
+    searches = found["results"][0]["searches_per_step"]
+    assert searches["no skin"] == 1 and 0 < searches["skin 0.5"] < 1
 
 
 def _smoothness(found, out):
