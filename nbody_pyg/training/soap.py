@@ -108,7 +108,7 @@ class Soap(Optimizer):
         sizes = {"rows": grad.shape[-2], "columns": grad.shape[-1]}
         for side in (side for side, size in sizes.items() if size <= max_size):
             state[side] = _gram(grad, side)
-            state[f"{side}_basis"] = torch.linalg.eigh(state[side])[1]
+            state[f"{side}_basis"] = _eigenvectors(state[side])
 
     def _step_others(self, members: list[Tensor], group: dict) -> None:
         grad, state = torch.cat([_gradient(p).flatten() for p in members]), self.state[members[0]]
@@ -129,6 +129,14 @@ class Soap(Optimizer):
         if group["weight_decay"]:
             torch._foreach_mul_(members, 1 - group["lr"] * group["weight_decay"])
         torch._foreach_add_(members, update, alpha=-rate)
+
+
+def _eigenvectors(gram: Tensor) -> Tensor:
+    """Of the first gradient alone the matrix has many eigenvalues of zero, on which LAPACK may fail in float32."""
+    try:
+        return torch.linalg.eigh(gram)[1]
+    except torch.linalg.LinAlgError:
+        return torch.linalg.eigh(gram.double())[1].to(gram.dtype)
 
 
 def _gram(grad: Tensor, side: str) -> Tensor:

@@ -179,3 +179,22 @@ def test_from_a_module_and_errors():
     for wrong in ({"lr": 0.0}, {"betas": (0.9, 1.0)}, {"frequency": 0}, {"shampoo_beta": -0.1}):
         with pytest.raises(ValueError, match="lr and frequency must be positive and decays in"):
             Soap(module.parameters(), **wrong)
+
+
+def test_eigenvectors_where_lapack_fails_in_single_precision(monkeypatch):
+    """Seen on the first gradient of a network on a tree of bonds: 176 rows, 48 eigenvalues that are not zero."""
+    exact = torch.linalg.eigh
+
+    def failing(gram):
+        if gram.dtype == torch.float32:
+            raise torch.linalg.LinAlgError("the algorithm failed to converge")
+        return exact(gram)
+
+    weights, expected = (torch.nn.Parameter(torch.arange(12.0).reshape(3, 4)) for _ in range(2))
+    for parameter in (weights, expected):
+        optimizer = Soap([parameter], lr=0.1)
+        (parameter.square().sum() + parameter.sum() ** 2).backward()
+        optimizer.step()
+        monkeypatch.setattr(torch.linalg, "eigh", failing)
+    torch.testing.assert_close(weights, expected, rtol=0, atol=1e-4)
+    assert not torch.equal(weights, torch.arange(12.0).reshape(3, 4))

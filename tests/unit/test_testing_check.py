@@ -126,6 +126,7 @@ def test_known_energies_of_atoms_are_compared(net, frames):
     assert report["isolated atoms"].passed is False and report["isolated atoms"].figure > 1e-3
 
 
+@pytest.mark.slow
 def test_fixed_parts_are_kept_along_paths(molecules):
     tree = NBodyNet([1, 6, 8], BondTree(cutoff=4.0), channels=4, lmax=1)
     frames = [System(*molecules["methanol"])]
