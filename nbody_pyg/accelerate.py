@@ -210,6 +210,7 @@ class _Program:
         # Parameters stay what they are, constants of the graph with sizes of their own
         with opaque_products():
             graph = make_fx(self._evaluate, tracing_mode="symbolic", _allow_non_fake_inputs=True)(*tensors)
+        _check_sizes_are_free(graph, tensors)
         graph.graph.eliminate_dead_code()
         graph.recompile()
         return graph
@@ -227,6 +228,17 @@ class _Program:
 
         found = derivatives(energy, pos, cell, batches[0], layout.stress, create_graph=self.training)
         return found if self.training else [value.detach() for value in found]
+
+
+def _check_sizes_are_free(graph: torch.fx.GraphModule, tensors: Sequence[Tensor]) -> None:
+    """A size that tracing took for a constant would make kernels write beyond the ends of other systems' tensors."""
+    from torch.fx.experimental.symbolic_shapes import is_concrete_int
+
+    for number, (node, tensor) in enumerate(zip(graph.graph.find_nodes(op="placeholder"), tensors, strict=True)):
+        for size, recorded in zip(tensor.shape, node.meta["val"].shape, strict=True):
+            # Sizes below 2 are constants to a tracer; vectors have 3 components, edges 2 ends
+            if size > 3 and is_concrete_int(recorded):
+                raise ArithmeticError(f"the size {size} of tensor {number} became a constant of the recorded program")
 
 
 def _relative(found: Tensor, wanted: Tensor) -> float:

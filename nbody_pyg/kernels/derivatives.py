@@ -24,6 +24,8 @@ def last_derivative(backward: Callable[..., tuple]) -> Callable[..., tuple]:
         inputs = [t for t in (*ctx.saved_tensors, *cotangents) if t is not None]
         return _Last.apply(lambda: backward(ctx, *cotangents), *inputs)
 
+    # For tracers; not `__wrapped__`, which other decorators (jaxtyping's hook) set too
+    wrapper.undecorated = backward
     return wrapper
 
 

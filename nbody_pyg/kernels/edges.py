@@ -227,8 +227,8 @@ class _Features(torch.autograd.Function):
     def forward(ctx, vec: Tensor, window: Tensor, kernel: FeatureKernel):
         ctx.save_for_backward(vec, window)
         ctx.kernel = kernel
-        harmonics, radial = vec.new_empty(len(vec), kernel.rows), vec.new_empty(len(vec), kernel.num_basis)
-        kernel.library.call("features_forward", vec.dtype, len(vec), vec, window, harmonics, radial)
+        harmonics, radial = vec.new_empty(vec.shape[0], kernel.rows), vec.new_empty(vec.shape[0], kernel.num_basis)
+        kernel.library.call("features_forward", vec.dtype, vec.shape[0], vec, window, harmonics, radial)
         return harmonics, radial
 
     @staticmethod
@@ -243,7 +243,7 @@ class _FeaturesBackward(torch.autograd.Function):
         ctx.save_for_backward(vec, window, gh, gr)
         ctx.kernel = kernel
         gv, gw = torch.empty_like(vec), torch.empty_like(window)
-        kernel.library.call("features_backward", vec.dtype, len(vec), vec, window, gh, gr, gv, gw)
+        kernel.library.call("features_backward", vec.dtype, vec.shape[0], vec, window, gh, gr, gv, gw)
         return gv, gw
 
     @staticmethod
@@ -253,7 +253,7 @@ class _FeaturesBackward(torch.autograd.Function):
         vec, window, gh, gr = saved
         oh, orad, ov, ow = (torch.empty_like(t) for t in (gh, gr, vec, window))
         tensors = (*saved, c.contiguous(), d.contiguous(), oh, orad, ov, ow)
-        ctx.kernel.library.call("features_double", vec.dtype, len(vec), *tensors)
+        ctx.kernel.library.call("features_double", vec.dtype, vec.shape[0], *tensors)
         return ov, ow, oh, orad, None
 
 
@@ -270,8 +270,8 @@ class _Window(torch.autograd.Function):
     def forward(ctx, vec: Tensor, cutoff: float) -> Tensor:
         ctx.save_for_backward(vec)
         ctx.cutoff = cutoff
-        out = vec.new_empty(len(vec))
-        _window_library.call("window_forward", vec.dtype, len(vec), cutoff, vec, out)
+        out = vec.new_empty(vec.shape[0])
+        _window_library.call("window_forward", vec.dtype, vec.shape[0], cutoff, vec, out)
         return out
 
     @staticmethod
@@ -286,7 +286,7 @@ class _WindowBackward(torch.autograd.Function):
         ctx.save_for_backward(vec, g)
         ctx.cutoff = cutoff
         gv = torch.empty_like(vec)
-        _window_library.call("window_backward", vec.dtype, len(vec), cutoff, vec, g, gv)
+        _window_library.call("window_backward", vec.dtype, vec.shape[0], cutoff, vec, g, gv)
         return gv
 
     @staticmethod
@@ -294,5 +294,5 @@ class _WindowBackward(torch.autograd.Function):
     def backward(ctx, c: Tensor):
         vec, g = ctx.saved_tensors
         gg, gv = torch.empty_like(g), torch.empty_like(vec)
-        _window_library.call("window_double", vec.dtype, len(vec), ctx.cutoff, vec, g, c.contiguous(), gg, gv)
+        _window_library.call("window_double", vec.dtype, vec.shape[0], ctx.cutoff, vec, g, c.contiguous(), gg, gv)
         return gv, gg, None

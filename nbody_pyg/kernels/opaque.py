@@ -30,6 +30,7 @@ _FUNCTIONS = {
 }
 #: Kernels that a graph refers to, by what they compute: a graph kept on disk must find the same one again.
 _kernels: dict[str, Any] = {}
+_CONSTANTS = {"None": None, "True": True, "False": False}
 
 
 class _Context:
@@ -58,14 +59,15 @@ def _key(kernel: Any) -> str:
     return name
 
 
-def _pack(arguments: Sequence[Any]) -> tuple[str, list[Tensor | None], list[int]]:
+def _pack(arguments: Sequence[Any]) -> tuple[str, list[Tensor], list[int]]:
     """Arguments as (how to put them together again, tensors, integers)."""
     words, tensors, integers = [], [], []
     for value in arguments:
-        if value is None or isinstance(value, Tensor):
+        if isinstance(value, Tensor):
             words.append("t")
             tensors.append(value)
-        elif isinstance(value, (bool, float)):
+        elif value is None or isinstance(value, (bool, float)):
+            # None is a word: a list that begins with None counts to torch as one without gradients
             words.append(repr(value))
         elif isinstance(value, (int, torch.SymInt)):
             words.append("i")
@@ -81,7 +83,7 @@ def _parts(spec: str) -> tuple[str, tuple[str, ...]]:
     return name, tuple(words)
 
 
-def _unpack(words: Sequence[str], tensors: Sequence[Tensor | None], integers: Sequence[int]) -> list[Any]:
+def _unpack(words: Sequence[str], tensors: Sequence[Tensor], integers: Sequence[int]) -> list[Any]:
     tensor, integer = iter(tensors), iter(integers)
     values: list[Any] = []
     for word in words:
@@ -92,7 +94,7 @@ def _unpack(words: Sequence[str], tensors: Sequence[Tensor | None], integers: Se
         elif word[0] == "k":
             values.append(_kernels[word[1:]])
         else:
-            values.append(word == "True" if word in ("True", "False") else float(word))
+            values.append(_CONSTANTS[word] if word in _CONSTANTS else float(word))
     return values
 
 
@@ -104,10 +106,10 @@ def _listed(result: Any) -> list[Tensor]:
 
 
 # -- the operators ---------------------------------------------------------------------------------------
-def _run(spec: str, tensors: list[Tensor | None], integers: list[int]) -> list[Tensor]:
+def _run(spec: str, tensors: list[Tensor], integers: list[int]) -> list[Tensor]:
     """``forward`` of the function that ``spec`` names: its results, then what it saves beside arguments and results."""
     name, words = _parts(spec)
-    tensors, ctx = [None if t is None else t.contiguous() for t in tensors], _Context()
+    tensors, ctx = [t.contiguous() for t in tensors], _Context()
     results = _listed(_FUNCTIONS[name].forward(ctx, *_unpack(words, tensors, integers)))
     known = {id(t) for t in (None, *tensors, *results)}
     return results + [t for t in ctx.saved_tensors if id(t) not in known]
@@ -115,17 +117,17 @@ def _run(spec: str, tensors: list[Tensor | None], integers: list[int]) -> list[T
 
 def _run_last(spec: str, saved: list[Tensor], cotangents: list[Tensor | None], integers: list[int]) -> list[Tensor]:
     """``backward`` of the function that ``spec`` names, where it has no further derivative."""
-    name, attributes, words = spec.split("|")
-    ctx = _Context()
-    ctx.saved_tensors = tuple(saved)
+    name, attributes, words, present = spec.split("|")
+    ctx, given = _Context(), iter(saved)
+    ctx.saved_tensors = tuple(next(given) if flag == "1" else None for flag in present)
     vars(ctx).update(zip(attributes.split(), _unpack(tuple(words.split()), [], integers), strict=True))
-    return [t for t in _FUNCTIONS[name].backward.__wrapped__(ctx, *cotangents) if t is not None]
+    return [t for t in _FUNCTIONS[name].backward.undecorated(ctx, *cotangents) if t is not None]
 
 
 def _save(ctx: Any, inputs: tuple, output: list[Tensor]) -> None:
     spec, tensors, integers = inputs
     name, words = _parts(spec)
-    tensors, recorder = [None if t is None else t.contiguous() for t in tensors], _Context()
+    tensors, recorder = [t.contiguous() for t in tensors], _Context()
     with dry_run():
         results = _listed(_FUNCTIONS[name].forward(recorder, *_unpack(words, tensors, integers)))
     # What the dry run saved, in terms of the real arguments and results
@@ -154,7 +156,7 @@ def _backward(ctx: Any, cotangents: list[Tensor | None]) -> tuple:
             for given, shape in zip(cotangents, ctx.shapes, strict=True)
         ]
     backward = _FUNCTIONS[name].backward
-    if hasattr(backward, "__wrapped__"):
+    if hasattr(backward, "undecorated"):
         gradients = _last(name, inner, ctx.attributes, list(cotangents))
     else:
         with opaque_products():  # tracers differentiate later, outside of the caller's context
@@ -167,10 +169,12 @@ def _backward(ctx: Any, cotangents: list[Tensor | None]) -> tuple:
 
 def _last(name: str, ctx: _Context, attributes: dict[str, Any], cotangents: list[Tensor | None]) -> tuple:
     with dry_run():
-        shape = _FUNCTIONS[name].backward.__wrapped__(ctx, *cotangents)
+        shape = _FUNCTIONS[name].backward.undecorated(ctx, *cotangents)
     words, _, integers = _pack(list(attributes.values()))
-    spec = f"{name}|{' '.join(attributes)}|{words}"
-    found = iter(torch.ops.nbody_pyg.run_last(spec, list(ctx.saved_tensors), cotangents, integers))
+    present = "".join("0" if t is None else "1" for t in ctx.saved_tensors)
+    spec = f"{name}|{' '.join(attributes)}|{words}|{present}"
+    saved = [t for t in ctx.saved_tensors if t is not None]
+    found = iter(torch.ops.nbody_pyg.run_last(spec, saved, cotangents, integers))
     return tuple(None if like is None else next(found) for like in shape)
 
 
@@ -198,7 +202,7 @@ def _dry(function: Callable[..., list[Tensor]]) -> Callable[..., list[Tensor]]:
 # Not `torch.library.custom_op`, whose checks cost several microseconds of every call.
 _library = torch.library.Library("nbody_pyg", "DEF")
 for _name, _schema, _function in (
-    ("run", "(str spec, Tensor?[] tensors, SymInt[] integers) -> Tensor[]", _run),
+    ("run", "(str spec, Tensor[] tensors, SymInt[] integers) -> Tensor[]", _run),
     ("run_last", "(str spec, Tensor[] saved, Tensor?[] cotangents, SymInt[] integers) -> Tensor[]", _run_last),
 ):
     _library.define(_name + _schema)

@@ -49,6 +49,8 @@ def record(function: Callable) -> Callable:
             return checked(*args, **kwargs)
         except BeartypeCallHintViolation as error:
             text = re.sub(r"\s+", " ", re.sub(r"\x1b\[[\d;]*m", "", str(error)))
+            if "torch.SymInt" in text:  # while a graph is recorded, a symbol stands for an integer
+                return None
             found = re.search(r"violates type hint (?P<hint>.+?), as ", text)
             part = re.search(r"(parameter \w+|return)", text)
             key = f"{name}: {part[0] if part else ''} against {found['hint'] if found else text[:200]}"

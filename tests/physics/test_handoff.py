@@ -86,9 +86,16 @@ def test_bad_exchanges_are_named():
 
 @pytest.mark.slow
 def test_two_thousand_charges():
-    """The reference of the method: errors per atom of 2.3e-4, 2.6e-5, 2.3e-6 e^2/angstrom at lmax 2, 3, 4 or less."""
-    z, pos, charges = _charges(2000)
-    hierarchy, exact = _hierarchy(SmoothSurvivors((4.0,), (5.5, None)), z, pos), _direct(charges, pos)
-    for lmax, limit in ((2, 2.3e-4), (3, 2.6e-5), (4, 2.3e-6)):
-        error = float((coulomb_energy(charges, hierarchy, [(12.0, 16.0)], lmax)[0] - exact).abs()) / 2000
-        assert error < limit
+    """The reference of the method: errors per atom of 2.3e-4, 2.6e-5, 2.3e-6 e^2/angstrom at lmax 2, 3, 4 or less.
+
+    Errors of single configurations scatter about zero, so it is their root mean square that must fall.
+    """
+    errors = []
+    for seed in range(3):
+        z, pos, charges = _charges(2000, seed)
+        hierarchy, exact = _hierarchy(SmoothSurvivors((3.5,), (4.8, None)), z, pos), _direct(charges, pos)
+        energies = [coulomb_energy(charges, hierarchy, [(14.0, 18.0)], lmax)[0] for lmax in (2, 3, 4)]
+        errors.append((torch.stack(energies) - exact) / 2000)
+    typical = torch.stack(errors).square().mean(0).sqrt()
+    assert (typical < torch.tensor([2.3e-4, 2.6e-5, 2.3e-6])).all(), typical
+    assert typical[0] > 1e-6, "monopoles alone are not enough, or nothing is tested"

@@ -8,6 +8,7 @@ import torch
 from torch_geometric.data import Batch
 
 from nbody_pyg import BondTree, NBodyNet, NestedShells, Potential
+from nbody_pyg import potential as potential_module
 from nbody_pyg.accelerate import compile_potential
 from nbody_pyg.datasets import embedded
 from nbody_pyg.deploy import NBodyCalculator
@@ -40,10 +41,14 @@ def assert_same(found: dict, wanted: dict) -> None:
         torch.testing.assert_close(found[key], value, rtol=0, atol=1e-10)
 
 
+SCHEMES = pytest.mark.parametrize("scheme", [NestedShells((3.0, 3.0)), BondTree(3.0, 4.0, 5.0)], ids=["shells", "tree"])
+
+
+@SCHEMES
 @pytest.mark.parametrize("mode", ["md", "training"])
-def test_recorded_once_right_for_every_size(frames, mode):
+def test_recorded_once_right_for_every_size(frames, mode, scheme):
     """Values and, in training, gradients of all parameters by the operators' own derivatives."""
-    potential, training = network(), mode == "training"
+    potential, training = network(scheme), mode == "training"
     compiled = compile_potential(potential, mode, backend="eager")
     parameters = list(potential.parameters())
     for count in (4, 5, 6):
@@ -159,9 +164,19 @@ def test_errors(frames):
         compile_potential(potential, backend="eager")(batch)
 
 
+def test_a_size_that_became_a_constant_is_noticed(frames, monkeypatch):
+    """Tracing turns ``int(size)`` into a constant; run on another system, its kernels would write out of bounds."""
+    potential = network()
+    derivatives = "nbody_pyg.accelerate.derivatives"
+    actual = potential_module.derivatives
+    monkeypatch.setattr(derivatives, lambda energy, pos, *a, **k: actual(energy, pos[: int(pos.shape[0])], *a, **k))
+    with pytest.warns(RuntimeWarning, match=r"the size 36 of tensor 0 became a constant"):
+        compile_potential(potential, backend="eager")(batch_of(frames, potential.model.scheme, 4))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["md", "training"])
-@pytest.mark.parametrize("scheme", [NestedShells((3.0, 3.0)), BondTree(3.0, 4.0, 5.0)], ids=["shells", "tree"])
+@SCHEMES
 def test_with_the_real_compiler(frames, mode, scheme):
     potential, training = network(scheme).float(), mode == "training"
     compiled = compile_potential(potential, mode)
