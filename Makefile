@@ -3,13 +3,15 @@
 #   make test     set up .venv with the tools of development and torch-scatter, run the tests
 #   make docs     build the site of the documentation; open site/index.html
 # ARGS goes to the trainer or to pytest: make train ARGS="--training.budget_seconds 20", make test ARGS="-m slow".
-# PYTHON is the interpreter that .venv is made with; versions come from constraints.txt.
+# JOBS is the number of processes of the tests, PYTHON the interpreter that .venv is made with; versions come from
+# constraints.txt.
 
 PYTHON ?= python3
 VENV = .venv
 PY = $(VENV)/bin/python
 PIP = $(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt
 ARGS =
+JOBS = 2
 
 .PHONY: help train test lint types docs wheel package dev clean
 
@@ -47,7 +49,7 @@ train: $(VENV)/package.stamp
 	$(VENV)/bin/nbody train configs/embedded.yaml $(ARGS)
 
 test: $(VENV)/dev.stamp
-	$(PY) -m pytest $(ARGS)
+	$(PY) -m pytest -n $(JOBS) --dist worksteal $(ARGS)
 
 # --- for developers
 
