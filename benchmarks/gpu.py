@@ -198,6 +198,7 @@ SECTIONS: dict[str, Callable[[Run], list[dict]]] = {
     "edge": lambda run: timings(run, "edge product"),
     "model": gpu_models.models,
     "training": gpu_models.training,
+    "graphs": gpu_models.graphs,
     "density": lambda run: timings(run, "density"),
     "node": lambda run: timings(run, "node product"),
     "features": gpu_models.features,

@@ -1,7 +1,12 @@
-"""Edge features, whole models and training steps on a GPU: eager, and replayed from CUDA graphs where that works."""
+"""Edge features, whole models and training steps on a GPU: eager, and replayed from CUDA graphs where that works.
+
+``graphs`` does so through :mod:`nbody_pyg.graphs`, as a simulation and a training would; the other sections capture the
+bare call.
+"""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -12,11 +17,19 @@ from peers import Missing, Timed, build
 from report import show
 from systems import System, molecules, water
 from torch import Tensor
+from torch_geometric.data import Batch, Data
 
+from nbody_pyg.graphs import CapturedPotential, CapturedStep
+from nbody_pyg.hierarchy import TopologyCache
 from nbody_pyg.hierarchy.topology import Topology
 from nbody_pyg.kernels import set_backend
 from nbody_pyg.nn.edges import EdgeEmbedding
+from nbody_pyg.potential import Potential
 from nbody_pyg.radial import BesselBasis, vector_window
+from nbody_pyg.training.loss import EnergyForceLoss
+
+#: Of what graphs replay, relative to the largest number: float32 with sums in any order.
+TOLERANCE = 2e-4
 
 
 # ------------------------------------------------------------------------------------- to the device
@@ -147,4 +160,101 @@ def training(run) -> list[dict]:
             if run.left > 0:
                 records += _times(run, name, molecules(count), "step", _own(run, name))
     _table("training step without optimizer, float32, molecules of 22 atoms", records)
+    return records
+
+
+# ------------------------------------------------------------------------------------- the library's graphs
+def _deviation(found: list[Tensor], wanted: list[Tensor]) -> float:
+    """Largest difference of a list of tensors, relative to the largest number of each."""
+    return max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(found, wanted, strict=True) if b.any())
+
+
+def _potential(system: System, device: torch.device) -> Potential:
+    """Our network as a potential of its own, built on the CPU, where its tables are made."""
+    return Potential(build(OURS, system).model).to(device)
+
+
+def _dynamics(run, system: System) -> dict[str, Any]:
+    """Steps of a simulation, neighbours within a skin included, eager and replayed."""
+    potential = _potential(system, run.device)
+    z, pos, batch = (moved(tensor, run.device) for tensor in (system.z, system.pos.float(), system.batch))
+    places = [pos + 0.02 * torch.randn_like(pos) for _ in range(8)]
+    captured = CapturedPotential(potential)
+    calls = {}
+    for name, evaluate in (("eager", potential), ("graph", captured)):
+        lists = TopologyCache(potential.model.scheme, skin=1.0, trim=name == "eager")
+
+        def step(pos: Tensor, evaluate=evaluate, lists=lists) -> list[Tensor]:
+            found = evaluate(z, pos, batch, topology=lists(z, pos, batch))
+            return [found["interaction_energy"], found["forces"]]
+
+        calls[name] = step
+    return _record(run, "md", system.num_atoms, calls, places, captured)
+
+
+def _steps(run, count: int) -> dict[str, Any]:
+    """Losses and their gradients, without the optimizer, eager and replayed."""
+    system = molecules(count)
+    potential, loss = _potential(system, run.device), EnergyForceLoss()
+    frames = [
+        potential.model.scheme(Data(z=system.z[of], pos=system.pos[of].float()))
+        for of in (system.batch == graph for graph in range(count))
+    ]
+    data = Batch.from_data_list(frames).to(run.device)
+    labels = {"energy": torch.randn(count, device=run.device), "forces": torch.randn_like(data.pos)}
+    places = [data.pos + 0.02 * torch.randn_like(data.pos) for _ in range(8)]
+
+    def errors(found: dict[str, Tensor], labels: dict[str, Tensor]) -> Tensor:
+        return loss(found["interaction_energy"] - labels["energy"], found["forces"] - labels["forces"])
+
+    captured = CapturedStep(potential, errors)
+    values = {"graph": captured, "eager": lambda data, labels: errors(potential(data, training=True), labels)}
+    calls = {}
+    for name in ("eager", "graph"):
+
+        def step(pos: Tensor, value=values[name]) -> list[Tensor]:
+            potential.zero_grad()
+            data.pos = pos
+            found = value(data, labels)
+            found.backward()
+            return [found.detach(), *(p.grad for p in potential.parameters() if p.grad is not None)]
+
+        calls[name] = step
+    return _record(run, "step", system.num_atoms, calls, places, captured)
+
+
+def _record(
+    run,
+    task: str,
+    atoms: int,
+    calls: dict[str, Callable],
+    places: list[Tensor],
+    captured: CapturedPotential | CapturedStep,
+) -> dict[str, Any]:
+    """Compare a call with its captured form at all places, then time both there.
+
+    Raises: AssertionError: they differ, or nothing was captured.
+    """
+    error = max(_deviation(calls["graph"](pos), calls["eager"](pos)) for pos in places)
+    if captured.failure is not None or captured.replays == 0 or not error <= TOLERANCE:
+        raise AssertionError(f"{task}, {atoms} atoms: {captured.replays} replays, error {error}, {captured.failure}")
+    record = {"task": task, "atoms": atoms, "error": error}
+    for name, call in calls.items():
+        cycle = itertools.cycle(places)
+        record[f"{name}_s"] = run.time(lambda call=call, cycle=cycle: call(next(cycle)))
+    return record | {"captures": captured.captures, "replays": captured.replays}
+
+
+def graphs(run) -> list[dict]:
+    """Steps of dynamics and of training through the library's CUDA graphs: as in eager mode, and how fast."""
+    if run.device.type != CapturedPotential(_potential(molecules(1), run.device)).recorder.device_type:
+        print("graphs: CUDA graphs need a GPU, left out\n")
+        return []
+    systems = [molecules(1)] + [water(count) for count in run.args.waters]
+    records = [_dynamics(run, system) for system in systems if run.left > 0]
+    records += [_steps(run, count) for count in run.args.batches if run.left > 0]
+    rows = [[r["task"], r["atoms"], 1e3 * r["eager_s"], 1e3 * r["graph_s"], r["eager_s"] / r["graph_s"],
+             f"{r['error']:.1e}", r["captures"]] for r in records]  # fmt: skip
+    show("CUDA graphs of the library, float32: md with neighbour lists and all checks, step without optimizer",
+         ["task", "atoms", "eager ms", "graph ms", "times faster", "deviation", "captures"], rows)  # fmt: skip
     return records

@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import itertools
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from nbody_pyg.hierarchy.topology import Topology
 from nbody_pyg.kernels.opaque import opaque_products
-from nbody_pyg.kernels.operands import check_range
 from nbody_pyg.models import NBodyNet
-from nbody_pyg.potential import Potential, derivatives, parameter_gradients
+from nbody_pyg.potential import Potential
+from nbody_pyg.recording import Layout, check_edges, check_same, complete, evaluable, evaluate, flatten, reason_of
 
 MODES = ("md", "training")
-#: Largest difference from eager mode, relative to the largest number of a result.
-_TOLERANCE = {torch.float32: 2e-4, torch.float64: 1e-9}
 
 
 class CompiledPotential:
@@ -68,9 +63,10 @@ class CompiledPotential:
         if self.failure is not None or training != (self.mode == "training") or not forces:
             return eager()
         system = self._system(*arguments, **keywords)
-        if system["charge"] is not None or system["charges"] is not None or self.potential.model.long_range is not None:
+        if not evaluable(self.potential, system):
             return eager()
-        tensors, layout = _flatten(self.potential.model.scheme, system, stress)
+        tensors, layout = flatten(self.potential.model.scheme, system, stress)
+        check_edges(system["topology"])
         program = self._program(tensors, layout)
         if program is None:
             return eager()
@@ -78,14 +74,14 @@ class CompiledPotential:
         try:
             return self._run(program, tensors, system, training, eager)
         except Exception as error:  # whatever a compiler may raise: eager mode is always there
-            self._give_up(f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}")
+            self._give_up(reason_of(error))
             return eager()
 
     def _system(self, z: Any, pos: Any = None, batch: Any = None, **keywords: Any) -> dict[str, Any]:
         given = {key: keywords.get(key) for key in ("cell", "pbc", "topology", "charge", "charges")}
         return self.potential._system(z, pos, batch, **given)
 
-    def _program(self, tensors: Sequence[Tensor], layout: _Layout) -> _Program | None:
+    def _program(self, tensors: Sequence[Tensor], layout: Layout) -> _Program | None:
         sizes = [size for tensor in tensors for size in tensor.shape]
         # Sizes of 0 and 1 broadcast, and equal sizes become one symbol: such a graph is right for its kind only.
         kind = tuple(size if size < 2 else 2 + sizes.index(size) for size in sizes)
@@ -102,34 +98,15 @@ class CompiledPotential:
         with warnings.catch_warnings():
             if not known:
                 warnings.simplefilter("ignore")  # what torch says to itself while it traces and compiles
-            results = self._results(program, tensors, system)
+            results = complete(self.potential, program(tensors), system)
         if not known:
-            error = self._difference(results, wanted, training)
-            if not error <= _TOLERANCE[tensors[0].dtype]:
-                raise ArithmeticError(f"results differ from eager mode by {error:.1e} of their largest number")
+            trained = [p for p in self.potential.model.parameters() if p.requires_grad] if training else []
+            check_same(results, wanted, trained, tensors[0].dtype)
             program.seen, program.checks = sizes, program.checks + 1
             # The comparison has used up the graph of the results
-            results = self._results(program, tensors, system)
+            results = complete(self.potential, program(tensors), system)
         self.compiled_calls += 1
-        energy = results["interaction_energy"].to(torch.float64)
-        if self.potential.reference is not None:
-            energy = energy + self.potential.reference.energy(system["z"], system["batch"], system["num_graphs"])
-        return {**results, "energy": energy}
-
-    def _results(self, program: _Program, tensors: list[Tensor], system: dict[str, Any]) -> dict[str, Tensor]:
-        """What the program gives, with the repulsion, which has no weights and acts on few pairs or none."""
-        results = dict(zip(("interaction_energy", "forces", "stress"), program(tensors), strict=False))
-        self.potential.add_repulsion(results, system)
         return results
-
-    def _difference(self, found: dict[str, Tensor], wanted: dict[str, Tensor], training: bool) -> float:
-        """Largest relative difference, also of the gradients of a loss by all parameters."""
-        pairs = [(value, wanted[name]) for name, value in found.items()]
-        if training:
-            parameters = [p for p in self.potential.model.parameters() if p.requires_grad]
-            losses = [sum(value.square().sum() for value in column) for column in zip(*pairs, strict=True)]
-            pairs += zip(*(parameter_gradients(loss, parameters) for loss in losses), strict=True)
-        return float(torch.tensor([_relative(a.detach(), b.detach()) for a, b in pairs]).max())  # NaN stays NaN
 
     def _give_up(self, reason: str) -> None:
         self.failure = reason
@@ -146,53 +123,10 @@ def compile_potential(potential: Potential, mode: str = "md", backend: str = "in
     return CompiledPotential(potential, mode, backend)
 
 
-@dataclass(frozen=True)
-class _Layout:
-    """How a list of tensors stands for a system: for each field the number of its tensor, or None.
-
-    ``fields``: z, batch, cell, periodic, then num_parts, batch, child_index, child_shift, pair_index, pair_shift level
-    by level. Fields that share a tensor share a number (shells of one radius compute their features once).
-    """
-
-    fields: tuple[int | None, ...]
-    levels: int
-    stress: bool
-
-
-def _flatten(scheme: Any, system: dict[str, Any], stress: bool) -> tuple[list[Tensor], _Layout]:
-    topology = system["topology"]
-    if topology is None:
-        topology = scheme.topology(*(system[key] for key in ("z", "pos", "batch", "cell", "pbc")))
-    count = topology.num_levels
-    batches = [system["batch"], *(topology.batch(k) for k in range(1, count))]
-    columns = (topology.num_parts, batches, topology.child_index, topology.child_shift,
-               topology.pair_index, topology.pair_shift)  # fmt: skip
-    values = [system["z"], system["batch"], system["cell"], topology.periodic, *itertools.chain(*columns)]
-    _check_edges(topology)
-    tensors, numbers = [system["pos"].detach()], {}
-    for value in values:
-        if value is not None and id(value) not in numbers:
-            numbers[id(value)] = len(tensors)
-            tensors.append(value.detach())
-    fields = tuple(None if value is None else numbers[id(value)] for value in values)
-    return tensors, _Layout(fields, count, stress)
-
-
-def _check_edges(topology: Topology) -> None:
-    """Compiled code follows edges wherever they lead."""
-    for level in range(topology.num_levels):
-        size, child, pair = topology.size(level), topology.child_index[level], topology.pair_index[level]
-        if child is not None and (level == 1 or child is not topology.child_index[level - 1]):
-            check_range(f"child_index[{level}][0]", child[0], topology.size(level - 1))
-            check_range(f"child_index[{level}][1]", child[1], size)
-        if pair is not None:
-            check_range(f"pair_index[{level}]", pair, size)
-
-
 class _Program:
     """One traced and compiled evaluation: a list of tensors to interaction energies, forces and stress."""
 
-    def __init__(self, potential: Potential, layout: _Layout, training: bool, backend: str) -> None:
+    def __init__(self, potential: Potential, layout: Layout, training: bool, backend: str) -> None:
         self.potential, self.layout, self.training, self.backend = potential, layout, training, backend
         self.seen: list[tuple[int, ...]] | None = None
         self.checks = 0
@@ -207,27 +141,16 @@ class _Program:
     def _trace(self, tensors: list[Tensor]) -> torch.fx.GraphModule:
         from torch.fx.experimental.proxy_tensor import make_fx
 
+        def run(*given: Tensor) -> list[Tensor]:
+            return evaluate(self.potential, self.layout, self.training, given)
+
         # Parameters stay what they are, constants of the graph with sizes of their own
         with opaque_products():
-            graph = make_fx(self._evaluate, tracing_mode="symbolic", _allow_non_fake_inputs=True)(*tensors)
+            graph = make_fx(run, tracing_mode="symbolic", _allow_non_fake_inputs=True)(*tensors)
         _check_sizes_are_free(graph, tensors)
         graph.graph.eliminate_dead_code()
         graph.recompile()
         return graph
-
-    def _evaluate(self, pos: Tensor, *rest: Tensor) -> list[Tensor]:
-        model, layout = self.potential.model, self.layout
-        z, _, cell, periodic, *fields = (None if n is None else (pos, *rest)[n] for n in layout.fields)
-        count = layout.levels
-        parts, batches, child, child_shift, pair, pair_shift = (tuple(fields[k * count :][:count]) for k in range(6))
-        topology = Topology(parts, child, pair, child_shift, pair_shift, None, periodic).assume(batches)
-
-        def energy(pos: Tensor, cell: Tensor | None) -> Tensor:
-            hierarchy = model.scheme.hierarchy(topology, z, pos, cell)
-            return model.total(hierarchy) * self.potential.scale.to(pos.dtype)
-
-        found = derivatives(energy, pos, cell, batches[0], layout.stress, create_graph=self.training)
-        return found if self.training else [value.detach() for value in found]
 
 
 def _check_sizes_are_free(graph: torch.fx.GraphModule, tensors: Sequence[Tensor]) -> None:
@@ -239,8 +162,3 @@ def _check_sizes_are_free(graph: torch.fx.GraphModule, tensors: Sequence[Tensor]
             # Sizes below 2 are constants to a tracer; vectors have 3 components, edges 2 ends
             if size > 3 and is_concrete_int(recorded):
                 raise ArithmeticError(f"the size {size} of tensor {number} became a constant of the recorded program")
-
-
-def _relative(found: Tensor, wanted: Tensor) -> float:
-    size = max(float(wanted.abs().max()), 1e-6) if wanted.numel() else 1.0
-    return float((found - wanted).abs().max()) / size if wanted.numel() else 0.0

@@ -548,7 +548,11 @@ def derivatives(
         value = energy(moved, bent) if stress else energy(pos, cell)
         slopes = _gradient(value.sum(), inputs, create_graph=create_graph)
     found = [value, -slopes[0]]
-    return [*found, slopes[1] / torch.linalg.det(cell).abs().reshape(-1, 1, 1)] if stress else found
+    if stress:
+        # The triple product: a decomposition of the cell may wait for the GPU
+        volume = (cell[:, 0] * torch.linalg.cross(cell[:, 1], cell[:, 2])).sum(dim=-1).abs()
+        found.append(slopes[1] / volume.reshape(-1, 1, 1))
+    return found
 
 
 def parameter_gradients(loss: Tensor, parameters: Sequence[Tensor]) -> tuple[Tensor, ...]:

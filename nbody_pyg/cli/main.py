@@ -90,6 +90,7 @@ def build_parser() -> argparse.ArgumentParser:
     md.add_argument("--dtype", choices=("float32", "float64"), default=None, help="default: the model's")
     md.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
     md.add_argument("--compile", action="store_true", help="compile the model at the first step: faster small systems")
+    md.add_argument("--cuda-graphs", action="store_true", help="replay steps from CUDA graphs; needs --device cuda")
     md.add_argument("--committee", nargs="+", default=[], metavar="MODEL", help="further models: forces are their mean")
     md.add_argument("--max-forces-std", type=float, default=None, metavar="EV_PER_A",
                     help="stop when the committee disagrees by more on the force on an atom, eV/A")  # fmt: skip

@@ -23,7 +23,7 @@ def md(args: argparse.Namespace) -> int:
         raise FileNotFoundError(f"no structure at {args.start}")
     atoms = read(args.start)
     members = list(dict.fromkeys([args.model, *args.committee]))
-    options = {"device": args.device, "dtype": args.dtype, "compile": args.compile}
+    options = {"device": args.device, "dtype": args.dtype, "compile": args.compile, "cuda_graphs": args.cuda_graphs}
     if len(members) == 1 and args.max_forces_std is not None:
         raise ValueError("--max-forces-std needs further models to compare with; name them with --committee")
     atoms.calc = Committee(members, **options) if len(members) > 1 else NBodyCalculator(args.model, **options)

@@ -16,6 +16,7 @@ from ase.stress import full_3x3_to_voigt_6_stress
 from nbody_pyg.accelerate import compile_potential
 from nbody_pyg.deploy.model_file import load_model, read_metadata
 from nbody_pyg.deploy.reference import reference_topology
+from nbody_pyg.graphs import CapturedPotential
 from nbody_pyg.hierarchy import Topology, TopologyCache
 from nbody_pyg.potential import Potential
 
@@ -53,9 +54,12 @@ class NBodyCalculator(Calculator):
             moved by half of it. Energies and forces do not depend on it; 0 searches at every step.
         compile: run the model as one compiled program (:func:`~nbody_pyg.accelerate.compile_potential`): faster by far
             for small systems, after some seconds at the first step. NBodyNet only, and needs a C++ compiler.
+        cuda_graphs: replay steps on a GPU from CUDA graphs (:class:`~nbody_pyg.graphs.CapturedPotential`), for NBodyNet
+            only. Graphs last from one search for neighbours to the next, so take a larger ``skin``, such as 1.
     Raises:
-        ValueError: an element that the model does not know, or an unknown dtype.
-        TypeError: ``compile`` with another model than NBodyNet.
+        ValueError: an element that the model does not know, an unknown dtype, ``cuda_graphs`` without a GPU or beside
+            ``compile``.
+        TypeError: ``compile`` or ``cuda_graphs`` with another model than NBodyNet.
     """
 
     implemented_properties: ClassVar[list[str]] = ["energy", "free_energy", "forces", "stress", "energies"]
@@ -68,11 +72,14 @@ class NBodyCalculator(Calculator):
         carry_on: float = 1.0,
         skin: float = 0.5,
         compile: bool = False,
+        cuda_graphs: bool = False,
         **kwargs: Any,
     ):
         super().__init__(**kwargs)
         if dtype is not None and dtype not in _DTYPES:
             raise ValueError(f"dtype must be one of {sorted(_DTYPES)} or None, got {dtype!r}")
+        if compile and cuda_graphs:
+            raise ValueError("compile and cuda_graphs must not both be True: a graph replays no compiled program")
         self.metadata: dict[str, Any] = {}
         if isinstance(potential, Potential):
             potential = copy.deepcopy(potential)  # the caller's keeps its device and precision
@@ -91,8 +98,10 @@ class NBodyCalculator(Calculator):
         self.scheme = getattr(self.potential.model, "scheme", None)
         self.topologies = None
         if self.scheme is not None:
-            self.topologies = TopologyCache(self.scheme, skin, carry_on, self._reference)
+            self.topologies = TopologyCache(self.scheme, skin, carry_on, self._reference, trim=not cuda_graphs)
         self._evaluate = compile_potential(self.potential) if compile else self.potential
+        if cuda_graphs:
+            self._evaluate = _captured(self.potential, self.device)
         self._numbers: np.ndarray | None = None
 
     def forget(self) -> None:
@@ -111,7 +120,10 @@ class NBodyCalculator(Calculator):
         if self._numbers is None or not np.array_equal(atoms.numbers, self._numbers):
             self._check_species(atoms)
             self._numbers = atoms.numbers.copy()
-        z = torch.as_tensor(atoms.numbers, dtype=torch.long, device=self.device)
+            # The same tensors at every step: graphs need not copy them
+            self._z = torch.as_tensor(self._numbers, dtype=torch.long, device=self.device)
+            self._batch = torch.zeros_like(self._z)
+        z, batch = self._z, self._batch
         pos = torch.as_tensor(atoms.positions, dtype=torch.float64, device=self.device)
         periodic = bool(atoms.pbc.any())
         if "stress" in properties and not periodic:
@@ -121,7 +133,6 @@ class NBodyCalculator(Calculator):
             cell = torch.as_tensor(atoms.cell.array, dtype=torch.float64, device=self.device).reshape(1, 3, 3)
             pbc = torch.as_tensor(atoms.pbc, device=self.device).reshape(1, 3)
         topology = None if self.topologies is None else self.topologies(z, pos, None, cell, pbc)
-        batch = torch.zeros_like(z)
         given = {"cell": cell, "pbc": pbc, "topology": topology, **self._charges(atoms)}
         result = self._evaluate(z, pos, batch, **given, compute_stress="stress" in properties)
         energy = float(result["energy"])
@@ -167,3 +178,13 @@ class NBodyCalculator(Calculator):
         parts = self.potential.energies(z, pos, batch, cell=cell, pbc=pbc, topology=topology, **charges)
         own = [values for k, values in parts.levels.items() if len(values) == len(z)]
         return (torch.stack(own).sum(0) + parts.repulsion + parts.reference).cpu().numpy()
+
+
+def _captured(potential: Potential, device: torch.device) -> CapturedPotential:
+    captured = CapturedPotential(potential)
+    wanted = captured.recorder.device_type
+    if device.type != wanted:
+        raise ValueError(
+            f"cuda_graphs needs a GPU, got device {str(device)!r}; pass device={wanted!r}, or leave cuda_graphs out"
+        )
+    return captured

@@ -45,6 +45,8 @@ class TopologyCache:
         carry_on: displacement (angstrom) between calls up to which a structure counts as the next step.
         start: called with ``z`` and ``pbc`` where everything is built anew: parts to begin with in place of those
             that the scheme would find, or None.
+        trim: return the edges within R only. Without, the kept lists are returned as they are: the very same tensors
+            until the next search, with edges beyond R, whose windows are zero.
 
     The attributes ``calls`` and ``rebuilds`` count calls and searches; ``topology`` is what the last call returned.
 
@@ -58,11 +60,13 @@ class TopologyCache:
         skin: float = 0.5,
         carry_on: float = 1.0,
         start: Callable[[Tensor, Tensor | None], Topology | None] | None = None,
+        trim: bool = True,
     ) -> None:
         for name, value in (("skin", skin), ("carry_on", carry_on)):
             if not 0 <= value < float("inf"):
                 raise ValueError(f"{name} must be a length in angstrom, 0 or above, got {value!r}; try 0.5")
         self.scheme, self.skin, self.carry_on, self._start = scheme, float(skin), float(carry_on), start
+        self.trim = trim
         self._wide = scheme.widened(self.skin) if self.skin > 0 else None
         radii = [radius for pair in scheme.list_radii() for radius in pair if radius is not None]
         self._reach = max(radii, default=0.0)
@@ -98,7 +102,8 @@ class TopologyCache:
             self._identity = tuple(None if t is None else t.clone() for t in identity)
             self._origin = (pos.clone(), None if cell is None else cell.clone())
         self._last = pos.clone()
-        self.topology = self._kept if self._wide is None else narrow(self._kept, self.scheme, z, pos, cell)
+        whole = self._wide is None or not self.trim
+        self.topology = self._kept if whole else narrow(self._kept, self.scheme, z, pos, cell)
         return self.topology
 
     def _search(self, follows: bool, z: Tensor, pos: Tensor, batch: Any, cell: Any, pbc: Any) -> None:

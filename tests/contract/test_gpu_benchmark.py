@@ -82,6 +82,40 @@ def test_models_on_a_device_and_missing_peers(gpu, tmp_path, capsys):
     assert "eager us/atom" in capsys.readouterr().out
 
 
+def test_graphs_of_the_library_are_compared_then_timed(gpu, tmp_path, monkeypatch, capsys):
+    """With a stand-in that runs again what it recorded; the mutant gives forces of before."""
+    from nbody_pyg import graphs
+
+    words = ("--waters", "4", "--batches", "2", "--sections", "graphs")
+    status, found = _run(gpu, tmp_path, *words)
+    assert status == 0 and found["results"]["graphs"] == [] and "CUDA graphs need a GPU" in capsys.readouterr().out
+
+    class Again:
+        device_type = "cpu"
+
+        def capture(self, run, device):
+            return run
+
+    monkeypatch.setattr(graphs, "CudaRecorder", Again)
+    status, found = _run(gpu, tmp_path, *words)
+    assert status == 0
+    records = found["results"]["graphs"]
+    assert [(r["task"], r["atoms"]) for r in records] == [("md", 22), ("md", 12), ("step", 44)]
+    for record in records:
+        assert record["captures"] == 1 and record["replays"] > 6
+        assert record["error"] < 2e-4 and record["eager_s"] > 0 < record["graph_s"]
+    assert "times faster" in capsys.readouterr().out
+
+    def old(self, run, device):
+        held = run()
+        return lambda: held
+
+    monkeypatch.setattr(Again, "capture", old)
+    with pytest.warns(RuntimeWarning, match="results differ from eager mode"):
+        status, found = _run(gpu, tmp_path, *words)
+    assert status == 1 and found["failed"] == ["graphs"]
+
+
 def test_no_section_starts_after_the_limit(gpu, tmp_path, capsys):
     status, found = _run(gpu, tmp_path, "--limit", "-1", "--sections", "hardware")
     assert status == 0 and found["results"] == {} and "out of time before hardware" in capsys.readouterr().out

@@ -167,7 +167,7 @@ def test_errors(frames):
 def test_a_size_that_became_a_constant_is_noticed(frames, monkeypatch):
     """Tracing turns ``int(size)`` into a constant; run on another system, its kernels would write out of bounds."""
     potential = network()
-    derivatives = "nbody_pyg.accelerate.derivatives"
+    derivatives = "nbody_pyg.recording.derivatives"
     actual = potential_module.derivatives
     monkeypatch.setattr(derivatives, lambda energy, pos, *a, **k: actual(energy, pos[: int(pos.shape[0])], *a, **k))
     with pytest.warns(RuntimeWarning, match=r"the size 36 of tensor 0 became a constant"):

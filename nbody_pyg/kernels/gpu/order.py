@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -56,12 +57,31 @@ class EdgeOrder:
         """Edges grouped by source (0) or target (1)."""
         found = self._rows[end]
         if found is None:
-            key, edge = torch.sort(self.ends[end], stable=True)
-            nodes = torch.arange(self.sizes[end] + 1, dtype=key.dtype, device=key.device)
-            ptr = torch.searchsorted(key, nodes, out_int32=True)
-            found = Rows(ptr, edge.to(torch.int32), *(node.index_select(0, edge) for node in self.ends))
-            self._rows[end] = found
+            found = self._rows[end] = self._sort(end)
         return found
+
+    def renew(self, index: Tensor) -> None:
+        """The orders of other edges, as many as before, in the tensors that hold those of now: a CUDA graph reads them."""
+        for kept, new in zip(self.ends, index, strict=True):
+            kept.copy_(new)
+        for end, rows in enumerate(self._rows):
+            if rows is not None:
+                for kept, new in zip(rows, self._sort(end), strict=True):
+                    kept.copy_(new)
+
+    def _sort(self, end: int) -> Rows:
+        key, edge = torch.sort(self.ends[end], stable=True)
+        nodes = torch.arange(self.sizes[end] + 1, dtype=key.dtype, device=key.device)
+        ptr = torch.searchsorted(key, nodes, out_int32=True)
+        return Rows(ptr, edge.to(torch.int32), *(node.index_select(0, edge) for node in self.ends))
+
+
+@dataclass
+class _Orders:
+    """What is known of one index: its orders by (num_sources, num_targets), true for one version of its entries."""
+
+    version: int
+    by_size: dict[tuple[int, int], EdgeOrder] = field(default_factory=dict)
 
 
 # A weak reference, not an address: the entry goes when its tensor goes
@@ -73,10 +93,24 @@ def edge_order(index: Tensor, num_sources: int, num_targets: int) -> EdgeOrder:
 
     The topology owns the index of its edges, so sorting and checking are done once for all steps on it.
     """
-    # An index that was changed in place is another one; inference tensors do not count their changes
-    state = (num_sources, num_targets, 0 if index.is_inference() else index._version)
     held = _known.get(index)
-    if held is None or held[0] != state:
-        held = (state, EdgeOrder(index, num_sources, num_targets))
-        _known[index] = held
-    return held[1]
+    # An index that was changed in place is another one
+    if held is None or held.version != _version(index):
+        held = _known[index] = _Orders(_version(index))
+    order = held.by_size.get((num_sources, num_targets))
+    if order is None:
+        order = held.by_size[num_sources, num_targets] = EdgeOrder(index, num_sources, num_targets)
+    return order
+
+
+def renew_orders(index: Tensor) -> None:
+    """Bring the orders that are known of an index up to date, in place, after it was changed in place."""
+    held = _known.get(index)
+    if held is not None:
+        held.version = _version(index)
+        for order in held.by_size.values():
+            order.renew(index)
+
+
+def _version(index: Tensor) -> int:
+    return 0 if index.is_inference() else index._version  # inference tensors do not count their changes

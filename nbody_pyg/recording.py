@@ -1,0 +1,131 @@
+"""What compiled programs and CUDA graphs share: a system as a list of tensors, and its evaluation without a check."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nbody_pyg.hierarchy.scheme import Scheme
+from nbody_pyg.hierarchy.topology import Topology
+from nbody_pyg.kernels.operands import check_range
+from nbody_pyg.potential import Potential, derivatives, parameter_gradients
+
+#: Largest difference from eager mode, relative to the largest number of a result.
+TOLERANCE = {torch.float32: 2e-4, torch.float64: 1e-9}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a list of tensors stands for a system: for each field the number of its tensor, or None.
+
+    ``fields``: z, batch, cell, periodic, then num_parts, batch, child_index, child_shift, pair_index, pair_shift level
+    by level. Fields that share a tensor share a number (shells of one radius compute their features once).
+    """
+
+    fields: tuple[int | None, ...]
+    levels: int
+    stress: bool
+
+
+def evaluable(potential: Potential, system: dict[str, Any]) -> bool:
+    """Whether :func:`evaluate` knows all that the energy depends on: it has no charges and no long range."""
+    return system["charge"] is None and system["charges"] is None and potential.model.long_range is None
+
+
+def flatten(scheme: Scheme, system: dict[str, Any], stress: bool) -> tuple[list[Tensor], Layout]:
+    """A system as tensors, positions first, each the very object that it holds unless that has a gradient.
+
+    The topology is built where the system has none, and left there.
+    """
+    topology = system["topology"]
+    if topology is None:
+        topology = scheme.topology(*(system[key] for key in ("z", "pos", "batch", "cell", "pbc")))
+        system["topology"] = topology
+    count = topology.num_levels
+    batches = [system["batch"], *(topology.batch(k) for k in range(1, count))]
+    columns = (topology.num_parts, batches, topology.child_index, topology.child_shift,
+               topology.pair_index, topology.pair_shift)  # fmt: skip
+    values = [system["z"], system["batch"], system["cell"], topology.periodic, *itertools.chain(*columns)]
+    tensors, numbers = [system["pos"].detach()], {}
+    for value in values:
+        if value is not None and id(value) not in numbers:
+            numbers[id(value)] = len(tensors)
+            tensors.append(value.detach() if value.requires_grad else value)
+    fields = tuple(None if value is None else numbers[id(value)] for value in values)
+    return tensors, Layout(fields, count, stress)
+
+
+def check_edges(topology: Topology) -> None:
+    """Compiled code follows edges wherever they lead.
+
+    Raises: ValueError: an edge that points outside of its levels.
+    """
+    for level in range(topology.num_levels):
+        size, child, pair = topology.size(level), topology.child_index[level], topology.pair_index[level]
+        if child is not None and (level == 1 or child is not topology.child_index[level - 1]):
+            check_range(f"child_index[{level}][0]", child[0], topology.size(level - 1))
+            check_range(f"child_index[{level}][1]", child[1], size)
+        if pair is not None:
+            check_range(f"pair_index[{level}]", pair, size)
+
+
+def evaluate(potential: Potential, layout: Layout, training: bool, tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Energies of the model, forces and, where asked for, stress; no value is looked at, nothing waits for a GPU."""
+    pos, model = tensors[0], potential.model
+    z, _, cell, periodic, *fields = (None if n is None else tensors[n] for n in layout.fields)
+    count = layout.levels
+    parts, batches, child, child_shift, pair, pair_shift = (tuple(fields[k * count :][:count]) for k in range(6))
+    topology = Topology(parts, child, pair, child_shift, pair_shift, None, periodic).assume(batches)
+
+    def energy(pos: Tensor, cell: Tensor | None) -> Tensor:
+        return model.total(model.scheme.hierarchy(topology, z, pos, cell)) * potential.scale.to(pos.dtype)
+
+    found = derivatives(energy, pos, cell, batches[0], layout.stress, create_graph=training)
+    return found if training else [value.detach() for value in found]
+
+
+def complete(potential: Potential, found: Sequence[Tensor], system: dict[str, Any]) -> dict[str, Tensor]:
+    """Results of :func:`evaluate` as those of the potential: with the repulsion, which has no weights and acts on few
+    pairs or none, and the energies of the isolated atoms."""
+    results = dict(zip(("interaction_energy", "forces", "stress"), found, strict=False))
+    potential.add_repulsion(results, system)
+    results["energy"] = results["interaction_energy"].to(torch.float64)
+    if potential.reference is not None:
+        inputs = (system["z"], system["batch"], system["num_graphs"])
+        results["energy"] = results["energy"] + potential.reference.energy(*inputs)
+    return results
+
+
+def check_same(
+    found: dict[str, Tensor], wanted: dict[str, Tensor], parameters: Sequence[Tensor], dtype: torch.dtype
+) -> None:
+    """Compare results with those of eager mode, and the gradients of a loss on them by some parameters.
+
+    The comparison of gradients uses up the graphs of both.
+
+    Raises: ArithmeticError: a relative difference above :data:`TOLERANCE`.
+    """
+    names = [name for name in found if name != "energy"]  # that holds constants, beside which errors look small
+    pairs = [(found[name], wanted[name]) for name in names]
+    if parameters:
+        losses = [sum(value.square().sum() for value in column) for column in zip(*pairs, strict=True)]
+        pairs += zip(*(parameter_gradients(loss, parameters) for loss in losses), strict=True)
+    # As a tensor, in which NaN stays NaN
+    error = float(torch.tensor([_relative(a.detach(), b.detach()) for a, b in pairs]).max())
+    if not error <= TOLERANCE[dtype]:
+        raise ArithmeticError(f"results differ from eager mode by {error:.1e} of their largest number")
+
+
+def reason_of(error: Exception) -> str:
+    """An error in one line."""
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+
+
+def _relative(found: Tensor, wanted: Tensor) -> float:
+    size = max(float(wanted.abs().max()), 1e-6) if wanted.numel() else 1.0
+    return float((found - wanted).abs().max()) / size if wanted.numel() else 0.0
