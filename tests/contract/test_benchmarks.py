@@ -7,9 +7,12 @@ import json
 import re
 import sys
 import tomllib
+import zipfile
 
 import pytest
 import torch
+from ase import Atoms
+from ase.io import write
 
 from nbody_pyg import NBodyNet, NestedShells
 from nbody_pyg.deploy import save_model
@@ -23,6 +26,7 @@ TINY = {
     "md": "--waters 2 --seconds 0.02",
     "smoothness": "--atoms 16 --length 0.3 --channels 2",
     "hierarchy": "--waters 4 6 --all-pairs 3 4 --channels 2 --seconds 0.02",
+    "sapt": "--data {dimers} --seconds 0.2 --batch 3",
 }
 #: What the table must show, and the keys of a record in the JSON.
 SHOWN = {
@@ -33,6 +37,7 @@ SHOWN = {
     "md": ["E\\+F alone", "no skin", "skin 0.5"],
     "smoothness": [r"max \|d2E\|/h\^2", "survivors", "hard"],
     "hierarchy": ["of it topology ms", r"all pairs: time ~ N\^"],
+    "sapt": ["MAE of Elst, meV", "beyond, ion pairs", "k q q / R", "Share of k q q / R"],
 }
 HELPERS = (
     "kernels",
@@ -42,6 +47,7 @@ HELPERS = (
     "md",
     "smoothness",
     "hierarchy",
+    "sapt",
     "timing",
     "report",
     "systems",
@@ -77,10 +83,33 @@ def model(tmp_path):
     return path
 
 
+@pytest.fixture
+def dimers(tmp_path):
+    """A folder with an archive of the form of SAPT10k: ions and water at distances from 3 to 8 angstrom."""
+    frames, water = [], [[0.0, 0.0, 0.0], [0.96, 0.0, 0.0], [-0.24, 0.93, 0.0]]
+    kinds = [
+        (Atoms("OH2", water), Atoms("He"), (0, 0)),
+        (Atoms("OH3", [*water, [-0.3, -0.4, 0.8]]), Atoms("F"), (1, -1)),
+        (Atoms("OH3", [*water, [-0.3, -0.4, 0.8]]), Atoms("He"), (1, 0)),
+    ]
+    for n in range(30):
+        place, (first, second, charge) = 3.0 + 0.15 * n, kinds[n % 3]
+        second.positions[:] = [0.0, 0.0, -place]
+        both = first + second
+        sizes = {"num_a": len(first), "num_b": len(second), "charge_a": charge[0], "charge_b": charge[1]}
+        for kind in ("dimer_original", "dimer_translated"):
+            both.info = {"structure_type": kind, "Elst": -30.0 / place, "benchmark_Eint": -33.0 / place} | sizes
+            frames.append(both.copy())
+    write(tmp_path / "sapt10k.xyz", frames, format="extxyz")
+    with zipfile.ZipFile(tmp_path / "sapt10k.zip", "w") as archive:
+        archive.write(tmp_path / "sapt10k.xyz", "sapt10k.xyz")
+    return tmp_path
+
+
 @pytest.mark.parametrize("name", sorted(TINY))
-def test_script_prints_a_table_and_writes_json(name, script, model, tmp_path, capsys):
+def test_script_prints_a_table_and_writes_json(name, script, model, dimers, tmp_path, capsys):
     out = tmp_path / "result" / f"{name}.json"
-    arguments = TINY[name].format(model=model).split()
+    arguments = TINY[name].format(model=model, dimers=dimers).split()
     assert script(name).main([*arguments, "--out", str(out)]) == 0
     printed = capsys.readouterr().out
     for words in SHOWN[name]:
@@ -93,7 +122,7 @@ def test_script_prints_a_table_and_writes_json(name, script, model, tmp_path, ca
     assert {"processor", "versions", "load at the start"} <= set(found["machine"])
     check = {
         "kernels": _kernels, "models": _models, "scaling": _scaling, "nve": _nve,
-        "md": _md, "smoothness": _smoothness, "hierarchy": _hierarchy,
+        "md": _md, "smoothness": _smoothness, "hierarchy": _hierarchy, "sapt": _sapt,
     }  # fmt: skip
     check[name](found, out)
 
@@ -141,6 +170,36 @@ def _smoothness(found, out):
 def _hierarchy(found, out):
     assert [record["atoms"] for record in found["results"]] == [9, 12, 12, 18]
     assert all(record["evaluate_s"] > record["topology_s"] > 0 for record in found["results"])
+
+
+def _sapt(found, out):
+    near, *beyond = found["tests"].values()
+    assert found["training"] + near + sum(beyond) == 30 and min(near, *beyond) > 0
+    tails = {record["network"]: record["tail"] for record in found["results"]}
+    assert abs(tails["local"]["100.0"]["median"]) < 1e-4, "monomers do not see each other"
+    assert 0.5 < tails["charges"]["100.0"]["median"] < 2
+    assert out.with_suffix(".png").stat().st_size > 1000
+
+
+def test_sapt_says_what_is_missing(script, tmp_path, capsys):
+    assert script("sapt").main(["--data", str(tmp_path)]) == 0
+    assert "skipped: there is no" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.data
+def test_sapt_reads_its_data(script, data_dir):
+    path = data_dir / "longrange" / "sapt10k.zip"
+    if not path.exists():
+        pytest.skip(f"no benchmark data {path}")
+    sapt = script("sapt")
+    dimers = sapt.load(path, "Elst")
+    assert len(dimers) == 9948 and sum(d.ions == 2 for d in dimers) == 196
+    assert dimers[0].energy == pytest.approx(-18.84952 * 0.0433641, rel=1e-5)
+    pair = next(d for d in dimers if d.ions == 2)
+    assert pair.charge == (float(pair.first.charges.sum().round()), float(pair.second.charges.sum().round()))
+    apart = pair.joined(50.0).pos[len(pair.first.z) :] - pair.second.pos
+    assert float(apart.norm(dim=1).max()) == pytest.approx(50.0 - pair.distance)
 
 
 def test_every_path_can_fail_the_comparison(script):
