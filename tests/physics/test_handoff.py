@@ -99,3 +99,15 @@ def test_two_thousand_charges():
     typical = torch.stack(errors).square().mean(0).sqrt()
     assert (typical < torch.tensor([2.3e-4, 2.6e-5, 2.3e-6])).all(), typical
     assert typical[0] > 1e-6, "monopoles alone are not enough, or nothing is tested"
+
+
+@pytest.mark.slow
+def test_two_thousand_charges_on_two_levels():
+    """Three degrees take off two orders of magnitude also where the second level holds most of the pairs."""
+    z, pos, charges = _charges(2000)
+    hierarchy, exact = _hierarchy(SmoothSurvivors((2.5, 4.0), (3.5, 5.5, None)), z, pos), _direct(charges, pos)
+    exchanges = [(9.0, 11.0), (22.0, 26.0)]
+    errors = [
+        float((coulomb_energy(charges, hierarchy, exchanges, lmax)[0] - exact).abs()) / 2000 for lmax in (0, 2, 3)
+    ]
+    assert errors[0] > 2.3e-4 > errors[1] and errors[2] < 2.6e-5, errors
