@@ -29,6 +29,8 @@ SCREEN_POWER = 0.23
 REACH_FACTOR = 0.75
 #: Reach with data, in shortest distances: some way into where the network extrapolates well.
 SEEN_FACTOR = 0.9
+#: Part of the reach up to which the repulsion is whole. A slow fade lets a network pull two atoms through it.
+FADE_FROM = 0.7
 #: Distances (angstrom) that count as seen, and the largest number of frames looked at.
 _SEEN_WITHIN, _MAX_FRAMES = 3.0, 2000
 
@@ -59,7 +61,7 @@ class ZBLRepulsion(Float64Buffers):
         V(r) = \frac{e^2}{4 \pi \epsilon_0} \frac{Z_1 Z_2}{r} \phi(r / a)\, f(r / R_{12}), \quad
         \phi(x) = \sum_{k=1}^4 c_k e^{-d_k x}, \quad a = \frac{0.8854\, a_0}{Z_1^{0.23} + Z_2^{0.23}}
 
-    f is the window of :func:`~nbody_pyg.radial.smooth_cutoff`. :math:`R_{12}` lies below the shortest bonds, so that
+    f is 1 up to 0.7 of the reach and falls to 0 in a quintic step from there. :math:`R_{12}` lies below the shortest bonds, so that
     the network is left alone where there are data: a window up to the sum of the covalent radii, which multiple bonds
     are shorter than, cost a fifth of the accuracy of aspirin's forces. :meth:`from_frames` takes the reach from data.
     Nothing is learned here.
@@ -72,7 +74,7 @@ class ZBLRepulsion(Float64Buffers):
         reach: distance (angstrom) at which the repulsion of a pair ends, by symbols (``{"C-H": 1.07}``); pairs that
             are not named take 0.75 times the sum of their covalent radii, which no known bond is shorter than.
 
-    Equivariance: invariant. Smoothness: C2 at the reach, C-infinity for 0 < r < reach.
+    Equivariance: invariant. Smoothness: C2 at the reach and at 0.7 of it, else C-infinity for r > 0.
     Cost: a comparison per edge of the list; more only for pairs within reach, of which normal structures have none.
     Raises: ValueError: no or unknown species, a reach for an unknown pair or not positive.
 
@@ -173,10 +175,10 @@ class ZBLRepulsion(Float64Buffers):
         exponents = rate.unsqueeze(-1) * rate.new_tensor(SCREEN_EXPONENTS)
         terms = torch.exp(-r.unsqueeze(-1) * exponents) * rate.new_tensor(SCREEN_WEIGHTS)
         screen, screen_slope = terms.sum(-1), -(terms * exponents).sum(-1)
-        x = (r / end).clamp(max=1.0)
-        x5 = x**5
-        window = 1.0 + x5 * x * (x * (48.0 - 21.0 * x) - 28.0)
-        window_slope = -168.0 * x5 * (1.0 - x) ** 2 / end
+        # 1 up to FADE_FROM of the reach, then a quintic step down
+        t = ((r / end - FADE_FROM) / (1.0 - FADE_FROM)).clamp(0.0, 1.0)
+        window = 1.0 - t**3 * (10.0 + t * (6.0 * t - 15.0))
+        window_slope = -30.0 * (t * (1.0 - t)) ** 2 / (end * (1.0 - FADE_FROM))
         bare = charge / r
         energy = bare * screen * window
         slope = bare * (screen_slope * window + screen * window_slope) - energy / r

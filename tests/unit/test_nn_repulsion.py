@@ -63,12 +63,20 @@ def test_ends_before_the_bond():
     for first, second in ((1, 1), (1, 6), (6, 8)):
         end = 0.75 * float(covalent_radii[first] + covalent_radii[second])
         assert energy_of(repulsion, *dimer(first, second, end + 1e-9)) == 0.0
-        assert 0 < energy_of(repulsion, *dimer(first, second, 0.95 * end)) < 0.3
+        assert 0 < energy_of(repulsion, *dimer(first, second, 0.97 * end)) < 0.3
         assert energy_of(repulsion, *dimer(first, second, 0.3)) > 5.0
     # The shortest bonds there are: N2, CO, acetylene, H2.
     for first, second, bond in ((7, 7, 1.098), (6, 8, 1.128), (6, 6, 1.203), (1, 1, 0.741)):
         assert energy_of(repulsion, *dimer(first, second, bond)) == 0.0
     assert repr(repulsion).startswith("ZBLRepulsion(H-H 0.46, H-C 0.80")
+
+
+def test_whole_up_to_seven_tenths_of_the_reach():
+    """A fade that begins earlier let two carbons of a trained network attract each other inside their bond."""
+    repulsion = ZBLRepulsion([1, 6], reach={"C-C": 1.3})
+    for r in (0.5, 0.7 * 1.3):
+        assert energy_of(repulsion, *dimer(6, 6, r)) == pytest.approx(published(6, 6, r), rel=1e-6)
+    assert 0 < energy_of(repulsion, *dimer(6, 6, 1.1)) < 0.6 * published(6, 6, 1.1)
 
 
 def test_reach_from_frames_leaves_them_alone():
