@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import e3nn
 import numpy as np
 import torch
 from jaxtyping import Float, Int
@@ -110,10 +111,10 @@ def loop_vectors(
 def undisturbed(seed: int) -> Iterator[None]:
     """Build a peer with seeded weights, and put back what some of them change for the whole process.
 
-    nequip sets the default dtype and seeds every generator, mace sets environment variables, several set up
-    logging: none of it may reach the models that come after.
+    nequip sets the default dtype and e3nn's way to compile, and seeds every generator, mace sets environment variables,
+    several set up logging: none of it may reach the models that come after.
     """
-    dtype, environment = torch.get_default_dtype(), dict(os.environ)
+    dtype, environment, compiled = torch.get_default_dtype(), dict(os.environ), e3nn.get_optimization_defaults()
     level, states = logging.getLogger().level, (torch.get_rng_state(), random.getstate(), np.random.get_state())  # noqa: NPY002
     try:
         with warnings.catch_warnings():
@@ -122,6 +123,7 @@ def undisturbed(seed: int) -> Iterator[None]:
             yield
     finally:
         torch.set_default_dtype(dtype)
+        e3nn.set_optimization_defaults(**compiled)
         for key in set(os.environ) - set(environment):
             del os.environ[key]
         os.environ.update(environment)
