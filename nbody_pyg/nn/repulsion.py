@@ -61,10 +61,10 @@ class ZBLRepulsion(Float64Buffers):
         V(r) = \frac{e^2}{4 \pi \epsilon_0} \frac{Z_1 Z_2}{r} \phi(r / a)\, f(r / R_{12}), \quad
         \phi(x) = \sum_{k=1}^4 c_k e^{-d_k x}, \quad a = \frac{0.8854\, a_0}{Z_1^{0.23} + Z_2^{0.23}}
 
-    f is 1 up to 0.7 of the reach and falls to 0 in a quintic step from there. :math:`R_{12}` lies below the shortest bonds, so that
-    the network is left alone where there are data: a window up to the sum of the covalent radii, which multiple bonds
-    are shorter than, cost a fifth of the accuracy of aspirin's forces. :meth:`from_frames` takes the reach from data.
-    Nothing is learned here.
+    f is 1 up to 0.7 of the reach and falls to 0 in a quintic step from there. :math:`R_{12}` lies below the shortest
+    bonds, so that the network is left alone where there are data: a window up to the sum of the covalent radii, which
+    multiple bonds are shorter than, cost a fifth of the accuracy of aspirin's forces. :meth:`from_frames` takes the
+    reach from data. Nothing is learned here.
 
     Source: Ziegler, Biersack, Littmark, *The Stopping and Range of Ions in Matter* (1985); covalent radii of
     Cordero et al. (2008), as ASE has them.
