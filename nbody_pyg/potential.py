@@ -387,7 +387,7 @@ class Potential(Float64Buffers):
         pos: Tensor | None,
         batch: Tensor | None,
         cell: Tensor | None,
-        pbc: Tensor | None,
+        pbc: Tensor | bool | None,
         topology: Topology | None,
         charge: Tensor | None = None,
         charges: Tensor | None = None,
