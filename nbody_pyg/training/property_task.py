@@ -37,7 +37,7 @@ class PropertyMeter:
         self.sums = [torch.zeros(5, size, dtype=torch.float64, device=device) for size in sizes]
 
     @torch.no_grad()
-    def update(self, result: dict[str, Tensor], batch: Data) -> None:
+    def update(self, result: dict[str, Tensor], batch: Data | dict[str, Tensor]) -> None:
         """Add a batch: values of the model, and the labels of the same graphs."""
         for p, sums in zip(self.properties, self.sums, strict=True):
             if p.name not in batch:
