@@ -27,12 +27,18 @@ def quintic_step(t: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
 
 def plateau_window(r: Float[Tensor, "edges"], inner: float, outer: float) -> Float[Tensor, "edges"]:
     """1 up to ``inner``, 0 from ``outer`` on, C2 between them (angstrom)."""
-    return 1.0 - quintic_step((r - inner) / (outer - inner))
+    # 1 - S(t) = S(1 - t), without the cancellation: weights are divided by each other where they vanish
+    return quintic_step((outer - r) / (outer - inner))
 
 
 def dead_zone(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     """A step that ignores values below 0.1 and takes values above 0.9 for 1: undecided weights become decided."""
     return quintic_step((x - 0.1) / 0.8)
+
+
+def outside_dead_zone(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """1 - :func:`dead_zone`, to full relative precision where it vanishes."""
+    return quintic_step((0.9 - x) / 0.8)
 
 
 def thin(
@@ -73,11 +79,11 @@ def thin(
     undecided, survival = existence, torch.zeros_like(existence)
     for turn in range(rounds):
         stronger = _sum(undecided.index_select(0, source) * wins, target, survival)
-        new = dead_zone(undecided * (1.0 - dead_zone(stronger)))
+        new = dead_zone(undecided * outside_dead_zone(stronger))
         survival = survival + (1.0 - survival) * new
         if turn + 1 < rounds:
             taken = _sum(survival.index_select(0, source) * window, target, survival)
-            undecided = existence * (1.0 - dead_zone(survival + taken))
+            undecided = existence * outside_dead_zone(survival + taken)
     return survival
 
 
@@ -121,7 +127,7 @@ def share_out(
     t = (total / FILLED).clamp(max=1.0)
     # S(t) / t is a polynomial, so nothing is divided by a small sum.
     fill = torch.where(total < FILLED, t * t * (10.0 + t * (6.0 * t - 15.0)) / FILLED, 1.0 / total.clamp(min=FILLED))
-    alone = 1.0 - quintic_step(t)
+    alone = quintic_step(1.0 - t)
     return Share(survival + (1.0 - survival) * existence * alone, fill, alone)
 
 

@@ -181,9 +181,8 @@ def test_every_level_is_covariant(both, fluid, rotation, generator):
 
 
 def test_energy_is_invariant(both, fluid):
-    """Relative to forces of some 10 eV/A; means are taken of small shares, which costs a digit."""
-    net = _net(both)
-    systems, tolerance = [fluid, _fluid(30, seed=2)], 1e-12 if net.scheme.centre == "atom" else 1e-11
+    """Relative to energies of some eV and forces of some 10 eV/A."""
+    net, systems, tolerance = _net(both), [fluid, _fluid(30, seed=2)], 1e-12
     assert assert_equivariant(net, systems=systems, num_rotations=1, tolerance=tolerance) > 0
     assert_translation_invariant(net, systems=systems, tolerance=tolerance)
     assert_permutation_invariant(net, systems=systems, num_permutations=1, tolerance=tolerance)
