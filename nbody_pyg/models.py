@@ -86,7 +86,7 @@ class NBodyNet(nn.Module):
 
     Args:
         species: atomic numbers that the network knows.
-        scheme: composition scheme; the default is two nested shells of 5 angstrom.
+        scheme: composition scheme; the default is two nested shells of 4 angstrom.
         channels: multiplicity of every fragment.
         lmax: highest degree.
         body_order: highest power of a summed state in one interaction.
@@ -107,7 +107,7 @@ class NBodyNet(nn.Module):
 
     Example:
         >>> NBodyNet([1, 6, 8], channels=8)
-        NBodyNet(H C O, NestedShells(radii=[5.0, 5.0]), practical, 8x0e+8x1o+8x2e -> 1x0e, 5843 parameters)
+        NBodyNet(H C O, NestedShells(radii=[4.0, 4.0], exponent=3), practical, 8x0e+8x1o+8x2e -> 1x0e, 5843 parameters)
     """
 
     #: Settings that ``options`` may change.
@@ -133,7 +133,7 @@ class NBodyNet(nn.Module):
         **options: Any,
     ) -> None:
         super().__init__()
-        self.scheme = NestedShells((5.0, 5.0)) if scheme is None else scheme
+        self.scheme = NestedShells() if scheme is None else scheme
         self.species = _check_species(species)
         self.preset = _check_choice("preset", preset, PRESETS)
         self.target = _check_choice("target", target, ("extensive", "intensive"))

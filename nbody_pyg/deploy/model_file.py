@@ -21,8 +21,8 @@ from nbody_pyg.properties import PropertyModel
 from nbody_pyg.training.build import potential_config, potential_from_config
 from nbody_pyg.training.durable import written_whole
 
-#: 2 since potentials have a repulsion, which a reader of format 1 would leave out.
-FORMAT_VERSION = 2
+#: 2 since potentials have a repulsion, which a reader of format 1 would leave out; 3 since windows have an exponent.
+FORMAT_VERSION = 3
 _KEY = "nbody_pyg"
 _PACKAGES = ("nbody_pyg", "torch", "torch_geometric", "e3nn")
 

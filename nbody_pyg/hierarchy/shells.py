@@ -15,7 +15,7 @@ from torch_geometric.data.datapipes import functional_transform
 from nbody_pyg.hierarchy.positions import atomic_masses
 from nbody_pyg.hierarchy.scheme import AtomsInput, LevelSpec, Scheme, check_radius
 from nbody_pyg.hierarchy.topology import Topology, sort_edges
-from nbody_pyg.radial import vector_window
+from nbody_pyg.radial import check_exponent, vector_window
 
 
 @functional_transform("nbody_nested_shells")
@@ -24,7 +24,8 @@ class NestedShells(Scheme):
 
     .. math:: \mathrm{children}(i, k) = \{(j, k - 1) : |r_j - r_i| < R_k\}, \qquad p_{ji} = f(|r_j - r_i|)
 
-    with the window f of :func:`~nbody_pyg.radial.smooth_cutoff`, which is 1 for j = i. Level k >= 1 has as
+    with the window f of :func:`~nbody_pyg.radial.smooth_cutoff`, which is 1 for j = i. Neighbours that fade early
+    (exponent 3) are learned from fewer frames than neighbours that stay whole up to the radius (exponent 6). Level k >= 1 has as
     many parts as there are atoms, the last level is the root with all parts of the level below. With one
     radius per layer this is message passing: the composition scheme of flat networks is the special case.
 
@@ -37,25 +38,27 @@ class NestedShells(Scheme):
 
     Args:
         radii: one radius per level, angstrom.
+        exponent: of the windows, from 3 (fade from the start) to 12 (whole nearly up to the radius).
 
     Symmetry: E(3) and permutations, exact. Continuity: C2 where an atom crosses a radius, else C-infinity.
     Cost: O(N) edges per level at fixed density. Periodic systems: mixed, any cell size.
     Raises:
-        ValueError: no radius, or one that is not positive.
+        ValueError: no radius, or one that is not positive; an unknown exponent.
 
     Example:
         >>> NestedShells((4.0, 4.0))
-        NestedShells(radii=[4.0, 4.0])
+        NestedShells(radii=[4.0, 4.0], exponent=3)
     """
 
     symmetry = "E(3) and permutations of the atoms"
     centred = True
     continuity = "C2 (members enter and leave through a smooth window)"
 
-    def __init__(self, radii: Sequence[float] = (5.0, 5.0)) -> None:
+    def __init__(self, radii: Sequence[float] = (4.0, 4.0), exponent: int = 3) -> None:
         if isinstance(radii, (int, float)) or len(radii) == 0:
-            raise ValueError(f"radii must list at least one radius in angstrom, got {radii!r}; try (5.0, 5.0)")
+            raise ValueError(f"radii must list at least one radius in angstrom, got {radii!r}; try (4.0, 4.0)")
         self.radii = tuple(check_radius(f"radii[{k}]", radius) for k, radius in enumerate(radii))
+        self.exponent = check_exponent(exponent)
         shells = tuple(LevelSpec(f"shell {k + 1}", radius) for k, radius in enumerate(self.radii))
         self.levels = (LevelSpec("atoms"), *shells, LevelSpec("root", 2.0 * max(self.radii)))
 
@@ -115,4 +118,4 @@ class NestedShells(Scheme):
     def child_weight(self, level: int, vec: Float[Tensor, "edges 3"]) -> Float[Tensor, " edges"]:
         if level > len(self.radii):
             return vec.new_ones(vec.shape[0])
-        return vector_window(vec, self.radii[level - 1])
+        return vector_window(vec, self.radii[level - 1], self.exponent)

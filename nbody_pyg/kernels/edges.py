@@ -99,22 +99,28 @@ void features_double(int64_t E, const real* v, const real* window, const real* g
 
 _WINDOW = """
 #include <math.h>
-/* f = 1 - 28 x^6 + 48 x^7 - 21 x^8 and its derivatives divided by r: s = f'/r, s1 = s'/r */
+/* f = 1 - (p+1)(p+2)/2 x^p + p(p+2) x^(p+1) - p(p+1)/2 x^(p+2) and its derivatives divided by r: s = f'/r, s1 = s'/r */
+static inline double power(double x, int64_t n) {
+  double value = 1; for (int64_t i = 0; i < (n < 0 ? -n : n); i++) value *= x;
+  return n < 0 ? 1 / value : value; }
 #define EDGE \\
   const double X = v[3*e], Y = v[3*e+1], Z = v[3*e+2], r = sqrt(X*X + Y*Y + Z*Z), x = r / cutoff, i2 = 1 / (cutoff * cutoff); \\
-  const int in = x < 1; const double x2 = x * x, x4 = in ? x2 * x2 : 0; (void)i2; (void)x4;
-void window_forward(int64_t E, double cutoff, const real* v, real* f) {
-  for (int64_t e = 0; e < E; e++) { EDGE f[e] = in ? 1 + x4 * x2 * (x * (48 - 21 * x) - 28) : 0; }
-}
-void window_backward(int64_t E, double cutoff, const real* v, const real* g, real* gv) {
+  const double K = -0.5 * p * (p + 1) * (p + 2); (void)i2; (void)K;
+#define SLOPE (x < 1 ? K * power(x, p - 2) * (1 - x) * (1 - x) * i2 : 0)
+void window_forward(int64_t E, int64_t p, double cutoff, const real* v, real* f) {
   for (int64_t e = 0; e < E; e++) { EDGE
-    const double s = g[e] * -168 * x4 * (1 - x) * (1 - x) * i2;
+    f[e] = x < 1 ? 1 + power(x, p) * (x * p * (p + 2 - 0.5 * (p + 1) * x) - 0.5 * (p + 1) * (p + 2)) : 0; }
+}
+void window_backward(int64_t E, int64_t p, double cutoff, const real* v, const real* g, real* gv) {
+  for (int64_t e = 0; e < E; e++) { EDGE
+    const double s = g[e] * SLOPE;
     gv[3*e] = s * X; gv[3*e+1] = s * Y; gv[3*e+2] = s * Z; }
 }
-void window_double(int64_t E, double cutoff, const real* v, const real* g, const real* c, real* gg, real* gv) {
+void window_double(int64_t E, int64_t p, double cutoff, const real* v, const real* g, const real* c, real* gg, real* gv) {
   for (int64_t e = 0; e < E; e++) { EDGE
-    const double s = -168 * x4 * (1 - x) * (1 - x) * i2, q = X * c[3*e] + Y * c[3*e+1] + Z * c[3*e+2];
-    const double s1 = in ? -336 * x2 * (1 - x) * (2 - 3 * x) * i2 * i2 : 0;
+    const double s = SLOPE, q = X * c[3*e] + Y * c[3*e+1] + Z * c[3*e+2];
+    /* at x = 0 what it is multiplied by vanishes faster */
+    const double s1 = x < 1 && x > 0 ? K * power(x, p - 4) * (1 - x) * (p - 2 - p * x) * i2 * i2 : 0;
     gg[e] = s * q;
     gv[3*e] = g[e] * (s * c[3*e] + q * s1 * X); gv[3*e+1] = g[e] * (s * c[3*e+1] + q * s1 * Y);
     gv[3*e+2] = g[e] * (s * c[3*e+2] + q * s1 * Z); }
@@ -257,36 +263,36 @@ class _FeaturesBackward(torch.autograd.Function):
         return ov, ow, oh, orad, None
 
 
-_window_library = Library(_WINDOW, {"window_forward": "id2p", "window_backward": "id3p", "window_double": "id5p"})
+_window_library = Library(_WINDOW, {"window_forward": "iid2p", "window_backward": "iid3p", "window_double": "iid5p"})
 
 
-def compiled_window(vec: Tensor, cutoff: float) -> Tensor:
+def compiled_window(vec: Tensor, cutoff: float, exponent: int = 6) -> Tensor:
     """The window of :func:`nbody_pyg.radial.smooth_cutoff` as a function of the vector."""
-    return _Window.apply(vec.contiguous(), cutoff)
+    return _Window.apply(vec.contiguous(), cutoff, exponent)
 
 
 class _Window(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, vec: Tensor, cutoff: float) -> Tensor:
+    def forward(ctx, vec: Tensor, cutoff: float, exponent: int) -> Tensor:
         ctx.save_for_backward(vec)
-        ctx.cutoff = cutoff
+        ctx.cutoff, ctx.exponent = cutoff, exponent
         out = vec.new_empty(vec.shape[0])
-        _window_library.call("window_forward", vec.dtype, vec.shape[0], cutoff, vec, out)
+        _window_library.call("window_forward", vec.dtype, vec.shape[0], exponent, cutoff, vec, out)
         return out
 
     @staticmethod
     def backward(ctx, g: Tensor):
-        return _WindowBackward.apply(*ctx.saved_tensors, g, ctx.cutoff), None
+        return _WindowBackward.apply(*ctx.saved_tensors, g, ctx.cutoff, ctx.exponent), None, None
 
 
 class _WindowBackward(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, vec: Tensor, g: Tensor, cutoff: float) -> Tensor:
+    def forward(ctx, vec: Tensor, g: Tensor, cutoff: float, exponent: int) -> Tensor:
         g = g.contiguous()
         ctx.save_for_backward(vec, g)
-        ctx.cutoff = cutoff
+        ctx.cutoff, ctx.exponent = cutoff, exponent
         gv = torch.empty_like(vec)
-        _window_library.call("window_backward", vec.dtype, vec.shape[0], cutoff, vec, g, gv)
+        _window_library.call("window_backward", vec.dtype, vec.shape[0], exponent, cutoff, vec, g, gv)
         return gv
 
     @staticmethod
@@ -294,5 +300,6 @@ class _WindowBackward(torch.autograd.Function):
     def backward(ctx, c: Tensor):
         vec, g = ctx.saved_tensors
         gg, gv = torch.empty_like(g), torch.empty_like(vec)
-        _window_library.call("window_double", vec.dtype, vec.shape[0], ctx.cutoff, vec, g, c.contiguous(), gg, gv)
-        return gv, gg, None
+        shape = (vec.shape[0], ctx.exponent, ctx.cutoff)
+        _window_library.call("window_double", vec.dtype, *shape, vec, g, c.contiguous(), gg, gv)
+        return gv, gg, None, None

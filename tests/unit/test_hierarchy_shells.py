@@ -29,9 +29,10 @@ def _frame(molecule, **keys) -> AtomicData:
     return AtomicData(z=z, pos=pos, labels=labels, **keys)
 
 
-def test_shells_have_every_neighbour_and_the_atom_itself(molecule):
+@pytest.mark.parametrize("exponent", [3, 6])
+def test_shells_have_every_neighbour_and_the_atom_itself(molecule, exponent):
     z, pos = molecule
-    scheme = NestedShells((1.7, 3.0))
+    scheme = NestedShells((1.7, 3.0), exponent)
     topology = scheme.topology(z, pos).validate()
     hierarchy = scheme.hierarchy(topology, z, pos).validate()
     distance = torch.cdist(pos, pos)
@@ -40,7 +41,7 @@ def test_shells_have_every_neighbour_and_the_atom_itself(molecule):
         assert torch.equal(topology.child_index[k], expected), "sorted by parent, then child"
         child, parent = expected
         torch.testing.assert_close(hierarchy[k].child_vec, pos[child] - pos[parent], rtol=0, atol=1e-12)
-        window = smooth_cutoff(distance[child, parent], radius)
+        window = smooth_cutoff(distance[child, parent], radius, exponent)
         torch.testing.assert_close(hierarchy[k].child_weight, window, rtol=0, atol=1e-10)
         assert torch.equal(hierarchy[k].child_weight[child == parent], torch.ones(len(z), dtype=torch.float64))
         assert torch.equal(hierarchy[k].pos, pos), "a part sits on its central atom"

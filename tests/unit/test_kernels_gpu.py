@@ -123,7 +123,8 @@ def test_features_of_edges_and_windows_equal_plain_torch(generator):
         for lmax in (0, 2, 3):
             embedding = EdgeEmbedding(lmax, basis).double()
             _assert_same(lambda v, w, e=embedding: torch.cat(e(index, v, w, 1)[1:3], dim=1), [vec, window])
-    _assert_same(lambda v: vector_window(v, 3.0), [vec])
+    for exponent in (3, 4, 6):
+        _assert_same(lambda v, p=exponent: vector_window(v, 3.0, p), [vec])
 
 
 @pytest.mark.parametrize(("nodes", "targets", "count"), [(1, 1, 0), (1, 3, 2), (0, 0, 0), (4, 2, 0)])

@@ -7,7 +7,8 @@ import math
 import pytest
 import torch
 
-from nbody_pyg.radial import SOFT_LENGTH, BesselBasis, InversePowers, smooth_cutoff, soften
+from nbody_pyg.kernels import available_backends, set_backend
+from nbody_pyg.radial import SOFT_LENGTH, BesselBasis, InversePowers, smooth_cutoff, soften, vector_window
 
 
 def _derivatives(function, r: torch.Tensor, count: int) -> list[torch.Tensor]:
@@ -28,14 +29,48 @@ def test_the_window_is_the_polynomial_of_its_docstring():
     assert (torch.diff(expected) <= 0).all(), "it only falls"
 
 
-def test_the_window_leaves_with_two_derivatives_and_not_with_three():
+def test_the_window_of_exponent_3_is_the_quintic_step_downwards():
+    r = torch.linspace(0.0, 6.0, 50, dtype=torch.float64)
+    t = (r / 5.0).clamp(max=1.0)
+    expected = 1 - t**3 * (10 - 15 * t + 6 * t**2)
+    torch.testing.assert_close(smooth_cutoff(r, 5.0, 3), expected, rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize("exponent", [3, 4, 5, 6])
+def test_the_window_leaves_with_two_derivatives_and_not_with_three(exponent):
     # The polynomial is triple zero at the cutoff: value, slope and curvature go to zero as h^3, h^2, h
     below = torch.tensor([5.0 - 1e-5], dtype=torch.float64)
-    value, slope, curvature, third = _derivatives(lambda r: smooth_cutoff(r, 5.0), below, 3)
+    value, slope, curvature, third = _derivatives(lambda r: smooth_cutoff(r, 5.0, exponent), below, 3)
     assert abs(value) < 1e-13 and abs(slope) < 1e-8 and abs(curvature) < 1e-3
-    assert third.abs() > 1.0, "C2, as stated, and no more"
-    above = _derivatives(lambda r: smooth_cutoff(r, 5.0), torch.tensor([5.0 + 1e-9], dtype=torch.float64), 2)
+    assert third.abs() > 0.1, "C2, as stated, and no more"
+    above = _derivatives(lambda r: smooth_cutoff(r, 5.0, exponent), torch.tensor([5.0 + 1e-9], dtype=torch.float64), 2)
     assert not torch.stack(above).any()
+
+
+@pytest.mark.skipif("c" not in available_backends(), reason="no C compiler")
+@pytest.mark.parametrize("exponent", [3, 5, 6])
+def test_the_compiled_window_is_the_window(exponent, generator):
+    """Values, slopes and curvatures, inside, outside and where a part sits on its parent."""
+    vec = 2 * torch.randn(20, 3, dtype=torch.float64, generator=generator)
+    vec[0] = 0.0
+    found = []
+    for name in ("c", "torch"):
+        set_backend(name)
+        v = vec.clone().requires_grad_(True)
+        value = vector_window(v, 3.0, exponent)
+        (slope,) = torch.autograd.grad((value * torch.arange(20)).sum(), v, create_graph=True)
+        (bend,) = torch.autograd.grad((slope * vec.roll(1, 0)).sum(), v)
+        found.append((value.detach(), slope.detach(), bend))
+    set_backend("auto")
+    for compiled, plain in zip(*found, strict=True):
+        torch.testing.assert_close(compiled, plain, rtol=1e-12, atol=1e-12)
+        assert compiled.abs().max() > 0.1
+
+
+@pytest.mark.parametrize("exponent", [2, 13, 3.5, True, "3"])
+def test_a_window_needs_a_known_exponent(exponent):
+    with pytest.raises(ValueError, match="exponent must be an integer from 3 to 12, got"):
+        smooth_cutoff(torch.ones(1), 5.0, exponent)
 
 
 @pytest.mark.parametrize("cutoff", [0.0, -1.0, math.nan, math.inf])

@@ -152,19 +152,22 @@ def feature_source(
     ])  # fmt: skip
 
 
-def window_source(cutoff: float) -> str:
-    """f = 1 - 28 x^6 + 48 x^7 - 21 x^8 of x = r / cutoff, with s = f'/r and s' / r in its derivatives."""
-    i2 = 1.0 / cutoff**2
+def window_source(cutoff: float, exponent: int = 6) -> str:
+    """f = 1 - (p+1)(p+2)/2 x^p + p(p+2) x^(p+1) - p(p+1)/2 x^(p+2), x = r / cutoff; s = f'/r and s1 = s'/r."""
+    p, i2 = exponent, 1.0 / cutoff**2
+    a, b, c, k = (p + 1) * (p + 2) / 2, p * (p + 2), p * (p + 1) / 2, -p * (p + 1) * (p + 2) / 2
     edge = [*_vector(("X", "Y", "Z"), "v"), f"u = tl.sqrt(X * X + Y * Y + Z * Z) * {1.0 / cutoff!r}",
-            "u2 = u * u", "inside = u < 1.0", "u4 = tl.where(inside, u2 * u2, 0.0 * u)"]  # fmt: skip
-    slope = f"{-168.0 * i2!r} * u4 * (1.0 - u) * (1.0 - u)"
-    forward = [*edge, "f = 1.0 + u4 * u2 * (u * (48.0 - 21.0 * u) - 28.0)",
+            "inside = u < 1.0", "u = tl.where(inside, u, 1.0 + 0.0 * u)", "d = 1.0 - u"]  # fmt: skip
+    slope = f"{k * i2!r} * {_power('u', p - 2)} * d * d"
+    # At u = 0 what s1 is multiplied by vanishes faster
+    forward = [*edge, f"f = 1.0 + {_power('u', p)} * (u * ({float(b)!r} - {c!r} * u) - {a!r})",
                _store("out", 1, 0, "tl.where(inside, f, 0.0 * u)")]  # fmt: skip
     backward = [*edge, _load("g", "go", 1, 0), f"s = g * ({slope})",
                 *[_store("gv", 3, k, f"s * {v}") for k, v in enumerate("XYZ")]]  # fmt: skip
     double = [*edge, _load("g", "go", 1, 0), *_vector(("cx", "cy", "cz"), "cv"), f"s = {slope}",
-              "q = X * cx + Y * cy + Z * cz",
-              f"s1 = tl.where(inside, {-336.0 * i2 * i2!r} * u2 * (1.0 - u) * (2.0 - 3.0 * u), 0.0 * u)",
+              "q = X * cx + Y * cy + Z * cz", "n = tl.where(u > 0.0, u, 1.0 + 0.0 * u)",
+              f"s1 = {k * i2 * i2!r} * {_power('n', p - 4)} * d * ({p - 2.0!r} - {float(p)!r} * u)",
+              "s1 = tl.where(u > 0.0, s1, 0.0 * u)",
               _store("gg", 1, 0, "s * q"),
               *[_store("gv", 3, k, f"g * (s * c{v.lower()} + q * s1 * {v})") for k, v in enumerate("XYZ")]]  # fmt: skip
     return "\n\n".join([
@@ -172,6 +175,12 @@ def window_source(cutoff: float) -> str:
         _function("window_backward", "v, go, gv", backward),
         _function("window_double", "v, go, cv, gg, gv", double),
     ])  # fmt: skip
+
+
+def _power(name: str, n: int) -> str:
+    """Text of an integer power."""
+    product = "(" + (" * ".join([name] * abs(n)) or "1.0") + ")"
+    return product if n >= 0 else f"(1.0 / {product})"
 
 
 def _run(program: Program, name: str, *tensors: Tensor) -> None:
@@ -234,12 +243,12 @@ class _FeaturesBackward(torch.autograd.Function):
         return ov, ow, oh, orad, None
 
 
-_windows: dict[float, Program] = {}
+_windows: dict[tuple[float, int], Program] = {}
 
 
-def gpu_window(vec: Tensor, cutoff: float) -> Tensor:
+def gpu_window(vec: Tensor, cutoff: float, exponent: int = 6) -> Tensor:
     """The window of :func:`nbody_pyg.radial.smooth_cutoff` as a function of the vector."""
-    program = _windows.setdefault(cutoff, Program(window_source, cutoff))
+    program = _windows.setdefault((cutoff, exponent), Program(window_source, cutoff, exponent))
     return _Window.apply(vec.contiguous(), program)
 
 
