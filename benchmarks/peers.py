@@ -54,12 +54,13 @@ class Timed(nn.Module):
 
 
 def build(name: str, system: System) -> Timed:
-    """The model for a system, in float32; our network has the settings of configs/rmd17.yaml.
+    """The model for a system, in float32; our network has the settings of configs/rmd17.yaml, but the edges of all.
 
     Raises: Missing: it is not installed.
     """
     if PEERS[name] != "nbody":
         return Timed(build_peer(PEERS[name], Facts(SPECIES, CUTOFF, _NEIGHBOURS)), system)
     settings = yaml.safe_load(CONFIG.read_text(encoding="utf-8"))["model"]
+    scheme = settings["scheme"] | {"radii": [CUTOFF] * len(settings["scheme"]["radii"])}
     torch.manual_seed(0)
-    return Timed(NBodyNet.from_config({"species": SPECIES, **settings}), system)
+    return Timed(NBodyNet.from_config({"species": SPECIES, **settings, "scheme": scheme}), system)

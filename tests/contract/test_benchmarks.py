@@ -9,12 +9,15 @@ import sys
 import tomllib
 import zipfile
 
+import numpy as np
 import pytest
 import torch
 from ase import Atoms
 from ase.io import write
+from ase.units import kcal, mol
 
 from nbody_pyg import NBodyNet, NestedShells
+from nbody_pyg.datasets import embedded
 from nbody_pyg.deploy import save_model
 from nbody_pyg.potential import Potential
 
@@ -27,6 +30,8 @@ TINY = {
     "smoothness": "--atoms 16 --length 0.3 --channels 2",
     "hierarchy": "--waters 4 6 --all-pairs 3 4 --channels 2 --seconds 0.02",
     "sapt": "--data {dimers} --seconds 0.2 --batch 3",
+    "few_frames": "--data {rmd17} --molecules ethanol --members 2 --set training.max_steps=2 model.lmax=1 "
+    "model.channels=16 data.num_train=6 data.num_val=2",
 }
 #: What the table must show, and the keys of a record in the JSON.
 SHOWN = {
@@ -37,6 +42,7 @@ SHOWN = {
     "md": ["E\\+F alone", "no skin", "skin 0.5"],
     "smoothness": [r"max \|d2E\|/h\^2", "survivors", "hard"],
     "hierarchy": ["of it topology ms", r"all pairs: time ~ N\^"],
+    "few_frames": [r"ethanol +1 ", r"ethanol +2 ", "MACE's F"],
     "sapt": ["MAE of Elst, meV", "beyond, ion pairs", "k q q / R", "Share of k q q / R"],
 }
 HELPERS = (
@@ -48,6 +54,7 @@ HELPERS = (
     "smoothness",
     "hierarchy",
     "sapt",
+    "few_frames",
     "timing",
     "report",
     "systems",
@@ -106,10 +113,26 @@ def dimers(tmp_path):
     return tmp_path
 
 
+@pytest.fixture
+def rmd17(tmp_path):
+    """A folder with files of the form of rMD17: the embedded ethanol in kcal/mol."""
+    frames, unit = embedded("ethanol"), kcal / mol
+    for part, rows in (("train", frames[:8]), ("test", frames[8:13])):
+        np.savez(
+            tmp_path / f"rmd17_ethanol_{part}_01.npz",
+            nuclear_charges=rows[0].z.numpy(),
+            coords=np.stack([frame.pos.numpy() for frame in rows]),
+            energies=np.array([float(frame.energy) / unit for frame in rows]),
+            forces=np.stack([frame.forces.numpy() / unit for frame in rows]),
+            old_indices=np.arange(len(rows)) + (100 if part == "test" else 0),
+        )
+    return tmp_path
+
+
 @pytest.mark.parametrize("name", sorted(TINY))
-def test_script_prints_a_table_and_writes_json(name, script, model, dimers, tmp_path, capsys):
+def test_script_prints_a_table_and_writes_json(name, script, model, dimers, rmd17, tmp_path, capsys):
     out = tmp_path / "result" / f"{name}.json"
-    arguments = TINY[name].format(model=model, dimers=dimers).split()
+    arguments = TINY[name].format(model=model, dimers=dimers, rmd17=rmd17).split()
     assert script(name).main([*arguments, "--out", str(out)]) == 0
     printed = capsys.readouterr().out
     for words in SHOWN[name]:
@@ -123,6 +146,7 @@ def test_script_prints_a_table_and_writes_json(name, script, model, dimers, tmp_
     check = {
         "kernels": _kernels, "models": _models, "scaling": _scaling, "nve": _nve,
         "md": _md, "smoothness": _smoothness, "hierarchy": _hierarchy, "sapt": _sapt,
+        "few_frames": _few_frames,
     }  # fmt: skip
     check[name](found, out)
 
@@ -159,6 +183,14 @@ def _nve(found, out):
 def _md(found, out):
     searches = found["results"][0]["searches_per_step"]
     assert searches["no skin"] == 1 and 0 < searches["skin 0.5"] < 1
+
+
+def _few_frames(found, out):
+    one, two = found["results"]
+    assert (one["members"], two["members"]) == (1, 2) and two["cpu_seconds"] > one["cpu_seconds"]
+    # The mean is never worse than the mean of the errors.
+    for key in ("energy_mae", "forces_mae"):
+        assert 0 < two[key] <= (one[key] + two["last_member"][key]) / 2 * (1 + 1e-6)
 
 
 def _smoothness(found, out):
