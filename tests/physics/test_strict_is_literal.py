@@ -37,9 +37,10 @@ def couple(x, y, l1, l2, l3):
     return torch.einsum("ac,bc,abm->mc", x, y, _TABLES[l1, l2, l3])
 
 
-def window(r, cutoff):
+def window(r, cutoff, exponent=6):
     x = r / cutoff
-    return 1 - 28 * x**6 + 48 * x**7 - 21 * x**8 if r < cutoff else torch.zeros_like(r)
+    value = {3: 1 - 10 * x**3 + 15 * x**4 - 6 * x**5, 6: 1 - 28 * x**6 + 48 * x**7 - 21 * x**8}[exponent]
+    return value if r < cutoff else torch.zeros_like(r)
 
 
 def add(*states):
@@ -103,7 +104,7 @@ class Literal:
             else:
                 vec, weight = centres[upper - 1][a] - centres[upper][b], torch.ones((), dtype=torch.float64)
                 if isinstance(net.scheme, NestedShells):
-                    weight = window(vec.norm(), net.scheme.radii[upper - 1])
+                    weight = window(vec.norm(), net.scheme.radii[upper - 1], net.scheme.exponent)
                 if step.kind == "down":
                     a, b, vec = b, a, -vec
             found.append(Edge(a, b, vec, weight, net.lmax, net.options["num_basis"]))
