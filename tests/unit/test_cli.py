@@ -124,7 +124,7 @@ def test_info(folder, capsys):
     assert "H C O" in out and "NestedShells" in out and "same here" in out and "600K" in out
     assert re.search(rf"products here +{backend()}", out)
     assert main(["info", str(folder / "model.nbody"), "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["format_version"] == 2
+    assert json.loads(capsys.readouterr().out)["format_version"] == 3
 
 
 def test_md(folder, tmp_path, capsys):

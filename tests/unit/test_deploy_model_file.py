@@ -44,7 +44,7 @@ def test_potential_comes_back_bit_by_bit(potential, tmp_path, molecules, dtype):
 
 def test_header_tells_everything(path):
     header = read_metadata(path)
-    assert header["format_version"] == 2 and header["species"] == [1, 6, 8]
+    assert header["format_version"] == 3 and header["species"] == [1, 6, 8]
     assert header["units"]["forces"] == "eV/angstrom" and header["scale"] == pytest.approx(0.7)
     assert set(header["versions"]) == {"nbody_pyg", "torch", "torch_geometric", "e3nn", "python"}
     assert header["metadata"]["note"] == "for a test"
