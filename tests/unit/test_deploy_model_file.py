@@ -74,7 +74,7 @@ def rewrite(path, change) -> None:
 
 def test_newer_format(path):
     rewrite(path, lambda h: h.update(format_version=99))
-    with pytest.raises(ValueError, match=r"has format version 99, this nbody_pyg .* reads up to 2; upgrade"):
+    with pytest.raises(ValueError, match=r"has format version 99, this nbody_pyg .* reads up to 3; upgrade"):
         load_model(path)
 
 
