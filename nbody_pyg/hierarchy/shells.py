@@ -25,9 +25,10 @@ class NestedShells(Scheme):
     .. math:: \mathrm{children}(i, k) = \{(j, k - 1) : |r_j - r_i| < R_k\}, \qquad p_{ji} = f(|r_j - r_i|)
 
     with the window f of :func:`~nbody_pyg.radial.smooth_cutoff`, which is 1 for j = i. Neighbours that fade early
-    (exponent 3) are learned from fewer frames than neighbours that stay whole up to the radius (exponent 6). Level k >= 1 has as
-    many parts as there are atoms, the last level is the root with all parts of the level below. With one
-    radius per layer this is message passing: the composition scheme of flat networks is the special case.
+    (exponent 3) are learned from fewer frames than neighbours that stay whole up to the radius (exponent 6).
+    Level k >= 1 has as many parts as there are atoms, the last level is the root with all parts of the level
+    below. With one radius per layer this is message passing: the composition scheme of flat networks is the
+    special case.
 
     The position of a part is that of its **central atom**, not the mean of its members: only so do parts
     enter and leave without a jump. The root sits at the mass-weighted mean of all atoms (under periodic
