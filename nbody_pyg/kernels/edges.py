@@ -11,6 +11,7 @@ double precision, whatever the tensors hold: it costs next to nothing there.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -99,24 +100,26 @@ void features_double(int64_t E, const real* v, const real* window, const real* g
 
 _WINDOW = """
 #include <math.h>
+/* a constant, so that loops over powers unroll */
+enum { p = EXPONENT };
 /* f = 1 - (p+1)(p+2)/2 x^p + p(p+2) x^(p+1) - p(p+1)/2 x^(p+2) and its derivatives divided by r: s = f'/r, s1 = s'/r */
-static inline double power(double x, int64_t n) {
-  double value = 1; for (int64_t i = 0; i < (n < 0 ? -n : n); i++) value *= x;
+static inline double power(double x, int n) {
+  double value = 1; for (int i = 0; i < (n < 0 ? -n : n); i++) value *= x;
   return n < 0 ? 1 / value : value; }
 #define EDGE \\
   const double X = v[3*e], Y = v[3*e+1], Z = v[3*e+2], r = sqrt(X*X + Y*Y + Z*Z), x = r / cutoff, i2 = 1 / (cutoff * cutoff); \\
   const double K = -0.5 * p * (p + 1) * (p + 2); (void)i2; (void)K;
 #define SLOPE (x < 1 ? K * power(x, p - 2) * (1 - x) * (1 - x) * i2 : 0)
-void window_forward(int64_t E, int64_t p, double cutoff, const real* v, real* f) {
+void window_forward(int64_t E, double cutoff, const real* v, real* f) {
   for (int64_t e = 0; e < E; e++) { EDGE
     f[e] = x < 1 ? 1 + power(x, p) * (x * p * (p + 2 - 0.5 * (p + 1) * x) - 0.5 * (p + 1) * (p + 2)) : 0; }
 }
-void window_backward(int64_t E, int64_t p, double cutoff, const real* v, const real* g, real* gv) {
+void window_backward(int64_t E, double cutoff, const real* v, const real* g, real* gv) {
   for (int64_t e = 0; e < E; e++) { EDGE
     const double s = g[e] * SLOPE;
     gv[3*e] = s * X; gv[3*e+1] = s * Y; gv[3*e+2] = s * Z; }
 }
-void window_double(int64_t E, int64_t p, double cutoff, const real* v, const real* g, const real* c, real* gg, real* gv) {
+void window_double(int64_t E, double cutoff, const real* v, const real* g, const real* c, real* gg, real* gv) {
   for (int64_t e = 0; e < E; e++) { EDGE
     const double s = SLOPE, q = X * c[3*e] + Y * c[3*e+1] + Z * c[3*e+2];
     /* at x = 0 what it is multiplied by vanishes faster */
@@ -263,7 +266,10 @@ class _FeaturesBackward(torch.autograd.Function):
         return ov, ow, oh, orad, None
 
 
-_window_library = Library(_WINDOW, {"window_forward": "iid2p", "window_backward": "iid3p", "window_double": "iid5p"})
+@functools.cache
+def _window_library(exponent: int) -> Library:
+    signatures = {"window_forward": "id2p", "window_backward": "id3p", "window_double": "id5p"}
+    return Library(_WINDOW.replace("EXPONENT", str(exponent)), signatures)
 
 
 def compiled_window(vec: Tensor, cutoff: float, exponent: int = 6) -> Tensor:
@@ -277,7 +283,7 @@ class _Window(torch.autograd.Function):
         ctx.save_for_backward(vec)
         ctx.cutoff, ctx.exponent = cutoff, exponent
         out = vec.new_empty(vec.shape[0])
-        _window_library.call("window_forward", vec.dtype, vec.shape[0], exponent, cutoff, vec, out)
+        _window_library(exponent).call("window_forward", vec.dtype, vec.shape[0], cutoff, vec, out)
         return out
 
     @staticmethod
@@ -292,7 +298,7 @@ class _WindowBackward(torch.autograd.Function):
         ctx.save_for_backward(vec, g)
         ctx.cutoff, ctx.exponent = cutoff, exponent
         gv = torch.empty_like(vec)
-        _window_library.call("window_backward", vec.dtype, vec.shape[0], exponent, cutoff, vec, g, gv)
+        _window_library(exponent).call("window_backward", vec.dtype, vec.shape[0], cutoff, vec, g, gv)
         return gv
 
     @staticmethod
@@ -300,6 +306,6 @@ class _WindowBackward(torch.autograd.Function):
     def backward(ctx, c: Tensor):
         vec, g = ctx.saved_tensors
         gg, gv = torch.empty_like(g), torch.empty_like(vec)
-        shape = (vec.shape[0], ctx.exponent, ctx.cutoff)
-        _window_library.call("window_double", vec.dtype, *shape, vec, g, c.contiguous(), gg, gv)
+        tensors = (vec, g, c.contiguous(), gg, gv)
+        _window_library(ctx.exponent).call("window_double", vec.dtype, vec.shape[0], ctx.cutoff, *tensors)
         return gv, gg, None, None
