@@ -1,6 +1,6 @@
 """What 50 frames are enough for: rMD17 from the first 50 frames of split 01, one network and committees of several.
 
-    python benchmarks/few_frames.py --data FOLDER --members 6
+    python benchmarks/few_frames.py --data FOLDER --members 3
 
 Every member has the settings of configs/rmd17_50.yaml and a seed of its own. A committee predicts the mean of its
 members: their errors on frames far from all training frames differ, and partly cancel. Its cost is that of all members
@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from report import arguments, show, start, write
 
+from nbody_pyg.hierarchy import Scheme
 from nbody_pyg.training import fit
 from nbody_pyg.training.config import load_config
 from nbody_pyg.training.evaluation import Evaluation, evaluate
@@ -44,14 +45,15 @@ def learn(molecule: str, args: Any) -> list[dict[str, Any]]:
     """Records of one molecule: the first member, then committees of the first two, three, ..."""
     words = [f"--data.rmd17={molecule}", f"--data.root={args.data}", *("--" + word for word in args.set)]
     config = load_config(CONFIG, words)
-    data, records, members, seconds = load_data(config.data), [], [], 0.0
+    scheme = Scheme.from_config(dict(config.model.scheme))
+    data = load_data(config.data).with_topology(scheme, config.data.shares_hierarchy)
+    (frames,) = data.tests.values()
+    records, members, seconds = [], [], 0.0
     for seed in range(args.members):
         settings = replace(config.training, seed=seed)
         potential = build_potential(replace(config, training=settings), data)
-        ready = data.with_topology(potential.model.scheme, config.data.shares_hierarchy)
         folder = args.out.parent / "few_frames" / f"{molecule}_{seed}"
-        seconds += fit(potential, ready.train, (), settings, folder, show_progress=False).cpu_seconds
-        (frames,) = ready.tests.values()
+        seconds += fit(potential, data.train, (), settings, folder, show_progress=False).cpu_seconds
         members.append(evaluate(potential, frames))
         record = {"molecule": molecule, "members": seed + 1, "cpu_seconds": seconds} | errors(frames, members)
         records.append(record | {"last_member": errors(frames, members[-1:])})
@@ -63,7 +65,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = arguments(inspect.getdoc(inspect.getmodule(main)).split("\n")[0], "few_frames.json")
     parser.add_argument("--data", type=Path, required=True, help="folder with the files of rMD17")
     parser.add_argument("--molecules", nargs="+", choices=sorted(MACE), default=sorted(MACE))
-    parser.add_argument("--members", type=int, default=6, help="networks of a committee")
+    parser.add_argument("--members", type=int, default=3, help="networks of a committee")
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="changes of the configuration")
     args = parser.parse_args(argv)
     with start():
