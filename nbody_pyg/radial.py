@@ -64,10 +64,23 @@ def vector_window(vec: Float[Tensor, "edges 3"], cutoff: float, exponent: int = 
     return smooth_cutoff(safe_norm(vec), cutoff, exponent)
 
 
+def quintic_step(t: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    r"""From 0 at t = 0 to 1 at t = 1, constant outside, with two continuous derivatives.
+
+    .. math:: S(t) = t^3 (10 - 15 t + 6 t^2), \qquad 1 - S(t) = S(1 - t)
+
+    Take :math:`S(1 - t)` for a step downwards: it keeps its full relative precision where it vanishes.
+    """
+    t = t.clamp(0.0, 1.0)
+    return t * t * t * (10.0 + t * (6.0 * t - 15.0))
+
+
 def plateau_window(r: Float[Tensor, "edges"], inner: float, outer: float) -> Float[Tensor, "edges"]:
     r"""Window that is exactly 1 up to ``inner`` and exactly 0 from ``outer`` on.
 
-    .. math:: f = 1 - S\Big(\frac{r - r_1}{r_2 - r_1}\Big), \qquad S(t) = t^3 (10 - 15 t + 6 t^2)
+    .. math:: f = S\Big(\frac{r_2 - r}{r_2 - r_1}\Big)
+
+    with the step S of :func:`quintic_step`.
 
     Args:
         r: distances, angstrom.
@@ -78,8 +91,7 @@ def plateau_window(r: Float[Tensor, "edges"], inner: float, outer: float) -> Flo
     """
     if not 0 <= inner < outer < math.inf:
         raise ValueError(f"inner and outer must satisfy 0 <= inner < outer, got {inner!r} and {outer!r}; try 3.5, 5.0")
-    t = ((r - inner) / (outer - inner)).clamp(0.0, 1.0)
-    return 1.0 - t * t * t * (10.0 - t * (15.0 - 6.0 * t))
+    return quintic_step((outer - r) / (outer - inner))
 
 
 def soften(vec: Float[Tensor, "edges 3"]) -> tuple[Float[Tensor, "edges 3"], Float[Tensor, "edges"]]:

@@ -15,12 +15,12 @@ from nbody_pyg.geometry import edge_vectors, safe_norm
 from nbody_pyg.hierarchy.levels import Hierarchy, Level
 from nbody_pyg.hierarchy.positions import atomic_masses, lattice_vectors
 from nbody_pyg.hierarchy.scheme import AtomsInput, LevelSpec, Scheme, check_radius
-from nbody_pyg.hierarchy.thinning import REACH, Share, membership, plateau_window, share_out, thin
+from nbody_pyg.hierarchy.thinning import REACH, Share, membership, share_out, thin
 from nbody_pyg.hierarchy.topology import Topology, sort_edges
-from nbody_pyg.radial import vector_window
+from nbody_pyg.radial import plateau_window, vector_window
 
-#: Scale of the priority in units in which a difference of 1 decides (see :func:`~.thinning.thin`).
-_ELEMENT, _DENSITY = 25.0, 5.0
+#: Weights of element and crowd in the priority; ``width`` says which difference decides.
+_ELEMENT, _DENSITY = 100.0, 5.0
 _CENTRES = ("atom", "mean")
 #: Low-discrepancy sequence for the noise that labels give: neighbours in the list get distant values.
 _GOLDEN = 0.6180339887498949
@@ -43,7 +43,7 @@ class SmoothSurvivors(Scheme):
 
     Who survives is decided by a **priority** of each atom: heavy elements first, then crowded places,
 
-    .. math:: \pi_i = 25\, (1 - Z_i^{-1}) + 5 \sum_j (1 - 0.7\, Z_j^{-1})\, w(r_{ij}) + \eta\, \{\varphi\, n_i\}
+    .. math:: \pi_i = 100\, (1 - Z_i^{-1}) + 5 \sum_j (1 - 0.7\, Z_j^{-1})\, w(r_{ij}) + \eta\, \{\varphi\, n_i\}
 
     with the window w of atoms that ends at ``cutoffs[0]``. Of two equal atoms neither wins: the atoms of benzene or of
     a perfect crystal that symmetry relates survive all together or not at all. Such systems are then
@@ -69,10 +69,11 @@ class SmoothSurvivors(Scheme):
         centre: where a part sits: on its "atom", or at the mass-weighted "mean" of what it holds.
         rounds: rounds of the thinning. More make the survivors even, but pass a near tie on along longer chains.
         noise: :math:`\eta`, 0 for exact symmetry; 100 orders any atoms.
+        width: difference of priorities that decides. A larger one is gentler where two are close, and leaves more parts.
 
     Symmetry: E(3) and permutations, exact (without noise).
     Continuity: C2. The scale is that of the windows, 0.3 and 0.35 of each radius (radii below 2.5 give stiff forces),
-    and where two priorities cross a centre changes hands within some 0.1 angstrom.
+    and where two priorities cross a centre changes hands within some 0.2 angstrom.
     Range: an atom acts on the weights of level k within about ``rounds`` + 2 times ``radii[k - 1]``.
     Separability: exact; parts that are further apart than that and than the cutoffs know nothing of each other.
     Periodic systems: images compete and pool like other atoms, in any cell: as in the infinite system, exactly. What is
@@ -85,7 +86,7 @@ class SmoothSurvivors(Scheme):
 
     Example:
         >>> SmoothSurvivors((3.0, 6.0), cutoffs=(5.0, 9.0, 18.0))
-        SmoothSurvivors(radii=[3.0, 6.0], cutoffs=[5.0, 9.0, 18.0], centre='atom', rounds=2, noise=0.0)
+        SmoothSurvivors(radii=[3.0, 6.0], cutoffs=[5.0, 9.0, 18.0], centre='atom', rounds=2, noise=0.0, width=2.0)
     """
 
     symmetry = "E(3) and permutations of the atoms (permutations only without noise)"
@@ -98,6 +99,7 @@ class SmoothSurvivors(Scheme):
         centre: str = "atom",
         rounds: int = 2,
         noise: float = 0.0,
+        width: float = 2.0,
     ) -> None:
         if isinstance(radii, (int, float)) or len(radii) == 0:
             raise ValueError(f"radii must list at least one radius in angstrom, got {radii!r}; try (3.0, 6.0)")
@@ -122,7 +124,9 @@ class SmoothSurvivors(Scheme):
             raise ValueError(f"centre must be one of {', '.join(_CENTRES)}, got {centre!r}; try 'atom'")
         if rounds < 1 or noise < 0:
             raise ValueError(f"rounds must be 1 or more and noise 0 or more, got {rounds!r} and {noise!r}")
-        self.centre, self.rounds, self.noise = centre, int(rounds), float(noise)
+        if isinstance(width, bool) or not 0 < width < float("inf"):
+            raise ValueError(f"width must be a positive finite difference of priorities, got {width!r}; try 2.0")
+        self.centre, self.rounds, self.noise, self.width = centre, int(rounds), float(noise), float(width)
         reach = [REACH * radius * (1.0 if centre == "atom" else 1.5) for radius in self.radii]
         names = ["survivors"] if len(reach) == 1 else [f"survivors {k + 1}" for k in range(len(reach))]
         specs = map(LevelSpec, names, reach, self.cutoffs[1:])
@@ -282,7 +286,7 @@ class SmoothSurvivors(Scheme):
         index: Int[Tensor, "2 pairs"],
         vec: Float[Tensor, "pairs 3"],
     ) -> Float[Tensor, " atoms"]:
-        """Priority of each atom, in float64; it must be invariant and C2 in ``vec``, and a difference of 1 decides.
+        """Priority of each atom, in float64; it must be invariant and C2 in ``vec``, and a difference of ``width`` decides.
 
         Args:
             index, vec: pairs of atoms within ``cutoffs[0]``.
@@ -302,7 +306,7 @@ class SmoothSurvivors(Scheme):
 
     def _contest(self, nodes: _Nodes, index: Tensor, vec: Tensor, radius: float) -> _Contest:
         r = safe_norm(vec)
-        survival = thin(nodes.priority, nodes.existence, index, r, radius, self.rounds)
+        survival = thin(nodes.priority, nodes.existence, index, r, radius, self.rounds, self.width)
         return _Contest(survival, share_out(survival, nodes.existence, index, r, radius))
 
     def _edges(

@@ -75,7 +75,15 @@ def _build_model(described: dict[str, Any]) -> nn.Module:
 
 
 def _up_to_date(config: dict[str, Any]) -> dict[str, Any]:
-    """The configuration of a network with what files of older formats leave out as it was then."""
-    if config["scheme"].get("name") == "NestedShells":
-        config = config | {"scheme": {"exponent": 6} | config["scheme"]}
-    return config
+    """The configuration of a network with what files of older formats leave out as it was then.
+
+    Raises: ValueError: a network on :class:`SmoothSurvivors` thinned by the steeper steps of before.
+    """
+    name = config["scheme"].get("name")
+    if name == "SmoothSurvivors" and "width" not in config["scheme"]:
+        raise ValueError(
+            "the file holds a network on SmoothSurvivors without a width: it was trained when the thinning had steeper "
+            "steps, which this version does not have, and its energies would change; train it anew, or use the version "
+            "that wrote it"
+        )
+    return config | {"scheme": {"exponent": 6} | config["scheme"]} if name == "NestedShells" else config

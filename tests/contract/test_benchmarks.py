@@ -27,7 +27,7 @@ TINY = {
     "scaling": "--sweeps atoms neighbours --waters 100 105 --cutoffs 3 5 --fixed 5 --seconds 0.02",
     "nve": "{model} --time 0.01 --every 2 --equilibrate 0.005",
     "md": "--waters 2 --seconds 0.02",
-    "smoothness": "--atoms 16 --length 0.3 --channels 2",
+    "smoothness": "--atoms 16 --length 0.3 --channels 2 --seeds 0 1",
     "hierarchy": "--waters 4 6 --all-pairs 3 4 --channels 2 --seconds 0.02",
     "sapt": "--data {dimers} --seconds 0.2 --batch 3",
     "few_frames": "--data {rmd17} --molecules ethanol --members 2 --set training.max_steps=2 model.lmax=1 "
@@ -194,8 +194,8 @@ def _few_frames(found, out):
 
 
 def _smoothness(found, out):
-    assert [row["h"] for row in found["results"]["survivors"]] == [1e-2, 1e-3, 1e-4]
-    assert all(row["curvature"] > 0 for rows in found["results"].values() for row in rows)
+    assert [[row["h"] for row in path] for path in found["results"]["survivors"]] == 2 * [[1e-2, 1e-3, 1e-4]]
+    assert all(row["curvature"] > 0 for paths in found["results"].values() for path in paths for row in path)
     assert out.with_suffix(".png").stat().st_size > 1000
 
 

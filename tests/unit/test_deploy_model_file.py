@@ -9,7 +9,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from nbody_pyg import NestedShells
+from nbody_pyg import NestedShells, SmoothSurvivors
 from nbody_pyg.deploy import cg_fingerprint, fingerprint, load_model, model_file, read_metadata, save_model
 from nbody_pyg.models import NBodyNet
 from nbody_pyg.potential import AtomicReference, Potential
@@ -110,6 +110,15 @@ def test_no_model_file(tmp_path):
 def test_weights_that_do_not_fit(path):
     rewrite(path, lambda h: h["model"]["config"].update(lmax=2))
     with pytest.raises((ValueError, RuntimeError), match=r"do not fit the network|size mismatch"):
+        load_model(path)
+
+
+def test_survivors_of_the_steeper_thinning_are_refused(tmp_path):
+    path = tmp_path / "survivors.nbody"
+    save_model(Potential(NBodyNet([1, 6, 8], SmoothSurvivors((2.0,), (4.0, None)), channels=4, lmax=1)), path)
+    assert isinstance(load_model(path).model.scheme, SmoothSurvivors)
+    rewrite(path, lambda h: h["model"]["config"]["scheme"].pop("width"))
+    with pytest.raises(ValueError, match=r"SmoothSurvivors without a width.* train it anew"):
         load_model(path)
 
 

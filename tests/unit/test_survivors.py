@@ -8,9 +8,10 @@ from torch_geometric.data import Batch
 
 from nbody_pyg import AtomicData, NBodyNet, NestedShells, SmoothSurvivors
 from nbody_pyg.geometry import edge_vectors
-from nbody_pyg.hierarchy import FromAssignment, Scheme, Topology
-from nbody_pyg.hierarchy.thinning import plateau_window, quintic_step, share_out, thin
+from nbody_pyg.hierarchy import FromAssignment, Scheme, Topology, thinning
+from nbody_pyg.hierarchy.thinning import share_out, thin
 from nbody_pyg.potential import Potential
+from nbody_pyg.radial import plateau_window, quintic_step
 from nbody_pyg.testing import (
     System,
     assert_batch_independent,
@@ -97,6 +98,31 @@ def test_chains_of_priorities_alternate():
     share = share_out(few, one, index, torch.ones(index.shape[1], dtype=F64), 2.0)
     assert share.alone.tolist() == [0, 0, 1, 1, 1, 1, 1], "what nobody reaches stays on its own"
     assert share.existence.tolist() == [1, 0, 1, 1, 1, 1, 1]
+
+
+def _steepest(scheme: SmoothSurvivors, system: System, paths: int, points: int = 81) -> float:
+    """The largest change of a weight per angstrom of the atom that moves most, on straight paths of all atoms at once."""
+    generator, steepest = torch.Generator().manual_seed(7), 0.0
+    along = torch.linspace(0.0, 1.0, points, dtype=F64)[:, None, None]
+    batch = torch.arange(points).repeat_interleave(len(system.z))
+    for _ in range(paths):
+        move = 0.12 * torch.randn(system.pos.shape, generator=generator, dtype=F64)
+        pos = (system.pos + along * move).reshape(-1, 3)
+        z = system.z.repeat(points)
+        hierarchy = scheme.hierarchy(scheme.topology(z, pos, batch, every=True), z, pos)
+        for level in hierarchy.levels[1:3]:
+            change = level.weight.reshape(points, -1).diff(dim=0).abs().max()
+            steepest = max(steepest, float(change) * (points - 1) / float(move.norm(dim=1).max()))
+    return steepest
+
+
+def test_weights_change_gently(fluid, monkeypatch):
+    """Rounds and levels multiply slopes: steps that decide where they need not make centres vanish at once."""
+    scheme = SmoothSurvivors((3.0, 6.0), (5.0, 9.0, None))
+    gentle = _steepest(scheme, fluid, paths=2)
+    assert 1.0 < gentle < 100.0
+    monkeypatch.setattr(thinning, "quintic_step", lambda t: quintic_step(quintic_step(t)))
+    assert _steepest(scheme, fluid, paths=2) > 150.0, "steps taken twice are noticed"
 
 
 def test_partition_of_unity_and_conservation(both):
@@ -398,6 +424,7 @@ def test_own_priorities(fluid):
         ({"radii": (3.0, 6.0), "cutoffs": (5.0, None, 18.0)}, r"cutoffs\[1\] must be a positive finite length"),
         ({"centre": "origin"}, "centre must be one of atom, mean"),
         ({"rounds": 0}, "rounds must be 1 or more"),
+        ({"width": 0.0}, "width must be a positive finite difference of priorities, got 0.0"),
     ],
 )
 def test_bad_arguments_are_named(arguments, message):
