@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from report import arguments, machine, show, start, write
+from report import arguments, show, start, write
 
 from nbody_pyg.datasets import read_frames, split_indices
 from nbody_pyg.training import fit
@@ -111,13 +111,14 @@ def main(argv: list[str] | None = None) -> int:
                 for record in train(replace(config, training=settings), data, folder):
                     records.append({"task": task, "name": name} | record)
                     errors = record["errors"]
+                    figures = errors["energy_mae"] / 1e3, errors["forces_mae"] / 1e3, record["median_mae_ev"]
                     rows.append(
-                        [task, name, record["parameters"], record["steps"], record["set"], record["frames"],
-                         errors["energy_mae"] / 1e3, errors["forces_mae"] / 1e3, record["median_mae_ev"]]
-                    )  # fmt: skip
+                        [task, name, record["parameters"], record["steps"], record["set"], record["frames"]]
+                        + [f"{figure:.4f}" for figure in figures]
+                    )
                     print(rows[-1], flush=True)
     show("", HEAD, rows)
-    write(args.out, {"results": records, "machine": machine()})
+    write(args.out, {"results": records})
     return 0
 
 

@@ -7,8 +7,8 @@ label of the nearest of some fixed centre atoms, anew at every position, which F
 promise to be smooth. The path is scanned with steps of 0.01 angstrom, then again around the places of the largest
 second differences with 0.001 and 0.0001. Of a smooth energy max |d2E| / h^2 converges to the largest curvature; a step
 makes it grow as h^-2. The largest change of a force per step falls as h where forces are continuous. Several clusters,
-one for each seed: where two atoms are nearly equal, weights change fast, and one path may miss it. Prints a table, writes
-JSON and a plot beside it.
+one for each seed: where two atoms are nearly equal, weights change fast, and one path may miss it. Prints a table,
+writes JSON and a plot beside it.
 """
 
 from __future__ import annotations

@@ -12,7 +12,17 @@ from torch import Tensor
 from nbody_pyg.kernels.opaque import opaque_products
 from nbody_pyg.models import NBodyNet
 from nbody_pyg.potential import Potential
-from nbody_pyg.recording import Layout, check_edges, check_same, complete, evaluable, evaluate, flatten, reason_of
+from nbody_pyg.recording import (
+    Layout,
+    check_edges,
+    check_same,
+    checked,
+    complete,
+    evaluable,
+    evaluate,
+    flatten,
+    reason_of,
+)
 
 MODES = ("md", "training")
 
@@ -62,7 +72,7 @@ class CompiledPotential:
         )
         if self.failure is not None or training != (self.mode == "training") or not forces:
             return eager()
-        system = self._system(*arguments, **keywords)
+        system = checked(self.potential, *arguments, **keywords)
         if not evaluable(self.potential, system):
             return eager()
         tensors, layout = flatten(self.potential.model.scheme, system, stress)
@@ -76,10 +86,6 @@ class CompiledPotential:
         except Exception as error:  # whatever a compiler may raise: eager mode is always there
             self._give_up(reason_of(error))
             return eager()
-
-    def _system(self, z: Any, pos: Any = None, batch: Any = None, **keywords: Any) -> dict[str, Any]:
-        given = {key: keywords.get(key) for key in ("cell", "pbc", "topology", "charge", "charges")}
-        return self.potential._system(z, pos, batch, **given)
 
     def _program(self, tensors: Sequence[Tensor], layout: Layout) -> _Program | None:
         sizes = [size for tensor in tensors for size in tensor.shape]

@@ -16,7 +16,16 @@ from nbody_pyg.kernels.gpu.order import renew_orders
 from nbody_pyg.kernels.scope import tracing
 from nbody_pyg.models import NBodyNet
 from nbody_pyg.potential import Potential, parameter_gradients
-from nbody_pyg.recording import check_edges, check_same, complete, evaluable, evaluate, flatten, reason_of
+from nbody_pyg.recording import (
+    check_edges,
+    check_same,
+    checked,
+    complete,
+    evaluable,
+    evaluate,
+    flatten,
+    reason_of,
+)
 
 #: A graph is captured when its sizes are seen for this time; so many sizes are remembered.
 _SIGHTINGS, _REMEMBERED = 2, 64
@@ -131,13 +140,12 @@ class _Captured:
         self._graphs: OrderedDict[Hashable, _Graph] = OrderedDict()
         self._sightings: OrderedDict[Hashable, int] = OrderedDict()
 
-    def _system(self, z: Any, pos: Any = None, batch: Any = None, **given: Any) -> dict[str, Any] | None:
+    def _system(self, *arguments: Any, **keywords: Any) -> dict[str, Any] | None:
         """The checked system; None where it has to run in eager mode."""
         self.calls += 1
         if self.failure is not None or torch.is_inference_mode_enabled():
             return None
-        names = ("cell", "pbc", "topology", "charge", "charges")
-        system = self.potential._system(z, pos, batch, **{name: given.get(name) for name in names})
+        system = checked(self.potential, *arguments, **keywords)
         here = system["pos"].device.type == self.recorder.device_type
         return system if here and evaluable(self.potential, system) else None
 

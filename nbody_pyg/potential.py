@@ -23,7 +23,7 @@ from nbody_pyg.nn.exact import Float64Buffers
 from nbody_pyg.nn.repulsion import ZBLRepulsion, short_edges
 
 #: Arguments that a model's forward may have beside z, pos and batch.
-_OPTIONAL = ("cell", "pbc", "topology", "charge", "charges")
+MODEL_INPUTS = ("cell", "pbc", "topology", "charge", "charges")
 
 
 class AtomicReference(Float64Buffers):
@@ -213,7 +213,7 @@ class Potential(Float64Buffers):
         self.register_buffer("scale", torch.tensor(float(scale), dtype=torch.float64))
         names = inspect.signature(model.forward).parameters
         free = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in names.values())
-        self._keywords = frozenset(k for k in _OPTIONAL if free or k in names)
+        self._keywords = frozenset(k for k in MODEL_INPUTS if free or k in names)
 
     @property
     def dtype(self) -> torch.dtype | None:
@@ -460,7 +460,7 @@ class Potential(Float64Buffers):
         cell = system["cell"]
         if strain is not None:
             pos, cell = apply_strain(pos, cell, system["batch"], strain)
-        given = {key: system[key] for key in _OPTIONAL} | {"cell": cell}
+        given = {key: system[key] for key in MODEL_INPUTS} | {"cell": cell}
         keywords = {k: v for k, v in given.items() if v is not None and k in self._keywords}
         output = self.model(system["z"], pos, system["batch"], **keywords)
         if isinstance(output, (tuple, list)):

@@ -13,7 +13,7 @@ from torch import Tensor
 from nbody_pyg.hierarchy.scheme import Scheme
 from nbody_pyg.hierarchy.topology import Topology
 from nbody_pyg.kernels.operands import check_range
-from nbody_pyg.potential import Potential, derivatives, parameter_gradients
+from nbody_pyg.potential import MODEL_INPUTS, Potential, derivatives, parameter_gradients
 
 #: Largest difference from eager mode, relative to the largest number of a result.
 TOLERANCE = {torch.float32: 2e-4, torch.float64: 1e-9}
@@ -30,6 +30,11 @@ class Layout:
     fields: tuple[int | None, ...]
     levels: int
     stress: bool
+
+
+def checked(potential: Potential, z: Any, pos: Any = None, batch: Any = None, **keywords: Any) -> dict[str, Any]:
+    """The checked system of a call, from those of its keywords that describe a system."""
+    return potential._system(z, pos, batch, **{key: keywords.get(key) for key in MODEL_INPUTS})
 
 
 def evaluable(potential: Potential, system: dict[str, Any]) -> bool:

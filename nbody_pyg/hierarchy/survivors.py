@@ -69,7 +69,7 @@ class SmoothSurvivors(Scheme):
         centre: where a part sits: on its "atom", or at the mass-weighted "mean" of what it holds.
         rounds: rounds of the thinning. More make the survivors even, but pass a near tie on along longer chains.
         noise: :math:`\eta`, 0 for exact symmetry; 100 orders any atoms.
-        width: difference of priorities that decides. A larger one is gentler where two are close, and leaves more parts.
+        width: difference of priorities that decides; a larger one is gentler where two are close, and leaves more parts.
 
     Symmetry: E(3) and permutations, exact (without noise).
     Continuity: C2. The scale is that of the windows, 0.3 and 0.35 of each radius (radii below 2.5 give stiff forces),
@@ -286,7 +286,7 @@ class SmoothSurvivors(Scheme):
         index: Int[Tensor, "2 pairs"],
         vec: Float[Tensor, "pairs 3"],
     ) -> Float[Tensor, " atoms"]:
-        """Priority of each atom, in float64; it must be invariant and C2 in ``vec``, and a difference of ``width`` decides.
+        """Priority of each atom, in float64, invariant and C2 in ``vec``; a difference of ``width`` decides.
 
         Args:
             index, vec: pairs of atoms within ``cutoffs[0]``.

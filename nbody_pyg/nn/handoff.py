@@ -11,9 +11,9 @@ from torch import Tensor
 
 from nbody_pyg.geometry import neighbour_list, safe_norm
 from nbody_pyg.hierarchy.levels import Hierarchy, Level
-from nbody_pyg.radial import quintic_step
 from nbody_pyg.multipoles.coefficients import check_lmax
 from nbody_pyg.multipoles.translations import m2l, m2m, p2m
+from nbody_pyg.radial import quintic_step
 
 #: Products of memberships that are formed at once (memory).
 _CHUNK = 2_000_000

@@ -16,6 +16,7 @@ from torch_geometric.data import Data
 from nbody_pyg.geometry import edge_vectors, neighbour_list
 from nbody_pyg.hierarchy import Scheme, Topology
 from nbody_pyg.nn.exact import Float64Buffers
+from nbody_pyg.radial import quintic_step
 
 #: e^2 / (4 pi eps_0), eV angstrom (CODATA 2018).
 COULOMB = 14.3996454784
@@ -175,10 +176,9 @@ class ZBLRepulsion(Float64Buffers):
         exponents = rate.unsqueeze(-1) * rate.new_tensor(SCREEN_EXPONENTS)
         terms = torch.exp(-r.unsqueeze(-1) * exponents) * rate.new_tensor(SCREEN_WEIGHTS)
         screen, screen_slope = terms.sum(-1), -(terms * exponents).sum(-1)
-        # 1 up to FADE_FROM of the reach, then a quintic step down
-        t = ((r / end - FADE_FROM) / (1.0 - FADE_FROM)).clamp(0.0, 1.0)
-        window = 1.0 - t**3 * (10.0 + t * (6.0 * t - 15.0))
-        window_slope = -30.0 * (t * (1.0 - t)) ** 2 / (end * (1.0 - FADE_FROM))
+        # 1 up to FADE_FROM of the reach, then a step down
+        t = ((1.0 - r / end) / (1.0 - FADE_FROM)).clamp(0.0, 1.0)
+        window, window_slope = quintic_step(t), -30.0 * (t * (1.0 - t)) ** 2 / (end * (1.0 - FADE_FROM))
         bare = charge / r
         energy = bare * screen * window
         slope = bare * (screen_slope * window + screen * window_slope) - energy / r

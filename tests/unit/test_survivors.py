@@ -101,7 +101,7 @@ def test_chains_of_priorities_alternate():
 
 
 def _steepest(scheme: SmoothSurvivors, system: System, paths: int, points: int = 81) -> float:
-    """The largest change of a weight per angstrom of the atom that moves most, on straight paths of all atoms at once."""
+    """The largest change of a weight per angstrom of the atom that moves most, on straight paths of all atoms."""
     generator, steepest = torch.Generator().manual_seed(7), 0.0
     along = torch.linspace(0.0, 1.0, points, dtype=F64)[:, None, None]
     batch = torch.arange(points).repeat_interleave(len(system.z))
