@@ -69,7 +69,7 @@ class SmoothSurvivors(Scheme):
         centre: where a part sits: on its "atom", or at the mass-weighted "mean" of what it holds.
         rounds: rounds of the thinning. More make the survivors even, but pass a near tie on along longer chains.
         noise: :math:`\eta`, 0 for exact symmetry; 100 orders any atoms.
-        width: difference of priorities that decides; a larger one is gentler where two are close, and leaves more parts.
+        width: difference of priorities that decides; a larger one is gentler near ties, and leaves more parts.
 
     Symmetry: E(3) and permutations, exact (without noise).
     Continuity: C2. The scale is that of the windows, 0.3 and 0.35 of each radius (radii below 2.5 give stiff forces),
