@@ -71,10 +71,10 @@ def _build_model(described: dict[str, Any]) -> nn.Module:
             f"the file holds a {described['class']}, which nbody_pyg cannot build by itself; build the "
             "network as it was and pass it as model="
         )
-    return found.from_config(_up_to_date(described["config"]))
+    return found.from_config(up_to_date(described["config"]))
 
 
-def _up_to_date(config: dict[str, Any]) -> dict[str, Any]:
+def up_to_date(config: dict[str, Any]) -> dict[str, Any]:
     """The configuration of a network with what files of older formats leave out as it was then.
 
     Raises: ValueError: a network on :class:`SmoothSurvivors` thinned by the steeper steps of before.

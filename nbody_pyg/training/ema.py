@@ -78,8 +78,16 @@ class WeightEMA(Callback):
 
     @torch.no_grad()
     def on_fit_end(self, trainer: Trainer, module: LightningModule) -> None:
+        """Leave the average in the module.
+
+        Lightning has brought the module home to the CPU by now: its parameters are no longer the tensors kept here.
+        """
         if self._weights:
-            torch._foreach_copy_(self._weights, self._average)
+            flat = getattr(module, "flat", None)
+            average = self._average if flat is None else flat.views(self._average[0])
+            members = [p for p in module.parameters() if p.requires_grad]
+            for parameter, value in zip(members, average, strict=True):
+                parameter.copy_(value)
             self._weights = []
 
     def state_dict(self) -> dict[str, Any]:

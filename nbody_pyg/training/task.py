@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import json
 import math
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from nbody_pyg.accelerate import compile_potential
 from nbody_pyg.potential import Potential
-from nbody_pyg.training.build import potential_config, potential_from_config
+from nbody_pyg.training.build import potential_config, potential_from_config, up_to_date
 from nbody_pyg.training.clock import ProcessClock
 from nbody_pyg.training.flat import FlatParameters
 from nbody_pyg.training.loss import EnergyForceLoss
@@ -218,11 +219,25 @@ class PotentialTask(LightningModule):
         checkpoint["cpu_seconds"] = self.clock.elapsed
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Go on from a checkpoint. Raises: ValueError: it is of another network; weights alone would fit many."""
+        stored = checkpoint.get("hyper_parameters", {}).get("potential")
+        mine = self.hparams["potential"]["model"]["config"]
+        if stored is not None and stored["model"]["config"] is not None and mine is not None:
+            theirs = up_to_date(stored["model"]["config"])
+            keys = [key for key in mine | theirs if _plain(mine.get(key)) != _plain(theirs.get(key))]
+            if keys:
+                words = "; ".join(f"{k} is {_plain(theirs.get(k))} there, {_plain(mine.get(k))} here" for k in keys)
+                raise ValueError(f"the checkpoint must be of the same network: {words}; resume with its settings")
         self.clock = ProcessClock(float(checkpoint.get("cpu_seconds", 0.0)))
 
 
 # Lightning asks for the signature at every step; it is found at once when it is written down.
 PotentialTask.training_step.__signature__ = inspect.signature(PotentialTask.training_step)
+
+
+def _plain(value: Any) -> str:
+    """A value as a file holds it, tuples as lists."""
+    return json.dumps(value, sort_keys=True, default=str)
 
 
 def _known(error: Tensor, label: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch import Callback
 from torch import Tensor, nn
 
+from nbody_pyg import NBodyNet, NestedShells
 from nbody_pyg.data import AtomicData
 from nbody_pyg.potential import Potential
 from nbody_pyg.training import FrameLoader, PotentialTask, TrainingConfig, fit, force_variance
@@ -99,6 +100,18 @@ class StopAt(Callback):
     def on_train_batch_end(self, trainer, *_):
         if trainer.global_step == self.step:
             trainer.should_stop = True
+
+
+def test_a_checkpoint_of_another_network_is_refused(tmp_path):
+    """Windows have no weights, so that weights alone would load, and give other energies."""
+    settings = TrainingConfig(max_epochs=1, **COMMON)
+    ours, other = (
+        Potential(NBodyNet([1, 6, 8], NestedShells((4.0,), p), channels=4, lmax=1, body_order=2)) for p in (3, 5)
+    )
+    data = [ours.model.scheme(frame) for frame in frames(3)]
+    fit(ours, data, (), settings, tmp_path)
+    with pytest.raises(ValueError, match='same network: scheme is .*"exponent": 3.* there, .*"exponent": 5'):
+        fit(other, data, (), settings, tmp_path, resume=tmp_path / "last.ckpt")
 
 
 @pytest.mark.parametrize("stop", [8, 6, 5], ids=["end of an epoch", "at a validation", "inside an epoch"])

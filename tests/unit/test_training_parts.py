@@ -166,6 +166,28 @@ def test_optimizer_by_the_name_of_a_class(monkeypatch):
         build_optimizer("adam", nn.Tanh(), 0.1)
 
 
+@pytest.mark.parametrize("flat", [False, True])
+def test_the_average_survives_the_way_home_from_a_device(flat):
+    """Lightning moves the module before on_fit_end: from a GPU, its parameters are other tensors then."""
+    module, ema = network(), WeightEMA(0.5)
+    module.device = torch.device("cpu")
+    module.flat = FlatParameters(module) if flat else None
+    if flat:
+        module.flat.attach()
+    ema.on_train_start(None, module)
+    for _ in range(3):
+        with torch.no_grad():
+            for parameter in module.parameters():
+                parameter.add_(1.0)
+        ema.on_train_batch_end(None, module)
+    with ema.averaged():
+        wanted = [p.detach().clone() for p in module.parameters()]
+    module._apply(torch.clone)
+    assert not any(torch.equal(p, w) for p, w in zip(module.parameters(), wanted, strict=True))
+    ema.on_fit_end(None, module)
+    assert all(torch.equal(p, w) for p, w in zip(module.parameters(), wanted, strict=True))
+
+
 def test_ema_refuses_a_decay_outside_its_range():
     with pytest.raises(ValueError, match=r"decay must be in \[0, 1\), got 1\.0"):
         WeightEMA(1.0)
