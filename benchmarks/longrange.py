@@ -98,7 +98,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--models", nargs="+", default=["survivors", "flat"], help="configs/longrange/NAME.yaml")
     parser.add_argument("--seconds", type=float, default=300.0, help="CPU time of training for each network")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--set", nargs="*", default=[], metavar="--KEY=VALUE", help="changes of the configuration")
+    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="changes of the configuration")
     args = parser.parse_args(argv)
     records, rows = [], []
     with start():

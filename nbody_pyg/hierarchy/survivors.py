@@ -41,7 +41,8 @@ class SmoothSurvivors(Scheme):
     its state :math:`\psi_A` stays finite, while all that it sends, pools and adds to the energy carries
     :math:`g_A`. Formulas of the weights: :mod:`nbody_pyg.hierarchy.thinning`.
 
-    Who survives is decided by a **priority** of each atom: heavy elements first, then crowded places,
+    Who survives is decided by a **priority** of each atom. Hydrogens come last; among the others heavy elements and
+    crowded places come first,
 
     .. math:: \pi_i = 100\, (1 - Z_i^{-1}) + 5 \sum_j (1 - 0.7\, Z_j^{-1})\, w(r_{ij}) + \eta\, \{\varphi\, n_i\}
 
@@ -68,7 +69,7 @@ class SmoothSurvivors(Scheme):
             ``cutoffs[k]`` is also the list in which the next level is thinned, so it must be 1.35 ``radii[k]`` or more.
         centre: where a part sits: on its "atom", or at the mass-weighted "mean" of what it holds.
         rounds: rounds of the thinning. More make the survivors even, but pass a near tie on along longer chains.
-        noise: :math:`\eta`, 0 for exact symmetry; 100 orders any atoms.
+        noise: :math:`\eta`, 0 for exact symmetry; 100 orders nearly all pairs of atoms, more all the more.
         width: difference of priorities that decides; a larger one is gentler near ties, and leaves more parts.
 
     Symmetry: E(3) and permutations, exact (without noise).

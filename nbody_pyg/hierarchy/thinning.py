@@ -26,8 +26,8 @@ def thin(
     index: Int[Tensor, "2 edges"],
     r: Float[Tensor, "edges"],
     radius: float,
-    rounds: int = 2,
-    width: float = 1.0,
+    rounds: int,
+    width: float,
 ) -> Float[Tensor, " nodes"]:
     r"""Survival :math:`s_i \in [0, 1]`: a smooth form of Luby's maximal independent set.
 

@@ -80,9 +80,9 @@ def test_windows_are_c2():
 def test_higher_priority_wins_and_equals_survive_together():
     index = torch.tensor([[0, 1], [1, 0]])
     r, one = torch.tensor([1.0, 1.0], dtype=F64), torch.ones(2, dtype=F64)
-    assert thin(torch.tensor([5.0, 1.0], dtype=F64), one, index, r, 3.0).tolist() == [1.0, 0.0]
-    assert thin(torch.tensor([2.0, 2.0], dtype=F64), one, index, r, 3.0).tolist() == [1.0, 1.0]
-    assert thin(torch.tensor([5.0, 1.0], dtype=F64), one, index, 3 * r, 3.0).tolist() == [1.0, 1.0]
+    assert thin(torch.tensor([5.0, 1.0], dtype=F64), one, index, r, 3.0, 2, 1.0).tolist() == [1.0, 0.0]
+    assert thin(torch.tensor([2.0, 2.0], dtype=F64), one, index, r, 3.0, 2, 1.0).tolist() == [1.0, 1.0]
+    assert thin(torch.tensor([5.0, 1.0], dtype=F64), one, index, 3 * r, 3.0, 2, 1.0).tolist() == [1.0, 1.0]
 
 
 def test_chains_of_priorities_alternate():
@@ -91,9 +91,9 @@ def test_chains_of_priorities_alternate():
     chain = torch.arange(n - 1)
     index = torch.cat([torch.stack([chain, chain + 1]), torch.stack([chain + 1, chain])], dim=1)
     priority, one = torch.arange(n, 0, -1).to(F64) * 2.0, torch.ones(n, dtype=F64)
-    survival = thin(priority, one, index, torch.ones(index.shape[1], dtype=F64), 2.0, rounds=4)
+    survival = thin(priority, one, index, torch.ones(index.shape[1], dtype=F64), 2.0, rounds=4, width=1.0)
     assert survival.tolist() == [1, 0, 1, 0, 1, 0, 1]
-    few = thin(priority, one, index, torch.ones(index.shape[1], dtype=F64), 2.0, rounds=1)
+    few = thin(priority, one, index, torch.ones(index.shape[1], dtype=F64), 2.0, rounds=1, width=1.0)
     assert few.tolist() == [1, 0, 0, 0, 0, 0, 0]
     share = share_out(few, one, index, torch.ones(index.shape[1], dtype=F64), 2.0)
     assert share.alone.tolist() == [0, 0, 1, 1, 1, 1, 1], "what nobody reaches stays on its own"
@@ -123,6 +123,14 @@ def test_weights_change_gently(fluid, monkeypatch):
     assert 1.0 < gentle < 100.0
     monkeypatch.setattr(thinning, "quintic_step", lambda t: quintic_step(quintic_step(t)))
     assert _steepest(scheme, fluid, paths=2) > 150.0, "steps taken twice are noticed"
+
+
+def test_wider_contests_leave_more_parts(fluid):
+    few, many = (
+        scheme.topology(fluid.z, fluid.pos).size(1)
+        for scheme in (SmoothSurvivors((3.0,), (5.0, None), width=width) for width in (0.5, 10.0))
+    )
+    assert 5 < few < many < 60
 
 
 def test_partition_of_unity_and_conservation(both):
@@ -394,7 +402,7 @@ def test_stress_of_a_cell(scheme):
 
 
 def test_config_round_trip_and_repr():
-    scheme = SmoothSurvivors((2.5, 5.0), (4.0, 8.0, None), "mean", rounds=3, noise=1.0)
+    scheme = SmoothSurvivors((2.5, 5.0), (4.0, 8.0, None), "mean", rounds=3, noise=1.0, width=3.0)
     again = Scheme.from_config(scheme.config())
     assert repr(again) == repr(scheme) and again.levels == scheme.levels
     assert [spec.name for spec in scheme.levels] == ["atoms", "survivors 1", "survivors 2", "root"]
