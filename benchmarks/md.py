@@ -2,9 +2,10 @@
 
     python benchmarks/md.py
 
-NBodyNet with the settings of configs/rmd17.yaml, but shells of 5 angstrom, float32, one thread, ASE's velocity Verlet at
-0.5 fs from 300 K. The network is not trained, so its forces are made small and all velocities are turned round every 20
-steps: atoms fly to and fro by up to half an angstrom. Beside the steps stand energy and forces alone (topology given).
+NBodyNet with the settings of configs/rmd17.yaml, but shells of 5 angstrom, float32, one thread, ASE's velocity Verlet
+at 0.5 fs from 300 K. The network is not trained, so its forces are made small and all velocities are turned round every
+20 steps: atoms fly to and fro by up to half an angstrom. Beside the steps stand energy and forces alone (topology
+given).
 """
 
 from __future__ import annotations

@@ -3,8 +3,9 @@
     python benchmarks/scaling.py
 
 NBodyNet with the settings of configs/rmd17.yaml, but shells of 5 angstrom as the peers have, on droplets of water, one
-thread, float32. The topology is handed in; building it (neighbour search included) is timed in a column of its own. Exponents are slopes of log-log fits to the
-minima; time per atom is nearly constant where the exponent of the atoms is 1.
+thread, float32. The topology is handed in; building it (neighbour search included) is timed in a column of its own.
+Exponents are slopes of log-log fits to the minima; time per atom is nearly constant where the exponent of the atoms
+is 1.
 """
 
 from __future__ import annotations

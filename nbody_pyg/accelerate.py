@@ -37,7 +37,9 @@ class CompiledPotential:
     and everything runs in eager mode from then on. No global setting of torch is changed.
 
     Call it as the potential itself. Batches that differ in kind from the first one (in their optional tensors, in sizes
-    that are 0 or 1, in sizes that are equal) run in eager mode.
+    that are 0 or 1, in sizes that are equal) run in eager mode. So do, without a warning, calls without forces,
+    charges, and networks with long range or on :class:`~nbody_pyg.hierarchy.SmoothSurvivors` (whose weights are sums of
+    as many terms as differ from zero).
 
     Args:
         potential: what is compiled: its model must be an :class:`~nbody_pyg.models.NBodyNet`. Its parameters are read

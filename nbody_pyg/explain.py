@@ -37,8 +37,9 @@ class ExplainableNet(nn.Module):
     .. math:: g_i \leftarrow x_i\, g_i, \qquad p_{cP} \leftarrow m_{cP}\, x_c\, p_{cP}, \qquad
               w_{ji} \leftarrow m_{ji}\, x_j\, w_{ji}
 
-    so that a node mask says how much a part counts, and an edge mask how much a part counts *for another*.
-    With x = 1 and no mask the value is that of the network.
+    so that a node mask says how much a part counts, and an edge mask how much a part counts *for another*. Weights of
+    the way up (``pool_weight``), where a level has them, take the same factor as p. With x = 1 and no mask the value is
+    that of the network.
 
     Args:
         model: the network; a Potential's is ``potential.model``.
@@ -86,8 +87,9 @@ class ExplainableNet(nn.Module):
             kind = name.split("_")[0]
             part = slice(num_edges, num_edges + index.shape[1])
             num_edges = part.stop
-            weight = getattr(hierarchy[k], f"{kind}_weight") * x[index[0], 0]
-            changed[k][f"{kind}_weight"] = self.memberships[name](weight, part)
+            for weight in ("child_weight", "pool_weight") if kind == "child" else ("pair_weight",):
+                if (value := getattr(hierarchy[k], weight)) is not None:
+                    changed[k][weight] = self.memberships[name](value * x[index[0], 0], part)
             # A tensor of its own: shells of one radius share edges, and with them features, but not masks.
             changed[k][f"{kind}_index"] = getattr(hierarchy[k], f"{kind}_index").clone()
         if x.shape[0] != num_nodes or edge_index.shape[1] != num_edges:

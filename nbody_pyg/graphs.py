@@ -239,8 +239,9 @@ class CapturedPotential(_Captured):
     mode from then on.
 
     Call it as the potential itself. What runs in eager mode, without a warning: tensors on the CPU, ``training``, no
-    forces, charges, and networks with long range. The repulsion, and the energies of isolated atoms, are added outside
-    of the graph.
+    forces, charges, and networks with long range or on :class:`~nbody_pyg.hierarchy.SmoothSurvivors` (whose weights are
+    sums of as many terms as differ from zero). The repulsion, and the energies of isolated atoms, are added outside of
+    the graph.
 
     ``calls``, ``replays`` and ``captures`` count; ``failure`` says why graphs were given up, or is None.
 

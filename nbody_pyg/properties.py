@@ -279,7 +279,7 @@ def fit_statistics(frames: Sequence[Data], wanted: Property) -> Statistics:
     """
     label = torch.cat([frame[wanted.name].double().reshape(1, *wanted.shape) for frame in frames])
     if wanted.readout in ("intensive", "root"):
-        return Statistics(float(label.mean()), float(label.std()) or 1.0)
+        return Statistics(float(label.mean()), float(label.std(correction=0)) or 1.0)
     if wanted.readout not in ("extensive", "r2"):
         return Statistics(0.0, float(label.square().mean().sqrt()) or 1.0)
     species = sorted({int(z) for frame in frames for z in frame.z.unique()})

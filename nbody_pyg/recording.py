@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from nbody_pyg.hierarchy.scheme import Scheme
+from nbody_pyg.hierarchy.survivors import SmoothSurvivors
 from nbody_pyg.hierarchy.topology import Topology
 from nbody_pyg.kernels.operands import check_range
 from nbody_pyg.potential import MODEL_INPUTS, Potential, derivatives, parameter_gradients
@@ -38,8 +39,16 @@ def checked(potential: Potential, z: Any, pos: Any = None, batch: Any = None, **
 
 
 def evaluable(potential: Potential, system: dict[str, Any]) -> bool:
-    """Whether :func:`evaluate` knows all that the energy depends on: it has no charges and no long range."""
-    return system["charge"] is None and system["charges"] is None and potential.model.long_range is None
+    """Whether :func:`evaluate` knows all that the energy depends on: no charges, no long range, no survivors.
+
+    The weights of :class:`~nbody_pyg.hierarchy.SmoothSurvivors` leave out what is zero at these positions: the number
+    of their terms is a value, which no recorded program could follow.
+    """
+    # By the scheme as well: where there is no topology yet, the search for one is left to eager mode
+    centre = () if system["topology"] is None else system["topology"].centre
+    survivors = isinstance(potential.model.scheme, SmoothSurvivors) or any(index is not None for index in centre)
+    charged = system["charge"] is not None or system["charges"] is not None
+    return not survivors and not charged and potential.model.long_range is None
 
 
 def flatten(scheme: Scheme, system: dict[str, Any], stress: bool) -> tuple[list[Tensor], Layout]:

@@ -2,8 +2,8 @@ r"""Units: constants, and conversion into the internal units eV, angstrom, amu, 
 
 Everything inside the library is in eV, angstrom, eV/angstrom, eV/angstrom^3 (stress), e*angstrom (dipole).
 Values in other units are converted once, where they enter or leave, with the factors of this module;
-nothing else in the library holds a conversion factor. Constants: CODATA 2022 (the SI constants e, N_A, h,
-c and k_B are exact).
+nothing else in the library holds a conversion factor, but for the repulsion of nuclei, whose constants stay those that
+saved models were trained with. Constants: CODATA 2022 (the SI constants e, N_A, h, c and k_B are exact).
 """
 
 from __future__ import annotations

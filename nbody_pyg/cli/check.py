@@ -11,7 +11,8 @@ import torch
 
 from nbody_pyg.cli.frames import read_structures
 from nbody_pyg.data import AtomicData
-from nbody_pyg.deploy import load_model, read_metadata
+from nbody_pyg.deploy import read_metadata
+from nbody_pyg.deploy.model_file import load_potential
 from nbody_pyg.testing import Check, check_potential
 
 #: Exit status when a check failed; 1 and 2 are errors of the input and of the arguments.
@@ -22,7 +23,7 @@ def check(args: argparse.Namespace) -> int:
     """Run the command; returns the exit status."""
     torch.set_num_threads(1)
     metadata = read_metadata(args.model)["metadata"]
-    potential = load_model(args.model)
+    potential = load_potential(args.model)
     frames, origin = _frames(args, metadata)
     print(f"{potential.model!r}\nstructures: {origin}\n")
     print(f"{'':44} {'measured':>10}  {'':9} {'bound':>8}", flush=True)

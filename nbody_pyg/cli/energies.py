@@ -7,14 +7,15 @@ import argparse
 from nbody_pyg.cli.frames import read_structures
 from nbody_pyg.cli.tables import table
 from nbody_pyg.data import AtomicData
-from nbody_pyg.deploy import EnergyExplanation, explain_energy, load_model, plot_energy_parts, read_metadata
+from nbody_pyg.deploy import EnergyExplanation, explain_energy, plot_energy_parts, read_metadata
+from nbody_pyg.deploy.model_file import load_potential
 from nbody_pyg.deploy.reference import reference_topology
 from nbody_pyg.hierarchy import Scheme
 
 
 def energies(args: argparse.Namespace) -> int:
     """Run the command; returns the exit status."""
-    potential = load_model(args.model).double()
+    potential = load_potential(args.model).double()
     frames = read_structures(args.file)
     metadata = read_metadata(args.model)["metadata"]
     scheme = getattr(potential.model, "scheme", None)

@@ -6,7 +6,6 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-import yaml
 from ase.io import read
 
 from nbody_pyg.cli.tables import table
@@ -14,7 +13,7 @@ from nbody_pyg.data import AtomicData
 from nbody_pyg.datasets import embedded
 from nbody_pyg.deploy import load_model
 from nbody_pyg.hierarchy import Scheme
-from nbody_pyg.training.config import scheme_arguments
+from nbody_pyg.training.config import parse_yaml, scheme_arguments
 
 
 def hierarchy(args: argparse.Namespace) -> int:
@@ -63,5 +62,5 @@ def _scheme(args: argparse.Namespace) -> Scheme:
         key, equals, text = word.partition("=")
         if not equals or key not in known:
             raise ValueError(f"--set takes KEY=VALUE with KEY among {', '.join(known)}, got {word!r}")
-        arguments[key] = yaml.safe_load(text)
+        arguments[key] = parse_yaml(text, f"--set {word}")
     return Scheme.from_config({"name": args.scheme, **arguments})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 from collections.abc import Sequence
@@ -54,7 +55,9 @@ def _train(config: Config) -> int:
     if resume is None and (folder / "model.nbody").exists():
         print(f"replacing the earlier run in {folder}")
     folder.mkdir(parents=True, exist_ok=True)
-    config.save(folder / "config.yaml")
+    # Defaults of a scheme may change: the copy of the configuration names all of its arguments
+    model = dataclasses.replace(config.model, scheme=potential.model.scheme.config())
+    dataclasses.replace(config, model=model).save(folder / "config.yaml")
     result = fit(potential, data.train, data.val, config.training, folder, resume)
     if result.interrupted is not None:
         print(

@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import jsonargparse
-import yaml
 
 from nbody_pyg.compare.registry import MODELS, entry
-from nbody_pyg.training.config import parse_config
+from nbody_pyg.training.config import parse_config, parse_yaml
 from nbody_pyg.training.settings import setting
 
 #: Keys of the nested sections; everything in them is a key of ``nbody train`` too.
@@ -126,7 +125,9 @@ def load_compare(path: str | Path | None = None, words: Sequence[str] = ()) -> C
     if path is not None:
         if not Path(path).is_file():
             raise FileNotFoundError(f"no configuration file at {path}")
-        tree = yaml.safe_load(Path(path).read_text()) or {}
+        tree = parse_yaml(Path(path).read_bytes(), str(path)) or {}
+        if not isinstance(tree, dict):
+            raise ValueError(f"{path} must hold keys of a comparison, got {tree!r}")
     for key, values in _options(words):
         _lay(tree, key, values)
     known = {f.name: f for f in dataclasses.fields(CompareConfig)}
@@ -172,16 +173,16 @@ def _options(words: Sequence[str]) -> list[tuple[str, list[Any]]]:
         if word.startswith("--"):
             key, equals, text = word[2:].partition("=")
             key = key if "." in key else key.replace("-", "_")
-            found.append((key, [_value(text)] if equals else []))
+            found.append((key, [_value(text, word)] if equals else []))
         elif found:
-            found[-1][1].append(_value(word))
+            found[-1][1].append(_value(word, f"--{found[-1][0]} {word}"))
         else:
             raise ValueError(f"cannot read {word!r}; options look like --budget 300")
     return found
 
 
-def _value(text: str) -> Any:
-    value = yaml.safe_load(text)
+def _value(text: str, where: str) -> Any:
+    value = parse_yaml(text, where)
     if isinstance(value, str):  # YAML reads 1e-3 as a word
         try:
             return float(value)

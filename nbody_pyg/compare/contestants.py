@@ -8,10 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from nbody_pyg.compare.config import CompareConfig
 from nbody_pyg.compare.registry import entry
+from nbody_pyg.training.config import parse_yaml
 from nbody_pyg.training.settings import TrainingConfig
 
 
@@ -75,7 +74,8 @@ def variants(path: str | Path, config: CompareConfig) -> list[Contestant]:
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"no file of variants at {path}")
-    groups = (yaml.safe_load(Path(path).read_text()) or {}).get("groups")
+    tree = parse_yaml(Path(path).read_bytes(), str(path))
+    groups = tree.get("groups") if isinstance(tree, Mapping) else None
     if not isinstance(groups, Mapping) or not groups:
         raise ValueError(f"{path} must hold groups of variants: {{groups: {{group: {{name: {{model.lmax: 1}}}}}}}}")
     found: dict[str, Contestant] = {}

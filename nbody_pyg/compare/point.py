@@ -8,7 +8,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from nbody_pyg.compare.registry import build_peer, version
 from nbody_pyg.datasets import fit_reference
 from nbody_pyg.models import edge_degrees
 from nbody_pyg.potential import AtomicReference, Potential
-from nbody_pyg.training.config import Config, parse_config
+from nbody_pyg.training.config import Config, DataConfig, parse_config
 from nbody_pyg.training.evaluation import evaluate
 from nbody_pyg.training.loader import FrameLoader
 from nbody_pyg.training.loss import EnergyForceLoss
@@ -64,11 +64,12 @@ class Point:
 
     @property
     def dataset(self) -> str:
-        """The molecule or the file, in one word."""
-        for key in ("rmd17", "embedded", "train"):
+        """The molecule, the target of QM9 with its family of splits, or the file, in one word."""
+        for key in ("rmd17", "embedded", "qm9", "train"):
             if self.data.get(key):
-                word = Path(str(self.data[key])).stem
-                return word if self.data.get("num_train") is None else f"{word}-{self.data['num_train']}"
+                family = self.data.get("family", DataConfig.family) if key == "qm9" else None
+                words = (Path(str(self.data[key])).stem, family, self.data.get("num_train"))
+                return "-".join(str(word) for word in words if word is not None)
         return "data"
 
     @property
@@ -99,6 +100,22 @@ class Point:
             f"{self.dataset}, {self.name}, {t['optimizer']}, lr {t['lr']:g}, seed {t['seed']}, {self.limit}"
             f"{' (search)' if self.purpose == 'search' else ''}"
         )
+
+
+def deciding_error(records: Iterable[Mapping[str, Any]]) -> str:
+    """By which error runs are chosen and ordered: "forces_mae", or "energy_mae" where no run has learned forces."""
+    found: set[str] = set()
+    for record in records:
+        weight = record["point"]["training"].get("force_weight", TrainingConfig.force_weight)
+        for errors in (record["val"], *record["test"].values()):
+            found.update(errors if weight > 0 else ("energy_mae",))
+    return "energy_mae" if "energy_mae" in found and "forces_mae" not in found else "forces_mae"
+
+
+def validation_error(record: Mapping[str, Any], error: str) -> float:
+    """One error on the validation frames; infinite where the run has failed or has no such error."""
+    value = record["val"].get(error, math.inf) if record["status"] == "done" else math.inf
+    return value if math.isfinite(value) else math.inf
 
 
 def run_point(point: Point, folder: Path, note: Callable[[str], None] = print) -> dict[str, Any]:

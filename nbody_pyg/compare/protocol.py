@@ -10,7 +10,7 @@ from typing import Any
 from nbody_pyg.compare.config import CompareConfig
 from nbody_pyg.compare.contestants import Contestant, contestants
 from nbody_pyg.compare.peer import MissingPeer
-from nbody_pyg.compare.point import Point
+from nbody_pyg.compare.point import Point, deciding_error, validation_error
 
 Record = dict[str, Any]
 
@@ -19,14 +19,15 @@ Record = dict[str, Any]
 class Choice:
     """The learning rate that a search chose for one optimizer.
 
-    ``edge`` says that the best lies at the end of what was tried; ``score`` is the MAE of the forces on the
-    validation frames, meV/angstrom, infinite where every run failed.
+    ``edge`` says that the best lies at the end of what was tried; ``score`` is the ``error`` on the validation frames,
+    infinite where every run failed: the MAE of the forces, meV/angstrom, or where none are learned of energies, meV.
     """
 
     optimizer: str
     lr: float
     score: float
     edge: bool = False
+    error: str = "forces_mae"
 
 
 @dataclass
@@ -77,12 +78,14 @@ def choose(
             found.append(Choice(optimizer, rates[0], math.nan))
             continue
         scores: dict[float, float] = {}
+        records: list[Record] = []
 
-        def score(lr: float, optimizer: str = optimizer, scores: dict[float, float] = scores) -> None:
-            record = run(search_point(contestant, data, config, optimizer, lr))
-            outcome.searches.append(record)
-            value = record["val"].get("forces_mae", math.inf) if record["status"] == "done" else math.inf
-            scores[lr] = value if math.isfinite(value) else math.inf
+        def score(
+            lr: float, optimizer: str = optimizer, scores: dict[float, float] = scores, records: list[Record] = records
+        ) -> None:
+            records.append(run(search_point(contestant, data, config, optimizer, lr)))
+            outcome.searches.append(records[-1])
+            scores[lr] = validation_error(records[-1], deciding_error(records))
 
         for lr in sorted(rates):
             score(lr)
@@ -91,7 +94,7 @@ def choose(
                 break
             score(further)
         best = min(scores, key=lambda lr: (scores[lr], lr))
-        found.append(Choice(optimizer, best, scores[best], beyond(scores) is not None))
+        found.append(Choice(optimizer, best, scores[best], beyond(scores) is not None, deciding_error(records)))
     found.sort(key=lambda choice: choice.score if math.isfinite(choice.score) else math.inf)
     outcome.choices[contestant.name] = found
     return found
@@ -110,7 +113,8 @@ def beyond(scores: Mapping[float, float]) -> float | None:
 def describe(choice: Choice) -> str:
     """A choice in words."""
     edge = ", at the edge of what was tried" if choice.edge else ""
-    return f"{choice.optimizer}: learning rate {choice.lr:g}, validation forces {choice.score:.1f} meV/A{edge}"
+    what, unit = ("energies", "meV") if choice.error == "energy_mae" else ("forces", "meV/A")
+    return f"{choice.optimizer}: learning rate {choice.lr:g}, validation {what} {choice.score:.1f} {unit}{edge}"
 
 
 def finalists(choices: list[Choice], config: CompareConfig) -> list[Choice]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nbody_pyg.compare.point import Point
+from nbody_pyg.compare.point import Point, deciding_error, validation_error
 
 Record = Mapping[str, Any]
 
@@ -62,6 +62,11 @@ class Group:
     rows: tuple[Row, ...]
 
     @property
+    def error(self) -> str:
+        """The error by which rows are ordered."""
+        return deciding_error(record for row in self.rows for record in row.records)
+
+    @property
     def tests(self) -> list[str]:
         """Names of the test sets."""
         return list(dict.fromkeys(name for row in self.rows for record in row.records for name in record["test"]))
@@ -80,7 +85,10 @@ def load_records(folder: str | Path) -> list[dict[str, Any]]:
 
 
 def groups(records: Iterable[Record]) -> list[Group]:
-    """Final records by frames and limit; rows in the order of their error of the forces, best first."""
+    """Final records by frames and limit; rows in the order of their error of the forces, best first.
+
+    Where no forces are learned, in that of the energies.
+    """
     found: dict[tuple[str, str], dict[tuple, list[Record]]] = {}
     for record in records:
         point = Point(**record["point"])
@@ -93,13 +101,14 @@ def groups(records: Iterable[Record]) -> list[Group]:
     out = []
     for (dataset, limit), rows in found.items():
         made = [Row(key[0], members[0]["title"], tuple(members)) for key, members in rows.items()]
-        out.append(Group(dataset, limit, tuple(sorted(made, key=_order))))
+        error = deciding_error(record for row in made for record in row.records)
+        out.append(Group(dataset, limit, tuple(sorted(made, key=lambda row: _order(row, error)))))
     return out
 
 
-def _order(row: Row) -> float:
+def _order(row: Row, error: str) -> float:
     tests = list(row.records[0]["test"])
-    value = row.mean("test", tests[0], "forces_mae") if tests else None
+    value = row.mean("test", tests[0], error) if tests else None
     return math.inf if value is None else value
 
 
@@ -153,7 +162,7 @@ def verdicts(group: Group) -> list[str]:
     if not ours or not peers:
         return []
     # Chosen as a user would, who has no test frames; of the peers, the best on the test counts.
-    mine = min(ours, key=lambda row: row.mean("val", "forces_mae") or math.inf)
+    mine = min(ours, key=lambda row: row.mean("val", group.error) or math.inf)
     lines = []
     for title, unit, path, factor in _figures(group):
         my = _times(mine.mean(*path), factor)
@@ -187,19 +196,24 @@ def _figures(group: Group) -> list[tuple[str, str, tuple[str, ...], float]]:
 
 
 def search_rows(records: Iterable[Record]) -> tuple[list[str], list[list[str]]]:
-    """The searches: one line for each molecule, model and optimizer, with the error at every learning rate."""
-    found: dict[tuple[str, ...], dict[float, float]] = {}
+    """The searches: one line for each molecule, model and optimizer, with the error at every learning rate.
+
+    It is that of the forces; where none are learned that of the energies, in meV, which the line says.
+    """
+    found: dict[tuple[str, ...], dict[float, Record]] = {}
     for record in records:
         point = Point(**record["point"])
         if point.purpose == "search":
             key = (point.dataset, point.title, point.training["optimizer"], point.limit)
-            value = record["val"].get("forces_mae", math.inf) if record["status"] == "done" else math.inf
-            found.setdefault(key, {})[float(point.training["lr"])] = value
-    rates = sorted({lr for scores in found.values() for lr in scores})
+            found.setdefault(key, {})[float(point.training["lr"])] = record
+    rates = sorted({lr for tried in found.values() for lr in tried})
     rows = []
-    for key, scores in sorted(found.items()):
+    for (dataset, *words), tried in sorted(found.items(), key=lambda pair: pair[0]):
+        error = deciding_error(tried.values())
+        scores = {lr: validation_error(record, error) for lr, record in tried.items()}
         best = min(scores, key=lambda lr: scores[lr])
-        rows.append([*key, *(_score(scores, lr) for lr in rates), f"{best:g}"])
+        dataset = f"{dataset} (energies, meV)" if error == "energy_mae" else dataset
+        rows.append([dataset, *words, *(_score(scores, lr) for lr in rates), f"{best:g}"])
     return ["frames", "model", "optimizer", "limit", *(f"{lr:g}" for lr in rates), "chosen"], rows
 
 

@@ -14,7 +14,7 @@ from ase.data import chemical_symbols
 from ase.stress import full_3x3_to_voigt_6_stress
 
 from nbody_pyg.accelerate import compile_potential
-from nbody_pyg.deploy.model_file import load_model, read_metadata
+from nbody_pyg.deploy.model_file import load_potential, read_metadata, require_potential
 from nbody_pyg.deploy.reference import reference_topology
 from nbody_pyg.graphs import CapturedPotential
 from nbody_pyg.hierarchy import Topology, TopologyCache
@@ -81,16 +81,11 @@ class NBodyCalculator(Calculator):
         if compile and cuda_graphs:
             raise ValueError("compile and cuda_graphs must not both be True: a graph replays no compiled program")
         self.metadata: dict[str, Any] = {}
-        if isinstance(potential, Potential):
-            potential = copy.deepcopy(potential)  # the caller's keeps its device and precision
+        if isinstance(potential, torch.nn.Module):
+            potential = copy.deepcopy(require_potential(potential))  # the caller's keeps its device and precision
         else:
             self.metadata = read_metadata(potential)["metadata"]
-            potential = load_model(potential)
-        if not isinstance(potential, Potential):
-            raise ValueError(
-                f"potential must give energies and forces, got a {type(potential).__name__} for other properties; "
-                "train one on energies (data.qm9 U0, or frames with energy and forces)"
-            )
+            potential = load_potential(potential)
         self.potential = potential.to(device).eval()
         if dtype is not None:
             self.potential.to(_DTYPES[dtype])
@@ -133,7 +128,8 @@ class NBodyCalculator(Calculator):
             cell = torch.as_tensor(atoms.cell.array, dtype=torch.float64, device=self.device).reshape(1, 3, 3)
             pbc = torch.as_tensor(atoms.pbc, device=self.device).reshape(1, 3)
         topology = None if self.topologies is None else self.topologies(z, pos, None, cell, pbc)
-        given = {"cell": cell, "pbc": pbc, "topology": topology, **self._charges(atoms)}
+        charges = {key: value.to(self.device) for key, value in charges_of(atoms).items()}
+        given = {"cell": cell, "pbc": pbc, "topology": topology, **charges}
         result = self._evaluate(z, pos, batch, **given, compute_stress="stress" in properties)
         energy = float(result["energy"])
         self.results = {
@@ -161,14 +157,6 @@ class NBodyCalculator(Calculator):
         found = None if pbc is not None else reference_topology(self.metadata, self.scheme, z.tolist())
         return None if found is None else found.to(self.device)
 
-    def _charges(self, atoms: Atoms) -> dict[str, torch.Tensor]:
-        """Formal charges of the atoms where ASE has some, else the total charge; models without charges ignore both."""
-        if atoms.has("initial_charges"):
-            return {"charges": torch.as_tensor(atoms.get_initial_charges(), device=self.device)}
-        if "charge" in atoms.info:
-            return {"charge": torch.tensor([float(atoms.info["charge"])], dtype=torch.float64, device=self.device)}
-        return {}
-
     def _energies(
         self, z: Any, pos: Any, batch: Any, cell: Any, pbc: Any, topology: Topology | None, **charges: torch.Tensor
     ) -> Any:
@@ -178,6 +166,15 @@ class NBodyCalculator(Calculator):
         parts = self.potential.energies(z, pos, batch, cell=cell, pbc=pbc, topology=topology, **charges)
         own = [values for k, values in parts.levels.items() if len(values) == len(z)]
         return (torch.stack(own).sum(0) + parts.repulsion + parts.reference).cpu().numpy()
+
+
+def charges_of(atoms: Atoms) -> dict[str, torch.Tensor]:
+    """Formal charges of the atoms where ASE has some, else the total charge; models without charges ignore both."""
+    if atoms.has("initial_charges"):
+        return {"charges": torch.as_tensor(atoms.get_initial_charges(), dtype=torch.float64)}
+    if "charge" in atoms.info:
+        return {"charge": torch.tensor([float(atoms.info["charge"])], dtype=torch.float64)}
+    return {}
 
 
 def _captured(potential: Potential, device: torch.device) -> CapturedPotential:

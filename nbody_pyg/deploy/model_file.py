@@ -87,6 +87,27 @@ def load_model(
     return potential.to(device).eval()
 
 
+def load_potential(path: str | Path, device: torch.device | str = "cpu") -> Potential:
+    """Read a potential with :func:`load_model`.
+
+    Raises: ValueError: a model of other properties, or what :func:`load_model` refuses; FileNotFoundError.
+    """
+    return require_potential(load_model(path, device=device), f" ({path})")
+
+
+def require_potential(model: nn.Module, origin: str = "") -> Potential:
+    """Return the model; ``origin`` is what the message adds to it.
+
+    Raises: ValueError: a model of other properties than energies.
+    """
+    if not isinstance(model, Potential):
+        raise ValueError(
+            f"potential must give energies and forces, got a {type(model).__name__} for other properties{origin}; "
+            "train one on energies (data.qm9 U0, or frames with energy and forces)"
+        )
+    return model
+
+
 def read_metadata(path: str | Path) -> dict[str, Any]:
     """Everything in a model file but the weights."""
     return _read(Path(path), weights=False)[0]

@@ -93,10 +93,11 @@ class _Active:
 
     def __init__(self, potential: Potential, batch: Batch) -> None:
         self.potential, self.scheme = potential, getattr(potential.model, "scheme", None)
-        self.number = torch.arange(batch.num_graphs)
+        self.number = torch.arange(batch.num_graphs, device=batch.pos.device)
         self.z, self.batch = batch.z, batch.batch
         self.pos = self.start = batch.pos.double()
         self.cell, self.pbc = batch.get("cell"), batch.get("pbc")
+        self.charge, self.charges = batch.get("charge"), batch.get("charges")
         self._renew()
 
     def _renew(self) -> None:
@@ -112,7 +113,10 @@ class _Active:
         topology = None
         if self.lists is not None:
             topology = self.lists(self.z, self.pos, self.batch, self.cell, self.pbc)
-        out = self.potential(self.z, self.pos, self.batch, cell=self.cell, pbc=self.pbc, topology=topology)
+        out = self.potential(
+            self.z, self.pos, self.batch, cell=self.cell, pbc=self.pbc, topology=topology,
+            charge=self.charge, charges=self.charges,
+        )  # fmt: skip
         return out["energy"], out["forces"].double()
 
     def keep(self, graphs: Tensor) -> Tensor:
@@ -123,6 +127,8 @@ class _Active:
         self.z, self.pos, self.start = self.z[atoms], self.pos[atoms], self.start[atoms]
         self.cell = None if self.cell is None else self.cell[graphs]
         self.pbc = None if self.pbc is None else self.pbc[graphs]
+        self.charge = None if self.charge is None else self.charge[graphs]
+        self.charges = None if self.charges is None else self.charges[atoms]
         self.number = self.number[graphs]
         self._renew()
         return atoms
@@ -145,19 +151,21 @@ def relax(
 
     Args:
         potential: in the precision in which to relax; float64 for forces below 1e-3.
-        frames: structures with ``z`` and ``pos``; all periodic (with ``cell``) or all open.
+        frames: structures with ``z`` and ``pos``; all periodic (with ``cell``) or all open. ``charge`` or ``charges``
+            count where a structure has them; one without is neutral.
         fmax: a structure has converged when no force is longer (eV/angstrom).
         max_steps: of each structure.
         longest_step: of any atom in one step, angstrom.
         batch_size: structures at a time.
         report: called with the numbers of converged and of all structures, after every step.
-    Raises: ValueError: no structures, or fmax, max_steps or longest_step not positive.
+    Raises: ValueError: no structures, periodic beside open ones, or fmax, max_steps or longest_step not positive.
     """
     for name, value in (("fmax", fmax), ("max_steps", max_steps), ("longest_step", longest_step)):
         if not value > 0:
             raise ValueError(f"{name} must be positive, got {value}")
     if not len(frames):
         raise ValueError("frames holds no structure to relax")
+    _check_periodicity(frames)
     parts = [
         _relax_batch(potential, frames[i : i + batch_size], fmax, max_steps, longest_step, report)
         for i in range(0, len(frames), batch_size)
@@ -169,6 +177,46 @@ def relax(
     return Relaxation([frame for part in parts for frame in part.frames], **tensors)
 
 
+def _periodic(frame: Data) -> bool:
+    cell, pbc = frame.get("cell"), frame.get("pbc")
+    # As everywhere: a cell without pbc is periodic.
+    given = cell if pbc is None else pbc
+    return given is not None and bool(torch.as_tensor(given).any())
+
+
+def _check_periodicity(frames: Sequence[Data]) -> None:
+    periodic = [_periodic(frame) for frame in frames]
+    if any(periodic) and not all(periodic):
+        raise ValueError(
+            f"frames must be all periodic or all open, got frame {periodic.index(True)} periodic and frame "
+            f"{periodic.index(False)} open; relax them in two calls"
+        )
+    for number, frame in enumerate(frames):
+        if periodic[number] and frame.get("cell") is None:
+            raise ValueError(f"frames must have a cell where pbc is set, got frame {number} without; give it a cell")
+
+
+def _alike(frames: Sequence[AtomicData]) -> list[AtomicData]:
+    """The same structures with the same keys: PyG's collate takes those of the first frame, and drops all others."""
+    periodic = _periodic(frames[0])
+    charge, charges = (any(frame.get(key) is not None for frame in frames) for key in ("charge", "charges"))
+    out = []
+    for frame in frames:
+        keys = {"z": frame.z, "pos": frame.pos}
+        if periodic:
+            keys["cell"] = frame.cell
+            keys["pbc"] = (frame.cell != 0).any(dim=-1) if frame.get("pbc") is None else frame.pbc
+        total, own = frame.get("charge"), frame.get("charges")
+        if total is None:
+            total = frame.pos.new_zeros(1) if own is None else own.sum().reshape(1)
+        if charge:
+            keys["charge"] = total
+        if charges:
+            keys["charges"] = total.expand(len(frame.z)) / len(frame.z) if own is None else own
+        out.append(AtomicData(**keys))
+    return out
+
+
 def _relax_batch(
     potential: Potential,
     frames: Sequence[Data],
@@ -177,13 +225,14 @@ def _relax_batch(
     longest_step: float,
     report: Callable[[int, int], None] | None,
 ) -> Relaxation:
-    keys = ("z", "pos", "cell", "pbc")
-    plain = [AtomicData(**{k: frame[k] for k in keys if frame.get(k) is not None}) for frame in frames]
-    active = _Active(potential, Batch.from_data_list(plain))
+    keys = ("z", "pos", "cell", "pbc", "charge", "charges")
+    plain = [AtomicData.from_data(Data(**{k: frame[k] for k in keys if frame.get(k) is not None})) for frame in frames]
+    active = _Active(potential, Batch.from_data_list(_alike(plain)))
     optimizer = _LBFGS(active.batch, len(frames), longest_step)
     count = len(frames)
-    energies, starts, largest = (torch.zeros(count, dtype=torch.float64) for _ in range(3))
-    steps = torch.zeros(count, dtype=torch.long)
+    device = active.pos.device
+    energies, starts, largest = (torch.zeros(count, dtype=torch.float64, device=device) for _ in range(3))
+    steps = torch.zeros(count, dtype=torch.long, device=device)
     ends: dict[int, tuple[Tensor, Tensor]] = {}
     for step in range(max_steps + 1):
         energy, forces = active.evaluate()

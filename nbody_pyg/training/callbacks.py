@@ -23,15 +23,17 @@ class Checkpoints(Callback):
     """Writes ``last.ckpt`` after every validation and at the end, ``best.ckpt`` when the score improves.
 
     Every write goes to a temporary file that is renamed, so that a killed run leaves a readable file. The
-    files load with ``weights_only=True``: tensors and plain values only, random states included.
+    files load with ``weights_only=True``: tensors and plain values only, random states included. Weights that
+    are not finite are not written: what was there before is of more use.
 
     Args:
         folder: where the files go.
         monitor: a logged metric, lower is better; ``best`` needs validation.
+        every: steps between two writes of ``last.ckpt`` without validation; None: not before the end.
     """
 
-    def __init__(self, folder: str | Path, monitor: str = "val_forces_mae"):
-        self.folder, self.monitor = Path(folder), monitor
+    def __init__(self, folder: str | Path, monitor: str = "val_forces_mae", every: int | None = None):
+        self.folder, self.monitor, self.every = Path(folder), monitor, every
         self.best_score, self.best_step = float("inf"), -1
 
     def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:
@@ -43,14 +45,20 @@ class Checkpoints(Callback):
             self._save(trainer, "best.ckpt")
         self._save(trainer, "last.ckpt")
 
-    def on_train_batch_end(self, trainer: Trainer, module: LightningModule, *_: Any) -> None:
+    def on_train_batch_end(self, trainer: Trainer, module: Any, *_: Any) -> None:
         if trainer.should_stop:  # asked to stop: first make sure of the work done
+            self._save(trainer, "last.ckpt")
+        elif self.every is not None and trainer.global_step % self.every == 0:
+            module.clock.pause()  # as for validation; the next step starts it again
             self._save(trainer, "last.ckpt")
 
     def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
         self._save(trainer, "last.ckpt")
 
     def _save(self, trainer: Trainer, name: str) -> None:
+        # On a GPU the loss is looked at now and then only, so the weights may be lost by now.
+        if not all(bool(p.isfinite().all()) for p in trainer.lightning_module.parameters()):
+            return
         self.folder.mkdir(parents=True, exist_ok=True)
         temporary = self.folder / f".{name}.tmp"
         if not trainer.is_global_zero:

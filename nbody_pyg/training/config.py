@@ -138,7 +138,7 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
     if path is not None:
         if not Path(path).is_file():
             raise FileNotFoundError(f"no configuration file at {path}")
-        tree = _parse_yaml(Path(path).read_bytes(), str(path)) or {}
+        tree = parse_yaml(Path(path).read_bytes(), str(path)) or {}
         if not isinstance(tree, dict):
             raise ValueError(f"{path} must hold sections ({', '.join([*_SECTIONS, 'model'])}), got {tree!r}")
     for key, value in _parse_overrides(overrides):
@@ -289,7 +289,7 @@ def _parse_overrides(words: Sequence[str]) -> list[tuple[str, Any]]:
             if not words:
                 raise ValueError(f"{word} needs a value")
             text = words.pop(0)
-        value = _parse_yaml(text, word)
+        value = parse_yaml(text, word)
         if isinstance(value, str):  # YAML reads 1e-3 as a word
             try:
                 value = float(value)
@@ -299,7 +299,11 @@ def _parse_overrides(words: Sequence[str]) -> list[tuple[str, Any]]:
     return out
 
 
-def _parse_yaml(text: str | bytes, where: str) -> Any:
+def parse_yaml(text: str | bytes, where: str) -> Any:
+    """What YAML text holds; ``where`` names its place in the message.
+
+    Raises: ValueError: no YAML, in one line.
+    """
     try:
         return yaml.safe_load(text)
     except yaml.YAMLError as error:

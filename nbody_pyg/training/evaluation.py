@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -12,6 +13,11 @@ from torch_geometric.data import Data
 from nbody_pyg.potential import Potential
 from nbody_pyg.training.loader import FrameLoader
 from nbody_pyg.training.metrics import ErrorMeter
+
+# What a potential computes with. All else is a label or an extra, and changes no prediction.
+_INPUT = re.compile(
+    r"^(z|pos|cell|pbc|charge|charges|bonds|scheme|(child|pair|child_shift|pair_shift|num_parts|centre)_\d+)$"
+)
 
 
 @dataclass(frozen=True)
@@ -38,25 +44,44 @@ def evaluate(
     """Energies and forces of every frame; the stress where all frames carry a stress to compare with.
 
     Labels are optional: what has none is predicted and left out of the errors. Without ``compute_forces`` the
-    list of forces is empty.
+    list of forces is empty. Periodic and open frames may be mixed: they go through the potential apart.
     """
-    loader = FrameLoader(_uniform(frames), batch_size, device=device)
-    meter, energy, forces, stress = ErrorMeter(device), [], [], []
-    for batch in loader:
-        result = potential(batch, compute_forces=compute_forces, compute_stress="stress" in batch)
-        meter.update(result, batch)
-        energy.append(result["energy"].cpu())
-        per_frame = torch.bincount(batch.batch, minlength=batch.num_graphs).tolist()
-        if compute_forces:
-            forces.extend(result["forces"].double().cpu().split(per_frame))
-        if "stress" in result:
-            stress.append(result["stress"].double().cpu())
-    return Evaluation(meter.compute(), torch.cat(energy), forces, torch.cat(stress) if stress else None)
+    meter, energy, forces, stress, order = ErrorMeter(device), [], [], [], []
+    for members, group in _groups(frames):
+        order += members
+        for batch in FrameLoader(group, batch_size, device=device):
+            result = potential(batch, compute_forces=compute_forces, compute_stress="stress" in batch)
+            meter.update(result, batch)
+            energy.append(result["energy"].cpu())
+            per_frame = torch.bincount(batch.batch, minlength=batch.num_graphs).tolist()
+            if compute_forces:
+                forces.extend(result["forces"].double().cpu().split(per_frame))
+            if "stress" in result:
+                stress.append(result["stress"].double().cpu())
+    back = torch.tensor(order).argsort()
+    return Evaluation(
+        meter.compute(),
+        torch.cat(energy)[back],
+        [forces[i] for i in back.tolist()] if forces else [],
+        torch.cat(stress)[back] if stress else None,
+    )
 
 
-def _uniform(frames: Sequence[Data]) -> Sequence[Data]:
-    """Frames with the same keys: labels and extras that only some frames have are left out."""
-    keys = set.intersection(*(set(frame.keys()) for frame in frames)) if frames else set()
-    if all(set(frame.keys()) == keys for frame in frames):
-        return frames
-    return [type(frame).from_dict({k: v for k, v in frame.to_dict().items() if k in keys}) for frame in frames]
+def _groups(frames: Sequence[Data]) -> list[tuple[list[int], Sequence[Data]]]:
+    """Positions and frames of each set with the same inputs.
+
+    Labels and extras that only some frames have are left out. Inputs are not: a bulk crystal without its
+    cell and shifts would be another system.
+    """
+    keys = [frozenset(frame.keys()) for frame in frames]
+    common = frozenset.intersection(*keys) if keys else frozenset()
+    if all(found == common for found in keys):
+        return [(list(range(len(keys))), frames)]
+    members: dict[frozenset[str], list[int]] = {}
+    for number, found in enumerate(keys):
+        members.setdefault(common | {key for key in found if _INPUT.match(key)}, []).append(number)
+    return [(numbers, [_only(frames[i], kept) for i in numbers]) for kept, numbers in members.items()]
+
+
+def _only(frame: Data, keys: frozenset[str]) -> Data:
+    return type(frame).from_dict({key: value for key, value in frame.to_dict().items() if key in keys})

@@ -28,6 +28,12 @@ def _norm(error: Tensor, width: float) -> Tensor:
 PENALTIES: dict[str, Callable[[Tensor, float], Tensor]] = {"mse": _mse, "huber": _huber, "norm": _norm}
 
 
+def penalized(error: Tensor, penalty: str, width: float) -> Float[Tensor, ""]:
+    """Penalty of the errors; 0 where there are none, since the mean of nothing is NaN."""
+    # The empty sum is differentiable: a batch without any label moves no weight, but can be stepped through.
+    return PENALTIES[penalty](error, width) if error.numel() else error.sum()
+
+
 @dataclass(frozen=True)
 class EnergyForceLoss:
     r"""Weighted penalties of forces, interaction energy and stress over the variance of the forces.
@@ -82,17 +88,20 @@ class EnergyForceLoss:
         virial_error: Float[Tensor, "stresses 3 3"] | None = None,
         num_atoms: Int[Tensor, " energies"] | None = None,
     ) -> Float[Tensor, ""]:
-        """Errors are prediction minus label; a NaN marks a missing label and has to be removed before."""
-        penalty, width = PENALTIES[self.penalty], self.force_variance**0.5
+        """Errors are prediction minus label; a NaN marks a missing label and has to be removed before.
+
+        A term of which no label is left counts 0.
+        """
+        width = self.force_variance**0.5
         loss: Tensor | float = 0.0
         if force_error is not None and self.force_weight:
-            loss = loss + self.force_weight * penalty(force_error, width)
+            loss = loss + self.force_weight * penalized(force_error, self.penalty, width)
         if energy_error is not None and self.energy_weight:
             if self.energy_per == "atom" and num_atoms is not None:
                 energy_error = energy_error / num_atoms
-            loss = loss + self.energy_weight * penalty(energy_error, width)
+            loss = loss + self.energy_weight * penalized(energy_error, self.penalty, width)
         if virial_error is not None and self.stress_weight:
-            loss = loss + self.stress_weight * penalty(virial_error, width)
+            loss = loss + self.stress_weight * penalized(virial_error, self.penalty, width)
         if not isinstance(loss, Tensor):
             raise ValueError("no term of the loss has both a label and a positive weight")
         return loss / self.force_variance

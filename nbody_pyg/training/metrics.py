@@ -29,28 +29,28 @@ class RunningMeans:
         self.energy: Tensor | float = 0.0
         self.forces: Tensor | float = 0.0
         self.norm: Tensor | float = 0.0
-        self.count = self.looked_at = 0
+        self.count = self.energies_seen = self.forces_seen = 0
 
     def add(self, loss: Tensor, energy_error: Tensor | None, force_error: Tensor | None) -> None:
         self.loss += loss.detach()
         self.count += 1
         if self.count % self.every != 1:
             return
-        self.looked_at += 1
-        if energy_error is not None:
+        if energy_error is not None and energy_error.numel():
+            self.energies_seen += 1
             self.energy += energy_error.detach().abs().mean()
-        if force_error is not None:
+        if force_error is not None and force_error.numel():
+            self.forces_seen += 1
             self.forces += force_error.detach().abs().mean()
 
     def take(self) -> dict[str, float]:
-        """Means (MAE in meV per graph and meV/angstrom), and start anew."""
-        count, looked_at = max(self.count, 1), max(self.looked_at, 1)
-        means = {
-            "loss": float(self.loss) / count,
-            "energy_mae": _MILLI * float(self.energy) / looked_at,
-            "forces_mae": _MILLI * float(self.forces) / looked_at,
-            "grad_norm": float(self.norm) / count,
-        }
+        """Means (MAE in meV per graph and meV/angstrom) of what had labels, and start anew."""
+        count = max(self.count, 1)
+        means = {"loss": float(self.loss) / count, "grad_norm": float(self.norm) / count}
+        if self.energies_seen:
+            means["energy_mae"] = _MILLI * float(self.energy) / self.energies_seen
+        if self.forces_seen:
+            means["forces_mae"] = _MILLI * float(self.forces) / self.forces_seen
         self.clear()
         return means
 

@@ -13,7 +13,7 @@ from torch_geometric.data import Data
 
 from nbody_pyg.properties import Property, PropertyModel
 from nbody_pyg.training.loader import FrameLoader
-from nbody_pyg.training.loss import PENALTIES
+from nbody_pyg.training.loss import penalized
 from nbody_pyg.training.metrics import RunningMeans
 from nbody_pyg.training.task import PotentialTask
 
@@ -76,9 +76,9 @@ class _PropertyMeans(RunningMeans):
         self.name = name
 
     def take(self) -> dict[str, float]:
-        error = float(self.energy) / max(self.looked_at, 1)
+        error = {f"{self.name}_mae": float(self.energy) / self.energies_seen} if self.energies_seen else {}
         kept = super().take()
-        return {"loss": kept["loss"], "grad_norm": kept["grad_norm"], f"{self.name}_mae": error}
+        return {"loss": kept["loss"], "grad_norm": kept["grad_norm"], **error}
 
 
 class PropertyTask(PotentialTask):
@@ -104,14 +104,13 @@ class PropertyTask(PotentialTask):
     def training_step(self, batch: Any, batch_idx: int = 0) -> Tensor:
         values = self.potential(batch)
         loss: Tensor | float = 0.0
-        penalty = PENALTIES[self.settings.penalty]
         first: Tensor | None = None
         for p in self.potential.properties:
             # The difference is taken in float64, and only then cast. A missing label is NaN.
             label = batch[p.name].reshape(values[p.name].shape)
             known = ~label.reshape(len(label), -1).isnan().any(dim=1)
             error = (values[p.name] - label)[known].to(self.potential.dtype) / self.potential.statistics[p.name].scale
-            loss = loss + p.weight * penalty(error, 1.0)
+            loss = loss + p.weight * penalized(error, self.settings.penalty, 1.0)
             first = error if first is None else first
         scale = self.potential.statistics[self.potential.properties[0].name].scale
         self.running.add(loss, None if first is None else first * scale, None)

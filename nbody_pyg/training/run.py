@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -58,7 +59,8 @@ def force_variance(frames: Sequence[Data]) -> float:
     values = torch.cat(known)
     if bool(values.isinf().any()):
         raise ValueError("forces of the training frames hold infinite values; remove those frames")
-    return float(values[~values.isnan()].square().mean())
+    values = values[~values.isnan()]
+    return float(values.square().mean()) if len(values) else 1.0
 
 
 def steps_per_epoch(settings: TrainingConfig, num_frames: int) -> int:
@@ -107,7 +109,8 @@ def fit(
 ) -> FitResult:
     """Train a potential, or a model of properties, in place.
 
-    Writes ``metrics.csv``, ``last.ckpt`` and (with validation frames) ``best.ckpt`` into ``folder``.
+    Writes ``metrics.csv``, ``last.ckpt`` and (with validation frames) ``best.ckpt`` into ``folder``; ``last.ckpt``
+    every ``validate_every`` steps, with or without validation.
 
     Args:
         train, val: frames with labels; where the model has a scheme, with its topology stored (apply the
@@ -117,24 +120,23 @@ def fit(
     Raises: ValueError: no frames, or labels without any force and energy; FloatingPointError: see the task.
     """
     settings = settings or TrainingConfig(max_epochs=100)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(settings.threads)
     folder = Path(folder)
-    kind = PropertyTask if isinstance(potential, PropertyModel) else PotentialTask
-    task = kind(potential, settings, force_variance(train))
-    epoch = steps_per_epoch(settings, len(train))
-    log = MetricsCSV(folder / "metrics.csv", settings.log_every, epoch)
-    log.columns = (*log.columns, *(metric for _, metric, _ in task.shown if metric not in log.columns))
-    stop, checkpoints = GracefulStop(), Checkpoints(folder, task.monitor)
-    group: list[Callback] = [WeightEMA(settings.ema_decay)] if settings.ema_decay else []
-    group += [log, *([RunProgress(log, settings.log_every)] if show_progress else []), *callbacks, stop, checkpoints]
-    with warnings.catch_warnings(), steady_process():
-        _quieten()
-        trainer = make_trainer(settings, [CallbackGroup(group)], epoch, bool(val), folder)
-        stream = FrameStream(FrameLoader(train, settings.batch_size, shuffle=True, seed=settings.seed))
-        evaluation = FrameLoader(val, 4 * settings.batch_size) if val else None
-        trainer.fit(task, stream, evaluation, ckpt_path=resume, weights_only=True if resume else None)
-    torch.set_num_threads(threads)
+    with _threads(settings.threads):
+        kind = PropertyTask if isinstance(potential, PropertyModel) else PotentialTask
+        task = kind(potential, settings, force_variance(train))
+        epoch = steps_per_epoch(settings, len(train))
+        log = MetricsCSV(folder / "metrics.csv", settings.log_every, epoch)
+        log.columns = (*log.columns, *(metric for _, metric, _ in task.shown if metric not in log.columns))
+        stop = GracefulStop()
+        checkpoints = Checkpoints(folder, task.monitor, None if val else settings.validate_every)
+        group: list[Callback] = [WeightEMA(settings.ema_decay)] if settings.ema_decay else []
+        progress = [RunProgress(log, settings.log_every)] if show_progress else []
+        group += [log, *progress, *callbacks, stop, checkpoints]
+        with _quiet(), steady_process():
+            trainer = make_trainer(settings, [CallbackGroup(group)], epoch, bool(val), folder)
+            stream = FrameStream(FrameLoader(train, settings.batch_size, shuffle=True, seed=settings.seed))
+            evaluation = FrameLoader(val, 4 * settings.batch_size) if val else None
+            trainer.fit(task, stream, evaluation, ckpt_path=resume, weights_only=True if resume else None)
     potential.eval()
     return FitResult(
         potential,
@@ -148,10 +150,29 @@ def fit(
     )
 
 
-def _quieten() -> None:
+@contextlib.contextmanager
+def _threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
     """Lightning's advice on workers, loggers and unset limits does not apply to this loop."""
-    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch.accelerators.cuda"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", category=PossibleUserWarning)
-    # Notices about Lightning's own calls into torch and PyTorch's into itself.
-    warnings.filterwarnings("ignore", module=r"(lightning|torch)\..*")
+    names = ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch.accelerators.cuda")
+    before = {name: logging.getLogger(name).level for name in names}
+    try:
+        for name in names:
+            logging.getLogger(name).setLevel(logging.WARNING)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", category=PossibleUserWarning)
+            # Notices about Lightning's own calls into torch and PyTorch's into itself.
+            warnings.filterwarnings("ignore", module=r"(lightning|torch)\..*")
+            yield
+    finally:
+        for name, level in before.items():
+            logging.getLogger(name).setLevel(level)

@@ -119,8 +119,8 @@ class PotentialTask(LightningModule):
         if not math.isfinite(loss):
             raise FloatingPointError(
                 f"loss became {loss} at step {self.global_step} (learning rate "
-                f"{self.optimizers().param_groups[0]['lr']:.3g}); the last checkpoint is still good. Try a "
-                "smaller lr, a longer warmup_steps, a smaller clip_norm, or dtype float64; check the labels"
+                f"{self.optimizers().param_groups[0]['lr']:.3g}); the last checkpoint, if there is one, is still "
+                "good. Try a smaller lr, a longer warmup_steps, a smaller clip_norm, or dtype float64; check the labels"
             )
 
     # -- optimization --------------------------------------------------------------------------------------
@@ -222,7 +222,7 @@ class PotentialTask(LightningModule):
         """Go on from a checkpoint. Raises: ValueError: it is of another network; weights alone would fit many."""
         stored = checkpoint.get("hyper_parameters", {}).get("potential")
         mine = self.hparams["potential"]["model"]["config"]
-        if stored is not None and stored["model"]["config"] is not None and mine is not None:
+        if isinstance(stored, dict) and stored["model"]["config"] is not None and mine is not None:
             theirs = up_to_date(stored["model"]["config"])
             keys = [key for key in mine | theirs if _plain(mine.get(key)) != _plain(theirs.get(key))]
             if keys:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch_geometric.data import Batch
 
-from nbody_pyg import BondTree, NBodyNet, NestedShells, Potential
+from nbody_pyg import BondTree, NBodyNet, NestedShells, Potential, SmoothSurvivors
 from nbody_pyg import potential as potential_module
 from nbody_pyg.accelerate import compile_potential
 from nbody_pyg.datasets import embedded
@@ -83,6 +83,19 @@ def test_batches_of_another_kind_run_in_eager_mode(frames):
         compiled(bad)
     assert before == {k: v for k, v in vars(torch._dynamo.config).items() if isinstance(v, (bool, int))}
     assert "apply" not in vars(ops._Product) and not scope.is_tracing() and not scope.is_dry()
+
+
+@pytest.mark.parametrize("stored", [True, False], ids=["stored", "searched"])
+def test_survivors_run_in_eager_mode_without_an_attempt(frames, stored):
+    """Their weights have as many terms as differ from zero, which no program can follow."""
+    potential = network(SmoothSurvivors((2.0, 3.5), cutoffs=(3.2, 5.0, 8.0)))
+    compiled = compile_potential(potential, backend="eager")
+    batch = batch_of(frames, potential.model.scheme if stored else lambda frame: frame, 4)
+    for _ in range(2):  # a warning would be an error
+        found, wanted = compiled(batch), potential(batch)
+        assert wanted["forces"].abs().max() > 1e-3
+        assert_same(found, wanted)
+    assert compiled.failure is None and (compiled.calls, compiled.compiled_calls) == (2, 0)
 
 
 @pytest.mark.slow

@@ -17,11 +17,14 @@ import torch
 from ase.io import read, write
 from matplotlib import image
 
+from nbody_pyg import NBodyNet, NestedShells
 from nbody_pyg.cli import main
 from nbody_pyg.cli.tables import error_table, table
 from nbody_pyg.datasets import embedded
-from nbody_pyg.deploy import load_model, read_metadata
+from nbody_pyg.deploy import load_model, read_metadata, save_model
 from nbody_pyg.kernels import backend
+from nbody_pyg.properties import Property, PropertyModel, property_irreps
+from nbody_pyg.training.config import load_config
 
 TINY = [
     "--data.embedded",
@@ -59,6 +62,9 @@ def test_train_leaves_model_log_and_plot(folder):
     with (folder / "metrics.csv").open() as file:
         kinds = [row["kind"] for row in csv.DictReader(file)]
     assert kinds.count("train") == 6 and kinds.count("val") == 2
+    written = load_config(folder / "config.yaml")
+    assert written.model.scheme == read_metadata(folder / "model.nbody")["model"]["config"]["scheme"]
+    assert {"radii", "exponent"} <= set(written.model.scheme), "defaults are written down"
     record = read_metadata(folder / "model.nbody")["metadata"]
     assert record["steps"] == 6 and set(record["errors"]) == {"val", "300K", "600K"}
     assert image.imread(folder / "parity.png").std() > 0.05
@@ -156,6 +162,7 @@ def test_hierarchy(folder, tmp_path, capsys):
         (["info", "nothing.nbody"], "no model file at nothing.nbody"),
         (["md", "nothing.nbody", "nothing.xyz"], "no structure at nothing.xyz"),
         (["hierarchy", "ethanol", "--set", "cut=4"], "--set takes KEY=VALUE with KEY among"),
+        (["hierarchy", "ethanol", "--set", "cutoff=[4"], "--set cutoff=[4 is no YAML: while parsing a flow sequence"),
         (["hierarchy", "nothing.xyz"], "no structure at nothing.xyz"),
         (["hierarchy", "ethanol", "--scheme", "Bondtree"], "did you mean BondTree?"),
     ],
@@ -166,6 +173,19 @@ def test_errors_are_one_line(words, message, capsys, tmp_path, monkeypatch):
     error = capsys.readouterr().err
     assert error.startswith(f"nbody {words[0]}: error: ") and message in error
     assert "Traceback" not in error
+
+
+@pytest.mark.parametrize("words", [["energies", "ethanol"], ["check"], ["relax", "ethanol"], ["md", "ethanol.xyz"]])
+def test_models_of_properties_are_no_potentials(words, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    properties = [Property("gap", "intensive", "eV")]
+    net = NBodyNet([1, 6, 8], NestedShells((3.0,)), channels=4, irreps_out=str(property_irreps(properties)))
+    save_model(PropertyModel(net, properties), "gap.nbody")
+    write("ethanol.xyz", embedded("ethanol")[0].to_ase())
+    assert main([words[0], "gap.nbody", *words[1:]]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"nbody {words[0]}: error: potential must give energies and forces, got a PropertyModel")
+    assert "(gap.nbody)" in error and error.count("\n") == 1
 
 
 @pytest.mark.slow

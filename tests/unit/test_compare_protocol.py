@@ -12,7 +12,7 @@ from nbody_pyg.compare.config import CompareConfig, compare_parser, load_compare
 from nbody_pyg.compare.contestants import contestants
 from nbody_pyg.compare.peer import MissingPeer
 from nbody_pyg.compare.point import Point
-from nbody_pyg.compare.protocol import beyond, compare
+from nbody_pyg.compare.protocol import beyond, compare, describe
 from nbody_pyg.compare.registry import MODELS
 from nbody_pyg.training.config import parse_config
 
@@ -21,10 +21,15 @@ DATA = {"rmd17": ["aspirin", "ethanol"], "root": "somewhere"}
 
 
 class Fake:
-    """Runs nothing: the error of the forces depends on how far the learning rate lies from the best one."""
+    """Runs nothing: the first of the errors depends on how far the learning rate lies from the best one.
 
-    def __init__(self, best: dict[str, float], worst: float = math.inf) -> None:
-        self.best, self.worst, self.points = best, worst, []
+    Any other error is the smaller, the smaller the learning rate.
+    """
+
+    def __init__(
+        self, best: dict[str, float], worst: float = math.inf, errors: tuple[str, ...] = ("forces_mae", "energy_mae")
+    ) -> None:
+        self.best, self.worst, self.errors, self.points = best, worst, errors, []
 
     def __call__(self, point: Point) -> dict:
         if point.model == "painn":
@@ -34,7 +39,8 @@ class Fake:
         error = 10.0 + abs(math.log(lr / self.best[optimizer]))
         if lr > self.worst:
             return {"point": vars(point), "status": "failed", "reason": "loss became nan", "val": {}, "test": {}}
-        return {"point": vars(point), "status": "done", "val": {"forces_mae": error}, "test": {}}
+        values = dict.fromkeys(self.errors, 100.0 * lr) | {self.errors[0]: error}
+        return {"point": vars(point), "status": "done", "val": values, "test": {}}
 
 
 def quiet(_: str) -> None:
@@ -94,6 +100,31 @@ def test_runs_that_fail_are_no_choice():
     assert beyond({1e-3: 2.0, 3e-3: 1.0, 1e-2: 3.0}) is None
 
 
+@pytest.mark.parametrize(
+    ("training", "errors"),
+    [({"force_weight": 0.0}, ("energy_mae",)), ({"force_weight": 0.0}, ("energy_mae", "forces_mae")),
+     ({}, ("energy_mae",))],
+    ids=["QM9", "forces that are not learned", "no labels of forces"],
+)  # fmt: skip
+def test_energies_decide_where_no_forces_are_learned(training, errors):
+    rates = [1e-3, 3e-3, 1e-2]
+    config = CompareConfig(models=["schnet"], training=training, search=rates, optimizers=["adam"], finals="none")
+    run = Fake({"adam": 3e-3}, errors=errors)
+    (choice,) = compare(config, run, quiet).choices["schnet"]
+    assert [point.training["lr"] for point in run.points] == rates  # the best lies within: nothing further is tried
+    assert (choice.lr, choice.score, choice.edge) == (3e-3, 10.0, False)
+    assert describe(choice) == "adam: learning rate 0.003, validation energies 10.0 meV"
+
+
+def test_forces_decide_where_they_are_learned():
+    config = CompareConfig(models=["schnet"], search=[1e-3, 3e-3, 1e-2], optimizers=["adam"], finals="none")
+    (choice,) = compare(config, Fake({"adam": 3e-3}), quiet).choices["schnet"]
+    assert describe(choice) == "adam: learning rate 0.003, validation forces 10.0 meV/A"
+    run = Fake({"adam": 1.0}, worst=0.0)  # nothing is known of a run that has failed
+    (choice,) = compare(config, run, quiet).choices["schnet"]
+    assert choice.score == math.inf and choice.error == "forces_mae"
+
+
 def test_without_a_search_the_registry_decides_and_the_missing_are_named():
     config = CompareConfig(models=["painn", "schnet", "nbody"], budget=5.0, model={"channels": 8})
     run = Fake({"soap": 1e-2, "adam": 1e-2})
@@ -119,6 +150,17 @@ def test_points_with_other_settings_lie_in_other_folders():
     assert one.folder == moved.folder != other.folder
     assert few.dataset == "aspirin-50"
     assert str(one.folder).startswith("aspirin/painn/final-adam-lr0.001-b4-seed0-5s-")
+
+
+def test_targets_and_sizes_of_qm9_are_other_data():
+    def name(**data: object) -> str:
+        return Point("painn", "PaiNN", "painn", data={"root": "a", **data}).dataset
+
+    assert name(qm9="U0_atomization", num_train=10_000) == "U0_atomization-dimenet-10000"
+    assert name(qm9="U0_atomization", family="dimenet", num_train=1000) == "U0_atomization-dimenet-1000"
+    assert name(qm9="G", family="cormorant") == "G-cormorant"
+    assert name(rmd17="aspirin", family="dimenet", num_train=950) == "aspirin-950"
+    assert (name(train="x/water.xyz"), name(embedded="ethanol"), name()) == ("water", "ethanol", "data")
 
 
 def test_command_line_lies_over_the_file(tmp_path):
@@ -159,11 +201,32 @@ def test_command_line_lies_over_the_file(tmp_path):
         ("--seeds some", "seeds"),
         ("--ablation nowhere.yaml", "no file of variants"),
         ("nbody", "cannot read 'nbody'"),
+        ("--models [nbody", r"^--models \[nbody is no YAML: while parsing .*; indent by spaces"),
+        ("--models=[nbody", r"^--models=\[nbody is no YAML: while parsing .*; indent by spaces"),
     ],
 )
 def test_wrong_words_are_answered(words, message):
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         contestants(load_compare(None, words.split()))
+
+
+@pytest.mark.parametrize(
+    ("text", "config", "variants"),
+    [
+        ("a: [1,\n", "is no YAML: while parsing", "is no YAML: while parsing"),
+        ("- a\n- b\n", "must hold keys of a comparison", "must hold groups of variants"),
+    ],
+)
+def test_broken_files_are_answered_in_one_line(tmp_path, text, config, variants):
+    path = tmp_path / "broken.yaml"
+    path.write_text(text)
+    for read, message in (
+        (lambda: load_compare(path), config),
+        (lambda: contestants(CompareConfig(ablation=str(path))), variants),
+    ):
+        with pytest.raises(ValueError, match=message) as error:
+            read()
+        assert str(error.value).startswith(str(path)) and "\n" not in str(error.value)
 
 
 def test_variants_are_overrides_of_model_and_training(tmp_path):

@@ -91,6 +91,36 @@ def test_searches_show_every_rate_and_the_chosen_one():
     assert rows == [["aspirin", "PAINN", "soap", "300 s", "9.0", "8.0", "8.5", "failed", "0.003"]]
 
 
+def energies_only(name, model, energy, **point) -> dict:
+    """A record of a run on QM9: no errors of forces anywhere."""
+    found = record(name, model, 1.0, energy, data={"qm9": "U0", "num_train": 100}, **point)
+    found["point"]["training"]["force_weight"] = 0
+    for errors in (found["val"], *found["test"].values(), *(row["test"] for row in found["curve"])):
+        errors.pop("forces_mae", None)
+    return found
+
+
+def test_energies_order_the_table_where_no_forces_are_learned():
+    """The better variant of ours, by the validation, is the one that stands beside the peers."""
+    records = [
+        energies_only("mace", "mace", 9.0), energies_only("wide", "nbody", 7.0),
+        energies_only("painn", "painn", 4.0), energies_only("deep", "nbody", 6.0),
+    ]  # fmt: skip
+    (found,) = groups(records)
+    head, rows = comparison_rows(found)
+    energy, force = (head.index(name) for name in ("E MAE meV", "F MAE meV/A"))
+    assert [(row[energy], row[force]) for row in rows] == [(e, "-") for e in ("4.00", "6.00", "7.00", "9.00")]
+    assert found.dataset == "U0-dimenet-100"
+    assert "LOSES  energy MAE: 6.00 meV against 4.00 of PAINN, 1.50 x" in verdicts(found)
+    assert not any("force" in line for line in verdicts(found))
+
+
+def test_searches_without_forces_show_energies():
+    records = [energies_only("painn", "painn", e, purpose="search", lr=lr) for lr, e in ((1e-3, 9.0), (3e-3, 8.0))]
+    _, rows = search_rows(records)
+    assert rows == [["U0-dimenet-100 (energies, meV)", "PAINN", "soap", "300 s", "9.0", "8.0", "0.003"]]
+
+
 def test_plots_have_a_curve_and_a_point_for_each_model(group, tmp_path):
     figure = learning_curves(group, tmp_path / "curves.png")
     left = figure.axes[0]

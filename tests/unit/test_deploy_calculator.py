@@ -17,6 +17,7 @@ from nbody_pyg.data import AtomicData
 from nbody_pyg.deploy import NBodyCalculator, run_md, save_model, with_reference
 from nbody_pyg.models import NBodyNet
 from nbody_pyg.potential import AtomicReference, Potential
+from nbody_pyg.properties import Property, PropertyModel, property_irreps
 
 E0 = AtomicReference({1: -13.6, 6: -1030.5, 8: -2041.8})
 
@@ -90,6 +91,13 @@ def test_model_file_and_precision(tmp_path, ethanol):
     assert 0 < abs(energies["float32"] - energies["float64"]) < 1e-4
     with pytest.raises(ValueError, match=r"dtype must be one of .* got 'half'"):
         NBodyCalculator(potential, dtype="half")
+
+
+def test_a_model_of_properties_is_refused():
+    properties = [Property("gap", "intensive", "eV")]
+    net = NBodyNet([1, 6, 8], NestedShells((4.0,)), channels=4, irreps_out=str(property_irreps(properties)))
+    with pytest.raises(ValueError, match="potential must give energies and forces, got a PropertyModel for other"):
+        NBodyCalculator(PropertyModel(net, properties))
 
 
 def test_groups_stay_together_along_a_trajectory(ethanol):

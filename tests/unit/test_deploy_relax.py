@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import copy
+import sys
+
 import numpy as np
 import pytest
 import torch
-from ase.io import read
+from ase.io import read, write
 from ase.optimize import LBFGS
+from torch.overrides import TorchFunctionMode
 
 from nbody_pyg import BondTree, NBodyNet, NestedShells, Potential
 from nbody_pyg.cli import main
+from nbody_pyg.cli.frames import read_structures
 from nbody_pyg.data import AtomicData
 from nbody_pyg.deploy import NBodyCalculator, relax, save_model
 
@@ -17,6 +22,31 @@ from nbody_pyg.deploy import NBodyCalculator, relax, save_model
 def potential(scheme) -> Potential:
     torch.manual_seed(1)
     return Potential(NBodyNet([1, 6, 8], scheme, channels=4, lmax=1), scale=3.0).double()
+
+
+def charged_potential() -> Potential:
+    torch.manual_seed(1)
+    net = NBodyNet([1, 6, 8], NestedShells((4.0,)), channels=4, lmax=1, long_range="direct").double()
+    with torch.no_grad():  # the local term is zero at the start
+        for weight in (net.long_range.local, net.long_range.local_states.weight):
+            weight.normal_(std=0.1)
+    return Potential(net, scale=3.0).double()
+
+
+def with_charges(frames: list[AtomicData]) -> list[AtomicData]:
+    """A total charge, charges of the atoms, and neutral."""
+    out = [copy.copy(frame) for frame in frames]
+    out[0].charge = torch.tensor([1.0], dtype=torch.float64)
+    out[1].charges = torch.tensor([0.0, -1.0, 0, 0, 0, 0], dtype=torch.float64)
+    return out
+
+
+def crystal(generator, size: float = 5.0) -> AtomicData:
+    grid = torch.cartesian_prod(*[torch.arange(2.0)] * 3).double() * size / 2
+    pos = grid + 0.1 * torch.randn(grid.shape, generator=generator).double()
+    cell = size * torch.eye(3, dtype=torch.float64)[None]
+    z = torch.tensor([1, 8, 6, 1, 1, 8, 6, 1])
+    return AtomicData(z=z, pos=pos, cell=cell, pbc=torch.ones(1, 3, dtype=torch.bool))
 
 
 @pytest.fixture
@@ -76,19 +106,92 @@ def test_company_does_not_matter(frames):
 
 def test_periodic_structures_in_pieces(generator):
     model = potential(NestedShells((3.0,)))
-    frames = []
-    for size in (5.0, 5.5, 6.0):
-        grid = torch.cartesian_prod(*[torch.arange(2.0)] * 3).double() * size / 2
-        pos = grid + 0.1 * torch.randn(grid.shape, generator=generator).double()
-        cell = size * torch.eye(3, dtype=torch.float64)[None]
-        z = torch.tensor([1, 8, 6, 1, 1, 8, 6, 1])
-        frames.append(AtomicData(z=z, pos=pos, cell=cell, pbc=torch.ones(1, 3, dtype=torch.bool)))
+    frames = [crystal(generator, size) for size in (5.0, 5.5, 6.0)]
     found = relax(model, frames, fmax=0.05, max_steps=200, batch_size=2)
     assert bool(found.converged.all()) and len(found.frames) == 3
     for number, frame in enumerate(found.frames):
         again = model(frame.z, frame.pos, cell=frame.cell, pbc=frame.pbc)
         assert float(again["forces"].norm(dim=1).max()) <= 0.05 + 1e-9
         assert float(again["energy"]) == pytest.approx(float(found.energy[number]), abs=1e-9)
+
+
+def test_charges_stay_with_their_structures(frames):
+    model, charged = charged_potential(), with_charges(frames)
+    neutral = relax(model, frames, max_steps=1)
+    for order in ([0, 1, 2], [2, 1, 0], [0, 2], [2, 0], [1, 2]):  # any of them first, each kind alone and mixed
+        found = relax(model, [charged[i] for i in order], fmax=1e-9, max_steps=5)
+        for number, i in enumerate(order):
+            assert float(found.start_energy[number]) == pytest.approx(float(model(charged[i])["energy"]), abs=1e-9)
+            change = abs(float(found.start_energy[number] - neutral.start_energy[i]))
+            assert change < 1e-9 if i == 2 else change > 1e-3
+            after = found.frames[number]
+            assert set(after.keys()) == {*charged[i].keys(), "energy", "forces"}
+            again = model(after)
+            assert float(again["energy"]) == pytest.approx(float(found.energy[number]), abs=1e-9)
+            torch.testing.assert_close(again["forces"], after.forces, rtol=0, atol=1e-8)
+            assert float(after.forces.abs().max()) > 1e-6
+
+
+def test_charged_structures_may_leave_the_batch(frames):
+    model, charged = charged_potential(), with_charges(frames)
+    together = relax(model, charged, fmax=1.0, max_steps=60)
+    assert len(set(together.steps.tolist())) > 1
+    for number, frame in enumerate(charged):
+        after = together.frames[number]
+        again = model(after.z, after.pos, charge=frame.get("charge"), charges=frame.get("charges"))
+        assert float(again["energy"]) == pytest.approx(float(together.energy[number]), abs=1e-9)
+        alone = relax(model, [frame], fmax=1.0, max_steps=60)
+        assert int(alone.steps[0]) == int(together.steps[number])
+        torch.testing.assert_close(alone.frames[0].pos, together.frames[number].pos, rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize("batch_size", [1, 8])
+def test_mixed_periodicity_is_refused(frames, generator, batch_size):
+    model, periodic = potential(NestedShells((3.0,))), crystal(generator)
+    message = "frames must be all periodic or all open, got frame {} periodic and frame {} open"
+    for mixed, numbers in (([frames[0], periodic], (1, 0)), ([periodic, frames[0]], (0, 1))):
+        with pytest.raises(ValueError, match=message.format(*numbers)):
+            relax(model, mixed, batch_size=batch_size)
+    del periodic.cell
+    with pytest.raises(ValueError, match="must have a cell where pbc is set, got frame 0 without"):
+        relax(model, [periodic])
+
+
+def test_a_cell_without_pbc_is_periodic_and_an_open_one_may_have_a_cell(frames, generator):
+    model = potential(NestedShells((3.0,)))
+    periodic, bare = crystal(generator), crystal(generator)
+    del bare.pbc
+    for pair in ([periodic, bare], [bare, periodic]):
+        found = relax(model, pair, max_steps=2)
+        for number, frame in enumerate(pair):
+            assert float(found.start_energy[number]) == pytest.approx(float(model(frame)["energy"]), abs=1e-9)
+    boxed = copy.copy(frames[0])
+    boxed.cell, boxed.pbc = 9.0 * torch.eye(3).double()[None], torch.zeros(1, 3, dtype=torch.bool)
+    found = relax(model, [frames[1], boxed], max_steps=2)
+    assert float(found.start_energy[1]) == pytest.approx(float(model(frames[0])["energy"]), abs=1e-9)
+    assert found.frames[1].cell.equal(boxed.cell)
+
+
+class _Elsewhere(TorchFunctionMode):
+    """A stand-in for a GPU: tensors for which relax.py names no device lie elsewhere than the frames."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func in (torch.zeros, torch.arange) and sys._getframe(1).f_globals["__name__"] == "nbody_pyg.deploy.relax":
+            kwargs = {"device": "meta", **kwargs}
+        return func(*args, **kwargs)
+
+
+def test_results_lie_where_the_frames_do(frames):
+    model = potential(NestedShells((4.0,)))
+    expected = relax(model, frames, fmax=0.3, max_steps=5)
+    with _Elsewhere():
+        found = relax(model, frames, fmax=0.3, max_steps=5)
+    for name in ("energy", "start_energy", "largest", "steps", "converged"):
+        got = getattr(found, name)
+        assert got.device.type == "cpu", name
+        torch.testing.assert_close(got, getattr(expected, name), rtol=0, atol=1e-9)
+    assert float(found.energy.abs().min()) > 1e-3
 
 
 def test_errors(frames):
@@ -109,3 +212,25 @@ def test_command(frames, tmp_path, capsys):
     assert "3 of 3 converged" in capsys.readouterr().out
     relaxed = read(out, index=":")
     assert len(relaxed) == 3 and np.abs(relaxed[0].get_forces()).max() <= 0.3
+
+
+def test_command_keeps_charges(frames, tmp_path):
+    model, charged = charged_potential(), with_charges(frames)
+    save_model(model, tmp_path / "m.nbody")
+    atoms = [frame.to_ase() for frame in charged]
+    atoms[0].info["charge"] = 1
+    atoms[1].set_initial_charges(charged[1].charges.numpy())
+    atoms[2].info["charge"] = 0
+    write(tmp_path / "in.xyz", atoms)
+    given = read_structures(str(tmp_path / "in.xyz"))
+    assert [sorted({"charge", "charges"} & set(frame.keys())) for frame in given] == [["charge"], ["charges"], []]
+    words = ["relax", str(tmp_path / "m.nbody"), str(tmp_path / "in.xyz"), "--steps", "3", "--fmax", "1e-9"]
+    assert main([*words, "--dtype", "float64", "--out", str(tmp_path / "out.xyz")]) == 0
+    out = str(tmp_path / "out.xyz")
+    for structure, after in zip(read(out, index=":"), read_structures(out), strict=True):
+        energy = structure.get_potential_energy()
+        assert float(model(after)["energy"]) == pytest.approx(energy, abs=1e-5)
+        structure.calc = NBodyCalculator(model)  # the same charges as dynamics would have
+        assert structure.get_potential_energy() == pytest.approx(energy, abs=1e-5)
+        neutral = float(model(after.z, after.pos)["energy"])
+        assert abs(energy - neutral) > 1e-3 or not {"charge", "charges"} & set(after.keys())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from torch import nn
@@ -9,7 +11,7 @@ from torch_geometric.data import Data
 from torch_geometric.explain import Explainer, GNNExplainer
 from torch_geometric.nn import global_add_pool
 
-from nbody_pyg import BondTree, NBodyNet, NestedShells
+from nbody_pyg import BondTree, NBodyNet, NestedShells, SmoothSurvivors
 from nbody_pyg.explain import ExplainableNet
 from nbody_pyg.geometry import neighbour_list
 from nbody_pyg.nn import NBodyConv
@@ -44,7 +46,10 @@ def test_a_network_of_our_convolutions_is_explained(molecules):
     assert float(found.edge_mask.std()) > 1e-3 and float(found.node_mask.std()) > 1e-3
 
 
-@pytest.mark.parametrize("scheme", [NestedShells((4.0, 4.0)), BondTree()], ids=lambda s: type(s).__name__)
+SURVIVORS = SmoothSurvivors((2.0, 3.5), cutoffs=(3.2, 5.0, 8.0))
+
+
+@pytest.mark.parametrize("scheme", [NestedShells((4.0, 4.0)), BondTree(), SURVIVORS], ids=lambda s: type(s).__name__)
 def test_every_part_and_membership_of_a_hierarchy_is_explained(scheme, molecules):
     torch.manual_seed(1)
     z, pos = molecules["ethanol"]
@@ -64,6 +69,31 @@ def test_every_part_and_membership_of_a_hierarchy_is_explained(scheme, molecules
     assert float(found.edge_mask[used].std()) > 1e-3
     # The masks are taken off again
     torch.testing.assert_close(net(x, edges, data).flatten(), model(data), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("masked", ["nothing", "atoms", "memberships"])
+def test_masks_act_on_the_way_up_to_survivors(masked, molecules):
+    """Survivors that no atom reaches know nothing of the elements."""
+    torch.manual_seed(2)
+    z, pos = molecules["ethanol"]
+    data = SURVIVORS(Data(z=z, pos=pos))
+    model = NBodyNet([1, 6, 8], SURVIVORS, channels=4).double()
+    net, hierarchy = ExplainableNet(model), model.hierarchy(data)
+    x, edges = net.graph(data)
+    levels = net.parts(data)
+    if masked == "atoms":
+        x[levels == 0] = 0.0
+    elif masked == "memberships":  # as an explainer sets them
+        membership = net.memberships["child_1"]
+        mask = (levels[edges[0]] == levels[edges[1]]).double()
+        membership.explain, membership._edge_mask, membership._apply_sigmoid = True, mask, False
+    model.total = lambda changed: torch.cat([value for k, value in model.values(changed).items() if k > 0])
+    found = []
+    for elements in (z, z.flip(0)):  # the weights of survivors stay those of the molecule
+        model.hierarchy = lambda _, z=elements: dataclasses.replace(hierarchy, z=z)
+        found.append(net(x, edges, data))
+    difference = (found[0] - found[1]).abs().max()
+    assert found[0].abs().max() > 1e-3 and (difference > 1e-3 if masked == "nothing" else difference < 1e-12)
 
 
 def test_a_missing_part_takes_its_share_away(molecules):

@@ -13,7 +13,7 @@ from ase.build import bulk
 from torch import Tensor
 from torch_geometric.data import Batch, Data
 
-from nbody_pyg import BondTree, NBodyNet, NestedShells, Potential, graphs
+from nbody_pyg import BondTree, NBodyNet, NestedShells, Potential, SmoothSurvivors, graphs
 from nbody_pyg.cli.main import main
 from nbody_pyg.datasets import embedded
 from nbody_pyg.deploy import NBodyCalculator, save_model
@@ -222,6 +222,21 @@ def test_what_runs_in_eager_mode(frame):
     for step in range(3):
         assert_same(on_cpu(**moved(frame, step)), potential(**moved(frame, step)))
     assert recorder.captured == captured.replays == on_cpu.replays == 0 and on_cpu.failure is None
+
+
+def test_survivors_run_in_eager_mode_without_an_attempt(frame):
+    """Evaluations and steps: their weights have as many terms as differ from zero, which no graph can follow."""
+    scheme, recorder = SmoothSurvivors((2.0, 3.5), cutoffs=(3.2, 5.0, 8.0)), StandIn()
+    potential = network(scheme)
+    captured = CapturedPotential(potential, recorder=recorder)
+    step = CapturedStep(potential, forces_and_energies, recorder=recorder)
+    (batch, labels), *_ = batches(scheme, count=1)
+    for topology in (None, scheme.topology(**moved(frame, 0))):
+        for _ in range(3):  # a warning would be an error
+            found = captured(**moved(frame, 0), topology=topology)
+            assert_same(found, potential(**moved(frame, 0), topology=topology))
+            assert float(step(batch, labels).detach()) > 1e-3
+    assert captured.failure is step.failure is None and recorder.captured == captured.replays == step.replays == 0
 
 
 # ---------------------------------------------------------------------------------------- failures

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+
 import numpy as np
 import pytest
 import torch
@@ -142,10 +144,11 @@ def test_the_trainer_learns_vectors_and_scalars_at_once(tmp_path):
     frames = labelled(scheme)
     wanted = [Property("dipole", "dipole", "e*angstrom"), Property("gap", "intensive", "eV", 0.5)]
     statistics = {p.name: fit_statistics(frames, p) for p in wanted}
+    torch.manual_seed(0)
     net = NBodyNet([1, 6], scheme, channels=4, irreps_out=str(property_irreps(wanted)))
     model = PropertyModel(net, wanted, statistics)
     before = evaluate_properties(model, frames[:20]).errors
-    settings = TrainingConfig(max_steps=60, batch_size=5, log_every=10, validate_every=30, warmup_steps=5)
+    settings = TrainingConfig(max_steps=150, batch_size=5, log_every=10, validate_every=30, warmup_steps=5)
     result = fit(model, frames[:20], frames[20:], settings, tmp_path, show_progress=False)
     errors = evaluate_properties(model, frames[:20]).errors
     assert errors["dipole_mae"] < 0.3 * before["dipole_mae"] and errors["dipole_r2"] > 0.8
@@ -162,6 +165,30 @@ def test_the_trainer_learns_vectors_and_scalars_at_once(tmp_path):
         assert again(frames[0])[name].equal(value)
     with pytest.raises(ValueError, match="potential must give energies and forces, got a PropertyModel"):
         NBodyCalculator(tmp_path / "model.nbody")
+
+
+def test_batches_without_labels_of_a_property_are_stepped_through(tmp_path):
+    scheme = NestedShells((4.0,))
+    frames = labelled(scheme, 6)
+    wanted = [Property("dipole", "dipole", "e*angstrom"), Property("gap", "intensive", "eV")]
+    statistics = {p.name: fit_statistics(frames, p) for p in wanted}
+    for frame in frames[:3]:
+        frame.dipole[:] = float("nan")
+    frames[0].gap[:] = float("nan")
+    net = NBodyNet([1, 6], scheme, channels=4, irreps_out=str(property_irreps(wanted)))
+    model = PropertyModel(net, wanted, statistics)
+    settings = TrainingConfig(max_steps=12, batch_size=1, log_every=2, warmup_steps=2, dtype="float64")
+    fit(model, frames, (), settings, tmp_path, show_progress=False)
+    with (tmp_path / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    found = [float(row["dipole_mae"]) for row in rows if row["dipole_mae"]]
+    assert 0 < len(found) < len(rows) == 6 and 0 < min(found) <= max(found) < 1e3
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
+def test_statistics_of_a_single_frame():
+    (frame,) = labelled(NestedShells((4.0,)), 1)
+    assert fit_statistics([frame], Property("gap", "intensive")) == Statistics(float(frame.gap), 1.0)
 
 
 def test_the_root_reads_what_is_not_additive(molecules):

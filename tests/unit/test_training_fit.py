@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import logging
+import math
 import os
 import signal
 
@@ -110,7 +113,7 @@ def test_a_checkpoint_of_another_network_is_refused(tmp_path):
     )
     data = [ours.model.scheme(frame) for frame in frames(3)]
     fit(ours, data, (), settings, tmp_path)
-    with pytest.raises(ValueError, match='same network: scheme is .*"exponent": 3.* there, .*"exponent": 5'):
+    with pytest.raises(ValueError, match=r'same network: scheme is .*"exponent": 3.* there, .*"exponent": 5'):
         fit(other, data, (), settings, tmp_path, resume=tmp_path / "last.ckpt")
 
 
@@ -145,6 +148,73 @@ def test_resumed_run_equals_uninterrupted_run_bit_by_bit(tmp_path, extra, stop):
         # The stop adds a validation and cuts one row of means in two; all else is the same log.
         assert set(a) <= set(b) and len(b) <= len(a) + 1
         assert all(a[step] == b[step] for step in a if not stop <= int(step) <= stop + 1)
+
+
+class RaiseAt(StopAt):
+    def on_train_batch_end(self, trainer, *_):
+        if trainer.global_step == self.step:
+            raise RuntimeError("crash")
+
+
+@pytest.mark.parametrize("decay", [0.99, 0.0])
+def test_crash_without_validation_loses_little_and_goes_on_bit_by_bit(tmp_path, extra, decay):
+    settings = TrainingConfig(max_epochs=4, ema_decay=decay, **COMMON)
+    whole = potential()
+    fit(whole, frames(), (), settings, tmp_path / "whole")
+    extra.append(RaiseAt(11))
+    with pytest.raises(RuntimeError, match="crash"):
+        fit(potential(), frames(), (), settings, tmp_path / "parts")
+    extra.clear()
+    assert [p.name for p in (tmp_path / "parts").glob("*.ckpt")] == ["last.ckpt"]
+    state = torch.load(tmp_path / "parts/last.ckpt", weights_only=True)
+    assert state["global_step"] == 6 and state["cpu_seconds"] > 0
+    resumed = potential(seed=7)
+    fit(resumed, frames(), (), settings, tmp_path / "parts", resume=tmp_path / "parts/last.ckpt")
+    assert torch.equal(weights(resumed), weights(whole)) and weights(whole).abs().max() > 0
+    a, b = ([(r["step"], r["lr"], r["loss"]) for r in rows(tmp_path / n, "train")] for n in ("whole", "parts"))
+    assert a == b
+
+
+def test_weights_that_are_not_finite_replace_no_checkpoint(tmp_path, extra):
+    class Lose(Callback):
+        # As on a GPU, where the loss is not looked at in every step
+        def on_train_batch_end(self, trainer, module, *_):
+            module._check_finite = lambda loss: None
+            if trainer.global_step == 8:
+                module.potential.model.out.weight.data[0, 0] = float("nan")
+
+    extra.append(Lose())
+    fit(potential(), frames(), (), TrainingConfig(max_steps=14, **COMMON), tmp_path)
+    state = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    assert state["global_step"] == 6
+    assert all(value.isfinite().all() for value in state["state_dict"].values())
+
+
+@pytest.mark.parametrize("fails", [True, False])
+def test_threads_and_loggers_are_as_before(tmp_path, extra, fails):
+    names = ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch.accelerators.cuda")
+    threads, levels = torch.get_num_threads(), [logging.getLogger(name).level for name in names]
+    during = []
+
+    class Look(StopAt):
+        def on_train_batch_end(self, trainer, *_):
+            during.extend([torch.get_num_threads(), *(logging.getLogger(name).level for name in names)])
+            if fails:
+                raise RuntimeError("crash")
+
+    extra.append(Look(1))
+    try:
+        for name in names:
+            logging.getLogger(name).setLevel(logging.DEBUG)
+        with pytest.raises(RuntimeError, match="crash") if fails else contextlib.nullcontext():
+            fit(potential(), frames(), (), TrainingConfig(max_steps=2, threads=threads + 1, **COMMON), tmp_path)
+        assert during[:3] == [threads + 1, logging.WARNING, logging.WARNING]
+        assert torch.get_num_threads() == threads
+        assert [logging.getLogger(name).level for name in names] == [logging.DEBUG, logging.DEBUG]
+    finally:
+        torch.set_num_threads(threads)
+        for name, level in zip(names, levels, strict=True):
+            logging.getLogger(name).setLevel(level)
 
 
 def test_sigterm_finishes_the_step_and_saves(tmp_path, extra):
@@ -217,7 +287,7 @@ def test_checkpoint_loads_as_a_task_with_the_network_given(tmp_path):
 def test_loss_that_is_not_finite_stops_with_advice(tmp_path):
     data = frames()
     data[3].energy[:] = float("inf")
-    with pytest.raises(FloatingPointError, match=r"loss became inf at step \d .*smaller lr"):
+    with pytest.raises(FloatingPointError, match=r"loss became inf at step \d .*, if there is one, .*smaller lr"):
         fit(potential(), data, (), TrainingConfig(max_epochs=2, **COMMON), tmp_path)
 
 
@@ -250,6 +320,40 @@ def test_missing_labels_are_left_out():
     energy_error = (result["energy"] - batch.energy)[~batch.energy.isnan()]
     expected = (force_error.square().mean() + 0.05 * energy_error.square().mean()) / force_variance(data)
     assert loss.item() == pytest.approx(expected.item(), rel=1e-12) and loss.item() > 0
+
+
+@pytest.mark.parametrize("missing", [("energy",), ("forces",), ("energy", "forces")])
+@pytest.mark.parametrize("energy_per", ["molecule", "atom"])
+def test_batches_without_any_label_are_stepped_through(tmp_path, missing, energy_per):
+    data = frames(6)
+    for frame in data[:3]:
+        for key in missing:
+            frame[key][:] = float("nan")
+    model = potential()
+    settings = TrainingConfig(max_steps=12, energy_per=energy_per, **COMMON | {"batch_size": 1, "log_every": 6})
+    before = weights(model).double()
+    result = fit(model, data, (), settings, tmp_path)
+    assert result.steps == 12 and weights(model).isfinite().all() and (weights(model) - before).abs().max() > 0
+    for row in rows(tmp_path, "train"):
+        assert all(math.isfinite(float(row[key])) for key in ("loss", "energy_mae", "forces_mae") if row[key])
+        assert float(row["loss"]) > 0
+
+
+def test_targets_without_labels_stay_out_of_the_log(tmp_path, capsys):
+    data = frames()
+    for number, frame in enumerate(data):
+        del frame.forces
+        frame.energy = frame.energy + number
+    fit(potential(), data[:8], data[8:], TrainingConfig(max_steps=6, **COMMON), tmp_path)
+    for kind in ("train", "val"):
+        found = rows(tmp_path, kind)
+        assert found and all(row["forces_mae"] == "" and float(row["energy_mae"]) > 0 for row in found)
+    shown = capsys.readouterr().out
+    assert "val E" in shown and "meV/A" not in shown
+    every = frames(2)
+    for frame in every:
+        frame.forces[:] = float("nan")
+    assert force_variance(every) == 1.0
 
 
 def test_total_energies_are_subtracted_in_double_precision():

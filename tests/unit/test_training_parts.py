@@ -10,6 +10,8 @@ import torch
 from torch import nn
 
 from nbody_pyg.data import AtomicData
+from nbody_pyg.hierarchy import NestedShells
+from nbody_pyg.models import NBodyNet
 from nbody_pyg.potential import AtomicReference, Potential
 from nbody_pyg.training import EnergyForceLoss, ErrorMeter, FrameLoader, WarmupCosine, build_optimizer, optim
 from nbody_pyg.training.build import potential_config, potential_from_config
@@ -17,6 +19,7 @@ from nbody_pyg.training.clock import ProcessClock
 from nbody_pyg.training.ema import WeightEMA
 from nbody_pyg.training.evaluation import evaluate
 from nbody_pyg.training.flat import FlatParameters
+from nbody_pyg.training.metrics import RunningMeans
 
 
 # -- schedule and clock ------------------------------------------------------------------------------------
@@ -101,6 +104,17 @@ def test_loss_errors(arguments, message):
 def test_loss_without_any_label():
     with pytest.raises(ValueError, match="no term of the loss has both a label and a positive weight"):
         EnergyForceLoss()(None, None)
+
+
+@pytest.mark.parametrize("penalty", ["mse", "huber", "norm"])
+def test_a_term_without_labels_counts_nothing(penalty):
+    forces = torch.tensor([[1.0, 2.0, 2.0], [0.0, 0.5, 3.0]], dtype=torch.float64, requires_grad=True)
+    loss = EnergyForceLoss(2.0, penalty=penalty, stress_weight=1.0)
+    found = loss(forces[:0, 0], forces, forces.new_zeros(0, 3, 3))
+    assert found.item() == loss(None, forces).item() > 0
+    nothing = loss(forces[:0, 0], forces[:0])
+    nothing.backward()
+    assert nothing.item() == 0 and forces.grad.abs().max() == 0
 
 
 # -- flat weights and optimizers ---------------------------------------------------------------------------
@@ -254,11 +268,50 @@ def test_missing_labels_do_not_count_but_missing_predictions_show():
     assert math.isnan(meter.compute()["forces_mae"])
 
 
+def test_running_means_leave_out_what_has_no_label():
+    means, loss = RunningMeans(), torch.tensor(2.0)
+    means.every = 2
+    for energy in (torch.tensor([0.2, -0.4]), None, torch.zeros(0), None, torch.tensor([0.5])):
+        means.add(loss, energy, torch.zeros(0, 3))
+    assert means.take() == pytest.approx({"loss": 2.0, "grad_norm": 0.0, "energy_mae": 400.0})
+    assert set(means.take()) == {"loss", "grad_norm"}
+
+
 def test_frames_without_labels_are_predicted():
     frames = springs_frames(3)
     del frames[1].energy, frames[1].forces
     found = evaluate(Potential(Springs()), frames)
     assert found.errors == {} and found.energy.abs().min() > 0
+
+
+def test_periodic_and_open_frames_are_evaluated_as_each_by_itself():
+    def frame(z, pos, **more):
+        pos = torch.tensor(pos, dtype=torch.float64)
+        energy = torch.tensor([float(len(z))], dtype=torch.float64)
+        return scheme(AtomicData(z=torch.tensor(z), pos=pos, energy=energy, **more))
+
+    scheme, pbc = NestedShells((3.0,)), torch.ones(1, 3, dtype=torch.bool)
+    cell = torch.tensor([[[3.1, 0.0, 0.2], [0.3, 3.4, 0.0], [0.0, 0.4, 3.3]]], dtype=torch.float64)
+    bulk = {"z": [6, 8, 1, 1], "pos": [[0.0, 0, 0], [1.2, 0.1, 0], [0.2, 1.1, 0.4], [0.3, 0.2, 1.3]]}
+    first, second = frame(**bulk, cell=cell, pbc=pbc), frame(**bulk, cell=1.1 * cell, pbc=pbc)
+    frames = [first, frame([6], [[0.0, 0, 0]]), second, frame([8, 1, 1], [[0.0, 0, 0], [0.9, 0.3, 0], [0, 0.2, 0.9]])]
+    frames[1].comment = [1]  # an extra that no loader takes
+    torch.manual_seed(0)
+    potential = Potential(NBodyNet([1, 6, 8], scheme, channels=4), {1: -13.6, 6: -1030.5, 8: -2041.8}).double()
+    found = evaluate(potential, frames, batch_size=4)
+    alone = [potential(f, compute_forces=True) for f in frames]
+    assert torch.allclose(found.energy, torch.cat([r["energy"] for r in alone]).detach(), rtol=0, atol=1e-9)
+    for ours, theirs in zip(found.forces, alone, strict=True):
+        assert torch.allclose(ours, theirs["forces"], rtol=0, atol=1e-10)
+    assert min(f.abs().max() for i, f in enumerate(found.forces) if i != 1) > 1e-3
+    # The cell matters, so that the equalities above say something
+    opened = scheme(AtomicData(z=first.z, pos=first.pos))
+    assert (potential(opened)["energy"] - found.energy[0]).abs() > 1e-3
+    errors = torch.tensor([float(r["energy"]) - len(f.z) for r, f in zip(alone, frames, strict=True)])
+    assert found.errors["energy_mae"] == pytest.approx(1000 * float(errors.abs().mean()), rel=1e-6)
+    # Training refuses the mixture
+    with pytest.raises(ValueError, match=r"every frame needs the same keys: .*'cell'.*'pbc'"):
+        FrameLoader([frames[0], frames[3]], 2)
 
 
 # -- description of a potential ----------------------------------------------------------------------------
