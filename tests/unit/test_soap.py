@@ -127,7 +127,8 @@ def test_a_long_side_is_left_as_it_is():
         assert "columns_basis" in optimizer.state[weight]
         assert "rows_basis" not in optimizer.state[weight]
         runs.append(trained)
-    torch.testing.assert_close(runs[0][order], runs[1], rtol=1e-10, atol=1e-10)
+    # Steps are divided by small roots, which makes rounding larger, on every processor in another way
+    torch.testing.assert_close(runs[0][order], runs[1], rtol=1e-7, atol=1e-8)
     assert (runs[0] - target).square().sum() < (value - target).square().sum()
 
 
