@@ -79,7 +79,7 @@ class SmoothSurvivors(Scheme):
     Separability: exact; parts that are further apart than that and than the cutoffs know nothing of each other.
     Periodic systems: images compete and pool like other atoms, in any cell: as in the infinite system, exactly. What is
     approximate is what lies beyond the last cutoff, as for every scheme with cutoffs.
-    Cost: O(N) for disordered systems, about 1.35 N nodes; crystals keep all equivalent atoms at every level.
+    Cost: O(N) for disordered systems, about 1.4 N nodes; crystals keep all equivalent atoms at every level.
     Raises:
         ValueError: radii not growing, a cutoff too short for the thinning of the next level, unknown ``centre``.
 
