@@ -275,8 +275,13 @@ def fit_statistics(frames: Sequence[Data], wanted: Property) -> Statistics:
     """Mean, values per element (float64 least squares) and scale of a label over the training frames.
 
     Extensive properties get a value per element, "r2" also one per element and squared distance, intensive ones
-    a mean; vectors and tensors only a scale.
+    a mean; vectors and tensors only a scale. Frames whose label is missing (NaN) do not count.
+
+    Raises: ValueError: no frame has the label.
     """
+    frames = [frame for frame in frames if not bool(frame[wanted.name].isnan().any())]
+    if not frames:
+        raise ValueError(f"frames must hold {wanted.name!r} for one molecule at least, all are missing (NaN)")
     label = torch.cat([frame[wanted.name].double().reshape(1, *wanted.shape) for frame in frames])
     if wanted.readout in ("intensive", "root"):
         return Statistics(float(label.mean()), float(label.std(correction=0)) or 1.0)

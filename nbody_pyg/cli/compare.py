@@ -55,8 +55,9 @@ def _show(outcome: Outcome, out: Path) -> int:
     page = []
     if outcome.searches:
         head, rows = search_rows(outcome.searches)
-        print(f"\nsearch: MAE of the forces on the validation frames, meV/A\n{aligned(head, rows)}")
-        page += ["### Search: MAE of the forces on the validation frames, meV/A", markdown(head, rows)]
+        title = "Search: MAE on the validation frames, of forces (meV/A) where nothing else is said"
+        print(f"\n{title}\n{aligned(head, rows)}")
+        page += [f"### {title}", markdown(head, rows)]
     for group in groups(outcome.finals):
         head, rows = comparison_rows(group)
         lines = verdicts(group)

@@ -249,7 +249,7 @@ def _common_keys(frames: Sequence[Data]) -> list[str]:
         if odd := expected.symmetric_difference(frame.keys()):
             raise ValueError(
                 f"every frame needs the same keys: frame {number} and frame 0 differ in {sorted(odd)}; "
-                "drop the key or give it to all frames"
+                "drop the key or give it to all frames, and train on periodic or on open frames alone"
             )
     return keys
 

@@ -167,6 +167,16 @@ def test_the_trainer_learns_vectors_and_scalars_at_once(tmp_path):
         NBodyCalculator(tmp_path / "model.nbody")
 
 
+@pytest.mark.parametrize("readout", ["intensive", "extensive"])
+def test_statistics_pass_over_missing_labels(readout):
+    frames, wanted = labelled(NestedShells((4.0,)), 6), Property("gap", readout, "eV")
+    whole = fit_statistics(frames[1:], wanted)
+    frames[0].gap[:] = float("nan")
+    assert fit_statistics(frames, wanted) == whole
+    with pytest.raises(ValueError, match="must hold 'gap' for one molecule at least"):
+        fit_statistics(frames[:1], wanted)
+
+
 def test_batches_without_labels_of_a_property_are_stepped_through(tmp_path):
     scheme = NestedShells((4.0,))
     frames = labelled(scheme, 6)
