@@ -7,6 +7,7 @@ import time
 
 import pytest
 import torch
+from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 
 from nbody_pyg.data import AtomicData
@@ -183,22 +184,23 @@ def test_optimizer_by_the_name_of_a_class(monkeypatch):
 @pytest.mark.parametrize("flat", [False, True])
 def test_the_average_survives_the_way_home_from_a_device(flat):
     """Lightning moves the module before on_fit_end: from a GPU, its parameters are other tensors then."""
-    module, ema = network(), WeightEMA(0.5)
-    module.device = torch.device("cpu")
+    module, ema = LightningModule(), WeightEMA(0.5)
+    trainer = Trainer(logger=False, enable_checkpointing=False, accelerator="cpu")
+    module.network = network()
     module.flat = FlatParameters(module) if flat else None
     if flat:
         module.flat.attach()
-    ema.on_train_start(None, module)
+    ema.on_train_start(trainer, module)
     for _ in range(3):
         with torch.no_grad():
             for parameter in module.parameters():
                 parameter.add_(1.0)
-        ema.on_train_batch_end(None, module)
+        ema.on_train_batch_end(trainer, module)
     with ema.averaged():
         wanted = [p.detach().clone() for p in module.parameters()]
     module._apply(torch.clone)
     assert not any(torch.equal(p, w) for p, w in zip(module.parameters(), wanted, strict=True))
-    ema.on_fit_end(None, module)
+    ema.on_fit_end(trainer, module)
     assert all(torch.equal(p, w) for p, w in zip(module.parameters(), wanted, strict=True))
 
 
