@@ -12,17 +12,7 @@ from torch import Tensor
 from nbody_pyg.kernels.opaque import opaque_products
 from nbody_pyg.models import NBodyNet
 from nbody_pyg.potential import Potential
-from nbody_pyg.recording import (
-    Layout,
-    check_edges,
-    check_same,
-    checked,
-    complete,
-    evaluable,
-    evaluate,
-    flatten,
-    reason_of,
-)
+from nbody_pyg.recording import Layout, check_edges, check_same, complete, evaluate, flatten, reason_of, recordable
 
 MODES = ("md", "training")
 
@@ -74,8 +64,8 @@ class CompiledPotential:
         )
         if self.failure is not None or training != (self.mode == "training") or not forces:
             return eager()
-        system = checked(self.potential, *arguments, **keywords)
-        if not evaluable(self.potential, system):
+        system = recordable(self.potential, *arguments, **keywords)
+        if system is None:
             return eager()
         tensors, layout = flatten(self.potential.model.scheme, system, stress)
         check_edges(system["topology"])

@@ -16,16 +16,7 @@ from nbody_pyg.kernels.gpu.order import renew_orders
 from nbody_pyg.kernels.scope import tracing
 from nbody_pyg.models import NBodyNet
 from nbody_pyg.potential import Potential, parameter_gradients
-from nbody_pyg.recording import (
-    check_edges,
-    check_same,
-    checked,
-    complete,
-    evaluable,
-    evaluate,
-    flatten,
-    reason_of,
-)
+from nbody_pyg.recording import check_edges, check_same, complete, evaluate, flatten, reason_of, recordable
 
 #: A graph is captured when its sizes are seen for this time; so many sizes are remembered.
 _SIGHTINGS, _REMEMBERED = 2, 64
@@ -145,9 +136,9 @@ class _Captured:
         self.calls += 1
         if self.failure is not None or torch.is_inference_mode_enabled():
             return None
-        system = checked(self.potential, *arguments, **keywords)
-        here = system["pos"].device.type == self.recorder.device_type
-        return system if here and evaluable(self.potential, system) else None
+        system = recordable(self.potential, *arguments, **keywords)
+        here = system is not None and system["pos"].device.type == self.recorder.device_type
+        return system if here else None
 
     def _results(
         self,

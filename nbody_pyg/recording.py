@@ -33,22 +33,21 @@ class Layout:
     stress: bool
 
 
-def checked(potential: Potential, z: Any, pos: Any = None, batch: Any = None, **keywords: Any) -> dict[str, Any]:
-    """The checked system of a call, from those of its keywords that describe a system."""
-    return potential._system(z, pos, batch, **{key: keywords.get(key) for key in MODEL_INPUTS})
+def recordable(
+    potential: Potential, z: Any, pos: Any = None, batch: Any = None, **keywords: Any
+) -> dict[str, Any] | None:
+    """The checked system of a call; None where its energy depends on more than :func:`evaluate` knows.
 
-
-def evaluable(potential: Potential, system: dict[str, Any]) -> bool:
-    """Whether :func:`evaluate` knows all that the energy depends on: no charges, no long range, no survivors.
-
-    The weights of :class:`~nbody_pyg.hierarchy.SmoothSurvivors` leave out what is zero at these positions: the number
-    of their terms is a value, which no recorded program could follow.
+    That is charges, long range and survivors: the weights of :class:`~nbody_pyg.hierarchy.SmoothSurvivors` leave out
+    what is zero at these positions, so that the number of their terms is a value, which no recorded program could
+    follow.
     """
+    system = potential._system(z, pos, batch, **{key: keywords.get(key) for key in MODEL_INPUTS})
     # By the scheme as well: where there is no topology yet, the search for one is left to eager mode
     centre = () if system["topology"] is None else system["topology"].centre
     survivors = isinstance(potential.model.scheme, SmoothSurvivors) or any(index is not None for index in centre)
     charged = system["charge"] is not None or system["charges"] is not None
-    return not survivors and not charged and potential.model.long_range is None
+    return None if survivors or charged or potential.model.long_range is not None else system
 
 
 def flatten(scheme: Scheme, system: dict[str, Any], stress: bool) -> tuple[list[Tensor], Layout]:

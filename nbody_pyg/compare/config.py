@@ -14,7 +14,7 @@ from typing import Any
 import jsonargparse
 
 from nbody_pyg.compare.registry import MODELS, entry
-from nbody_pyg.training.config import parse_config, parse_yaml
+from nbody_pyg.training.config import parse_config, parse_value, read_tree
 from nbody_pyg.training.settings import setting
 
 #: Keys of the nested sections; everything in them is a key of ``nbody train`` too.
@@ -123,11 +123,7 @@ def load_compare(path: str | Path | None = None, words: Sequence[str] = ()) -> C
     """
     tree: dict[str, Any] = {}
     if path is not None:
-        if not Path(path).is_file():
-            raise FileNotFoundError(f"no configuration file at {path}")
-        tree = parse_yaml(Path(path).read_bytes(), str(path)) or {}
-        if not isinstance(tree, dict):
-            raise ValueError(f"{path} must hold keys of a comparison, got {tree!r}")
+        tree = read_tree(path, "keys of a comparison")
     for key, values in _options(words):
         _lay(tree, key, values)
     known = {f.name: f for f in dataclasses.fields(CompareConfig)}
@@ -173,22 +169,12 @@ def _options(words: Sequence[str]) -> list[tuple[str, list[Any]]]:
         if word.startswith("--"):
             key, equals, text = word[2:].partition("=")
             key = key if "." in key else key.replace("-", "_")
-            found.append((key, [_value(text, word)] if equals else []))
+            found.append((key, [parse_value(text, word)] if equals else []))
         elif found:
-            found[-1][1].append(_value(word, f"--{found[-1][0]} {word}"))
+            found[-1][1].append(parse_value(word, f"--{found[-1][0]} {word}"))
         else:
             raise ValueError(f"cannot read {word!r}; options look like --budget 300")
     return found
-
-
-def _value(text: str, where: str) -> Any:
-    value = parse_yaml(text, where)
-    if isinstance(value, str):  # YAML reads 1e-3 as a word
-        try:
-            return float(value)
-        except ValueError:
-            return text
-    return value
 
 
 def _lay(tree: dict[str, Any], key: str, values: list[Any]) -> None:

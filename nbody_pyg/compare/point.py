@@ -112,10 +112,16 @@ def deciding_error(records: Iterable[Mapping[str, Any]]) -> str:
     return "energy_mae" if "energy_mae" in found and "forces_mae" not in found else "forces_mae"
 
 
-def validation_error(record: Mapping[str, Any], error: str) -> float:
-    """One error on the validation frames; infinite where the run has failed or has no such error."""
-    value = record["val"].get(error, math.inf) if record["status"] == "done" else math.inf
-    return value if math.isfinite(value) else math.inf
+def validation_scores(tried: Mapping[float, Mapping[str, Any]]) -> tuple[str, dict[float, float]]:
+    """The deciding error of runs with several learning rates, and its value for each on the validation frames.
+
+    It is infinite where the run has failed or has no such error.
+    """
+    error, scores = deciding_error(tried.values()), {}
+    for lr, record in tried.items():
+        value = record["val"].get(error, math.inf) if record["status"] == "done" else math.inf
+        scores[lr] = value if math.isfinite(value) else math.inf
+    return error, scores
 
 
 def run_point(point: Point, folder: Path, note: Callable[[str], None] = print) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import Any
 from nbody_pyg.compare.config import CompareConfig
 from nbody_pyg.compare.contestants import Contestant, contestants
 from nbody_pyg.compare.peer import MissingPeer
-from nbody_pyg.compare.point import Point, deciding_error, validation_error
+from nbody_pyg.compare.point import Point, validation_scores
 
 Record = dict[str, Any]
 
@@ -77,24 +77,16 @@ def choose(
         if not config.search or len(rates) == 1:
             found.append(Choice(optimizer, rates[0], math.nan))
             continue
-        scores: dict[float, float] = {}
-        records: list[Record] = []
-
-        def score(
-            lr: float, optimizer: str = optimizer, scores: dict[float, float] = scores, records: list[Record] = records
-        ) -> None:
-            records.append(run(search_point(contestant, data, config, optimizer, lr)))
-            outcome.searches.append(records[-1])
-            scores[lr] = validation_error(records[-1], deciding_error(records))
-
-        for lr in sorted(rates):
-            score(lr)
-        for _ in range(config.extend):
-            if (further := beyond(scores)) is None:
-                break
-            score(further)
+        tried: dict[float, Record] = {}
+        further = sorted(rates)
+        for _ in range(1 + config.extend):
+            for lr in further:
+                tried[lr] = run(search_point(contestant, data, config, optimizer, lr))
+                outcome.searches.append(tried[lr])
+            error, scores = validation_scores(tried)
+            further = [lr for lr in (beyond(scores),) if lr is not None]
         best = min(scores, key=lambda lr: (scores[lr], lr))
-        found.append(Choice(optimizer, best, scores[best], beyond(scores) is not None, deciding_error(records)))
+        found.append(Choice(optimizer, best, scores[best], bool(further), error))
     found.sort(key=lambda choice: choice.score if math.isfinite(choice.score) else math.inf)
     outcome.choices[contestant.name] = found
     return found

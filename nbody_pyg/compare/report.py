@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nbody_pyg.compare.point import Point, deciding_error, validation_error
+from nbody_pyg.compare.point import Point, deciding_error, validation_scores
 
 Record = Mapping[str, Any]
 
@@ -60,11 +60,7 @@ class Group:
     dataset: str
     limit: str
     rows: tuple[Row, ...]
-
-    @property
-    def error(self) -> str:
-        """The error by which rows are ordered."""
-        return deciding_error(record for row in self.rows for record in row.records)
+    error: str  # by which rows are ordered
 
     @property
     def tests(self) -> list[str]:
@@ -102,7 +98,7 @@ def groups(records: Iterable[Record]) -> list[Group]:
     for (dataset, limit), rows in found.items():
         made = [Row(key[0], members[0]["title"], tuple(members)) for key, members in rows.items()]
         error = deciding_error(record for row in made for record in row.records)
-        out.append(Group(dataset, limit, tuple(sorted(made, key=lambda row: _order(row, error)))))
+        out.append(Group(dataset, limit, tuple(sorted(made, key=lambda row: _order(row, error))), error))
     return out
 
 
@@ -209,8 +205,7 @@ def search_rows(records: Iterable[Record]) -> tuple[list[str], list[list[str]]]:
     rates = sorted({lr for tried in found.values() for lr in tried})
     rows = []
     for (dataset, *words), tried in sorted(found.items(), key=lambda pair: pair[0]):
-        error = deciding_error(tried.values())
-        scores = {lr: validation_error(record, error) for lr, record in tried.items()}
+        error, scores = validation_scores(tried)
         best = min(scores, key=lambda lr: scores[lr])
         dataset = f"{dataset} (energies, meV)" if error == "energy_mae" else dataset
         rows.append([dataset, *words, *(_score(scores, lr) for lr in rates), f"{best:g}"])

@@ -12,6 +12,11 @@ from torch import Tensor
 from torch_geometric.data import Data
 
 
+def is_topology_key(key: str) -> bool:
+    """Whether :meth:`Topology.store` writes parts and edges under this key."""
+    return key.startswith(("num_parts_", "child_", "pair_", "centre_"))
+
+
 @dataclass(frozen=True, eq=False)
 class Topology:
     r"""The composition scheme of one graph or of a batch: a DAG of parts in levels.
@@ -171,7 +176,7 @@ class Topology:
 
     def store(self, data: Data) -> Data:
         """Write the topology on ``data`` in place, as the keys of :class:`~nbody_pyg.data.AtomicData`."""
-        for key in [k for k in data.to_dict() if k.startswith(("num_parts_", "child_", "pair_", "centre_"))]:
+        for key in filter(is_topology_key, list(data.to_dict())):
             del data[key]
         for level in range(self.num_levels):
             if level > 0:

@@ -136,11 +136,7 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
     """
     tree: dict[str, Any] = {}
     if path is not None:
-        if not Path(path).is_file():
-            raise FileNotFoundError(f"no configuration file at {path}")
-        tree = parse_yaml(Path(path).read_bytes(), str(path)) or {}
-        if not isinstance(tree, dict):
-            raise ValueError(f"{path} must hold sections ({', '.join([*_SECTIONS, 'model'])}), got {tree!r}")
+        tree = read_tree(path, f"sections ({', '.join([*_SECTIONS, 'model'])})")
     for key, value in _parse_overrides(overrides):
         _insert(tree, key.split("."), value)
     return parse_config(tree)
@@ -289,14 +285,35 @@ def _parse_overrides(words: Sequence[str]) -> list[tuple[str, Any]]:
             if not words:
                 raise ValueError(f"{word} needs a value")
             text = words.pop(0)
-        value = parse_yaml(text, word)
-        if isinstance(value, str):  # YAML reads 1e-3 as a word
-            try:
-                value = float(value)
-            except ValueError:
-                value = text
-        out.append((key, value))
+        out.append((key, parse_value(text, word)))
     return out
+
+
+def read_tree(path: str | Path, holds: str) -> dict[str, Any]:
+    """The nested form of a YAML file; ``holds`` says what has to stand in it.
+
+    Raises: FileNotFoundError: no such file; ValueError: no YAML, or no mapping.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no configuration file at {path}")
+    tree = parse_yaml(Path(path).read_bytes(), str(path)) or {}
+    if not isinstance(tree, dict):
+        raise ValueError(f"{path} must hold {holds}, got {tree!r}")
+    return tree
+
+
+def parse_value(text: str, where: str) -> Any:
+    """A value of the command line, read as YAML, which takes 1e-3 for a word: that is a number here.
+
+    Raises: ValueError: no YAML.
+    """
+    value = parse_yaml(text, where)
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return text
+    return value
 
 
 def parse_yaml(text: str | bytes, where: str) -> Any:

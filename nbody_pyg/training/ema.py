@@ -83,12 +83,15 @@ class WeightEMA(Callback):
         Lightning has brought the module home to the CPU by now: its parameters are no longer the tensors kept here.
         """
         if self._weights:
-            flat = getattr(module, "flat", None)
-            average = self._average if flat is None else flat.views(self._average[0])
             members = [p for p in module.parameters() if p.requires_grad]
-            for parameter, value in zip(members, average, strict=True):
+            for parameter, value in zip(members, self._pieces(module), strict=True):
                 parameter.copy_(value)
             self._weights = []
+
+    def _pieces(self, module: LightningModule) -> list[torch.Tensor]:
+        """What is kept here, in the shapes of the parameters."""
+        flat = getattr(module, "flat", None)
+        return self._average if flat is None else flat.views(self._average[0])
 
     def state_dict(self) -> dict[str, Any]:
         return {"steps": self._steps}
@@ -99,11 +102,9 @@ class WeightEMA(Callback):
     def on_save_checkpoint(self, trainer: Trainer, module: LightningModule, checkpoint: dict[str, Any]) -> None:
         if not self._weights:
             return
-        flat = getattr(module, "flat", None)
-        other = self._average if flat is None else flat.views(self._average[0])
         names = [name for name, p in module.named_parameters() if p.requires_grad]
         state = checkpoint["state_dict"]
-        exchanged = {**state, **{name: w.clone() for name, w in zip(names, other, strict=True)}}
+        exchanged = {**state, **{name: w.clone() for name, w in zip(names, self._pieces(module), strict=True)}}
         # Inside validation the module holds the average, and we hold the weights of the optimizer.
         average, weights = (state, exchanged) if self._swapped else (exchanged, state)
         checkpoint["state_dict"], checkpoint["training_state"] = average, weights

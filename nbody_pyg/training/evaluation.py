@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -10,14 +9,13 @@ import torch
 from torch import Tensor
 from torch_geometric.data import Data
 
-from nbody_pyg.potential import Potential
+from nbody_pyg.hierarchy.topology import is_topology_key
+from nbody_pyg.potential import MODEL_INPUTS, Potential
 from nbody_pyg.training.loader import FrameLoader
 from nbody_pyg.training.metrics import ErrorMeter
 
 # What a potential computes with. All else is a label or an extra, and changes no prediction.
-_INPUT = re.compile(
-    r"^(z|pos|cell|pbc|charge|charges|bonds|scheme|(child|pair|child_shift|pair_shift|num_parts|centre)_\d+)$"
-)
+_INPUTS = frozenset({"z", "pos", "bonds", "scheme", *MODEL_INPUTS})
 
 
 @dataclass(frozen=True)
@@ -79,7 +77,8 @@ def _groups(frames: Sequence[Data]) -> list[tuple[list[int], Sequence[Data]]]:
         return [(list(range(len(keys))), frames)]
     members: dict[frozenset[str], list[int]] = {}
     for number, found in enumerate(keys):
-        members.setdefault(common | {key for key in found if _INPUT.match(key)}, []).append(number)
+        inputs = {key for key in found if key in _INPUTS or is_topology_key(key)}
+        members.setdefault(common | inputs, []).append(number)
     return [(numbers, [_only(frames[i], kept) for i in numbers]) for kept, numbers in members.items()]
 
 
