@@ -16,11 +16,13 @@ from typing import Any
 
 import torch
 from report import arguments, show, start, write
+from torch_geometric.data import Batch
 
 from nbody_pyg.hierarchy import Scheme
 from nbody_pyg.training import fit
 from nbody_pyg.training.config import load_config
 from nbody_pyg.training.evaluation import Evaluation, evaluate
+from nbody_pyg.training.metrics import ErrorMeter
 from nbody_pyg.training.prepare import build_potential, load_data
 
 CONFIG = Path(__file__).resolve().parent.parent / "configs" / "rmd17_50.yaml"
@@ -29,16 +31,13 @@ MACE = {"aspirin": (17.0, 43.9), "ethanol": (6.7, 32.6), "malonaldehyde": (10.0,
 HEAD = ["molecule", "members", "CPU s of training", "E MAE meV", "F MAE meV/A", "MACE's E", "MACE's F"]
 
 
-def errors(frames: list, members: list[Evaluation]) -> dict[str, float]:
-    """Mean absolute errors (meV, meV/A) of the mean of some predictions."""
+def errors(labels: Batch, members: list[Evaluation]) -> dict[str, float]:
+    """Errors of the mean of some predictions."""
+    meter = ErrorMeter()
     energy = torch.stack([member.energy.double() for member in members]).mean(0)
     forces = torch.stack([torch.cat(member.forces) for member in members]).mean(0)
-    energy_label = torch.cat([frame.energy.reshape(1).double() for frame in frames])
-    forces_label = torch.cat([frame.forces.double() for frame in frames])
-    return {
-        "energy_mae": 1e3 * float((energy - energy_label).abs().mean()),
-        "forces_mae": 1e3 * float((forces - forces_label).abs().mean()),
-    }
+    meter.update({"energy": energy, "forces": forces}, labels)
+    return meter.compute()
 
 
 def learn(molecule: str, args: Any) -> list[dict[str, Any]]:
@@ -48,6 +47,7 @@ def learn(molecule: str, args: Any) -> list[dict[str, Any]]:
     scheme = Scheme.from_config(dict(config.model.scheme))
     data = load_data(config.data).with_topology(scheme, config.data.shares_hierarchy)
     (frames,) = data.tests.values()
+    labels = Batch.from_data_list(list(frames))
     records, members, seconds = [], [], 0.0
     for seed in range(args.members):
         settings = replace(config.training, seed=seed)
@@ -55,8 +55,8 @@ def learn(molecule: str, args: Any) -> list[dict[str, Any]]:
         folder = args.out.parent / "few_frames" / f"{molecule}_{seed}"
         seconds += fit(potential, data.train, (), settings, folder, show_progress=False).cpu_seconds
         members.append(evaluate(potential, frames))
-        record = {"molecule": molecule, "members": seed + 1, "cpu_seconds": seconds} | errors(frames, members)
-        records.append(record | {"last_member": errors(frames, members[-1:])})
+        record = {"molecule": molecule, "members": seed + 1, "cpu_seconds": seconds} | errors(labels, members)
+        records.append(record | {"last_member": errors(labels, members[-1:])})
         print(records[-1], flush=True)
     return records
 
@@ -71,9 +71,9 @@ def main(argv: list[str] | None = None) -> int:
     with start():
         records = [record for molecule in args.molecules for record in learn(molecule, args)]
     rows = [
-        [r["molecule"], r["members"], f"{r['cpu_seconds']:.0f}", f"{r['energy_mae']:.1f}", f"{r['forces_mae']:.1f}",
+        [r["molecule"], r["members"], f"{r['cpu_seconds']:.0f}", f"{r['energy_mae']:.1f}", f"{r['forces_mae']:.2f}",
          *MACE[r["molecule"]]]
-        for r in records if r["members"] in (1, args.members)
+        for r in records
     ]  # fmt: skip
     show("", HEAD, rows)
     write(args.out, {"results": records})

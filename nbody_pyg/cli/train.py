@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from ase.data import chemical_symbols
+from lightning.pytorch import Callback, LightningModule, Trainer
 from torch_geometric.data import Data
 
 from nbody_pyg.cli.frames import sample_of
@@ -42,6 +43,17 @@ def train(path: str | None, overrides: Sequence[str] = (), wants_help: bool = Fa
         return _train(load_config(path, overrides))
 
 
+class KeptConfig(Callback):
+    """Writes the configuration when training begins: a checkpoint that is refused leaves that of its run as it was."""
+
+    def __init__(self, config: Config, path: Path):
+        self.config, self.path = config, path
+
+    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
+        if trainer.is_global_zero:
+            self.config.save(self.path)
+
+
 def _train(config: Config) -> int:
     torch.set_num_threads(config.training.threads)
     folder = Path(config.output.folder)
@@ -57,8 +69,8 @@ def _train(config: Config) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     # Defaults of a scheme may change: the copy of the configuration names all of its arguments
     model = dataclasses.replace(config.model, scheme=potential.model.scheme.config())
-    dataclasses.replace(config, model=model).save(folder / "config.yaml")
-    result = fit(potential, data.train, data.val, config.training, folder, resume)
+    kept = KeptConfig(dataclasses.replace(config, model=model), folder / "config.yaml")
+    result = fit(potential, data.train, data.val, config.training, folder, resume, callbacks=[kept])
     if result.interrupted is not None:
         print(
             f"stopped by signal {result.interrupted} after step {result.steps}; go on with the same command "

@@ -11,6 +11,8 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter
 
 from nbody_pyg.compare.report import Group, Row
 
+#: What plots name: error, words, unit.
+_ERRORS = {"forces_mae": ("force", "meV/Å"), "energy_mae": ("energy", "meV")}
 _OURS = "#c4301b"
 _COLOURS = (
     "#1f5fa8",
@@ -28,14 +30,16 @@ _MARKERS = "osD^vP*Xh<>"
 
 
 def learning_curves(group: Group, path: str | Path) -> Figure:
-    """Error of the forces (and of the energies) on the fixed frames of every run against CPU seconds, log-log.
+    """Errors of forces and energies, those that there are, on the fixed frames of every run against CPU seconds, log-log.
 
     Where runs were limited by steps, the axis is still time. Of several seeds the curves are drawn thin.
     """
     name = group.tests[0] if group.tests else "val"
-    figure = Figure(figsize=(11.5, 5.0), layout="constrained")
-    panels = figure.subplots(1, 2)
-    for axes, (key, unit) in zip(panels, (("forces_mae", "meV/Å"), ("energy_mae", "meV")), strict=True):
+    found = {key for row in group.rows for r in row.records for point in r["curve"] for key in point.get(name, {})}
+    keys = [key for key in _ERRORS if key in found] or [group.error]
+    figure = Figure(figsize=(1.0 + 5.25 * len(keys), 5.0), layout="constrained")
+    panels = figure.subplots(1, len(keys), squeeze=False)[0]
+    for axes, key in zip(panels, keys, strict=True):
         for row, (colour, marker, zorder) in styles(group).items():
             for number, record in enumerate(row.records):
                 points = [(r["cpu_seconds"], r[name][key]) for r in record["curve"] if key in r.get(name, {})]
@@ -46,7 +50,7 @@ def learning_curves(group: Group, path: str | Path) -> Figure:
                     x, y, color=colour, marker=marker, ms=4, lw=2.4 if row.ours else 1.4, zorder=zorder,
                     label=row.label if number == 0 else None, alpha=1.0 if number == 0 else 0.5,
                 )  # fmt: skip
-        what = "force" if key == "forces_mae" else "energy"
+        what, unit = _ERRORS[key]
         _logarithmic(axes, "training, CPU seconds", f"{what} MAE on {name} frames, {unit}")
     if panels[0].get_legend_handles_labels()[0]:
         panels[0].legend(frameon=False, fontsize=8.5)
@@ -56,14 +60,14 @@ def learning_curves(group: Group, path: str | Path) -> Figure:
 
 
 def pareto(group: Group, path: str | Path) -> Figure:
-    """Force MAE on the test frames against the time of energy and forces of one molecule; better is down and left."""
+    """Error by which the group is ordered against the time of energy and forces of one molecule; better is down and left."""
     figure = Figure(figsize=(7.2, 5.4), layout="constrained")
     axes = figure.subplots()
     name = group.tests[0] if group.tests else None
     points: list[tuple[float, float]] = []
     for row, (colour, marker, zorder) in styles(group).items():
         time = row.mean("latency", "median_s")
-        error = row.mean("test", name, "forces_mae") if name else row.mean("val", "forces_mae")
+        error = row.mean("test", name, group.error) if name else row.mean("val", group.error)
         if time is None or error is None:
             continue
         points.append((1e3 * time, error))
@@ -77,7 +81,8 @@ def pareto(group: Group, path: str | Path) -> Figure:
                 front.append((time, error))
         axes.step(*zip(*front, strict=True), where="post", color="0.6", lw=1.0, ls="--", zorder=0)
         axes.legend(frameon=False, fontsize=8.5)
-    _logarithmic(axes, "energy and forces of one molecule, CPU ms", "force MAE, meV/Å")
+    what, unit = _ERRORS[group.error]
+    _logarithmic(axes, "energy and forces of one molecule, CPU ms", f"{what} MAE, {unit}")
     axes.set_title(group.title, fontsize=10)
     figure.savefig(path, dpi=150)
     return figure

@@ -92,6 +92,12 @@ def test_train_from_a_file_and_resume(tmp_path, capsys):
     assert main(["train", f"{tmp_path}/c.yaml", *more]) == 0
     assert "5 steps" in capsys.readouterr().out
     assert read_metadata(tmp_path / "run/model.nbody")["metadata"]["weights"] == "last (step 5)"
+    before = (tmp_path / "run/config.yaml").read_bytes()
+    assert b"max_steps: 5" in before
+    wider = ["--model.scheme.radii", "[4.5]", "--training.max_steps", "9", "--output.resume", "true"]
+    assert main(["train", f"{tmp_path}/c.yaml", *wider]) == 1
+    assert "must be of the same network" in capsys.readouterr().err
+    assert (tmp_path / "run/config.yaml").read_bytes() == before
 
 
 def test_evaluate_agrees_with_training_and_writes_predictions(folder, tmp_path, capsys):

@@ -134,3 +134,13 @@ def test_plots_have_a_curve_and_a_point_for_each_model(group, tmp_path):
     # The front leaves out what is both slower and less accurate than another.
     assert list(front.lines[3].get_xdata()) == [6.0, 8.0]
     assert all((tmp_path / name).stat().st_size > 5000 for name in ("curves.png", "pareto.png"))
+
+
+def test_plots_show_energies_where_no_forces_are_learned(tmp_path):
+    records = [energies_only("painn", "painn", 4.0), energies_only("deep", "nbody", 6.0)]
+    (found,) = groups(records)
+    (panel,) = learning_curves(found, tmp_path / "curves.png").axes
+    assert len(panel.lines) == 2 and "energy MAE" in panel.get_ylabel()
+    front = pareto(found, tmp_path / "pareto.png").axes[0]
+    assert "energy MAE" in front.get_ylabel()
+    assert {line.get_label(): line.get_ydata()[0] for line in front.lines[:2]} == {"PAINN": 4.0, "deep: DEEP": 6.0}
