@@ -30,7 +30,7 @@ _MARKERS = "osD^vP*Xh<>"
 
 
 def learning_curves(group: Group, path: str | Path) -> Figure:
-    """Errors of forces and energies, those that there are, on the fixed frames of every run against CPU seconds, log-log.
+    """Errors of forces and energies (those there are) on the fixed frames of every run against CPU seconds, log-log.
 
     Where runs were limited by steps, the axis is still time. Of several seeds the curves are drawn thin.
     """
@@ -60,7 +60,7 @@ def learning_curves(group: Group, path: str | Path) -> Figure:
 
 
 def pareto(group: Group, path: str | Path) -> Figure:
-    """Error by which the group is ordered against the time of energy and forces of one molecule; better is down and left."""
+    """Error that orders the group against the time of energy and forces of one molecule; better is down and left."""
     figure = Figure(figsize=(7.2, 5.4), layout="constrained")
     axes = figure.subplots()
     name = group.tests[0] if group.tests else None
