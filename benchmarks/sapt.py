@@ -39,7 +39,7 @@ from nbody_pyg.units import COULOMB, ENERGY_UNITS
 
 SCHEME = NestedShells((4.0, 4.0), exponent=6)
 NETWORK = {"channels": 16, "lmax": 1, "body_order": 2}
-LONG_RANGE = {"method": "direct", "channels": 2, "dipoles": True, "width": 0.5}
+LONG_RANGE = {"method": "direct", "channels": 2, "dipoles": True, "width": 0.5, "coulomb": True}
 LABELS = ("Elst", "benchmark_Eint")
 #: Distances of the centres of mass to which monomers are moved, angstrom.
 TAIL = (8.0, 10.0, 15.0, 20.0, 30.0, 50.0, 100.0)

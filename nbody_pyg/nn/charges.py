@@ -36,6 +36,8 @@ class LongRangeSettings:
         width: standard deviation of the Gaussian over which a charge is smeared, angstrom; it keeps r -> 0 finite.
         lmax: highest degree of the moments of parts, for "hierarchy".
         trained: train factors of the analytic translations, for "hierarchy".
+        coulomb: hold the strength of the first channel, which carries the charges that are given, at Coulomb's law:
+            ions of known charge have the exact energy of point charges at large distance. Otherwise it is learned.
     """
 
     method: str = "direct"
@@ -46,6 +48,7 @@ class LongRangeSettings:
     width: float = 0.5
     lmax: int = 4
     trained: bool = False
+    coulomb: bool = False
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
@@ -56,6 +59,8 @@ class LongRangeSettings:
             raise ValueError(f"width must be a positive length in angstrom, got {self.width!r}; try 0.5")
         if self.method == "ewald" and self.dipoles:
             raise ValueError("dipoles must be off with method 'ewald', which knows charges only; use 'direct' if open")
+        if self.coulomb and self.elements:
+            raise ValueError("coulomb must be off with elements, whose learned charges are in no unit; choose one")
         check_lmax("lmax", self.lmax)
 
     @classmethod

@@ -165,9 +165,10 @@ class LongRange(nn.Module):
               + \sum_{i c} (\chi_i^c q_i^c + \eta_i^c (q_i^c)^2)
 
     with the latent moments M of :class:`~nbody_pyg.nn.charges.LatentCharges`, the local field L of all other atoms, a
-    learned strength and sign :math:`s_c` of each channel (1, -1, 1, ... at the start), and a local term that is linear
-    in the scalars of the atom and zero at the start. The only term that sees far is bilinear, so energies of distant
-    neutral systems add up. Charges are in e if the energy is not scaled afterwards.
+    learned strength and sign :math:`s_c` of each channel (1, -1, 1, ... at the start; with ``coulomb`` the first one
+    stays 1), and a local term that is linear in the scalars of the atom and zero at the start. The only term that sees
+    far is bilinear, so energies of distant neutral systems add up. Charges are in e if the energy is not scaled
+    afterwards.
 
     Args:
         settings: see :class:`~nbody_pyg.nn.charges.LongRangeSettings`.
@@ -203,6 +204,9 @@ class LongRange(nn.Module):
         signs = torch.ones(settings.channels)
         signs[1::2] = -1.0
         self.strength = nn.Parameter(signs / _SLOW)
+        held = torch.zeros(settings.channels, dtype=torch.bool)
+        held[0] = settings.coulomb
+        self.register_buffer("held", held, persistent=False)
         self.local = nn.Parameter(torch.zeros(num_species, 2 * settings.channels))
         features = 0 if irreps is None else irreps[0].mul
         self.local_states = nn.Linear(features, 2 * settings.channels, bias=False) if features else None
@@ -230,7 +234,8 @@ class LongRange(nn.Module):
             )
         else:
             field = self.field(moments, hierarchy)
-        pairs = (moments * field).sum(1) * (0.5 * COULOMB * _SLOW * self.strength)
+        strength = (_SLOW * self.strength).masked_fill(self.held, 1.0)
+        pairs = (moments * field).sum(1) * (0.5 * COULOMB * strength)
         return (pairs + self._local(x, species, moments[:, 0])).sum(1)
 
     def _local(self, x: Tensor | None, species: Tensor, charges: Tensor) -> Tensor:

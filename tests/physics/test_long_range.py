@@ -230,6 +230,21 @@ def test_tails_are_those_of_charges_and_of_dipoles(molecules):
     assert abs(interaction(200.0)) > 1e-4
 
 
+@pytest.mark.parametrize("coulomb", [True, False])
+def test_far_ions_keep_coulombs_law_where_it_is_held(coulomb, molecules):
+    """Whatever training does to the strengths."""
+    a, b = molecules["methanol"], molecules["chiral"]
+    net = _net(NestedShells((4.0,)), {**FULL, "coulomb": coulomb})
+    formal = torch.zeros(14, dtype=torch.float64)
+    formal[1], formal[6] = 1.0, -2.0
+    with torch.no_grad():
+        net.long_range.strength.mul_(1.05)
+        far, near = (net(*_apart(a, b, distance), charges=formal) for distance in (1e4, 1e3))
+    expected = -2.0 * COULOMB * (1e-4 - 1e-3) * (1.0 if coulomb else 1.05)
+    assert float(far - near) == pytest.approx(expected, rel=5e-3)
+    assert net.config()["long_range"]["coulomb"] is coulomb
+
+
 def test_matched_pairs_are_told_apart(molecules):
     """Equal surroundings within the cutoff, another far field: forces differ; the flat network returns equal ones."""
     probe, (z2, pos2) = molecules["ethanol"], molecules["methanol"]
@@ -307,6 +322,7 @@ def test_settings_say_what_is_wrong(molecules):
         ({"channels": 0}, "channels must be a positive integer, got 0"),
         ({"width": 0.0}, r"width must be a positive length in angstrom, got 0\.0"),
         ({"lmax": 9}, "lmax must be an integer from 0 to 8, got 9"),
+        ({"coulomb": True, "elements": True}, "coulomb must be off with elements"),
         ({"method": "ewald", "dipoles": True}, "dipoles must be off with method 'ewald'"),
     ]:
         with pytest.raises(ValueError, match=message):
