@@ -86,7 +86,7 @@ class NBodyNet(nn.Module):
 
     Args:
         species: atomic numbers that the network knows.
-        scheme: composition scheme; the default is two nested shells of 4 angstrom.
+        scheme: composition scheme; the default is two nested shells, of 3.5 and 5 angstrom.
         channels: multiplicity of every fragment.
         lmax: highest degree.
         body_order: highest power of a summed state in one interaction.
@@ -107,7 +107,7 @@ class NBodyNet(nn.Module):
 
     Example:
         >>> NBodyNet([1, 6, 8], channels=8)
-        NBodyNet(H C O, NestedShells(radii=[4.0, 4.0], exponent=3), practical, 8x0e+8x1o+8x2e -> 1x0e, 5843 parameters)
+        NBodyNet(H C O, NestedShells(radii=[3.5, 5.0], exponent=3), practical, 8x0e+8x1o+8x2e -> 1x0e, 5843 parameters)
     """
 
     #: Settings that ``options`` may change.
@@ -126,7 +126,7 @@ class NBodyNet(nn.Module):
         scheme: Scheme | None = None,
         channels: int = 32,
         lmax: int = 2,
-        body_order: int = 3,
+        body_order: int = 4,
         preset: str = "practical",
         irreps_out: str = "0e",
         target: str = "extensive",

@@ -25,7 +25,7 @@ from nbody_pyg.properties import PropertyModel
 from nbody_pyg.training import FitResult, fit
 from nbody_pyg.training.config import Config, config_parser, load_config
 from nbody_pyg.training.evaluation import Evaluation, evaluate
-from nbody_pyg.training.prepare import DataSets, build_potential, load_data
+from nbody_pyg.training.prepare import DataSets, build_potential, explicit, load_data
 from nbody_pyg.training.property_task import PropertyEvaluation, evaluate_properties
 
 # Atoms of a structure that is kept in the model file, as text.
@@ -67,9 +67,7 @@ def _train(config: Config) -> int:
     if resume is None and (folder / "model.nbody").exists():
         print(f"replacing the earlier run in {folder}")
     folder.mkdir(parents=True, exist_ok=True)
-    # Defaults of a scheme may change: the copy of the configuration names all of its arguments
-    model = dataclasses.replace(config.model, scheme=potential.model.scheme.config())
-    kept = KeptConfig(dataclasses.replace(config, model=model), folder / "config.yaml")
+    kept = KeptConfig(dataclasses.replace(config, model=explicit(config.model)), folder / "config.yaml")
     result = fit(potential, data.train, data.val, config.training, folder, resume, callbacks=[kept])
     if result.interrupted is not None:
         print(

@@ -28,7 +28,7 @@ from nbody_pyg.training.config import Config, DataConfig, parse_config
 from nbody_pyg.training.evaluation import evaluate
 from nbody_pyg.training.loader import FrameLoader
 from nbody_pyg.training.loss import EnergyForceLoss
-from nbody_pyg.training.prepare import DataSets, build_potential, load_data
+from nbody_pyg.training.prepare import DataSets, build_potential, explicit, load_data
 from nbody_pyg.training.run import fit, force_variance
 from nbody_pyg.training.settings import TrainingConfig
 
@@ -84,6 +84,8 @@ class Point:
         t = self.training
         # Where the files lie is no part of what is computed.
         settings = dataclasses.asdict(self) | {"data": {k: v for k, v in self.data.items() if k != "root"}}
+        if self.model == "nbody":  # a run with other defaults is another run
+            settings["network"] = dataclasses.asdict(explicit(self.config(Path()).model))
         digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:8]
         words = [self.purpose, t["optimizer"], f"lr{t['lr']:g}", f"b{t['batch_size']}", f"seed{t['seed']}"]
         return Path(self.dataset) / self.name / "-".join([*words, self.limit.replace(" ", ""), digest])

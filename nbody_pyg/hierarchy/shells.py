@@ -38,7 +38,8 @@ class NestedShells(Scheme):
     Source: neighbourhoods of growing radius, arXiv:1803.01588; departure: smooth membership.
 
     Args:
-        radii: one radius per level, angstrom.
+        radii: one radius per level, angstrom. A narrow first shell learns from few frames, a wide one above it
+            brings the rest of the surroundings.
         exponent: of the windows, from 3 (fade from the start) to 12 (whole nearly up to the radius).
 
     Symmetry: E(3) and permutations, exact. Continuity: C2 where an atom crosses a radius, else C-infinity.
@@ -47,17 +48,17 @@ class NestedShells(Scheme):
         ValueError: no radius, or one that is not positive; an unknown exponent.
 
     Example:
-        >>> NestedShells((4.0, 4.0))
-        NestedShells(radii=[4.0, 4.0], exponent=3)
+        >>> NestedShells()
+        NestedShells(radii=[3.5, 5.0], exponent=3)
     """
 
     symmetry = "E(3) and permutations of the atoms"
     centred = True
     continuity = "C2 (members enter and leave through a smooth window)"
 
-    def __init__(self, radii: Sequence[float] = (4.0, 4.0), exponent: int = 3) -> None:
+    def __init__(self, radii: Sequence[float] = (3.5, 5.0), exponent: int = 3) -> None:
         if isinstance(radii, (int, float)) or len(radii) == 0:
-            raise ValueError(f"radii must list at least one radius in angstrom, got {radii!r}; try (4.0, 4.0)")
+            raise ValueError(f"radii must list at least one radius in angstrom, got {radii!r}; try (3.5, 5.0)")
         self.radii = tuple(check_radius(f"radii[{k}]", radius) for k, radius in enumerate(radii))
         self.exponent = check_exponent(exponent)
         shells = tuple(LevelSpec(f"shell {k + 1}", radius) for k, radius in enumerate(self.radii))

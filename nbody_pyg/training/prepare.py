@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -179,20 +180,37 @@ def _build_properties(config: Config, data: DataSets, properties: tuple[Property
     return model.to(getattr(torch, config.training.dtype))
 
 
+def explicit(config: ModelConfig) -> ModelConfig:
+    """The same network, with the defaults of scheme and preset that it relies on written out: they may change."""
+    with torch.random.fork_rng(devices=[]):
+        model = _preset(config)([1], scheme=Scheme.from_config(dict(config.scheme)), **config.arguments)
+    # Elements, degrees and the type of the target follow from the data
+    found = {k: v for k, v in model.config().items() if k in ("channels", "lmax", "body_order", *model.DEFAULTS)}
+    del found["degrees"]
+    return dataclasses.replace(config, scheme=model.scheme.config(), arguments=found | dict(config.arguments))
+
+
 def _network(config: Config, data: DataSets, **given: str) -> NBodyNet:
     """A fresh network for the elements of the training frames, with seeded weights."""
-    from nbody_pyg.models import NBodyNet, edge_degrees
+    from nbody_pyg.models import edge_degrees
 
     species = sorted({int(z) for frame in data.train for z in frame.z.unique()})
     scheme = Scheme.from_config(dict(config.model.scheme))
     arguments = dict(config.model.arguments)
     if "degrees" in model_arguments() and arguments.get("degrees") is None:
         arguments["degrees"] = edge_degrees(scheme, data.train[:200])
-    presets = {"practical": NBodyNet.practical, "strict": NBodyNet.strict}
-    if config.model.preset not in presets:
-        raise ValueError(f"model.preset must be one of {sorted(presets)}, got {config.model.preset!r}")
+    make = _preset(config.model)
     torch.manual_seed(config.training.seed)
-    return presets[config.model.preset](species, scheme=scheme, **(arguments | given))
+    return make(species, scheme=scheme, **(arguments | given))
+
+
+def _preset(config: ModelConfig) -> Callable[..., NBodyNet]:
+    from nbody_pyg.models import NBodyNet
+
+    presets = {"practical": NBodyNet.practical, "strict": NBodyNet.strict}
+    if config.preset not in presets:
+        raise ValueError(f"model.preset must be one of {sorted(presets)}, got {config.preset!r}")
+    return presets[config.preset]
 
 
 def _repulsion(config: ModelConfig, species: Sequence[int], frames: Sequence[Data]) -> ZBLRepulsion | None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from nbody_pyg import NBodyNet, Scheme
+from nbody_pyg import NBodyNet, NestedShells, Scheme
 from nbody_pyg.compare.config import CompareConfig, compare_parser, load_compare
 from nbody_pyg.compare.contestants import contestants
 from nbody_pyg.compare.peer import MissingPeer
@@ -17,6 +17,7 @@ from nbody_pyg.compare.registry import MODELS
 from nbody_pyg.training.config import parse_config
 
 ROOT = Path(__file__).resolve().parents[2]
+TRAINING = {"optimizer": "adam", "lr": 1e-3, "batch_size": 4, "seed": 0, "budget_seconds": 5.0}
 DATA = {"rmd17": ["aspirin", "ethanol"], "root": "somewhere"}
 
 
@@ -142,14 +143,22 @@ def test_without_a_search_the_registry_decides_and_the_missing_are_named():
 
 
 def test_points_with_other_settings_lie_in_other_folders():
-    training = {"optimizer": "adam", "lr": 1e-3, "batch_size": 4, "seed": 0, "budget_seconds": 5.0}
-    one = Point("painn", "PaiNN", "painn", data={"rmd17": "aspirin", "root": "a"}, training=training)
-    moved = Point("painn", "PaiNN", "painn", data={"rmd17": "aspirin", "root": "b"}, training=training)
-    other = Point("painn", "PaiNN", "painn", data={"rmd17": "aspirin", "root": "a"}, training=training, cutoff=4.0)
-    few = Point("painn", "PaiNN", "painn", data={"rmd17": "aspirin", "num_train": 50}, training=training)
+    one = Point("painn", "PaiNN", "painn", data={"rmd17": "aspirin", "root": "a"}, training=TRAINING)
+    moved = Point("painn", "PaiNN", "painn", data={"rmd17": "aspirin", "root": "b"}, training=TRAINING)
+    other = Point("painn", "PaiNN", "painn", data={"rmd17": "aspirin", "root": "a"}, training=TRAINING, cutoff=4.0)
+    few = Point("painn", "PaiNN", "painn", data={"rmd17": "aspirin", "num_train": 50}, training=TRAINING)
     assert one.folder == moved.folder != other.folder
     assert few.dataset == "aspirin-50"
     assert str(one.folder).startswith("aspirin/painn/final-adam-lr0.001-b4-seed0-5s-")
+
+
+def test_a_run_with_other_defaults_is_another_run(monkeypatch):
+    """What was finished before the default network changed must not stand for the network of now."""
+    plain = Point("nbody", "NBodyNet", "nbody", data={"embedded": "ethanol"}, training=TRAINING)
+    before = plain.folder
+    assert plain.folder == before
+    monkeypatch.setattr(NestedShells.__init__, "__defaults__", ((4.0, 4.0), 3))
+    assert plain.folder != before
 
 
 def test_targets_and_sizes_of_qm9_are_other_data():
