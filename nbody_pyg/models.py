@@ -107,7 +107,7 @@ class NBodyNet(nn.Module):
 
     Example:
         >>> NBodyNet([1, 6, 8], channels=8)
-        NBodyNet(H C O, NestedShells(radii=[3.5, 5.0], exponent=3), practical, 8x0e+8x1o+8x2e -> 1x0e, 5843 parameters)
+        NBodyNet(H C O, NestedShells(radii=[3.5, 5.0], exponent=3), practical, 8x0e+8x1o+8x2e -> 1x0e, 7251 parameters)
     """
 
     #: Settings that ``options`` may change.
