@@ -228,6 +228,7 @@ class NBodyNet(nn.Module):
             body_order=self.body_order,
             symmetry=self.options["symmetry"],
             practical=self.preset == "practical",
+            gain=self._gain(),
         )
         kind = step.edges.split("_")[0]
         degree = float((self.options["degrees"] or {}).get(step.edges, _DEFAULT_DEGREE[kind]))
@@ -243,6 +244,11 @@ class NBodyNet(nn.Module):
             centred=self._centred(step.level),
             degree=degree,
         )
+
+    def _gain(self) -> float:
+        """Size of products at the start: a tower of them must stay in range, the strict one without any norm."""
+        depth = sum(step.kind != "down" for step in self.steps)
+        return (1.0 if self.preset == "practical" else 0.01) * 2.0 / max(depth, 2)
 
     def _centred(self, level: int) -> bool:
         """Whether each part of a level stands for one atom, in the order of the atoms."""

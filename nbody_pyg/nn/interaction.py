@@ -61,6 +61,7 @@ class Recipe(NamedTuple):
     body_order    highest power of a summed state
     symmetry      "o3", "o3-full" or "so3"
     practical     keep the old state beside the new one and bound sums (:class:`SoftNorm`)
+    gain          size of products at the start
     ============  ======================================================================================
     """
 
@@ -69,6 +70,7 @@ class Recipe(NamedTuple):
     body_order: int
     symmetry: str
     practical: bool
+    gain: float = 1.0
 
 
 class Interaction(nn.Module):
@@ -124,8 +126,7 @@ class Interaction(nn.Module):
             self.scale = SpeciesScale(recipe.num_species, irreps)
             self.bias = nn.Parameter(torch.zeros(recipe.num_species, irreps[0].mul))
         self.norm = SoftNorm() if recipe.practical else nn.Identity()
-        # Without the norm, a tower of products has to start very small to stay in range.
-        self.products = ProductGate(irreps, self.irreps_out, recipe.body_order, gain=1.0 if recipe.practical else 0.01)
+        self.products = ProductGate(irreps, self.irreps_out, recipe.body_order, recipe.gain)
         chain = [product.kernel for product in self.products.products]
         self.kernel = UpdateKernel(self._update(), chain, recipe.num_species, self.update)
 

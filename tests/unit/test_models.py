@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch_geometric.loader import DataLoader
 
-from nbody_pyg import BondTree, FromAssignment, NBodyNet, NestedShells
+from nbody_pyg import BondTree, FromAssignment, NBodyNet, NestedShells, Potential
 from nbody_pyg.data import AtomicData
+from nbody_pyg.datasets import embedded
 from nbody_pyg.models import edge_degrees
 
 SCHEMES = [
@@ -91,6 +92,17 @@ def test_presets():
     assert NBodyNet.strict([1], channels=2, num_basis=2).options["num_basis"] == 2
     assert NBodyNet.practical([1], channels=2).preset == "practical"
     assert isinstance(NBodyNet([1], channels=2).scheme, NestedShells)
+
+
+@pytest.mark.parametrize("scheme", [BondTree(), NestedShells()], ids=["tree", "shells"])
+def test_a_fresh_network_starts_in_range_however_deep_it_is(scheme):
+    """Forces in the size of eV per angstrom: products of products, over ten steps of a tree, do not tower up."""
+    frame = scheme(embedded("alanine_dipeptide")[0])
+    for seed in range(3):
+        torch.manual_seed(seed)
+        potential = Potential(NBodyNet([1, 6, 7, 8], scheme, channels=16, degrees=edge_degrees(scheme, [frame])))
+        size = potential(frame)["forces"].square().mean().sqrt()
+        assert 0.1 < size < 6.0, f"seed {seed}: {size}"
 
 
 def test_options_change_the_network(molecules):
