@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from nbody_pyg import NBodyNet, NestedShells, Scheme
+from nbody_pyg import NBodyNet, Scheme
 from nbody_pyg.compare.config import CompareConfig, compare_parser, load_compare
 from nbody_pyg.compare.contestants import contestants
 from nbody_pyg.compare.peer import MissingPeer
@@ -157,7 +157,7 @@ def test_a_run_with_other_defaults_is_another_run(monkeypatch):
     plain = Point("nbody", "NBodyNet", "nbody", data={"embedded": "ethanol"}, training=TRAINING)
     before = plain.folder
     assert plain.folder == before
-    monkeypatch.setattr(NestedShells.__init__, "__defaults__", ((4.0, 4.0), 3))
+    monkeypatch.setitem(NBodyNet.DEFAULTS, "num_basis", 5)
     assert plain.folder != before
 
 
