@@ -6,7 +6,8 @@ SAPT10k (FOLDER/sapt10k.zip): 9,948 dimers with energies of symmetry-adapted per
 interaction is E(AB) - E(A) - E(B) of one network, so it is zero for monomers that do not see each other. Training and
 a random test use dimers whose centres of mass are nearer than ``--split``; the other tests are those beyond it: ion
 pairs, one ion, neither. ``charges`` has latent charges, and is told the total charge of each monomer, spread over its
-atoms; ``local`` is the same network without them, and with more channels, until it has at least as many parameters.
+atoms; in ``learned`` the strength of these charges is fitted as well; ``local`` is the same network without them, and
+with more channels, until it has at least as many parameters.
 ``k q q / R`` is no network: point charges at the centres of mass. Then B of every ion pair is moved away: at large R
 the energy must be k q q / R, and a table shows what share of it a network gives. Prints tables, writes JSON and a plot.
 """
@@ -40,6 +41,7 @@ from nbody_pyg.units import COULOMB, ENERGY_UNITS
 SCHEME = NestedShells((4.0, 4.0), exponent=6)
 NETWORK = {"channels": 16, "lmax": 1, "body_order": 2}
 LONG_RANGE = {"method": "direct", "channels": 2, "dipoles": True, "width": 0.5, "coulomb": True}
+NETWORKS = {"charges": LONG_RANGE, "learned": LONG_RANGE | {"coulomb": False}, "local": None}
 LABELS = ("Elst", "benchmark_Eint")
 #: Distances of the centres of mass to which monomers are moved, angstrom.
 TAIL = (8.0, 10.0, 15.0, 20.0, 30.0, 50.0, 100.0)
@@ -136,7 +138,7 @@ def predict(net: NBodyNet, dimers: Sequence[Dimer], distance: float | None = Non
 
 def network(kind: str, species: Sequence[int], channels: int, seed: int) -> NBodyNet:
     torch.manual_seed(seed)
-    options = NETWORK | {"channels": channels, "long_range": LONG_RANGE if kind == "charges" else None}
+    options = NETWORK | {"channels": channels, "long_range": NETWORKS[kind]}
     return NBodyNet(species, SCHEME, **options)
 
 
@@ -222,7 +224,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--data", type=Path, required=True, help="folder with sapt10k.zip")
     parser.add_argument("--label", choices=LABELS, default=LABELS[0], help="electrostatic or total interaction energy")
     parser.add_argument("--split", type=float, default=4.5, help="distance of the centres of mass, angstrom")
-    parser.add_argument("--networks", nargs="+", choices=["charges", "local"], default=["charges", "local"])
+    parser.add_argument("--networks", nargs="+", choices=sorted(NETWORKS), default=["charges", "local"])
     parser.add_argument("--seconds", type=float, default=300.0, help="CPU time of training for each network")
     parser.add_argument("--batch", type=int, default=20, help="dimers per step")
     parser.add_argument("--seed", type=int, default=0)
