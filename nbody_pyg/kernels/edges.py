@@ -267,7 +267,8 @@ class _FeaturesBackward(torch.autograd.Function):
 
 
 @functools.cache
-def _window_library(exponent: int) -> Library:
+def window_library(exponent: int) -> Library:
+    """Compiled functions of the window."""
     signatures = {"window_forward": "id2p", "window_backward": "id3p", "window_double": "id5p"}
     return Library(_WINDOW.replace("EXPONENT", str(exponent)), signatures)
 
@@ -283,7 +284,7 @@ class _Window(torch.autograd.Function):
         ctx.save_for_backward(vec)
         ctx.cutoff, ctx.exponent = cutoff, exponent
         out = vec.new_empty(vec.shape[0])
-        _window_library(exponent).call("window_forward", vec.dtype, vec.shape[0], cutoff, vec, out)
+        window_library(exponent).call("window_forward", vec.dtype, vec.shape[0], cutoff, vec, out)
         return out
 
     @staticmethod
@@ -298,7 +299,7 @@ class _WindowBackward(torch.autograd.Function):
         ctx.save_for_backward(vec, g)
         ctx.cutoff, ctx.exponent = cutoff, exponent
         gv = torch.empty_like(vec)
-        _window_library(exponent).call("window_backward", vec.dtype, vec.shape[0], cutoff, vec, g, gv)
+        window_library(exponent).call("window_backward", vec.dtype, vec.shape[0], cutoff, vec, g, gv)
         return gv
 
     @staticmethod
@@ -307,5 +308,5 @@ class _WindowBackward(torch.autograd.Function):
         vec, g = ctx.saved_tensors
         gg, gv = torch.empty_like(g), torch.empty_like(vec)
         tensors = (vec, g, c.contiguous(), gg, gv)
-        _window_library(ctx.exponent).call("window_double", vec.dtype, vec.shape[0], ctx.cutoff, *tensors)
+        window_library(ctx.exponent).call("window_double", vec.dtype, vec.shape[0], ctx.cutoff, *tensors)
         return gv, gg, None, None

@@ -75,6 +75,11 @@ class LinearKernel:
         self._scratch = max((b.size_in * b.size_out for b in blocks), default=0)
 
     @property
+    def library(self) -> Library:
+        """The compiled functions, which all maps share."""
+        return _library
+
+    @property
     def map(self) -> Map:
         """The same map, as a part of a larger kernel."""
         (rows_in, channels_in), (rows_out, channels_out) = self.shape_in, self.shape_out

@@ -61,8 +61,8 @@ class EdgeEmbedding(nn.Module):
         window: Float[Tensor, "edges"],
         num_targets: int,
     ) -> EdgeFeatures:
-        which = backend(vec)
-        if self.kernel is not None and which != "torch":
+        which = "torch" if self.kernel is None else backend(vec, self.kernel.library)
+        if which != "torch":
             kernel = self.kernel if which == "c" else self.gpu
             return EdgeFeatures(index, *kernel(vec, window), num_targets)
         direction, rho = soften(vec)

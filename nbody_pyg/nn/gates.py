@@ -99,7 +99,7 @@ class DensityGate(nn.Module):
         source, target = edges.index
         rows, basis = self.kernel.shape
         harmonics, radial = edges.harmonics[:, :rows] * self.scale, edges.radial
-        which = backend(radial)
+        which = backend(radial, self.kernel.library)
         if which == "triton":
             return self.gpu(harmonics, radial, species, edges.index, edges.num_targets)
         slot = target * self.num_species + species[source]
@@ -180,9 +180,9 @@ class OneBodyGate(ConstantTables):
     ) -> Float[Tensor, "targets path_rows channels"]:
         """The sum over sources, path by path, before W^l."""
         source, target = edges.index
-        which = backend(x)
+        which = backend(x, self.kernel.library)
         harmonics, weight = edges.harmonics[:, : self.num_harmonics], self.radial_weight * self.scale
-        if which == "c" and not self.kernel.library.too_long:
+        if which == "c":
             return self.kernel(x, harmonics, edges.radial, weight, edges.index, edges.num_targets)
         if which == "triton" and not self.gpu.too_long:
             return self.gpu(x, harmonics, edges.radial, weight, edges.index, edges.num_targets)

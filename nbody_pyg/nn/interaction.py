@@ -145,8 +145,7 @@ class Interaction(nn.Module):
             inputs.append(self.gate.collect(source, edges))
         if self.keep is not None:
             inputs.append(target)
-        compiled = backend(inputs[0]) == "c" and not self.kernel.library.too_long
-        update = self.kernel if compiled else self.update
+        update = self.kernel if backend(inputs[0], self.kernel.library) == "c" else self.update
         scale = None if self.scale is None else self.scale.weight
         return update(inputs, target_species, self._matrices(), scale, self.bias)
 

@@ -36,13 +36,10 @@ def _backend_is_left_alone():
 def fresh_build(monkeypatch, tmp_path):
     """A build module that remembers nothing, with a cache of its own; forgets again afterwards."""
     monkeypatch.setenv("NBODY_CACHE", str(tmp_path / "cache"))
-    forget = (build.compiler, build.load)
-    for function in forget:
-        function.cache_clear()
+    build.forget()
     yield tmp_path / "cache" / "kernels"
     monkeypatch.undo()
-    for function in forget:
-        function.cache_clear()
+    build.forget()
 
 
 def _randn(generator, *shape, dtype=torch.float64):
@@ -306,61 +303,6 @@ def test_which_backend_runs():
     assert backend(torch.zeros(1, device="meta")) == "torch"
     with pytest.raises(ValueError, match="backend must be one of auto, c, triton, torch, got 'cuda'; try 'auto'"):
         set_backend("cuda")
-
-
-def test_without_a_compiler_plain_torch_runs(monkeypatch, generator):
-    monkeypatch.setattr(build, "compiler", lambda: None)
-    assert available_backends() == ["torch"] and backend(torch.zeros(1)) == "torch"
-    irreps = hidden_irreps(3, 1)
-    assert ProductGate(irreps, irreps, 2)(torch.randn(2, 4, 3)).shape == (2, 4, 3)
-    with pytest.raises(ValueError, match="backend 'c' needs a C compiler and none was found; install gcc or set CC"):
-        set_backend("c")
-    with pytest.raises(
-        RuntimeError,
-        match=r"no C compiler found; install gcc or clang, set CC, or use set_backend\('torch'\)",
-    ):
-        build.load.__wrapped__("int one(void) { return 1; }")
-
-
-def test_the_compiler_is_that_of_the_environment(fresh_build, monkeypatch):
-    monkeypatch.setenv("CC", "no-such-compiler")
-    build.compiler.cache_clear()
-    assert build.compiler() is None and available_backends() == ["torch"]
-
-
-@needs_c
-def test_compiled_code_is_kept_and_used_again(fresh_build, monkeypatch):
-    source = "int answer(void) { return 42; }"
-    assert build.load(source).answer() == 42
-    files = sorted(fresh_build.iterdir())
-    assert len(files) == 1 and files[0].suffix == ".so", "no temporary file is left"
-    build.load.cache_clear()
-    monkeypatch.setattr(subprocess, "run", lambda *_, **__: pytest.fail("compiled again"))
-    assert build.load(source).answer() == 42
-
-
-@needs_c
-def test_a_broken_file_in_the_cache_is_built_anew(fresh_build):
-    source = "int answer(void) { return 43; }"
-    build.load(source)
-    (file,) = fresh_build.iterdir()
-    build.load.cache_clear()
-    file.unlink()
-    file.write_bytes(b"\x7fELF cut off")
-    assert build.load(source).answer() == 43
-
-
-@needs_c
-def test_a_failing_compiler_and_a_folder_that_cannot_be_written_say_what_to_do(fresh_build, monkeypatch, tmp_path):
-    with pytest.raises(
-        RuntimeError,
-        match=r"(?s)the C compiler failed: .*error.*Set CC to a working C compiler, or use set_backend",
-    ):
-        build.load("this is not C")
-    (tmp_path / "file").write_text("")
-    monkeypatch.setenv("NBODY_CACHE", str(tmp_path / "file"))
-    with pytest.raises(RuntimeError, match=r"could not be kept in .*; set NBODY_CACHE to a folder that can be written"):
-        build.load("int other(void) { return 1; }")
 
 
 def test_the_environment_chooses_the_backend():

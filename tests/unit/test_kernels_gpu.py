@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import os
 import pickle
 import sys
@@ -311,19 +312,13 @@ def test_which_backend_runs(monkeypatch):
         set_backend("triton")
 
 
-def test_generated_code_is_kept_and_mended(monkeypatch, tmp_path):
+def test_generated_code_is_kept_in_no_file(monkeypatch, tmp_path):
     monkeypatch.setenv("NBODY_CACHE", str(tmp_path))
     source = "@triton.jit\ndef nothing(x):\n    pass\n"
     module = build.load.__wrapped__(source)
-    (file,) = (tmp_path / "kernels").iterdir()
-    assert module.__file__ == str(file) and file.suffix == ".py", "no temporary file is left"
-    file.write_text("cut o", encoding="utf-8")
-    assert hasattr(build.load.__wrapped__(source), "nothing")
-    assert file.read_text(encoding="utf-8").endswith(source)
+    assert "def nothing" in inspect.getsource(module.nothing.fn), "Triton has to find the source"
+    assert not list(tmp_path.iterdir()), "code in a file could be somebody else's"
     sys.modules.pop(module.__name__)
-    monkeypatch.setenv("NBODY_CACHE", str(file))
-    with pytest.raises(RuntimeError, match=r"generated code could not be kept in .*; set NBODY_CACHE to a folder"):
-        build.load.__wrapped__(source)
     monkeypatch.setattr(build, "available", lambda: False)
     with pytest.raises(RuntimeError, match="Triton is not installed; pip install triton, or use"):
         build.load.__wrapped__(source)
