@@ -19,11 +19,12 @@ from nbody_pyg.nn.coulomb import LongRange
 from nbody_pyg.nn.edges import EdgeEmbedding, EdgeFeatures, sum_into
 from nbody_pyg.nn.gates import OneBodyGate
 from nbody_pyg.nn.interaction import Interaction, Recipe
-from nbody_pyg.nn.irreps import check_symmetry, hidden_irreps, require_reachable, to_mul_ir
+from nbody_pyg.nn.irreps import Resettable, check_symmetry, hidden_irreps, require_reachable, to_mul_ir
 from nbody_pyg.nn.readout import LinearReadout, MLPReadout
 from nbody_pyg.radial import BesselBasis, InversePowers
 
-PRESETS = ("practical", "strict")
+#: Presets, with the options that they start from: the powers s = 0 .. 3 of the paper, higher ones leave the range.
+PRESETS: Mapping[str, Mapping[str, Any]] = {"practical": {}, "strict": {"num_basis": 4}}
 SWEEPS = ("up", "up-down")
 #: Typical number of sources per target where the caller gives none.
 _DEFAULT_DEGREE = {"pair": 12.0, "child": 3.0}
@@ -62,7 +63,7 @@ class Surroundings(NamedTuple):
         return cls(charge_shares(level.batch, hierarchy.num_graphs, charge, charges, level.pos), cell, pbc)
 
 
-class NBodyNet(nn.Module):
+class NBodyNet(Resettable):
     r"""Covariant hierarchical N-body network.
 
     .. math:: \psi_i = \Phi\big(\{\psi_c, \mathbf r_c - \mathbf r_i\}_{c \in \mathrm{children}(i)}\big), \qquad
@@ -94,9 +95,9 @@ class NBodyNet(nn.Module):
         irreps_out: type of the target, in e3nn's words: "0e" energy, "1o" dipole, "0e + 2e" polarizability.
         target: "extensive" sums a value over the parts of all levels below the root; "intensive" reads the
             root, which is not additive.
-        options: further settings, see :attr:`DEFAULTS`: num_layers (visits of the lowest level that has pairs),
-            num_basis, symmetry ("o3", "o3-full", "so3"), sweeps ("up", "up-down"), degrees (typical number of
-            sources per target, by edge set such as "pair_0" or "child_1"), long_range (energy of latent charges
+        options: further settings, see :attr:`DEFAULTS`: num_layers (visits of the atoms, where they have pairs),
+            num_basis (radial functions: 8, with the strict preset 4), symmetry ("o3", "o3-full", "so3"), sweeps ("up",
+            "up-down": also from parts to their children), degrees (typical number of sources per target, by edge set such as "pair_0" or "child_1"), long_range (energy of latent charges
             beyond every cutoff: None, or the name of a method, or settings as in
             :class:`~nbody_pyg.nn.charges.LongRangeSettings`).
 
@@ -110,7 +111,7 @@ class NBodyNet(nn.Module):
         NBodyNet(H C O, NestedShells(radii=[3.5, 5.0], exponent=3), practical, 8x0e+8x1o+8x2e -> 1x0e, 7251 parameters)
     """
 
-    #: Settings that ``options`` may change.
+    #: Settings that ``options`` may change; a preset may start from others (:data:`PRESETS`).
     DEFAULTS: ClassVar[dict[str, Any]] = {
         "num_layers": 2,
         "num_basis": 8,
@@ -135,14 +136,14 @@ class NBodyNet(nn.Module):
         super().__init__()
         self.scheme = NestedShells() if scheme is None else scheme
         self.species = _check_species(species)
-        self.preset = _check_choice("preset", preset, PRESETS)
+        self.preset = _check_choice("preset", preset, tuple(PRESETS))
         self.target = _check_choice("target", target, ("extensive", "intensive"))
         unknown = set(options) - set(self.DEFAULTS)
         if unknown:
             raise ValueError(
                 f"options must be among {sorted(self.DEFAULTS)}, got {sorted(unknown)}; check the spelling"
             )
-        self.options = self.DEFAULTS | options
+        self.options = self.DEFAULTS | PRESETS[preset] | options
         check_symmetry(self.options["symmetry"])
         if self.options["long_range"] is not None:
             self.options["long_range"] = LongRangeSettings.parse(self.options["long_range"]).to_dict()
@@ -430,7 +431,7 @@ class NBodyNet(nn.Module):
     @classmethod
     def strict(cls, species: Sequence[int], scheme: Scheme | None = None, **arguments: Any) -> NBodyNet:
         """The paper's setting: polynomial in the states, inverse powers, no activation, no residual."""
-        return cls(species, scheme, preset="strict", **({"num_basis": 4} | arguments))
+        return cls(species, scheme, preset="strict", **arguments)
 
     def config(self) -> dict[str, Any]:
         """Everything that :meth:`from_config` needs, ready for JSON."""

@@ -178,10 +178,10 @@ class PropertyModel(nn.Module):
             total: Tensor | float = 0.0
             (k0, k1, k2), _ = READOUTS[p.readout]
             for level, value in values.items():
-                # Blocks are stored channels last: [scalars], [3, vectors], [5, tensors]
+                # mul_ir: the scalars, then vector after vector, tensor after tensor; at most one of each in a readout
                 a = value[:, counts[0] : counts[0] + k0]
-                v = value[:, n0 : n0 + 3 * n1].reshape(len(value), 3, n1)[:, :, counts[1] : counts[1] + k1]
-                t = value[:, n0 + 3 * n1 :].reshape(len(value), 5, -1)[:, :, counts[2] : counts[2] + k2] if k2 else a
+                v = value[:, n0 + 3 * counts[1] :][:, : 3 * k1]
+                t = value[:, n0 + 3 * n1 + 5 * counts[2] :][:, : 5 * k2]
                 total = total + self._sum(p.readout, hierarchy, level, a, v, t, centre.to(value.dtype))
             counts = [counts[0] + k0, counts[1] + k1, counts[2] + k2]
             if p.readout == "intensive":
@@ -196,14 +196,14 @@ class PropertyModel(nn.Module):
         """Contribution of the parts of a level to each graph."""
         here = hierarchy[level]
         if readout in ("dipole", "dipole_norm"):
-            each = a * (here.pos - centre[here.batch]) + v.squeeze(-1)
+            each = a * (here.pos - centre[here.batch]) + v
         elif readout == "r2":
             square = (here.pos - centre[here.batch]).square().sum(-1, keepdim=True)
             each = a[:, :1] + a[:, 1:] * square
         elif readout == "polarizability":
             table = clebsch_gordan(1, 1, 2).to(a)
             trace = a * torch.eye(3).to(a).reshape(1, 9)
-            each = trace + (t.squeeze(-1) @ table.reshape(9, 5).t())
+            each = trace + (t @ table.reshape(9, 5).t())
         else:
             each = a
         return sum_into(each, here.batch, hierarchy.num_graphs)

@@ -10,12 +10,12 @@ from torch_geometric.nn import MessagePassing
 from nbody_pyg.geometry import edge_vectors
 from nbody_pyg.nn.edges import EdgeEmbedding
 from nbody_pyg.nn.gates import OneBodyGate, ProductGate
-from nbody_pyg.nn.irreps import from_mul_ir, harmonic_irreps, require_reachable, to_mul_ir
+from nbody_pyg.nn.irreps import Resettable, from_mul_ir, harmonic_irreps, require_reachable, to_mul_ir
 from nbody_pyg.nn.linear import IrrepsLinear
 from nbody_pyg.radial import BesselBasis, vector_window
 
 
-class NBodyConv(MessagePassing):
+class NBodyConv(Resettable, MessagePassing):
     r"""One-body gate and products on any graph with positions: a PyG layer from and to irreps in e3nn's order.
 
     .. math:: A_i = \bar n^{-1/2} \sum_{j \to i} f(r_{ij})\, R(r_{ij})\, CG\big(W x_j \otimes Y(\mathbf r_{ij})\big),
@@ -88,13 +88,6 @@ class NBodyConv(MessagePassing):
         shared = {ir for _, ir in self.irreps_in} & wanted
         self._own = o3.Irreps([(mul, ir) for mul, ir in self.irreps_out if ir in shared])
         self.lin_self = IrrepsLinear(self.irreps_in, self._own) if shared else None
-
-    def reset_parameters(self) -> None:
-        """Draw the linear maps at the border anew."""
-        super().reset_parameters()
-        for linear in (self.lin_in, self.lin_out, self.lin_self):
-            if linear is not None:
-                linear.reset_parameters()
 
     def forward(
         self,

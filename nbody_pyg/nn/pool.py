@@ -15,7 +15,7 @@ from torch_geometric.utils import coalesce, remove_self_loops
 from nbody_pyg.hierarchy import Scheme, Topology
 from nbody_pyg.nn.edges import sum_into
 from nbody_pyg.nn.harmonics import SolidHarmonics
-from nbody_pyg.nn.irreps import from_mul_ir, harmonic_irreps, to_mul_ir
+from nbody_pyg.nn.irreps import Resettable, from_mul_ir, harmonic_irreps, to_mul_ir
 from nbody_pyg.nn.linear import IrrepsLinear
 from nbody_pyg.nn.products import FullProduct
 
@@ -101,7 +101,7 @@ class PlacedSelect(NamedTuple):
     batch: Tensor
 
 
-class NBodyReduce(nn.Module):
+class NBodyReduce(Resettable):
     r"""States of the parts from those of their members: multipoles of what the members carry, then W^l.
 
     .. math:: M_P^{\ell} = \sum_{c} p_{cP} \bigoplus_{k \le K} CG\Big(x_c \otimes
@@ -144,10 +144,6 @@ class NBodyReduce(nn.Module):
         lmax = max((ir.l for _, ir in self.irreps_out), default=0)
         self.product = FullProduct(self.irreps_in, harmonic_irreps(order, symmetry), lmax)
         self.linear = IrrepsLinear(self.product.irreps_out, self.irreps_out)
-
-    def reset_parameters(self) -> None:
-        """Draw the weights anew."""
-        self.linear.reset_parameters()
 
     def moments(self, x: Tensor, select: SelectOutput, vec: Tensor) -> Tensor:
         """M before W^l, of type ``product.irreps_out``, channels last in each block."""
@@ -247,7 +243,7 @@ class PooledGraph(NamedTuple):
     select: SelectOutput
 
 
-class NBodyPooling(nn.Module):
+class NBodyPooling(Resettable):
     r"""One step up a hierarchy: :class:`NBodySelect`, :class:`NBodyReduce` and :class:`NBodyConnect` in one.
 
     Args:
@@ -273,10 +269,6 @@ class NBodyPooling(nn.Module):
         self.select, self.connect = NBodySelect(scheme, level), NBodyConnect()
         length = scheme.levels[level].child_radius or 2.0
         self.reduce = NBodyReduce(irreps_in, irreps_out, order, length)
-
-    def reset_parameters(self) -> None:
-        """Draw the weights anew."""
-        self.reduce.reset_parameters()
 
     def forward(
         self,
