@@ -185,7 +185,7 @@ def reset(module: nn.Module) -> None:
         return
     if next(module.parameters(recurse=False), None) is not None:
         raise TypeError(
-            f"{type(module).__name__} holds weights but has no reset_parameters(), so it cannot be reset; add that method"
+            f"{type(module).__name__} holds weights but has no reset_parameters(), so that it cannot be reset; add one"
         )
     for child in module.children():
         reset(child)

@@ -6,12 +6,15 @@ from typing import NamedTuple
 
 import torch
 from e3nn import o3
-from torch import Tensor, nn
+from torch import Tensor
 from torch_geometric.data import Data
+from torch_geometric.data.data import BaseData
 from torch_geometric.nn.pool.connect import Connect, ConnectOutput
 from torch_geometric.nn.pool.select import Select, SelectOutput
 from torch_geometric.utils import coalesce, remove_self_loops
 
+from nbody_pyg.data import count_graphs, has_hierarchy, require_atoms
+from nbody_pyg.geometry import check_atoms
 from nbody_pyg.hierarchy import Scheme, Topology
 from nbody_pyg.nn.edges import sum_into
 from nbody_pyg.nn.harmonics import SolidHarmonics
@@ -70,18 +73,19 @@ class NBodySelect(Select):
         topology: Topology | None = None,
     ) -> PlacedSelect:
         """Memberships together with the positions of children and parts, and the graph of each part."""
-        if isinstance(z, Data):
-            data, scheme = z, self.scheme
-            stored = data.get("num_parts_1") is not None
-            topology = scheme.read(data) if stored and topology is None else topology
-            if topology is None:
-                topology = scheme.topology(
-                    data.z, data.pos, data.get("batch"), data.get("cell"), data.get("pbc"), **scheme.inputs(data)
-                )
-            z, pos, cell = data.z, data.pos, data.get("cell")
-        else:
-            cell = None
-            topology = topology or self.scheme.topology(z, pos, batch)
+        given, cell, pbc, batch_size = {}, None, None, None
+        if isinstance(z, BaseData):
+            if pos is not None or batch is not None:
+                raise TypeError("pos and batch come from the Data; pass either a Data or tensors")
+            data = z
+            require_atoms(data)
+            if topology is None and has_hierarchy(data):
+                topology = self.scheme.read(data)
+            z, pos, batch, cell, pbc = (data.get(key) for key in ("z", "pos", "batch", "cell", "pbc"))
+            given, batch_size = self.scheme.inputs(data), count_graphs(data)
+        z = check_atoms(z, pos)
+        if topology is None:
+            topology = self.scheme.compose(z, pos, batch, cell, pbc, batch_size, **given)
         hierarchy = self.scheme.hierarchy(topology, z, pos, cell)
         here, below = hierarchy[self.level], hierarchy[self.level - 1]
         child, parent = here.child_index
