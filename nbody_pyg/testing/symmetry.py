@@ -11,6 +11,7 @@ import torch
 from e3nn import o3
 from torch import Tensor, nn
 
+from nbody_pyg.models import NBodyNet
 from nbody_pyg.testing.subject import Subject, compare, require_signal
 from nbody_pyg.testing.systems import System, collate, prepare_systems, random_like, require_volume, turn
 
