@@ -93,7 +93,7 @@ def check_positions(pos: Tensor, values: bool = True) -> None:
     if not pos.is_floating_point():
         raise TypeError(f"pos must be a floating tensor, got {pos.dtype}; cast it with pos.to(torch.float64)")
     if pos.dim() != 2 or pos.shape[1] != 3:
-        raise ValueError(f"pos must have shape [num_atoms, 3], got {list(pos.shape)}; reshape it")
+        raise ValueError(f"pos must have shape [num_atoms, 3], got {list(pos.shape)}; give x, y and z of each")
     if values and not bool(torch.isfinite(pos).all()):
         bad = (~torch.isfinite(pos)).any(dim=1).nonzero().flatten().tolist()
         raise ValueError(

@@ -200,7 +200,11 @@ class NBodyConnect(Connect):
             return ConnectOutput(
                 coalesce(index, num_nodes=select_output.num_clusters), None, self.get_pooled_batch(select_output, batch)
             )
-        flat = edge_attr[rows].flatten(1) * weight.unsqueeze(-1)
+        if edge_attr.dim() == 0 or edge_attr.shape[0] != edge_index.shape[1]:
+            raise ValueError(
+                f"edge_attr must have a row for each of the {edge_index.shape[1]} edges, got {list(edge_attr.shape)}"
+            )
+        flat = edge_attr.reshape(edge_attr.shape[0], -1).index_select(0, rows) * weight.unsqueeze(-1)
         values = torch.cat([flat, weight.unsqueeze(-1)], dim=1)
         if self.shared:
             pairs = torch.cat([pairs, touching], dim=1)
@@ -240,10 +244,10 @@ class PooledGraph(NamedTuple):
     """The graph of the parts: what a layer needs to go on, and ``select`` to come back."""
 
     x: Tensor
-    pos: Tensor
     edge_index: Tensor
     edge_attr: Tensor | None
     batch: Tensor
+    pos: Tensor
     select: SelectOutput
 
 
@@ -278,13 +282,26 @@ class NBodyPooling(Resettable):
         self,
         x: Tensor,
         edge_index: Tensor,
-        z: Tensor | Data,
-        pos: Tensor | None = None,
-        batch: Tensor | None = None,
         edge_attr: Tensor | None = None,
+        batch: Tensor | None = None,
+        *,
+        z: Tensor | Data | None = None,
+        pos: Tensor | None = None,
         topology: Topology | None = None,
     ) -> PooledGraph:
-        """The graph of the parts. Atoms come as ``z, pos, batch`` or as a ``Data`` in place of ``z``."""
+        """The graph of the parts, with the first arguments of every pooling layer of PyG.
+
+        Args:
+            x: states of the nodes of level - 1.
+            edge_index: edges between these nodes.
+            edge_attr: features of these edges.
+            batch: graph of each atom.
+            z: atomic numbers; or a ``Data`` or ``Batch`` of the atoms, in place of ``z``, ``pos`` and ``batch``.
+            pos: positions of the atoms.
+            topology: hierarchy of the atoms, where it is known.
+        """
+        if z is None:
+            raise TypeError("z must be given by name: pool(x, edge_index, edge_attr, batch, z=z, pos=pos) or z=data")
         select, vec, place, graph = self.select.place(z, pos, batch, topology)
         if x.shape[0] != select.num_nodes:
             raise ValueError(
@@ -292,7 +309,7 @@ class NBodyPooling(Resettable):
                 f"got {x.shape[0]}"
             )
         coarse = self.connect(select, edge_index, edge_attr)
-        return PooledGraph(self.reduce(x, select, vec), place, coarse.edge_index, coarse.edge_attr, graph, select)
+        return PooledGraph(self.reduce(x, select, vec), coarse.edge_index, coarse.edge_attr, graph, place, select)
 
     def __repr__(self) -> str:
         reduce = self.reduce
