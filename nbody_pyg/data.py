@@ -13,7 +13,7 @@ from torch_geometric.data import Batch, Data
 # Keys that a composition scheme writes; the number is the level.
 _INDEX_KEY = re.compile(r"^(child|pair)_(\d+)$")
 _CENTRE_KEY = re.compile(r"^centre_(\d+)$")
-_HIERARCHY_KEY = re.compile(r"^(child|pair|child_shift|pair_shift|num_parts|centre)_\d+$|^(bonds|scheme)$")
+_TOPOLOGY_KEY = re.compile(r"^(child|pair|child_shift|pair_shift|num_parts|centre)_\d+$")
 # Shapes of one value per graph: they carry a leading 1, so that batching stacks instead of mixing rows.
 _GRAPH_SHAPES: dict[str, tuple[int, ...]] = {
     "energy": (1,),
@@ -25,6 +25,54 @@ _GRAPH_SHAPES: dict[str, tuple[int, ...]] = {
     "polarizability": (1, 3, 3),
 }
 _ATOM_SHAPES: dict[str, tuple[int, ...]] = {"z": (), "pos": (3,), "forces": (3,), "energies": (), "charges": ()}
+
+
+def is_topology_key(key: str) -> bool:
+    """Whether a scheme writes parts and edges under this key."""
+    return _TOPOLOGY_KEY.match(key) is not None
+
+
+def has_hierarchy(data: Data) -> bool:
+    """Whether a scheme has stored parts and edges on the data.
+
+    Raises: ValueError: keys that a scheme would write, but that are no hierarchy.
+    """
+    if data.get("num_parts_1") is None:
+        return False
+    if data.get("child_1") is None:
+        raise ValueError(
+            "data has the key 'num_parts_1', under which schemes store how many parts there are, but no 'child_1', so "
+            "it is no hierarchy; rename the key"
+        )
+    return True
+
+
+def require_atoms(data: Any) -> None:
+    """Raise unless these are data with ``z`` and ``pos``.
+
+    Raises: TypeError: anything else than a Data or Batch. ValueError: a key that is missing.
+    """
+    if not isinstance(data, Data):
+        name = type(data).__name__
+        cure = {"HeteroData": "build a Data from the z and pos of its atoms", "Atoms": "use AtomicData.from_ase"}
+        raise TypeError(
+            f"data must be a Data or a Batch, got a {name}; {cure.get(name, 'or pass z and pos as tensors')}"
+        )
+    missing = [key for key in ("z", "pos") if data.get(key) is None]
+    if missing:
+        raise ValueError(
+            f"data must hold {' and '.join(map(repr, missing))} (atomic numbers and positions), but its keys are "
+            f"{sorted(data.keys())}; set data.{missing[0]}"
+        )
+
+
+def count_graphs(data: Data) -> int | None:
+    """Graphs of a Data or Batch, those without atoms too; None where only ``batch`` tells."""
+    if isinstance(data, Batch):
+        return int(data.num_graphs)
+    if data.get("ptr") is not None:
+        return len(data.ptr) - 1
+    return 1 if data.get("batch") is None else None
 
 
 class AtomicData(Data):
@@ -71,19 +119,29 @@ class AtomicData(Data):
         super().__init__(**keys)
 
     def __inc__(self, key: str, value: Any, *args: Any, **kwargs: Any) -> Any:
-        match = _INDEX_KEY.match(key)
-        if (centre := _CENTRE_KEY.match(key)) is not None:
+        ours = self._is_index(key, value)
+        if ours and (centre := _CENTRE_KEY.match(key)) is not None:
             return self._num_parts(int(centre.group(1)) - 1)
+        match = _INDEX_KEY.match(key) if ours else None
         if match is None:
-            return self.num_nodes if key == "bonds" else super().__inc__(key, value, *args, **kwargs)
+            return self.num_nodes if ours else super().__inc__(key, value, *args, **kwargs)
         level = int(match.group(2))
         own = self._num_parts(level)
         return own if match.group(1) == "pair" else torch.tensor([[self._num_parts(level - 1)], [own]])
 
     def __cat_dim__(self, key: str, value: Any, *args: Any, **kwargs: Any) -> Any:
-        if _INDEX_KEY.match(key) or key == "bonds":
+        if self._is_index(key, value) and value.dim() == 2:
             return 1
         return super().__cat_dim__(key, value, *args, **kwargs)
+
+    def _is_index(self, key: str, value: Any) -> bool:
+        """Whether a key numbers atoms or parts. Others may use the same names for something else."""
+        if not isinstance(value, Tensor) or value.is_floating_point():
+            return False
+        if key == "bonds":
+            return value.dim() == 2 and value.shape[0] == 2
+        known = _INDEX_KEY.match(key) or _CENTRE_KEY.match(key)
+        return known is not None and ("scheme" in self._store or "num_parts_1" in self._store)
 
     def _num_parts(self, level: int) -> int:
         return self.num_nodes if level == 0 else int(self[f"num_parts_{level}"].sum())
@@ -92,7 +150,7 @@ class AtomicData(Data):
         """A shallow copy without any key that a scheme wrote (bonds included)."""
         out = self.__class__()
         for key, value in self.to_dict().items():
-            if not _HIERARCHY_KEY.match(key):
+            if not is_topology_key(key) and key not in ("bonds", "scheme"):
                 out[key] = value
         return out
 
@@ -109,9 +167,12 @@ class AtomicData(Data):
         """
         if isinstance(data, Batch):
             raise TypeError("data must be a single graph, got a Batch; use data.to_data_list()")
+        require_atoms(data)
         for key in ("z", "pos"):
-            if not isinstance(data.get(key), Tensor):
-                raise ValueError(f"data must have the tensor {key!r}, but its keys are {sorted(data.keys())}")
+            if not isinstance(data[key], Tensor):
+                raise TypeError(
+                    f"{key} must be a tensor, got a {type(data[key]).__name__}; make one with torch.as_tensor"
+                )
         out = cls()
         for key, value in data.to_dict().items():
             out[key] = _with_graph_shape(key, value) if key in _GRAPH_SHAPES else value
@@ -121,7 +182,7 @@ class AtomicData(Data):
     def check(self) -> None:
         """Raise ValueError or TypeError unless every known key has the shape of the table above."""
         num_atoms = self.z.shape[0]
-        if self.z.is_floating_point():
+        if self.z.is_floating_point() or self.z.is_complex() or self.z.dtype == torch.bool:
             raise TypeError(f"z must hold integers (atomic numbers), got {self.z.dtype}; cast it with z.long()")
         for key, tail in _ATOM_SHAPES.items():
             value = self.get(key)

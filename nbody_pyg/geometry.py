@@ -39,13 +39,17 @@ def check_batch(batch: Tensor | None, num_nodes: int, device: torch.device) -> t
     """
     if batch is None:
         return torch.zeros(num_nodes, dtype=torch.long, device=device), 1
-    if batch.dtype not in (torch.long, torch.int32):
+    if not isinstance(batch, Tensor):
+        raise TypeError(f"batch must be an integer tensor, got a {type(batch).__name__}; make one with torch.as_tensor")
+    if batch.is_floating_point() or batch.is_complex() or batch.dtype == torch.bool:
         raise TypeError(f"batch must be an integer tensor, got {batch.dtype}; cast it with batch.long()")
     if batch.dim() != 1 or batch.shape[0] != num_nodes:
         raise ValueError(
             f"batch must have shape [{num_nodes}], one graph number per atom, got {list(batch.shape)}; "
             "pass the batch vector that belongs to these positions"
         )
+    if batch.device != device:
+        raise ValueError(f"batch must be on the device of pos, {device}, got {batch.device}; move it with .to(device)")
     if num_nodes == 0:
         return batch.long(), 0
     if bool((batch[1:] < batch[:-1]).any()) or int(batch[0]) < 0:
@@ -56,13 +60,41 @@ def check_batch(batch: Tensor | None, num_nodes: int, device: torch.device) -> t
     return batch.long(), int(batch[-1]) + 1
 
 
-def check_positions(pos: Tensor) -> None:
-    """Raise unless ``pos`` is a finite floating tensor [num_nodes, 3]."""
+def check_atoms(z: Tensor, pos: Tensor, values: bool = True) -> Int[Tensor, " atoms"]:
+    """The atomic numbers as int64, for positions [num_atoms, 3] on the same device.
+
+    Args:
+        values: also look at the values of the positions.
+
+    Raises: TypeError: no tensors, numbers that are no integers, positions that are not floating. ValueError: wrong
+        shapes, lengths that differ, two devices, positions that are not finite.
+    """
+    for name, value in (("z", z), ("pos", pos)):
+        if not isinstance(value, Tensor):
+            given = "None" if value is None else f"a {type(value).__name__}"
+            raise TypeError(f"{name} must be a tensor, got {given}; make one with torch.as_tensor")
+    if z.is_floating_point() or z.is_complex() or z.dtype == torch.bool:
+        raise TypeError(f"z must hold integers (atomic numbers), got {z.dtype}; cast it with z.long()")
+    check_positions(pos, values)
+    if z.dim() != 1 or z.shape[0] != pos.shape[0]:
+        raise ValueError(f"z must have shape [{pos.shape[0]}], one atomic number per row of pos, got {list(z.shape)}")
+    if values and z.numel() and not 0 <= int(z.min()) <= int(z.max()) <= 118:
+        wrong = z[(z < 0) | (z > 118)].tolist()
+        raise ValueError(f"z must hold atomic numbers up to 118, got {_some(wrong)}; 0 is the smallest")
+    if z.device != pos.device:
+        raise ValueError(
+            f"z and pos must be on one device, got {z.device} and {pos.device}; move them with .to(device)"
+        )
+    return z.long()
+
+
+def check_positions(pos: Tensor, values: bool = True) -> None:
+    """Raise unless ``pos`` is a floating tensor [num_nodes, 3], with ``values`` a finite one."""
     if not pos.is_floating_point():
         raise TypeError(f"pos must be a floating tensor, got {pos.dtype}; cast it with pos.to(torch.float64)")
     if pos.dim() != 2 or pos.shape[1] != 3:
-        raise ValueError(f"pos must have shape [num_atoms, 3], got {list(pos.shape)}; reshape it")
-    if not bool(torch.isfinite(pos).all()):
+        raise ValueError(f"pos must have shape [num_atoms, 3], got {list(pos.shape)}; give x, y and z of each")
+    if values and not bool(torch.isfinite(pos).all()):
         bad = (~torch.isfinite(pos)).any(dim=1).nonzero().flatten().tolist()
         raise ValueError(
             f"pos must be finite, but atom(s) {_some(bad)} have NaN or infinite coordinates; "

@@ -11,7 +11,10 @@ from e3nn import o3
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch_geometric.data import Data
+from torch_geometric.data.data import BaseData
 
+from nbody_pyg.data import count_graphs, has_hierarchy, require_atoms
+from nbody_pyg.geometry import check_atoms
 from nbody_pyg.hierarchy import Hierarchy, NestedShells, Scheme, Topology
 from nbody_pyg.kernels.scope import is_tracing
 from nbody_pyg.nn.charges import LongRangeSettings, charge_shares
@@ -19,11 +22,12 @@ from nbody_pyg.nn.coulomb import LongRange
 from nbody_pyg.nn.edges import EdgeEmbedding, EdgeFeatures, sum_into
 from nbody_pyg.nn.gates import OneBodyGate
 from nbody_pyg.nn.interaction import Interaction, Recipe
-from nbody_pyg.nn.irreps import check_symmetry, hidden_irreps, require_reachable, to_mul_ir
+from nbody_pyg.nn.irreps import Resettable, check_symmetry, hidden_irreps, require_reachable, to_mul_ir
 from nbody_pyg.nn.readout import LinearReadout, MLPReadout
 from nbody_pyg.radial import BesselBasis, InversePowers
 
-PRESETS = ("practical", "strict")
+#: Presets, with the options that they start from: the powers s = 0 .. 3 of the paper, higher ones leave the range.
+PRESETS: Mapping[str, Mapping[str, Any]] = {"practical": {}, "strict": {"num_basis": 4}}
 SWEEPS = ("up", "up-down")
 #: Typical number of sources per target where the caller gives none.
 _DEFAULT_DEGREE = {"pair": 12.0, "child": 3.0}
@@ -62,7 +66,7 @@ class Surroundings(NamedTuple):
         return cls(charge_shares(level.batch, hierarchy.num_graphs, charge, charges, level.pos), cell, pbc)
 
 
-class NBodyNet(nn.Module):
+class NBodyNet(Resettable):
     r"""Covariant hierarchical N-body network.
 
     .. math:: \psi_i = \Phi\big(\{\psi_c, \mathbf r_c - \mathbf r_i\}_{c \in \mathrm{children}(i)}\big), \qquad
@@ -94,10 +98,11 @@ class NBodyNet(nn.Module):
         irreps_out: type of the target, in e3nn's words: "0e" energy, "1o" dipole, "0e + 2e" polarizability.
         target: "extensive" sums a value over the parts of all levels below the root; "intensive" reads the
             root, which is not additive.
-        options: further settings, see :attr:`DEFAULTS`: num_layers (visits of the lowest level that has pairs),
-            num_basis, symmetry ("o3", "o3-full", "so3"), sweeps ("up", "up-down"), degrees (typical number of
-            sources per target, by edge set such as "pair_0" or "child_1"), long_range (energy of latent charges
-            beyond every cutoff: None, or the name of a method, or settings as in
+        options: further settings, see :attr:`DEFAULTS`: num_layers (visits of the atoms, where they have pairs),
+            num_basis (radial functions: 8, with the strict preset 4), symmetry ("o3", "o3-full", "so3"), sweeps ("up",
+            or "up-down", which has a meaning for extensive targets where atoms have pairs), degrees (typical number of
+            sources per target, by edge set such as "pair_0" or "child_1"), long_range (energy of latent charges beyond
+            every cutoff: None, or the name of a method, or settings as in
             :class:`~nbody_pyg.nn.charges.LongRangeSettings`).
 
     Equivariance: O(3) (with symmetry "so3" only rotations), translation, permutation.
@@ -110,7 +115,7 @@ class NBodyNet(nn.Module):
         NBodyNet(H C O, NestedShells(radii=[3.5, 5.0], exponent=3), practical, 8x0e+8x1o+8x2e -> 1x0e, 7251 parameters)
     """
 
-    #: Settings that ``options`` may change.
+    #: Settings that ``options`` may change; a preset may start from others (:data:`PRESETS`).
     DEFAULTS: ClassVar[dict[str, Any]] = {
         "num_layers": 2,
         "num_basis": 8,
@@ -135,14 +140,14 @@ class NBodyNet(nn.Module):
         super().__init__()
         self.scheme = NestedShells() if scheme is None else scheme
         self.species = _check_species(species)
-        self.preset = _check_choice("preset", preset, PRESETS)
+        self.preset = _check_choice("preset", preset, tuple(PRESETS))
         self.target = _check_choice("target", target, ("extensive", "intensive"))
         unknown = set(options) - set(self.DEFAULTS)
         if unknown:
             raise ValueError(
                 f"options must be among {sorted(self.DEFAULTS)}, got {sorted(unknown)}; check the spelling"
             )
-        self.options = self.DEFAULTS | options
+        self.options = self.DEFAULTS | PRESETS[preset] | options
         check_symmetry(self.options["symmetry"])
         if self.options["long_range"] is not None:
             self.options["long_range"] = LongRangeSettings.parse(self.options["long_range"]).to_dict()
@@ -151,7 +156,7 @@ class NBodyNet(nn.Module):
         self.irreps = hidden_irreps(channels, lmax, self.options["symmetry"])
         self.irreps_out = o3.Irreps(irreps_out)
         require_reachable(self.irreps_out, {ir for _, ir in self.irreps}, f"a network of type {self.irreps}")
-        table = torch.full((119,), -1, dtype=torch.long)
+        table = torch.full((120,), -1, dtype=torch.long)  # the last for all that is no element
         table[torch.tensor(self.species)] = torch.arange(len(self.species))
         self.register_buffer("species_of", table, persistent=False)
         self._build()
@@ -276,14 +281,18 @@ class NBodyNet(nn.Module):
         topology: Topology | None = None,
         charge: Float[Tensor, " graphs"] | None = None,
         charges: Float[Tensor, " atoms"] | None = None,
+        batch_size: int | None = None,
     ) -> Float[Tensor, "graphs *dim"]:
         """Value of each system: energies without those of isolated atoms, eV, or the target of ``irreps_out``.
 
         A ``Data`` or ``Batch`` may stand in the first place. The topology is read off the data where a
-        transform has stored it, and built otherwise. With ``long_range``, ``charge`` is the total charge of each
-        graph, e (0 if it is not given), and ``charges`` the formal charges of the atoms, if they are known.
+        transform has stored it, and built otherwise. ``batch_size`` is the number of graphs, where the last ones may
+        hold no atom (a Batch knows it); the value of a graph without atoms is 0.
+
+        With ``long_range``, ``charge`` is the total charge of each graph, e (0 if it is not given), and ``charges`` the
+        formal charges of the atoms, if they are known.
         """
-        hierarchy = self.hierarchy(z, pos, batch, cell=cell, pbc=pbc, topology=topology)
+        hierarchy = self.hierarchy(z, pos, batch, cell=cell, pbc=pbc, topology=topology, batch_size=batch_size)
         if self.long_range is None:
             return self.total(hierarchy)
         if isinstance(z, Data):
@@ -306,20 +315,29 @@ class NBodyNet(nn.Module):
         cell: Tensor | None = None,
         pbc: Tensor | None = None,
         topology: Topology | None = None,
+        batch_size: int | None = None,
     ) -> Hierarchy:
         """The hierarchy that :meth:`forward` would use for these atoms."""
         given: dict[str, Any] = {}
-        if isinstance(z, Data):
+        stored = False
+        if isinstance(z, BaseData):
+            if pos is not None or batch is not None or cell is not None or pbc is not None:
+                raise TypeError("pos, batch, cell and pbc come from the Data; pass either a Data or tensors")
             data = z
+            require_atoms(data)
             z, pos, batch, cell, pbc = (data.get(key) for key in ("z", "pos", "batch", "cell", "pbc"))
-            if topology is None and data.get("num_parts_1") is not None:
+            batch_size = count_graphs(data) if batch_size is None else batch_size
+            if stored := topology is None and has_hierarchy(data):
                 topology = self.scheme.read(data)
-            given = self.scheme.inputs(data)  # bonds or labels that the data brings along
+            elif topology is None:
+                given = self.scheme.inputs(data)  # bonds or labels that the data brings along
+        # Building a topology looks at the values, and whoever hands one over has
+        z = check_atoms(z, pos, values=stored and not is_tracing())
         self._species_index(z)  # names an unknown element before its mass is looked up
         pos = pos.to(self.dtype)
         cell = None if cell is None else cell.to(self.dtype)
         if topology is None:
-            topology = self.scheme.topology(z, pos, batch, cell, pbc, **given)
+            topology = self.scheme.compose(z, pos, batch, cell, pbc, batch_size, **given)
         return self.scheme.hierarchy(topology, z, pos, cell)
 
     def states(self, hierarchy: Hierarchy) -> dict[int, Float[Tensor, "parts rows channels"]]:
@@ -408,7 +426,7 @@ class NBodyNet(nn.Module):
         self._species_index(z)
 
     def _species_index(self, z: Tensor) -> Tensor:
-        index = self.species_of[z.clamp(0, 118)]
+        index = self.species_of[z.clamp(0, 119)]
         if not is_tracing() and bool((index < 0).any()):
             unknown = sorted(set(z[index < 0].tolist()))
             names = ", ".join(f"{chemical_symbols[n] if 0 < n < 119 else 'no element'} ({n})" for n in unknown)
@@ -430,7 +448,7 @@ class NBodyNet(nn.Module):
     @classmethod
     def strict(cls, species: Sequence[int], scheme: Scheme | None = None, **arguments: Any) -> NBodyNet:
         """The paper's setting: polynomial in the states, inverse powers, no activation, no residual."""
-        return cls(species, scheme, preset="strict", **({"num_basis": 4} | arguments))
+        return cls(species, scheme, preset="strict", **arguments)
 
     def config(self) -> dict[str, Any]:
         """Everything that :meth:`from_config` needs, ready for JSON."""
@@ -465,7 +483,7 @@ def edge_degrees(scheme: Scheme, frames: Iterable[Data]) -> dict[str, float]:
     edges: dict[str, int] = {}
     targets: dict[str, int] = {}
     for frame in frames:
-        topology = scheme.read(frame) if frame.get("num_parts_1") is not None else scheme.read(scheme(frame))
+        topology = scheme.read(frame if has_hierarchy(frame) else scheme(frame))
         for k in range(topology.num_levels):
             for name, index in (
                 (f"child_{k}", topology.child_index[k]),

@@ -12,9 +12,11 @@ import torch
 from ase.data import atomic_numbers, chemical_symbols
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from torch_geometric.data import Batch, Data
+from torch_geometric.data import Data
+from torch_geometric.data.data import BaseData
 
-from nbody_pyg.geometry import apply_strain, check_batch, check_cell, check_positions, edge_vectors, neighbour_list
+from nbody_pyg.data import count_graphs, has_hierarchy, require_atoms
+from nbody_pyg.geometry import apply_strain, check_atoms, check_batch, check_cell, edge_vectors, neighbour_list
 from nbody_pyg.hierarchy.levels import Hierarchy
 from nbody_pyg.hierarchy.topology import Topology
 from nbody_pyg.kernels.scope import skip_weight_gradients
@@ -23,7 +25,7 @@ from nbody_pyg.nn.exact import Float64Buffers
 from nbody_pyg.nn.repulsion import ZBLRepulsion, short_edges
 
 #: Arguments that a model's forward may have beside z, pos and batch.
-MODEL_INPUTS = ("cell", "pbc", "topology", "charge", "charges")
+MODEL_INPUTS = ("cell", "pbc", "topology", "charge", "charges", "batch_size")
 
 
 class AtomicReference(Float64Buffers):
@@ -213,7 +215,7 @@ class Potential(Float64Buffers):
         self.register_buffer("scale", torch.tensor(float(scale), dtype=torch.float64))
         names = inspect.signature(model.forward).parameters
         free = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in names.values())
-        self._keywords = frozenset(k for k in MODEL_INPUTS if free or k in names)
+        self._keywords = frozenset(k for k in MODEL_INPUTS if k in names or (free and k != "batch_size"))
 
     @property
     def dtype(self) -> torch.dtype | None:
@@ -235,6 +237,7 @@ class Potential(Float64Buffers):
         topology: Topology | None = None,
         charge: Float[Tensor, " graphs"] | None = None,
         charges: Float[Tensor, " atoms"] | None = None,
+        batch_size: int | None = None,
         compute_forces: bool = True,
         compute_stress: bool = False,
         training: bool = False,
@@ -246,6 +249,8 @@ class Potential(Float64Buffers):
         Args:
             charge: total charge of each graph, for models that take it, e; None is neutral.
             charges: formal charges of the atoms, for models that take them, e.
+            batch_size: number of graphs, where the last ones may hold no atom (a Batch knows it). The energy of a graph
+                without atoms is 0.
             compute_forces: add ``forces``.
             compute_stress: add ``stress``; needs a periodic cell.
             training: keep the graph of every result, so that a loss on forces can be differentiated again.
@@ -258,7 +263,7 @@ class Potential(Float64Buffers):
                 a cell, an output that is not one energy per graph.
             RuntimeError: forces or stress under ``torch.inference_mode()``.
         """
-        system = self._system(z, pos, batch, cell, pbc, topology, charge, charges)
+        system = self._system(z, pos, batch, cell, pbc, topology, charge, charges, batch_size)
         derivative = compute_forces or compute_stress
         if derivative:
             _refuse_inference_mode()
@@ -312,7 +317,10 @@ class Potential(Float64Buffers):
             )
         system = self._system(z, pos, batch, cell, pbc, topology, charge, charges)
         inputs = (system["z"], system["pos"], system["batch"])
-        hierarchy = self.model.hierarchy(*inputs, cell=system["cell"], pbc=system["pbc"], topology=system["topology"])
+        given = {key: system[key] for key in ("cell", "pbc", "topology")}
+        if "batch_size" in self._keywords:
+            given["batch_size"] = system["num_graphs"]
+        hierarchy = self.model.hierarchy(*inputs, **given)
         surroundings = Surroundings.of(hierarchy, system["charge"], system["charges"], system["cell"], system["pbc"])
         found = self.model.energies(hierarchy, surroundings)
         levels = {k: (value * self.scale.to(value.dtype)).double() for k, value in found.items()}
@@ -391,37 +399,33 @@ class Potential(Float64Buffers):
         topology: Topology | None,
         charge: Tensor | None = None,
         charges: Tensor | None = None,
+        batch_size: int | None = None,
     ) -> dict[str, Any]:
         """Check the input and bring it into one form; nothing here is differentiated."""
-        num_graphs = 0
-        if isinstance(z, Data):
+        given: dict[str, Any] = {}
+        if isinstance(z, BaseData):
             if pos is not None or batch is not None or cell is not None or pbc is not None:
                 raise TypeError("pos, batch, cell and pbc come from the Data; pass either a Data or tensors")
             data = z
-            for key in ("z", "pos"):
-                if data.get(key) is None:
-                    raise ValueError(f"data must hold {key!r}, it has {sorted(data.keys())}; set data.{key}")
+            require_atoms(data)
             z, pos, batch = data.z, data.pos, data.get("batch")
             cell, pbc = data.get("cell"), data.get("pbc")
             charge, charges = data.get("charge"), data.get("charges")
-            num_graphs = data.num_graphs if isinstance(data, Batch) else 0
-            if topology is None and "topology" in self._keywords and "num_parts_1" in data:
+            batch_size = count_graphs(data) if batch_size is None else batch_size
+            if topology is None and "topology" in self._keywords:
                 # A scheme refuses what another scheme has stored; `scheme` is optional for foreign models.
                 scheme = getattr(self.model, "scheme", None)
-                topology = Topology.from_data(data) if scheme is None else scheme.read(data)
-        if not isinstance(z, Tensor) or not isinstance(pos, Tensor):
-            raise TypeError(f"z and pos must be tensors, got {type(z).__name__} and {type(pos).__name__}")
-        if z.is_floating_point() or z.dtype == torch.bool:
-            raise TypeError(f"z must hold integers (atomic numbers), got {z.dtype}; cast it with z.long()")
-        check_positions(pos)
-        if z.dim() != 1 or z.shape[0] != pos.shape[0]:
-            raise ValueError(
-                f"z must have shape [{pos.shape[0]}], one atomic number per row of pos, got {list(z.shape)}"
-            )
-        if z.shape[0] == 0:
-            raise ValueError("z holds no atom; a system needs at least one")
+                if has_hierarchy(data):
+                    topology = Topology.from_data(data) if scheme is None else scheme.read(data)
+                elif scheme is not None:
+                    given = scheme.inputs(data)
+        z = check_atoms(z, pos)
+        if z.shape[0] == 0 and batch_size is None:
+            raise ValueError("z holds no atom; give at least one, or batch_size, the number of graphs without atoms")
         batch, found = check_batch(batch, z.shape[0], z.device)
-        num_graphs = max(found, num_graphs)
+        num_graphs = found if batch_size is None else batch_size
+        if num_graphs < found:
+            raise ValueError(f"batch_size must be at least {found}, the number of graphs in batch, got {batch_size!r}")
         dtype = self.dtype or pos.dtype
         pos = _usable(pos).to(dtype)
         cell, pbc = check_cell(cell, pbc, num_graphs, pos)
@@ -430,8 +434,10 @@ class Potential(Float64Buffers):
                 f"{type(self.model).__name__} has no argument 'cell', so it cannot treat a periodic system; "
                 "set pbc to False for molecules, or use a model with forward(z, pos, batch, *, cell, pbc)"
             )
+        if given:  # bonds or labels that the data brings along
+            topology = scheme.compose(z, pos, batch, cell, pbc, num_graphs, **given)
         return {
-            "z": _usable(z.long()),
+            "z": _usable(z),
             "pos": pos,
             "batch": _usable(batch),
             "num_graphs": num_graphs,
@@ -460,12 +466,16 @@ class Potential(Float64Buffers):
         cell = system["cell"]
         if strain is not None:
             pos, cell = apply_strain(pos, cell, system["batch"], strain)
-        given = {key: system[key] for key in MODEL_INPUTS} | {"cell": cell}
+        num_graphs = system["num_graphs"]
+        given = {key: system.get(key) for key in MODEL_INPUTS} | {"cell": cell, "batch_size": num_graphs}
         keywords = {k: v for k, v in given.items() if v is not None and k in self._keywords}
         output = self.model(system["z"], pos, system["batch"], **keywords)
         if isinstance(output, (tuple, list)):
             output = output[0]
-        num_graphs = system["num_graphs"]
+        short = isinstance(output, Tensor) and output.dim() > 0 and 0 < output.shape[0] < num_graphs
+        if short and output.shape[0] == int(system["batch"][-1]) + 1:
+            # Other models see no graph beyond that of the last atom
+            output = torch.cat([output, output.new_zeros(num_graphs - output.shape[0], *output.shape[1:])])
         if not isinstance(output, Tensor) or output.shape not in ((num_graphs,), (num_graphs, 1)):
             shape = list(output.shape) if isinstance(output, Tensor) else type(output).__name__
             raise ValueError(

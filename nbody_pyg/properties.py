@@ -11,6 +11,7 @@ from e3nn import o3
 from torch import Tensor, nn
 from torch_geometric.data import Data
 
+from nbody_pyg.data import count_graphs, require_atoms
 from nbody_pyg.geometry import safe_norm
 from nbody_pyg.hierarchy import Hierarchy
 from nbody_pyg.hierarchy.positions import atomic_masses
@@ -158,8 +159,9 @@ class PropertyModel(nn.Module):
 
     def forward(self, data: Data) -> dict[str, Tensor]:
         """Value of each property, float64, (graphs, *shape)."""
-        batch = data.get("batch")
-        num_graphs = 1 if batch is None else int(data.num_graphs)
+        require_atoms(data)
+        batch, num_graphs = data.get("batch"), count_graphs(data)
+        num_graphs = int(batch.max()) + 1 if num_graphs is None else num_graphs
         batch = torch.zeros_like(data.z) if batch is None else batch
         centre = self._centre(data, batch, num_graphs)
         raw = self._from_network(data, centre) if isinstance(self.model, NBodyNet) else self._from_other(data, batch)
@@ -178,14 +180,14 @@ class PropertyModel(nn.Module):
             total: Tensor | float = 0.0
             (k0, k1, k2), _ = READOUTS[p.readout]
             for level, value in values.items():
-                # Blocks are stored channels last: [scalars], [3, vectors], [5, tensors]
+                # mul_ir: the scalars, then vector after vector, tensor after tensor; at most one of each in a readout
                 a = value[:, counts[0] : counts[0] + k0]
-                v = value[:, n0 : n0 + 3 * n1].reshape(len(value), 3, n1)[:, :, counts[1] : counts[1] + k1]
-                t = value[:, n0 + 3 * n1 :].reshape(len(value), 5, -1)[:, :, counts[2] : counts[2] + k2] if k2 else a
+                v = value[:, n0 + 3 * counts[1] :][:, : 3 * k1]
+                t = value[:, n0 + 3 * n1 + 5 * counts[2] :][:, : 5 * k2]
                 total = total + self._sum(p.readout, hierarchy, level, a, v, t, centre.to(value.dtype))
             counts = [counts[0] + k0, counts[1] + k1, counts[2] + k2]
             if p.readout == "intensive":
-                total = total / num_atoms.to(total.dtype)
+                total = total / num_atoms.clamp(min=1).to(total.dtype)
             if p.readout == "dipole_norm":
                 total = safe_norm(total).unsqueeze(-1)
             out[p.name] = total.reshape(size, *p.shape)
@@ -196,14 +198,14 @@ class PropertyModel(nn.Module):
         """Contribution of the parts of a level to each graph."""
         here = hierarchy[level]
         if readout in ("dipole", "dipole_norm"):
-            each = a * (here.pos - centre[here.batch]) + v.squeeze(-1)
+            each = a * (here.pos - centre[here.batch]) + v
         elif readout == "r2":
             square = (here.pos - centre[here.batch]).square().sum(-1, keepdim=True)
             each = a[:, :1] + a[:, 1:] * square
         elif readout == "polarizability":
             table = clebsch_gordan(1, 1, 2).to(a)
             trace = a * torch.eye(3).to(a).reshape(1, 9)
-            each = trace + (t.squeeze(-1) @ table.reshape(9, 5).t())
+            each = trace + (t @ table.reshape(9, 5).t())
         else:
             each = a
         return sum_into(each, here.batch, hierarchy.num_graphs)
@@ -220,7 +222,8 @@ class PropertyModel(nn.Module):
             raise ValueError(f"data must not be periodic for {sorted(_PLACED)}: a cell has no centre of mass")
         mass = atomic_masses(data.z, torch.float64).unsqueeze(-1)
         total = sum_into(mass * data.pos.double(), batch, num_graphs)
-        return total / sum_into(mass, batch, num_graphs)
+        whole = sum_into(mass, batch, num_graphs)
+        return total / torch.where(whole > 0, whole, torch.ones_like(whole))  # a graph may hold no atom
 
     def _restored(self, p: Property, raw: Tensor, data: Data, batch: Tensor, num_graphs: int, centre: Tensor) -> Tensor:
         """Scale, mean and the values of the elements, in float64."""

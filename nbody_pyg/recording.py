@@ -57,7 +57,7 @@ def flatten(scheme: Scheme, system: dict[str, Any], stress: bool) -> tuple[list[
     """
     topology = system["topology"]
     if topology is None:
-        topology = scheme.topology(*(system[key] for key in ("z", "pos", "batch", "cell", "pbc")))
+        topology = scheme.compose(*(system[key] for key in ("z", "pos", "batch", "cell", "pbc", "num_graphs")))
         system["topology"] = topology
     count = topology.num_levels
     batches = [system["batch"], *(topology.batch(k) for k in range(1, count))]

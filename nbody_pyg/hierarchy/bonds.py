@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 from jaxtyping import Float, Int
@@ -134,6 +136,10 @@ class BondTree(Scheme):
     ) -> Topology:
         """Keep the bonds and the children, recompute pairs (and, in a cell, the images of the children)."""
         return self._placed(topology, AtomsInput.check(z, pos, batch, cell, pbc))
+
+    def _without_atoms(self, num_graphs: int, like: Tensor, periodic: Tensor | None) -> Topology:
+        nothing = super()._without_atoms(num_graphs, like, periodic)
+        return replace(nothing, bonds=nothing.child_index[1])
 
     def widened(self, skin: float) -> BondTree:
         return widen_pairs(self, skin)

@@ -14,11 +14,11 @@ from torch import Tensor
 from torch_geometric.data import Batch, Data
 from torch_geometric.transforms import BaseTransform
 
-from nbody_pyg.data import AtomicData
+from nbody_pyg.data import AtomicData, count_graphs, has_hierarchy, is_topology_key, require_atoms
 from nbody_pyg.geometry import (
+    check_atoms,
     check_batch,
     check_cell,
-    check_positions,
     edge_vectors,
     neighbour_list,
 )
@@ -62,19 +62,18 @@ class AtomsInput:
         Raises:
             ValueError, TypeError: wrong shapes, an empty system, a batch that skips a graph, a bad cell.
         """
-        check_positions(pos)
-        if z.dim() != 1 or z.shape[0] != pos.shape[0]:
-            raise ValueError(f"z must have shape [{pos.shape[0]}], one number per row of pos, got {list(z.shape)}")
-        if z.is_floating_point():
-            raise TypeError(f"z must hold integers (atomic numbers), got {z.dtype}; cast it with z.long()")
+        z = check_atoms(z, pos)
         if pos.shape[0] == 0:
             raise ValueError("pos must hold at least one atom, got none; remove empty frames")
         graph, num_graphs = check_batch(batch, pos.shape[0], pos.device)
         missing = (torch.bincount(graph, minlength=num_graphs) == 0).nonzero().flatten().tolist()
         if missing:
-            raise ValueError(f"batch must number the graphs without gaps, but graph {missing[0]} has no atom")
+            raise ValueError(
+                f"batch must number the graphs without gaps, but graph {missing[0]} has no atom; "
+                "use compose(), which takes graphs without atoms"
+            )
         cell, pbc = check_cell(cell, pbc, num_graphs, pos)
-        return cls(z.long(), pos.detach(), graph, num_graphs, None if cell is None else cell.detach(), pbc)
+        return cls(z, pos.detach(), graph, num_graphs, None if cell is None else cell.detach(), pbc)
 
     @property
     def periodic(self) -> Tensor | None:
@@ -124,6 +123,56 @@ class Scheme(BaseTransform):
     ) -> Topology:
         """Who is a part of whom, for one graph or a batch (``batch`` sorted); no gradient flows through."""
         raise NotImplementedError
+
+    def compose(
+        self,
+        z: Int[Tensor, " atoms"],
+        pos: Float[Tensor, "atoms 3"],
+        batch: Int[Tensor, " atoms"] | None = None,
+        cell: Float[Tensor, "graphs 3 3"] | None = None,
+        pbc: Tensor | None = None,
+        batch_size: int | None = None,
+        **given: Any,
+    ) -> Topology:
+        """As :meth:`topology`, for graphs of which some may hold no atom: those have no part at any level.
+
+        Args:
+            batch_size: number of graphs; None for as many as ``batch`` names.
+            given: further arguments of :meth:`topology`, see :meth:`inputs`.
+        """
+        if batch is None and batch_size in (None, 1) and len(pos):
+            return self.topology(z, pos, None, cell, pbc, **given)
+        z = check_atoms(z, pos)
+        graph, found = check_batch(batch, pos.shape[0], pos.device)
+        if batch_size is not None and batch_size < found:
+            raise ValueError(f"batch_size must be at least {found}, the number of graphs in batch, got {batch_size!r}")
+        size = found if batch_size is None else batch_size
+        present = torch.bincount(graph, minlength=size) > 0
+        if bool(present.all()):
+            return self.topology(z, pos, batch, cell, pbc, **given)
+        cell, pbc = check_cell(cell, pbc, size, pos)
+        if pos.shape[0] == 0:
+            return self._without_atoms(size, pos, None if pbc is None else pbc.any(dim=1))
+        cell = None if cell is None else cell[present]
+        pbc = None if pbc is None else pbc[present]
+        number = torch.cumsum(present, 0) - 1
+        return self.topology(z, pos, number[graph], cell, pbc, **given).among(present)
+
+    def _without_atoms(self, num_graphs: int, like: Tensor, periodic: Tensor | None) -> Topology:
+        """The topology of graphs that hold nothing, with the entries that those of other graphs have."""
+        none = torch.zeros(2, 0, dtype=torch.long, device=like.device)
+        shift = None if periodic is None else like.new_zeros(0, 3)
+        pairs = [none if spec.pair_radius is not None else None for spec in self.levels]
+        counts = torch.zeros(num_graphs, dtype=torch.long, device=like.device)
+        above = len(self.levels) - 1
+        return Topology(
+            (counts,) * (above + 1),
+            (None, *[none] * above),
+            tuple(pairs),
+            (None, *[shift] * above),
+            tuple(None if index is None else shift for index in pairs),
+            periodic=periodic,
+        )
 
     def update(
         self,
@@ -220,9 +269,21 @@ class Scheme(BaseTransform):
         return {}
 
     def forward(self, data: Data) -> Data:
-        """Transform: the data as :class:`AtomicData` with the topology stored on it. A Batch stays one."""
+        """Transform: the data as :class:`AtomicData` with the topology stored on it. A Batch stays one.
+
+        Raises: ValueError, TypeError: no atoms to build from, or keys of one's own under the names of the topology.
+        """
+        require_atoms(data)
+        if not has_hierarchy(data):
+            taken = [key for key in sorted(data.keys()) if is_topology_key(key) or key == "scheme"]
+            if taken:
+                raise ValueError(
+                    f"data has the key {taken[0]!r} of its own, under which {type(self).__name__} would store its "
+                    "parts; rename it"
+                )
         out = data if isinstance(data, Batch) else AtomicData.from_data(data)
-        topology = self.topology(out.z, out.pos, out.get("batch"), out.get("cell"), out.get("pbc"), **self.inputs(out))
+        keys = ("z", "pos", "batch", "cell", "pbc")
+        topology = self.compose(*(out.get(key) for key in keys), count_graphs(out), **self.inputs(out))
         return self.store(topology, out)
 
     def store(self, topology: Topology, data: Data) -> Data:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -154,6 +154,10 @@ class SmoothSurvivors(Scheme):
         with torch.no_grad():
             return self._topology(atoms, every)
 
+    def _without_atoms(self, num_graphs: int, like: Tensor, periodic: Tensor | None) -> Topology:
+        nothing = super()._without_atoms(num_graphs, like, periodic)
+        return replace(nothing, centre=(None, *[nothing.num_parts[0][:0]] * len(self.radii), None))
+
     def _topology(self, atoms: AtomsInput, every: bool) -> Topology:
         graph, nodes = atoms.batch, None
         counts, children, shifts, centres, pairs, pair_shifts = [atoms.num_atoms], [None], [None], [None], [], []
@@ -269,15 +273,18 @@ class SmoothSurvivors(Scheme):
         total = pos.new_zeros(topology.num_graphs, 3, dtype=torch.float64)
         total = total.index_add(0, batch, mass.unsqueeze(-1) * pos.double())
         here = total / total.new_zeros(topology.num_graphs).index_add(0, batch, mass).unsqueeze(-1)
-        child = topology.child_index[k]
+        child, graph = topology.child_index[k], topology.batch(k)
+        here = here.index_select(0, graph)  # a graph without atoms has no root
         vec = nodes.pos.index_select(0, child[0]) - here.index_select(0, child[1])
         if topology.periodic is not None:
-            vec = vec * (~topology.periodic.index_select(0, child[1])).unsqueeze(-1).to(vec.dtype)
+            vec = vec * (~topology.periodic.index_select(0, graph.index_select(0, child[1]))).unsqueeze(-1).to(
+                vec.dtype
+            )
         weight = vec.new_ones(child.shape[1])
         pooled = nodes.existence.index_select(0, child[0])
         tensors = (value.to(pos.dtype) for value in (here, here.new_ones(here.shape[0]), vec, weight, pooled))
         here, one, vec, weight, pooled = tensors
-        return Level(here, one, topology.batch(k), child, vec, weight, pool_weight=pooled)
+        return Level(here, one, graph, child, vec, weight, pool_weight=pooled)
 
     # ------------------------------------------------------------------ steps shared by both
     def priority(

@@ -11,10 +11,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch_geometric.data import Data
 
-
-def is_topology_key(key: str) -> bool:
-    """Whether :meth:`Topology.store` writes parts and edges under this key."""
-    return key.startswith(("num_parts_", "child_", "pair_", "centre_"))
+from nbody_pyg.data import is_topology_key
 
 
 @dataclass(frozen=True, eq=False)
@@ -163,6 +160,15 @@ class Topology:
         self._cache["sizes"] = [batch.shape[0] for batch in batches]
         self._cache.update({("batch", level): batch for level, batch in enumerate(batches)})
         return self
+
+    def among(self, present: Bool[Tensor, " all_graphs"]) -> Topology:
+        """The same parts, among graphs that have none: ``present`` says which graphs are those of this topology."""
+
+        def spread(values: Tensor | None) -> Tensor | None:
+            return None if values is None else values.new_zeros(len(present)).masked_scatter(present, values)
+
+        columns = (self.child_index, self.pair_index, self.child_shift, self.pair_shift)
+        return Topology(tuple(map(spread, self.num_parts)), *columns, self.bonds, spread(self.periodic), self.centre)
 
     def to(self, device: torch.device | str) -> Topology:
         """The same topology on another device."""

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from nbody_pyg.multipoles.coefficients import check_lmax
 from nbody_pyg.nn.edges import EdgeFeatures, sum_into
-from nbody_pyg.nn.irreps import equal_multiplicity, row_slices
+from nbody_pyg.nn.irreps import Resettable, equal_multiplicity, row_slices
 
 METHODS = ("direct", "hierarchy", "ewald")
 
@@ -82,7 +82,7 @@ class LongRangeSettings:
         return dataclasses.asdict(self)
 
 
-class LatentCharges(nn.Module):
+class LatentCharges(Resettable):
     r"""Charges (and dipoles) of atoms from their states, with exact conservation.
 
     .. math:: q_i = Q_i + \sum_j p_{ij}, \qquad

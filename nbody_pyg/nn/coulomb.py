@@ -14,6 +14,7 @@ from nbody_pyg.nn.charges import LatentCharges, LongRangeSettings
 from nbody_pyg.nn.edges import EdgeFeatures
 from nbody_pyg.nn.ewald import EwaldField
 from nbody_pyg.nn.interaction import SoftNorm
+from nbody_pyg.nn.irreps import Resettable
 from nbody_pyg.nn.translation import AcrossGate, DownGate, Translation, UpGate, join_pairs, merge_pairs
 from nbody_pyg.radial import plateau_window
 from nbody_pyg.units import COULOMB
@@ -51,7 +52,7 @@ class DirectField(nn.Module):
         return f"lmax={self.lmax}, width={self.width}"
 
 
-class HierarchyField(nn.Module):
+class HierarchyField(Resettable):
     r"""Local field of all other atoms by a fast multipole method over the parts of a scheme.
 
     .. math:: E = \sum_k \sum_{A<B} \big(n^k_{AB} - w_k(R_{AB})\big) V_{AB}, \qquad
@@ -158,7 +159,7 @@ def _children(level: Level) -> Translation:
     return Translation(level.child_index, level.child_vec, level.child_weight, level.num_parts)
 
 
-class LongRange(nn.Module):
+class LongRange(Resettable):
     r"""Energy of latent charges, for each atom.
 
     .. math:: E = \sum_c s_c\, \frac{k_e}{2} \sum_i \sum_{lm} M^c_{i, lm} L^c_{i, lm}

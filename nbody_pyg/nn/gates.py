@@ -22,6 +22,7 @@ from nbody_pyg.kernels.ops import DensityKernel, OneBodyKernel
 from nbody_pyg.nn.edges import EdgeFeatures, sum_into
 from nbody_pyg.nn.irreps import (
     ConstantTables,
+    Resettable,
     coupling_paths,
     equal_multiplicity,
     harmonic_irreps,
@@ -43,7 +44,7 @@ from nbody_pyg.nn.products import (
 _EDGES_AT_ONCE = 256
 
 
-class DensityGate(nn.Module):
+class DensityGate(Resettable):
     r"""One-body gate whose sources are bare atoms: the atomic density of every element.
 
     .. math:: A^{\ell}_{i c} = \bar n^{-1/2} \sum_{s, b} W^{\ell}_{s b, c}
@@ -209,7 +210,7 @@ class OneBodyGate(ConstantTables):
         return f"{self.irreps_in} -> {self.irreps_out}, order={self.order}, {len(self.paths)} paths"
 
 
-class ProductGate(nn.Module):
+class ProductGate(Resettable):
     r"""Products of a summed state with itself: interactions of several children at once.
 
     .. math:: B = W_1 A + W_2\,CG(A \otimes A) + W_3\,CG\big(W_2\,CG(A \otimes A) \otimes A\big) + \dots
@@ -269,7 +270,7 @@ class ProductGate(nn.Module):
         return x[:, :count] if self.kept_rows == list(range(count)) else x[:, self.kept_rows]
 
 
-class PairGate(nn.Module):
+class PairGate(Resettable):
     r"""Bilinear gate of pairs of parts on one level.
 
     .. math:: \psi'^{\,\ell}_i = W^\ell\, CG\Big(\psi_i \otimes \sum_j w_{ij} R(r_{ij})\,
@@ -302,7 +303,7 @@ class PairGate(nn.Module):
         return self.product(x, self.gather(x, edges))
 
 
-class FullGate(nn.Module):
+class FullGate(Resettable):
     r"""The uncompressed one-body gate: full product, all radial functions, one W^l.
 
     .. math:: \psi^{\ell}_i = W^\ell \sum_j w_{ij} \bigoplus_{b} B_b(r_{ij})\, CG(\psi_j \otimes Y(\mathbf r_{ij}))^\ell

@@ -17,11 +17,11 @@ from nbody_pyg.kernels.update import UpdateKernel
 from nbody_pyg.kernels.update_source import Product, Update
 from nbody_pyg.nn.edges import EdgeFeatures
 from nbody_pyg.nn.gates import DensityGate, OneBodyGate, ProductGate
-from nbody_pyg.nn.irreps import num_rows
+from nbody_pyg.nn.irreps import Resettable, num_rows
 from nbody_pyg.nn.linear import RowLinear, blockwise_linear
 
 
-class SpeciesScale(nn.Module):
+class SpeciesScale(Resettable):
     """A learned factor per element, degree and channel, on parts that have an element at their centre.
 
     Starts at one. Shapes: (nodes, rows, channels) and species (nodes,) -> (nodes, rows, channels).
@@ -73,7 +73,7 @@ class Recipe(NamedTuple):
     gain: float = 1.0
 
 
-class Interaction(nn.Module):
+class Interaction(Resettable):
     r"""New states of the parts that edges point to.
 
     .. math:: A_i = g_{z_i} \big(\mathrm{gate}(\{\psi_j\}) + W \psi_i\big), \qquad

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 from nbody_pyg.kernels.backend import backend
 from nbody_pyg.kernels.linear import Block, LinearKernel
-from nbody_pyg.nn.irreps import equal_multiplicity, require_reachable
+from nbody_pyg.nn.irreps import Resettable, equal_multiplicity, require_reachable
 
 
-class IrrepsLinear(nn.Module):
+class IrrepsLinear(Resettable):
     r"""Mix fragments of equal degree and parity; nothing else is covariant.
 
     .. math:: F'_\ell = F_\ell W^\ell, \qquad \#\text{weights} = \sum_\ell \tau_\ell \tau'_\ell
@@ -45,18 +45,11 @@ class IrrepsLinear(nn.Module):
         self._sources = sources
         self._fan_in = [sum(self.irreps_in[i].mul for i in source) for source in sources]
         self.weights = nn.ParameterList(
-            nn.Parameter(torch.empty(fan_in, mul))
+            nn.Parameter(torch.randn(fan_in, mul) * max(fan_in, 1) ** -0.5)
             for fan_in, (mul, _) in zip(self._fan_in, self.irreps_out, strict=True)
         )
         num_bias = sum(mul for mul, ir in self.irreps_out if ir == o3.Irrep("0e"))
-        self.bias = nn.Parameter(torch.empty(num_bias)) if bias and num_bias else None
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        for weight in self.weights:
-            nn.init.normal_(weight, std=max(weight.shape[0], 1) ** -0.5)
-        if self.bias is not None:
-            nn.init.zeros_(self.bias)
+        self.bias = nn.Parameter(torch.zeros(num_bias)) if bias and num_bias else None
 
     def forward(self, x: Float[Tensor, "nodes irreps_in"]) -> Float[Tensor, "nodes irreps_out"]:
         nodes = x.shape[0]
@@ -74,7 +67,7 @@ class IrrepsLinear(nn.Module):
         return f"{self.irreps_in} -> {self.irreps_out}"
 
 
-class RowLinear(nn.Module):
+class RowLinear(Resettable):
     """W^l on states of one multiplicity, (nodes, rows_in, channels) to (nodes, rows_out, channels_out).
 
     The same map as :class:`~nbody_pyg.nn.linear.IrrepsLinear`, on the three-dimensional view that the gates use.

@@ -22,6 +22,7 @@ from nbody_pyg.kernels.ops import ProductKernel
 from nbody_pyg.nn.irreps import (
     ConstantTables,
     Path,
+    Resettable,
     clebsch_gordan,
     coupling_paths,
     equal_multiplicity,
@@ -97,7 +98,7 @@ class ChannelwiseProduct(ConstantTables):
         return f"{self.irreps1} x {self.irreps2} -> {self.irreps_out}, {len(self.paths)} paths"
 
 
-class PathLinear(nn.Module):
+class PathLinear(Resettable):
     """W^l after a product: per degree, mixes all channels of all paths that give that degree.
 
     Rows come ordered by (result, component, path), so that each degree's block is a plain matrix.

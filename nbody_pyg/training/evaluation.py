@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch_geometric.data import Data
 
-from nbody_pyg.hierarchy.topology import is_topology_key
+from nbody_pyg.data import is_topology_key
 from nbody_pyg.potential import MODEL_INPUTS, Potential
 from nbody_pyg.training.loader import FrameLoader
 from nbody_pyg.training.metrics import ErrorMeter

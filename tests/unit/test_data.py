@@ -43,8 +43,8 @@ def test_from_data_keeps_keys_and_adds_the_leading_one(molecule):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"pos": None}, "must have the tensor 'pos'"),
-        ({"z": None}, "must have the tensor 'z'"),
+        ({"pos": None}, "data must hold 'pos'"),
+        ({"z": None}, "data must hold 'z'"),
         ({"z": torch.ones(4)}, "z must hold integers"),
         ({"pos": torch.zeros(4, 2)}, r"pos must have shape \[4, 3\]"),
         ({"forces": torch.zeros(3, 3)}, r"forces must have shape \[4, 3\]"),

@@ -141,7 +141,7 @@ def test_scalar_energies_and_one_y():
         ([graph()], {"units": "eV", "target": 0}, "target 0 needs the key 'y'"),
         ([graph(energy=torch.tensor(float("nan")))], {"units": "eV"}, "graph 0 of list: energy is nan"),
         ([graph(forces=torch.ones(3, 3))], {"units": "eV"}, "forces must have shape"),
-        ([Data(x=torch.ones(3))], {"units": "eV"}, "data must have the tensor 'z'"),
+        ([Data(x=torch.ones(3))], {"units": "eV"}, "data must hold 'z'"),
         ([graph()], {"units": "electronvolts?"}, "unknown energy unit"),
     ],
 )

@@ -134,7 +134,7 @@ class UserNetwork(nn.Module):
     def forward(self, z, pos, batch):
         edge_index, _ = neighbour_list(pos, 3.0, batch)
         x = self.first(self.embedding(z), edge_index, pos)
-        coarse = self.pool(x, edge_index, z, pos, batch)
+        coarse = self.pool(x, edge_index, batch=batch, z=z, pos=pos)
         return global_add_pool(self.second(coarse.x, coarse.edge_index, coarse.pos), coarse.batch)
 
 
@@ -179,7 +179,7 @@ def test_select_follows_the_scheme_and_its_data(molecules):
         NBodySelect(BondTree(), 9)
     pooling = NBodyPooling(BondTree(), "1x0e", "1x0e", level=2)
     with pytest.raises(ValueError, match="x must have one row for each of the"):
-        pooling(torch.ones(len(z), 1), torch.zeros(2, 0, dtype=torch.long), z, pos)
+        pooling(torch.ones(len(z), 1), torch.zeros(2, 0, dtype=torch.long), z=z, pos=pos)
 
 
 def test_schnet_runs_on_the_complete_graph(molecules):
