@@ -403,6 +403,22 @@ def edge_vectors(
     return vec + torch.bmm(shift.unsqueeze(1), cell[batch[index[1]]]).squeeze(1)
 
 
+def rounded_positions(
+    pos: Float[Tensor, "atoms 3"], batch: Int[Tensor, " atoms"], dtype: torch.dtype
+) -> Float[Tensor, "atoms 3"]:
+    """Positions in ``dtype``, with gradients; where digits are lost, from the mean of each graph.
+
+    For models that take positions and subtract them by themselves. Rounding a position keeps seven digits of its
+    distance from the origin: a molecule that lies far away loses its shape.
+    """
+    if torch.finfo(dtype).eps <= torch.finfo(pos.dtype).eps:
+        return pos.to(dtype)
+    where = pos.detach()
+    count = torch.bincount(batch)
+    mean = where.new_zeros(count.shape[0], 3).index_add(0, batch, where) / count.clamp(min=1).unsqueeze(-1)
+    return (pos - mean.index_select(0, batch)).to(dtype)
+
+
 def safe_norm(vec: Float[Tensor, "*shape dim"], dim: int = -1, keepdim: bool = False) -> Tensor:
     """Euclidean norm whose first and second derivatives are zero, not NaN, at the zero vector.
 
