@@ -152,7 +152,7 @@ class Scheme(BaseTransform):
     def positions(
         self, topology: Topology, z: Int[Tensor, " atoms"], pos: Float[Tensor, "atoms 3"], cell: Tensor | None
     ) -> list[Float[Tensor, "_ 3"]]:
-        """Positions of every level (``pos`` is float64), with gradients; by default the mass-weighted mean of a tree."""
+        """Positions of every level, with gradients; ``pos`` is float64. By default mass-weighted means of a tree."""
         return tree_positions(topology, z, pos, cell)
 
     def child_weight(self, level: int, vec: Float[Tensor, "edges 3"]) -> Float[Tensor, " edges"]:
