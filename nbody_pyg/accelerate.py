@@ -99,7 +99,7 @@ class CompiledPotential:
             results = complete(self.potential, program(tensors), system)
         if not known:
             trained = [p for p in self.potential.model.parameters() if p.requires_grad] if training else []
-            check_same(results, wanted, trained, tensors[0].dtype)
+            check_same(results, wanted, trained, self.potential.model.dtype)
             program.seen, program.checks = sizes, program.checks + 1
             # The comparison has used up the graph of the results
             results = complete(self.potential, program(tensors), system)

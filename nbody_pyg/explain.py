@@ -67,7 +67,7 @@ class ExplainableNet(nn.Module):
         """Node features (all one) and edges of the whole hierarchy of ``data``, for ``Explainer.__call__``."""
         hierarchy = self.model.hierarchy(data)
         edges = [index for _, _, index in _edge_sets(hierarchy)]
-        return hierarchy[0].pos.new_ones(sum(level.num_parts for level in hierarchy), 1), torch.cat(edges, dim=1)
+        return hierarchy[0].weight.new_ones(sum(level.num_parts for level in hierarchy), 1), torch.cat(edges, dim=1)
 
     def parts(self, data: Data) -> Tensor:
         """Level of each node of :meth:`graph`."""

@@ -194,6 +194,68 @@ def _heights(full: Tensor) -> Tensor:
     return 1.0 / torch.linalg.inv(full).norm(dim=-2)
 
 
+def _reduce(full: Tensor, pbc: Tensor) -> tuple[Tensor, Tensor]:
+    """Short vectors of the same lattices, and the integers U of ``short = U @ full``, [B, 3, 3] both."""
+    short, steps = full.clone(), torch.eye(3, dtype=full.dtype, device=full.device).expand_as(full).clone()
+    # Each step shortens a vector, so that this ends; the bound is for ties that rounding turns round and round
+    for _ in range(1000):
+        changed = False
+        for i, j in ((0, 1), (1, 0), (0, 2), (2, 0), (1, 2), (2, 1)):
+            count = torch.round((short[:, i] * short[:, j]).sum(-1) / short[:, j].square().sum(-1))
+            count = torch.where(pbc[:, i] & pbc[:, j], count, torch.zeros_like(count)).unsqueeze(-1)
+            short[:, i] -= count * short[:, j]
+            steps[:, i] -= count * steps[:, j]
+            changed |= bool(count.any())
+        if not changed:
+            break
+    return short, steps
+
+
+def nearest_images(
+    vec: Float[Tensor, "edges 3"],
+    graph: Int[Tensor, " edges"],
+    cell: Float[Tensor, "graphs 3 3"],
+    pbc: Bool[Tensor, "graphs 3"],
+    clear: float = 1.05,
+) -> tuple[Float[Tensor, "edges 3"], Float[Tensor, " edges"]]:
+    r"""Lattice shifts n for which ``vec + n @ cell`` is shortest, and how much longer the next image is.
+
+    Exact in every cell, however skewed or small: vectors are rounded in a basis of short lattice vectors, and where
+    another image could be within ``clear`` times that length, all that could are tried.
+
+    Args:
+        clear: ratio above which the next image is not looked at.
+
+    Returns:
+        ``(shift, ratio)``: shifts in float64, and the length of the next image over that of the nearest; infinite
+        where it is above ``clear``.
+    """
+    full = complete_cell(cell, pbc)
+    short, steps = _reduce(full, pbc)
+    inverse = torch.linalg.inv(short)
+    vec, axes = vec.detach().double(), pbc[graph]
+    count = -torch.round(torch.bmm(vec.unsqueeze(1), inverse[graph]).squeeze(1)).masked_fill(~axes, 0.0)
+    near = vec + torch.bmm(count.unsqueeze(1), short[graph]).squeeze(1)
+    # A lattice vector of length L has at most L / height steps along each axis
+    heights = torch.where(pbc, 1.0 / inverse.norm(dim=-2), torch.full_like(full[:, 0], torch.inf))
+    reach = torch.floor((1.0 + clear) * near.norm(dim=1, keepdim=True) / heights[graph])
+    ratio = torch.full_like(near[:, 0], torch.inf)
+    crowded = (reach >= 1.0).any(dim=1).nonzero().flatten()
+    if len(crowded):
+        grid = torch.cartesian_prod(
+            *(torch.arange(-n, n + 1.0, dtype=vec.dtype, device=vec.device) for n in reach.amax(0).tolist())
+        )
+        for part in crowded.split(max(1, _DENSE_CHUNK // len(grid))):
+            lattice = grid @ short[graph[part]]
+            allowed = ((grid == 0) | axes[part].unsqueeze(1)).all(dim=-1)
+            length = (near[part].unsqueeze(1) + lattice).norm(dim=-1).masked_fill(~allowed, torch.inf)
+            value, which = length.topk(2, dim=1, largest=False)
+            count[part] += grid[which[:, 0]]
+            ratio[part] = value[:, 1] / value[:, 0].clamp(min=COINCIDENT)
+    ratio = ratio.masked_fill(ratio > clear, torch.inf)
+    return torch.bmm(count.unsqueeze(1), steps[graph]).squeeze(1), ratio
+
+
 # --------------------------------------------------------------------------------------------------
 # The neighbour list
 # --------------------------------------------------------------------------------------------------
@@ -433,6 +495,22 @@ def edge_vectors(
     if batch is None:
         raise ValueError(f"batch must be given with {cell.shape[0]} cells; pass the graph number of each atom")
     return vec + torch.bmm(shift.unsqueeze(1), cell[batch[index[1]]]).squeeze(1)
+
+
+def rounded_positions(
+    pos: Float[Tensor, "atoms 3"], batch: Int[Tensor, " atoms"], dtype: torch.dtype
+) -> Float[Tensor, "atoms 3"]:
+    """Positions in ``dtype``, with gradients; where digits are lost, from the mean of each graph.
+
+    For models that take positions and subtract them by themselves. Rounding a position keeps seven digits of its
+    distance from the origin: a molecule that lies far away loses its shape.
+    """
+    if torch.finfo(dtype).eps <= torch.finfo(pos.dtype).eps:
+        return pos.to(dtype)
+    where = pos.detach()
+    count = torch.bincount(batch)
+    mean = where.new_zeros(count.shape[0], 3).index_add(0, batch, where) / count.clamp(min=1).unsqueeze(-1)
+    return (pos - mean.index_select(0, batch)).to(dtype)
 
 
 def safe_norm(vec: Float[Tensor, "*shape dim"], dim: int = -1, keepdim: bool = False) -> Tensor:

@@ -176,7 +176,7 @@ class _Captured:
         results = finish(found)
         if wanted is not None:
             try:
-                self._compare(results, wanted, tensors[0].dtype)
+                self._compare(results, wanted, self.potential.model.dtype)
             except ArithmeticError as error:
                 return self._give_up(reason_of(error))
             graph.checks += 1
@@ -364,6 +364,7 @@ class CapturedStep(_Captured):
     def _added(self, pos: Tensor, system: dict[str, Any], stress: bool) -> list[Tensor]:
         """What has no weights: repulsion in energies, forces and stress; energies of isolated atoms."""
         graphs = system["num_graphs"]
+        pos = pos.to(self.potential.model.dtype)
         zeros = [pos.new_zeros(graphs), torch.zeros_like(pos)] + [pos.new_zeros(graphs, 3, 3)] * stress
         rest = complete(self.potential, zeros, system)
         names = ("interaction_energy", "forces", "stress")[: len(zeros)]

@@ -40,9 +40,14 @@ class Step(NamedTuple):
     level: int
 
     @property
+    def edge_level(self) -> int:
+        """Level to which the edge set of the step belongs: that of the parents for children."""
+        return self.level + (self.kind == "down")
+
+    @property
     def edges(self) -> str:
         """Name of the edge set that the step uses, e.g. "pair_0" or "child_2"."""
-        return f"pair_{self.level}" if self.kind == "pair" else f"child_{self.level + (self.kind == 'down')}"
+        return f"{'pair' if self.kind == 'pair' else 'child'}_{self.edge_level}"
 
 
 class Surroundings(NamedTuple):
@@ -63,7 +68,7 @@ class Surroundings(NamedTuple):
     ) -> Surroundings:
         """From the total charge of each graph, or the formal charges of the atoms; arguments as for the network."""
         level = hierarchy[0]
-        return cls(charge_shares(level.batch, hierarchy.num_graphs, charge, charges, level.pos), cell, pbc)
+        return cls(charge_shares(level.batch, hierarchy.num_graphs, charge, charges, level.weight), cell, pbc)
 
 
 class NBodyNet(Resettable):
@@ -173,7 +178,7 @@ class NBodyNet(Resettable):
         scalars = hidden_irreps(self.channels, max(int(dipoles), *(ir.l for _, ir in self.irreps_out)), symmetry)
         for n, step in enumerate(self.steps):
             if step.edges not in self.embeddings:
-                spec = levels[int(step.edges[-1])]
+                spec = levels[step.edge_level]
                 radius = spec.pair_radius if step.kind == "pair" else spec.child_radius
                 basis = (
                     InversePowers(num_basis - 1, radius) if self.preset == "strict" else BesselBasis(num_basis, radius)
@@ -235,8 +240,8 @@ class NBodyNet(Resettable):
             practical=self.preset == "practical",
             gain=self._gain(),
         )
-        kind = step.edges.split("_")[0]
-        degree = float((self.options["degrees"] or {}).get(step.edges, _DEFAULT_DEGREE[kind]))
+        default = _DEFAULT_DEGREE["pair" if step.kind == "pair" else "child"]
+        degree = float((self.options["degrees"] or {}).get(step.edges, default))
         if step.kind == "down":
             return OneBodyGate(self.irreps, self.irreps, self.lmax, recipe.num_basis, 1.0, recipe.symmetry)
         return Interaction(
@@ -334,11 +339,9 @@ class NBodyNet(Resettable):
         # Building a topology looks at the values, and whoever hands one over has
         z = check_atoms(z, pos, values=stored and not is_tracing())
         self._species_index(z)  # names an unknown element before its mass is looked up
-        pos = pos.to(self.dtype)
-        cell = None if cell is None else cell.to(self.dtype)
         if topology is None:
             topology = self.scheme.compose(z, pos, batch, cell, pbc, batch_size, **given)
-        return self.scheme.hierarchy(topology, z, pos, cell)
+        return self.scheme.hierarchy(topology, z, pos.double(), cell, dtype=self.dtype)
 
     def states(self, hierarchy: Hierarchy) -> dict[int, Float[Tensor, "parts rows channels"]]:
         """State of every part, by level; levels that the network does not use are left out."""
@@ -406,7 +409,7 @@ class NBodyNet(Resettable):
 
         Centred levels of one radius share their edges (the very same tensor), and with them the features.
         """
-        number = int(step.edges[-1])
+        number = step.edge_level
         level, spec = hierarchy[number], self.scheme.levels[number]
         if step.kind == "pair":
             index, vec, window, radius = level.pair_index, level.pair_vec, level.pair_weight, spec.pair_radius
@@ -437,7 +440,7 @@ class NBodyNet(Resettable):
     # ------------------------------------------------------------------ description
     @property
     def dtype(self) -> torch.dtype:
-        """Floating dtype of the weights; positions are cast to it."""
+        """Floating dtype of the weights. Vectors between atoms are cast to it, not positions."""
         return next(self.parameters()).dtype
 
     @classmethod

@@ -16,11 +16,19 @@ from torch_geometric.data import Data
 from torch_geometric.data.data import BaseData
 
 from nbody_pyg.data import count_graphs, has_hierarchy, require_atoms
-from nbody_pyg.geometry import apply_strain, check_atoms, check_batch, check_cell, edge_vectors, neighbour_list
+from nbody_pyg.geometry import (
+    apply_strain,
+    check_atoms,
+    check_batch,
+    check_cell,
+    edge_vectors,
+    neighbour_list,
+    rounded_positions,
+)
 from nbody_pyg.hierarchy.levels import Hierarchy
 from nbody_pyg.hierarchy.topology import Topology
 from nbody_pyg.kernels.scope import skip_weight_gradients
-from nbody_pyg.models import Surroundings
+from nbody_pyg.models import NBodyNet, Surroundings
 from nbody_pyg.nn.exact import Float64Buffers
 from nbody_pyg.nn.repulsion import ZBLRepulsion, short_edges
 
@@ -182,6 +190,11 @@ class Potential(Float64Buffers):
             practical preset that gives energies, and None for every other model. Training takes the reach of the
             repulsion from its frames: ``ZBLRepulsion.from_frames``.
 
+    Positions come in any floating dtype. An :class:`NBodyNet` subtracts them in float64 and rounds the vectors, so that
+    its results do not depend on where a system lies. Any other model subtracts by itself: where its weights are
+    narrower than the positions it is given them from the mean of each graph, which changes nothing for a model that
+    knows no place in space.
+
     Smoothness: that of the model; the repulsion has two continuous derivatives where it ends.
     Cost: one forward and one backward pass of the model; forces and stress share the backward pass.
 
@@ -216,6 +229,7 @@ class Potential(Float64Buffers):
         names = inspect.signature(model.forward).parameters
         free = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in names.values())
         self._keywords = frozenset(k for k in MODEL_INPUTS if k in names or (free and k != "batch_size"))
+        self._own = isinstance(model, NBodyNet)
 
     @property
     def dtype(self) -> torch.dtype | None:
@@ -264,6 +278,7 @@ class Potential(Float64Buffers):
             RuntimeError: forces or stress under ``torch.inference_mode()``.
         """
         system = self._system(z, pos, batch, cell, pbc, topology, charge, charges, batch_size)
+        dtype = self.dtype or system["pos"].dtype
         derivative = compute_forces or compute_stress
         if derivative:
             _refuse_inference_mode()
@@ -282,9 +297,9 @@ class Potential(Float64Buffers):
                 inputs = [pos] if strain is None else [pos, strain]
                 gradients = _gradient(interaction.sum(), inputs, create_graph=training)
                 if compute_forces:
-                    results["forces"] = -gradients[0]
+                    results["forces"] = -gradients[0].to(dtype)
                 if compute_stress:
-                    results["stress"] = gradients[1] / volume.reshape(-1, 1, 1)
+                    results["stress"] = (gradients[1] / volume.reshape(-1, 1, 1)).to(dtype)
             if not follow:
                 self.add_repulsion(results, system)
             energy = results["interaction_energy"].to(torch.float64)
@@ -329,6 +344,7 @@ class Potential(Float64Buffers):
         if self.repulsion is not None:
             index, shift = self._short_edges(system)
             vec = edge_vectors(system["pos"], index, shift, system["cell"], system["batch"])
+            vec = vec.to(self.dtype or vec.dtype)
             repulsion = self.repulsion.energy(system["z"], index, vec).double()
         if self.reference is not None:
             reference = self.reference.energy(system["z"], torch.arange(len(zero), device=zero.device), len(zero))
@@ -360,7 +376,7 @@ class Potential(Float64Buffers):
             pos = system["pos"].detach().requires_grad_(True)
             (slope,) = _gradient(self._interaction(system, pos, None, repel=True).sum(), [pos], create_graph=True)
             (product,) = _gradient((slope * vector.to(slope.dtype)).sum(), [pos], create_graph=False)
-        return product.detach()
+        return product.detach().to(self.dtype or pos.dtype)
 
     def hessian(
         self,
@@ -386,7 +402,7 @@ class Potential(Float64Buffers):
             pos = system["pos"].detach().requires_grad_(True)
             (slope,) = _gradient(self._interaction(system, pos, None, repel=True).sum(), [pos], create_graph=True)
             rows = [_gradient(s, [pos], create_graph=False, retain_graph=True)[0] for s in slope.flatten()]
-        return torch.stack(rows).reshape(pos.numel(), pos.numel()).detach()
+        return torch.stack(rows).reshape(pos.numel(), pos.numel()).detach().to(self.dtype or pos.dtype)
 
     # ----------------------------------------------------------------------------------------------
     def _system(
@@ -426,8 +442,9 @@ class Potential(Float64Buffers):
         num_graphs = found if batch_size is None else batch_size
         if num_graphs < found:
             raise ValueError(f"batch_size must be at least {found}, the number of graphs in batch, got {batch_size!r}")
-        dtype = self.dtype or pos.dtype
-        pos = _usable(pos).to(dtype)
+        pos = _usable(pos)
+        if self._own:
+            pos = pos.double()  # the model subtracts before it rounds
         cell, pbc = check_cell(cell, pbc, num_graphs, pos)
         if pbc is not None and "cell" not in self._keywords:
             raise ValueError(
@@ -466,7 +483,10 @@ class Potential(Float64Buffers):
         cell = system["cell"]
         if strain is not None:
             pos, cell = apply_strain(pos, cell, system["batch"], strain)
-        num_graphs = system["num_graphs"]
+        where, box = pos, cell
+        dtype, num_graphs = self.dtype, system["num_graphs"]
+        if not self._own and dtype is not None:
+            pos, cell = rounded_positions(pos, system["batch"], dtype), None if cell is None else cell.to(dtype)
         given = {key: system.get(key) for key in MODEL_INPUTS} | {"cell": cell, "batch_size": num_graphs}
         keywords = {k: v for k, v in given.items() if v is not None and k in self._keywords}
         output = self.model(system["z"], pos, system["batch"], **keywords)
@@ -485,7 +505,7 @@ class Potential(Float64Buffers):
         interaction = output.reshape(num_graphs) * self.scale.to(output.dtype)
         if repel and self.repulsion is not None:
             index, shift = self._short_edges(system)
-            vec = edge_vectors(pos, index, shift, cell, system["batch"])
+            vec = edge_vectors(where, index, shift, box, system["batch"]).to(interaction.dtype)
             interaction = interaction.index_add(0, system["batch"], self.repulsion.energy(system["z"], index, vec))
         return interaction
 
@@ -505,7 +525,9 @@ class Potential(Float64Buffers):
             return
         pos, batch = system["pos"], system["batch"]
         index, shift = self._short_edges(system)
-        near = self.repulsion.contacts(system["z"], index, edge_vectors(pos, index, shift, system["cell"], batch))
+        dtype = results["interaction_energy"].dtype
+        vec = edge_vectors(pos, index, shift, system["cell"], batch).to(dtype)
+        near = self.repulsion.contacts(system["z"], index, vec)
         if near.energy.shape[0] == 0:
             return
         target = near.index[1]
@@ -517,7 +539,7 @@ class Potential(Float64Buffers):
                 results["forces"] = results["forces"].index_add(0, target, pull)
         if "stress" in results:
             virial = torch.einsum("ea,eb->eab", 0.5 * pull, near.vec)
-            volume = torch.linalg.det(system["cell"].double()).abs().to(pos.dtype).reshape(-1, 1, 1)
+            volume = torch.linalg.det(system["cell"].double()).abs().to(dtype).reshape(-1, 1, 1)
             stress = torch.zeros_like(results["stress"]).index_add(0, batch[target], virial) / volume
             with torch.enable_grad():
                 results["stress"] = results["stress"] + stress
@@ -557,11 +579,11 @@ def derivatives(
             moved, bent = apply_strain(pos, cell, batch, inputs[1])
         value = energy(moved, bent) if stress else energy(pos, cell)
         slopes = _gradient(value.sum(), inputs, create_graph=create_graph)
-    found = [value, -slopes[0]]
+    found = [value, -slopes[0].to(value.dtype)]
     if stress:
         # The triple product: a decomposition of the cell may wait for the GPU
         volume = (cell[:, 0] * torch.linalg.cross(cell[:, 1], cell[:, 2])).sum(dim=-1).abs()
-        found.append(slopes[1] / volume.reshape(-1, 1, 1))
+        found.append((slopes[1] / volume.reshape(-1, 1, 1)).to(value.dtype))
     return found
 
 

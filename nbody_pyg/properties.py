@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch_geometric.data import Data
 
 from nbody_pyg.data import count_graphs, require_atoms
-from nbody_pyg.geometry import safe_norm
+from nbody_pyg.geometry import rounded_positions, safe_norm
 from nbody_pyg.hierarchy import Hierarchy
 from nbody_pyg.hierarchy.positions import atomic_masses
 from nbody_pyg.models import NBodyNet
@@ -184,7 +184,7 @@ class PropertyModel(nn.Module):
                 a = value[:, counts[0] : counts[0] + k0]
                 v = value[:, n0 + 3 * counts[1] :][:, : 3 * k1]
                 t = value[:, n0 + 3 * n1 + 5 * counts[2] :][:, : 5 * k2]
-                total = total + self._sum(p.readout, hierarchy, level, a, v, t, centre.to(value.dtype))
+                total = total + self._sum(p.readout, hierarchy, level, a, v, t, centre)
             counts = [counts[0] + k0, counts[1] + k1, counts[2] + k2]
             if p.readout == "intensive":
                 total = total / num_atoms.clamp(min=1).to(total.dtype)
@@ -198,9 +198,9 @@ class PropertyModel(nn.Module):
         """Contribution of the parts of a level to each graph."""
         here = hierarchy[level]
         if readout in ("dipole", "dipole_norm"):
-            each = a * (here.pos - centre[here.batch]) + v
+            each = a * (here.pos - centre[here.batch]).to(a.dtype) + v
         elif readout == "r2":
-            square = (here.pos - centre[here.batch]).square().sum(-1, keepdim=True)
+            square = (here.pos - centre[here.batch]).to(a.dtype).square().sum(-1, keepdim=True)
             each = a[:, :1] + a[:, 1:] * square
         elif readout == "polarizability":
             table = clebsch_gordan(1, 1, 2).to(a)
@@ -211,7 +211,7 @@ class PropertyModel(nn.Module):
         return sum_into(each, here.batch, hierarchy.num_graphs)
 
     def _from_other(self, data: Data, batch: Tensor) -> dict[str, Tensor]:
-        output = self.model(data.z, data.pos.to(self.dtype), batch)
+        output = self.model(data.z, rounded_positions(data.pos, batch, self.dtype), batch)
         output = output[0] if isinstance(output, (tuple, list)) else output
         return {self.properties[0].name: output.reshape(-1)}
 

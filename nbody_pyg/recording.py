@@ -96,7 +96,8 @@ def evaluate(potential: Potential, layout: Layout, training: bool, tensors: Sequ
     topology = Topology(parts, child, pair, child_shift, pair_shift, None, periodic).assume(batches)
 
     def energy(pos: Tensor, cell: Tensor | None) -> Tensor:
-        return model.total(model.scheme.hierarchy(topology, z, pos, cell)) * potential.scale.to(pos.dtype)
+        value = model.total(model.scheme.hierarchy(topology, z, pos, cell, dtype=model.dtype))
+        return value * potential.scale.to(value.dtype)
 
     found = derivatives(energy, pos, cell, batches[0], layout.stress, create_graph=training)
     return found if training else [value.detach() for value in found]

@@ -46,8 +46,9 @@ class BondTree(Scheme):
     the tree of one reference frame**: :func:`~nbody_pyg.hierarchy.share_topology`. :meth:`update` keeps the
     children and recomputes the pairs; molecular dynamics goes through it.
 
-    Under periodic boundaries parts are put together along their bonds, whatever images were given; a bond
-    must be shorter than half the cell. Networks without end (diamond, polymers through the cell) are refused.
+    Under periodic boundaries parts are put together along their bonds, each between nearest images: neither the images
+    that were given nor the choice of lattice vectors matters, and a molecule may be longer than the cell. Refused are
+    bonds of which two images are about equally long, and networks without end (diamond, polymers through the cell).
 
     Args:
         cutoff: radius of pairs of atoms, angstrom.
@@ -190,7 +191,12 @@ def _both_directions(bonds: Tensor, atoms: AtomsInput) -> Tensor:
     crossing = (atoms.batch[bonds[0]] != atoms.batch[bonds[1]]).nonzero().flatten().tolist()
     if crossing:
         raise ValueError(f"bonds must stay within a graph, but atoms {bonds[:, crossing[0]].tolist()} do not")
-    bonds = bonds.long()[:, bonds[0] != bonds[1]]
+    itself = bonds[0] == bonds[1]
+    if atoms.pbc is not None and bool((itself & atoms.pbc.any(dim=1)[atoms.batch[bonds[0]]]).any()):
+        atom = int(bonds[0, itself][0])
+        raise ValueError(f"bonds must join two atoms, but atom {atom} is bonded to an image of itself: a chain without "
+                         "end; use NestedShells for crystals and polymers")  # fmt: skip
+    bonds = bonds.long()[:, ~itself]
     both = torch.cat([bonds, bonds.flip(0)], dim=1)
     key = torch.unique(both[1] * num_atoms + both[0])
     return torch.stack([key % num_atoms, torch.div(key, num_atoms, rounding_mode="floor")])

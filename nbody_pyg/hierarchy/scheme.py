@@ -201,7 +201,7 @@ class Scheme(BaseTransform):
     def positions(
         self, topology: Topology, z: Int[Tensor, " atoms"], pos: Float[Tensor, "atoms 3"], cell: Tensor | None
     ) -> list[Float[Tensor, "_ 3"]]:
-        """Positions of every level, with gradients; the default is the mass-weighted mean of a tree."""
+        """Positions of every level, with gradients; ``pos`` is float64. By default mass-weighted means of a tree."""
         return tree_positions(topology, z, pos, cell)
 
     def child_weight(self, level: int, vec: Float[Tensor, "edges 3"]) -> Float[Tensor, " edges"]:
@@ -214,15 +214,24 @@ class Scheme(BaseTransform):
         z: Int[Tensor, " atoms"],
         pos: Float[Tensor, "atoms 3"],
         cell: Float[Tensor, "graphs 3 3"] | None = None,
+        dtype: torch.dtype | None = None,
     ) -> Hierarchy:
         """Positions, vectors and weights of every level, differentiable in ``pos`` and ``cell``.
 
+        Positions of parts and all differences are taken in float64, and vectors are rounded to ``dtype`` afterwards:
+        how far from the origin a system lies costs no digits. Positions keep the dtype of ``pos``.
+
         The position of the root of a periodic graph has no meaning (it would depend on which image of an atom
         was given), so the vectors from it to its children are zero there; it still holds the mean as given.
+
+        Args:
+            dtype: of vectors and weights; None for that of ``pos``.
         """
         self._check_levels(topology)
+        dtype = pos.dtype if dtype is None else dtype
+        given, pos = pos, pos.double()
         if cell is not None:
-            cell = cell.reshape(-1, 3, 3)
+            cell = cell.reshape(-1, 3, 3).double()
         centres = self.positions(topology, z, pos, cell)
         levels = []
         for k, here in enumerate(centres):
@@ -230,17 +239,18 @@ class Scheme(BaseTransform):
             child = child_vec = child_weight = pair_vec = pair_weight = None
             if k > 0:
                 child, shift = topology.child_index[k], topology.child_shift[k]
-                child_vec = child_vectors(centres[k - 1], here, child, shift, cell, batch)
+                child_vec = child_vectors(centres[k - 1], here, child, shift, cell, batch).to(dtype)
                 if k == topology.num_levels - 1 and topology.periodic is not None:
                     open_graph = ~topology.periodic.index_select(0, batch.index_select(0, child[1]))
                     child_vec = child_vec * open_graph.unsqueeze(-1).to(child_vec.dtype)
                 child_weight = self.child_weight(k, child_vec)
             if (pair := topology.pair_index[k]) is not None:
-                pair_vec = edge_vectors(here, pair, topology.pair_shift[k], cell, batch)
+                pair_vec = edge_vectors(here, pair, topology.pair_shift[k], cell, batch).to(dtype)
                 pair_weight = vector_window(pair_vec, self.levels[k].pair_radius)
+            own = given if here is pos else here.to(given.dtype)
+            weight = here.new_ones(here.shape[0], dtype=dtype)
             levels.append(
-                Level(here, here.new_ones(here.shape[0]), batch, child, child_vec, child_weight,
-                      pair, pair_vec, pair_weight)
+                Level(own, weight, batch, child, child_vec, child_weight, pair, pair_vec, pair_weight)
             )  # fmt: skip
         return Hierarchy(tuple(levels), z, topology.num_graphs)
 

@@ -45,7 +45,7 @@ class DirectField(nn.Module):
         self, moments: Float[Tensor, "atoms rows channels"], hierarchy: Hierarchy
     ) -> Float[Tensor, "atoms rows channels"]:
         pos, index = hierarchy[0].pos, all_pairs(hierarchy[0].batch)
-        vec = pos.index_select(0, index[0]) - pos.index_select(0, index[1])
+        vec = (pos.index_select(0, index[0]) - pos.index_select(0, index[1])).to(moments.dtype)
         return m2l(moments, vec, index, pos.shape[0], self.lmax, None, self.width)
 
     def extra_repr(self) -> str:
@@ -99,7 +99,7 @@ class HierarchyField(Resettable):
         for gate, edges in zip(self.up, rising, strict=True):
             parts.append(gate.translate(parts[-1], edges))
         pairs = all_pairs(levels[top].batch)
-        near = pairs, levels[top].pos.new_ones(pairs.shape[1])
+        near = pairs, moments.new_ones(pairs.shape[1])
         field = None
         for k in range(top, 0, -1):
             level, edges = levels[k], rising[k - 1]
@@ -109,7 +109,8 @@ class HierarchyField(Resettable):
             field = self.down[k - 1].translate(field, edges.reversed(levels[k - 1].num_parts))
             near = self._below(level, window, edges, levels[k - 1].num_parts)
         index, weight = near
-        vec = levels[0].pos.index_select(0, index[0]) - levels[0].pos.index_select(0, index[1])
+        pos = levels[0].pos
+        vec = (pos.index_select(0, index[0]) - pos.index_select(0, index[1])).to(moments.dtype)
         return field + m2l(moments, vec, index, moments.shape[0], self.lmax_atoms, weight, self.width)
 
     def _handed(self, level: Level, near: tuple[Tensor, Tensor], window: Tensor) -> Translation:
@@ -120,7 +121,7 @@ class HierarchyField(Resettable):
         keep = weight.detach().abs() > 1e-14
         index, weight = index[:, keep], weight[keep]
         vec = level.pos.index_select(0, index[0]) - level.pos.index_select(0, index[1])
-        return Translation(index, vec, weight, level.num_parts)
+        return Translation(index, vec.to(weight.dtype), weight, level.num_parts)
 
     def _below(self, level: Level, window: Tensor, edges: Translation, size: int) -> tuple[Tensor, Tensor]:
         """Pairs of children, with the weight that their parents left to them."""
