@@ -126,14 +126,14 @@ def _train(config: Config, run: RunFolder) -> int:
         run, potential, data.train, data.val, config.training, last,
         callbacks=[KeptConfig(config, data.split, folder)], files=files,
     )  # fmt: skip
+    if not is_first_process():
+        return 0  # the first process tests and saves, and tells how it ended
     if result.interrupted is not None:
         print(
             f"stopped by signal {result.interrupted} after step {result.steps}; go on with the same command "
             "and --output.resume true"
         )
         return 128 + result.interrupted
-    if not is_first_process():
-        return 0  # the first process tests and saves
     if result.already_finished and _is_complete(folder / "model.nbody", result):
         print(f"model      {folder / 'model.nbody'}: as it was")
         return 0
@@ -222,6 +222,7 @@ def _finish(
     record: dict[str, Any] = {
         "config": config.to_dict(),
         "run": result.run,
+        "resumed": list(result.resumed),
         "steps": result.steps,
         "epochs": result.epochs,
         "cpu_seconds": round(result.cpu_seconds, 3),

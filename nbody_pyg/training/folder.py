@@ -30,9 +30,11 @@ class RunFolder:
     def __init__(self, path: str | Path, active: bool = True):
         self.path, self.active = Path(path), active
         self._lock: IO[str] | None = None
+        self._made = False
 
     def __enter__(self) -> RunFolder:
         if self.active:
+            self._made = not self.path.exists()
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = self._take() if fcntl is not None else None
         return self
@@ -43,6 +45,9 @@ class RunFolder:
                 os.unlink(self._lock.name)  # before it is free: nobody else has it now
             self._lock.close()
             self._lock = None
+        if self._made:
+            with contextlib.suppress(OSError):
+                os.rmdir(self.path)  # where nothing came of it: a folder with files stays
 
     def _take(self) -> IO[str] | None:
         path = self.path / ".lock"

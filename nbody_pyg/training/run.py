@@ -8,10 +8,11 @@ import logging
 import math
 import os
 import signal
+import subprocess
 import time
 import uuid
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,8 +47,8 @@ class FitResult:
     describe ``best.ckpt``; infinite and -1 without validation frames. The score is the mean absolute error
     ``monitor``: of the first label that is both trained on and known of validation frames, of forces (meV/angstrom),
     energy (meV), stress (meV/angstrom^3) and the properties, in their units; empty where there is none. ``run`` is
-    the identity that every checkpoint of the run carries. ``already_finished``: it was resumed after its end, and
-    nothing was done.
+    the identity that every checkpoint of the run carries, ``resumed`` the steps at which it went on, each with what
+    was changed then. ``already_finished``: it was resumed after its end, and nothing was done.
     """
 
     potential: Potential | PropertyModel
@@ -59,6 +60,7 @@ class FitResult:
     interrupted: int | None
     monitor: str = "forces_mae"
     run: str = ""
+    resumed: tuple[dict[str, Any], ...] = ()
     already_finished: bool = False
 
     @property
@@ -112,14 +114,13 @@ def require_elements(potential: Potential | PropertyModel, sets: Mapping[str, Se
         for number, frame in enumerate(frames):
             if unknown := sorted(set(frame.z.tolist()).difference(known)):
                 raise ValueError(
-                    f"frame {number} of {name} holds {', '.join(_symbol(z) for z in unknown)}, which the model "
-                    f"does not know (it knows {', '.join(_symbol(z) for z in sorted(known))}); add training frames with these "
-                    "elements, or leave that frame out"
+                    f"frame {number} of {name} holds {_symbols(unknown)}, which the model does not know (it knows "
+                    f"{_symbols(known)}); add training frames with these elements, or leave that frame out"
                 )
 
 
-def _symbol(z: int) -> str:
-    return chemical_symbols[z] if 0 < z < len(chemical_symbols) else f"element {z}"
+def _symbols(numbers: Iterable[int]) -> str:
+    return ", ".join(chemical_symbols[z] if 0 < z < len(chemical_symbols) else f"element {z}" for z in sorted(numbers))
 
 
 def steps_per_epoch(settings: TrainingConfig, num_frames: int) -> int:
@@ -239,13 +240,19 @@ def fit_in(
         epoch = steps_per_epoch(settings, len(train))
         stream = FrameStream(FrameLoader(train, settings.batch_size, shuffle=True, seed=settings.seed))
         evaluation = FrameLoader(val, 4 * settings.batch_size) if len(val) else None
-        identity = {"id": uuid.uuid4().hex} if checkpoint is None else {"id": checkpoint["run"]["id"]}
+        identity: dict[str, Any] = {"id": uuid.uuid4().hex, "resumed": []}
         identity["frames"] = {"train": _described(stream.loader), "val": _described(evaluation)}
         if checkpoint is not None:
-            _require_same(checkpoint, task, stream.loader, identity, note)
+            _require_same(checkpoint, task, identity["frames"], stream.loader)
+            step, before = checkpoint["global_step"], checkpoint["run"]
             if is_finished(settings, checkpoint, epoch):
-                note(f"the run is finished: {checkpoint['global_step']} steps; a larger limit lets it go on")
-                return _as_it_was(checkpoint, task, epoch, identity["id"])
+                note(f"the run is finished: {step} steps; a larger limit lets it go on")
+                return _as_it_was(checkpoint, task, epoch)
+            words = changes(checkpoint["hyper_parameters"]["settings"], dataclasses.asdict(settings))
+            if new := len(train) - before["frames"]["train"]["count"]:
+                words += f"{'; ' if words else ''}{new} new training frames behind those of before"
+            identity |= {"id": before["id"], "resumed": [*before["resumed"], {"step": step, "changes": words}]}
+            note(f"going on from step {step}{': ' if words else ''}{words}")
         same = checkpoint is not None and Path(resume).resolve().parent == run.path.resolve()
         if not same and (target := run.move_away(files)) is not None:
             note(f"the earlier run in {run.path} is now in {target}")
@@ -272,6 +279,7 @@ def fit_in(
         interrupted=stop.received,
         monitor=task.monitor or "",
         run=identity["id"],
+        resumed=tuple(identity["resumed"]),
     )
 
 
@@ -297,7 +305,7 @@ def _described(loader: FrameLoader | None) -> dict[str, Any]:
 
 
 def _require_same(
-    checkpoint: Mapping[str, Any], task: PotentialTask, train: FrameLoader, identity: Mapping[str, Any], note: Any
+    checkpoint: Mapping[str, Any], task: PotentialTask, frames: Mapping[str, Any], train: FrameLoader
 ) -> None:
     """Raise ValueError where a resumed run differs from that of the checkpoint in what it must not change."""
     if words := changes(checkpoint["hyper_parameters"]["settings"], dataclasses.asdict(task.settings), RESUMABLE):
@@ -305,7 +313,7 @@ def _require_same(
             f"a resumed run must not change these settings: {words}; resume with the old ones, or start anew"
         )
     task.require_same_network(checkpoint)
-    old, new = checkpoint["run"]["frames"], identity["frames"]
+    old, new = checkpoint["run"]["frames"], frames
     count = old["train"]["count"]
     if old["val"] != new["val"]:
         raise ValueError(
@@ -317,18 +325,16 @@ def _require_same(
             f"training frames must be those of the run that is resumed, and new ones stand behind them: {count} there, "
             f"{train.num_frames} here, or changed; resume with the same, or start anew"
         )
-    if count < train.num_frames:
-        note(f"{train.num_frames - count} new training frames behind the {count} of before")
 
 
-def _as_it_was(checkpoint: Mapping[str, Any], task: PotentialTask, epoch: int, run: str) -> FitResult:
+def _as_it_was(checkpoint: Mapping[str, Any], task: PotentialTask, epoch: int) -> FitResult:
     """The result of a run that was finished before: the averaged weights, in the potential."""
     task.load_state_dict(checkpoint["state_dict"])
     best = checkpoint["callbacks"]["CallbackGroup"]["Checkpoints"]
     steps = checkpoint["global_step"]
     return FitResult(
         task.potential.eval(), steps, steps // epoch, checkpoint["cpu_seconds"], best["best_score"], best["best_step"],
-        None, task.monitor or "", run, already_finished=True,
+        None, task.monitor or "", checkpoint["run"]["id"], tuple(checkpoint["run"]["resumed"]), True,
     )  # fmt: skip
 
 
@@ -347,12 +353,15 @@ def _together(trainer: Trainer) -> Iterator[None]:
             time.sleep(2.0)  # mostly the first process fails of the same, says so, and ends this one
             raise
         children = getattr(launcher, "procs", ())
+        if children and isinstance(error, RuntimeError):  # maybe of a connection that another process has broken
+            for child in children:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    child.wait(5.0)
+        failed = any(child.poll() for child in children)
         if children:
-            time.sleep(3.0 if isinstance(error, RuntimeError) else 0.0)  # a connection that broke: who broke it?
-            failed = [child for child in children if child.poll()]
             launcher.kill(signal.SIGKILL)
-            if failed and isinstance(error, RuntimeError):
-                raise ChildProcessError("a process of the training has failed; it says why above") from error
+        if failed:
+            raise ChildProcessError("a process of the training has failed; it says why above") from error
         raise
     finally:
         if trainer.world_size > 1 and dist.is_initialized():
