@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,17 +21,33 @@ from nbody_pyg.cli.frames import sample_of
 from nbody_pyg.cli.plots import parity_plot, property_plot
 from nbody_pyg.cli.tables import error_table
 from nbody_pyg.datasets import label_audit
-from nbody_pyg.deploy import save_model
+from nbody_pyg.datasets.splits import Split, read_split
+from nbody_pyg.deploy import read_metadata, save_model
 from nbody_pyg.potential import Potential
 from nbody_pyg.properties import PropertyModel
-from nbody_pyg.training import FitResult, fit
-from nbody_pyg.training.config import Config, config_parser, load_config
+from nbody_pyg.training.build import potential_from_config
+from nbody_pyg.training.checkpoint import changes, read_checkpoint
+from nbody_pyg.training.config import Config, ModelConfig, OutputConfig, config_parser, load_config
+from nbody_pyg.training.durable import written_whole
 from nbody_pyg.training.evaluation import Evaluation, evaluate
+from nbody_pyg.training.folder import RunFolder
 from nbody_pyg.training.prepare import DataSets, build_potential, explicit, load_data
 from nbody_pyg.training.property_task import PropertyEvaluation, evaluate_properties
+from nbody_pyg.training.run import FIT_FILES, FitResult, fit_in, is_first_process, require_device, require_elements
+from nbody_pyg.training.settings import RESUMABLE
 
 # Atoms of a structure that is kept in the model file, as text.
 _LARGEST_SAMPLE = 1000
+
+
+#: Files of a run. ``config.yaml`` is among them where it is as we wrote it.
+_FILES = (*FIT_FILES, "model.nbody", "errors.json", "parity.png", "split.json", "config.used.yaml")
+
+# What a resumed run may change: how far it goes, where files lie (what is in the frames is compared), and its output.
+_FREE = frozenset({f"training.{name}" for name in RESUMABLE} | {
+    "data.root", "data.train", "data.val", "data.test", "data.num_test",
+    *(f"output.{field.name}" for field in dataclasses.fields(OutputConfig)),
+})  # fmt: skip
 
 
 def train(path: str | None, overrides: Sequence[str] = (), wants_help: bool = False) -> int:
@@ -38,47 +56,119 @@ def train(path: str | None, overrides: Sequence[str] = (), wants_help: bool = Fa
         config_parser().print_help()
         return 0
     with contextlib.ExitStack() as stack:
-        if int(os.environ.get("LOCAL_RANK", 0)) > 0:  # one process of several speaks
+        if not is_first_process():  # one process of several speaks
             stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
-        return _train(load_config(path, overrides))
+        config = load_config(path, overrides)
+        require_device(config.training)
+        return _train(config, stack.enter_context(RunFolder(config.output.folder, is_first_process())))
 
 
 class KeptConfig(Callback):
-    """Writes the configuration when training begins: a checkpoint that is refused leaves that of its run as it was."""
+    """Writes configuration and split when training begins, and keeps the configuration in every checkpoint.
 
-    def __init__(self, config: Config, path: Path):
-        self.config, self.path = config, path
+    A checkpoint that is refused leaves those of its run as they were, and a ``config.yaml`` that is not as we wrote
+    it is somebody else's: it stays, and ours is ``config.used.yaml``.
+    """
+
+    def __init__(self, config: Config, split: Split | None, folder: Path):
+        self.config, self.split, self.folder = config, split, folder
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
-        if trainer.is_global_zero:
-            self.config.save(self.path)
+        if not trainer.is_global_zero:
+            return
+        text, path = self.config.text(), self.folder / "config.yaml"
+        if path.exists() and not _is_ours(path):
+            path = path.with_name("config.used.yaml")
+        with written_whole(path) as temporary:
+            temporary.write_text(_headed(text), encoding="utf-8")
+        if self.split is not None:
+            with written_whole(self.folder / "split.json") as temporary:
+                self.split.save(temporary)
+
+    def on_save_checkpoint(self, trainer: Trainer, module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        checkpoint["config"] = self.config.to_dict()
 
 
-def _train(config: Config) -> int:
+def _headed(text: str) -> str:
+    return f"# Written by nbody train; sha256 of what follows: {hashlib.sha256(text.encode()).hexdigest()}\n{text}"
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether a configuration file is as this command wrote it."""
+    text = path.read_text(encoding="utf-8", errors="replace")
+    return text == _headed(text.partition("\n")[2])
+
+
+def _train(config: Config, run: RunFolder) -> int:
     torch.set_num_threads(config.training.threads)
-    folder = Path(config.output.folder)
-    data = load_data(config.data)
+    folder = run.path
+    last, split = None, None
+    if config.output.resume:
+        last = _checkpoint(folder)
+        _require_same(read_checkpoint(last), config)
+        split = read_split(folder / "split.json") if (folder / "split.json").is_file() else None
+    data = load_data(config.data, split)
     print(label_audit(data.named()), "\n")
-    potential = build_potential(config, data)
+    if last is None:
+        potential = build_potential(config, data)
+    else:  # with the degrees, E0 and scale that it was trained with, whatever frames have come since
+        potential = potential_from_config(read_checkpoint(last)["hyper_parameters"]["potential"])
+    require_elements(potential, data.named())
     _describe(potential, config)
     shared = config.data.shares_hierarchy
     data = data.with_topology(potential.model.scheme, shared)
-    resume = _checkpoint(folder) if config.output.resume else None
-    if resume is None and (folder / "model.nbody").exists():
-        print(f"replacing the earlier run in {folder}")
-    folder.mkdir(parents=True, exist_ok=True)
-    kept = KeptConfig(dataclasses.replace(config, model=explicit(config.model)), folder / "config.yaml")
-    result = fit(potential, data.train, data.val, config.training, folder, resume, callbacks=[kept])
+    config = dataclasses.replace(config, model=_as_built(config.model, potential))
+    files = (
+        *_FILES,
+        *(["config.yaml"] if (folder / "config.yaml").is_file() and _is_ours(folder / "config.yaml") else []),
+    )
+    result = fit_in(
+        run, potential, data.train, data.val, config.training, last,
+        callbacks=[KeptConfig(config, data.split, folder)], files=files,
+    )  # fmt: skip
+    if not is_first_process():
+        return 0  # the first process tests and saves, and tells how it ended
     if result.interrupted is not None:
         print(
             f"stopped by signal {result.interrupted} after step {result.steps}; go on with the same command "
             "and --output.resume true"
         )
         return 128 + result.interrupted
-    if torch.distributed.is_initialized() and torch.distributed.get_rank() > 0:
-        return 0  # the first process tests and saves
+    if result.already_finished and _is_complete(folder / "model.nbody", result):
+        print(f"model      {folder / 'model.nbody'}: as it was")
+        return 0
     _finish(potential, data, config, result, folder)
     return 0
+
+
+def _require_same(checkpoint: dict[str, Any], config: Config) -> None:
+    """Raise ValueError where a configuration changes what a resumed run must not change."""
+    stored = checkpoint.get("config")
+    if stored is None:
+        raise ValueError("the checkpoint was not written by nbody train; go on with fit(resume=...), as it was begun")
+    given = dataclasses.replace(config, model=explicit(config.model)).to_dict()
+    # Where none are given they follow from the frames of the first run.
+    free = _FREE if config.model.arguments.get("degrees") is not None else _FREE | {"model.degrees"}
+    if words := changes(stored, given, free):
+        raise ValueError(
+            f"a resumed run must not change these settings: {words}; resume with the old ones, or start anew"
+        )
+
+
+def _as_built(config: ModelConfig, potential: Potential | PropertyModel) -> ModelConfig:
+    """The section with all defaults written out, and with the degrees that were counted."""
+    config = explicit(config)
+    degrees = potential.model.config().get("degrees")
+    return dataclasses.replace(config, arguments={**config.arguments, **({"degrees": degrees} if degrees else {})})
+
+
+def _is_complete(path: Path, result: FitResult) -> bool:
+    """Whether a model file is that of a run at its end, tested and all."""
+    try:
+        metadata = read_metadata(path)["metadata"]
+    except (OSError, ValueError):
+        return False
+    return metadata.get("run") == result.run and metadata.get("steps") == result.steps and "errors" in metadata
 
 
 def _describe(potential: Potential | PropertyModel, config: Config) -> None:
@@ -98,7 +188,16 @@ def _describe(potential: Potential | PropertyModel, config: Config) -> None:
         "steps": config.training.max_steps,
     }
     until = " or ".join(f"{value:g} {name}" for name, value in limits.items() if value is not None)
-    print(f"{scale}training until {until}\n", flush=True)
+    print(f"{scale}training until {until}")
+    t = config.training
+    if t.processes > 1:
+        print(f"batch   {t.batch_size} x {t.processes} processes = {t.batch_size * t.processes} frames per step")
+    elif int(os.environ.get("SLURM_NTASKS") or 1) > 1 and is_first_process():
+        print(
+            f"note: SLURM has {os.environ['SLURM_NTASKS']} tasks for this job, this run is one process; it starts more "
+            "by itself with training.processes (start the command once, not by srun in every task)"
+        )
+    print(flush=True)
 
 
 def _print_elements(values: dict[int, float], unit: str, title: str = "        of each", otherwise: str = "") -> None:
@@ -119,31 +218,39 @@ def _finish(
 ) -> None:
     """Choose the weights, test them, and write model, errors and plot."""
     kept = _choose_weights(potential, data, config, result, folder)
-    sets = {**({"val": data.val} if len(data.val) else {}), **data.tests} or {"train": data.train}
-    found = {name: _evaluate(potential, frames) for name, frames in sets.items()}
-    errors = {name: evaluation.errors for name, evaluation in found.items()}
-    print(
-        f"\n{result.steps} steps, {result.epochs} epochs, {result.cpu_seconds:.1f} CPU s "
-        f"({1000 * result.cpu_seconds / max(result.steps, 1):.1f} ms per step); weights: {kept}\n"
-    )
     properties = potential.properties if isinstance(potential, PropertyModel) else ()
-    print(error_table({("", name): values for name, values in errors.items()}, properties), "\n")
     record: dict[str, Any] = {
         "config": config.to_dict(),
+        "run": result.run,
+        "resumed": list(result.resumed),
         "steps": result.steps,
         "epochs": result.epochs,
         "cpu_seconds": round(result.cpu_seconds, 3),
         "weights": kept,
         "num_frames": {name: len(frames) for name, frames in data.named().items()},
-        "errors": errors,
-        "errors_unit": {p.name: p.unit for p in properties} or "meV and meV/angstrom",
     }
     if config.data.shares_hierarchy:
         record["reference"] = {"z": data.train[0].z.tolist(), "pos": data.train[0].pos.tolist()}
     if len(data.train[0].z) <= _LARGEST_SAMPLE:
         record["sample"] = sample_of(data.train[0])  # on which `nbody check` can test the model
+    save_model(potential, folder / "model.nbody", record)  # before anything can go wrong with the tests
+    sets = {**({"val": data.val} if len(data.val) else {}), **data.tests} or {"train": data.train}
+    try:
+        found = {name: _evaluate(potential, frames) for name, frames in sets.items()}
+    except Exception:
+        print(f"\nthe tests have failed; the trained model is in {folder / 'model.nbody'}", file=sys.stderr)
+        raise
+    errors = {name: evaluation.errors for name, evaluation in found.items()}
+    print(
+        f"\n{result.steps} steps, {result.epochs} epochs, {result.cpu_seconds:.1f} CPU s "
+        f"({1000 * result.cpu_seconds / max(result.steps, 1):.1f} ms per step); weights: {kept}\n"
+    )
+    print(error_table({("", name): values for name, values in errors.items()}, properties), "\n")
+    record["errors"] = errors
+    record["errors_unit"] = {p.name: p.unit for p in properties} or "meV and meV/angstrom"
     save_model(potential, folder / "model.nbody", record)
-    (folder / "errors.json").write_text(json.dumps(errors, indent=1) + "\n")
+    with written_whole(folder / "errors.json") as temporary:
+        temporary.write_text(json.dumps(errors, indent=1) + "\n")
     print(f"model      {folder / 'model.nbody'}\nlog        {folder / 'metrics.csv'}")
     if config.output.plot:
         _plot(potential, sets, found, data, folder)
@@ -176,7 +283,14 @@ def _choose_weights(
     now = _evaluate(potential, data.val).errors.get(result.monitor, float("inf"))
     if now <= result.best_score:
         return f"last (step {result.steps})"
-    state = torch.load(best, weights_only=True)["state_dict"]
+    try:
+        checkpoint = read_checkpoint(best)
+    except ValueError as error:
+        print(f"\n{error}")
+        return f"last (step {result.steps}); best.ckpt cannot be read"
+    if checkpoint.get("run", {}).get("id") != result.run or checkpoint["global_step"] != result.best_step:
+        return f"last (step {result.steps}); best.ckpt is of another run"
+    state = checkpoint["state_dict"]
     prefix = "potential."
     potential.load_state_dict({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})
     return f"best of validation (step {result.best_step})"

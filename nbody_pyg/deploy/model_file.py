@@ -19,6 +19,7 @@ from nbody_pyg.deploy.fingerprint import cg_fingerprint
 from nbody_pyg.potential import Potential
 from nbody_pyg.properties import PropertyModel
 from nbody_pyg.training.build import potential_config, potential_from_config
+from nbody_pyg.training.checkpoint import is_checkpoint
 from nbody_pyg.training.durable import written_whole
 
 #: 2 since potentials have a repulsion, which a reader of format 1 would leave out; 3 since windows have an exponent.
@@ -116,6 +117,11 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
 def _read(path: Path, weights: bool = True) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if not path.is_file():
         raise FileNotFoundError(f"no model file at {path}")
+    if is_checkpoint(path):
+        raise ValueError(
+            f"{path} is a checkpoint of a training (or another file of torch.save), no model file; the model of a run is "
+            "model.nbody in its folder, which nbody train writes at its end (go on with --output.resume true)"
+        )
     try:
         with safe_open(path, framework="pt") as file:
             text = (file.metadata() or {}).get(_KEY)

@@ -54,6 +54,14 @@ class DataConfig:
         for name in ("rmd17", "qm9"):
             if getattr(self, name) is not None and self.root is None:
                 raise ValueError(f"data.{name} needs data.root, the folder of its files")
+        for name in ("val", "test"):
+            if getattr(self, name) is not None and self.train is None:
+                raise ValueError(f"data.{name} goes with data.train; data.{given[0]} brings its own frames")
+        if self.val is not None and self.num_val:
+            raise ValueError(
+                f"data.val names the validation frames, so that data.num_val must not be given, got {self.num_val}; "
+                "leave one of them out"
+            )
 
     @property
     def shares_hierarchy(self) -> bool:
@@ -62,6 +70,8 @@ class DataConfig:
         return one if self.one_molecule is None else self.one_molecule
 
 
+# Values in a YAML text.
+_LARGEST_YAML = 100_000
 REPULSIONS = ("auto", "zbl", "none")
 
 
@@ -113,8 +123,12 @@ class Config:
         whole = {"data": out["data"], "model": {**model, **self.model.arguments}, **out}
         return whole | ({"target": target} if target else {})
 
+    def text(self) -> str:
+        """The YAML file."""
+        return yaml.safe_dump(_plain(self.to_dict()), sort_keys=False)
+
     def save(self, path: str | Path) -> None:
-        Path(path).write_text(yaml.safe_dump(_plain(self.to_dict()), sort_keys=False))
+        Path(path).write_text(self.text())
 
 
 _SECTIONS = {"data": DataConfig, "training": TrainingConfig, "output": OutputConfig}
@@ -319,13 +333,54 @@ def parse_value(text: str, where: str) -> Any:
 def parse_yaml(text: str | bytes, where: str) -> Any:
     """What YAML text holds; ``where`` names its place in the message.
 
-    Raises: ValueError: no YAML, in one line.
+    Raises: ValueError: no YAML, in one line; a key that stands twice; aliases that refer to themselves or make a
+        small text large.
     """
+    loader = None
     try:
-        return yaml.safe_load(text)
+        loader = yaml.SafeLoader(text)
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        _check_size(node, where, {})
+        return loader.construct_document(node)
     except yaml.YAMLError as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"{where} is no YAML: {reason}; indent by spaces, close brackets and quotes") from None
+    except RecursionError:
+        raise ValueError(f"{where} is nested too deeply for a configuration") from None
+    finally:
+        if loader is not None:
+            loader.dispose()
+
+
+def _check_size(node: yaml.Node, where: str, sizes: dict[int, int]) -> int:
+    """Values under a node, those that aliases repeat counted again; refuses keys that stand twice."""
+    if id(node) in sizes:
+        size = sizes[id(node)]
+        if not size:
+            raise ValueError(f"{where} has an alias that refers to itself, line {node.start_mark.line + 1}")
+        return size
+    sizes[id(node)] = 0  # until it is known
+    parts: list[yaml.Node] = []
+    if isinstance(node, yaml.MappingNode):
+        seen: set[tuple[str, str]] = set()
+        for key, value in node.value:
+            parts += [key, value]
+            if isinstance(key, yaml.ScalarNode):
+                if (word := (key.tag, key.value)) in seen:
+                    raise ValueError(
+                        f"{where} holds the key {key.value!r} twice, the second time in line "
+                        f"{key.start_mark.line + 1}; keep one of them"
+                    )
+                seen.add(word)
+    elif isinstance(node, yaml.SequenceNode):
+        parts = node.value
+    size = 1 + sum(_check_size(part, where, sizes) for part in parts)
+    if size > _LARGEST_YAML:
+        raise ValueError(f"{where} holds more than {_LARGEST_YAML} values, its aliases written out: no configuration")
+    sizes[id(node)] = size
+    return size
 
 
 def _insert(tree: dict[str, Any], keys: list[str], value: Any) -> None:

@@ -47,7 +47,7 @@ def evaluate(
     meter, energy, forces, stress, order = ErrorMeter(device), [], [], [], []
     for members, group in _groups(frames):
         order += members
-        for batch in FrameLoader(group, batch_size, device=device):
+        for batch in FrameLoader(group, batch_size, device=device, rank=0, world=1):
             result = potential(batch, compute_forces=compute_forces, compute_stress="stress" in batch)
             meter.update(result, batch)
             energy.append(result["energy"].cpu())

@@ -13,6 +13,7 @@ import torch
 from torch_geometric.data import Data
 
 from nbody_pyg.datasets import (
+    Split,
     embedded,
     fit_reference,
     load_qm9,
@@ -30,7 +31,7 @@ from nbody_pyg.nn.repulsion import ZBLRepulsion
 from nbody_pyg.potential import AtomicReference, Potential
 from nbody_pyg.properties import Property, PropertyModel, fit_statistics, property_irreps
 from nbody_pyg.training.config import Config, DataConfig, ModelConfig, model_arguments
-from nbody_pyg.training.run import force_variance
+from nbody_pyg.training.run import NO_FORCES, force_variance
 
 if typing.TYPE_CHECKING:
     from nbody_pyg.models import NBodyNet
@@ -38,11 +39,15 @@ if typing.TYPE_CHECKING:
 
 @dataclass
 class DataSets:
-    """Frames for training, for validation (maybe none) and for any number of named tests."""
+    """Frames for training, for validation (maybe none) and for any number of named tests.
+
+    ``split`` holds the rows that a random split of one set of frames has given them; None where there was none.
+    """
 
     train: Sequence[Data]
     val: Sequence[Data]
     tests: dict[str, Sequence[Data]] = field(default_factory=dict)
+    split: Split | None = None
 
     def named(self) -> dict[str, Sequence[Data]]:
         return {"train": self.train, **({"val": self.val} if len(self.val) else {}), **self.tests}
@@ -63,39 +68,44 @@ class DataSets:
             def store(frames: Sequence[Data]) -> Sequence[Data]:
                 return [scheme(frame) for frame in frames]
 
-        return DataSets(store(self.train), store(self.val), {n: store(f) for n, f in self.tests.items()})
+        tests = {name: store(frames) for name, frames in self.tests.items()}
+        return DataSets(store(self.train), store(self.val), tests, self.split)
 
 
-def load_data(config: DataConfig) -> DataSets:
+def load_data(config: DataConfig, split: Split | None = None) -> DataSets:
     """Read and split what the configuration names.
 
+    Args:
+        split: of an earlier run, which is used again instead of a new random one. Frames behind those that it knows
+            are for training, or where ``num_train`` is given for the test.
     Raises: ValueError, FileNotFoundError: of the readers; more frames wanted than there are.
     """
     if config.embedded is not None:
         tests = {name: embedded(config.embedded, f"test_{name}") for name in ("300K", "600K")}
-        return _split(embedded(config.embedded), None, tests, config)
+        return _split(embedded(config.embedded), None, tests, config, split)
     if config.rmd17 is not None:
         num_train, num_val = config.num_train or 950, 50 if config.num_val is None else config.num_val
         found = load_rmd17(config.root, config.rmd17, config.split, num_train=num_train, num_val=num_val)
         return DataSets(found.train, found.val, {"test": found.test})
     if config.qm9 is not None:
-        return _load_qm9(config)
+        return _load_qm9(config, split)
     paths = config.test or {}
     paths = {"test": paths} if isinstance(paths, str) else paths
     tests = {name: _read(path, config) for name, path in paths.items()}
     val = None if config.val is None else _read(config.val, config)
-    return _split(_read(config.train, config), val, tests, config)
+    return _split(_read(config.train, config), val, tests, config, split)
 
 
-def _load_qm9(config: DataConfig) -> DataSets:
+def _load_qm9(config: DataConfig, kept: Split | None) -> DataSets:
     """The first molecules of each list of the chosen split family; of the dipole set a random split."""
     if config.qm9 == "dipole":
         frames = load_qm9_dipoles(config.root)
         num_val = 500 if config.num_val is None else config.num_val
         num_test = 1000 if config.num_test is None else config.num_test
         num_train = config.num_train or len(frames) - num_val - num_test
-        part = split_indices(len(frames), num_train, num_val, num_test, seed=config.split_seed).apply(frames)
-        return DataSets(part.train, part.val, {"test": part.test})
+        split = kept or split_indices(len(frames), num_train, num_val, num_test, seed=config.split_seed)
+        part = split.apply(frames)
+        return DataSets(part.train, part.val, {"test": part.test}, split)
     split = qm9_split(config.family)
     rows = (
         split.train[: config.num_train],
@@ -130,15 +140,23 @@ def _read(path: str, config: DataConfig) -> Sequence[Data]:
     )
 
 
-def _split(frames: Sequence[Data], val: Sequence[Data] | None, tests: dict, config: DataConfig) -> DataSets:
+def _split(
+    frames: Sequence[Data], val: Sequence[Data] | None, tests: dict, config: DataConfig, kept: Split | None
+) -> DataSets:
     num_val = config.num_val
     if num_val is None:
         num_val = 0 if val is not None else min(50, len(frames) // 10)
     num_train = config.num_train or len(frames) - num_val
-    part = split_indices(len(frames), num_train, num_val, seed=config.split_seed).apply(frames)
+    if kept is None:
+        split = split_indices(len(frames), num_train, num_val, seed=config.split_seed)
+    else:
+        new = range(sum(len(rows) for rows in (kept.train, kept.val, kept.test)), len(frames))
+        train, test = (new, ()) if config.num_train is None else ((), new)
+        split = Split([*kept.train.tolist(), *train], kept.val, [*kept.test.tolist(), *test])
+    part = split.apply(frames)
     if not tests and config.num_train is not None and len(part.test):
         tests = {"rest": part.test}  # frames that nobody asked to train on
-    return DataSets(part.train, part.val if val is None else val, tests)
+    return DataSets(part.train, part.val if val is None else val, tests, split)
 
 
 def build_potential(config: Config, data: DataSets) -> Potential | PropertyModel:
@@ -160,10 +178,25 @@ def build_potential(config: Config, data: DataSets) -> Potential | PropertyModel
     reference = AtomicReference(fit_reference(data.train, e0)) if has_energy else None
     scale = config.model.scale
     if scale == "forces":
-        scale = force_variance(data.train) ** 0.5
+        scale = _scale(data.train, reference)
     model = _network(config, data)
     repulsion = _repulsion(config.model, model.species, data.train)
     return Potential(model, reference, float(scale), repulsion).to(getattr(torch, config.training.dtype))
+
+
+def _scale(frames: Sequence[Data], reference: AtomicReference | None) -> float:
+    """Root mean square of the forces; where they vanish, spread of the interaction energy per atom; or else 1."""
+    forces = force_variance(frames) ** 0.5
+    if forces > NO_FORCES or reference is None:
+        return forces if forces > NO_FORCES else 1.0
+    e0 = reference.energies
+    rest = [
+        (float(frame.energy) - sum(e0[z] for z in frame.z.tolist())) / len(frame.z)
+        for frame in frames
+        if frame.get("energy") is not None and not bool(frame.energy.isnan().any())
+    ]
+    spread = float(torch.tensor(rest, dtype=torch.float64).std(unbiased=False)) if rest else 0.0
+    return spread if spread > NO_FORCES else 1.0
 
 
 def _build_properties(config: Config, data: DataSets, properties: tuple[Property, ...]) -> PropertyModel:

@@ -97,7 +97,8 @@ class PropertyTask(PotentialTask):
     def __init__(self, potential: Any, settings: Any, force_variance: float = 1.0):
         super().__init__(potential, settings, force_variance)
         first = self.potential.properties[0]
-        self.monitor = f"val_{first.name}_mae"
+        self.monitors = tuple((p.name, f"{p.name}_mae") for p in self.potential.properties)
+        self.monitor = self.monitors[0][1]
         self.shown = tuple((p.name, f"{p.name}_mae", p.unit) for p in self.potential.properties)
         self.running = _PropertyMeans(first.name)
 
@@ -143,7 +144,7 @@ def evaluate_properties(
     """The properties of every frame; what has no label is predicted and left out of the errors."""
     meter, found = PropertyMeter(model.properties, device), []
     with torch.no_grad():
-        for batch in FrameLoader(frames, batch_size, device=device):
+        for batch in FrameLoader(frames, batch_size, device=device, rank=0, world=1):
             found.append(model(batch))
             meter.update(found[-1], batch)
     return PropertyEvaluation(

@@ -12,6 +12,14 @@ def setting(default: Any, text: str) -> Any:
     return dataclasses.field(default=default, metadata={"help": text})
 
 
+#: What a resumed run may change: its end, its log, where it computes, and the size of the steps from there on.
+#: All else (frames, model, loss, order of the frames) must be as it was.
+RESUMABLE = frozenset({
+    "budget_seconds", "max_epochs", "max_steps", "validate_every", "log_every", "threads", "device", "compile",
+    "lr", "weight_decay", "warmup_steps", "constant_fraction", "clip_norm",
+})  # fmt: skip
+
+
 @dataclass(frozen=True)
 class TrainingConfig:
     """How to train. The run ends at the first limit that is reached; at least one limit is needed.

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import json
 import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from lightning.pytorch import LightningModule
 from torch import Tensor
+from torch_geometric.data import Data
 
 from nbody_pyg.accelerate import compile_potential
 from nbody_pyg.potential import Potential
 from nbody_pyg.training.build import potential_config, potential_from_config, up_to_date
+from nbody_pyg.training.checkpoint import changes
 from nbody_pyg.training.clock import ProcessClock
 from nbody_pyg.training.flat import FlatParameters
 from nbody_pyg.training.loss import EnergyForceLoss
@@ -68,10 +70,14 @@ class PotentialTask(LightningModule):
         self._compiled = compile_potential(self.potential, "training") if s.compile else None
         self.flat: FlatParameters | None = None
         self._groups: list[dict[str, Any]] = []
+        self._chosen: list[dict[str, Any]] = []
         self._meter: ErrorMeter | None = None
-        # What is shown of a run, (title, metric, unit), and the metric by which the best weights are chosen.
+        # What is shown of a run, (title, metric, unit), and the metric by which the best weights are chosen: the
+        # first of those that are trained on, (label, metric), that validation frames have a label for.
         self.shown = (("E", "energy_mae", "meV"), ("F", "forces_mae", "meV/A"))
-        self.monitor = "val_forces_mae" if s.force_weight > 0 else "val_energy_mae"
+        weights = {"forces": s.force_weight, "energy": s.energy_weight, "stress": s.stress_weight}
+        self.monitors = tuple((label, f"{label}_mae") for label, weight in weights.items() if weight > 0)
+        self.monitor: str | None = self.monitors[0][1]
         self.running = RunningMeans()
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -81,6 +87,11 @@ class PotentialTask(LightningModule):
             self.__dict__[name] = value
         else:
             super().__setattr__(name, value)
+
+    def watch(self, frames: Sequence[Data]) -> None:
+        """Choose the best weights by the first error that these validation frames have a label for; None: by none."""
+        if len(frames):
+            self.monitor = next((metric for label, metric in self.monitors if _labelled(frames, label)), None)
 
     # -- loss ----------------------------------------------------------------------------------------------
     def _errors(self, batch: Any, training: bool) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -131,6 +142,8 @@ class PotentialTask(LightningModule):
         optimizer = build_optimizer(s.optimizer, self.potential, s.lr, s.weight_decay, self.flat)
         for group in optimizer.param_groups:
             group.setdefault("initial_lr", group["lr"])
+        names = ("initial_lr", "weight_decay")
+        self._chosen = [{k: group[k] for k in names if k in group} for group in optimizer.param_groups]
         return optimizer
 
     def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: torch.optim.Optimizer) -> None:
@@ -168,6 +181,8 @@ class PotentialTask(LightningModule):
         self.running.clear()
         self._total_steps = max(float(self.trainer.estimated_stepping_batches), 1.0)
         self._groups = self.optimizers(use_pl_optimizer=False).param_groups
+        for group, chosen in zip(self._groups, self._chosen, strict=True):
+            group.update(chosen)  # a checkpoint brings the rates of before along
         self.progress = self.current_progress()
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
@@ -220,24 +235,31 @@ class PotentialTask(LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Go on from a checkpoint. Raises: ValueError: it is of another network; weights alone would fit many."""
-        stored = checkpoint.get("hyper_parameters", {}).get("potential")
-        mine = self.hparams["potential"]["model"]["config"]
-        if isinstance(stored, dict) and stored["model"]["config"] is not None and mine is not None:
-            theirs = up_to_date(stored["model"]["config"])
-            keys = [key for key in mine | theirs if _plain(mine.get(key)) != _plain(theirs.get(key))]
-            if keys:
-                words = "; ".join(f"{k} is {_plain(theirs.get(k))} there, {_plain(mine.get(k))} here" for k in keys)
-                raise ValueError(f"the checkpoint must be of the same network: {words}; resume with its settings")
+        self.require_same_network(checkpoint)
         self.clock = ProcessClock(float(checkpoint.get("cpu_seconds", 0.0)))
+
+    def require_same_network(self, checkpoint: Mapping[str, Any]) -> None:
+        """Raise ValueError where a checkpoint is of another network, E0, scale, repulsion or precision."""
+        stored = checkpoint.get("hyper_parameters", {}).get("potential")
+        if not isinstance(stored, Mapping):
+            return
+        mine, theirs = self.hparams["potential"], dict(stored)
+        network = theirs["model"]["config"]
+        if network is not None and mine["model"]["config"] is not None:
+            theirs["model"] = theirs["model"] | {"config": up_to_date(network)}
+        if words := changes(theirs, mine):
+            words = words.replace("model.config.", "")
+            raise ValueError(f"the checkpoint must be of the same network: {words}; resume with its settings")
 
 
 # Lightning asks for the signature at every step; it is found at once when it is written down.
 PotentialTask.training_step.__signature__ = inspect.signature(PotentialTask.training_step)
 
 
-def _plain(value: Any) -> str:
-    """A value as a file holds it, tuples as lists."""
-    return json.dumps(value, sort_keys=True, default=str)
+def _labelled(frames: Sequence[Data], label: str) -> bool:
+    """Whether one of the frames has a label that is not missing (NaN)."""
+    values = (frame.get(label) for frame in frames)
+    return any(value is not None and not bool(torch.as_tensor(value).isnan().all()) for value in values)
 
 
 def _known(error: Tensor, label: Tensor) -> Tensor:

@@ -99,7 +99,7 @@ def test_train_from_a_file_and_resume(tmp_path, capsys):
     assert b"max_steps: 5" in before
     wider = ["--model.scheme.radii", "[4.5]", "--training.max_steps", "9", "--output.resume", "true"]
     assert main(["train", f"{tmp_path}/c.yaml", *wider]) == 1
-    assert "must be of the same network" in capsys.readouterr().err
+    assert "model.scheme.radii is [4.0] there, [4.5] here" in capsys.readouterr().err
     assert (tmp_path / "run/config.yaml").read_bytes() == before
 
 
