@@ -57,6 +57,7 @@ class KeptConfig(Callback):
 def _train(config: Config) -> int:
     torch.set_num_threads(config.training.threads)
     folder = Path(config.output.folder)
+    explicit(config.model)  # a wrong argument of the network is found before the data are read
     data = load_data(config.data)
     print(label_audit(data.named()), "\n")
     potential = build_potential(config, data)

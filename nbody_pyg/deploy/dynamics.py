@@ -308,7 +308,8 @@ class _Failure:
         energy = found["energy"] if "energy" in found else atoms.get_potential_energy()
         constrained = bool(atoms.constraints) or "forces" not in found
         forces = atoms.get_forces(md=True) if constrained else found["forces"]
-        for name, value in (("energy", energy), ("force", forces), ("position", atoms.positions), ("momentum", momenta)):
+        numbers = {"energy": energy, "force": forces, "position": atoms.positions, "momentum": momenta}
+        for name, value in numbers.items():
             if not np.isfinite(value).all():
                 self.broken = True
                 where = np.argwhere(~np.isfinite(np.atleast_1d(value)))[0][0]
