@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import argparse
 import json
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from nbody_pyg.cli.frames import read_structures
+from nbody_pyg.cli.outputs import output_file
 from nbody_pyg.data import AtomicData
 from nbody_pyg.deploy import read_metadata
 from nbody_pyg.deploy.model_file import load_potential
 from nbody_pyg.testing import Check, check_potential
+from nbody_pyg.training.durable import written_whole
 
 #: Exit status when a check failed; 1 and 2 are errors of the input and of the arguments.
 FAILED = 3
@@ -22,6 +23,9 @@ FAILED = 3
 def check(args: argparse.Namespace) -> int:
     """Run the command; returns the exit status."""
     torch.set_num_threads(1)
+    record = None
+    if args.json:
+        record = output_file(args.json, None, args.overwrite, [args.model, args.frames], "--json")
     metadata = read_metadata(args.model)["metadata"]
     potential = load_potential(args.model)
     frames, origin = _frames(args, metadata)
@@ -38,9 +42,10 @@ def check(args: argparse.Namespace) -> int:
         print(f"\nFAIL: {len(found.failures)} of {count} checks")
         for line in found.failures:
             print(f"  {line.name}: {line.note}")
-    if args.json:
-        Path(args.json).write_text(json.dumps({"model": args.model, **found.to_dict()}, indent=1) + "\n")
-        print(f"written to {args.json}")
+    if record is not None:
+        with written_whole(record) as temporary:
+            temporary.write_text(json.dumps({"model": args.model, **found.to_dict()}, indent=1) + "\n")
+        print(f"written to {record}")
     return 0 if found.passed else FAILED
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from nbody_pyg.cli.frames import read_structures
+from nbody_pyg.cli.outputs import output_file, save_figure
 from nbody_pyg.cli.tables import table
 from nbody_pyg.data import AtomicData
 from nbody_pyg.deploy import EnergyExplanation, explain_energy, plot_energy_parts, read_metadata
@@ -15,6 +16,9 @@ from nbody_pyg.hierarchy import Scheme
 
 def energies(args: argparse.Namespace) -> int:
     """Run the command; returns the exit status."""
+    plot = None
+    if args.plot:
+        plot = output_file(args.plot, None, args.overwrite, [args.file, args.model], "--plot")
     potential = load_potential(args.model).double()
     frames = read_structures(args.file)
     metadata = read_metadata(args.model)["metadata"]
@@ -39,9 +43,8 @@ def energies(args: argparse.Namespace) -> int:
     level = _level(found, args.level)
     if level is not None:
         _parts(found, level)
-    if args.plot:
-        plot_energy_parts(found, level).savefig(args.plot, dpi=160)
-        print(f"\ndrawn in {args.plot}")
+    if plot is not None:
+        print(f"\ndrawn in {save_figure(plot_energy_parts(found, level), plot, dpi=160)}")
     return 0
 
 

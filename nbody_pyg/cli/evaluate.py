@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 from torch_geometric.data import Data
 
+from nbody_pyg.cli.arguments import require_device
+from nbody_pyg.cli.outputs import output_folder
 from nbody_pyg.cli.plots import parity_plot
 from nbody_pyg.cli.tables import error_table
 from nbody_pyg.data import AtomicData
@@ -23,12 +25,15 @@ from nbody_pyg.training.property_task import evaluate_properties
 
 def evaluate(args: argparse.Namespace) -> int:
     """Run the command; returns the exit status."""
+    require_device(args.device)
     models = [args.model, *(path for path in args.data if path.endswith(".nbody"))]
+    names = ("errors.json", "*parity.png", "*_predictions.*")
+    default = str(Path(args.model).parent / "evaluate")
+    folder = output_folder(args.out, default, args.overwrite, [args.model, *args.data], names)
     sets = {_name(p): _frames(p, args) for p in args.data if not p.endswith(".nbody")}
     if not sets:
         raise ValueError("no data: name at least one file of frames after the model files")
     print(label_audit(sets), "\n")
-    folder = Path(args.out) if args.out else Path(args.model).parent / "evaluate"
     folder.mkdir(parents=True, exist_ok=True)
     labels = _distinct(models)
     errors = {}

@@ -12,6 +12,40 @@ from ase.io import read, write
 from nbody_pyg.data import AtomicData
 from nbody_pyg.datasets import embedded
 from nbody_pyg.deploy.calculator import charges_of
+from nbody_pyg.training.durable import written_whole
+
+
+def read_atoms(name: str, index: int | str = ":") -> list[Atoms]:
+    """Structures of a file that ASE reads, or of an embedded set: ``ethanol`` or ``ethanol:test_300K``.
+
+    Raises: FileNotFoundError: neither a file nor an embedded set; ValueError: no structures that ASE reads, or none of
+        this index.
+    """
+    if not Path(name).exists():
+        if "." in name or "/" in name:
+            raise FileNotFoundError(
+                f"no structure at {name}; give a file that ASE reads, or an embedded set as ethanol"
+            )
+        frames = [frame.to_ase() for frame in embedded(*name.split(":", 1))]
+        if isinstance(index, str):
+            return frames
+        if not -len(frames) <= index < len(frames):
+            raise ValueError(f"index must lie in 0..{len(frames) - 1} ({name}), got {index}")
+        return [frames[index]]
+    if Path(name).is_dir():
+        raise IsADirectoryError(f"{name} is a folder; name a file with structures")
+    try:
+        found = read(name, index=index, do_not_split_by_at_sign=True)
+    except (OSError, MemoryError):
+        raise
+    except IndexError as error:
+        raise ValueError(f"index must be that of a frame of {name}, got {index} ({error})") from error
+    except Exception as error:  # what the readers of ASE raise is of every kind
+        raise ValueError(f"cannot read {name}: {type(error).__name__}: {error}") from error
+    found = found if isinstance(found, list) else [found]
+    if not found or not all(len(atoms) for atoms in found):
+        raise ValueError(f"{name} holds no structure, or one without atoms")
+    return found
 
 
 def read_structures(name: str) -> list[AtomicData]:
@@ -19,13 +53,9 @@ def read_structures(name: str) -> list[AtomicData]:
 
     Charges come along from where the calculator reads them; a neutral structure has none.
 
-    Raises: FileNotFoundError: neither a file nor an embedded set.
+    Raises: see :func:`read_atoms`.
     """
-    if Path(name).is_file():
-        return [_structure(atoms) for atoms in read(name, index=":")]
-    if "." in name or "/" in name:
-        raise FileNotFoundError(f"no structures at {name}; give a file that ASE reads, or an embedded set as ethanol")
-    return list(embedded(*name.split(":", 1)))
+    return [_structure(atoms) for atoms in read_atoms(name)]
 
 
 def _structure(atoms: Atoms) -> AtomicData:
@@ -44,15 +74,7 @@ def sample_of(frame: AtomicData) -> dict[str, list]:
     return out
 
 
-def write_structures(path: str | Path, frames: Sequence[AtomicData]) -> None:
-    """Extended xyz with the energies and forces of the frames as results of a calculator, and with their charges."""
-    write(path, [_atoms(frame) for frame in frames], format="extxyz")
-
-
-def _atoms(frame: AtomicData) -> Atoms:
-    atoms = frame.to_ase()
-    if frame.get("charge") is not None:
-        atoms.info["charge"] = float(frame.charge)
-    if frame.get("charges") is not None:
-        atoms.set_initial_charges(frame.charges.cpu().numpy())
-    return atoms
+def write_atoms(path: str | Path, structures: Sequence[Atoms]) -> None:
+    """Extended xyz, whole or not at all, with the results of their calculators."""
+    with written_whole(path) as temporary:
+        write(temporary, list(structures), format="extxyz")

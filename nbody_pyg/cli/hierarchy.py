@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
-from ase.io import read
-
+from nbody_pyg.cli.frames import read_atoms
+from nbody_pyg.cli.outputs import output_file, save_figure
 from nbody_pyg.cli.tables import table
 from nbody_pyg.data import AtomicData
-from nbody_pyg.datasets import embedded
 from nbody_pyg.deploy import load_model
 from nbody_pyg.hierarchy import Scheme
 from nbody_pyg.training.config import parse_yaml, scheme_arguments
@@ -18,7 +16,10 @@ from nbody_pyg.training.config import parse_yaml, scheme_arguments
 
 def hierarchy(args: argparse.Namespace) -> int:
     """Run the command; returns the exit status."""
-    frame = _frame(args.file, args.index)
+    plot = None
+    if args.plot:
+        plot = output_file(args.plot, None, args.overwrite, [args.file, args.model], "--plot")
+    frame = AtomicData.from_ase(read_atoms(args.file, args.index)[0], labels=False)
     scheme = load_model(args.model).model.scheme if args.model else _scheme(args)
     topology = scheme.read(scheme(frame)).validate()
     print(f"{scheme!r}\nsymmetry:   {scheme.symmetry}\ncontinuity: {scheme.continuity}\n")
@@ -39,20 +40,11 @@ def hierarchy(args: argparse.Namespace) -> int:
         )
     print(table(["level", "name", "parts", "atoms/part", "children/part", "neighbours/part"], rows))
     print("\nvalid: every part is the union of its children, and the root holds all atoms")
-    if args.plot:
+    if plot is not None:
         from nbody_pyg.hierarchy import plot_hierarchy
 
-        plot_hierarchy(frame, scheme).savefig(args.plot, dpi=180, bbox_inches="tight")
-        print(f"drawn in {args.plot}")
+        print(f"drawn in {save_figure(plot_hierarchy(frame, scheme), plot, dpi=180, bbox_inches='tight')}")
     return 0
-
-
-def _frame(path: str, index: int) -> AtomicData:
-    if not Path(path).exists() and "." not in path:
-        return embedded(path)[index]
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"no structure at {path}")
-    return AtomicData.from_ase(read(path, index=index))
 
 
 def _scheme(args: argparse.Namespace) -> Scheme:

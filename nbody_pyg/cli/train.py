@@ -107,6 +107,7 @@ def _train(config: Config, run: RunFolder) -> int:
         last = _checkpoint(folder)
         _require_same(read_checkpoint(last), config)
         split = read_split(folder / "split.json") if (folder / "split.json").is_file() else None
+    explicit(config.model)  # a wrong argument of the network is found before the data are read
     data = load_data(config.data, split)
     print(label_audit(data.named()), "\n")
     if last is None:

@@ -6,10 +6,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+from ase import Atoms
+from ase.calculators.singlepoint import SinglePointCalculator
+from ase.constraints import FixAtoms, FixCartesian
 from torch import Tensor
 from torch_geometric.data import Batch, Data
 
 from nbody_pyg.data import AtomicData
+from nbody_pyg.deploy.calculator import charges_of
 from nbody_pyg.hierarchy import Topology, TopologyCache
 from nbody_pyg.potential import Potential
 
@@ -17,6 +21,8 @@ _MEMORY = 30
 # The step of a structure without history: the inverse of a stiff bond, angstrom^2/eV.
 _FIRST_STEP = 1.0 / 70.0
 _SKIN = 0.3
+# Labels of the positions that were.
+_STALE = frozenset({"energy", "energies", "forces", "stress", "dipole", "polarizability"})
 
 
 @dataclass(frozen=True)
@@ -26,15 +32,18 @@ class Relaxation:
     ================  ==========================  ==================================================
     field             shape, unit                 meaning
     ================  ==========================  ==================================================
-    ``frames``                                    AtomicData with positions, ``energy`` and ``forces``
+    ``frames``                                    as they came, with positions, energy and forces of the end
     ``energy``        [structures], eV            at the end; ``start_energy`` at the start
-    ``largest``       [structures], eV/A          length of the largest force at the end
+    ``largest``       [structures], eV/A          length of the largest force at the end that may move an atom
     ``steps``         [structures]                steps taken
-    ``converged``     [structures], bool          whether ``largest`` is below the bound
+    ``converged``     [structures], bool          whether ``largest`` is below the bound; not where it is not finite
     ================  ==========================  ==================================================
+
+    AtomicData keeps all keys but hierarchies and other labels; Atoms keep constraints, info and arrays, and carry
+    energy and forces in a SinglePointCalculator. Forces are those of the potential, also on atoms that are held.
     """
 
-    frames: list[AtomicData]
+    frames: list[AtomicData | Atoms]
     energy: Tensor
     start_energy: Tensor
     largest: Tensor
@@ -91,7 +100,8 @@ class _LBFGS:
 class _Active:
     """The structures that still move, as one batch of tensors in float64."""
 
-    def __init__(self, potential: Potential, batch: Batch) -> None:
+    def __init__(self, potential: Potential, batch: Batch, free: Tensor | None = None) -> None:
+        self.free = free
         self.potential, self.scheme = potential, getattr(potential.model, "scheme", None)
         self.number = torch.arange(batch.num_graphs, device=batch.pos.device)
         self.z, self.batch = batch.z, batch.batch
@@ -125,6 +135,7 @@ class _Active:
         new = torch.cumsum(graphs, 0) - 1
         self.batch = new[self.batch[atoms]]
         self.z, self.pos, self.start = self.z[atoms], self.pos[atoms], self.start[atoms]
+        self.free = None if self.free is None else self.free[atoms]
         self.cell = None if self.cell is None else self.cell[graphs]
         self.pbc = None if self.pbc is None else self.pbc[graphs]
         self.charge = None if self.charge is None else self.charge[graphs]
@@ -136,45 +147,109 @@ class _Active:
 
 def relax(
     potential: Potential,
-    frames: Sequence[Data],
+    frames: Sequence[Data | Atoms],
     *,
     fmax: float = 0.01,
     max_steps: int = 500,
     longest_step: float = 0.2,
     batch_size: int = 64,
     report: Callable[[int, int], None] | None = None,
+    stop: Callable[[], bool] | None = None,
 ) -> Relaxation:
     """Move every structure to a minimum of its energy; cells stay as they are.
 
     L-BFGS with one history per structure, all of them evaluated as one batch: the steps of a structure are those
-    that it would take alone, and the same as those of ``ase.optimize.LBFGS``. What has converged leaves the batch.
+    that it would take alone, and the same as those of ``ase.optimize.LBFGS``. What has converged leaves the batch, and
+    so does a structure whose energy or forces are not finite.
 
     Args:
         potential: in the precision in which to relax; float64 for forces below 1e-3.
-        frames: structures with ``z`` and ``pos``; all periodic (with ``cell``) or all open. ``charge`` or ``charges``
-            count where a structure has them; one without is neutral.
+        frames: structures with ``z`` and ``pos``, or ASE's Atoms; all periodic (with ``cell``) or all open. ``charge``
+            or ``charges`` count where a structure has them; one without is neutral. Atoms are held by their FixAtoms
+            and FixCartesian, AtomicData by a key ``fixed``: bool, [atoms] or [atoms, 3]; convergence is judged on what
+            is left of the forces.
         fmax: a structure has converged when no force is longer (eV/angstrom).
         max_steps: of each structure.
         longest_step: of any atom in one step, angstrom.
         batch_size: structures at a time.
         report: called with the numbers of converged and of all structures, after every step.
-    Raises: ValueError: no structures, periodic beside open ones, or fmax, max_steps or longest_step not positive.
+        stop: asked after every step; True ends the relaxation. Structures keep what they have reached; those whose
+            batch had not begun are left out.
+    Raises: ValueError: no structures, periodic beside open ones, positions that are not finite, a constraint that is
+        not known here, or fmax, max_steps, longest_step or batch_size not positive.
     """
-    for name, value in (("fmax", fmax), ("max_steps", max_steps), ("longest_step", longest_step)):
+    numbers = {"fmax": fmax, "max_steps": max_steps, "longest_step": longest_step, "batch_size": batch_size}
+    for name, value in numbers.items():
         if not value > 0:
             raise ValueError(f"{name} must be positive, got {value}")
     if not len(frames):
         raise ValueError("frames holds no structure to relax")
-    _check_periodicity(frames)
-    parts = [
-        _relax_batch(potential, frames[i : i + batch_size], fmax, max_steps, longest_step, report)
-        for i in range(0, len(frames), batch_size)
-    ]
+    data = [_as_data(frame, number) for number, frame in enumerate(frames)]
+    _check_periodicity(data)
+    parts = []
+    for i in range(0, len(data), batch_size):
+        parts.append(_relax_batch(potential, data[i : i + batch_size], fmax, max_steps, longest_step, report, stop))
+        if stop is not None and stop():
+            break
     tensors = {
         name: torch.cat([getattr(part, name) for part in parts])
         for name in ("energy", "start_energy", "largest", "steps", "converged")
     }
-    return Relaxation([frame for part in parts for frame in part.frames], **tensors)
+    ended = [frame for part in parts for frame in part.frames]
+    back = [_as_it_came(frame, after) for frame, after in zip(frames, ended, strict=False)]
+    return Relaxation(back, **tensors)
+
+
+def _as_data(frame: Data | Atoms, number: int) -> Data:
+    """A structure with what holds its atoms under ``fixed``, checked."""
+    if isinstance(frame, Atoms):
+        atoms, frame = frame, AtomicData.from_ase(frame, labels=False)
+        for key, value in charges_of(atoms).items():
+            if bool(value.any()):
+                frame[key] = value
+        if atoms.constraints:
+            frame.fixed = _held(atoms, number)
+    fixed, size = frame.get("fixed"), len(frame.pos)
+    if fixed is not None and (fixed.dtype != torch.bool or tuple(fixed.shape) not in ((size,), (size, 3))):
+        raise ValueError(
+            f"fixed of frame {number} must be bool of shape [{size}] or [{size}, 3], "
+            f"got {fixed.dtype} {list(fixed.shape)}"
+        )
+    if not bool(torch.isfinite(frame.pos).all()):
+        raise ValueError(f"positions must be finite, got frame {number} with others")
+    return frame
+
+
+def _held(atoms: Atoms, number: int) -> Tensor:
+    """Which coordinates the constraints of the atoms hold, [atoms, 3]."""
+    fixed = torch.zeros(len(atoms), 3, dtype=torch.bool)
+    for constraint in atoms.constraints:
+        if not isinstance(constraint, (FixAtoms, FixCartesian)):
+            raise ValueError(
+                f"constraints must be FixAtoms or FixCartesian, got {type(constraint).__name__} (frame {number}); "
+                "relax that structure by an optimizer of ASE, or take the constraint away"
+            )
+        mask = [True] * 3 if isinstance(constraint, FixAtoms) else constraint.mask
+        fixed[torch.as_tensor(constraint.index)] |= torch.as_tensor(mask, dtype=torch.bool)
+    return fixed
+
+
+def _as_it_came(frame: Data | Atoms, after: AtomicData) -> AtomicData | Atoms:
+    """The structure at its new positions, with all that was said of it and is still true."""
+    if isinstance(frame, Atoms):
+        atoms = frame.copy()
+        atoms.set_positions(after.pos.detach().cpu().numpy(), apply_constraint=False)
+        forces = after.forces.detach().cpu().numpy()
+        atoms.calc = SinglePointCalculator(atoms, energy=float(after.energy), forces=forces)
+        return atoms
+    kept = AtomicData()
+    for key, value in frame.to_dict().items():
+        if key not in _STALE:
+            kept[key] = value
+    kept = kept.without_hierarchy()
+    for key, value in after.to_dict().items():
+        kept[key] = value
+    return kept
 
 
 def _periodic(frame: Data) -> bool:
@@ -224,10 +299,11 @@ def _relax_batch(
     max_steps: int,
     longest_step: float,
     report: Callable[[int, int], None] | None,
+    stop: Callable[[], bool] | None,
 ) -> Relaxation:
     keys = ("z", "pos", "cell", "pbc", "charge", "charges")
     plain = [AtomicData.from_data(Data(**{k: frame[k] for k in keys if frame.get(k) is not None})) for frame in frames]
-    active = _Active(potential, Batch.from_data_list(_alike(plain)))
+    active = _Active(potential, Batch.from_data_list(_alike(plain)), _free(frames))
     optimizer = _LBFGS(active.batch, len(frames), longest_step)
     count = len(frames)
     device = active.pos.device
@@ -236,10 +312,12 @@ def _relax_batch(
     ends: dict[int, tuple[Tensor, Tensor]] = {}
     for step in range(max_steps + 1):
         energy, forces = active.evaluate()
-        force = energy.new_zeros(len(energy)).scatter_reduce(0, active.batch, forces.norm(dim=1), "amax")
+        moving = forces if active.free is None else forces * active.free
+        force = energy.new_zeros(len(energy)).scatter_reduce(0, active.batch, moving.norm(dim=1), "amax")
         starts = energy.clone() if step == 0 else starts
         energies[active.number], largest[active.number], steps[active.number] = energy, force, step
-        done = (force <= fmax) | (step == max_steps)
+        finite = torch.isfinite(force) & torch.isfinite(energy)
+        done = (force <= fmax) | ~finite | (step == max_steps or (stop is not None and stop()))
         for graph in done.nonzero().flatten().tolist():
             own = active.batch == graph
             ends[int(active.number[graph])] = (active.pos[own], forces[own])
@@ -248,7 +326,7 @@ def _relax_batch(
         if bool(done.all()):
             break
         # The step comes first, so that the history of those that stay is whole.
-        moved = active.pos + optimizer.step(active.pos, forces)
+        moved = active.pos + optimizer.step(active.pos, moving)
         if bool(done.any()):
             atoms = active.keep(~done)
             optimizer.keep(atoms, active.batch, ~done)
@@ -257,4 +335,18 @@ def _relax_batch(
     for number, frame in enumerate(plain):
         frame.pos, frame.forces = ends[number]
         frame.energy = energies[number : number + 1].clone()
-    return Relaxation(plain, energies, starts, largest, steps, largest <= fmax)
+    return Relaxation(plain, energies, starts, largest, steps, (largest <= fmax) & torch.isfinite(energies))
+
+
+def _free(frames: Sequence[Data]) -> Tensor | None:
+    """1 for coordinates that may move and 0 for others, [atoms, 3]; None where all may."""
+    if all(frame.get("fixed") is None for frame in frames):
+        return None
+    out = []
+    for frame in frames:
+        fixed = frame.get("fixed")
+        free = torch.ones_like(frame.pos, dtype=torch.float64)
+        if fixed is not None:
+            free = free * ~(fixed if fixed.dim() == 2 else fixed[:, None])
+        out.append(free)
+    return torch.cat(out)

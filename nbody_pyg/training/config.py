@@ -5,6 +5,9 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import inspect
+import os
+import re
+import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -151,9 +154,19 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
     tree: dict[str, Any] = {}
     if path is not None:
         tree = read_tree(path, f"sections ({', '.join([*_SECTIONS, 'model'])})")
-    for key, value in _parse_overrides(overrides):
+    given = _parse_overrides(overrides)
+    switch_scheme(tree, dict(given))
+    for key, value in given:
         _insert(tree, key.split("."), value)
     return parse_config(tree)
+
+
+def switch_scheme(tree: dict[str, Any], overrides: Mapping[str, Any]) -> None:
+    """Another scheme that is named on the command line takes the place of the whole scheme of the file."""
+    model, name = tree.get("model"), overrides.get("model.scheme.name")
+    scheme = model.get("scheme") if isinstance(model, dict) else None
+    if name is not None and isinstance(scheme, Mapping) and scheme.get("name", "NestedShells") != name:
+        tree["model"] = {**model, "scheme": {}}
 
 
 def parse_config(tree: Mapping[str, Any]) -> Config:
@@ -163,11 +176,12 @@ def parse_config(tree: Mapping[str, Any]) -> Config:
     """
     _check_keys(tree)
     parser = config_parser()
+    tree = {section: _typed_section(section, values) for section, values in tree.items()}
     target = _properties(tree.pop("target", None) or {})
     try:
         parsed = parser.parse_object({k: v for k, v in tree.items() if v is not None})
     except jsonargparse.ArgumentError as error:
-        raise ValueError(str(error)) from error
+        raise ValueError(_in_one_sentence(str(error), tree)) from error
     values = {name: dict(vars(parsed[name])) for name in (*_SECTIONS, "model")}
     model = values.pop("model")
     given = set(tree.get("model") or {})
@@ -180,6 +194,89 @@ def parse_config(tree: Mapping[str, Any]) -> Config:
         output=OutputConfig(**values["output"]),
         target=target,
     )
+
+
+#: Keys that name files or folders, in which ~ and $HOME are replaced.
+_FILE_KEYS = {"data": ("root", "train", "val", "test"), "output": ("folder",)}
+_WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", dict: "keys and values"}
+
+
+def expand_path(text: str) -> str:
+    """With ~ and variables such as $HOME replaced, unless a file has that very name."""
+    return text if os.path.exists(text) else os.path.expandvars(os.path.expanduser(text))
+
+
+def _admits(hint: Any) -> tuple[Any, ...]:
+    """The types that a hint allows, dict[str, str] as dict; Any allows all."""
+    kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    return tuple(typing.get_origin(kind) or kind for kind in kinds)
+
+
+def _hint(section: str, key: str) -> Any:
+    return typing.get_type_hints(_SECTIONS[section]).get(key, Any) if section in _SECTIONS else Any
+
+
+def _typed_section(section: str, values: Any) -> Any:
+    """The values of a section with numbers as whole ones where such are wanted, names as text, and whole paths."""
+    if not isinstance(values, Mapping) or section not in (*_SECTIONS, "model"):
+        return values
+    whole = {name for name, default in model_arguments().items() if type(default) is int} if section == "model" else ()
+    out = {}
+    for key, value in values.items():
+        value = typed(value, int if key in whole else _hint(section, key))
+        if section == "data" and key == "test" and isinstance(value, list):
+            value = _by_name(value)
+        elif isinstance(value, list) and str in _admits(_hint(section, key)):
+            raise ValueError(f"{section}.{key} must be one file, got the list {value}; join them into one file")
+        if key in _FILE_KEYS.get(section, ()) and value is not None:
+            named = isinstance(value, Mapping)
+            value = {k: expand_path(str(v)) for k, v in value.items()} if named else expand_path(str(value))
+        out[key] = value
+    return out
+
+
+def typed(value: Any, hint: Any) -> Any:
+    """A value read as YAML in the type that is wanted: 1e4 as a whole number, 2024 as a name."""
+    admitted = _admits(hint)
+    if int in admitted and bool not in admitted and isinstance(value, (str, float)):
+        try:
+            number = float(value)
+        except ValueError:
+            return value
+        return int(number) if number.is_integer() else value
+    if str in admitted and type(value) is int and int not in admitted and float not in admitted:
+        return str(value)
+    return value
+
+
+def _typed_text(text: str, where: str, hint: Any) -> Any:
+    """A word of the command line: where a name is wanted, what YAML makes of it is not asked."""
+    admitted = _admits(hint)
+    if str not in admitted:
+        return parse_value(text, where)
+    if not {float, int, dict, list} & set(admitted) and not text.startswith("["):
+        return None if type(None) in admitted and text in ("null", "") else text
+    value = parse_value(text, where)
+    return text if not isinstance(value, (*{k for k in admitted if isinstance(k, type)}, list)) else value
+
+
+def _by_name(files: Sequence[Any]) -> dict[str, str]:
+    """Test sets of a list of files, by the names of the files."""
+    named = {Path(str(file)).stem: str(file) for file in files}
+    if len(named) < len(files):
+        raise ValueError(f"data.test must list files of different names, got {list(files)}; name them: {{hot: a.xyz}}")
+    return named
+
+
+def _in_one_sentence(message: str, tree: Mapping[str, Any]) -> str:
+    """What jsonargparse says about a value of a wrong type, in our words."""
+    found = re.search(r'"([\w.]+)"', message)
+    section, _, key = (found.group(1) if found else "").partition(".")
+    hint = _hint(section, key) if section in _SECTIONS else None
+    if hint is None or not isinstance(tree.get(section), Mapping):
+        return " ".join(message.split())
+    kinds = [_WORDS[kind] for kind in _admits(hint) if kind in _WORDS]
+    return f"{section}.{key} must be {' or '.join(kinds)}, got {tree[section].get(key)!r}"
 
 
 def _properties(section: Mapping[str, Any]) -> tuple[Property, ...]:
@@ -299,7 +396,8 @@ def _parse_overrides(words: Sequence[str]) -> list[tuple[str, Any]]:
             if not words:
                 raise ValueError(f"{word} needs a value")
             text = words.pop(0)
-        out.append((key, parse_value(text, word)))
+        section, _, name = key.partition(".")
+        out.append((key, _typed_text(text, word, _hint(section, name))))
     return out
 
 

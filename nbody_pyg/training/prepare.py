@@ -32,6 +32,7 @@ from nbody_pyg.potential import AtomicReference, Potential
 from nbody_pyg.properties import Property, PropertyModel, fit_statistics, property_irreps
 from nbody_pyg.training.config import Config, DataConfig, ModelConfig, model_arguments
 from nbody_pyg.training.run import NO_FORCES, force_variance
+from nbody_pyg.training.settings import check_choice
 
 if typing.TYPE_CHECKING:
     from nbody_pyg.models import NBodyNet
@@ -241,8 +242,7 @@ def _preset(config: ModelConfig) -> Callable[..., NBodyNet]:
     from nbody_pyg.models import NBodyNet
 
     presets = {"practical": NBodyNet.practical, "strict": NBodyNet.strict}
-    if config.preset not in presets:
-        raise ValueError(f"model.preset must be one of {sorted(presets)}, got {config.preset!r}")
+    check_choice("model.preset", config.preset, presets)
     return presets[config.preset]
 
 

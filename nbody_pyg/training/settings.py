@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +21,15 @@ RESUMABLE = frozenset({
     "budget_seconds", "max_epochs", "max_steps", "validate_every", "log_every", "threads", "device", "compile",
     "lr", "weight_decay", "warmup_steps", "constant_fraction", "clip_norm",
 })  # fmt: skip
+
+
+def check_choice(name: str, value: object, choices: Iterable[str]) -> None:
+    """Raises: ValueError: a value that is none of the choices; the message has the nearest one."""
+    choices = sorted(choices)
+    if value not in choices:
+        near = difflib.get_close_matches(str(value), choices, n=1, cutoff=0.5)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise ValueError(f"{name} must be one of {choices}, got {value!r}{hint}")
 
 
 @dataclass(frozen=True)
@@ -58,8 +70,22 @@ class TrainingConfig:
         positive = ("budget_seconds", "max_epochs", "max_steps", "batch_size", "lr", "clip_norm")
         for name in (*positive, "validate_every", "log_every", "threads", "processes"):
             value = getattr(self, name)
-            if value is not None and not value > 0:
+            if value is not None and not (value > 0 and (math.isfinite(value) or name == "clip_norm")):
                 raise ValueError(f"{name} must be positive, got {value}")
+        for name in ("weight_decay", "warmup_steps", "force_weight", "energy_weight", "stress_weight"):
+            value = getattr(self, name)
+            if not 0 <= value < math.inf:
+                raise ValueError(f"{name} must be zero or positive, got {value}")
+        for name, below in (("constant_fraction", 1.0), ("ema_decay", math.nextafter(1.0, 0.0))):
+            value = getattr(self, name)
+            if not 0 <= value <= below:
+                raise ValueError(f"{name} must lie between 0 and 1, got {value}")
+        from nbody_pyg.training.loss import PENALTIES
+        from nbody_pyg.training.optim import optimizer_names
+
+        check_choice("optimizer", self.optimizer, optimizer_names())
+        check_choice("penalty", self.penalty, PENALTIES)
+        check_choice("energy_per", self.energy_per, ("molecule", "atom"))
         if self.dtype not in ("float32", "float64"):
             raise ValueError(f"dtype must be 'float32' or 'float64', got {self.dtype!r}")
         if self.device not in ("cpu", "cuda", "auto"):

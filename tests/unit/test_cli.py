@@ -149,6 +149,7 @@ def test_md(folder, tmp_path, capsys):
     assert "drift" in capsys.readouterr().out
     assert {p.name for p in (tmp_path / "md").iterdir()} == {"md.log", "trajectory.xyz", "energy.png"}
     assert len(read(tmp_path / "md/trajectory.xyz", ":")) == 5
+    words += ["--overwrite"]
     assert main(["md", str(folder / "model.nbody"), str(tmp_path / "start.xyz"), "--ensemble", "langevin", *words]) == 0
 
 

@@ -1,0 +1,100 @@
+"""Where a command may write: never over results of a person who has not said so, and never over what it reads."""
+
+from __future__ import annotations
+
+import fnmatch
+import itertools
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nbody_pyg.training.durable import written_whole
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def output_file(
+    given: str | None, default: str | None, overwrite: bool, inputs: Iterable[str | None], option: str = "--out"
+) -> Path:
+    """The file to write to.
+
+    Args:
+        given: what the command line names. Where it names nothing, ``default``, or that with a number if it exists.
+        overwrite: a file that exists may be replaced.
+        inputs: names of what the command reads; those that are no files are passed over.
+        option: by which the file is named.
+    Raises: ValueError: the file exists, or is read by the same command; it is a folder.
+    """
+    path = Path(given) if given is not None else (Path(default) if overwrite else _fresh(Path(default)))
+    if path.is_dir():
+        raise ValueError(f"{option} must be a file, got the folder {path}")
+    if any(_same(path, name) for name in inputs):
+        raise ValueError(f"{option} must not be a file that is read, got {path}; name another file")
+    if path.exists() and not overwrite:
+        raise ValueError(f"{path} exists; replace it with --overwrite, or name another file with {option}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def output_folder(
+    given: str | None, default: str, overwrite: bool, inputs: Iterable[str | None], names: Sequence[str],
+    cure: str = "replace it with --overwrite, or name another folder with --out",
+) -> Path:  # fmt: skip
+    """The folder to write into; other files in it are left alone.
+
+    Args:
+        given: what the command line names. Where it names nothing, ``default``, or that with a number if it holds
+            results.
+        overwrite: results may be replaced.
+        inputs: names of what the command reads.
+        names: of the files that will be written, as patterns.
+        cure: what to do where there are results.
+    Raises: ValueError: the folder holds results, or what the command reads; it is a file.
+    """
+    path = Path(given) if given is not None else Path(default)
+    if given is None and not overwrite:
+        path = _fresh(path, lambda folder: _held(folder, names) is not None)
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"--out must be a folder, got the file {path}")
+    for name in inputs:
+        file = Path(name or "")
+        inside = file.is_file() and file.parent.resolve() == path.resolve()
+        if inside and any(fnmatch.fnmatch(file.name, pattern) for pattern in names):
+            raise ValueError(f"--out must not hold {file}, which is read and would be replaced; name another folder")
+    if not overwrite and (held := _held(path, names)) is not None:
+        raise ValueError(f"{held} exists; {cure}")
+    return path
+
+
+def latest(default: str, name: str) -> Path:
+    """Of a default folder and those with a number, the last that holds a file of this name; else the default."""
+    found = Path(default)
+    for number in itertools.count(1):
+        if not (path := _numbered(Path(default), number)).exists():
+            return found
+        found = path if (path / name).exists() else found
+
+
+def save_figure(figure: Figure, path: Path, **options: Any) -> Path:
+    """A figure as a whole file; a png where the name does not say what."""
+    path = path if path.suffix else path.with_suffix(".png")
+    with written_whole(path) as temporary:
+        figure.savefig(temporary, format=path.suffix[1:], **options)
+    return path
+
+
+def _held(folder: Path, names: Sequence[str]) -> Path | None:
+    return next((path for name in names for path in sorted(folder.glob(name))), None)
+
+
+def _fresh(path: Path, taken: Any = Path.exists) -> Path:
+    return next(p for n in itertools.count() if not taken(p := _numbered(path, n)))
+
+
+def _numbered(path: Path, number: int) -> Path:
+    return path.with_name(f"{path.stem}-{number}{path.suffix}") if number else path
+
+
+def _same(path: Path, name: str | None) -> bool:
+    return name is not None and path.exists() and Path(name).exists() and path.samefile(name)
