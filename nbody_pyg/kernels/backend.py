@@ -16,6 +16,7 @@ from torch import Tensor
 
 from nbody_pyg.kernels import build
 from nbody_pyg.kernels.gpu.build import available, interpreted
+from nbody_pyg.kernels.scope import is_recording, is_transformed
 
 _BACKENDS = ("auto", "c", "triton", "torch")
 _DTYPES = (torch.float32, torch.float64)
@@ -45,7 +46,10 @@ def set_backend(name: str) -> None:
 
 def backend(tensor: Tensor | None = None) -> str:
     """The backend that runs for this tensor (by default one in float32 on the CPU)."""
-    if _forced == "torch" or torch.compiler.is_compiling() or (tensor is not None and tensor.dtype not in _DTYPES):
+    # What torch or the caller traces, batches or counts must be made of operations that they see
+    if _forced == "torch" or (is_transformed() and not is_recording()):
+        return "torch"
+    if tensor is not None and (tensor.dtype not in _DTYPES or type(tensor) not in (Tensor, torch.nn.Parameter)):
         return "torch"
     device = "cpu" if tensor is None else tensor.device.type
     if _forced == "triton":
