@@ -27,7 +27,6 @@ from nbody_pyg.geometry import (
 )
 from nbody_pyg.hierarchy.levels import Hierarchy
 from nbody_pyg.hierarchy.topology import Topology
-from nbody_pyg.kernels.scope import skip_weight_gradients
 from nbody_pyg.models import NBodyNet, Surroundings
 from nbody_pyg.nn.exact import Float64Buffers
 from nbody_pyg.nn.repulsion import ZBLRepulsion, short_edges
@@ -598,14 +597,13 @@ def _gradient(
     """Derivative of a scalar; zeros, not None, where it does not depend on an input (an atom on its own)."""
     if not value.requires_grad:
         return tuple(torch.zeros_like(x) for x in inputs)
-    with skip_weight_gradients():
-        return torch.autograd.grad(
-            value,
-            inputs,
-            create_graph=create_graph,
-            retain_graph=retain_graph or create_graph,
-            materialize_grads=True,
-        )
+    return torch.autograd.grad(
+        value,
+        inputs,
+        create_graph=create_graph,
+        retain_graph=retain_graph or create_graph,
+        materialize_grads=True,
+    )
 
 
 def _refuse_inference_mode() -> None:

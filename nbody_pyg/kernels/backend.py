@@ -18,6 +18,7 @@ from torch import Tensor
 
 from nbody_pyg.kernels import build
 from nbody_pyg.kernels.gpu.build import available, interpreted
+from nbody_pyg.kernels.scope import is_recording, is_transformed
 
 if TYPE_CHECKING:
     from nbody_pyg.kernels.library import Library
@@ -62,7 +63,10 @@ def backend(tensor: Tensor | None = None, library: Library | None = None) -> str
     global _forced
     if _forced is None:
         _forced = _checked(os.environ.get("NBODY_BACKEND") or "auto", "NBODY_BACKEND")
-    if _forced == "torch" or torch.compiler.is_compiling() or (tensor is not None and tensor.dtype not in _DTYPES):
+    # What torch or the caller traces, batches or counts must be made of operations that they see
+    if _forced == "torch" or (is_transformed() and not is_recording()):
+        return "torch"
+    if tensor is not None and (tensor.dtype not in _DTYPES or type(tensor) not in (Tensor, torch.nn.Parameter)):
         return "torch"
     device = "cpu" if tensor is None else tensor.device.type
     if _forced == "triton":

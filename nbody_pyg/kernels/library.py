@@ -3,18 +3,64 @@
 from __future__ import annotations
 
 import ctypes
-import re
+import math
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from nbody_pyg.kernels import build
 from nbody_pyg.kernels.codegen import prelude
+from nbody_pyg.kernels.operands import Several, address
 from nbody_pyg.kernels.scope import is_dry
 
 _C_NAMES = {torch.float32: "float", torch.float64: "double"}
-_C_TYPES = {"i": ctypes.c_int64, "d": ctypes.c_double, "p": ctypes.c_void_p}
+
+
+class _Kind(NamedTuple):
+    """What a signature says of one argument; a tensor has ``factor`` times the arguments at ``places`` as its size."""
+
+    word: str
+    c_type: Any
+    passed: bool = True
+    factor: int | None = None
+    places: tuple[int, ...] = ()
+
+    @property
+    def optional(self) -> bool:
+        return "?" in self.word
+
+    @property
+    def long(self) -> bool:
+        return self.word.startswith("longs")
+
+
+def _kinds(signature: str) -> list[_Kind]:
+    kinds: list[_Kind] = []
+    names: dict[str, int] = {}
+    for place, word in enumerate(signature.split()):
+        kind, _, size = word.partition(":")
+        if size:
+            parts = size.split("*")
+            factor = math.prod(int(part) for part in parts if part.isdigit())
+            places = tuple(names[part] for part in parts if not part.isdigit())
+            kinds.append(_Kind(word, ctypes.c_void_p, True, factor, places))
+        elif kind.strip("?") in ("double", "several"):
+            kinds.append(_Kind(word, ctypes.c_double if kind == "double" else ctypes.c_void_p))
+        else:
+            names[word.strip("()")] = place
+            kinds.append(_Kind(word, ctypes.c_int64, passed=not word.startswith("(")))
+    return kinds
+
+
+def _array(several: Several, dtype: torch.dtype) -> ctypes.Array:
+    addresses = [
+        None if tensor is None else address(tensor, dtype, size)
+        for tensor, size in zip(several.tensors, several.sizes, strict=True)
+    ]
+    return (ctypes.c_void_p * len(addresses))(*addresses)
+
 
 #: Longest source (characters) that is worth compiling.
 MAX_SOURCE = 800_000
@@ -25,7 +71,10 @@ class Library:
 
     Args:
         source: C code that uses the type ``real``.
-        signatures: for each function its arguments, e.g. "2i3p": two integers and three pointers ("d": a double).
+        signatures: for each function its arguments, in order: integers by name ("N"), "double", "reals:SIZE" and
+            "longs:SIZE" for tensors with so many numbers, such as "reals:9*N*C", and "several" for arrays of addresses;
+            with a question mark, as "reals?:9*N", None is a null pointer. Integers in brackets, "(T)", occur in sizes
+            only: the function does not take them.
         links: functions of other libraries that this one calls, as (library, name). Their addresses are handed to the
             source's own ``link_functions(void* const*)`` after loading: what is shared is compiled once.
     """
@@ -59,17 +108,29 @@ class Library:
                 )
         return bool(self._loaded.get(dtype))
 
-    def call(self, name: str, dtype: torch.dtype, *arguments: Tensor | ctypes.Array | float | int | None) -> None:
-        """Call one function; tensors are passed by address and must be contiguous, None as a null pointer."""
+    def call(self, name: str, dtype: torch.dtype, *arguments: Tensor | Several | float | int | None) -> None:
+        """Call one function; every tensor is checked against the signature, see :func:`~operands.address`."""
         if is_dry():
             return
         functions = self._loaded.get(dtype) or self._load(dtype)
-        functions[name](*[a.data_ptr() if isinstance(a, Tensor) else a for a in arguments])
+        function, kinds = functions[name]
+        given: list[Any] = []
+        for kind, value in zip(kinds, arguments, strict=True):
+            if kind.factor is not None and value is not None:
+                size = kind.factor
+                for place in kind.places:
+                    size *= arguments[place]
+                given.append(address(value, torch.int64 if kind.long else dtype, size))
+            elif value is None and not kind.optional:
+                raise TypeError(f"{name} needs {kind.word}, got None; pass every tensor that the products take")
+            elif kind.passed:
+                given.append(_array(value, dtype) if isinstance(value, Several) else value)
+        function(*given)
 
     def address(self, name: str, dtype: torch.dtype) -> int:
         """Where one of the functions lies."""
         functions = self._loaded.get(dtype) or self._load(dtype)
-        return ctypes.cast(functions[name], ctypes.c_void_p).value
+        return ctypes.cast(functions[name][0], ctypes.c_void_p).value
 
     def _load(self, dtype: torch.dtype) -> dict:
         with build.lock:  # nobody may call a function before it is linked
@@ -77,10 +138,10 @@ class Library:
             functions = {}
             for name, signature in self._signatures.items():
                 function = getattr(library, name)
-                kinds = re.findall(r"(\d*)([idp])", signature)
-                function.argtypes = [_C_TYPES[kind] for count, kind in kinds for _ in range(int(count or 1))]
+                kinds = _kinds(signature)
+                function.argtypes = [kind.c_type for kind in kinds if kind.passed]
                 function.restype = None
-                functions[name] = function
+                functions[name] = function, kinds
             if self._links:
                 addresses = [library.address(name, dtype) for library, name in self._links]
                 library.link_functions((ctypes.c_void_p * len(addresses))(*addresses))

@@ -1,58 +1,144 @@
-"""What the caller of a derivative wants: autograd cannot tell a custom function, so the caller says it here."""
+"""What goes on in this thread now, and which gradients a backward pass is for.
+
+Nothing here is shared between threads: what a caller says counts in its own context, and what a derivative is for is
+asked of the engine that computes it.
+"""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import functools
+import os
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextvars import ContextVar
+from typing import Any
 
 import torch
 
-_skipped = _tracing = _dry = False
+#: What takes the place of ``function.apply``; None where products run as they are.
+_recorder: ContextVar[Callable[..., Any] | None] = ContextVar("recorder", default=None)
+_tracing: ContextVar[bool] = ContextVar("tracing", default=False)
+_dry: ContextVar[bool] = ContextVar("dry", default=False)
 
 
 @contextlib.contextmanager
-def skip_weight_gradients() -> Iterator[None]:
-    """Inside, backward passes give no gradients of weights: for forces, which need those of positions only."""
-    global _skipped
-    before, _skipped = _skipped, True
+def _set(variable: ContextVar, value: Any) -> Iterator[None]:
+    token = variable.set(value)
     try:
         yield
     finally:
-        _skipped = before
+        variable.reset(token)
 
 
-def weight_gradients_skipped() -> bool:
-    """Whether a caller has said that no gradients of weights are wanted now."""
-    return _skipped
-
-
-@contextlib.contextmanager
-def tracing() -> Iterator[None]:
+def tracing() -> contextlib.AbstractContextManager[None]:
     """Inside, a graph is recorded: values of tensors must not be asked for."""
-    global _tracing
-    before, _tracing = _tracing, True
-    try:
-        yield
-    finally:
-        _tracing = before
-
-
-def is_tracing() -> bool:
-    """Whether tensors have no values now, because a graph is recorded by us or by torch."""
-    return _tracing or torch.compiler.is_compiling()
+    return _set(_tracing, True)
 
 
 @contextlib.contextmanager
-def dry_run() -> Iterator[None]:
-    """Inside, compiled functions are not called: what remains of a product is the shapes of its results."""
-    global _dry
-    before, _dry = _dry, True
-    try:
+def recording(recorder: Callable[..., Any]) -> Iterator[None]:
+    """Inside, ``recorder(function, *arguments)`` takes the place of ``function.apply(*arguments)``."""
+    with tracing(), _set(_recorder, recorder):
         yield
-    finally:
-        _dry = before
+
+
+def is_recording() -> bool:
+    """Whether compiled products become operators of a graph that the library records itself."""
+    return _recorder.get() is not None
+
+
+def dry_run() -> contextlib.AbstractContextManager[None]:
+    """Inside, compiled functions are not called: what remains of a product is the shapes of its results."""
+    return _set(_dry, True)
 
 
 def is_dry() -> bool:
     """Whether compiled functions are left out now."""
-    return _dry
+    return _dry.get()
+
+
+def apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
+    """``function.apply(*arguments)``, or what is recorded instead."""
+    recorder = _recorder.get()
+    return function.apply(*arguments) if recorder is None else recorder(function, *arguments)
+
+
+def is_transformed() -> bool:
+    """Whether torch or a mode of the caller takes part in every operation of this thread: it traces, batches or counts.
+
+    Compiled code would be invisible to it. (``torch.compiler.is_compiling()`` tells of other threads, too.)
+    """
+    return (
+        torch.compiler.is_dynamo_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._get_tracing_state() is not None
+    )
+
+
+def is_tracing() -> bool:
+    """Whether tensors have no values now, because a graph is recorded by us or by torch."""
+    return torch.compiler.is_dynamo_compiling() or _tracing.get() or (not is_recording() and is_transformed())
+
+
+# Not part of torch's interface: where it is missing all gradients are computed, which takes longer and is never wrong
+_will_execute = getattr(torch._C, "_will_engine_execute_node", lambda node: True)
+
+
+def gradients_wanted(edges: Iterable[tuple[Any, int]]) -> bool:
+    """Whether the backward pass that runs now uses a gradient that goes along one of these edges of its graph.
+
+    Edges are some of ``ctx.next_functions``: one for each tensor that a function was called with, in that order.
+    ``ctx.needs_input_grad`` says only that a tensor requires a gradient, as weights do also in a pass for forces alone.
+    """
+    for node, _ in edges:
+        if node is not None:
+            try:
+                if _will_execute(node):
+                    return True
+            except RuntimeError:  # a leaf that was named in autograd.grad: of those the engine does not say
+                return True
+    return False
+
+
+def constant_table(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """Decorate a function that makes a table of constants: it is made once and kept.
+
+    What is made while a tracer or a mode takes part holds its tensors; it is made for that call alone.
+    """
+    kept: dict[tuple, torch.Tensor] = {}
+
+    @functools.wraps(function)
+    def wrapper(*arguments: Any) -> torch.Tensor:
+        if is_transformed() and not is_recording():
+            return function(*arguments)
+        if arguments not in kept:
+            if is_transformed():
+                return function(*arguments)
+            with torch.inference_mode(False), torch.no_grad():
+                kept[arguments] = function(*arguments)
+        return kept[arguments]
+
+    return wrapper
+
+
+class Lock:
+    """A re-entrant lock, free in a copy, after pickling, and in a process that was forked while it was held."""
+
+    def __init__(self) -> None:
+        self._process, self._lock = os.getpid(), threading.RLock()
+
+    def __enter__(self) -> None:
+        if self._process != os.getpid():
+            self._process, self._lock = os.getpid(), threading.RLock()
+        self._lock.acquire()
+
+    def __exit__(self, *error: Any) -> None:
+        self._lock.release()
+
+    def __deepcopy__(self, memo: Any) -> Lock:
+        return Lock()
+
+    def __reduce__(self):
+        return Lock, ()

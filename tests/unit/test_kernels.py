@@ -14,7 +14,6 @@ import torch
 from nbody_pyg import NBodyNet, NestedShells
 from nbody_pyg.kernels import available_backends, backend, build, set_backend
 from nbody_pyg.kernels.linear import Block, LinearKernel
-from nbody_pyg.kernels.scope import skip_weight_gradients
 from nbody_pyg.nn.edges import EdgeEmbedding, EdgeFeatures
 from nbody_pyg.nn.gates import DensityGate, OneBodyGate, ProductGate
 from nbody_pyg.nn.irreps import hidden_irreps, num_rows
@@ -207,30 +206,58 @@ def test_edge_features_and_windows_are_the_same_on_both_backends(generator):
 
 
 @needs_c
-def test_the_third_use_of_the_linear_map_when_weight_gradients_are_skipped(generator):
+def test_no_gradients_of_weights_in_a_pass_for_forces(generator, monkeypatch):
     """Forces first, without gradients of weights; then the loss, with them."""
     irreps = hidden_irreps(3, 1)
     gate = ProductGate(irreps, irreps, 2).double()
     x = _randn(generator, 4, 4, 3)
-    results = []
-    for name, skip in (("torch", False), ("c", False), ("c", True)):
+    made, results = [], []
+    outer = LinearKernel.outer
+    monkeypatch.setattr(LinearKernel, "outer", lambda *arguments: made.append(1) or outer(*arguments))
+    for name in ("torch", "c"):
         set_backend(name)
         leaf = x.clone().requires_grad_(True)
         energy = gate(leaf).square().sum()
-        if skip:
-            with skip_weight_gradients():
-                (force,) = torch.autograd.grad(energy, leaf, create_graph=True)
-        else:
-            (force,) = torch.autograd.grad(energy, leaf, create_graph=True)
+        (force,) = torch.autograd.grad(energy, leaf, create_graph=True)
+        assert not made
         results.append([force, *torch.autograd.grad(force.square().sum() + energy, [leaf, *gate.parameters()])])
-    for other in results[1:]:
-        for a, b in zip(results[0], other, strict=True):
-            torch.testing.assert_close(b, a, **EXACT)
-    set_backend("c")
-    leaf = x.clone().requires_grad_(True)
-    with skip_weight_gradients():
-        found = torch.autograd.grad(gate.linear(leaf).sum(), [leaf, *gate.linear.parameters()], allow_unused=True)
-    assert found[0] is not None and all(g is None for g in found[1:])
+    assert made
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(b, a, **EXACT)
+
+
+@needs_c
+@pytest.mark.parametrize("how", ["backward", "backward of some", "grad of leaves", "grad of others"])
+def test_gradients_of_weights_are_made_for_whoever_asks(generator, how):
+    """By the engine's own list of what is wanted, not by what a caller says of the process."""
+    irreps = hidden_irreps(3, 1)
+    gate, edges, x = (
+        OneBodyGate(irreps, irreps, 1, 3).double(),
+        _edges(generator, 4, 4, 7, 1),
+        _randn(generator, 4, 4, 3),
+    )
+    results = []
+    for name in ("torch", "c"):
+        set_backend(name)
+        leaf = x.clone().requires_grad_(True)
+        weights = list(gate.parameters())
+        gate.zero_grad()
+        if how == "grad of others":
+            weights = [w * 1.0 for w in weights]
+            value = torch.func.functional_call(
+                gate, dict(zip(dict(gate.named_parameters()), weights, strict=True)), (leaf, edges)
+            )
+            found = torch.autograd.grad(value.sum(), [leaf, *weights])
+        elif how == "grad of leaves":
+            found = torch.autograd.grad(gate(leaf, edges).sum(), [leaf, *weights])
+        else:
+            chosen = [leaf, *weights] if how == "backward" else [leaf, weights[-1]]
+            gate(leaf, edges).sum().backward(inputs=None if how == "backward" else chosen)
+            found = [t.grad for t in chosen]
+        results.append(found)
+    for a, b in zip(*results, strict=True):
+        assert a.abs().max() > 0
+        torch.testing.assert_close(b, a, **EXACT)
 
 
 @needs_c
