@@ -15,7 +15,8 @@ from lightning.fabric.utilities.warnings import PossibleUserWarning
 from lightning.pytorch import Callback, Trainer
 from torch_geometric.data import Data
 
-from nbody_pyg.potential import Potential
+from nbody_pyg.data import complete_states
+from nbody_pyg.potential import Potential, check_states, learn_state
 from nbody_pyg.properties import PropertyModel
 from nbody_pyg.training.callbacks import CallbackGroup, Checkpoints, GracefulStop, MetricsCSV, RunProgress
 from nbody_pyg.training.ema import WeightEMA
@@ -117,10 +118,16 @@ def fit(
             scheme to every frame once), or else it is searched for anew at every step.
         resume: a checkpoint from which to go on; the run continues as if it had never stopped.
         callbacks: further ones, called after ours and before the checkpoint is written.
-    Raises: ValueError: no frames, or labels without any force and energy; FloatingPointError: see the task.
+    Charge and spin that all training frames have become what a model without these inputs knows: ``model.assumed``.
+
+    Raises: ValueError: no frames, labels without any force and energy, or frames that differ in charge or spin for a
+        model without this input; FloatingPointError: see the task.
     """
     settings = settings or TrainingConfig(max_epochs=100)
     folder = Path(folder)
+    learn_state(potential.model, train)
+    check_states(potential.model, val, "the validation frames")
+    train, val = complete_states(train), complete_states(val)
     with _threads(settings.threads):
         kind = PropertyTask if isinstance(potential, PropertyModel) else PotentialTask
         task = kind(potential, settings, force_variance(train))
