@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import re
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch_geometric.data import Batch, Data
@@ -18,6 +21,7 @@ _TOPOLOGY_KEY = re.compile(r"^(child|pair|child_shift|pair_shift|num_parts|centr
 _GRAPH_SHAPES: dict[str, tuple[int, ...]] = {
     "energy": (1,),
     "charge": (1,),
+    "spin": (1,),
     "cell": (1, 3, 3),
     "pbc": (1, 3),
     "stress": (1, 3, 3),
@@ -91,8 +95,9 @@ class AtomicData(Data):
     ``stress``          [1, 3, 3]             dE/d(strain)/V, eV/angstrom^3, ASE's sign
     ``dipole``          [1, 3]                e angstrom
     ``polarizability``  [1, 3, 3]
-    ``charge``          [1]                   total charge, e
+    ``charge``          [1]                   total charge, e (optional; neutral without it)
     ``charges``         [N]                   formal charges of the atoms, e (optional)
+    ``spin``            [1]                   spin multiplicity 2S + 1 (optional; a singlet without it)
     ``num_parts_k``     [1] long              number of parts at level k >= 1 of the hierarchy
     ``child_k``         [2, E] long           row 0: part at level k - 1, row 1: its parent at level k
     ``pair_k``          [2, P] long           ordered neighbours at level k
@@ -205,6 +210,8 @@ class AtomicData(Data):
             atoms: the system. Its cell is kept only if at least one direction is periodic.
             labels: also take energy, forces, stress and dipole that its calculator has already computed
                 (nothing is computed here).
+
+        Charges and spin come from where :func:`electronic_state_of` finds them.
         """
         out = cls(
             z=torch.as_tensor(atoms.get_atomic_numbers(), dtype=torch.long),
@@ -213,6 +220,8 @@ class AtomicData(Data):
         if atoms.pbc.any():
             out.cell = torch.as_tensor(atoms.cell.array.copy(), dtype=torch.float64).reshape(1, 3, 3)
             out.pbc = torch.as_tensor(atoms.pbc.copy(), dtype=torch.bool).reshape(1, 3)
+        for key, value in electronic_state_of(atoms).items():
+            out[key] = value
         results = dict(getattr(atoms.calc, "results", {})) if labels else {}
         for key in ("energy", "forces", "stress", "dipole", "energies"):
             if results.get(key) is not None:
@@ -224,7 +233,11 @@ class AtomicData(Data):
         return out
 
     def to_ase(self) -> Any:
-        """`ase.Atoms` with the labels in a SinglePointCalculator (ASE's units are ours)."""
+        """`ase.Atoms` with the labels in a SinglePointCalculator (ASE's units are ours).
+
+        Charges and spin stand where :meth:`from_ase` finds them: ``info["charge"]``, ``info["spin"]``, and the formal
+        charges of the atoms as initial charges, or in the array ``formal_charges`` where they are no whole numbers.
+        """
         from ase import Atoms
         from ase.calculators.singlepoint import SinglePointCalculator
 
@@ -234,6 +247,16 @@ class AtomicData(Data):
             lattice = {"cell": self.cell[0].detach().cpu().numpy()}
             lattice["pbc"] = True if pbc is None else pbc[0].cpu().numpy()
         atoms = Atoms(numbers=self.z.cpu().numpy(), positions=self.pos.detach().cpu().numpy(), **lattice)
+        for key in ("charge", "spin"):
+            if self.get(key) is not None:
+                number = float(torch.as_tensor(self[key]).reshape(-1)[0])
+                atoms.info[key] = int(number) if number.is_integer() else number
+        if self.get("charges") is not None:
+            formal = self.charges.detach().cpu().double().numpy()
+            if _are_whole(formal) and formal.any():
+                atoms.set_initial_charges(formal)
+            else:
+                atoms.set_array("formal_charges", formal)
         results: dict[str, Any] = {}
         for key in ("energy", "forces", "stress", "dipole", "energies"):
             value = self.get(key)
@@ -249,6 +272,162 @@ class AtomicData(Data):
         if results:
             atoms.calc = SinglePointCalculator(atoms, **results)
         return atoms
+
+
+#: Where the total charge and the multiplicity may stand in ``atoms.info``; all that are there must agree.
+STATE_KEYS: dict[str, tuple[str, ...]] = {
+    "charge": ("charge", "total_charge"),
+    "spin": ("spin", "multiplicity", "spin_multiplicity", "total_spin"),
+}
+# Partial charges are printed with some digits each: how far their sum may lie from the total charge, e.
+_ROUNDING = 0.05
+
+
+def electronic_state_of(atoms: Any, where: str = "atoms", sources: dict[str, str] | None = None) -> dict[str, Tensor]:
+    """Total ``charge`` [1], formal ``charges`` [N] and ``spin`` multiplicity [1] of `ase.Atoms`, as far as it says.
+
+    The one place where they are read; see docs/conventions.md for the rules.
+
+    Args:
+        atoms: the structure.
+        where: how messages call it.
+        sources: takes the key in which each was found.
+
+    Raises: ValueError: a value that is no finite number, a multiplicity that is no whole number from 1 on, keys that
+        contradict each other, charges of atoms that do not add up to the total charge, or that are neither whole
+        numbers nor add up to one.
+    """
+    found: dict[str, Tensor] = {}
+    sources = {} if sources is None else sources
+    for name, keys in STATE_KEYS.items():
+        values = {
+            key: _number(atoms.info[key], f"{where}: info[{key!r}]") for key in keys if atoms.info.get(key) is not None
+        }
+        if not values:
+            continue
+        (first, value), *others = values.items()
+        for key, other in others:
+            if abs(other - value) > 1e-6:
+                raise ValueError(
+                    f"{where}: info[{first!r}] is {value:g}, but info[{key!r}] is {other:g}; keep one of the two"
+                )
+        if name == "spin" and (value < 1 or value != round(value)):
+            raise ValueError(
+                f"{where}: info[{first!r}] must be the spin multiplicity 2S + 1, a whole number from 1 (singlet) on, "
+                f"got {value:g}; convert it, or remove the key"
+            )
+        found[name] = torch.tensor([value], dtype=torch.float64)
+        sources[name] = f"info[{first!r}]"
+    total = float(found["charge"]) if "charge" in found else None
+    for key in ("formal_charges", "initial_charges"):
+        charges = _charges_of_atoms(atoms, key, where)
+        if charges is None:
+            continue
+        formal = key == "formal_charges" or _are_whole(charges)
+        total = _total_of(charges, formal, total, f"{where}: {key}")
+        if formal and "charges" not in found:
+            found["charges"] = torch.as_tensor(charges)
+            sources["charges"] = f"arrays[{key!r}]"
+        elif "charge" not in found and "charges" not in found and total:
+            found["charge"], sources["charge"] = torch.tensor([total], dtype=torch.float64), f"arrays[{key!r}]"
+    _check_computed(atoms, total or 0.0, where)
+    return found
+
+
+def _number(value: Any, what: str) -> float:
+    try:
+        array = np.asarray(value, dtype=np.float64).reshape(-1)
+    except (TypeError, ValueError):
+        array = np.zeros(0)
+    if array.size != 1 or isinstance(value, (bool, np.bool_)) or not np.isfinite(array).all():
+        raise ValueError(f"{what} must be one finite number, got {value!r}; correct it, or remove the key")
+    return float(array[0])
+
+
+def _charges_of_atoms(atoms: Any, key: str, where: str) -> np.ndarray | None:
+    """Charges of an array; None where there is none, or initial charges that are all zero (ASE's default)."""
+    if not atoms.has(key):
+        return None
+    try:
+        charges = np.array(atoms.get_array(key), dtype=np.float64)
+    except (TypeError, ValueError):
+        charges = np.zeros(0)
+    if charges.shape != (len(atoms),) or not np.isfinite(charges).all():
+        raise ValueError(f"{where}: {key} must hold one finite number for each of {len(atoms)} atoms; remove the array")
+    return None if key == "initial_charges" and not charges.any() else charges
+
+
+def _are_whole(charges: np.ndarray) -> bool:
+    return bool((np.abs(charges - np.round(charges)) < 1e-6).all())
+
+
+def _total_of(charges: np.ndarray, formal: bool, total: float | None, what: str) -> float:
+    """Total charge by the charges of atoms, which must agree with one that is known."""
+    summed = float(charges.sum())
+    if total is not None:
+        if abs(summed - total) > (1e-6 * max(len(charges), 1) if formal else _ROUNDING):
+            raise ValueError(
+                f"{what} add up to {summed:g} e, but the total charge is {total:g}; correct one of them, or remove the "
+                "charges of the atoms"
+            )
+        return total
+    if not formal and abs(summed - round(summed)) > _ROUNDING:
+        raise ValueError(
+            f"{what} are no whole numbers, so no formal charges, and add up to {summed:g} e, so to no total charge; "
+            "set atoms.info['charge'], or remove them"
+        )
+    return summed if formal else float(round(summed))
+
+
+def _check_computed(atoms: Any, total: float, where: str) -> None:
+    """Charges among the results of a calculator are results; they must not say what the structure itself does not."""
+    charges = getattr(atoms.calc, "results", {}).get("charges")
+    if charges is None:
+        return
+    charges = np.asarray(charges, dtype=np.float64)
+    if charges.shape != (len(atoms),) or not np.isfinite(charges).all() or not charges.any():
+        return
+    summed = float(charges.sum())
+    if _are_whole(charges) and not atoms.has("initial_charges") and not atoms.has("formal_charges"):
+        raise ValueError(
+            f"{where}: the charges of the atoms are whole numbers, as formal charges are, but stand where results of a "
+            "calculation do (ASE puts columns 'charge' and 'charges' there), which no model is given; name the column "
+            "initial_charges, or remove it"
+        )
+    if abs(summed - total) > 0.5 and abs(summed - round(summed)) < _ROUNDING:
+        raise ValueError(
+            f"{where}: the computed charges of the atoms add up to {summed:g} e, but the total charge is {total:g}; "
+            "set atoms.info['charge'], or remove the charges"
+        )
+
+
+def complete_states(frames: Sequence[Data]) -> Sequence[Data]:
+    """The same frames with the same keys among ``charge``, ``charges`` and ``spin``: PyG batches the keys of the first.
+
+    Where some frames say something, those that do not become neutral, and singlets. Where some have formal charges, the
+    others share their total charge evenly.
+    """
+    keys = [{key for key in ("charge", "charges", "spin") if frame.get(key) is not None} for frame in frames]
+    wanted = set().union(*keys)
+    if "charges" in wanted and any("charges" not in found for found in keys):
+        wanted.add("charge")
+    one = [key for key in ("charge", "spin") if key in wanted]
+    alike = all(getattr(frame.get(key), "shape", None) == (1,) for frame in frames for key in one)
+    if alike and all(found == wanted for found in keys):
+        return frames
+    out = []
+    for frame, found in zip(frames, keys, strict=True):
+        frame = copy.copy(frame)
+        for key in one:
+            default = torch.tensor([0.0 if key == "charge" else 1.0], dtype=torch.float64)
+            if key == "charge" and key not in found and "charges" in found:
+                default = frame.charges.double().sum().reshape(1)
+            value = torch.as_tensor(frame[key]) if key in found else default
+            frame[key] = value.reshape(1) if value.numel() == 1 else value  # a wrong number is refused in the batch
+        if "charges" in wanted - found:
+            frame.charges = frame.charge.double().expand(len(frame.z)) / len(frame.z)
+        out.append(frame)
+    return out
 
 
 def _with_graph_shape(key: str, value: Any) -> Any:

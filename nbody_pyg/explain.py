@@ -10,7 +10,7 @@ from torch_geometric.data import Data
 from torch_geometric.nn import MessagePassing
 
 from nbody_pyg.hierarchy import Hierarchy, Level
-from nbody_pyg.models import NBodyNet
+from nbody_pyg.models import NBodyNet, Surroundings
 
 
 class Membership(MessagePassing):
@@ -100,7 +100,8 @@ class ExplainableNet(nn.Module):
         levels: tuple[Level, ...] = tuple(
             dataclasses.replace(level, **new) for level, new in zip(hierarchy, changed, strict=True)
         )
-        total = self.model.total(Hierarchy(levels, hierarchy.z, hierarchy.num_graphs))
+        surroundings = Surroundings.read(hierarchy, data)
+        total = self.model.total(Hierarchy(levels, hierarchy.z, hierarchy.num_graphs), surroundings)
         return total.reshape(hierarchy.num_graphs, -1)
 
 

@@ -17,7 +17,15 @@ from nbody_pyg.data import count_graphs, has_hierarchy, require_atoms
 from nbody_pyg.geometry import check_atoms
 from nbody_pyg.hierarchy import Hierarchy, NestedShells, Scheme, Topology
 from nbody_pyg.kernels.scope import is_tracing
-from nbody_pyg.nn.charges import LongRangeSettings, charge_shares
+from nbody_pyg.nn.charges import (
+    ElectronicEmbedding,
+    LongRangeSettings,
+    charge_shares,
+    check_inputs,
+    refuse_unused,
+    spin_multiplicity,
+    total_charge,
+)
 from nbody_pyg.nn.coulomb import LongRange
 from nbody_pyg.nn.edges import EdgeEmbedding, EdgeFeatures, sum_into
 from nbody_pyg.nn.gates import OneBodyGate
@@ -51,11 +59,16 @@ class Step(NamedTuple):
 
 
 class Surroundings(NamedTuple):
-    """What long-range energies need to know beside the hierarchy: shares of the total charge, and the cell."""
+    """What a value depends on beside the hierarchy: charges and spins, and the cell (for long-range energies).
 
-    share: Tensor
+    ``charge`` and ``spin`` (multiplicity) have one value for each graph, ``charges`` (formal ones) one for each atom.
+    """
+
+    charge: Tensor | None = None
+    charges: Tensor | None = None
     cell: Tensor | None = None
     pbc: Tensor | None = None
+    spin: Tensor | None = None
 
     @classmethod
     def of(
@@ -65,10 +78,17 @@ class Surroundings(NamedTuple):
         charges: Tensor | None = None,
         cell: Tensor | None = None,
         pbc: Tensor | None = None,
+        spin: Tensor | None = None,
     ) -> Surroundings:
-        """From the total charge of each graph, or the formal charges of the atoms; arguments as for the network."""
-        level = hierarchy[0]
-        return cls(charge_shares(level.batch, hierarchy.num_graphs, charge, charges, level.weight), cell, pbc)
+        """Checked; arguments as for the network. Without a charge that is the sum of ``charges``."""
+        level, graphs = hierarchy[0], hierarchy.num_graphs
+        total = total_charge(level.batch, graphs, charge, charges, level.weight)
+        return cls(total, charges, cell, pbc, spin_multiplicity(spin, graphs, level.weight))
+
+    @classmethod
+    def read(cls, hierarchy: Hierarchy, data: Data) -> Surroundings:
+        """Those of the keys of ``data``, for a hierarchy of its atoms."""
+        return cls.of(hierarchy, **{key: data.get(key) for key in cls._fields})
 
 
 class NBodyNet(Resettable):
@@ -108,12 +128,17 @@ class NBodyNet(Resettable):
             or "up-down", which has a meaning for extensive targets where atoms have pairs), degrees (typical number of
             sources per target, by edge set such as "pair_0" or "child_1"), long_range (energy of latent charges beyond
             every cutoff: None, or the name of a method, or settings as in
-            :class:`~nbody_pyg.nn.charges.LongRangeSettings`).
+            :class:`~nbody_pyg.nn.charges.LongRangeSettings`), inputs (what the value depends on beside the atoms:
+            some of "charge", the total charge, and "spin", the multiplicity;
+            :class:`~nbody_pyg.nn.charges.ElectronicEmbedding`).
+
+    The attribute ``assumed`` holds charge and spin that a network without these inputs was trained at, where that is
+    no neutral singlet; training sets it.
 
     Equivariance: O(3) (with symmetry "so3" only rotations), translation, permutation.
     Smoothness: that of the scheme. Cost: linear in the number of edges.
     Raises: ValueError: unknown preset, option or symmetry, a target that no path reaches; in forward: an
-        unknown element.
+        unknown element, a charge or spin that the network has no input for.
 
     Example:
         >>> NBodyNet([1, 6, 8], channels=8)
@@ -128,6 +153,7 @@ class NBodyNet(Resettable):
         "sweeps": "up-down",
         "degrees": None,
         "long_range": None,
+        "inputs": None,
     }
 
     def __init__(
@@ -156,6 +182,9 @@ class NBodyNet(Resettable):
         check_symmetry(self.options["symmetry"])
         if self.options["long_range"] is not None:
             self.options["long_range"] = LongRangeSettings.parse(self.options["long_range"]).to_dict()
+        # Files of networks without inputs know no such key
+        self.options["inputs"] = list(check_inputs(self.options["inputs"])) if self.options["inputs"] else None
+        self.assumed: dict[str, float] = {}
         _check_choice("sweeps", self.options["sweeps"], SWEEPS)
         self.channels, self.lmax, self.body_order = channels, lmax, body_order
         self.irreps = hidden_irreps(channels, lmax, self.options["symmetry"])
@@ -176,6 +205,13 @@ class NBodyNet(Resettable):
         settings = self._long_range_settings()
         dipoles = settings is not None and settings.dipoles
         scalars = hidden_irreps(self.channels, max(int(dipoles), *(ir.l for _, ir in self.irreps_out)), symmetry)
+        self.electrons = None
+        if self.options["inputs"]:
+            energies = self._shifts() and self.irreps_out.dim == 1
+            self.electrons = ElectronicEmbedding(
+                self.options["inputs"], len(self.species), self.channels, offset=energies
+            )
+            types[0] = o3.Irreps([(self.channels, (0, 1))])  # what atoms start from
         for n, step in enumerate(self.steps):
             if step.edges not in self.embeddings:
                 spec = levels[step.edge_level]
@@ -189,7 +225,8 @@ class NBodyNet(Resettable):
             irreps_out = scalars if final and step.kind != "down" else self.irreps
             self.interactions.append(self._interaction(step, types, irreps_out))
             types[step.level] = irreps_out
-        self._types = types
+        self._types = {level: irreps for level, irreps in types.items() if level in last_visit}
+        types = self._types
         readout = LinearReadout if self.preset == "strict" else MLPReadout
         self.readouts = nn.ModuleDict({str(k): readout(types[k], self.irreps_out) for k in self._read_levels()})
         num_scalars = self.irreps_out.count(o3.Irrep("0e"))
@@ -286,23 +323,26 @@ class NBodyNet(Resettable):
         topology: Topology | None = None,
         charge: Float[Tensor, " graphs"] | None = None,
         charges: Float[Tensor, " atoms"] | None = None,
+        spin: Tensor | None = None,
         batch_size: int | None = None,
     ) -> Float[Tensor, "graphs *dim"]:
         """Value of each system: energies without those of isolated atoms, eV, or the target of ``irreps_out``.
 
         A ``Data`` or ``Batch`` may stand in the first place. The topology is read off the data where a
-        transform has stored it, and built otherwise. ``batch_size`` is the number of graphs, where the last ones may
-        hold no atom (a Batch knows it); the value of a graph without atoms is 0.
-
-        With ``long_range``, ``charge`` is the total charge of each graph, e (0 if it is not given), and ``charges`` the
-        formal charges of the atoms, if they are known.
+        transform has stored it, and built otherwise. ``charge`` is the total charge of each graph, e (0 if it is not
+        given), ``charges`` the formal charges of the atoms, if they are known, and ``spin`` the multiplicity 2S + 1 of
+        each graph (1 if it is not given). ``batch_size`` is the number of graphs, where the last ones may hold no atom
+        (a Batch knows it); the value of a graph without atoms is 0.
         """
         hierarchy = self.hierarchy(z, pos, batch, cell=cell, pbc=pbc, topology=topology, batch_size=batch_size)
-        if self.long_range is None:
-            return self.total(hierarchy)
         if isinstance(z, Data):
-            cell, pbc, charge, charges = (z.get(key) for key in ("cell", "pbc", "charge", "charges"))
-        return self.total(hierarchy, Surroundings.of(hierarchy, charge, charges, cell, pbc))
+            return self.total(hierarchy, Surroundings.read(hierarchy, z))
+        return self.total(hierarchy, Surroundings.of(hierarchy, charge, charges, cell, pbc, spin))
+
+    @property
+    def used(self) -> frozenset[str]:
+        """Which of charge and spin the value depends on."""
+        return frozenset(self.options["inputs"] or ()) | ({"charge"} if self.long_range is not None else set())
 
     def total(self, hierarchy: Hierarchy, surroundings: Surroundings | None = None) -> Float[Tensor, "graphs *dim"]:
         """Value of each system of a hierarchy: the sum of those of its parts; arguments as for :meth:`values`."""
@@ -343,14 +383,34 @@ class NBodyNet(Resettable):
             topology = self.scheme.compose(z, pos, batch, cell, pbc, batch_size, **given)
         return self.scheme.hierarchy(topology, z, pos.double(), cell, dtype=self.dtype)
 
-    def states(self, hierarchy: Hierarchy) -> dict[int, Float[Tensor, "parts rows channels"]]:
+    def states(
+        self, hierarchy: Hierarchy, surroundings: Surroundings | None = None
+    ) -> dict[int, Float[Tensor, "parts rows channels"]]:
         """State of every part, by level; levels that the network does not use are left out."""
-        return self._states(hierarchy, self._species_index(hierarchy.z), {})
+        species = self._species_index(hierarchy.z)
+        return self._states(hierarchy, species, {}, self._shares(hierarchy, species, surroundings))
+
+    def _shares(
+        self, hierarchy: Hierarchy, species: Int[Tensor, " atoms"], surroundings: Surroundings | None
+    ) -> Float[Tensor, "atoms inputs"] | None:
+        """Shares of the atoms in the inputs of the network, where it has some."""
+        if surroundings is not None and not is_tracing():
+            refuse_unused(self.used, self.assumed, {"charge": surroundings.charge, "spin": surroundings.spin})
+        if self.electrons is None:
+            return None
+        given = surroundings or Surroundings()
+        return self.electrons.shares(species, hierarchy[0].batch, given.charge, given.spin)
 
     def _states(
-        self, hierarchy: Hierarchy, species: Int[Tensor, " atoms"], features: dict[tuple, EdgeFeatures]
+        self,
+        hierarchy: Hierarchy,
+        species: Int[Tensor, " atoms"],
+        features: dict[tuple, EdgeFeatures],
+        shares: Float[Tensor, "atoms inputs"] | None,
     ) -> dict[int, Tensor]:
         states: dict[int, Tensor] = {}
+        if self.electrons is not None:
+            states[0] = self.electrons(shares, species)
         for step, interaction in zip(self.steps, self.interactions, strict=True):
             edges = self._edges(step, hierarchy, features)
             source = states.get(self._source(step))
@@ -367,7 +427,7 @@ class NBodyNet(Resettable):
                 species if self._centred(self._source(step)) else None,
                 species if self._centred(step.level) else None,
             )
-        return states
+        return {level: states[level] for level in self._types}
 
     def energies(
         self, hierarchy: Hierarchy, surroundings: Surroundings | None = None
@@ -377,7 +437,8 @@ class NBodyNet(Resettable):
 
     def representations(self, data: Data) -> list[tuple[o3.Irreps, Tensor]]:
         """(type, states in e3nn's mul_ir layout) of every level in use, for tests of covariance."""
-        states = self.states(self.hierarchy(data))
+        hierarchy = self.hierarchy(data)
+        states = self.states(hierarchy, Surroundings.read(hierarchy, data))
         return [(self._types[k], to_mul_ir(x.flatten(1), self._types[k])) for k, x in sorted(states.items())]
 
     def values(
@@ -386,22 +447,31 @@ class NBodyNet(Resettable):
         """Value of every part of every level that has a readout, of type ``irreps_out``, weighted by g.
 
         With ``long_range`` the energy of the latent charges is among the values of the atoms, and ``surroundings`` say
-        what a hierarchy does not: total charges and periodic images; without them systems are neutral and open.
+        what a hierarchy does not: charges, spins and periodic images; without them systems are neutral singlets, and
+        open.
         """
         species, features = self._species_index(hierarchy.z), {}
-        states = self._states(hierarchy, species, features)
+        shares = self._shares(hierarchy, species, surroundings)
+        states = self._states(hierarchy, species, features, shares)
         values = {}
         for name, readout in self.readouts.items():
             k = int(name)
             values[k] = readout(states[k]) * hierarchy[k].weight.unsqueeze(-1)
         if self.shift is not None:
             atoms = self.shift.index_select(0, species)
+            if shares is not None and self.electrons.offset is not None:
+                atoms = atoms + self.electrons.energy(shares, species).unsqueeze(-1)
             values[0] = values[0] + atoms if 0 in values else atoms
         if self.long_range is not None:
             x = None if self._atom_level is None else states[self._atom_level]
             edges = None if self._atom_step is None else self._edges(self._atom_step, hierarchy, features)
-            share, *periodic = surroundings or Surroundings.of(hierarchy)
-            values[0] = values[0] + self.long_range(x, species, share, edges, hierarchy, *periodic).unsqueeze(-1)
+            charge, charges, cell, pbc, _ = surroundings or Surroundings()
+            # One rule for both: the weights of the elements, where the network has learned some
+            known = self.electrons is not None and "charge" in self.electrons.inputs
+            weight = self.electrons.weight(species)[:, 0] if known else None
+            level = hierarchy[0]
+            share = charge_shares(level.batch, hierarchy.num_graphs, charge, charges, level.pos, weight)
+            values[0] = values[0] + self.long_range(x, species, share, edges, hierarchy, cell, pbc).unsqueeze(-1)
         return values
 
     def _edges(self, step: Step, hierarchy: Hierarchy, features: dict[tuple, EdgeFeatures]) -> EdgeFeatures:

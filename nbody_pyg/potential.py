@@ -28,11 +28,12 @@ from nbody_pyg.geometry import (
 from nbody_pyg.hierarchy.levels import Hierarchy
 from nbody_pyg.hierarchy.topology import Topology
 from nbody_pyg.models import NBodyNet, Surroundings
+from nbody_pyg.nn.charges import DEFAULT_STATE, refuse_unused, spin_multiplicity, total_charge
 from nbody_pyg.nn.exact import Float64Buffers
 from nbody_pyg.nn.repulsion import ZBLRepulsion, short_edges
 
 #: Arguments that a model's forward may have beside z, pos and batch.
-MODEL_INPUTS = ("cell", "pbc", "topology", "charge", "charges", "batch_size")
+MODEL_INPUTS = ("cell", "pbc", "topology", "charge", "charges", "spin", "batch_size")
 
 
 class AtomicReference(Float64Buffers):
@@ -182,7 +183,7 @@ class Potential(Float64Buffers):
     Args:
         model: ``model(z, pos, batch)`` returning [num_graphs] or [num_graphs, 1], or a tuple that starts with
             it, as PyG's SchNet, DimeNet++ and ViSNet do. Arguments named ``cell``, ``pbc``,
-            ``topology``, ``charge`` and ``charges`` are filled when the model's forward has them.
+            ``topology``, ``charge``, ``charges`` and ``spin`` are filled when the model's forward has them.
         reference: energies of the isolated atoms, as a module or as the dict that makes one, or None.
         scale: multiplies the output of the model.
         repulsion: "zbl", a repulsion of one's own, or None; "auto" is "zbl" for an :class:`NBodyNet` of the
@@ -225,9 +226,7 @@ class Potential(Float64Buffers):
         self.reference = reference
         self.repulsion = _repulsion(repulsion, model)
         self.register_buffer("scale", torch.tensor(float(scale), dtype=torch.float64))
-        names = inspect.signature(model.forward).parameters
-        free = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in names.values())
-        self._keywords = frozenset(k for k in MODEL_INPUTS if k in names or (free and k != "batch_size"))
+        self._keywords = model_keywords(model)
         self._own = isinstance(model, NBodyNet)
 
     @property
@@ -250,6 +249,7 @@ class Potential(Float64Buffers):
         topology: Topology | None = None,
         charge: Float[Tensor, " graphs"] | None = None,
         charges: Float[Tensor, " atoms"] | None = None,
+        spin: Tensor | None = None,
         batch_size: int | None = None,
         compute_forces: bool = True,
         compute_stress: bool = False,
@@ -260,8 +260,9 @@ class Potential(Float64Buffers):
         Works inside ``torch.no_grad()``. A topology that the model's scheme stored on the data is used.
 
         Args:
-            charge: total charge of each graph, for models that take it, e; None is neutral.
-            charges: formal charges of the atoms, for models that take them, e.
+            charge: total charge of each graph, e; None is neutral, or what the model was trained at.
+            charges: formal charges of the atoms, e; of models that take none only their sum counts.
+            spin: multiplicity 2S + 1 of each graph; None is a singlet, or what the model was trained at.
             batch_size: number of graphs, where the last ones may hold no atom (a Batch knows it). The energy of a graph
                 without atoms is 0.
             compute_forces: add ``forces``.
@@ -272,11 +273,11 @@ class Potential(Float64Buffers):
         Raises:
             TypeError: z or batch not integer, pos not floating, pos given beside a Data.
             ValueError: wrong shapes, lengths that differ, NaN positions, batch not sorted, an element without
-                a reference energy, a periodic cell with a model that has no ``cell`` argument, stress without
-                a cell, an output that is not one energy per graph.
+                a reference energy, a periodic cell with a model that has no ``cell`` argument, a charge or spin that
+                the model cannot use, stress without a cell, an output that is not one energy per graph.
             RuntimeError: forces or stress under ``torch.inference_mode()``.
         """
-        system = self._system(z, pos, batch, cell, pbc, topology, charge, charges, batch_size)
+        system = self._system(z, pos, batch, cell, pbc, topology, charge, charges, spin, batch_size)
         dtype = self.dtype or system["pos"].dtype
         derivative = compute_forces or compute_stress
         if derivative:
@@ -319,6 +320,7 @@ class Potential(Float64Buffers):
         topology: Topology | None = None,
         charge: Tensor | None = None,
         charges: Tensor | None = None,
+        spin: Tensor | None = None,
     ) -> EnergyParts:
         """What each part of the hierarchy contributes to the energy; see :class:`EnergyParts`.
 
@@ -329,13 +331,13 @@ class Potential(Float64Buffers):
                 f"{type(self.model).__name__} gives one energy per system and nothing below it; energies of parts "
                 "need a model with hierarchy() and energies(), such as NBodyNet"
             )
-        system = self._system(z, pos, batch, cell, pbc, topology, charge, charges)
+        system = self._system(z, pos, batch, cell, pbc, topology, charge, charges, spin)
         inputs = (system["z"], system["pos"], system["batch"])
         given = {key: system[key] for key in ("cell", "pbc", "topology")}
         if "batch_size" in self._keywords:
             given["batch_size"] = system["num_graphs"]
         hierarchy = self.model.hierarchy(*inputs, **given)
-        surroundings = Surroundings.of(hierarchy, system["charge"], system["charges"], system["cell"], system["pbc"])
+        surroundings = Surroundings.of(hierarchy, **{key: system[key] for key in Surroundings._fields})
         found = self.model.energies(hierarchy, surroundings)
         levels = {k: (value * self.scale.to(value.dtype)).double() for k, value in found.items()}
         zero = torch.zeros(len(system["z"]), dtype=torch.float64, device=system["z"].device)
@@ -359,6 +361,9 @@ class Potential(Float64Buffers):
         cell: Tensor | None = None,
         pbc: Tensor | None = None,
         topology: Topology | None = None,
+        charge: Tensor | None = None,
+        charges: Tensor | None = None,
+        spin: Tensor | None = None,
     ) -> Float[Tensor, "atoms 3"]:
         r"""Product of the Hessian with a displacement.
 
@@ -368,7 +373,7 @@ class Potential(Float64Buffers):
         ``vector``.
         """
         _refuse_inference_mode()
-        system = self._system(z, pos, batch, cell, pbc, topology)
+        system = self._system(z, pos, batch, cell, pbc, topology, charge, charges, spin)
         if vector.shape != system["pos"].shape:
             raise ValueError(f"vector must have the shape of pos {list(system['pos'].shape)}, got {list(vector.shape)}")
         with torch.enable_grad():
@@ -385,13 +390,16 @@ class Potential(Float64Buffers):
         cell: Tensor | None = None,
         pbc: Tensor | None = None,
         topology: Topology | None = None,
+        charge: Tensor | None = None,
+        charges: Tensor | None = None,
+        spin: Tensor | None = None,
     ) -> Float[Tensor, "coordinates coordinates"]:
         """Second derivatives of the energy of one system, [3 num_atoms, 3 num_atoms], eV/A^2.
 
         Built row by row from one graph: memory of a force evaluation with its graph, not of 3N of them.
         """
         _refuse_inference_mode()
-        system = self._system(z, pos, None, cell, pbc, topology)
+        system = self._system(z, pos, None, cell, pbc, topology, charge, charges, spin)
         if system["num_graphs"] != 1:
             raise ValueError(
                 f"hessian takes one system, got a batch of {system['num_graphs']}; loop over the graphs, or "
@@ -414,6 +422,7 @@ class Potential(Float64Buffers):
         topology: Topology | None,
         charge: Tensor | None = None,
         charges: Tensor | None = None,
+        spin: Tensor | None = None,
         batch_size: int | None = None,
     ) -> dict[str, Any]:
         """Check the input and bring it into one form; nothing here is differentiated."""
@@ -425,7 +434,7 @@ class Potential(Float64Buffers):
             require_atoms(data)
             z, pos, batch = data.z, data.pos, data.get("batch")
             cell, pbc = data.get("cell"), data.get("pbc")
-            charge, charges = data.get("charge"), data.get("charges")
+            charge, charges, spin = data.get("charge"), data.get("charges"), data.get("spin")
             batch_size = count_graphs(data) if batch_size is None else batch_size
             if topology is None and "topology" in self._keywords:
                 # A scheme refuses what another scheme has stored; `scheme` is optional for foreign models.
@@ -461,8 +470,7 @@ class Potential(Float64Buffers):
             "cell": None if pbc is None else _usable(cell),
             "pbc": pbc,
             "topology": topology,
-            "charge": charge,
-            "charges": charges,
+            **electronic_state(self.model, self._keywords, batch, num_graphs, pos, charge, charges, spin),
         }
 
     def _strain(self, system: dict[str, Any], pos: Tensor) -> tuple[Tensor, Tensor]:
@@ -542,6 +550,111 @@ class Potential(Float64Buffers):
             stress = torch.zeros_like(results["stress"]).index_add(0, batch[target], virial) / volume
             with torch.enable_grad():
                 results["stress"] = results["stress"] + stress
+
+
+def model_keywords(model: nn.Module) -> frozenset[str]:
+    """Which of :data:`MODEL_INPUTS` the forward of a model takes."""
+    names = inspect.signature(model.forward).parameters
+    free = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in names.values())
+    return frozenset(k for k in MODEL_INPUTS if k in names or (free and k != "batch_size"))
+
+
+def used_state(model: nn.Module) -> frozenset[str]:
+    """Which of charge and spin a model depends on: an :class:`NBodyNet` says so, of others their arguments do."""
+    if isinstance(model, NBodyNet):
+        return model.used
+    keywords = model_keywords(model)
+    return frozenset(key for key in ("charge", "spin") if key in keywords)
+
+
+def electronic_state(
+    model: nn.Module,
+    keywords: frozenset[str],
+    batch: Tensor,
+    num_graphs: int,
+    like: Tensor,
+    charge: Tensor | None,
+    charges: Tensor | None,
+    spin: Tensor | None,
+) -> dict[str, Tensor | None]:
+    """Checked charge, charges and spin: what the model uses of them, None for the rest.
+
+    Raises: ValueError: shapes, values that are not finite, or a state that the model cannot use and was not trained at.
+    """
+    if charge is None and charges is None and spin is None:
+        return {"charge": None, "charges": None, "spin": None}
+    given = {
+        "charge": total_charge(batch, num_graphs, charge, charges, like),
+        "spin": spin_multiplicity(spin, num_graphs, like),
+    }
+    used = used_state(model)
+    by_atom = charges if "charge" in used and "charges" in keywords else None
+    refuse_unused(used, getattr(model, "assumed", {}), given)
+    found = {key: value if key in used else None for key, value in given.items()}
+    return {**found, "charges": None if by_atom is None else by_atom.to(like)}
+
+
+def check_states(model: nn.Module, frames: Iterable[Data], name: str = "frames") -> None:
+    """Raise unless the model knows charge and spin of every frame.
+
+    Raises: ValueError: as for :func:`electronic_state`, naming the frame.
+    """
+    keywords = model_keywords(model)
+    for number, frame in enumerate(frames):
+        state = [frame.get(key) for key in ("charge", "charges", "spin")]
+        if all(value is None for value in state):
+            continue
+        try:
+            batch = torch.zeros(len(frame.z), dtype=torch.long)
+            electronic_state(model, keywords, batch, 1, torch.zeros(0, dtype=torch.float64), *state)
+        except ValueError as error:
+            raise ValueError(f"frame {number} of {name}: {error}") from None
+
+
+def frame_states(frames: Iterable[Data]) -> dict[str, list[float]]:
+    """Charge and spin of every frame, each only where some frame says it; the others are neutral, or singlets.
+
+    Raises: ValueError: a wrong number of values, or one that cannot be.
+    """
+    found: dict[str, list[float]] = {}
+    zero = torch.zeros(0, dtype=torch.float64)
+    for number, frame in enumerate(frames):
+        charge, charges, spin = (frame.get(key) for key in ("charge", "charges", "spin"))
+        try:
+            if charge is not None or charges is not None:
+                batch = torch.zeros(len(frame.z), dtype=torch.long)
+                total = float(total_charge(batch, 1, charge, charges, zero))
+                found.setdefault("charge", [DEFAULT_STATE["charge"]] * number).append(total)
+            if spin is not None:
+                value = float(spin_multiplicity(spin, 1, zero))
+                found.setdefault("spin", [DEFAULT_STATE["spin"]] * number).append(value)
+        except ValueError as error:
+            raise ValueError(f"frame {number}: {error}") from None
+        for key, values in found.items():
+            if len(values) == number:
+                values.append(DEFAULT_STATE[key])
+    return found
+
+
+def learn_state(model: nn.Module, frames: Iterable[Data]) -> None:
+    """Check that a model can be trained on the charges and spins of some frames, and keep as ``model.assumed`` what all
+    of them have and the model has no input for.
+
+    Raises: ValueError: frames that differ in what the model has no input for, naming two of them.
+    """
+    used, assumed = used_state(model), dict(getattr(model, "assumed", {}))
+    for key, values in frame_states(frames).items():
+        odd = next((n for n, value in enumerate(values) if value != values[0]), None)
+        if key not in used and odd is not None:
+            raise ValueError(
+                f"{key} must be the same in all training frames, for the model has no input for it, got "
+                f"{values[0]:g} in frame 0 and {values[odd]:g} in frame {odd}; build an NBodyNet with inputs=[{key!r}] "
+                "(`nbody train` does so by itself), or train on frames of one kind"
+            )
+        assumed.pop(key, None)
+        if key not in used and values[0] != DEFAULT_STATE[key]:
+            assumed[key] = values[0]
+    model.assumed = assumed
 
 
 def _repulsion(repulsion: ZBLRepulsion | str | None, model: nn.Module) -> ZBLRepulsion | None:

@@ -15,9 +15,10 @@ from nbody_pyg.data import count_graphs, require_atoms
 from nbody_pyg.geometry import rounded_positions, safe_norm
 from nbody_pyg.hierarchy import Hierarchy
 from nbody_pyg.hierarchy.positions import atomic_masses
-from nbody_pyg.models import NBodyNet
+from nbody_pyg.models import NBodyNet, Surroundings
 from nbody_pyg.nn.edges import sum_into
 from nbody_pyg.nn.irreps import clebsch_gordan
+from nbody_pyg.potential import electronic_state, model_keywords
 
 #: Readout -> (scalars, vectors, tensors of degree 2) that it takes from every part, and the shape of its value.
 READOUTS: Mapping[str, tuple[tuple[int, int, int], tuple[int, ...]]] = {
@@ -112,7 +113,8 @@ class PropertyModel(nn.Module):
         statistics: by the name of the property; none for what is learned as it is.
 
     Raises: ValueError: a network of another type, two properties of one name, a readout that the model cannot
-        give, in forward: a periodic system where distances from the centre of mass are needed.
+        give, in forward: a periodic system where distances from the centre of mass are needed, a charge or spin that
+        the model cannot use.
 
     Example:
         >>> wanted = [Property("dipole", "dipole", "e*angstrom")]
@@ -130,6 +132,7 @@ class PropertyModel(nn.Module):
         names = [p.name for p in self.properties]
         if not names or len(set(names)) < len(names):
             raise ValueError(f"properties must have names of their own, got {names or 'none'}")
+        self._keywords = model_keywords(model)
         self.statistics = {name: (statistics or {}).get(name, Statistics()) for name in names}
         if isinstance(model, NBodyNet):
             wanted = property_irreps(self.properties)
@@ -164,13 +167,19 @@ class PropertyModel(nn.Module):
         num_graphs = int(batch.max()) + 1 if num_graphs is None else num_graphs
         batch = torch.zeros_like(data.z) if batch is None else batch
         centre = self._centre(data, batch, num_graphs)
-        raw = self._from_network(data, centre) if isinstance(self.model, NBodyNet) else self._from_other(data, batch)
+        state = [data.get(key) for key in ("charge", "charges", "spin")]
+        given = electronic_state(self.model, self._keywords, batch, num_graphs, data.pos, *state)
+        given = {key: value for key, value in given.items() if value is not None}
+        if isinstance(self.model, NBodyNet):
+            raw = self._from_network(data, centre, given)
+        else:
+            raw = self._from_other(data, batch, given)
         return {p.name: self._restored(p, raw[p.name], data, batch, num_graphs, centre) for p in self.properties}
 
     # ------------------------------------------------------------------ readouts
-    def _from_network(self, data: Data, centre: Tensor) -> dict[str, Tensor]:
+    def _from_network(self, data: Data, centre: Tensor, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
         hierarchy = self.model.hierarchy(data)
-        values, counts = self.model.values(hierarchy), [0, 0, 0]
+        values, counts = self.model.values(hierarchy, Surroundings.of(hierarchy, **given)), [0, 0, 0]
         size = hierarchy.num_graphs
         num_atoms = torch.bincount(hierarchy[0].batch, minlength=size).unsqueeze(-1)
         n0 = self.model.irreps_out.count(o3.Irrep("0e"))
@@ -210,8 +219,8 @@ class PropertyModel(nn.Module):
             each = a
         return sum_into(each, here.batch, hierarchy.num_graphs)
 
-    def _from_other(self, data: Data, batch: Tensor) -> dict[str, Tensor]:
-        output = self.model(data.z, rounded_positions(data.pos, batch, self.dtype), batch)
+    def _from_other(self, data: Data, batch: Tensor, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        output = self.model(data.z, rounded_positions(data.pos, batch, self.dtype), batch, **given)
         output = output[0] if isinstance(output, (tuple, list)) else output
         return {self.properties[0].name: output.reshape(-1)}
 

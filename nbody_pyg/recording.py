@@ -38,15 +38,15 @@ def recordable(
 ) -> dict[str, Any] | None:
     """The checked system of a call; None where its energy depends on more than :func:`evaluate` knows.
 
-    That is charges, long range and survivors: the weights of :class:`~nbody_pyg.hierarchy.SmoothSurvivors` leave out
-    what is zero at these positions, so that the number of their terms is a value, which no recorded program could
+    That is charges, spins, long range and survivors: the weights of :class:`~nbody_pyg.hierarchy.SmoothSurvivors` leave
+    out what is zero at these positions, so that the number of their terms is a value, which no recorded program could
     follow.
     """
     system = potential._system(z, pos, batch, **{key: keywords.get(key) for key in MODEL_INPUTS})
     # By the scheme as well: where there is no topology yet, the search for one is left to eager mode
     centre = () if system["topology"] is None else system["topology"].centre
     survivors = isinstance(potential.model.scheme, SmoothSurvivors) or any(index is not None for index in centre)
-    charged = system["charge"] is not None or system["charges"] is not None
+    charged = any(system[key] is not None for key in ("charge", "charges", "spin"))
     return None if survivors or charged or potential.model.long_range is not None else system
 
 

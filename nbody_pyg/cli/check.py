@@ -68,4 +68,7 @@ def _frames(args: argparse.Namespace, metadata: dict[str, Any]) -> tuple[list[At
     if sample.get("cell") is not None:
         frame.cell = torch.tensor(sample["cell"], dtype=torch.float64).reshape(1, 3, 3)
         frame.pbc = torch.tensor(sample["pbc"]).reshape(1, 3)
+    for key in ("charge", "charges", "spin"):
+        if key in sample:
+            frame[key] = torch.tensor(sample[key], dtype=torch.float64)
     return [frame], "the training frame that the model file holds; others by --frames"

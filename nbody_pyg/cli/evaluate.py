@@ -112,7 +112,8 @@ def _write(frames: Sequence[Data], found: Evaluation, path: Path) -> None:
 
     out = []
     for number, frame in enumerate(frames):
-        atoms = AtomicData(z=frame.z, pos=frame.pos, cell=frame.get("cell"), pbc=frame.get("pbc")).to_ase()
+        keys = ("z", "pos", "cell", "pbc", "charge", "charges", "spin")
+        atoms = AtomicData(**{key: frame.get(key) for key in keys}).to_ase()
         results = {"energy": float(found.energy[number]), "forces": found.forces[number].numpy()}
         if found.stress is not None:
             results["stress"] = found.stress[number].numpy().reshape(9)[[0, 4, 8, 5, 2, 1]]

@@ -9,9 +9,8 @@ import torch
 from ase import Atoms
 from ase.io import read, write
 
-from nbody_pyg.data import AtomicData
+from nbody_pyg.data import AtomicData, electronic_state_of
 from nbody_pyg.datasets import embedded
-from nbody_pyg.deploy.calculator import charges_of
 from nbody_pyg.training.durable import written_whole
 
 
@@ -51,19 +50,16 @@ def read_atoms(name: str, index: int | str = ":") -> list[Atoms]:
 def read_structures(name: str) -> list[AtomicData]:
     """All structures of a file that ASE reads, or of an embedded set: ``ethanol`` or ``ethanol:test_300K``.
 
-    Charges come along from where the calculator reads them; a neutral structure has none.
+    Charges and spins come along from where the calculator reads them.
 
     Raises: see :func:`read_atoms`.
     """
-    return [_structure(atoms) for atoms in read_atoms(name)]
+    return [_structure(atoms, f"frame {number} of {name}") for number, atoms in enumerate(read_atoms(name))]
 
 
-def _structure(atoms: Atoms) -> AtomicData:
-    frame = AtomicData.from_ase(atoms)
-    for key, value in charges_of(atoms).items():
-        if bool(value.any()):
-            frame[key] = value
-    return frame
+def _structure(atoms: Atoms, where: str) -> AtomicData:
+    electronic_state_of(atoms, where)  # whose message would not know the place
+    return AtomicData.from_ase(atoms)
 
 
 def sample_of(frame: AtomicData) -> dict[str, list]:
@@ -71,6 +67,7 @@ def sample_of(frame: AtomicData) -> dict[str, list]:
     out = {"z": frame.z.tolist(), "pos": frame.pos.double().tolist()}
     if frame.get("pbc") is not None and bool(torch.as_tensor(frame.pbc).any()):
         out["cell"], out["pbc"] = frame.cell.reshape(3, 3).tolist(), frame.pbc.reshape(3).tolist()
+    out |= {k: torch.as_tensor(frame[k]).tolist() for k in ("charge", "charges", "spin") if frame.get(k) is not None}
     return out
 
 

@@ -10,7 +10,7 @@ from typing import SupportsIndex
 import numpy as np
 import torch
 
-from nbody_pyg.data import AtomicData
+from nbody_pyg.data import STATE_KEYS, AtomicData
 from nbody_pyg.datasets.frames import Frames, nearest
 from nbody_pyg.units import Units
 
@@ -23,6 +23,7 @@ ARRAY_KEYS: Mapping[str, tuple[str, ...]] = {
     "dipole": ("dipoles", "dipole"),
     "cell": ("cell", "cells"),
     "pbc": ("pbc",),
+    **STATE_KEYS,
 }
 
 
@@ -47,6 +48,8 @@ def read_npz(
     dipole      dipoles, dipole                                [M, 3]
     cell        cell, cells (rows are lattice vectors)         [3, 3] or [M, 3, 3]
     pbc         pbc (default: all, where there is a cell)      [3] or [M, 3]
+    charge      charge, total_charge                           [] or [M] or [M, 1]
+    spin        spin, multiplicity, ... (2S + 1)               [] or [M] or [M, 1]
     ==========  =============================================  =============================
 
     Units are, in this order: the argument ``units``; the file's own words (``energy_unit``,
@@ -79,7 +82,7 @@ def read_npz(
             arrays[name] = _numeric(raw[key], key, path.name)
             sources[name] = key
     converted = _checked(arrays, _units(raw, units, path.name), path.name)
-    labels = {name: (key,) for name, key in sources.items() if name in ("energy", "forces", "dipole")}
+    labels = {name: (key,) for name, key in sources.items() if name in ("energy", "forces", "dipole", *STATE_KEYS)}
     chosen = _rows(rows, len(converted["pos"]), path.name)
     frames = [_frame(converted, row) for row in chosen]
     return Frames(frames, name=str(path), sources=labels, available=raw)
@@ -154,6 +157,12 @@ def _checked(arrays: Mapping[str, np.ndarray], units: Units, name: str) -> dict[
         out["cell"] = _per_frame(arrays["cell"].astype(np.float64), (3, 3), frames, "cell", name) * units.length_factor
         pbc = arrays.get("pbc", np.ones(3, dtype=bool))
         out["pbc"] = _per_frame(pbc.astype(bool), (3,), frames, "pbc", name)
+    for key in STATE_KEYS:
+        if key in arrays:
+            values = arrays[key].astype(np.float64)
+            if values.size not in (1, frames):
+                raise ValueError(f"{name}: {key} must have shape [] or [{frames}], got {list(values.shape)}")
+            out[key] = np.broadcast_to(values.reshape(-1, 1), (frames, 1))
     for key, value in out.items():
         if not np.isfinite(value).all():
             bad = np.argwhere(~np.isfinite(value))[0]
@@ -190,6 +199,9 @@ def _frame(arrays: Mapping[str, np.ndarray], row: int) -> AtomicData:
         frame.energy = torch.from_numpy(arrays["energy"][row].copy())
     if "forces" in arrays:
         frame.forces = torch.from_numpy(arrays["forces"][row][real])
+    for key in STATE_KEYS:
+        if key in arrays:
+            frame[key] = torch.from_numpy(arrays[key][row].copy())
     for key in ("dipole", "cell", "pbc"):
         if key in arrays:
             frame[key] = torch.from_numpy(arrays[key][row : row + 1].copy())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -18,6 +19,8 @@ _UNITS = {
     "dipole": "e A",
     "polarizability": "",
     "charge": "e",
+    "charges": "e",
+    "spin": "2S+1",
 }
 # What a system has besides labels; other one-number entries of a frame count as labels of the user's own.
 _NO_LABELS = {"z", "pos", "cell", "pbc", "ptr", "batch", "num_nodes", "idx", "y", "x", "bonds"}
@@ -41,9 +44,10 @@ class LabelRow:
 
 @dataclass(frozen=True)
 class LabelTable:
-    """The result of :func:`label_audit`; ``print`` it."""
+    """The result of :func:`label_audit`; ``print`` it. ``uses`` says of some labels what they are used for."""
 
     rows: tuple[LabelRow, ...]
+    uses: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def count(self, label: str) -> tuple[int, int]:
         """Frames with this label, and all frames."""
@@ -51,8 +55,8 @@ class LabelTable:
         return sum(row.found for row in self.rows if row.label == label), sum(sources.values())
 
     def __str__(self) -> str:
-        head = ("source", "label", "read from", "frames", "min", "max", "mean", "std", "unit")
-        body = [
+        head: tuple[str, ...] = ("source", "label", "read from", "frames", "min", "max", "mean", "std", "unit")
+        body: list[tuple[str, ...]] = [
             (
                 row.source,
                 row.label,
@@ -63,6 +67,9 @@ class LabelTable:
             )
             for row in self.rows
         ]
+        if self.uses:
+            head = (*head, "use")
+            body = [(*line, self.uses.get(row.label, "")) for line, row in zip(body, self.rows, strict=True)]
         widths = [max(len(line[i]) for line in (head, *body)) for i in range(len(head))]
         right = range(3, 8)
         lines = [
@@ -75,13 +82,16 @@ class LabelTable:
         return "\n".join(line.rstrip() for line in lines)
 
 
-def label_audit(frames: Sequence[AtomicData] | Mapping[str, Sequence[AtomicData]]) -> LabelTable:
+def label_audit(
+    frames: Sequence[AtomicData] | Mapping[str, Sequence[AtomicData]], uses: Mapping[str, str] | None = None
+) -> LabelTable:
     """Count the labels of frames, and give their range.
 
     Energy and forces are always listed, found or not; other labels where at least one frame has them.
 
     Args:
         frames: frames, or a mapping from a title (such as ``"train"``) to frames.
+        uses: what labels are used for, for a column of their own.
 
     Example:
         >>> from nbody_pyg.datasets import embedded, label_audit
@@ -95,7 +105,7 @@ def label_audit(frames: Sequence[AtomicData] | Mapping[str, Sequence[AtomicData]
         labels += [label for label in LABEL_SHAPES if label not in labels and any(label in f for f in group)]
         labels += _own_labels(group, labels)
         rows += [_row(title, label, group) for label in labels]
-    return LabelTable(tuple(rows))
+    return LabelTable(tuple(rows), dict(uses or {}))
 
 
 def require_labels(

@@ -20,6 +20,8 @@ LABEL_SHAPES: Mapping[str, tuple[int | str, ...]] = {
     "dipole": (1, 3),
     "polarizability": (1, 3, 3),
     "charge": (1,),
+    "charges": ("N",),
+    "spin": (1,),
 }
 
 
@@ -111,7 +113,7 @@ def _check_finite(value: Tensor, name: str, where: str) -> None:
     if not bool(bad.any()):
         return
     first = bad.nonzero()[0].tolist()
-    place = f" of atom {first[0]}" if name in ("pos", "forces") else ""
+    place = f" of atom {first[0]}" if name in ("pos", "forces", "charges") else ""
     raise ValueError(
         f"{where}: {name}{place} is {float(value[tuple(first)])}; labels and positions must be finite: "
         f"remove the frame, or leave a label out that was not computed"

@@ -11,7 +11,7 @@ import torch
 from ase import Atoms
 from ase.io import iread
 
-from nbody_pyg.data import AtomicData
+from nbody_pyg.data import AtomicData, complete_states, electronic_state_of
 from nbody_pyg.datasets.arrays import read_npz
 from nbody_pyg.datasets.frames import LABEL_SHAPES, Frames, check_frame, nearest
 from nbody_pyg.units import Units
@@ -24,7 +24,6 @@ DEFAULT_KEYS: Mapping[str, tuple[str, ...]] = {
     "stress": ("REF_stress", "stress", "REF_virial", "REF_virials", "virial", "virials"),
     "dipole": ("REF_dipole", "dipole"),
     "polarizability": ("REF_polarizability", "polarizability"),
-    "charge": ("charge", "total_charge"),
 }
 _VOIGT = [0, 5, 4, 5, 1, 3, 4, 3, 2]  # xx, yy, zz, yz, xz, xy to a full matrix
 
@@ -54,8 +53,12 @@ def read_frames(
     stress          REF_stress, stress; or minus (REF_)virial(s) over the volume. Voigt, 9 or 3x3 numbers
     dipole          REF_dipole, dipole
     polarizability  REF_polarizability, polarizability
-    charge          charge, total_charge
+    charge, spin    in ``info`` only: charge, total_charge; spin, multiplicity, spin_multiplicity, total_spin
+    charges         formal charges of the atoms, in ``arrays``: formal_charges, initial_charges
     ==============  ======================================================================================
+
+    Charge and spin multiplicity follow the rules of docs/conventions.md. Where some frames of a file say one of them,
+    those that do not are neutral, or singlets.
 
     The key that was used stands in ``frames.sources`` and in the table of :func:`label_audit`.
 
@@ -70,7 +73,7 @@ def read_frames(
     Raises:
         FileNotFoundError: no such file.
         ValueError: no frame, a frame without atoms, a key in no frame, one key with two values, a label of
-            the wrong shape, NaN in positions or labels, unknown unit.
+            the wrong shape, NaN in positions or labels, charges that contradict each other, unknown unit.
     """
     path = Path(path)
     if not path.exists():
@@ -120,6 +123,7 @@ def _read_ase(
         frames.append(frame)
         for label, key in used.items():
             sources.setdefault(label, {})[key] = None
+    frames = complete_states(frames)
     return Frames(frames, name=str(path), sources={k: tuple(v) for k, v in sources.items()}, available=available)
 
 
@@ -138,6 +142,8 @@ def _stores(atoms: Atoms) -> tuple[dict[str, Mapping[str, Any]], set[str]]:
 def _frame(
     atoms: Atoms, keys: Mapping[str, tuple[str, ...]], units: Units, where: str
 ) -> tuple[AtomicData, dict[str, str]]:
+    used: dict[str, str] = {}
+    electronic_state_of(atoms, where, used)
     frame = AtomicData.from_ase(atoms, labels=False)
     frame.pos = frame.pos * units.length_factor
     volume = None
@@ -151,7 +157,6 @@ def _frame(
         "stress": units.stress_factor,
         "dipole": units.dipole_factor,
     }
-    used = {}
     for label, names in keys.items():
         for key in names:
             found = {store: values[key] for store, values in stores.items() if key in values}

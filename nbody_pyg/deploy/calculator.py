@@ -14,6 +14,7 @@ from ase.data import chemical_symbols
 from ase.stress import full_3x3_to_voigt_6_stress
 
 from nbody_pyg.accelerate import compile_potential
+from nbody_pyg.data import electronic_state_of
 from nbody_pyg.deploy.model_file import load_potential, read_metadata, require_potential
 from nbody_pyg.deploy.reference import reference_topology
 from nbody_pyg.graphs import CapturedPotential
@@ -23,7 +24,33 @@ from nbody_pyg.potential import Potential
 _DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
 
-class NBodyCalculator(Calculator):
+class StateCalculator(Calculator):
+    """A calculator whose results depend on charge and spin, which ASE's cache does not look at: it asks for them."""
+
+    _state: dict[str, Any] | None = None
+
+    def check_state(self, atoms: Atoms, tol: float = 1e-15) -> list[str]:
+        """What has changed since the last calculation."""
+        changes = list(super().check_state(atoms, tol=tol))
+        if not changes and self._state != _plain_state(atoms):
+            changes.append("initial_charges")
+        return changes
+
+    def calculate(
+        self,
+        atoms: Atoms | None = None,
+        properties: list[str] | tuple[str, ...] = ("energy",),
+        system_changes: list[str] = all_changes,
+    ) -> None:
+        super().calculate(atoms, properties, system_changes)
+        self._state = _plain_state(self.atoms)
+
+
+def _plain_state(atoms: Atoms) -> dict[str, list[float]]:
+    return {key: value.tolist() for key, value in electronic_state_of(atoms).items()}
+
+
+class NBodyCalculator(StateCalculator):
     """Energy (eV), forces (eV/angstrom) and stress (eV/angstrom^3, ASE's sign) of a potential.
 
     ===============  ===============================================================================
@@ -41,6 +68,8 @@ class NBodyCalculator(Calculator):
     so that the energy stays smooth. The hierarchy is built anew for other elements or periodicity, or when an atom has
     moved further than ``carry_on`` since the last call: that is another structure, not the next step.
     :meth:`forget` does so too. A model file that was trained on one molecule brings the hierarchy for it.
+
+    Charges and spin are read from the atoms (docs/conventions.md), and a change of them is a change of the system.
 
     The attribute ``topologies`` is that cache, with counts of its ``calls`` and ``rebuilds``; None for models without a
     scheme.
@@ -128,7 +157,7 @@ class NBodyCalculator(Calculator):
             cell = torch.as_tensor(atoms.cell.array, dtype=torch.float64, device=self.device).reshape(1, 3, 3)
             pbc = torch.as_tensor(atoms.pbc, device=self.device).reshape(1, 3)
         topology = None if self.topologies is None else self.topologies(z, pos, None, cell, pbc)
-        charges = {key: value.to(self.device) for key, value in charges_of(atoms).items()}
+        charges = {key: value.to(self.device) for key, value in electronic_state_of(atoms).items()}
         given = {"cell": cell, "pbc": pbc, "topology": topology, **charges}
         result = self._evaluate(z, pos, batch, **given, compute_stress="stress" in properties)
         energy = float(result["energy"])
@@ -166,15 +195,6 @@ class NBodyCalculator(Calculator):
         parts = self.potential.energies(z, pos, batch, cell=cell, pbc=pbc, topology=topology, **charges)
         own = [values for k, values in parts.levels.items() if len(values) == len(z)]
         return (torch.stack(own).sum(0) + parts.repulsion + parts.reference).cpu().numpy()
-
-
-def charges_of(atoms: Atoms) -> dict[str, torch.Tensor]:
-    """Formal charges of the atoms where ASE has some, else the total charge; models without charges ignore both."""
-    if atoms.has("initial_charges"):
-        return {"charges": torch.as_tensor(atoms.get_initial_charges(), dtype=torch.float64)}
-    if "charge" in atoms.info:
-        return {"charge": torch.tensor([float(atoms.info["charge"])], dtype=torch.float64)}
-    return {}
 
 
 def _captured(potential: Potential, device: torch.device) -> CapturedPotential:

@@ -9,13 +9,13 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from ase import Atoms
-from ase.calculators.calculator import Calculator, PropertyNotImplementedError, all_changes
+from ase.calculators.calculator import PropertyNotImplementedError, all_changes
 
-from nbody_pyg.deploy.calculator import NBodyCalculator
+from nbody_pyg.deploy.calculator import NBodyCalculator, StateCalculator
 from nbody_pyg.potential import Potential
 
 
-class Committee(Calculator):
+class Committee(StateCalculator):
     r"""Mean of several potentials as an ASE calculator, with the standard deviation among them.
 
     .. math:: \bar F = \frac{1}{M} \sum_m F_m, \qquad

@@ -12,10 +12,9 @@ from ase.constraints import FixAtoms, FixCartesian
 from torch import Tensor
 from torch_geometric.data import Batch, Data
 
-from nbody_pyg.data import AtomicData
-from nbody_pyg.deploy.calculator import charges_of
+from nbody_pyg.data import AtomicData, complete_states
 from nbody_pyg.hierarchy import Topology, TopologyCache
-from nbody_pyg.potential import Potential
+from nbody_pyg.potential import Potential, check_states
 
 _MEMORY = 30
 # The step of a structure without history: the inverse of a stiff bond, angstrom^2/eV.
@@ -107,7 +106,7 @@ class _Active:
         self.z, self.batch = batch.z, batch.batch
         self.pos = self.start = batch.pos.double()
         self.cell, self.pbc = batch.get("cell"), batch.get("pbc")
-        self.charge, self.charges = batch.get("charge"), batch.get("charges")
+        self.charge, self.charges, self.spin = (batch.get(key) for key in ("charge", "charges", "spin"))
         self._renew()
 
     def _renew(self) -> None:
@@ -125,7 +124,7 @@ class _Active:
             topology = self.lists(self.z, self.pos, self.batch, self.cell, self.pbc)
         out = self.potential(
             self.z, self.pos, self.batch, cell=self.cell, pbc=self.pbc, topology=topology,
-            charge=self.charge, charges=self.charges,
+            charge=self.charge, charges=self.charges, spin=self.spin,
         )  # fmt: skip
         return out["energy"], out["forces"].double()
 
@@ -140,6 +139,7 @@ class _Active:
         self.pbc = None if self.pbc is None else self.pbc[graphs]
         self.charge = None if self.charge is None else self.charge[graphs]
         self.charges = None if self.charges is None else self.charges[atoms]
+        self.spin = None if self.spin is None else self.spin[graphs]
         self.number = self.number[graphs]
         self._renew()
         return atoms
@@ -164,19 +164,18 @@ def relax(
 
     Args:
         potential: in the precision in which to relax; float64 for forces below 1e-3.
-        frames: structures with ``z`` and ``pos``, or ASE's Atoms; all periodic (with ``cell``) or all open. ``charge``
-            or ``charges`` count where a structure has them; one without is neutral. Atoms are held by their FixAtoms
-            and FixCartesian, AtomicData by a key ``fixed``: bool, [atoms] or [atoms, 3]; convergence is judged on what
-            is left of the forces.
+        frames: structures with ``z`` and ``pos``, or ASE's Atoms; all periodic (with ``cell``) or all open. ``charge``,
+            ``charges`` and ``spin`` count where a structure has them; one without is a neutral singlet. Atoms are held
+            by their FixAtoms and FixCartesian, AtomicData by a key ``fixed``: bool, [atoms] or [atoms, 3]; convergence
+            is judged on what is left of the forces.
         fmax: a structure has converged when no force is longer (eV/angstrom).
         max_steps: of each structure.
         longest_step: of any atom in one step, angstrom.
         batch_size: structures at a time.
         report: called with the numbers of converged and of all structures, after every step.
-        stop: asked after every step; True ends the relaxation. Structures keep what they have reached; those whose
-            batch had not begun are left out.
-    Raises: ValueError: no structures, periodic beside open ones, positions that are not finite, a constraint that is
-        not known here, or fmax, max_steps, longest_step or batch_size not positive.
+    Raises: ValueError: no structures, periodic beside open ones, positions that are not finite, a charge or spin that the
+        model does not know, a constraint that is not known here, or fmax, max_steps, longest_step or batch_size not
+        positive.
     """
     numbers = {"fmax": fmax, "max_steps": max_steps, "longest_step": longest_step, "batch_size": batch_size}
     for name, value in numbers.items():
@@ -186,6 +185,7 @@ def relax(
         raise ValueError("frames holds no structure to relax")
     data = [_as_data(frame, number) for number, frame in enumerate(frames)]
     _check_periodicity(data)
+    check_states(potential.model, data)
     parts = []
     for i in range(0, len(data), batch_size):
         parts.append(_relax_batch(potential, data[i : i + batch_size], fmax, max_steps, longest_step, report, stop))
@@ -204,9 +204,6 @@ def _as_data(frame: Data | Atoms, number: int) -> Data:
     """A structure with what holds its atoms under ``fixed``, checked."""
     if isinstance(frame, Atoms):
         atoms, frame = frame, AtomicData.from_ase(frame, labels=False)
-        for key, value in charges_of(atoms).items():
-            if bool(value.any()):
-                frame[key] = value
         if atoms.constraints:
             frame.fixed = _held(atoms, number)
     fixed, size = frame.get("fixed"), len(frame.pos)
@@ -274,20 +271,13 @@ def _check_periodicity(frames: Sequence[Data]) -> None:
 def _alike(frames: Sequence[AtomicData]) -> list[AtomicData]:
     """The same structures with the same keys: PyG's collate takes those of the first frame, and drops all others."""
     periodic = _periodic(frames[0])
-    charge, charges = (any(frame.get(key) is not None for frame in frames) for key in ("charge", "charges"))
     out = []
-    for frame in frames:
+    for frame in complete_states(frames):
         keys = {"z": frame.z, "pos": frame.pos}
         if periodic:
             keys["cell"] = frame.cell
             keys["pbc"] = (frame.cell != 0).any(dim=-1) if frame.get("pbc") is None else frame.pbc
-        total, own = frame.get("charge"), frame.get("charges")
-        if total is None:
-            total = frame.pos.new_zeros(1) if own is None else own.sum().reshape(1)
-        if charge:
-            keys["charge"] = total
-        if charges:
-            keys["charges"] = total.expand(len(frame.z)) / len(frame.z) if own is None else own
+        keys |= {key: frame[key] for key in ("charge", "charges", "spin") if frame.get(key) is not None}
         out.append(AtomicData(**keys))
     return out
 
@@ -301,7 +291,7 @@ def _relax_batch(
     report: Callable[[int, int], None] | None,
     stop: Callable[[], bool] | None,
 ) -> Relaxation:
-    keys = ("z", "pos", "cell", "pbc", "charge", "charges")
+    keys = ("z", "pos", "cell", "pbc", "charge", "charges", "spin")
     plain = [AtomicData.from_data(Data(**{k: frame[k] for k in keys if frame.get(k) is not None})) for frame in frames]
     active = _Active(potential, Batch.from_data_list(_alike(plain)), _free(frames))
     optimizer = _LBFGS(active.batch, len(frames), longest_step)

@@ -139,6 +139,7 @@ class OneBodyGate(ConstantTables):
         num_basis: number of radial functions on the edges.
         degree: typical number of sources per target, a constant.
         symmetry: "o3", "o3-full" or "so3".
+        partial: fragments of ``irreps_out`` that no path leads to are zero, and no error.
 
     Equivariance: O(3) or SO(3), permutation of the sources. Smoothness: that of the window.
     Cost: O(edges paths (2l+1)^2 channels).
@@ -153,13 +154,16 @@ class OneBodyGate(ConstantTables):
         num_basis: int,
         degree: float = 1.0,
         symmetry: str = "o3",
+        partial: bool = False,
     ) -> None:
         super().__init__()
         self.irreps_in, self.irreps_out, self.order = o3.Irreps(irreps_in), o3.Irreps(irreps_out), order
         self.channels, self.scale = equal_multiplicity(self.irreps_in), degree**-0.5
         harmonics = harmonic_irreps(order, symmetry)
         self.paths = coupling_paths(self.irreps_in, harmonics, self.irreps_out)
-        require_reachable(self.irreps_out, {path.ir for path in self.paths}, f"a gate of order {order} on {irreps_in}")
+        if not partial:
+            reached = {path.ir for path in self.paths}
+            require_reachable(self.irreps_out, reached, f"a gate of order {order} on {irreps_in}")
         table = coupling_table(self.irreps_in, harmonics, self.paths)
         self.num_harmonics, self.rows_in = num_rows(harmonics), num_rows(self.irreps_in)
         terms = table_terms(table, self.paths, self.num_harmonics)

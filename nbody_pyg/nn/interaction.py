@@ -118,10 +118,13 @@ class Interaction(Resettable):
             self.density = DensityGate(recipe.num_species, recipe.num_basis, irreps, degree, recipe.symmetry)
         if irreps_source is not None:
             lmax = max(ir.l for _, ir in irreps)
-            self.gate = OneBodyGate(irreps_source, irreps, lmax, recipe.num_basis, degree, recipe.symmetry)
+            # Partial: states that are scalars only, from which atoms may start, do not reach every fragment
+            self.gate = OneBodyGate(
+                irreps_source, irreps, lmax, recipe.num_basis, degree, recipe.symmetry, partial=True
+            )
         if irreps_target is not None:
-            self.keep = RowLinear(irreps_target, irreps)
-            self.carry = RowLinear(irreps_target, self.irreps_out) if recipe.practical else None
+            self.keep = RowLinear(irreps_target, irreps, partial=True)
+            self.carry = RowLinear(irreps_target, self.irreps_out, partial=True) if recipe.practical else None
         if centred:
             self.scale = SpeciesScale(recipe.num_species, irreps)
             self.bias = nn.Parameter(torch.zeros(recipe.num_species, irreps[0].mul))

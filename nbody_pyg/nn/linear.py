@@ -70,13 +70,15 @@ class IrrepsLinear(Resettable):
 class RowLinear(Resettable):
     """W^l on states of one multiplicity, (nodes, rows_in, channels) to (nodes, rows_out, channels_out).
 
-    The same map as :class:`~nbody_pyg.nn.linear.IrrepsLinear`, on the three-dimensional view that the gates use.
+    The same map as :class:`~nbody_pyg.nn.linear.IrrepsLinear`, on the three-dimensional view that the gates use. With
+    ``partial``, fragments of ``irreps_out`` that ``irreps_in`` lacks are zero.
     """
 
-    def __init__(self, irreps_in: o3.Irreps, irreps_out: o3.Irreps) -> None:
+    def __init__(self, irreps_in: o3.Irreps, irreps_out: o3.Irreps, partial: bool = False) -> None:
         super().__init__()
         self.irreps_in, self.irreps_out = o3.Irreps(irreps_in), o3.Irreps(irreps_out)
-        require_reachable(self.irreps_out, {ir for _, ir in self.irreps_in}, f"the linear map of {irreps_in}")
+        if not partial:
+            require_reachable(self.irreps_out, {ir for _, ir in self.irreps_in}, f"the linear map of {irreps_in}")
         channels, channels_out = equal_multiplicity(self.irreps_in), equal_multiplicity(self.irreps_out)
         starts, start = {}, 0
         for _, ir in self.irreps_in:
@@ -88,7 +90,8 @@ class RowLinear(Resettable):
             start += ir.dim
         blocks, row_out = [], 0
         for _, ir in self.irreps_out:
-            blocks.append(Block(starts[ir], row_out, ir.dim, channels, channels_out))
+            if ir in starts:
+                blocks.append(Block(starts[ir], row_out, ir.dim, channels, channels_out))
             row_out += ir.dim
         self.weights = nn.ParameterList(
             nn.Parameter(torch.randn(channels, channels_out) * channels**-0.5) for _ in blocks

@@ -23,6 +23,8 @@ def potential_config(potential: Potential | PropertyModel) -> dict[str, Any]:
     model = potential.model
     config = model.config() if hasattr(model, "config") and callable(model.config) else None
     described = {"class": type(model).__name__, "config": config}
+    if assumed := getattr(model, "assumed", None):
+        described["assumed"] = dict(assumed)  # charge and spin of all training frames
     if isinstance(potential, PropertyModel):
         dtype = str(potential.dtype).removeprefix("torch.")
         return {"model": described, "e0": None, "scale": 1.0, "dtype": dtype, "property": potential.config()}
@@ -50,6 +52,7 @@ def potential_from_config(config: dict[str, Any], model: nn.Module | None = None
         raise ValueError(
             f"the file holds a {described['class']}, but model is a {type(model).__name__}; pass the same class"
         )
+    model.assumed = {str(key): float(value) for key, value in (config["model"].get("assumed") or {}).items()}
     if config["dtype"] not in _DTYPES:
         raise ValueError(f"dtype must be one of {sorted(_DTYPES)}, got {config['dtype']!r}")
     if config.get("property") is not None:

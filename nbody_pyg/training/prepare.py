@@ -27,8 +27,9 @@ from nbody_pyg.datasets import (
 )
 from nbody_pyg.datasets.qm9 import TARGETS, TOTAL_ENERGIES
 from nbody_pyg.hierarchy import Scheme, Topology, share_topology
+from nbody_pyg.nn.charges import check_inputs
 from nbody_pyg.nn.repulsion import ZBLRepulsion
-from nbody_pyg.potential import AtomicReference, Potential
+from nbody_pyg.potential import AtomicReference, Potential, check_states, frame_states, learn_state
 from nbody_pyg.properties import Property, PropertyModel, fit_statistics, property_irreps
 from nbody_pyg.training.config import Config, DataConfig, ModelConfig, model_arguments
 from nbody_pyg.training.run import NO_FORCES, force_variance
@@ -168,7 +169,7 @@ def build_potential(config: Config, data: DataSets) -> Potential | PropertyModel
     Seeds torch's generator, so that the same configuration gives the same weights.
     """
     if properties := wanted_properties(config):
-        return _build_properties(config, data, properties)
+        return _known_states(_build_properties(config, data, properties), data)
     require_labels(data.train, _wanted(config), partial=False)
     e0 = config.data.e0
     if e0 == "atomref":
@@ -182,7 +183,23 @@ def build_potential(config: Config, data: DataSets) -> Potential | PropertyModel
         scale = _scale(data.train, reference)
     model = _network(config, data)
     repulsion = _repulsion(config.model, model.species, data.train)
-    return Potential(model, reference, float(scale), repulsion).to(getattr(torch, config.training.dtype))
+    potential = Potential(model, reference, float(scale), repulsion).to(getattr(torch, config.training.dtype))
+    return _known_states(potential, data)
+
+
+def _known_states(potential: Potential | PropertyModel, data: DataSets) -> Potential | PropertyModel:
+    """The same, after a look at charges and spins of all frames: none that is found only after the training."""
+    learn_state(potential.model, data.train)
+    for name, frames in data.named().items():
+        check_states(potential.model, frames, f"the {name} frames")
+    return potential
+
+
+def network_inputs(config: ModelConfig, frames: Sequence[Data]) -> list[str]:
+    """Which of charge and spin the network gets: what the configuration says, else what differs among the frames."""
+    if (given := config.arguments.get("inputs")) is not None:
+        return list(check_inputs(given)) if given else []
+    return [key for key, values in frame_states(frames).items() if len(set(values)) > 1]
 
 
 def _scale(frames: Sequence[Data], reference: AtomicReference | None) -> float:
@@ -220,7 +237,7 @@ def explicit(config: ModelConfig) -> ModelConfig:
         model = _preset(config)([1], scheme=Scheme.from_config(dict(config.scheme)), **config.arguments)
     # Elements, degrees and the type of the target follow from the data
     found = {k: v for k, v in model.config().items() if k in ("channels", "lmax", "body_order", *model.DEFAULTS)}
-    del found["degrees"]
+    del found["degrees"], found["inputs"]
     return dataclasses.replace(config, scheme=model.scheme.config(), arguments=found | dict(config.arguments))
 
 
@@ -233,6 +250,7 @@ def _network(config: Config, data: DataSets, **given: str) -> NBodyNet:
     arguments = dict(config.model.arguments)
     if "degrees" in model_arguments() and arguments.get("degrees") is None:
         arguments["degrees"] = edge_degrees(scheme, data.train[:200])
+    arguments["inputs"] = network_inputs(config.model, data.train) or None
     make = _preset(config.model)
     torch.manual_seed(config.training.seed)
     return make(species, scheme=scheme, **(arguments | given))

@@ -26,7 +26,8 @@ from lightning.pytorch.plugins.environments import LightningEnvironment, TorchEl
 from lightning.pytorch.strategies import DDPStrategy
 from torch_geometric.data import Data
 
-from nbody_pyg.potential import Potential
+from nbody_pyg.data import complete_states
+from nbody_pyg.potential import Potential, check_states, learn_state
 from nbody_pyg.properties import PropertyModel
 from nbody_pyg.training.callbacks import CallbackGroup, Checkpoints, GracefulStop, MetricsCSV, RunProgress
 from nbody_pyg.training.checkpoint import changes, read_checkpoint
@@ -198,9 +199,11 @@ def fit(
             scheme to every frame once), or else it is searched for anew at every step.
         resume: a checkpoint from which to go on.
         callbacks: further ones, called after ours and before the checkpoint is written.
-    Raises: ValueError: no frames, labels without any force and energy, elements that the model does not know, a folder
-        in use, a damaged checkpoint, or one of another run (the message names what differs); FloatingPointError: see
-        the task.
+    Charge and spin that all training frames have become what a model without these inputs knows: ``model.assumed``.
+
+    Raises: ValueError: no frames, labels without any force and energy, elements that the model does not know, frames that
+        differ in charge or spin for a model without this input, a folder in use, a damaged checkpoint, or one of another
+        run (the message names what differs); FloatingPointError: see the task.
     """
     with RunFolder(folder, is_first_process()) as run:
         return fit_in(run, potential, train, val, settings, resume, show_progress, callbacks)
@@ -225,6 +228,9 @@ def fit_in(
     settings = settings or TrainingConfig(max_epochs=100)
     require_device(settings)
     require_elements(potential, {"train": train, "val": val})
+    learn_state(potential.model, train)
+    check_states(potential.model, val, "the validation frames")
+    train, val = complete_states(train), complete_states(val)
     note = print if show_progress else _silent
     checkpoint = None if resume is None else read_checkpoint(resume)
     with _threads(settings.threads):
