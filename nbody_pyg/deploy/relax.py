@@ -173,9 +173,9 @@ def relax(
         longest_step: of any atom in one step, angstrom.
         batch_size: structures at a time.
         report: called with the numbers of converged and of all structures, after every step.
-    Raises: ValueError: no structures, periodic beside open ones, positions that are not finite, a charge or spin that the
-        model does not know, a constraint that is not known here, or fmax, max_steps, longest_step or batch_size not
-        positive.
+    Raises: ValueError: no structures, periodic beside open ones, positions that are not finite, a charge or spin that
+        the model does not know, a constraint that is not known here, or fmax, max_steps, longest_step or batch_size
+        not positive.
     """
     numbers = {"fmax": fmax, "max_steps": max_steps, "longest_step": longest_step, "batch_size": batch_size}
     for name, value in numbers.items():

@@ -201,9 +201,9 @@ def fit(
         callbacks: further ones, called after ours and before the checkpoint is written.
     Charge and spin that all training frames have become what a model without these inputs knows: ``model.assumed``.
 
-    Raises: ValueError: no frames, labels without any force and energy, elements that the model does not know, frames that
-        differ in charge or spin for a model without this input, a folder in use, a damaged checkpoint, or one of another
-        run (the message names what differs); FloatingPointError: see the task.
+    Raises: ValueError: no frames, labels without any force and energy, elements that the model does not know, frames
+        that differ in charge or spin for a model without this input, a folder in use, a damaged checkpoint, or one of
+        another run (the message names what differs); FloatingPointError: see the task.
     """
     with RunFolder(folder, is_first_process()) as run:
         return fit_in(run, potential, train, val, settings, resume, show_progress, callbacks)
