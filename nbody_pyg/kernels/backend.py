@@ -20,6 +20,7 @@ from nbody_pyg.kernels.scope import is_recording, is_transformed
 
 _BACKENDS = ("auto", "c", "triton", "torch")
 _DTYPES = (torch.float32, torch.float64)
+_PLAIN = (Tensor, torch.nn.Parameter)
 _forced = os.environ.get("NBODY_BACKEND", "auto")
 
 
@@ -46,10 +47,10 @@ def set_backend(name: str) -> None:
 
 def backend(tensor: Tensor | None = None) -> str:
     """The backend that runs for this tensor (by default one in float32 on the CPU)."""
-    # What torch or the caller traces, batches or counts must be made of operations that they see
-    if _forced == "torch" or (is_transformed() and not is_recording()):
+    if _forced == "torch" or (tensor is not None and tensor.dtype not in _DTYPES):
         return "torch"
-    if tensor is not None and (tensor.dtype not in _DTYPES or type(tensor) not in (Tensor, torch.nn.Parameter)):
+    # What others trace, batch or count must be made of operations that they see
+    if not is_recording() and (is_transformed() or (tensor is not None and type(tensor) not in _PLAIN)):
         return "torch"
     device = "cpu" if tensor is None else tensor.device.type
     if _forced == "triton":
