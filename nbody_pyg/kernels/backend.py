@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 _BACKENDS = ("auto", "c", "triton", "torch")
 _DTYPES = (torch.float32, torch.float64)
+_PLAIN = (Tensor, torch.nn.Parameter)
 _forced: str | None = None  # None: as the environment says, which is read at the first use
 
 
@@ -63,10 +64,10 @@ def backend(tensor: Tensor | None = None, library: Library | None = None) -> str
     global _forced
     if _forced is None:
         _forced = _checked(os.environ.get("NBODY_BACKEND") or "auto", "NBODY_BACKEND")
-    # What torch or the caller traces, batches or counts must be made of operations that they see
-    if _forced == "torch" or (is_transformed() and not is_recording()):
+    if _forced == "torch" or (tensor is not None and tensor.dtype not in _DTYPES):
         return "torch"
-    if tensor is not None and (tensor.dtype not in _DTYPES or type(tensor) not in (Tensor, torch.nn.Parameter)):
+    # What others trace, batch or count must be made of operations that they see
+    if not is_recording() and (is_transformed() or (tensor is not None and type(tensor) not in _PLAIN)):
         return "torch"
     device = "cpu" if tensor is None else tensor.device.type
     if _forced == "triton":
