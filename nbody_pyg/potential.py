@@ -22,6 +22,7 @@ from nbody_pyg.hierarchy.topology import Topology
 from nbody_pyg.kernels.scope import skip_weight_gradients
 from nbody_pyg.models import Surroundings
 from nbody_pyg.nn.exact import Float64Buffers
+from nbody_pyg.nn.irreps import reset
 from nbody_pyg.nn.repulsion import ZBLRepulsion, short_edges
 
 #: Arguments that a model's forward may have beside z, pos and batch.
@@ -216,6 +217,10 @@ class Potential(Float64Buffers):
         names = inspect.signature(model.forward).parameters
         free = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in names.values())
         self._keywords = frozenset(k for k in MODEL_INPUTS if k in names or (free and k != "batch_size"))
+
+    def reset_parameters(self) -> None:
+        """Draw the weights of the model anew. Reference energies, scale and repulsion are of the data, and stay."""
+        reset(self.model)
 
     @property
     def dtype(self) -> torch.dtype | None:

@@ -219,7 +219,7 @@ class Topology:
                 found = "not at all" if child is None else f"in the shape {list(child.shape)}"
                 raise ValueError(
                     f"data must hold 'child_{level}' as [2, edges], but has it {found}: keys of a hierarchy belong "
-                    "together, and only AtomicData are batched rightly; exclude none of them, and turn a Data that holds "
+                    "together, and only AtomicData are batched rightly; exclude none, and turn a Data that holds "
                     "them into one with AtomicData.from_data before it goes into a batch"
                 )
         ptr, batch = stored.get("ptr"), stored.get("batch")
