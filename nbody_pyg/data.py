@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch_geometric.data import Batch, Data
+from torch_geometric.data.storage import GlobalStorage
 
 # Keys that a composition scheme writes; the number is the level.
 _INDEX_KEY = re.compile(r"^(child|pair)_(\d+)$")
@@ -79,6 +80,27 @@ def count_graphs(data: Data) -> int | None:
     return 1 if data.get("batch") is None else None
 
 
+class MissingHierarchy(ValueError, KeyError):
+    """A key of a hierarchy that other data have and these do not; a KeyError, as for any other key."""
+
+    __str__ = Exception.__str__
+
+
+class _Storage(GlobalStorage):
+    """The keys of one system. PyG's collate asks every system of a batch for the keys of the first."""
+
+    def __getitem__(self, key: str) -> Any:
+        try:
+            return super().__getitem__(key)
+        except KeyError:
+            if is_topology_key(key) or key == "scheme":
+                raise MissingHierarchy(
+                    f"data has no {key!r}: no scheme was applied to it, or another one than to the rest of its batch; "
+                    "apply one scheme to all data of a batch, or to none"
+                ) from None
+            raise
+
+
 class AtomicData(Data):
     r"""One molecule or unit cell. Units: eV, angstrom, e.
 
@@ -121,7 +143,10 @@ class AtomicData(Data):
     """
 
     def __init__(self, **keys: Any) -> None:
-        super().__init__(**keys)
+        super().__init__()
+        self.__dict__["_store"] = _Storage(_parent=self)
+        for key, value in keys.items():
+            setattr(self, key, value)
 
     def __inc__(self, key: str, value: Any, *args: Any, **kwargs: Any) -> Any:
         ours = self._is_index(key, value)
@@ -442,4 +467,4 @@ def _with_graph_shape(key: str, value: Any) -> Any:
 
 
 # PyG reloads processed datasets with weights_only=True, which refuses classes that are not registered.
-torch.serialization.add_safe_globals([AtomicData])
+torch.serialization.add_safe_globals([AtomicData, _Storage])

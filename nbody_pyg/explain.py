@@ -63,6 +63,10 @@ class ExplainableNet(nn.Module):
             if spec.pair_radius is not None:
                 self.memberships[f"pair_{k}"] = Membership()
 
+    def reset_parameters(self) -> None:
+        """Draw the weights of the network anew."""
+        self.model.reset_parameters()
+
     def graph(self, data: Data) -> tuple[Tensor, Tensor]:
         """Node features (all one) and edges of the whole hierarchy of ``data``, for ``Explainer.__call__``."""
         hierarchy = self.model.hierarchy(data)

@@ -75,16 +75,16 @@ def check_atoms(z: Tensor, pos: Tensor, values: bool = True) -> Int[Tensor, " at
             raise TypeError(f"{name} must be a tensor, got {given}; make one with torch.as_tensor")
     if z.is_floating_point() or z.is_complex() or z.dtype == torch.bool:
         raise TypeError(f"z must hold integers (atomic numbers), got {z.dtype}; cast it with z.long()")
+    if z.device != pos.device:
+        raise ValueError(
+            f"z and pos must be on one device, got {z.device} and {pos.device}; move them with .to(device)"
+        )
     check_positions(pos, values)
     if z.dim() != 1 or z.shape[0] != pos.shape[0]:
         raise ValueError(f"z must have shape [{pos.shape[0]}], one atomic number per row of pos, got {list(z.shape)}")
     if values and z.numel() and not 0 <= int(z.min()) <= int(z.max()) <= 118:
         wrong = z[(z < 0) | (z > 118)].tolist()
         raise ValueError(f"z must hold atomic numbers up to 118, got {_some(wrong)}; 0 is the smallest")
-    if z.device != pos.device:
-        raise ValueError(
-            f"z and pos must be on one device, got {z.device} and {pos.device}; move them with .to(device)"
-        )
     return z.long()
 
 

@@ -123,7 +123,8 @@ class NBodyNet(Resettable):
         irreps_out: type of the target, in e3nn's words: "0e" energy, "1o" dipole, "0e + 2e" polarizability.
         target: "extensive" sums a value over the parts of all levels below the root; "intensive" reads the
             root, which is not additive.
-        options: further settings, see :attr:`DEFAULTS`: num_layers (visits of the atoms, where they have pairs),
+        options: further settings, see :attr:`DEFAULTS`: num_layers (visits of the atoms, where they have pairs;
+            an intensive target reads none but the first),
             num_basis (radial functions: 8, with the strict preset 4), symmetry ("o3", "o3-full", "so3"), sweeps ("up",
             or "up-down", which has a meaning for extensive targets where atoms have pairs), degrees (typical number of
             sources per target, by edge set such as "pair_0" or "child_1"), long_range (energy of latent charges beyond
@@ -170,6 +171,8 @@ class NBodyNet(Resettable):
     ) -> None:
         super().__init__()
         self.scheme = NestedShells() if scheme is None else scheme
+        if not isinstance(self.scheme, Scheme):
+            raise TypeError(f"scheme must be a composition scheme such as BondTree(), got {scheme!r}")
         self.species = _check_species(species)
         self.preset = _check_choice("preset", preset, tuple(PRESETS))
         self.target = _check_choice("target", target, ("extensive", "intensive"))
@@ -186,6 +189,7 @@ class NBodyNet(Resettable):
         self.options["inputs"] = list(check_inputs(self.options["inputs"])) if self.options["inputs"] else None
         self.assumed: dict[str, float] = {}
         _check_choice("sweeps", self.options["sweeps"], SWEEPS)
+        self._check_options()
         self.channels, self.lmax, self.body_order = channels, lmax, body_order
         self.irreps = hidden_irreps(channels, lmax, self.options["symmetry"])
         self.irreps_out = o3.Irreps(irreps_out)
@@ -196,6 +200,26 @@ class NBodyNet(Resettable):
         self._build()
 
     # ------------------------------------------------------------------ construction
+    def _check_options(self) -> None:
+        """Raise where an option has no meaning for this scheme and target."""
+        layers, degrees = self.options["num_layers"], self.options["degrees"] or {}
+        if isinstance(layers, bool) or not isinstance(layers, int) or layers < 1:
+            raise ValueError(f"num_layers must be a whole number, 1 or more, got {layers!r}; try 2")
+        if layers != self.DEFAULTS["num_layers"] and self.scheme.levels[0].pair_radius is None:
+            raise ValueError(
+                f"num_layers counts visits of the atoms along their pairs, of which {self.scheme!r} has none, so that "
+                f"{layers} would do nothing; leave it out, and make the network deeper by further levels of the "
+                "scheme, e.g. NestedShells((3.5, 5.0, 5.0))"
+            )
+        levels = list(enumerate(self.scheme.levels))
+        known = [f"child_{k}" for k, _ in levels[1:]]
+        known += [f"pair_{k}" for k, spec in levels if spec.pair_radius is not None]
+        for name, degree in degrees.items():
+            if name not in known:
+                raise ValueError(f"degrees must name edge sets of {self.scheme!r}, {sorted(known)}, got {name!r}")
+            if not 0 < float(degree) < float("inf"):
+                raise ValueError(f"degrees[{name!r}] must be a positive number of sources per target, got {degree!r}")
+
     def _build(self) -> None:
         levels, num_basis, symmetry = self.scheme.levels, self.options["num_basis"], self.options["symmetry"]
         self.steps = self._plan()
@@ -541,7 +565,10 @@ class NBodyNet(Resettable):
     def from_config(cls, config: Mapping[str, Any]) -> NBodyNet:
         """Build the network that :meth:`config` described, with fresh weights."""
         arguments = dict(config)
-        return cls(arguments.pop("species"), Scheme.from_config(arguments.pop("scheme")), **arguments)
+        species, scheme = arguments.pop("species"), Scheme.from_config(arguments.pop("scheme"))
+        if scheme.levels[0].pair_radius is None:
+            arguments.pop("num_layers", None)  # files of before may hold a number that did nothing
+        return cls(species, scheme, **arguments)
 
     def __repr__(self) -> str:
         names = " ".join(chemical_symbols[n] for n in self.species)

@@ -30,6 +30,7 @@ from nbody_pyg.hierarchy.topology import Topology
 from nbody_pyg.models import NBodyNet, Surroundings
 from nbody_pyg.nn.charges import DEFAULT_STATE, refuse_unused, spin_multiplicity, total_charge
 from nbody_pyg.nn.exact import Float64Buffers
+from nbody_pyg.nn.irreps import reset
 from nbody_pyg.nn.repulsion import ZBLRepulsion, short_edges
 
 #: Arguments that a model's forward may have beside z, pos and batch.
@@ -228,6 +229,10 @@ class Potential(Float64Buffers):
         self.register_buffer("scale", torch.tensor(float(scale), dtype=torch.float64))
         self._keywords = model_keywords(model)
         self._own = isinstance(model, NBodyNet)
+
+    def reset_parameters(self) -> None:
+        """Draw the weights of the model anew. Reference energies, scale and repulsion are of the data, and stay."""
+        reset(self.model)
 
     @property
     def dtype(self) -> torch.dtype | None:

@@ -17,7 +17,7 @@ from nbody_pyg.hierarchy import Hierarchy
 from nbody_pyg.hierarchy.positions import atomic_masses
 from nbody_pyg.models import NBodyNet, Surroundings
 from nbody_pyg.nn.edges import sum_into
-from nbody_pyg.nn.irreps import clebsch_gordan
+from nbody_pyg.nn.irreps import clebsch_gordan, reset
 from nbody_pyg.potential import electronic_state, model_keywords
 
 #: Readout -> (scalars, vectors, tensors of degree 2) that it takes from every part, and the shape of its value.
@@ -149,6 +149,10 @@ class PropertyModel(nn.Module):
                 f"{type(model).__name__} gives one number per graph, so one property with readout 'extensive' or "
                 f"'intensive' (both taken as they come); use an NBodyNet for {[p.readout for p in self.properties]}"
             )
+
+    def reset_parameters(self) -> None:
+        """Draw the weights of the network anew. The statistics are of the data, and stay."""
+        reset(self.model)
 
     @property
     def dtype(self) -> torch.dtype:

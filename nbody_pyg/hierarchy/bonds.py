@@ -179,8 +179,12 @@ def child_shifts(tree: Topology, atoms: AtomsInput) -> tuple[Tensor | None, ...]
 def _both_directions(bonds: Tensor, atoms: AtomsInput) -> Tensor:
     """Given bonds, checked, without duplicates, in both directions and sorted."""
     num_atoms = atoms.z.shape[0]
-    if bonds.dim() != 2 or bonds.shape[0] != 2 or bonds.is_floating_point():
-        raise ValueError(f"bonds must be integers of shape [2, num_bonds], got {bonds.dtype} {list(bonds.shape)}")
+    if not isinstance(bonds, Tensor) or bonds.dim() != 2 or bonds.shape[0] != 2 or bonds.is_floating_point():
+        found = f"{bonds.dtype} {list(bonds.shape)}" if isinstance(bonds, Tensor) else repr(bonds)
+        raise ValueError(
+            f"bonds must be integers of shape [2, num_bonds], got {found}; where the key means something else, name "
+            "another one: BondTree(bonds_key=...)"
+        )
     if bonds.numel() == 0:
         return bonds.new_zeros(2, 0, dtype=torch.long)
     if int(bonds.min()) < 0 or int(bonds.max()) >= num_atoms:

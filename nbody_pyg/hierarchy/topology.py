@@ -214,6 +214,14 @@ class Topology:
         num_levels = 1
         while f"num_parts_{num_levels}" in stored:
             num_levels += 1
+        for level in range(1, num_levels):
+            if (child := stored.get(f"child_{level}")) is None or child.dim() != 2 or child.shape[0] != 2:
+                found = "not at all" if child is None else f"in the shape {list(child.shape)}"
+                raise ValueError(
+                    f"data must hold 'child_{level}' as [2, edges], but has it {found}: keys of a hierarchy belong "
+                    "together, and only AtomicData are batched rightly; exclude none, and turn a Data that holds "
+                    "them into one with AtomicData.from_data before it goes into a batch"
+                )
         ptr, batch = stored.get("ptr"), stored.get("batch")
         if ptr is not None:
             num_atoms = ptr[1:] - ptr[:-1]

@@ -121,9 +121,9 @@ class NBodyConv(Resettable, MessagePassing):
             batch: graph of each target, with ``cell`` of several graphs.
             size: numbers of sources and targets, for those who give them; they must be those of ``pos``.
         """
-        source, target = x if isinstance(x, (tuple, list)) else (x, x)
-        places = tuple(pos) if isinstance(pos, (tuple, list)) else (pos, pos)
-        self._check_nodes((source, target), places, size)
+        states, places = _both("x", x), _both("pos", pos)
+        self._check_nodes(states, places, size)
+        source, target = states
         edge_index = _edges(edge_index, shift, places)
         num_targets = places[1].shape[0]
         vec = places[0].index_select(0, edge_index[0]) - places[1].index_select(0, edge_index[1])
@@ -165,13 +165,11 @@ class NBodyConv(Resettable, MessagePassing):
         self, states: tuple[Tensor, Tensor | None], places: tuple[Tensor, ...], size: tuple[int, int] | None
     ) -> None:
         """Raise unless states and positions fit each other and the weights; nothing is computed before."""
-        if len(places) != 2:
-            raise ValueError(f"pos must be a tensor or the pair (sources, targets), got {len(places)} entries")
+        weight = self.gate.radial_weight
         for pos in places[: 1 if places[0] is places[1] else 2]:
             if not isinstance(pos, Tensor):
                 raise TypeError(f"pos must be a tensor or a pair of tensors, got a {type(pos).__name__}")
-            check_positions(pos, values=not is_tracing())
-        weight = self.gate.radial_weight
+            check_positions(pos, values=pos.device == weight.device and not is_tracing())
         for kind, x, pos in zip(("source", "target"), states, places, strict=True):
             if x is None and kind == "target":
                 continue
@@ -231,6 +229,15 @@ class NBodyConv(Resettable, MessagePassing):
             f"{type(self).__name__}({self.irreps_in} -> {self.irreps_out}, cutoff={self.cutoff}, "
             f"order={self.order}, body_order={self.body_order})"
         )
+
+
+def _both(name: str, value: Any) -> tuple[Any, Any]:
+    """What belongs to sources and to targets."""
+    if not isinstance(value, (tuple, list)):
+        return value, value
+    if len(value) != 2:
+        raise TypeError(f"{name} must be a tensor or the pair (sources, targets), got {len(value)} entries")
+    return value[0], value[1]
 
 
 def _edges(edge_index: Any, shift: Tensor | None, places: tuple[Tensor, ...]) -> Tensor:

@@ -161,8 +161,6 @@ class Resettable(nn.Module):
     The fresh one is built from the arguments of the construction, which are kept for that.
     """
 
-    _arguments: tuple[tuple[Any, ...], dict[str, Any]]
-
     def __new__(cls, *args: Any, **keywords: Any) -> Any:
         module = super().__new__(cls)
         if args or keywords:  # a copy is made without them and brings its own

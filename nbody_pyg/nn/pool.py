@@ -152,9 +152,9 @@ class NBodyReduce(Resettable):
     def moments(self, x: Tensor, select: SelectOutput, vec: Tensor) -> Tensor:
         """M before W^l, of type ``product.irreps_out``, channels last in each block."""
         members = from_mul_ir(x, self.irreps_in).index_select(0, select.node_index)
-        messages = self.product(members, self.harmonics(vec / self.length))
+        messages = self.product(members, self.harmonics(vec.to(x.dtype) / self.length))
         if select.weight is not None:
-            messages = messages * select.weight.unsqueeze(-1)
+            messages = messages * select.weight.unsqueeze(-1).to(x.dtype)
         return sum_into(messages, select.cluster_index, select.num_clusters)
 
     def forward(self, x: Tensor, select: SelectOutput, vec: Tensor) -> Tensor:
@@ -303,10 +303,10 @@ class NBodyPooling(Resettable):
         if z is None:
             raise TypeError("z must be given by name: pool(x, edge_index, edge_attr, batch, z=z, pos=pos) or z=data")
         select, vec, place, graph = self.select.place(z, pos, batch, topology)
-        if x.shape[0] != select.num_nodes:
+        if x.dim() != 2 or x.shape[0] != select.num_nodes:
             raise ValueError(
                 f"x must have one row for each of the {select.num_nodes} nodes of level {self.select.level - 1}, "
-                f"got {x.shape[0]}"
+                f"got {list(x.shape)}"
             )
         coarse = self.connect(select, edge_index, edge_attr)
         return PooledGraph(self.reduce(x, select, vec), coarse.edge_index, coarse.edge_attr, graph, place, select)
