@@ -10,6 +10,7 @@ import torch
 from ase.io import read
 from matplotlib.figure import Figure
 
+from nbody_pyg.data import electronic_state_of
 from nbody_pyg.deploy import Committee, MDReport, NBodyCalculator, run_md, stop_on_uncertainty
 
 #: Exit status when the uncertainty ended the run.
@@ -22,6 +23,7 @@ def md(args: argparse.Namespace) -> int:
     if not Path(args.start).is_file():
         raise FileNotFoundError(f"no structure at {args.start}")
     atoms = read(args.start)
+    electronic_state_of(atoms, args.start)  # while the results that stand in the file are there
     members = list(dict.fromkeys([args.model, *args.committee]))
     options = {"device": args.device, "dtype": args.dtype, "compile": args.compile, "cuda_graphs": args.cuda_graphs}
     if len(members) == 1 and args.max_forces_std is not None:

@@ -20,12 +20,13 @@ from nbody_pyg.cli.plots import parity_plot, property_plot
 from nbody_pyg.cli.tables import error_table
 from nbody_pyg.datasets import label_audit
 from nbody_pyg.deploy import save_model
-from nbody_pyg.potential import Potential
+from nbody_pyg.nn.charges import DEFAULT_STATE
+from nbody_pyg.potential import Potential, frame_states
 from nbody_pyg.properties import PropertyModel
 from nbody_pyg.training import FitResult, fit
 from nbody_pyg.training.config import Config, config_parser, load_config
 from nbody_pyg.training.evaluation import Evaluation, evaluate
-from nbody_pyg.training.prepare import DataSets, build_potential, explicit, load_data
+from nbody_pyg.training.prepare import DataSets, build_potential, explicit, load_data, network_inputs
 from nbody_pyg.training.property_task import PropertyEvaluation, evaluate_properties
 
 # Atoms of a structure that is kept in the model file, as text.
@@ -58,7 +59,7 @@ def _train(config: Config) -> int:
     torch.set_num_threads(config.training.threads)
     folder = Path(config.output.folder)
     data = load_data(config.data)
-    print(label_audit(data.named()), "\n")
+    print(label_audit(data.named(), _uses(config, data)), "\n")
     potential = build_potential(config, data)
     _describe(potential, config)
     shared = config.data.shares_hierarchy
@@ -81,6 +82,20 @@ def _train(config: Config) -> int:
     return 0
 
 
+def _uses(config: Config, data: DataSets) -> dict[str, str]:
+    """What the network does with charges and spins, for the table of labels; none where there are no such labels."""
+    states = frame_states(data.train)
+    inputs = network_inputs(config.model, data.train)
+    held = {
+        key: "input" if key in inputs else "constant" if values[0] != DEFAULT_STATE[key] else "not used"
+        for key, values in states.items()
+    }
+    if config.model.arguments.get("long_range") is not None and "charge" in held:
+        held["charge"] = "input"
+    charges = any(frame.get("charges") is not None for frame in data.train)
+    return held | ({"charges": "input" if config.model.arguments.get("long_range") else "their sum"} if charges else {})
+
+
 def _describe(potential: Potential | PropertyModel, config: Config) -> None:
     print(f"model   {potential.model!r}")
     if isinstance(potential, PropertyModel):
@@ -92,6 +107,10 @@ def _describe(potential: Potential | PropertyModel, config: Config) -> None:
     else:
         _print_elements({} if potential.reference is None else potential.reference.energies, "eV", "E0", "none")
         scale = f"scale   {float(potential.scale):.4f}   "
+    for key in sorted(getattr(potential.model, "used", ())):
+        print(f"input   {key}{' (spin multiplicity 2S + 1)' if key == 'spin' else ''}")
+    for key, value in potential.model.assumed.items():
+        print(f"fixed   {key} {value:g}: that of all training frames, and the only one that the model knows")
     limits = {
         "CPU s": config.training.budget_seconds,
         "epochs": config.training.max_epochs,

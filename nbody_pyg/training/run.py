@@ -15,8 +15,7 @@ from lightning.fabric.utilities.warnings import PossibleUserWarning
 from lightning.pytorch import Callback, Trainer
 from torch_geometric.data import Data
 
-from nbody_pyg.data import complete_states
-from nbody_pyg.potential import Potential, check_states, learn_state
+from nbody_pyg.potential import Potential, learn_state, model_frames
 from nbody_pyg.properties import PropertyModel
 from nbody_pyg.training.callbacks import CallbackGroup, Checkpoints, GracefulStop, MetricsCSV, RunProgress
 from nbody_pyg.training.ema import WeightEMA
@@ -126,8 +125,7 @@ def fit(
     settings = settings or TrainingConfig(max_epochs=100)
     folder = Path(folder)
     learn_state(potential.model, train)
-    check_states(potential.model, val, "the validation frames")
-    train, val = complete_states(train), complete_states(val)
+    train, val = model_frames(potential.model, train), model_frames(potential.model, val, "the validation frames")
     with _threads(settings.threads):
         kind = PropertyTask if isinstance(potential, PropertyModel) else PotentialTask
         task = kind(potential, settings, force_variance(train))
