@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import itertools
 import math
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from torch_geometric.data import Data
 from torch_geometric.data.data import BaseData
 
-from nbody_pyg.data import count_graphs, has_hierarchy, require_atoms
+from nbody_pyg.data import complete_states, count_graphs, has_hierarchy, require_atoms
 from nbody_pyg.geometry import (
     apply_strain,
     check_atoms,
@@ -614,6 +615,26 @@ def check_states(model: nn.Module, frames: Iterable[Data], name: str = "frames")
             electronic_state(model, keywords, batch, 1, torch.zeros(0, dtype=torch.float64), *state)
         except ValueError as error:
             raise ValueError(f"frame {number} of {name}: {error}") from None
+
+
+def model_frames(model: nn.Module, frames: Sequence[Data], name: str = "frames") -> Sequence[Data]:
+    """The frames with those of the keys ``charge``, ``charges`` and ``spin`` that the model uses, in all or in none.
+
+    Raises: ValueError: as for :func:`check_states`.
+    """
+    check_states(model, frames, name)
+    used = used_state(model)
+    kept = used | ({"charges"} if "charge" in used and "charges" in model_keywords(model) else set())
+    dropped = [key for key in ("charge", "charges", "spin") if key not in kept]
+    if any(frame.get(key) is not None for frame in frames for key in dropped):
+        frames = [copy.copy(frame) for frame in frames]
+        for frame in frames:
+            if "charges" in dropped and "charge" in kept and frame.get("charge") is None and "charges" in frame:
+                frame.charge = frame.charges.double().sum().reshape(1)
+            for key in dropped:
+                if key in frame:
+                    del frame[key]
+    return complete_states(frames)
 
 
 def frame_states(frames: Iterable[Data]) -> dict[str, list[float]]:

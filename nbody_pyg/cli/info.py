@@ -32,6 +32,7 @@ def info(args: argparse.Namespace) -> int:
         ("dtype", header["dtype"]),
         ("elements", " ".join(chemical_symbols[z] for z in species)),
         *_scales(header),
+        *[(f"fixed {key}", f"{value:g}") for key, value in (model.get("assumed") or {}).items()],
         ("repulsion", _repulsion(header.get("repulsion"))),
         ("format version", header["format_version"]),
         ("written with", ", ".join(f"{name} {version}" for name, version in header["versions"].items())),

@@ -23,7 +23,8 @@ from nbody_pyg.cli.tables import error_table
 from nbody_pyg.datasets import label_audit
 from nbody_pyg.datasets.splits import Split, read_split
 from nbody_pyg.deploy import read_metadata, save_model
-from nbody_pyg.potential import Potential
+from nbody_pyg.nn.charges import DEFAULT_STATE
+from nbody_pyg.potential import Potential, frame_states
 from nbody_pyg.properties import PropertyModel
 from nbody_pyg.training.build import potential_from_config
 from nbody_pyg.training.checkpoint import changes, read_checkpoint
@@ -31,7 +32,7 @@ from nbody_pyg.training.config import Config, ModelConfig, OutputConfig, config_
 from nbody_pyg.training.durable import written_whole
 from nbody_pyg.training.evaluation import Evaluation, evaluate
 from nbody_pyg.training.folder import RunFolder
-from nbody_pyg.training.prepare import DataSets, build_potential, explicit, load_data
+from nbody_pyg.training.prepare import DataSets, build_potential, explicit, load_data, network_inputs
 from nbody_pyg.training.property_task import PropertyEvaluation, evaluate_properties
 from nbody_pyg.training.run import FIT_FILES, FitResult, fit_in, is_first_process, require_device, require_elements
 from nbody_pyg.training.settings import RESUMABLE
@@ -109,7 +110,7 @@ def _train(config: Config, run: RunFolder) -> int:
         split = read_split(folder / "split.json") if (folder / "split.json").is_file() else None
     explicit(config.model)  # a wrong argument of the network is found before the data are read
     data = load_data(config.data, split)
-    print(label_audit(data.named()), "\n")
+    print(label_audit(data.named(), _uses(config, data)), "\n")
     if last is None:
         potential = build_potential(config, data)
     else:  # with the degrees, E0 and scale that it was trained with, whatever frames have come since
@@ -172,6 +173,20 @@ def _is_complete(path: Path, result: FitResult) -> bool:
     return metadata.get("run") == result.run and metadata.get("steps") == result.steps and "errors" in metadata
 
 
+def _uses(config: Config, data: DataSets) -> dict[str, str]:
+    """What the network does with charges and spins, for the table of labels; none where there are no such labels."""
+    states = frame_states(data.train)
+    inputs = network_inputs(config.model, data.train)
+    held = {
+        key: "input" if key in inputs else "constant" if values[0] != DEFAULT_STATE[key] else "not used"
+        for key, values in states.items()
+    }
+    if config.model.arguments.get("long_range") is not None and "charge" in held:
+        held["charge"] = "input"
+    charges = any(frame.get("charges") is not None for frame in data.train)
+    return held | ({"charges": "input" if config.model.arguments.get("long_range") else "their sum"} if charges else {})
+
+
 def _describe(potential: Potential | PropertyModel, config: Config) -> None:
     print(f"model   {potential.model!r}")
     if isinstance(potential, PropertyModel):
@@ -183,6 +198,10 @@ def _describe(potential: Potential | PropertyModel, config: Config) -> None:
     else:
         _print_elements({} if potential.reference is None else potential.reference.energies, "eV", "E0", "none")
         scale = f"scale   {float(potential.scale):.4f}   "
+    for key in sorted(getattr(potential.model, "used", ())):
+        print(f"input   {key}{' (spin multiplicity 2S + 1)' if key == 'spin' else ''}")
+    for key, value in potential.model.assumed.items():
+        print(f"fixed   {key} {value:g}: that of all training frames, and the only one that the model knows")
     limits = {
         "CPU s": config.training.budget_seconds,
         "epochs": config.training.max_epochs,

@@ -29,7 +29,7 @@ from nbody_pyg.training.durable import write_json
 from nbody_pyg.training.evaluation import evaluate
 from nbody_pyg.training.loader import FrameLoader
 from nbody_pyg.training.loss import EnergyForceLoss
-from nbody_pyg.training.prepare import DataSets, build_potential, explicit, load_data
+from nbody_pyg.training.prepare import DataSets, build_potential, explicit, known_states, load_data
 from nbody_pyg.training.run import fit, force_variance
 from nbody_pyg.training.settings import TrainingConfig
 
@@ -180,11 +180,12 @@ def build(point: Point, config: Config, data: DataSets) -> Potential:
     facts = Facts(species, point.cutoff, degree, getattr(torch, config.training.dtype))
     peer = build_peer(point.model, facts, config.training.seed, **point.arguments)
     scale = config.model.scale
-    return Potential(
+    potential = Potential(
         peer,
         AtomicReference(fit_reference(data.train, config.data.e0)),
         force_variance(data.train) ** 0.5 if scale == "forces" else float(scale),
     ).to(getattr(torch, config.training.dtype))
+    return known_states(potential, data)
 
 
 def warm_up(potential: Potential, frames: Sequence[Data], settings: TrainingConfig, steps: int = 3) -> float | None:

@@ -9,12 +9,12 @@ import torch
 from ase import Atoms
 from ase.calculators.singlepoint import SinglePointCalculator
 from ase.constraints import FixAtoms, FixCartesian
-from torch import Tensor
+from torch import Tensor, nn
 from torch_geometric.data import Batch, Data
 
-from nbody_pyg.data import AtomicData, complete_states
+from nbody_pyg.data import AtomicData
 from nbody_pyg.hierarchy import Topology, TopologyCache
-from nbody_pyg.potential import Potential, check_states
+from nbody_pyg.potential import Potential, check_states, model_frames
 
 _MEMORY = 30
 # The step of a structure without history: the inverse of a stiff bond, angstrom^2/eV.
@@ -185,7 +185,7 @@ def relax(
         raise ValueError("frames holds no structure to relax")
     data = [_as_data(frame, number) for number, frame in enumerate(frames)]
     _check_periodicity(data)
-    check_states(potential.model, data)
+    check_states(potential.model, data)  # in a batch no frame has its number
     parts = []
     for i in range(0, len(data), batch_size):
         parts.append(_relax_batch(potential, data[i : i + batch_size], fmax, max_steps, longest_step, report, stop))
@@ -268,11 +268,11 @@ def _check_periodicity(frames: Sequence[Data]) -> None:
             raise ValueError(f"frames must have a cell where pbc is set, got frame {number} without; give it a cell")
 
 
-def _alike(frames: Sequence[AtomicData]) -> list[AtomicData]:
+def _alike(model: nn.Module, frames: Sequence[AtomicData]) -> list[AtomicData]:
     """The same structures with the same keys: PyG's collate takes those of the first frame, and drops all others."""
     periodic = _periodic(frames[0])
     out = []
-    for frame in complete_states(frames):
+    for frame in model_frames(model, frames):
         keys = {"z": frame.z, "pos": frame.pos}
         if periodic:
             keys["cell"] = frame.cell
@@ -293,7 +293,7 @@ def _relax_batch(
 ) -> Relaxation:
     keys = ("z", "pos", "cell", "pbc", "charge", "charges", "spin")
     plain = [AtomicData.from_data(Data(**{k: frame[k] for k in keys if frame.get(k) is not None})) for frame in frames]
-    active = _Active(potential, Batch.from_data_list(_alike(plain)), _free(frames))
+    active = _Active(potential, Batch.from_data_list(_alike(potential.model, plain)), _free(frames))
     optimizer = _LBFGS(active.batch, len(frames), longest_step)
     count = len(frames)
     device = active.pos.device

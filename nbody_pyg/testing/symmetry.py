@@ -226,7 +226,7 @@ def assert_permutation_invariant(
         energy, forces = subject([system])
         for _ in range(num_permutations):
             order = torch.randperm(system.z.shape[0], generator=generator).to(system.z.device)
-            got, turned = subject([replace(system, z=system.z[order], pos=system.pos[order])])
+            got, turned = subject([system.reordered(order)])
             where = f"assert_permutation_invariant: system {number} ({system.z.shape[0]} atoms)"
             worst = max(worst, compare(got, energy, tolerance, f"{where}: energy"))
             if forces is not None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch_geometric.data import Data
 
 from nbody_pyg.data import is_topology_key
-from nbody_pyg.potential import MODEL_INPUTS, Potential, check_states
+from nbody_pyg.potential import MODEL_INPUTS, Potential, model_frames
 from nbody_pyg.training.loader import FrameLoader
 from nbody_pyg.training.metrics import ErrorMeter
 
@@ -46,7 +46,7 @@ def evaluate(
 
     Raises: ValueError: a charge or spin that the model does not know, naming the frame.
     """
-    check_states(potential.model, frames, getattr(frames, "name", "") or "frames")
+    frames = model_frames(potential.model, frames, getattr(frames, "name", "") or "frames")
     meter, energy, forces, stress, order = ErrorMeter(device), [], [], [], []
     for members, group in _groups(frames):
         order += members

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import typing
 from collections.abc import Callable, Sequence
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch_geometric.data import Data
 
 from nbody_pyg.datasets import (
@@ -27,7 +29,7 @@ from nbody_pyg.datasets import (
 )
 from nbody_pyg.datasets.qm9 import TARGETS, TOTAL_ENERGIES
 from nbody_pyg.hierarchy import Scheme, Topology, share_topology
-from nbody_pyg.nn.charges import check_inputs
+from nbody_pyg.nn.charges import DEFAULT_STATE, check_inputs
 from nbody_pyg.nn.repulsion import ZBLRepulsion
 from nbody_pyg.potential import AtomicReference, Potential, check_states, frame_states, learn_state
 from nbody_pyg.properties import Property, PropertyModel, fit_statistics, property_irreps
@@ -169,7 +171,7 @@ def build_potential(config: Config, data: DataSets) -> Potential | PropertyModel
     Seeds torch's generator, so that the same configuration gives the same weights.
     """
     if properties := wanted_properties(config):
-        return _known_states(_build_properties(config, data, properties), data)
+        return known_states(_build_properties(config, data, properties), data)
     require_labels(data.train, _wanted(config), partial=False)
     e0 = config.data.e0
     if e0 == "atomref":
@@ -177,17 +179,23 @@ def build_potential(config: Config, data: DataSets) -> Potential | PropertyModel
             raise ValueError("data.e0 'atomref' is known for data.qm9 only; use lstsq, mean, isolated or {element: eV}")
         e0 = qm9_atomref(config.data.qm9)
     has_energy = data.train[0].get("energy") is not None
-    reference = AtomicReference(fit_reference(data.train, e0)) if has_energy else None
+    inputs = network_inputs(config.model, data.train)
+    terms = state_terms(data.train, inputs) if has_energy and inputs else None
+    reference = AtomicReference(fit_reference(_neutral(data.train, e0, terms), e0)) if has_energy else None
     scale = config.model.scale
     if scale == "forces":
         scale = _scale(data.train, reference)
     model = _network(config, data)
+    if terms is not None and model.electrons is not None and model.electrons.offset is not None:
+        # A charge may be worth 10 eV, which would take many small steps
+        with torch.no_grad():
+            model.electrons.offset.copy_(terms.offset / float(scale))
     repulsion = _repulsion(config.model, model.species, data.train)
     potential = Potential(model, reference, float(scale), repulsion).to(getattr(torch, config.training.dtype))
-    return _known_states(potential, data)
+    return known_states(potential, data)
 
 
-def _known_states(potential: Potential | PropertyModel, data: DataSets) -> Potential | PropertyModel:
+def known_states(potential: Potential | PropertyModel, data: DataSets) -> Potential | PropertyModel:
     """The same, after a look at charges and spins of all frames: none that is found only after the training."""
     learn_state(potential.model, data.train)
     for name, frames in data.named().items():
@@ -215,6 +223,56 @@ def _scale(frames: Sequence[Data], reference: AtomicReference | None) -> float:
     ]
     spread = float(torch.tensor(rest, dtype=torch.float64).std(unbiased=False)) if rest else 0.0
     return spread if spread > NO_FORCES else 1.0
+
+
+@dataclass(frozen=True)
+class StateTerms:
+    """What the energies of frames owe to their charges and spins: weights (as ``ElectronicEmbedding.offset``, eV), and
+    the term of each frame, eV."""
+
+    offset: Tensor
+    energies: Tensor
+
+
+def state_terms(frames: Sequence[Data], inputs: Sequence[str]) -> StateTerms:
+    """By least squares in float64, beside a value for each element, which is not used.
+
+    Raises: ValueError: a frame without an energy.
+    """
+    require_labels(frames, ["energy"])
+    states = frame_states(frames)
+    species = torch.tensor(sorted({int(z) for frame in frames for z in frame.z.unique()}))
+    counts = torch.stack([(frame.z[:, None] == species).sum(0) for frame in frames]).double()
+    energies = torch.tensor([float(frame.energy) for frame in frames], dtype=torch.float64)
+    default = [[DEFAULT_STATE[key]] * len(frames) for key in inputs]
+    totals = [
+        torch.tensor(states.get(key, same), dtype=torch.float64) - DEFAULT_STATE[key]
+        for key, same in zip(inputs, default, strict=True)
+    ]
+    # Shares at the start are even
+    shares = torch.stack(totals, dim=1) / counts.sum(1, keepdim=True)
+    powers = torch.cat([shares, shares.square()], dim=1)
+    design = (counts[:, :, None] * powers[:, None, :]).flatten(1)
+    known = energies.isfinite()
+    mean = energies[known].sum() / counts[known].sum()
+    rest = (energies - mean * counts.sum(1))[known]
+    both = torch.cat([counts, design], dim=1)[known]
+    found = torch.linalg.lstsq(both, rest.unsqueeze(1), rcond=1e-10, driver="gelsd").solution.squeeze(1)
+    offset = found[len(species) :]
+    return StateTerms(offset.view(len(species), -1), design @ offset)
+
+
+def _neutral(frames: Sequence[Data], e0: typing.Any, terms: StateTerms | None) -> Sequence[Data]:
+    """Frames from which the energies of isolated atoms are taken: without what charges and spins are worth."""
+    charges = frame_states(frames).get("charge")
+    if e0 == "isolated" and charges is not None:  # an ion is no atom
+        return [frame for frame, charge in zip(frames, charges, strict=True) if charge == 0 or len(frame.z) > 1]
+    if terms is None or e0 not in ("lstsq", "mean"):
+        return frames
+    out = [copy.copy(frame) for frame in frames]
+    for frame, term in zip(out, terms.energies, strict=True):
+        frame.energy = frame.energy.double() - term
+    return out
 
 
 def _build_properties(config: Config, data: DataSets, properties: tuple[Property, ...]) -> PropertyModel:

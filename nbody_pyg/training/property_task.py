@@ -11,8 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch_geometric.data import Data
 
-from nbody_pyg.data import complete_states
-from nbody_pyg.potential import check_states
+from nbody_pyg.potential import model_frames
 from nbody_pyg.properties import Property, PropertyModel
 from nbody_pyg.training.loader import FrameLoader
 from nbody_pyg.training.loss import penalized
@@ -144,8 +143,7 @@ def evaluate_properties(
     model: PropertyModel, frames: Sequence[Data], batch_size: int = 100, device: torch.device | str = "cpu"
 ) -> PropertyEvaluation:
     """The properties of every frame; what has no label is predicted and left out of the errors."""
-    check_states(model.model, frames, getattr(frames, "name", "") or "frames")
-    frames = complete_states(frames)
+    frames = model_frames(model.model, frames, getattr(frames, "name", "") or "frames")
     meter, found = PropertyMeter(model.properties, device), []
     with torch.no_grad():
         for batch in FrameLoader(frames, batch_size, device=device, rank=0, world=1):

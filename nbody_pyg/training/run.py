@@ -26,8 +26,7 @@ from lightning.pytorch.plugins.environments import LightningEnvironment, TorchEl
 from lightning.pytorch.strategies import DDPStrategy
 from torch_geometric.data import Data
 
-from nbody_pyg.data import complete_states
-from nbody_pyg.potential import Potential, check_states, learn_state
+from nbody_pyg.potential import Potential, learn_state, model_frames
 from nbody_pyg.properties import PropertyModel
 from nbody_pyg.training.callbacks import CallbackGroup, Checkpoints, GracefulStop, MetricsCSV, RunProgress
 from nbody_pyg.training.checkpoint import changes, read_checkpoint
@@ -229,8 +228,7 @@ def fit_in(
     require_device(settings)
     require_elements(potential, {"train": train, "val": val})
     learn_state(potential.model, train)
-    check_states(potential.model, val, "the validation frames")
-    train, val = complete_states(train), complete_states(val)
+    train, val = model_frames(potential.model, train), model_frames(potential.model, val, "the validation frames")
     note = print if show_progress else _silent
     checkpoint = None if resume is None else read_checkpoint(resume)
     with _threads(settings.threads):
