@@ -100,7 +100,11 @@ def label_audit(frames: Sequence[AtomicData] | Mapping[str, Sequence[AtomicData]
         labels += [label for label in LABEL_SHAPES if label not in labels and any(label in f for f in group)]
         labels += _own_labels(group, labels)
         rows += [_row(title, label, group) for label in labels]
-        bare = [i for i, frame in enumerate(group) if not any(has_label(frame, label) for label in labels)]
+        bare = [
+            i
+            for i, frame in enumerate(group)
+            if not any(has_label(frame, label) for label in labels if label != "charge")
+        ]
         if bare and len(bare) < len(group):
             notes.append(f"{title}: no label in {listed(bare)} ({len(bare)} of {len(group)})")
         notes += _of_the_file(title, group)

@@ -24,13 +24,14 @@ from nbody_pyg.datasets import (
     require_labels,
     split_indices,
 )
+from nbody_pyg.datasets.frames import has_label
 from nbody_pyg.datasets.qm9 import TARGETS, TOTAL_ENERGIES
 from nbody_pyg.hierarchy import Scheme, Topology, share_topology
 from nbody_pyg.nn.repulsion import ZBLRepulsion
 from nbody_pyg.potential import AtomicReference, Potential
 from nbody_pyg.properties import Property, PropertyModel, fit_statistics, property_irreps
 from nbody_pyg.training.config import Config, DataConfig, ModelConfig, model_arguments
-from nbody_pyg.training.run import force_variance
+from nbody_pyg.training.labels import force_variance
 
 if typing.TYPE_CHECKING:
     from nbody_pyg.models import NBodyNet
@@ -150,13 +151,13 @@ def build_potential(config: Config, data: DataSets) -> Potential | PropertyModel
     """
     if properties := wanted_properties(config):
         return _build_properties(config, data, properties)
-    require_labels(data.train, _wanted(config), partial=False)
+    require_labels({"train": data.train}, _wanted(config), partial=True)
     e0 = config.data.e0
     if e0 == "atomref":
         if config.data.qm9 is None:
             raise ValueError("data.e0 'atomref' is known for data.qm9 only; use lstsq, mean, isolated or {element: eV}")
         e0 = qm9_atomref(config.data.qm9)
-    has_energy = data.train[0].get("energy") is not None
+    has_energy = any(has_label(frame, "energy") for frame in data.train)
     reference = AtomicReference(fit_reference(data.train, e0)) if has_energy else None
     scale = config.model.scale
     if scale == "forces":
@@ -167,15 +168,15 @@ def build_potential(config: Config, data: DataSets) -> Potential | PropertyModel
 
 
 def _build_properties(config: Config, data: DataSets, properties: tuple[Property, ...]) -> PropertyModel:
-    for name, frames in data.named().items():
-        require_labels({name: frames}, [p.name for p in properties])
+    require_labels({"train": data.train}, [p.name for p in properties], partial=True)
     for key in ("irreps_out", "target"):
         if key in config.model.arguments:
             raise ValueError(f"model.{key} must not be given for properties: it follows from their readouts")
     given = {"irreps_out": str(property_irreps(properties))}
     if any(p.readout == "root" for p in properties):
         given["target"] = "intensive"
-    statistics = {p.name: fit_statistics(data.train, p) for p in properties}
+    known = {p: [frame for frame in data.train if has_label(frame, p.name)] for p in properties}
+    statistics = {p.name: fit_statistics(frames, p) for p, frames in known.items()}
     model = PropertyModel(_network(config, data, **given), properties, statistics)
     return model.to(getattr(torch, config.training.dtype))
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch_geometric.data import Data
 
 from nbody_pyg.properties import Property, PropertyModel
+from nbody_pyg.training.labels import aligned, label_shapes, uniform
 from nbody_pyg.training.loader import FrameLoader
 from nbody_pyg.training.loss import penalized
 from nbody_pyg.training.metrics import RunningMeans
@@ -42,7 +43,7 @@ class PropertyMeter:
         for p, sums in zip(self.properties, self.sums, strict=True):
             if p.name not in batch:
                 continue
-            label = batch[p.name].double().reshape(len(result[p.name]), -1)
+            label = aligned(batch[p.name], result[p.name], p.name).double().reshape(len(result[p.name]), -1)
             error = result[p.name].reshape(label.shape) - label
             known = ~label.isnan().any(dim=1)
             label, error = label[known], error[known]
@@ -107,10 +108,12 @@ class PropertyTask(PotentialTask):
         first: Tensor | None = None
         for p in self.potential.properties:
             # The difference is taken in float64, and only then cast. A missing label is NaN.
-            label = batch[p.name].reshape(values[p.name].shape)
+            label = aligned(batch[p.name], values[p.name], p.name)
             known = ~label.reshape(len(label), -1).isnan().any(dim=1)
             error = (values[p.name] - label)[known].to(self.potential.dtype) / self.potential.statistics[p.name].scale
-            loss = loss + p.weight * penalized(error, self.settings.penalty, 1.0)
+            share = self.shares.get(p.name, 1.0)
+            factor = len(error) / (len(label) * share) if share < 1.0 else 1.0
+            loss = loss + p.weight * factor * penalized(error, self.settings.penalty, 1.0)
             first = error if first is None else first
         scale = self.potential.statistics[self.potential.properties[0].name].scale
         self.running.add(loss, None if first is None else first * scale, None)
@@ -143,7 +146,7 @@ def evaluate_properties(
     """The properties of every frame; what has no label is predicted and left out of the errors."""
     meter, found = PropertyMeter(model.properties, device), []
     with torch.no_grad():
-        for batch in FrameLoader(frames, batch_size, device=device):
+        for batch in FrameLoader(uniform(frames, label_shapes(model)), batch_size, device=device):
             found.append(model(batch))
             meter.update(found[-1], batch)
     return PropertyEvaluation(

@@ -19,6 +19,7 @@ from nbody_pyg.potential import Potential
 from nbody_pyg.properties import PropertyModel
 from nbody_pyg.training.callbacks import CallbackGroup, Checkpoints, GracefulStop, MetricsCSV, RunProgress
 from nbody_pyg.training.ema import WeightEMA
+from nbody_pyg.training.labels import force_variance, targets
 from nbody_pyg.training.loader import FrameLoader, FrameStream
 from nbody_pyg.training.property_task import PropertyTask
 from nbody_pyg.training.settings import TrainingConfig
@@ -49,18 +50,6 @@ class FitResult:
     def best_forces_mae(self) -> float:
         """``best_score``, under the name that it has for potentials trained on forces."""
         return self.best_score
-
-
-def force_variance(frames: Sequence[Data]) -> float:
-    """Mean square of all known force components, (eV/angstrom)^2; 1 where the frames have no forces."""
-    known = [frame.forces.double().flatten() for frame in frames if frame.get("forces") is not None]
-    if not known:
-        return 1.0
-    values = torch.cat(known)
-    if bool(values.isinf().any()):
-        raise ValueError("forces of the training frames hold infinite values; remove those frames")
-    values = values[~values.isnan()]
-    return float(values.square().mean()) if len(values) else 1.0
 
 
 def steps_per_epoch(settings: TrainingConfig, num_frames: int) -> int:
@@ -117,13 +106,21 @@ def fit(
             scheme to every frame once), or else it is searched for anew at every step.
         resume: a checkpoint from which to go on; the run continues as if it had never stopped.
         callbacks: further ones, called after ours and before the checkpoint is written.
-    Raises: ValueError: no frames, or labels without any force and energy; FloatingPointError: see the task.
+
+    Frames need not have every label: what is missing, or NaN, is left out of the loss and of the errors. Periodic and
+    open frames may be mixed.
+
+    Raises: ValueError: no frames, or a label with a positive weight that none of them has; FloatingPointError: see
+        the task.
     """
     settings = settings or TrainingConfig(max_epochs=100)
     folder = Path(folder)
     with _threads(settings.threads):
         kind = PropertyTask if isinstance(potential, PropertyModel) else PotentialTask
+        found = targets(potential, train, val, settings)
+        train, val = found.train, found.val
         task = kind(potential, settings, force_variance(train))
+        task.shares, task.monitor = found.shares, found.monitor or task.monitor
         epoch = steps_per_epoch(settings, len(train))
         log = MetricsCSV(folder / "metrics.csv", settings.log_every, epoch)
         log.columns = (*log.columns, *(metric for _, metric, _ in task.shown if metric not in log.columns))

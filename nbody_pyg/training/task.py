@@ -18,6 +18,7 @@ from nbody_pyg.potential import Potential
 from nbody_pyg.training.build import potential_config, potential_from_config, up_to_date
 from nbody_pyg.training.clock import ProcessClock
 from nbody_pyg.training.flat import FlatParameters
+from nbody_pyg.training.labels import aligned
 from nbody_pyg.training.loss import EnergyForceLoss
 from nbody_pyg.training.metrics import ErrorMeter, RunningMeans
 from nbody_pyg.training.optim import build_optimizer
@@ -73,6 +74,8 @@ class PotentialTask(LightningModule):
         self.shown = (("E", "energy_mae", "meV"), ("F", "forces_mae", "meV/A"))
         self.monitor = "val_forces_mae" if s.force_weight > 0 else "val_energy_mae"
         self.running = RunningMeans()
+        # Share of the training labels that are known, by label; `fit` sets what is below 1.
+        self.shares: dict[str, float] = {}
 
     def __setattr__(self, name: str, value: Any) -> None:
         # Lightning notes the running hook here two dozen times per step; the way through nn.Module, which
@@ -92,23 +95,39 @@ class PotentialTask(LightningModule):
         errors = {}
         if "energy" in batch:
             # Total energies, with E0, differ in float64; only their small difference is cast.
-            difference = result["energy"] - batch.energy
-            errors["energy_error"] = _known(difference.to(result["interaction_energy"].dtype), batch.energy)
+            label = aligned(batch.energy, result["energy"], "energy")
+            difference = (result["energy"] - label).to(result["interaction_energy"].dtype)
+            errors["energy_error"] = _known(difference, label)
         if forces:
-            error = result["forces"] - batch.forces.to(result["forces"].dtype)
-            errors["force_error"] = _known(error, batch.forces)
+            label = aligned(batch.forces, result["forces"], "forces")
+            errors["force_error"] = _known(result["forces"] - label.to(result["forces"].dtype), label)
         if stress:
             volume = torch.linalg.det(batch.cell).abs() / torch.bincount(batch.batch)
-            error = result["stress"] - batch.stress.to(result["stress"].dtype)
-            errors["virial_error"] = _known(error * volume.to(error.dtype).view(-1, 1, 1), batch.stress)
+            label = aligned(batch.stress, result["stress"], "stress")
+            error = result["stress"] - label.to(result["stress"].dtype)
+            errors["virial_error"] = _known(error * volume.to(error.dtype).view(-1, 1, 1), label)
         return result, errors
+
+    def _factors(self, errors: dict[str, Tensor], batch: Any) -> dict[str, float]:
+        """Known labels of this batch over those that a batch has on average; 1 where none is missing.
+
+        The mean over the known labels of a batch, times this, averages over all batches and processes to the mean over
+        all labels: a frame does not count more because its neighbours in the batch have no label.
+        """
+        rows = {"energy": ("energy_error", batch.num_graphs), "forces": ("force_error", len(batch.z)),
+                "stress": ("virial_error", batch.num_graphs)}  # fmt: skip
+        return {
+            label: len(errors[key]) / (count * self.shares[label])
+            for label, (key, count) in rows.items()
+            if key in errors and self.shares.get(label, 1.0) < 1.0
+        }
 
     def training_step(self, batch: Any, batch_idx: int = 0) -> Tensor:
         _, errors = self._errors(batch, training=True)
         if self.settings.energy_per == "atom" and "energy_error" in errors:
-            errors["num_atoms"] = torch.bincount(batch.batch)[~batch.energy.isnan()]
-        loss = self.loss(errors.get("energy_error"), errors.get("force_error"),
-                         errors.get("virial_error"), errors.get("num_atoms"))  # fmt: skip
+            errors["num_atoms"] = torch.bincount(batch.batch)[~batch.energy.reshape(-1).isnan()]
+        loss = self.loss(errors.get("energy_error"), errors.get("force_error"), errors.get("virial_error"),
+                         errors.get("num_atoms"), self._factors(errors, batch))  # fmt: skip
         self.running.add(loss, errors.get("energy_error"), errors.get("force_error"))
         # On the CPU the value is at hand; on a GPU asking for it would stall every step.
         if loss.device.type == "cpu" or batch_idx % self.settings.log_every == 0:
