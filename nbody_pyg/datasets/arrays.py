@@ -91,7 +91,7 @@ def read_npz(
     labels = {name: (key,) for name, key in sources.items() if name in given}
     chosen = _rows(rows, len(converted["pos"]), path.name)
     frames = [_frame(converted, row) for row in chosen]
-    return Frames(frames, name=str(path), sources=labels, available=raw)
+    return Frames(frames, name=str(path), sources=labels, available=raw, numbers=chosen)
 
 
 def _load(path: Path) -> dict[str, np.ndarray]:

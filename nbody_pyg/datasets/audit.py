@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from nbody_pyg.data import AtomicData
-from nbody_pyg.datasets.frames import LABEL_SHAPES, Frames, has_label, nearest
+from nbody_pyg.datasets.frames import LABEL_SHAPES, Frames, has_label, listed, nearest
 
 _UNITS = {
     "energy": "eV",
@@ -19,6 +19,7 @@ _UNITS = {
     "polarizability": "",
     "charge": "e",
 }
+_LARGE, _UNUSUAL = {"forces": 50.0, "stress": 1.0}, 50.0
 # Parts of names under which packages store a label.
 _STEMS = {"energy": ("energ",), "forces": ("forc", "grad"), "stress": ("stress", "virial")}
 # What a system has besides labels; other one-number entries of a frame count as labels of the user's own.
@@ -106,24 +107,44 @@ def label_audit(frames: Sequence[AtomicData] | Mapping[str, Sequence[AtomicData]
             if not any(has_label(frame, label) for label in labels if label != "charge")
         ]
         if bare and len(bare) < len(group):
-            notes.append(f"{title}: no label in {listed(bare)} ({len(bare)} of {len(group)})")
+            notes.append(f"{title}: no label in {listed(group, bare)} ({len(bare)} of {len(group)})")
         notes += _of_the_file(title, group)
     return LabelTable(tuple(rows), tuple(dict.fromkeys(notes + _repeated(groups))))
 
 
-def listed(numbers: Sequence[int], most: int = 20) -> str:
-    """Numbers of frames in words: "frames 3, 5 and 9", the first ``most`` of them."""
-    words = [str(number) for number in numbers[:most]]
-    if len(numbers) > most:
-        return f"frames {', '.join(words)}, ..."
-    return f"frame{'s' if len(words) > 1 else ''} " + " and ".join(filter(None, (", ".join(words[:-1]), words[-1])))
+def outliers(frames: Sequence[AtomicData], label: str) -> list[int]:
+    """Places of the frames whose largest component of the forces or the stress is far beyond the usual size.
+
+    That is 50 eV/angstrom (1 eV/angstrom^3) and 50 times the median over the frames of their root mean square. Where
+    all frames are so large there is no outlier.
+    """
+    known = {i: frame[label].detach().double() for i, frame in enumerate(frames) if has_label(frame, label)}
+    if not known:
+        return []
+    values = [value[~value.isnan()] for value in known.values()]
+    largest = torch.stack([value.abs().max() for value in values])
+    sizes = torch.stack([value.square().mean().sqrt() for value in values])
+    usual = sizes[sizes > 0].median() if bool((sizes > 0).any()) else sizes.new_zeros(())
+    far = largest > torch.clamp(_UNUSUAL * usual, min=_LARGE[label])
+    return [] if bool(far.all()) else [place for place, one in zip(known, far.tolist(), strict=True) if one]
+
+
+def _largest(frames: Sequence[AtomicData], places: Sequence[int], label: str) -> float:
+    return max(float(frames[i][label].abs().nan_to_num(nan=0.0).max()) for i in places)
 
 
 def _of_the_file(title: str, group: Sequence[AtomicData]) -> list[str]:
-    """Notes of the reader, and keys that look like labels that were not found."""
+    """Outliers, notes of the reader, and keys that look like labels that were not found."""
+    found = {label: outliers(group, label) for label in _LARGE}
+    notes = [
+        f"{title}: {label} up to {_largest(group, odd, label):.4g} {_UNITS[label]} in {listed(group, odd)} "
+        f"({len(odd)} of {len(group)}), far beyond the others"
+        for label, odd in found.items()
+        if odd
+    ]
     if not isinstance(group, Frames):
-        return []
-    notes = list(group.notes)
+        return notes
+    notes += group.notes
     for label in ("energy", "forces"):
         if not any(has_label(frame, label) for frame in group):
             keys = [key for key in group.available if any(stem in key.lower() for stem in _STEMS[label])]
@@ -144,13 +165,15 @@ def _repeated(groups: Mapping[str, Sequence[AtomicData]]) -> list[str]:
     for title, group in groups.items():
         if title == "train":
             continue
+        where = (group, groups["train"])
         both = [(i, known[mark]) for i, frame in enumerate(group) if (mark := _fingerprint(frame)) in known]
         # Atoms on their own are no structures to be tested on.
         both = [(i, j) for i, j in both if len(group[i].z) > 1]
         if both:
             notes.append(
-                f"{len(both)} of the {len(group)} structures of {title} stand in train too, for example frame "
-                f"{both[0][0]} as frame {both[0][1]}; errors on them are errors of training"
+                f"{len(both)} of the {len(group)} structures of {title} stand in train too, for example "
+                f"{listed(where[0], [both[0][0]])} as {listed(where[1], [both[0][1]])}; errors on them are errors of "
+                "training"
             )
     return notes
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, SupportsIndex
 
 import numpy as np
@@ -36,6 +37,7 @@ class Frames(list[AtomicData]):
         sources: for each label the keys it was read from, such as ``{"energy": ("results['energy']",)}``.
         available: every key that stood in the file, for the hint in "label not found".
         notes: sentences about the labels that :func:`~nbody_pyg.datasets.label_audit` prints below its table.
+        numbers: of the frames in their file; 0, 1, 2, ... by default.
 
     A slice and :meth:`select` keep the record; other list operations give plain lists.
     """
@@ -48,16 +50,18 @@ class Frames(list[AtomicData]):
         sources: Mapping[str, Sequence[str]] | None = None,
         available: Iterable[str] = (),
         notes: Iterable[str] = (),
+        numbers: Sequence[int] | None = None,
     ) -> None:
         super().__init__(frames)
         self.name = name
         self.sources = {label: tuple(keys) for label, keys in (sources or {}).items()}
         self.available = tuple(sorted(set(available)))
         self.notes = tuple(notes)
+        self.numbers = tuple(range(len(self)) if numbers is None else numbers)
 
     def __getitem__(self, item):  # type: ignore[no-untyped-def, override]
         if isinstance(item, slice):
-            return self._like(super().__getitem__(item))
+            return self.replaced(super().__getitem__(item), self.numbers[item])
         return super().__getitem__(item)
 
     def select(self, indices: Iterable[SupportsIndex]) -> Frames:
@@ -69,14 +73,27 @@ class Frames(list[AtomicData]):
                 f"indices must lie in 0..{len(self) - 1} ({self.name or 'frames'} holds {len(self)} frames), "
                 f"got {bad[:5]}; check that the split belongs to this file"
             )
-        return self._like(list.__getitem__(self, i) for i in chosen)
+        return self.replaced([list.__getitem__(self, i) for i in chosen], [self.numbers[i] for i in chosen])
 
-    def _like(self, frames: Iterable[AtomicData]) -> Frames:
-        return Frames(frames, name=self.name, sources=self.sources, available=self.available, notes=self.notes)
+    def replaced(self, frames: Iterable[AtomicData], numbers: Sequence[int] | None = None) -> Frames:
+        """Other frames with this record, such as these after a transform."""
+        return Frames(
+            frames, name=self.name, sources=self.sources, available=self.available, notes=self.notes,
+            numbers=self.numbers if numbers is None else numbers,
+        )  # fmt: skip
 
     def __repr__(self) -> str:
         labels = ", ".join(sorted(self.sources)) or "no labels"
         return f"Frames({len(self)} from {self.name or 'memory'}; {labels})"
+
+
+def listed(frames: Sequence[Data], places: Sequence[int], most: int = 20) -> str:
+    """Frames in words: "frames 3, 5 and 9 of a.xyz" by their numbers in the file, the first ``most`` of them."""
+    numbers = frames.numbers if isinstance(frames, Frames) and len(frames.numbers) == len(frames) else None
+    words = [str(place if numbers is None else numbers[place]) for place in places]
+    text = f"{', '.join(words[:most])}, ..." if len(words) > most else " and ".join([", ".join(words[:-1]), words[-1]])
+    file = Path(frames.name).name if isinstance(frames, Frames) and frames.name else ""
+    return f"frame{'s' if len(words) > 1 else ''} {text.removeprefix(' and ')}{f' of {file}' if file else ''}"
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -134,8 +134,9 @@ def frames_of(
             sources.setdefault(label, {})[key] = None
     if note := _implausible(frames):
         notes.append(f"{Path(name).name}: {note}")
+    numbers = [number for number in range(len(systems)) if number not in odd]
     sources = {label: tuple(keys) for label, keys in sources.items()}
-    return Frames(frames, name=name, sources=sources, available=available, notes=notes), odd
+    return Frames(frames, name=name, sources=sources, available=available, notes=notes, numbers=numbers), odd
 
 
 def _implausible(frames: Sequence[AtomicData]) -> str | None:

@@ -11,8 +11,8 @@ import torch
 from ase.data import atomic_numbers, chemical_symbols
 
 from nbody_pyg.data import AtomicData
-from nbody_pyg.datasets.audit import listed, require_labels
-from nbody_pyg.datasets.frames import has_label, shaped_label
+from nbody_pyg.datasets.audit import require_labels
+from nbody_pyg.datasets.frames import has_label, listed, shaped_label
 
 _LARGE = 50.0  # eV per atom; no chemical bond is that strong
 logger = logging.getLogger(__name__)
@@ -72,8 +72,8 @@ def fit_reference(frames: Sequence[AtomicData], mode: str | Mapping[int | str, f
         odd = [known[i] for i in np.flatnonzero(left > _LARGE)]
         warnings.warn(
             f"after subtraction of the reference energies {left.max():.1f} eV per atom are left in "
-            f"{listed(odd)} ({len(odd)} of {len(known)}); references and frames seem to differ in level of theory or "
-            "units, or these frames are wrong",
+            f"{listed(frames, odd)} ({len(odd)} of {len(known)}); references and frames seem to differ in "
+            "level of theory or units, or these frames are wrong",
             stacklevel=2,
         )
     return dict(zip(species, values.tolist(), strict=True))

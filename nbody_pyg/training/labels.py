@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch_geometric.data import Data
 
-from nbody_pyg.datasets.audit import listed, require_labels
-from nbody_pyg.datasets.frames import LABEL_SHAPES, VOIGT, has_label, shaped_label
+from nbody_pyg.datasets.audit import outliers, require_labels
+from nbody_pyg.datasets.frames import LABEL_SHAPES, VOIGT, Frames, has_label, listed, shaped_label
 from nbody_pyg.geometry import complete_cell
 from nbody_pyg.hierarchy.topology import is_topology_key
 from nbody_pyg.potential import MODEL_INPUTS, Potential
@@ -28,9 +28,6 @@ Shape = tuple[int | str, ...]
 WEIGHTS = {"forces": "force_weight", "energy": "energy_weight", "stress": "stress_weight"}
 # What a model computes with. All else is a label or an extra, and changes no prediction.
 _INPUTS = frozenset({"z", "pos", "bonds", "scheme", *MODEL_INPUTS})
-# A force or stress is an outlier above so much (eV/angstrom, eV/angstrom^3), and so many times what is usual.
-_LARGE = {"forces": 50.0, "stress": 1.0}
-_UNUSUAL = 50.0
 
 
 def label_shapes(model: Potential | PropertyModel) -> dict[str, Shape]:
@@ -99,7 +96,7 @@ def uniform(frames: Sequence[Data], labels: Mapping[str, Shape]) -> Sequence[Dat
         if flat[number]:
             new.cell = complete_cell(frame.cell.reshape(1, 3, 3), frame.pbc.reshape(1, 3)).to(frame.cell)
         out.append(new)
-    return out
+    return frames.replaced(out) if isinstance(frames, Frames) else out
 
 
 def _is_plain(frame: Data, found: Sequence[str], labels: Mapping[str, Shape]) -> bool:
@@ -180,10 +177,9 @@ def targets(
     if bare:
         logger.warning(
             "train: %s (%d of %d) hold none of %s; the loss leaves them out",
-            listed(bare), len(bare), len(train), ", ".join(learned),
+            listed(train, bare), len(bare), len(train), ", ".join(learned),
         )  # fmt: skip
     train, val = uniform(train, shapes), uniform(val, shapes)
-    _warn_of_stress(train)
     monitor = None
     if len(val):
         order = [*learned, *(label for label in shapes if label not in learned)]
@@ -208,50 +204,24 @@ def _share(frames: Sequence[Data], label: str) -> float:
 def force_variance(frames: Sequence[Data]) -> float:
     """Mean square of all known force components, (eV/angstrom)^2; 1 where the frames have no forces.
 
-    Frames with a force beyond 50 eV/angstrom and 50 times the median over the frames do not count.
+    Outliers do not count: frames with a force beyond 50 eV/angstrom and 50 times what is usual.
 
     Raises: ValueError: infinite forces.
     Warns: UserWarning: names the frames that do not count.
     """
-    known = {}
-    for number, frame in enumerate(frames):
-        if has_label(frame, "forces"):
-            values = frame.forces.detach().double().flatten()
-            known[number] = values[~values.isnan()]
+    known = {
+        i: frame.forces.detach().double().flatten() for i, frame in enumerate(frames) if has_label(frame, "forces")
+    }
     if not known:
         return 1.0
     if any(bool(values.isinf().any()) for values in known.values()):
         raise ValueError("forces of the training frames hold infinite values; remove those frames")
-    odd = _outliers(known, "forces")
+    odd = outliers(frames, "forces")
     if odd:
-        largest = max(float(known[i].abs().max()) for i in odd)
         warnings.warn(
-            f"forces reach {largest:.4g} eV/angstrom in {listed(odd)} of the training frames ({len(odd)} of "
-            f"{len(known)}): the scale is taken from the others; the frames are trained on unless you remove them",
-            stacklevel=2,
+            f"the scale of the forces is taken without {listed(frames, odd)}, where they are far beyond those of all "
+            "others; they are trained on unless you remove them",
+            stacklevel=1,
         )
-    return float(torch.cat([values for i, values in known.items() if i not in odd]).square().mean())
-
-
-def _warn_of_stress(frames: Sequence[Data]) -> None:
-    known = {i: f.stress.double().flatten() for i, f in enumerate(frames) if has_label(f, "stress")}
-    if odd := _outliers(known, "stress"):
-        largest = max(float(known[i].abs().max()) for i in odd)
-        warnings.warn(
-            f"the stress reaches {largest:.4g} eV/angstrom^3 in {listed(odd)} of the training frames ({len(odd)} of "
-            f"{len(known)}); check them, and their unit",
-            stacklevel=2,
-        )
-
-
-def _outliers(known: Mapping[int, Tensor], label: str) -> list[int]:
-    """Numbers of the frames whose largest component is far beyond the usual size."""
-    if not known:
-        return []
-    numbers = list(known)
-    largest = torch.stack([values.abs().max() for values in known.values()])
-    sizes = torch.stack([values.square().mean().sqrt() for values in known.values()])
-    usual = sizes[sizes > 0].median() if bool((sizes > 0).any()) else sizes.new_zeros(())
-    far = largest > torch.clamp(_UNUSUAL * usual, min=_LARGE[label])
-    # Where all are large there is no outlier.
-    return [] if bool(far.all()) else [number for number, one in zip(numbers, far.tolist(), strict=True) if one]
+    values = torch.cat([values for i, values in known.items() if i not in set(odd)])
+    return float(values[~values.isnan()].square().mean())

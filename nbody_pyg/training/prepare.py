@@ -24,7 +24,8 @@ from nbody_pyg.datasets import (
     require_labels,
     split_indices,
 )
-from nbody_pyg.datasets.frames import has_label
+from nbody_pyg.datasets.frames import Frames, has_label
+from nbody_pyg.datasets.keys import levels_apart
 from nbody_pyg.datasets.qm9 import TARGETS, TOTAL_ENERGIES
 from nbody_pyg.hierarchy import Scheme, Topology, share_topology
 from nbody_pyg.nn.repulsion import ZBLRepulsion
@@ -57,12 +58,15 @@ class DataSets:
         if shared:
             tree = Topology.from_data(scheme(self.train[0]))
 
-            def store(frames: Sequence[Data]) -> Sequence[Data]:
+            def stored(frames: Sequence[Data]) -> Sequence[Data]:
                 return share_topology(frames, scheme, tree)
         else:
 
-            def store(frames: Sequence[Data]) -> Sequence[Data]:
+            def stored(frames: Sequence[Data]) -> Sequence[Data]:
                 return [scheme(frame) for frame in frames]
+
+        def store(frames: Sequence[Data]) -> Sequence[Data]:
+            return frames.replaced(stored(frames)) if isinstance(frames, Frames) else stored(frames)
 
         return DataSets(store(self.train), store(self.val), {n: store(f) for n, f in self.tests.items()})
 
@@ -83,9 +87,15 @@ def load_data(config: DataConfig) -> DataSets:
         return _load_qm9(config)
     paths = config.test or {}
     paths = {"test": paths} if isinstance(paths, str) else paths
+    if taken := {"train", "val"} & set(paths):
+        raise ValueError(f"data.test must not name a set {taken.pop()!r}, which is another set of the run; rename it")
     tests = {name: _read(path, config) for name, path in paths.items()}
     val = None if config.val is None else _read(config.val, config)
-    return _split(_read(config.train, config), val, tests, config)
+    train = _read(config.train, config)
+    sets = {"train": train, **({} if val is None else {"val": val}), **tests}
+    if wrong := levels_apart({title: getattr(frames, "sources", {}) for title, frames in sets.items()}):
+        raise ValueError(wrong)
+    return _split(train, val, tests, config)
 
 
 def _load_qm9(config: DataConfig) -> DataSets:
