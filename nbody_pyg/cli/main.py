@@ -22,8 +22,9 @@ Covariant hierarchical N-body networks for atoms.
 Units: eV, angstrom, fs; tables in meV and meV/A."""
 
 _EXIT = """\
-exit status: 0 done; 1 error in the input; 2 wrong arguments; 3 a check failed, or uncertainty stopped
-the dynamics; 143 or 130 stopped by SIGTERM or Ctrl-C after writing last.ckpt (go on with --output.resume true)"""
+exit status: 0 done; 1 error in the input; 2 wrong arguments; 3 a check failed, uncertainty stopped the
+dynamics, or frames were left out of an evaluation; 143 or 130 stopped by SIGTERM or Ctrl-C after writing
+last.ckpt (go on with --output.resume true)"""
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -50,9 +51,10 @@ def build_parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     evaluate.add_argument("--out", default=None, help="folder for parity.png, predictions and errors.json")
     evaluate.add_argument("--batch-size", type=int, default=20, help="frames at a time (default: 20)")
-    evaluate.add_argument("--units", default=None, help="units of the files, e.g. 'kcal/mol'")
+    evaluate.add_argument("--units", default=None, help="units of the files, e.g. 'kcal/mol' or 'eV, angstrom, kbar'")
     evaluate.add_argument("--energy-key", default=None, help="key of the energy in the files")
     evaluate.add_argument("--forces-key", default=None, help="key of the forces in the files")
+    evaluate.add_argument("--stress-key", default=None, help="key of the stress in the files")
     evaluate.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
     evaluate.add_argument("--no-plot", action="store_true", help="no parity plot")
 
