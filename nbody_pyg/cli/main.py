@@ -38,8 +38,9 @@ Units: eV, angstrom, fs; tables in meV and meV/A."""
 
 _EXIT = """\
 exit status: 0 done; 1 error in the input; 2 wrong arguments; 3 done, but a check failed, the dynamics were
-stopped, structures did not converge, or models of a comparison failed; 130 or 143 stopped by Ctrl-C or SIGTERM
-(results so far are kept; training goes on with --output.resume true); 141 the reader of a pipe has gone"""
+stopped, structures did not converge, frames were left out, or models of a comparison failed; 130 or 143
+stopped by Ctrl-C or SIGTERM (results so far are kept; training goes on with --output.resume true); 141 the
+reader of a pipe has gone"""
 
 #: Words that name files or folders, of every command: ~ and $HOME are replaced.
 _PATHS = ("model", "data", "start", "frames", "file", "committee", "out", "json", "plot")
@@ -99,9 +100,10 @@ def build_parser() -> _Parser:
         "number where that holds results)",
     )  # fmt: skip
     evaluate.add_argument("--batch-size", type=positive, default=20, help="frames at a time (default: 20)")
-    evaluate.add_argument("--units", default=None, help="units of the files, e.g. 'kcal/mol'")
+    evaluate.add_argument("--units", default=None, help="units of the files, e.g. 'kcal/mol' or 'eV, angstrom, kbar'")
     evaluate.add_argument("--energy-key", default=None, help="key of the energy in the files")
     evaluate.add_argument("--forces-key", default=None, help="key of the forces in the files")
+    evaluate.add_argument("--stress-key", default=None, help="key of the stress in the files")
     evaluate.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
     evaluate.add_argument("--no-plot", action="store_true", help="no parity plot")
 

@@ -14,6 +14,7 @@ from nbody_pyg.cli.arguments import require_device
 from nbody_pyg.cli.frames import read_atoms
 from nbody_pyg.cli.interrupt import interruptible
 from nbody_pyg.cli.outputs import latest, output_folder, save_figure
+from nbody_pyg.data import electronic_state_of
 from nbody_pyg.deploy import Committee, MDReport, NBodyCalculator, run_md, stop_on_uncertainty
 from nbody_pyg.deploy.dynamics import cut_to_whole_frames
 
@@ -32,6 +33,7 @@ def md(args: argparse.Namespace) -> int:
     if args.friction is not None and args.ensemble != "langevin":
         raise ValueError("--friction belongs to --ensemble langevin; leave it out, or choose that")
     folder, atoms = _begin(args)
+    electronic_state_of(atoms, args.start)  # a contradiction is found before the model is read
     options = {"device": args.device, "dtype": args.dtype, "compile": args.compile, "cuda_graphs": args.cuda_graphs}
     atoms.calc = Committee(members, **options) if len(members) > 1 else NBodyCalculator(args.model, **options)
     folder.mkdir(parents=True, exist_ok=True)

@@ -285,7 +285,9 @@ def _evaluate(potential: Potential | PropertyModel, frames: Sequence[Data]) -> E
 
 def _plot(potential: Potential | PropertyModel, sets: dict, found: dict, data: DataSets, folder: Path) -> None:
     names = list(data.tests) or list(sets)
-    results = {name: (sets[name], found[name]) for name in names}
+    results = {name: (sets[name], found[name]) for name in names if found[name].errors}
+    if not results:
+        return  # no labels to compare with
     if isinstance(potential, PropertyModel):
         property_plot(results, potential.properties, folder / "parity.png")
     else:

@@ -27,6 +27,8 @@ from nbody_pyg.datasets import (
     require_labels,
     split_indices,
 )
+from nbody_pyg.datasets.frames import Frames, has_label
+from nbody_pyg.datasets.keys import levels_apart
 from nbody_pyg.datasets.qm9 import TARGETS, TOTAL_ENERGIES
 from nbody_pyg.hierarchy import Scheme, Topology, share_topology
 from nbody_pyg.nn.charges import DEFAULT_STATE, check_inputs
@@ -34,7 +36,7 @@ from nbody_pyg.nn.repulsion import ZBLRepulsion
 from nbody_pyg.potential import AtomicReference, Potential, check_states, frame_states, learn_state
 from nbody_pyg.properties import Property, PropertyModel, fit_statistics, property_irreps
 from nbody_pyg.training.config import Config, DataConfig, ModelConfig, model_arguments
-from nbody_pyg.training.run import NO_FORCES, force_variance
+from nbody_pyg.training.labels import NO_FORCES, force_variance
 from nbody_pyg.training.settings import check_choice
 
 if typing.TYPE_CHECKING:
@@ -65,12 +67,15 @@ class DataSets:
         if shared:
             tree = Topology.from_data(scheme(self.train[0]))
 
-            def store(frames: Sequence[Data]) -> Sequence[Data]:
+            def stored(frames: Sequence[Data]) -> Sequence[Data]:
                 return share_topology(frames, scheme, tree)
         else:
 
-            def store(frames: Sequence[Data]) -> Sequence[Data]:
+            def stored(frames: Sequence[Data]) -> Sequence[Data]:
                 return [scheme(frame) for frame in frames]
+
+        def store(frames: Sequence[Data]) -> Sequence[Data]:
+            return frames.replaced(stored(frames)) if isinstance(frames, Frames) else stored(frames)
 
         tests = {name: store(frames) for name, frames in self.tests.items()}
         return DataSets(store(self.train), store(self.val), tests, self.split)
@@ -95,9 +100,15 @@ def load_data(config: DataConfig, split: Split | None = None) -> DataSets:
         return _load_qm9(config, split)
     paths = config.test or {}
     paths = {"test": paths} if isinstance(paths, str) else paths
+    if taken := {"train", "val"} & set(paths):
+        raise ValueError(f"data.test must not name a set {taken.pop()!r}, which is another set of the run; rename it")
     tests = {name: _read(path, config) for name, path in paths.items()}
     val = None if config.val is None else _read(config.val, config)
-    return _split(_read(config.train, config), val, tests, config, split)
+    train = _read(config.train, config)
+    sets = {"train": train, **({} if val is None else {"val": val}), **tests}
+    if wrong := levels_apart({title: getattr(frames, "sources", {}) for title, frames in sets.items()}):
+        raise ValueError(wrong)
+    return _split(train, val, tests, config, split)
 
 
 def _load_qm9(config: DataConfig, kept: Split | None) -> DataSets:
@@ -172,13 +183,13 @@ def build_potential(config: Config, data: DataSets) -> Potential | PropertyModel
     """
     if properties := wanted_properties(config):
         return known_states(_build_properties(config, data, properties), data)
-    require_labels(data.train, _wanted(config), partial=False)
+    require_labels({"train": data.train}, _wanted(config), partial=True)
     e0 = config.data.e0
     if e0 == "atomref":
         if config.data.qm9 is None:
             raise ValueError("data.e0 'atomref' is known for data.qm9 only; use lstsq, mean, isolated or {element: eV}")
         e0 = qm9_atomref(config.data.qm9)
-    has_energy = data.train[0].get("energy") is not None
+    has_energy = any(has_label(frame, "energy") for frame in data.train)
     inputs = network_inputs(config.model, data.train)
     terms = state_terms(data.train, inputs) if has_energy and inputs else None
     reference = AtomicReference(fit_reference(_neutral(data.train, e0, terms), e0)) if has_energy else None
@@ -276,15 +287,15 @@ def _neutral(frames: Sequence[Data], e0: typing.Any, terms: StateTerms | None) -
 
 
 def _build_properties(config: Config, data: DataSets, properties: tuple[Property, ...]) -> PropertyModel:
-    for name, frames in data.named().items():
-        require_labels({name: frames}, [p.name for p in properties])
+    require_labels({"train": data.train}, [p.name for p in properties], partial=True)
     for key in ("irreps_out", "target"):
         if key in config.model.arguments:
             raise ValueError(f"model.{key} must not be given for properties: it follows from their readouts")
     given = {"irreps_out": str(property_irreps(properties))}
     if any(p.readout == "root" for p in properties):
         given["target"] = "intensive"
-    statistics = {p.name: fit_statistics(data.train, p) for p in properties}
+    known = {p: [frame for frame in data.train if has_label(frame, p.name)] for p in properties}
+    statistics = {p.name: fit_statistics(frames, p) for p, frames in known.items()}
     model = PropertyModel(_network(config, data, **given), properties, statistics)
     return model.to(getattr(torch, config.training.dtype))
 

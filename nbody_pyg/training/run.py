@@ -32,6 +32,7 @@ from nbody_pyg.training.callbacks import CallbackGroup, Checkpoints, GracefulSto
 from nbody_pyg.training.checkpoint import changes, read_checkpoint
 from nbody_pyg.training.ema import WeightEMA
 from nbody_pyg.training.folder import RunFolder
+from nbody_pyg.training.labels import NO_FORCES, force_variance, targets
 from nbody_pyg.training.loader import FrameLoader, FrameStream
 from nbody_pyg.training.property_task import PropertyTask
 from nbody_pyg.training.settings import RESUMABLE, TrainingConfig
@@ -67,22 +68,6 @@ class FitResult:
     def best_forces_mae(self) -> float:
         """``best_score``, under the name that it has for potentials trained on forces."""
         return self.best_score
-
-
-#: Root mean square below which forces count as zero (those of ideal crystals, up to rounding), eV/angstrom.
-NO_FORCES = 1e-6
-
-
-def force_variance(frames: Sequence[Data]) -> float:
-    """Mean square of all known force components, (eV/angstrom)^2; 1 where the frames have no forces."""
-    known = [frame.forces.double().flatten() for frame in frames if frame.get("forces") is not None]
-    if not known:
-        return 1.0
-    values = torch.cat(known)
-    if bool(values.isinf().any()):
-        raise ValueError("forces of the training frames hold infinite values; remove those frames")
-    values = values[~values.isnan()]
-    return float(values.square().mean()) if len(values) else 1.0
 
 
 def is_first_process() -> bool:
@@ -199,10 +184,12 @@ def fit(
         resume: a checkpoint from which to go on.
         callbacks: further ones, called after ours and before the checkpoint is written.
     Charge and spin that all training frames have become what a model without these inputs knows: ``model.assumed``.
+    Frames need not have every label: what is missing, or NaN, is left out of the loss and of the errors. Periodic and
+    open frames may be mixed.
 
-    Raises: ValueError: no frames, labels without any force and energy, elements that the model does not know, frames
-        that differ in charge or spin for a model without this input, a folder in use, a damaged checkpoint, or one of
-        another run (the message names what differs); FloatingPointError: see the task.
+    Raises: ValueError: no frames, a label with a positive weight that none of them has, elements that the model does
+        not know, frames that differ in charge or spin for a model without this input, a folder in use, a damaged
+        checkpoint, or one of another run (the message names what differs); FloatingPointError: see the task.
     """
     with RunFolder(folder, is_first_process()) as run:
         return fit_in(run, potential, train, val, settings, resume, show_progress, callbacks)
@@ -233,14 +220,10 @@ def fit_in(
     checkpoint = None if resume is None else read_checkpoint(resume)
     with _threads(settings.threads):
         kind = PropertyTask if isinstance(potential, PropertyModel) else PotentialTask
+        found = targets(potential, train, val, settings)
+        train, val = found.train, found.val
         task = kind(potential, settings, _loss_scale(potential, train, settings))
-        task.watch(val)
-        if len(val) and task.monitor is None:
-            note(
-                "validation frames have none of the labels that are trained on: no best.ckpt, the last weights are kept"
-            )
-        elif len(val) and task.monitor != task.monitors[0][1]:
-            note(f"no validation frame has {task.monitors[0][0]}: the best weights are chosen by {task.monitor}")
+        task.shares, task.monitor = found.shares, found.monitor or (None if len(val) else task.monitor)
         epoch = steps_per_epoch(settings, len(train))
         stream = FrameStream(FrameLoader(train, settings.batch_size, shuffle=True, seed=settings.seed))
         evaluation = FrameLoader(val, 4 * settings.batch_size) if len(val) else None

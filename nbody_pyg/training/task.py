@@ -5,14 +5,13 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from lightning.pytorch import LightningModule
 from torch import Tensor
-from torch_geometric.data import Data
 
 from nbody_pyg.accelerate import compile_potential
 from nbody_pyg.potential import Potential
@@ -20,6 +19,7 @@ from nbody_pyg.training.build import potential_config, potential_from_config, up
 from nbody_pyg.training.checkpoint import changes
 from nbody_pyg.training.clock import ProcessClock
 from nbody_pyg.training.flat import FlatParameters
+from nbody_pyg.training.labels import aligned
 from nbody_pyg.training.loss import EnergyForceLoss
 from nbody_pyg.training.metrics import ErrorMeter, RunningMeans
 from nbody_pyg.training.optim import build_optimizer
@@ -72,13 +72,12 @@ class PotentialTask(LightningModule):
         self._groups: list[dict[str, Any]] = []
         self._chosen: list[dict[str, Any]] = []
         self._meter: ErrorMeter | None = None
-        # What is shown of a run, (title, metric, unit), and the metric by which the best weights are chosen: the
-        # first of those that are trained on, (label, metric), that validation frames have a label for.
+        # What is shown of a run, (title, metric, unit), and the metric by which the best weights are chosen.
         self.shown = (("E", "energy_mae", "meV"), ("F", "forces_mae", "meV/A"))
-        weights = {"forces": s.force_weight, "energy": s.energy_weight, "stress": s.stress_weight}
-        self.monitors = tuple((label, f"{label}_mae") for label, weight in weights.items() if weight > 0)
-        self.monitor: str | None = self.monitors[0][1]
+        self.monitor: str | None = "forces_mae" if s.force_weight > 0 else "energy_mae"
         self.running = RunningMeans()
+        # Share of the training labels that are known, by label; `fit` sets what is below 1.
+        self.shares: dict[str, float] = {}
 
     def __setattr__(self, name: str, value: Any) -> None:
         # Lightning notes the running hook here two dozen times per step; the way through nn.Module, which
@@ -87,11 +86,6 @@ class PotentialTask(LightningModule):
             self.__dict__[name] = value
         else:
             super().__setattr__(name, value)
-
-    def watch(self, frames: Sequence[Data]) -> None:
-        """Choose the best weights by the first error that these validation frames have a label for; None: by none."""
-        if len(frames):
-            self.monitor = next((metric for label, metric in self.monitors if _labelled(frames, label)), None)
 
     # -- loss ----------------------------------------------------------------------------------------------
     def _errors(self, batch: Any, training: bool) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -103,23 +97,39 @@ class PotentialTask(LightningModule):
         errors = {}
         if "energy" in batch:
             # Total energies, with E0, differ in float64; only their small difference is cast.
-            difference = result["energy"] - batch.energy
-            errors["energy_error"] = _known(difference.to(result["interaction_energy"].dtype), batch.energy)
+            label = aligned(batch.energy, result["energy"], "energy")
+            difference = (result["energy"] - label).to(result["interaction_energy"].dtype)
+            errors["energy_error"] = _known(difference, label)
         if forces:
-            error = result["forces"] - batch.forces.to(result["forces"].dtype)
-            errors["force_error"] = _known(error, batch.forces)
+            label = aligned(batch.forces, result["forces"], "forces")
+            errors["force_error"] = _known(result["forces"] - label.to(result["forces"].dtype), label)
         if stress:
             volume = torch.linalg.det(batch.cell).abs() / torch.bincount(batch.batch)
-            error = result["stress"] - batch.stress.to(result["stress"].dtype)
-            errors["virial_error"] = _known(error * volume.to(error.dtype).view(-1, 1, 1), batch.stress)
+            label = aligned(batch.stress, result["stress"], "stress")
+            error = result["stress"] - label.to(result["stress"].dtype)
+            errors["virial_error"] = _known(error * volume.to(error.dtype).view(-1, 1, 1), label)
         return result, errors
+
+    def _factors(self, errors: dict[str, Tensor], batch: Any) -> dict[str, float]:
+        """Known labels of this batch over those that a batch has on average; 1 where none is missing.
+
+        The mean over the known labels of a batch, times this, averages over all batches and processes to the mean over
+        all labels: a frame does not count more because its neighbours in the batch have no label.
+        """
+        rows = {"energy": ("energy_error", batch.num_graphs), "forces": ("force_error", len(batch.z)),
+                "stress": ("virial_error", batch.num_graphs)}  # fmt: skip
+        return {
+            label: len(errors[key]) / (count * self.shares[label])
+            for label, (key, count) in rows.items()
+            if key in errors and self.shares.get(label, 1.0) < 1.0
+        }
 
     def training_step(self, batch: Any, batch_idx: int = 0) -> Tensor:
         _, errors = self._errors(batch, training=True)
         if self.settings.energy_per == "atom" and "energy_error" in errors:
-            errors["num_atoms"] = torch.bincount(batch.batch)[~batch.energy.isnan()]
-        loss = self.loss(errors.get("energy_error"), errors.get("force_error"),
-                         errors.get("virial_error"), errors.get("num_atoms"))  # fmt: skip
+            errors["num_atoms"] = torch.bincount(batch.batch)[~batch.energy.reshape(-1).isnan()]
+        loss = self.loss(errors.get("energy_error"), errors.get("force_error"), errors.get("virial_error"),
+                         errors.get("num_atoms"), self._factors(errors, batch))  # fmt: skip
         self.running.add(loss, errors.get("energy_error"), errors.get("force_error"))
         # On the CPU the value is at hand; on a GPU asking for it would stall every step.
         if loss.device.type == "cpu" or batch_idx % self.settings.log_every == 0:
@@ -254,12 +264,6 @@ class PotentialTask(LightningModule):
 
 # Lightning asks for the signature at every step; it is found at once when it is written down.
 PotentialTask.training_step.__signature__ = inspect.signature(PotentialTask.training_step)
-
-
-def _labelled(frames: Sequence[Data], label: str) -> bool:
-    """Whether one of the frames has a label that is not missing (NaN)."""
-    values = (frame.get(label) for frame in frames)
-    return any(value is not None and not bool(torch.as_tensor(value).isnan().all()) for value in values)
 
 
 def _known(error: Tensor, label: Tensor) -> Tensor:

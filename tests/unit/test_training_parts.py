@@ -275,15 +275,22 @@ def test_running_means_leave_out_what_has_no_label():
     means.every = 2
     for energy in (torch.tensor([0.2, -0.4]), None, torch.zeros(0), None, torch.tensor([0.5])):
         means.add(loss, energy, torch.zeros(0, 3))
-    assert means.take() == pytest.approx({"loss": 2.0, "grad_norm": 0.0, "energy_mae": 400.0})
+    assert means.take() == pytest.approx({"loss": 2.0, "grad_norm": 0.0, "energy_mae": pytest.approx(1100.0 / 3)})
     assert set(means.take()) == {"loss", "grad_norm"}
 
 
 def test_frames_without_labels_are_predicted():
     frames = springs_frames(3)
     del frames[1].energy, frames[1].forces
+    frames[2].energy = frames[2].energy.new_full((1,), float("nan"))
     found = evaluate(Potential(Springs()), frames)
-    assert found.errors == {} and found.energy.abs().min() > 0
+    assert found.energy.abs().min() > 0 and len(found.forces) == 3
+    first, third = (evaluate(Potential(Springs()), [frames[i]]) for i in (0, 2))
+    assert found.errors["energy_mae"] == pytest.approx(first.errors["energy_mae"], rel=1e-12) != 0
+    both = (first.errors["forces_mae"] + third.errors["forces_mae"]) / 2
+    assert found.errors["forces_mae"] == pytest.approx(both, rel=1e-12) != 0
+    assert "energy_mae" not in third.errors
+    assert evaluate(Potential(Springs()), [frames[1]]).errors == {}
 
 
 def test_periodic_and_open_frames_are_evaluated_as_each_by_itself():

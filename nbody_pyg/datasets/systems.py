@@ -1,0 +1,110 @@
+"""The systems of a file as ASE reads them: what every command that takes structures begins with."""
+
+from __future__ import annotations
+
+import codecs
+import gzip
+import io
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ase import Atoms
+from ase.db import connect
+from ase.io import iread
+from ase.io.formats import filetype
+
+from nbody_pyg.units import Units
+
+_MARKS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
+
+
+def read_systems(
+    path: str | Path, index: str | slice = ":", file_format: str | None = None
+) -> tuple[list[Atoms], Units | None]:
+    """The systems of a file, and the units that it names (an ASE database of SchNetPack does).
+
+    Args:
+        path: any file that ASE reads. ``@`` is a letter of the name like any other.
+        index: which frames, in ASE's notation (``"::10"``) or as a slice.
+        file_format: ASE's name of the format, when the suffix does not tell.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: ASE cannot read it, or it holds no frame.
+    """
+    path, chosen = Path(path), as_slice(index)
+    if not path.exists():
+        raise FileNotFoundError(f"path {str(path)!r} does not exist; give the file with the frames")
+    units = None
+    try:
+        if path.is_file() and path.stat().st_size == 0:
+            systems = []
+        elif file_format in ("db", "json") or (file_format is None and path.suffix in (".db", ".json")):
+            systems, units = _read_database(path)
+            systems = systems[chosen]
+        else:
+            source, known = _without_mark(path, file_format)
+            systems = list(iread(source, index=chosen, format=known, do_not_split_by_at_sign=True))
+    except Exception as error:  # ASE's parsers raise whatever they meet
+        raise ValueError(
+            f"path {str(path)!r} could not be read by ASE{f' as {file_format}' if file_format else ''} "
+            f"({type(error).__name__}: {error}); check the file, or name its format with file_format"
+        ) from error
+    if not systems:
+        raise ValueError(f"path {str(path)!r} holds no frame (index {index!r}); give a file with at least one")
+    return systems, units
+
+
+def as_slice(index: str | slice) -> slice:
+    """A slice from ASE's notation. Raises: ValueError: no slice."""
+    if isinstance(index, slice):
+        return index
+    try:
+        numbers = [int(part) if part else None for part in index.split(":")]
+    except ValueError:
+        numbers = []
+    if not 2 <= len(numbers) <= 3:
+        raise ValueError(f"index must be a slice such as ':', '::10' or '100:200', got {index!r}")
+    return slice(*numbers)
+
+
+def _without_mark(path: Path, file_format: str | None) -> tuple[Any, str | None]:
+    """The path as it is; of a text that begins with a byte order mark, as Windows writes it, text and format."""
+    if not path.is_file():
+        return str(path), file_format
+    with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+        start = file.read(3)
+        coding = next((name for mark, name in _MARKS.items() if start.startswith(mark)), None)
+        if coding is None:
+            return str(path), file_format
+        text = (start + file.read()).decode(coding)
+    return io.StringIO(text, newline=None), file_format or filetype(str(path).removesuffix(".gz"), read=False)
+
+
+def _read_database(path: Path) -> tuple[list[Atoms], Units | None]:
+    """Systems of an ASE database, with key-value pairs and data of each row in ``info``."""
+    systems = []
+    with connect(path, serial=True) as database:
+        for row in database.select():
+            atoms = row.toatoms()
+            atoms.info |= {**dict(row.data or {}), **row.key_value_pairs}
+            systems.append(atoms)
+        return systems, _named_units(database.metadata, path.name)
+
+
+def _named_units(metadata: Mapping[str, Any], name: str) -> Units | None:
+    """Units as SchNetPack writes them into the metadata of a database."""
+    named = metadata.get("_property_unit_dict")
+    if not isinstance(named, Mapping):
+        return None
+    words = {"length": metadata.get("_distance_unit")} | {key: named.get(key) for key in ("energy", "dipole", "stress")}
+    units = Units.parse({key: str(word) for key, word in words.items() if word})
+    if named.get("forces"):
+        energy, _, length = str(named["forces"]).rpartition("/")
+        if Units(energy, length).forces_factor != units.forces_factor:
+            raise ValueError(
+                f"forces of {name} are in {named['forces']}, which is not {units.energy}/{units.length}; give units "
+                "and one label at a time, or convert the file"
+            )
+    return units
