@@ -38,6 +38,7 @@ def evaluate(args: argparse.Namespace) -> int:
         if isinstance(potential, PropertyModel):
             if len(models) > 1:
                 raise ValueError(f"{path} holds a model of properties; evaluate it by itself, not beside others")
+            sets = {name: with_reference(frames, path, scheme) for name, frames in sets.items()}
             return _evaluate_properties(potential, sets, folder, args)
         found = {
             name: predict(potential, with_reference(frames, path, scheme), args.batch_size, args.device)

@@ -94,6 +94,8 @@ def build_parser() -> argparse.ArgumentParser:
     md.add_argument("--committee", nargs="+", default=[], metavar="MODEL", help="further models: forces are their mean")
     md.add_argument("--max-forces-std", type=float, default=None, metavar="EV_PER_A",
                     help="stop when the committee disagrees by more on the force on an atom, eV/A")  # fmt: skip
+    md.add_argument("--stop-on-bond-change", action="store_true",
+                    help="stop at the first sample whose bonds differ from those in use (BondTree)")  # fmt: skip
     md.add_argument("--out", default="md", help="folder for md.log, trajectory.xyz, energy.png (default: md)")
 
     relax = commands.add_parser("relax", help="relax many structures at once")

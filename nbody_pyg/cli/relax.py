@@ -9,6 +9,7 @@ import torch
 from nbody_pyg.cli.frames import read_structures, write_structures
 from nbody_pyg.cli.tables import table
 from nbody_pyg.deploy import relax as relax_frames
+from nbody_pyg.deploy import with_reference
 from nbody_pyg.deploy.model_file import load_potential
 
 _MOST_ROWS = 30
@@ -19,6 +20,7 @@ def relax(args: argparse.Namespace) -> int:
     torch.set_num_threads(1)
     frames = read_structures(args.frames)
     potential = load_potential(args.model).to(getattr(torch, args.dtype))
+    frames = with_reference(frames, args.model, getattr(potential.model, "scheme", None))
     found = relax_frames(potential, frames, fmax=args.fmax, max_steps=args.steps, batch_size=args.batch_size)
     rows = []
     for number, frame in enumerate(found.frames[:_MOST_ROWS]):

@@ -19,7 +19,7 @@ from nbody_pyg.cli.frames import sample_of
 from nbody_pyg.cli.plots import parity_plot, property_plot
 from nbody_pyg.cli.tables import error_table
 from nbody_pyg.datasets import label_audit
-from nbody_pyg.deploy import save_model
+from nbody_pyg.deploy import reference_record, save_model
 from nbody_pyg.potential import Potential
 from nbody_pyg.properties import PropertyModel
 from nbody_pyg.training import FitResult, fit
@@ -139,7 +139,7 @@ def _finish(
         "errors_unit": {p.name: p.unit for p in properties} or "meV and meV/angstrom",
     }
     if config.data.shares_hierarchy:
-        record["reference"] = {"z": data.train[0].z.tolist(), "pos": data.train[0].pos.tolist()}
+        record["reference"] = reference_record(data.train[0])
     if len(data.train[0].z) <= _LARGEST_SAMPLE:
         record["sample"] = sample_of(data.train[0])  # on which `nbody check` can test the model
     save_model(potential, folder / "model.nbody", record)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +34,9 @@ class MDReport:
     ``fluctuation``           meV per atom: standard deviation about that line
     ``largest_jump``          meV per atom between two samples that follow each other
     ``stopped``               why the run ended before its time; None when it did not
+    ``bonds_from``            where the bonds that the energy uses come from; None where it uses none
+    ``bond_changes``          step and atoms of the first sample at which the bonds found are others than those
+                              in use; None where they never were
     ========================  ==========================================================================
 
     Drift and jumps tell about the potential only where the total energy is conserved (nve).
@@ -43,6 +48,8 @@ class MDReport:
     temperature: np.ndarray
     num_atoms: int
     stopped: str | None = None
+    bonds_from: str | None = None
+    bond_changes: str | None = None
 
     @property
     def drift(self) -> float:
@@ -87,11 +94,16 @@ def run_md(
     trajectory: str | Path | None = None,
     report: Callable[[int], None] | None = None,
     stop: Callable[[Atoms], str | None] | None = None,
+    stop_on_bond_change: bool = False,
 ) -> MDReport:
     """Move ``atoms`` (in place) with the calculator they carry.
 
     Velocities are drawn from the Maxwell-Boltzmann distribution unless the atoms bring some; total momentum
     is removed, for isolated molecules also the angular momentum.
+
+    Bonds that the energy of an :class:`NBodyCalculator` uses are part of that energy, and are kept from the start to
+    the end of the run. At every sample they are compared with those that would be found then; the first difference is
+    told by a warning, in the log and in the report.
 
     Args:
         ensemble: "nve" (velocity Verlet) or "langevin".
@@ -104,6 +116,7 @@ def run_md(
         report: called with the number of steps done at every sample.
         stop: called with the atoms after every step; a text ends the run, and is kept in the report. The last structure
             is written too. See :func:`~nbody_pyg.deploy.stop_on_uncertainty`.
+        stop_on_bond_change: end the run at the first sample whose bonds are others than those in use.
     Raises: ValueError: no calculator, unknown ensemble, steps or timestep not positive.
     """
     if atoms.calc is None:
@@ -139,7 +152,7 @@ def run_md(
             report(dyn.nsteps)
 
     dyn.attach(sample, interval=sample_every)
-    closing, writers = [], []
+    closing, writers, logger, kept = [], [], None, contextlib.ExitStack()
     if log is not None:
         logger = MDLogger(dyn, atoms, str(log), peratom=False, mode="w")
         dyn.attach(logger, interval=sample_every)
@@ -149,9 +162,18 @@ def run_md(
         dyn.attach(writer.write, interval=sample_every)
         closing.append(writer)
         writers.append(writer)
-    stopped = None
+    stopped = changes = None
+    bonded = hasattr(atoms.calc, "fixed_bonds")
     try:
+        kept.enter_context(atoms.calc.fixed_bonds(atoms) if bonded else contextlib.nullcontext())
+        bonds_from = atoms.calc.bonds_from if bonded else None
+        last = dyn.nsteps + steps
         for _ in dyn.irun(steps):
+            if bonded and changes is None and (dyn.nsteps % sample_every == 0 or dyn.nsteps == last):
+                changes = _told(atoms, f"step {dyn.nsteps} ({dyn.get_time() / units.fs:.2f} fs)", logger)
+                if changes is not None and stop_on_bond_change:
+                    stopped = f"stopped, because bonds have changed at {changes}"
+                    break
             if stop is not None and (reason := stop(atoms)):
                 stopped = f"stopped after step {dyn.nsteps} ({dyn.get_time() / units.fs:.2f} fs): {reason}"
                 if dyn.nsteps % sample_every:
@@ -162,8 +184,25 @@ def run_md(
     finally:
         for item in closing:
             item.close()
+        kept.close()
+        if changes is not None:
+            atoms.calc.reset()  # energies of bonds that were kept are not those of this structure on its own
     time, total, potential, kelvin = np.array(samples).T
-    return MDReport(time, total, potential, kelvin, len(atoms), stopped)
+    return MDReport(time, total, potential, kelvin, len(atoms), stopped, bonds_from, changes)
+
+
+def _told(atoms: Atoms, when: str, logger: MDLogger | None) -> str | None:
+    """When and how the bonds found now differ from those in use; says so in a warning and in the log."""
+    found = atoms.calc.bond_changes(atoms)
+    if found is None:
+        return None
+    warnings.warn(
+        f"bonds as found at {when} differ from those that the energy uses, which are those of the start ({found})",
+        stacklevel=3,
+    )
+    if logger is not None:
+        logger.logfile.write(f"# {when}: bonds as found now differ from those in use: {found}\n")
+    return f"{when}: {found}"
 
 
 class _ExtxyzWriter:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -10,6 +12,7 @@ from torch import Tensor
 from torch_geometric.data import Batch, Data
 
 from nbody_pyg.data import AtomicData
+from nbody_pyg.deploy.reference import bond_changes
 from nbody_pyg.hierarchy import Topology, TopologyCache
 from nbody_pyg.potential import Potential
 
@@ -31,6 +34,7 @@ class Relaxation:
     ``largest``       [structures], eV/A          length of the largest force at the end
     ``steps``         [structures]                steps taken
     ``converged``     [structures], bool          whether ``largest`` is below the bound
+    ``bond_changes``  one text or None each       how the bonds found at the end differ from those used
     ================  ==========================  ==================================================
     """
 
@@ -40,6 +44,7 @@ class Relaxation:
     largest: Tensor
     steps: Tensor
     converged: Tensor
+    bond_changes: tuple[str | None, ...] = ()
 
 
 class _LBFGS:
@@ -91,11 +96,16 @@ class _LBFGS:
 class _Active:
     """The structures that still move, as one batch of tensors in float64."""
 
-    def __init__(self, potential: Potential, batch: Batch) -> None:
+    def __init__(self, potential: Potential, frames: list[AtomicData], parts: list[Topology] | None) -> None:
         self.potential, self.scheme = potential, getattr(potential.model, "scheme", None)
+        # The parts that a structure starts with stay its parts; they are independent of the other structures.
+        self.parted = None
+        if parts is not None:
+            self.parted = [tree.store(copy.copy(frame)) for tree, frame in zip(parts, frames, strict=True)]
+        batch = Batch.from_data_list(frames)
         self.number = torch.arange(batch.num_graphs, device=batch.pos.device)
         self.z, self.batch = batch.z, batch.batch
-        self.pos = self.start = batch.pos.double()
+        self.pos = batch.pos.double()
         self.cell, self.pbc = batch.get("cell"), batch.get("pbc")
         self.charge, self.charges = batch.get("charge"), batch.get("charges")
         self._renew()
@@ -103,11 +113,11 @@ class _Active:
     def _renew(self) -> None:
         self.lists = None
         if self.scheme is not None:
-            # The parts that a structure starts with stay its parts; they do not hang on the company it keeps.
-            def begin(z: Tensor, pbc: Tensor | None) -> Topology:
-                return self.scheme.topology(z, self.start, self.batch, self.cell, pbc)
-
-            self.lists = TopologyCache(self.scheme, _SKIN, carry_on=1e6, start=begin)
+            parts = None
+            if self.parted is not None:
+                own = [self.parted[number] for number in self.number.tolist()]
+                parts = Topology.from_data(Batch.from_data_list(own))
+            self.lists = TopologyCache(self.scheme, _SKIN, start=lambda z, pbc: parts)
 
     def evaluate(self) -> tuple[Tensor, Tensor]:
         topology = None
@@ -124,7 +134,7 @@ class _Active:
         atoms = graphs[self.batch]
         new = torch.cumsum(graphs, 0) - 1
         self.batch = new[self.batch[atoms]]
-        self.z, self.pos, self.start = self.z[atoms], self.pos[atoms], self.start[atoms]
+        self.z, self.pos = self.z[atoms], self.pos[atoms]
         self.cell = None if self.cell is None else self.cell[graphs]
         self.pbc = None if self.pbc is None else self.pbc[graphs]
         self.charge = None if self.charge is None else self.charge[graphs]
@@ -148,6 +158,10 @@ def relax(
 
     L-BFGS with one history per structure, all of them evaluated as one batch: the steps of a structure are those
     that it would take alone, and the same as those of ``ase.optimize.LBFGS``. What has converged leaves the batch.
+
+    Parts (bonds) are those at the start, from first to last: those that a scheme has stored on the frame
+    (:func:`~nbody_pyg.deploy.with_reference`), else those found there. Where others are found at the end, a warning
+    says so.
 
     Args:
         potential: in the precision in which to relax; float64 for forces below 1e-3.
@@ -174,7 +188,14 @@ def relax(
         name: torch.cat([getattr(part, name) for part in parts])
         for name in ("energy", "start_energy", "largest", "steps", "converged")
     }
-    return Relaxation([frame for part in parts for frame in part.frames], **tensors)
+    changes = tuple(text for part in parts for text in part.bond_changes)
+    if changed := [number for number, text in enumerate(changes) if text is not None]:
+        warnings.warn(
+            f"bonds found after the relaxation of structure {changed[0]} differ from those that its energy uses, which "
+            f"are those of the start ({changes[changed[0]]}); {len(changed)} of {len(changes)} structures changed so",
+            stacklevel=2,
+        )
+    return Relaxation([frame for part in parts for frame in part.frames], **tensors, bond_changes=changes)
 
 
 def _periodic(frame: Data) -> bool:
@@ -227,7 +248,10 @@ def _relax_batch(
 ) -> Relaxation:
     keys = ("z", "pos", "cell", "pbc", "charge", "charges")
     plain = [AtomicData.from_data(Data(**{k: frame[k] for k in keys if frame.get(k) is not None})) for frame in frames]
-    active = _Active(potential, Batch.from_data_list(_alike(plain)))
+    scheme, parts = getattr(potential.model, "scheme", None), None
+    if scheme is not None and scheme.keeps_parts:
+        parts = [scheme.read(f if f.get("num_parts_1") is not None else scheme(f)) for f in frames]
+    active = _Active(potential, _alike(plain), parts)
     optimizer = _LBFGS(active.batch, len(frames), longest_step)
     count = len(frames)
     device = active.pos.device
@@ -257,4 +281,8 @@ def _relax_batch(
     for number, frame in enumerate(plain):
         frame.pos, frame.forces = ends[number]
         frame.energy = energies[number : number + 1].clone()
-    return Relaxation(plain, energies, starts, largest, steps, largest <= fmax)
+    changes = tuple(
+        bond_changes(scheme, tree, *(frame.get(key) for key in ("z", "pos", "cell", "pbc")))
+        for tree, frame in zip(parts or [None] * count, plain, strict=True)
+    )
+    return Relaxation(plain, energies, starts, largest, steps, largest <= fmax, changes)
