@@ -51,7 +51,7 @@ def energies(args: argparse.Namespace) -> int:
 def _tree(scheme: Scheme, metadata: dict, first: AtomicData, frame: AtomicData):
     """Parts of the training molecule where the model has one, else those of the first frame, at the positions here."""
     cell, pbc = frame.get("cell"), frame.get("pbc")
-    tree = None if pbc is not None else reference_topology(metadata, scheme, frame.z.tolist())
+    tree = reference_topology(metadata, scheme, frame.z.tolist())
     if tree is None:
         tree = scheme.topology(first.z, first.pos, None, first.get("cell"), first.get("pbc"))
     return scheme.update(tree, frame.z, frame.pos, None, cell, pbc)

@@ -160,6 +160,8 @@ def build_parser() -> _Parser:
     md.add_argument("--restart", action="store_true",
                     help="go on with the trajectory in the folder: positions, velocities, step; frames and log lines "
                     "are appended")  # fmt: skip
+    md.add_argument("--stop-on-bond-change", action="store_true",
+                    help="stop at the first sample whose bonds differ from those in use (BondTree)")  # fmt: skip
     _add_out(md, "folder for md.log, trajectory.xyz, energy.png (default: md, with a number where that holds a run)")
 
     relax = commands.add_parser("relax", help="relax many structures at once")

@@ -64,9 +64,16 @@ def md(args: argparse.Namespace) -> int:
             velocities=args.velocities,
             max_temperature=args.max_temperature,
             restart=args.restart,
+            stop_on_bond_change=args.stop_on_bond_change,
         )
-    print(f"velocities: {result.velocities}\n{result}")
+    print(f"velocities: {result.velocities}")
+    if result.bonds_from is not None:
+        print(f"bonds: {result.bonds_from}, kept for the whole run")
+    if result.bond_changes is not None:
+        print(f"bonds as found later differ from those in use: first at {result.bond_changes}")
+    print(result)
     if len(members) > 1:
+        atoms.get_forces()
         spread = max(atoms.calc.results["forces_std"])
         print(f"committee of {len(members)}: forces differ by {spread:.3f} eV/A at the end")
     if args.ensemble == "langevin":

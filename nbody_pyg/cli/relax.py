@@ -29,7 +29,7 @@ def relax(args: argparse.Namespace) -> int:
     with interruptible() as interrupt:
         found = relax_frames(
             potential, frames, fmax=args.fmax, max_steps=args.steps, batch_size=args.batch_size,
-            stop=lambda: interrupt.number is not None,
+            reference=args.model,             stop=lambda: interrupt.number is not None,
         )  # fmt: skip
     rows = []
     for number, frame in enumerate(found.frames[:_MOST_ROWS]):

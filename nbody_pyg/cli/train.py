@@ -22,7 +22,7 @@ from nbody_pyg.cli.plots import parity_plot, property_plot
 from nbody_pyg.cli.tables import error_table
 from nbody_pyg.datasets import label_audit
 from nbody_pyg.datasets.splits import Split, read_split
-from nbody_pyg.deploy import read_metadata, save_model
+from nbody_pyg.deploy import read_metadata, reference_record, save_model
 from nbody_pyg.nn.charges import DEFAULT_STATE
 from nbody_pyg.potential import Potential, frame_states
 from nbody_pyg.properties import PropertyModel
@@ -250,7 +250,7 @@ def _finish(
         "num_frames": {name: len(frames) for name, frames in data.named().items()},
     }
     if config.data.shares_hierarchy:
-        record["reference"] = {"z": data.train[0].z.tolist(), "pos": data.train[0].pos.tolist()}
+        record["reference"] = reference_record(data.train[0])
     if len(data.train[0].z) <= _LARGEST_SAMPLE:
         record["sample"] = sample_of(data.train[0])  # on which `nbody check` can test the model
     save_model(potential, folder / "model.nbody", record)  # before anything can go wrong with the tests

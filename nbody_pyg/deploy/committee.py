@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -89,6 +90,23 @@ class Committee(StateCalculator):
         if wants_stress:
             stress = np.stack([result["stress"] for result in found])
             self.results |= {"stress": stress.mean(axis=0), "stress_std": stress.std(axis=0, ddof=1)}
+
+    @contextlib.contextmanager
+    def fixed_bonds(self, atoms: Atoms) -> Iterator[None]:
+        """While this lasts, parts (bonds) are those that a structure has now; see :class:`NBodyCalculator`."""
+        with contextlib.ExitStack() as stack:
+            for member in self.members:
+                stack.enter_context(member.fixed_bonds(atoms))
+            yield
+
+    def bond_changes(self, atoms: Atoms) -> str | None:
+        """How the bonds found in a structure differ from those that some member uses; None where they do not."""
+        return next((text for member in self.members if (text := member.bond_changes(atoms))), None)
+
+    @property
+    def bonds_from(self) -> str | None:
+        """Where the bonds come from; see :class:`NBodyCalculator`."""
+        return next((member.bonds_from for member in self.members if member.bonds_from), None)
 
     def forget(self) -> None:
         """Build the hierarchies anew at the next call."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import math
 import os
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,6 +55,9 @@ class MDReport:
     ``stopped``               why the run ended before its time; None when it did not
     ``first_step``            number of the step at which it began: not 0 where a trajectory is continued
     ``velocities``            where the first velocities came from, in words
+    ``bonds_from``            where the bonds that the energy uses come from; None where it uses none
+    ``bond_changes``          step and atoms of the first sample at which the bonds found are others than those
+                              in use; None where they never were
     ========================  ==========================================================================
 
     Drift and jumps tell about the potential only where the total energy is conserved (nve). A drift needs two samples;
@@ -67,6 +72,8 @@ class MDReport:
     stopped: str | None = None
     first_step: int = 0
     velocities: str = ""
+    bonds_from: str | None = None
+    bond_changes: str | None = None
 
     @property
     def drift(self) -> float:
@@ -119,6 +126,7 @@ def run_md(
     velocities: str = "auto",
     max_temperature: float | None = None,
     restart: bool = False,
+    stop_on_bond_change: bool = False,
 ) -> MDReport:
     """Move ``atoms`` (in place) with the calculator they carry.
 
@@ -131,6 +139,10 @@ def run_md(
     would move by more than 1 angstrom in a step, or one that has left an open system (10 angstrom from every other).
     A structure with numbers that are not finite is not written. The first structure, every ``sample_every``-th and the
     last one are sampled and written, the last also where the steps are no multiple.
+
+    Bonds that the energy of an :class:`NBodyCalculator` uses are part of that energy, and are kept from the start to
+    the end of the run. At every sample they are compared with those that would be found then; the first difference is
+    told by a warning, in the log and in the report.
 
     Args:
         steps: to take; 0 evaluates the first structure.
@@ -153,6 +165,7 @@ def run_md(
         restart: go on from the last whole frame of ``trajectory`` with its positions, momenta and number of the step,
             and append to ``trajectory`` and ``log``. Positions and momenta are as exact as in the file: all digits in
             ``.traj``, 8 decimals in extxyz. The random numbers of a thermostat begin anew, from the seed and the step.
+        stop_on_bond_change: end the run at the first sample whose bonds are others than those in use.
     Raises: ValueError: no calculator, an unknown ensemble or choice of velocities, numbers out of range, atoms that
         cannot move, a trajectory that cannot be continued.
     """
@@ -176,17 +189,28 @@ def run_md(
             fixcm=False,
         )  # fmt: skip
     dyn.nsteps = first
-    atoms.get_forces()  # dyn computes none before the first step of a continued run
     hottest = max(_HOTTEST, 10.0 * temperature) if max_temperature is None else max_temperature
     failed = _Failure(atoms, timestep * units.fs, hottest)
     record = _Record(atoms, dyn, log, trajectory, restart)
-    stopped = None
+    bonded = hasattr(atoms.calc, "fixed_bonds")
+    stopped = changes = bonds_from = None
+    kept = contextlib.ExitStack()
     try:
+        if bonded:  # a continued run keeps the bonds that it began with
+            begun = read(trajectory, index=0, do_not_split_by_at_sign=True) if restart else atoms
+            kept.enter_context(atoms.calc.fixed_bonds(begun))
+            bonds_from = atoms.calc.bonds_from
+        atoms.get_forces()  # dyn computes none before the first step of a continued run
         for _ in dyn.irun(steps):
             done = dyn.nsteps - first
             last = done == steps
             due = last or done % sample_every == 0
-            reason = failed(due) or (None if stop is None else stop(atoms))
+            reason = failed(due)
+            if bonded and changes is None and due and not failed.broken:
+                changes = _told(atoms, f"step {dyn.nsteps} ({dyn.get_time() / units.fs:.2f} fs)", record.logger)
+                if changes is not None and stop_on_bond_change:
+                    reason = reason or "bonds have changed, " + changes.partition(": ")[2]
+            reason = reason or (None if stop is None else stop(atoms))
             if not failed.broken and (due or reason):
                 record(write=done > 0 or not restart)  # the first of a continued run is there already
                 if report is not None:
@@ -196,8 +220,11 @@ def run_md(
                 break
     finally:
         record.close()
+        kept.close()
+        if changes is not None:
+            atoms.calc.reset()  # energies of bonds that were kept are not those of this structure on its own
     time, total, potential, kelvin = np.array(record.samples).reshape(-1, 4).T
-    return MDReport(time, total, potential, kelvin, len(atoms), stopped, first, origin)
+    return MDReport(time, total, potential, kelvin, len(atoms), stopped, first, origin, bonds_from, changes)
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
@@ -376,6 +403,20 @@ class _Record:
         for item in (self.frames, self.logger):
             if item is not None:
                 item.close()
+
+
+def _told(atoms: Atoms, when: str, logger: MDLogger | None) -> str | None:
+    """When and how the bonds found now differ from those in use; says so in a warning and in the log."""
+    found = atoms.calc.bond_changes(atoms)
+    if found is None:
+        return None
+    warnings.warn(
+        f"bonds as found at {when} differ from those that the energy uses, which are those of the start ({found})",
+        stacklevel=3,
+    )
+    if logger is not None:
+        logger.logfile.write(f"# {when}: bonds as found now differ from those in use: {found}\n")
+    return f"{when}: {found}"
 
 
 class _ExtxyzWriter:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from ase import Atoms
@@ -12,7 +15,8 @@ from ase.constraints import FixAtoms, FixCartesian
 from torch import Tensor, nn
 from torch_geometric.data import Batch, Data
 
-from nbody_pyg.data import AtomicData
+from nbody_pyg.data import AtomicData, has_hierarchy
+from nbody_pyg.deploy.reference import bond_changes, with_reference
 from nbody_pyg.hierarchy import Topology, TopologyCache
 from nbody_pyg.potential import Potential, check_states, model_frames
 
@@ -36,6 +40,7 @@ class Relaxation:
     ``largest``       [structures], eV/A          length of the largest force at the end that may move an atom
     ``steps``         [structures]                steps taken
     ``converged``     [structures], bool          whether ``largest`` is below the bound; not where it is not finite
+    ``bond_changes``  one text or None each       how the bonds found at the end differ from those used
     ================  ==========================  ==================================================
 
     AtomicData keeps all keys but hierarchies and other labels; Atoms keep constraints, info and arrays, and carry
@@ -48,6 +53,7 @@ class Relaxation:
     largest: Tensor
     steps: Tensor
     converged: Tensor
+    bond_changes: tuple[str | None, ...] = ()
 
 
 class _LBFGS:
@@ -99,12 +105,23 @@ class _LBFGS:
 class _Active:
     """The structures that still move, as one batch of tensors in float64."""
 
-    def __init__(self, potential: Potential, batch: Batch, free: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        potential: Potential,
+        frames: list[AtomicData],
+        parts: list[Topology] | None,
+        free: Tensor | None = None,
+    ) -> None:
         self.free = free
         self.potential, self.scheme = potential, getattr(potential.model, "scheme", None)
+        # The parts that a structure starts with stay its parts; they are independent of the other structures.
+        self.parted = None
+        if parts is not None:
+            self.parted = [tree.store(copy.copy(frame)) for tree, frame in zip(parts, frames, strict=True)]
+        batch = Batch.from_data_list(frames)
         self.number = torch.arange(batch.num_graphs, device=batch.pos.device)
         self.z, self.batch = batch.z, batch.batch
-        self.pos = self.start = batch.pos.double()
+        self.pos = batch.pos.double()
         self.cell, self.pbc = batch.get("cell"), batch.get("pbc")
         self.charge, self.charges, self.spin = (batch.get(key) for key in ("charge", "charges", "spin"))
         self._renew()
@@ -112,11 +129,11 @@ class _Active:
     def _renew(self) -> None:
         self.lists = None
         if self.scheme is not None:
-            # The parts that a structure starts with stay its parts; they do not hang on the company it keeps.
-            def begin(z: Tensor, pbc: Tensor | None) -> Topology:
-                return self.scheme.topology(z, self.start, self.batch, self.cell, pbc)
-
-            self.lists = TopologyCache(self.scheme, _SKIN, carry_on=1e6, start=begin)
+            parts = None
+            if self.parted is not None:
+                own = [self.parted[number] for number in self.number.tolist()]
+                parts = Topology.from_data(Batch.from_data_list(own))
+            self.lists = TopologyCache(self.scheme, _SKIN, start=lambda z, pbc: parts)
 
     def evaluate(self) -> tuple[Tensor, Tensor]:
         topology = None
@@ -133,7 +150,7 @@ class _Active:
         atoms = graphs[self.batch]
         new = torch.cumsum(graphs, 0) - 1
         self.batch = new[self.batch[atoms]]
-        self.z, self.pos, self.start = self.z[atoms], self.pos[atoms], self.start[atoms]
+        self.z, self.pos = self.z[atoms], self.pos[atoms]
         self.free = None if self.free is None else self.free[atoms]
         self.cell = None if self.cell is None else self.cell[graphs]
         self.pbc = None if self.pbc is None else self.pbc[graphs]
@@ -155,12 +172,17 @@ def relax(
     batch_size: int = 64,
     report: Callable[[int, int], None] | None = None,
     stop: Callable[[], bool] | None = None,
+    reference: str | Path | None = None,
 ) -> Relaxation:
     """Move every structure to a minimum of its energy; cells stay as they are.
 
     L-BFGS with one history per structure, all of them evaluated as one batch: the steps of a structure are those
     that it would take alone, and the same as those of ``ase.optimize.LBFGS``. What has converged leaves the batch, and
     so does a structure whose energy or forces are not finite.
+
+    Parts (bonds) are those at the start, from first to last: those that a scheme has stored on the frame
+    (:func:`~nbody_pyg.deploy.with_reference`), else those found there. Where others are found at the end, a warning
+    says so.
 
     Args:
         potential: in the precision in which to relax; float64 for forces below 1e-3.
@@ -173,6 +195,7 @@ def relax(
         longest_step: of any atom in one step, angstrom.
         batch_size: structures at a time.
         report: called with the numbers of converged and of all structures, after every step.
+        reference: model file whose reference molecule gives the bonds of the structures that are this molecule.
     Raises: ValueError: no structures, periodic beside open ones, positions that are not finite, a charge or spin that
         the model does not know, a constraint that is not known here, or fmax, max_steps, longest_step or batch_size
         not positive.
@@ -183,8 +206,10 @@ def relax(
             raise ValueError(f"{name} must be positive, got {value}")
     if not len(frames):
         raise ValueError("frames holds no structure to relax")
-    data = [_as_data(frame, number) for number, frame in enumerate(frames)]
+    data: Sequence[Data] = [_as_data(frame, number) for number, frame in enumerate(frames)]
     _check_periodicity(data)
+    if reference is not None:
+        data = with_reference(data, reference, getattr(potential.model, "scheme", None))
     check_states(potential.model, data)  # in a batch no frame has its number
     parts = []
     for i in range(0, len(data), batch_size):
@@ -195,9 +220,16 @@ def relax(
         name: torch.cat([getattr(part, name) for part in parts])
         for name in ("energy", "start_energy", "largest", "steps", "converged")
     }
+    changes = tuple(text for part in parts for text in part.bond_changes)
+    if changed := [number for number, text in enumerate(changes) if text is not None]:
+        warnings.warn(
+            f"bonds found after the relaxation of structure {changed[0]} differ from those that its energy uses, which "
+            f"are those of the start ({changes[changed[0]]}); {len(changed)} of {len(changes)} structures changed so",
+            stacklevel=2,
+        )
     ended = [frame for part in parts for frame in part.frames]
     back = [_as_it_came(frame, after) for frame, after in zip(frames, ended, strict=False)]
-    return Relaxation(back, **tensors)
+    return Relaxation(back, **tensors, bond_changes=changes)
 
 
 def _as_data(frame: Data | Atoms, number: int) -> Data:
@@ -293,7 +325,10 @@ def _relax_batch(
 ) -> Relaxation:
     keys = ("z", "pos", "cell", "pbc", "charge", "charges", "spin")
     plain = [AtomicData.from_data(Data(**{k: frame[k] for k in keys if frame.get(k) is not None})) for frame in frames]
-    active = _Active(potential, Batch.from_data_list(_alike(potential.model, plain)), _free(frames))
+    scheme, parts = getattr(potential.model, "scheme", None), None
+    if scheme is not None and scheme.keeps_parts:
+        parts = [scheme.read(f if has_hierarchy(f) else scheme(f)) for f in frames]
+    active = _Active(potential, _alike(potential.model, plain), parts, _free(frames))
     optimizer = _LBFGS(active.batch, len(frames), longest_step)
     count = len(frames)
     device = active.pos.device
@@ -325,7 +360,12 @@ def _relax_batch(
     for number, frame in enumerate(plain):
         frame.pos, frame.forces = ends[number]
         frame.energy = energies[number : number + 1].clone()
-    return Relaxation(plain, energies, starts, largest, steps, (largest <= fmax) & torch.isfinite(energies))
+    changes = tuple(
+        bond_changes(scheme, tree, *(frame.get(key) for key in ("z", "pos", "cell", "pbc")))
+        for tree, frame in zip(parts or [None] * count, plain, strict=True)
+    )
+    converged = (largest <= fmax) & torch.isfinite(energies)
+    return Relaxation(plain, energies, starts, largest, steps, converged, changes)
 
 
 def _free(frames: Sequence[Data]) -> Tensor | None:

@@ -142,6 +142,35 @@ class BondTree(Scheme):
         nothing = super()._without_atoms(num_graphs, like, periodic)
         return replace(nothing, bonds=nothing.child_index[1])
 
+    def holds(
+        self,
+        topology: Topology,
+        z: Int[Tensor, " atoms"],
+        pos: Float[Tensor, "atoms 3"],
+        batch: Int[Tensor, " atoms"] | None = None,
+        cell: Float[Tensor, "graphs 3 3"] | None = None,
+        pbc: Tensor | None = None,
+    ) -> bool:
+        """Whether the bonds found at these positions are those of the topology."""
+        return torch.equal(covalent_bonds(AtomsInput.check(z, pos, batch, cell, pbc)), topology.bonds)
+
+    def bond_changes(
+        self,
+        topology: Topology,
+        z: Int[Tensor, " atoms"],
+        pos: Float[Tensor, "atoms 3"],
+        batch: Int[Tensor, " atoms"] | None = None,
+        cell: Float[Tensor, "graphs 3 3"] | None = None,
+        pbc: Tensor | None = None,
+    ) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+        """Bonds of a topology that the covalent radii do not find at these positions, and those found beside them.
+
+        Each bond once, as the numbers of its atoms.
+        """
+        found = covalent_bonds(AtomsInput.check(z, pos, batch, cell, pbc))
+        kept, now = ({(i, j) for i, j in bonds.t().tolist() if i < j} for bonds in (topology.bonds, found))
+        return sorted(kept - now), sorted(now - kept)
+
     def widened(self, skin: float) -> BondTree:
         return widen_pairs(self, skin)
 

@@ -186,6 +186,26 @@ class Scheme(BaseTransform):
         """The topology at new positions of the same atoms; where children are fixed, only pairs change."""
         return self.topology(z, pos, batch, cell, pbc)
 
+    @property
+    def keeps_parts(self) -> bool:
+        """Whether :meth:`update` keeps parts (groups of bonded atoms, labels) that other positions might not have."""
+        return type(self).update is not Scheme.update
+
+    def holds(
+        self,
+        topology: Topology,
+        z: Int[Tensor, " atoms"],
+        pos: Float[Tensor, "atoms 3"],
+        batch: Int[Tensor, " atoms"] | None = None,
+        cell: Float[Tensor, "graphs 3 3"] | None = None,
+        pbc: Tensor | None = None,
+    ) -> bool:
+        """Whether :meth:`topology` would find the parts of ``topology`` at these positions, whatever the edges.
+
+        For parts that follow from positions by another rule than :meth:`list_radii`, such as bonds.
+        """
+        return True
+
     def list_radii(self) -> tuple[tuple[float | None, float | None], ...]:
         """Radii (angstrom) by which the children and the pairs of every level are searched; None where they are not."""
         return tuple((None, spec.pair_radius) for spec in self.levels)
@@ -194,7 +214,7 @@ class Scheme(BaseTransform):
         """A copy whose lists reach further by ``skin`` (angstrom), or None where lists cannot be kept.
 
         With a copy, :class:`~nbody_pyg.hierarchy.TopologyCache` searches once for many steps of a trajectory. Only
-        schemes whose topology depends on positions through :meth:`list_radii` alone may give one.
+        schemes whose topology depends on positions through :meth:`list_radii` and :meth:`holds` alone may give one.
         """
         return None
 

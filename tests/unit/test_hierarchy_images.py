@@ -169,11 +169,11 @@ def test_nearest_images_against_trying_them_all(generator):
     tried = torch.tensor(list(itertools.product(range(-9, 10), repeat=3)), dtype=torch.float64)
     ratios = []
     for seed in range(12):
-        cell = torch.randn(1, 3, 3, dtype=torch.float64, generator=generator) + 2.0 * torch.eye(3)
+        cell = 0.4 * torch.randn(1, 3, 3, dtype=torch.float64, generator=generator) + 2.0 * torch.eye(3)
         if seed % 3 == 0:
-            cell[0, 1] = 2 * cell[0, 0] + 0.5 * cell[0, 1]
+            cell[0, 1] += cell[0, 0]
         pbc = torch.tensor([[True, seed % 4 != 1, seed % 4 < 2]])
-        vec = 2.0 * torch.randn(20, 3, dtype=torch.float64, generator=generator)
+        vec = 1.5 * torch.randn(20, 3, dtype=torch.float64, generator=generator)
         shift, ratio = nearest_images(vec, torch.zeros(20, dtype=torch.long), cell, pbc)
         assert torch.equal(shift * ~pbc, torch.zeros_like(shift)) and torch.equal(shift, shift.round())
         lattice = (tried * pbc).unique(dim=0) @ cell[0]
