@@ -119,8 +119,8 @@ def _read(path: Path, weights: bool = True) -> tuple[dict[str, Any], dict[str, T
         raise FileNotFoundError(f"no model file at {path}")
     if is_checkpoint(path):
         raise ValueError(
-            f"{path} is a checkpoint of a training (or another file of torch.save), no model file; the model of a run is "
-            "model.nbody in its folder, which nbody train writes at its end (go on with --output.resume true)"
+            f"{path} is a checkpoint of a training (or another file of torch.save), no model file; the model of a run "
+            "is model.nbody in its folder, which nbody train writes at its end (go on with --output.resume true)"
         )
     try:
         with safe_open(path, framework="pt") as file:
