@@ -17,6 +17,7 @@ import torch
 _WORD = b"nbody_pyg sha256 "
 _SEAL = len(_WORD) + 64
 _ZIP, _ZIP_END = b"PK\x03\x04", b"PK\x05\x06"
+_KEYS = frozenset({"state_dict", "global_step", "hyper_parameters", "callbacks", "run", "cpu_seconds"})
 
 
 def seal(path: str | Path) -> None:
@@ -60,7 +61,13 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         others = [p for p in (path.with_name("best.ckpt"), path.with_name("last.ckpt")) if p != path and p.is_file()]
         cure = f"copy {others[0].name} over it to go on from there, or " if others else ""
         raise ValueError(f"{path} {what}; {cure}start anew without output.resume")
-    return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    try:
+        found = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    except Exception as error:  # torch's reader raises what pickles raise, of which there are many kinds
+        raise ValueError(f"{path} holds more than tensors and plain values: no checkpoint of this library") from error
+    if missing := _KEYS.difference(found if isinstance(found, dict) else ()):
+        raise ValueError(f"{path} lacks {', '.join(sorted(missing))}: no checkpoint of this library")
+    return found
 
 
 def changes(stored: Mapping[str, Any], given: Mapping[str, Any], free: Collection[str] = (), prefix: str = "") -> str:

@@ -343,7 +343,7 @@ def _together(trainer: Trainer) -> Iterator[None]:
         if children and isinstance(error, RuntimeError):  # maybe of a connection that another process has broken
             for child in children:
                 with contextlib.suppress(subprocess.TimeoutExpired):
-                    child.wait(5.0)
+                    child.wait(10.0)
         failed = any(child.poll() for child in children)
         if children:
             launcher.kill(signal.SIGKILL)
