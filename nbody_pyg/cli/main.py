@@ -146,8 +146,7 @@ def build_parser() -> _Parser:
                     help="given: those of the first structure; drawn: from --temperature and --seed; auto: those of "
                     "the first structure where it has some (default: auto)")  # fmt: skip
     md.add_argument("--max-temperature", type=float, default=None, metavar="K",
-                    help="stop a run that is hotter; inf: never "
-                    "(default: 30000, or ten times --temperature)")  # fmt: skip
+                    help="stop a hotter run; inf: never (default: 30000, or ten times --temperature)")  # fmt: skip
     md.add_argument("--every", type=positive, default=10, help="steps between samples (default: 10)")
     md.add_argument("--seed", type=not_negative, default=0, help="of velocities and thermostat (default: 0)")
     md.add_argument("--dtype", choices=("float32", "float64"), default=None, help="default: the model's")

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import math
+import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -35,6 +37,10 @@ from nbody_pyg.training.settings import TrainingConfig
 
 #: Frames of each set that a learning curve looks at.
 _CURVE_FRAMES = 50
+
+
+class WrongData(ValueError):
+    """The frames cannot be read: no model can run on them."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +76,11 @@ class Point:
             if self.data.get(key):
                 family = self.data.get("family", DataConfig.family) if key == "qm9" else None
                 words = (Path(str(self.data[key])).stem, family, self.data.get("num_train"))
-                return "-".join(str(word) for word in words if word is not None)
+                # A part of the names of folders
+                return (
+                    re.sub(r"[/\\\x00-\x1f]", "_", "-".join(str(w) for w in words if w is not None)).lstrip(".")
+                    or "data"
+                )
         return "data"
 
     @property
@@ -80,11 +90,15 @@ class Point:
         return f"{seconds:g} s" if seconds is not None else f"{steps} steps"
 
     @property
+    def settings(self) -> dict[str, Any]:
+        """What decides the result; where the files lie is no part of that."""
+        return dataclasses.asdict(self) | {"data": {k: v for k, v in self.data.items() if k != "root"}}
+
+    @property
     def folder(self) -> Path:
         """Where its result lies, relative to the folder of the comparison; the digits are those of its settings."""
         t = self.training
-        # Where the files lie is no part of what is computed.
-        settings = dataclasses.asdict(self) | {"data": {k: v for k, v in self.data.items() if k != "root"}}
+        settings = self.settings
         if self.model == "nbody":  # a run with other defaults is another run
             settings["network"] = dataclasses.asdict(explicit(self.config(Path()).model))
         digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:8]
@@ -103,6 +117,25 @@ class Point:
             f"{self.dataset}, {self.name}, {t['optimizer']}, lr {t['lr']:g}, seed {t['seed']}, {self.limit}"
             f"{' (search)' if self.purpose == 'search' else ''}"
         )
+
+
+def data_files(config: DataConfig) -> dict[str, str]:
+    """A hash of the content of every file of frames that a configuration names: files change under their names."""
+    tests = config.test if isinstance(config.test, Mapping) else {"test": config.test}
+    paths = [path for path in (config.train, config.val, *tests.values()) if path is not None and Path(path).is_file()]
+    return {path: _content(path, Path(path).stat().st_mtime_ns, Path(path).stat().st_size) for path in paths}
+
+
+@functools.lru_cache(maxsize=64)
+def _content(path: str, changed: int, size: int) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+
+
+def failed_record(point: Point, reason: str) -> dict[str, Any]:
+    """The record of a run that has no result."""
+    nothing: dict[str, Any] = {"val": {}, "test": {}, "curve": [], "latency": {}, "frames": {}}
+    return {"point": dataclasses.asdict(point), "title": point.title, "status": "failed", "reason": reason, **nothing}
 
 
 def deciding_error(records: Iterable[Mapping[str, Any]]) -> str:
@@ -134,11 +167,14 @@ def run_point(point: Point, folder: Path, note: Callable[[str], None] = print) -
     compiled), the learning curve, tests.
 
     Returns: the record, with "status" done, failed (the loss became infinite) or interrupted (by a signal).
-    Raises: MissingPeer: the model's package is not installed.
+    Raises: MissingPeer: the model's package is not installed; WrongData: the frames cannot be read.
     """
     config = point.config(folder)
     torch.set_num_threads(config.training.threads)
-    data = load_data(config.data)
+    try:
+        data = load_data(config.data)
+    except (ValueError, OSError) as error:
+        raise WrongData(str(error)) from error
     if point.purpose == "search":
         data = DataSets(data.train, data.val)  # it must not see the test frames at all
     potential = build(point, config, data)
@@ -146,7 +182,7 @@ def run_point(point: Point, folder: Path, note: Callable[[str], None] = print) -
     record: dict[str, Any] = {
         "point": dataclasses.asdict(point), "title": point.title, "version": version(point.model),
         "machine": machine(), "parameters": sum(p.numel() for p in potential.parameters() if p.requires_grad),
-        "frames": {name: len(frames) for name, frames in data.named().items()},
+        "frames": {name: len(frames) for name, frames in data.named().items()}, "files": data_files(config.data),
     }  # fmt: skip
     record["memory_bytes"] = warm_up(potential, data.train, config.training)
     curve = LearningCurve(_curve_sets(data), point.points, note=note)
@@ -223,19 +259,31 @@ def _curve_sets(data: DataSets) -> dict[str, Sequence[Data]]:
 def main(arguments: Sequence[str]) -> int:
     """``python -m nbody_pyg.compare.point FILE.json FOLDER``: one run in a process of its own.
 
-    Writes ``FOLDER/record.json``. Exit status: 0 done or failed, 3 package missing (the reason is the last line
-    of the output), 128 + number stopped by a signal.
+    Writes ``FOLDER/record.json``. Exit status: 0 done or failed, 3 package missing, 4 no frames (the reason is the last
+    line of the output), 128 + number stopped by a signal.
     """
     spec, folder = Path(arguments[0]), Path(arguments[1])
     try:
         record = run_point(Point(**json.loads(spec.read_text())), folder, note=lambda line: print(line, flush=True))
     except ImportError as error:
-        print(f"missing: {error}", flush=True)
+        print(f"missing: {_line(error)}", flush=True)
         return 3
+    except WrongData as error:
+        print(f"data: {_line(error)}", flush=True)
+        return 4
     if record["status"] == "interrupted":
         return 128 + record["signal"]
-    write_json(folder / "record.json", record, default=float)
+    write_record(record, folder / "record.json")
     return 0
+
+
+def write_record(record: Mapping[str, Any], path: Path) -> None:
+    """As JSON, whole or not at all."""
+    write_json(path, record, default=float)
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 if __name__ == "__main__":

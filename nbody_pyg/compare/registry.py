@@ -132,7 +132,17 @@ def build_peer(name: str, facts: Facts, seed: int = 0, **arguments: Any) -> nn.M
             adapter = getattr(importlib.import_module(module), kind)
             return adapter(facts, **{**found.arguments, **arguments})
     except ImportError as error:
-        raise MissingPeer(f"{found.title} is not installed: {found.install} ({error})") from error
+        broken = _installed(found.distribution)
+        words = f"{found.title} is installed, but cannot be imported; install it anew" if broken else None
+        raise MissingPeer(f"{words or f'{found.title} is not installed'}: {found.install} ({error})") from error
+
+
+def _installed(distribution: str) -> bool:
+    try:
+        importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
 
 
 def version(name: str) -> str:
