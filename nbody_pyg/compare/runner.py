@@ -194,7 +194,7 @@ class Runner:
         last, in_time = "", True
         try:
             reader.start()
-            while process.poll() is None or not lines.empty() or (reader.is_alive() and _wait(reader)):
+            while process.poll() is None or not lines.empty() or _rest(reader, lines):
                 try:
                     last = lines.get(timeout=0.1).rstrip("\n")
                     self._indent(last)
@@ -215,10 +215,10 @@ class Runner:
         return last, in_time
 
 
-def _wait(reader: threading.Thread) -> bool:
-    """After the end of a process: what is left in the pipe, but not for long."""
+def _rest(reader: threading.Thread, lines: queue.SimpleQueue[str]) -> bool:
+    """Whether an ended process has left lines in the pipe; waits for them, but not for long."""
     reader.join(1.0)
-    return False
+    return not lines.empty()
 
 
 def _end(process: subprocess.Popen, asked: bool = False) -> None:
