@@ -80,7 +80,11 @@ def variants(path: str | Path, config: CompareConfig) -> list[Contestant]:
         raise ValueError(f"{path} must hold groups of variants: {{groups: {{group: {{name: {{model.lmax: 1}}}}}}}}")
     found: dict[str, Contestant] = {}
     for group, members in groups.items():
+        if not isinstance(members, Mapping):
+            raise ValueError(f"{path}: group {group!r} must hold variants {{name: {{key: value}}}}, got {members!r}")
         for name, overrides in members.items():
+            if not isinstance(overrides or {}, Mapping):
+                raise ValueError(f"{path}: variant {name!r} must hold keys and values, got {overrides!r}")
             _check_name(str(name), path)
             if str(name) in found:
                 raise ValueError(f"{path} names the variant {name!r} twice; names are unique over all groups")
