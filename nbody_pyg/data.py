@@ -17,7 +17,7 @@ from torch_geometric.data.storage import GlobalStorage
 # Keys that a composition scheme writes; the number is the level.
 _INDEX_KEY = re.compile(r"^(child|pair)_(\d+)$")
 _CENTRE_KEY = re.compile(r"^centre_(\d+)$")
-_TOPOLOGY_KEY = re.compile(r"^(child|pair|child_shift|pair_shift|num_parts|centre)_\d+$")
+_TOPOLOGY_KEY = re.compile(r"^(child|pair|child_shift|pair_shift|num_parts|centre)_\d+$|^hierarchy_mark$")
 # Shapes of one value per graph: they carry a leading 1, so that batching stacks instead of mixing rows.
 _GRAPH_SHAPES: dict[str, tuple[int, ...]] = {
     "energy": (1,),

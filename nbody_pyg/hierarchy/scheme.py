@@ -304,7 +304,8 @@ class Scheme(BaseTransform):
         Raises: ValueError, TypeError: no atoms to build from, or keys of one's own under the names of the topology.
         """
         require_atoms(data)
-        if not has_hierarchy(data):
+        fresh = not has_hierarchy(data)
+        if fresh:
             taken = [key for key in sorted(data.keys()) if is_topology_key(key) or key == "scheme"]
             if taken:
                 raise ValueError(
@@ -314,6 +315,11 @@ class Scheme(BaseTransform):
         out = data if isinstance(data, Batch) else AtomicData.from_data(data)
         keys = ("z", "pos", "batch", "cell", "pbc")
         topology = self.compose(*(out.get(key) for key in keys), count_graphs(out), **self.inputs(out))
+        if fresh and topology.bonds is not None and getattr(self, "bonds_key", "") != "bonds" and "bonds" in data:
+            raise ValueError(
+                f"data has the key 'bonds' of its own, under which {type(self).__name__} would store those it used; "
+                "rename it"
+            )
         return self.store(topology, out)
 
     def store(self, topology: Topology, data: Data) -> Data:
