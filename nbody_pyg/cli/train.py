@@ -56,12 +56,13 @@ def train(path: str | None, overrides: Sequence[str] = (), wants_help: bool = Fa
     if wants_help:
         config_parser().print_help()
         return 0
+    config = load_config(path, overrides)
+    require_device(config.training)
+    first = is_first_process(config.training)
     with contextlib.ExitStack() as stack:
-        if not is_first_process():  # one process of several speaks
+        if not first:  # one process of several speaks
             stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
-        config = load_config(path, overrides)
-        require_device(config.training)
-        return _train(config, stack.enter_context(RunFolder(config.output.folder, is_first_process())))
+        return _train(config, stack.enter_context(RunFolder(config.output.folder, first)))
 
 
 class KeptConfig(Callback):
@@ -128,7 +129,7 @@ def _train(config: Config, run: RunFolder) -> int:
         run, potential, data.train, data.val, config.training, last,
         callbacks=[KeptConfig(config, data.split, folder)], files=files,
     )  # fmt: skip
-    if not is_first_process():
+    if not run.active:
         return 0  # the first process tests and saves, and tells how it ended
     if result.interrupted is not None:
         print(
@@ -212,7 +213,7 @@ def _describe(potential: Potential | PropertyModel, config: Config) -> None:
     t = config.training
     if t.processes > 1:
         print(f"batch   {t.batch_size} x {t.processes} processes = {t.batch_size * t.processes} frames per step")
-    elif int(os.environ.get("SLURM_NTASKS") or 1) > 1 and is_first_process():
+    elif int(os.environ.get("SLURM_NTASKS") or 1) > 1:
         print(
             f"note: SLURM has {os.environ['SLURM_NTASKS']} tasks for this job, this run is one process; it starts more "
             "by itself with training.processes (start the command once, not by srun in every task)"

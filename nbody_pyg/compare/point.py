@@ -29,10 +29,11 @@ from nbody_pyg.potential import AtomicReference, Potential
 from nbody_pyg.training.config import Config, DataConfig, parse_config
 from nbody_pyg.training.durable import write_json
 from nbody_pyg.training.evaluation import evaluate
+from nbody_pyg.training.labels import force_variance
 from nbody_pyg.training.loader import FrameLoader
 from nbody_pyg.training.loss import EnergyForceLoss
 from nbody_pyg.training.prepare import DataSets, build_potential, explicit, known_states, load_data
-from nbody_pyg.training.run import fit, force_variance
+from nbody_pyg.training.run import fit, require_elements
 from nbody_pyg.training.settings import TrainingConfig
 
 #: Frames of each set that a learning curve looks at.
@@ -178,6 +179,7 @@ def run_point(point: Point, folder: Path, note: Callable[[str], None] = print) -
     if point.purpose == "search":
         data = DataSets(data.train, data.val)  # it must not see the test frames at all
     potential = build(point, config, data)
+    require_elements(potential, data.named())
     data = data.with_topology(potential.model.scheme, config.data.shares_hierarchy)
     record: dict[str, Any] = {
         "point": dataclasses.asdict(point), "title": point.title, "version": version(point.model),

@@ -97,8 +97,12 @@ class ModelConfig:
 class OutputConfig:
     """What a run leaves behind, and where."""
 
-    folder: str = setting("runs/nbody", "folder of model.nbody, config.yaml, metrics.csv and checkpoints")
-    resume: bool = setting(False, "go on from last.ckpt in the folder")
+    folder: str = setting(
+        "runs/nbody", "folder of model.nbody, config.yaml, metrics.csv and checkpoints; earlier ones go to before-1, ..."
+    )  # fmt: skip
+    resume: bool = setting(
+        False, "go on from last.ckpt in the folder; may change limits, intervals, lr, weight decay and output"
+    )  # fmt: skip
     weights: str = setting("best", "which weights to keep: best of the validation, or last")
     plot: bool = setting(True, "draw parity plots of the test sets")
 

@@ -70,9 +70,10 @@ class FitResult:
         return self.best_score
 
 
-def is_first_process() -> bool:
+def is_first_process(settings: TrainingConfig | None) -> bool:
     """Whether this is the process that speaks and writes, of those that train together."""
-    return int(os.environ.get("LOCAL_RANK", 0)) == 0
+    # A job may number its tasks; that concerns only runs of several processes.
+    return settings is None or settings.processes == 1 or int(os.environ.get("LOCAL_RANK", 0)) == 0
 
 
 def require_device(settings: TrainingConfig) -> None:
@@ -191,7 +192,7 @@ def fit(
         not know, frames that differ in charge or spin for a model without this input, a folder in use, a damaged
         checkpoint, or one of another run (the message names what differs); FloatingPointError: see the task.
     """
-    with RunFolder(folder, is_first_process()) as run:
+    with RunFolder(folder, is_first_process(settings)) as run:
         return fit_in(run, potential, train, val, settings, resume, show_progress, callbacks)
 
 
@@ -253,7 +254,7 @@ def fit_in(
         group += [log, *progress, *callbacks, stop, checkpoints]
         with _quiet(), steady_process():
             trainer = make_trainer(settings, [CallbackGroup(group)], epoch, bool(len(val)), run.path)
-            with _together(trainer):
+            with _together(trainer, is_first_process(settings)):
                 trainer.fit(task, stream, evaluation, ckpt_path=resume, weights_only=True if resume else None)
     potential.eval()
     return FitResult(
@@ -326,7 +327,7 @@ def _as_it_was(checkpoint: Mapping[str, Any], task: PotentialTask, epoch: int) -
 
 
 @contextlib.contextmanager
-def _together(trainer: Trainer) -> Iterator[None]:
+def _together(trainer: Trainer, first: bool) -> Iterator[None]:
     """All processes of a run end together; afterwards each is on its own again.
 
     The first process speaks for all: where it fails it ends the others, which wait for it; where another one fails,
@@ -336,7 +337,7 @@ def _together(trainer: Trainer) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        if not is_first_process():
+        if not first:
             time.sleep(2.0)  # mostly the first process fails of the same, says so, and ends this one
             raise
         children = getattr(launcher, "procs", ())

@@ -314,7 +314,8 @@ def test_two_processes_without_validation_go_on(here, words):
 
 @pytest.mark.slow
 def test_a_mistake_ends_two_processes_with_one_message(here):
-    done = nbody("train", *TINY, *OWN, "--training.max_steps", "50", "--training.processes", "2", "--training.lr", "1e30",
-                 "--training.clip_norm", "null", "--training.warmup_steps", "0", "--output.folder", "r")  # fmt: skip
+    wild = ["--training.lr", "1e30", "--training.clip_norm", "null", "--training.warmup_steps", "0"]
+    words = [*OWN, *wild, "--training.max_steps", "50", "--training.processes", "2", "--output.folder", "r"]
+    done = nbody("train", *TINY, *words)
     assert done.returncode == 1
     assert done.stderr.count("nbody train: error: loss became") == 1 and "Traceback" not in done.stderr
