@@ -649,7 +649,7 @@ def frame_states(frames: Iterable[Data]) -> dict[str, list[float]]:
         try:
             if charge is not None or charges is not None:
                 batch = torch.zeros(len(frame.z), dtype=torch.long)
-                total = float(total_charge(batch, 1, charge, charges, zero))
+                total = round(float(total_charge(batch, 1, charge, charges, zero)), 6)  # a sum of thirds is whole
                 found.setdefault("charge", [DEFAULT_STATE["charge"]] * number).append(total)
             if spin is not None:
                 value = float(spin_multiplicity(spin, 1, zero))

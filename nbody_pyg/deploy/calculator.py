@@ -34,7 +34,7 @@ _DTYPES = {"float32": torch.float32, "float64": torch.float64}
 class StateCalculator(Calculator):
     """A calculator whose results depend on charge and spin, which ASE's cache does not look at: it asks for them."""
 
-    _state: dict[str, Any] | None = None
+    _state: dict[str, list[float]] | None = None
 
     def check_state(self, atoms: Atoms, tol: float = 1e-15) -> list[str]:
         """What has changed since the last calculation."""
@@ -227,7 +227,9 @@ class NBodyCalculator(StateCalculator):
             topology = self.topologies(z, pos, None, cell, pbc)
             if topology.bonds is not None:
                 self._watch(z, topology.bonds)
-        charges = {key: value.to(self.device) for key, value in electronic_state_of(atoms).items()}
+        charges = {
+            key: torch.tensor(value, dtype=torch.float64, device=self.device) for key, value in self._state.items()
+        }
         given = {"cell": cell, "pbc": pbc, "topology": topology, **charges}
         result = self._evaluate(z, pos, batch, **given, compute_stress="stress" in properties)
         energy = float(result["energy"])

@@ -318,7 +318,7 @@ class ElectronicEmbedding(nn.Module):
     def reset_parameters(self) -> None:
         """Even shares, random vectors, no term of the energy."""
         nn.init.zeros_(self.spread)
-        nn.init.normal_(self.vectors)
+        nn.init.normal_(self.vectors, std=0.3)
         if self.offset is not None:
             nn.init.zeros_(self.offset)
 
@@ -383,7 +383,7 @@ def refuse_unused(
     """
     for key, default in DEFAULT_STATE.items():
         value, known = given.get(key), assumed.get(key, default)
-        if value is None or key in used or not bool((wrong := value != known).any()):
+        if value is None or key in used or not bool((wrong := (value - known).abs() > 1e-4).any()):
             continue
         graph = int(wrong.nonzero()[0])
         where = "" if len(value) == 1 else f" of graph {graph}"
