@@ -190,6 +190,7 @@ class NBodyNet(Resettable):
         self.assumed: dict[str, float] = {}
         _check_choice("sweeps", self.options["sweeps"], SWEEPS)
         self._check_options()
+        _check_degrees(self.options["degrees"], len(self.scheme.levels))
         self.channels, self.lmax, self.body_order = channels, lmax, body_order
         self.irreps = hidden_irreps(channels, lmax, self.options["symmetry"])
         self.irreps_out = o3.Irreps(irreps_out)
@@ -600,6 +601,15 @@ def _check_species(species: Sequence[int]) -> tuple[int, ...]:
     if not found or found[0] < 1 or found[-1] > 118:
         raise ValueError(f"species must be atomic numbers between 1 and 118, got {list(species)}; e.g. [1, 6, 8]")
     return found
+
+
+def _check_degrees(degrees: Mapping[str, float] | None, num_levels: int) -> None:
+    known = [f"{kind}_{k}" for k in range(num_levels) for kind in ("child", "pair") if (kind, k) != ("child", 0)]
+    for name, value in (degrees or {}).items():
+        if name not in known:
+            raise ValueError(f"degrees must name edge sets of the scheme ({', '.join(known)}), got {name!r}")
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
+            raise ValueError(f"degrees[{name!r}] must be a positive mean number of sources, got {value!r}")
 
 
 def _check_choice(name: str, value: str, choices: Sequence[str]) -> str:

@@ -108,7 +108,7 @@ def build_parser() -> _Parser:
     evaluate.add_argument("--no-plot", action="store_true", help="no parity plot")
 
     info = commands.add_parser("info", help="what is in a model file")
-    info.add_argument("model", help="model file")
+    info.add_argument("model", nargs="?", help="model file; without it, what this machine runs models with")
     info.add_argument("--json", action="store_true", help="everything, as JSON")
 
     check = commands.add_parser("check", help="test the physics of a trained model")

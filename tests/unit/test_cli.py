@@ -21,7 +21,7 @@ from nbody_pyg import NBodyNet, NestedShells
 from nbody_pyg.cli import main
 from nbody_pyg.cli.tables import error_table, table
 from nbody_pyg.datasets import embedded
-from nbody_pyg.deploy import load_model, read_metadata, save_model
+from nbody_pyg.deploy import FORMAT_VERSION, load_model, read_metadata, save_model
 from nbody_pyg.kernels import backend
 from nbody_pyg.properties import Property, PropertyModel, property_irreps
 from nbody_pyg.training.config import load_config
@@ -139,7 +139,37 @@ def test_info(folder, capsys):
     assert "H C O" in out and "NestedShells" in out and "same here" in out and "600K" in out
     assert re.search(rf"products here +{backend()}", out)
     assert main(["info", str(folder / "model.nbody"), "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["format_version"] == 3
+    assert json.loads(capsys.readouterr().out)["format_version"] == FORMAT_VERSION
+
+
+def test_info_verifies_and_controls_no_terminal(folder, tmp_path, capsys):
+    assert main(["info", str(folder / "model.nbody")]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"checksum +[0-9a-f]{16} \(matches; it covers all of it\)", out) and "all finite" in out
+    metadata = {"steps": "\x1b[2J", "errors": {"\x1b]0;title\x07": {"forces_mae": 1.5, "energy_mae": None}}}
+    save_model(load_model(folder / "model.nbody"), tmp_path / "m.nbody", metadata)
+    assert main(["info", str(tmp_path / "m.nbody")]) == 0
+    out = capsys.readouterr().out
+    assert "\\x1b[2J" in out and "\\x1b]0;title\\x07" in out and "1.50" in out
+    assert all(c.isprintable() or c == "\n" for c in out)
+    save_model(load_model(folder / "model.nbody"), tmp_path / "m.nbody", {"errors": [1, 2]})
+    assert main(["info", str(tmp_path / "m.nbody")]) == 1
+    assert "entries of another form than this version writes; see --json" in capsys.readouterr().err
+    data = (tmp_path / "m.nbody").read_bytes()
+    (tmp_path / "m.nbody").write_bytes(data.replace(b"forces", b"forceS", 1))
+    assert main(["info", str(tmp_path / "m.nbody")]) == 1
+    assert "its content does not match the checksum" in capsys.readouterr().err
+
+
+def test_info_about_this_machine(capsys, monkeypatch, tmp_path):
+    assert main(["info"]) == 0
+    out = capsys.readouterr().out
+    assert re.search(rf"products +{backend()}", out) and re.search(r"backends +.*torch", out)
+    assert re.search(r"cache +/.*kernels \(used\)", out) or "not used" in out
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("NBODY_CACHE", str(tmp_path / "file"))
+    assert main(["info", "--json"]) == 0
+    assert "every process compiles anew" in json.loads(capsys.readouterr().out)["cache"]
 
 
 def test_md(folder, tmp_path, capsys):
