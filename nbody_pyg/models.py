@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch_geometric.data import Data
 
 from nbody_pyg.hierarchy import Hierarchy, NestedShells, Scheme, Topology
-from nbody_pyg.kernels.scope import is_tracing
+from nbody_pyg.kernels.scope import has_values, opaque_to_compile
 from nbody_pyg.nn.charges import LongRangeSettings, charge_shares
 from nbody_pyg.nn.coulomb import LongRange
 from nbody_pyg.nn.edges import EdgeEmbedding, EdgeFeatures, sum_into
@@ -265,6 +265,7 @@ class NBodyNet(nn.Module):
         return self.target == "extensive" and self.irreps_out.count(o3.Irrep("0e")) == self.irreps_out.dim
 
     # ------------------------------------------------------------------ evaluation
+    @opaque_to_compile
     def forward(
         self,
         z: Int[Tensor, " atoms"] | Data,
@@ -315,12 +316,28 @@ class NBodyNet(nn.Module):
             if topology is None and data.get("num_parts_1") is not None:
                 topology = self.scheme.read(data)
             given = self.scheme.inputs(data)  # bonds or labels that the data brings along
+        for name, value in (("z", z), ("pos", pos)):
+            if not isinstance(value, Tensor):
+                raise TypeError(
+                    f"{name} must be a tensor, got {type(value).__name__}; torch.fx.symbolic_trace cannot follow a "
+                    "network, torch.export can"
+                    if isinstance(value, torch.fx.Proxy)
+                    else f"{name} must be a tensor, got {type(value).__name__}; use torch.as_tensor"
+                )
         self._species_index(z)  # names an unknown element before its mass is looked up
         pos = pos.to(self.dtype)
         cell = None if cell is None else cell.to(self.dtype)
         if topology is None:
-            topology = self.scheme.topology(z, pos, batch, cell, pbc, **given)
+            topology = self._search(given, z, pos, batch, cell, pbc)
         return self.scheme.hierarchy(topology, z, pos, cell)
+
+    def _search(self, given: dict[str, Any], z: Tensor, pos: Tensor, *rest: Tensor | None) -> Topology:
+        if not has_values(pos):
+            raise RuntimeError(
+                "neighbours are found from values of positions, which tracers, torch.vmap, fake and meta tensors lack; "
+                "pass topology=net.scheme.topology(z, pos), or use nbody_pyg.accelerate.compile_potential"
+            )
+        return self.scheme.topology(z, pos, *rest, **given)
 
     def states(self, hierarchy: Hierarchy) -> dict[int, Float[Tensor, "parts rows channels"]]:
         """State of every part, by level; levels that the network does not use are left out."""
@@ -409,7 +426,7 @@ class NBodyNet(nn.Module):
 
     def _species_index(self, z: Tensor) -> Tensor:
         index = self.species_of[z.clamp(0, 118)]
-        if not is_tracing() and bool((index < 0).any()):
+        if has_values(index) and bool((index < 0).any()):
             unknown = sorted(set(z[index < 0].tolist()))
             names = ", ".join(f"{chemical_symbols[n] if 0 < n < 119 else 'no element'} ({n})" for n in unknown)
             known = ", ".join(chemical_symbols[n] for n in self.species)

@@ -17,6 +17,7 @@ from torch_geometric.data import Batch, Data
 from nbody_pyg.geometry import apply_strain, check_batch, check_cell, check_positions, edge_vectors, neighbour_list
 from nbody_pyg.hierarchy.levels import Hierarchy
 from nbody_pyg.hierarchy.topology import Topology
+from nbody_pyg.kernels.scope import has_values, opaque_to_compile
 from nbody_pyg.models import Surroundings
 from nbody_pyg.nn.exact import Float64Buffers
 from nbody_pyg.nn.repulsion import ZBLRepulsion, short_edges
@@ -223,6 +224,7 @@ class Potential(Float64Buffers):
                 return tensor.dtype
         return None
 
+    @opaque_to_compile
     def forward(
         self,
         z: Int[Tensor, " atoms"] | Data,
@@ -412,6 +414,11 @@ class Potential(Float64Buffers):
             raise TypeError(f"z and pos must be tensors, got {type(z).__name__} and {type(pos).__name__}")
         if z.is_floating_point() or z.dtype == torch.bool:
             raise TypeError(f"z must hold integers (atomic numbers), got {z.dtype}; cast it with z.long()")
+        if not has_values(pos):
+            raise RuntimeError(
+                "a potential looks at values of positions and differentiates by them, which tracers, torch.vmap, fake "
+                "and meta tensors do not allow; trace its model with topology=..., or use accelerate.compile_potential"
+            )
         check_positions(pos)
         if z.dim() != 1 or z.shape[0] != pos.shape[0]:
             raise ValueError(

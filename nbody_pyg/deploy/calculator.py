@@ -18,12 +18,36 @@ from nbody_pyg.deploy.model_file import load_potential, read_metadata, require_p
 from nbody_pyg.deploy.reference import reference_topology
 from nbody_pyg.graphs import CapturedPotential
 from nbody_pyg.hierarchy import Topology, TopologyCache
+from nbody_pyg.kernels.scope import Lock, locked
 from nbody_pyg.potential import Potential
 
 _DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
 
-class NBodyCalculator(Calculator):
+class SharedCalculator(Calculator):
+    """A calculator that threads may share: they take turns, and each gets the results of its own structure."""
+
+    def __init__(self, **kwargs: Any):
+        super().__init__(**kwargs)
+        self._lock = Lock()
+
+    @locked
+    def get_property(self, name: str, atoms: Atoms | None = None, allow_calculation: bool = True) -> Any:
+        """As ASE's; threads take turns."""
+        return super().get_property(name, atoms, allow_calculation)
+
+    @locked
+    def reset(self) -> None:
+        """As ASE's; threads take turns."""
+        super().reset()
+
+    @locked
+    def calculate_properties(self, atoms: Atoms, properties: list[str]) -> Any:
+        """As ASE's; threads take turns."""
+        return super().calculate_properties(atoms, properties)
+
+
+class NBodyCalculator(SharedCalculator):
     """Energy (eV), forces (eV/angstrom) and stress (eV/angstrom^3, ASE's sign) of a potential.
 
     ===============  ===============================================================================
@@ -41,6 +65,9 @@ class NBodyCalculator(Calculator):
     so that the energy stays smooth. The hierarchy is built anew for other elements or periodicity, or when an atom has
     moved further than ``carry_on`` since the last call: that is another structure, not the next step.
     :meth:`forget` does so too. A model file that was trained on one molecule brings the hierarchy for it.
+
+    Threads may share a calculator: they take turns. Read results with ``atoms.get_forces()`` and the like, not from
+    ``results``, which is that of the last structure of any thread.
 
     The attribute ``topologies`` is that cache, with counts of its ``calls`` and ``rebuilds``; None for models without a
     scheme.
@@ -104,6 +131,7 @@ class NBodyCalculator(Calculator):
         if self.topologies is not None:
             self.topologies.forget()
 
+    @locked
     def calculate(
         self,
         atoms: Atoms | None = None,

@@ -11,6 +11,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch_geometric.data import Data
 
+from nbody_pyg.kernels.scope import is_transformed
+
 
 def is_topology_key(key: str) -> bool:
     """Whether :meth:`Topology.store` writes parts and edges under this key."""
@@ -94,6 +96,8 @@ class Topology:
         if ("batch", level) not in self._cache:
             graphs = torch.arange(self.num_graphs, device=self.device)
             value = torch.repeat_interleave(graphs, self.num_parts[level], output_size=self.size(level))
+            if is_transformed():  # a tracer's tensor, not to be kept
+                return value
             self._cache["batch", level] = value
         return self._cache["batch", level]
 
@@ -120,7 +124,8 @@ class Topology:
             result = torch.stack([atoms, atoms]), shift
         else:
             result = self._join_members(*self._members(level - 1), level)
-        self._cache["members", level] = result
+        if not is_transformed():
+            self._cache["members", level] = result
         return result
 
     def _join_members(self, below: Tensor, shift: Tensor | None, level: int) -> tuple[Tensor, Tensor | None]:

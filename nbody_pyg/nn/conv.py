@@ -8,6 +8,7 @@ from torch import Tensor
 from torch_geometric.nn import MessagePassing
 
 from nbody_pyg.geometry import edge_vectors
+from nbody_pyg.kernels.scope import opaque_to_compile
 from nbody_pyg.nn.edges import EdgeEmbedding
 from nbody_pyg.nn.gates import OneBodyGate, ProductGate
 from nbody_pyg.nn.irreps import from_mul_ir, harmonic_irreps, require_reachable, to_mul_ir
@@ -96,6 +97,7 @@ class NBodyConv(MessagePassing):
             if linear is not None:
                 linear.reset_parameters()
 
+    @opaque_to_compile
     def forward(
         self,
         x: Tensor | tuple[Tensor, Tensor | None],

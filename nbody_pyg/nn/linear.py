@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from nbody_pyg.kernels.backend import backend
 from nbody_pyg.kernels.linear import Block, LinearKernel
+from nbody_pyg.kernels.scope import opaque_to_compile
 from nbody_pyg.nn.irreps import equal_multiplicity, require_reachable
 
 
@@ -58,6 +59,7 @@ class IrrepsLinear(nn.Module):
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
+    @opaque_to_compile
     def forward(self, x: Float[Tensor, "nodes irreps_in"]) -> Float[Tensor, "nodes irreps_out"]:
         nodes = x.shape[0]
         blocks, used = [], 0
