@@ -16,7 +16,7 @@ from torch_geometric.data.data import BaseData
 from nbody_pyg.data import count_graphs, has_hierarchy, require_atoms
 from nbody_pyg.geometry import check_atoms
 from nbody_pyg.hierarchy import Hierarchy, NestedShells, Scheme, Topology
-from nbody_pyg.kernels.scope import is_tracing
+from nbody_pyg.kernels.scope import has_values, is_tracing, opaque_to_compile
 from nbody_pyg.nn.charges import (
     ElectronicEmbedding,
     LongRangeSettings,
@@ -190,7 +190,6 @@ class NBodyNet(Resettable):
         self.assumed: dict[str, float] = {}
         _check_choice("sweeps", self.options["sweeps"], SWEEPS)
         self._check_options()
-        _check_degrees(self.options["degrees"], len(self.scheme.levels))
         self.channels, self.lmax, self.body_order = channels, lmax, body_order
         self.irreps = hidden_irreps(channels, lmax, self.options["symmetry"])
         self.irreps_out = o3.Irreps(irreps_out)
@@ -218,7 +217,7 @@ class NBodyNet(Resettable):
         for name, degree in degrees.items():
             if name not in known:
                 raise ValueError(f"degrees must name edge sets of {self.scheme!r}, {sorted(known)}, got {name!r}")
-            if not 0 < float(degree) < float("inf"):
+            if isinstance(degree, bool) or not isinstance(degree, (int, float)) or not 0 < degree < float("inf"):
                 raise ValueError(f"degrees[{name!r}] must be a positive number of sources per target, got {degree!r}")
 
     def _build(self) -> None:
@@ -337,6 +336,7 @@ class NBodyNet(Resettable):
         return self.target == "extensive" and self.irreps_out.count(o3.Irrep("0e")) == self.irreps_out.dim
 
     # ------------------------------------------------------------------ evaluation
+    @opaque_to_compile
     def forward(
         self,
         z: Int[Tensor, " atoms"] | Data,
@@ -401,12 +401,22 @@ class NBodyNet(Resettable):
                 topology = self.scheme.read(data)
             elif topology is None:
                 given = self.scheme.inputs(data)  # bonds or labels that the data brings along
+        if isinstance(pos, torch.fx.Proxy):
+            raise TypeError("pos must be a tensor; torch.fx.symbolic_trace cannot follow a network, torch.export can")
         # Building a topology looks at the values, and whoever hands one over has
         z = check_atoms(z, pos, values=stored and not is_tracing())
         self._species_index(z)  # names an unknown element before its mass is looked up
         if topology is None:
-            topology = self.scheme.compose(z, pos, batch, cell, pbc, batch_size, **given)
+            topology = self._search(given, z, pos, batch, cell, pbc, batch_size)
         return self.scheme.hierarchy(topology, z, pos.double(), cell, dtype=self.dtype)
+
+    def _search(self, given: dict[str, Any], z: Tensor, pos: Tensor, *rest: Any) -> Topology:
+        if not has_values(pos):
+            raise RuntimeError(
+                "neighbours are found from values of positions, which tracers, torch.vmap, fake and meta tensors lack; "
+                "pass topology=net.scheme.topology(z, pos), or use nbody_pyg.accelerate.compile_potential"
+            )
+        return self.scheme.compose(z, pos, *rest, **given)
 
     def states(
         self, hierarchy: Hierarchy, surroundings: Surroundings | None = None
@@ -525,7 +535,7 @@ class NBodyNet(Resettable):
 
     def _species_index(self, z: Tensor) -> Tensor:
         index = self.species_of[z.clamp(0, 119)]
-        if not is_tracing() and bool((index < 0).any()):
+        if has_values(index) and bool((index < 0).any()):
             unknown = sorted(set(z[index < 0].tolist()))
             names = ", ".join(f"{chemical_symbols[n] if 0 < n < 119 else 'no element'} ({n})" for n in unknown)
             known = ", ".join(chemical_symbols[n] for n in self.species)
@@ -601,15 +611,6 @@ def _check_species(species: Sequence[int]) -> tuple[int, ...]:
     if not found or found[0] < 1 or found[-1] > 118:
         raise ValueError(f"species must be atomic numbers between 1 and 118, got {list(species)}; e.g. [1, 6, 8]")
     return found
-
-
-def _check_degrees(degrees: Mapping[str, float] | None, num_levels: int) -> None:
-    known = [f"{kind}_{k}" for k in range(num_levels) for kind in ("child", "pair") if (kind, k) != ("child", 0)]
-    for name, value in (degrees or {}).items():
-        if name not in known:
-            raise ValueError(f"degrees must name edge sets of the scheme ({', '.join(known)}), got {name!r}")
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
-            raise ValueError(f"degrees[{name!r}] must be a positive mean number of sources, got {value!r}")
 
 
 def _check_choice(name: str, value: str, choices: Sequence[str]) -> str:

@@ -28,6 +28,7 @@ from nbody_pyg.geometry import (
 )
 from nbody_pyg.hierarchy.levels import Hierarchy
 from nbody_pyg.hierarchy.topology import Topology
+from nbody_pyg.kernels.scope import has_values, opaque_to_compile
 from nbody_pyg.models import NBodyNet, Surroundings
 from nbody_pyg.nn.charges import DEFAULT_STATE, refuse_unused, spin_multiplicity, total_charge
 from nbody_pyg.nn.exact import Float64Buffers
@@ -244,6 +245,7 @@ class Potential(Float64Buffers):
                 return tensor.dtype
         return None
 
+    @opaque_to_compile
     def forward(
         self,
         z: Int[Tensor, " atoms"] | Data,
@@ -449,6 +451,11 @@ class Potential(Float64Buffers):
                     topology = Topology.from_data(data) if scheme is None else scheme.read(data)
                 elif scheme is not None:
                     given = scheme.inputs(data)
+        if isinstance(pos, Tensor) and not has_values(pos):
+            raise RuntimeError(
+                "a potential looks at values of positions and differentiates by them, which tracers, torch.vmap, fake "
+                "and meta tensors do not allow; trace its model with topology=..., or use accelerate.compile_potential"
+            )
         z = check_atoms(z, pos)
         if z.shape[0] == 0 and batch_size is None:
             raise ValueError("z holds no atom; give at least one, or batch_size, the number of graphs without atoms")

@@ -24,6 +24,7 @@ from nbody_pyg.deploy.reference import bond_changes, describe_bonds, parts_of_re
 from nbody_pyg.graphs import CapturedPotential
 from nbody_pyg.hierarchy import BondTree, Topology, TopologyCache
 from nbody_pyg.hierarchy.skin import refuse_carry_on
+from nbody_pyg.kernels.scope import Lock, locked
 from nbody_pyg.potential import Potential
 
 #: Words for where bonds come from.
@@ -31,10 +32,33 @@ _BONDS = ("each", "first")
 _DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
 
-class StateCalculator(Calculator):
-    """A calculator whose results depend on charge and spin, which ASE's cache does not look at: it asks for them."""
+class SharedCalculator(Calculator):
+    """A calculator of this library: threads may share it, and its results depend on charge and spin.
+
+    Threads take turns, and each gets the results of its own structure. ASE's cache does not look at charge and spin of
+    ``atoms.info``, so they are asked for here.
+    """
 
     _state: dict[str, list[float]] | None = None
+
+    def __init__(self, **kwargs: Any):
+        super().__init__(**kwargs)
+        self._lock = Lock()
+
+    @locked
+    def get_property(self, name: str, atoms: Atoms | None = None, allow_calculation: bool = True) -> Any:
+        """As ASE's; threads take turns."""
+        return super().get_property(name, atoms, allow_calculation)
+
+    @locked
+    def reset(self) -> None:
+        """As ASE's; threads take turns."""
+        super().reset()
+
+    @locked
+    def calculate_properties(self, atoms: Atoms, properties: list[str]) -> Any:
+        """As ASE's; threads take turns."""
+        return super().calculate_properties(atoms, properties)
 
     def check_state(self, atoms: Atoms, tol: float = 1e-15) -> list[str]:
         """What has changed since the last calculation."""
@@ -57,7 +81,7 @@ def _plain_state(atoms: Atoms) -> dict[str, list[float]]:
     return {key: value.tolist() for key, value in electronic_state_of(atoms).items()}
 
 
-class NBodyCalculator(StateCalculator):
+class NBodyCalculator(SharedCalculator):
     """Energy (eV), forces (eV/angstrom) and stress (eV/angstrom^3, ASE's sign) of a potential.
 
     ===============  ===============================================================================
@@ -90,6 +114,9 @@ class NBodyCalculator(StateCalculator):
     :meth:`fixed_bonds` does so for other runs. The attribute ``bonds_from`` says where the last ones came from.
 
     Charges and spin are read from the atoms (docs/conventions.md), and a change of them is a change of the system.
+
+    Threads may share a calculator: they take turns. Read results with ``atoms.get_forces()`` and the like, not from
+    ``results``, which is that of the last structure of any thread.
 
     The attribute ``topologies`` is that cache, with counts of its ``calls`` and ``rebuilds``; None for models without a
     scheme.
@@ -202,6 +229,7 @@ class NBodyCalculator(StateCalculator):
         cell = torch.as_tensor(atoms.cell.array, dtype=torch.float64, device=self.device).reshape(1, 3, 3)
         return z, pos, cell, torch.as_tensor(atoms.pbc, device=self.device).reshape(1, 3)
 
+    @locked
     def calculate(
         self,
         atoms: Atoms | None = None,

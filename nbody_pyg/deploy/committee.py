@@ -12,11 +12,12 @@ import torch
 from ase import Atoms
 from ase.calculators.calculator import PropertyNotImplementedError, all_changes
 
-from nbody_pyg.deploy.calculator import NBodyCalculator, StateCalculator
+from nbody_pyg.deploy.calculator import NBodyCalculator, SharedCalculator
+from nbody_pyg.kernels.scope import locked
 from nbody_pyg.potential import Potential
 
 
-class Committee(StateCalculator):
+class Committee(SharedCalculator):
     r"""Mean of several potentials as an ASE calculator, with the standard deviation among them.
 
     .. math:: \bar F = \frac{1}{M} \sum_m F_m, \qquad
@@ -63,6 +64,7 @@ class Committee(StateCalculator):
                 key = (member.scheme.signature, str(member.metadata.get("reference")))
                 member.topologies = first.setdefault(key, member).topologies
 
+    @locked
     def calculate(
         self,
         atoms: Atoms | None = None,

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch_geometric.data import Data
 
 from nbody_pyg.data import is_topology_key
+from nbody_pyg.kernels.scope import is_transformed
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,6 +92,8 @@ class Topology:
         if ("batch", level) not in self._cache:
             graphs = torch.arange(self.num_graphs, device=self.device)
             value = torch.repeat_interleave(graphs, self.num_parts[level], output_size=self.size(level))
+            if is_transformed():  # a tracer's tensor, not to be kept
+                return value
             self._cache["batch", level] = value
         return self._cache["batch", level]
 
@@ -117,7 +120,8 @@ class Topology:
             result = torch.stack([atoms, atoms]), shift
         else:
             result = self._join_members(*self._members(level - 1), level)
-        self._cache["members", level] = result
+        if not is_transformed():
+            self._cache["members", level] = result
         return result
 
     def _join_members(self, below: Tensor, shift: Tensor | None, level: int) -> tuple[Tensor, Tensor | None]:

@@ -67,7 +67,7 @@ def backend(tensor: Tensor | None = None, library: Library | None = None) -> str
     if _forced == "torch" or (tensor is not None and tensor.dtype not in _DTYPES):
         return "torch"
     # What others trace, batch or count must be made of operations that they see
-    if not is_recording() and (is_transformed() or (tensor is not None and type(tensor) not in _PLAIN)):
+    if is_transformed() or (tensor is not None and type(tensor) not in _PLAIN and not is_recording()):
         return "torch"
     device = "cpu" if tensor is None else tensor.device.type
     if _forced == "triton":

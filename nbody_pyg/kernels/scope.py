@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -65,21 +66,45 @@ def apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
 
 
 def is_transformed() -> bool:
-    """Whether torch or a mode of the caller takes part in every operation of this thread: it traces, batches or counts.
+    """Whether torch or the caller takes part in every operation of this thread: it traces, batches or counts.
 
     Compiled code would be invisible to it. (``torch.compiler.is_compiling()`` tells of other threads, too.)
     """
-    return (
-        torch.compiler.is_dynamo_compiling()
-        or torch._C._len_torch_dispatch_stack() > 0
+    if torch.compiler.is_dynamo_compiling():  # first: it cannot follow what comes next
+        return True
+    return _recorder.get() is None and (
+        torch._C._len_torch_dispatch_stack() > 0
         or torch._C._functorch.peek_interpreter_stack() is not None
         or torch._C._get_tracing_state() is not None
     )
 
 
 def is_tracing() -> bool:
-    """Whether tensors have no values now, because a graph is recorded by us or by torch."""
-    return torch.compiler.is_dynamo_compiling() or _tracing.get() or (not is_recording() and is_transformed())
+    """Whether values of tensors must not be asked for, because a graph is recorded by us or by torch."""
+    return is_transformed() or _tracing.get()
+
+
+def has_values(tensor: torch.Tensor) -> bool:
+    """Whether the numbers of a tensor may be looked at: it is no tracer's, no fake and none of ``torch.vmap``."""
+    if torch.compiler.is_dynamo_compiling() or _tracing.get() or tensor.is_meta:
+        return False
+    if not is_transformed():
+        return True
+    key, mode = torch._C._TorchDispatchModeKey, torch._C._get_dispatch_mode
+    recorded = torch._C._get_tracing_state() is not None or mode(key.PROXY) is not None or mode(key.FAKE) is not None
+    return not recorded and not torch._C._functorch.is_batchedtensor(tensor)
+
+
+_REASON = (
+    "nbody_pyg runs its own compiled kernels here, which torch.compile cannot look into; leave fullgraph off, or compile "
+    "the whole potential with nbody_pyg.accelerate.compile_potential"
+)
+
+
+def opaque_to_compile(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorate what ``torch.compile`` leaves as it is: it breaks its graph there and goes on behind it."""
+    known = inspect.signature(torch.compiler.disable).parameters
+    return torch.compiler.disable(function, **({"reason": _REASON} if "reason" in known else {}))
 
 
 # Not part of torch's interface: where it is missing all gradients are computed, which takes longer and is never wrong
@@ -105,18 +130,19 @@ def gradients_wanted(edges: Iterable[tuple[Any, int]]) -> bool:
 def constant_table(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
     """Decorate a function that makes a table of constants: it is made once and kept.
 
-    What is made while a tracer or a mode takes part holds its tensors; it is made for that call alone.
+    What is made while a tracer or a mode takes part holds its tensors; it is made for that call alone. What is kept
+    does not depend on the caller's default device, ``inference_mode`` or gradients.
     """
     kept: dict[tuple, torch.Tensor] = {}
 
     @functools.wraps(function)
     def wrapper(*arguments: Any) -> torch.Tensor:
-        if is_transformed() and not is_recording():
+        if is_transformed():
             return function(*arguments)
         if arguments not in kept:
-            if is_transformed():
+            if is_recording():
                 return function(*arguments)
-            with torch.inference_mode(False), torch.no_grad():
+            with torch.device("cpu"), torch.inference_mode(False), torch.no_grad():
                 kept[arguments] = function(*arguments)
         return kept[arguments]
 
@@ -142,3 +168,14 @@ class Lock:
 
     def __reduce__(self):
         return Lock, ()
+
+
+def locked(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorate a method that one thread at a time may run, under the :class:`Lock` of its object, ``_lock``."""
+
+    @functools.wraps(method)
+    def wrapper(self: Any, *arguments: Any, **keywords: Any) -> Any:
+        with self._lock:
+            return method(self, *arguments, **keywords)
+
+    return wrapper

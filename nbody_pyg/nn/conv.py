@@ -13,7 +13,7 @@ from torch_geometric.utils import is_sparse, to_edge_index
 
 from nbody_pyg.geometry import check_positions
 from nbody_pyg.hierarchy.positions import lattice_vectors
-from nbody_pyg.kernels.scope import is_tracing
+from nbody_pyg.kernels.scope import is_tracing, opaque_to_compile
 from nbody_pyg.nn.edges import EdgeEmbedding
 from nbody_pyg.nn.gates import OneBodyGate, ProductGate
 from nbody_pyg.nn.irreps import Resettable, from_mul_ir, harmonic_irreps, require_reachable, to_mul_ir
@@ -100,6 +100,7 @@ class NBodyConv(Resettable, MessagePassing):
         self._own = o3.Irreps([(mul, ir) for mul, ir in self.irreps_out if ir in shared])
         self.lin_self = IrrepsLinear(self.irreps_in, self._own) if shared else None
 
+    @opaque_to_compile
     def forward(
         self,
         x: Tensor | tuple[Tensor, Tensor | None],

@@ -19,6 +19,7 @@ from nbody_pyg.kernels.gpu.density import DensityProgram
 from nbody_pyg.kernels.gpu.one_body import OneBodyProgram
 from nbody_pyg.kernels.linear import Block, LinearKernel
 from nbody_pyg.kernels.ops import DensityKernel, OneBodyKernel
+from nbody_pyg.kernels.scope import is_tracing
 from nbody_pyg.nn.edges import EdgeFeatures, sum_into
 from nbody_pyg.nn.irreps import (
     ConstantTables,
@@ -191,10 +192,11 @@ class OneBodyGate(ConstantTables):
             return self.kernel(x, harmonics, edges.radial, weight, edges.index, edges.num_targets)
         if which == "triton" and not self.gpu.too_long:
             return self.gpu(x, harmonics, edges.radial, weight, edges.index, edges.num_targets)
-        few = x.device.type == "cpu" and not torch.compiler.is_compiling()
-        at_once = _EDGES_AT_ONCE if few else max(len(source), 1)
+        if x.device.type != "cpu" or is_tracing():  # a number of pieces would become a part of a graph
+            messages = self.messages(x.index_select(0, source), edges.harmonics, edges.radial)
+            return sum_into(messages, target, edges.num_targets)
         total = x.new_zeros(edges.num_targets, self.path_of_row.shape[0], self.channels)
-        pieces = (t.split(at_once) for t in (source, target, edges.harmonics, edges.radial))
+        pieces = (t.split(_EDGES_AT_ONCE) for t in (source, target, edges.harmonics, edges.radial))
         for source_, target_, harmonics, radial in zip(*pieces, strict=True):
             messages = self.messages(x.index_select(0, source_), harmonics, radial)
             total.index_add_(0, target_, messages)

@@ -8,7 +8,6 @@ Where all fragments have the same multiplicity the flat tensor is viewed as (nod
 
 from __future__ import annotations
 
-import functools
 import itertools
 import math
 from typing import Any, NamedTuple
@@ -17,6 +16,8 @@ import torch
 from e3nn import o3
 from jaxtyping import Float
 from torch import Tensor, nn
+
+from nbody_pyg.kernels.scope import constant_table
 
 #: Symmetry of the fragments: "o3" carries natural parity (-1)^l, "o3-full" both parities of every degree,
 #: "so3" ignores reflections as the paper does (every fragment is written even).
@@ -110,7 +111,7 @@ def has_two_orders(irreps: o3.Irreps) -> bool:
     return any(mul > 1 and ir.l > 0 for mul, ir in irreps)
 
 
-@functools.cache
+@constant_table
 def clebsch_gordan(l1: int, l2: int, l3: int) -> Tensor:
     r"""Coupling coefficients (2l1+1, 2l2+1, 2l3+1) in float64, e3nn's real basis and signs.
 

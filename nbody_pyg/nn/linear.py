@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from nbody_pyg.kernels.backend import backend
 from nbody_pyg.kernels.linear import Block, LinearKernel
+from nbody_pyg.kernels.scope import opaque_to_compile
 from nbody_pyg.nn.irreps import Resettable, equal_multiplicity, require_reachable
 
 
@@ -51,6 +52,7 @@ class IrrepsLinear(Resettable):
         num_bias = sum(mul for mul, ir in self.irreps_out if ir == o3.Irrep("0e"))
         self.bias = nn.Parameter(torch.zeros(num_bias)) if bias and num_bias else None
 
+    @opaque_to_compile
     def forward(self, x: Float[Tensor, "nodes irreps_in"]) -> Float[Tensor, "nodes irreps_out"]:
         nodes = x.shape[0]
         blocks, used = [], 0

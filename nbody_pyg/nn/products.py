@@ -19,6 +19,7 @@ from nbody_pyg.kernels.codegen import Term
 from nbody_pyg.kernels.gpu.product import ProductProgram
 from nbody_pyg.kernels.linear import Block, LinearKernel
 from nbody_pyg.kernels.ops import ProductKernel
+from nbody_pyg.kernels.scope import opaque_to_compile
 from nbody_pyg.nn.irreps import (
     ConstantTables,
     Path,
@@ -186,6 +187,7 @@ class FullProduct(ConstantTables):
         for n, (_, ir, i, j) in enumerate(blocks):
             self.add_table(f"cg_{n}", clebsch_gordan(self.irreps1[i].ir.l, self.irreps2[j].ir.l, ir.l))
 
+    @opaque_to_compile
     def forward(
         self, x: Float[Tensor, "nodes irreps1"], y: Float[Tensor, "nodes irreps2"]
     ) -> Float[Tensor, "nodes irreps_out"]:
