@@ -13,7 +13,9 @@ from torch_geometric.data import Batch, Data
 # Keys that a composition scheme writes; the number is the level.
 _INDEX_KEY = re.compile(r"^(child|pair)_(\d+)$")
 _CENTRE_KEY = re.compile(r"^centre_(\d+)$")
-_HIERARCHY_KEY = re.compile(r"^(child|pair|child_shift|pair_shift|num_parts|centre)_\d+$|^(bonds|scheme)$")
+_HIERARCHY_KEY = re.compile(
+    r"^(child|pair|child_shift|pair_shift|num_parts|centre)_\d+$|^(bonds|scheme|hierarchy_mark)$"
+)
 # Shapes of one value per graph: they carry a leading 1, so that batching stacks instead of mixing rows.
 _GRAPH_SHAPES: dict[str, tuple[int, ...]] = {
     "energy": (1,),
@@ -53,6 +55,7 @@ class AtomicData(Data):
     ``centre_k``        [n] long              part of level k - 1 on which each part of level k sits (some schemes)
     ``bonds``           [2, M] long           covalent bonds, both directions (only where a scheme uses them)
     ``scheme``          str                   the scheme that wrote the hierarchy
+    ``hierarchy_mark``  [1, 3] long           for which atoms and positions it did so
     ==================  ====================  ==========================================================
 
     The hierarchy keys are written by the schemes of :mod:`nbody_pyg.hierarchy`. Their names avoid the words

@@ -319,7 +319,8 @@ class NBodyNet(nn.Module):
             z, pos, batch, cell, pbc = (data.get(key) for key in ("z", "pos", "batch", "cell", "pbc"))
             if topology is None and data.get("num_parts_1") is not None:
                 topology = self.scheme.read(data)
-            given = self.scheme.inputs(data)  # bonds or labels that the data brings along
+            if topology is None:
+                given = self.scheme.inputs(data)  # bonds or labels that the data brings along
         self._species_index(z)  # names an unknown element before its mass is looked up
         if topology is None:
             topology = self.scheme.topology(z, pos, batch, cell, pbc, **given)

@@ -11,10 +11,12 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch_geometric.data import Data
 
+from nbody_pyg.hierarchy.mark import MARK
+
 
 def is_topology_key(key: str) -> bool:
-    """Whether :meth:`Topology.store` writes parts and edges under this key."""
-    return key.startswith(("num_parts_", "child_", "pair_", "centre_"))
+    """Whether a stored hierarchy has parts and edges, or the mark of what it was made for, under this key."""
+    return key == MARK or key.startswith(("num_parts_", "child_", "pair_", "centre_"))
 
 
 @dataclass(frozen=True, eq=False)
