@@ -9,12 +9,15 @@ from torch_geometric.data import Data
 
 #: Key of the mark on the data.
 MARK = "hierarchy_mark"
+#: What a mark says of the parts: they follow from positions; they were given or shared, and stay; they follow from
+#: positions by bonds, which are stored as well.
+FOUND, KEPT, FOUND_BONDS = 0, 1, 2
 # An odd number whose multiples spread small differences over all bits
 _SPREAD = -7046029254386353131
 
 
-def mark_of(data: Data, kept: bool | Tensor = False) -> Int[Tensor, "graphs 3"]:
-    """For each graph a number for its atoms in their order, one for positions and cell, and whether parts are kept.
+def mark_of(data: Data, kind: int | Tensor) -> Int[Tensor, "graphs 3"]:
+    """For each graph a number for its atoms in their order, one for positions and cell, and the kind of its parts.
 
     Sums of integers over the bits of all numbers: the same for a graph on its own and in a batch, on every device.
     """
@@ -36,7 +39,7 @@ def mark_of(data: Data, kept: bool | Tensor = False) -> Int[Tensor, "graphs 3"]:
     for values in lattice:
         bits = _bits(values).reshape(found.shape[0], -1)
         found[:, 1] += (bits * (2 * torch.arange(bits.shape[1], device=pos.device) + 1)).sum(dim=1)
-    last = torch.as_tensor(kept, dtype=torch.long, device=pos.device).expand(found.shape[0]).unsqueeze(1)
+    last = torch.as_tensor(kind, dtype=torch.long, device=pos.device).expand(found.shape[0]).unsqueeze(1)
     return torch.cat([found, last], dim=1)
 
 

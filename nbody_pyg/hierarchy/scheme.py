@@ -24,7 +24,7 @@ from nbody_pyg.geometry import (
     neighbour_list,
 )
 from nbody_pyg.hierarchy.levels import Hierarchy, Level
-from nbody_pyg.hierarchy.mark import MARK, mark_of
+from nbody_pyg.hierarchy.mark import FOUND, FOUND_BONDS, KEPT, MARK, mark_of
 from nbody_pyg.hierarchy.positions import child_vectors, tree_positions
 from nbody_pyg.hierarchy.topology import Topology
 from nbody_pyg.radial import vector_window
@@ -264,10 +264,13 @@ class Scheme(BaseTransform):
         Args:
             kept: the parts were given (bonds, a reference frame), and are to stay where positions change.
         """
+        before = data.get(MARK)
+        if before is not None and bool((before[:, 2] == FOUND_BONDS).any()):
+            del data["bonds"]  # those of earlier positions, or of another scheme
         topology.store(data)
         signed = self.signature
         data["scheme"] = [signed] * topology.num_graphs if isinstance(data, Batch) else signed
-        data[MARK] = mark_of(data, kept)
+        data[MARK] = mark_of(data, KEPT if kept else FOUND if topology.bonds is None else FOUND_BONDS)
         return data
 
     def read(self, data: Data) -> Topology:
@@ -304,7 +307,7 @@ class Scheme(BaseTransform):
     def _renewed(self, data: Data, mark: Tensor, now: Tensor) -> Topology:
         """The topology of data whose atoms, positions or cell are no longer those for which one was stored."""
         atoms = data.z, data.pos, data.get("batch"), data.get("cell"), data.get("pbc")
-        kept = mark[:, 2] != 0
+        kept = mark[:, 2] == KEPT
         if not bool(kept.any()):
             return self.topology(*atoms, **self.inputs(data))
         other = (kept & (mark[:, 0] != now[:, 0])).nonzero().flatten().tolist()
