@@ -507,9 +507,8 @@ def rounded_positions(
     """
     if torch.finfo(dtype).eps <= torch.finfo(pos.dtype).eps:
         return pos.to(dtype)
-    where = pos.detach()
     count = torch.bincount(batch)
-    mean = where.new_zeros(count.shape[0], 3).index_add(0, batch, where) / count.clamp(min=1).unsqueeze(-1)
+    mean = pos.new_zeros(count.shape[0], 3).index_add(0, batch, pos) / count.clamp(min=1).unsqueeze(-1)
     return (pos - mean.index_select(0, batch)).to(dtype)
 
 

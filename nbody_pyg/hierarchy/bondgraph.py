@@ -24,10 +24,7 @@ def covalent_bonds(atoms: AtomsInput, factor: float = BOND_FACTOR) -> Tensor:
     Raises:
         ValueError: an atom is bonded to an image of itself, or twice to the same atom (an endless network).
     """
-    from ase.data import covalent_radii
-
-    table = torch.from_numpy(np.asarray(covalent_radii, dtype=np.float64)).to(atoms.z.device)
-    radius = table[atoms.z]
+    radius = _covalent_radii(atoms.z)
     (source, target), shift = atoms.pairs(atoms.pos, atoms.batch, 2.0 * factor * float(radius.max()), parts=False)
     vec = (atoms.pos[source] - atoms.pos[target]).double()
     if shift is not None:
@@ -43,6 +40,31 @@ def covalent_bonds(atoms: AtomsInput, factor: float = BOND_FACTOR) -> Tensor:
         if loops.shape[1]:
             raise ValueError(_endless(int(loops[0, 0]), int(loops[1, 0])))
     return bonds
+
+
+def check_lengths(atoms: AtomsInput, bonds: Tensor) -> None:
+    """Raise ValueError where a bond is far longer than any bond: its atoms were moved apart, or renumbered."""
+    source, target = bonds
+    vec = (atoms.pos[source] - atoms.pos[target]).double()
+    if atoms.pbc is not None:
+        graph = atoms.batch[target]
+        step, _ = nearest_images(vec, graph, atoms.cell, atoms.pbc, _CLEAR)
+        vec = vec + torch.bmm(step.unsqueeze(1), atoms.cell.double()[graph]).squeeze(1)
+    radius = _covalent_radii(atoms.z)
+    torn = (vec.norm(dim=1) > _TORN * (radius[source] + radius[target])).nonzero().flatten().tolist()
+    if torn:
+        first, second = sorted(bonds[:, torn[0]].tolist())
+        raise ValueError(
+            f"bonds that were given or shared join atoms {first} and {second}, which are now "
+            f"{float(vec[torn[0]].norm()):.2f} angstrom apart: atoms were moved or reordered after the scheme was "
+            "applied; apply the scheme (or share_topology) afterwards"
+        )
+
+
+def _covalent_radii(z: Tensor) -> Tensor:
+    from ase.data import covalent_radii
+
+    return torch.from_numpy(np.asarray(covalent_radii, dtype=np.float64)).to(z.device)[z]
 
 
 def _one_bond_per_hydrogen(hydrogen: Tensor, source: Tensor, target: Tensor, ratio: Tensor) -> Tensor:
@@ -134,6 +156,8 @@ def fragment_labels(z: np.ndarray, bonds: np.ndarray) -> tuple[np.ndarray, np.nd
     return group, piece, components(num_atoms, source, target)
 
 
+#: No bond is this many times as long as the sum of its covalent radii.
+_TORN = 2.0
 #: A bond is refused when its next image is less than this many times as long: nothing says which one is meant.
 _CLEAR = 1.05
 

@@ -11,7 +11,8 @@ from torch import Tensor
 from torch_geometric.data import Data
 from torch_geometric.data.datapipes import functional_transform
 
-from nbody_pyg.hierarchy.bondgraph import BOND_FACTOR, covalent_bonds, fragment_labels, unwrap
+from nbody_pyg.hierarchy.bondgraph import BOND_FACTOR, check_lengths, covalent_bonds, fragment_labels, unwrap
+from nbody_pyg.hierarchy.mark import FOUND_BONDS, MARK
 from nbody_pyg.hierarchy.scheme import AtomsInput, LevelSpec, Scheme, check_radius, widen_pairs
 from nbody_pyg.hierarchy.topology import Topology, sort_edges
 
@@ -38,8 +39,8 @@ class BondTree(Scheme):
     Bonds: those given on the data under the key ``bonds_key`` ([2, M], any direction), otherwise pairs nearer
     than 1.3 times the sum of their covalent radii (Cordero et al. 2008). A hydrogen bonded to several heavy
     atoms keeps the relatively shortest bond; where two are equal (a bridge as in diborane) it keeps both and
-    is a group of its own. Ionic contacts within that distance count as bonds. The transform stores the bonds
-    it used, so a second pass over the same data keeps the tree.
+    is a group of its own. Ionic contacts within that distance count as bonds. Bonds that were given, and those of
+    a shared tree, stay where positions change after the transform; bonds that were found are found anew.
 
     The tree is the definition of the energy function: at another tree the same network has another energy. A
     bond that stretches past 1.3 radii in a hot frame would change it, so **give all frames of one trajectory
@@ -87,7 +88,14 @@ class BondTree(Scheme):
         )
 
     def inputs(self, data: Data) -> dict[str, Tensor]:
-        bonds = data.get(self.bonds_key)
+        bonds, mark = data.get(self.bonds_key), data.get(MARK)
+        if bonds is not None and mark is not None and self.bonds_key == "bonds":
+            # Bonds that the scheme has found and stored belong to the positions of then
+            found = mark[:, 2] == FOUND_BONDS
+            if bool(found.all()):
+                return {}
+            if bool(found.any()):
+                raise ValueError("bonds of a batch must be all given or all found; apply the scheme before batching")
         return {} if bonds is None else {"bonds": bonds}
 
     def topology(
@@ -170,6 +178,9 @@ class BondTree(Scheme):
         found = covalent_bonds(AtomsInput.check(z, pos, batch, cell, pbc))
         kept, now = ({(i, j) for i, j in bonds.t().tolist() if i < j} for bonds in (topology.bonds, found))
         return sorted(kept - now), sorted(now - kept)
+
+    def check_kept(self, topology: Topology, z: Tensor, pos: Tensor, *lattice: Tensor | None) -> None:
+        check_lengths(AtomsInput.check(z, pos, *lattice), topology.bonds)
 
     def widened(self, skin: float) -> BondTree:
         return widen_pairs(self, skin)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import warnings
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, ClassVar
@@ -23,6 +24,7 @@ from nbody_pyg.geometry import (
     neighbour_list,
 )
 from nbody_pyg.hierarchy.levels import Hierarchy, Level
+from nbody_pyg.hierarchy.mark import FOUND, FOUND_BONDS, KEPT, MARK, mark_of
 from nbody_pyg.hierarchy.positions import child_vectors, tree_positions
 from nbody_pyg.hierarchy.topology import Topology
 from nbody_pyg.radial import vector_window
@@ -313,28 +315,41 @@ class Scheme(BaseTransform):
                     "parts; rename it"
                 )
         out = data if isinstance(data, Batch) else AtomicData.from_data(data)
-        keys = ("z", "pos", "batch", "cell", "pbc")
-        topology = self.compose(*(out.get(key) for key in keys), count_graphs(out), **self.inputs(out))
+        given = self.inputs(out)
+        topology = self.compose(*(out.get(k) for k in ("z", "pos", "batch", "cell", "pbc")), count_graphs(out), **given)
         if fresh and topology.bonds is not None and getattr(self, "bonds_key", "") != "bonds" and "bonds" in data:
             raise ValueError(
                 f"data has the key 'bonds' of its own, under which {type(self).__name__} would store those it used; "
                 "rename it"
             )
-        return self.store(topology, out)
+        return self.store(topology, out, kept="bonds" in given)
 
-    def store(self, topology: Topology, data: Data) -> Data:
-        """Write ``topology`` on ``data`` in place, signed with the name and arguments of this scheme."""
+    def store(self, topology: Topology, data: Data, kept: bool = False) -> Data:
+        """Write ``topology`` on ``data`` in place, signed with the name and arguments of this scheme.
+
+        Args:
+            kept: the parts were given (bonds, a reference frame), and are to stay where positions change.
+        """
+        before = data.get(MARK)
+        if before is not None and bool((before[:, 2] == FOUND_BONDS).any()):
+            del data["bonds"]  # those of earlier positions, or of another scheme
         topology.store(data)
         signed = self.signature
         data["scheme"] = [signed] * topology.num_graphs if isinstance(data, Batch) else signed
+        data[MARK] = mark_of(data, KEPT if kept else FOUND if topology.bonds is None else FOUND_BONDS)
         return data
 
     def read(self, data: Data) -> Topology:
         """The topology stored on ``data``, which must be of this very scheme; cheap, for every step.
 
+        It belongs to the atoms, positions and cell at which it was stored. Where these have changed since, it is made
+        anew, as :meth:`topology` would make it; parts that were given or shared are kept, and what depends on positions
+        is made anew (:meth:`update`). Costs a dozen small operations on integers, O(atoms).
+
         Raises:
             ValueError: no hierarchy, or that of another scheme or of other radii (its windows would then cut
-                where the neighbour lists do not end, and the energy would jump).
+                where the neighbour lists do not end, and the energy would jump); parts that were given or shared for
+                other atoms, or for atoms in another order.
         """
         signed = data.get("scheme")
         for found in {signed} if isinstance(signed, str) else set(signed or ()):
@@ -343,7 +358,41 @@ class Scheme(BaseTransform):
                     f"data must hold the hierarchy of {self!r}, but holds that of {found}; apply the "
                     "scheme of the model to the data (model.scheme is a transform)"
                 )
-        return Topology.from_data(data)
+        mark = data.get(MARK)
+        if mark is None:
+            if signed is not None:
+                warnings.warn(
+                    "the hierarchy on the data was stored by an earlier version, which did not note its positions; "
+                    "it is used unchecked. Apply the scheme again (delete processed files of a dataset)",
+                    stacklevel=2,
+                )
+            return Topology.from_data(data)
+        now = mark_of(data, mark[:, 2])
+        return Topology.from_data(data) if torch.equal(now, mark) else self._renewed(data, mark, now)
+
+    def _renewed(self, data: Data, mark: Tensor, now: Tensor) -> Topology:
+        """The topology of data whose atoms, positions or cell are no longer those for which one was stored."""
+        atoms = data.z, data.pos, data.get("batch"), data.get("cell"), data.get("pbc")
+        kept = mark[:, 2] == KEPT
+        if not bool(kept.any()):
+            return self.compose(*atoms, count_graphs(data), **self.inputs(data))
+        other = (kept & (mark[:, 0] != now[:, 0])).nonzero().flatten().tolist()
+        if other:
+            raise ValueError(
+                f"data must hold the atoms for which its parts were given or shared, but graph {other[0]} has others, "
+                "or in another order; apply the scheme (or share_topology) after whatever removes or reorders atoms"
+            )
+        if not bool(kept.all()):
+            raise ValueError(
+                "positions have changed since hierarchies were stored, in a batch in which some have parts that were "
+                "given or shared, and others have not; apply the scheme after whatever changes positions"
+            )
+        topology = Topology.from_data(data)
+        self.check_kept(topology, *atoms)
+        return self.update(topology, *atoms)
+
+    def check_kept(self, topology: Topology, z: Tensor, pos: Tensor, *lattice: Tensor | None) -> None:
+        """Raise ValueError where parts that were kept can hardly be those of these positions; by default never."""
 
     @cached_property
     def signature(self) -> str:
