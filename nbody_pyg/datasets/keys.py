@@ -126,7 +126,8 @@ def _differ(one: Mapping[int, np.ndarray], other: Mapping[int, np.ndarray]) -> i
     """The first frame in which both have a value and the values differ by more than rounding."""
     for number in sorted(one.keys() & other.keys()):
         a, b = one[number], other[number]
-        if a.shape != b.shape or not np.allclose(a, b, rtol=1e-3 if a.shape[-2:] == (3, 3) else 1e-8, atol=1e-5):
+        rtol = 1e-3 if a.shape[-2:] == (3, 3) else 1e-8
+        if a.shape != b.shape or not np.allclose(a, b, rtol=rtol, atol=1e-5, equal_nan=True):
             return number
     return None
 

@@ -57,6 +57,14 @@ def aligned(label: Tensor, like: Tensor, name: str) -> Tensor:
     )
 
 
+def has_stress(batch: Data) -> bool:
+    """Whether a batch has labels of the stress and a periodic system: open ones alone have no cell to strain."""
+    if "stress" not in batch:
+        return False
+    periodic = batch.get("cell") if batch.get("pbc") is None else batch.pbc
+    return periodic is not None and bool(periodic.any())
+
+
 def uniform(frames: Sequence[Data], labels: Mapping[str, Shape]) -> Sequence[Data]:
     """Frames with the same keys, as mini-batches need them; those given where they have them already.
 
