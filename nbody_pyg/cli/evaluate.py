@@ -150,10 +150,10 @@ def _evaluate(potential: Potential | PropertyModel, data: EvaluationSet, path: s
     """Predictions for all frames that the model takes."""
 
     def run(frames: Sequence[Data]) -> Evaluation | PropertyEvaluation:
+        frames = with_reference(frames, path, getattr(potential.model, "scheme", None))
         if isinstance(potential, PropertyModel):
             return evaluate_properties(potential, frames, args.batch_size, args.device)
-        scheme = getattr(potential.model, "scheme", None)
-        return predict(potential, with_reference(frames, path, scheme), args.batch_size, args.device)
+        return predict(potential, frames, args.batch_size, args.device)
 
     frames, found, odd = _without_odd(data.frames, run)
     return Result(frames, found, data.odd | odd)

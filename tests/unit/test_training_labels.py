@@ -283,7 +283,7 @@ def test_periodic_and_open_frames_in_one_batch():
         loss = trained.training_step(loader.batch(order))
         loss.backward()
         gradients = [p.grad for p in trained.parameters() if p.grad is not None]
-        assert float(loss) > 0 and all(bool(g.isfinite().all()) for g in gradients)
+        assert loss.item() > 0 and all(bool(g.isfinite().all()) for g in gradients)
 
 
 def test_a_hierarchy_on_some_of_the_frames_only_is_refused():
