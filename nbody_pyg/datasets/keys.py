@@ -71,6 +71,16 @@ def choose_keys(
                 )
             notes.append(f"{name}: {label} is read from {keys[label][0]!r}; {key!r} holds other values")
     _check_families(keys, found, given, name, notes)
+    for label, other in (("energy", "forces"), ("forces", "energy")):
+        mate = given.get(label, "").replace(label, other)
+        if other in given or mate == given.get(label, "") or mate in known[other]:
+            continue
+        values = _found(systems, stores, other, [mate], units).get(mate)
+        if values and found[other] and _differ(values, found[other][keys[other][0]]) is not None:
+            raise ValueError(
+                f"{label} of {name} is read from {given[label]!r}, and {other} would be from {keys[other][0]!r}, but "
+                f"{mate!r} holds others, which seem to belong to it; give {other}_key"
+            )
     return keys, notes
 
 

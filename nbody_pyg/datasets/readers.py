@@ -109,18 +109,6 @@ def frames_of(
     for label, key in given.items():
         if key not in available:
             raise ValueError(f"{label}_key {key!r} is in no frame of {name!r}; {nearest(key, available)}")
-    for label, other in (("energy", "forces"), ("forces", "energy")):
-        mate = given.get(label, "").replace(label, other)
-        if (
-            mate != given.get(label, "")
-            and mate in available
-            and mate not in DEFAULT_KEYS[other]
-            and other not in given
-        ):
-            raise ValueError(
-                f"{label}_key {given[label]!r} was given without {other}_key, but {name!r} holds {mate!r}, which seems "
-                f"to belong to it; give {other}_key too"
-            )
     keys, notes = choose_keys(systems, stores, DEFAULT_KEYS, given, units, Path(name).name)
     frames, sources, odd = [], {}, {}
     for number, atoms in enumerate(systems):

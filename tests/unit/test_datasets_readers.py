@@ -269,7 +269,9 @@ def test_energy_and_forces_are_of_one_family(write):
     assert "forces" in same[0]
     atoms = labelled("dft_energy", -4.0, energy=-1.0, forces=FORCES)
     atoms.arrays["dft_forces"] = 2 * FORCES
-    with pytest.raises(ValueError, match=r"without forces_key, but .* holds 'dft_forces'"):
+    with pytest.raises(
+        ValueError, match=r"forces would be from 'forces', but 'dft_forces' holds others.*give forces_key"
+    ):
         read_frames(write([atoms]), energy_key="dft_energy")
     atoms = labelled("REF_energy", -4.0, energy=-1.0)
     atoms.arrays["REF_forces"] = FORCES
