@@ -190,7 +190,8 @@ def targets(
     train, val = uniform(train, shapes), uniform(val, shapes)
     monitor = None
     if len(val):
-        order = [*learned, *(label for label in shapes if label not in learned)]
+        # Validation computes energy and forces in any case, a stress only where it is learned.
+        order = [*learned, *(label for label in shapes if label not in (*learned, "stress"))]
         known = [label for label in order if any(has_label(frame, label) for frame in val)]
         monitor = f"val_{known[0]}_mae" if known else None
         if not known:
@@ -203,8 +204,11 @@ def targets(
 def _share(frames: Sequence[Data], label: str) -> float:
     """Share of the rows of a label that are known."""
     known = total = 0
-    for frame in frames:
-        rows = ~frame[label].reshape(len(frame[label]), -1).isnan().any(dim=1)
+    for place, frame in enumerate(frames):
+        values = frame[label].reshape(len(frame[label]), -1)
+        if bool(values.isinf().any()):
+            raise ValueError(f"{label} of {listed(frames, [place])} holds infinite values; remove the frame")
+        rows = ~values.isnan().any(dim=1)
         known, total = known + int(rows.sum()), total + len(rows)
     return known / total
 

@@ -386,3 +386,4 @@ def test_a_database_of_schnetpack_names_its_units(tmp_path):
         }  # fmt: skip
     with pytest.raises(ValueError, match=r"forces of s.db are in Hartree/Bohr, which is not Ha/angstrom"):
         read_frames(path)
+    assert read_frames(path, units="eV")[0].energy.item() == -2.0
