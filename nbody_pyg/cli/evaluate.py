@@ -26,7 +26,7 @@ from nbody_pyg.datasets import embedded, label_audit, read_frames
 from nbody_pyg.datasets.frames import Frames, has_label
 from nbody_pyg.datasets.keys import LEVELLED, levels_apart
 from nbody_pyg.datasets.readers import DEFAULT_KEYS, frames_of
-from nbody_pyg.datasets.systems import read_systems
+from nbody_pyg.datasets.systems import named_units, read_systems
 from nbody_pyg.deploy import load_model, with_reference
 from nbody_pyg.potential import Potential
 from nbody_pyg.properties import PropertyModel
@@ -144,8 +144,8 @@ def _read(path: str, args: argparse.Namespace) -> EvaluationSet:
         else:
             frames = read_frames(path, units=args.units, **{f"{label}_key": key for label, key in keys.items()})
         return EvaluationSet(frames, len(frames))
-    systems, named = read_systems(path)
-    frames, odd = frames_of(systems, path, keys, args.units or named)
+    systems, metadata = read_systems(path)
+    frames, odd = frames_of(systems, path, keys, args.units or named_units(metadata, path))
     if not frames:
         raise ValueError(odd[0])
     return EvaluationSet(frames, len(systems), systems, odd)
@@ -155,10 +155,10 @@ def _evaluate(potential: Potential | PropertyModel, data: EvaluationSet, path: s
     """Predictions for all frames that the model takes."""
 
     def run(frames: Sequence[Data]) -> Evaluation | PropertyEvaluation:
+        frames = with_reference(frames, path, getattr(potential.model, "scheme", None))
         if isinstance(potential, PropertyModel):
             return evaluate_properties(potential, frames, args.batch_size, args.device)
-        scheme = getattr(potential.model, "scheme", None)
-        return predict(potential, with_reference(frames, path, scheme), args.batch_size, args.device)
+        return predict(potential, frames, args.batch_size, args.device)
 
     frames, found, odd = _without_odd(data.frames, run)
     return Result(frames, found, data.odd | odd)

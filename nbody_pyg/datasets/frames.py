@@ -27,6 +27,7 @@ LABEL_SHAPES: Mapping[str, tuple[int | str, ...]] = {
     "charges": ("N",),
     "spin": (1,),
 }
+_FLOATS = (torch.float32, torch.float64)
 VOIGT = [0, 5, 4, 5, 1, 3, 4, 3, 2]  # xx, yy, zz, yz, xz, xy to a full matrix
 
 
@@ -126,14 +127,14 @@ def shaped_label(
     Raises: ValueError: another shape, or no numbers.
     """
     wanted = tuple(num_atoms if size == "N" else int(size) for size in shape or LABEL_SHAPES[label])
-    if isinstance(value, Tensor) and tuple(value.shape) == wanted and value.is_floating_point():
+    if isinstance(value, Tensor) and tuple(value.shape) == wanted and value.dtype in _FLOATS:
         return value
     try:
         # A float32 or float64 label keeps its type; whole numbers and half precision are too coarse to subtract.
         value = value if isinstance(value, Tensor) else torch.from_numpy(np.array(value, dtype=np.float64))
     except (TypeError, ValueError):
         raise ValueError(f"{where} must hold numbers for {label}, got {value!r}") from None
-    value = value if value.dtype in (torch.float32, torch.float64) else value.double()
+    value = value if value.dtype in _FLOATS else value.double()
     found = value
     if wanted[-2:] == (3, 3) and label != "forces" and value.numel() == 6 and value.squeeze().dim() == 1:
         value = value.reshape(6)[VOIGT]

@@ -71,6 +71,16 @@ def choose_keys(
                 )
             notes.append(f"{name}: {label} is read from {keys[label][0]!r}; {key!r} holds other values")
     _check_families(keys, found, given, name, notes)
+    for label, other in (("energy", "forces"), ("forces", "energy")):
+        mate = given.get(label, "").replace(label, other)
+        if other in given or mate == given.get(label, "") or mate in known[other]:
+            continue
+        values = _found(systems, stores, other, [mate], units).get(mate)
+        if values and found[other] and _differ(values, found[other][keys[other][0]]) is not None:
+            raise ValueError(
+                f"{label} of {name} is read from {given[label]!r}, and {other} would be from {keys[other][0]!r}, but "
+                f"{mate!r} holds others, which seem to belong to it; give {other}_key"
+            )
     return keys, notes
 
 
@@ -126,7 +136,8 @@ def _differ(one: Mapping[int, np.ndarray], other: Mapping[int, np.ndarray]) -> i
     """The first frame in which both have a value and the values differ by more than rounding."""
     for number in sorted(one.keys() & other.keys()):
         a, b = one[number], other[number]
-        if a.shape != b.shape or not np.allclose(a, b, rtol=1e-3 if a.shape[-2:] == (3, 3) else 1e-8, atol=1e-5):
+        rtol = 1e-3 if a.shape[-2:] == (3, 3) else 1e-8
+        if a.shape != b.shape or not np.allclose(a, b, rtol=rtol, atol=1e-5, equal_nan=True):
             return number
     return None
 

@@ -12,7 +12,7 @@ from nbody_pyg.data import AtomicData, complete_states, electronic_state_of
 from nbody_pyg.datasets.arrays import read_npz
 from nbody_pyg.datasets.frames import Frames, check_frame, nearest, shaped_label
 from nbody_pyg.datasets.keys import Stores, choose_keys, is_virial, stores_of, volume_of
-from nbody_pyg.datasets.systems import as_slice, read_systems
+from nbody_pyg.datasets.systems import as_slice, named_units, read_systems
 from nbody_pyg.units import STRESS_UNITS, Units
 
 # Tried in this order. The REF_ names come first because ASE (>= 3.23) claims the plain ones for its
@@ -88,8 +88,10 @@ def read_frames(
         frames = read_npz(path, energy_key=energy_key, forces_key=forces_key, stress_key=stress_key,
                           dipole_key=dipole_key, units=units)  # fmt: skip
         return frames[as_slice(index)]
-    systems, named = read_systems(path, index, file_format)
-    frames, odd = frames_of(systems, path, {k: v for k, v in given.items() if v}, units or named)
+    systems, metadata = read_systems(path, index, file_format)
+    frames, odd = frames_of(
+        systems, path, {k: v for k, v in given.items() if v}, units or named_units(metadata, path.name)
+    )
     if odd:
         first, *more = sorted(odd)
         others = ", ".join(str(number) for number in more[:20]) + (", ..." if len(more) > 20 else "")
@@ -113,18 +115,6 @@ def frames_of(
     for label, key in given.items():
         if key not in available:
             raise ValueError(f"{label}_key {key!r} is in no frame of {name!r}; {nearest(key, available)}")
-    for label, other in (("energy", "forces"), ("forces", "energy")):
-        mate = given.get(label, "").replace(label, other)
-        if (
-            mate != given.get(label, "")
-            and mate in available
-            and mate not in DEFAULT_KEYS[other]
-            and other not in given
-        ):
-            raise ValueError(
-                f"{label}_key {given[label]!r} was given without {other}_key, but {name!r} holds {mate!r}, which seems "
-                f"to belong to it; give {other}_key too"
-            )
     keys, notes = choose_keys(systems, stores, DEFAULT_KEYS, given, units, Path(name).name)
     frames, sources, odd = [], {}, {}
     for number, atoms in enumerate(systems):

@@ -89,18 +89,16 @@ def _usual(energies: np.ndarray, counts: np.ndarray) -> np.ndarray:
     A single wrong energy of 1e5 eV would move the references of all frames.
     """
     usual = np.ones(len(energies), dtype=bool)
-    per_atom = energies / counts.sum(axis=1)
-    for _ in range(5):
-        values = np.linalg.lstsq(counts[usual], energies[usual], rcond=1e-10)[0]
-        left = per_atom - counts @ values / counts.sum(axis=1)
-        distance = np.abs(left - np.median(left[usual]))
-        limit = max(_LARGE, 30.0 * float(np.median(distance[usual])))
-        worst = float(distance[usual].max())
-        if worst <= limit:
-            break
-        # The worst first: it may have moved the others.
-        usual &= distance < max(limit, 0.5 * worst)
-    return usual
+    atoms = counts.sum(axis=1)
+    weight = usual / atoms
+    for step in range(30):  # towards the smallest sum of absolute errors per atom, which a few wrong ones do not move
+        values = np.linalg.lstsq(counts * weight[:, None], energies * weight, rcond=1e-10)[0]
+        left = np.abs(energies - counts @ values) / atoms
+        if step == 0 and left.max() <= _LARGE:
+            return usual
+        weight = 1.0 / (atoms * np.sqrt(np.maximum(left, 1e-3)))
+    far = left > max(_LARGE, 30.0 * float(np.median(left)))
+    return usual if far.all() else ~far
 
 
 def _mean_per_atom(energies: np.ndarray, counts: np.ndarray) -> float:

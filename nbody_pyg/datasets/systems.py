@@ -21,8 +21,8 @@ _MARKS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF16_LE: "utf-16", codecs.BO
 
 def read_systems(
     path: str | Path, index: str | slice = ":", file_format: str | None = None
-) -> tuple[list[Atoms], Units | None]:
-    """The systems of a file, and the units that it names (an ASE database of SchNetPack does).
+) -> tuple[list[Atoms], Mapping[str, Any]]:
+    """The systems of a file, and the metadata that an ASE database has; see :func:`named_units`.
 
     Args:
         path: any file that ASE reads. ``@`` is a letter of the name like any other.
@@ -36,12 +36,12 @@ def read_systems(
     path, chosen = Path(path), as_slice(index)
     if not path.exists():
         raise FileNotFoundError(f"path {str(path)!r} does not exist; give the file with the frames")
-    units = None
+    metadata: Mapping[str, Any] = {}
     try:
         if path.is_file() and path.stat().st_size == 0:
             systems = []
         elif file_format in ("db", "json") or (file_format is None and path.suffix in (".db", ".json")):
-            systems, units = _read_database(path)
+            systems, metadata = _read_database(path)
             systems = systems[chosen]
         else:
             source, known = _without_mark(path, file_format)
@@ -53,7 +53,7 @@ def read_systems(
         ) from error
     if not systems:
         raise ValueError(f"path {str(path)!r} holds no frame (index {index!r}); give a file with at least one")
-    return systems, units
+    return systems, metadata
 
 
 def as_slice(index: str | slice) -> slice:
@@ -82,29 +82,32 @@ def _without_mark(path: Path, file_format: str | None) -> tuple[Any, str | None]
     return io.StringIO(text, newline=None), file_format or filetype(str(path).removesuffix(".gz"), read=False)
 
 
-def _read_database(path: Path) -> tuple[list[Atoms], Units | None]:
-    """Systems of an ASE database, with key-value pairs and data of each row in ``info``."""
+def _read_database(path: Path) -> tuple[list[Atoms], Mapping[str, Any]]:
+    """Metadata and systems of an ASE database, with key-value pairs and data of each row in ``info``."""
     systems = []
     with connect(path, serial=True) as database:
         for row in database.select():
             atoms = row.toatoms()
             atoms.info |= {**dict(row.data or {}), **row.key_value_pairs}
             systems.append(atoms)
-        return systems, _named_units(database.metadata, path.name)
+        return systems, database.metadata
 
 
-def _named_units(metadata: Mapping[str, Any], name: str) -> Units | None:
-    """Units as SchNetPack writes them into the metadata of a database."""
+def named_units(metadata: Mapping[str, Any], name: str) -> Units:
+    """Units as SchNetPack writes them into the metadata of a database; ours where nothing is said.
+
+    Raises: ValueError: an unknown unit, or forces that are not in the units of energy over length.
+    """
     named = metadata.get("_property_unit_dict")
     if not isinstance(named, Mapping):
-        return None
+        return Units()
     words = {"length": metadata.get("_distance_unit")} | {key: named.get(key) for key in ("energy", "dipole", "stress")}
     units = Units.parse({key: str(word) for key, word in words.items() if word})
     if named.get("forces"):
         energy, _, length = str(named["forces"]).rpartition("/")
         if Units(energy, length).forces_factor != units.forces_factor:
             raise ValueError(
-                f"forces of {name} are in {named['forces']}, which is not {units.energy}/{units.length}; give units "
-                "and one label at a time, or convert the file"
+                f"forces of {name} are in {named['forces']}, which is not {units.energy}/{units.length}; convert "
+                "the file to one system of units and give units"
             )
     return units

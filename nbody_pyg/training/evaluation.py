@@ -11,7 +11,7 @@ from torch import Tensor
 from torch_geometric.data import Data
 
 from nbody_pyg.potential import Potential, model_frames
-from nbody_pyg.training.labels import label_shapes, uniform
+from nbody_pyg.training.labels import has_stress, label_shapes, uniform
 from nbody_pyg.training.loader import FrameLoader
 from nbody_pyg.training.metrics import ErrorMeter
 
@@ -21,7 +21,7 @@ class Evaluation:
     """Predictions in the order of the frames, float64, and their errors (see :class:`ErrorMeter` for units).
 
     ``energy`` [num_frames] eV, ``forces`` one [num_atoms, 3] eV/angstrom per frame, ``stress``
-    [num_frames, 3, 3] eV/angstrom^3 (NaN for open systems) or None.
+    [num_frames, 3, 3] eV/angstrom^3 (NaN where a system has no volume) or None.
     """
 
     errors: dict[str, float]
@@ -46,10 +46,9 @@ def evaluate(
     """
     frames = model_frames(potential.model, frames, getattr(frames, "name", "") or "frames")
     meter, energy, forces, stress = ErrorMeter(device), [], [], []
+    solid = torch.tensor([_has_volume(frame) for frame in frames])
     for batch in FrameLoader(uniform(frames, label_shapes(potential)), batch_size, device=device, rank=0, world=1):
-        # A batch of open systems alone has no cell to strain.
-        strained = "stress" in batch and batch.get("pbc", batch.get("cell")) is not None
-        strained = strained and bool((batch.cell if batch.get("pbc") is None else batch.pbc).any())
+        strained = has_stress(batch)
         result = potential(batch, compute_forces=compute_forces, compute_stress=strained)
         meter.update(result, batch)
         energy.append(result["energy"].cpu())
@@ -57,9 +56,16 @@ def evaluate(
         if compute_forces:
             forces.extend(result["forces"].double().cpu().split(per_frame))
         if "stress" in batch:
-            found = torch.full((batch.num_graphs, 3, 3), math.nan, dtype=torch.float64)
-            if strained:
-                periodic = batch.pbc.any(dim=1).cpu() if batch.get("pbc") is not None else slice(None)
-                found[periodic] = result["stress"].double().cpu()[periodic]
+            found = result["stress"].double().cpu() if strained else torch.zeros(batch.num_graphs, 3, 3).double()
             stress.append(found)
+    if stress:
+        stress = [torch.cat(stress).masked_fill(~solid.reshape(-1, 1, 1), math.nan)]
     return Evaluation(meter.compute(), torch.cat(energy), forces, torch.cat(stress) if stress else None)
+
+
+def _has_volume(frame: Data) -> bool:
+    """Whether a stress has a meaning: a periodic system whose cell has a volume, unlike some slabs and wires."""
+    cell, pbc = frame.get("cell"), frame.get("pbc")
+    if cell is None or (pbc is not None and not bool(pbc.any())):
+        return False
+    return bool(torch.linalg.det(cell.double()).abs().max() > 1e-8)

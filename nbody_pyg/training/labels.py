@@ -60,6 +60,14 @@ def aligned(label: Tensor, like: Tensor, name: str) -> Tensor:
     )
 
 
+def has_stress(batch: Data) -> bool:
+    """Whether a batch has labels of the stress and a periodic system: open ones alone have no cell to strain."""
+    if "stress" not in batch:
+        return False
+    periodic = batch.get("cell") if batch.get("pbc") is None else batch.pbc
+    return periodic is not None and bool(periodic.any())
+
+
 def uniform(frames: Sequence[Data], labels: Mapping[str, Shape]) -> Sequence[Data]:
     """Frames with the same keys, as mini-batches need them; those given where they have them already.
 
@@ -185,7 +193,8 @@ def targets(
     train, val = uniform(train, shapes), uniform(val, shapes)
     monitor = None
     if len(val):
-        order = [*learned, *(label for label in shapes if label not in learned)]
+        # Validation computes energy and forces in any case, a stress only where it is learned.
+        order = [*learned, *(label for label in shapes if label not in (*learned, "stress"))]
         known = [label for label in order if any(has_label(frame, label) for frame in val)]
         monitor = f"{known[0]}_mae" if known else None
         if not known:
@@ -198,8 +207,11 @@ def targets(
 def _share(frames: Sequence[Data], label: str) -> float:
     """Share of the rows of a label that are known."""
     known = total = 0
-    for frame in frames:
-        rows = ~frame[label].reshape(len(frame[label]), -1).isnan().any(dim=1)
+    for place, frame in enumerate(frames):
+        values = frame[label].reshape(len(frame[label]), -1)
+        if bool(values.isinf().any()):
+            raise ValueError(f"{label} of {listed(frames, [place])} holds infinite values; remove the frame")
+        rows = ~values.isnan().any(dim=1)
         known, total = known + int(rows.sum()), total + len(rows)
     return known / total
 

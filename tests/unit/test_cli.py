@@ -12,14 +12,20 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from ase import Atoms
+from ase.build import bulk, fcc111
+from ase.calculators.singlepoint import SinglePointCalculator
+from ase.constraints import FixAtoms
 from ase.io import read, write
 from matplotlib import image
 
 from nbody_pyg import NBodyNet, NestedShells
 from nbody_pyg.cli import main
 from nbody_pyg.cli.tables import error_table, table
+from nbody_pyg.data import AtomicData
 from nbody_pyg.datasets import embedded
 from nbody_pyg.deploy import FORMAT_VERSION, load_model, read_metadata, save_model
 from nbody_pyg.kernels import backend
@@ -264,3 +270,205 @@ def test_table_is_aligned():
     text = table(["name", "value"], [("a", 1.0), ("long", 123.456), ("none", None)]).splitlines()
     assert text == ["name   value", "----  ------", "a       1.00", "long  123.46", "none       -"]
     assert error_table({("m", "s"): {"energy_mae": 1.0}}).splitlines()[0].startswith("set  E MAE meV")
+
+
+# -- labels and frames of every kind ------------------------------------------------------------------------
+SHORT = ["--model.channels", "4", "--model.lmax", "1", "--model.scheme.radii", "[4.0]", "--training.max_steps", "4",
+         "--training.validate_every", "2", "--output.plot", "false"]  # fmt: skip
+
+
+def ethanol(count: int) -> list[Atoms]:
+    return [frame.to_ase() for frame in embedded("ethanol")[:count]]
+
+
+def test_evaluate_files_and_models_of_the_same_name(folder, tmp_path, capsys):
+    model, atoms = (folder / "model.nbody").read_bytes(), ethanol(5)
+    paths = []
+    for name, part in (("300K/test.xyz", atoms[:2]), ("600K/test.xyz", atoms[2:]), ("300K_test.xyz", atoms[:1])):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        write(tmp_path / name, part)
+        paths.append(str(tmp_path / name))
+    models = [tmp_path / "a/run/model.nbody", tmp_path / "b/run/model.nbody"]
+    for path in models:
+        path.parent.mkdir(parents=True)
+        path.write_bytes(model)
+    words = ["evaluate", *map(str, models), *paths, "--no-plot", "--out", str(tmp_path / "out")]
+    assert main(words) == 0
+    record = json.loads((tmp_path / "out/errors.json").read_text())
+    assert [(r["model"], r["set"], r["frames"]) for r in record] == [
+        (f"{x}/run/model", name, count)
+        for x in "ab" for name, count in (("300K/test", 2), ("600K/test", 3), ("300K_test", 1))
+    ]  # fmt: skip
+    files = [r["predictions"] for r in record]
+    assert len({name.lower() for name in files}) == 6 and not any("/" in name for name in files)
+    for r in record:
+        assert len(read(tmp_path / "out" / r["predictions"], ":")) == r["frames"]
+    assert "300K/test" in capsys.readouterr().out
+    assert main(["evaluate", str(models[0]), paths[0], paths[0], "--out", str(tmp_path / "twice")]) == 1
+    assert "is named twice" in capsys.readouterr().err
+
+
+def test_evaluate_writes_over_none_of_its_inputs(folder, tmp_path, capsys):
+    for name in ("t.xyz", "t_predictions.xyz"):
+        write(tmp_path / name, ethanol(2))
+    before = (tmp_path / "t_predictions.xyz").read_bytes()
+    words = [str(tmp_path / "t.xyz"), str(tmp_path / "t_predictions.xyz"), "--no-plot", "--out", str(tmp_path)]
+    assert main(["evaluate", str(folder / "model.nbody"), *words]) == 1
+    assert "t_predictions.xyz" in capsys.readouterr().err
+    assert (tmp_path / "t_predictions.xyz").read_bytes() == before
+
+
+def test_predictions_keep_what_the_frames_held_and_odd_frames_are_named(folder, tmp_path, capsys):
+    atoms = ethanol(6)
+    for n, each in enumerate(atoms):
+        each.info |= {"config_type": f"set{n}", "note": "a b"}
+        each.arrays["site"] = np.arange(9)
+        each.set_tags(range(9))
+        each.set_constraint(FixAtoms([0, 3]))
+    atoms[2].numbers[4] = 7  # unknown to the model
+    atoms[3].positions[1] = np.nan
+    atoms[4].calc = None
+    path = tmp_path / "run@300K.xyz"
+    write(path, atoms, format="extxyz")
+    out = tmp_path / "out"
+    assert main(["evaluate", str(folder / "model.nbody"), str(path), "--out", str(out)]) == 3
+    told = capsys.readouterr().err
+    assert re.search(r"left out: frame 2 of run@300K.xyz: z must hold elements of this model", told)
+    assert re.search(r"left out: frame 3 of run@300K.xyz: pos of atom 1 is nan", told)
+    assert "errors over 4 of 6 frames" in told
+    (record,) = json.loads((out / "errors.json").read_text())
+    assert record["left_out"] == [2, 3] and record["frames"] == 4 and record["forces_mae"] > 0
+    found = read(out / record["predictions"], ":", do_not_split_by_at_sign=True)
+    potential = load_model(folder / "model.nbody")
+    for n, (ours, given) in enumerate(zip(found, atoms, strict=True)):
+        assert ours.info["config_type"] == f"set{n}" and ours.info["note"] == "a b"
+        assert ours.arrays["site"].tolist() == ours.get_tags().tolist() == list(range(9))
+        assert ours.constraints[0].index.tolist() == [0, 3]
+        assert ("REF_energy" in ours.info) is (n not in (3, 4))
+        if n in (2, 3):
+            assert ours.calc is None and ours.info["left_out"]
+            continue
+        energy = float(potential(AtomicData.from_ase(given, labels=False))["energy"])
+        assert ours.get_potential_energy() == pytest.approx(energy, abs=1e-4) and energy < -1
+
+
+def test_a_file_in_which_no_frame_can_be_read_is_an_error(folder, tmp_path, capsys):
+    atoms = ethanol(2)
+    for each in atoms:
+        each.positions[0] = np.nan
+    write(tmp_path / "t.xyz", atoms)
+    assert main(["evaluate", str(folder / "model.nbody"), str(tmp_path / "t.xyz"), "--out", str(tmp_path / "o")]) == 1
+    assert "frame 0 of t.xyz: pos of atom 0 is nan" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("form", ["nan", "absent"])
+def test_train_on_partly_labelled_frames(tmp_path, capsys, form):
+    atoms = ethanol(16)
+    for each in atoms[:5]:
+        del each.calc.results["forces"]
+        if form == "nan":
+            each.calc.results["forces"] = np.full((9, 3), np.nan)
+    write(tmp_path / "p.xyz", atoms)
+    words = ["--data.train", str(tmp_path / "p.xyz"), "--data.num_val", "4", "--output.folder", str(tmp_path / "run")]
+    assert main(["train", *words, *SHORT]) == 0
+    out = capsys.readouterr().out
+    counts = {tuple(line.split()[:2]): line.split()[3] for line in out.splitlines() if "results[" in line}
+    assert counts["train", "energy"] == "12/12"
+    known = [int(counts[title, "forces"].split("/")[0]) for title in ("train", "val")]
+    assert sum(known) == 11 and known[0] > 0
+    errors = json.loads((tmp_path / "run/errors.json").read_text())["val"]
+    assert errors["energy_mae"] > 0 and errors["forces_mae"] > 0
+
+
+def test_train_names_keys_that_look_like_labels(tmp_path, capsys):
+    atoms = ethanol(8)
+    for each in atoms:
+        each.arrays["forces_dft"] = each.get_forces()
+        energy = each.get_potential_energy()
+        each.calc = None
+        each.info["REF_energy"] = energy
+    write(tmp_path / "p.xyz", atoms)
+    words = ["train", "--data.train", str(tmp_path / "p.xyz"), *SHORT, "--output.folder", str(tmp_path / "run")]
+    assert main(words) == 1
+    told = capsys.readouterr()
+    assert "but the file holds 'forces_dft'; name one with forces_key" in told.out
+    assert "did you mean 'forces_dft'" in told.err
+    assert main([*words, "--data.forces_key", "forces_dft"]) == 0
+
+
+@pytest.mark.parametrize("name", ["val", "train"])
+def test_a_test_set_may_not_take_the_name_of_another_set(tmp_path, capsys, name):
+    write(tmp_path / "p.xyz", ethanol(8))
+    path = str(tmp_path / "p.xyz")
+    assert main(["train", "--data.train", path, "--data.test", f"{{{name}: {path}}}", *SHORT]) == 1
+    assert f"data.test must not name a set '{name}'" in capsys.readouterr().err
+
+
+def test_train_does_not_mix_levels_of_theory_across_files(tmp_path, capsys):
+    atoms = ethanol(12)
+    write(tmp_path / "train.xyz", atoms)
+    for each in atoms:
+        each.info["REF_energy"], each.arrays["REF_forces"] = each.get_potential_energy() - 3.0, each.get_forces()
+        each.calc = None
+    write(tmp_path / "val.xyz", atoms[:4])
+    words = ["--data.train", str(tmp_path / "train.xyz"), "--data.val", str(tmp_path / "val.xyz")]
+    assert main(["train", *words, *SHORT, "--output.folder", str(tmp_path / "run")]) == 1
+    assert "energy is read from results['energy'] in train, info['REF_energy'] in val" in capsys.readouterr().err
+
+
+def kinds() -> list[Atoms]:
+    """Crystals, slabs, a wire, molecules in and out of a box, single atoms; with all, some and no labels."""
+    generator = np.random.default_rng(0)
+    slab = fcc111("Cu", (1, 1, 3))
+    slab.cell[2], slab.pbc, slab.info = 0.0, (True, True, False), {}
+    vacuum = fcc111("Cu", (1, 1, 3), vacuum=5.0)
+    vacuum.pbc, vacuum.info = (True, True, False), {}
+    places = [[0, 0, 0], [1.8, 0.1, 0], [2.5, 1.1, 0.3], [3.3, 1.2, 1.0]]
+    systems = [
+        bulk("Cu", cubic=True), slab, vacuum, Atoms("CuOCH", places), Atoms("CuOCH", places, cell=[9, 9, 9]),
+        Atoms("CuOC", places[:3], cell=[4.5, 0, 0], pbc=(True, False, False)),
+        Atoms("Cu", info={"config_type": "IsolatedAtom"}), Atoms("O"), Atoms("H", cell=[8, 8, 8], pbc=True),
+    ]  # fmt: skip
+    out = []
+    for labels in (("energy", "forces", "stress"), ("energy", "forces"), ("energy",), ("forces",), ()):
+        for system in systems:
+            atoms = system.copy()
+            atoms.positions += generator.normal(scale=0.05, size=atoms.positions.shape)
+            results = {"energy": -3.0 * len(atoms), "forces": generator.normal(size=(len(atoms), 3))}
+            if atoms.pbc.all():
+                results["stress"] = generator.normal(scale=0.01, size=6)
+            results = {label: results[label] for label in labels if label in results}
+            atoms.calc = SinglePointCalculator(atoms, **results) if results else None
+            out.append(atoms)
+    return out
+
+
+def test_every_kind_of_frame_in_one_file(tmp_path, capsys):
+    path, systems = tmp_path / "kinds.xyz", kinds()
+    write(path, systems)
+    words = [
+        "--data.train",
+        str(path),
+        "--data.num_val",
+        "9",
+        "--data.num_train",
+        "36",
+        "--training.stress_weight",
+        "1",
+    ]
+    assert main(["train", *words, *SHORT, "--output.folder", str(tmp_path / "run")]) == 0
+    assert re.search(r"note: train: no label in frames .*of kinds.xyz", capsys.readouterr().out)
+    model = str(tmp_path / "run/model.nbody")
+    assert main(["evaluate", model, str(path), "--out", str(tmp_path / "out")]) == 0
+    (record,) = json.loads((tmp_path / "out/errors.json").read_text())
+    assert record["frames"] == 45 and min(record[f"{x}_mae"] for x in ("energy", "forces", "stress")) > 0
+    found = read(tmp_path / "out/kinds_predictions.xyz", ":")
+    assert (tmp_path / "out/parity.png").stat().st_size > 10_000
+    for ours, given in zip(found, systems, strict=True):
+        assert np.isfinite(ours.get_potential_energy()) and np.isfinite(ours.get_forces()).all()
+        assert ("stress" in ours.calc.results) is bool(given.pbc.any() and given.cell.volume)
+        labels = {} if given.calc is None else given.calc.results
+        assert ("REF_energy" in ours.info) is ("energy" in labels) and ("REF_stress" in ours.info) is (
+            "stress" in labels
+        )
+        assert ("REF_forces" in ours.arrays) is ("forces" in labels)
