@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch_geometric.data import Data
 
 from nbody_pyg.hierarchy import Hierarchy, NestedShells, Scheme, Topology
-from nbody_pyg.kernels.scope import has_values, opaque_to_compile
+from nbody_pyg.kernels.scope import has_values, in_own_precision, opaque_to_compile
 from nbody_pyg.nn.charges import LongRangeSettings, charge_shares
 from nbody_pyg.nn.coulomb import LongRange
 from nbody_pyg.nn.edges import EdgeEmbedding, EdgeFeatures, sum_into
@@ -265,7 +265,6 @@ class NBodyNet(nn.Module):
         return self.target == "extensive" and self.irreps_out.count(o3.Irrep("0e")) == self.irreps_out.dim
 
     # ------------------------------------------------------------------ evaluation
-    @opaque_to_compile
     def forward(
         self,
         z: Int[Tensor, " atoms"] | Data,
@@ -291,6 +290,8 @@ class NBodyNet(nn.Module):
             cell, pbc, charge, charges = (z.get(key) for key in ("cell", "pbc", "charge", "charges"))
         return self.total(hierarchy, Surroundings.of(hierarchy, charge, charges, cell, pbc))
 
+    @opaque_to_compile
+    @in_own_precision
     def total(self, hierarchy: Hierarchy, surroundings: Surroundings | None = None) -> Float[Tensor, "graphs *dim"]:
         """Value of each system of a hierarchy: the sum of those of its parts; arguments as for :meth:`values`."""
         total = 0
@@ -298,6 +299,8 @@ class NBodyNet(nn.Module):
             total = total + sum_into(value, hierarchy[k].batch, hierarchy.num_graphs)
         return total.squeeze(-1) if self.irreps_out.dim == 1 else total
 
+    @opaque_to_compile
+    @in_own_precision
     def hierarchy(
         self,
         z: Tensor | Data,
@@ -316,14 +319,6 @@ class NBodyNet(nn.Module):
             if topology is None and data.get("num_parts_1") is not None:
                 topology = self.scheme.read(data)
             given = self.scheme.inputs(data)  # bonds or labels that the data brings along
-        for name, value in (("z", z), ("pos", pos)):
-            if not isinstance(value, Tensor):
-                raise TypeError(
-                    f"{name} must be a tensor, got {type(value).__name__}; torch.fx.symbolic_trace cannot follow a "
-                    "network, torch.export can"
-                    if isinstance(value, torch.fx.Proxy)
-                    else f"{name} must be a tensor, got {type(value).__name__}; use torch.as_tensor"
-                )
         self._species_index(z)  # names an unknown element before its mass is looked up
         pos = pos.to(self.dtype)
         cell = None if cell is None else cell.to(self.dtype)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 from e3nn import o3
 from torch import Tensor
+from torch_geometric import EdgeIndex
 from torch_geometric.nn import MessagePassing
 
 from nbody_pyg.geometry import edge_vectors
-from nbody_pyg.kernels.scope import opaque_to_compile
+from nbody_pyg.kernels.scope import in_own_precision, opaque_to_compile
 from nbody_pyg.nn.edges import EdgeEmbedding
 from nbody_pyg.nn.gates import OneBodyGate, ProductGate
 from nbody_pyg.nn.irreps import from_mul_ir, harmonic_irreps, require_reachable, to_mul_ir
@@ -47,7 +48,7 @@ class NBodyConv(MessagePassing):
 
     Equivariance: O(3) (or SO(3)), translation, permutation. Smoothness: C2 where an edge passes the cutoff.
     Cost: O(edges paths channels). ``torch_geometric.explain`` masks its messages, one by one in plain torch;
-    otherwise the compiled kernels run.
+    otherwise the compiled kernels run, in the precision of the weights, also inside ``torch.autocast``.
     Raises: ValueError: a fragment of ``irreps_out`` that no path reaches; in forward: ``x`` of another type.
 
     Example:
@@ -98,6 +99,7 @@ class NBodyConv(MessagePassing):
                 linear.reset_parameters()
 
     @opaque_to_compile
+    @in_own_precision
     def forward(
         self,
         x: Tensor | tuple[Tensor, Tensor | None],
@@ -117,6 +119,14 @@ class NBodyConv(MessagePassing):
             cell: lattice vectors (graphs, 3, 3), with ``shift``.
             batch: graph of each target, with ``cell`` of several graphs.
         """
+        for positions in pos if isinstance(pos, (tuple, list)) else (pos,):
+            if positions.dim() != 2 or positions.shape[1] != 3:
+                raise ValueError(
+                    f"pos must have shape [num_nodes, 3], got {list(positions.shape)}; "
+                    "put a column of zeros beside planar positions"
+                )
+        if isinstance(edge_index, EdgeIndex):
+            edge_index = edge_index.as_tensor()
         source, target = x if isinstance(x, (tuple, list)) else (x, x)
         if source.shape[-1] != self.irreps_in.dim:
             raise ValueError(f"x must have {self.irreps_in.dim} components ({self.irreps_in}), got {source.shape[-1]}")
