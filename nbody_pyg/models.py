@@ -16,7 +16,7 @@ from torch_geometric.data.data import BaseData
 from nbody_pyg.data import count_graphs, has_hierarchy, require_atoms
 from nbody_pyg.geometry import check_atoms
 from nbody_pyg.hierarchy import Hierarchy, NestedShells, Scheme, Topology
-from nbody_pyg.kernels.scope import has_values, is_tracing, opaque_to_compile
+from nbody_pyg.kernels.scope import has_values, in_own_precision, is_tracing, opaque_to_compile
 from nbody_pyg.nn.charges import (
     ElectronicEmbedding,
     LongRangeSettings,
@@ -336,7 +336,6 @@ class NBodyNet(Resettable):
         return self.target == "extensive" and self.irreps_out.count(o3.Irrep("0e")) == self.irreps_out.dim
 
     # ------------------------------------------------------------------ evaluation
-    @opaque_to_compile
     def forward(
         self,
         z: Int[Tensor, " atoms"] | Data,
@@ -369,6 +368,8 @@ class NBodyNet(Resettable):
         """Which of charge and spin the value depends on."""
         return frozenset(self.options["inputs"] or ()) | ({"charge"} if self.long_range is not None else set())
 
+    @opaque_to_compile
+    @in_own_precision
     def total(self, hierarchy: Hierarchy, surroundings: Surroundings | None = None) -> Float[Tensor, "graphs *dim"]:
         """Value of each system of a hierarchy: the sum of those of its parts; arguments as for :meth:`values`."""
         total = 0
@@ -376,6 +377,8 @@ class NBodyNet(Resettable):
             total = total + sum_into(value, hierarchy[k].batch, hierarchy.num_graphs)
         return total.squeeze(-1) if self.irreps_out.dim == 1 else total
 
+    @opaque_to_compile
+    @in_own_precision
     def hierarchy(
         self,
         z: Tensor | Data,

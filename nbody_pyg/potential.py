@@ -28,7 +28,7 @@ from nbody_pyg.geometry import (
 )
 from nbody_pyg.hierarchy.levels import Hierarchy
 from nbody_pyg.hierarchy.topology import Topology
-from nbody_pyg.kernels.scope import has_values, opaque_to_compile
+from nbody_pyg.kernels.scope import has_values, in_own_precision, opaque_to_compile
 from nbody_pyg.models import NBodyNet, Surroundings
 from nbody_pyg.nn.charges import DEFAULT_STATE, refuse_unused, spin_multiplicity, total_charge
 from nbody_pyg.nn.exact import Float64Buffers
@@ -246,6 +246,7 @@ class Potential(Float64Buffers):
         return None
 
     @opaque_to_compile
+    @in_own_precision
     def forward(
         self,
         z: Int[Tensor, " atoms"] | Data,
@@ -289,7 +290,7 @@ class Potential(Float64Buffers):
         dtype = self.dtype or system["pos"].dtype
         derivative = compute_forces or compute_stress
         if derivative:
-            _refuse_inference_mode()
+            _refuse_modes()
         with torch.set_grad_enabled(derivative or (training and torch.is_grad_enabled())):
             pos, strain = system["pos"], None
             if derivative and not pos.requires_grad:
@@ -380,7 +381,7 @@ class Potential(Float64Buffers):
         Costs about two evaluations of the forces, whatever the number of atoms. Unit: eV/A^2 times that of
         ``vector``.
         """
-        _refuse_inference_mode()
+        _refuse_modes()
         system = self._system(z, pos, batch, cell, pbc, topology, charge, charges, spin)
         if vector.shape != system["pos"].shape:
             raise ValueError(f"vector must have the shape of pos {list(system['pos'].shape)}, got {list(vector.shape)}")
@@ -406,7 +407,7 @@ class Potential(Float64Buffers):
 
         Built row by row from one graph: memory of a force evaluation with its graph, not of 3N of them.
         """
-        _refuse_inference_mode()
+        _refuse_modes()
         system = self._system(z, pos, None, cell, pbc, topology, charge, charges, spin)
         if system["num_graphs"] != 1:
             raise ValueError(
@@ -752,11 +753,16 @@ def _gradient(
     )
 
 
-def _refuse_inference_mode() -> None:
+def _refuse_modes() -> None:
     if torch.is_inference_mode_enabled():
         raise RuntimeError(
             "forces and stress need derivatives, which torch.inference_mode() forbids for good; use "
             "torch.no_grad() instead, or inference_mode=False in Lightning's Trainer"
+        )
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        raise RuntimeError(
+            "a potential differentiates by itself, which does not work inside torch.func; transform its model instead, "
+            "or use training=True and backward(), hessian() or hessian_vector_product()"
         )
 
 

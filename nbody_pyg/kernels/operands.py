@@ -14,6 +14,8 @@ from torch import Tensor
 
 from nbody_pyg.kernels.scope import is_tracing
 
+_PLAIN = (Tensor, torch.nn.Parameter)
+
 
 def check_operands(dtype: torch.dtype, device: torch.device, **operands: tuple[Tensor, tuple[int, ...]]) -> None:
     """Raise unless every operand has this dtype, lies on this device and has the shape that stands beside it.
@@ -68,7 +70,8 @@ def address(tensor: Tensor, dtype: torch.dtype, size: int) -> int:
         ValueError: another dtype, size or device than the compiled code takes, or gaps between the numbers.
     """
     try:
-        if tensor.numel() == size and tensor.dtype is dtype and tensor.is_cpu and tensor.is_contiguous():
+        plain = type(tensor) in _PLAIN and tensor.dtype is dtype and tensor.is_cpu
+        if plain and tensor.numel() == size and tensor.is_contiguous():
             pointer = tensor.data_ptr()
             if pointer or size == 0:
                 return pointer
@@ -95,7 +98,7 @@ def _has_no_memory(tensor: Tensor) -> bool:
     inner = torch._C._functorch.is_functorch_wrapped_tensor(tensor) or torch._C._functorch.is_legacy_batchedtensor(
         tensor
     )
-    return inner or tensor.is_meta or type(tensor) not in (Tensor, torch.nn.Parameter)
+    return inner or tensor.is_meta or type(tensor) not in _PLAIN
 
 
 def _refuse(tensor: Tensor, dtype: torch.dtype, size: int) -> NoReturn:

@@ -16,6 +16,7 @@ from contextvars import ContextVar
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_map
 
 #: What takes the place of ``function.apply``; None where products run as they are.
 _recorder: ContextVar[Callable[..., Any] | None] = ContextVar("recorder", default=None)
@@ -125,6 +126,35 @@ def gradients_wanted(edges: Iterable[tuple[Any, int]]) -> bool:
             except RuntimeError:  # a leaf that was named in autograd.grad: of those the engine does not say
                 return True
     return False
+
+
+def in_own_precision(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorate a method of a module that runs in the precision of its weights, also inside ``torch.autocast``.
+
+    Raises: TypeError: when called by ``torch.fx.symbolic_trace``.
+    """
+
+    @functools.wraps(forward)
+    def wrapper(self: torch.nn.Module, *arguments: Any, **keywords: Any) -> Any:
+        if arguments and isinstance(arguments[0], torch.fx.Proxy):
+            raise TypeError(
+                f"torch.fx.symbolic_trace cannot follow {type(self).__name__}, whose operations depend on its input; use "
+                "torch.export, or nbody_pyg.accelerate.compile_potential"
+            )
+        if not (torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")):
+            return forward(self, *arguments, **keywords)
+        dtype = next((p.dtype for p in self.parameters()), torch.float32)
+
+        def widened(value: Any) -> Any:
+            """What other layers have made of lower precision."""
+            low = isinstance(value, torch.Tensor) and value.dtype in (torch.float16, torch.bfloat16)
+            return value.to(dtype) if low else value
+
+        with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+            arguments, keywords = tree_map(widened, (arguments, keywords))
+            return forward(self, *arguments, **keywords)
+
+    return wrapper
 
 
 def constant_table(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:

@@ -13,7 +13,7 @@ from torch_geometric.utils import is_sparse, to_edge_index
 
 from nbody_pyg.geometry import check_positions
 from nbody_pyg.hierarchy.positions import lattice_vectors
-from nbody_pyg.kernels.scope import is_tracing, opaque_to_compile
+from nbody_pyg.kernels.scope import in_own_precision, is_tracing, opaque_to_compile
 from nbody_pyg.nn.edges import EdgeEmbedding
 from nbody_pyg.nn.gates import OneBodyGate, ProductGate
 from nbody_pyg.nn.irreps import Resettable, from_mul_ir, harmonic_irreps, require_reachable, to_mul_ir
@@ -56,7 +56,7 @@ class NBodyConv(Resettable, MessagePassing):
     Equivariance: O(3) (or SO(3)), translation, permutation. Smoothness: C2 where an edge passes the cutoff.
     Cost: O(edges paths channels). Messages go one by one through plain torch where somebody has to see them
     (``torch_geometric.explain``, hooks on propagate, message or aggregate, a subclass with a ``message`` of its own);
-    otherwise the compiled kernels run.
+    otherwise the compiled kernels run, in the precision of the weights, also inside ``torch.autocast``.
     Raises: ValueError: a fragment of ``irreps_out`` that no path reaches. In forward, ValueError and TypeError: states,
         positions or edges of another type, shape, dtype or device. NotImplementedError: other hooks.
 
@@ -101,6 +101,7 @@ class NBodyConv(Resettable, MessagePassing):
         self.lin_self = IrrepsLinear(self.irreps_in, self._own) if shared else None
 
     @opaque_to_compile
+    @in_own_precision
     def forward(
         self,
         x: Tensor | tuple[Tensor, Tensor | None],

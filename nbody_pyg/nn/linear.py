@@ -41,7 +41,7 @@ class IrrepsLinear(Resettable):
         super().__init__()
         self.irreps_in, self.irreps_out = o3.Irreps(irreps_in), o3.Irreps(irreps_out)
         require_reachable(self.irreps_out, {ir for _, ir in self.irreps_in}, "the linear map of " + str(self.irreps_in))
-        self._slices = self.irreps_in.slices()
+        self._slices, self._width = self.irreps_in.slices(), self.irreps_in.dim
         sources = [[i for i, (_, ir_in) in enumerate(self.irreps_in) if ir_in == ir] for _, ir in self.irreps_out]
         self._sources = sources
         self._fan_in = [sum(self.irreps_in[i].mul for i in source) for source in sources]
@@ -55,6 +55,10 @@ class IrrepsLinear(Resettable):
     @opaque_to_compile
     def forward(self, x: Float[Tensor, "nodes irreps_in"]) -> Float[Tensor, "nodes irreps_out"]:
         nodes = x.shape[0]
+        if x.dim() != 2 or x.shape[1] != self._width:
+            raise ValueError(
+                f"x must have shape [nodes, {self._width}] ({self.irreps_in}), got {list(x.shape)}; check the irreps"
+            )
         blocks, used = [], 0
         for (mul, ir), source, weight in zip(self.irreps_out, self._sources, self.weights, strict=True):
             parts = [x[:, self._slices[i]].reshape(nodes, ir.dim, self.irreps_in[i].mul) for i in source]
