@@ -267,6 +267,10 @@ def test_the_strict_preset_has_one_meaning(scheme, options):
     assert nets[0].options["num_basis"] == options.get("num_basis", 4)
     assert len({repr(net.config()) for net in nets}) == 1
     assert {key: NBodyNet([1]).options[key] for key in NBodyNet.DEFAULTS} == NBodyNet.DEFAULTS
+    chosen = explicit(ModelConfig())
+    settings = NBodyNet([1]).config()
+    assert chosen.scheme == settings["scheme"] and chosen.preset == settings["preset"]
+    assert chosen.arguments == {key: settings[key] for key in chosen.arguments} and "num_basis" in chosen.arguments
     assert NBodyNet.practical([1]).config() == NBodyNet([1]).config() == NBodyNet([1], preset="practical").config()
 
 
