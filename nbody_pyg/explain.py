@@ -105,7 +105,7 @@ class ExplainableNet(nn.Module):
             dataclasses.replace(level, **new) for level, new in zip(hierarchy, changed, strict=True)
         )
         total = self.model.total(Hierarchy(levels, hierarchy.z, hierarchy.num_graphs))
-        return total.reshape(hierarchy.num_graphs, -1)
+        return total.unsqueeze(-1).flatten(1)
 
 
 def _offsets(hierarchy: Hierarchy) -> list[int]:

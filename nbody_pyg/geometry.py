@@ -60,6 +60,20 @@ def check_batch(batch: Tensor | None, num_nodes: int, device: torch.device) -> t
     return batch.long(), int(batch[-1]) + 1
 
 
+def check_batch_size(batch_size: int | None, found: int) -> int:
+    """The number of graphs: as given, or those that the atoms name where it is None.
+
+    Raises: TypeError, ValueError: no whole number, or less than the atoms name.
+    """
+    if batch_size is None:
+        return found
+    if isinstance(batch_size, bool) or not isinstance(batch_size, int):
+        raise TypeError(f"batch_size must be a whole number of graphs, got {batch_size!r}")
+    if batch_size < found:
+        raise ValueError(f"batch_size must be at least {found}, the number of graphs in batch, got {batch_size!r}")
+    return batch_size
+
+
 def check_atoms(z: Tensor, pos: Tensor, values: bool = True) -> Int[Tensor, " atoms"]:
     """The atomic numbers as int64, for positions [num_atoms, 3] on the same device.
 

@@ -16,7 +16,15 @@ from torch_geometric.data import Data
 from torch_geometric.data.data import BaseData
 
 from nbody_pyg.data import count_graphs, has_hierarchy, require_atoms
-from nbody_pyg.geometry import apply_strain, check_atoms, check_batch, check_cell, edge_vectors, neighbour_list
+from nbody_pyg.geometry import (
+    apply_strain,
+    check_atoms,
+    check_batch,
+    check_batch_size,
+    check_cell,
+    edge_vectors,
+    neighbour_list,
+)
 from nbody_pyg.hierarchy.levels import Hierarchy
 from nbody_pyg.hierarchy.topology import Topology
 from nbody_pyg.kernels.scope import skip_weight_gradients
@@ -428,9 +436,7 @@ class Potential(Float64Buffers):
         if z.shape[0] == 0 and batch_size is None:
             raise ValueError("z holds no atom; give at least one, or batch_size, the number of graphs without atoms")
         batch, found = check_batch(batch, z.shape[0], z.device)
-        num_graphs = found if batch_size is None else batch_size
-        if num_graphs < found:
-            raise ValueError(f"batch_size must be at least {found}, the number of graphs in batch, got {batch_size!r}")
+        num_graphs = check_batch_size(batch_size, found)
         dtype = self.dtype or pos.dtype
         pos = _usable(pos).to(dtype)
         cell, pbc = check_cell(cell, pbc, num_graphs, pos)

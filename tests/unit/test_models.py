@@ -393,6 +393,12 @@ def test_graphs_without_atoms_have_no_energy(scheme, long_range, stored, molecul
         assert found["forces"].shape == batch.pos.shape
         torch.testing.assert_close(found["forces"], alone["forces"].repeat(kinds.count("f"), 1), rtol=0, atol=1e-12)
         torch.testing.assert_close(potential.energies(batch).total(), found["energy"], rtol=0, atol=1e-12)
+        assert net.hierarchy(batch).validate().num_graphs == len(kinds)
+    if long_range is None:  # the root is read as well
+        net = _net(scheme, target="intensive").requires_grad_(False)
+        batch = Batch.from_data_list([empty, full, empty])
+        torch.testing.assert_close(net(batch)[1:2], net(full), rtol=0, atol=1e-12)
+        assert net(full).abs() > 1e-6 and not net(batch)[::2].any()
 
 
 def test_graphs_without_atoms_may_be_counted_by_batch_size(molecules):
@@ -405,6 +411,8 @@ def test_graphs_without_atoms_may_be_counted_by_batch_size(molecules):
     for call in (net, potential):
         with pytest.raises(ValueError, match="batch_size must be at least 2, the number of graphs in batch, got 1"):
             call(z, pos, batch, batch_size=1)
+        with pytest.raises(TypeError, match="batch_size must be a whole number of graphs, got '3'"):
+            call(z, pos, batch, batch_size="3")
     # A model that counts the graphs by the last atom
     schnet = Potential(SchNet(8, 8, 1, 8, cutoff=4.0, interaction_graph=InteractionGraph(4.0)).double())
     found = schnet(z, pos, batch, batch_size=4)["energy"]
@@ -425,6 +433,11 @@ def test_cells_without_atoms(scheme, long_range, molecules):
         torch.testing.assert_close(found["energy"][1:2], alone["energy"], rtol=0, atol=1e-12)
         torch.testing.assert_close(found["stress"][1:2], alone["stress"], rtol=0, atol=1e-12)
         assert not found["energy"][::2].any() and not found["stress"][::2].any()
+    # A cell around open molecules stays without a meaning
+    frames = [Data(z=f.z, pos=f.pos, cell=0.2 * cell, pbc=~pbc) for f in (empty, full, empty)]
+    open_ones = Potential(_net(scheme).requires_grad_(False))
+    found = open_ones(Batch.from_data_list(frames))["energy"][1:2]
+    torch.testing.assert_close(found, open_ones(z, pos)["energy"], rtol=0, atol=1e-12)
 
 
 def test_a_property_of_nothing_is_its_mean():

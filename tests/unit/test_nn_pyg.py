@@ -363,6 +363,7 @@ def test_connect_takes_features_of_any_shape():
         assert found.edge_index.tolist() == [[0, 1], [1, 0]]
         assert found.edge_attr.shape == (2, *attr.shape[1:]) and found.edge_attr.dtype == attr.dtype
         assert found.edge_attr.reshape(2, -1)[:, 0].tolist() == [2.0, 3.0]  # means of 1, 3 and of 2, 4
+    assert NBodyConnect(shared=False)(select, edges[:, :0], flat[:0]).edge_attr.shape == (0,)
     with pytest.raises(ValueError, match=r"edge_attr must have a row for each of the 4 edges, got \[3\]"):
         NBodyConnect()(select, edges, flat[:3])
 
