@@ -416,7 +416,7 @@ class Potential(Float64Buffers):
     ) -> dict[str, Any]:
         """Check the input and bring it into one form; nothing here is differentiated."""
         given: dict[str, Any] = {}
-        if isinstance(z, BaseData):
+        if isinstance(z, BaseData) or (pos is None and not isinstance(z, Tensor)):
             if pos is not None or batch is not None or cell is not None or pbc is not None:
                 raise TypeError("pos, batch, cell and pbc come from the Data; pass either a Data or tensors")
             data = z

@@ -74,7 +74,7 @@ class NBodySelect(Select):
     ) -> PlacedSelect:
         """Memberships together with the positions of children and parts, and the graph of each part."""
         given, cell, pbc, batch_size = {}, None, None, None
-        if isinstance(z, BaseData):
+        if isinstance(z, BaseData) or (pos is None and not isinstance(z, Tensor)):
             if pos is not None or batch is not None:
                 raise TypeError("pos and batch come from the Data; pass either a Data or tensors")
             data = z
