@@ -169,6 +169,11 @@ class NBodyConv(Resettable, MessagePassing):
         for pos in places[: 1 if places[0] is places[1] else 2]:
             if not isinstance(pos, Tensor):
                 raise TypeError(f"pos must be a tensor or a pair of tensors, got a {type(pos).__name__}")
+            if pos.dim() != 2 or pos.shape[1] != 3:
+                raise ValueError(
+                    f"pos must have shape [num_nodes, 3], got {list(pos.shape)}; "
+                    "put a column of zeros beside planar positions"
+                )
             check_positions(pos, values=pos.device == weight.device and not is_tracing())
         for kind, x, pos in zip(("source", "target"), states, places, strict=True):
             if x is None and kind == "target":

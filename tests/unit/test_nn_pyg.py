@@ -318,10 +318,10 @@ def _wrong_for_a_layer() -> list:
     wide = torch.cat([pos, pos[:, :1]], 1)
     cell = torch.eye(3, dtype=torch.float64)
     return [
-        ((x, edges, pos[:, :2]), {}, ValueError, r"pos must have shape \[num_atoms, 3\], got \[6, 2\]"),
-        ((x, edges, pos[:, :1]), {}, ValueError, r"pos must have shape \[num_atoms, 3\], got \[6, 1\]"),
-        ((x, edges, wide), {}, ValueError, r"pos must have shape \[num_atoms, 3\], got \[6, 4\]"),
-        ((x, edges, (pos, pos[:, :2])), {}, ValueError, r"pos must have shape \[num_atoms, 3\], got \[6, 2\]"),
+        ((x, edges, pos[:, :2]), {}, ValueError, r"pos must have shape \[num_nodes, 3\], got \[6, 2\]"),
+        ((x, edges, pos[:, :1]), {}, ValueError, r"pos must have shape \[num_nodes, 3\], got \[6, 1\]"),
+        ((x, edges, wide), {}, ValueError, r"pos must have shape \[num_nodes, 3\], got \[6, 4\]"),
+        ((x, edges, (pos, pos[:, :2])), {}, ValueError, r"pos must have shape \[num_nodes, 3\], got \[6, 2\]"),
         ((x, edges, pos.long()), {}, TypeError, "pos must be a floating tensor"),
         ((x, edges, pos / 0), {}, ValueError, "pos must be finite"),
         ((x, edges, pos.to("meta")), {}, ValueError, "x, pos and the weights must be on one device"),
