@@ -334,7 +334,7 @@ def _wrong_for_a_layer() -> list:
         ((x[:4], edges, pos), {}, ValueError, "x and pos must have a row for each source node, got 4 and 6"),
         (((x, x[:4]), edges, (pos, pos)), {}, ValueError, "a row for each target node, got 4 and 6"),
         ((x.tolist(), edges, pos), {}, TypeError, "x must be a tensor or the pair"),
-        ((x, pos, edges), {}, TypeError, "pos must be a floating tensor"),
+        ((x, pos, edges), {}, ValueError, "pos must have shape"),
         ((x, edges.double(), pos), {}, TypeError, r"edge_index must hold integers.* conv\(x, edge_index, pos\)"),
         ((x, edges.tolist(), pos), {}, TypeError, r"edge_index must be a tensor \[2, edges\], got a list"),
         ((x, edges.t(), pos), {}, ValueError, r"edge_index must have shape \[2, edges\], got \[4, 2\]; transpose it"),
