@@ -106,7 +106,7 @@ class ExplainableNet(nn.Module):
         )
         surroundings = Surroundings.read(hierarchy, data)
         total = self.model.total(Hierarchy(levels, hierarchy.z, hierarchy.num_graphs), surroundings)
-        return total.reshape(hierarchy.num_graphs, -1)
+        return total.unsqueeze(-1).flatten(1)
 
 
 def _offsets(hierarchy: Hierarchy) -> list[int]:

@@ -60,14 +60,28 @@ def check_batch(batch: Tensor | None, num_nodes: int, device: torch.device) -> t
     return batch.long(), int(batch[-1]) + 1
 
 
+def check_batch_size(batch_size: int | None, found: int) -> int:
+    """The number of graphs: as given, or those that the atoms name where it is None.
+
+    Raises: TypeError, ValueError: no whole number, or less than the atoms name.
+    """
+    if batch_size is None:
+        return found
+    if isinstance(batch_size, bool) or not isinstance(batch_size, int):
+        raise TypeError(f"batch_size must be a whole number of graphs, got {batch_size!r}")
+    if batch_size < found:
+        raise ValueError(f"batch_size must be at least {found}, the number of graphs in batch, got {batch_size!r}")
+    return batch_size
+
+
 def check_atoms(z: Tensor, pos: Tensor, values: bool = True) -> Int[Tensor, " atoms"]:
     """The atomic numbers as int64, for positions [num_atoms, 3] on the same device.
 
     Args:
-        values: also look at the values of the positions.
+        values: also look at the values.
 
     Raises: TypeError: no tensors, numbers that are no integers, positions that are not floating. ValueError: wrong
-        shapes, lengths that differ, two devices, positions that are not finite.
+        shapes, lengths that differ, two devices; positions that are not finite, numbers beyond 118.
     """
     for name, value in (("z", z), ("pos", pos)):
         if not isinstance(value, Tensor):
@@ -79,10 +93,12 @@ def check_atoms(z: Tensor, pos: Tensor, values: bool = True) -> Int[Tensor, " at
         raise ValueError(
             f"z and pos must be on one device, got {z.device} and {pos.device}; move them with .to(device)"
         )
-    check_positions(pos, values)
+    check_positions(pos, values=False)
     if z.dim() != 1 or z.shape[0] != pos.shape[0]:
         raise ValueError(f"z must have shape [{pos.shape[0]}], one atomic number per row of pos, got {list(z.shape)}")
-    if values and z.numel() and not 0 <= int(z.min()) <= int(z.max()) <= 118:
+    # One question, since each waits for a GPU
+    if values and not bool(torch.isfinite(pos).all() & ((z >= 0) & (z <= 118)).all()):
+        check_positions(pos)
         wrong = z[(z < 0) | (z > 118)].tolist()
         raise ValueError(f"z must hold atomic numbers up to 118, got {_some(wrong)}; 0 is the smallest")
     return z.long()

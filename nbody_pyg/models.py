@@ -393,7 +393,7 @@ class NBodyNet(Resettable):
         """The hierarchy that :meth:`forward` would use for these atoms."""
         given: dict[str, Any] = {}
         stored = False
-        if isinstance(z, BaseData):
+        if isinstance(z, BaseData) or (pos is None and not isinstance(z, Tensor)):
             if pos is not None or batch is not None or cell is not None or pbc is not None:
                 raise TypeError("pos, batch, cell and pbc come from the Data; pass either a Data or tensors")
             data = z

@@ -21,6 +21,7 @@ from nbody_pyg.geometry import (
     apply_strain,
     check_atoms,
     check_batch,
+    check_batch_size,
     check_cell,
     edge_vectors,
     neighbour_list,
@@ -436,7 +437,7 @@ class Potential(Float64Buffers):
     ) -> dict[str, Any]:
         """Check the input and bring it into one form; nothing here is differentiated."""
         given: dict[str, Any] = {}
-        if isinstance(z, BaseData):
+        if isinstance(z, BaseData) or (pos is None and not isinstance(z, Tensor)):
             if pos is not None or batch is not None or cell is not None or pbc is not None:
                 raise TypeError("pos, batch, cell and pbc come from the Data; pass either a Data or tensors")
             data = z
@@ -461,9 +462,7 @@ class Potential(Float64Buffers):
         if z.shape[0] == 0 and batch_size is None:
             raise ValueError("z holds no atom; give at least one, or batch_size, the number of graphs without atoms")
         batch, found = check_batch(batch, z.shape[0], z.device)
-        num_graphs = found if batch_size is None else batch_size
-        if num_graphs < found:
-            raise ValueError(f"batch_size must be at least {found}, the number of graphs in batch, got {batch_size!r}")
+        num_graphs = check_batch_size(batch_size, found)
         pos = _usable(pos)
         if self._own:
             pos = pos.double()  # the model subtracts before it rounds

@@ -19,6 +19,7 @@ from nbody_pyg.data import AtomicData, count_graphs, has_hierarchy, is_topology_
 from nbody_pyg.geometry import (
     check_atoms,
     check_batch,
+    check_batch_size,
     check_cell,
     edge_vectors,
     neighbour_list,
@@ -146,17 +147,15 @@ class Scheme(BaseTransform):
             return self.topology(z, pos, None, cell, pbc, **given)
         z = check_atoms(z, pos)
         graph, found = check_batch(batch, pos.shape[0], pos.device)
-        if batch_size is not None and batch_size < found:
-            raise ValueError(f"batch_size must be at least {found}, the number of graphs in batch, got {batch_size!r}")
-        size = found if batch_size is None else batch_size
+        size = check_batch_size(batch_size, found)
         present = torch.bincount(graph, minlength=size) > 0
         if bool(present.all()):
             return self.topology(z, pos, batch, cell, pbc, **given)
         cell, pbc = check_cell(cell, pbc, size, pos)
         if pos.shape[0] == 0:
             return self._without_atoms(size, pos, None if pbc is None else pbc.any(dim=1))
-        cell = None if cell is None else cell[present]
-        pbc = None if pbc is None else pbc[present]
+        # A cell around an open system would count as periodic without its pbc
+        cell, pbc = (None, None) if pbc is None else (cell[present], pbc[present])
         number = torch.cumsum(present, 0) - 1
         return self.topology(z, pos, number[graph], cell, pbc, **given).among(present)
 

@@ -171,6 +171,11 @@ class NBodyConv(Resettable, MessagePassing):
         for pos in places[: 1 if places[0] is places[1] else 2]:
             if not isinstance(pos, Tensor):
                 raise TypeError(f"pos must be a tensor or a pair of tensors, got a {type(pos).__name__}")
+            if pos.dim() != 2 or pos.shape[1] != 3:
+                raise ValueError(
+                    f"pos must have shape [num_nodes, 3], got {list(pos.shape)}; "
+                    "put a column of zeros beside planar positions"
+                )
             check_positions(pos, values=pos.device == weight.device and not is_tracing())
         for kind, x, pos in zip(("source", "target"), states, places, strict=True):
             if x is None and kind == "target":
@@ -265,14 +270,15 @@ def _edges(edge_index: Any, shift: Tensor | None, places: tuple[Tensor, ...]) ->
         raise ValueError(
             f"shift must have shape [{edge_index.shape[1]}, 3], one for each edge, got {list(shift.shape)}"
         )
-    if edge_index.shape[1] and not is_tracing():
-        for row, name in enumerate(("source", "target")):
+    if not is_tracing():
+        inside = [(row >= 0) & (row < pos.shape[0]) for row, pos in zip(edge_index, places, strict=True)]
+        if not bool((inside[0] & inside[1]).all()):
+            row = int(bool(inside[0].all()))
             low, high = (int(value) for value in edge_index[row].aminmax())
-            if low < 0 or high >= places[row].shape[0]:
-                raise ValueError(
-                    f"edge_index must name {name} nodes 0 to {places[row].shape[0] - 1} in row {row}, got {low} to "
-                    f"{high}; the rows are (source, target)"
-                )
+            raise ValueError(
+                f"edge_index must name {('source', 'target')[row]} nodes 0 to {places[row].shape[0] - 1} in row {row}, "
+                f"got {low} to {high}; the rows are (source, target)"
+            )
     return edge_index
 
 

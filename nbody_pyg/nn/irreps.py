@@ -171,6 +171,9 @@ class Resettable(nn.Module):
     def reset_parameters(self) -> None:
         """Draw all weights anew: with one seed the values of a module that is built now. Settings stay."""
         args, keywords = self.__dict__.get("_arguments", ((), {}))
+        for given in (*args, *keywords.values()):
+            if isinstance(given, nn.Module):  # the fresh one would hold the very same
+                reset(given)
         self.load_state_dict(type(self)(*args, **keywords).state_dict())
 
 

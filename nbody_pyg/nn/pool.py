@@ -74,7 +74,7 @@ class NBodySelect(Select):
     ) -> PlacedSelect:
         """Memberships together with the positions of children and parts, and the graph of each part."""
         given, cell, pbc, batch_size = {}, None, None, None
-        if isinstance(z, BaseData):
+        if isinstance(z, BaseData) or (pos is None and not isinstance(z, Tensor)):
             if pos is not None or batch is not None:
                 raise TypeError("pos and batch come from the Data; pass either a Data or tensors")
             data = z
@@ -204,7 +204,7 @@ class NBodyConnect(Connect):
             raise ValueError(
                 f"edge_attr must have a row for each of the {edge_index.shape[1]} edges, got {list(edge_attr.shape)}"
             )
-        flat = edge_attr.reshape(edge_attr.shape[0], -1).index_select(0, rows) * weight.unsqueeze(-1)
+        flat = edge_attr.unsqueeze(-1).flatten(1).index_select(0, rows) * weight.unsqueeze(-1)
         values = torch.cat([flat, weight.unsqueeze(-1)], dim=1)
         if self.shared:
             pairs = torch.cat([pairs, touching], dim=1)

@@ -201,7 +201,7 @@ class FullProduct(ConstantTables):
             for s, (mul, ir) in zip(self.irreps2.slices(), self.irreps2, strict=True)
         ]
         blocks = [
-            torch.einsum("nac,nbd,abm->nmcd", xs[i], ys[j], getattr(self, f"cg_{n}")).reshape(nodes, -1)
+            torch.einsum("nac,nbd,abm->nmcd", xs[i], ys[j], getattr(self, f"cg_{n}")).flatten(1)
             for n, (i, j) in enumerate(self._pairs)
         ]
         return torch.cat(blocks, dim=-1) if blocks else x.new_zeros(nodes, 0)

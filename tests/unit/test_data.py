@@ -218,7 +218,7 @@ def test_keys_of_ones_own_are_left_alone(molecules):
     harmless = {key: own[key] for key in ("bonds", "pair_energy", "child_support")}
     kept = NestedShells()(AtomicData(z=z, pos=pos, **harmless))
     assert torch.equal(kept.bonds, own["bonds"]) and kept.pair_energy == 2.0 and kept.child_support == 7
-    with pytest.raises(ValueError, match="data has the key 'bonds' of its own, .* those it used; rename it"):
+    with pytest.raises(ValueError, match=r"data has the key 'bonds' of its own, .* those it used; rename it"):
         BondTree(bonds_key="mine")(AtomicData(z=z, pos=pos, bonds=own["bonds"]))
     # Applied again: what a scheme wrote it may replace
     assert torch.equal(NestedShells()(kept).child_1, kept.child_1)

@@ -7,6 +7,7 @@ import json
 
 import pytest
 import torch
+from ase.build import molecule as build_molecule
 from torch_geometric.data import Batch, Data, HeteroData
 from torch_geometric.loader import DataLoader
 from torch_geometric.nn import SchNet
@@ -267,6 +268,10 @@ def test_the_strict_preset_has_one_meaning(scheme, options):
     assert nets[0].options["num_basis"] == options.get("num_basis", 4)
     assert len({repr(net.config()) for net in nets}) == 1
     assert {key: NBodyNet([1]).options[key] for key in NBodyNet.DEFAULTS} == NBodyNet.DEFAULTS
+    chosen = explicit(ModelConfig())
+    settings = NBodyNet([1]).config()
+    assert chosen.scheme == settings["scheme"] and chosen.preset == settings["preset"]
+    assert chosen.arguments == {key: settings[key] for key in chosen.arguments} and "num_basis" in chosen.arguments
     assert NBodyNet.practical([1]).config() == NBodyNet([1]).config() == NBodyNet([1], preset="practical").config()
 
 
@@ -336,6 +341,17 @@ def test_a_copy_and_a_subclass_can_be_reset():
     module.reset_parameters()
     assert not any(bool((weight == 7.0).any()) for weight in module.parameters())
 
+    class Given(NBodyConv):
+        def __init__(self, head: torch.nn.Module) -> None:
+            super().__init__("2x0e", "2x0e")
+            self.head = head
+
+    module = copy.deepcopy(Given(torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 1))))
+    for weight in module.parameters():
+        torch.nn.init.constant_(weight, 7.0)
+    module.reset_parameters()
+    assert not any(bool((weight == 7.0).any()) for weight in module.parameters())
+
     class Foreign(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -389,6 +405,12 @@ def test_graphs_without_atoms_have_no_energy(scheme, long_range, stored, molecul
         assert found["forces"].shape == batch.pos.shape
         torch.testing.assert_close(found["forces"], alone["forces"].repeat(kinds.count("f"), 1), rtol=0, atol=1e-12)
         torch.testing.assert_close(potential.energies(batch).total(), found["energy"], rtol=0, atol=1e-12)
+        assert net.hierarchy(batch).validate().num_graphs == len(kinds)
+    if long_range is None:  # the root is read as well
+        net = _net(scheme, target="intensive").requires_grad_(False)
+        batch = Batch.from_data_list([empty, full, empty])
+        torch.testing.assert_close(net(batch)[1:2], net(full), rtol=0, atol=1e-12)
+        assert net(full).abs() > 1e-6 and not net(batch)[::2].any()
 
 
 def test_graphs_without_atoms_may_be_counted_by_batch_size(molecules):
@@ -401,6 +423,8 @@ def test_graphs_without_atoms_may_be_counted_by_batch_size(molecules):
     for call in (net, potential):
         with pytest.raises(ValueError, match="batch_size must be at least 2, the number of graphs in batch, got 1"):
             call(z, pos, batch, batch_size=1)
+        with pytest.raises(TypeError, match="batch_size must be a whole number of graphs, got '3'"):
+            call(z, pos, batch, batch_size="3")
     # A model that counts the graphs by the last atom
     schnet = Potential(SchNet(8, 8, 1, 8, cutoff=4.0, interaction_graph=InteractionGraph(4.0)).double())
     found = schnet(z, pos, batch, batch_size=4)["energy"]
@@ -421,6 +445,11 @@ def test_cells_without_atoms(scheme, long_range, molecules):
         torch.testing.assert_close(found["energy"][1:2], alone["energy"], rtol=0, atol=1e-12)
         torch.testing.assert_close(found["stress"][1:2], alone["stress"], rtol=0, atol=1e-12)
         assert not found["energy"][::2].any() and not found["stress"][::2].any()
+    # A cell around open molecules stays without a meaning
+    frames = [Data(z=f.z, pos=f.pos, cell=0.2 * cell, pbc=~pbc) for f in (empty, full, empty)]
+    open_ones = Potential(_net(scheme).requires_grad_(False))
+    found = open_ones(Batch.from_data_list(frames))["energy"][1:2]
+    torch.testing.assert_close(found, open_ones(z, pos)["energy"], rtol=0, atol=1e-12)
 
 
 def test_a_property_of_nothing_is_its_mean():
@@ -466,8 +495,9 @@ def _wrong_inputs() -> list:
         (data(batch=torch.tensor([0, 1, 0, 1])), ValueError, "batch must be sorted"),
         (data(num_parts_1=torch.tensor([3])), ValueError, "data has the key 'num_parts_1', .* rename the key"),
         (data(bonds=5), ValueError, r"bonds must be integers of shape \[2, num_bonds\], got 5; .*bonds_key"),
-        ([z, pos], TypeError, "must be a tensor, got a list"),
-        (None, TypeError, "z must be a tensor, got None"),
+        ([z, pos], TypeError, "data must be a Data or a Batch, got a list; or pass z and pos as tensors"),
+        (None, TypeError, "data must be a Data or a Batch, got a NoneType"),
+        (build_molecule("CH3OH"), TypeError, "data must be a Data or a Batch, got a Atoms; use AtomicData.from_ase"),
     ]
 
 
@@ -483,8 +513,6 @@ def test_wrong_input_is_named(case):
     given, error, message = _wrong_inputs()[case]
     net = _net(BondTree(4.0))
     calls = [net, Potential(net), NBodySelect(net.scheme), net.scheme]
-    if given is None or isinstance(given, list):
-        calls.pop()  # a transform takes data only
     if "elements of this model" in message:
         calls = calls[:2]
     for call in calls:

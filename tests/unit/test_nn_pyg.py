@@ -318,10 +318,10 @@ def _wrong_for_a_layer() -> list:
     wide = torch.cat([pos, pos[:, :1]], 1)
     cell = torch.eye(3, dtype=torch.float64)
     return [
-        ((x, edges, pos[:, :2]), {}, ValueError, r"pos must have shape \[num_atoms, 3\], got \[6, 2\]"),
-        ((x, edges, pos[:, :1]), {}, ValueError, r"pos must have shape \[num_atoms, 3\], got \[6, 1\]"),
-        ((x, edges, wide), {}, ValueError, r"pos must have shape \[num_atoms, 3\], got \[6, 4\]"),
-        ((x, edges, (pos, pos[:, :2])), {}, ValueError, r"pos must have shape \[num_atoms, 3\], got \[6, 2\]"),
+        ((x, edges, pos[:, :2]), {}, ValueError, r"pos must have shape \[num_nodes, 3\], got \[6, 2\]"),
+        ((x, edges, pos[:, :1]), {}, ValueError, r"pos must have shape \[num_nodes, 3\], got \[6, 1\]"),
+        ((x, edges, wide), {}, ValueError, r"pos must have shape \[num_nodes, 3\], got \[6, 4\]"),
+        ((x, edges, (pos, pos[:, :2])), {}, ValueError, r"pos must have shape \[num_nodes, 3\], got \[6, 2\]"),
         ((x, edges, pos.long()), {}, TypeError, "pos must be a floating tensor"),
         ((x, edges, pos / 0), {}, ValueError, "pos must be finite"),
         ((x, edges, pos.to("meta")), {}, ValueError, "x, pos and the weights must be on one device"),
@@ -334,7 +334,7 @@ def _wrong_for_a_layer() -> list:
         ((x[:4], edges, pos), {}, ValueError, "x and pos must have a row for each source node, got 4 and 6"),
         (((x, x[:4]), edges, (pos, pos)), {}, ValueError, "a row for each target node, got 4 and 6"),
         ((x.tolist(), edges, pos), {}, TypeError, "x must be a tensor or the pair"),
-        ((x, pos, edges), {}, TypeError, "pos must be a floating tensor"),
+        ((x, pos, edges), {}, ValueError, "pos must have shape"),
         ((x, edges.double(), pos), {}, TypeError, r"edge_index must hold integers.* conv\(x, edge_index, pos\)"),
         ((x, edges.tolist(), pos), {}, TypeError, r"edge_index must be a tensor \[2, edges\], got a list"),
         ((x, edges.t(), pos), {}, ValueError, r"edge_index must have shape \[2, edges\], got \[4, 2\]; transpose it"),
@@ -363,6 +363,7 @@ def test_connect_takes_features_of_any_shape():
         assert found.edge_index.tolist() == [[0, 1], [1, 0]]
         assert found.edge_attr.shape == (2, *attr.shape[1:]) and found.edge_attr.dtype == attr.dtype
         assert found.edge_attr.reshape(2, -1)[:, 0].tolist() == [2.0, 3.0]  # means of 1, 3 and of 2, 4
+    assert NBodyConnect(shared=False)(select, edges[:, :0], flat[:0]).edge_attr.shape == (0,)
     with pytest.raises(ValueError, match=r"edge_attr must have a row for each of the 4 edges, got \[3\]"):
         NBodyConnect()(select, edges, flat[:3])
 
