@@ -268,8 +268,8 @@ def _refuse_huge(count: Tensor, cutoff: float, heights: Tensor, pbc: Tensor) -> 
         number, faces = float(pairs[graph]), ", ".join(f"{h:.3g}" for h in heights[graph].tolist())
         raise ValueError(
             f"cell of graph {graph} is too small for a cutoff of {cutoff:g} angstrom: its {int(count[graph])} atom(s) "
-            f"have some {number:.1e} pairs with their own images alone ({number / 1e7:.0f} GB), as its faces are {faces} "
-            "angstrom apart; check the units of the cell, or take another choice of lattice vectors"
+            f"have some {number:.1e} pairs with their own images alone ({number / 1e7:.0f} GB), as its faces are "
+            f"{faces} angstrom apart; check the units of the cell, or take another choice of lattice vectors"
         )
 
 
