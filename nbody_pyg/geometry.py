@@ -457,7 +457,9 @@ def _cell_list(
             points=points, box=box if periodic else np.zeros((3, 3)), periodic=periodic, quantities="ijSd"
         )
         i, j = i.astype(np.int64), j.astype(np.int64)
-        s = s.astype(np.int64) - moved[j] + moved[i]
+        s = s.astype(np.int64)
+        if moved.any():
+            s += moved[i] - moved[j]
         inside = d < cutoff
         order = np.lexsort((s[:, 2], s[:, 1], s[:, 0], j, i))
         order = order[inside[order]]
