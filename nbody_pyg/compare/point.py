@@ -25,7 +25,6 @@ from nbody_pyg.datasets import fit_reference
 from nbody_pyg.models import edge_degrees
 from nbody_pyg.potential import AtomicReference, Potential
 from nbody_pyg.training.config import Config, DataConfig, parse_config
-from nbody_pyg.training.durable import write_json
 from nbody_pyg.training.evaluation import evaluate
 from nbody_pyg.training.loader import FrameLoader
 from nbody_pyg.training.loss import EnergyForceLoss
@@ -233,7 +232,9 @@ def main(arguments: Sequence[str]) -> int:
         return 3
     if record["status"] == "interrupted":
         return 128 + record["signal"]
-    write_json(folder / "record.json", record, default=float)
+    temporary = folder / ".record.json"
+    temporary.write_text(json.dumps(record, indent=1, default=float) + "\n", encoding="utf-8")
+    temporary.replace(folder / "record.json")
     return 0
 
 

@@ -16,7 +16,6 @@ from typing import Any
 
 from nbody_pyg.compare.peer import MissingPeer
 from nbody_pyg.compare.point import Point, run_point
-from nbody_pyg.training.durable import write_json
 
 
 class Stopped(Exception):
@@ -64,7 +63,7 @@ class Runner:
             record = run_point(point, folder, self._indent)
             if record["status"] == "interrupted":
                 raise Stopped(128 + record["signal"])
-            write_json(folder / "record.json", record, default=float)
+            (folder / "record.json").write_text(json.dumps(record, indent=1, default=float) + "\n", encoding="utf-8")
         for name in ("last.ckpt", "best.ckpt"):  # as large as the model, and of no use any more
             (folder / name).unlink(missing_ok=True)
         self.note(f"  {summary(record)}")
@@ -75,7 +74,7 @@ class Runner:
 
     def _in_process(self, point: Point, folder: Path) -> dict[str, Any]:
         spec = folder / "point.json"
-        write_json(spec, dataclasses.asdict(point))
+        spec.write_text(json.dumps(dataclasses.asdict(point), indent=1) + "\n", encoding="utf-8")
         root = Path(importlib.util.find_spec("nbody_pyg").origin).parents[1]
         threads = str(point.training.get("threads", 1))
         environment = os.environ | {
