@@ -38,7 +38,7 @@ _FLAGS = (
 #: and the longest would take minutes.
 _SHORT, _LONG = 30_000, 250_000
 #: Seconds after which a compiler counts as hanging: for a function of one line, and for any source.
-_PROBE_TIMEOUT, _TIMEOUT = 60.0, 1800.0
+_PROBE_TIMEOUT, _TIMEOUT = 60.0, 900.0
 _PROBE = "int nbody_probe(void) { return 1; }"
 
 _log = logging.getLogger("nbody_pyg")
@@ -136,9 +136,11 @@ def own_cache() -> Path:
     Raises: RuntimeError, OSError: it cannot; the message says why.
     """
     folder = Path(os.path.realpath(cache_folder()))
-    for place in reversed([folder, *folder.parents]):
-        if not place.is_dir():
-            place.mkdir(mode=0o700, exist_ok=True)
+    missing = [place for place in (folder, *folder.parents) if not place.exists()]
+    if missing and (problem := trusted(missing[-1].parent)):
+        raise RuntimeError(problem)
+    for place in reversed(missing):
+        place.mkdir(mode=0o700, exist_ok=True)
     if problem := trusted(folder):
         raise RuntimeError(problem)
     return folder
@@ -195,7 +197,6 @@ def forget() -> None:
     """Ask for compiler, folders and libraries anew, as in a new process; for tests."""
     with lock:
         compiler.cache_clear()
-        _compiler_works.cache_clear()
         _libraries.clear()
         _said.clear()
 
@@ -214,8 +215,9 @@ def _load(source: str) -> ctypes.CDLL:
     code = None if folder is None else _kept(folder, key)
     if code is None:
         if source != _PROBE:
+            load(_PROBE)  # whatever does not work is found out in a moment
             _announce(folder)
-        code = _compile(command, source)
+        code = _compile(command, source, _PROBE_TIMEOUT if source == _PROBE else _TIMEOUT)
         if folder is not None:
             try:
                 _keep(folder, key, code)
@@ -310,23 +312,7 @@ def _load_once(code: bytes, problem: str) -> ctypes.CDLL:
         ) from error
 
 
-def _compile(command: tuple[str, ...], source: str) -> bytes:
-    if source != _PROBE and (problem := _compiler_works(command)):
-        raise RuntimeError(problem)
-    return _run(command, source, _PROBE_TIMEOUT if source == _PROBE else _TIMEOUT)
-
-
-@functools.cache
-def _compiler_works(command: tuple[str, ...]) -> str | None:
-    """Why the compiler does not work; a short try, so that one that hangs is found out in time."""
-    try:
-        _compile(command, _PROBE)
-    except RuntimeError as error:
-        return str(error)
-    return None
-
-
-def _run(command: tuple[str, ...], source: str, timeout: float) -> bytes:
+def _compile(command: tuple[str, ...], source: str, timeout: float) -> bytes:
     with _private_folder() as folder:
         code, built, log = folder / "kernel.c", folder / "kernel.so", folder / "errors.txt"
         code.write_text(source)
