@@ -31,7 +31,9 @@ def available_backends() -> list[str]:
 
 
 def set_backend(name: str) -> None:
-    """Force a backend ("c", "triton", "torch") or let the library choose ("auto").
+    """Force a backend ("c", "triton", "torch") or let the library choose ("auto"), in all threads of this process.
+
+    Every product reads the choice when it is called; its derivatives run on the backend that its value came from.
 
     Raises: ValueError: unknown name, "c" without a C compiler, or "triton" without Triton.
     """
