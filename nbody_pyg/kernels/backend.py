@@ -36,7 +36,9 @@ def available_backends() -> list[str]:
 
 
 def set_backend(name: str) -> None:
-    """Force a backend ("c", "triton", "torch") or let the library choose ("auto"), in this process.
+    """Force a backend ("c", "triton", "torch") or let the library choose ("auto"), in all threads of this process.
+
+    Every product reads the choice when it is called; its derivatives run on the backend that its value came from.
 
     Raises: ValueError: unknown name, "c" where no C can be compiled and loaded, or "triton" without Triton.
     """

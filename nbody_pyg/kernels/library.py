@@ -12,7 +12,7 @@ from torch import Tensor
 
 from nbody_pyg.kernels import build
 from nbody_pyg.kernels.codegen import prelude
-from nbody_pyg.kernels.operands import Several, address
+from nbody_pyg.kernels.operands import Several, address, addresses
 from nbody_pyg.kernels.scope import is_dry
 
 _C_NAMES = {torch.float32: "float", torch.float64: "double"}
@@ -23,17 +23,16 @@ class _Kind(NamedTuple):
 
     word: str
     c_type: Any
-    passed: bool = True
     factor: int | None = None
     places: tuple[int, ...] = ()
 
     @property
-    def optional(self) -> bool:
-        return "?" in self.word
+    def passed(self) -> bool:
+        return not self.word.startswith("(")
 
     @property
-    def long(self) -> bool:
-        return self.word.startswith("longs")
+    def optional(self) -> bool:
+        return "?" in self.word
 
 
 def _kinds(signature: str) -> list[_Kind]:
@@ -45,21 +44,13 @@ def _kinds(signature: str) -> list[_Kind]:
             parts = size.split("*")
             factor = math.prod(int(part) for part in parts if part.isdigit())
             places = tuple(names[part] for part in parts if not part.isdigit())
-            kinds.append(_Kind(word, ctypes.c_void_p, True, factor, places))
+            kinds.append(_Kind(word, ctypes.c_void_p, factor, places))
         elif kind.strip("?") in ("double", "several"):
             kinds.append(_Kind(word, ctypes.c_double if kind == "double" else ctypes.c_void_p))
         else:
             names[word.strip("()")] = place
-            kinds.append(_Kind(word, ctypes.c_int64, passed=not word.startswith("(")))
+            kinds.append(_Kind(word, ctypes.c_int64))
     return kinds
-
-
-def _array(several: Several, dtype: torch.dtype) -> ctypes.Array:
-    addresses = [
-        None if tensor is None else address(tensor, dtype, size)
-        for tensor, size in zip(several.tensors, several.sizes, strict=True)
-    ]
-    return (ctypes.c_void_p * len(addresses))(*addresses)
 
 
 #: Longest source (characters) that is worth compiling.
@@ -115,16 +106,17 @@ class Library:
         functions = self._loaded.get(dtype) or self._load(dtype)
         function, kinds = functions[name]
         given: list[Any] = []
-        for kind, value in zip(kinds, arguments, strict=True):
-            if kind.factor is not None and value is not None:
-                size = kind.factor
-                for place in kind.places:
-                    size *= arguments[place]
-                given.append(address(value, torch.int64 if kind.long else dtype, size))
-            elif value is None and not kind.optional:
-                raise TypeError(f"{name} needs {kind.word}, got None; pass every tensor that the products take")
-            elif kind.passed:
-                given.append(_array(value, dtype) if isinstance(value, Several) else value)
+        for (wanted, factor, places, passed, optional), value in zip(kinds, arguments, strict=True):
+            if value is None:
+                if not optional:
+                    raise TypeError(f"{name} needs a tensor, got None; pass every tensor that the products take")
+                given.append(None)
+            elif factor is not None:
+                for place in places:
+                    factor *= arguments[place]
+                given.append(address(value, wanted, factor))
+            elif passed:
+                given.append(addresses(value, dtype) if isinstance(value, Several) else value)
         function(*given)
 
     def address(self, name: str, dtype: torch.dtype) -> int:
@@ -141,7 +133,14 @@ class Library:
                 kinds = _kinds(signature)
                 function.argtypes = [kind.c_type for kind in kinds if kind.passed]
                 function.restype = None
-                functions[name] = function, kinds
+                # Looked up at every call: plain tuples
+                functions[name] = (
+                    function,
+                    [
+                        (torch.int64 if k.word.startswith("longs") else dtype, k.factor, k.places, k.passed, k.optional)
+                        for k in kinds
+                    ],
+                )
             if self._links:
                 addresses = [library.address(name, dtype) for library, name in self._links]
                 library.link_functions((ctypes.c_void_p * len(addresses))(*addresses))

@@ -6,6 +6,7 @@ operands of all calls, those of backward passes too, go through :func:`address`.
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Sequence
 from typing import NamedTuple, NoReturn
 
@@ -70,8 +71,13 @@ def address(tensor: Tensor, dtype: torch.dtype, size: int) -> int:
         ValueError: another dtype, size or device than the compiled code takes, or gaps between the numbers.
     """
     try:
-        plain = type(tensor) in _PLAIN and tensor.dtype is dtype and tensor.is_cpu
-        if plain and tensor.numel() == size and tensor.is_contiguous():
+        if (
+            type(tensor) in _PLAIN
+            and tensor.dtype is dtype
+            and tensor.is_cpu
+            and tensor.numel() == size
+            and tensor.is_contiguous()
+        ):
             pointer = tensor.data_ptr()
             if pointer or size == 0:
                 return pointer
@@ -119,3 +125,12 @@ class Several(NamedTuple):
 
     tensors: tuple[Tensor | None, ...] | list[Tensor | None]
     sizes: tuple[int, ...] | list[int]
+
+
+def addresses(several: Several, dtype: torch.dtype) -> ctypes.Array:
+    """:func:`address` of every one."""
+    found = [
+        None if tensor is None else address(tensor, dtype, size)
+        for tensor, size in zip(several.tensors, several.sizes, strict=True)
+    ]
+    return (ctypes.c_void_p * len(found))(*found)

@@ -136,7 +136,7 @@ def test_evaluating_training_and_loading_at_once(tmp_path):
 @pytest.mark.slow
 def test_eight_threads_for_a_minute(tmp_path):
     counts = stress(60.0, 8, tmp_path)
-    assert min(counts) >= 2, counts
+    assert min(counts[:8]) >= 20 and min(counts) >= 1, counts
 
 
 def test_a_thread_that_traces_changes_no_other(tmp_path):

@@ -13,9 +13,14 @@ import torch
 
 from nbody_pyg import NBodyNet, NestedShells
 from nbody_pyg.kernels import available_backends, backend, build, set_backend
+from nbody_pyg.kernels.edges import compiled_window
+from nbody_pyg.kernels.library import Library
 from nbody_pyg.kernels.linear import Block, LinearKernel
+from nbody_pyg.kernels.operands import Several
+from nbody_pyg.nn import NBodyConv
 from nbody_pyg.nn.edges import EdgeEmbedding, EdgeFeatures
 from nbody_pyg.nn.gates import DensityGate, OneBodyGate, ProductGate
+from nbody_pyg.nn.interaction import Interaction, Recipe
 from nbody_pyg.nn.irreps import hidden_irreps, num_rows
 from nbody_pyg.nn.linear import RowLinear, blockwise_linear
 from nbody_pyg.nn.products import ChannelwiseProduct
@@ -318,6 +323,85 @@ def test_wrong_types_and_shapes_never_reach_compiled_code(generator):
         gate(x, edges._replace(index=edges.index.int()))
     with pytest.raises(ValueError, match="radial must have shape"):
         gate(x, edges._replace(radial=edges.radial[:, :2]))
+
+
+@needs_c
+def test_every_tensor_of_every_call_is_checked(molecules, monkeypatch):
+    """Also in backward passes: a tensor too short, of another type or with gaps never reaches compiled code."""
+    calls, call = {}, Library.call
+
+    def recorded(library, name, dtype, *arguments):
+        calls[name] = (library, dtype, arguments)
+        call(library, name, dtype, *arguments)
+
+    monkeypatch.setattr(Library, "call", recorded)
+    set_backend("c")
+    z, pos = molecules["ethanol"]
+    net, linear = NBodyNet([1, 6, 8], NestedShells((4.0, 3.0)), channels=3, lmax=1).double(), RowLinear("3x0e", "3x0e")
+    leaf, x = pos.clone().requires_grad_(True), torch.randn(2, 1, 3, requires_grad=True)
+    for value, source in ((net(z, leaf).sum(), leaf), (linear(x).square().sum(), x)):
+        (slope,) = torch.autograd.grad(value, source, create_graph=True)
+        slope.square().sum().backward()
+    kinds = ("product", "one_body", "density", "features", "window", "update")
+    wanted = {f"{kind}_{what}" for kind in kinds[1:] for what in ("forward", "backward", "double")}
+    assert wanted <= set(calls) and {"linear_apply", "linear_transposed", "linear_outer"} <= set(calls)
+    refused = 0
+    for name, (library, dtype, arguments) in calls.items():
+        for place, value in enumerate(arguments):
+            several = isinstance(value, Several)
+            for number, tensor in enumerate(value.tensors if several else [value]):
+                if not isinstance(tensor, torch.Tensor) or tensor.numel() < 2:
+                    continue
+                other = torch.float16 if tensor.is_floating_point() else torch.int32
+                for wrong in (tensor.flatten()[1:], tensor.to(other), tensor.flatten().repeat_interleave(2)[::2]):
+                    given = list(arguments)
+                    given[place] = wrong
+                    if several:
+                        tensors = [*value.tensors[:number], wrong, *value.tensors[number + 1 :]]
+                        given[place] = value._replace(tensors=tensors)
+                    with pytest.raises(ValueError, match=r"compiled products take \d+ numbers of torch"):
+                        call(library, name, dtype, *given)
+                    refused += 1
+    assert refused > 300
+
+
+@needs_c
+@pytest.mark.parametrize("name", ["torch", "c"])
+@pytest.mark.parametrize("width", [0, 1, 2, 4])
+def test_positions_have_three_components(name, width, generator):
+    """Planar positions are usual in PyG; compiled code read and wrote past their ends."""
+    set_backend(name)
+    conv, index = NBodyConv("4x0e", "1x0e", cutoff=5.0), torch.tensor([[0, 1, 2, 3], [1, 2, 3, 0]])
+    x, pos = torch.randn(4, 4, generator=generator), torch.rand(4, width, generator=generator)
+    with pytest.raises(ValueError, match=rf"pos must have shape \[num_nodes, 3\], got \[4, {width}\]; put a column"):
+        conv(x, index, pos)
+    with pytest.raises(ValueError, match=r"pos must have shape"):
+        conv((x, None), index, (torch.rand(4, 3), pos))
+    if name == "c":
+        kernel = EdgeEmbedding(1, BesselBasis(3, 5.0)).kernel
+        with pytest.raises(ValueError, match=rf"vec must have shape \[4, 3\], got \[4, {width}\]"):
+            kernel(pos, torch.ones(4))
+        with pytest.raises(ValueError, match=rf"vec must have shape \[4, 3\], got \[4, {width}\]"):
+            compiled_window(pos, 5.0)
+
+
+@needs_c
+def test_gradients_of_factors_and_constants_alone(generator):
+    """Fine-tuning that freezes all matrices: nothing else asks for gradients of weights."""
+    irreps = hidden_irreps(3, 1)
+    layer = Interaction(Recipe(2, 3, 2, "o3", True), irreps, irreps, irreps, centred=True).double()
+    edges, x = _edges(generator, 4, 4, 7, 1), _randn(generator, 4, 4, 3)
+    species, free = torch.tensor([0, 1, 1, 0]), [layer.scale.weight, layer.bias]
+    for parameter in layer.parameters():
+        parameter.requires_grad_(any(parameter is p for p in free))
+    results = []
+    for name in ("torch", "c"):
+        set_backend(name)
+        value = layer(x, x, edges, species, species).square().sum()
+        results.append(torch.autograd.grad(value, free))
+    for a, b in zip(*results, strict=True):
+        assert a.abs().max() > 0
+        torch.testing.assert_close(b, a, **EXACT)
 
 
 def test_which_backend_runs():
