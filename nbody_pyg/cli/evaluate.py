@@ -14,7 +14,8 @@ from nbody_pyg.cli.plots import parity_plot
 from nbody_pyg.cli.tables import error_table
 from nbody_pyg.data import AtomicData
 from nbody_pyg.datasets import embedded, label_audit, read_frames
-from nbody_pyg.deploy import load_model, with_reference
+from nbody_pyg.deploy import load_model, read_metadata, with_reference
+from nbody_pyg.potential import frame_states
 from nbody_pyg.properties import PropertyModel
 from nbody_pyg.training.evaluation import Evaluation
 from nbody_pyg.training.evaluation import evaluate as predict
@@ -27,7 +28,7 @@ def evaluate(args: argparse.Namespace) -> int:
     sets = {_name(p): _frames(p, args) for p in args.data if not p.endswith(".nbody")}
     if not sets:
         raise ValueError("no data: name at least one file of frames after the model files")
-    print(label_audit(sets), "\n")
+    print(label_audit(sets, _uses(models, sets)), "\n")
     folder = Path(args.out) if args.out else Path(args.model).parent / "evaluate"
     folder.mkdir(parents=True, exist_ok=True)
     labels = _distinct(models)
@@ -75,6 +76,15 @@ def _evaluate_properties(model: PropertyModel, sets: dict, folder: Path, args: a
     (folder / "errors.json").write_text(json.dumps([{"set": n, **e} for (_, n), e in errors.items()], indent=1) + "\n")
     print(f"written to {folder}: {', '.join(sorted(p.name for p in folder.iterdir()))}")
     return 0
+
+
+def _uses(models: Sequence[str], sets: dict[str, Sequence[Data]]) -> dict[str, str]:
+    """What the models do with the charges and spins that the frames have; none where they have none."""
+    told = {key for frames in sets.values() for key in frame_states(frames)}
+    configs = [read_metadata(path)["model"].get("config") or {} for path in models]
+    taken = [{*(c.get("inputs") or ()), *(["charge"] if c.get("long_range") else [])} for c in configs]
+    words = {0: "not used", len(models): "input"}
+    return {key: words.get(sum(key in used for used in taken), "input of some") for key in sorted(told)}
 
 
 def _has_labels(evaluation: Evaluation) -> bool:
