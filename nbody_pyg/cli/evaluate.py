@@ -27,8 +27,8 @@ from nbody_pyg.datasets.frames import Frames, has_label
 from nbody_pyg.datasets.keys import LEVELLED, levels_apart
 from nbody_pyg.datasets.readers import DEFAULT_KEYS, frames_of
 from nbody_pyg.datasets.systems import named_units, read_systems
-from nbody_pyg.deploy import load_model, with_reference
-from nbody_pyg.potential import Potential
+from nbody_pyg.deploy import load_model, read_metadata, with_reference
+from nbody_pyg.potential import Potential, frame_states
 from nbody_pyg.properties import PropertyModel
 from nbody_pyg.training.durable import written_whole
 from nbody_pyg.training.evaluation import Evaluation
@@ -70,7 +70,8 @@ def evaluate(args: argparse.Namespace) -> int:
     folder = output_folder(args.out, default, args.overwrite, [args.model, *args.data], names)
     titles, labels = distinct_names(paths), distinct_names(models)
     sets = {titles[path]: _read(path, args) for path in paths}
-    print(label_audit({title: data.frames for title, data in sets.items()}))
+    frames = {title: data.frames for title, data in sets.items()}
+    print(label_audit(frames, _uses(models, frames)))
     if wrong := levels_apart({title: data.frames.sources for title, data in sets.items()}):
         print(f"note: {wrong}")
     print()
@@ -127,6 +128,15 @@ def _tell(name: str, data: EvaluationSet, result: Result, model: str) -> None:
         print(f"left out{f' for {model}' if model else ''}: {where}{reason}", file=sys.stderr)
     if result.odd:
         print(f"{name}: errors over {len(result.frames)} of {data.total} frames", file=sys.stderr)
+
+
+def _uses(models: Sequence[str], sets: dict[str, Sequence[Data]]) -> dict[str, str]:
+    """What the models do with the charges and spins that the frames have; none where they have none."""
+    told = {key for frames in sets.values() for key in frame_states(frames)}
+    configs = [read_metadata(path)["model"].get("config") or {} for path in models]
+    taken = [{*(c.get("inputs") or ()), *(["charge"] if c.get("long_range") else [])} for c in configs]
+    words = {0: "not used", len(models): "input"}
+    return {key: words.get(sum(key in used for used in taken), "input of some") for key in sorted(told)}
 
 
 # -- reading -------------------------------------------------------------------------------------------------

@@ -179,7 +179,7 @@ def _uses(config: Config, data: DataSets) -> dict[str, str]:
     states = frame_states(data.train)
     inputs = network_inputs(config.model, data.train)
     held = {
-        key: "input" if key in inputs else "constant" if values[0] != DEFAULT_STATE[key] else "not used"
+        key: "input" if key in inputs else "constant" if set(values) != {DEFAULT_STATE[key]} else "not used"
         for key, values in states.items()
     }
     if config.model.arguments.get("long_range") is not None and "charge" in held:

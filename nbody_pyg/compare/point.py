@@ -27,6 +27,7 @@ from nbody_pyg.datasets import fit_reference
 from nbody_pyg.models import edge_degrees
 from nbody_pyg.potential import AtomicReference, Potential
 from nbody_pyg.training.config import Config, DataConfig, parse_config
+from nbody_pyg.training.durable import write_json
 from nbody_pyg.training.evaluation import evaluate
 from nbody_pyg.training.labels import force_variance
 from nbody_pyg.training.loader import FrameLoader

@@ -389,6 +389,6 @@ def refuse_unused(
         where = "" if len(value) == 1 else f" of graph {graph}"
         raise ValueError(
             f"{key}{where} is {float(value[graph]):g}, but the model has no input for it and knows {key} {known:g} "
-            f"only; train one on frames with several values of {key} (an NBodyNet with inputs=[{key!r}]), or remove "
-            f"the key {key!r} if it does not matter"
+            f"only; train one on frames with several values of {key} (an NBodyNet with inputs=[{key!r}]), or take the "
+            f"{key} off the structure if it does not matter"
         )

@@ -177,6 +177,8 @@ def test_one_energy_in_every_command(name, tmp_path, monkeypatch, capsys):
         if number not in (0, 5, 9):
             continue
         assert main(["evaluate", "m.nbody", "one.xyz", "--no-plot", "--out", "e"]) == 0
+        rows = [line for line in capsys.readouterr().out.splitlines() if "info['charge']" in line]
+        assert all(row.rstrip().endswith("input") for row in rows) and len(rows) == (number != 5)
         predicted = read("e/one_predictions.xyz")
         written = {"evaluate": predicted.get_potential_energy()}
         predicted.calc = NBodyCalculator("m.nbody")

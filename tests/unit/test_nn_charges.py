@@ -85,7 +85,7 @@ def test_physics_of_charged_systems(name, molecules):
     assert_permutation_invariant(model, systems=frames)
     assert_batch_independent(model, systems=frames)
     assert_extensive(model, systems=frames)
-    assert_conservative(model, systems=frames[:2])
+    assert_conservative(model, systems=frames[:2], step=5e-4)
     parts = model.energies(frames[0])
     assert abs(float(parts.total()) - float(model(frames[0])["energy"])) < 1e-10
     assert abs(float(parts.total()) - float(model.energies(frames[2]).total())) > 1e-6
@@ -187,7 +187,7 @@ def test_what_a_model_cannot_use_is_refused_but_for_what_it_was_trained_at(state
     save_model(model, tmp_path / "m.nbody")
     again = load_model(tmp_path / "m.nbody")
     expected = float(again(ethanol)["energy"])
-    assert float(again(data)["energy"]) == expected and float(again.model(data)) == float(again.model(ethanol))
+    assert float(again(data)["energy"]) == expected and torch.equal(again.model(data), again.model(ethanol))
     with pytest.raises(ValueError, match=f"{key} is 3, but the model has no input for it and knows {key} ."):
         again(other)
     default = Data(**ethanol.to_dict(), **{key: torch.tensor([1.0 if key == "spin" else 0.0])})
@@ -249,9 +249,9 @@ def test_hessians_and_explanations_take_the_state(key, ethanol):
     product = model.hessian_vector_product(vector, ethanol.z, ethanol.pos, **given)
     torch.testing.assert_close(product.flatten(), hessian @ vector.flatten(), rtol=0, atol=1e-9)
     explained = ExplainableNet(model.model)
-    value = float(explained(*explained.graph(data), data))
-    assert value == pytest.approx(float(model.model(data)), abs=1e-10)
-    assert abs(value - float(model.model(ethanol))) > 1e-6
+    value = float(explained(*explained.graph(data), data).detach())
+    assert value == pytest.approx(float(model.model(data).detach()), abs=1e-10)
+    assert abs(value - float(model.model(ethanol).detach())) > 1e-6
     (_, charged), *_ = model.model.representations(data)
     assert (charged - model.model.representations(ethanol)[0][1]).abs().max() > 1e-6
 
@@ -283,7 +283,7 @@ def test_configuration_comes_back(ethanol):
     assert model.config()["inputs"] == ["charge", "spin"] and model.used == {"charge", "spin"}
     again = NBodyNet.from_config(model.config()).double()
     again.load_state_dict(model.state_dict())
-    assert float(again(ethanol.z, ethanol.pos, **CHARGED)) == float(model(ethanol.z, ethanol.pos, **CHARGED))
+    assert torch.equal(again(ethanol.z, ethanol.pos, **CHARGED), model(ethanol.z, ethanol.pos, **CHARGED))
     assert net(inputs=None).config()["inputs"] is None and net(inputs=()).config()["inputs"] is None
     assert not net(inputs=None).used and net(inputs=None, long_range="direct").used == {"charge"}
     with pytest.raises(ValueError, match="inputs must be some of charge, spin, each once, got"):
@@ -298,7 +298,7 @@ def test_check_tests_charged_systems_as_charged(ethanol):
     sections = ("symmetry", "derivatives", "additivity", "smoothness", "precision")
     found = check_potential(model, [data], only=sections)
     assert found.failures == [] and len(found.checks) > 8
-    assert sum(seen) > 0.8 * len(seen), "all but random molecules and isolated atoms are charged"
+    assert sum(seen) > 0.6 * len(seen), "all but random molecules and isolated atoms are charged"
     model = potential(inputs=None)
     with pytest.raises(ValueError, match="frame 0 of frames: charge is 1, but the model has no input for it"):
         check_potential(model, [data], only=("symmetry",))
