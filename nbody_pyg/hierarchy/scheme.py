@@ -239,11 +239,15 @@ class Scheme(BaseTransform):
 
     def with_pairs(self, tree: Topology, atoms: AtomsInput) -> Topology:
         """``tree`` with the pairs of every level whose spec has a ``pair_radius``, at these positions."""
-        centres = self.positions(tree, atoms.z, atoms.pos, atoms.cell)
+        cell = None if atoms.cell is None else atoms.cell.double()
+        centres = self.positions(tree, atoms.z, atoms.pos.double(), cell)
         found: list[tuple[Tensor | None, Tensor | None]] = []
         for k, spec in enumerate(self.levels):
             radius, centre = spec.pair_radius, centres[k]
-            found.append((None, None) if radius is None else atoms.pairs(centre, tree.batch(k), radius, k > 0))
+            pair = shift = None
+            if radius is not None:
+                pair, shift = atoms.pairs(centre, tree.batch(k), radius, k > 0)
+            found.append((pair, None if shift is None else shift.to(atoms.pos.dtype)))
         pairs, shifts = zip(*found, strict=True)
         return Topology(tree.num_parts, tree.child_index, pairs, tree.child_shift, shifts, tree.bonds, atoms.periodic)
 
