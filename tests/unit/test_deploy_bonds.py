@@ -25,6 +25,7 @@ from nbody_pyg.deploy import (
     save_model,
     with_reference,
 )
+from nbody_pyg.training.prepare import DataSets
 
 
 def potential(scheme=None, seed: int = 0) -> Potential:
@@ -242,3 +243,22 @@ def test_commands_take_the_bonds_of_the_model_file(tmp_path, capsys):
     predicted = read(tmp_path / "e" / "start_predictions.xyz")
     values = {**predicted.info, **getattr(predicted.calc, "results", {})}
     assert any(abs(v - wanted) < 1e-6 for v in values.values() if isinstance(v, float))
+
+
+# -- training ----------------------------------------------------------------------------------------------
+def test_training_says_where_bonds_differ():
+    """Shared with a frame that is unlike the others, or found in each frame of one molecule."""
+    quiet = [AtomicData.from_ase(molecule("CH3CH2OH")) for _ in range(4)]
+    odd = AtomicData.from_ase(stretched(1.6))
+    scheme = BondTree(4.0)
+    sets = DataSets([odd, *quiet], [])
+    with pytest.warns(UserWarning, match="bonds of the first training frame, .* are not those found in 4 of 5 frames"):
+        shared = sets.with_topology(scheme, shared=True)
+    assert all(int(frame.num_parts_3) == 2 for frame in shared.train)
+    with pytest.warns(UserWarning, match="bonds found in 4 of 5 differ from those of the first: .* data.one_molecule"):
+        sets.with_topology(scheme)
+    # Nothing to say of: one odd frame among others, equal bonds, several molecules, no bonds
+    DataSets([*quiet, odd], []).with_topology(scheme, shared=True)
+    DataSets(quiet, [odd]).with_topology(scheme)
+    DataSets([*quiet, AtomicData.from_ase(molecule("CH4")), odd], []).with_topology(scheme)
+    sets.with_topology(NestedShells((3.0,)))

@@ -96,7 +96,7 @@ def test_a_batch_of_cells_and_molecules(name, generator):
     z, pos, cell = waters(generator)
     model, cells, periodic, places = potential(SCHEMES[name]), [], [], []
     for basis, axes in (("same", "xyz"), ("skewed", "xyz"), ("sheared", "z"), ("far", "")):
-        cells.append((torch.tensor(BASES[basis], dtype=torch.float64) @ cell))
+        cells.append(torch.tensor(BASES[basis], dtype=torch.float64) @ cell)
         periodic.append(torch.tensor([axis in axes for axis in "xyz"]))
         moved = torch.randint(-1, 2, pos.shape, generator=generator).double() * periodic[-1]
         places.append(pos + moved @ cells[-1])
