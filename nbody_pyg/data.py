@@ -128,7 +128,7 @@ class AtomicData(Data):
     ``centre_k``        [n] long              part of level k - 1 on which each part of level k sits (some schemes)
     ``bonds``           [2, M] long           covalent bonds, both directions (only where a scheme uses them)
     ``scheme``          str                   the scheme that wrote the hierarchy
-    ``hierarchy_mark``  [1, 3] long           for which atoms and positions it did so
+    ``hierarchy_mark``  [1, 4] long           for which atoms and positions it did so
     ==================  ====================  ==========================================================
 
     The hierarchy keys are written by the schemes of :mod:`nbody_pyg.hierarchy`. Their names avoid the words

@@ -10,7 +10,7 @@ from nbody_pyg.cli.tables import table
 from nbody_pyg.data import AtomicData
 from nbody_pyg.deploy import EnergyExplanation, explain_energy, plot_energy_parts, read_metadata
 from nbody_pyg.deploy.model_file import load_potential
-from nbody_pyg.deploy.reference import reference_topology
+from nbody_pyg.deploy.reference import is_periodic, reference_topology
 from nbody_pyg.hierarchy import Scheme
 
 
@@ -51,7 +51,7 @@ def energies(args: argparse.Namespace) -> int:
 def _tree(scheme: Scheme, metadata: dict, first: AtomicData, frame: AtomicData):
     """Parts of the training molecule where the model has one, else those of the first frame, at the positions here."""
     cell, pbc = frame.get("cell"), frame.get("pbc")
-    tree = reference_topology(metadata, scheme, frame.z.tolist())
+    tree = reference_topology(metadata, scheme, frame.z.tolist(), is_periodic(pbc))
     if tree is None:
         tree = scheme.topology(first.z, first.pos, None, first.get("cell"), first.get("pbc"))
     return scheme.update(tree, frame.z, frame.pos, None, cell, pbc)

@@ -296,7 +296,7 @@ class NBodyCalculator(SharedCalculator):
                     f"has {len(numbers)} (or other elements); pass bonds='each' for structures of any kind"
                 )
             self.bonds_from = "the structure given as bonds"
-        elif (found := reference_topology(self.metadata, self.scheme, z.tolist())) is not None:
+        elif (found := reference_topology(self.metadata, self.scheme, z.tolist(), pbc is not None)) is not None:
             self.bonds_from = "the reference molecule of the model file"
         elif self.bonds == "first" and self._first is not None:
             found, self.bonds_from = self._first[1], "found in the first structure"

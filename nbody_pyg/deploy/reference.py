@@ -21,18 +21,23 @@ _MOST_NAMED = 4
 
 def reference_record(frame: Data) -> dict[str, Any]:
     """What a model file keeps of the frame whose parts all training frames shared, for :func:`reference_topology`."""
-    keys = ("z", "pos", "cell", "pbc")
-    return {key: frame[key].tolist() for key in keys if frame.get(key) is not None}
+    return {key: None if frame.get(key) is None else frame[key].tolist() for key in ("z", "pos", "cell", "pbc")}
 
 
-def reference_topology(metadata: Mapping[str, Any], scheme: Scheme, z: Sequence[int]) -> Topology | None:
+def reference_topology(
+    metadata: Mapping[str, Any], scheme: Scheme, z: Sequence[int], periodic: bool = False
+) -> Topology | None:
     """The topology that the model was trained with, where it knows one for atoms ``z`` in this order.
 
     A model trained on one molecule takes its bonds from one frame; a bond that is stretched beyond the usual
     length must not change the hierarchy, and with it the energy. None as well where the scheme keeps no parts.
+
+    Args:
+        periodic: the atoms lie in a cell. Files of earlier versions do not say whether their molecule did, and have no
+            topology for it.
     """
     found = metadata.get("reference")
-    if found is None or not scheme.keeps_parts or list(found["z"]) != list(z):
+    if found is None or not scheme.keeps_parts or list(found["z"]) != list(z) or (periodic and "pbc" not in found):
         return None
     lattice = {
         key: None if found.get(key) is None else torch.tensor(found[key], dtype=dtype)
@@ -41,13 +46,18 @@ def reference_topology(metadata: Mapping[str, Any], scheme: Scheme, z: Sequence[
     return scheme.topology(torch.tensor(found["z"]), torch.tensor(found["pos"], dtype=torch.float64), **lattice)
 
 
+def is_periodic(pbc: Tensor | None) -> bool:
+    """Whether some direction repeats."""
+    return pbc is not None and bool(pbc.any())
+
+
 def with_reference(frames: Sequence[Data], path: str | Path, scheme: Scheme | None) -> Sequence[Data]:
     """Frames with hierarchies: shared with the training frames where these are the same molecule."""
     if scheme is None:
         return frames
     metadata, out = read_metadata(path)["metadata"], []
     for frame in frames:
-        tree = reference_topology(metadata, scheme, frame.z.tolist())
+        tree = reference_topology(metadata, scheme, frame.z.tolist(), is_periodic(frame.get("pbc")))
         out.append(scheme(frame) if tree is None else share_topology([frame], scheme, tree)[0])
     return out
 

@@ -121,8 +121,12 @@ class FromAssignment(Scheme):
             )
         return cls(parts=[part for part in parts if part], cutoff=cutoff, part_cutoffs=(part_cutoff,))
 
+    @property
+    def atom_key(self) -> str | None:
+        return self.labels_key if self.labels is None and self.parts is None else None
+
     def inputs(self, data: Data) -> dict[str, Tensor]:
-        if self.labels is not None or self.parts is not None:
+        if self.atom_key is None:
             return {}
         if data.get(self.labels_key) is None:
             raise ValueError(

@@ -12,7 +12,7 @@ from torch_geometric.data import Data
 from torch_geometric.data.datapipes import functional_transform
 
 from nbody_pyg.hierarchy.bondgraph import BOND_FACTOR, check_lengths, covalent_bonds, fragment_labels, unwrap
-from nbody_pyg.hierarchy.mark import FOUND_BONDS, MARK
+from nbody_pyg.hierarchy.mark import found_bonds
 from nbody_pyg.hierarchy.scheme import AtomsInput, LevelSpec, Scheme, check_radius, widen_pairs
 from nbody_pyg.hierarchy.topology import Topology, sort_edges
 
@@ -88,10 +88,10 @@ class BondTree(Scheme):
         )
 
     def inputs(self, data: Data) -> dict[str, Tensor]:
-        bonds, mark = data.get(self.bonds_key), data.get(MARK)
-        if bonds is not None and mark is not None and self.bonds_key == "bonds":
-            # Bonds that the scheme has found and stored belong to the positions of then
-            found = mark[:, 2] == FOUND_BONDS
+        bonds = data.get(self.bonds_key)
+        if bonds is not None and self.bonds_key == "bonds":
+            # Bonds that a scheme has found and stored belong to the positions of then
+            found = found_bonds(data)
             if bool(found.all()):
                 return {}
             if bool(found.any()):

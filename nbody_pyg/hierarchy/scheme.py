@@ -25,7 +25,7 @@ from nbody_pyg.geometry import (
     neighbour_list,
 )
 from nbody_pyg.hierarchy.levels import Hierarchy, Level
-from nbody_pyg.hierarchy.mark import FOUND, FOUND_BONDS, KEPT, MARK, mark_of
+from nbody_pyg.hierarchy.mark import ATOMS, FOUND, FOUND_BONDS, INPUTS, KEPT, KIND, MARK, found_bonds, mark_of
 from nbody_pyg.hierarchy.positions import child_vectors, tree_positions
 from nbody_pyg.hierarchy.topology import Topology
 from nbody_pyg.radial import vector_window
@@ -287,13 +287,22 @@ class Scheme(BaseTransform):
 
     def with_pairs(self, tree: Topology, atoms: AtomsInput) -> Topology:
         """``tree`` with the pairs of every level whose spec has a ``pair_radius``, at these positions."""
-        centres = self.positions(tree, atoms.z, atoms.pos, atoms.cell)
+        cell = None if atoms.cell is None else atoms.cell.double()
+        centres = self.positions(tree, atoms.z, atoms.pos.double(), cell)
         found: list[tuple[Tensor | None, Tensor | None]] = []
         for k, spec in enumerate(self.levels):
             radius, centre = spec.pair_radius, centres[k]
-            found.append((None, None) if radius is None else atoms.pairs(centre, tree.batch(k), radius, k > 0))
+            pair = shift = None
+            if radius is not None:
+                pair, shift = atoms.pairs(centre, tree.batch(k), radius, k > 0)
+            found.append((pair, None if shift is None else shift.to(atoms.pos.dtype)))
         pairs, shifts = zip(*found, strict=True)
         return Topology(tree.num_parts, tree.child_index, pairs, tree.child_shift, shifts, tree.bonds, atoms.periodic)
+
+    @property
+    def atom_key(self) -> str | None:
+        """Key of labels of the atoms on the data from which parts follow; None where there are none."""
+        return None
 
     def inputs(self, data: Data) -> dict[str, Any]:
         """Further keyword arguments of :meth:`topology` that a scheme reads from the data (bonds, labels)."""
@@ -329,21 +338,21 @@ class Scheme(BaseTransform):
         Args:
             kept: the parts were given (bonds, a reference frame), and are to stay where positions change.
         """
-        before = data.get(MARK)
-        if before is not None and bool((before[:, 2] == FOUND_BONDS).any()):
+        if bool(found_bonds(data).any()):
             del data["bonds"]  # those of earlier positions, or of another scheme
         topology.store(data)
         signed = self.signature
         data["scheme"] = [signed] * topology.num_graphs if isinstance(data, Batch) else signed
-        data[MARK] = mark_of(data, KEPT if kept else FOUND if topology.bonds is None else FOUND_BONDS)
+        kind = KEPT if kept else FOUND if topology.bonds is None else FOUND_BONDS
+        data[MARK] = mark_of(data, kind, self.atom_key)
         return data
 
     def read(self, data: Data) -> Topology:
         """The topology stored on ``data``, which must be of this very scheme; cheap, for every step.
 
-        It belongs to the atoms, positions and cell at which it was stored. Where these have changed since, it is made
-        anew, as :meth:`topology` would make it; parts that were given or shared are kept, and what depends on positions
-        is made anew (:meth:`update`). Costs a dozen small operations on integers, O(atoms).
+        It belongs to the atoms, positions, cell, bonds and labels at which it was stored. Where these have changed
+        since, it is made anew, as :meth:`topology` would make it; parts that were given or shared are kept, and what
+        depends on positions is made anew (:meth:`update`). Costs some 20 small operations on integers, O(atoms).
 
         Raises:
             ValueError: no hierarchy, or that of another scheme or of other radii (its windows would then cut
@@ -366,21 +375,23 @@ class Scheme(BaseTransform):
                     stacklevel=2,
                 )
             return Topology.from_data(data)
-        now = mark_of(data, mark[:, 2])
+        now = mark_of(data, mark[:, KIND], self.atom_key)
+        if self.atom_key is not None and data.get(self.atom_key) is None:
+            now[:, INPUTS] = mark[:, INPUTS]  # labels that were left out have not changed
         return Topology.from_data(data) if torch.equal(now, mark) else self._renewed(data, mark, now)
 
     def _renewed(self, data: Data, mark: Tensor, now: Tensor) -> Topology:
-        """The topology of data whose atoms, positions or cell are no longer those for which one was stored."""
+        """The topology of data on which something is no longer as it was when one was stored."""
         atoms = data.z, data.pos, data.get("batch"), data.get("cell"), data.get("pbc")
-        kept = mark[:, 2] == KEPT
-        if not bool(kept.any()):
-            return self.compose(*atoms, count_graphs(data), **self.inputs(data))
-        other = (kept & (mark[:, 0] != now[:, 0])).nonzero().flatten().tolist()
+        kept = mark[:, KIND] == KEPT
+        other = (kept & (mark[:, ATOMS] != now[:, ATOMS])).nonzero().flatten().tolist()
         if other:
             raise ValueError(
                 f"data must hold the atoms for which its parts were given or shared, but graph {other[0]} has others, "
                 "or in another order; apply the scheme (or share_topology) after whatever removes or reorders atoms"
             )
+        if not bool(kept.any()) or not torch.equal(mark[:, INPUTS], now[:, INPUTS]):
+            return self.compose(*atoms, count_graphs(data), **self.inputs(data))
         if not bool(kept.all()):
             raise ValueError(
                 "positions have changed since hierarchies were stored, in a batch in which some have parts that were "

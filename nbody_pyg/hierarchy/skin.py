@@ -136,7 +136,8 @@ def narrow(
 ) -> Topology:
     """``wide``, made by a widened copy of ``scheme``, without the edges beyond the radii of ``scheme``."""
     with torch.no_grad():
-        centres = scheme.positions(wide, z, pos, cell)
+        cell = None if cell is None else cell.double()
+        centres = scheme.positions(wide, z, pos.double(), cell)
         lists: dict[str, list[tuple[Tensor | None, Tensor | None]]] = {"child": [], "pair": []}
         done: dict[tuple, tuple[Tensor, Tensor | None]] = {}
         for k, radii in enumerate(scheme.list_radii()):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import typing
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -43,6 +44,10 @@ if typing.TYPE_CHECKING:
     from nbody_pyg.models import NBodyNet
 
 
+#: So many frames are looked at for bonds that differ.
+_LOOKED_AT = 200
+
+
 @dataclass
 class DataSets:
     """Frames for training, for validation (maybe none) and for any number of named tests.
@@ -66,6 +71,7 @@ class DataSets:
         """
         if shared:
             tree = Topology.from_data(scheme(self.train[0]))
+            _warn_of_odd_reference(scheme, tree, self.train[:_LOOKED_AT])
 
             def stored(frames: Sequence[Data]) -> Sequence[Data]:
                 return share_topology(frames, scheme, tree)
@@ -74,11 +80,40 @@ class DataSets:
             def stored(frames: Sequence[Data]) -> Sequence[Data]:
                 return [scheme(frame) for frame in frames]
 
+            _warn_of_bonds_that_differ(scheme, self.train[:_LOOKED_AT])
+
         def store(frames: Sequence[Data]) -> Sequence[Data]:
             return frames.replaced(stored(frames)) if isinstance(frames, Frames) else stored(frames)
 
         tests = {name: store(frames) for name, frames in self.tests.items()}
         return DataSets(store(self.train), store(self.val), tests, self.split)
+
+
+def _warn_of_odd_reference(scheme: Scheme, tree: Topology, frames: Sequence[Data]) -> None:
+    """Say so where the bonds that all frames are to share are found in few of them."""
+    odd = sum(not scheme.holds(tree, f.z, f.pos, None, f.get("cell"), f.get("pbc")) for f in frames)
+    if 2 * odd > len(frames):
+        warnings.warn(
+            f"the bonds of the first training frame, which all frames share, are not those found in {odd} of "
+            f"{len(frames)} frames: a bond of it may be stretched. Take another data.split_seed",
+            stacklevel=3,
+        )
+
+
+def _warn_of_bonds_that_differ(scheme: Scheme, frames: Sequence[Data]) -> None:
+    """Say so where frames of one molecule have hierarchies of their own, and these differ."""
+    if not scheme.keeps_parts or any(not torch.equal(frame.z, frames[0].z) for frame in frames):
+        return
+    first = Topology.from_data(scheme(frames[0]))
+    if first.bonds is None or any(scheme.inputs(frame) for frame in frames):
+        return
+    odd = sum(not scheme.holds(first, f.z, f.pos, None, f.get("cell"), f.get("pbc")) for f in frames)
+    if odd:
+        warnings.warn(
+            f"the frames hold the same atoms, but the bonds found in {odd} of {len(frames)} differ from those of the "
+            "first: the energy has steps between them. If all are one molecule, set data.one_molecule to true",
+            stacklevel=3,
+        )
 
 
 def load_data(config: DataConfig, split: Split | None = None) -> DataSets:

@@ -26,6 +26,7 @@ from nbody_pyg.deploy import (
     save_model,
     with_reference,
 )
+from nbody_pyg.training.prepare import DataSets
 
 
 def potential(scheme=None, seed: int = 0) -> Potential:
@@ -128,7 +129,16 @@ def test_periodic_models_bring_their_bonds(tmp_path):
         assert float(model(data)["energy"]) == pytest.approx(hot.get_potential_energy(), abs=1e-10)
         found.append(hot.get_potential_energy())
     assert np.ptp(found) < 1e-10 and abs(found[0]) > 1e-2
-    assert abs(found[0] - energies(NBodyCalculator(model), [hot], [0])[0]) > 1e-3
+    alone = energies(NBodyCalculator(model), [hot], [0])[0]
+    assert abs(found[0] - alone) > 1e-3
+    # A molecule without a cell serves in a cell as well; files of earlier versions do not say whether it had one
+    record = {"reference": reference_record(AtomicData.from_ase(molecule("H2O")))}
+    for reference, wanted in (
+        (record["reference"], found[0]),
+        ({k: record["reference"][k] for k in ("z", "pos")}, alone),
+    ):
+        save_model(model, tmp_path / "m.nbody", {"reference": reference})
+        assert energies(NBodyCalculator(tmp_path / "m.nbody"), [hot], [0])[0] == pytest.approx(wanted, abs=1e-10)
 
 
 def test_parts_of_labels_that_stand_on_the_reference():
@@ -234,3 +244,22 @@ def test_commands_take_the_bonds_of_the_model_file(tmp_path, capsys):
     predicted = read(tmp_path / "e" / "start_predictions.xyz")
     values = {**predicted.info, **getattr(predicted.calc, "results", {})}
     assert any(abs(v - wanted) < 1e-6 for v in values.values() if isinstance(v, float))
+
+
+# -- training ----------------------------------------------------------------------------------------------
+def test_training_says_where_bonds_differ():
+    """Shared with a frame that is unlike the others, or found in each frame of one molecule."""
+    quiet = [AtomicData.from_ase(molecule("CH3CH2OH")) for _ in range(4)]
+    odd = AtomicData.from_ase(stretched(1.6))
+    scheme = BondTree(4.0)
+    sets = DataSets([odd, *quiet], [])
+    with pytest.warns(UserWarning, match="bonds of the first training frame, .* are not those found in 4 of 5 frames"):
+        shared = sets.with_topology(scheme, shared=True)
+    assert all(int(frame.num_parts_3) == 2 for frame in shared.train)
+    with pytest.warns(UserWarning, match="bonds found in 4 of 5 differ from those of the first: .* data.one_molecule"):
+        sets.with_topology(scheme)
+    # Nothing to say of: one odd frame among others, equal bonds, several molecules, no bonds
+    DataSets([*quiet, odd], []).with_topology(scheme, shared=True)
+    DataSets(quiet, [odd]).with_topology(scheme)
+    DataSets([*quiet, AtomicData.from_ase(molecule("CH4")), odd], []).with_topology(scheme)
+    sets.with_topology(NestedShells((3.0,)))

@@ -90,6 +90,28 @@ def test_energies_do_not_depend_on_how_a_crystal_is_written(name, periodic, gene
     assert_same(model, (z, pos, cell), changes, pbc)
 
 
+@pytest.mark.parametrize("name", ["tree", "labels", "shells"])
+def test_a_batch_of_cells_and_molecules(name, generator):
+    """Other lattice vectors, other periodicity and none, in one batch."""
+    z, pos, cell = waters(generator)
+    model, cells, periodic, places = potential(SCHEMES[name]), [], [], []
+    for basis, axes in (("same", "xyz"), ("skewed", "xyz"), ("sheared", "z"), ("far", "")):
+        cells.append(torch.tensor(BASES[basis], dtype=torch.float64) @ cell)
+        periodic.append(torch.tensor([axis in axes for axis in "xyz"]))
+        moved = torch.randint(-1, 2, pos.shape, generator=generator).double() * periodic[-1]
+        places.append(pos + moved @ cells[-1])
+    cells, periodic = torch.stack(cells), torch.stack(periodic)
+    batch = torch.arange(4).repeat_interleave(len(z))
+    found = model(z.repeat(4), torch.cat(places), batch, cell=cells, pbc=periodic)
+    for graph, place in enumerate(places):
+        lattice = {"cell": cells[graph : graph + 1], "pbc": periodic[graph : graph + 1]} if graph < 3 else {}
+        alone = model(z, place, **lattice)
+        torch.testing.assert_close(found["energy"][graph : graph + 1], alone["energy"], rtol=0, atol=1e-9)
+        torch.testing.assert_close(found["forces"][batch == graph], alone["forces"], rtol=0, atol=1e-9)
+        assert alone["forces"].abs().max() > 1e-2
+    assert torch.unique(found["energy"].round(decimals=6)).numel() == 3, "the first two are one crystal"
+
+
 @pytest.mark.parametrize(
     "scheme",
     [

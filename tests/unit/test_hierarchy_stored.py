@@ -191,6 +191,27 @@ def test_a_batch_of_kept_and_found_parts(molecules):
         model(batch)
 
 
+def test_other_bonds_and_labels_after_the_scheme(molecules):
+    """Bonds and labels that replace those of the hierarchy count as given ones; on their own and in a batch."""
+    bonds = torch.tensor([[0, 0, 0, 0, 1, 1, 1], [1, 2, 3, 4, 5, 6, 7]])
+    labels = torch.arange(9) // 2
+    for name, key, value in (("tree", "bonds", bonds), ("labels", "labels", labels)):
+        scheme, model = SCHEMES[name], net(SCHEMES[name])
+        plain = frame(molecules)
+        for stored in (scheme(plain), share_topology([plain], scheme)[0]):
+            before = model(stored)
+            stored[key] = value
+            wanted = model(plain.z, plain.pos, topology=scheme.topology(plain.z, plain.pos, **{key: value}))
+            assert torch.equal(model(stored), wanted) and (wanted - before).abs() > 1e-3
+            assert torch.equal(model(scheme(stored)), wanted), "the scheme applied again"
+            batch = Batch.from_data_list([stored, stored])
+            torch.testing.assert_close(model(batch), wanted.repeat(2), rtol=0, atol=1e-10)
+    stored = SCHEMES["labels"](plain)
+    wanted = model(stored)
+    del stored.labels
+    assert torch.equal(model(stored), wanted), "labels are not needed once the parts are stored"
+
+
 def test_hierarchies_without_a_mark_are_used_with_a_warning(molecules):
     stored = SCHEMES["shells"](frame(molecules))
     wanted = net(SCHEMES["shells"])(stored)
