@@ -207,7 +207,7 @@ def _share(frames: Sequence[Data], label: str) -> float:
     for place, frame in enumerate(frames):
         values = frame[label].reshape(len(frame[label]), -1)
         if bool(values.isinf().any()):
-            raise ValueError(f"{label} of {listed(frames, [place])} holds infinite values; remove the frame")
+            raise ValueError(f"{label} must be finite, but {listed(frames, [place])} holds infinite values; remove it")
         rows = ~values.isnan().any(dim=1)
         known, total = known + int(rows.sum()), total + len(rows)
     return known / total
@@ -227,7 +227,7 @@ def force_variance(frames: Sequence[Data]) -> float:
     if not known:
         return 1.0
     if any(bool(values.isinf().any()) for values in known.values()):
-        raise ValueError("forces of the training frames hold infinite values; remove those frames")
+        raise ValueError("forces must be finite, but training frames hold infinite values; remove those frames")
     odd = outliers(frames, "forces")
     if odd:
         warnings.warn(

@@ -294,7 +294,7 @@ def test_loss_that_is_not_finite_stops_with_advice(tmp_path):
 def test_infinite_forces_are_refused(tmp_path):
     data = frames()
     data[3].forces[0, 0] = float("inf")
-    with pytest.raises(ValueError, match="forces of the training frames hold infinite values"):
+    with pytest.raises(ValueError, match="forces must be finite, but"):
         fit(potential(), data, (), TrainingConfig(max_epochs=2, **COMMON), tmp_path)
 
 

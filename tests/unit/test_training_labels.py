@@ -225,7 +225,7 @@ def test_a_target_that_no_frame_has_is_refused(tmp_path, key, message):
 def test_infinite_labels_are_refused_by_frame(tmp_path):
     data = frames(12)
     data[7].energy = data[7].energy * math.inf
-    with pytest.raises(ValueError, match=r"energy of frame 7 of x.xyz holds infinite values"):
+    with pytest.raises(ValueError, match=r"energy must be finite, but frame 7 of x.xyz holds infinite values"):
         fit(Potential(Springs()), Frames(data, name="x.xyz"), (), TrainingConfig(**COMMON), tmp_path)
 
 
