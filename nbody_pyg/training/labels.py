@@ -23,7 +23,7 @@ from nbody_pyg.training.settings import TrainingConfig
 
 logger = logging.getLogger(__name__)
 
-Shape = tuple[int | str, ...]
+Shape = Sequence[int | str]
 #: What a potential learns, and the weight of the settings that switches it on.
 WEIGHTS = {"forces": "force_weight", "energy": "energy_weight", "stress": "stress_weight"}
 # What a model computes with. All else is a label or an extra, and changes no prediction.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -32,7 +32,7 @@ from nbody_pyg.nn.repulsion import ZBLRepulsion
 from nbody_pyg.potential import AtomicReference, Potential
 from nbody_pyg.properties import Property, PropertyModel, fit_statistics, property_irreps
 from nbody_pyg.training.config import Config, DataConfig, ModelConfig, model_arguments
-from nbody_pyg.training.labels import force_variance
+from nbody_pyg.training.labels import force_variance, uniform
 
 if typing.TYPE_CHECKING:
     from nbody_pyg.models import NBodyNet
@@ -69,6 +69,11 @@ class DataSets:
             return frames.replaced(stored(frames)) if isinstance(frames, Frames) else stored(frames)
 
         return DataSets(store(self.train), store(self.val), {n: store(f) for n, f in self.tests.items()})
+
+    def uniform(self, labels: Mapping[str, Sequence[int | str]]) -> DataSets:
+        """The same frames with the same keys in each set; see :func:`nbody_pyg.training.labels.uniform`."""
+        tests = {name: uniform(frames, labels) for name, frames in self.tests.items()}
+        return DataSets(uniform(self.train, labels), uniform(self.val, labels), tests)
 
 
 def load_data(config: DataConfig) -> DataSets:
