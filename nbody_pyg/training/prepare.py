@@ -173,13 +173,22 @@ def build_potential(config: Config, data: DataSets) -> Potential | PropertyModel
             raise ValueError("data.e0 'atomref' is known for data.qm9 only; use lstsq, mean, isolated or {element: eV}")
         e0 = qm9_atomref(config.data.qm9)
     has_energy = any(has_label(frame, "energy") for frame in data.train)
-    reference = AtomicReference(fit_reference(data.train, e0)) if has_energy else None
+    reference = AtomicReference(fit_reference(_for_reference(data, e0), e0)) if has_energy else None
     scale = config.model.scale
     if scale == "forces":
         scale = force_variance(data.train) ** 0.5
     model = _network(config, data)
     repulsion = _repulsion(config.model, model.species, data.train)
     return Potential(model, reference, float(scale), repulsion).to(getattr(torch, config.training.dtype))
+
+
+def _for_reference(data: DataSets, e0: dict[str, float] | str) -> Sequence[Data]:
+    """The frames that E0 is taken from: single atoms count wherever the split has put them."""
+    if e0 != "isolated":
+        return data.train
+    others = [frame for frames in (data.val, *data.tests.values()) for frame in frames]
+    known = {int(z) for frame in data.train for z in frame.z.unique()}
+    return [*data.train, *(f for f in others if len(f.z) == 1 and int(f.z) in known and has_label(f, "energy"))]
 
 
 def _build_properties(config: Config, data: DataSets, properties: tuple[Property, ...]) -> PropertyModel:

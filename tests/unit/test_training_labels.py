@@ -18,8 +18,10 @@ from nbody_pyg.models import NBodyNet
 from nbody_pyg.potential import Potential
 from nbody_pyg.properties import Property, PropertyModel
 from nbody_pyg.training import FrameLoader, TrainingConfig, fit, force_variance
+from nbody_pyg.training.config import parse_config
 from nbody_pyg.training.evaluation import evaluate
 from nbody_pyg.training.labels import aligned, label_shapes, targets, uniform
+from nbody_pyg.training.prepare import DataSets, build_potential
 from nbody_pyg.training.property_task import PropertyTask, evaluate_properties
 from nbody_pyg.training.task import PotentialTask
 
@@ -298,6 +300,19 @@ def test_a_hierarchy_on_some_of_the_frames_only_is_refused():
     data[1] = NestedShells((3.0,))(data[1])
     with pytest.raises(ValueError, match="frame 0 lacks 'child_1', which other frames have"):
         uniform(data, POTENTIAL)
+
+
+def test_single_atoms_give_e0_wherever_the_split_puts_them():
+    def single(number, value):
+        pos = torch.zeros(1, 3, dtype=torch.float64)
+        return AtomicData(z=torch.tensor([number]), pos=pos, energy=torch.tensor([value], dtype=torch.float64))
+
+    train = [*frames(6), single(1, -13.6)]
+    data = DataSets(train, [frames(7)[6], single(6, -1030.5)], {"rest": [single(8, -2041.8), single(7, -1480.0)]})
+    config = parse_config({"data": {"train": "x.xyz", "e0": "isolated"}, "training": {"max_steps": 1}})
+    with pytest.warns(UserWarning, match="eV per atom are left"):  # the labels of these frames are random
+        model = build_potential(config, data)
+    assert model.reference.energies == {1: -13.6, 6: -1030.5, 8: -2041.8}
 
 
 # -- outliers -----------------------------------------------------------------------------------------------
