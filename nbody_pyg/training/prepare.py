@@ -79,8 +79,16 @@ class DataSets:
 def load_data(config: DataConfig) -> DataSets:
     """Read and split what the configuration names.
 
-    Raises: ValueError, FileNotFoundError: of the readers; more frames wanted than there are.
+    Raises: ValueError, FileNotFoundError: of the readers; more frames wanted than there are; a key or unit for data that
+        have their own; a test set of the name of another set; files with labels of two levels of theory.
     """
+    if config.train is None:
+        for name in ("units", "energy_key", "forces_key", "stress_key"):
+            if getattr(config, name) is not None:
+                raise ValueError(
+                    f"data.{name} is for files named by data.train, got {getattr(config, name)!r} beside data that "
+                    "have labels and units of their own; leave it out"
+                )
     if config.embedded is not None:
         tests = {name: embedded(config.embedded, f"test_{name}") for name in ("300K", "600K")}
         return _split(embedded(config.embedded), None, tests, config)

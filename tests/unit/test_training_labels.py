@@ -21,7 +21,7 @@ from nbody_pyg.training import FrameLoader, TrainingConfig, fit, force_variance
 from nbody_pyg.training.config import parse_config
 from nbody_pyg.training.evaluation import evaluate
 from nbody_pyg.training.labels import aligned, label_shapes, targets, uniform
-from nbody_pyg.training.prepare import DataSets, build_potential
+from nbody_pyg.training.prepare import DataSets, build_potential, load_data
 from nbody_pyg.training.property_task import PropertyTask, evaluate_properties
 from nbody_pyg.training.task import PotentialTask
 
@@ -313,6 +313,13 @@ def test_single_atoms_give_e0_wherever_the_split_puts_them():
     with pytest.warns(UserWarning, match="eV per atom are left"):  # the labels of these frames are random
         model = build_potential(config, data)
     assert model.reference.energies == {1: -13.6, 6: -1030.5, 8: -2041.8}
+
+
+@pytest.mark.parametrize("key", ["units", "energy_key", "forces_key", "stress_key"])
+def test_keys_and_units_of_data_that_have_their_own_are_refused(key):
+    config = parse_config({"data": {"embedded": "ethanol", key: "eV"}, "training": {"max_steps": 1}})
+    with pytest.raises(ValueError, match=rf"data.{key} is for files named by data.train, got 'eV'"):
+        load_data(config.data)
 
 
 # -- outliers -----------------------------------------------------------------------------------------------
