@@ -79,8 +79,8 @@ class DataSets:
 def load_data(config: DataConfig) -> DataSets:
     """Read and split what the configuration names.
 
-    Raises: ValueError, FileNotFoundError: of the readers; more frames wanted than there are; a key or unit for data that
-        have their own; a test set of the name of another set; files with labels of two levels of theory.
+    Raises: ValueError, FileNotFoundError: of the readers; more frames wanted than there are; a key or unit for data
+        that have their own; a test set of the name of another set; files with labels of two levels of theory.
     """
     if config.train is None:
         for name in ("units", "energy_key", "forces_key", "stress_key"):
