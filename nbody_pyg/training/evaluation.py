@@ -44,7 +44,7 @@ def evaluate(
     """
     meter, energy, forces, stress = ErrorMeter(device), [], [], []
     solid = torch.tensor([_has_volume(frame) for frame in frames])
-    for batch in FrameLoader(uniform(frames, label_shapes(potential)), batch_size, device=device):
+    for batch in FrameLoader(uniform(frames, label_shapes(potential)), batch_size, device=device, rank=0, world=1):
         strained = has_stress(batch)
         result = potential(batch, compute_forces=compute_forces, compute_stress=strained)
         meter.update(result, batch)

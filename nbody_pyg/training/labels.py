@@ -151,16 +151,21 @@ def _filler(frame: Data, key: str, number: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Targets:
-    """What a run learns from its frames.
+    """Frames that a trainer can batch; ``shares`` of each label is the share of the training frames that know it.
 
-    ``shares`` of each label is the share of the training frames (of forces: of their atoms) that know it; ``monitor``
-    the metric by which the best weights are chosen, None where the validation frames have no label.
+    (Of forces it is the share of their atoms.)
     """
 
     train: Sequence[Data]
     val: Sequence[Data]
     shares: dict[str, float]
-    monitor: str | None
+
+
+def learned_labels(model: Potential | PropertyModel, settings: TrainingConfig) -> list[str]:
+    """Names of the labels that a run learns: those with a positive weight."""
+    if isinstance(model, PropertyModel):
+        return [p.name for p in model.properties]
+    return [label for label, weight in WEIGHTS.items() if getattr(settings, weight) > 0]
 
 
 def targets(
@@ -168,13 +173,9 @@ def targets(
 ) -> Targets:
     """Frames that a trainer can batch, with the labels that they know.
 
-    Raises: ValueError: a label with a positive weight that no training frame has, one of another shape.
+    Raises: ValueError: a label with a positive weight that no training frame has, one of another shape, or infinite.
     """
-    shapes = label_shapes(model)
-    if isinstance(model, PropertyModel):
-        learned = list(shapes)
-    else:
-        learned = [label for label, weight in WEIGHTS.items() if getattr(settings, weight) > 0]
+    shapes, learned = label_shapes(model), learned_labels(model, settings)
     for label in learned:
         try:
             require_labels({"train": train}, [label], partial=True)
@@ -188,17 +189,21 @@ def targets(
             listed(train, bare), len(bare), len(train), ", ".join(learned),
         )  # fmt: skip
     train, val = uniform(train, shapes), uniform(val, shapes)
-    monitor = None
-    if len(val):
-        # Validation computes energy and forces in any case, a stress only where it is learned.
-        order = [*learned, *(label for label in shapes if label not in (*learned, "stress"))]
-        known = [label for label in order if any(has_label(frame, label) for frame in val)]
-        monitor = f"val_{known[0]}_mae" if known else None
-        if not known:
-            logger.warning("validation frames carry no label: no best weights are chosen, the last ones are kept")
-        elif known[0] != order[0]:
-            logger.warning("validation frames carry no %s: the best weights are chosen by %s", order[0], known[0])
-    return Targets(train, val, {label: _share(train, label) for label in learned}, monitor)
+    return Targets(train, val, {label: _share(train, label) for label in learned})
+
+
+def deciding_metric(model: Potential | PropertyModel, val: Sequence[Data], settings: TrainingConfig, usual: str) -> str:
+    """The metric by which the best weights are chosen, by the labels that the validation frames have.
+
+    A log message says so where it is not the usual one, and where there is none.
+    """
+    learned = learned_labels(model, settings)
+    known = [label for label in learned if any(has_label(frame, label) for frame in val)]
+    if len(val) and not known:
+        logger.warning("validation frames have no label that is learned: no best weights, the last ones are kept")
+    elif known and known[0] != learned[0]:
+        logger.warning("validation frames have no %s: the best weights are chosen by %s", learned[0], known[0])
+    return f"val_{known[0]}_mae" if known else usual
 
 
 def _share(frames: Sequence[Data], label: str) -> float:

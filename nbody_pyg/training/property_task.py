@@ -146,7 +146,7 @@ def evaluate_properties(
     """The properties of every frame; what has no label is predicted and left out of the errors."""
     meter, found = PropertyMeter(model.properties, device), []
     with torch.no_grad():
-        for batch in FrameLoader(uniform(frames, label_shapes(model)), batch_size, device=device):
+        for batch in FrameLoader(uniform(frames, label_shapes(model)), batch_size, device=device, rank=0, world=1):
             found.append(model(batch))
             meter.update(found[-1], batch)
     return PropertyEvaluation(

@@ -19,7 +19,7 @@ from nbody_pyg.potential import Potential
 from nbody_pyg.properties import PropertyModel
 from nbody_pyg.training.callbacks import CallbackGroup, Checkpoints, GracefulStop, MetricsCSV, RunProgress
 from nbody_pyg.training.ema import WeightEMA
-from nbody_pyg.training.labels import force_variance, targets
+from nbody_pyg.training.labels import deciding_metric, force_variance, targets
 from nbody_pyg.training.loader import FrameLoader, FrameStream
 from nbody_pyg.training.property_task import PropertyTask
 from nbody_pyg.training.settings import TrainingConfig
@@ -120,7 +120,8 @@ def fit(
         found = targets(potential, train, val, settings)
         train, val = found.train, found.val
         task = kind(potential, settings, force_variance(train))
-        task.shares, task.monitor = found.shares, found.monitor or task.monitor
+        task.shares = found.shares
+        task.monitor = deciding_metric(potential, val, settings, task.monitor)
         epoch = steps_per_epoch(settings, len(train))
         log = MetricsCSV(folder / "metrics.csv", settings.log_every, epoch)
         log.columns = (*log.columns, *(metric for _, metric, _ in task.shown if metric not in log.columns))

@@ -182,7 +182,7 @@ def test_missing_properties_do_not_change_the_weight_of_the_others():
 
     model = PropertyModel(Count(), [Property("alpha")])
     found = targets(model, data, data[:1], TrainingConfig(max_steps=1))
-    assert found.shares == {"alpha": 8 / 12} and found.monitor is None
+    assert found.shares == {"alpha": 8 / 12}
     loader = FrameLoader(found.train, 12)
     whole = gradient(make({}), [loader.batch(range(12))])
     parts = [loader.batch(range(n, n + 3)) for n in range(0, 12, 3)]
@@ -233,22 +233,17 @@ def test_infinite_labels_are_refused_by_frame(tmp_path):
 
 # -- validation ---------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
-    ("labels", "monitor", "message"),
-    [
-        (("energy", "forces"), "forces_mae", ""),
-        (("energy",), "energy_mae", "validation frames carry no forces: the best weights are chosen by energy"),
-        ((), "forces_mae", "validation frames carry no label: no best weights are chosen, the last ones are kept"),
-    ],
+    ("labels", "monitor"), [(("energy", "forces"), "forces_mae"), (("energy",), "energy_mae"), ((), None)]
 )
-def test_best_weights_are_chosen_by_the_labels_that_validation_has(tmp_path, caplog, labels, monitor, message):
+def test_best_weights_are_chosen_by_the_labels_that_validation_has(tmp_path, labels, monitor):
     val = frames(3)
     for frame in val:
         for label in {"energy", "forces"} - set(labels):
             del frame[label]
     result = fit(Potential(Springs()), frames(), val, TrainingConfig(**COMMON), tmp_path, show_progress=False)
-    assert result.monitor == monitor and (result.best_step > 0) is bool(labels)
-    assert (tmp_path / "best.ckpt").exists() is bool(labels)
-    assert message in caplog.text and bool(caplog.text) is bool(message)
+    assert (result.best_step > 0) is bool(labels) and (tmp_path / "best.ckpt").exists() is bool(labels)
+    if labels:
+        assert result.monitor == monitor and 0 < result.best_score < math.inf
 
 
 # -- periodic and open systems ------------------------------------------------------------------------------
