@@ -305,8 +305,8 @@ def _write_systems(data: EvaluationSet, result: Result, path: Path) -> None:
 def _system(given: Atoms | None, frame: Data | None) -> Atoms:
     """The system of the file without its labels, in our units; or one made of the frame."""
     if given is None:
-        bare = type(frame).from_dict({k: v for k, v in frame.to_dict().items() if k in ("z", "pos", "cell", "pbc")})
-        return bare.to_ase()
+        inputs = ("z", "pos", "cell", "pbc", "charge", "charges", "spin")
+        return type(frame).from_dict({key: value for key, value in frame.to_dict().items() if key in inputs}).to_ase()
     atoms = given.copy()  # without its calculator
     for key in {key for label in LEVELLED for key in DEFAULT_KEYS[label]}:
         atoms.info.pop(key, None)

@@ -29,7 +29,7 @@ from nbody_pyg.potential import AtomicReference, Potential
 from nbody_pyg.training.config import Config, DataConfig, parse_config
 from nbody_pyg.training.durable import write_json
 from nbody_pyg.training.evaluation import evaluate
-from nbody_pyg.training.labels import force_variance
+from nbody_pyg.training.labels import force_variance, label_shapes
 from nbody_pyg.training.loader import FrameLoader
 from nbody_pyg.training.loss import EnergyForceLoss
 from nbody_pyg.training.prepare import DataSets, build_potential, explicit, known_states, load_data
@@ -180,7 +180,7 @@ def run_point(point: Point, folder: Path, note: Callable[[str], None] = print) -
         data = DataSets(data.train, data.val)  # it must not see the test frames at all
     potential = build(point, config, data)
     require_elements(potential, data.named())
-    data = data.with_topology(potential.model.scheme, config.data.shares_hierarchy)
+    data = data.with_topology(potential.model.scheme, config.data.shares_hierarchy).uniform(label_shapes(potential))
     record: dict[str, Any] = {
         "point": dataclasses.asdict(point), "title": point.title, "version": version(point.model),
         "machine": machine(), "parameters": sum(p.numel() for p in potential.parameters() if p.requires_grad),

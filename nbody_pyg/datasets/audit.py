@@ -23,6 +23,8 @@ _UNITS = {
     "spin": "2S+1",
 }
 _LARGE, _UNUSUAL = {"forces": 50.0, "stress": 1.0}, 50.0
+# What a model may take as input besides the structure.
+_STATES = ("charge", "charges", "spin")
 # Parts of names under which packages store a label.
 _STEMS = {"energy": ("energ",), "forces": ("forc", "grad"), "stress": ("stress", "virial")}
 # What a system has besides labels; other one-number entries of a frame count as labels of the user's own.

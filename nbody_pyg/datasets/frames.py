@@ -117,7 +117,7 @@ def has_label(frame: Data, label: str) -> bool:
 
 
 def shaped_label(
-    value: Any, label: str, num_atoms: int, where: str, shape: tuple[int | str, ...] | None = None
+    value: Any, label: str, num_atoms: int, where: str, shape: Sequence[int | str] | None = None
 ) -> Tensor:
     """A label in the one shape that AtomicData gives it.
 

@@ -84,7 +84,7 @@ def read_frames(
     if not path.exists():
         raise FileNotFoundError(f"path {str(path)!r} does not exist; give the file with the frames")
     given = {"energy": energy_key, "forces": forces_key, "stress": stress_key, "dipole": dipole_key}
-    if path.suffix == ".npz":
+    if path.suffix == ".npz" and file_format is None:
         frames = read_npz(path, energy_key=energy_key, forces_key=forces_key, stress_key=stress_key,
                           dipole_key=dipole_key, units=units)  # fmt: skip
         return frames[as_slice(index)]

@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 #: Root mean square below which forces count as zero (those of ideal crystals, up to rounding), eV/angstrom.
 NO_FORCES = 1e-6
 
-Shape = tuple[int | str, ...]
+Shape = Sequence[int | str]
 #: What a potential learns, and the weight of the settings that switches it on.
 WEIGHTS = {"forces": "force_weight", "energy": "energy_weight", "stress": "stress_weight"}
 # What a model computes with. All else is a label or an extra, and changes no prediction.
@@ -154,16 +154,21 @@ def _filler(frame: Data, key: str, number: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Targets:
-    """What a run learns from its frames.
+    """Frames that a trainer can batch; ``shares`` of each label is the share of the training frames that know it.
 
-    ``shares`` of each label is the share of the training frames (of forces: of their atoms) that know it; ``monitor``
-    the metric by which the best weights are chosen, None where the validation frames have no label.
+    (Of forces it is the share of their atoms.)
     """
 
     train: Sequence[Data]
     val: Sequence[Data]
     shares: dict[str, float]
-    monitor: str | None
+
+
+def learned_labels(model: Potential | PropertyModel, settings: TrainingConfig) -> list[str]:
+    """Names of the labels that a run learns: those with a positive weight."""
+    if isinstance(model, PropertyModel):
+        return [p.name for p in model.properties]
+    return [label for label, weight in WEIGHTS.items() if getattr(settings, weight) > 0]
 
 
 def targets(
@@ -171,13 +176,9 @@ def targets(
 ) -> Targets:
     """Frames that a trainer can batch, with the labels that they know.
 
-    Raises: ValueError: a label with a positive weight that no training frame has, one of another shape.
+    Raises: ValueError: a label with a positive weight that no training frame has, one of another shape, or infinite.
     """
-    shapes = label_shapes(model)
-    if isinstance(model, PropertyModel):
-        learned = list(shapes)
-    else:
-        learned = [label for label, weight in WEIGHTS.items() if getattr(settings, weight) > 0]
+    shapes, learned = label_shapes(model), learned_labels(model, settings)
     for label in learned:
         try:
             require_labels({"train": train}, [label], partial=True)
@@ -191,17 +192,22 @@ def targets(
             listed(train, bare), len(bare), len(train), ", ".join(learned),
         )  # fmt: skip
     train, val = uniform(train, shapes), uniform(val, shapes)
-    monitor = None
-    if len(val):
-        # Validation computes energy and forces in any case, a stress only where it is learned.
-        order = [*learned, *(label for label in shapes if label not in (*learned, "stress"))]
-        known = [label for label in order if any(has_label(frame, label) for frame in val)]
-        monitor = f"{known[0]}_mae" if known else None
-        if not known:
-            logger.warning("validation frames carry no label: no best weights are chosen, the last ones are kept")
-        elif known[0] != order[0]:
-            logger.warning("validation frames carry no %s: the best weights are chosen by %s", order[0], known[0])
-    return Targets(train, val, {label: _share(train, label) for label in learned}, monitor)
+    return Targets(train, val, {label: _share(train, label) for label in learned})
+
+
+def deciding_metric(model: Potential | PropertyModel, val: Sequence[Data], settings: TrainingConfig) -> str | None:
+    """The metric by which the best weights are chosen, by the labels that the validation frames have.
+
+    A log message says so where it is not the usual one, and where there is none, which gives None. Without validation
+    frames it is the usual one.
+    """
+    learned = learned_labels(model, settings)
+    known = [label for label in learned if not len(val) or any(has_label(frame, label) for frame in val)]
+    if not known:
+        logger.warning("validation frames have no label that is learned: no best weights, the last ones are kept")
+    elif known[0] != learned[0]:
+        logger.warning("validation frames have no %s: the best weights are chosen by %s", learned[0], known[0])
+    return f"{known[0]}_mae" if known else None
 
 
 def _share(frames: Sequence[Data], label: str) -> float:
@@ -210,7 +216,7 @@ def _share(frames: Sequence[Data], label: str) -> float:
     for place, frame in enumerate(frames):
         values = frame[label].reshape(len(frame[label]), -1)
         if bool(values.isinf().any()):
-            raise ValueError(f"{label} of {listed(frames, [place])} holds infinite values; remove the frame")
+            raise ValueError(f"{label} must be finite, but {listed(frames, [place])} holds infinite values; remove it")
         rows = ~values.isnan().any(dim=1)
         known, total = known + int(rows.sum()), total + len(rows)
     return known / total
@@ -230,7 +236,7 @@ def force_variance(frames: Sequence[Data]) -> float:
     if not known:
         return 1.0
     if any(bool(values.isinf().any()) for values in known.values()):
-        raise ValueError("forces of the training frames hold infinite values; remove those frames")
+        raise ValueError("forces must be finite, but training frames hold infinite values; remove those frames")
     odd = outliers(frames, "forces")
     if odd:
         warnings.warn(

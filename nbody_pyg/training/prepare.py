@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 import typing
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -37,7 +38,7 @@ from nbody_pyg.nn.repulsion import ZBLRepulsion
 from nbody_pyg.potential import AtomicReference, Potential, check_states, frame_states, learn_state
 from nbody_pyg.properties import Property, PropertyModel, fit_statistics, property_irreps
 from nbody_pyg.training.config import Config, DataConfig, ModelConfig, model_arguments
-from nbody_pyg.training.labels import NO_FORCES, force_variance
+from nbody_pyg.training.labels import NO_FORCES, force_variance, uniform
 from nbody_pyg.training.settings import check_choice
 
 if typing.TYPE_CHECKING:
@@ -88,6 +89,11 @@ class DataSets:
         tests = {name: store(frames) for name, frames in self.tests.items()}
         return DataSets(store(self.train), store(self.val), tests, self.split)
 
+    def uniform(self, labels: Mapping[str, Sequence[int | str]]) -> DataSets:
+        """The same frames with the same keys in each set; see :func:`nbody_pyg.training.labels.uniform`."""
+        tests = {name: uniform(frames, labels) for name, frames in self.tests.items()}
+        return DataSets(uniform(self.train, labels), uniform(self.val, labels), tests)
+
 
 def _warn_of_odd_reference(scheme: Scheme, tree: Topology, frames: Sequence[Data]) -> None:
     """Say so where the bonds that all frames are to share are found in few of them."""
@@ -122,8 +128,16 @@ def load_data(config: DataConfig, split: Split | None = None) -> DataSets:
     Args:
         split: of an earlier run, which is used again instead of a new random one. Frames behind those that it knows
             are for training, or where ``num_train`` is given for the test.
-    Raises: ValueError, FileNotFoundError: of the readers; more frames wanted than there are.
+    Raises: ValueError, FileNotFoundError: of the readers; more frames wanted than there are; a key or unit for data
+        that have their own; a test set of the name of another set; files with labels of two levels of theory.
     """
+    if config.train is None:
+        for name in ("units", "energy_key", "forces_key", "stress_key"):
+            if getattr(config, name) is not None:
+                raise ValueError(
+                    f"data.{name} is for files named by data.train, got {getattr(config, name)!r} beside data that "
+                    "have labels and units of their own; leave it out"
+                )
     if config.embedded is not None:
         tests = {name: embedded(config.embedded, f"test_{name}") for name in ("300K", "600K")}
         return _split(embedded(config.embedded), None, tests, config, split)
@@ -227,7 +241,9 @@ def build_potential(config: Config, data: DataSets) -> Potential | PropertyModel
     has_energy = any(has_label(frame, "energy") for frame in data.train)
     inputs = network_inputs(config.model, data.train)
     terms = state_terms(data.train, inputs) if has_energy and inputs else None
-    reference = AtomicReference(fit_reference(_neutral(data.train, e0, terms), e0)) if has_energy else None
+    reference = (
+        AtomicReference(fit_reference(_neutral(_for_reference(data, e0), e0, terms), e0)) if has_energy else None
+    )
     scale = config.model.scale
     if scale == "forces":
         scale = _scale(data.train, reference)
@@ -281,15 +297,12 @@ class StateTerms:
 
 
 def state_terms(frames: Sequence[Data], inputs: Sequence[str]) -> StateTerms:
-    """By least squares in float64, beside a value for each element, which is not used.
-
-    Raises: ValueError: a frame without an energy.
-    """
-    require_labels(frames, ["energy"])
+    """By least squares in float64 over the frames with an energy, beside a value for each element, which is not used."""
     states = frame_states(frames)
     species = torch.tensor(sorted({int(z) for frame in frames for z in frame.z.unique()}))
     counts = torch.stack([(frame.z[:, None] == species).sum(0) for frame in frames]).double()
-    energies = torch.tensor([float(frame.energy) for frame in frames], dtype=torch.float64)
+    energies = [float(frame.energy) if has_label(frame, "energy") else math.nan for frame in frames]
+    energies = torch.tensor(energies, dtype=torch.float64)
     default = [[DEFAULT_STATE[key]] * len(frames) for key in inputs]
     totals = [
         torch.tensor(states.get(key, same), dtype=torch.float64) - DEFAULT_STATE[key]
@@ -319,6 +332,15 @@ def _neutral(frames: Sequence[Data], e0: typing.Any, terms: StateTerms | None) -
     for frame, term in zip(out, terms.energies, strict=True):
         frame.energy = frame.energy.double() - term
     return out
+
+
+def _for_reference(data: DataSets, e0: dict[str, float] | str) -> Sequence[Data]:
+    """The frames that E0 is taken from: single atoms count wherever the split has put them."""
+    if e0 != "isolated":
+        return data.train
+    others = [frame for frames in (data.val, *data.tests.values()) for frame in frames]
+    known = {int(z) for frame in data.train for z in frame.z.unique()}
+    return [*data.train, *(f for f in others if len(f.z) == 1 and int(f.z) in known and has_label(f, "energy"))]
 
 
 def _build_properties(config: Config, data: DataSets, properties: tuple[Property, ...]) -> PropertyModel:

@@ -148,8 +148,7 @@ def evaluate_properties(
     frames = model_frames(model.model, frames, getattr(frames, "name", "") or "frames")
     meter, found = PropertyMeter(model.properties, device), []
     with torch.no_grad():
-        frames = uniform(frames, label_shapes(model))
-        for batch in FrameLoader(frames, batch_size, device=device, rank=0, world=1):
+        for batch in FrameLoader(uniform(frames, label_shapes(model)), batch_size, device=device, rank=0, world=1):
             found.append(model(batch))
             meter.update(found[-1], batch)
     return PropertyEvaluation(

@@ -32,7 +32,7 @@ from nbody_pyg.training.callbacks import CallbackGroup, Checkpoints, GracefulSto
 from nbody_pyg.training.checkpoint import changes, read_checkpoint
 from nbody_pyg.training.ema import WeightEMA
 from nbody_pyg.training.folder import RunFolder
-from nbody_pyg.training.labels import NO_FORCES, force_variance, targets
+from nbody_pyg.training.labels import NO_FORCES, deciding_metric, force_variance, targets
 from nbody_pyg.training.loader import FrameLoader, FrameStream
 from nbody_pyg.training.property_task import PropertyTask
 from nbody_pyg.training.settings import RESUMABLE, TrainingConfig
@@ -224,7 +224,7 @@ def fit_in(
         found = targets(potential, train, val, settings)
         train, val = found.train, found.val
         task = kind(potential, settings, _loss_scale(potential, train, settings))
-        task.shares, task.monitor = found.shares, found.monitor or (None if len(val) else task.monitor)
+        task.shares, task.monitor = found.shares, deciding_metric(potential, val, settings)
         epoch = steps_per_epoch(settings, len(train))
         stream = FrameStream(FrameLoader(train, settings.batch_size, shuffle=True, seed=settings.seed))
         evaluation = FrameLoader(val, 4 * settings.batch_size) if len(val) else None

@@ -318,7 +318,7 @@ def test_periodic_and_open_frames_are_evaluated_as_each_by_itself():
     assert (potential(opened)["energy"] - found.energy[0]).abs() > 1e-3
     errors = torch.tensor([float(r["energy"]) - len(f.z) for r, f in zip(alone, frames, strict=True)])
     assert found.errors["energy_mae"] == pytest.approx(1000 * float(errors.abs().mean()), rel=1e-6)
-    # Training refuses the mixture
+    # A loader by itself does not fill in what is missing
     with pytest.raises(ValueError, match=r"every frame needs the same keys: .*'cell'.*'pbc'"):
         FrameLoader([frames[0], frames[3]], 2)
 
