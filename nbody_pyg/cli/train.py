@@ -7,6 +7,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -78,10 +79,10 @@ class KeptConfig(Callback):
         if not trainer.is_global_zero:
             return
         text, path = self.config.text(), self.folder / "config.yaml"
-        if path.exists() and not _is_ours(path):
+        if path.exists() and _writer(path) is None:
             path = path.with_name("config.used.yaml")
         with written_whole(path) as temporary:
-            temporary.write_text(_headed(text), encoding="utf-8")
+            temporary.write_text(_headed(text, module.run), encoding="utf-8")
         if self.split is not None:
             with written_whole(self.folder / "split.json") as temporary:
                 self.split.save(temporary)
@@ -90,14 +91,18 @@ class KeptConfig(Callback):
         checkpoint["config"] = self.config.to_dict()
 
 
-def _headed(text: str) -> str:
-    return f"# Written by nbody train; sha256 of what follows: {hashlib.sha256(text.encode()).hexdigest()}\n{text}"
+_HEAD = re.compile(r"# Written by nbody train, run (\w*); sha256 of what follows: (\w{64})\n(.*)", re.DOTALL)
 
 
-def _is_ours(path: Path) -> bool:
-    """Whether a configuration file is as this command wrote it."""
-    text = path.read_text(encoding="utf-8", errors="replace")
-    return text == _headed(text.partition("\n")[2])
+def _headed(text: str, run: str) -> str:
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    return f"# Written by nbody train, run {run}; sha256 of what follows: {digest}\n{text}"
+
+
+def _writer(path: Path) -> str | None:
+    """The run that a configuration file belongs to, if it is as this command wrote it."""
+    found = _HEAD.fullmatch(path.read_text(encoding="utf-8", errors="replace")) if path.is_file() else None
+    return found[1] if found and hashlib.sha256(found[3].encode()).hexdigest() == found[2] else None
 
 
 def _train(config: Config, run: RunFolder) -> int:
@@ -106,23 +111,23 @@ def _train(config: Config, run: RunFolder) -> int:
     last, split = None, None
     if config.output.resume:
         last = _checkpoint(folder)
-        _require_same(read_checkpoint(last), config)
-        split = read_split(folder / "split.json") if (folder / "split.json").is_file() else None
+        stored = read_checkpoint(last)
+        if _writer(folder / "config.yaml") not in (None, stored["run"]["id"]):
+            raise ValueError(f"{last} is of another run than the other files of {folder}; go on in a folder of its own")
+        _require_same(stored, config)
+        split = _split(folder / "split.json")
     data = load_data(config.data, split)
     print(label_audit(data.named()), "\n")
     if last is None:
         potential = build_potential(config, data)
     else:  # with the degrees, E0 and scale that it was trained with, whatever frames have come since
-        potential = potential_from_config(read_checkpoint(last)["hyper_parameters"]["potential"])
+        potential = potential_from_config(stored["hyper_parameters"]["potential"])
     require_elements(potential, data.named())
     _describe(potential, config)
     shared = config.data.shares_hierarchy
     data = data.with_topology(potential.model.scheme, shared)
     config = dataclasses.replace(config, model=_as_built(config.model, potential))
-    files = (
-        *_FILES,
-        *(["config.yaml"] if (folder / "config.yaml").is_file() and _is_ours(folder / "config.yaml") else []),
-    )
+    files = _FILES if _writer(folder / "config.yaml") is None else (*_FILES, "config.yaml")
     result = fit_in(
         run, potential, data.train, data.val, config.training, last,
         callbacks=[KeptConfig(config, data.split, folder)], files=files,
@@ -140,6 +145,14 @@ def _train(config: Config, run: RunFolder) -> int:
         return 0
     _finish(potential, data, config, result, folder)
     return 0
+
+
+def _split(path: Path) -> Split | None:
+    """The rows of an earlier run; None where it kept none."""
+    try:
+        return read_split(path) if path.is_file() else None
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path} is damaged ({error}); remove it to make the split anew by its seed") from error
 
 
 def _require_same(checkpoint: dict[str, Any], config: Config) -> None:

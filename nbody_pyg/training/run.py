@@ -257,6 +257,7 @@ def fit_in(
         same = checkpoint is not None and Path(resume).resolve().parent == run.path.resolve()
         if not same and (target := run.move_away(files)) is not None:
             note(f"the earlier run in {run.path} is now in {target}")
+        task.run = identity["id"]
         log = MetricsCSV(run.path / "metrics.csv", settings.log_every, epoch)
         log.columns = (*log.columns, *(metric for _, metric, _ in task.shown if metric not in log.columns))
         stop = GracefulStop()
@@ -290,8 +291,10 @@ def _silent(text: str) -> None:
 
 def _loss_scale(potential: Potential | PropertyModel, train: Sequence[Data], settings: TrainingConfig) -> float:
     """By which the loss is divided, (eV/angstrom)^2: the variance of the forces, or of the output where they vanish."""
+    if isinstance(potential, PropertyModel):
+        return 1.0  # each property has its own scale
     variance = force_variance(train)
-    if isinstance(potential, PropertyModel) or variance > NO_FORCES**2:
+    if variance > NO_FORCES**2:
         return variance
     if settings.force_weight > 0:
         raise ValueError(

@@ -6,6 +6,7 @@ import dataclasses
 import inspect
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from torch_geometric.data import Data
 from nbody_pyg.accelerate import compile_potential
 from nbody_pyg.potential import Potential
 from nbody_pyg.training.build import potential_config, potential_from_config, up_to_date
-from nbody_pyg.training.checkpoint import changes
+from nbody_pyg.training.checkpoint import changes, check_seal
 from nbody_pyg.training.clock import ProcessClock
 from nbody_pyg.training.flat import FlatParameters
 from nbody_pyg.training.loss import EnergyForceLoss
@@ -79,6 +80,13 @@ class PotentialTask(LightningModule):
         self.monitors = tuple((label, f"{label}_mae") for label, weight in weights.items() if weight > 0)
         self.monitor: str | None = self.monitors[0][1]
         self.running = RunningMeans()
+        self.run = ""  # identity of the run, where it has one
+
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: str | Path, *args: Any, **keywords: Any) -> PotentialTask:
+        """As Lightning has it, but a checkpoint with a checksum has to match it. Raises: ValueError: it does not."""
+        check_seal(checkpoint_path)
+        return super().load_from_checkpoint(checkpoint_path, *args, **keywords)
 
     def __setattr__(self, name: str, value: Any) -> None:
         # Lightning notes the running hook here two dozen times per step; the way through nn.Module, which

@@ -165,6 +165,25 @@ def test_a_configuration_of_a_person_is_left_alone(here, edited):
     assert Path("r/before-1/model.nbody").is_file() == edited and not Path("r/before-1/config.yaml").exists()
 
 
+def test_a_checkpoint_of_another_run_and_a_damaged_split_are_refused(here, capsys):
+    assert train(*OWN) == 0
+    os.rename("r", "first")
+    assert train(*OWN) == 0
+    assert Path("r/config.yaml").read_text().startswith(f"# Written by nbody train, run {run_of('r/last.ckpt')};")
+    Path("r/last.ckpt").write_bytes(Path("first/last.ckpt").read_bytes())
+    before = contents()
+    assert train(*OWN, *RESUME, steps=6) == 1
+    assert "r/last.ckpt is of another run than the other files of r" in capsys.readouterr().err
+    assert contents() == before
+    Path("first/split.json").write_text('{"train": [0, 1')
+    assert train(*OWN, *RESUME, "--output.folder", "first", steps=6) == 1
+    assert "first/split.json is damaged" in capsys.readouterr().err
+
+
+def run_of(path: str) -> str:
+    return read_checkpoint(path)["run"]["id"]
+
+
 def test_a_folder_in_use_is_refused_before_data_are_read(here, capsys, monkeypatch):
     monkeypatch.setattr(train_module, "load_data", None)
     with train_module.RunFolder("r"):

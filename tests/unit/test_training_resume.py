@@ -208,6 +208,14 @@ def test_a_new_run_moves_the_old_one_away(tmp_path, capsys):
     assert third.run == first.run and (tmp_path / "before-2/last.ckpt").is_file()
 
 
+def test_half_a_row_of_the_log_is_left_out(folder):
+    before = rows(folder)
+    with (folder / "metrics.csv").open("a") as file:
+        file.write("train,1")
+    run(folder, resume=True, max_steps=6)
+    assert [row["step"] for row in rows(folder)] == ["1", "2", "3", "4", "5", "6"] and rows(folder)[:4] == before
+
+
 @pytest.mark.parametrize("lost", [True, False], ids=["no best.ckpt", "best.ckpt of another run"])
 def test_the_best_weights_of_another_run_do_not_count(folder, lost):
     state = read_checkpoint(folder / "last.ckpt")
