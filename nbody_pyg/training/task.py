@@ -83,10 +83,17 @@ class PotentialTask(LightningModule):
         self.run = ""  # identity of the run, where it has one
 
     @classmethod
-    def load_from_checkpoint(cls, checkpoint_path: str | Path, *args: Any, **keywords: Any) -> PotentialTask:
-        """As Lightning has it, but a checkpoint with a checksum has to match it. Raises: ValueError: it does not."""
+    def load_from_checkpoint(
+        cls, checkpoint_path: str | Path, *args: Any, weights_only: bool = True, **keywords: Any
+    ) -> PotentialTask:
+        """As Lightning has it, but without pickles, and a checkpoint with a checksum has to match it.
+
+        Raises: ValueError: it does not, or ``weights_only`` is False.
+        """
+        if not weights_only:
+            raise ValueError("weights_only must be True: a checkpoint holds tensors and plain values, and runs no code")
         check_seal(checkpoint_path)
-        return super().load_from_checkpoint(checkpoint_path, *args, **keywords)
+        return super().load_from_checkpoint(checkpoint_path, *args, weights_only=True, **keywords)
 
     def __setattr__(self, name: str, value: Any) -> None:
         # Lightning notes the running hook here two dozen times per step; the way through nn.Module, which
