@@ -108,20 +108,15 @@ def _writer(path: Path) -> str | None:
 def _train(config: Config, run: RunFolder) -> int:
     torch.set_num_threads(config.training.threads)
     folder = run.path
-    last, split = None, None
+    last, split, potential = None, None, None
     if config.output.resume:
-        last = _checkpoint(folder)
-        stored = read_checkpoint(last)
-        if _writer(folder / "config.yaml") not in (None, stored["run"]["id"]):
-            raise ValueError(f"{last} is of another run than the other files of {folder}; go on in a folder of its own")
-        _require_same(stored, config)
-        split = _split(folder / "split.json")
+        last, split = _checkpoint(folder), _split(folder / "split.json")
+        # With the degrees, E0 and scale that it was trained with, whatever frames have come since
+        potential = _resumed(last, config)
     data = load_data(config.data, split)
     print(label_audit(data.named()), "\n")
-    if last is None:
+    if potential is None:
         potential = build_potential(config, data)
-    else:  # with the degrees, E0 and scale that it was trained with, whatever frames have come since
-        potential = potential_from_config(stored["hyper_parameters"]["potential"])
     require_elements(potential, data.named())
     _describe(potential, config)
     shared = config.data.shares_hierarchy
@@ -140,7 +135,7 @@ def _train(config: Config, run: RunFolder) -> int:
             "and --output.resume true"
         )
         return 128 + result.interrupted
-    if result.already_finished and _is_complete(folder / "model.nbody", result):
+    if result.already_finished and _is_complete(folder / "model.nbody", result, config):
         print(f"model      {folder / 'model.nbody'}: as it was")
         return 0
     _finish(potential, data, config, result, folder)
@@ -155,11 +150,16 @@ def _split(path: Path) -> Split | None:
         raise ValueError(f"{path} is damaged ({error}); remove it to make the split anew by its seed") from error
 
 
-def _require_same(checkpoint: dict[str, Any], config: Config) -> None:
-    """Raise ValueError where a configuration changes what a resumed run must not change."""
+def _resumed(last: Path, config: Config) -> Potential | PropertyModel:
+    """The model of a checkpoint, with fresh weights. Raises: ValueError: the configuration changes what it must not."""
+    checkpoint = read_checkpoint(last)
+    if _writer(last.with_name("config.yaml")) not in (None, checkpoint["run"]["id"]):
+        raise ValueError(
+            f"{last} is of another run than the other files of {last.parent}; go on in a folder of its own"
+        )
     stored = checkpoint.get("config")
     if stored is None:
-        raise ValueError("the checkpoint was not written by nbody train; go on with fit(resume=...), as it was begun")
+        raise ValueError(f"{last} was not written by nbody train; go on with fit(resume=...), as it was begun")
     given = dataclasses.replace(config, model=explicit(config.model)).to_dict()
     # Where none are given they follow from the frames of the first run.
     free = _FREE if config.model.arguments.get("degrees") is not None else _FREE | {"model.degrees"}
@@ -167,6 +167,7 @@ def _require_same(checkpoint: dict[str, Any], config: Config) -> None:
         raise ValueError(
             f"a resumed run must not change these settings: {words}; resume with the old ones, or start anew"
         )
+    return potential_from_config(checkpoint["hyper_parameters"]["potential"])
 
 
 def _as_built(config: ModelConfig, potential: Potential | PropertyModel) -> ModelConfig:
@@ -176,13 +177,15 @@ def _as_built(config: ModelConfig, potential: Potential | PropertyModel) -> Mode
     return dataclasses.replace(config, arguments={**config.arguments, **({"degrees": degrees} if degrees else {})})
 
 
-def _is_complete(path: Path, result: FitResult) -> bool:
-    """Whether a model file is that of a run at its end, tested and all."""
+def _is_complete(path: Path, result: FitResult, config: Config) -> bool:
+    """Whether a model file is that of a run at its end, with the weights and tests that are asked for."""
     try:
-        metadata = read_metadata(path)["metadata"]
-    except (OSError, ValueError):
+        found = read_metadata(path)["metadata"]
+        asked = found["config"]["output"]["weights"], found["config"]["data"]["test"]
+    except (OSError, ValueError, KeyError):
         return False
-    return metadata.get("run") == result.run and metadata.get("steps") == result.steps and "errors" in metadata
+    same = (found.get("run"), found.get("steps")) == (result.run, result.steps)
+    return same and asked == (config.output.weights, config.data.test) and "errors" in found
 
 
 def _describe(potential: Potential | PropertyModel, config: Config) -> None:

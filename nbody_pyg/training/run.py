@@ -12,7 +12,7 @@ import subprocess
 import time
 import uuid
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -226,18 +226,16 @@ def fit_in(
     settings = settings or TrainingConfig(max_epochs=100)
     require_device(settings)
     require_elements(potential, {"train": train, "val": val})
-    note = print if show_progress else _silent
+    note = print if show_progress and run.active else _silent
     checkpoint = None if resume is None else read_checkpoint(resume)
     with _threads(settings.threads):
         kind = PropertyTask if isinstance(potential, PropertyModel) else PotentialTask
-        task = kind(potential, settings, _loss_scale(potential, train, settings))
-        task.watch(val)
-        if len(val) and task.monitor is None:
-            note(
-                "validation frames have none of the labels that are trained on: no best.ckpt, the last weights are kept"
-            )
-        elif len(val) and task.monitor != task.monitors[0][1]:
-            note(f"no validation frame has {task.monitors[0][0]}: the best weights are chosen by {task.monitor}")
+        if checkpoint is None:
+            scale = _loss_scale(potential, train, settings)
+        else:  # that of before, whatever frames have come since
+            scale = checkpoint["hyper_parameters"]["force_variance"]
+        task = kind(potential, settings, scale)
+        _watch(task, val, note)
         epoch = steps_per_epoch(settings, len(train))
         stream = FrameStream(FrameLoader(train, settings.batch_size, shuffle=True, seed=settings.seed))
         evaluation = FrameLoader(val, 4 * settings.batch_size) if len(val) else None
@@ -245,16 +243,14 @@ def fit_in(
         identity["frames"] = {"train": _described(stream.loader), "val": _described(evaluation)}
         if checkpoint is not None:
             _require_same(checkpoint, task, identity["frames"], stream.loader)
-            step, before = checkpoint["global_step"], checkpoint["run"]
             if is_finished(settings, checkpoint, epoch):
-                note(f"the run is finished: {step} steps; a larger limit lets it go on")
+                note(f"the run is finished: {checkpoint['global_step']} steps; a larger limit lets it go on")
                 return _as_it_was(checkpoint, task, epoch)
-            words = changes(checkpoint["hyper_parameters"]["settings"], dataclasses.asdict(settings))
-            if new := len(train) - before["frames"]["train"]["count"]:
-                words += f"{'; ' if words else ''}{new} new training frames behind those of before"
-            identity |= {"id": before["id"], "resumed": [*before["resumed"], {"step": step, "changes": words}]}
+            identity |= _going_on(checkpoint, settings, len(train))
+            step, words = (identity["resumed"][-1][key] for key in ("step", "changes"))
             note(f"going on from step {step}{': ' if words else ''}{words}")
-        same = checkpoint is not None and Path(resume).resolve().parent == run.path.resolve()
+            del checkpoint  # which is larger than the model
+        same = resume is not None and Path(resume).resolve().parent == run.path.resolve()
         if not same and (target := run.move_away(files)) is not None:
             note(f"the earlier run in {run.path} is now in {target}")
         task.run = identity["id"]
@@ -287,6 +283,24 @@ def fit_in(
 
 def _silent(text: str) -> None:
     """Say nothing."""
+
+
+def _watch(task: PotentialTask, val: Sequence[Data], note: Callable[[str], None]) -> None:
+    """Let the task choose the error by which weights are the best, and say where that is not the usual one."""
+    task.watch(val)
+    if task.monitor is None:
+        note("validation frames have none of the labels that are trained on: no best.ckpt, the last weights are kept")
+    elif task.monitor != task.monitors[0][1]:
+        note(f"no validation frame has {task.monitors[0][0]}: the best weights are chosen by {task.monitor}")
+
+
+def _going_on(checkpoint: Mapping[str, Any], settings: TrainingConfig, num_frames: int) -> dict[str, Any]:
+    """Identity of a run that goes on, with what is changed from here on."""
+    before, step = checkpoint["run"], checkpoint["global_step"]
+    words = changes(checkpoint["hyper_parameters"]["settings"], dataclasses.asdict(settings))
+    if new := num_frames - before["frames"]["train"]["count"]:
+        words += f"{'; ' if words else ''}{new} new training frames behind those of before"
+    return {"id": before["id"], "resumed": [*before["resumed"], {"step": step, "changes": words}]}
 
 
 def _loss_scale(potential: Potential | PropertyModel, train: Sequence[Data], settings: TrainingConfig) -> float:

@@ -52,6 +52,8 @@ def test_a_finished_run_is_left_as_it_is(here, capsys):
     assert train(*OWN, *RESUME) == 0
     assert contents() == before and "the run is finished: 4 steps" in capsys.readouterr().out
     errors, weights = read_metadata("r/model.nbody")["metadata"]["errors"], read_metadata("r/model.nbody")["sha256"]
+    assert train(*OWN, *RESUME, "--output.weights", "last", "--data.test", "m.xyz") == 0, "asked for something else"
+    assert set(read_metadata("r/model.nbody")["metadata"]["errors"]) == {"val", "test"}
     os.unlink("r/model.nbody")
     assert train(*OWN, *RESUME) == 0, "killed before the model was written"
     again = read_metadata("r/model.nbody")
