@@ -252,7 +252,7 @@ def fit_in(
             del checkpoint  # which is larger than the model
         same = resume is not None and Path(resume).resolve().parent == run.path.resolve()
         if not same and (target := run.move_away(files)) is not None:
-            note(f"the earlier run in {run.path} is now in {target}")
+            print(f"the earlier run in {run.path} is now in {target}")  # whoever wants no progress wants to know this
         task.run = identity["id"]
         log = MetricsCSV(run.path / "metrics.csv", settings.log_every, epoch)
         log.columns = (*log.columns, *(metric for _, metric, _ in task.shown if metric not in log.columns))
