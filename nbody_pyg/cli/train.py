@@ -7,6 +7,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -79,10 +80,10 @@ class KeptConfig(Callback):
         if not trainer.is_global_zero:
             return
         text, path = self.config.text(), self.folder / "config.yaml"
-        if path.exists() and not _is_ours(path):
+        if path.exists() and _writer(path) is None:
             path = path.with_name("config.used.yaml")
         with written_whole(path) as temporary:
-            temporary.write_text(_headed(text), encoding="utf-8")
+            temporary.write_text(_headed(text, module.run), encoding="utf-8")
         if self.split is not None:
             with written_whole(self.folder / "split.json") as temporary:
                 self.split.save(temporary)
@@ -91,40 +92,39 @@ class KeptConfig(Callback):
         checkpoint["config"] = self.config.to_dict()
 
 
-def _headed(text: str) -> str:
-    return f"# Written by nbody train; sha256 of what follows: {hashlib.sha256(text.encode()).hexdigest()}\n{text}"
+_HEAD = re.compile(r"# Written by nbody train, run (\w*); sha256 of what follows: (\w{64})\n(.*)", re.DOTALL)
 
 
-def _is_ours(path: Path) -> bool:
-    """Whether a configuration file is as this command wrote it."""
-    text = path.read_text(encoding="utf-8", errors="replace")
-    return text == _headed(text.partition("\n")[2])
+def _headed(text: str, run: str) -> str:
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    return f"# Written by nbody train, run {run}; sha256 of what follows: {digest}\n{text}"
+
+
+def _writer(path: Path) -> str | None:
+    """The run that a configuration file belongs to, if it is as this command wrote it."""
+    found = _HEAD.fullmatch(path.read_text(encoding="utf-8", errors="replace")) if path.is_file() else None
+    return found[1] if found and hashlib.sha256(found[3].encode()).hexdigest() == found[2] else None
 
 
 def _train(config: Config, run: RunFolder) -> int:
     torch.set_num_threads(config.training.threads)
     folder = run.path
-    last, split = None, None
+    last, split, potential = None, None, None
     if config.output.resume:
-        last = _checkpoint(folder)
-        _require_same(read_checkpoint(last), config)
-        split = read_split(folder / "split.json") if (folder / "split.json").is_file() else None
+        last, split = _checkpoint(folder), _split(folder / "split.json")
+        # With the degrees, E0 and scale that it was trained with, whatever frames have come since
+        potential = _resumed(last, config)
     explicit(config.model)  # a wrong argument of the network is found before the data are read
     data = load_data(config.data, split)
     print(label_audit(data.named(), _uses(config, data)), "\n")
-    if last is None:
+    if potential is None:
         potential = build_potential(config, data)
-    else:  # with the degrees, E0 and scale that it was trained with, whatever frames have come since
-        potential = potential_from_config(read_checkpoint(last)["hyper_parameters"]["potential"])
     require_elements(potential, data.named())
     _describe(potential, config)
     shared = config.data.shares_hierarchy
     data = data.with_topology(potential.model.scheme, shared)
     config = dataclasses.replace(config, model=_as_built(config.model, potential))
-    files = (
-        *_FILES,
-        *(["config.yaml"] if (folder / "config.yaml").is_file() and _is_ours(folder / "config.yaml") else []),
-    )
+    files = _FILES if _writer(folder / "config.yaml") is None else (*_FILES, "config.yaml")
     result = fit_in(
         run, potential, data.train, data.val, config.training, last,
         callbacks=[KeptConfig(config, data.split, folder)], files=files,
@@ -137,18 +137,31 @@ def _train(config: Config, run: RunFolder) -> int:
             "and --output.resume true"
         )
         return 128 + result.interrupted
-    if result.already_finished and _is_complete(folder / "model.nbody", result):
+    if result.already_finished and _is_complete(folder / "model.nbody", result, config):
         print(f"model      {folder / 'model.nbody'}: as it was")
         return 0
     _finish(potential, data, config, result, folder)
     return 0
 
 
-def _require_same(checkpoint: dict[str, Any], config: Config) -> None:
-    """Raise ValueError where a configuration changes what a resumed run must not change."""
+def _split(path: Path) -> Split | None:
+    """The rows of an earlier run; None where it kept none."""
+    try:
+        return read_split(path) if path.is_file() else None
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path} is damaged ({error}); remove it to make the split anew by its seed") from error
+
+
+def _resumed(last: Path, config: Config) -> Potential | PropertyModel:
+    """The model of a checkpoint, with fresh weights. Raises: ValueError: the configuration changes what it must not."""
+    checkpoint = read_checkpoint(last)
+    if _writer(last.with_name("config.yaml")) not in (None, checkpoint["run"]["id"]):
+        raise ValueError(
+            f"{last} is of another run than the other files of {last.parent}; go on in a folder of its own"
+        )
     stored = checkpoint.get("config")
     if stored is None:
-        raise ValueError("the checkpoint was not written by nbody train; go on with fit(resume=...), as it was begun")
+        raise ValueError(f"{last} was not written by nbody train; go on with fit(resume=...), as it was begun")
     given = dataclasses.replace(config, model=explicit(config.model)).to_dict()
     # Where none are given they follow from the frames of the first run.
     free = _FREE if config.model.arguments.get("degrees") is not None else _FREE | {"model.degrees"}
@@ -156,6 +169,7 @@ def _require_same(checkpoint: dict[str, Any], config: Config) -> None:
         raise ValueError(
             f"a resumed run must not change these settings: {words}; resume with the old ones, or start anew"
         )
+    return potential_from_config(checkpoint["hyper_parameters"]["potential"])
 
 
 def _as_built(config: ModelConfig, potential: Potential | PropertyModel) -> ModelConfig:
@@ -165,13 +179,15 @@ def _as_built(config: ModelConfig, potential: Potential | PropertyModel) -> Mode
     return dataclasses.replace(config, arguments={**config.arguments, **({"degrees": degrees} if degrees else {})})
 
 
-def _is_complete(path: Path, result: FitResult) -> bool:
-    """Whether a model file is that of a run at its end, tested and all."""
+def _is_complete(path: Path, result: FitResult, config: Config) -> bool:
+    """Whether a model file is that of a run at its end, with the weights and tests that are asked for."""
     try:
-        metadata = read_metadata(path)["metadata"]
-    except (OSError, ValueError):
+        found = read_metadata(path)["metadata"]
+        asked = found["config"]["output"]["weights"], found["config"]["data"]["test"]
+    except (OSError, ValueError, KeyError):
         return False
-    return metadata.get("run") == result.run and metadata.get("steps") == result.steps and "errors" in metadata
+    same = (found.get("run"), found.get("steps")) == (result.run, result.steps)
+    return same and asked == (config.output.weights, config.data.test) and "errors" in found
 
 
 def _uses(config: Config, data: DataSets) -> dict[str, str]:

@@ -137,7 +137,11 @@ class MetricsCSV(Callback):
         rows = []
         if trainer.global_step and self.path.exists():
             with self.path.open(newline="") as file:
-                rows = [row for row in csv.DictReader(file) if int(row["step"]) <= trainer.global_step]
+                # A run that was killed may have left half a row.
+                whole = [
+                    row for row in csv.DictReader(file) if set(row) == set(self.columns) and None not in row.values()
+                ]
+            rows = [row for row in whole if row["step"].isdecimal() and int(row["step"]) <= trainer.global_step]
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("w", newline="") as file:
             writer = csv.DictWriter(file, self.columns)

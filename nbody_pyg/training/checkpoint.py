@@ -41,6 +41,18 @@ def is_checkpoint(path: str | Path) -> bool:
         return file.read(4) == _ZIP
 
 
+def check_seal(path: str | Path) -> None:
+    """Raise ValueError where a file has a checksum that is not its own; files of others have none."""
+    with Path(path).open("rb") as file:
+        content = file.read()
+    if content[-_SEAL:].startswith(_WORD) and not _is_whole(content):
+        raise ValueError(f"{path} is damaged (its checksum is wrong); get a fresh copy, or use another checkpoint")
+
+
+def _is_whole(content: bytes) -> bool:
+    return content[-_SEAL:] == _WORD + hashlib.sha256(content[:-_SEAL]).hexdigest().encode()
+
+
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """The content of a checkpoint, on the CPU: tensors and plain values, nothing that runs code.
 
@@ -51,8 +63,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint at {path}")
     content = path.read_bytes()
-    body, word = content[:-_SEAL], content[-_SEAL:]
-    if word != _WORD + hashlib.sha256(body).hexdigest().encode():
+    if not _is_whole(content):
         if content[8:10] == b'{"':
             raise ValueError(f"{path} is a model file; training goes on from a checkpoint, as last.ckpt of its run")
         what = (

@@ -98,7 +98,7 @@ class OutputConfig:
     """What a run leaves behind, and where."""
 
     folder: str = setting(
-        "runs/nbody", "folder of model.nbody, config.yaml, metrics.csv, checkpoints; earlier ones go to before-1, ..."
+        "runs/nbody", "folder of model.nbody, config.yaml, metrics.csv and checkpoints; earlier ones go to before-N"
     )  # fmt: skip
     resume: bool = setting(
         False, "go on from last.ckpt in the folder; may change limits, intervals, lr, weight decay and output"

@@ -297,7 +297,7 @@ class StateTerms:
 
 
 def state_terms(frames: Sequence[Data], inputs: Sequence[str]) -> StateTerms:
-    """By least squares in float64 over the frames with an energy, beside a value for each element, which is not used."""
+    """By least squares over the frames with an energy, beside a value for each element, which is not used."""
     states = frame_states(frames)
     species = torch.tensor(sorted({int(z) for frame in frames for z in frame.z.unique()}))
     counts = torch.stack([(frame.z[:, None] == species).sum(0) for frame in frames]).double()
@@ -330,7 +330,8 @@ def _neutral(frames: Sequence[Data], e0: typing.Any, terms: StateTerms | None) -
         return frames
     out = [copy.copy(frame) for frame in frames]
     for frame, term in zip(out, terms.energies, strict=True):
-        frame.energy = frame.energy.double() - term
+        if has_label(frame, "energy"):
+            frame.energy = frame.energy.double() - term
     return out
 
 

@@ -217,13 +217,17 @@ def fit_in(
     require_elements(potential, {"train": train, "val": val})
     learn_state(potential.model, train)
     train, val = model_frames(potential.model, train), model_frames(potential.model, val, "the validation frames")
-    note = print if show_progress else _silent
+    note = print if show_progress and run.active else _silent
     checkpoint = None if resume is None else read_checkpoint(resume)
     with _threads(settings.threads):
         kind = PropertyTask if isinstance(potential, PropertyModel) else PotentialTask
         found = targets(potential, train, val, settings)
         train, val = found.train, found.val
-        task = kind(potential, settings, _loss_scale(potential, train, settings))
+        if checkpoint is None:
+            scale = _loss_scale(potential, train, settings)
+        else:  # that of before, whatever frames have come since
+            scale = checkpoint["hyper_parameters"]["force_variance"]
+        task = kind(potential, settings, scale)
         task.shares, task.monitor = found.shares, deciding_metric(potential, val, settings)
         epoch = steps_per_epoch(settings, len(train))
         stream = FrameStream(FrameLoader(train, settings.batch_size, shuffle=True, seed=settings.seed))
@@ -232,18 +236,17 @@ def fit_in(
         identity["frames"] = {"train": _described(stream.loader), "val": _described(evaluation)}
         if checkpoint is not None:
             _require_same(checkpoint, task, identity["frames"], stream.loader)
-            step, before = checkpoint["global_step"], checkpoint["run"]
             if is_finished(settings, checkpoint, epoch):
-                note(f"the run is finished: {step} steps; a larger limit lets it go on")
+                note(f"the run is finished: {checkpoint['global_step']} steps; a larger limit lets it go on")
                 return _as_it_was(checkpoint, task, epoch)
-            words = changes(checkpoint["hyper_parameters"]["settings"], dataclasses.asdict(settings))
-            if new := len(train) - before["frames"]["train"]["count"]:
-                words += f"{'; ' if words else ''}{new} new training frames behind those of before"
-            identity |= {"id": before["id"], "resumed": [*before["resumed"], {"step": step, "changes": words}]}
+            identity |= _going_on(checkpoint, settings, len(train))
+            step, words = (identity["resumed"][-1][key] for key in ("step", "changes"))
             note(f"going on from step {step}{': ' if words else ''}{words}")
-        same = checkpoint is not None and Path(resume).resolve().parent == run.path.resolve()
+            del checkpoint  # which is larger than the model
+        same = resume is not None and Path(resume).resolve().parent == run.path.resolve()
         if not same and (target := run.move_away(files)) is not None:
-            note(f"the earlier run in {run.path} is now in {target}")
+            print(f"the earlier run in {run.path} is now in {target}")  # whoever wants no progress wants to know this
+        task.run = identity["id"]
         log = MetricsCSV(run.path / "metrics.csv", settings.log_every, epoch)
         log.columns = (*log.columns, *(metric for _, metric, _ in task.shown if metric not in log.columns))
         stop = GracefulStop()
@@ -275,10 +278,21 @@ def _silent(text: str) -> None:
     """Say nothing."""
 
 
+def _going_on(checkpoint: Mapping[str, Any], settings: TrainingConfig, num_frames: int) -> dict[str, Any]:
+    """Identity of a run that goes on, with what is changed from here on."""
+    before, step = checkpoint["run"], checkpoint["global_step"]
+    words = changes(checkpoint["hyper_parameters"]["settings"], dataclasses.asdict(settings))
+    if new := num_frames - before["frames"]["train"]["count"]:
+        words += f"{'; ' if words else ''}{new} new training frames behind those of before"
+    return {"id": before["id"], "resumed": [*before["resumed"], {"step": step, "changes": words}]}
+
+
 def _loss_scale(potential: Potential | PropertyModel, train: Sequence[Data], settings: TrainingConfig) -> float:
     """By which the loss is divided, (eV/angstrom)^2: the variance of the forces, or of the output where they vanish."""
+    if isinstance(potential, PropertyModel):
+        return 1.0  # each property has its own scale
     variance = force_variance(train)
-    if isinstance(potential, PropertyModel) or variance > NO_FORCES**2:
+    if variance > NO_FORCES**2:
         return variance
     if settings.force_weight > 0:
         raise ValueError(

@@ -6,6 +6,7 @@ import dataclasses
 import inspect
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 from nbody_pyg.accelerate import compile_potential
 from nbody_pyg.potential import Potential
 from nbody_pyg.training.build import potential_config, potential_from_config, up_to_date
-from nbody_pyg.training.checkpoint import changes
+from nbody_pyg.training.checkpoint import changes, check_seal
 from nbody_pyg.training.clock import ProcessClock
 from nbody_pyg.training.flat import FlatParameters
 from nbody_pyg.training.labels import aligned, has_stress
@@ -78,6 +79,20 @@ class PotentialTask(LightningModule):
         self.running = RunningMeans()
         # Share of the training labels that are known, by label; `fit` sets what is below 1.
         self.shares: dict[str, float] = {}
+        self.run = ""  # identity of the run, where it has one
+
+    @classmethod
+    def load_from_checkpoint(
+        cls, checkpoint_path: str | Path, *args: Any, weights_only: bool = True, **keywords: Any
+    ) -> PotentialTask:
+        """As Lightning has it, but without pickles, and a checkpoint with a checksum has to match it.
+
+        Raises: ValueError: it does not, or ``weights_only`` is False.
+        """
+        if not weights_only:
+            raise ValueError("weights_only must be True: a checkpoint holds tensors and plain values, and runs no code")
+        check_seal(checkpoint_path)
+        return super().load_from_checkpoint(checkpoint_path, *args, weights_only=True, **keywords)
 
     def __setattr__(self, name: str, value: Any) -> None:
         # Lightning notes the running hook here two dozen times per step; the way through nn.Module, which

@@ -52,6 +52,8 @@ def test_a_finished_run_is_left_as_it_is(here, capsys):
     assert train(*OWN, *RESUME) == 0
     assert contents() == before and "the run is finished: 4 steps" in capsys.readouterr().out
     errors, weights = read_metadata("r/model.nbody")["metadata"]["errors"], read_metadata("r/model.nbody")["sha256"]
+    assert train(*OWN, *RESUME, "--output.weights", "last", "--data.test", "m.xyz") == 0, "asked for something else"
+    assert set(read_metadata("r/model.nbody")["metadata"]["errors"]) == {"val", "test"}
     os.unlink("r/model.nbody")
     assert train(*OWN, *RESUME) == 0, "killed before the model was written"
     again = read_metadata("r/model.nbody")
@@ -163,6 +165,25 @@ def test_a_configuration_of_a_person_is_left_alone(here, edited):
     assert Path("r/config.yaml").read_text() == text
     assert load_config("r/config.used.yaml").training.max_steps == 2
     assert Path("r/before-1/model.nbody").is_file() == edited and not Path("r/before-1/config.yaml").exists()
+
+
+def test_a_checkpoint_of_another_run_and_a_damaged_split_are_refused(here, capsys):
+    assert train(*OWN) == 0
+    os.rename("r", "first")
+    assert train(*OWN) == 0
+    assert Path("r/config.yaml").read_text().startswith(f"# Written by nbody train, run {run_of('r/last.ckpt')};")
+    Path("r/last.ckpt").write_bytes(Path("first/last.ckpt").read_bytes())
+    before = contents()
+    assert train(*OWN, *RESUME, steps=6) == 1
+    assert "r/last.ckpt is of another run than the other files of r" in capsys.readouterr().err
+    assert contents() == before
+    Path("first/split.json").write_text('{"train": [0, 1')
+    assert train(*OWN, *RESUME, "--output.folder", "first", steps=6) == 1
+    assert "first/split.json is damaged" in capsys.readouterr().err
+
+
+def run_of(path: str) -> str:
+    return read_checkpoint(path)["run"]["id"]
 
 
 def test_a_folder_in_use_is_refused_before_data_are_read(here, capsys, monkeypatch):

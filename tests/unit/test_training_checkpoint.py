@@ -12,7 +12,7 @@ from nbody_pyg import NBodyNet, NestedShells, Potential
 from nbody_pyg.cli import main
 from nbody_pyg.datasets import embedded
 from nbody_pyg.deploy import load_model, save_model
-from nbody_pyg.training import TrainingConfig, fit
+from nbody_pyg.training import PotentialTask, TrainingConfig, fit
 from nbody_pyg.training.checkpoint import changes, read_checkpoint, seal
 
 
@@ -54,6 +54,20 @@ def test_every_changed_byte_and_every_cut_is_found(run, tmp_path, flips, cuts):
             read_checkpoint(path)
     path.write_bytes(content)
     assert read_checkpoint(path)["global_step"] == 4
+
+
+def test_lightnings_way_to_load_looks_at_the_checksum_too(run, tmp_path):
+    content, path, draw = bytearray((run / "last.ckpt").read_bytes()), tmp_path / "c.ckpt", random.Random(1)
+    path.write_bytes(content)
+    right = PotentialTask.load_from_checkpoint(path, weights_only=True).state_dict()
+    trained = load_model(run / "model.nbody").state_dict()
+    assert all(torch.equal(right[f"potential.{key}"], value) for key, value in trained.items()) and len(trained) > 5
+    for _ in range(5):
+        changed = bytearray(content)
+        changed[draw.randrange(len(content) - 100)] ^= 4
+        path.write_bytes(changed)
+        with pytest.raises(ValueError, match=r"c\.ckpt is damaged"):
+            PotentialTask.load_from_checkpoint(path, weights_only=True)
 
 
 def test_what_is_no_checkpoint_is_named_with_the_cure(run, tmp_path):

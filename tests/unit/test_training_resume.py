@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from nbody_pyg.data import AtomicData
 from nbody_pyg.potential import Potential
-from nbody_pyg.training import TrainingConfig, fit
+from nbody_pyg.training import TrainingConfig, fit, force_variance
 from nbody_pyg.training.callbacks import CallbackGroup, Checkpoints
 from nbody_pyg.training.checkpoint import read_checkpoint, seal
 from nbody_pyg.training.ema import WeightEMA
@@ -170,7 +170,9 @@ def test_new_frames_behind_the_old_ones_are_trained_on(folder, capsys):
     result = run(folder, TRAIN + frames(4, seed=7), resume=True, max_steps=9)
     assert result.steps == 9 and result.epochs == 1
     assert "4 new training frames behind those of before" in capsys.readouterr().out
-    assert read_checkpoint(folder / "last.ckpt")["run"]["frames"]["train"]["count"] == 12
+    state = read_checkpoint(folder / "last.ckpt")
+    assert state["run"]["frames"]["train"]["count"] == 12
+    assert state["hyper_parameters"]["force_variance"] == force_variance(TRAIN) > 0
 
 
 @pytest.mark.parametrize("limit", [{}, {"max_epochs": 1, "max_steps": None}, {"budget_seconds": 1e-9}])
@@ -206,6 +208,14 @@ def test_a_new_run_moves_the_old_one_away(tmp_path, capsys):
         potential(E0), TRAIN, VAL, dataclasses.replace(SETTINGS, max_steps=5), tmp_path, tmp_path / "before-1/last.ckpt"
     )
     assert third.run == first.run and (tmp_path / "before-2/last.ckpt").is_file()
+
+
+def test_half_a_row_of_the_log_is_left_out(folder):
+    before = rows(folder)
+    with (folder / "metrics.csv").open("a") as file:
+        file.write("train,1")
+    run(folder, resume=True, max_steps=6)
+    assert [row["step"] for row in rows(folder)] == ["1", "2", "3", "4", "5", "6"] and rows(folder)[:4] == before
 
 
 @pytest.mark.parametrize("lost", [True, False], ids=["no best.ckpt", "best.ckpt of another run"])
