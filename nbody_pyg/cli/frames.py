@@ -23,9 +23,8 @@ def read_atoms(name: str, index: int | str = ":") -> list[Atoms]:
     """
     if not Path(name).exists():
         if "." in name or "/" in name:
-            raise FileNotFoundError(
-                f"no structure at {name}; give a file that ASE reads, or an embedded set as ethanol"
-            )
+            what = "structures" if isinstance(index, str) else "structure"
+            raise FileNotFoundError(f"no {what} at {name}; give a file that ASE reads, or an embedded set as ethanol")
         frames = [frame.to_ase() for frame in embedded(*name.split(":", 1))]
         if isinstance(index, str):
             return frames
