@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from nbody_pyg.cli.frames import read_structures
-from nbody_pyg.cli.outputs import output_file, save_figure
+from nbody_pyg.cli.outputs import output_plot, save_figure
 from nbody_pyg.cli.tables import table
 from nbody_pyg.data import AtomicData
 from nbody_pyg.deploy import EnergyExplanation, explain_energy, plot_energy_parts, read_metadata
@@ -16,9 +16,7 @@ from nbody_pyg.hierarchy import Scheme
 
 def energies(args: argparse.Namespace) -> int:
     """Run the command; returns the exit status."""
-    plot = None
-    if args.plot:
-        plot = output_file(args.plot, None, args.overwrite, [args.file, args.model], "--plot")
+    plot = output_plot(args.plot, args.overwrite, [args.file, args.model])
     potential = load_potential(args.model).double()
     frames = read_structures(args.file)
     metadata = read_metadata(args.model)["metadata"]

@@ -22,9 +22,8 @@ def read_atoms(name: str, index: int | str = ":") -> list[Atoms]:
     """
     if not Path(name).exists():
         if "." in name or "/" in name:
-            raise FileNotFoundError(
-                f"no structure at {name}; give a file that ASE reads, or an embedded set as ethanol"
-            )
+            what = "structures" if isinstance(index, str) else "structure"
+            raise FileNotFoundError(f"no {what} at {name}; give a file that ASE reads, or an embedded set as ethanol")
         frames = [frame.to_ase() for frame in embedded(*name.split(":", 1))]
         if isinstance(index, str):
             return frames
@@ -35,11 +34,13 @@ def read_atoms(name: str, index: int | str = ":") -> list[Atoms]:
         raise IsADirectoryError(f"{name} is a folder; name a file with structures")
     try:
         found = read(name, index=index, do_not_split_by_at_sign=True)
-    except (OSError, MemoryError):
+    except MemoryError:
         raise
-    except IndexError as error:
-        raise ValueError(f"index must be that of a frame of {name}, got {index} ({error})") from error
-    except Exception as error:  # what the readers of ASE raise is of every kind
+    except (IndexError, StopIteration) as error:
+        raise ValueError(f"index must be that of a frame of {name}, got {index}") from error
+    except Exception as error:  # what the readers of ASE raise is of every kind, OSError without a number too
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
         raise ValueError(f"cannot read {name}: {type(error).__name__}: {error}") from error
     found = found if isinstance(found, list) else [found]
     if not found or not all(len(atoms) for atoms in found):

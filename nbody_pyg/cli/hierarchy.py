@@ -6,7 +6,7 @@ import argparse
 from typing import Any
 
 from nbody_pyg.cli.frames import read_atoms
-from nbody_pyg.cli.outputs import output_file, save_figure
+from nbody_pyg.cli.outputs import output_plot, save_figure
 from nbody_pyg.cli.tables import table
 from nbody_pyg.data import AtomicData
 from nbody_pyg.deploy import load_model
@@ -16,9 +16,9 @@ from nbody_pyg.training.config import parse_yaml, scheme_arguments
 
 def hierarchy(args: argparse.Namespace) -> int:
     """Run the command; returns the exit status."""
-    plot = None
-    if args.plot:
-        plot = output_file(args.plot, None, args.overwrite, [args.file, args.model], "--plot")
+    if args.model and (args.scheme or args.set):
+        raise ValueError("--model brings its own scheme; leave --scheme and --set out")
+    plot = output_plot(args.plot, args.overwrite, [args.file, args.model])
     frame = AtomicData.from_ase(read_atoms(args.file, args.index)[0], labels=False)
     scheme = load_model(args.model).model.scheme if args.model else _scheme(args)
     topology = scheme.read(scheme(frame)).validate()
@@ -48,11 +48,12 @@ def hierarchy(args: argparse.Namespace) -> int:
 
 
 def _scheme(args: argparse.Namespace) -> Scheme:
-    known = scheme_arguments(args.scheme)
+    name = args.scheme or "BondTree"
+    known = scheme_arguments(name)
     arguments: dict[str, Any] = {}
     for word in args.set:
         key, equals, text = word.partition("=")
         if not equals or key not in known:
             raise ValueError(f"--set takes KEY=VALUE with KEY among {', '.join(known)}, got {word!r}")
         arguments[key] = parse_yaml(text, f"--set {word}")
-    return Scheme.from_config({"name": args.scheme, **arguments})
+    return Scheme.from_config({"name": name, **arguments})

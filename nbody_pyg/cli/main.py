@@ -185,7 +185,7 @@ def build_parser() -> _Parser:
 
     hierarchy = commands.add_parser("hierarchy", help="build, check and draw the hierarchy of a structure")
     hierarchy.add_argument("file", help="any file that ASE reads, or a molecule of the embedded sets")
-    hierarchy.add_argument("--scheme", default="BondTree", help="name of a scheme (default: BondTree)")
+    hierarchy.add_argument("--scheme", default=None, help="name of a scheme (default: BondTree)")
     hierarchy.add_argument(
         "--set",
         action="append",

@@ -37,6 +37,8 @@ def md(args: argparse.Namespace) -> int:
     options = {"device": args.device, "dtype": args.dtype, "compile": args.compile, "cuda_graphs": args.cuda_graphs}
     atoms.calc = Committee(members, **options) if len(members) > 1 else NBodyCalculator(args.model, **options)
     folder.mkdir(parents=True, exist_ok=True)
+    for path in folder.glob("energy-*.png") if args.overwrite else ():
+        path.unlink()  # of a run whose trajectory will be gone
     formula = atoms.get_chemical_formula()
     print(
         f"{formula}: {len(atoms)} atoms, {args.ensemble}, {args.steps} steps of {args.timestep} fs",

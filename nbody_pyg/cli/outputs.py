@@ -8,6 +8,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from matplotlib.backend_bases import FigureCanvasBase
+
 from nbody_pyg.training.durable import written_whole
 
 if TYPE_CHECKING:
@@ -35,6 +37,19 @@ def output_file(
         raise ValueError(f"{path} exists; replace it with --overwrite, or name another file with {option}")
     path.parent.mkdir(parents=True, exist_ok=True)
     return path
+
+
+def output_plot(given: str | None, overwrite: bool, inputs: Iterable[str | None]) -> Path | None:
+    """The file of ``--plot``, a png where its name does not say what; None where none is wanted.
+
+    Raises: ValueError: see :func:`output_file`; a kind of picture that cannot be written.
+    """
+    if given is None:
+        return None
+    path = Path(given) if Path(given).suffix or Path(given).is_dir() else Path(given).with_suffix(".png")
+    if path.suffix and path.suffix[1:] not in (known := FigureCanvasBase.get_supported_filetypes()):
+        raise ValueError(f"--plot must end in one of {', '.join(sorted(known))}, got {given}")
+    return output_file(str(path), None, overwrite, inputs, "--plot")
 
 
 def output_folder(
@@ -77,8 +92,7 @@ def latest(default: str, name: str) -> Path:
 
 
 def save_figure(figure: Figure, path: Path, **options: Any) -> Path:
-    """A figure as a whole file; a png where the name does not say what."""
-    path = path if path.suffix else path.with_suffix(".png")
+    """A figure as a whole file."""
     with written_whole(path) as temporary:
         figure.savefig(temporary, format=path.suffix[1:], **options)
     return path

@@ -179,6 +179,7 @@ def run_md(
     first = _continued(atoms, trajectory, timestep) if restart else 0
     rng = np.random.default_rng([seed, first] if first else seed)
     origin = _set_velocities(atoms, "given" if restart else velocities, temperature, rng, seed)
+    origin = f"those of step {first} of the trajectory" if restart else origin
     dyn: MolecularDynamics
     if ensemble == "nve":
         dyn = VelocityVerlet(atoms, timestep * units.fs)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch_geometric.data import Data
@@ -334,6 +335,11 @@ class _Examiner:
         common = {"timestep": timestep, "temperature": temperature, "seed": self.seed, "sample_every": 5}
         run_md(atoms, max(steps // 5, 1), ensemble="langevin", friction=0.02, **common)
         found = run_md(atoms, steps, **common)
+        if found.stopped is not None:
+            change = 1e3 * float(np.ptp(found.total)) / found.num_atoms if len(found.total) else 0.0
+            note = f"{_MEANING['NVE drift']}; {found.stopped}"
+            yield Check("NVE drift", change, "meV/atom", "< 0.3", False, note)
+            return
         picoseconds = float(found.time[-1])
         note = f"{picoseconds:.2f} ps at {found.temperature.mean():.0f} K, fluctuation {found.fluctuation:.3f} meV/atom"
         half = len(found.total) // 2

@@ -231,7 +231,8 @@ def _typed_section(section: str, values: Any) -> Any:
         if section == "data" and key == "test" and isinstance(value, list):
             value = _by_name(value)
         elif isinstance(value, list) and str in _admits(_hint(section, key)):
-            raise ValueError(f"{section}.{key} must be one file, got the list {value}; join them into one file")
+            what = "file" if key in _FILE_KEYS.get("data", ()) else "name"
+            raise ValueError(f"{section}.{key} must be one {what}, got the list {value}; give one, or join the files")
         if key in _FILE_KEYS.get(section, ()) and value is not None:
             named = isinstance(value, Mapping)
             value = {k: expand_path(str(v)) for k, v in value.items()} if named else expand_path(str(value))

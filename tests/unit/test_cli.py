@@ -9,6 +9,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -24,10 +25,12 @@ from matplotlib import image
 
 from nbody_pyg import NBodyNet, NestedShells
 from nbody_pyg.cli import main
+from nbody_pyg.cli.main import build_parser
+from nbody_pyg.cli.outputs import output_file, output_folder
 from nbody_pyg.cli.tables import error_table, table
 from nbody_pyg.data import AtomicData
 from nbody_pyg.datasets import embedded
-from nbody_pyg.deploy import FORMAT_VERSION, load_model, read_metadata, save_model
+from nbody_pyg.deploy import FORMAT_VERSION, NBodyCalculator, load_model, read_metadata, save_model
 from nbody_pyg.kernels import backend
 from nbody_pyg.properties import Property, PropertyModel, property_irreps
 from nbody_pyg.training.config import load_config
@@ -252,6 +255,284 @@ def test_sigterm_ends_with_its_status_and_a_checkpoint_to_go_on_from(tmp_path):
     out, _ = process.communicate(timeout=60)
     assert process.returncode == 143 and "stopped by signal 15 after step" in out
     assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] > 2
+
+
+# -- nothing is overwritten unasked -------------------------------------------------------------------------
+def test_a_trajectory_that_is_continued_is_not_erased(folder, tmp_path, monkeypatch, capsys):
+    """The folder by default is a fresh one; one that is named must be free, or its fate be said."""
+    monkeypatch.chdir(tmp_path)
+    write("m.xyz", embedded("ethanol")[0].to_ase())
+    model = str(folder / "model.nbody")
+    assert main(["md", model, "m.xyz", "--steps", "20"]) == 0
+    before = Path("md/trajectory.xyz").read_bytes()
+    assert len(read("md/trajectory.xyz", ":")) == 3
+    assert main(["md", model, "md/trajectory.xyz", "--steps", "5"]) == 0
+    assert Path("md/trajectory.xyz").read_bytes() == before
+    assert [frame.info["step"] for frame in read("md-1/trajectory.xyz", ":")] == [0, 5]
+    assert np.allclose(read("md-1/trajectory.xyz", 0).get_momenta(), read("md/trajectory.xyz", -1).get_momenta())
+    assert "those of the first structure" in capsys.readouterr().out
+    assert main(["md", model, "m.xyz", "--steps", "5", "--out", "md"]) == 1
+    assert "md/md.log exists; go on with it by --restart" in capsys.readouterr().err
+    assert main(["md", model, "md/trajectory.xyz", "--out", "md", "--overwrite"]) == 1
+    assert "which is read and would be replaced" in capsys.readouterr().err
+    assert Path("md/trajectory.xyz").read_bytes() == before
+    assert main(["md", model, "--steps", "5", "--out", "md", "--restart"]) == 0
+    assert Path("md/trajectory.xyz").read_bytes().startswith(before)
+    assert [frame.info["step"] for frame in read("md/trajectory.xyz", ":")] == [0, 10, 20, 25]
+    assert len(Path("md/md.log").read_text().splitlines()) == 1 + 4
+    assert Path("md/energy.png").exists() and Path("md/energy-20.png").exists()
+    assert main(["md", model, "m.xyz", "--steps", "2", "--out", "md", "--overwrite"]) == 0
+    assert len(read("md/trajectory.xyz", ":")) == 2 and not Path("md/energy-20.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "path", "option"),
+    [
+        (["hierarchy", "m.xyz", "--plot", "h"], "h.png", "--plot"),
+        (["energies", "MODEL", "m.xyz", "--plot", "e.png"], "e.png", "--plot"),
+        (["check", "MODEL", "--only", "symmetry", "--json", "c.json"], "c.json", "--json"),
+        (["evaluate", "MODEL", "m.xyz", "--no-plot", "--out", "e"], "e/errors.json", "--out"),
+    ],
+)
+def test_what_exists_is_replaced_only_when_that_is_said(folder, tmp_path, monkeypatch, capsys, words, path, option):
+    monkeypatch.chdir(tmp_path)
+    write("m.xyz", embedded("ethanol")[0].to_ase())
+    words = [str(folder / "model.nbody") if word == "MODEL" else word for word in words]
+    Path(path).parent.mkdir(exist_ok=True)
+    Path(path).write_text("mine")
+    assert main(words) == 1
+    assert f"{path} exists; replace it with --overwrite" in capsys.readouterr().err
+    assert Path(path).read_text() == "mine"
+    assert main([*words, "--overwrite"]) == 0
+    assert Path(path).read_bytes()[:4] != b"mine"
+    if option != "--out":
+        own = ["m.xyz" if word in (path, "h") else word for word in words]
+        if option == "--plot":
+            own, source = [w.replace("m.xyz", "m.png") for w in own], Path("m.xyz").rename("m.png")
+        before = {p: p.read_bytes() for p in tmp_path.iterdir() if p.is_file()}
+        assert main([*own, "--overwrite"]) in (0, 1)
+        if option == "--plot":
+            assert "--plot must not be a file that is read, got m.png" in capsys.readouterr().err
+            assert source.read_bytes() == before[tmp_path / "m.png"]
+
+
+def test_a_default_folder_gets_a_number(tmp_path):
+    assert output_folder(None, str(tmp_path / "a"), False, [], ["x*"]).name == "a"
+    (tmp_path / "a").mkdir()
+    assert output_folder(None, str(tmp_path / "a"), False, [], ["x*"]).name == "a", "it is empty"
+    (tmp_path / "a/x1").write_text("")
+    assert output_folder(None, str(tmp_path / "a"), False, [], ["x*"]).name == "a-1"
+    assert output_folder(None, str(tmp_path / "a"), True, [], ["x*"]).name == "a"
+    (tmp_path / "b.xyz").write_text("")
+    assert output_file(None, str(tmp_path / "b.xyz"), False, []).name == "b-1.xyz"
+
+
+def test_a_comparison_without_its_device_is_one_line(capsys, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert main(["compare", "--training.device", "cuda"]) == 2
+    assert "device must be one of cpu on this machine, got 'cuda'; torch finds no GPU" in capsys.readouterr().err
+
+
+# -- what is typed ------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("device", ["cuda", "gpu", "cuda:7", "mps", "nonsense", "CUDA", "meta", ""])
+@pytest.mark.parametrize("command", ["md", "evaluate"])
+def test_a_device_that_is_not_there_is_one_line(device, command, capsys, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert main([command, "nothing.nbody", "nothing.xyz", f"--device={device}"]) == 2
+    error = capsys.readouterr().err
+    assert f"device must be one of cpu on this machine, got {device!r}" in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "nbody: error: name a command: train, compare"),
+        (["trian"], "no command 'trian'; did you mean train?"),
+        (["frobnicate"], "no command 'frobnicate'; there are train, compare"),
+        (["\x1b[31mred"], r"no command '\x1b[31mred'"),
+    ],
+)
+def test_no_command_or_a_wrong_one(words, message, capsys):
+    assert main(words) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["md", "a", "b", "--stepz", "3"], "unrecognized arguments: --stepz 3; did you mean --steps?"),
+        (["info", "a", "--jsn"], "did you mean --json?"),
+        (["md", "a", "b", "--steps", "2.5"], "argument --steps: must be a whole number, got '2.5'"),
+        (["md", "a", "b", "--steps", "-3"], "argument --steps: must be zero or positive, got -3"),
+        (["md", "a", "b", "--every", "0"], "argument --every: must be positive, got 0"),
+        (["md", "a", "b", "--timestep", "nan"], "argument --timestep: must be a finite number, got 'nan'"),
+        (["md", "a", "b", "--temperature", "-1"], "argument --temperature: must be zero or positive, got -1"),
+        (["relax", "a", "b", "--fmax", "inf"], "argument --fmax: must be a finite number, got 'inf'"),
+        (["energies", "a", "b", "--index", "last"], "argument --index: must be a whole number, got 'last'"),
+    ],
+)
+def test_wrong_options_are_named(words, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(words)
+    assert stop.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_numbers_may_be_written_with_an_exponent():
+    args = build_parser().parse_args(
+        ["md", "a", "b", "--steps", "1e4", "--every", "1E2", "--seed", "12345678901234567"]
+    )
+    assert (args.steps, args.every, args.seed) == (10_000, 100, 12345678901234567)
+
+
+def test_paths_may_have_a_tilde_or_a_variable(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(folder))
+    assert main(["info", "~/model.nbody"]) == 0 and main(["info", "$HOME/model.nbody"]) == 0
+    write(folder / "h.xyz", embedded("ethanol")[0].to_ase())
+    assert main(["hierarchy", "~/h.xyz", "--plot", "$HOME/h.png"]) == 0 and (folder / "h.png").exists()
+    Path("~").mkdir()
+    Path("~/h.xyz").write_bytes((folder / "h.xyz").read_bytes())
+    assert main(["hierarchy", "~/h.xyz", "--index", "3"]) == 1, "a folder that is called so goes first"
+    assert "index must be that of a frame of ~/h.xyz, got 3" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.xyz", b"", "cannot read a.xyz|holds no structure"),
+        ("a.xyz", b"2\n\nH 0 0 0\n", "cannot read a.xyz"),
+        ("a.xyz", b"\x00\xff\xfe\x80", "cannot read a.xyz"),
+        ("a.strange", b"what is this", "cannot read a.strange: UnknownFileTypeError"),
+        ("a.json", b"{", "cannot read a.json"),
+        ("a", None, "a is a folder"),
+    ],
+)
+@pytest.mark.parametrize("command", ["md", "relax", "hierarchy"])
+def test_structures_that_cannot_be_read(folder, tmp_path, monkeypatch, capsys, command, name, content, message):
+    monkeypatch.chdir(tmp_path)
+    Path(name).mkdir() if content is None else Path(name).write_bytes(content)
+    model = [] if command == "hierarchy" else [str(folder / "model.nbody")]
+    assert main([command, *model, name]) == 1
+    error = capsys.readouterr().err
+    assert re.search(message, error) and error.count("\n") == 1 and "Traceback" not in error
+
+
+def test_an_error_is_one_printable_line(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["info", "\x1b[2J\nnothing.nbody"]) == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "\x1b" not in error and r"\x1b[2J" in error
+
+
+@pytest.mark.parametrize(
+    "command", ["info", "md", "relax", "energies", "hierarchy", "check", "evaluate", "compare", "train"]
+)
+def test_ctrl_c_is_one_line(command, capsys, monkeypatch):
+    def stop(*_: object) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(f"nbody_pyg.cli.{command}.{command}", stop)
+    words = {"info": ["m"], "check": ["m"], "hierarchy": ["m"], "compare": [], "train": []}.get(command, ["m", "f"])
+    assert main([command, *words]) == 130
+    assert capsys.readouterr().err == f"\nnbody {command}: stopped by Ctrl-C\n"
+
+
+def test_ctrl_c_keeps_the_run_so_far(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write("m.xyz", embedded("ethanol")[0].to_ase())
+    timer = threading.Timer(0.0, lambda: None)
+
+    def step(self, atoms=None, properties=("energy",), changes=(), real=NBodyCalculator.calculate):
+        real(self, atoms, properties, changes)
+        self.count = getattr(self, "count", 0) + 1
+        if self.count == 8:
+            os.kill(os.getpid(), signal.SIGINT)
+            timer.start()
+
+    monkeypatch.setattr(NBodyCalculator, "calculate", step)
+    assert main(["md", str(folder / "model.nbody"), "m.xyz", "--steps", "1e6", "--every", "5"]) == 130
+    out = capsys.readouterr().out
+    assert re.search(r"stopped after step [78] .*: by Ctrl-C", out) and "written to md" in out
+    steps = [frame.info["step"] for frame in read("md/trajectory.xyz", ":")]
+    assert steps[:2] == [0, 5] and steps[2] in (7, 8)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_reader_who_has_gone_is_no_error(capsys, monkeypatch):
+    def gone(*_: object) -> int:
+        raise BrokenPipeError
+
+    monkeypatch.setattr("nbody_pyg.cli.info.info", gone)
+    assert main(["info", "m"]) == 141 and capsys.readouterr().err == ""
+
+
+def test_unknown_errors_show_where_they_come_from(monkeypatch):
+    monkeypatch.setattr("nbody_pyg.cli.info.info", lambda args: {}["a bug"])
+    with pytest.raises(KeyError):
+        main(["info", "m"])
+
+
+def test_debug_may_stand_anywhere():
+    for words in (["--debug", "info", "nothing.nbody"], ["info", "nothing.nbody", "--debug"]):
+        with pytest.raises(FileNotFoundError):
+            main(words)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ["--model.preset", "practcal"],
+            "model.preset must be one of ['practical', 'strict'], got 'practcal'; did you mean practical?",
+        ),
+        (["--training.optimizer", "sopa"], "got 'sopa'; did you mean soap?"),
+        (["--training.penalty", "hubr"], "did you mean huber?"),
+        (["--model.scheme.name", "BondTee"], "did you mean BondTree?"),
+        (["--model.sweeps", "down"], "sweeps"),
+        (["--training.lr", "inf"], "lr must be positive, got inf"),
+        (["--training.lr", "nan"], "lr must be positive, got nan"),
+        (["--training.weight_decay", "-1"], "weight_decay must be zero or positive, got -1"),
+        (["--training.ema_decay", "1"], "ema_decay must lie between 0 and 1, got 1"),
+        (["--training.max_steps", "2.5"], "training.max_steps must be a whole number, got 2.5"),
+        (["--training.compile", "perhaps"], "training.compile must be true or false, got 'perhaps'"),
+        (["--data.train", "[a.xyz, b.xyz]"], "data.train must be one file, got the list ['a.xyz', 'b.xyz']"),
+    ],
+)
+def test_wrong_values_are_found_before_the_data_are_read(words, message, capsys):
+    base = ["train", "--data.train", "nothing.xyz", "--training.max_steps", "3"]
+    assert main([*base, *words]) == 1
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
+def test_an_overridden_scheme_takes_the_place_of_that_of_the_file(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text("data: {embedded: ethanol}\ntraining: {max_steps: 1e3}\n"
+                    "model: {scheme: {name: NestedShells, radii: [3.5]}}\noutput: {folder: 2024}\n")  # fmt: skip
+    config = load_config(path, ["--model.scheme.name", "BondTree", "--output.folder", "null"])
+    assert config.model.scheme == {"name": "BondTree"} and config.output.folder == "null"
+    assert config.training.max_steps == 1000
+    kept = load_config(path, ["--model.scheme.name", "NestedShells"])
+    assert kept.model.scheme == {"name": "NestedShells", "radii": [3.5]} and kept.output.folder == "2024"
+
+
+@pytest.mark.parametrize("name", ["2024", "null", "1e3", "no", "007", "1.50", "2024-01-02", "[a]"])
+def test_names_stay_names(name):
+    words = ["--data.embedded", "ethanol", "--training.max_steps", "3", "--output.folder", name]
+    if name == "[a]":
+        with pytest.raises(ValueError, match=r"output\.folder must be one name, got the list"):
+            load_config(None, words)
+    else:
+        assert load_config(None, words).output.folder == name
+
+
+def test_test_sets_may_be_listed(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    words = ["--data.train", "~/a.xyz", "--training.max_steps", "3", "--data.test"]
+    assert load_config(None, [*words, "[b.xyz, $HOME/c.xyz]"]).data.test == {"b": "b.xyz", "c": f"{tmp_path}/c.xyz"}
+    assert load_config(None, [*words, "2024"]).data.test == "2024"
+    with pytest.raises(ValueError, match=r"data\.test must list files of different names"):
+        load_config(None, [*words, "[b.xyz, c/b.xyz]"])
 
 
 def test_help(capsys):

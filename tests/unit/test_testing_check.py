@@ -167,3 +167,17 @@ def test_command(net, molecules, tmp_path, capsys):
     assert "only must name sections among symmetry" in capsys.readouterr().err
     assert main(["check", str(tmp_path / "bad.nbody"), "--frames", "nothing.xyz"]) == 1
     assert "no structures at nothing.xyz" in capsys.readouterr().err
+
+
+def test_a_run_that_blows_up_fails_the_check():
+    """It ends before there is a drift to judge."""
+
+    class Cliff(torch.nn.Module):
+        species = (1, 6, 8)
+
+        def forward(self, z, pos, batch):
+            return (1e6 * pos.sin().sum()).reshape(1)
+
+    found = check_potential(Potential(Cliff()), nve_steps=20, only=["dynamics"])
+    (line,) = found.checks
+    assert line.name == "NVE drift" and line.passed is False and "stopped after step" in line.note
