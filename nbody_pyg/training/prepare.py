@@ -92,7 +92,7 @@ class DataSets:
     def uniform(self, labels: Mapping[str, Sequence[int | str]]) -> DataSets:
         """The same frames with the same keys in each set; see :func:`nbody_pyg.training.labels.uniform`."""
         tests = {name: uniform(frames, labels) for name, frames in self.tests.items()}
-        return DataSets(uniform(self.train, labels), uniform(self.val, labels), tests)
+        return DataSets(uniform(self.train, labels), uniform(self.val, labels), tests, self.split)
 
 
 def _warn_of_odd_reference(scheme: Scheme, tree: Topology, frames: Sequence[Data]) -> None:
