@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,41 +18,50 @@ from nbody_pyg.kernels.scope import is_dry
 _C_NAMES = {torch.float32: "float", torch.float64: "double"}
 
 
-class _Kind(NamedTuple):
-    """What a signature says of one argument; a tensor has ``factor`` times the arguments at ``places`` as its size."""
+class _Signature:
+    """The arguments of one function for one dtype, see :class:`Library`."""
 
-    word: str
-    c_type: Any
-    factor: int | None = None
-    places: tuple[int, ...] = ()
+    def __init__(self, text: str, dtype: torch.dtype) -> None:
+        words = text.split()
+        self.c_types = [_c_type(word) for word in words if not word.startswith("(")]
+        # Looked at for every tensor of every call: plain tuples of (dtype, whether passed on, whether None is allowed)
+        self.kinds = [
+            (torch.int64 if word.startswith("longs") else dtype, not word.startswith("("), "?" in word)
+            for word in words
+        ]
+        names = {word.strip("()"): place for place, word in enumerate(words)}
+        self._products: list[tuple[int, tuple[int, ...]] | None] = []
+        for word in words:
+            parts = word.partition(":")[2].split("*") if ":" in word else None
+            factor = math.prod(int(part) for part in parts or () if part.isdigit())
+            places = tuple(names[part] for part in parts or () if not part.isdigit())
+            self._products.append(None if parts is None else (factor, places))
+        self._places = tuple(sorted({place for _, places in filter(None, self._products) for place in places}))
+        self._known: dict[tuple[int, ...], list[int | None]] = {}
 
-    @property
-    def passed(self) -> bool:
-        return not self.word.startswith("(")
-
-    @property
-    def optional(self) -> bool:
-        return "?" in self.word
-
-
-def _kinds(signature: str) -> list[_Kind]:
-    kinds: list[_Kind] = []
-    names: dict[str, int] = {}
-    for place, word in enumerate(signature.split()):
-        kind, _, size = word.partition(":")
-        if size:
-            parts = size.split("*")
-            factor = math.prod(int(part) for part in parts if part.isdigit())
-            places = tuple(names[part] for part in parts if not part.isdigit())
-            kinds.append(_Kind(word, ctypes.c_void_p, factor, places))
-        elif kind.strip("?") in ("double", "several"):
-            kinds.append(_Kind(word, ctypes.c_double if kind == "double" else ctypes.c_void_p))
-        else:
-            names[word.strip("()")] = place
-            kinds.append(_Kind(word, ctypes.c_int64))
-    return kinds
+    def sizes(self, arguments: Sequence[Any]) -> list[int | None]:
+        """How many numbers each argument holds; None for what is no tensor."""
+        integers = tuple([arguments[place] for place in self._places])
+        sizes = self._known.get(integers)
+        if sizes is None:
+            sizes = [
+                None if product is None else product[0] * math.prod(arguments[place] for place in product[1])
+                for product in self._products
+            ]
+            if len(self._known) >= _REMEMBERED:
+                self._known.clear()
+            self._known[integers] = sizes
+        return sizes
 
 
+def _c_type(word: str) -> Any:
+    if word.startswith("double"):
+        return ctypes.c_double
+    return ctypes.c_void_p if ":" in word or word.startswith("several") else ctypes.c_int64
+
+
+#: Sets of sizes that a function remembers.
+_REMEMBERED = 256
 #: Longest source (characters) that is worth compiling.
 MAX_SOURCE = 800_000
 
@@ -104,17 +113,24 @@ class Library:
         if is_dry():
             return
         functions = self._loaded.get(dtype) or self._load(dtype)
-        function, kinds = functions[name]
+        function, signature = functions[name]
         given: list[Any] = []
-        for (wanted, factor, places, passed, optional), value in zip(kinds, arguments, strict=True):
-            if value is None:
+        for (wanted, passed, optional), size, value in zip(
+            signature.kinds, signature.sizes(arguments), arguments, strict=True
+        ):
+            if size is not None and value is not None:
+                # `address` without a call of Python for each tensor of each call; it says what is wrong
+                try:
+                    fits = type(value) is Tensor and value.dtype is wanted and value.is_cpu
+                    fits = fits and value.numel() == size and value.is_contiguous()
+                    pointer = value.data_ptr() if fits else 0
+                except RuntimeError:
+                    pointer = 0
+                given.append(pointer or address(value, wanted, size))
+            elif value is None:
                 if not optional:
                     raise TypeError(f"{name} needs a tensor, got None; pass every tensor that the products take")
                 given.append(None)
-            elif factor is not None:
-                for place in places:
-                    factor *= arguments[place]
-                given.append(address(value, wanted, factor))
             elif passed:
                 given.append(addresses(value, dtype) if isinstance(value, Several) else value)
         function(*given)
@@ -130,17 +146,9 @@ class Library:
             functions = {}
             for name, signature in self._signatures.items():
                 function = getattr(library, name)
-                kinds = _kinds(signature)
-                function.argtypes = [kind.c_type for kind in kinds if kind.passed]
-                function.restype = None
-                # Looked up at every call: plain tuples
-                functions[name] = (
-                    function,
-                    [
-                        (torch.int64 if k.word.startswith("longs") else dtype, k.factor, k.places, k.passed, k.optional)
-                        for k in kinds
-                    ],
-                )
+                found = _Signature(signature, dtype)
+                function.argtypes, function.restype = found.c_types, None
+                functions[name] = function, found
             if self._links:
                 addresses = [library.address(name, dtype) for library, name in self._links]
                 library.link_functions((ctypes.c_void_p * len(addresses))(*addresses))

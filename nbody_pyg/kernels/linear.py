@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from nbody_pyg.kernels.library import Library
-from nbody_pyg.kernels.operands import Several, check_operands
+from nbody_pyg.kernels.operands import Several, check_matrices, check_operands
 from nbody_pyg.kernels.panels import LINKED, LINKS
 from nbody_pyg.kernels.scope import apply, gradients_wanted
 from nbody_pyg.kernels.update_source import Block, Map
@@ -86,8 +86,7 @@ class LinearKernel:
 
     def __call__(self, x: Tensor, *weights: Tensor) -> Tensor:
         check_operands(x.dtype, x.device, x=(x, (x.shape[0], *self.shape_in)))
-        for block, weight in zip(self.blocks, weights, strict=True):
-            check_operands(x.dtype, x.device, weight=(weight, (block.size_in, block.size_out)))
+        check_matrices(x.dtype, x.device, weights, [(b.size_in, b.size_out) for b in self.blocks])
         return apply(_Apply, self, x.contiguous(), *[w.contiguous() for w in weights])
 
     def _call(self, name: str, dtype: torch.dtype, nodes: int, *arguments) -> None:

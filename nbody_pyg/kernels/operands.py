@@ -39,6 +39,13 @@ def check_operands(dtype: torch.dtype, device: torch.device, **operands: tuple[T
             )
 
 
+def check_matrices(dtype: torch.dtype, device: torch.device, matrices: Sequence[Tensor], shapes: Sequence) -> None:
+    """:func:`check_operands` for the weights of a map, of which there are many."""
+    for weight, shape in zip(matrices, shapes, strict=True):
+        if weight.dtype is not dtype or weight.shape != shape:
+            check_operands(dtype, device, weight=(weight, shape))
+
+
 def check_index(device: torch.device, **operands: tuple[Tensor, tuple[int, ...]]) -> None:
     """:func:`check_operands` for integers.
 

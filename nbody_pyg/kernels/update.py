@@ -9,7 +9,7 @@ from torch import Tensor
 
 from nbody_pyg.kernels.derivatives import last_derivative
 from nbody_pyg.kernels.library import Library
-from nbody_pyg.kernels.operands import Several, check_index, check_operands, check_range
+from nbody_pyg.kernels.operands import Several, check_index, check_matrices, check_operands, check_range
 from nbody_pyg.kernels.ops import ProductKernel
 from nbody_pyg.kernels.panels import LINKS
 from nbody_pyg.kernels.scope import apply, gradients_wanted
@@ -68,8 +68,7 @@ class UpdateKernel:
         u, dtype, device, nodes = self.update, inputs[0].dtype, inputs[0].device, inputs[0].shape[0]
         for x, size in zip(inputs, u.inputs, strict=True):
             check_operands(dtype, device, input=(x.flatten(1), (nodes, size)))
-        for w, shape in zip(matrices, self.shapes, strict=True):
-            check_operands(dtype, device, weight=(w, shape))
+        check_matrices(dtype, device, matrices, self.shapes)
         if scale is not None:
             check_operands(dtype, device, scale=(scale, (self.num_species, self.degrees, u.channels)))
         if bias is not None:
