@@ -21,8 +21,9 @@ import subprocess
 import tempfile
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 _FLAGS = (
     "-march=native",
@@ -44,17 +45,27 @@ _PROBE = "int nbody_probe(void) { return 1; }"
 _log = logging.getLogger("nbody_pyg")
 _libraries: dict[str, ctypes.CDLL | str] = {}  # by source: what was loaded, or why that failed
 _said: set[str] = set()
-#: Held while something is compiled or loaded.
-lock = threading.RLock()
+_lock = threading.RLock()  # held while something is compiled or loaded
 
 
 def _fresh_lock() -> None:
-    global lock
-    lock = threading.RLock()
+    global _lock
+    _lock = threading.RLock()
 
 
 if hasattr(os, "register_at_fork"):  # a child that is forked while another thread compiles must not wait for it
     os.register_at_fork(after_in_child=_fresh_lock)
+
+
+def one_at_a_time(function: Callable) -> Callable:
+    """Decorator: while one thread is in it, or in another of these functions, others wait."""
+
+    @functools.wraps(function)
+    def alone(*arguments: Any) -> Any:
+        with _lock:
+            return function(*arguments)
+
+    return alone
 
 
 def _flags(source: str) -> tuple[str, ...]:
@@ -171,7 +182,7 @@ def load(source: str) -> ctypes.CDLL:
     """
     found = _libraries.get(source)
     if found is None:
-        with lock:
+        with _lock:
             found = _libraries.get(source)
             if found is None:
                 try:
@@ -195,7 +206,7 @@ def broken() -> str | None:
 
 def forget() -> None:
     """Ask for compiler, folders and libraries anew, as in a new process; for tests."""
-    with lock:
+    with _lock:
         compiler.cache_clear()
         _libraries.clear()
         _said.clear()

@@ -93,21 +93,6 @@ class Library:
         """Whether compiling would take minutes: high degrees in both parities. Such products run on plain torch."""
         return len(self._source) > MAX_SOURCE or any(library.too_long for library, _ in self._links)
 
-    def ready(self, dtype: torch.dtype) -> bool:
-        """Whether the functions can be called; they are compiled now where they are not yet.
-
-        Where that fails a warning says why, once per process, and it is not tried again.
-        """
-        if dtype not in self._loaded and not self.too_long:
-            try:
-                self._load(dtype)
-            except RuntimeError as error:
-                self._loaded[dtype] = {}
-                build.warn_once(
-                    "torch", f"plain torch runs instead of compiled products, several times slower: {error}"
-                )
-        return bool(self._loaded.get(dtype))
-
     def call(self, name: str, dtype: torch.dtype, *arguments: Tensor | Several | float | int | None) -> None:
         """Call one function; every tensor is checked against the signature, see :func:`~operands.address`."""
         if is_dry():
@@ -140,20 +125,34 @@ class Library:
         functions = self._loaded.get(dtype) or self._load(dtype)
         return ctypes.cast(functions[name][0], ctypes.c_void_p).value
 
+    @build.one_at_a_time  # nobody may call a function before it is linked
     def _load(self, dtype: torch.dtype) -> dict:
-        with build.lock:  # nobody may call a function before it is linked
-            library = build.load(prelude(_C_NAMES[dtype]) + self._source)
-            functions = {}
-            for name, signature in self._signatures.items():
-                function = getattr(library, name)
-                found = _Signature(signature, dtype)
-                function.argtypes, function.restype = found.c_types, None
-                functions[name] = function, found
-            if self._links:
-                addresses = [library.address(name, dtype) for library, name in self._links]
-                library.link_functions((ctypes.c_void_p * len(addresses))(*addresses))
-            self._loaded[dtype] = functions
-            return functions
+        library = build.load(prelude(_C_NAMES[dtype]) + self._source)
+        functions = {}
+        for name, signature in self._signatures.items():
+            function = getattr(library, name)
+            found = _Signature(signature, dtype)
+            function.argtypes, function.restype = found.c_types, None
+            functions[name] = function, found
+        if self._links:
+            addresses = [library.address(name, dtype) for library, name in self._links]
+            library.link_functions((ctypes.c_void_p * len(addresses))(*addresses))
+        self._loaded[dtype] = functions
+        return functions
+
+    def ready(self, dtype: torch.dtype) -> bool:
+        """Whether the functions can be called; they are compiled now where they are not yet.
+
+        Where that fails a warning says why, once per process, and it is not tried again.
+        """
+        if dtype not in self._loaded and not self.too_long:
+            try:
+                self._load(dtype)
+            except RuntimeError as error:
+                self._loaded[dtype] = {}
+                text = f"plain torch runs instead of compiled products, several times slower: {error}"
+                build.warn_once("torch", text)
+        return bool(self._loaded.get(dtype))
 
     def __deepcopy__(self, memo) -> Library:
         return self  # compiled code is shared; ctypes objects cannot be copied
