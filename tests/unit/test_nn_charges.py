@@ -12,6 +12,7 @@ from nbody_pyg import AtomicData, BondTree, FromAssignment, NBodyNet, NestedShel
 from nbody_pyg.accelerate import compile_potential
 from nbody_pyg.deploy import load_model, save_model
 from nbody_pyg.explain import ExplainableNet
+from nbody_pyg.kernels import available_backends, set_backend
 from nbody_pyg.nn.charges import ElectronicEmbedding
 from nbody_pyg.potential import check_states, learn_state, model_frames
 from nbody_pyg.properties import Property, PropertyModel, property_irreps
@@ -304,3 +305,24 @@ def test_check_tests_charged_systems_as_charged(ethanol):
         check_potential(model, [data], only=("symmetry",))
     model.model.assumed = {"charge": 1.0, "spin": 2.0}
     assert check_potential(model, [data], only=("symmetry", "dynamics"), nve_steps=5)["rotations"].passed
+
+
+@pytest.mark.parametrize("symmetry", ["o3", "so3", "o3-full"])
+def test_backends_agree_for_every_symmetry(symmetry, ethanol):
+    """The first states are scalars only, so that their gates and maps leave rows of the result out."""
+    model, data = potential(symmetry=symmetry), Data(**ethanol.to_dict(), charge=torch.ones(1))
+    assert_equivariant(model, systems=[data], improper=symmetry != "so3")
+    found = []
+    try:
+        for name in [name for name in available_backends() if name in ("torch", "c")]:
+            set_backend(name)
+            result = model(data, training=True)
+            (result["forces"].square().sum() + result["energy"].sum()).backward()
+            slopes = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
+            found.append(torch.cat([result["energy"], result["forces"].flatten(), *slopes]).detach())
+            model.zero_grad()
+    finally:
+        set_backend("auto")
+    assert found[0].abs().max() > 1e-3
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0], rtol=1e-9, atol=1e-10)
