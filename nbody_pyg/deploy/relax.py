@@ -184,7 +184,7 @@ def relax(
             raise ValueError(f"{name} must be positive, got {value}")
     if not len(frames):
         raise ValueError("frames holds no structure to relax")
-    data = [_as_data(frame, number) for number, frame in enumerate(frames)]
+    data = [as_data(frame, number) for number, frame in enumerate(frames)]
     _check_periodicity(data)
     parts = []
     for i in range(0, len(data), batch_size):
@@ -196,11 +196,11 @@ def relax(
         for name in ("energy", "start_energy", "largest", "steps", "converged")
     }
     ended = [frame for part in parts for frame in part.frames]
-    back = [_as_it_came(frame, after) for frame, after in zip(frames, ended, strict=False)]
+    back = [as_it_came(frame, after) for frame, after in zip(frames, ended, strict=False)]
     return Relaxation(back, **tensors)
 
 
-def _as_data(frame: Data | Atoms, number: int) -> Data:
+def as_data(frame: Data | Atoms, number: int) -> Data:
     """A structure with what holds its atoms under ``fixed``, checked."""
     if isinstance(frame, Atoms):
         atoms, frame = frame, AtomicData.from_ase(frame, labels=False)
@@ -234,7 +234,7 @@ def _held(atoms: Atoms, number: int) -> Tensor:
     return fixed
 
 
-def _as_it_came(frame: Data | Atoms, after: AtomicData) -> AtomicData | Atoms:
+def as_it_came(frame: Data | Atoms, after: AtomicData) -> AtomicData | Atoms:
     """The structure at its new positions, with all that was said of it and is still true."""
     if isinstance(frame, Atoms):
         atoms = frame.copy()
