@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import math
 
-import numpy as np
 import torch
 
 from nbody_pyg.cli.frames import read_atoms, write_atoms
@@ -14,6 +13,7 @@ from nbody_pyg.cli.outputs import output_file
 from nbody_pyg.cli.tables import table
 from nbody_pyg.deploy import relax as relax_frames
 from nbody_pyg.deploy.model_file import load_potential
+from nbody_pyg.deploy.relax import as_data, as_it_came
 
 #: Exit status when a structure did not converge.
 NOT_CONVERGED = 3
@@ -24,16 +24,18 @@ def relax(args: argparse.Namespace) -> int:
     """Run the command; returns the exit status."""
     torch.set_num_threads(1)
     out = output_file(args.out, "relaxed.xyz", args.overwrite, [args.model, args.frames])
-    frames = read_atoms(args.frames)
+    structures = read_atoms(args.frames)
+    frames = [as_data(atoms, number) for number, atoms in enumerate(structures)]
     potential = load_potential(args.model).to(getattr(torch, args.dtype))
     with interruptible() as interrupt:
         found = relax_frames(
             potential, frames, fmax=args.fmax, max_steps=args.steps, batch_size=args.batch_size,
             reference=args.model,             stop=lambda: interrupt.number is not None,
         )  # fmt: skip
+    relaxed = [as_it_came(atoms, frame) for atoms, frame in zip(structures, found.frames, strict=False)]
     rows = []
     for number, frame in enumerate(found.frames[:_MOST_ROWS]):
-        moved = np.linalg.norm(frame.positions - frames[number].positions, axis=1).max()
+        moved = (frame.pos - frames[number].pos).norm(dim=1).max()
         gained = float(found.energy[number] - found.start_energy[number])
         largest = float(found.largest[number])
         verdict = "yes" if found.converged[number] else "NO" if math.isfinite(largest) else "NO: forces are not finite"
@@ -43,7 +45,7 @@ def relax(args: argparse.Namespace) -> int:
     print(table(head, rows))
     if len(found.frames) > _MOST_ROWS:
         print(f"... and {len(found.frames) - _MOST_ROWS} more")
-    write_atoms(out, found.frames)
+    write_atoms(out, relaxed)
     missing = (~found.converged).nonzero().flatten().tolist()
     print(f"\n{len(found.frames) - len(missing)} of {len(frames)} converged; written to {out}")
     if missing:

@@ -22,7 +22,6 @@ from ase.md.langevin import Langevin
 from ase.md.md import MolecularDynamics
 from ase.md.velocitydistribution import Stationary, ZeroRotation
 from ase.md.verlet import VelocityVerlet
-from scipy.spatial import cKDTree
 
 ENSEMBLES = ("nve", "langevin")
 VELOCITIES = ("auto", "given", "drawn")
@@ -319,15 +318,17 @@ class _Failure:
     def __init__(self, atoms: Atoms, timestep: float, hottest: float):
         self.atoms, self.timestep, self.hottest, self.broken = atoms, timestep, hottest, False
         self.masses, self.freedom = atoms.get_masses()[:, None], atoms.get_number_of_degrees_of_freedom()
-        self.apart = max(_LOST, 3.0 * float(self._nearest().max())) if self._open else math.inf
+        self.apart = max(_LOST, 3.0 * self._outermost()[1]) if self._open else math.inf
 
     @property
     def _open(self) -> bool:
         return math.isfinite(self.hottest) and len(self.atoms) > 1 and not self.atoms.pbc.any()
 
-    def _nearest(self) -> np.ndarray:
-        """Distance of every atom to its nearest neighbour."""
-        return cKDTree(self.atoms.positions).query(self.atoms.positions, k=2)[0][:, 1]
+    def _outermost(self) -> tuple[int, float]:
+        """The atom that is furthest from the middle, and its distance to its nearest neighbour."""
+        pos = self.atoms.positions
+        atom = int(np.linalg.norm(pos - pos.mean(axis=0), axis=1).argmax())
+        return atom, float(np.partition(np.linalg.norm(pos - pos[atom], axis=1), 1)[1])
 
     def __call__(self, at_sample: bool) -> str | None:
         atoms, momenta = self.atoms, self.atoms.get_momenta()
@@ -357,10 +358,9 @@ class _Failure:
         if move[furthest] > _LONGEST_MOVE:
             return f"{self._name(furthest)} would move by {move[furthest]:.3g} angstrom in one step; {_CURE}"
         if at_sample and self._open:
-            nearest = self._nearest()
-            lost = int(nearest.argmax())
-            if nearest[lost] > self.apart:
-                return f"{self._name(lost)} has left: its nearest neighbour is {nearest[lost]:.1f} angstrom away"
+            lost, distance = self._outermost()
+            if distance > self.apart:
+                return f"{self._name(lost)} has left: its nearest neighbour is {distance:.1f} angstrom away"
         return None
 
     def _name(self, atom: int) -> str:

@@ -206,7 +206,7 @@ def relax(
             raise ValueError(f"{name} must be positive, got {value}")
     if not len(frames):
         raise ValueError("frames holds no structure to relax")
-    data: Sequence[Data] = [_as_data(frame, number) for number, frame in enumerate(frames)]
+    data: Sequence[Data] = [as_data(frame, number) for number, frame in enumerate(frames)]
     _check_periodicity(data)
     if reference is not None:
         data = with_reference(data, reference, getattr(potential.model, "scheme", None))
@@ -228,11 +228,11 @@ def relax(
             stacklevel=2,
         )
     ended = [frame for part in parts for frame in part.frames]
-    back = [_as_it_came(frame, after) for frame, after in zip(frames, ended, strict=False)]
+    back = [as_it_came(frame, after) for frame, after in zip(frames, ended, strict=False)]
     return Relaxation(back, **tensors, bond_changes=changes)
 
 
-def _as_data(frame: Data | Atoms, number: int) -> Data:
+def as_data(frame: Data | Atoms, number: int) -> Data:
     """A structure with what holds its atoms under ``fixed``, checked."""
     if isinstance(frame, Atoms):
         atoms, frame = frame, AtomicData.from_ase(frame, labels=False)
@@ -263,7 +263,7 @@ def _held(atoms: Atoms, number: int) -> Tensor:
     return fixed
 
 
-def _as_it_came(frame: Data | Atoms, after: AtomicData) -> AtomicData | Atoms:
+def as_it_came(frame: Data | Atoms, after: AtomicData) -> AtomicData | Atoms:
     """The structure at its new positions, with all that was said of it and is still true."""
     if isinstance(frame, Atoms):
         atoms = frame.copy()
