@@ -101,10 +101,17 @@ def _begin(args: argparse.Namespace) -> tuple[Path, Atoms]:
             raise ValueError("START is missing: name a file with the first structure, or go on with --restart")
         names = ("md.log", _TRAJECTORY, "energy*.png")
         cure = "go on with it by --restart, replace it with --overwrite, or name another folder with --out"
+        if left_out := start.info.get("constraints_left_out"):
+            raise ValueError(
+                f"{args.start} was written without its constraints ({left_out}), which extended xyz does not hold; "
+                "start from a file that has them (.traj), or remove constraints_left_out from it to go on without"
+            )
         inputs = [args.model, args.start, *args.committee]
         return output_folder(args.out, "md", args.overwrite, inputs, names, cure), start
     if args.overwrite:
         raise ValueError("--restart and --overwrite contradict each other; give one of them")
+    if args.velocities != "auto":
+        raise ValueError("--restart takes the velocities of the trajectory; leave --velocities out")
     folder = latest("md", _TRAJECTORY) if args.out is None else Path(args.out)
     if not (folder / _TRAJECTORY).is_file():
         raise FileNotFoundError(f"nothing to go on with: there is no {folder / _TRAJECTORY}")

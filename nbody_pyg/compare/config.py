@@ -98,6 +98,8 @@ class CompareConfig:
         for name, choices in (("search_on", ("first", "each")), ("finals", ("best", "each", "none"))):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
+        if self.timeout is not None and not self.isolate:
+            raise ValueError("timeout needs isolate: only a process of its own can be ended; leave one of them out")
         if self.search and self.lr is not None:
             raise ValueError(f"give lr, or learning rates to search, not both, got {self.lr} and {self.search}")
         taken = {"budget_seconds", "max_steps", "max_epochs", "batch_size", "lr", "optimizer", "seed"}

@@ -316,6 +316,26 @@ def test_what_exists_is_replaced_only_when_that_is_said(folder, tmp_path, monkey
             assert source.read_bytes() == before[tmp_path / "m.png"]
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "START is missing: name a file with the first structure, or go on with --restart"),
+        (["m.xyz", "--friction", "0.1"], "--friction belongs to --ensemble langevin"),
+        (["--restart"], "nothing to go on with: there is no md/trajectory.xyz"),
+        (["--restart", "--overwrite"], "--restart and --overwrite contradict each other"),
+        (["--restart", "--velocities", "drawn"], "--restart takes the velocities of the trajectory"),
+        (["m.xyz"], "m.xyz was written without its constraints (FixBondLengths)"),
+    ],
+)
+def test_options_of_dynamics_that_contradict_each_other(folder, tmp_path, monkeypatch, capsys, words, message):
+    monkeypatch.chdir(tmp_path)
+    atoms = embedded("ethanol")[0].to_ase()
+    atoms.info["constraints_left_out"] = "FixBondLengths"
+    write("m.xyz", atoms)
+    assert main(["md", str(folder / "model.nbody"), *words]) == 1
+    assert message in capsys.readouterr().err and not Path("md").exists()
+
+
 def test_a_default_folder_gets_a_number(tmp_path):
     assert output_folder(None, str(tmp_path / "a"), False, [], ["x*"]).name == "a"
     (tmp_path / "a").mkdir()

@@ -217,6 +217,7 @@ def test_command_line_lies_over_the_file(tmp_path):
         ("--search 1e-3 nan", "search must be positive, got nan"),
         ("--timeout -1", "timeout must be positive, got -1"),
         ("--optimizers sopa", "did you mean soap"),
+        ("--timeout 5 --isolate false", "timeout needs isolate"),
         ("--steps 2.5", "steps"),
     ],
 )
