@@ -64,7 +64,8 @@ def check_range(name: str, index: Tensor, size: int) -> None:
     """
     if is_tracing() or index.numel() == 0:
         return
-    low, high = (int(bound) for bound in torch.aminmax(index))
+    least, most = torch.aminmax(index)
+    low, high = least.item(), most.item()
     if low < 0 or high >= size:
         raise ValueError(
             f"{name} must lie between 0 and {size - 1}, got {low} to {high}; check the edges against the number of parts"
