@@ -260,7 +260,7 @@ def _check_header(header: Mapping[str, Any]) -> None:
         if not isinstance(header[name], kind) or isinstance(header[name], bool):
             raise ValueError(f"the entry {name} is {_short(header[name])}, which is of a wrong type")
     described = header["model"]
-    if set(described) != {"class", "config"} or not isinstance(described["class"], str):
+    if not {"class", "config"} <= set(described) or not isinstance(described["class"], str):
         raise ValueError(f"the entry model must hold class and config, got {_short(described)}")
     if not isinstance(described["config"], (dict, type(None))):
         raise ValueError(f"the config of the network is {_short(described['config'])}, which is of a wrong type")

@@ -228,7 +228,7 @@ CONFIG = {
 HEADER = {
     "repulsion": ({"repulsion": {"name": "zbl", "species": [1], "reach": {}, "x": 1}}, "unknown key repulsion.x"),
     "header": ({"strange": 1}, "unknown key strange"),
-    "model": ({"model": {"class": "NBodyNet", "config": None, "x": 1}}, "the entry model must hold class and config"),
+    "model": ({"model": {"class": "NBodyNet"}}, "the entry model must hold class and config"),
     "class": ({"model": {"class": "Scheme", "config": {"scheme": {}}}}, "name must be one of the schemes"),
     "type": ({"scale": "0.7"}, "the entry scale is '0.7', which is of a wrong type"),
     "scale": ({"scale": True}, "the entry scale is True, which is of a wrong type"),
@@ -324,6 +324,14 @@ def test_a_missing_entry(path):
     rewrite(path, lambda h: h.pop("scale"))
     with pytest.raises(ValueError, match="the entry scale is missing; get a fresh copy"):
         read_metadata(path)
+
+
+def test_an_unknown_key_beside_the_class(path):
+    rewrite(path, lambda h: h["model"].update(strange=1))
+    with pytest.raises(
+        ValueError, match=r"does not hold settings and weights of one network: unknown key model.strange"
+    ):
+        load_model(path)
 
 
 def test_more_layers_than_weights(tmp_path):
