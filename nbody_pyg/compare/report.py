@@ -79,7 +79,7 @@ class Group:
         every = (record.get("frames") for row in self.rows for record in row.records)
         frames = next((found for found in every if found), {})
         counts = ", ".join([f"{count} {name}" for name, count in frames.items()] + ([self.note] if self.note else []))
-        return f"{self.dataset}, {self.limit} of training{' CPU time' if self.limit.endswith('s') else ''} ({counts})"
+        return f"{self.dataset}, {self.limit} of training{' CPU time' if self.limit.endswith(' s') else ''} ({counts})"
 
 
 def load_records(folder: str | Path, note: Callable[[str], None] = print) -> list[dict[str, Any]]:

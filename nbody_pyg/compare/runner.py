@@ -127,7 +127,8 @@ class Runner:
 
     def _died(self, point: Point, reason: str, folder: Path) -> dict[str, Any]:
         words = "".join(c for c in " ".join(reason.split()) if c.isprintable())
-        more = f" (more in {folder / 'errors.txt'})" if (folder / "errors.txt").is_file() else ""
+        errors = folder / "errors.txt"
+        more = f" (more in {errors})" if errors.is_file() and errors.stat().st_size else ""
         return failed_record(point, f"{words[:300]}{more}") | {"died": True}
 
     def _in_process(self, point: Point, folder: Path) -> dict[str, Any]:
