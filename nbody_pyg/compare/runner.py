@@ -194,7 +194,7 @@ class Runner:
         last, in_time = "", True
         try:
             reader.start()
-            while process.poll() is None or not lines.empty() or (reader.is_alive() and _wait(reader)):
+            while _speaks(process, reader, lines):
                 try:
                     last = lines.get(timeout=0.1).rstrip("\n")
                     self._indent(last)
@@ -215,10 +215,12 @@ class Runner:
         return last, in_time
 
 
-def _wait(reader: threading.Thread) -> bool:
-    """After the end of a process: what is left in the pipe, but not for long."""
+def _speaks(process: subprocess.Popen, reader: threading.Thread, lines: queue.SimpleQueue[str]) -> bool:
+    """Whether more lines may come; after the end of the process, those that are left in the pipe, but not for long."""
+    if process.poll() is None or not lines.empty():
+        return True
     reader.join(1.0)
-    return False
+    return not lines.empty()
 
 
 def _end(process: subprocess.Popen, asked: bool = False) -> None:
