@@ -194,7 +194,7 @@ class Runner:
         last, in_time = "", True
         try:
             reader.start()
-            while process.poll() is None or not lines.empty() or _rest(reader, lines):
+            while _speaks(process, reader, lines):
                 try:
                     last = lines.get(timeout=0.1).rstrip("\n")
                     self._indent(last)
@@ -215,8 +215,10 @@ class Runner:
         return last, in_time
 
 
-def _rest(reader: threading.Thread, lines: queue.SimpleQueue[str]) -> bool:
-    """Whether an ended process has left lines in the pipe; waits for them, but not for long."""
+def _speaks(process: subprocess.Popen, reader: threading.Thread, lines: queue.SimpleQueue[str]) -> bool:
+    """Whether more lines may come; after the end of the process, those that are left in the pipe, but not for long."""
+    if process.poll() is None or not lines.empty():
+        return True
     reader.join(1.0)
     return not lines.empty()
 

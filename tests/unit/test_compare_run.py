@@ -175,7 +175,7 @@ def _interpreter(folder: Path, does: str) -> str:
     [
         ("echo 'missing: pip install it'; exit 3", MissingPeer, "^pip install it$"),
         ("echo 'data: no such file'; exit 4", WrongData, "^no such file$"),
-        ("kill -TERM $PPID; sleep 0.5; exit 143", Stopped, "stopped by signal 15; the same command goes on"),
+        ("sleep 1; kill -TERM $PPID; sleep 0.5; exit 143", Stopped, "stopped by signal 15; the same command goes on"),
     ],
 )
 def test_what_ends_more_than_one_run(frames, tmp_path, does, error, message):
