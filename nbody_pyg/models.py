@@ -319,20 +319,17 @@ class NBodyNet(nn.Module):
             if topology is None and data.get("num_parts_1") is not None:
                 topology = self.scheme.read(data)
             given = self.scheme.inputs(data)  # bonds or labels that the data brings along
-        self._species_index(z)  # names an unknown element before its mass is looked up
-        pos = pos.to(self.dtype)
-        cell = None if cell is None else cell.to(self.dtype)
-        if topology is None:
-            topology = self._search(given, z, pos, batch, cell, pbc)
-        return self.scheme.hierarchy(topology, z, pos, cell)
-
-    def _search(self, given: dict[str, Any], z: Tensor, pos: Tensor, *rest: Tensor | None) -> Topology:
-        if not has_values(pos):
+        if topology is None and isinstance(pos, Tensor) and not has_values(pos):
             raise RuntimeError(
                 "neighbours are found from values of positions, which tracers, torch.vmap, fake and meta tensors lack; "
                 "pass topology=net.scheme.topology(z, pos), or use nbody_pyg.accelerate.compile_potential"
             )
-        return self.scheme.topology(z, pos, *rest, **given)
+        self._species_index(z)  # names an unknown element before its mass is looked up
+        pos = pos.to(self.dtype)
+        cell = None if cell is None else cell.to(self.dtype)
+        if topology is None:
+            topology = self.scheme.topology(z, pos, batch, cell, pbc, **given)
+        return self.scheme.hierarchy(topology, z, pos, cell)
 
     def states(self, hierarchy: Hierarchy) -> dict[int, Float[Tensor, "parts rows channels"]]:
         """State of every part, by level; levels that the network does not use are left out."""
