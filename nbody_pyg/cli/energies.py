@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import argparse
 
+import torch
+
 from nbody_pyg.cli.frames import read_structures
 from nbody_pyg.cli.outputs import output_plot, save_figure
 from nbody_pyg.cli.tables import table
 from nbody_pyg.data import AtomicData
 from nbody_pyg.deploy import EnergyExplanation, explain_energy, plot_energy_parts, read_metadata
 from nbody_pyg.deploy.model_file import load_potential
-from nbody_pyg.deploy.reference import is_periodic, reference_topology
+from nbody_pyg.deploy.reference import bond_changes, is_periodic, reference_topology
 from nbody_pyg.hierarchy import Scheme
 
 
@@ -28,7 +30,15 @@ def energies(args: argparse.Namespace) -> int:
         frame = frames[index]
         # The first frame's parts for both, so that they can be compared.
         first = frames[args.index]
+        if not torch.equal(first.z, frame.z):
+            raise ValueError(
+                f"--minus must name a frame with the atoms of frame {args.index}, in its order, got frame {index} "
+                f"({frame.to_ase().get_chemical_formula()} instead of {first.to_ase().get_chemical_formula()})"
+            )
         tree = None if scheme is None else _tree(scheme, metadata, first, frame)
+        lattice = (frame.get("cell"), frame.get("pbc"))
+        if (changes := bond_changes(scheme, tree, frame.z, frame.pos, *lattice)) is not None:
+            print(f"bonds found in frame {index} differ from those that its energy uses: {changes}")
         return explain_energy(potential, frame, tree)
 
     found = explain(args.index)

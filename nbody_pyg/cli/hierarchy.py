@@ -9,7 +9,8 @@ from nbody_pyg.cli.frames import read_atoms
 from nbody_pyg.cli.outputs import output_plot, save_figure
 from nbody_pyg.cli.tables import table
 from nbody_pyg.data import AtomicData
-from nbody_pyg.deploy import load_model
+from nbody_pyg.deploy import load_model, with_reference
+from nbody_pyg.deploy.reference import bond_changes
 from nbody_pyg.hierarchy import Scheme
 from nbody_pyg.training.config import parse_yaml, scheme_arguments
 
@@ -20,8 +21,15 @@ def hierarchy(args: argparse.Namespace) -> int:
         raise ValueError("--model brings its own scheme; leave --scheme and --set out")
     plot = output_plot(args.plot, args.overwrite, [args.file, args.model])
     frame = AtomicData.from_ase(read_atoms(args.file, args.index)[0], labels=False)
-    scheme = load_model(args.model).model.scheme if args.model else _scheme(args)
-    topology = scheme.read(scheme(frame)).validate()
+    if args.model:
+        scheme = load_model(args.model).model.scheme
+        topology = scheme.read(with_reference([frame], args.model, scheme)[0]).validate()
+        lattice = (frame.get("cell"), frame.get("pbc"))
+        if (changes := bond_changes(scheme, topology, frame.z, frame.pos, *lattice)) is not None:
+            print(f"bonds are those of the reference molecule of the model; others would be found here: {changes}\n")
+    else:
+        scheme = _scheme(args)
+        topology = scheme.read(scheme(frame)).validate()
     print(f"{scheme!r}\nsymmetry:   {scheme.symmetry}\ncontinuity: {scheme.continuity}\n")
     rows = []
     for k, level in enumerate(scheme.levels):

@@ -40,8 +40,9 @@ def md(args: argparse.Namespace) -> int:
     for path in folder.glob("energy-*.png") if args.overwrite else ():
         path.unlink()  # of a run whose trajectory will be gone
     formula = atoms.get_chemical_formula()
+    goal = f"{'goes on in' if args.restart else 'written to'} {folder}"
     print(
-        f"{formula}: {len(atoms)} atoms, {args.ensemble}, {args.steps} steps of {args.timestep} fs",
+        f"{formula}: {len(atoms)} atoms, {args.ensemble}, {args.steps} steps of {args.timestep} fs; {goal}",
         flush=True,
     )
     uncertain = None if args.max_forces_std is None else stop_on_uncertainty(args.max_forces_std)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import itertools
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -83,12 +84,11 @@ def output_folder(
 
 
 def latest(default: str, name: str) -> Path:
-    """Of a default folder and those with a number, the last that holds a file of this name; else the default."""
-    found = Path(default)
-    for number in itertools.count(1):
-        if not (path := _numbered(Path(default), number)).exists():
-            return found
-        found = path if (path / name).exists() else found
+    """Of a default folder and those with a number, that whose file of this name was written last; else the default."""
+    numbered = re.compile(rf"{re.escape(default)}(-[1-9]\d*)?")
+    found = [folder / name for folder in Path().glob(f"{default}*") if numbered.fullmatch(folder.name)]
+    found = [file for file in found if file.is_file()]
+    return max(found, key=lambda file: file.stat().st_mtime).parent if found else Path(default)
 
 
 def save_figure(figure: Figure, path: Path, **options: Any) -> Path:

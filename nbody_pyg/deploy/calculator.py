@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import threading
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -39,7 +40,7 @@ class SharedCalculator(Calculator):
     ``atoms.info``, so they are asked for here.
     """
 
-    _state: dict[str, list[float]] | None = None
+    _state: dict[str, torch.Tensor] | None = None
 
     def __init__(self, **kwargs: Any):
         super().__init__(**kwargs)
@@ -63,7 +64,7 @@ class SharedCalculator(Calculator):
     def check_state(self, atoms: Atoms, tol: float = 1e-15) -> list[str]:
         """What has changed since the last calculation."""
         changes = list(super().check_state(atoms, tol=tol))
-        if not changes and self._state != _plain_state(atoms):
+        if not changes and not _same_state(self._state, electronic_state_of(atoms)):
             changes.append("initial_charges")
         return changes
 
@@ -74,11 +75,11 @@ class SharedCalculator(Calculator):
         system_changes: list[str] = all_changes,
     ) -> None:
         super().calculate(atoms, properties, system_changes)
-        self._state = _plain_state(self.atoms)
+        self._state = electronic_state_of(self.atoms)
 
 
-def _plain_state(atoms: Atoms) -> dict[str, list[float]]:
-    return {key: value.tolist() for key, value in electronic_state_of(atoms).items()}
+def _same_state(before: dict[str, torch.Tensor] | None, now: dict[str, torch.Tensor]) -> bool:
+    return before is not None and before.keys() == now.keys() and all(torch.equal(before[k], now[k]) for k in now)
 
 
 class NBodyCalculator(SharedCalculator):
@@ -111,7 +112,8 @@ class NBodyCalculator(SharedCalculator):
     ==============================================  ===============================================================
 
     :func:`run_md` and :func:`relax` keep the bonds of their first structure, whatever ``bonds`` says;
-    :meth:`fixed_bonds` does so for other runs. The attribute ``bonds_from`` says where the last ones came from.
+    :meth:`fixed_bonds` does so for other runs. The attribute ``bonds_from`` says where the last ones came from. One
+    warning tells of the first structure in which other bonds than those in use would be found.
 
     Charges and spin are read from the atoms (docs/conventions.md), and a change of them is a change of the system.
 
@@ -181,10 +183,11 @@ class NBodyCalculator(SharedCalculator):
         self._numbers: np.ndarray | None = None
         self.bonds = bonds
         self.bonds_from: str | None = None
-        # Parts kept during a run; those of the first structure, with its elements; the bonds of the last structure
-        self._fixed: Topology | None = None
+        # Atoms and parts of the run of each thread; those of the first structure; the bonds of the last structure
+        self._fixed: dict[int, tuple[torch.Tensor, Topology]] = {}
         self._first: tuple[torch.Tensor, Topology] | None = None
         self._last: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._run: int | None = None  # whose parts the lists were made for
         self._warned = False
 
     def forget(self) -> None:
@@ -195,39 +198,67 @@ class NBodyCalculator(SharedCalculator):
 
     @contextlib.contextmanager
     def fixed_bonds(self, atoms: Atoms) -> Iterator[None]:
-        """While this lasts, parts (bonds) are those that a structure has now, as a run of many steps needs them."""
+        """While this lasts, parts (bonds) are those that a structure has now, as a run of many steps needs them.
+
+        This counts for structures of the same atoms, in the thread that calls it.
+        """
         if self.scheme is None or not self.scheme.keeps_parts:
             yield
             return
-        z, pos, cell, pbc = self._tensors(atoms)
-        if self.bonds == "first":
-            self._note_first(z, pos, cell, pbc)
-        parts = self._parts(z, pbc)
-        if parts is None:
-            parts, self.bonds_from = self.scheme.topology(z, pos, None, cell, pbc), "found in the first structure"
-        before, self._fixed = self._fixed, parts
-        self.topologies.forget()
+        thread = threading.get_ident()
+        with self._lock:
+            before = self._fixed.get(thread)
+            self._fixed[thread] = self._parts_of(atoms)
+            self.topologies.forget()
         try:
             yield
         finally:
-            self._fixed, self._last = before, None
-            self.topologies.forget()
+            with self._lock:
+                # Energies of parts that were kept are not those of the structure on its own
+                stale = self.atoms is None or self.bond_changes(self.atoms) is not None
+                self._last = None
+                del self._fixed[thread]
+                if before is not None:
+                    self._fixed[thread] = before
+                self.topologies.forget()
+                if stale:
+                    self.reset()
 
+    def _parts_of(self, atoms: Atoms) -> tuple[torch.Tensor, Topology]:
+        """Atoms and parts of a structure as it is now."""
+        z, place = self._elements(atoms), self._place(atoms)
+        if self.bonds == "first":
+            self._note_first(z, *place)
+        parts = self._parts(z, place[2])
+        if parts is None:
+            pos, cell, pbc = place
+            parts, self.bonds_from = self.scheme.topology(z, pos, None, cell, pbc), "found in the first structure"
+        return z, parts
+
+    @locked
     def bond_changes(self, atoms: Atoms) -> str | None:
         """How the bonds found in a structure differ from those that its energy uses; None where they do not."""
         if not isinstance(self.scheme, BondTree):
             return None
-        z, pos, cell, pbc = self._tensors(atoms)
+        z, (pos, cell, pbc) = self._elements(atoms), self._place(atoms)
         return bond_changes(self.scheme, self._parts(z, pbc), z, pos, cell, pbc)
 
-    def _tensors(self, atoms: Atoms) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-        """z, pos, cell and pbc; the last two are None for an open system."""
-        z = torch.as_tensor(atoms.numbers, dtype=torch.long, device=self.device)
+    def _elements(self, atoms: Atoms) -> torch.Tensor:
+        """Atomic numbers, checked; the same tensor as long as they are the same: graphs need not copy it."""
+        if self._numbers is None or not np.array_equal(atoms.numbers, self._numbers):
+            self._check_species(atoms)
+            self._numbers = atoms.numbers.copy()
+            self._z = torch.as_tensor(self._numbers, dtype=torch.long, device=self.device)
+            self._batch = torch.zeros_like(self._z)
+        return self._z
+
+    def _place(self, atoms: Atoms) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """pos, cell and pbc; the last two are None for an open system."""
         pos = torch.as_tensor(atoms.positions, dtype=torch.float64, device=self.device)
         if not atoms.pbc.any():
-            return z, pos, None, None
+            return pos, None, None
         cell = torch.as_tensor(atoms.cell.array, dtype=torch.float64, device=self.device).reshape(1, 3, 3)
-        return z, pos, cell, torch.as_tensor(atoms.pbc, device=self.device).reshape(1, 3)
+        return pos, cell, torch.as_tensor(atoms.pbc, device=self.device).reshape(1, 3)
 
     @locked
     def calculate(
@@ -238,26 +269,13 @@ class NBodyCalculator(SharedCalculator):
     ) -> None:
         super().calculate(atoms, properties, system_changes)
         atoms = self.atoms
-        if self._numbers is None or not np.array_equal(atoms.numbers, self._numbers):
-            self._check_species(atoms)
-            self._numbers = atoms.numbers.copy()
-            # The same tensors at every step: graphs need not copy them
-            self._z = torch.as_tensor(self._numbers, dtype=torch.long, device=self.device)
-            self._batch = torch.zeros_like(self._z)
-        z, batch = self._z, self._batch
         if "stress" in properties and not atoms.pbc.any():
             raise PropertyNotImplementedError("stress needs a periodic cell; this system has none")
-        _, pos, cell, pbc = self._tensors(atoms)
-        topology = None
+        z, (pos, cell, pbc) = self._elements(atoms), self._place(atoms)
+        batch, topology = self._batch, None
         if self.topologies is not None:
-            if self.bonds == "first" and self.scheme.keeps_parts:
-                self._note_first(z, pos, cell, pbc)
-            topology = self.topologies(z, pos, None, cell, pbc)
-            if topology.bonds is not None:
-                self._watch(z, topology.bonds)
-        charges = {
-            key: torch.tensor(value, dtype=torch.float64, device=self.device) for key, value in self._state.items()
-        }
+            topology = self._topology(z, pos, cell, pbc)
+        charges = {key: value.to(self.device) for key, value in self._state.items()}
         given = {"cell": cell, "pbc": pbc, "topology": topology, **charges}
         result = self._evaluate(z, pos, batch, **given, compute_stress="stress" in properties)
         energy = float(result["energy"])
@@ -281,10 +299,29 @@ class NBodyCalculator(SharedCalculator):
                 f"{[chemical_symbols[n] for n in species]} only; train one with these elements"
             )
 
+    def _topology(self, z: torch.Tensor, *where: torch.Tensor | None) -> Topology:
+        pos, cell, pbc = where
+        if self.bonds == "first" and self.scheme.keeps_parts:
+            self._note_first(z, *where)
+        thread = threading.get_ident()
+        run = thread if thread in self._fixed else None
+        if run != self._run:
+            self._run = run
+            self.topologies.forget()
+        searches = self.topologies.rebuilds
+        topology = self.topologies(z, pos, None, cell, pbc)
+        if topology.bonds is not None and not self._warned and run is None:
+            if self.topologies.parts is None:
+                self._watch(z, topology.bonds)
+            elif self.topologies.rebuilds > searches:
+                self._tell(bond_changes(self.scheme, self.topologies.parts, z, *where))
+        return topology
+
     def _parts(self, z: torch.Tensor, pbc: torch.Tensor | None) -> Topology | None:
         """Parts that these atoms have wherever they are; None where they are found in each structure."""
-        if self._fixed is not None:
-            return self._fixed
+        fixed = self._fixed.get(threading.get_ident())
+        if fixed is not None and torch.equal(fixed[0], z):
+            return fixed[1]
         found, self.bonds_from = None, None
         if self.scheme is None or not self.scheme.keeps_parts:
             return None
@@ -310,9 +347,9 @@ class NBodyCalculator(SharedCalculator):
             self._first = z, self.scheme.topology(z, where[0], None, *where[1:])
 
     def _watch(self, z: torch.Tensor, bonds: torch.Tensor) -> None:
-        """Warn, once, where bonds that are found in each structure are others than in the previous one."""
+        """Warn where bonds that are found in each structure are others than in the previous one."""
         last, self._last = self._last, (z, bonds)
-        if self._warned or last is None or last[0] is not z or last[1] is bonds or torch.equal(last[1], bonds):
+        if last is None or last[0] is not z or last[1] is bonds or torch.equal(last[1], bonds):
             return
         before, now = ({(i, j) for i, j in b.t().tolist() if i < j} for b in (last[1], bonds))
         self._warned = True
@@ -321,7 +358,18 @@ class NBodyCalculator(SharedCalculator):
             f"bonds found in this structure differ from those of the previous one ({changes}): between "
             "them the energy has a step. Pass bonds='first', or a structure whose bonds are to be used for all; this "
             "is said once",
-            stacklevel=4,
+            stacklevel=5,
+        )
+
+    def _tell(self, changes: str | None) -> None:
+        """Warn where bonds of a reference are in use that would not be found."""
+        if changes is None:
+            return
+        self._warned = True
+        warnings.warn(
+            f"bonds found in this structure differ from those that its energy uses, {self.bonds_from} ({changes}). "
+            "For another molecule of the same atoms pass its structure as bonds; this is said once",
+            stacklevel=5,
         )
 
     def _energies(

@@ -99,7 +99,11 @@ class Committee(SharedCalculator):
         with contextlib.ExitStack() as stack:
             for member in self.members:
                 stack.enter_context(member.fixed_bonds(atoms))
-            yield
+            try:
+                yield
+            finally:
+                if self.atoms is None or self.bond_changes(self.atoms) is not None:
+                    self.reset()
 
     def bond_changes(self, atoms: Atoms) -> str | None:
         """How the bonds found in a structure differ from those that some member uses; None where they do not."""
@@ -129,9 +133,9 @@ def stop_on_uncertainty(limit: float) -> Callable[[Atoms], str | None]:
         raise ValueError(f"limit of the standard deviation of forces must be positive (eV/angstrom), got {limit}")
 
     def stop(atoms: Atoms) -> str | None:
-        spread = getattr(atoms.calc, "results", {}).get("forces_std")
-        if spread is None:
+        if "forces_std" not in getattr(atoms.calc, "implemented_properties", ()):
             raise ValueError("a limit on the uncertainty needs a committee; set atoms.calc = Committee([...])")
+        spread = atoms.calc.get_property("forces_std", atoms)
         atom = int(np.argmax(spread))
         atoms.info["forces_std"] = float(spread[atom])
         if spread[atom] <= limit:

@@ -23,6 +23,8 @@ from ase.md.md import MolecularDynamics
 from ase.md.velocitydistribution import Stationary, ZeroRotation
 from ase.md.verlet import VelocityVerlet
 
+from nbody_pyg.data import electronic_state_of
+
 ENSEMBLES = ("nve", "langevin")
 VELOCITIES = ("auto", "given", "drawn")
 
@@ -140,8 +142,8 @@ def run_md(
     last one are sampled and written, the last also where the steps are no multiple.
 
     Bonds that the energy of an :class:`NBodyCalculator` uses are part of that energy, and are kept from the start to
-    the end of the run. At every sample they are compared with those that would be found then; the first difference is
-    told by a warning, in the log and in the report.
+    the end of the run, also inside of ASE's sums and averages of calculators. At every sample they are compared with
+    those that would be found then; the first difference is told by a warning, in the log and in the report.
 
     Args:
         steps: to take; 0 evaluates the first structure.
@@ -166,7 +168,7 @@ def run_md(
             ``.traj``, 8 decimals in extxyz. The random numbers of a thermostat begin anew, from the seed and the step.
         stop_on_bond_change: end the run at the first sample whose bonds are others than those in use.
     Raises: ValueError: no calculator, an unknown ensemble or choice of velocities, numbers out of range, atoms that
-        cannot move, a trajectory that cannot be continued.
+        cannot move, a trajectory that cannot be continued, or that of atoms with other charges or masses.
     """
     if atoms.calc is None:
         raise ValueError("atoms carry no calculator; set atoms.calc = NBodyCalculator(...)")
@@ -191,40 +193,47 @@ def run_md(
     dyn.nsteps = first
     hottest = max(_HOTTEST, 10.0 * temperature) if max_temperature is None else max_temperature
     failed = _Failure(atoms, timestep * units.fs, hottest)
-    record = _Record(atoms, dyn, log, trajectory, restart)
-    bonded = hasattr(atoms.calc, "fixed_bonds")
-    stopped = changes = bonds_from = None
-    kept = contextlib.ExitStack()
-    try:
+    bonded = _with_bonds(atoms.calc)
+    stopped = changes = None
+    with contextlib.ExitStack() as kept:
         if bonded:  # a continued run keeps the bonds that it began with
             begun = read(trajectory, index=0, do_not_split_by_at_sign=True) if restart else atoms
-            kept.enter_context(atoms.calc.fixed_bonds(begun))
-            bonds_from = atoms.calc.bonds_from
+            if atoms.calc not in bonded:  # one of ASE's, whose cache knows nothing of bonds
+                kept.callback(atoms.calc.__dict__.update, atoms=None, results={})
+            for calculator in bonded:
+                kept.enter_context(calculator.fixed_bonds(begun))
+        bonds_from = next((c.bonds_from for c in bonded if c.bonds_from), None)
         atoms.get_forces()  # dyn computes none before the first step of a continued run
+        if restart:
+            _check_energy(atoms, trajectory)
+        record = _Record(atoms, dyn, log, trajectory, restart)  # after what may fail: it replaces files
+        kept.callback(record.close)
         for _ in dyn.irun(steps):
             done = dyn.nsteps - first
-            last = done == steps
-            due = last or done % sample_every == 0
-            reason = failed(due)
-            if bonded and changes is None and due and not failed.broken:
-                changes = _told(atoms, f"step {dyn.nsteps} ({dyn.get_time() / units.fs:.2f} fs)", record.logger)
-                if changes is not None and stop_on_bond_change:
-                    reason = reason or "bonds have changed, " + changes.partition(": ")[2]
-            reason = reason or (None if stop is None else stop(atoms))
+            due = done == steps or done % sample_every == 0
+            reason = failed(due) or (None if stop is None else stop(atoms))
             if not failed.broken and (due or reason):
+                if changes is None and bonded:
+                    when = f"step {dyn.nsteps} ({dyn.get_time() / units.fs:.2f} fs)"
+                    changes = _told(atoms, bonded, bonds_from, when, record.logger)
+                    if changes is not None and stop_on_bond_change:
+                        reason = reason or "bonds have changed, " + changes.partition(": ")[2]
                 record(write=done > 0 or not restart)  # the first of a continued run is there already
                 if report is not None:
                     report(done)
             if reason:
                 stopped = f"stopped after step {dyn.nsteps} ({dyn.get_time() / units.fs:.2f} fs): {reason}"
                 break
-    finally:
-        record.close()
-        kept.close()
-        if changes is not None:
-            atoms.calc.reset()  # energies of bonds that were kept are not those of this structure on its own
     time, total, potential, kelvin = np.array(record.samples).reshape(-1, 4).T
     return MDReport(time, total, potential, kelvin, len(atoms), stopped, first, origin, bonds_from, changes)
+
+
+def _with_bonds(calculator: Any) -> list[Any]:
+    """The calculators that keep bonds: this one, or those that one of ASE's adds up."""
+    if hasattr(calculator, "fixed_bonds"):
+        return [calculator]
+    mixed = getattr(getattr(calculator, "mixer", None), "calcs", ())
+    return [found for member in mixed for found in _with_bonds(member)]
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
@@ -302,7 +311,13 @@ def _continued(atoms: Atoms, trajectory: str | Path | None, timestep: float) -> 
             f"atoms must have the constraints of the trajectory, {last.info.get('constraints_left_out') or 'none'}, "
             f"got {' '.join(_not_kept(atoms)) or 'none'}: extended xyz does not hold them; give them to the atoms"
         )
-    constraints = [c for c in atoms.constraints if _not_kept(atoms)] or last.constraints
+    for name, own, other in (
+        ("charges and spin", _state(atoms), _state(last)),
+        ("masses", atoms.get_masses(), last.get_masses()),
+    ):
+        if not np.allclose(own, other, rtol=0, atol=1e-5):
+            raise ValueError(f"atoms must have the {name} of the trajectory {path}; correct them, or begin a new run")
+    constraints = atoms.constraints if _not_kept(atoms) else last.constraints
     atoms.set_constraint()
     atoms.set_cell(last.cell)
     atoms.set_pbc(last.pbc)
@@ -310,6 +325,25 @@ def _continued(atoms: Atoms, trajectory: str | Path | None, timestep: float) -> 
     atoms.set_momenta(last.get_momenta())
     atoms.set_constraint(constraints)
     return int(step)
+
+
+def _state(atoms: Atoms) -> np.ndarray:
+    """Total charge, multiplicity, and charges of the atoms, as far as the atoms say them; 0, 1 and 0 elsewhere."""
+    found = {key: value.numpy() for key, value in electronic_state_of(atoms).items()}
+    charges = found.get("charges", np.zeros(len(atoms)))
+    return np.concatenate([found.get("charge", charges.sum(keepdims=True)), found.get("spin", np.ones(1)), charges])
+
+
+def _check_energy(atoms: Atoms, trajectory: str | Path) -> None:
+    """Warn where the last frame of a trajectory has another energy now: another model, or other bonds."""
+    last = read(trajectory, index=-1, do_not_split_by_at_sign=True)
+    before, now = getattr(last.calc, "results", {}).get("energy"), atoms.get_potential_energy()
+    if before is not None and abs(now - before) > 1e-3 * len(atoms) + 1e-6 * abs(before):
+        warnings.warn(
+            f"the last frame of {trajectory} has an energy of {before:.6f} eV there, and {now:.6f} eV now: the energy "
+            "has a step where the run goes on. Was it another model?",
+            stacklevel=3,
+        )
 
 
 class _Failure:
@@ -332,8 +366,11 @@ class _Failure:
 
     def __call__(self, at_sample: bool) -> str | None:
         atoms, momenta = self.atoms, self.atoms.get_momenta()
-        # What the step has computed: asking the calculator again compares all atoms, at every step
-        found = getattr(atoms.calc, "results", {})
+        # What the step has computed: asking the calculator again compares all atoms, at every step. Not where another
+        # thread, or the caller in between, has asked it about another structure
+        found, of = getattr(atoms.calc, "results", {}), getattr(atoms.calc, "atoms", None)
+        if of is None or not np.array_equal(of.positions, atoms.positions):
+            found = {}
         energy = found["energy"] if "energy" in found else atoms.get_potential_energy()
         constrained = bool(atoms.constraints) or "forces" not in found
         forces = atoms.get_forces(md=True) if constrained else found["forces"]
@@ -406,15 +443,12 @@ class _Record:
                 item.close()
 
 
-def _told(atoms: Atoms, when: str, logger: MDLogger | None) -> str | None:
+def _told(atoms: Atoms, bonded: list[Any], source: str | None, when: str, logger: MDLogger | None) -> str | None:
     """When and how the bonds found now differ from those in use; says so in a warning and in the log."""
-    found = atoms.calc.bond_changes(atoms)
+    found = next((text for calculator in bonded if (text := calculator.bond_changes(atoms))), None)
     if found is None:
         return None
-    warnings.warn(
-        f"bonds as found at {when} differ from those that the energy uses, which are those of the start ({found})",
-        stacklevel=3,
-    )
+    warnings.warn(f"bonds as found at {when} differ from those that the energy uses, {source} ({found})", stacklevel=3)
     if logger is not None:
         logger.logfile.write(f"# {when}: bonds as found now differ from those in use: {found}\n")
     return f"{when}: {found}"

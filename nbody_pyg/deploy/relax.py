@@ -224,7 +224,7 @@ def relax(
     if changed := [number for number, text in enumerate(changes) if text is not None]:
         warnings.warn(
             f"bonds found after the relaxation of structure {changed[0]} differ from those that its energy uses, which "
-            f"are those of the start ({changes[changed[0]]}); {len(changed)} of {len(changes)} structures changed so",
+            f"were kept from the start ({changes[changed[0]]}); {len(changed)} of {len(changes)} structures changed so",
             stacklevel=2,
         )
     ended = [frame for part in parts for frame in part.frames]
@@ -236,7 +236,7 @@ def as_data(frame: Data | Atoms, number: int) -> Data:
     """A structure with what holds its atoms under ``fixed``, checked."""
     if isinstance(frame, Atoms):
         atoms, frame = frame, AtomicData.from_ase(frame, labels=False)
-        if atoms.constraints:
+        if atoms.constraints or "constraints_left_out" in atoms.info:
             frame.fixed = _held(atoms, number)
     fixed, size = frame.get("fixed"), len(frame.pos)
     if fixed is not None and (fixed.dtype != torch.bool or tuple(fixed.shape) not in ((size,), (size, 3))):
@@ -251,6 +251,11 @@ def as_data(frame: Data | Atoms, number: int) -> Data:
 
 def _held(atoms: Atoms, number: int) -> Tensor:
     """Which coordinates the constraints of the atoms hold, [atoms, 3]."""
+    if left_out := atoms.info.get("constraints_left_out"):
+        raise ValueError(
+            f"structure {number} was written without its constraints ({left_out}), which extended xyz does not hold; "
+            "take a file that has them, or remove constraints_left_out from it to go on without"
+        )
     fixed = torch.zeros(len(atoms), 3, dtype=torch.bool)
     for constraint in atoms.constraints:
         if not isinstance(constraint, (FixAtoms, FixCartesian)):

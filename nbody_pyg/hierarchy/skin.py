@@ -51,7 +51,8 @@ class TopologyCache:
         trim: return the edges within R only. Without, the kept lists are returned as they are: the very same tensors
             until the next search, with edges beyond R, whose windows are zero.
 
-    The attributes ``calls`` and ``rebuilds`` count calls and searches; ``topology`` is what the last call returned.
+    The attributes ``calls`` and ``rebuilds`` count calls and searches; ``topology`` is what the last call returned,
+    ``parts`` what ``start`` gave for its atoms.
 
     Smoothness: that of the scheme. Cost: O(edges) for a kept list.
     Raises: ValueError: ``skin`` is negative or not finite.
@@ -79,7 +80,7 @@ class TopologyCache:
         """Build everything anew at the next call."""
         self.topology: Topology | None = None
         self._kept: Topology | None = None
-        self._parts: Topology | None = None
+        self.parts: Topology | None = None
         self._identity: tuple[Tensor | None, ...] = ()
         self._origin: tuple[Tensor, Tensor | None] | None = None
 
@@ -99,7 +100,7 @@ class TopologyCache:
         known = self._kept is not None and all(map(_same, identity, self._identity))
         if not (known and self._wide is not None and self._holds(z, pos, batch, cell, pbc)):
             if not known:
-                self._parts = None if self._start is None else self._start(z, pbc)
+                self.parts = None if self._start is None else self._start(z, pbc)
             self._search(z, pos, batch, cell, pbc)
             # Copies: the caller may go on to change its tensors in place
             self._identity = tuple(None if t is None else t.clone() for t in identity)
@@ -111,13 +112,13 @@ class TopologyCache:
     def _search(self, *atoms: Any) -> None:
         self.rebuilds += 1
         scheme = self._wide or self.scheme
-        self._kept = scheme.topology(*atoms) if self._parts is None else scheme.update(self._parts, *atoms)
+        self._kept = scheme.topology(*atoms) if self.parts is None else scheme.update(self.parts, *atoms)
 
     def _holds(self, z: Tensor, pos: Tensor, batch: Tensor | None, cell: Tensor | None, pbc: Tensor | None) -> bool:
         """Whether the kept parts are still right, and the kept lists still hold every edge."""
         if not self._within(pos, cell, pbc):
             return False
-        return self._parts is not None or self.scheme.holds(self._kept, z, pos, batch, cell, pbc)
+        return self.parts is not None or self.scheme.holds(self._kept, z, pos, batch, cell, pbc)
 
     def _within(self, pos: Tensor, cell: Tensor | None, pbc: Tensor | None) -> bool:
         before, old_cell = self._origin

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 import torch
 from ase import Atoms
 from ase.build import molecule
+from ase.calculators.mixing import SumCalculator
 from ase.io import read, write
 
 from nbody_pyg import BondTree, FromAssignment, NBodyNet, NestedShells, Potential
@@ -98,7 +100,9 @@ def test_bonds_of_a_reference(source, tmp_path):
         "file": lambda: NBodyCalculator(tmp_path / "m.nbody"),
     }
     calculator = given[source]()
-    found = energies(calculator, [start, stretched(1.2), stretched(1.4), stretched(2.0)], range(4))
+    with pytest.warns(UserWarning, match=r"bonds found .* differ from those that its energy uses, .*: O2-H3") as told:
+        found = energies(calculator, [start, stretched(1.2), stretched(1.4), stretched(2.0)], range(4))
+    assert len(told) == 1 and calculator.bonds_from in str(told[0].message)
     tree = model.model.scheme.topology(frame.z, frame.pos)
     for energy, length in zip(found[1:], (1.2, 1.4, 2.0), strict=True):
         data = AtomicData.from_ase(stretched(length))
@@ -125,6 +129,8 @@ def test_periodic_models_bring_their_bonds(tmp_path):
         hot.set_distance(0, 1, 1.5, fix=0, mic=True)
         hot.positions[1] += shift
         hot.calc = NBodyCalculator(tmp_path / "m.nbody")
+        with pytest.warns(UserWarning, match="the reference molecule of the model file .*broken: O0-H1"):
+            hot.get_potential_energy()
         data = with_reference([AtomicData.from_ase(hot)], tmp_path / "m.nbody", model.model.scheme)[0]
         assert float(model(data)["energy"]) == pytest.approx(hot.get_potential_energy(), abs=1e-10)
         found.append(hot.get_potential_energy())
@@ -138,7 +144,10 @@ def test_periodic_models_bring_their_bonds(tmp_path):
         ({k: record["reference"][k] for k in ("z", "pos")}, alone),
     ):
         save_model(model, tmp_path / "m.nbody", {"reference": reference})
-        assert energies(NBodyCalculator(tmp_path / "m.nbody"), [hot], [0])[0] == pytest.approx(wanted, abs=1e-10)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            energy = energies(NBodyCalculator(tmp_path / "m.nbody"), [hot], [0])[0]
+        assert energy == pytest.approx(wanted, abs=1e-10)
 
 
 def test_parts_of_labels_that_stand_on_the_reference():
@@ -211,6 +220,82 @@ def test_a_quiet_run_says_nothing():
         assert last == report.potential[-1]
 
 
+@pytest.mark.parametrize("make", ["single", "committee", "sum"])
+def test_a_run_keeps_its_bonds_for_itself(make):
+    """Whoever else asks the same calculator in between, or after an end that was not planned, gets bonds as found."""
+    members = [potential(), potential(seed=1)]
+    made = {
+        "single": lambda: NBodyCalculator(members[0]),
+        "committee": lambda: Committee(members),
+        "sum": lambda: SumCalculator([NBodyCalculator(p) for p in members]),
+    }
+    others = [stretched(1.5), molecule("CH4")]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        wanted = energies(made[make](), others, [0, 1])
+        atoms, found = departing(), []
+        atoms.calc = calculator = made[make]()
+
+        def ask(done: int) -> None:
+            with ThreadPoolExecutor(1) as pool:
+                found.append(pool.submit(energies, calculator, others, [0, 1]).result())
+            found[-1][0] = wanted[0] if done else found[-1][0]
+            other = others[1].copy()
+            other.calc = calculator
+            assert other.get_potential_energy() == pytest.approx(wanted[1], abs=1e-10)
+            if done == 40:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            run_md(atoms, 60, timestep=0.25, sample_every=8, report=ask)
+        assert len(found) == 6 and np.abs(np.array(found) - wanted).max() < 1e-10
+        after = atoms.get_potential_energy()
+        assert after == pytest.approx(energies(made[make](), [atoms], [0])[0], abs=1e-10)
+        alone = departing()
+        alone.calc = made[make]()
+        report = run_md(alone, 40, timestep=0.25, sample_every=40)
+    assert report.bond_changes is not None and report.bonds_from == "found in the first structure"
+    assert abs(report.potential[-1] - after) > 1e-2, "the run used other bonds"
+    assert np.ptp(report.total) < 0.02 * np.ptp(report.potential)
+    assert np.abs(alone.positions - atoms.positions).max() < 1e-10
+
+
+def test_what_was_cached_in_a_run_is_forgotten_at_any_end():
+    """Also where the last structure was no sample."""
+    atoms = departing()
+    atoms.calc = NBodyCalculator(potential())
+    with pytest.warns(UserWarning, match="bonds as found at step 11 "):
+        report = run_md(atoms, 40, sample_every=40, stop=lambda a: "enough" if a.positions[8, 2] < -4.0 else None)
+    assert report.stopped == "stopped after step 11 (5.50 fs): enough" and "broken: C0-H8" in report.bond_changes
+    assert atoms.get_potential_energy() == pytest.approx(
+        energies(NBodyCalculator(potential()), [atoms], [0])[0], abs=1e-10
+    )
+
+
+def test_a_continued_run_keeps_the_bonds_of_its_first_frame(tmp_path):
+    """And says so where its energy is another than it was."""
+    files = {"trajectory": tmp_path / "t.traj", "timestep": 0.25, "sample_every": 8}
+    whole, cut = departing(), departing()
+    whole.calc, cut.calc = NBodyCalculator(potential()), NBodyCalculator(potential())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        wanted = run_md(whole, 60, timestep=0.25, sample_every=60)
+        run_md(cut, 32, **files)
+        again = departing()
+        again.calc = NBodyCalculator(potential())
+        report = run_md(again, 28, restart=True, **files)
+        assert report.bond_changes is not None
+    assert np.abs(again.positions - whole.positions).max() < 1e-10
+    assert report.potential[-1] == pytest.approx(wanted.potential[-1], abs=1e-10)
+    other = departing()
+    other.calc = NBodyCalculator(potential(seed=1))
+    with (
+        pytest.warns(UserWarning, match="bonds as found"),
+        pytest.warns(UserWarning, match=r"has an energy of .* eV there, and .* eV now: .* Was it another model\?"),
+    ):
+        run_md(other, 0, restart=True, **files)
+
+
 def test_commands_take_the_bonds_of_the_model_file(tmp_path, capsys):
     """md, relax, evaluate and energies on a structure whose O-H is too long to be found."""
     model = potential()
@@ -220,10 +305,11 @@ def test_commands_take_the_bonds_of_the_model_file(tmp_path, capsys):
     write(tmp_path / "start.xyz", atoms)
     atoms = read(tmp_path / "start.xyz")
     atoms.calc = NBodyCalculator(tmp_path / "m.nbody")
-    wanted = atoms.get_potential_energy()
+    with pytest.warns(UserWarning, match="broken: O2-H3"):
+        wanted = atoms.get_potential_energy()
     assert abs(wanted - energies(NBodyCalculator(model), [atoms], [0])[0]) > 1e-3
     names = [str(tmp_path / name) for name in ("m.nbody", "start.xyz")]
-    with pytest.warns(UserWarning, match=r"bonds as found at step 0 .*broken: O2-H3"):
+    with pytest.warns(UserWarning, match=r"bonds as found at step 0 .* the reference molecule of .*broken: O2-H3"):
         status = main(["md", *names, "--steps", "4", "--out", str(tmp_path / "md"), "--stop-on-bond-change"])
     said = capsys.readouterr().out
     assert status == STOPPED and "bonds: the reference molecule of the model file" in said
@@ -241,6 +327,7 @@ def test_commands_take_the_bonds_of_the_model_file(tmp_path, capsys):
     assert float(found.start_energy) == pytest.approx(wanted, abs=1e-9)
     assert float(read(tmp_path / "r.xyz").get_potential_energy()) == pytest.approx(float(found.energy), abs=1e-6)
     assert f"{wanted:.6f} eV" in said
+    assert "bonds found in frame 0 differ from those that its energy uses: broken: O2-H3" in said
     predicted = read(tmp_path / "e" / "start_predictions.xyz")
     values = {**predicted.info, **getattr(predicted.calc, "results", {})}
     assert any(abs(v - wanted) < 1e-6 for v in values.values() if isinstance(v, float))

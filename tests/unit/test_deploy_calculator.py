@@ -100,6 +100,7 @@ def test_a_model_of_properties_is_refused():
         NBodyCalculator(PropertyModel(net, properties))
 
 
+@pytest.mark.filterwarnings("ignore:bonds found in this structure differ")
 def test_model_of_one_molecule_brings_its_hierarchy(tmp_path, ethanol):
     """Started from a structure with a long bond, it still has the groups that it was trained with."""
     potential = Potential(network(BondTree(cutoff=4.0)), E0).double()

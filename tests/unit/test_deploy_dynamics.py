@@ -109,6 +109,19 @@ def test_what_cannot_be_continued_is_said(tmp_path):
     molecule().write(path)
     with pytest.raises(ValueError, match="its last frame does not tell step, time and momenta"):
         run_md(molecule(), 3, trajectory=path, restart=True)
+    run_md(molecule(), 3, trajectory=path)
+    heavy, charged = molecule(), molecule()
+    heavy.set_masses([2.0 if n == 1 else None for n in heavy.numbers])
+    charged.info["charge"] = 1
+    for changed, what in ((heavy, "masses"), (charged, "charges and spin")):
+        with pytest.raises(ValueError, match=f"atoms must have the {what} of the trajectory .*t.xyz; correct them"):
+            run_md(changed, 3, trajectory=path, restart=True)
+    before = path.read_bytes()
+    unknown = molecule()
+    unknown.numbers[0] = 7
+    with pytest.raises(ValueError, match=r"atoms hold \['N'\]"):
+        run_md(unknown, 3, trajectory=path, log=tmp_path / "l")
+    assert path.read_bytes() == before and not (tmp_path / "l").exists(), "what fails replaces nothing"
     held = molecule()
     held.set_constraint(FixBondLengths([(0, 1)]))
     run_md(held, 3, trajectory=path, temperature=10)

@@ -251,6 +251,10 @@ def test_constraints_that_are_not_known_are_refused_by_name(frames):
     atoms[1].set_constraint([FixAtoms([0]), FixBondLengths([(0, 1)])])
     with pytest.raises(ValueError, match=r"must be FixAtoms or FixCartesian, got FixBondLengths \(frame 1\)"):
         relax(potential(NestedShells((4.0,))), atoms)
+    atoms[1].set_constraint()
+    atoms[1].info["constraints_left_out"] = "FixBondLengths"
+    with pytest.raises(ValueError, match=r"structure 1 was written without its constraints \(FixBondLengths\)"):
+        relax(potential(NestedShells((4.0,))), atoms)
 
 
 class _Broken(torch.nn.Module):
