@@ -508,7 +508,8 @@ class NBodyNet(Resettable):
             known = self.electrons is not None and "charge" in self.electrons.inputs
             weight = self.electrons.weight(species)[:, 0] if known else None
             level = hierarchy[0]
-            share = charge_shares(level.batch, hierarchy.num_graphs, charge, charges, level.pos, weight)
+            like = level.pos.to(self.dtype)
+            share = charge_shares(level.batch, hierarchy.num_graphs, charge, charges, like, weight)
             values[0] = values[0] + self.long_range(x, species, share, edges, hierarchy, cell, pbc).unsqueeze(-1)
         return values
 
