@@ -580,10 +580,7 @@ class NBodyNet(Resettable):
     def from_config(cls, config: Mapping[str, Any]) -> NBodyNet:
         """Build the network that :meth:`config` described, with fresh weights."""
         arguments = dict(config)
-        species, scheme = arguments.pop("species"), Scheme.from_config(arguments.pop("scheme"))
-        if scheme.levels[0].pair_radius is None:
-            arguments.pop("num_layers", None)  # files of before may hold a number that did nothing
-        return cls(species, scheme, **arguments)
+        return cls(arguments.pop("species"), Scheme.from_config(arguments.pop("scheme")), **arguments)
 
     def __repr__(self) -> str:
         names = " ".join(chemical_symbols[n] for n in self.species)
