@@ -23,12 +23,12 @@ from torch import Tensor, nn
 
 from nbody_pyg.deploy.fingerprint import cg_fingerprint
 from nbody_pyg.deploy.sizes import check_sizes
+from nbody_pyg.durable import written_whole
 from nbody_pyg.nn.charges import DEFAULT_STATE
 from nbody_pyg.potential import Potential
 from nbody_pyg.properties import PropertyModel
 from nbody_pyg.training.build import potential_config, potential_from_config, up_to_date
 from nbody_pyg.training.checkpoint import is_checkpoint
-from nbody_pyg.training.durable import written_whole
 
 #: 2 since potentials have a repulsion, which a reader of format 1 would leave out; 3 since windows have an exponent;
 #: 4 since the checksum covers the settings.

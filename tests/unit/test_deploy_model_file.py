@@ -123,7 +123,7 @@ def test_no_model_file(tmp_path):
         load_model(tmp_path / "nothing.nbody")
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "model.nbody").touch()
-    with pytest.raises(FileNotFoundError, match="no model file at .*run; the model of this run is .*model.nbody"):
+    with pytest.raises(FileNotFoundError, match=r"no model file at .*run; the model of this run is .*model.nbody"):
         load_model(tmp_path / "run")
     save_file({"a": torch.ones(2)}, tmp_path / "other.nbody")
     with pytest.raises(ValueError, match="was not written by nbody_pyg"):
