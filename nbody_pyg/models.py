@@ -505,7 +505,8 @@ class NBodyNet(Resettable):
             known = self.electrons is not None and "charge" in self.electrons.inputs
             weight = self.electrons.weight(species)[:, 0] if known else None
             level = hierarchy[0]
-            share = charge_shares(level.batch, hierarchy.num_graphs, charge, charges, level.pos, weight)
+            like = level.pos.to(self.dtype)
+            share = charge_shares(level.batch, hierarchy.num_graphs, charge, charges, like, weight)
             values[0] = values[0] + self.long_range(x, species, share, edges, hierarchy, cell, pbc).unsqueeze(-1)
         return values
 
@@ -576,10 +577,7 @@ class NBodyNet(Resettable):
     def from_config(cls, config: Mapping[str, Any]) -> NBodyNet:
         """Build the network that :meth:`config` described, with fresh weights."""
         arguments = dict(config)
-        species, scheme = arguments.pop("species"), Scheme.from_config(arguments.pop("scheme"))
-        if scheme.levels[0].pair_radius is None:
-            arguments.pop("num_layers", None)  # files of before may hold a number that did nothing
-        return cls(species, scheme, **arguments)
+        return cls(arguments.pop("species"), Scheme.from_config(arguments.pop("scheme")), **arguments)
 
     def __repr__(self) -> str:
         names = " ".join(chemical_symbols[n] for n in self.species)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from typing import Any
 
 import torch
@@ -13,8 +12,8 @@ from nbody_pyg.cli.outputs import output_file
 from nbody_pyg.data import AtomicData
 from nbody_pyg.deploy import read_metadata
 from nbody_pyg.deploy.model_file import load_potential
+from nbody_pyg.durable import write_json
 from nbody_pyg.testing import Check, check_potential
-from nbody_pyg.training.durable import written_whole
 
 #: Exit status when a check failed; 1 and 2 are errors of the input and of the arguments.
 FAILED = 3
@@ -43,8 +42,7 @@ def check(args: argparse.Namespace) -> int:
         for line in found.failures:
             print(f"  {line.name}: {line.note}")
     if record is not None:
-        with written_whole(record) as temporary:
-            temporary.write_text(json.dumps({"model": args.model, **found.to_dict()}, indent=1) + "\n")
+        write_json(record, {"model": args.model, **found.to_dict()})
         print(f"written to {record}")
     return 0 if found.passed else FAILED
 

@@ -28,8 +28,8 @@ from nbody_pyg.compare.report import (
     verdicts,
 )
 from nbody_pyg.compare.runner import Runner, Stopped
+from nbody_pyg.durable import write_text
 from nbody_pyg.training.config import parse_config
-from nbody_pyg.training.durable import written_whole
 from nbody_pyg.training.prepare import explicit
 
 #: Exit status when a run failed, or a model is missing.
@@ -99,8 +99,7 @@ def _show(outcome: Outcome, out: Path) -> int:
     ]
     print(*failed, sep="\n")
     page += [f"- {line}" for line in failed]
-    with written_whole(out / "table.md") as temporary:
-        temporary.write_text("\n\n".join(page) + "\n", encoding="utf-8")
+    write_text(out / "table.md", "\n\n".join(page) + "\n")
     write_record(records, out / "results.json")
     print(f"\nwritten to {out}: {', '.join(['table.md', 'results.json', *sorted(plots)])}")
     return FAILED if failed else 0

@@ -28,9 +28,9 @@ from nbody_pyg.datasets.keys import LEVELLED, levels_apart
 from nbody_pyg.datasets.readers import DEFAULT_KEYS, frames_of
 from nbody_pyg.datasets.systems import named_units, read_systems
 from nbody_pyg.deploy import load_model, read_metadata, with_reference
+from nbody_pyg.durable import written_whole
 from nbody_pyg.potential import Potential, frame_states
 from nbody_pyg.properties import PropertyModel
-from nbody_pyg.training.durable import written_whole
 from nbody_pyg.training.evaluation import Evaluation
 from nbody_pyg.training.evaluation import evaluate as predict
 from nbody_pyg.training.property_task import PropertyEvaluation, evaluate_properties

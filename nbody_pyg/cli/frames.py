@@ -11,7 +11,7 @@ from ase.io import read, write
 
 from nbody_pyg.data import AtomicData, electronic_state_of
 from nbody_pyg.datasets import embedded
-from nbody_pyg.training.durable import written_whole
+from nbody_pyg.durable import written_whole
 
 
 def read_atoms(name: str, index: int | str = ":") -> list[Atoms]:

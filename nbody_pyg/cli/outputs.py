@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from matplotlib.backend_bases import FigureCanvasBase
 
-from nbody_pyg.training.durable import written_whole
+from nbody_pyg.durable import written_whole
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from torch_geometric.data import Data
 
+from nbody_pyg.cli.outputs import save_figure
 from nbody_pyg.datasets.frames import has_label
 from nbody_pyg.properties import Property
 from nbody_pyg.training.evaluation import Evaluation
@@ -41,7 +42,7 @@ def parity_plot(results: Mapping[str, tuple[Sequence[Data], Evaluation]], path: 
         _panel(axes, *panel)
     if title:
         figure.suptitle(title, fontsize=12)
-    figure.savefig(path, dpi=160, format="png")
+    save_figure(figure, Path(path), dpi=160)
 
 
 def property_plot(
@@ -58,7 +59,7 @@ def property_plot(
         if not sets:
             raise ValueError(f"no set has the label {p.name!r} to compare with; nothing to plot")
         _panel(axes, p.name + (" component" if p.shape else ""), p.unit, p.unit, sets, milli_factor=1.0)
-    figure.savefig(path, dpi=160, format="png")
+    save_figure(figure, Path(path), dpi=160)
 
 
 def _panel(

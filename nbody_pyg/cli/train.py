@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
-import json
 import os
 import re
 import sys
@@ -24,13 +23,13 @@ from nbody_pyg.cli.tables import error_table
 from nbody_pyg.datasets import label_audit
 from nbody_pyg.datasets.splits import Split, read_split
 from nbody_pyg.deploy import read_metadata, reference_record, save_model
+from nbody_pyg.durable import write_json, write_text
 from nbody_pyg.nn.charges import DEFAULT_STATE
 from nbody_pyg.potential import Potential, frame_states
 from nbody_pyg.properties import PropertyModel
 from nbody_pyg.training.build import potential_from_config
 from nbody_pyg.training.checkpoint import changes, read_checkpoint
 from nbody_pyg.training.config import Config, ModelConfig, OutputConfig, config_parser, load_config
-from nbody_pyg.training.durable import written_whole
 from nbody_pyg.training.evaluation import Evaluation, evaluate
 from nbody_pyg.training.folder import RunFolder
 from nbody_pyg.training.prepare import DataSets, build_potential, explicit, load_data, network_inputs
@@ -82,11 +81,9 @@ class KeptConfig(Callback):
         text, path = self.config.text(), self.folder / "config.yaml"
         if path.exists() and _writer(path) is None:
             path = path.with_name("config.used.yaml")
-        with written_whole(path) as temporary:
-            temporary.write_text(_headed(text, module.run), encoding="utf-8")
+        write_text(path, _headed(text, module.run))
         if self.split is not None:
-            with written_whole(self.folder / "split.json") as temporary:
-                self.split.save(temporary)
+            self.split.save(self.folder / "split.json")
 
     def on_save_checkpoint(self, trainer: Trainer, module: LightningModule, checkpoint: dict[str, Any]) -> None:
         checkpoint["config"] = self.config.to_dict()
@@ -286,8 +283,7 @@ def _finish(
     record["errors"] = errors
     record["errors_unit"] = {p.name: p.unit for p in properties} or "meV and meV/angstrom"
     save_model(potential, folder / "model.nbody", record)
-    with written_whole(folder / "errors.json") as temporary:
-        temporary.write_text(json.dumps(errors, indent=1) + "\n")
+    write_json(folder / "errors.json", errors)
     print(f"model      {folder / 'model.nbody'}\nlog        {folder / 'metrics.csv'}")
     if config.output.plot:
         _plot(potential, sets, found, data, folder)

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter
 
 from nbody_pyg.compare.report import Group, Row
-from nbody_pyg.training.durable import written_whole
+from nbody_pyg.durable import written_whole
 
 #: What plots name: error, words, unit.
 _ERRORS = {"forces_mae": ("force", "meV/Å"), "energy_mae": ("energy", "meV")}

@@ -24,10 +24,10 @@ from nbody_pyg.compare.measure import latency, machine, peak_memory
 from nbody_pyg.compare.peer import Facts
 from nbody_pyg.compare.registry import build_peer, version
 from nbody_pyg.datasets import fit_reference
+from nbody_pyg.durable import write_json
 from nbody_pyg.models import edge_degrees
 from nbody_pyg.potential import AtomicReference, Potential
 from nbody_pyg.training.config import Config, DataConfig, parse_config
-from nbody_pyg.training.durable import write_json
 from nbody_pyg.training.evaluation import evaluate
 from nbody_pyg.training.labels import force_variance, label_shapes
 from nbody_pyg.training.loader import FrameLoader

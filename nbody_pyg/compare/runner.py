@@ -21,6 +21,7 @@ from typing import Any
 from nbody_pyg.compare.peer import MissingPeer
 from nbody_pyg.compare.point import Point, WrongData, data_files, failed_record, run_point, write_record
 from nbody_pyg.compare.report import read_record
+from nbody_pyg.durable import write_json
 
 # Seconds that a process has to write its checkpoint when it is asked to end.
 _GRACE = 30.0
@@ -133,7 +134,7 @@ class Runner:
 
     def _in_process(self, point: Point, folder: Path) -> dict[str, Any]:
         spec = folder / "point.json"
-        spec.write_text(json.dumps(dataclasses.asdict(point), indent=1) + "\n", encoding="utf-8")
+        write_json(spec, dataclasses.asdict(point))
         root = Path(importlib.util.find_spec("nbody_pyg").origin).parents[1]
         threads = str(point.training.get("threads", 1))
         # An empty entry would be the folder that we are in, and a tqdm.py in it would be run in place of tqdm.

@@ -23,11 +23,12 @@ from torch import Tensor, nn
 
 from nbody_pyg.deploy.fingerprint import cg_fingerprint
 from nbody_pyg.deploy.sizes import check_sizes
+from nbody_pyg.durable import written_whole
+from nbody_pyg.nn.charges import DEFAULT_STATE
 from nbody_pyg.potential import Potential
 from nbody_pyg.properties import PropertyModel
-from nbody_pyg.training.build import potential_config, potential_from_config
+from nbody_pyg.training.build import potential_config, potential_from_config, up_to_date
 from nbody_pyg.training.checkpoint import is_checkpoint
-from nbody_pyg.training.durable import written_whole
 
 #: 2 since potentials have a repulsion, which a reader of format 1 would leave out; 3 since windows have an exponent;
 #: 4 since the checksum covers the settings.
@@ -36,6 +37,7 @@ _KEY = "nbody_pyg"
 _PACKAGES = ("nbody_pyg", "torch", "torch_geometric", "e3nn")
 _DTYPES = {"float32": torch.float32, "float64": torch.float64}
 _NUMBER = (int, float)
+_UNITS = {"energy": "eV", "length": "angstrom", "forces": "eV/angstrom", "stress": "eV/angstrom^3"}
 #: Entries of every header and their types; what else there is describes the model.
 _ENTRIES: dict[str, type | tuple[type, ...]] = {
     "format_version": int,
@@ -72,7 +74,7 @@ def save_model(
         "format_version": FORMAT_VERSION,
         **described,
         **_summary(potential),
-        "units": {"energy": "eV", "length": "angstrom", "forces": "eV/angstrom", "stress": "eV/angstrom^3"},
+        "units": _UNITS,
         "cg_fingerprint": cg_fingerprint(),
         "versions": {name: _version(name) for name in _PACKAGES} | {"python": platform.python_version()},
         "metadata": _without_infinity(dict(metadata or {})),
@@ -117,7 +119,10 @@ def load_model(
         _check_weights(potential, tensors, foreign=model is not None)
         potential.load_state_dict(tensors)
         built = json.loads(json.dumps({**potential_config(potential), **_summary(potential)}))
-        _check_same({k: v for k, v in header.items() if k not in set(_ENTRIES) - set(built)}, built)
+        given = {k: v for k, v in header.items() if k not in set(_ENTRIES) - set(built)}
+        if (config := header["model"]["config"]) is not None and header["format_version"] < FORMAT_VERSION:
+            given["model"] = header["model"] | {"config": up_to_date(config)}
+        _check_same(given, built)
     except (ValueError, TypeError, KeyError, AttributeError, IndexError, RuntimeError, OverflowError) as error:
         raise ValueError(
             f"{path} does not hold settings and weights of one network: {_said(error)}; use the version of nbody_pyg "
@@ -174,7 +179,9 @@ def printable(text: object) -> str:
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Header and tensors, checked as far as that goes without building the network."""
     if not path.is_file():
-        raise FileNotFoundError(f"no model file at {path}")
+        inside = path / "model.nbody"
+        hint = f"; the model of this run is {inside}" if inside.is_file() else ""
+        raise FileNotFoundError(f"no model file at {path}{hint}")
     if is_checkpoint(path):
         raise ValueError(
             f"{path} is a checkpoint of a training (or another file of torch.save), no model file; the model of a run "
@@ -271,11 +278,26 @@ def _check_header(header: Mapping[str, Any]) -> None:
         raise ValueError(f"elements must be atomic numbers between 1 and 118, got {_short(elements)}")
     if not all(type(value) in _NUMBER for value in (header["e0"] or {}).values()):
         raise ValueError(f"e0 must hold numbers, got {_short(header['e0'])}")
-    if not all(isinstance(value, str) for name in ("units", "versions") for value in header[name].values()):
-        raise ValueError("units and versions must be texts")
+    if header["units"] != _UNITS:
+        raise ValueError(f"units must be {_UNITS}, got {_short(header['units'])}")
+    if not all(isinstance(value, str) for value in header["versions"].values()):
+        raise ValueError("versions must be texts")
+    _check_assumed(described)
     shown = {name: value for name, value in header.items() if name != "metadata"}
     if not _all_of(shown, lambda value: not isinstance(value, str) or value.isprintable()):
         raise ValueError("its settings hold characters that cannot be printed")
+
+
+def _check_assumed(described: Mapping[str, Any]) -> None:
+    """Refuse a charge and spin of all training frames that no frame can have, or that are inputs of the network."""
+    assumed, taken = described.get("assumed", {}), (described["config"] or {}).get("inputs") or ()
+    known = isinstance(assumed, dict) and set(assumed) <= set(DEFAULT_STATE)
+    if not known or not all(type(value) in _NUMBER and abs(value) < 1e6 for value in assumed.values()):
+        raise ValueError(f"assumed must hold a charge or spin, got {_short(assumed)}")
+    if (spin := assumed.get("spin", 1)) < 1 or spin != int(spin):
+        raise ValueError(f"the assumed spin must be a multiplicity 2S + 1, got {spin}")
+    if twice := sorted(set(assumed).intersection(taken)):
+        raise ValueError(f"{twice[0]} cannot be both an input of the network and assumed")
 
 
 def _element(key: str) -> int | str:

@@ -7,6 +7,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from nbody_pyg import models
+from nbody_pyg.hierarchy import Scheme
+from nbody_pyg.models import NBodyNet
 from nbody_pyg.nn.repulsion import ZBLRepulsion
 from nbody_pyg.potential import AtomicReference, Potential
 from nbody_pyg.properties import PropertyModel
@@ -66,8 +69,6 @@ def potential_from_config(config: dict[str, Any], model: nn.Module | None = None
 
 
 def _build_model(described: dict[str, Any]) -> nn.Module:
-    from nbody_pyg import models
-
     found = getattr(models, described["class"], None)
     if described["config"] is None or found is None or not hasattr(found, "from_config"):
         raise ValueError(
@@ -89,4 +90,8 @@ def up_to_date(config: dict[str, Any]) -> dict[str, Any]:
             "steps, which this version does not have, and its energies would change; train it anew, or use the version "
             "that wrote it"
         )
-    return config | {"scheme": {"exponent": 6} | config["scheme"]} if name == "NestedShells" else config
+    if name == "NestedShells":
+        config = config | {"scheme": {"exponent": 6} | config["scheme"]}
+    if Scheme.from_config(config["scheme"]).levels[0].pair_radius is None:
+        config = config | {"num_layers": NBodyNet.DEFAULTS["num_layers"]}  # another number did nothing
+    return config

@@ -17,8 +17,8 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from tqdm import tqdm
 
+from nbody_pyg.durable import written_whole
 from nbody_pyg.training.checkpoint import read_checkpoint, seal
-from nbody_pyg.training.durable import written_whole
 
 
 class Checkpoints(Callback):
@@ -143,7 +143,7 @@ class MetricsCSV(Callback):
                 ]
             rows = [row for row in whole if row["step"].isdecimal() and int(row["step"]) <= trainer.global_step]
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("w", newline="") as file:
+        with written_whole(self.path) as temporary, temporary.open("w", newline="") as file:
             writer = csv.DictWriter(file, self.columns)
             writer.writeheader()
             writer.writerows(rows)

@@ -17,6 +17,7 @@ from typing import Any
 import jsonargparse
 import yaml
 
+from nbody_pyg.durable import write_text
 from nbody_pyg.properties import Property
 from nbody_pyg.training.settings import TrainingConfig, setting
 
@@ -135,7 +136,8 @@ class Config:
         return yaml.safe_dump(_plain(self.to_dict()), sort_keys=False)
 
     def save(self, path: str | Path) -> None:
-        Path(path).write_text(self.text())
+        """Write the YAML file, whole or not at all."""
+        write_text(path, self.text())
 
 
 _SECTIONS = {"data": DataConfig, "training": TrainingConfig, "output": OutputConfig}

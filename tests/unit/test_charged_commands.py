@@ -176,10 +176,10 @@ def test_one_energy_in_every_command(name, tmp_path, monkeypatch, capsys):
         assert found == pytest.approx(dict.fromkeys(found, expected), abs=1e-10)
         if number not in (0, 5, 9):
             continue
-        assert main(["evaluate", "m.nbody", "one.xyz", "--no-plot", "--out", "e"]) == 0
+        assert main(["evaluate", "m.nbody", "one.xyz", "--no-plot", "--out", f"e{number}"]) == 0
         rows = [line for line in capsys.readouterr().out.splitlines() if "info['charge']" in line]
         assert all(row.rstrip().endswith("input") for row in rows) and len(rows) == (number != 5)
-        predicted = read("e/one_predictions.xyz")
+        predicted = read(f"e{number}/one_predictions.xyz")
         written = {"evaluate": predicted.get_potential_energy()}
         predicted.calc = NBodyCalculator("m.nbody")
         written["evaluate, again"] = predicted.get_potential_energy()
@@ -187,8 +187,9 @@ def test_one_energy_in_every_command(name, tmp_path, monkeypatch, capsys):
         assert main(words) == 0
         first = read(f"md{number}/trajectory.xyz", index=0)
         written["md"] = first.get_potential_energy()
-        assert main(["relax", "m.nbody", "one.xyz", "--fmax", "1e9", "--dtype", "float64", "--out", "r.xyz"]) == 0
-        relaxed = read("r.xyz")
+        words = ["relax", "m.nbody", "one.xyz", "--fmax", "1e9", "--dtype", "float64", "--out", f"r{number}.xyz"]
+        assert main(words) == 0
+        relaxed = read(f"r{number}.xyz")
         written["relax"] = relaxed.get_potential_energy()
         capsys.readouterr()
         assert main(["energies", "m.nbody", "one.xyz"]) == 0

@@ -121,6 +121,10 @@ def test_other_coefficients(path, monkeypatch):
 def test_no_model_file(tmp_path):
     with pytest.raises(FileNotFoundError, match="no model file at"):
         load_model(tmp_path / "nothing.nbody")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "model.nbody").touch()
+    with pytest.raises(FileNotFoundError, match=r"no model file at .*run; the model of this run is .*model.nbody"):
+        load_model(tmp_path / "run")
     save_file({"a": torch.ones(2)}, tmp_path / "other.nbody")
     with pytest.raises(ValueError, match="was not written by nbody_pyg"):
         load_model(tmp_path / "other.nbody")
@@ -239,8 +243,20 @@ HEADER = {
     "element": ({"e0": {"H": -13.0}}, "elements must be atomic numbers"),
     "species": ({"species": [1, 6, 9]}, "species is .*1, 6, 9"),
     "parameters": ({"num_parameters": 7}, "num_parameters is 7, but the network has"),
-    "escape": ({"units": {"energy": "\x1b[2J"}}, "characters that cannot be printed"),
-    "versions": ({"versions": {"e3nn": 3}}, "units and versions must be texts"),
+    "escape": ({"versions": {"e3nn": "\x1b[2J"}}, "characters that cannot be printed"),
+    "units": ({"units": {"energy": "kcal/mol"}}, "units must be .*'kcal/mol'"),
+    "versions": ({"versions": {"e3nn": 3}}, "versions must be texts"),
+}
+ASSUMED = {
+    "text": ("charge", "assumed must hold a charge or spin, got 'charge'"),
+    "list": ([1], "assumed must hold"),
+    "key": ({"Charge": 1}, "assumed must hold"),
+    "value": ({"charge": "1"}, "assumed must hold"),
+    "truth": ({"charge": True}, "assumed must hold"),
+    "huge": ({"charge": 10**400}, "assumed must hold"),
+    "no multiplicity": ({"spin": 1.5}, r"the assumed spin must be a multiplicity 2S \+ 1, got 1.5"),
+    "singlet minus one": ({"spin": 0}, "the assumed spin must be a multiplicity"),
+    "input too": ({"charge": 1}, "charge cannot be both an input of the network and assumed"),
 }
 
 
@@ -251,6 +267,17 @@ def test_settings_that_are_no_network(path, kind):
     with pytest.raises(ValueError, match=rf"(?s)model.nbody (holds no model|does not hold settings).*{match}") as error:
         load_model(path)
     assert "\x1b" not in str(error.value)
+
+
+@pytest.mark.parametrize("kind", ASSUMED)
+def test_a_charge_or_spin_that_no_frame_has(path, kind):
+    assumed, match = ASSUMED[kind]
+    rewrite(path, lambda h: h["model"].update(assumed=assumed))
+    if kind == "input too":
+        rewrite(path, lambda h: h["model"]["config"].update(inputs=["charge"]))
+    for read in (load_model, read_metadata):
+        with pytest.raises(ValueError, match=rf"(?s)model.nbody holds no model that can be used: .*{match}"):
+            read(path)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -357,7 +384,7 @@ def test_tables_out_of_proportion_to_the_weights(path):
 
 ARCHITECTURES = {
     "shells": (NestedShells((3.5, 5.0)), {"lmax": 2, "body_order": 3, "num_basis": 7}),
-    "one order": (NestedShells((3.5, 3.0)), {"lmax": 2, "body_order": 1, "symmetry": "o3-full", "num_layers": 9}),
+    "one order": (NestedShells((3.5, 3.0)), {"lmax": 2, "body_order": 1, "symmetry": "o3-full"}),
     "strict": (NestedShells((3.5,)), {"lmax": 2, "preset": "strict", "num_basis": 6, "symmetry": "so3"}),
     "bonds": (BondTree(), {"lmax": 1, "body_order": 2, "long_range": "direct", "num_layers": 3}),
     "no pairs": (BondTree(piece_cutoff=None), {"lmax": 0, "body_order": 2, "sweeps": "up"}),
@@ -390,6 +417,20 @@ def test_an_old_file_loads_with_a_note(tmp_path, caplog):
     caplog.clear()
     load_model(tmp_path / "new.nbody")
     assert not caplog.records
+
+
+def test_an_old_file_with_layers_that_did_nothing(path, molecules):
+    """Networks of shells could be given any number of layers, which they did not have."""
+    expected = load_model(path)(*molecules["ethanol"])["energy"]
+    with safe_open(path, framework="pt") as file:
+        header = json.loads(file.metadata()["nbody_pyg"])
+    tensors = load_file(path)
+    header["model"]["config"]["num_layers"] = 5
+    header |= {"format_version": 3, "sha256": model_file._digest_of_tensors(tensors)}
+    save_file(tensors, path, metadata={"nbody_pyg": json.dumps(header)})
+    again = load_model(path)
+    torch.testing.assert_close(again(*molecules["ethanol"])["energy"], expected, rtol=0, atol=1e-10)
+    assert expected.abs().min() > 1.0 and again.model.config()["num_layers"] == 2
 
 
 def fuzzed(path, flips: int, truncations: int, z, pos) -> dict[str, int]:

@@ -12,12 +12,12 @@ import textwrap
 import pytest
 import torch
 
-from nbody_pyg import NBodyNet, NestedShells, Potential
+from nbody_pyg import NBodyNet, NestedShells, Potential, durable
 from nbody_pyg.cli import main
 from nbody_pyg.datasets import embedded
 from nbody_pyg.deploy import load_model, model_file, save_model
-from nbody_pyg.training import TrainingConfig, durable, fit
-from nbody_pyg.training.durable import write_json, write_text, written_whole
+from nbody_pyg.durable import write_json, write_text, written_whole
+from nbody_pyg.training import TrainingConfig, fit
 
 
 def potential(seed: int = 0) -> Potential:
