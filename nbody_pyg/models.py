@@ -406,13 +406,13 @@ class NBodyNet(Resettable):
                 given = self.scheme.inputs(data)  # bonds or labels that the data brings along
         if isinstance(pos, torch.fx.Proxy):
             raise TypeError("pos must be a tensor; torch.fx.symbolic_trace cannot follow a network, torch.export can")
-        if topology is None and isinstance(pos, Tensor) and not has_values(pos):
+        # Building a topology looks at the values, and whoever hands one over has
+        z = check_atoms(z, pos, values=stored and isinstance(pos, Tensor) and has_values(pos))
+        if topology is None and not has_values(pos):
             raise RuntimeError(
                 "neighbours are found from values of positions, which tracers, torch.vmap, fake and meta tensors lack; "
                 "pass topology=net.scheme.topology(z, pos), or use nbody_pyg.accelerate.compile_potential"
             )
-        # Building a topology looks at the values, and whoever hands one over has
-        z = check_atoms(z, pos, values=stored and not is_tracing())
         self._species_index(z)  # names an unknown element before its mass is looked up
         if topology is None:
             topology = self.scheme.compose(z, pos, batch, cell, pbc, batch_size, **given)

@@ -453,12 +453,12 @@ class Potential(Float64Buffers):
                     topology = Topology.from_data(data) if scheme is None else scheme.read(data)
                 elif scheme is not None:
                     given = scheme.inputs(data)
-        if isinstance(pos, Tensor) and not has_values(pos):
+        z = check_atoms(z, pos, values=isinstance(pos, Tensor) and has_values(pos))
+        if not has_values(pos):
             raise RuntimeError(
                 "a potential looks at values of positions and differentiates by them, which tracers, torch.vmap, fake "
                 "and meta tensors do not allow; trace its model with topology=..., or use accelerate.compile_potential"
             )
-        z = check_atoms(z, pos)
         if z.shape[0] == 0 and batch_size is None:
             raise ValueError("z holds no atom; give at least one, or batch_size, the number of graphs without atoms")
         batch, found = check_batch(batch, z.shape[0], z.device)
@@ -472,6 +472,7 @@ class Potential(Float64Buffers):
                 f"{type(self.model).__name__} has no argument 'cell', so it cannot treat a periodic system; "
                 "set pbc to False for molecules, or use a model with forward(z, pos, batch, *, cell, pbc)"
             )
+        like = pos.new_empty(0, dtype=self.dtype)  # numbers for the model are in its precision
         if given:  # bonds or labels that the data brings along
             topology = scheme.compose(z, pos, batch, cell, pbc, num_graphs, **given)
         return {
@@ -483,7 +484,7 @@ class Potential(Float64Buffers):
             "cell": None if pbc is None else _usable(cell),
             "pbc": pbc,
             "topology": topology,
-            **electronic_state(self.model, self._keywords, batch, num_graphs, pos, charge, charges, spin),
+            **electronic_state(self.model, self._keywords, batch, num_graphs, like, charge, charges, spin),
         }
 
     def _strain(self, system: dict[str, Any], pos: Tensor) -> tuple[Tensor, Tensor]:

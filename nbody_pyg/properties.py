@@ -172,7 +172,8 @@ class PropertyModel(nn.Module):
         batch = torch.zeros_like(data.z) if batch is None else batch
         centre = self._centre(data, batch, num_graphs)
         state = [data.get(key) for key in ("charge", "charges", "spin")]
-        given = electronic_state(self.model, self._keywords, batch, num_graphs, data.pos, *state)
+        like = data.pos.new_empty(0, dtype=self.dtype)  # numbers for the model are in its precision
+        given = electronic_state(self.model, self._keywords, batch, num_graphs, like, *state)
         given = {key: value for key, value in given.items() if value is not None}
         if isinstance(self.model, NBodyNet):
             raw = self._from_network(data, centre, given)

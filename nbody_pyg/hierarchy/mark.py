@@ -36,7 +36,7 @@ def mark_of(data: Data, kind: int | Tensor, atom_key: str | None = None) -> Int[
     columns = [atom, (_bits(pos) * odd).sum(dim=1)]
     labels = None if atom_key is None else data.get(atom_key)
     if labels is not None:
-        mixed = _mixed((labels.reshape(len(atom), -1).long() + 1) * odd[:, :1])
+        mixed = _mixed((labels.reshape(len(atom), *labels.shape[1:2] or (1,)).long() + 1) * odd[:, :1])
         columns.append((mixed * (2 * torch.arange(mixed.shape[1], device=pos.device) + 1)).sum(dim=1))
     else:
         columns.append(torch.zeros_like(atom))
@@ -53,7 +53,7 @@ def mark_of(data: Data, kind: int | Tensor, atom_key: str | None = None) -> Int[
 def bonds_mark(data: Data) -> Int[Tensor, " graphs"]:
     """A number for the stored bonds of each graph, whatever their order; 0 where there are none."""
     bonds, batch, first = data.get("bonds"), data.get("batch"), _first(data)
-    if not isinstance(bonds, Tensor) or bonds.numel() == 0:
+    if not isinstance(bonds, Tensor) or bonds.numel() == 0 or bonds.is_floating_point():  # or a key of somebody's own
         return torch.zeros_like(first)
     graph = None if batch is None else batch[bonds[0].clamp(max=len(batch) - 1)]
     local = bonds if graph is None else bonds - first[graph]

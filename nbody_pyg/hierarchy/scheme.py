@@ -27,7 +27,7 @@ from nbody_pyg.geometry import (
 from nbody_pyg.hierarchy.levels import Hierarchy, Level
 from nbody_pyg.hierarchy.mark import ATOMS, FOUND, FOUND_BONDS, INPUTS, KEPT, KIND, MARK, found_bonds, mark_of
 from nbody_pyg.hierarchy.positions import child_vectors, tree_positions
-from nbody_pyg.hierarchy.topology import Topology
+from nbody_pyg.hierarchy.topology import Topology, stored_levels
 from nbody_pyg.radial import vector_window
 
 
@@ -382,6 +382,7 @@ class Scheme(BaseTransform):
 
     def _renewed(self, data: Data, mark: Tensor, now: Tensor) -> Topology:
         """The topology of data on which something is no longer as it was when one was stored."""
+        stored_levels(data.to_dict())  # keys that were not batched rightly differ from their mark, too
         atoms = data.z, data.pos, data.get("batch"), data.get("cell"), data.get("pbc")
         kept = mark[:, KIND] == KEPT
         other = (kept & (mark[:, ATOMS] != now[:, ATOMS])).nonzero().flatten().tolist()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -210,22 +210,7 @@ class Topology:
             ValueError: ``data`` holds no hierarchy.
         """
         stored = data.to_dict()
-        if "num_parts_1" not in stored:
-            raise ValueError(
-                f"data must hold a hierarchy, but has no key 'num_parts_1' (keys: {sorted(stored)}); apply a "
-                "scheme to it first, e.g. transform=BondTree() on the dataset"
-            )
-        num_levels = 1
-        while f"num_parts_{num_levels}" in stored:
-            num_levels += 1
-        for level in range(1, num_levels):
-            if (child := stored.get(f"child_{level}")) is None or child.dim() != 2 or child.shape[0] != 2:
-                found = "not at all" if child is None else f"in the shape {list(child.shape)}"
-                raise ValueError(
-                    f"data must hold 'child_{level}' as [2, edges], but has it {found}: keys of a hierarchy belong "
-                    "together, and only AtomicData are batched rightly; exclude none, and turn a Data that holds "
-                    "them into one with AtomicData.from_data before it goes into a batch"
-                )
+        num_levels = stored_levels(stored)
         ptr, batch = stored.get("ptr"), stored.get("batch")
         if ptr is not None:
             num_atoms = ptr[1:] - ptr[:-1]
@@ -279,3 +264,27 @@ def sort_edges(
     """Order edges by target, then source (stable in the rest), the order of every edge list here."""
     order = torch.argsort(index[1] * max(num_sources, 1) + index[0], stable=True)
     return index[:, order], None if shift is None else shift[order]
+
+
+def stored_levels(stored: Mapping[str, Any]) -> int:
+    """Number of levels of the hierarchy among the keys of a Data or Batch.
+
+    Raises: ValueError: there is none, or not all of it, or it was not batched as :class:`AtomicData`.
+    """
+    if "num_parts_1" not in stored:
+        raise ValueError(
+            f"data must hold a hierarchy, but has no key 'num_parts_1' (keys: {sorted(stored)}); apply a "
+            "scheme to it first, e.g. transform=BondTree() on the dataset"
+        )
+    num_levels = 1
+    while f"num_parts_{num_levels}" in stored:
+        num_levels += 1
+    for level in range(1, num_levels):
+        if (child := stored.get(f"child_{level}")) is None or child.dim() != 2 or child.shape[0] != 2:
+            found = "not at all" if child is None else f"in the shape {list(child.shape)}"
+            raise ValueError(
+                f"data must hold 'child_{level}' as [2, edges], but has it {found}: keys of a hierarchy belong "
+                "together, and only AtomicData are batched rightly; exclude none, and turn a Data that holds "
+                "them into one with AtomicData.from_data before it goes into a batch"
+            )
+    return num_levels

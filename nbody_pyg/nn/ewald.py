@@ -86,8 +86,8 @@ def _slices(batch: Tensor, num_graphs: int) -> list[slice]:
 
 def _inside(pos: Tensor, batch: Tensor, cell: Tensor) -> Tensor:
     """Positions from the first atom of each graph, moved into the cell: phases of waves keep their digits."""
-    first = torch.searchsorted(batch, torch.arange(cell.shape[0], device=batch.device))
-    pos, own = pos - pos[first][batch], cell[batch]
+    first = torch.searchsorted(batch, batch)
+    pos, own = pos - pos[first], cell[batch]
     fraction = torch.linalg.solve(own.detach().mT, pos.detach().unsqueeze(-1)).squeeze(-1)
     return pos - torch.bmm(torch.floor(fraction).unsqueeze(1), own).squeeze(1)
 

@@ -219,6 +219,8 @@ def fit_in(
     train, val = model_frames(potential.model, train), model_frames(potential.model, val, "the validation frames")
     note = print if show_progress and run.active else _silent
     checkpoint = None if resume is None else read_checkpoint(resume)
+    if checkpoint is not None:
+        _require_same_settings(checkpoint, settings)
     with _threads(settings.threads):
         kind = PropertyTask if isinstance(potential, PropertyModel) else PotentialTask
         found = targets(potential, train, val, settings)
@@ -306,14 +308,18 @@ def _described(loader: FrameLoader | None) -> dict[str, Any]:
     return {"count": 0, "sha256": ""} if loader is None else {"count": loader.num_frames, "sha256": loader.digest()}
 
 
+def _require_same_settings(checkpoint: Mapping[str, Any], settings: TrainingConfig) -> None:
+    """Raise ValueError where a resumed run changes a setting that it must not change."""
+    if words := changes(checkpoint["hyper_parameters"]["settings"], dataclasses.asdict(settings), RESUMABLE):
+        raise ValueError(
+            f"a resumed run must not change these settings: {words}; resume with the old ones, or start anew"
+        )
+
+
 def _require_same(
     checkpoint: Mapping[str, Any], task: PotentialTask, frames: Mapping[str, Any], train: FrameLoader
 ) -> None:
     """Raise ValueError where a resumed run differs from that of the checkpoint in what it must not change."""
-    if words := changes(checkpoint["hyper_parameters"]["settings"], dataclasses.asdict(task.settings), RESUMABLE):
-        raise ValueError(
-            f"a resumed run must not change these settings: {words}; resume with the old ones, or start anew"
-        )
     task.require_same_network(checkpoint)
     old, new = checkpoint["run"]["frames"], frames
     count = old["train"]["count"]
