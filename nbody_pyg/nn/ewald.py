@@ -60,6 +60,8 @@ class EwaldField(nn.Module):
         if cell is None or pbc is None or not bool(torch.as_tensor(pbc).all()):
             raise ValueError("long_range method 'ewald' needs a cell and pbc in all directions; use 'direct' if open")
         pos, batch, charges = hierarchy[0].pos, hierarchy[0].batch, moments[:, 0]
+        if pos.shape[0] == 0:
+            return torch.zeros_like(moments)
         pos, cell = pos.double(), cell.reshape(-1, 3, 3).double()
         index, shift = neighbour_list(pos.detach(), _REACH * _SPLIT, batch, cell.detach(), pbc)
         vec = edge_vectors(pos, index, shift, cell, batch).to(charges.dtype)
@@ -71,6 +73,7 @@ class EwaldField(nn.Module):
         far = [
             self.reciprocal(charges[part], cell[graph], pos[part], *_no_neighbours(index, pos))
             for graph, part in enumerate(_slices(batch, hierarchy.num_graphs))
+            if part.start < part.stop  # torch-pme takes no graph without atoms
         ]
         # torch-pme counts each pair half at both of its ends
         return (field + 2.0 * torch.cat(far)).unsqueeze(1)
@@ -86,7 +89,7 @@ def _slices(batch: Tensor, num_graphs: int) -> list[slice]:
 
 def _inside(pos: Tensor, batch: Tensor, cell: Tensor) -> Tensor:
     """Positions from the first atom of each graph, moved into the cell: phases of waves keep their digits."""
-    first = torch.searchsorted(batch, torch.arange(cell.shape[0], device=batch.device))
+    first = torch.searchsorted(batch, torch.arange(cell.shape[0], device=batch.device)).clamp(max=len(batch) - 1)
     pos, own = pos - pos[first][batch], cell[batch]
     fraction = torch.linalg.solve(own.detach().mT, pos.detach().unsqueeze(-1)).squeeze(-1)
     return pos - torch.bmm(torch.floor(fraction).unsqueeze(1), own).squeeze(1)
