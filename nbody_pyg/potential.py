@@ -513,8 +513,8 @@ class Potential(Float64Buffers):
         output = self.model(system["z"], pos, system["batch"], **keywords)
         if isinstance(output, (tuple, list)):
             output = output[0]
-        short = isinstance(output, Tensor) and output.dim() > 0 and 0 < output.shape[0] < num_graphs
-        if short and output.shape[0] == int(system["batch"][-1]) + 1:
+        short = isinstance(output, Tensor) and output.dim() > 0 and output.shape[0] < num_graphs
+        if short and output.shape[0] == (int(system["batch"][-1]) + 1 if len(system["batch"]) else 0):
             # Other models see no graph beyond that of the last atom
             output = torch.cat([output, output.new_zeros(num_graphs - output.shape[0], *output.shape[1:])])
         if not isinstance(output, Tensor) or output.shape not in ((num_graphs,), (num_graphs, 1)):

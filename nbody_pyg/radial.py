@@ -58,7 +58,7 @@ def check_exponent(exponent: int) -> int:
 
 def vector_window(vec: Float[Tensor, "edges 3"], cutoff: float, exponent: int = 6) -> Float[Tensor, "edges"]:
     """:func:`smooth_cutoff` of the length of some vectors, in one step where a compiled backend runs."""
-    which = "torch" if torch.compiler.is_compiling() else backend(vec, window_library(exponent))
+    which = "torch" if torch.compiler.is_dynamo_compiling() else backend(vec, window_library(exponent))
     if which != "torch":
         return (compiled_window if which == "c" else gpu_window)(vec, cutoff, exponent)
     return smooth_cutoff(safe_norm(vec), cutoff, exponent)

@@ -36,7 +36,8 @@ def mark_of(data: Data, kind: int | Tensor, atom_key: str | None = None) -> Int[
     columns = [atom, (_bits(pos) * odd).sum(dim=1)]
     labels = None if atom_key is None else data.get(atom_key)
     if labels is not None:
-        mixed = _mixed((labels.reshape(len(atom), *labels.shape[1:2] or (1,)).long() + 1) * odd[:, :1])
+        table = labels.flatten(1) if labels.dim() > 1 else labels.unsqueeze(1)
+        mixed = _mixed((table.long() + 1) * odd[:, :1])
         columns.append((mixed * (2 * torch.arange(mixed.shape[1], device=pos.device) + 1)).sum(dim=1))
     else:
         columns.append(torch.zeros_like(atom))

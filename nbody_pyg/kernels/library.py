@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from nbody_pyg.kernels import build
 from nbody_pyg.kernels.codegen import prelude
-from nbody_pyg.kernels.operands import Several, address, addresses
+from nbody_pyg.kernels.operands import Several, addresses
 from nbody_pyg.kernels.scope import is_dry
 
 _C_NAMES = {torch.float32: "float", torch.float64: "double"}
@@ -24,30 +25,27 @@ class _Signature:
     def __init__(self, text: str, dtype: torch.dtype) -> None:
         words = text.split()
         self.c_types = [_c_type(word) for word in words if not word.startswith("(")]
-        # Looked at for every tensor of every call: plain tuples of (dtype, whether passed on, whether None is allowed)
-        self.kinds = [
-            (torch.int64 if word.startswith("longs") else dtype, not word.startswith("("), "?" in word)
-            for word in words
-        ]
+        # Places of tensors, of arrays of tensors, of what must not be None, and (from the end) of what is not passed on
+        self.tensors = [n for n, word in enumerate(words) if ":" in word]
+        self.dtypes = [torch.int64 if words[n].startswith("longs") else dtype for n in self.tensors]
+        self.arrays = [n for n, word in enumerate(words) if word.startswith("several")]
+        self.required = [n for n in (*self.tensors, *self.arrays) if "?" not in words[n]]
+        self.unpassed = [n for n, word in enumerate(words) if word.startswith("(")][::-1]
         names = {word.strip("()"): place for place, word in enumerate(words)}
-        self._products: list[tuple[int, tuple[int, ...]] | None] = []
-        for word in words:
-            parts = word.partition(":")[2].split("*") if ":" in word else None
-            factor = math.prod(int(part) for part in parts or () if part.isdigit())
-            places = tuple(names[part] for part in parts or () if not part.isdigit())
-            self._products.append(None if parts is None else (factor, places))
-        self._places = tuple(sorted({place for _, places in filter(None, self._products) for place in places}))
-        self._known: dict[tuple[int, ...], list[int | None]] = {}
+        self._products: list[tuple[int, tuple[int, ...]]] = []
+        for n in self.tensors:
+            parts = words[n].partition(":")[2].split("*")
+            factor = math.prod(int(part) for part in parts if part.isdigit())
+            self._products.append((factor, tuple(names[part] for part in parts if not part.isdigit())))
+        self._places = tuple(sorted({place for _, places in self._products for place in places}))
+        self._known: dict[tuple[int, ...], list[int]] = {}
 
-    def sizes(self, arguments: Sequence[Any]) -> list[int | None]:
-        """How many numbers each argument holds; None for what is no tensor."""
+    def sizes(self, arguments: Sequence[Any]) -> list[int]:
+        """How many numbers each tensor holds."""
         integers = tuple([arguments[place] for place in self._places])
         sizes = self._known.get(integers)
         if sizes is None:
-            sizes = [
-                None if product is None else product[0] * math.prod(arguments[place] for place in product[1])
-                for product in self._products
-            ]
+            sizes = [factor * math.prod(arguments[place] for place in places) for factor, places in self._products]
             if len(self._known) >= _REMEMBERED:
                 self._known.clear()
             self._known[integers] = sizes
@@ -94,30 +92,24 @@ class Library:
         return len(self._source) > MAX_SOURCE or any(library.too_long for library, _ in self._links)
 
     def call(self, name: str, dtype: torch.dtype, *arguments: Tensor | Several | float | int | None) -> None:
-        """Call one function; every tensor is checked against the signature, see :func:`~operands.address`."""
+        """Call one function; every tensor is checked against the signature, see :func:`~operands.addresses`."""
         if is_dry():
             return
         functions = self._loaded.get(dtype) or self._load(dtype)
         function, signature = functions[name]
-        given: list[Any] = []
-        for (wanted, passed, optional), size, value in zip(
-            signature.kinds, signature.sizes(arguments), arguments, strict=True
-        ):
-            if size is not None and value is not None:
-                # `address` without a call of Python for each tensor of each call; it says what is wrong
-                try:
-                    fits = type(value) is Tensor and value.dtype is wanted and value.is_cpu
-                    fits = fits and value.numel() == size and value.is_contiguous()
-                    pointer = value.data_ptr() if fits else 0
-                except RuntimeError:
-                    pointer = 0
-                given.append(pointer or address(value, wanted, size))
-            elif value is None:
-                if not optional:
-                    raise TypeError(f"{name} needs a tensor, got None; pass every tensor that the products take")
-                given.append(None)
-            elif passed:
-                given.append(addresses(value, dtype) if isinstance(value, Several) else value)
+        given: list[Any] = list(arguments)
+        for place in signature.required:
+            if given[place] is None:
+                raise TypeError(f"{name} needs a tensor, got None; pass every tensor that the products take")
+        pointers = addresses([given[n] for n in signature.tensors], signature.sizes(given), signature.dtypes)
+        for place, pointer in zip(signature.tensors, pointers, strict=True):
+            given[place] = pointer
+        for place in signature.arrays:
+            if given[place] is not None:
+                pointers = addresses(*given[place], itertools.repeat(dtype))
+                given[place] = (ctypes.c_void_p * len(pointers))(*pointers)
+        for place in signature.unpassed:
+            del given[place]
         function(*given)
 
     def address(self, name: str, dtype: torch.dtype) -> int:

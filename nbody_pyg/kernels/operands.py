@@ -1,13 +1,12 @@
 """What compiled code is told about its operands must be true: it reads memory by shape and type and cannot tell.
 
 Operands that users have a hand in are checked by name before (:func:`check_operands`, :func:`check_range`). All
-operands of all calls, those of backward passes too, go through :func:`address`.
+operands of all calls, those of backward passes too, go through :func:`addresses`.
 """
 
 from __future__ import annotations
 
-import ctypes
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple, NoReturn
 
 import torch
@@ -72,32 +71,43 @@ def check_range(name: str, index: Tensor, size: int) -> None:
         )
 
 
-def address(tensor: Tensor, dtype: torch.dtype, size: int) -> int:
-    """Where the ``size`` numbers of a tensor lie, for compiled code.
+def addresses(
+    tensors: Sequence[Tensor | None], sizes: Sequence[int], dtypes: Iterable[torch.dtype]
+) -> list[int | None]:
+    """Where the numbers of each tensor lie, for compiled code; None for None.
+
+    One loop without further calls of Python: every product asks for a dozen.
 
     Raises: TypeError: a tensor without memory of its own, as tracers, ``vmap`` and the meta device make them.
         ValueError: another dtype, size or device than the compiled code takes, or gaps between the numbers.
     """
-    try:
-        if (
-            type(tensor) in _PLAIN
-            and tensor.dtype is dtype
-            and tensor.is_cpu
-            and tensor.numel() == size
-            and tensor.is_contiguous()
-        ):
-            pointer = tensor.data_ptr()
-            if pointer or size == 0:
-                return pointer
-    except RuntimeError:  # tensors of vmap and the like have no address
-        pass
-    _refuse(tensor, dtype, size)
+    if len(tensors) != len(sizes):
+        raise ValueError(f"compiled products take {len(sizes)} tensors here, got {len(tensors)}; pass one for each")
+    found: list[int | None] = [None] * len(sizes)
+    for place, (tensor, size, dtype) in enumerate(zip(tensors, sizes, dtypes, strict=False)):  # dtypes may be endless
+        if tensor is None:
+            continue
+        try:
+            fits = (
+                type(tensor) in _PLAIN
+                and tensor.dtype is dtype
+                and tensor.is_cpu
+                and tensor.numel() == size
+                and tensor.is_contiguous()
+            )
+            pointer = tensor.data_ptr() if fits else 0
+        except RuntimeError:  # tensors of vmap and the like have no address
+            fits, pointer = False, 0
+        if not pointer and not (fits and size == 0):
+            _refuse(tensor, dtype, size)
+        found[place] = pointer
+    return found
 
 
 def check_launch(tensors: Sequence[Tensor]) -> Tensor:
     """The first of the tensors that a kernel on a GPU is given, all of which must lie there, and without gaps.
 
-    Raises: as :func:`address`.
+    Raises: as :func:`addresses`.
     """
     first = tensors[0]
     dtype = next((t.dtype for t in tensors if t.is_floating_point()), first.dtype)
@@ -133,12 +143,3 @@ class Several(NamedTuple):
 
     tensors: tuple[Tensor | None, ...] | list[Tensor | None]
     sizes: tuple[int, ...] | list[int]
-
-
-def addresses(several: Several, dtype: torch.dtype) -> ctypes.Array:
-    """:func:`address` of every one."""
-    found = [
-        None if tensor is None else address(tensor, dtype, size)
-        for tensor, size in zip(several.tensors, several.sizes, strict=True)
-    ]
-    return (ctypes.c_void_p * len(found))(*found)

@@ -13,6 +13,7 @@ from e3nn import o3
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from nbody_pyg.kernels.scope import has_values
 from nbody_pyg.multipoles.coefficients import check_lmax
 from nbody_pyg.nn.edges import EdgeFeatures, sum_into
 from nbody_pyg.nn.irreps import Resettable, equal_multiplicity, row_slices
@@ -200,7 +201,7 @@ def total_charge(
         raise ValueError(f"charges must have shape [{batch.shape[0]}], one for each atom, got {list(charges.shape)}")
     charges = charges.to(like)
     summed = charges.new_zeros(num_graphs).index_add(0, batch, charges)
-    if not torch.compiler.is_compiling():
+    if has_values(charges):
         if not bool(torch.isfinite(charges).all()):
             raise ValueError("charges must be finite, got NaN or infinity; leave the key out where they are not known")
         if total is not None and bool((summed - total).abs().max() > 1e-3):
@@ -220,7 +221,7 @@ def spin_multiplicity(spin: Tensor | int | None, num_graphs: int, like: Tensor) 
     if spin is None:
         return None
     found = _one_for_each_graph("spin", spin, num_graphs, like)
-    if not torch.compiler.is_compiling() and bool(((found < 1) | (found != found.round())).any()):
+    if has_values(found) and bool(((found < 1) | (found != found.round())).any()):
         wrong = int(((found < 1) | (found != found.round())).nonzero()[0])
         raise ValueError(
             f"spin must be the multiplicity 2S + 1, a whole number from 1 (singlet) on, got {float(found[wrong]):g} "
@@ -233,7 +234,7 @@ def _one_for_each_graph(name: str, value: Tensor | float, num_graphs: int, like:
     value = torch.as_tensor(value).reshape(-1).to(like)
     if value.shape[0] != num_graphs:
         raise ValueError(f"{name} must have one value for each of {num_graphs} graphs, got {value.shape[0]}")
-    if not torch.compiler.is_compiling() and not bool(torch.isfinite(value).all()):
+    if has_values(value) and not bool(torch.isfinite(value).all()):
         wrong = int((~torch.isfinite(value)).nonzero()[0])
         raise ValueError(
             f"{name} must be finite, got {float(value[wrong])} in graph {wrong}; leave out a key that is not known"

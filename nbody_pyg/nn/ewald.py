@@ -60,6 +60,8 @@ class EwaldField(nn.Module):
         if cell is None or pbc is None or not bool(torch.as_tensor(pbc).all()):
             raise ValueError("long_range method 'ewald' needs a cell and pbc in all directions; use 'direct' if open")
         pos, batch, charges = hierarchy[0].pos, hierarchy[0].batch, moments[:, 0]
+        if pos.shape[0] == 0:
+            return torch.zeros_like(moments)
         pos, cell = pos.double(), cell.reshape(-1, 3, 3).double()
         index, shift = neighbour_list(pos.detach(), _REACH * _SPLIT, batch, cell.detach(), pbc)
         vec = edge_vectors(pos, index, shift, cell, batch).to(charges.dtype)
@@ -71,6 +73,7 @@ class EwaldField(nn.Module):
         far = [
             self.reciprocal(charges[part], cell[graph], pos[part], *_no_neighbours(index, pos))
             for graph, part in enumerate(_slices(batch, hierarchy.num_graphs))
+            if part.start < part.stop  # torch-pme takes no graph without atoms
         ]
         # torch-pme counts each pair half at both of its ends
         return (field + 2.0 * torch.cat(far)).unsqueeze(1)

@@ -172,6 +172,7 @@ class FullProduct(ConstantTables):
 
     Shapes: x (nodes, irreps1.dim), y (nodes, irreps2.dim) -> (nodes, irreps_out.dim), ir_mul throughout.
     Equivariance: O(3), SO(3). Cost: O(nodes tau_1 tau_2 paths (2l+1)^3).
+    Raises: ValueError: states of another shape.
     """
 
     def __init__(self, irreps1: o3.Irreps | str, irreps2: o3.Irreps | str, lmax: int | None = None) -> None:
@@ -192,6 +193,12 @@ class FullProduct(ConstantTables):
         self, x: Float[Tensor, "nodes irreps1"], y: Float[Tensor, "nodes irreps2"]
     ) -> Float[Tensor, "nodes irreps_out"]:
         nodes = x.shape[0]
+        for name, state, irreps in (("x", x, self.irreps1), ("y", y, self.irreps2)):
+            if state.dim() != 2 or state.shape != (nodes, irreps.dim):
+                raise ValueError(
+                    f"{name} must have shape [{nodes}, {irreps.dim}] ({irreps}), got {list(state.shape)}; "
+                    "check the irreps"
+                )
         xs = [
             x[:, s].reshape(nodes, ir.dim, mul)
             for s, (mul, ir) in zip(self.irreps1.slices(), self.irreps1, strict=True)

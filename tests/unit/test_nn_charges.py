@@ -136,6 +136,22 @@ def test_long_range_spreads_the_total_by_the_same_rule(ethanol):
     assert float(seen[-1].detach().std()) > 1e-3
 
 
+@pytest.mark.parametrize("charges", [False, True], ids=["total", "formal"])
+@pytest.mark.parametrize("inputs", [("charge",), None], ids=["with", "without"])
+def test_long_range_in_single_precision(inputs, charges, ethanol):
+    """Positions stay in double precision, and shares of the charge have that of the weights."""
+    model = potential(SCHEMES["shells"], inputs, long_range="direct")
+    given = {"charge": torch.tensor([1.0])}
+    if charges:
+        given = {"charges": torch.eye(len(ethanol.z), dtype=torch.float64)[2]}
+    wanted = model(ethanol.z, ethanol.pos, **given)
+    found = model.float()(ethanol.z, ethanol.pos + 1e4, **given)
+    assert {found[key].dtype for key in ("interaction_energy", "forces")} == {torch.float32}
+    for key in ("energy", "forces"):
+        torch.testing.assert_close(found[key].double(), wanted[key], rtol=0, atol=1e-4)
+    assert wanted["forces"].abs().max() > 0.1 and abs(wanted["energy"] - model(ethanol)["energy"]) > 0.1
+
+
 @pytest.mark.parametrize("shape", [(), (1,), (1, 1)])
 @pytest.mark.parametrize("dtype", [torch.long, torch.int32, torch.float32, torch.float64])
 def test_batches_of_every_form_of_a_charge(shape, dtype, ethanol):
