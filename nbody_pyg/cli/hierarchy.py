@@ -23,7 +23,8 @@ def hierarchy(args: argparse.Namespace) -> int:
     frame = AtomicData.from_ase(read_atoms(args.file, args.index)[0], labels=False)
     if args.model:
         scheme = load_model(args.model).model.scheme
-        topology = scheme.read(with_reference([frame], args.model, scheme)[0]).validate()
+        frame = with_reference([frame], args.model, scheme)[0]
+        topology = scheme.read(frame).validate()
         lattice = (frame.get("cell"), frame.get("pbc"))
         if (changes := bond_changes(scheme, topology, frame.z, frame.pos, *lattice)) is not None:
             print(f"bonds are those of the reference molecule of the model; others would be found here: {changes}\n")

@@ -13,8 +13,9 @@ from torch import Tensor
 from torch_geometric.data import Data
 
 from nbody_pyg.data import AtomicData
-from nbody_pyg.deploy import NBodyCalculator, run_md
-from nbody_pyg.hierarchy import Scheme
+from nbody_pyg.deploy import NBodyCalculator, reference_topology, run_md
+from nbody_pyg.deploy.reference import bond_changes
+from nbody_pyg.hierarchy import BondTree, Scheme
 from nbody_pyg.potential import Potential, check_states, used_state
 from nbody_pyg.testing.physics import assert_extensive, finite_differences
 from nbody_pyg.testing.short_range import Push, push_dimers, push_in_structures
@@ -26,7 +27,7 @@ from nbody_pyg.testing.symmetry import (
     assert_permutation_invariant,
     assert_translation_invariant,
 )
-from nbody_pyg.testing.systems import System, collate, open_cluster, prepare_systems, random_molecule, turn
+from nbody_pyg.testing.systems import System, open_cluster, prepare_systems, random_molecule, turn
 
 
 @dataclass(frozen=True)
@@ -166,7 +167,8 @@ class _Examiner:
         self.subject = Subject(potential, torch.float64)
         if frames is not None:
             check_states(potential.model, (frame for frame in frames if isinstance(frame, Data)))
-        self.systems = [self._used(system) for system in prepare_systems(potential, frames, seed, torch.float64)[:3]]
+        prepared = prepare_systems(potential, frames, seed, torch.float64)[:3]
+        self.systems = [self._bonded(self._used(system)) for system in prepared]
         self.own = frames is not None
         self.species = tuple(getattr(potential.model, "species", None) or self.systems[0].z.unique().tolist())
         self.open = [open_cluster(s) if s.cell is not None else s for s in self.systems]
@@ -177,6 +179,17 @@ class _Examiner:
         used = used_state(self.potential.model)
         unused = {"spin": None} if "spin" not in used else {}
         return replace(system, **unused, **({} if "charge" in used else {"charge": None, "charges": None}))
+
+    def _bonded(self, system: System) -> System:
+        """With the bonds of the model's reference molecule, where others would be found."""
+        scheme = getattr(self.potential.model, "scheme", None)
+        if not isinstance(scheme, BondTree):
+            return system
+        z, lattice = system.z, (system.cell, system.pbc)
+        tree = reference_topology(self.metadata, scheme, z.tolist(), system.cell is not None)
+        return (
+            system if bond_changes(scheme, tree, z, system.pos, *lattice) is None else replace(system, bonds=tree.bonds)
+        )
 
     def checks(self, sections: Sequence[str]) -> Iterator[Check]:
         for section in sections:
@@ -232,7 +245,7 @@ class _Examiner:
         return system.pbc is None or bool(torch.as_tensor(system.pbc).all())
 
     def _stress_error(self, system: System, step: float = 1e-4) -> float:
-        (z, pos, _), keywords = collate([system])
+        (z, pos, _), keywords = self.subject.arguments([system])
         keywords["pbc"] = self._pbc(system)
         stress = self.subject.potential(z, pos, **keywords, compute_stress=True)["stress"][0]
         volume = float(torch.linalg.det(system.cell.reshape(3, 3)).abs())

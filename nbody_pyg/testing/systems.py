@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch_geometric.data import Data
 
+from nbody_pyg.hierarchy.bondgraph import covalent_bonds
+from nbody_pyg.hierarchy.scheme import AtomsInput
 from nbody_pyg.potential import Potential
 
 _STATE = ("charge", "charges", "spin")
@@ -20,6 +22,7 @@ class System:
     """One geometry: z [N], pos [N, 3]; cell [1, 3, 3] and pbc [1, 3] when it is periodic.
 
     ``charge`` [1], ``charges`` [N] and ``spin`` [1] where it has some, as in :class:`~nbody_pyg.data.AtomicData`.
+    ``bonds`` [2, M], both directions, where a BondTree is not to find them.
     """
 
     z: Tensor
@@ -29,6 +32,7 @@ class System:
     charge: Tensor | None = None
     charges: Tensor | None = None
     spin: Tensor | None = None
+    bonds: Tensor | None = None
 
     @property
     def state(self) -> tuple[float, float]:
@@ -40,7 +44,8 @@ class System:
     def reordered(self, order: Tensor) -> System:
         """The same system with its atoms in another order."""
         charges = None if self.charges is None else self.charges[order]
-        return replace(self, z=self.z[order], pos=self.pos[order], charges=charges)
+        bonds = None if self.bonds is None else torch.argsort(order)[self.bonds]
+        return replace(self, z=self.z[order], pos=self.pos[order], charges=charges, bonds=bonds)
 
 
 def random_molecule(num_atoms: int, species: Sequence[int] = (1, 6, 8), seed: int = 0) -> System:
@@ -146,7 +151,7 @@ def join(first: System, second: System) -> System:
     if "spin" in given:
         state["spin"] = like.new_tensor([unpaired + 1.0])
     z, pos = torch.cat([first.z, second.z]), torch.cat([first.pos, second.pos])
-    return System(z, pos, first.cell, first.pbc, **state)
+    return System(z, pos, first.cell, first.pbc, bonds=_bonds([first, second]), **state)
 
 
 def turn(system: System, rotation: Tensor) -> System:
@@ -186,11 +191,13 @@ def require_volume(systems: Sequence[System]) -> None:
 
 
 def collate(systems: Sequence[System]) -> tuple[tuple[Tensor, Tensor, Tensor], dict[str, Tensor]]:
-    """Arguments (z, pos, batch) and keywords (cell, pbc, charges, spins when there are any) for a list of systems."""
+    """Arguments (z, pos, batch) and keywords (cell, pbc, charges, spins, bonds where there are any) for systems."""
     sizes = torch.tensor([s.pos.shape[0] for s in systems])
     batch = torch.repeat_interleave(torch.arange(len(systems)), sizes).to(systems[0].pos.device)
     arguments = (torch.cat([s.z for s in systems]), torch.cat([s.pos for s in systems]), batch)
     keywords = _states(systems)
+    if (bonds := _bonds(systems)) is not None:
+        keywords["bonds"] = bonds
     periodic = [s.cell is not None for s in systems]
     if not any(periodic):
         return arguments, keywords
@@ -200,6 +207,18 @@ def collate(systems: Sequence[System]) -> tuple[tuple[Tensor, Tensor, Tensor], d
     if all(s.pbc is not None for s in systems):
         keywords["pbc"] = torch.cat([torch.as_tensor(s.pbc).reshape(1, 3) for s in systems])
     return arguments, keywords
+
+
+def _bonds(systems: Sequence[System]) -> Tensor | None:
+    """Bonds of a batch, where some system has its own; those of the others are found."""
+    if all(s.bonds is None for s in systems):
+        return None
+    out, first = [], 0
+    for s in systems:
+        bonds = covalent_bonds(AtomsInput.check(s.z, s.pos, None, s.cell, s.pbc)) if s.bonds is None else s.bonds
+        out.append(bonds + first)
+        first += len(s.z)
+    return torch.cat(out, dim=1)
 
 
 def _states(systems: Sequence[System]) -> dict[str, Tensor]:
