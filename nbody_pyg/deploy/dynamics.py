@@ -23,6 +23,8 @@ from ase.md.md import MolecularDynamics
 from ase.md.velocitydistribution import Stationary, ZeroRotation
 from ase.md.verlet import VelocityVerlet
 
+from nbody_pyg.messages import check_choice
+
 ENSEMBLES = ("nve", "langevin")
 VELOCITIES = ("auto", "given", "drawn")
 
@@ -170,8 +172,8 @@ def run_md(
     """
     if atoms.calc is None:
         raise ValueError("atoms carry no calculator; set atoms.calc = NBodyCalculator(...)")
-    _check_choice("ensemble", ensemble, ENSEMBLES)
-    _check_choice("velocities", velocities, VELOCITIES)
+    check_choice("ensemble", ensemble, ENSEMBLES)
+    check_choice("velocities", velocities, VELOCITIES)
     _check_numbers(steps, sample_every, timestep, temperature, friction, max_temperature)
     if len(atoms.constraints) and atoms.get_number_of_degrees_of_freedom() <= 0:
         raise ValueError("atoms must be free to move, but their constraints hold all of them; take some away")
@@ -225,11 +227,6 @@ def run_md(
             atoms.calc.reset()  # energies of bonds that were kept are not those of this structure on its own
     time, total, potential, kelvin = np.array(record.samples).reshape(-1, 4).T
     return MDReport(time, total, potential, kelvin, len(atoms), stopped, first, origin, bonds_from, changes)
-
-
-def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
 
 
 def _check_numbers(
