@@ -17,6 +17,7 @@ from nbody_pyg.data import count_graphs, has_hierarchy, require_atoms
 from nbody_pyg.geometry import check_atoms
 from nbody_pyg.hierarchy import Hierarchy, NestedShells, Scheme, Topology
 from nbody_pyg.kernels.scope import has_values, in_own_precision, is_tracing, opaque_to_compile
+from nbody_pyg.messages import check_choice
 from nbody_pyg.nn.charges import (
     ElectronicEmbedding,
     LongRangeSettings,
@@ -174,8 +175,8 @@ class NBodyNet(Resettable):
         if not isinstance(self.scheme, Scheme):
             raise TypeError(f"scheme must be a composition scheme such as BondTree(), got {scheme!r}")
         self.species = _check_species(species)
-        self.preset = _check_choice("preset", preset, tuple(PRESETS))
-        self.target = _check_choice("target", target, ("extensive", "intensive"))
+        self.preset = check_choice("preset", preset, tuple(PRESETS))
+        self.target = check_choice("target", target, ("extensive", "intensive"))
         unknown = set(options) - set(self.DEFAULTS)
         if unknown:
             raise ValueError(
@@ -188,7 +189,7 @@ class NBodyNet(Resettable):
         # Files of networks without inputs know no such key
         self.options["inputs"] = list(check_inputs(self.options["inputs"])) if self.options["inputs"] else None
         self.assumed: dict[str, float] = {}
-        _check_choice("sweeps", self.options["sweeps"], SWEEPS)
+        check_choice("sweeps", self.options["sweeps"], SWEEPS)
         self._check_options()
         self.channels, self.lmax, self.body_order = channels, lmax, body_order
         self.irreps = hidden_irreps(channels, lmax, self.options["symmetry"])
@@ -609,9 +610,3 @@ def _check_species(species: Sequence[int]) -> tuple[int, ...]:
     if not found or found[0] < 1 or found[-1] > 118:
         raise ValueError(f"species must be atomic numbers between 1 and 118, got {list(species)}; e.g. [1, 6, 8]")
     return found
-
-
-def _check_choice(name: str, value: str, choices: Sequence[str]) -> str:
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}; try {choices[0]!r}")
-    return value

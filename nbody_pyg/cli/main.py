@@ -20,6 +20,7 @@ from nbody_pyg.cli.arguments import (
     positive_number,
     whole,
 )
+from nbody_pyg.messages import nearest, printable
 
 _DESCRIPTION = """\
 Covariant hierarchical N-body networks for atoms.
@@ -242,9 +243,8 @@ def _main(words: list[str], command: str | None) -> int:
         print(f"{parser.format_usage()}nbody: error: name a command: {', '.join(parser.commands)}", file=sys.stderr)
         return WRONG
     if command is not None and command not in parser.commands:
-        near = difflib.get_close_matches(command, parser.commands, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(parser.commands)}"
-        print(f"nbody: error: no command {_printable(repr(command))}; {hint}", file=sys.stderr)
+        hint = nearest(command, parser.commands)
+        print(f"nbody: error: no command {printable(repr(command))}; {hint}", file=sys.stderr)
         return WRONG
     debug = "--debug" in words
     words = [word for word in words if word != "--debug"]
@@ -259,7 +259,7 @@ def _main(words: list[str], command: str | None) -> int:
     except (ValueError, TypeError, OSError, FloatingPointError) as error:
         if debug:
             raise
-        print(f"nbody {args.command}: error: {_printable(_text(error))}", file=sys.stderr)
+        print(f"nbody {args.command}: error: {printable(_text(error))}", file=sys.stderr)
         return WRONG if isinstance(error, WrongArgument) else 1
 
 
@@ -268,11 +268,6 @@ def _text(error: Exception) -> str:
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
         return f"{error.filename}: {error.strerror}"
     return " ".join(str(error).split()) or type(error).__name__
-
-
-def _printable(text: str) -> str:
-    """Without what would steer the terminal: names of files and their contents may come from anybody."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def _train_words(words: Sequence[str]) -> tuple[str | None, list[str], bool]:

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
 import typing
 from collections.abc import Mapping, Sequence
@@ -15,9 +14,10 @@ from typing import Any
 import jsonargparse
 
 from nbody_pyg.compare.registry import MODELS, entry
+from nbody_pyg.messages import check_choice, nearest
 from nbody_pyg.training.config import expand_path, parse_config, parse_value, read_tree, switch_scheme, typed
 from nbody_pyg.training.optim import optimizer_names
-from nbody_pyg.training.settings import check_choice, setting
+from nbody_pyg.training.settings import setting
 
 #: Keys of the nested sections; everything in them is a key of ``nbody train`` too.
 SECTIONS = ("data", "training", "model")
@@ -96,8 +96,7 @@ class CompareConfig:
         for name in self.optimizers or ():
             check_choice("optimizers", name, optimizer_names())
         for name, choices in (("search_on", ("first", "each")), ("finals", ("best", "each", "none"))):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
+            check_choice(name, getattr(self, name), choices)
         if self.timeout is not None and not self.isolate:
             raise ValueError("timeout needs isolate: only a process of its own can be ended; leave one of them out")
         if self.search and self.lr is not None:
@@ -152,10 +151,7 @@ def load_compare(path: str | Path | None = None, words: Sequence[str] = ()) -> C
     hints = typing.get_type_hints(CompareConfig)
     for key in tree:
         if key not in known:
-            near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-            raise ValueError(
-                f"unknown key {key!r}; " + (f"did you mean {near[0]}?" if near else f"there are {[*known]}")
-            )
+            raise ValueError(f"unknown key {key!r}; {nearest(key, known)}")
         if "list" in str(hints[key]) and tree[key] is not None and not isinstance(tree[key], list):
             tree[key] = [tree[key]]
         tree[key] = typed(tree[key], hints[key])

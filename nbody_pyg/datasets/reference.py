@@ -13,6 +13,7 @@ from ase.data import atomic_numbers, chemical_symbols
 from nbody_pyg.data import AtomicData
 from nbody_pyg.datasets.audit import require_labels
 from nbody_pyg.datasets.frames import has_label, listed, shaped_label
+from nbody_pyg.messages import symbols
 
 _LARGE = 50.0  # eV per atom; no chemical bond is that strong
 logger = logging.getLogger(__name__)
@@ -79,10 +80,6 @@ def fit_reference(frames: Sequence[AtomicData], mode: str | Mapping[int | str, f
     return dict(zip(species, values.tolist(), strict=True))
 
 
-def _symbols(species: Sequence[int]) -> str:
-    return ", ".join(chemical_symbols[z] for z in species)
-
-
 def _usual(energies: np.ndarray, counts: np.ndarray) -> np.ndarray:
     """Which frames to fit to: all, but for those whose energy per atom is far off what the others have.
 
@@ -115,7 +112,7 @@ def _from_mapping(given: Mapping[int | str, float], species: Sequence[int]) -> n
     }
     missing = [z for z in species if z not in table]
     if missing:
-        raise ValueError(f"mode gives no reference energy for {_symbols(missing)}; add them to the mapping")
+        raise ValueError(f"mode gives no reference energy for {symbols(missing)}; add them to the mapping")
     values = np.array([table[z] for z in species])
     if not np.isfinite(values).all():
         raise ValueError(f"mode must hold finite energies, got {dict(given)}")
@@ -149,7 +146,7 @@ def _least_squares(energies: np.ndarray, counts: np.ndarray, species: Sequence[i
             rank,
             "" if rank == 1 else "s",
             len(species),
-            _symbols(species),
+            symbols(species),
             mean,
         )
     return base + correction

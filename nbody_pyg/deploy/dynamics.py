@@ -25,6 +25,7 @@ from ase.md.verlet import VelocityVerlet
 
 from nbody_pyg.data import electronic_state_of
 from nbody_pyg.datasets.readers import without_labels
+from nbody_pyg.messages import check_choice
 
 ENSEMBLES = ("nve", "langevin")
 VELOCITIES = ("auto", "given", "drawn")
@@ -173,8 +174,8 @@ def run_md(
     """
     if atoms.calc is None:
         raise ValueError("atoms carry no calculator; set atoms.calc = NBodyCalculator(...)")
-    _check_choice("ensemble", ensemble, ENSEMBLES)
-    _check_choice("velocities", velocities, VELOCITIES)
+    check_choice("ensemble", ensemble, ENSEMBLES)
+    check_choice("velocities", velocities, VELOCITIES)
     _check_numbers(steps, sample_every, timestep, temperature, friction, max_temperature)
     if len(atoms.constraints) and atoms.get_number_of_degrees_of_freedom() <= 0:
         raise ValueError("atoms must be free to move, but their constraints hold all of them; take some away")
@@ -235,11 +236,6 @@ def _with_bonds(calculator: Any) -> list[Any]:
         return [calculator]
     mixed = getattr(getattr(calculator, "mixer", None), "calcs", ())
     return [found for member in mixed for found in _with_bonds(member)]
-
-
-def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
 
 
 def _check_numbers(

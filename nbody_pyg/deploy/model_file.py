@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from nbody_pyg.deploy.fingerprint import cg_fingerprint
 from nbody_pyg.deploy.sizes import check_sizes
 from nbody_pyg.durable import written_whole
+from nbody_pyg.messages import printable, short
 from nbody_pyg.nn.charges import DEFAULT_STATE
 from nbody_pyg.potential import Potential
 from nbody_pyg.properties import PropertyModel
@@ -171,11 +172,6 @@ def checksum(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def printable(text: object) -> str:
-    """Text of a file with escapes in place of characters that would control a terminal."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
-
-
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Header and tensors, checked as far as that goes without building the network."""
     if not path.is_file():
@@ -245,12 +241,12 @@ def _parsed(text: str, path: Path) -> dict[str, Any]:
     version = header.get("format_version")
     if isinstance(version, bool) or not isinstance(version, int) or version < 1:
         raise ValueError(
-            f"{path} must have a format version from 1 to {FORMAT_VERSION}, got {_short(version)}; it is "
+            f"{path} must have a format version from 1 to {FORMAT_VERSION}, got {short(version)}; it is "
             "damaged, or was not written by nbody_pyg: get a fresh copy"
         )
     if version > FORMAT_VERSION:
         raise ValueError(
-            f"{path} has format version {_short(version)}, this nbody_pyg {_version('nbody_pyg')} "
+            f"{path} has format version {short(version)}, this nbody_pyg {_version('nbody_pyg')} "
             f"reads up to {FORMAT_VERSION}; upgrade nbody_pyg"
         )
     # NaN among the errors of a training was written before format 4
@@ -265,21 +261,21 @@ def _check_header(header: Mapping[str, Any]) -> None:
         if name not in header:
             raise ValueError(f"the entry {name} is missing")
         if not isinstance(header[name], kind) or isinstance(header[name], bool):
-            raise ValueError(f"the entry {name} is {_short(header[name])}, which is of a wrong type")
+            raise ValueError(f"the entry {name} is {short(header[name])}, which is of a wrong type")
     described = header["model"]
     if not {"class", "config"} <= set(described) or not isinstance(described["class"], str):
-        raise ValueError(f"the entry model must hold class and config, got {_short(described)}")
+        raise ValueError(f"the entry model must hold class and config, got {short(described)}")
     if not isinstance(described["config"], (dict, type(None))):
-        raise ValueError(f"the config of the network is {_short(described['config'])}, which is of a wrong type")
+        raise ValueError(f"the config of the network is {short(described['config'])}, which is of a wrong type")
     if header["dtype"] not in _DTYPES:
-        raise ValueError(f"dtype must be one of {', '.join(_DTYPES)}, got {_short(header['dtype'])}")
+        raise ValueError(f"dtype must be one of {', '.join(_DTYPES)}, got {short(header['dtype'])}")
     elements = [*(header["species"] or []), *map(_element, header["e0"] or {})]
     if not all(type(number) is int and 0 < number < 119 for number in elements):
-        raise ValueError(f"elements must be atomic numbers between 1 and 118, got {_short(elements)}")
+        raise ValueError(f"elements must be atomic numbers between 1 and 118, got {short(elements)}")
     if not all(type(value) in _NUMBER for value in (header["e0"] or {}).values()):
-        raise ValueError(f"e0 must hold numbers, got {_short(header['e0'])}")
+        raise ValueError(f"e0 must hold numbers, got {short(header['e0'])}")
     if header["units"] != _UNITS:
-        raise ValueError(f"units must be {_UNITS}, got {_short(header['units'])}")
+        raise ValueError(f"units must be {_UNITS}, got {short(header['units'])}")
     if not all(isinstance(value, str) for value in header["versions"].values()):
         raise ValueError("versions must be texts")
     _check_assumed(described)
@@ -293,7 +289,7 @@ def _check_assumed(described: Mapping[str, Any]) -> None:
     assumed, taken = described.get("assumed", {}), (described["config"] or {}).get("inputs") or ()
     known = isinstance(assumed, dict) and set(assumed) <= set(DEFAULT_STATE)
     if not known or not all(type(value) in _NUMBER and abs(value) < 1e6 for value in assumed.values()):
-        raise ValueError(f"assumed must hold a charge or spin, got {_short(assumed)}")
+        raise ValueError(f"assumed must hold a charge or spin, got {short(assumed)}")
     if (spin := assumed.get("spin", 1)) < 1 or spin != int(spin):
         raise ValueError(f"the assumed spin must be a multiplicity 2S + 1, got {spin}")
     if twice := sorted(set(assumed).intersection(taken)):
@@ -345,7 +341,7 @@ def _check_same(given: Any, built: Any, where: str = "") -> None:
                 raise ValueError(f"unknown key {where}{key}")
             _check_same(value, built[key], f"{where}{key}.")
     elif given != built or isinstance(given, bool) != isinstance(built, bool):
-        raise ValueError(f"{where[:-1]} is {_short(given)}, but the network has {_short(built)}")
+        raise ValueError(f"{where[:-1]} is {short(given)}, but the network has {short(built)}")
 
 
 def _without_infinity(value: Any) -> Any:
@@ -360,11 +356,6 @@ def _said(error: Exception) -> str:
     """What an error says, for a message: a key by name, and nothing that controls a terminal."""
     text = f"missing entry {error}" if isinstance(error, KeyError) else str(error)
     return printable(text.strip()[:500])
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def _summary(potential: Potential | PropertyModel) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from typing import Any
 from e3nn import o3
 
 from nbody_pyg.hierarchy import Scheme
+from nbody_pyg.messages import short
 from nbody_pyg.models import NBodyNet
 from nbody_pyg.nn.charges import LongRangeSettings
 from nbody_pyg.nn.irreps import check_symmetry
@@ -36,7 +37,7 @@ def check_sizes(config: Mapping[str, Any], shapes: Shapes) -> None:
         _integer(name, getattr(settings, name, None), least)
     species = settings.species
     if not isinstance(species, list) or not 0 < len(species) <= 118:
-        raise ValueError(f"species must list atomic numbers between 1 and 118, got {_short(species)}")
+        raise ValueError(f"species must list atomic numbers between 1 and 118, got {short(species)}")
     for number in species:
         _integer("species", number, 1)
     check_symmetry(settings.symmetry)
@@ -99,7 +100,7 @@ def _check_output(settings: SimpleNamespace, shapes: Shapes) -> None:
     readouts = [shape for name, shape in shapes.items() if name.startswith("readouts.") and ".linear.weights." in name]
     wide = sum(shape[-1] for shape in readouts if shape)
     if not isinstance(settings.irreps_out, str) or len(settings.irreps_out) > 1000:
-        raise ValueError(f"irreps_out must be a type in e3nn's words, got {_short(settings.irreps_out)}")
+        raise ValueError(f"irreps_out must be a type in e3nn's words, got {short(settings.irreps_out)}")
     if o3.Irreps(settings.irreps_out).num_irreps > wide:
         raise ValueError(f"irreps_out is {settings.irreps_out}, but the readouts have {wide} columns")
     if settings.long_range is not None:
@@ -110,13 +111,13 @@ def _check_output(settings: SimpleNamespace, shapes: Shapes) -> None:
 
 def _scheme(config: Any, interactions: int) -> Scheme:
     if not isinstance(config, dict):
-        raise ValueError(f"scheme must hold a name and arguments, got {_short(config)}")
+        raise ValueError(f"scheme must hold a name and arguments, got {short(config)}")
     for name, value in config.items():
         # Labels and parts name atoms; other lists have an entry for each level
         if isinstance(value, list) and name not in ("labels", "parts") and len(value) > interactions + 2:
             raise ValueError(f"scheme.{name} has {len(value)} entries, but there are {interactions} interactions")
         if isinstance(value, int) and abs(value) > _MAX_ARGUMENT:
-            raise ValueError(f"scheme.{name} must be at most {_MAX_ARGUMENT}, got {_short(value)}")
+            raise ValueError(f"scheme.{name} must be at most {_MAX_ARGUMENT}, got {short(value)}")
     return Scheme.from_config(config)
 
 
@@ -127,7 +128,7 @@ def _is_numbered(name: str) -> bool:
 
 def _integer(name: str, value: Any, least: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{name} must be a whole number of at least {least}, got {_short(value)}")
+        raise ValueError(f"{name} must be a whole number of at least {least}, got {short(value)}")
 
 
 def _size(shape: Sequence[int]) -> int:
@@ -135,8 +136,3 @@ def _size(shape: Sequence[int]) -> int:
     for length in shape:
         size *= length
     return size
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import inspect
 import os
 import re
 import types
 import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ import jsonargparse
 import yaml
 
 from nbody_pyg.durable import write_text
+from nbody_pyg.messages import nearest
 from nbody_pyg.properties import Property
 from nbody_pyg.training.settings import TrainingConfig, setting
 
@@ -296,7 +296,7 @@ def _properties(section: Mapping[str, Any]) -> tuple[Property, ...]:
             raise ValueError(f"target.{name} must hold keys and values, got {values!r}; e.g. {{readout: dipole}}")
         for key in values:
             if key not in known:
-                raise ValueError(f"unknown key target.{name}.{key}; {_nearest(str(key), known, f'target.{name}')}")
+                raise ValueError(f"unknown key target.{name}.{key}; {nearest(key, known, f'target.{name}.')}")
         weight = values.get("weight", 1.0)
         if isinstance(weight, bool) or not isinstance(weight, (int, float)):
             raise ValueError(f"target.{name}.weight must be a number, got {weight!r}")
@@ -352,7 +352,7 @@ def scheme_arguments(name: str) -> list[str]:
     known = {n: c for n, c in vars(hierarchy).items() if isinstance(c, type) and issubclass(c, Scheme)}
     known.pop("Scheme", None)
     if name not in known:
-        raise ValueError(f"unknown scheme {name!r} in model.scheme.name; {_nearest(name, known)}")
+        raise ValueError(f"unknown scheme {name!r} in model.scheme.name; {nearest(name, known)}")
     return list(inspect.signature(known[name].__init__).parameters)[1:]
 
 
@@ -366,29 +366,21 @@ def _check_keys(tree: Mapping[str, Any]) -> None:
                 if not isinstance(values, Mapping | None):
                     raise ValueError(f"section target must hold labels and their readouts, got {values!r}")
                 continue
-            raise ValueError(f"unknown section {section!r}; {_nearest(str(section), [*known, 'target'])}")
+            raise ValueError(f"unknown section {section!r}; {nearest(section, [*known, 'target'])}")
         if values is None:
             continue
         if not isinstance(values, Mapping):
             raise ValueError(f"section {section} must hold keys and values, got {values!r}")
         for key in values:
             if key not in known[section]:
-                raise ValueError(f"unknown key {section}.{key}; {_nearest(key, known[section], section)}")
+                raise ValueError(f"unknown key {section}.{key}; {nearest(key, known[section], f'{section}.')}")
     scheme = (tree.get("model") or {}).get("scheme") or {}
     if not isinstance(scheme, Mapping):
         raise ValueError(f"model.scheme must hold a name and arguments, got {scheme!r}; e.g. {{name: BondTree}}")
     arguments = scheme_arguments(scheme.get("name", "NestedShells"))
     for key in scheme:
         if key not in (*arguments, "name"):
-            raise ValueError(f"unknown key model.scheme.{key}; {_nearest(key, [*arguments, 'name'], 'model.scheme')}")
-
-
-def _nearest(word: str, known: Iterable[str], section: str = "") -> str:
-    known = sorted(known)
-    prefix = f"{section}." if section else ""
-    if near := difflib.get_close_matches(word, known, n=1, cutoff=0.5):
-        return f"did you mean {prefix}{near[0]}?"
-    return f"there are {', '.join(known)}"
+            raise ValueError(f"unknown key model.scheme.{key}; {nearest(key, [*arguments, 'name'], 'model.scheme.')}")
 
 
 def _parse_overrides(words: Sequence[str]) -> list[tuple[str, Any]]:

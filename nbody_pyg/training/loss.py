@@ -9,6 +9,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from nbody_pyg.messages import check_choice
+
 
 def _mse(error: Tensor, width: float) -> Tensor:
     return error.square().mean()
@@ -69,8 +71,7 @@ class EnergyForceLoss:
     penalty: str = "mse"
 
     def __post_init__(self) -> None:
-        if self.penalty not in PENALTIES:
-            raise ValueError(f"penalty must be one of {sorted(PENALTIES)}, got {self.penalty!r}")
+        check_choice("penalty", self.penalty, PENALTIES)
         if self.energy_per not in ("molecule", "atom"):
             raise ValueError(f"energy_per must be 'molecule' or 'atom', got {self.energy_per!r}")
         if not self.force_variance > 0:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import nn, optim
 
+from nbody_pyg.messages import check_choice
 from nbody_pyg.training.flat import FlatParameters
-from nbody_pyg.training.settings import check_choice
 from nbody_pyg.training.soap import Soap
 
 __all__ = ["Soap", "build_optimizer"]

@@ -12,20 +12,20 @@ import subprocess
 import time
 import uuid
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from ase.data import chemical_symbols
 from lightning.fabric.utilities.warnings import PossibleUserWarning
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.plugins.environments import LightningEnvironment, TorchElasticEnvironment
 from lightning.pytorch.strategies import DDPStrategy
 from torch_geometric.data import Data
 
+from nbody_pyg.messages import symbols
 from nbody_pyg.potential import Potential, learn_state, model_frames
 from nbody_pyg.properties import PropertyModel
 from nbody_pyg.training.callbacks import CallbackGroup, Checkpoints, GracefulStop, MetricsCSV, RunProgress
@@ -100,13 +100,9 @@ def require_elements(potential: Potential | PropertyModel, sets: Mapping[str, Se
         for number, frame in enumerate(frames):
             if unknown := sorted(set(frame.z.tolist()).difference(known)):
                 raise ValueError(
-                    f"frame {number} of {name} holds {_symbols(unknown)}, which the model does not know (it knows "
-                    f"{_symbols(known)}); add training frames with these elements, or leave that frame out"
+                    f"frame {number} of {name} holds {symbols(unknown)}, which the model does not know (it knows "
+                    f"{symbols(sorted(known))}); add training frames with these elements, or leave that frame out"
                 )
-
-
-def _symbols(numbers: Iterable[int]) -> str:
-    return ", ".join(chemical_symbols[z] if 0 < z < len(chemical_symbols) else f"element {z}" for z in sorted(numbers))
 
 
 def steps_per_epoch(settings: TrainingConfig, num_frames: int) -> int:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
+
+from nbody_pyg.messages import check_choice
 
 
 def setting(default: Any, text: str) -> Any:
@@ -21,15 +21,6 @@ RESUMABLE = frozenset({
     "budget_seconds", "max_epochs", "max_steps", "validate_every", "log_every", "threads", "device", "compile",
     "lr", "weight_decay", "warmup_steps", "constant_fraction", "clip_norm",
 })  # fmt: skip
-
-
-def check_choice(name: str, value: object, choices: Iterable[str]) -> None:
-    """Raises: ValueError: a value that is none of the choices; the message has the nearest one."""
-    choices = sorted(choices)
-    if value not in choices:
-        near = difflib.get_close_matches(str(value), choices, n=1, cutoff=0.5)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        raise ValueError(f"{name} must be one of {choices}, got {value!r}{hint}")
 
 
 @dataclass(frozen=True)

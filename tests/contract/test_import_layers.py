@@ -10,6 +10,7 @@ from graphlib import CycleError, TopologicalSorter
 LAYERS = [
     "typing",
     "durable",
+    "messages",
     "units",
     "kernels",
     "data",

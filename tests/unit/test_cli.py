@@ -542,7 +542,7 @@ def test_debug_may_stand_anywhere():
     [
         (
             ["--model.preset", "practcal"],
-            "model.preset must be one of ['practical', 'strict'], got 'practcal'; did you mean practical?",
+            "model.preset must be one of practical, strict, got 'practcal'; did you mean practical?",
         ),
         (["--training.optimizer", "sopa"], "got 'sopa'; did you mean soap?"),
         (["--training.penalty", "hubr"], "did you mean huber?"),

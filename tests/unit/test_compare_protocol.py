@@ -196,7 +196,7 @@ def test_command_line_lies_over_the_file(tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("--models nbody paynn", "did you mean 'painn'"),
+        ("--models nbody paynn", "did you mean painn"),
         ("--modles nbody", "did you mean models"),
         ("--budget 10 --steps 5", "budget or steps, not both"),
         ("--budget -1", "budget must be positive"),

@@ -190,7 +190,7 @@ def test_species_are_sorted_and_unknown_ones_named(molecules):
         ({"target": "both"}, "target must be one of extensive, intensive, got 'both'; try 'extensive'"),
         ({"cutoff": 5.0}, r"options must be among .*, got \['cutoff'\]; check the spelling"),
         ({"symmetry": "e3"}, "symmetry must be one of o3, o3-full, so3, got 'e3'; try 'o3'"),
-        ({"sweeps": "down"}, "sweeps must be one of up, up-down, got 'down'; try 'up'"),
+        ({"sweeps": "down"}, "sweeps must be one of up, up-down, got 'down'; did you mean up-down"),
         ({"irreps_out": "1e"}, "irreps_out must be reachable: .* no path leads to 1e; raise lmax"),
         ({"irreps_out": "3o"}, "irreps_out must be reachable: .* no path leads to 3o; raise lmax"),
         ({"channels": 0}, "channels must be at least 1, got 0; try 32"),

@@ -142,5 +142,5 @@ def test_data_and_potential_from_a_configuration():
 
 def test_unknown_preset_names_the_known_ones():
     config = load_config(overrides=[*BASE, "--model.preset", "fast"])
-    with pytest.raises(ValueError, match=r"model.preset must be one of \['practical', 'strict'\], got 'fast'"):
+    with pytest.raises(ValueError, match=r"model.preset must be one of practical, strict, got 'fast'; try 'practical'"):
         build_potential(config, load_data(config.data))

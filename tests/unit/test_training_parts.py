@@ -91,7 +91,7 @@ def test_penalties_agree_where_they_should():
     ("arguments", "message"),
     [
         ({"force_variance": 0.0}, r"force_variance must be positive, got 0\.0"),
-        ({"penalty": "mae"}, "penalty must be one of .*'huber', 'mse', 'norm'.*got 'mae'"),
+        ({"penalty": "mae"}, "penalty must be one of .*huber.*got 'mae'"),
         ({"energy_per": "mole"}, "energy_per must be 'molecule' or 'atom', got 'mole'"),
         ({"energy_weight": -1.0}, "weights must not be negative"),
         ({"energy_weight": 0.0, "force_weight": 0.0}, "one must be positive"),
@@ -175,7 +175,7 @@ def test_optimizer_by_the_name_of_a_class(monkeypatch):
 
     monkeypatch.setattr(optim, "Plain", Plain, raising=False)
     assert isinstance(build_optimizer("Plain", network(), 0.1), Plain)
-    with pytest.raises(ValueError, match=r"optimizer must be one of .*'Plain'.*'adam', 'adamw'.*got 'sgdx'"):
+    with pytest.raises(ValueError, match=r"optimizer must be one of .*Plain.*adamw.*got 'sgdx'"):
         build_optimizer("sgdx", network(), 0.1)
     with pytest.raises(ValueError, match="no trainable parameters"):
         build_optimizer("adam", nn.Tanh(), 0.1)
