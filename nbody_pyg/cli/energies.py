@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 
 import torch
 
@@ -23,6 +24,9 @@ def energies(args: argparse.Namespace) -> int:
     frames = read_structures(args.file)
     metadata = read_metadata(args.model)["metadata"]
     scheme = getattr(potential.model, "scheme", None)
+
+    names = [] if scheme is None else [level.name for level in scheme.levels]
+    level = _level(names, args.level)
 
     def explain(index: int) -> EnergyExplanation:
         if not -len(frames) <= index < len(frames):
@@ -48,7 +52,6 @@ def energies(args: argparse.Namespace) -> int:
     print(f"{what}: {found.total:.6f} eV\n")
     rows = [(name, f"{value:+.6f}") for name, value in found.by_level.items()]
     print(table(["level", "energy eV"], [*rows, ("sum", f"{sum(found.by_level.values()):+.6f}")]))
-    level = _level(found, args.level)
     if level is not None:
         _parts(found, level)
     if plot is not None:
@@ -65,14 +68,14 @@ def _tree(scheme: Scheme, metadata: dict, first: AtomicData, frame: AtomicData):
     return scheme.update(tree, frame.z, frame.pos, None, cell, pbc)
 
 
-def _level(found: EnergyExplanation, wanted: str | None) -> int | None:
+def _level(names: Sequence[str], wanted: str | None) -> int | None:
     if wanted is None:
         return None
-    if wanted in found.names:
-        return found.names.index(wanted)
-    if wanted.isdigit() and int(wanted) < len(found.names):
+    if wanted in names:
+        return names.index(wanted)
+    if wanted.isdecimal() and int(wanted) < len(names):
         return int(wanted)
-    raise ValueError(f"level must be one of {', '.join(found.names)} or its number, got {wanted!r}")
+    raise ValueError(f"level must be one of {', '.join(names)} or its number, got {wanted!r}")
 
 
 def _parts(found: EnergyExplanation, level: int) -> None:

@@ -37,8 +37,6 @@ def md(args: argparse.Namespace) -> int:
     options = {"device": args.device, "dtype": args.dtype, "compile": args.compile, "cuda_graphs": args.cuda_graphs}
     atoms.calc = Committee(members, **options) if len(members) > 1 else NBodyCalculator(args.model, **options)
     folder.mkdir(parents=True, exist_ok=True)
-    for path in folder.glob("energy-*.png") if args.overwrite else ():
-        path.unlink()  # of a run whose trajectory will be gone
     formula = atoms.get_chemical_formula()
     goal = f"{'goes on in' if args.restart else 'written to'} {folder}"
     print(
@@ -69,11 +67,13 @@ def md(args: argparse.Namespace) -> int:
             restart=args.restart,
             stop_on_bond_change=args.stop_on_bond_change,
         )
+    for path in folder.glob("energy-*.png") if args.overwrite else ():
+        path.unlink()  # of a run whose trajectory is gone
     print(f"velocities: {result.velocities}")
     if result.bonds_from is not None:
         print(f"bonds: {result.bonds_from}, kept for the whole run")
     if result.bond_changes is not None:
-        print(f"bonds as found later differ from those in use: first at {result.bond_changes}")
+        print(f"bonds as found differ from those in use: first at {result.bond_changes}")
     print(result)
     if len(members) > 1:
         atoms.get_forces()

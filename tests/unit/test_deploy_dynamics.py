@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 
 import numpy as np
@@ -13,6 +14,7 @@ from ase.constraints import FixAtoms, FixBondLengths, FixCartesian
 from ase.io import read
 
 from nbody_pyg import Potential
+from nbody_pyg.cli.outputs import latest
 from nbody_pyg.datasets import embedded
 from nbody_pyg.deploy import NBodyCalculator, run_md
 from nbody_pyg.deploy.dynamics import cut_to_whole_frames
@@ -293,3 +295,17 @@ def test_atoms_that_cannot_move_are_refused():
     atoms.set_constraint(FixAtoms(range(9)))
     with pytest.raises(ValueError, match="their constraints hold all of them"):
         run_md(atoms, 3)
+
+
+def test_the_default_folder_that_was_written_last(tmp_path, monkeypatch):
+    """Also where numbers are missing; folders of other names are no candidates."""
+    monkeypatch.chdir(tmp_path)
+    assert str(latest("md", "t.xyz")) == "md"
+    for age, name in enumerate(("md-old", "md-5", "md-2", "md", "md-0", "md.xyz", "md-3")):
+        (tmp_path / name).mkdir()
+        if name != "md-3":
+            (tmp_path / name / "t.xyz").touch()
+            os.utime(tmp_path / name / "t.xyz", (1000 + age, 1000 + age))
+    assert str(latest("md", "t.xyz")) == "md"
+    os.utime(tmp_path / "md-5" / "t.xyz")
+    assert str(latest("md", "t.xyz")) == "md-5"
