@@ -201,6 +201,8 @@ def _steps(run, count: int) -> dict[str, Any]:
         for of in (system.batch == graph for graph in range(count))
     ]
     data = Batch.from_data_list(frames).to(run.device)
+    # One list of edges for all places, so that all share a graph: unsigned hierarchies are used as they are
+    del data["scheme"], data["hierarchy_mark"]
     labels = {"energy": torch.randn(count, device=run.device), "forces": torch.randn_like(data.pos)}
     places = [data.pos + 0.02 * torch.randn_like(data.pos) for _ in range(8)]
 

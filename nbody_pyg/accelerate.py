@@ -10,11 +10,14 @@ import torch
 from torch import Tensor
 
 from nbody_pyg.kernels.opaque import opaque_products
+from nbody_pyg.kernels.scope import Lock
 from nbody_pyg.models import NBodyNet
 from nbody_pyg.potential import Potential
 from nbody_pyg.recording import Layout, check_edges, check_same, complete, evaluate, flatten, reason_of, recordable
 
 MODES = ("md", "training")
+#: torch marks the process while it records, and refuses to run compiled programs of other threads meanwhile.
+_COMPILER = Lock()
 
 
 class CompiledPotential:
@@ -24,7 +27,8 @@ class CompiledPotential:
     (``make_fx``), in which the compiled products are single operators, and handed to ``torch.compile``. Programs of the
     first batch and of the first one of another size are compared with eager mode: energies, forces, stress, and in mode
     "training" the gradients of all parameters. Where tracing, compiling or the comparison fails, one warning says why
-    and everything runs in eager mode from then on. No global setting of torch is changed.
+    and everything runs in eager mode from then on. No global setting of torch is changed. Threads may share a
+    compiled potential; programs are compiled and run one at a time in a process.
 
     Call it as the potential itself. Batches that differ in kind from the first one (in their optional tensors, in sizes
     that are 0 or 1, in sizes that are equal) run in eager mode. So do, without a warning, calls without forces,
@@ -56,12 +60,13 @@ class CompiledPotential:
 
     def __call__(self, *arguments: Any, training: bool = False, **keywords: Any) -> dict[str, Tensor]:
         """Results of the potential for the same arguments."""
-        self.calls += 1
         forces = keywords.pop("compute_forces", True)
         stress = keywords.pop("compute_stress", False)
         eager = lambda: self.potential(  # noqa: E731
             *arguments, training=training, compute_forces=forces, compute_stress=stress, **keywords
         )
+        with _COMPILER:
+            self.calls += 1
         if self.failure is not None or training != (self.mode == "training") or not forces:
             return eager()
         system = recordable(self.potential, *arguments, **keywords)
@@ -69,15 +74,15 @@ class CompiledPotential:
             return eager()
         tensors, layout = flatten(self.potential.model.scheme, system, stress)
         check_edges(system["topology"])
-        program = self._program(tensors, layout)
-        if program is None:
-            return eager()
-        self.potential.model.check_species(system["z"])  # a recorded graph checks nothing
-        try:
-            return self._run(program, tensors, system, training, eager)
-        except Exception as error:  # whatever a compiler may raise: eager mode is always there
-            self._give_up(reason_of(error))
-            return eager()
+        with _COMPILER:
+            program = None if self.failure is not None else self._program(tensors, layout)
+            if program is not None:
+                self.potential.model.check_species(system["z"])  # a recorded graph checks nothing
+                try:
+                    return self._run(program, tensors, system, training, eager)
+                except Exception as error:  # whatever a compiler may raise: eager mode is always there
+                    self._give_up(reason_of(error))
+        return eager()
 
     def _program(self, tensors: Sequence[Tensor], layout: Layout) -> _Program | None:
         sizes = [size for tensor in tensors for size in tensor.shape]
@@ -93,13 +98,10 @@ class CompiledPotential:
         known = sizes == program.seen or program.checks == 2
         # Eager mode first: a table that is made once and kept must not be made of a tracer's tensors
         wanted = None if known else eager()
-        with warnings.catch_warnings():
-            if not known:
-                warnings.simplefilter("ignore")  # what torch says to itself while it traces and compiles
-            results = complete(self.potential, program(tensors), system)
+        results = complete(self.potential, program(tensors), system)
         if not known:
             trained = [p for p in self.potential.model.parameters() if p.requires_grad] if training else []
-            check_same(results, wanted, trained, tensors[0].dtype)
+            check_same(results, wanted, trained, self.potential.model.dtype)
             program.seen, program.checks = sizes, program.checks + 1
             # The comparison has used up the graph of the results
             results = complete(self.potential, program(tensors), system)

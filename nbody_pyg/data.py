@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import re
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch_geometric.data import Batch, Data
+from torch_geometric.data.storage import GlobalStorage
 
 # Keys that a composition scheme writes; the number is the level.
 _INDEX_KEY = re.compile(r"^(child|pair)_(\d+)$")
 _CENTRE_KEY = re.compile(r"^centre_(\d+)$")
-_HIERARCHY_KEY = re.compile(r"^(child|pair|child_shift|pair_shift|num_parts|centre)_\d+$|^(bonds|scheme)$")
+_TOPOLOGY_KEY = re.compile(r"^(child|pair|child_shift|pair_shift|num_parts|centre)_\d+$|^hierarchy_mark$")
 # Shapes of one value per graph: they carry a leading 1, so that batching stacks instead of mixing rows.
 _GRAPH_SHAPES: dict[str, tuple[int, ...]] = {
     "energy": (1,),
     "charge": (1,),
+    "spin": (1,),
     "cell": (1, 3, 3),
     "pbc": (1, 3),
     "stress": (1, 3, 3),
@@ -25,6 +30,75 @@ _GRAPH_SHAPES: dict[str, tuple[int, ...]] = {
     "polarizability": (1, 3, 3),
 }
 _ATOM_SHAPES: dict[str, tuple[int, ...]] = {"z": (), "pos": (3,), "forces": (3,), "energies": (), "charges": ()}
+
+
+def is_topology_key(key: str) -> bool:
+    """Whether a scheme writes parts and edges under this key."""
+    return _TOPOLOGY_KEY.match(key) is not None
+
+
+def has_hierarchy(data: Data) -> bool:
+    """Whether a scheme has stored parts and edges on the data.
+
+    Raises: ValueError: keys that a scheme would write, but that are no hierarchy.
+    """
+    if data.get("num_parts_1") is None:
+        return False
+    if data.get("child_1") is None:
+        raise ValueError(
+            "data has the key 'num_parts_1', under which schemes store how many parts there are, but no 'child_1', so "
+            "it is no hierarchy; rename the key"
+        )
+    return True
+
+
+def require_atoms(data: Any) -> None:
+    """Raise unless these are data with ``z`` and ``pos``.
+
+    Raises: TypeError: anything else than a Data or Batch. ValueError: a key that is missing.
+    """
+    if not isinstance(data, Data):
+        name = type(data).__name__
+        cure = {"HeteroData": "build a Data from the z and pos of its atoms", "Atoms": "use AtomicData.from_ase"}
+        raise TypeError(
+            f"data must be a Data or a Batch, got a {name}; {cure.get(name, 'or pass z and pos as tensors')}"
+        )
+    missing = [key for key in ("z", "pos") if data.get(key) is None]
+    if missing:
+        raise ValueError(
+            f"data must hold {' and '.join(map(repr, missing))} (atomic numbers and positions), but its keys are "
+            f"{sorted(data.keys())}; set data.{missing[0]}"
+        )
+
+
+def count_graphs(data: Data) -> int | None:
+    """Graphs of a Data or Batch, those without atoms too; None where only ``batch`` tells."""
+    if isinstance(data, Batch):
+        return int(data.num_graphs)
+    if data.get("ptr") is not None:
+        return len(data.ptr) - 1
+    return 1 if data.get("batch") is None else None
+
+
+class MissingHierarchy(ValueError, KeyError):
+    """A key of a hierarchy that other data have and these do not; a KeyError, as for any other key."""
+
+    __str__ = Exception.__str__
+
+
+class _Storage(GlobalStorage):
+    """The keys of one system. PyG's collate asks every system of a batch for the keys of the first."""
+
+    def __getitem__(self, key: str) -> Any:
+        try:
+            return super().__getitem__(key)
+        except KeyError:
+            if is_topology_key(key) or key == "scheme":
+                raise MissingHierarchy(
+                    f"data has no {key!r}: no scheme was applied to it, or another one than to the rest of its batch; "
+                    "apply one scheme to all data of a batch, or to none"
+                ) from None
+            raise
 
 
 class AtomicData(Data):
@@ -43,8 +117,9 @@ class AtomicData(Data):
     ``stress``          [1, 3, 3]             dE/d(strain)/V, eV/angstrom^3, ASE's sign
     ``dipole``          [1, 3]                e angstrom
     ``polarizability``  [1, 3, 3]
-    ``charge``          [1]                   total charge, e
+    ``charge``          [1]                   total charge, e (optional; neutral without it)
     ``charges``         [N]                   formal charges of the atoms, e (optional)
+    ``spin``            [1]                   spin multiplicity 2S + 1 (optional; a singlet without it)
     ``num_parts_k``     [1] long              number of parts at level k >= 1 of the hierarchy
     ``child_k``         [2, E] long           row 0: part at level k - 1, row 1: its parent at level k
     ``pair_k``          [2, P] long           ordered neighbours at level k
@@ -53,6 +128,7 @@ class AtomicData(Data):
     ``centre_k``        [n] long              part of level k - 1 on which each part of level k sits (some schemes)
     ``bonds``           [2, M] long           covalent bonds, both directions (only where a scheme uses them)
     ``scheme``          str                   the scheme that wrote the hierarchy
+    ``hierarchy_mark``  [1, 4] long           for which atoms and positions it did so
     ==================  ====================  ==========================================================
 
     The hierarchy keys are written by the schemes of :mod:`nbody_pyg.hierarchy`. Their names avoid the words
@@ -68,22 +144,35 @@ class AtomicData(Data):
     """
 
     def __init__(self, **keys: Any) -> None:
-        super().__init__(**keys)
+        super().__init__()
+        self.__dict__["_store"] = _Storage(_parent=self)
+        for key, value in keys.items():
+            setattr(self, key, value)
 
     def __inc__(self, key: str, value: Any, *args: Any, **kwargs: Any) -> Any:
-        match = _INDEX_KEY.match(key)
-        if (centre := _CENTRE_KEY.match(key)) is not None:
+        ours = self._is_index(key, value)
+        if ours and (centre := _CENTRE_KEY.match(key)) is not None:
             return self._num_parts(int(centre.group(1)) - 1)
+        match = _INDEX_KEY.match(key) if ours else None
         if match is None:
-            return self.num_nodes if key == "bonds" else super().__inc__(key, value, *args, **kwargs)
+            return self.num_nodes if ours else super().__inc__(key, value, *args, **kwargs)
         level = int(match.group(2))
         own = self._num_parts(level)
         return own if match.group(1) == "pair" else torch.tensor([[self._num_parts(level - 1)], [own]])
 
     def __cat_dim__(self, key: str, value: Any, *args: Any, **kwargs: Any) -> Any:
-        if _INDEX_KEY.match(key) or key == "bonds":
+        if self._is_index(key, value) and value.dim() == 2:
             return 1
         return super().__cat_dim__(key, value, *args, **kwargs)
+
+    def _is_index(self, key: str, value: Any) -> bool:
+        """Whether a key numbers atoms or parts. Others may use the same names for something else."""
+        if not isinstance(value, Tensor) or value.is_floating_point():
+            return False
+        if key == "bonds":
+            return value.dim() == 2 and value.shape[0] == 2
+        known = _INDEX_KEY.match(key) or _CENTRE_KEY.match(key)
+        return known is not None and ("scheme" in self._store or "num_parts_1" in self._store)
 
     def _num_parts(self, level: int) -> int:
         return self.num_nodes if level == 0 else int(self[f"num_parts_{level}"].sum())
@@ -92,7 +181,7 @@ class AtomicData(Data):
         """A shallow copy without any key that a scheme wrote (bonds included)."""
         out = self.__class__()
         for key, value in self.to_dict().items():
-            if not _HIERARCHY_KEY.match(key):
+            if not is_topology_key(key) and key not in ("bonds", "scheme"):
                 out[key] = value
         return out
 
@@ -109,9 +198,12 @@ class AtomicData(Data):
         """
         if isinstance(data, Batch):
             raise TypeError("data must be a single graph, got a Batch; use data.to_data_list()")
+        require_atoms(data)
         for key in ("z", "pos"):
-            if not isinstance(data.get(key), Tensor):
-                raise ValueError(f"data must have the tensor {key!r}, but its keys are {sorted(data.keys())}")
+            if not isinstance(data[key], Tensor):
+                raise TypeError(
+                    f"{key} must be a tensor, got a {type(data[key]).__name__}; make one with torch.as_tensor"
+                )
         out = cls()
         for key, value in data.to_dict().items():
             out[key] = _with_graph_shape(key, value) if key in _GRAPH_SHAPES else value
@@ -121,7 +213,7 @@ class AtomicData(Data):
     def check(self) -> None:
         """Raise ValueError or TypeError unless every known key has the shape of the table above."""
         num_atoms = self.z.shape[0]
-        if self.z.is_floating_point():
+        if self.z.is_floating_point() or self.z.is_complex() or self.z.dtype == torch.bool:
             raise TypeError(f"z must hold integers (atomic numbers), got {self.z.dtype}; cast it with z.long()")
         for key, tail in _ATOM_SHAPES.items():
             value = self.get(key)
@@ -144,6 +236,8 @@ class AtomicData(Data):
             atoms: the system. Its cell is kept only if at least one direction is periodic.
             labels: also take energy, forces, stress and dipole that its calculator has already computed
                 (nothing is computed here).
+
+        Charges and spin come from where :func:`electronic_state_of` finds them.
         """
         out = cls(
             z=torch.as_tensor(atoms.get_atomic_numbers(), dtype=torch.long),
@@ -152,6 +246,8 @@ class AtomicData(Data):
         if atoms.pbc.any():
             out.cell = torch.as_tensor(atoms.cell.array.copy(), dtype=torch.float64).reshape(1, 3, 3)
             out.pbc = torch.as_tensor(atoms.pbc.copy(), dtype=torch.bool).reshape(1, 3)
+        for key, value in electronic_state_of(atoms).items():
+            out[key] = value
         results = dict(getattr(atoms.calc, "results", {})) if labels else {}
         for key in ("energy", "forces", "stress", "dipole", "energies"):
             if results.get(key) is not None:
@@ -163,7 +259,11 @@ class AtomicData(Data):
         return out
 
     def to_ase(self) -> Any:
-        """`ase.Atoms` with the labels in a SinglePointCalculator (ASE's units are ours)."""
+        """`ase.Atoms` with the labels in a SinglePointCalculator (ASE's units are ours).
+
+        Charges and spin stand where :meth:`from_ase` finds them: ``info["charge"]``, ``info["spin"]``, and the formal
+        charges of the atoms as initial charges, or in the array ``formal_charges`` where they are no whole numbers.
+        """
         from ase import Atoms
         from ase.calculators.singlepoint import SinglePointCalculator
 
@@ -173,6 +273,16 @@ class AtomicData(Data):
             lattice = {"cell": self.cell[0].detach().cpu().numpy()}
             lattice["pbc"] = True if pbc is None else pbc[0].cpu().numpy()
         atoms = Atoms(numbers=self.z.cpu().numpy(), positions=self.pos.detach().cpu().numpy(), **lattice)
+        for key in ("charge", "spin"):
+            if self.get(key) is not None:
+                number = float(torch.as_tensor(self[key]).reshape(-1)[0])
+                atoms.info[key] = int(number) if number.is_integer() else number
+        if self.get("charges") is not None:
+            formal = self.charges.detach().cpu().double().numpy()
+            if _are_whole(formal) and formal.any():
+                atoms.set_initial_charges(formal)
+            else:
+                atoms.set_array("formal_charges", formal)
         results: dict[str, Any] = {}
         for key in ("energy", "forces", "stress", "dipole", "energies"):
             value = self.get(key)
@@ -190,6 +300,162 @@ class AtomicData(Data):
         return atoms
 
 
+#: Where the total charge and the multiplicity may stand in ``atoms.info``; all that are there must agree.
+STATE_KEYS: dict[str, tuple[str, ...]] = {
+    "charge": ("charge", "total_charge"),
+    "spin": ("spin", "multiplicity", "spin_multiplicity", "total_spin"),
+}
+# Partial charges are printed with some digits each: how far their sum may lie from the total charge, e.
+_ROUNDING = 0.05
+
+
+def electronic_state_of(atoms: Any, where: str = "atoms", sources: dict[str, str] | None = None) -> dict[str, Tensor]:
+    """Total ``charge`` [1], formal ``charges`` [N] and ``spin`` multiplicity [1] of `ase.Atoms`, as far as it says.
+
+    The one place where they are read; see docs/conventions.md for the rules.
+
+    Args:
+        atoms: the structure.
+        where: how messages call it.
+        sources: takes the key in which each was found.
+
+    Raises: ValueError: a value that is no finite number, a multiplicity that is no whole number from 1 on, keys that
+        contradict each other, charges of atoms that do not add up to the total charge, or that are neither whole
+        numbers nor add up to one.
+    """
+    found: dict[str, Tensor] = {}
+    sources = {} if sources is None else sources
+    for name, keys in STATE_KEYS.items():
+        values = {
+            key: _number(atoms.info[key], f"{where}: info[{key!r}]") for key in keys if atoms.info.get(key) is not None
+        }
+        if not values:
+            continue
+        (first, value), *others = values.items()
+        for key, other in others:
+            if abs(other - value) > 1e-6:
+                raise ValueError(
+                    f"{where}: info[{first!r}] is {value:g}, but info[{key!r}] is {other:g}; keep one of the two"
+                )
+        if name == "spin" and (value < 1 or value != round(value)):
+            raise ValueError(
+                f"{where}: info[{first!r}] must be the spin multiplicity 2S + 1, a whole number from 1 (singlet) on, "
+                f"got {value:g}; convert it, or remove the key"
+            )
+        found[name] = torch.tensor([value], dtype=torch.float64)
+        sources[name] = f"info[{first!r}]"
+    total = float(found["charge"]) if "charge" in found else None
+    for key in ("formal_charges", "initial_charges"):
+        charges = _charges_of_atoms(atoms, key, where)
+        if charges is None:
+            continue
+        formal = key == "formal_charges" or _are_whole(charges)
+        total = _total_of(charges, formal, total, f"{where}: {key}")
+        if formal and "charges" not in found:
+            found["charges"] = torch.as_tensor(charges)
+            sources["charges"] = f"arrays[{key!r}]"
+        elif "charge" not in found and "charges" not in found and total:
+            found["charge"], sources["charge"] = torch.tensor([total], dtype=torch.float64), f"arrays[{key!r}]"
+    _check_computed(atoms, total or 0.0, where)
+    return found
+
+
+def _number(value: Any, what: str) -> float:
+    try:
+        array = np.asarray(value, dtype=np.float64).reshape(-1)
+    except (TypeError, ValueError):
+        array = np.zeros(0)
+    if array.size != 1 or isinstance(value, (bool, np.bool_)) or not np.isfinite(array).all():
+        raise ValueError(f"{what} must be one finite number, got {value!r}; correct it, or remove the key")
+    return float(array[0])
+
+
+def _charges_of_atoms(atoms: Any, key: str, where: str) -> np.ndarray | None:
+    """Charges of an array; None where there is none, or initial charges that are all zero (ASE's default)."""
+    if not atoms.has(key):
+        return None
+    try:
+        charges = np.array(atoms.get_array(key), dtype=np.float64)
+    except (TypeError, ValueError):
+        charges = np.zeros(0)
+    if charges.shape != (len(atoms),) or not np.isfinite(charges).all():
+        raise ValueError(f"{where}: {key} must hold one finite number for each of {len(atoms)} atoms; remove the array")
+    return None if key == "initial_charges" and not charges.any() else charges
+
+
+def _are_whole(charges: np.ndarray) -> bool:
+    return bool((np.abs(charges - np.round(charges)) < 1e-6).all())
+
+
+def _total_of(charges: np.ndarray, formal: bool, total: float | None, what: str) -> float:
+    """Total charge by the charges of atoms, which must agree with one that is known."""
+    summed = float(charges.sum())
+    if total is not None:
+        if abs(summed - total) > (1e-6 * max(len(charges), 1) if formal else _ROUNDING):
+            raise ValueError(
+                f"{what} add up to {summed:g} e, but the total charge is {total:g}; correct one of them, or remove the "
+                "charges of the atoms"
+            )
+        return total
+    if not formal and abs(summed - round(summed)) > _ROUNDING:
+        raise ValueError(
+            f"{what} are no whole numbers, so no formal charges, and add up to {summed:g} e, so to no total charge; "
+            "set atoms.info['charge'], or remove them"
+        )
+    return summed if formal else float(round(summed))
+
+
+def _check_computed(atoms: Any, total: float, where: str) -> None:
+    """Charges among the results of a calculator are results; they must not say what the structure itself does not."""
+    charges = getattr(atoms.calc, "results", {}).get("charges")
+    if charges is None:
+        return
+    charges = np.asarray(charges, dtype=np.float64)
+    if charges.shape != (len(atoms),) or not np.isfinite(charges).all() or not charges.any():
+        return
+    summed = float(charges.sum())
+    if _are_whole(charges) and not atoms.has("initial_charges") and not atoms.has("formal_charges"):
+        raise ValueError(
+            f"{where}: the charges of the atoms are whole numbers, as formal charges are, but stand where results of a "
+            "calculation do (ASE puts columns 'charge' and 'charges' there), which no model is given; name the column "
+            "initial_charges, or remove it"
+        )
+    if abs(summed - total) > 0.5 and abs(summed - round(summed)) < _ROUNDING:
+        raise ValueError(
+            f"{where}: the computed charges of the atoms add up to {summed:g} e, but the total charge is {total:g}; "
+            "set atoms.info['charge'], or remove the charges"
+        )
+
+
+def complete_states(frames: Sequence[Data]) -> Sequence[Data]:
+    """The same frames with the same keys among ``charge``, ``charges`` and ``spin``: PyG batches the keys of the first.
+
+    Where some frames say something, those that do not become neutral, and singlets. Where some have formal charges, the
+    others share their total charge evenly.
+    """
+    keys = [{key for key in ("charge", "charges", "spin") if frame.get(key) is not None} for frame in frames]
+    wanted = set().union(*keys)
+    if "charges" in wanted and any("charges" not in found for found in keys):
+        wanted.add("charge")
+    one = [key for key in ("charge", "spin") if key in wanted]
+    alike = all(getattr(frame.get(key), "shape", None) == (1,) for frame in frames for key in one)
+    if alike and all(found == wanted for found in keys):
+        return frames
+    out = []
+    for frame, found in zip(frames, keys, strict=True):
+        frame = copy.copy(frame)
+        for key in one:
+            default = torch.tensor([0.0 if key == "charge" else 1.0], dtype=torch.float64)
+            if key == "charge" and key not in found and "charges" in found:
+                default = frame.charges.double().sum().reshape(1)
+            value = torch.as_tensor(frame[key]) if key in found else default
+            frame[key] = value.reshape(1) if value.numel() == 1 else value  # a wrong number is refused in the batch
+        if "charges" in wanted - found:
+            frame.charges = frame.charge.double().expand(len(frame.z)) / len(frame.z)
+        out.append(frame)
+    return out
+
+
 def _with_graph_shape(key: str, value: Any) -> Any:
     """Add the leading 1 that batching needs; numbers become tensors."""
     shape = _GRAPH_SHAPES[key]
@@ -202,4 +468,4 @@ def _with_graph_shape(key: str, value: Any) -> Any:
 
 
 # PyG reloads processed datasets with weights_only=True, which refuses classes that are not registered.
-torch.serialization.add_safe_globals([AtomicData])
+torch.serialization.add_safe_globals([AtomicData, _Storage])

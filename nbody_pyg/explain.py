@@ -10,7 +10,7 @@ from torch_geometric.data import Data
 from torch_geometric.nn import MessagePassing
 
 from nbody_pyg.hierarchy import Hierarchy, Level
-from nbody_pyg.models import NBodyNet
+from nbody_pyg.models import NBodyNet, Surroundings
 
 
 class Membership(MessagePassing):
@@ -63,11 +63,15 @@ class ExplainableNet(nn.Module):
             if spec.pair_radius is not None:
                 self.memberships[f"pair_{k}"] = Membership()
 
+    def reset_parameters(self) -> None:
+        """Draw the weights of the network anew."""
+        self.model.reset_parameters()
+
     def graph(self, data: Data) -> tuple[Tensor, Tensor]:
         """Node features (all one) and edges of the whole hierarchy of ``data``, for ``Explainer.__call__``."""
         hierarchy = self.model.hierarchy(data)
         edges = [index for _, _, index in _edge_sets(hierarchy)]
-        return hierarchy[0].pos.new_ones(sum(level.num_parts for level in hierarchy), 1), torch.cat(edges, dim=1)
+        return hierarchy[0].weight.new_ones(sum(level.num_parts for level in hierarchy), 1), torch.cat(edges, dim=1)
 
     def parts(self, data: Data) -> Tensor:
         """Level of each node of :meth:`graph`."""
@@ -100,8 +104,9 @@ class ExplainableNet(nn.Module):
         levels: tuple[Level, ...] = tuple(
             dataclasses.replace(level, **new) for level, new in zip(hierarchy, changed, strict=True)
         )
-        total = self.model.total(Hierarchy(levels, hierarchy.z, hierarchy.num_graphs))
-        return total.reshape(hierarchy.num_graphs, -1)
+        surroundings = Surroundings.read(hierarchy, data)
+        total = self.model.total(Hierarchy(levels, hierarchy.z, hierarchy.num_graphs), surroundings)
+        return total.unsqueeze(-1).flatten(1)
 
 
 def _offsets(hierarchy: Hierarchy) -> list[int]:

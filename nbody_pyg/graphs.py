@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
@@ -13,7 +14,7 @@ from torch import Tensor
 from torch_geometric.data import Data
 
 from nbody_pyg.kernels.gpu.order import renew_orders
-from nbody_pyg.kernels.scope import tracing
+from nbody_pyg.kernels.scope import Lock, locked, tracing
 from nbody_pyg.models import NBodyNet
 from nbody_pyg.potential import Potential, parameter_gradients
 from nbody_pyg.recording import check_edges, check_same, complete, evaluate, flatten, reason_of, recordable
@@ -65,7 +66,13 @@ class CudaRecorder:
 
 @contextlib.contextmanager
 def _waiting_is_an_error() -> Iterator[None]:
-    """Outside of a capture such an error breaks nothing; inside, it may leave the stream unusable."""
+    """Outside of a capture such an error breaks nothing; inside, it may leave the stream unusable.
+
+    The setting is that of the process, so it is left alone where other threads run, which may well wait.
+    """
+    if threading.active_count() > 1:
+        yield
+        return
     before = torch.cuda.get_sync_debug_mode()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch calls this mode a prototype
@@ -130,16 +137,19 @@ class _Captured:
         self.calls = self.replays = self.captures = 0
         self._graphs: OrderedDict[Hashable, _Graph] = OrderedDict()
         self._sightings: OrderedDict[Hashable, int] = OrderedDict()
+        self._lock = Lock()
 
     def _system(self, *arguments: Any, **keywords: Any) -> dict[str, Any] | None:
         """The checked system; None where it has to run in eager mode."""
-        self.calls += 1
+        with self._lock:
+            self.calls += 1
         if self.failure is not None or torch.is_inference_mode_enabled():
             return None
         system = recordable(self.potential, *arguments, **keywords)
         here = system is not None and system["pos"].device.type == self.recorder.device_type
         return system if here else None
 
+    @locked  # a graph has one set of tensors for everybody
     def _results(
         self,
         kind: Hashable,
@@ -176,7 +186,7 @@ class _Captured:
         results = finish(found)
         if wanted is not None:
             try:
-                self._compare(results, wanted, tensors[0].dtype)
+                self._compare(results, wanted, self.potential.model.dtype)
             except ArithmeticError as error:
                 return self._give_up(reason_of(error))
             graph.checks += 1
@@ -364,6 +374,7 @@ class CapturedStep(_Captured):
     def _added(self, pos: Tensor, system: dict[str, Any], stress: bool) -> list[Tensor]:
         """What has no weights: repulsion in energies, forces and stress; energies of isolated atoms."""
         graphs = system["num_graphs"]
+        pos = pos.to(self.potential.model.dtype)
         zeros = [pos.new_zeros(graphs), torch.zeros_like(pos)] + [pos.new_zeros(graphs, 3, 3)] * stress
         rest = complete(self.potential, zeros, system)
         names = ("interaction_energy", "forces", "stress")[: len(zeros)]

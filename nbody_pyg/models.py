@@ -11,19 +11,32 @@ from e3nn import o3
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch_geometric.data import Data
+from torch_geometric.data.data import BaseData
 
+from nbody_pyg.data import count_graphs, has_hierarchy, require_atoms
+from nbody_pyg.geometry import check_atoms
 from nbody_pyg.hierarchy import Hierarchy, NestedShells, Scheme, Topology
-from nbody_pyg.kernels.scope import is_tracing
-from nbody_pyg.nn.charges import LongRangeSettings, charge_shares
+from nbody_pyg.kernels.scope import has_values, in_own_precision, is_tracing, opaque_to_compile
+from nbody_pyg.messages import check_choice
+from nbody_pyg.nn.charges import (
+    ElectronicEmbedding,
+    LongRangeSettings,
+    charge_shares,
+    check_inputs,
+    refuse_unused,
+    spin_multiplicity,
+    total_charge,
+)
 from nbody_pyg.nn.coulomb import LongRange
 from nbody_pyg.nn.edges import EdgeEmbedding, EdgeFeatures, sum_into
 from nbody_pyg.nn.gates import OneBodyGate
 from nbody_pyg.nn.interaction import Interaction, Recipe
-from nbody_pyg.nn.irreps import check_symmetry, hidden_irreps, require_reachable, to_mul_ir
+from nbody_pyg.nn.irreps import Resettable, check_symmetry, hidden_irreps, require_reachable, to_mul_ir
 from nbody_pyg.nn.readout import LinearReadout, MLPReadout
 from nbody_pyg.radial import BesselBasis, InversePowers
 
-PRESETS = ("practical", "strict")
+#: Presets, with the options that they start from: the powers s = 0 .. 3 of the paper, higher ones leave the range.
+PRESETS: Mapping[str, Mapping[str, Any]] = {"practical": {}, "strict": {"num_basis": 4}}
 SWEEPS = ("up", "up-down")
 #: Typical number of sources per target where the caller gives none.
 _DEFAULT_DEGREE = {"pair": 12.0, "child": 3.0}
@@ -36,17 +49,27 @@ class Step(NamedTuple):
     level: int
 
     @property
+    def edge_level(self) -> int:
+        """Level to which the edge set of the step belongs: that of the parents for children."""
+        return self.level + (self.kind == "down")
+
+    @property
     def edges(self) -> str:
         """Name of the edge set that the step uses, e.g. "pair_0" or "child_2"."""
-        return f"pair_{self.level}" if self.kind == "pair" else f"child_{self.level + (self.kind == 'down')}"
+        return f"{'pair' if self.kind == 'pair' else 'child'}_{self.edge_level}"
 
 
 class Surroundings(NamedTuple):
-    """What long-range energies need to know beside the hierarchy: shares of the total charge, and the cell."""
+    """What a value depends on beside the hierarchy: charges and spins, and the cell (for long-range energies).
 
-    share: Tensor
+    ``charge`` and ``spin`` (multiplicity) have one value for each graph, ``charges`` (formal ones) one for each atom.
+    """
+
+    charge: Tensor | None = None
+    charges: Tensor | None = None
     cell: Tensor | None = None
     pbc: Tensor | None = None
+    spin: Tensor | None = None
 
     @classmethod
     def of(
@@ -56,13 +79,20 @@ class Surroundings(NamedTuple):
         charges: Tensor | None = None,
         cell: Tensor | None = None,
         pbc: Tensor | None = None,
+        spin: Tensor | None = None,
     ) -> Surroundings:
-        """From the total charge of each graph, or the formal charges of the atoms; arguments as for the network."""
-        level = hierarchy[0]
-        return cls(charge_shares(level.batch, hierarchy.num_graphs, charge, charges, level.pos), cell, pbc)
+        """Checked; arguments as for the network. Without a charge that is the sum of ``charges``."""
+        level, graphs = hierarchy[0], hierarchy.num_graphs
+        total = total_charge(level.batch, graphs, charge, charges, level.weight)
+        return cls(total, charges, cell, pbc, spin_multiplicity(spin, graphs, level.weight))
+
+    @classmethod
+    def read(cls, hierarchy: Hierarchy, data: Data) -> Surroundings:
+        """Those of the keys of ``data``, for a hierarchy of its atoms."""
+        return cls.of(hierarchy, **{key: data.get(key) for key in cls._fields})
 
 
-class NBodyNet(nn.Module):
+class NBodyNet(Resettable):
     r"""Covariant hierarchical N-body network.
 
     .. math:: \psi_i = \Phi\big(\{\psi_c, \mathbf r_c - \mathbf r_i\}_{c \in \mathrm{children}(i)}\big), \qquad
@@ -94,23 +124,30 @@ class NBodyNet(nn.Module):
         irreps_out: type of the target, in e3nn's words: "0e" energy, "1o" dipole, "0e + 2e" polarizability.
         target: "extensive" sums a value over the parts of all levels below the root; "intensive" reads the
             root, which is not additive.
-        options: further settings, see :attr:`DEFAULTS`: num_layers (visits of the lowest level that has pairs),
-            num_basis, symmetry ("o3", "o3-full", "so3"), sweeps ("up", "up-down"), degrees (typical number of
-            sources per target, by edge set such as "pair_0" or "child_1"), long_range (energy of latent charges
-            beyond every cutoff: None, or the name of a method, or settings as in
-            :class:`~nbody_pyg.nn.charges.LongRangeSettings`).
+        options: further settings, see :attr:`DEFAULTS`: num_layers (visits of the atoms, where they have pairs;
+            an intensive target reads none but the first),
+            num_basis (radial functions: 8, with the strict preset 4), symmetry ("o3", "o3-full", "so3"), sweeps ("up",
+            or "up-down", which has a meaning for extensive targets where atoms have pairs), degrees (typical number of
+            sources per target, by edge set such as "pair_0" or "child_1"), long_range (energy of latent charges beyond
+            every cutoff: None, or the name of a method, or settings as in
+            :class:`~nbody_pyg.nn.charges.LongRangeSettings`), inputs (what the value depends on beside the atoms:
+            some of "charge", the total charge, and "spin", the multiplicity;
+            :class:`~nbody_pyg.nn.charges.ElectronicEmbedding`).
+
+    The attribute ``assumed`` holds charge and spin that a network without these inputs was trained at, where that is
+    no neutral singlet; training sets it.
 
     Equivariance: O(3) (with symmetry "so3" only rotations), translation, permutation.
     Smoothness: that of the scheme. Cost: linear in the number of edges.
     Raises: ValueError: unknown preset, option or symmetry, a target that no path reaches; in forward: an
-        unknown element.
+        unknown element, a charge or spin that the network has no input for.
 
     Example:
         >>> NBodyNet([1, 6, 8], channels=8)
         NBodyNet(H C O, NestedShells(radii=[3.5, 5.0], exponent=3), practical, 8x0e+8x1o+8x2e -> 1x0e, 7251 parameters)
     """
 
-    #: Settings that ``options`` may change.
+    #: Settings that ``options`` may change; a preset may start from others (:data:`PRESETS`).
     DEFAULTS: ClassVar[dict[str, Any]] = {
         "num_layers": 2,
         "num_basis": 8,
@@ -118,6 +155,7 @@ class NBodyNet(nn.Module):
         "sweeps": "up-down",
         "degrees": None,
         "long_range": None,
+        "inputs": None,
     }
 
     def __init__(
@@ -134,29 +172,55 @@ class NBodyNet(nn.Module):
     ) -> None:
         super().__init__()
         self.scheme = NestedShells() if scheme is None else scheme
+        if not isinstance(self.scheme, Scheme):
+            raise TypeError(f"scheme must be a composition scheme such as BondTree(), got {scheme!r}")
         self.species = _check_species(species)
-        self.preset = _check_choice("preset", preset, PRESETS)
-        self.target = _check_choice("target", target, ("extensive", "intensive"))
+        self.preset = check_choice("preset", preset, tuple(PRESETS))
+        self.target = check_choice("target", target, ("extensive", "intensive"))
         unknown = set(options) - set(self.DEFAULTS)
         if unknown:
             raise ValueError(
                 f"options must be among {sorted(self.DEFAULTS)}, got {sorted(unknown)}; check the spelling"
             )
-        self.options = self.DEFAULTS | options
+        self.options = self.DEFAULTS | PRESETS[preset] | options
         check_symmetry(self.options["symmetry"])
         if self.options["long_range"] is not None:
             self.options["long_range"] = LongRangeSettings.parse(self.options["long_range"]).to_dict()
-        _check_choice("sweeps", self.options["sweeps"], SWEEPS)
+        # Files of networks without inputs know no such key
+        self.options["inputs"] = list(check_inputs(self.options["inputs"])) if self.options["inputs"] else None
+        self.assumed: dict[str, float] = {}
+        check_choice("sweeps", self.options["sweeps"], SWEEPS)
+        self._check_options()
         self.channels, self.lmax, self.body_order = channels, lmax, body_order
         self.irreps = hidden_irreps(channels, lmax, self.options["symmetry"])
         self.irreps_out = o3.Irreps(irreps_out)
         require_reachable(self.irreps_out, {ir for _, ir in self.irreps}, f"a network of type {self.irreps}")
-        table = torch.full((119,), -1, dtype=torch.long)
+        table = torch.full((120,), -1, dtype=torch.long)  # the last for all that is no element
         table[torch.tensor(self.species)] = torch.arange(len(self.species))
         self.register_buffer("species_of", table, persistent=False)
         self._build()
 
     # ------------------------------------------------------------------ construction
+    def _check_options(self) -> None:
+        """Raise where an option has no meaning for this scheme and target."""
+        layers, degrees = self.options["num_layers"], self.options["degrees"] or {}
+        if isinstance(layers, bool) or not isinstance(layers, int) or layers < 1:
+            raise ValueError(f"num_layers must be a whole number, 1 or more, got {layers!r}; try 2")
+        if layers != self.DEFAULTS["num_layers"] and self.scheme.levels[0].pair_radius is None:
+            raise ValueError(
+                f"num_layers counts visits of the atoms along their pairs, of which {self.scheme!r} has none, so that "
+                f"{layers} would do nothing; leave it out, and make the network deeper by further levels of the "
+                "scheme, e.g. NestedShells((3.5, 5.0, 5.0))"
+            )
+        levels = list(enumerate(self.scheme.levels))
+        known = [f"child_{k}" for k, _ in levels[1:]]
+        known += [f"pair_{k}" for k, spec in levels if spec.pair_radius is not None]
+        for name, degree in degrees.items():
+            if name not in known:
+                raise ValueError(f"degrees must name edge sets of {self.scheme!r}, {sorted(known)}, got {name!r}")
+            if isinstance(degree, bool) or not isinstance(degree, (int, float)) or not 0 < degree < float("inf"):
+                raise ValueError(f"degrees[{name!r}] must be a positive number of sources per target, got {degree!r}")
+
     def _build(self) -> None:
         levels, num_basis, symmetry = self.scheme.levels, self.options["num_basis"], self.options["symmetry"]
         self.steps = self._plan()
@@ -166,9 +230,16 @@ class NBodyNet(nn.Module):
         settings = self._long_range_settings()
         dipoles = settings is not None and settings.dipoles
         scalars = hidden_irreps(self.channels, max(int(dipoles), *(ir.l for _, ir in self.irreps_out)), symmetry)
+        self.electrons = None
+        if self.options["inputs"]:
+            energies = self._shifts() and self.irreps_out.dim == 1
+            self.electrons = ElectronicEmbedding(
+                self.options["inputs"], len(self.species), self.channels, offset=energies
+            )
+            types[0] = o3.Irreps([(self.channels, (0, 1))])  # what atoms start from
         for n, step in enumerate(self.steps):
             if step.edges not in self.embeddings:
-                spec = levels[int(step.edges[-1])]
+                spec = levels[step.edge_level]
                 radius = spec.pair_radius if step.kind == "pair" else spec.child_radius
                 basis = (
                     InversePowers(num_basis - 1, radius) if self.preset == "strict" else BesselBasis(num_basis, radius)
@@ -179,7 +250,8 @@ class NBodyNet(nn.Module):
             irreps_out = scalars if final and step.kind != "down" else self.irreps
             self.interactions.append(self._interaction(step, types, irreps_out))
             types[step.level] = irreps_out
-        self._types = types
+        self._types = {level: irreps for level, irreps in types.items() if level in last_visit}
+        types = self._types
         readout = LinearReadout if self.preset == "strict" else MLPReadout
         self.readouts = nn.ModuleDict({str(k): readout(types[k], self.irreps_out) for k in self._read_levels()})
         num_scalars = self.irreps_out.count(o3.Irrep("0e"))
@@ -230,8 +302,8 @@ class NBodyNet(nn.Module):
             practical=self.preset == "practical",
             gain=self._gain(),
         )
-        kind = step.edges.split("_")[0]
-        degree = float((self.options["degrees"] or {}).get(step.edges, _DEFAULT_DEGREE[kind]))
+        default = _DEFAULT_DEGREE["pair" if step.kind == "pair" else "child"]
+        degree = float((self.options["degrees"] or {}).get(step.edges, default))
         if step.kind == "down":
             return OneBodyGate(self.irreps, self.irreps, self.lmax, recipe.num_basis, 1.0, recipe.symmetry)
         return Interaction(
@@ -276,20 +348,29 @@ class NBodyNet(nn.Module):
         topology: Topology | None = None,
         charge: Float[Tensor, " graphs"] | None = None,
         charges: Float[Tensor, " atoms"] | None = None,
+        spin: Tensor | None = None,
+        batch_size: int | None = None,
     ) -> Float[Tensor, "graphs *dim"]:
         """Value of each system: energies without those of isolated atoms, eV, or the target of ``irreps_out``.
 
         A ``Data`` or ``Batch`` may stand in the first place. The topology is read off the data where a
-        transform has stored it, and built otherwise. With ``long_range``, ``charge`` is the total charge of each
-        graph, e (0 if it is not given), and ``charges`` the formal charges of the atoms, if they are known.
+        transform has stored it, and built otherwise. ``charge`` is the total charge of each graph, e (0 if it is not
+        given), ``charges`` the formal charges of the atoms, if they are known, and ``spin`` the multiplicity 2S + 1 of
+        each graph (1 if it is not given). ``batch_size`` is the number of graphs, where the last ones may hold no atom
+        (a Batch knows it); the value of a graph without atoms is 0.
         """
-        hierarchy = self.hierarchy(z, pos, batch, cell=cell, pbc=pbc, topology=topology)
-        if self.long_range is None:
-            return self.total(hierarchy)
+        hierarchy = self.hierarchy(z, pos, batch, cell=cell, pbc=pbc, topology=topology, batch_size=batch_size)
         if isinstance(z, Data):
-            cell, pbc, charge, charges = (z.get(key) for key in ("cell", "pbc", "charge", "charges"))
-        return self.total(hierarchy, Surroundings.of(hierarchy, charge, charges, cell, pbc))
+            return self.total(hierarchy, Surroundings.read(hierarchy, z))
+        return self.total(hierarchy, Surroundings.of(hierarchy, charge, charges, cell, pbc, spin))
 
+    @property
+    def used(self) -> frozenset[str]:
+        """Which of charge and spin the value depends on."""
+        return frozenset(self.options["inputs"] or ()) | ({"charge"} if self.long_range is not None else set())
+
+    @opaque_to_compile
+    @in_own_precision
     def total(self, hierarchy: Hierarchy, surroundings: Surroundings | None = None) -> Float[Tensor, "graphs *dim"]:
         """Value of each system of a hierarchy: the sum of those of its parts; arguments as for :meth:`values`."""
         total = 0
@@ -297,6 +378,8 @@ class NBodyNet(nn.Module):
             total = total + sum_into(value, hierarchy[k].batch, hierarchy.num_graphs)
         return total.squeeze(-1) if self.irreps_out.dim == 1 else total
 
+    @opaque_to_compile
+    @in_own_precision
     def hierarchy(
         self,
         z: Tensor | Data,
@@ -306,30 +389,64 @@ class NBodyNet(nn.Module):
         cell: Tensor | None = None,
         pbc: Tensor | None = None,
         topology: Topology | None = None,
+        batch_size: int | None = None,
     ) -> Hierarchy:
         """The hierarchy that :meth:`forward` would use for these atoms."""
         given: dict[str, Any] = {}
-        if isinstance(z, Data):
+        stored = False
+        if isinstance(z, BaseData) or (pos is None and not isinstance(z, Tensor)):
+            if pos is not None or batch is not None or cell is not None or pbc is not None:
+                raise TypeError("pos, batch, cell and pbc come from the Data; pass either a Data or tensors")
             data = z
+            require_atoms(data)
             z, pos, batch, cell, pbc = (data.get(key) for key in ("z", "pos", "batch", "cell", "pbc"))
-            if topology is None and data.get("num_parts_1") is not None:
+            batch_size = count_graphs(data) if batch_size is None else batch_size
+            if stored := topology is None and has_hierarchy(data):
                 topology = self.scheme.read(data)
-            given = self.scheme.inputs(data)  # bonds or labels that the data brings along
+            elif topology is None:
+                given = self.scheme.inputs(data)  # bonds or labels that the data brings along
+        if isinstance(pos, torch.fx.Proxy):
+            raise TypeError("pos must be a tensor; torch.fx.symbolic_trace cannot follow a network, torch.export can")
+        # Building a topology looks at the values, and whoever hands one over has
+        z = check_atoms(z, pos, values=stored and isinstance(pos, Tensor) and has_values(pos))
+        if topology is None and not has_values(pos):
+            raise RuntimeError(
+                "neighbours are found from values of positions, which tracers, torch.vmap, fake and meta tensors lack; "
+                "pass topology=net.scheme.topology(z, pos), or use nbody_pyg.accelerate.compile_potential"
+            )
         self._species_index(z)  # names an unknown element before its mass is looked up
-        pos = pos.to(self.dtype)
-        cell = None if cell is None else cell.to(self.dtype)
         if topology is None:
-            topology = self.scheme.topology(z, pos, batch, cell, pbc, **given)
-        return self.scheme.hierarchy(topology, z, pos, cell)
+            topology = self.scheme.compose(z, pos, batch, cell, pbc, batch_size, **given)
+        return self.scheme.hierarchy(topology, z, pos.double(), cell, dtype=self.dtype)
 
-    def states(self, hierarchy: Hierarchy) -> dict[int, Float[Tensor, "parts rows channels"]]:
+    def states(
+        self, hierarchy: Hierarchy, surroundings: Surroundings | None = None
+    ) -> dict[int, Float[Tensor, "parts rows channels"]]:
         """State of every part, by level; levels that the network does not use are left out."""
-        return self._states(hierarchy, self._species_index(hierarchy.z), {})
+        species = self._species_index(hierarchy.z)
+        return self._states(hierarchy, species, {}, self._shares(hierarchy, species, surroundings))
+
+    def _shares(
+        self, hierarchy: Hierarchy, species: Int[Tensor, " atoms"], surroundings: Surroundings | None
+    ) -> Float[Tensor, "atoms inputs"] | None:
+        """Shares of the atoms in the inputs of the network, where it has some."""
+        if surroundings is not None and not is_tracing():
+            refuse_unused(self.used, self.assumed, {"charge": surroundings.charge, "spin": surroundings.spin})
+        if self.electrons is None:
+            return None
+        given = surroundings or Surroundings()
+        return self.electrons.shares(species, hierarchy[0].batch, given.charge, given.spin)
 
     def _states(
-        self, hierarchy: Hierarchy, species: Int[Tensor, " atoms"], features: dict[tuple, EdgeFeatures]
+        self,
+        hierarchy: Hierarchy,
+        species: Int[Tensor, " atoms"],
+        features: dict[tuple, EdgeFeatures],
+        shares: Float[Tensor, "atoms inputs"] | None,
     ) -> dict[int, Tensor]:
         states: dict[int, Tensor] = {}
+        if self.electrons is not None:
+            states[0] = self.electrons(shares, species)
         for step, interaction in zip(self.steps, self.interactions, strict=True):
             edges = self._edges(step, hierarchy, features)
             source = states.get(self._source(step))
@@ -346,7 +463,7 @@ class NBodyNet(nn.Module):
                 species if self._centred(self._source(step)) else None,
                 species if self._centred(step.level) else None,
             )
-        return states
+        return {level: states[level] for level in self._types}
 
     def energies(
         self, hierarchy: Hierarchy, surroundings: Surroundings | None = None
@@ -356,7 +473,8 @@ class NBodyNet(nn.Module):
 
     def representations(self, data: Data) -> list[tuple[o3.Irreps, Tensor]]:
         """(type, states in e3nn's mul_ir layout) of every level in use, for tests of covariance."""
-        states = self.states(self.hierarchy(data))
+        hierarchy = self.hierarchy(data)
+        states = self.states(hierarchy, Surroundings.read(hierarchy, data))
         return [(self._types[k], to_mul_ir(x.flatten(1), self._types[k])) for k, x in sorted(states.items())]
 
     def values(
@@ -365,22 +483,32 @@ class NBodyNet(nn.Module):
         """Value of every part of every level that has a readout, of type ``irreps_out``, weighted by g.
 
         With ``long_range`` the energy of the latent charges is among the values of the atoms, and ``surroundings`` say
-        what a hierarchy does not: total charges and periodic images; without them systems are neutral and open.
+        what a hierarchy does not: charges, spins and periodic images; without them systems are neutral singlets, and
+        open.
         """
         species, features = self._species_index(hierarchy.z), {}
-        states = self._states(hierarchy, species, features)
+        shares = self._shares(hierarchy, species, surroundings)
+        states = self._states(hierarchy, species, features, shares)
         values = {}
         for name, readout in self.readouts.items():
             k = int(name)
             values[k] = readout(states[k]) * hierarchy[k].weight.unsqueeze(-1)
         if self.shift is not None:
             atoms = self.shift.index_select(0, species)
+            if shares is not None and self.electrons.offset is not None:
+                atoms = atoms + self.electrons.energy(shares, species).unsqueeze(-1)
             values[0] = values[0] + atoms if 0 in values else atoms
         if self.long_range is not None:
             x = None if self._atom_level is None else states[self._atom_level]
             edges = None if self._atom_step is None else self._edges(self._atom_step, hierarchy, features)
-            share, *periodic = surroundings or Surroundings.of(hierarchy)
-            values[0] = values[0] + self.long_range(x, species, share, edges, hierarchy, *periodic).unsqueeze(-1)
+            charge, charges, cell, pbc, _ = surroundings or Surroundings()
+            # One rule for both: the weights of the elements, where the network has learned some
+            known = self.electrons is not None and "charge" in self.electrons.inputs
+            weight = self.electrons.weight(species)[:, 0] if known else None
+            level = hierarchy[0]
+            like = level.pos.to(self.dtype)
+            share = charge_shares(level.batch, hierarchy.num_graphs, charge, charges, like, weight)
+            values[0] = values[0] + self.long_range(x, species, share, edges, hierarchy, cell, pbc).unsqueeze(-1)
         return values
 
     def _edges(self, step: Step, hierarchy: Hierarchy, features: dict[tuple, EdgeFeatures]) -> EdgeFeatures:
@@ -388,7 +516,7 @@ class NBodyNet(nn.Module):
 
         Centred levels of one radius share their edges (the very same tensor), and with them the features.
         """
-        number = int(step.edges[-1])
+        number = step.edge_level
         level, spec = hierarchy[number], self.scheme.levels[number]
         if step.kind == "pair":
             index, vec, window, radius = level.pair_index, level.pair_vec, level.pair_weight, spec.pair_radius
@@ -408,8 +536,8 @@ class NBodyNet(nn.Module):
         self._species_index(z)
 
     def _species_index(self, z: Tensor) -> Tensor:
-        index = self.species_of[z.clamp(0, 118)]
-        if not is_tracing() and bool((index < 0).any()):
+        index = self.species_of[z.clamp(0, 119)]
+        if has_values(index) and bool((index < 0).any()):
             unknown = sorted(set(z[index < 0].tolist()))
             names = ", ".join(f"{chemical_symbols[n] if 0 < n < 119 else 'no element'} ({n})" for n in unknown)
             known = ", ".join(chemical_symbols[n] for n in self.species)
@@ -419,7 +547,7 @@ class NBodyNet(nn.Module):
     # ------------------------------------------------------------------ description
     @property
     def dtype(self) -> torch.dtype:
-        """Floating dtype of the weights; positions are cast to it."""
+        """Floating dtype of the weights. Vectors between atoms are cast to it, not positions."""
         return next(self.parameters()).dtype
 
     @classmethod
@@ -430,7 +558,7 @@ class NBodyNet(nn.Module):
     @classmethod
     def strict(cls, species: Sequence[int], scheme: Scheme | None = None, **arguments: Any) -> NBodyNet:
         """The paper's setting: polynomial in the states, inverse powers, no activation, no residual."""
-        return cls(species, scheme, preset="strict", **({"num_basis": 4} | arguments))
+        return cls(species, scheme, preset="strict", **arguments)
 
     def config(self) -> dict[str, Any]:
         """Everything that :meth:`from_config` needs, ready for JSON."""
@@ -465,7 +593,7 @@ def edge_degrees(scheme: Scheme, frames: Iterable[Data]) -> dict[str, float]:
     edges: dict[str, int] = {}
     targets: dict[str, int] = {}
     for frame in frames:
-        topology = scheme.read(frame) if frame.get("num_parts_1") is not None else scheme.read(scheme(frame))
+        topology = scheme.read(frame if has_hierarchy(frame) else scheme(frame))
         for k in range(topology.num_levels):
             for name, index in (
                 (f"child_{k}", topology.child_index[k]),
@@ -482,9 +610,3 @@ def _check_species(species: Sequence[int]) -> tuple[int, ...]:
     if not found or found[0] < 1 or found[-1] > 118:
         raise ValueError(f"species must be atomic numbers between 1 and 118, got {list(species)}; e.g. [1, 6, 8]")
     return found
-
-
-def _check_choice(name: str, value: str, choices: Sequence[str]) -> str:
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}; try {choices[0]!r}")
-    return value

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import itertools
 import math
@@ -12,18 +13,31 @@ import torch
 from ase.data import atomic_numbers, chemical_symbols
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from torch_geometric.data import Batch, Data
+from torch_geometric.data import Data
+from torch_geometric.data.data import BaseData
 
-from nbody_pyg.geometry import apply_strain, check_batch, check_cell, check_positions, edge_vectors, neighbour_list
+from nbody_pyg.data import complete_states, count_graphs, has_hierarchy, require_atoms
+from nbody_pyg.geometry import (
+    apply_strain,
+    check_atoms,
+    check_batch,
+    check_batch_size,
+    check_cell,
+    edge_vectors,
+    neighbour_list,
+    rounded_positions,
+)
 from nbody_pyg.hierarchy.levels import Hierarchy
 from nbody_pyg.hierarchy.topology import Topology
-from nbody_pyg.kernels.scope import skip_weight_gradients
-from nbody_pyg.models import Surroundings
+from nbody_pyg.kernels.scope import has_values, in_own_precision, opaque_to_compile
+from nbody_pyg.models import NBodyNet, Surroundings
+from nbody_pyg.nn.charges import DEFAULT_STATE, refuse_unused, spin_multiplicity, total_charge
 from nbody_pyg.nn.exact import Float64Buffers
+from nbody_pyg.nn.irreps import reset
 from nbody_pyg.nn.repulsion import ZBLRepulsion, short_edges
 
 #: Arguments that a model's forward may have beside z, pos and batch.
-MODEL_INPUTS = ("cell", "pbc", "topology", "charge", "charges")
+MODEL_INPUTS = ("cell", "pbc", "topology", "charge", "charges", "spin", "batch_size")
 
 
 class AtomicReference(Float64Buffers):
@@ -173,12 +187,17 @@ class Potential(Float64Buffers):
     Args:
         model: ``model(z, pos, batch)`` returning [num_graphs] or [num_graphs, 1], or a tuple that starts with
             it, as PyG's SchNet, DimeNet++ and ViSNet do. Arguments named ``cell``, ``pbc``,
-            ``topology``, ``charge`` and ``charges`` are filled when the model's forward has them.
+            ``topology``, ``charge``, ``charges`` and ``spin`` are filled when the model's forward has them.
         reference: energies of the isolated atoms, as a module or as the dict that makes one, or None.
         scale: multiplies the output of the model.
         repulsion: "zbl", a repulsion of one's own, or None; "auto" is "zbl" for an :class:`NBodyNet` of the
             practical preset that gives energies, and None for every other model. Training takes the reach of the
             repulsion from its frames: ``ZBLRepulsion.from_frames``.
+
+    Positions come in any floating dtype. An :class:`NBodyNet` subtracts them in float64 and rounds the vectors, so that
+    its results do not depend on where a system lies. Any other model subtracts by itself: where its weights are
+    narrower than the positions it is given them from the mean of each graph, which changes nothing for a model that
+    knows no place in space.
 
     Smoothness: that of the model; the repulsion has two continuous derivatives where it ends.
     Cost: one forward and one backward pass of the model; forces and stress share the backward pass.
@@ -211,9 +230,12 @@ class Potential(Float64Buffers):
         self.reference = reference
         self.repulsion = _repulsion(repulsion, model)
         self.register_buffer("scale", torch.tensor(float(scale), dtype=torch.float64))
-        names = inspect.signature(model.forward).parameters
-        free = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in names.values())
-        self._keywords = frozenset(k for k in MODEL_INPUTS if free or k in names)
+        self._keywords = model_keywords(model)
+        self._own = isinstance(model, NBodyNet)
+
+    def reset_parameters(self) -> None:
+        """Draw the weights of the model anew. Reference energies, scale and repulsion are of the data, and stay."""
+        reset(self.model)
 
     @property
     def dtype(self) -> torch.dtype | None:
@@ -224,6 +246,8 @@ class Potential(Float64Buffers):
                 return tensor.dtype
         return None
 
+    @opaque_to_compile
+    @in_own_precision
     def forward(
         self,
         z: Int[Tensor, " atoms"] | Data,
@@ -235,6 +259,8 @@ class Potential(Float64Buffers):
         topology: Topology | None = None,
         charge: Float[Tensor, " graphs"] | None = None,
         charges: Float[Tensor, " atoms"] | None = None,
+        spin: Tensor | None = None,
+        batch_size: int | None = None,
         compute_forces: bool = True,
         compute_stress: bool = False,
         training: bool = False,
@@ -244,8 +270,11 @@ class Potential(Float64Buffers):
         Works inside ``torch.no_grad()``. A topology that the model's scheme stored on the data is used.
 
         Args:
-            charge: total charge of each graph, for models that take it, e; None is neutral.
-            charges: formal charges of the atoms, for models that take them, e.
+            charge: total charge of each graph, e; None is neutral, or what the model was trained at.
+            charges: formal charges of the atoms, e; of models that take none only their sum counts.
+            spin: multiplicity 2S + 1 of each graph; None is a singlet, or what the model was trained at.
+            batch_size: number of graphs, where the last ones may hold no atom (a Batch knows it). The energy of a graph
+                without atoms is 0.
             compute_forces: add ``forces``.
             compute_stress: add ``stress``; needs a periodic cell.
             training: keep the graph of every result, so that a loss on forces can be differentiated again.
@@ -254,14 +283,15 @@ class Potential(Float64Buffers):
         Raises:
             TypeError: z or batch not integer, pos not floating, pos given beside a Data.
             ValueError: wrong shapes, lengths that differ, NaN positions, batch not sorted, an element without
-                a reference energy, a periodic cell with a model that has no ``cell`` argument, stress without
-                a cell, an output that is not one energy per graph.
+                a reference energy, a periodic cell with a model that has no ``cell`` argument, a charge or spin that
+                the model cannot use, stress without a cell, an output that is not one energy per graph.
             RuntimeError: forces or stress under ``torch.inference_mode()``.
         """
-        system = self._system(z, pos, batch, cell, pbc, topology, charge, charges)
+        system = self._system(z, pos, batch, cell, pbc, topology, charge, charges, spin, batch_size)
+        dtype = self.dtype or system["pos"].dtype
         derivative = compute_forces or compute_stress
         if derivative:
-            _refuse_inference_mode()
+            _refuse_modes()
         with torch.set_grad_enabled(derivative or (training and torch.is_grad_enabled())):
             pos, strain = system["pos"], None
             if derivative and not pos.requires_grad:
@@ -277,9 +307,9 @@ class Potential(Float64Buffers):
                 inputs = [pos] if strain is None else [pos, strain]
                 gradients = _gradient(interaction.sum(), inputs, create_graph=training)
                 if compute_forces:
-                    results["forces"] = -gradients[0]
+                    results["forces"] = -gradients[0].to(dtype)
                 if compute_stress:
-                    results["stress"] = gradients[1] / volume.reshape(-1, 1, 1)
+                    results["stress"] = (gradients[1] / volume.reshape(-1, 1, 1)).to(dtype)
             if not follow:
                 self.add_repulsion(results, system)
             energy = results["interaction_energy"].to(torch.float64)
@@ -300,6 +330,7 @@ class Potential(Float64Buffers):
         topology: Topology | None = None,
         charge: Tensor | None = None,
         charges: Tensor | None = None,
+        spin: Tensor | None = None,
     ) -> EnergyParts:
         """What each part of the hierarchy contributes to the energy; see :class:`EnergyParts`.
 
@@ -310,10 +341,13 @@ class Potential(Float64Buffers):
                 f"{type(self.model).__name__} gives one energy per system and nothing below it; energies of parts "
                 "need a model with hierarchy() and energies(), such as NBodyNet"
             )
-        system = self._system(z, pos, batch, cell, pbc, topology, charge, charges)
+        system = self._system(z, pos, batch, cell, pbc, topology, charge, charges, spin)
         inputs = (system["z"], system["pos"], system["batch"])
-        hierarchy = self.model.hierarchy(*inputs, cell=system["cell"], pbc=system["pbc"], topology=system["topology"])
-        surroundings = Surroundings.of(hierarchy, system["charge"], system["charges"], system["cell"], system["pbc"])
+        given = {key: system[key] for key in ("cell", "pbc", "topology")}
+        if "batch_size" in self._keywords:
+            given["batch_size"] = system["num_graphs"]
+        hierarchy = self.model.hierarchy(*inputs, **given)
+        surroundings = Surroundings.of(hierarchy, **{key: system[key] for key in Surroundings._fields})
         found = self.model.energies(hierarchy, surroundings)
         levels = {k: (value * self.scale.to(value.dtype)).double() for k, value in found.items()}
         zero = torch.zeros(len(system["z"]), dtype=torch.float64, device=system["z"].device)
@@ -321,6 +355,7 @@ class Potential(Float64Buffers):
         if self.repulsion is not None:
             index, shift = self._short_edges(system)
             vec = edge_vectors(system["pos"], index, shift, system["cell"], system["batch"])
+            vec = vec.to(self.dtype or vec.dtype)
             repulsion = self.repulsion.energy(system["z"], index, vec).double()
         if self.reference is not None:
             reference = self.reference.energy(system["z"], torch.arange(len(zero), device=zero.device), len(zero))
@@ -336,6 +371,9 @@ class Potential(Float64Buffers):
         cell: Tensor | None = None,
         pbc: Tensor | None = None,
         topology: Topology | None = None,
+        charge: Tensor | None = None,
+        charges: Tensor | None = None,
+        spin: Tensor | None = None,
     ) -> Float[Tensor, "atoms 3"]:
         r"""Product of the Hessian with a displacement.
 
@@ -344,15 +382,15 @@ class Potential(Float64Buffers):
         Costs about two evaluations of the forces, whatever the number of atoms. Unit: eV/A^2 times that of
         ``vector``.
         """
-        _refuse_inference_mode()
-        system = self._system(z, pos, batch, cell, pbc, topology)
+        _refuse_modes()
+        system = self._system(z, pos, batch, cell, pbc, topology, charge, charges, spin)
         if vector.shape != system["pos"].shape:
             raise ValueError(f"vector must have the shape of pos {list(system['pos'].shape)}, got {list(vector.shape)}")
         with torch.enable_grad():
             pos = system["pos"].detach().requires_grad_(True)
             (slope,) = _gradient(self._interaction(system, pos, None, repel=True).sum(), [pos], create_graph=True)
             (product,) = _gradient((slope * vector.to(slope.dtype)).sum(), [pos], create_graph=False)
-        return product.detach()
+        return product.detach().to(self.dtype or pos.dtype)
 
     def hessian(
         self,
@@ -362,13 +400,16 @@ class Potential(Float64Buffers):
         cell: Tensor | None = None,
         pbc: Tensor | None = None,
         topology: Topology | None = None,
+        charge: Tensor | None = None,
+        charges: Tensor | None = None,
+        spin: Tensor | None = None,
     ) -> Float[Tensor, "coordinates coordinates"]:
         """Second derivatives of the energy of one system, [3 num_atoms, 3 num_atoms], eV/A^2.
 
         Built row by row from one graph: memory of a force evaluation with its graph, not of 3N of them.
         """
-        _refuse_inference_mode()
-        system = self._system(z, pos, None, cell, pbc, topology)
+        _refuse_modes()
+        system = self._system(z, pos, None, cell, pbc, topology, charge, charges, spin)
         if system["num_graphs"] != 1:
             raise ValueError(
                 f"hessian takes one system, got a batch of {system['num_graphs']}; loop over the graphs, or "
@@ -378,7 +419,7 @@ class Potential(Float64Buffers):
             pos = system["pos"].detach().requires_grad_(True)
             (slope,) = _gradient(self._interaction(system, pos, None, repel=True).sum(), [pos], create_graph=True)
             rows = [_gradient(s, [pos], create_graph=False, retain_graph=True)[0] for s in slope.flatten()]
-        return torch.stack(rows).reshape(pos.numel(), pos.numel()).detach()
+        return torch.stack(rows).reshape(pos.numel(), pos.numel()).detach().to(self.dtype or pos.dtype)
 
     # ----------------------------------------------------------------------------------------------
     def _system(
@@ -391,47 +432,51 @@ class Potential(Float64Buffers):
         topology: Topology | None,
         charge: Tensor | None = None,
         charges: Tensor | None = None,
+        spin: Tensor | None = None,
+        batch_size: int | None = None,
     ) -> dict[str, Any]:
         """Check the input and bring it into one form; nothing here is differentiated."""
-        num_graphs = 0
-        if isinstance(z, Data):
+        given: dict[str, Any] = {}
+        if isinstance(z, BaseData) or (pos is None and not isinstance(z, Tensor)):
             if pos is not None or batch is not None or cell is not None or pbc is not None:
                 raise TypeError("pos, batch, cell and pbc come from the Data; pass either a Data or tensors")
             data = z
-            for key in ("z", "pos"):
-                if data.get(key) is None:
-                    raise ValueError(f"data must hold {key!r}, it has {sorted(data.keys())}; set data.{key}")
+            require_atoms(data)
             z, pos, batch = data.z, data.pos, data.get("batch")
             cell, pbc = data.get("cell"), data.get("pbc")
-            charge, charges = data.get("charge"), data.get("charges")
-            num_graphs = data.num_graphs if isinstance(data, Batch) else 0
-            if topology is None and "topology" in self._keywords and "num_parts_1" in data:
+            charge, charges, spin = data.get("charge"), data.get("charges"), data.get("spin")
+            batch_size = count_graphs(data) if batch_size is None else batch_size
+            if topology is None and "topology" in self._keywords:
                 # A scheme refuses what another scheme has stored; `scheme` is optional for foreign models.
                 scheme = getattr(self.model, "scheme", None)
-                topology = Topology.from_data(data) if scheme is None else scheme.read(data)
-        if not isinstance(z, Tensor) or not isinstance(pos, Tensor):
-            raise TypeError(f"z and pos must be tensors, got {type(z).__name__} and {type(pos).__name__}")
-        if z.is_floating_point() or z.dtype == torch.bool:
-            raise TypeError(f"z must hold integers (atomic numbers), got {z.dtype}; cast it with z.long()")
-        check_positions(pos)
-        if z.dim() != 1 or z.shape[0] != pos.shape[0]:
-            raise ValueError(
-                f"z must have shape [{pos.shape[0]}], one atomic number per row of pos, got {list(z.shape)}"
+                if has_hierarchy(data):
+                    topology = Topology.from_data(data) if scheme is None else scheme.read(data)
+                elif scheme is not None:
+                    given = scheme.inputs(data)
+        z = check_atoms(z, pos, values=isinstance(pos, Tensor) and has_values(pos))
+        if not has_values(pos):
+            raise RuntimeError(
+                "a potential looks at values of positions and differentiates by them, which tracers, torch.vmap, fake "
+                "and meta tensors do not allow; trace its model with topology=..., or use accelerate.compile_potential"
             )
-        if z.shape[0] == 0:
-            raise ValueError("z holds no atom; a system needs at least one")
+        if z.shape[0] == 0 and batch_size is None:
+            raise ValueError("z holds no atom; give at least one, or batch_size, the number of graphs without atoms")
         batch, found = check_batch(batch, z.shape[0], z.device)
-        num_graphs = max(found, num_graphs)
-        dtype = self.dtype or pos.dtype
-        pos = _usable(pos).to(dtype)
+        num_graphs = check_batch_size(batch_size, found)
+        pos = _usable(pos)
+        if self._own:
+            pos = pos.double()  # the model subtracts before it rounds
         cell, pbc = check_cell(cell, pbc, num_graphs, pos)
         if pbc is not None and "cell" not in self._keywords:
             raise ValueError(
                 f"{type(self.model).__name__} has no argument 'cell', so it cannot treat a periodic system; "
                 "set pbc to False for molecules, or use a model with forward(z, pos, batch, *, cell, pbc)"
             )
+        like = pos.new_empty(0, dtype=self.dtype)  # numbers for the model are in its precision
+        if given:  # bonds or labels that the data brings along
+            topology = scheme.compose(z, pos, batch, cell, pbc, num_graphs, **given)
         return {
-            "z": _usable(z.long()),
+            "z": _usable(z),
             "pos": pos,
             "batch": _usable(batch),
             "num_graphs": num_graphs,
@@ -439,8 +484,7 @@ class Potential(Float64Buffers):
             "cell": None if pbc is None else _usable(cell),
             "pbc": pbc,
             "topology": topology,
-            "charge": charge,
-            "charges": charges,
+            **electronic_state(self.model, self._keywords, batch, num_graphs, like, charge, charges, spin),
         }
 
     def _strain(self, system: dict[str, Any], pos: Tensor) -> tuple[Tensor, Tensor]:
@@ -460,12 +504,19 @@ class Potential(Float64Buffers):
         cell = system["cell"]
         if strain is not None:
             pos, cell = apply_strain(pos, cell, system["batch"], strain)
-        given = {key: system[key] for key in MODEL_INPUTS} | {"cell": cell}
+        where, box = pos, cell
+        dtype, num_graphs = self.dtype, system["num_graphs"]
+        if not self._own and dtype is not None:
+            pos, cell = rounded_positions(pos, system["batch"], dtype), None if cell is None else cell.to(dtype)
+        given = {key: system.get(key) for key in MODEL_INPUTS} | {"cell": cell, "batch_size": num_graphs}
         keywords = {k: v for k, v in given.items() if v is not None and k in self._keywords}
         output = self.model(system["z"], pos, system["batch"], **keywords)
         if isinstance(output, (tuple, list)):
             output = output[0]
-        num_graphs = system["num_graphs"]
+        short = isinstance(output, Tensor) and output.dim() > 0 and output.shape[0] < num_graphs
+        if short and output.shape[0] == (int(system["batch"][-1]) + 1 if len(system["batch"]) else 0):
+            # Other models see no graph beyond that of the last atom
+            output = torch.cat([output, output.new_zeros(num_graphs - output.shape[0], *output.shape[1:])])
         if not isinstance(output, Tensor) or output.shape not in ((num_graphs,), (num_graphs, 1)):
             shape = list(output.shape) if isinstance(output, Tensor) else type(output).__name__
             raise ValueError(
@@ -475,7 +526,7 @@ class Potential(Float64Buffers):
         interaction = output.reshape(num_graphs) * self.scale.to(output.dtype)
         if repel and self.repulsion is not None:
             index, shift = self._short_edges(system)
-            vec = edge_vectors(pos, index, shift, cell, system["batch"])
+            vec = edge_vectors(where, index, shift, box, system["batch"]).to(interaction.dtype)
             interaction = interaction.index_add(0, system["batch"], self.repulsion.energy(system["z"], index, vec))
         return interaction
 
@@ -495,7 +546,9 @@ class Potential(Float64Buffers):
             return
         pos, batch = system["pos"], system["batch"]
         index, shift = self._short_edges(system)
-        near = self.repulsion.contacts(system["z"], index, edge_vectors(pos, index, shift, system["cell"], batch))
+        dtype = results["interaction_energy"].dtype
+        vec = edge_vectors(pos, index, shift, system["cell"], batch).to(dtype)
+        near = self.repulsion.contacts(system["z"], index, vec)
         if near.energy.shape[0] == 0:
             return
         target = near.index[1]
@@ -507,10 +560,135 @@ class Potential(Float64Buffers):
                 results["forces"] = results["forces"].index_add(0, target, pull)
         if "stress" in results:
             virial = torch.einsum("ea,eb->eab", 0.5 * pull, near.vec)
-            volume = torch.linalg.det(system["cell"].double()).abs().to(pos.dtype).reshape(-1, 1, 1)
+            volume = torch.linalg.det(system["cell"].double()).abs().to(dtype).reshape(-1, 1, 1)
             stress = torch.zeros_like(results["stress"]).index_add(0, batch[target], virial) / volume
             with torch.enable_grad():
                 results["stress"] = results["stress"] + stress
+
+
+def model_keywords(model: nn.Module) -> frozenset[str]:
+    """Which of :data:`MODEL_INPUTS` the forward of a model takes."""
+    names = inspect.signature(model.forward).parameters
+    free = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in names.values())
+    return frozenset(k for k in MODEL_INPUTS if k in names or (free and k != "batch_size"))
+
+
+def used_state(model: nn.Module) -> frozenset[str]:
+    """Which of charge and spin a model depends on: an :class:`NBodyNet` says so, of others their arguments do."""
+    if isinstance(model, NBodyNet):
+        return model.used
+    keywords = model_keywords(model)
+    return frozenset(key for key in ("charge", "spin") if key in keywords)
+
+
+def electronic_state(
+    model: nn.Module,
+    keywords: frozenset[str],
+    batch: Tensor,
+    num_graphs: int,
+    like: Tensor,
+    charge: Tensor | None,
+    charges: Tensor | None,
+    spin: Tensor | None,
+) -> dict[str, Tensor | None]:
+    """Checked charge, charges and spin: what the model uses of them, None for the rest.
+
+    Raises: ValueError: shapes, values that are not finite, or a state that the model cannot use and was not trained at.
+    """
+    if charge is None and charges is None and spin is None:
+        return {"charge": None, "charges": None, "spin": None}
+    given = {
+        "charge": total_charge(batch, num_graphs, charge, charges, like),
+        "spin": spin_multiplicity(spin, num_graphs, like),
+    }
+    used = used_state(model)
+    by_atom = charges if "charge" in used and "charges" in keywords else None
+    refuse_unused(used, getattr(model, "assumed", {}), given)
+    found = {key: value if key in used else None for key, value in given.items()}
+    return {**found, "charges": None if by_atom is None else by_atom.to(like)}
+
+
+def check_states(model: nn.Module, frames: Iterable[Data], name: str = "frames") -> None:
+    """Raise unless the model knows charge and spin of every frame.
+
+    Raises: ValueError: as for :func:`electronic_state`, naming the frame.
+    """
+    keywords = model_keywords(model)
+    for number, frame in enumerate(frames):
+        state = [frame.get(key) for key in ("charge", "charges", "spin")]
+        if all(value is None for value in state):
+            continue
+        try:
+            batch = torch.zeros(len(frame.z), dtype=torch.long)
+            electronic_state(model, keywords, batch, 1, torch.zeros(0, dtype=torch.float64), *state)
+        except ValueError as error:
+            raise ValueError(f"frame {number} of {name}: {error}") from None
+
+
+def model_frames(model: nn.Module, frames: Sequence[Data], name: str = "frames") -> Sequence[Data]:
+    """The frames with those of the keys ``charge``, ``charges`` and ``spin`` that the model uses, in all or in none.
+
+    Raises: ValueError: as for :func:`check_states`.
+    """
+    check_states(model, frames, name)
+    used = used_state(model)
+    kept = used | ({"charges"} if "charge" in used and "charges" in model_keywords(model) else set())
+    dropped = [key for key in ("charge", "charges", "spin") if key not in kept]
+    if any(frame.get(key) is not None for frame in frames for key in dropped):
+        frames = [copy.copy(frame) for frame in frames]
+        for frame in frames:
+            if "charges" in dropped and "charge" in kept and frame.get("charge") is None and "charges" in frame:
+                frame.charge = frame.charges.double().sum().reshape(1)
+            for key in dropped:
+                if key in frame:
+                    del frame[key]
+    return complete_states(frames)
+
+
+def frame_states(frames: Iterable[Data]) -> dict[str, list[float]]:
+    """Charge and spin of every frame, each only where some frame says it; the others are neutral, or singlets.
+
+    Raises: ValueError: a wrong number of values, or one that cannot be.
+    """
+    found: dict[str, list[float]] = {}
+    zero = torch.zeros(0, dtype=torch.float64)
+    for number, frame in enumerate(frames):
+        charge, charges, spin = (frame.get(key) for key in ("charge", "charges", "spin"))
+        try:
+            if charge is not None or charges is not None:
+                batch = torch.zeros(len(frame.z), dtype=torch.long)
+                total = round(float(total_charge(batch, 1, charge, charges, zero)), 6)  # a sum of thirds is whole
+                found.setdefault("charge", [DEFAULT_STATE["charge"]] * number).append(total)
+            if spin is not None:
+                value = float(spin_multiplicity(spin, 1, zero))
+                found.setdefault("spin", [DEFAULT_STATE["spin"]] * number).append(value)
+        except ValueError as error:
+            raise ValueError(f"frame {number}: {error}") from None
+        for key, values in found.items():
+            if len(values) == number:
+                values.append(DEFAULT_STATE[key])
+    return found
+
+
+def learn_state(model: nn.Module, frames: Iterable[Data]) -> None:
+    """Check that a model can be trained on the charges and spins of some frames, and keep as ``model.assumed`` what all
+    of them have and the model has no input for.
+
+    Raises: ValueError: frames that differ in what the model has no input for, naming two of them.
+    """
+    used, assumed = used_state(model), dict(getattr(model, "assumed", {}))
+    for key, values in frame_states(frames).items():
+        odd = next((n for n, value in enumerate(values) if value != values[0]), None)
+        if key not in used and odd is not None:
+            raise ValueError(
+                f"{key} must be the same in all training frames, for the model has no input for it, got "
+                f"{values[0]:g} in frame 0 and {values[odd]:g} in frame {odd}; build an NBodyNet with inputs=[{key!r}] "
+                "(`nbody train` does so by itself), or train on frames of one kind"
+            )
+        assumed.pop(key, None)
+        if key not in used and values[0] != DEFAULT_STATE[key]:
+            assumed[key] = values[0]
+    model.assumed = assumed
 
 
 def _repulsion(repulsion: ZBLRepulsion | str | None, model: nn.Module) -> ZBLRepulsion | None:
@@ -547,11 +725,11 @@ def derivatives(
             moved, bent = apply_strain(pos, cell, batch, inputs[1])
         value = energy(moved, bent) if stress else energy(pos, cell)
         slopes = _gradient(value.sum(), inputs, create_graph=create_graph)
-    found = [value, -slopes[0]]
+    found = [value, -slopes[0].to(value.dtype)]
     if stress:
         # The triple product: a decomposition of the cell may wait for the GPU
         volume = (cell[:, 0] * torch.linalg.cross(cell[:, 1], cell[:, 2])).sum(dim=-1).abs()
-        found.append(slopes[1] / volume.reshape(-1, 1, 1))
+        found.append((slopes[1] / volume.reshape(-1, 1, 1)).to(value.dtype))
     return found
 
 
@@ -566,21 +744,25 @@ def _gradient(
     """Derivative of a scalar; zeros, not None, where it does not depend on an input (an atom on its own)."""
     if not value.requires_grad:
         return tuple(torch.zeros_like(x) for x in inputs)
-    with skip_weight_gradients():
-        return torch.autograd.grad(
-            value,
-            inputs,
-            create_graph=create_graph,
-            retain_graph=retain_graph or create_graph,
-            materialize_grads=True,
-        )
+    return torch.autograd.grad(
+        value,
+        inputs,
+        create_graph=create_graph,
+        retain_graph=retain_graph or create_graph,
+        materialize_grads=True,
+    )
 
 
-def _refuse_inference_mode() -> None:
+def _refuse_modes() -> None:
     if torch.is_inference_mode_enabled():
         raise RuntimeError(
             "forces and stress need derivatives, which torch.inference_mode() forbids for good; use "
             "torch.no_grad() instead, or inference_mode=False in Lightning's Trainer"
+        )
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        raise RuntimeError(
+            "a potential differentiates by itself, which does not work inside torch.func; transform its model instead, "
+            "or use training=True and backward(), hessian() or hessian_vector_product()"
         )
 
 

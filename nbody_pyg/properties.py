@@ -11,12 +11,14 @@ from e3nn import o3
 from torch import Tensor, nn
 from torch_geometric.data import Data
 
-from nbody_pyg.geometry import safe_norm
+from nbody_pyg.data import count_graphs, require_atoms
+from nbody_pyg.geometry import rounded_positions, safe_norm
 from nbody_pyg.hierarchy import Hierarchy
 from nbody_pyg.hierarchy.positions import atomic_masses
-from nbody_pyg.models import NBodyNet
+from nbody_pyg.models import NBodyNet, Surroundings
 from nbody_pyg.nn.edges import sum_into
-from nbody_pyg.nn.irreps import clebsch_gordan
+from nbody_pyg.nn.irreps import clebsch_gordan, reset
+from nbody_pyg.potential import electronic_state, model_keywords
 
 #: Readout -> (scalars, vectors, tensors of degree 2) that it takes from every part, and the shape of its value.
 READOUTS: Mapping[str, tuple[tuple[int, int, int], tuple[int, ...]]] = {
@@ -111,7 +113,8 @@ class PropertyModel(nn.Module):
         statistics: by the name of the property; none for what is learned as it is.
 
     Raises: ValueError: a network of another type, two properties of one name, a readout that the model cannot
-        give, in forward: a periodic system where distances from the centre of mass are needed.
+        give, in forward: a periodic system where distances from the centre of mass are needed, a charge or spin that
+        the model cannot use.
 
     Example:
         >>> wanted = [Property("dipole", "dipole", "e*angstrom")]
@@ -129,6 +132,7 @@ class PropertyModel(nn.Module):
         names = [p.name for p in self.properties]
         if not names or len(set(names)) < len(names):
             raise ValueError(f"properties must have names of their own, got {names or 'none'}")
+        self._keywords = model_keywords(model)
         self.statistics = {name: (statistics or {}).get(name, Statistics()) for name in names}
         if isinstance(model, NBodyNet):
             wanted = property_irreps(self.properties)
@@ -146,6 +150,10 @@ class PropertyModel(nn.Module):
                 f"'intensive' (both taken as they come); use an NBodyNet for {[p.readout for p in self.properties]}"
             )
 
+    def reset_parameters(self) -> None:
+        """Draw the weights of the network anew. The statistics are of the data, and stay."""
+        reset(self.model)
+
     @property
     def dtype(self) -> torch.dtype:
         """Floating dtype of the weights."""
@@ -158,17 +166,25 @@ class PropertyModel(nn.Module):
 
     def forward(self, data: Data) -> dict[str, Tensor]:
         """Value of each property, float64, (graphs, *shape)."""
-        batch = data.get("batch")
-        num_graphs = 1 if batch is None else int(data.num_graphs)
+        require_atoms(data)
+        batch, num_graphs = data.get("batch"), count_graphs(data)
+        num_graphs = int(batch.max()) + 1 if num_graphs is None else num_graphs
         batch = torch.zeros_like(data.z) if batch is None else batch
         centre = self._centre(data, batch, num_graphs)
-        raw = self._from_network(data, centre) if isinstance(self.model, NBodyNet) else self._from_other(data, batch)
+        state = [data.get(key) for key in ("charge", "charges", "spin")]
+        like = data.pos.new_empty(0, dtype=self.dtype)  # numbers for the model are in its precision
+        given = electronic_state(self.model, self._keywords, batch, num_graphs, like, *state)
+        given = {key: value for key, value in given.items() if value is not None}
+        if isinstance(self.model, NBodyNet):
+            raw = self._from_network(data, centre, given)
+        else:
+            raw = self._from_other(data, batch, given)
         return {p.name: self._restored(p, raw[p.name], data, batch, num_graphs, centre) for p in self.properties}
 
     # ------------------------------------------------------------------ readouts
-    def _from_network(self, data: Data, centre: Tensor) -> dict[str, Tensor]:
+    def _from_network(self, data: Data, centre: Tensor, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
         hierarchy = self.model.hierarchy(data)
-        values, counts = self.model.values(hierarchy), [0, 0, 0]
+        values, counts = self.model.values(hierarchy, Surroundings.of(hierarchy, **given)), [0, 0, 0]
         size = hierarchy.num_graphs
         num_atoms = torch.bincount(hierarchy[0].batch, minlength=size).unsqueeze(-1)
         n0 = self.model.irreps_out.count(o3.Irrep("0e"))
@@ -178,14 +194,14 @@ class PropertyModel(nn.Module):
             total: Tensor | float = 0.0
             (k0, k1, k2), _ = READOUTS[p.readout]
             for level, value in values.items():
-                # Blocks are stored channels last: [scalars], [3, vectors], [5, tensors]
+                # mul_ir: the scalars, then vector after vector, tensor after tensor; at most one of each in a readout
                 a = value[:, counts[0] : counts[0] + k0]
-                v = value[:, n0 : n0 + 3 * n1].reshape(len(value), 3, n1)[:, :, counts[1] : counts[1] + k1]
-                t = value[:, n0 + 3 * n1 :].reshape(len(value), 5, -1)[:, :, counts[2] : counts[2] + k2] if k2 else a
-                total = total + self._sum(p.readout, hierarchy, level, a, v, t, centre.to(value.dtype))
+                v = value[:, n0 + 3 * counts[1] :][:, : 3 * k1]
+                t = value[:, n0 + 3 * n1 + 5 * counts[2] :][:, : 5 * k2]
+                total = total + self._sum(p.readout, hierarchy, level, a, v, t, centre)
             counts = [counts[0] + k0, counts[1] + k1, counts[2] + k2]
             if p.readout == "intensive":
-                total = total / num_atoms.to(total.dtype)
+                total = total / num_atoms.clamp(min=1).to(total.dtype)
             if p.readout == "dipole_norm":
                 total = safe_norm(total).unsqueeze(-1)
             out[p.name] = total.reshape(size, *p.shape)
@@ -196,20 +212,20 @@ class PropertyModel(nn.Module):
         """Contribution of the parts of a level to each graph."""
         here = hierarchy[level]
         if readout in ("dipole", "dipole_norm"):
-            each = a * (here.pos - centre[here.batch]) + v.squeeze(-1)
+            each = a * (here.pos - centre[here.batch]).to(a.dtype) + v
         elif readout == "r2":
-            square = (here.pos - centre[here.batch]).square().sum(-1, keepdim=True)
+            square = (here.pos - centre[here.batch]).to(a.dtype).square().sum(-1, keepdim=True)
             each = a[:, :1] + a[:, 1:] * square
         elif readout == "polarizability":
             table = clebsch_gordan(1, 1, 2).to(a)
             trace = a * torch.eye(3).to(a).reshape(1, 9)
-            each = trace + (t.squeeze(-1) @ table.reshape(9, 5).t())
+            each = trace + (t @ table.reshape(9, 5).t())
         else:
             each = a
         return sum_into(each, here.batch, hierarchy.num_graphs)
 
-    def _from_other(self, data: Data, batch: Tensor) -> dict[str, Tensor]:
-        output = self.model(data.z, data.pos.to(self.dtype), batch)
+    def _from_other(self, data: Data, batch: Tensor, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        output = self.model(data.z, rounded_positions(data.pos, batch, self.dtype), batch, **given)
         output = output[0] if isinstance(output, (tuple, list)) else output
         return {self.properties[0].name: output.reshape(-1)}
 
@@ -220,7 +236,8 @@ class PropertyModel(nn.Module):
             raise ValueError(f"data must not be periodic for {sorted(_PLACED)}: a cell has no centre of mass")
         mass = atomic_masses(data.z, torch.float64).unsqueeze(-1)
         total = sum_into(mass * data.pos.double(), batch, num_graphs)
-        return total / sum_into(mass, batch, num_graphs)
+        whole = sum_into(mass, batch, num_graphs)
+        return total / torch.where(whole > 0, whole, torch.ones_like(whole))  # a graph may hold no atom
 
     def _restored(self, p: Property, raw: Tensor, data: Data, batch: Tensor, num_graphs: int, centre: Tensor) -> Tensor:
         """Scale, mean and the values of the elements, in float64."""

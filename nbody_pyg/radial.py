@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from nbody_pyg.geometry import safe_norm
 from nbody_pyg.kernels.backend import backend
-from nbody_pyg.kernels.edges import compiled_window
+from nbody_pyg.kernels.edges import compiled_window, window_library
 from nbody_pyg.kernels.gpu.features import gpu_window
 
 #: Length (angstrom) below which distances are softened, see :func:`soften`.
@@ -58,7 +58,7 @@ def check_exponent(exponent: int) -> int:
 
 def vector_window(vec: Float[Tensor, "edges 3"], cutoff: float, exponent: int = 6) -> Float[Tensor, "edges"]:
     """:func:`smooth_cutoff` of the length of some vectors, in one step where a compiled backend runs."""
-    which = backend(vec)
+    which = "torch" if torch.compiler.is_dynamo_compiling() else backend(vec, window_library(exponent))
     if which != "torch":
         return (compiled_window if which == "c" else gpu_window)(vec, cutoff, exponent)
     return smooth_cutoff(safe_norm(vec), cutoff, exponent)

@@ -38,15 +38,15 @@ def recordable(
 ) -> dict[str, Any] | None:
     """The checked system of a call; None where its energy depends on more than :func:`evaluate` knows.
 
-    That is charges, long range and survivors: the weights of :class:`~nbody_pyg.hierarchy.SmoothSurvivors` leave out
-    what is zero at these positions, so that the number of their terms is a value, which no recorded program could
+    That is charges, spins, long range and survivors: the weights of :class:`~nbody_pyg.hierarchy.SmoothSurvivors` leave
+    out what is zero at these positions, so that the number of their terms is a value, which no recorded program could
     follow.
     """
     system = potential._system(z, pos, batch, **{key: keywords.get(key) for key in MODEL_INPUTS})
     # By the scheme as well: where there is no topology yet, the search for one is left to eager mode
     centre = () if system["topology"] is None else system["topology"].centre
     survivors = isinstance(potential.model.scheme, SmoothSurvivors) or any(index is not None for index in centre)
-    charged = system["charge"] is not None or system["charges"] is not None
+    charged = any(system[key] is not None for key in ("charge", "charges", "spin"))
     return None if survivors or charged or potential.model.long_range is not None else system
 
 
@@ -57,7 +57,7 @@ def flatten(scheme: Scheme, system: dict[str, Any], stress: bool) -> tuple[list[
     """
     topology = system["topology"]
     if topology is None:
-        topology = scheme.topology(*(system[key] for key in ("z", "pos", "batch", "cell", "pbc")))
+        topology = scheme.compose(*(system[key] for key in ("z", "pos", "batch", "cell", "pbc", "num_graphs")))
         system["topology"] = topology
     count = topology.num_levels
     batches = [system["batch"], *(topology.batch(k) for k in range(1, count))]
@@ -96,7 +96,8 @@ def evaluate(potential: Potential, layout: Layout, training: bool, tensors: Sequ
     topology = Topology(parts, child, pair, child_shift, pair_shift, None, periodic).assume(batches)
 
     def energy(pos: Tensor, cell: Tensor | None) -> Tensor:
-        return model.total(model.scheme.hierarchy(topology, z, pos, cell)) * potential.scale.to(pos.dtype)
+        value = model.total(model.scheme.hierarchy(topology, z, pos, cell, dtype=model.dtype))
+        return value * potential.scale.to(value.dtype)
 
     found = derivatives(energy, pos, cell, batches[0], layout.stress, create_graph=training)
     return found if training else [value.detach() for value in found]

@@ -37,6 +37,18 @@ ENERGY_UNITS: Mapping[str, float] = {
 }
 LENGTH_UNITS: Mapping[str, float] = {"angstrom": 1.0, "bohr": BOHR, "nm": 10.0, "pm": 1e-2}
 DIPOLE_UNITS: Mapping[str, float] = {"e*angstrom": 1.0, "debye": DEBYE, "e*bohr": BOHR}
+GIGAPASCAL = 1e-21 / ELEMENTARY_CHARGE  # eV/angstrom^3
+STRESS_UNITS: Mapping[str, float] = {
+    "eV/angstrom^3": 1.0,
+    "meV/angstrom^3": 1e-3,
+    "GPa": GIGAPASCAL,
+    "kbar": 0.1 * GIGAPASCAL,
+    "bar": 1e-4 * GIGAPASCAL,
+    "MPa": 1e-3 * GIGAPASCAL,
+    "Pa": 1e-9 * GIGAPASCAL,
+    "Ha/bohr^3": HARTREE / BOHR**3,
+    "Ry/bohr^3": 0.5 * HARTREE / BOHR**3,
+}
 
 # Spellings met in files; compared without regard to case and spaces, except where case carries the meaning
 # (meV).
@@ -75,6 +87,19 @@ _SPELLINGS: Mapping[str, str] = {
     "e*a0": "e*bohr",
     "ea0": "e*bohr",
     "ebohr": "e*bohr",
+    "ev/a^3": "eV/angstrom^3",
+    "ev/a**3": "eV/angstrom^3",
+    "ev/a3": "eV/angstrom^3",
+    "ev/ang^3": "eV/angstrom^3",
+    "ev/å^3": "eV/angstrom^3",
+    "ev/å³": "eV/angstrom^3",
+    "mev/a^3": "meV/angstrom^3",
+    "kb": "kbar",
+    "kilobar": "kbar",
+    "gigapascal": "GPa",
+    "hartree/bohr^3": "Ha/bohr^3",
+    "ha/a0^3": "Ha/bohr^3",
+    "rydberg/bohr^3": "Ry/bohr^3",
 }
 
 
@@ -85,8 +110,8 @@ def _canonical(unit: str, table: Mapping[str, float], kind: str) -> str:
     name = unit.strip()
     if name in table:
         return name
-    if name == "MeV":  # lower-casing would read mega as milli
-        raise ValueError(f"unknown {kind} unit 'MeV'; did you mean 'meV'?")
+    if name[:3] == "MeV" or name == "mPa":  # lower-casing would read mega as milli, or milli as mega
+        raise ValueError(f"unknown {kind} unit {unit!r}; did you mean {name.swapcase()[0] + name[1:]!r}?")
     plain = name.lower().replace(" ", "")
     spellings = {known.lower(): known for known in table}
     spellings |= {s.replace(" ", ""): known for s, known in _SPELLINGS.items() if known in table}
@@ -95,6 +120,20 @@ def _canonical(unit: str, table: Mapping[str, float], kind: str) -> str:
     near = difflib.get_close_matches(plain, list(spellings), n=1, cutoff=0.5)
     hint = f"; did you mean {spellings[near[0]]!r}?" if near else ""
     raise ValueError(f"unknown {kind} unit {unit!r}{hint} Known: {', '.join(table)}")
+
+
+_TABLES = {"energy": ENERGY_UNITS, "length": LENGTH_UNITS, "dipole": DIPOLE_UNITS, "stress": STRESS_UNITS}
+
+
+def _kind(unit: str) -> str | None:
+    """What ``unit`` measures, a key of ``_TABLES``; None for an unknown word."""
+    for kind, table in _TABLES.items():
+        try:
+            _canonical(unit, table, kind)
+        except ValueError:
+            continue
+        return kind
+    return None
 
 
 def energy_factor(unit: str) -> float:
@@ -130,11 +169,15 @@ class Units:
     ``dipole_factor``             e*angstrom
     ============================  =========================
 
+    Signs are not converted: a stress must have ASE's (positive when the system pulls inwards), which is minus a
+    pressure and minus the stress that VASP writes in kB; a virial is minus the stress times the volume, and has the
+    unit of the energy.
+
     Args:
         energy: a unit of energy: eV, meV, kcal/mol, kJ/mol, Ha, mHa, Ry, cm^-1 or a common spelling of one.
-        length: a unit of length: angstrom, bohr, nm, pm. Forces are in energy/length, stress in
-            energy/length^3.
+        length: a unit of length: angstrom, bohr, nm, pm. Forces are in energy/length.
         dipole: a unit of dipole: e*angstrom, debye, e*bohr.
+        stress: a unit of stress: eV/angstrom^3, GPa, kbar, bar, MPa, Pa, Ha/bohr^3; None: energy/length^3.
 
     Raises:
         ValueError: unknown unit; the message names the nearest known one.
@@ -147,30 +190,39 @@ class Units:
     energy: str = "eV"
     length: str = "angstrom"
     dipole: str = "e*angstrom"
+    stress: str | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "energy", _canonical(self.energy, ENERGY_UNITS, "energy"))
         object.__setattr__(self, "length", _canonical(self.length, LENGTH_UNITS, "length"))
         object.__setattr__(self, "dipole", _canonical(self.dipole, DIPOLE_UNITS, "dipole"))
+        if self.stress is not None:
+            object.__setattr__(self, "stress", _canonical(self.stress, STRESS_UNITS, "stress"))
 
     @classmethod
     def parse(cls, units: Units | str | Mapping[str, str]) -> Units:
-        """Units from ``"kcal/mol"``, ``"kcal/mol, angstrom"``, a mapping, or units themselves.
+        """Units from ``"kcal/mol"``, ``"eV, angstrom, GPa"``, a mapping, or units themselves.
 
-        A string holds energy, then length, then dipole, separated by commas; what is left out keeps its
-        default.
+        A string holds units of energy, length, dipole and stress, separated by commas, in any order; what is left
+        out keeps its default.
         """
         if isinstance(units, Units):
             return units
         if isinstance(units, str):
             parts = [part.strip() for part in units.split(",")]
-            if len(parts) > 3 or not all(parts):
-                raise ValueError(f"units must read 'energy[, length[, dipole]]', got {units!r}")
-            return cls(*parts)
+            if len(parts) > len(_TABLES) or not all(parts):
+                raise ValueError(f"units must read 'energy[, length[, dipole[, stress]]]', got {units!r}")
+            named: dict[str, str] = {}
+            for part, place in zip(parts, _TABLES, strict=False):
+                kind = _kind(part) or place  # an unknown word is refused as what should stand at its place
+                if kind in named:
+                    raise ValueError(f"units must name one unit of {kind}, got {units!r}")
+                named[kind] = part
+            return cls(**named)
         if isinstance(units, Mapping):
-            unknown = set(units) - {"energy", "length", "dipole"}
+            unknown = set(units) - set(_TABLES)
             if unknown:
-                raise ValueError(f"units knows energy, length and dipole, got {sorted(unknown)}")
+                raise ValueError(f"units knows energy, length, dipole and stress, got {sorted(unknown)}")
             return cls(**units)
         raise TypeError(f"units must be a Units, a string or a mapping, got {units!r}")
 
@@ -188,7 +240,7 @@ class Units:
 
     @property
     def stress_factor(self) -> float:
-        return self.energy_factor / self.length_factor**3
+        return self.energy_factor / self.length_factor**3 if self.stress is None else STRESS_UNITS[self.stress]
 
     @property
     def dipole_factor(self) -> float:

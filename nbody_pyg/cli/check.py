@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import json
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from nbody_pyg.cli.frames import read_structures
+from nbody_pyg.cli.outputs import output_file
 from nbody_pyg.data import AtomicData
 from nbody_pyg.deploy import read_metadata
 from nbody_pyg.deploy.model_file import load_potential
+from nbody_pyg.durable import write_json
 from nbody_pyg.testing import Check, check_potential
 
 #: Exit status when a check failed; 1 and 2 are errors of the input and of the arguments.
@@ -22,6 +22,9 @@ FAILED = 3
 def check(args: argparse.Namespace) -> int:
     """Run the command; returns the exit status."""
     torch.set_num_threads(1)
+    record = None
+    if args.json:
+        record = output_file(args.json, None, args.overwrite, [args.model, args.frames], "--json")
     metadata = read_metadata(args.model)["metadata"]
     potential = load_potential(args.model)
     frames, origin = _frames(args, metadata)
@@ -38,9 +41,9 @@ def check(args: argparse.Namespace) -> int:
         print(f"\nFAIL: {len(found.failures)} of {count} checks")
         for line in found.failures:
             print(f"  {line.name}: {line.note}")
-    if args.json:
-        Path(args.json).write_text(json.dumps({"model": args.model, **found.to_dict()}, indent=1) + "\n")
-        print(f"written to {args.json}")
+    if record is not None:
+        write_json(record, {"model": args.model, **found.to_dict()})
+        print(f"written to {record}")
     return 0 if found.passed else FAILED
 
 
@@ -63,4 +66,7 @@ def _frames(args: argparse.Namespace, metadata: dict[str, Any]) -> tuple[list[At
     if sample.get("cell") is not None:
         frame.cell = torch.tensor(sample["cell"], dtype=torch.float64).reshape(1, 3, 3)
         frame.pbc = torch.tensor(sample["pbc"]).reshape(1, 3)
+    for key in ("charge", "charges", "spin"):
+        if key in sample:
+            frame[key] = torch.tensor(sample[key], dtype=torch.float64)
     return [frame], "the training frame that the model file holds; others by --frames"

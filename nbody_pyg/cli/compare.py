@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from nbody_pyg.compare.config import compare_parser, load_compare
+from nbody_pyg.cli.arguments import require_device
+from nbody_pyg.compare.config import CompareConfig, load_compare
+from nbody_pyg.compare.contestants import contestants
 from nbody_pyg.compare.plots import learning_curves, pareto
+from nbody_pyg.compare.point import write_record
 from nbody_pyg.compare.protocol import Outcome
 from nbody_pyg.compare.protocol import compare as carry_out
 from nbody_pyg.compare.report import (
     Group,
     aligned,
     comparison_rows,
+    failures,
     groups,
     load_records,
     markdown,
@@ -22,13 +28,16 @@ from nbody_pyg.compare.report import (
     verdicts,
 )
 from nbody_pyg.compare.runner import Runner, Stopped
+from nbody_pyg.durable import write_text
+from nbody_pyg.training.config import parse_config
+from nbody_pyg.training.prepare import explicit
+
+#: Exit status when a run failed, or a model is missing.
+FAILED = 3
 
 
-def compare(path: str | None, words: Sequence[str] = (), wants_help: bool = False) -> int:
+def compare(path: str | None, words: Sequence[str] = ()) -> int:
     """Run what the configuration file and the options describe; returns the exit status."""
-    if wants_help:
-        compare_parser().print_help()
-        return 0
     config = load_compare(path, words)
     out = Path(config.out)
     if config.report:
@@ -36,13 +45,28 @@ def compare(path: str | None, words: Sequence[str] = (), wants_help: bool = Fals
         if not records:
             raise FileNotFoundError(f"no finished run in {out}; leave --report away to run the comparison")
         return _show(Outcome([r for r in records if _is(r, "search")], [r for r in records if _is(r, "final")]), out)
-    runner = Runner(out, config.python, config.isolate, note=lambda line: print(line, flush=True))
+    _check(config)
+    runner = Runner(out, config.python, config.isolate, lambda line: print(line, flush=True), config.timeout)
     try:
         outcome = carry_out(config, runner, note=lambda line: print(line, flush=True))
     except Stopped as stopped:
         print(stopped)
         return stopped.status
     return _show(outcome, out)
+
+
+def _check(config: CompareConfig) -> None:
+    """Find mistakes before the first run, not when the turn of a model comes."""
+    if (device := config.training.get("device")) not in (None, "auto"):
+        require_device(device)
+    for name, python in config.python.items():
+        if shutil.which(python) is None:
+            raise ValueError(f"python: cannot run {python!r} for {name}; give the interpreter of its environment")
+    for each in contestants(config):
+        model = dict(each.arguments) if each.model == "nbody" else {}
+        training = {**config.training, **each.training, "max_steps": 1}
+        data = config.datasets()[0]
+        explicit(parse_config({"data": dict(data), "training": training, "model": model}).model)
 
 
 def _is(record: dict[str, Any], purpose: str) -> bool:
@@ -52,7 +76,9 @@ def _is(record: dict[str, Any], purpose: str) -> bool:
 def _show(outcome: Outcome, out: Path) -> int:
     """Print the tables, write them with the records and plots."""
     out.mkdir(parents=True, exist_ok=True)
-    page = []
+    records = {"searches": outcome.searches, "finals": outcome.finals, "missing": outcome.missing}
+    _keep_others(records, out)
+    page, plots = [], []
     if outcome.searches:
         head, rows = search_rows(outcome.searches)
         title = "Search: MAE on the validation frames, of forces (meV/A) where nothing else is said"
@@ -64,19 +90,50 @@ def _show(outcome: Outcome, out: Path) -> int:
         print(f"\n{group.title}\n{aligned(head, rows)}\n")
         print(*(f"  {line}" for line in lines), sep="\n")
         page += [f"### {group.title}", markdown(head, rows), *(f"- {line}" for line in lines)]
-        page += _draw(group, out)
-    for name, reason in outcome.missing.items():
-        print(f"missing: {name}: {reason}")
-        page.append(f"- missing: {name}: {reason}")
-    (out / "table.md").write_text("\n\n".join(page) + "\n", encoding="utf-8")
-    records = {"searches": outcome.searches, "finals": outcome.finals, "missing": outcome.missing}
-    (out / "results.json").write_text(json.dumps(records, indent=1, default=float) + "\n", encoding="utf-8")
-    print(f"\nwritten to {out}: table.md, results.json, {', '.join(sorted(p.name for p in out.glob('*.png')))}")
-    return 0 if outcome.searches or outcome.finals else 1
+        names = _draw(group, out, taken=plots)
+        page.append(f"![learning curves]({names[0]}) ![error against time]({names[1]})")
+        plots += names
+    failed = [
+        *failures([*outcome.searches, *outcome.finals]),
+        *(f"missing: {name}: {reason}" for name, reason in outcome.missing.items()),
+    ]
+    print(*failed, sep="\n")
+    page += [f"- {line}" for line in failed]
+    write_text(out / "table.md", "\n\n".join(page) + "\n")
+    write_record(records, out / "results.json")
+    print(f"\nwritten to {out}: {', '.join(['table.md', 'results.json', *sorted(plots)])}")
+    return FAILED if failed else 0
 
 
-def _draw(group: Group, out: Path) -> list[str]:
+def _keep_others(records: dict[str, Any], out: Path) -> None:
+    """Tables of runs that are not among these keep their place under another name."""
+
+    def runs(found: Any) -> set[str]:
+        each = [*found["searches"], *found["finals"]]
+        return {json.dumps(record["point"], sort_keys=True, default=str) for record in each}
+
+    try:
+        before = runs(json.loads((out / "results.json").read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        return
+    except (ValueError, KeyError, TypeError):  # damaged, or somebody else's
+        before = {"unknown"}
+    if before <= runs(json.loads(json.dumps(records, default=float))):
+        return
+    number = next(n for n in itertools.count(1) if not (out / f"results-{n}.json").exists())
+    for name in ("results.json", "table.md"):
+        if (out / name).exists():
+            kept = (out / name).with_stem(f"{Path(name).stem}-{number}")
+            (out / name).replace(kept)
+            print(f"{out / name} holds other runs; it is kept as {kept.name}")
+
+
+def _draw(group: Group, out: Path, taken: Sequence[str]) -> list[str]:
     stem = f"{group.dataset}-{group.limit}".replace(" ", "")
-    learning_curves(group, out / f"curves-{stem}.png")
-    pareto(group, out / f"pareto-{stem}.png")
-    return [f"![learning curves](curves-{stem}.png) ![error against time](pareto-{stem}.png)"]
+    # Two groups may have the same frames and limit by name
+    ends = itertools.chain([""], (f"-{n}" for n in itertools.count(1)))
+    end = next(e for e in ends if f"curves-{stem}{e}.png" not in taken)
+    names = [f"{kind}-{stem}{end}.png" for kind in ("curves", "pareto")]
+    learning_curves(group, out / names[0])
+    pareto(group, out / names[1])
+    return names

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import argparse
 
+import torch
+
 from nbody_pyg.cli.frames import read_structures
+from nbody_pyg.cli.outputs import output_plot, save_figure
 from nbody_pyg.cli.tables import table
 from nbody_pyg.data import AtomicData
 from nbody_pyg.deploy import EnergyExplanation, explain_energy, plot_energy_parts, read_metadata
 from nbody_pyg.deploy.model_file import load_potential
-from nbody_pyg.deploy.reference import reference_topology
+from nbody_pyg.deploy.reference import bond_changes, is_periodic, reference_topology
 from nbody_pyg.hierarchy import Scheme
 
 
 def energies(args: argparse.Namespace) -> int:
     """Run the command; returns the exit status."""
+    plot = output_plot(args.plot, args.overwrite, [args.file, args.model])
     potential = load_potential(args.model).double()
     frames = read_structures(args.file)
     metadata = read_metadata(args.model)["metadata"]
@@ -26,7 +30,15 @@ def energies(args: argparse.Namespace) -> int:
         frame = frames[index]
         # The first frame's parts for both, so that they can be compared.
         first = frames[args.index]
+        if not torch.equal(first.z, frame.z):
+            raise ValueError(
+                f"--minus must name a frame with the atoms of frame {args.index}, in its order, got frame {index} "
+                f"({frame.to_ase().get_chemical_formula()} instead of {first.to_ase().get_chemical_formula()})"
+            )
         tree = None if scheme is None else _tree(scheme, metadata, first, frame)
+        lattice = (frame.get("cell"), frame.get("pbc"))
+        if (changes := bond_changes(scheme, tree, frame.z, frame.pos, *lattice)) is not None:
+            print(f"bonds found in frame {index} differ from those that its energy uses: {changes}")
         return explain_energy(potential, frame, tree)
 
     found = explain(args.index)
@@ -39,16 +51,15 @@ def energies(args: argparse.Namespace) -> int:
     level = _level(found, args.level)
     if level is not None:
         _parts(found, level)
-    if args.plot:
-        plot_energy_parts(found, level).savefig(args.plot, dpi=160)
-        print(f"\ndrawn in {args.plot}")
+    if plot is not None:
+        print(f"\ndrawn in {save_figure(plot_energy_parts(found, level), plot, dpi=160)}")
     return 0
 
 
 def _tree(scheme: Scheme, metadata: dict, first: AtomicData, frame: AtomicData):
     """Parts of the training molecule where the model has one, else those of the first frame, at the positions here."""
     cell, pbc = frame.get("cell"), frame.get("pbc")
-    tree = None if pbc is not None else reference_topology(metadata, scheme, frame.z.tolist())
+    tree = reference_topology(metadata, scheme, frame.z.tolist(), is_periodic(pbc))
     if tree is None:
         tree = scheme.topology(first.z, first.pos, None, first.get("cell"), first.get("pbc"))
     return scheme.update(tree, frame.z, frame.pos, None, cell, pbc)

@@ -4,117 +4,311 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
+from ase import Atoms
+from ase.calculators.singlepoint import SinglePointCalculator
+from ase.io import write
 from torch_geometric.data import Data
 
+from nbody_pyg.cli.arguments import require_device
+from nbody_pyg.cli.outputs import output_folder
 from nbody_pyg.cli.plots import parity_plot
 from nbody_pyg.cli.tables import error_table
-from nbody_pyg.data import AtomicData
 from nbody_pyg.datasets import embedded, label_audit, read_frames
-from nbody_pyg.deploy import load_model, with_reference
+from nbody_pyg.datasets.frames import Frames, has_label
+from nbody_pyg.datasets.keys import levels_apart
+from nbody_pyg.datasets.readers import frames_of, without_labels
+from nbody_pyg.datasets.systems import named_units, read_systems
+from nbody_pyg.deploy import load_model, read_metadata, with_reference
+from nbody_pyg.durable import written_whole
+from nbody_pyg.potential import Potential, frame_states
 from nbody_pyg.properties import PropertyModel
 from nbody_pyg.training.evaluation import Evaluation
 from nbody_pyg.training.evaluation import evaluate as predict
-from nbody_pyg.training.property_task import evaluate_properties
+from nbody_pyg.training.property_task import PropertyEvaluation, evaluate_properties
+
+_LEFT_OUT = 3  # the exit status
+Found = TypeVar("Found", Evaluation, PropertyEvaluation)
+
+
+@dataclass
+class EvaluationSet:
+    """The frames of a file that could be read; ``odd`` says of the others, by number, what is wrong with them."""
+
+    frames: Frames
+    total: int
+    systems: list[Atoms] | None = None
+    odd: dict[int, str] = field(default_factory=dict)
+
+
+@dataclass
+class Result:
+    """What a model made of a set: predictions for ``frames``, and why the ``odd`` ones have none."""
+
+    frames: Frames
+    found: Evaluation | PropertyEvaluation
+    odd: dict[int, str]
 
 
 def evaluate(args: argparse.Namespace) -> int:
     """Run the command; returns the exit status."""
+    require_device(args.device)
     models = [args.model, *(path for path in args.data if path.endswith(".nbody"))]
-    sets = {_name(p): _frames(p, args) for p in args.data if not p.endswith(".nbody")}
-    if not sets:
+    paths = [path for path in args.data if not path.endswith(".nbody")]
+    if not paths:
         raise ValueError("no data: name at least one file of frames after the model files")
-    print(label_audit(sets), "\n")
-    folder = Path(args.out) if args.out else Path(args.model).parent / "evaluate"
+    names = ("errors.json", "*parity.png", "*predictions.*")
+    default = str(Path(args.model).parent / "evaluate")
+    folder = output_folder(args.out, default, args.overwrite, [args.model, *args.data], names)
+    titles, labels = distinct_names(paths), distinct_names(models)
+    for path in models if len(models) > 1 else ():
+        if read_metadata(path).get("property") is not None:
+            raise ValueError(f"{path} holds a model of properties; evaluate it by itself, not beside others")
+    sets = {titles[path]: _read(path, args) for path in paths}
+    frames = {title: data.frames for title, data in sets.items()}
+    print(label_audit(frames, _uses(models, frames)))
+    if wrong := levels_apart({title: data.frames.sources for title, data in sets.items()}):
+        print(f"note: {wrong}")
+    print()
     folder.mkdir(parents=True, exist_ok=True)
-    labels = _distinct(models)
-    errors = {}
+    files = OutputFiles(folder, [*paths, *models])
+    record, errors, left_out = [], {}, 0
+    properties: Sequence = ()
     for path in models:
         potential = load_model(path, device=args.device)
-        scheme = getattr(potential.model, "scheme", None)
         if isinstance(potential, PropertyModel):
-            if len(models) > 1:
-                raise ValueError(f"{path} holds a model of properties; evaluate it by itself, not beside others")
-            return _evaluate_properties(potential, sets, folder, args)
-        found = {
-            name: predict(potential, with_reference(frames, path, scheme), args.batch_size, args.device)
-            for name, frames in sets.items()
-        }
-        errors |= {(labels[path], name): evaluation.errors for name, evaluation in found.items()}
-        stem = "" if len(models) == 1 else f"{labels[path].replace('/', '_')}_"
-        for name, evaluation in found.items():
-            _write(sets[name], evaluation, folder / f"{stem}{name.replace(':', '_')}_predictions.xyz")
-        labelled = {n: (sets[n], found[n]) for n in found if _has_labels(found[n])}
-        if labelled and not args.no_plot:
-            parity_plot(labelled, folder / f"{stem}parity.png", labels[path] if stem else "")
+            properties = potential.properties
+        title = "" if len(models) == 1 else labels[path]
+        results = {name: _evaluate(potential, data, path, args) for name, data in sets.items()}
+        for name, result in results.items():
+            _tell(name, sets[name], result, title)
+            left_out += len(result.odd)
+            errors[labels[path], name] = result.found.errors
+            ending = "npz" if isinstance(potential, PropertyModel) else "xyz"
+            with files.open(title, name, f"predictions.{ending}") as temporary:
+                _write(sets[name], result, temporary)
+            record.append({
+                "model": labels[path], "set": name, "frames": len(result.frames), "left_out": sorted(result.odd),
+                "predictions": files.written[-1], **result.found.errors,
+            })  # fmt: skip
+        if (
+            not properties
+            and not args.no_plot
+            and (labelled := {n: (r.frames, r.found) for n, r in results.items() if _known(r)})
+        ):
+            with files.open(title, "parity.png") as temporary:
+                parity_plot(labelled, temporary, title)
     if any(errors.values()):
-        print(error_table(errors), "\n")
+        print(error_table(errors, properties), "\n")
+    elif properties:
+        print(f"the frames carry none of the labels {[p.name for p in properties]}: predictions only\n")
     else:
         print("the frames carry no labels: predictions only\n")
-    record = [{"model": model, "set": name, **found} for (model, name), found in errors.items()]
-    (folder / "errors.json").write_text(json.dumps(record, indent=1) + "\n")
-    print(f"written to {folder}: {', '.join(sorted(p.name for p in folder.iterdir()))}")
-    return 0
+    with files.open("errors.json") as temporary:
+        temporary.write_text(json.dumps(record, indent=1) + "\n")
+    print(f"written to {folder}: {', '.join(sorted(files.written))}")
+    return _LEFT_OUT if left_out else 0
 
 
-def _evaluate_properties(model: PropertyModel, sets: dict, folder: Path, args: argparse.Namespace) -> int:
-    """Table and predictions (npz, one array per property) of a model that is no potential."""
-    errors = {}
-    for name, frames in sets.items():
-        found = evaluate_properties(model, frames, args.batch_size, args.device)
-        errors["", name] = found.errors
-        values = {key: value.numpy() for key, value in found.values.items()}
-        np.savez(folder / f"{name.replace(':', '_')}_predictions.npz", **values)
-    if any(errors.values()):
-        print(error_table(errors, model.properties), "\n")
-    else:
-        print(f"the frames carry none of the labels {[p.name for p in model.properties]}: predictions only\n")
-    (folder / "errors.json").write_text(json.dumps([{"set": n, **e} for (_, n), e in errors.items()], indent=1) + "\n")
-    print(f"written to {folder}: {', '.join(sorted(p.name for p in folder.iterdir()))}")
-    return 0
+def _known(result: Result) -> bool:
+    return "energy_mae" in result.found.errors or "forces_mae" in result.found.errors
 
 
-def _has_labels(evaluation: Evaluation) -> bool:
-    return "energy_mae" in evaluation.errors or "forces_mae" in evaluation.errors
+def _tell(name: str, data: EvaluationSet, result: Result, model: str) -> None:
+    """Every frame that was left out, with its reason."""
+    for number, reason in sorted(result.odd.items()):
+        where = "" if reason.startswith("frame ") else f"frame {number} of {Path(data.frames.name).name or name}: "
+        print(f"left out{f' for {model}' if model else ''}: {where}{reason}", file=sys.stderr)
+    if result.odd:
+        print(f"{name}: errors over {len(result.frames)} of {data.total} frames", file=sys.stderr)
 
 
-def _frames(path: str, args: argparse.Namespace) -> Sequence[Data]:
+def _uses(models: Sequence[str], sets: dict[str, Sequence[Data]]) -> dict[str, str]:
+    """What the models do with the charges and spins that the frames have; none where they have none."""
+    told = {key for frames in sets.values() for key in frame_states(frames)}
+    configs = [read_metadata(path)["model"].get("config") or {} for path in models]
+    taken = [{*(c.get("inputs") or ()), *(["charge"] if c.get("long_range") else [])} for c in configs]
+    words = {0: "not used", len(models): "input"}
+    return {key: words.get(sum(key in used for used in taken), "input of some") for key in sorted(told)}
+
+
+# -- reading -------------------------------------------------------------------------------------------------
+def _is_embedded(path: str) -> bool:
+    return ":" in path and not Path(path).exists()
+
+
+def _read(path: str, args: argparse.Namespace) -> EvaluationSet:
     """An embedded set "molecule:split", or a file."""
-    if ":" in path and not Path(path).exists():
-        return embedded(*path.split(":", 1))
-    return read_frames(path, energy_key=args.energy_key, forces_key=args.forces_key, units=args.units)
+    keys = {"energy": args.energy_key, "forces": args.forces_key, "stress": args.stress_key}
+    keys = {label: key for label, key in keys.items() if key}
+    if _is_embedded(path) or path.endswith(".npz"):
+        if _is_embedded(path):
+            frames = embedded(*path.split(":", 1))
+        else:
+            frames = read_frames(path, units=args.units, **{f"{label}_key": key for label, key in keys.items()})
+        return EvaluationSet(frames, len(frames))
+    systems, metadata = read_systems(path)
+    frames, odd = frames_of(systems, path, keys, args.units or named_units(metadata, path))
+    if not frames:
+        raise ValueError(odd[0])
+    return EvaluationSet(frames, len(systems), systems, odd)
 
 
-def _name(path: str) -> str:
-    return path if ":" in path and not Path(path).exists() else Path(path).stem
+def _evaluate(potential: Potential | PropertyModel, data: EvaluationSet, path: str, args: argparse.Namespace) -> Result:
+    """Predictions for all frames that the model takes."""
+
+    def run(frames: Frames) -> Evaluation | PropertyEvaluation:
+        frames = frames.replaced(with_reference(frames, path, getattr(potential.model, "scheme", None)))
+        if isinstance(potential, PropertyModel):
+            return evaluate_properties(potential, frames, args.batch_size, args.device)
+        return predict(potential, frames, args.batch_size, args.device)
+
+    frames, found, odd = _without_odd(data.frames, run)
+    return Result(frames, found, data.odd | odd)
 
 
-def _distinct(paths: Sequence[str]) -> dict[str, str]:
-    """Short names: the file, or the folder too where files share a name."""
-    stems = [Path(p).stem for p in paths]
-    if len(set(stems)) == len(stems):
-        return dict(zip(paths, stems, strict=True))
-    return {path: f"{Path(path).parent.name}/{Path(path).stem}" for path in paths}
+def _without_odd(frames: Frames, run: Callable[[Frames], Any]) -> tuple[Frames, Any, dict[int, str]]:
+    """What ``run`` gives for the frames that it takes one by one, and the reasons why not for the others."""
+    try:
+        return frames, run(frames), {}
+    except ValueError as error:
+        whole = error
+    odd: dict[int, str] = {}
+    good = []
+    for place, number in enumerate(frames.numbers):
+        try:
+            run(frames.select([place]))
+            good.append(place)
+        except ValueError as error:
+            odd[number] = str(error).removeprefix(f"frame 0 of {frames.name or 'frames'}: ")  # 0 of one frame
+    if not good or not odd:  # all of them, or none by itself: the fault is not in single frames
+        raise whole
+    chosen = frames.select(good)
+    return chosen, run(chosen), odd
 
 
-def _write(frames: Sequence[Data], found: Evaluation, path: Path) -> None:
-    """Extended xyz: predictions as energy and forces, labels as REF_energy and REF_forces."""
-    from ase.calculators.singlepoint import SinglePointCalculator
-    from ase.io import write
+# -- names ---------------------------------------------------------------------------------------------------
+def distinct_names(paths: Sequence[str]) -> dict[str, str]:
+    """A short name for each path: the file without its ending, with as many folders as tell it from the others.
 
+    Raises: ValueError: one file twice.
+    """
+    whole = {path: path if _is_embedded(path) else os.path.normpath(os.path.abspath(path)) for path in paths}
+    for number, path in enumerate(paths):
+        if whole[path] in [whole[other] for other in paths[:number]]:
+            raise ValueError(f"{path} is named twice; name each file once")
+    forms = {path: _forms(path, whole[path]) for path in paths}
+    names = {path: forms[path][0] for path in paths}
+    for step in range(1, max(map(len, forms.values()))):
+        taken = list(names.values())
+        for path, name in names.items():
+            if taken.count(name) > 1:
+                names[path] = forms[path][min(step, len(forms[path]) - 1)]
+    return names
+
+
+def _forms(path: str, whole: str) -> list[str]:
+    """Names of a file, from short to long: a, a.xyz, folder/a, folder/a.xyz, ..."""
+    if _is_embedded(path):
+        return [path]
+    parts = Path(whole).parts[1:]
+    ends = [(*parts[-n:-1], end) for n in range(1, len(parts) + 1) for end in (Path(whole).stem, parts[-1])]
+    return ["/".join(end) for end in ends]
+
+
+class OutputFiles:
+    """The files that a command writes into its folder: each whole, none twice, none over an input."""
+
+    def __init__(self, folder: Path, inputs: Sequence[str]) -> None:
+        self.folder, self.written = folder, []
+        self._inputs = {os.path.realpath(path) for path in inputs}
+
+    def open(self, *words: str) -> Any:
+        """A file named after the words, which is there when the context ends.
+
+        Raises: ValueError: it would take the place of an input of this command.
+        """
+        # Folders of a name must lead nowhere.
+        plain = "_".join(re.sub(r"[^\w.@+=,-]+", "_", word) for word in words if word).lstrip(".")
+        stem, ending = plain.rsplit(".", 1)
+        name, number = plain, 1
+        while name.lower() in (other.lower() for other in self.written):
+            number += 1
+            name = f"{stem}_{number}.{ending}"
+        path = self.folder / name
+        if os.path.realpath(path) in self._inputs:
+            raise ValueError(
+                f"{path} is an input of this command and would be replaced; choose another folder by --out"
+            )
+        self.written.append(name)
+        return written_whole(path)
+
+
+# -- predictions ---------------------------------------------------------------------------------------------
+def _write(data: EvaluationSet, result: Result, path: Path) -> None:
+    if isinstance(result.found, PropertyEvaluation):
+        _write_arrays(data, result, path)
+    else:
+        _write_systems(data, result, path)
+
+
+def _write_arrays(data: EvaluationSet, result: Result, path: Path) -> None:
+    """An array of each property with one row per frame of the file; NaN for those that were left out."""
+    rows = list(result.frames.numbers)
+    arrays = {}
+    for key, value in result.found.values.items():
+        arrays[key] = np.full((data.total, *value.shape[1:]), np.nan)
+        arrays[key][rows] = value.numpy()
+    with path.open("wb") as file:  # numpy would put an ending behind a name
+        np.savez(file, **arrays)
+
+
+def _write_systems(data: EvaluationSet, result: Result, path: Path) -> None:
+    """Extended xyz of every frame of the file, in its order and with all that it held.
+
+    Predictions are the results energy, forces and stress; labels are REF_energy, REF_forces and REF_stress. A frame
+    that was left out has no results, but its reason under ``left_out``.
+    """
+    found = result.found
+    place_of = {number: place for place, number in enumerate(result.frames.numbers)}
+    frame_of = dict(zip(data.frames.numbers, data.frames, strict=True))
     out = []
-    for number, frame in enumerate(frames):
-        atoms = AtomicData(z=frame.z, pos=frame.pos, cell=frame.get("cell"), pbc=frame.get("pbc")).to_ase()
-        results = {"energy": float(found.energy[number]), "forces": found.forces[number].numpy()}
-        if found.stress is not None:
-            results["stress"] = found.stress[number].numpy().reshape(9)[[0, 4, 8, 5, 2, 1]]
-        atoms.calc = SinglePointCalculator(atoms, **results)
-        if frame.get("energy") is not None:
-            atoms.info["REF_energy"] = float(frame.energy)
-        if frame.get("forces") is not None:
-            atoms.arrays["REF_forces"] = frame.forces.numpy()
+    for number in range(data.total):
+        frame = frame_of.get(number)
+        atoms = _system(data.systems[number] if data.systems else None, frame)
+        for label in ("energy", "forces", "stress"):
+            if frame is not None and has_label(frame, label):
+                value = frame[label].detach().cpu().double().numpy()
+                store = atoms.arrays if label == "forces" else atoms.info
+                store[f"REF_{label}"] = float(value[0]) if label == "energy" else value.reshape(-1, 3)
+        place = place_of.get(number)
+        if place is None:
+            atoms.info["left_out"] = result.odd.get(number, "")
+        else:
+            results: dict[str, Any] = {"energy": float(found.energy[place]), "forces": found.forces[place].numpy()}
+            if found.stress is not None and bool(found.stress[place].isfinite().all()):
+                results["stress"] = found.stress[place].numpy().reshape(9)[[0, 4, 8, 5, 2, 1]]
+            atoms.calc = SinglePointCalculator(atoms, **results)
         out.append(atoms)
     write(path, out, format="extxyz")
+
+
+def _system(given: Atoms | None, frame: Data | None) -> Atoms:
+    """The system of the file without its labels, in our units; or one made of the frame."""
+    if given is None:
+        inputs = ("z", "pos", "cell", "pbc", "charge", "charges", "spin")
+        return type(frame).from_dict({key: value for key, value in frame.to_dict().items() if key in inputs}).to_ase()
+    atoms = without_labels(given)
+    if frame is not None:
+        atoms.arrays["positions"] = frame.pos.double().numpy()
+        if frame.get("cell") is not None:
+            atoms.cell = frame.cell.reshape(3, 3).double().numpy()
+    return atoms

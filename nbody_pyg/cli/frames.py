@@ -7,33 +7,52 @@ from pathlib import Path
 
 import torch
 from ase import Atoms
-from ase.io import read, write
+from ase.io import write
 
-from nbody_pyg.data import AtomicData
-from nbody_pyg.datasets import embedded
-from nbody_pyg.deploy.calculator import charges_of
+from nbody_pyg.data import AtomicData, electronic_state_of
+from nbody_pyg.datasets import embedded, read_frames
+from nbody_pyg.datasets.systems import as_slice, read_systems
+from nbody_pyg.durable import written_whole
+
+
+def read_atoms(name: str, index: int | None = None) -> list[Atoms]:
+    """All structures of a file, or the one of this index: an npz, what ASE reads, or an embedded set.
+
+    An embedded set is ``ethanol`` or ``ethanol:test_300K``.
+
+    Raises: FileNotFoundError: neither a file nor an embedded set; ValueError: a file that cannot be read, a structure
+        without atoms, or none of this index.
+    """
+    if Path(name).is_dir():
+        raise IsADirectoryError(f"{name} is a folder; name a file with structures")
+    if Path(name).exists() and not name.endswith(".npz"):
+        found = read_systems(name, ":" if index is None else index)[0]
+    else:
+        if not Path(name).exists() and ("." in name or "/" in name):
+            what = "structures" if index is None else "structure"
+            raise FileNotFoundError(f"no {what} at {name}; give a file that ASE reads, or an embedded set as ethanol")
+        frames = read_frames(name) if Path(name).exists() else embedded(*name.split(":", 1))
+        found = [frame.to_ase() for frame in (frames if index is None else frames[as_slice(index)])]
+        if not found:
+            raise ValueError(f"{name!r} holds no frame of index {index}; choose another index")
+    if not all(len(atoms) for atoms in found):
+        raise ValueError(f"{name} holds a structure without atoms")
+    return found
 
 
 def read_structures(name: str) -> list[AtomicData]:
     """All structures of a file that ASE reads, or of an embedded set: ``ethanol`` or ``ethanol:test_300K``.
 
-    Charges come along from where the calculator reads them; a neutral structure has none.
+    Charges and spins come along from where the calculator reads them.
 
-    Raises: FileNotFoundError: neither a file nor an embedded set.
+    Raises: see :func:`read_atoms`.
     """
-    if Path(name).is_file():
-        return [_structure(atoms) for atoms in read(name, index=":")]
-    if "." in name or "/" in name:
-        raise FileNotFoundError(f"no structures at {name}; give a file that ASE reads, or an embedded set as ethanol")
-    return list(embedded(*name.split(":", 1)))
+    return [_structure(atoms, f"frame {number} of {name}") for number, atoms in enumerate(read_atoms(name))]
 
 
-def _structure(atoms: Atoms) -> AtomicData:
-    frame = AtomicData.from_ase(atoms)
-    for key, value in charges_of(atoms).items():
-        if bool(value.any()):
-            frame[key] = value
-    return frame
+def _structure(atoms: Atoms, where: str) -> AtomicData:
+    electronic_state_of(atoms, where)  # whose message would not know the place
+    return AtomicData.from_ase(atoms)
 
 
 def sample_of(frame: AtomicData) -> dict[str, list]:
@@ -41,18 +60,11 @@ def sample_of(frame: AtomicData) -> dict[str, list]:
     out = {"z": frame.z.tolist(), "pos": frame.pos.double().tolist()}
     if frame.get("pbc") is not None and bool(torch.as_tensor(frame.pbc).any()):
         out["cell"], out["pbc"] = frame.cell.reshape(3, 3).tolist(), frame.pbc.reshape(3).tolist()
+    out |= {k: torch.as_tensor(frame[k]).tolist() for k in ("charge", "charges", "spin") if frame.get(k) is not None}
     return out
 
 
-def write_structures(path: str | Path, frames: Sequence[AtomicData]) -> None:
-    """Extended xyz with the energies and forces of the frames as results of a calculator, and with their charges."""
-    write(path, [_atoms(frame) for frame in frames], format="extxyz")
-
-
-def _atoms(frame: AtomicData) -> Atoms:
-    atoms = frame.to_ase()
-    if frame.get("charge") is not None:
-        atoms.info["charge"] = float(frame.charge)
-    if frame.get("charges") is not None:
-        atoms.set_initial_charges(frame.charges.cpu().numpy())
-    return atoms
+def write_atoms(path: str | Path, structures: Sequence[Atoms]) -> None:
+    """Extended xyz, whole or not at all, with the results of their calculators."""
+    with written_whole(path) as temporary:
+        write(temporary, list(structures), format="extxyz")

@@ -3,24 +3,34 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
-from ase.io import read
-
+from nbody_pyg.cli.frames import read_atoms
+from nbody_pyg.cli.outputs import output_plot, save_figure
 from nbody_pyg.cli.tables import table
 from nbody_pyg.data import AtomicData
-from nbody_pyg.datasets import embedded
-from nbody_pyg.deploy import load_model
+from nbody_pyg.deploy import load_model, with_reference
+from nbody_pyg.deploy.reference import bond_changes
 from nbody_pyg.hierarchy import Scheme
 from nbody_pyg.training.config import parse_yaml, scheme_arguments
 
 
 def hierarchy(args: argparse.Namespace) -> int:
     """Run the command; returns the exit status."""
-    frame = _frame(args.file, args.index)
-    scheme = load_model(args.model).model.scheme if args.model else _scheme(args)
-    topology = scheme.read(scheme(frame)).validate()
+    if args.model and (args.scheme or args.set):
+        raise ValueError("--model brings its own scheme; leave --scheme and --set out")
+    plot = output_plot(args.plot, args.overwrite, [args.file, args.model])
+    frame = AtomicData.from_ase(read_atoms(args.file, args.index)[0], labels=False)
+    if args.model:
+        scheme = load_model(args.model).model.scheme
+        frame = with_reference([frame], args.model, scheme)[0]
+        topology = scheme.read(frame).validate()
+        lattice = (frame.get("cell"), frame.get("pbc"))
+        if (changes := bond_changes(scheme, topology, frame.z, frame.pos, *lattice)) is not None:
+            print(f"bonds are those of the reference molecule of the model; others would be found here: {changes}\n")
+    else:
+        scheme = _scheme(args)
+        topology = scheme.read(scheme(frame)).validate()
     print(f"{scheme!r}\nsymmetry:   {scheme.symmetry}\ncontinuity: {scheme.continuity}\n")
     rows = []
     for k, level in enumerate(scheme.levels):
@@ -39,28 +49,20 @@ def hierarchy(args: argparse.Namespace) -> int:
         )
     print(table(["level", "name", "parts", "atoms/part", "children/part", "neighbours/part"], rows))
     print("\nvalid: every part is the union of its children, and the root holds all atoms")
-    if args.plot:
+    if plot is not None:
         from nbody_pyg.hierarchy import plot_hierarchy
 
-        plot_hierarchy(frame, scheme).savefig(args.plot, dpi=180, bbox_inches="tight")
-        print(f"drawn in {args.plot}")
+        print(f"drawn in {save_figure(plot_hierarchy(frame, scheme), plot, dpi=180, bbox_inches='tight')}")
     return 0
 
 
-def _frame(path: str, index: int) -> AtomicData:
-    if not Path(path).exists() and "." not in path:
-        return embedded(path)[index]
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"no structure at {path}")
-    return AtomicData.from_ase(read(path, index=index))
-
-
 def _scheme(args: argparse.Namespace) -> Scheme:
-    known = scheme_arguments(args.scheme)
+    name = args.scheme or "BondTree"
+    known = scheme_arguments(name)
     arguments: dict[str, Any] = {}
     for word in args.set:
         key, equals, text = word.partition("=")
         if not equals or key not in known:
             raise ValueError(f"--set takes KEY=VALUE with KEY among {', '.join(known)}, got {word!r}")
         arguments[key] = parse_yaml(text, f"--set {word}")
-    return Scheme.from_config({"name": args.scheme, **arguments})
+    return Scheme.from_config({"name": name, **arguments})

@@ -1,43 +1,62 @@
-"""nbody info: the contents of a model file."""
+"""nbody info: the contents of a model file, and what this machine runs it with."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import shlex
+from typing import Any
 
 import torch
 from ase.data import chemical_symbols
 
 from nbody_pyg.cli.tables import error_table, table
 from nbody_pyg.deploy import cg_fingerprint, read_metadata
+from nbody_pyg.kernels import available_backends, build
 from nbody_pyg.kernels.backend import backend
-from nbody_pyg.kernels.build import cache_folder, compiler
+from nbody_pyg.messages import printable
 from nbody_pyg.properties import Property
 
 
 def info(args: argparse.Namespace) -> int:
     """Run the command; returns the exit status."""
+    if args.model is None:
+        rows = dict(_machine())
+        print(json.dumps(rows, indent=1) if args.json else table(["", "this machine"], list(rows.items())))
+        return 0
     header = read_metadata(args.model)
     if args.json:
         print(json.dumps(header, indent=1))
         return 0
+    try:
+        _show(args.model, _shown(header))
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        raise ValueError(f"{args.model} holds entries of another form than this version writes; see --json") from error
+    return 0
+
+
+def _show(path: str, header: dict) -> None:
     model, record = header["model"], header["metadata"]
     config = dict(model["config"] or {})
     scheme = dict(config.pop("scheme", None) or {})
     species = header["species"] or []
     matches = header["cg_fingerprint"] == cg_fingerprint()
+    covered = "all of it" if header["format_version"] >= 4 else "the weights, not the settings"
     rows = [
         ("model", model["class"]),
-        ("parameters", f"{header['num_parameters']:,}"),
+        ("parameters", f"{header['num_parameters']:,}, all finite"),
         ("dtype", header["dtype"]),
         ("elements", " ".join(chemical_symbols[z] for z in species)),
         *_scales(header),
+        *[(f"fixed {key}", f"{value:g}") for key, value in (model.get("assumed") or {}).items()],
         ("repulsion", _repulsion(header.get("repulsion"))),
         ("format version", header["format_version"]),
+        ("checksum", f"{header['sha256'][:16]} (matches; it covers {covered})"),
         ("written with", ", ".join(f"{name} {version}" for name, version in header["versions"].items())),
         ("units", ", ".join(f"{name} {unit}" for name, unit in header["units"].items())),
-        ("products here", _products()),
         ("CG fingerprint", f"{header['cg_fingerprint'][:16]} ({'same' if matches else 'DIFFERENT'} here)"),
+        *((f"{name} here", value) for name, value in _machine()),
     ]
     rows += [("scheme", scheme.pop("name", ""))] if scheme else []
     rows += [(f"scheme.{key}", _short(value)) for key, value in scheme.items()]
@@ -45,7 +64,7 @@ def info(args: argparse.Namespace) -> int:
     for key in ("steps", "epochs", "cpu_seconds", "weights", "num_frames"):
         if key in record:
             rows.append((key.replace("_", " "), _short(record[key])))
-    print(table(["", args.model], [(key, str(value)) for key, value in rows]))
+    print(table(["", path], [(key, str(value)) for key, value in rows]))
     if header["e0"]:
         print("\nE0, eV")
         print(
@@ -58,7 +77,15 @@ def info(args: argparse.Namespace) -> int:
         print("\nerrors after training")
         properties = [Property(**p) for p in (header.get("property") or {}).get("properties", [])]
         print(error_table({("", name): values for name, values in record["errors"].items()}, properties))
-    return 0
+
+
+def _shown(value: Any) -> Any:
+    """The same with every text in a form that does not control a terminal."""
+    if isinstance(value, dict):
+        return {printable(key): _shown(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_shown(inner) for inner in value]
+    return printable(value) if isinstance(value, str) else value
 
 
 def _scales(header: dict) -> list[tuple[str, str]]:
@@ -80,15 +107,24 @@ def _repulsion(described: dict | None) -> str:
     return f"{described['name']}, below {', '.join(f'{k} {v:.2f}' for k, v in described['reach'].items())} angstrom"
 
 
-def _products() -> str:
-    """Which implementation of the products would run on this machine's CPU and GPU, and why."""
-    if backend() == "c":
-        text = f"c (compiled once with {compiler()}, kept in {cache_folder()})"
-    else:
-        text = backend() if compiler() else "torch (no C compiler found; with one, training is several times faster)"
+def _machine() -> list[tuple[str, str]]:
+    """Which implementation of the products runs on this machine, and what it needs."""
+    problem, found = build.broken(), build.compiler()
+    runs = backend() if problem is None else "torch (several times slower than c)"
     if torch.cuda.is_available():
-        text += f"; on the GPU {backend(torch.empty(0, device='cuda'))}"
-    return text
+        runs += f"; on the GPU {backend(torch.empty(0, device='cuda'))}"
+    try:
+        folder = build.own_cache()
+        cache = f"{folder} ({'used' if os.access(folder, os.W_OK) else 'cannot be written, so that nothing is kept'})"
+    except (RuntimeError, OSError) as error:
+        cache = f"not used, so that every process compiles anew: {error}"
+    rows = [
+        ("products", runs),
+        ("backends", " ".join(available_backends())),
+        ("compiler", "none" if found is None else shlex.join(found)),
+        ("cache", cache),
+    ]
+    return rows if problem is None else [*rows, ("problem", printable(" ".join(problem.split())))]
 
 
 def _short(value: object) -> str:

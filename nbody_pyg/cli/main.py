@@ -3,8 +3,24 @@
 from __future__ import annotations
 
 import argparse
+import difflib
+import os
+import signal
 import sys
 from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from nbody_pyg.cli.arguments import (
+    WRONG,
+    WrongArgument,
+    not_negative,
+    number_not_negative,
+    positive,
+    positive_number,
+    whole,
+)
+from nbody_pyg.messages import nearest, printable
 
 _DESCRIPTION = """\
 Covariant hierarchical N-body networks for atoms.
@@ -22,17 +38,49 @@ Covariant hierarchical N-body networks for atoms.
 Units: eV, angstrom, fs; tables in meV and meV/A."""
 
 _EXIT = """\
-exit status: 0 done; 1 error in the input; 2 wrong arguments; 3 a check failed, or uncertainty stopped
-the dynamics; 143 or 130 stopped by SIGTERM or Ctrl-C after writing last.ckpt (go on with --output.resume true)"""
+exit status: 0 done; 1 error in the input; 2 wrong arguments; 3 done, but a check failed, the dynamics were
+stopped, structures did not converge, frames were left out, or models of a comparison failed; 130 or 143
+stopped by Ctrl-C or SIGTERM (results so far are kept; training goes on with --output.resume true); 141 the
+reader of a pipe has gone"""
+
+#: Words that name files or folders, of every command: ~ and $HOME are replaced.
+_PATHS = ("model", "data", "start", "frames", "file", "committee", "out", "json", "plot")
 
 
-def build_parser() -> argparse.ArgumentParser:
+class _Parser(argparse.ArgumentParser):
+    """Names the nearest option when one is unknown."""
+
+    def parse_args(self, words: Sequence[str]) -> argparse.Namespace:  # type: ignore[override]
+        args, unknown = self.parse_known_args(words)
+        if unknown:
+            self.chosen(words).unknown(unknown)
+        return args
+
+    def chosen(self, words: Sequence[str]) -> _Parser:
+        """The parser of the command among the words."""
+        commands = self.commands
+        return next((commands[word] for word in words if word in commands), self)
+
+    @property
+    def commands(self) -> dict[str, _Parser]:
+        return {
+            name: p for a in self._actions if isinstance(a, argparse._SubParsersAction) for name, p in a.choices.items()
+        }
+
+    def unknown(self, words: Sequence[str]) -> NoReturn:
+        known = [option for action in self._actions for option in action.option_strings]
+        near = difflib.get_close_matches(words[0].split("=")[0], known, n=1, cutoff=0.5)
+        self.error(f"unrecognized arguments: {' '.join(words)}" + (f"; did you mean {near[0]}?" if near else ""))
+
+
+def build_parser() -> _Parser:
     """The commands and their options, with help."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="nbody", description=_DESCRIPTION, epilog=_EXIT,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    parser.add_argument("--version", action="store_true", help="print the version")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     # Its words are keys of the configuration, which argparse does not know: see _train_words.
@@ -48,16 +96,20 @@ def build_parser() -> argparse.ArgumentParser:
         "data", nargs="+",
         help="files of frames, embedded sets as ethanol:test_300K, or more model files (*.nbody) to compare",
     )  # fmt: skip
-    evaluate.add_argument("--out", default=None, help="folder for parity.png, predictions and errors.json")
-    evaluate.add_argument("--batch-size", type=int, default=20, help="frames at a time (default: 20)")
-    evaluate.add_argument("--units", default=None, help="units of the files, e.g. 'kcal/mol'")
+    _add_out(
+        evaluate, "folder for parity.png, predictions and errors.json (default: evaluate beside the model, with a "
+        "number where that holds results)",
+    )  # fmt: skip
+    evaluate.add_argument("--batch-size", type=positive, default=20, help="frames at a time (default: 20)")
+    evaluate.add_argument("--units", default=None, help="units of the files, e.g. 'kcal/mol' or 'eV, angstrom, kbar'")
     evaluate.add_argument("--energy-key", default=None, help="key of the energy in the files")
     evaluate.add_argument("--forces-key", default=None, help="key of the forces in the files")
+    evaluate.add_argument("--stress-key", default=None, help="key of the stress in the files")
     evaluate.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
     evaluate.add_argument("--no-plot", action="store_true", help="no parity plot")
 
     info = commands.add_parser("info", help="what is in a model file")
-    info.add_argument("model", help="model file")
+    info.add_argument("model", nargs="?", help="model file; without it, what this machine runs models with")
     info.add_argument("--json", action="store_true", help="everything, as JSON")
 
     check = commands.add_parser("check", help="test the physics of a trained model")
@@ -66,56 +118,75 @@ def build_parser() -> argparse.ArgumentParser:
         "--frames", default=None, help="structures: a file, or an embedded set (default: the model's own)"
     )
     check.add_argument(
-        "--nve-steps", type=int, default=1000, help="of the run at constant energy; 0: none (default: 1000)"
+        "--nve-steps", type=not_negative, default=1000, help="steps of the NVE test, 0 skips it (default: 1000)"
     )
     check.add_argument(
         "--only", nargs="+", default=[], metavar="SECTION",
         help="symmetry, derivatives, additivity, smoothness, short_range, precision, dynamics (default: all)",
     )  # fmt: skip
-    check.add_argument("--timestep", type=float, default=0.5, help="fs (default: 0.5)")
-    check.add_argument("--temperature", type=float, default=300.0, help="K (default: 300)")
-    check.add_argument("--seed", type=int, default=0, help="of rotations, samples and velocities (default: 0)")
+    check.add_argument("--timestep", type=positive_number, default=0.5, help="fs (default: 0.5)")
+    check.add_argument("--temperature", type=number_not_negative, default=300.0, help="K (default: 300)")
+    check.add_argument("--seed", type=not_negative, default=0, help="of rotations, samples and velocities (default: 0)")
     check.add_argument("--json", default=None, metavar="FILE", help="write every line there too")
+    _add_overwrite(check)
 
     md = commands.add_parser("md", help="molecular dynamics with ASE")
     md.add_argument("model", help="model file")
-    md.add_argument("start", help="first structure: any file that ASE reads (the last frame is taken)")
+    md.add_argument(
+        "start", nargs="?", default=None,
+        help="first structure: any file that ASE reads (the last frame is taken); may be left out with --restart",
+    )  # fmt: skip
     md.add_argument("--ensemble", choices=("nve", "langevin"), default="nve", help="default: nve")
-    md.add_argument("--steps", type=int, default=2000, help="default: 2000")
-    md.add_argument("--timestep", type=float, default=0.5, help="fs (default: 0.5)")
-    md.add_argument("--temperature", type=float, default=300.0, help="K (default: 300)")
-    md.add_argument("--friction", type=float, default=0.01, help="1/fs, Langevin only (default: 0.01)")
-    md.add_argument("--every", type=int, default=10, help="steps between samples (default: 10)")
-    md.add_argument("--seed", type=int, default=0, help="of velocities and thermostat (default: 0)")
+    md.add_argument(
+        "--steps", type=not_negative, default=2000, help="to take; of a restart, further ones (default: 2000)"
+    )
+    md.add_argument("--timestep", type=positive_number, default=0.5, help="fs (default: 0.5)")
+    md.add_argument("--temperature", type=number_not_negative, default=300.0, help="K (default: 300)")
+    md.add_argument("--friction", type=number_not_negative, default=None, help="1/fs, Langevin only (default: 0.01)")
+    md.add_argument("--velocities", choices=("auto", "given", "drawn"), default="auto",
+                    help="given: those of the first structure; drawn: from --temperature and --seed; auto: those of "
+                    "the first structure where it has some (default: auto)")  # fmt: skip
+    md.add_argument("--max-temperature", type=float, default=None, metavar="K",
+                    help="stop a hotter run; inf: never (default: 30000, or ten times --temperature)")  # fmt: skip
+    md.add_argument("--every", type=positive, default=10, help="steps between samples (default: 10)")
+    md.add_argument("--seed", type=not_negative, default=0, help="of velocities and thermostat (default: 0)")
     md.add_argument("--dtype", choices=("float32", "float64"), default=None, help="default: the model's")
     md.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
     md.add_argument("--compile", action="store_true", help="compile the model at the first step: faster small systems")
     md.add_argument("--cuda-graphs", action="store_true", help="replay steps from CUDA graphs; needs --device cuda")
     md.add_argument("--committee", nargs="+", default=[], metavar="MODEL", help="further models: forces are their mean")
-    md.add_argument("--max-forces-std", type=float, default=None, metavar="EV_PER_A",
+    md.add_argument("--max-forces-std", type=positive_number, default=None, metavar="EV_PER_A",
                     help="stop when the committee disagrees by more on the force on an atom, eV/A")  # fmt: skip
-    md.add_argument("--out", default="md", help="folder for md.log, trajectory.xyz, energy.png (default: md)")
+    md.add_argument("--restart", action="store_true",
+                    help="go on with the trajectory in the folder: positions, velocities, step; frames and log lines "
+                    "are appended")  # fmt: skip
+    md.add_argument("--stop-on-bond-change", action="store_true",
+                    help="stop at the first sample whose bonds differ from those in use (BondTree)")  # fmt: skip
+    _add_out(md, "folder for md.log, trajectory.xyz, energy.png (default: md, with a number where that holds a run)")
 
     relax = commands.add_parser("relax", help="relax many structures at once")
     relax.add_argument("model", help="model file")
     relax.add_argument("frames", help="any file that ASE reads, or an embedded set as ethanol:test_300K")
-    relax.add_argument("--fmax", type=float, default=0.01, help="largest force at the end, eV/A (default: 0.01)")
-    relax.add_argument("--steps", type=int, default=500, help="at most, of each structure (default: 500)")
-    relax.add_argument("--batch-size", type=int, default=64, help="structures at a time (default: 64)")
+    relax.add_argument(
+        "--fmax", type=positive_number, default=0.01, help="largest force at the end, eV/A (default: 0.01)"
+    )
+    relax.add_argument("--steps", type=positive, default=500, help="at most, of each structure (default: 500)")
+    relax.add_argument("--batch-size", type=positive, default=64, help="structures at a time (default: 64)")
     relax.add_argument("--dtype", choices=("float32", "float64"), default="float64", help="default: float64")
-    relax.add_argument("--out", default="relaxed.xyz", help="extended xyz (default: relaxed.xyz)")
+    _add_out(relax, "extended xyz (default: relaxed.xyz, with a number where that exists)")
 
     energies = commands.add_parser("energies", help="energy of each part of the hierarchy of a structure")
     energies.add_argument("model", help="model file")
     energies.add_argument("file", help="any file that ASE reads, or an embedded set as ethanol")
-    energies.add_argument("--index", type=int, default=0, help="frame of the file (default: 0)")
-    energies.add_argument("--minus", type=int, default=None, metavar="INDEX", help="show differences to this frame")
+    energies.add_argument("--index", type=whole, default=0, help="frame of the file (default: 0)")
+    energies.add_argument("--minus", type=whole, default=None, metavar="INDEX", help="show differences to this frame")
     energies.add_argument("--level", default=None, help="name or number of the level to list and to draw")
     energies.add_argument("--plot", default=None, metavar="PNG", help="draw it into this file")
+    _add_overwrite(energies)
 
     hierarchy = commands.add_parser("hierarchy", help="build, check and draw the hierarchy of a structure")
     hierarchy.add_argument("file", help="any file that ASE reads, or a molecule of the embedded sets")
-    hierarchy.add_argument("--scheme", default="BondTree", help="name of a scheme (default: BondTree)")
+    hierarchy.add_argument("--scheme", default=None, help="name of a scheme (default: BondTree)")
     hierarchy.add_argument(
         "--set",
         action="append",
@@ -124,31 +195,79 @@ def build_parser() -> argparse.ArgumentParser:
         help="argument of the scheme, e.g. cutoff=4",
     )
     hierarchy.add_argument("--model", default=None, help="take the scheme of this model file")
-    hierarchy.add_argument("--index", type=int, default=0, help="frame of the file (default: 0)")
+    hierarchy.add_argument("--index", type=whole, default=0, help="frame of the file (default: 0)")
     hierarchy.add_argument("--plot", default=None, metavar="PNG", help="draw it into this file")
+    _add_overwrite(hierarchy)
     return parser
+
+
+def _add_out(parser: argparse.ArgumentParser, text: str) -> None:
+    parser.add_argument("--out", default=None, help=text)
+    _add_overwrite(parser)
+
+
+def _add_overwrite(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--overwrite", action="store_true", help="replace results that are there already")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
+    if argv is None:
+        for stream in (sys.stdout, sys.stderr):  # a terminal that knows few letters is no reason to end
+            if hasattr(stream, "reconfigure"):
+                stream.reconfigure(errors="backslashreplace")
     words = list(sys.argv[1:] if argv is None else argv)
-    # argparse reads options of the first parser only up to the command, and would refuse dotted keys.
-    place = next((n for n, word in enumerate(words[:2]) if word in ("train", "compare")), len(words))
-    args = build_parser().parse_args([*words[: place + 1]])
+    command = next((word for word in words if not word.startswith("-")), None)
+    try:
+        status = _main(words, command)
+        if sys.stdout is not None:
+            sys.stdout.flush()  # here, where a broken pipe is still ours
+        return status
+    except KeyboardInterrupt:
+        print(f"\nnbody {command}: stopped by Ctrl-C", file=sys.stderr)
+        return 128 + signal.SIGINT
+    except BrokenPipeError:  # the reader of a pipe has seen enough; Python would complain again at its end
+        if argv is None:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + getattr(signal, "SIGPIPE", 13)
+
+
+def _main(words: list[str], command: str | None) -> int:
+    parser = build_parser()
+    if command is None and "--version" in words:
+        from nbody_pyg import __version__
+
+        print(f"nbody_pyg {__version__}")
+        return 0
+    if command is None and not {"-h", "--help"} & set(words):
+        print(f"{parser.format_usage()}nbody: error: name a command: {', '.join(parser.commands)}", file=sys.stderr)
+        return WRONG
+    if command is not None and command not in parser.commands:
+        hint = nearest(command, parser.commands)
+        print(f"nbody: error: no command {printable(repr(command))}; {hint}", file=sys.stderr)
+        return WRONG
+    debug = "--debug" in words
+    words = [word for word in words if word != "--debug"]
+    # argparse would refuse the dotted keys of these two.
+    place = words.index(command) if command in ("train", "compare") else len(words)
+    args = parser.parse_args([*words[: place + 1]])
     try:
         return _run(args, words[place + 1 :])
-    except (ValueError, FileNotFoundError, FloatingPointError) as error:
-        if args.debug:
+    except BrokenPipeError:
+        raise
+    # A value of a wrong kind, no space left, no permission, a loss that is not finite
+    except (ValueError, TypeError, OSError, FloatingPointError) as error:
+        if debug:
             raise
-        print(f"nbody {args.command}: error: {error}", file=sys.stderr)
-        return 1
-    except BrokenPipeError:  # the reader of a pipe has seen enough
-        return 0
-    except (OSError, TypeError) as error:  # no space left, no permission; a value of a wrong kind
-        if args.debug:
-            raise
-        print(f"nbody {args.command}: error: {error}", file=sys.stderr)
-        return 1
+        print(f"nbody {args.command}: error: {printable(_text(error))}", file=sys.stderr)
+        return WRONG if isinstance(error, WrongArgument) else 1
+
+
+def _text(error: Exception) -> str:
+    """An error in one line."""
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _train_words(words: Sequence[str]) -> tuple[str | None, list[str], bool]:
@@ -173,16 +292,27 @@ def _train_words(words: Sequence[str]) -> tuple[str | None, list[str], bool]:
 
 def _run(args: argparse.Namespace, rest: list[str]) -> int:
     # Imported when needed: torch takes seconds, --help should not.
+    if args.command in ("train", "compare") and {"-h", "--help"} & set(rest):
+        # Made by tests/contract/test_cli_help.py, which also sees to it that it is true
+        print(Path(__file__).with_name(f"{args.command}_help.txt").read_text(encoding="utf-8"), end="")
+        return 0
+    from nbody_pyg.training.config import expand_path
+
+    for name in _PATHS:
+        value = getattr(args, name, None)
+        if isinstance(value, (str, list)) and value:
+            setattr(args, name, [*map(expand_path, value)] if isinstance(value, list) else expand_path(value))
     if args.command == "train":
         from nbody_pyg.cli.train import train
 
-        return train(*_train_words(rest))
+        path, overrides, wants_help = _train_words(rest)
+        return train(None if path is None else expand_path(path), overrides, wants_help)
     if args.command == "compare":
         from nbody_pyg.cli.compare import compare
 
         # A list may follow an option, so that only the first word can be the file.
-        path = rest.pop(0) if rest and not rest[0].startswith("-") else None
-        return compare(path, [w for w in rest if w not in ("-h", "--help")], "-h" in rest or "--help" in rest)
+        path = expand_path(rest.pop(0)) if rest and not rest[0].startswith("-") else None
+        return compare(path, rest)
     if args.command == "evaluate":
         from nbody_pyg.cli.evaluate import evaluate
 

@@ -7,65 +7,122 @@ import sys
 from pathlib import Path
 
 import torch
-from ase.io import read
+from ase import Atoms
 from matplotlib.figure import Figure
 
+from nbody_pyg.cli.arguments import require_device
+from nbody_pyg.cli.frames import read_atoms
+from nbody_pyg.cli.interrupt import interruptible
+from nbody_pyg.cli.outputs import latest, output_folder, save_figure
+from nbody_pyg.data import electronic_state_of
 from nbody_pyg.deploy import Committee, MDReport, NBodyCalculator, run_md, stop_on_uncertainty
+from nbody_pyg.deploy.dynamics import cut_to_whole_frames
 
-#: Exit status when the uncertainty ended the run.
+#: Exit status when the run was stopped: by the uncertainty, or because it has failed.
 STOPPED = 3
+_TRAJECTORY = "trajectory.xyz"
 
 
 def md(args: argparse.Namespace) -> int:
     """Run the command; returns the exit status."""
     torch.set_num_threads(1)
-    if not Path(args.start).is_file():
-        raise FileNotFoundError(f"no structure at {args.start}")
-    atoms = read(args.start)
+    require_device(args.device)
     members = list(dict.fromkeys([args.model, *args.committee]))
-    options = {"device": args.device, "dtype": args.dtype, "compile": args.compile, "cuda_graphs": args.cuda_graphs}
     if len(members) == 1 and args.max_forces_std is not None:
         raise ValueError("--max-forces-std needs further models to compare with; name them with --committee")
+    if args.friction is not None and args.ensemble != "langevin":
+        raise ValueError("--friction belongs to --ensemble langevin; leave it out, or choose that")
+    folder, atoms = _begin(args)
+    electronic_state_of(atoms, args.start)  # a contradiction is found before the model is read
+    options = {"device": args.device, "dtype": args.dtype, "compile": args.compile, "cuda_graphs": args.cuda_graphs}
     atoms.calc = Committee(members, **options) if len(members) > 1 else NBodyCalculator(args.model, **options)
-    stop = None if args.max_forces_std is None else stop_on_uncertainty(args.max_forces_std)
-    folder = Path(args.out)
     folder.mkdir(parents=True, exist_ok=True)
+    for path in folder.glob("energy-*.png") if args.overwrite else ():
+        path.unlink()  # of a run whose trajectory will be gone
     formula = atoms.get_chemical_formula()
+    goal = f"{'goes on in' if args.restart else 'written to'} {folder}"
     print(
-        f"{formula}: {len(atoms)} atoms, {args.ensemble}, {args.steps} steps of {args.timestep} fs",
+        f"{formula}: {len(atoms)} atoms, {args.ensemble}, {args.steps} steps of {args.timestep} fs; {goal}",
         flush=True,
     )
-    result = run_md(
-        atoms,
-        args.steps,
-        ensemble=args.ensemble,
-        timestep=args.timestep,
-        temperature=args.temperature,
-        friction=args.friction,
-        seed=args.seed,
-        sample_every=args.every,
-        log=folder / "md.log",
-        trajectory=folder / "trajectory.xyz",
-        report=_progress(args.steps) if sys.stderr.isatty() else None,
-        stop=stop,
-    )
+    uncertain = None if args.max_forces_std is None else stop_on_uncertainty(args.max_forces_std)
+    with interruptible() as interrupt:
+
+        def stop(atoms: Atoms) -> str | None:
+            return interrupt.reason or (None if uncertain is None else uncertain(atoms))
+
+        result = run_md(
+            atoms,
+            args.steps,
+            ensemble=args.ensemble,
+            timestep=args.timestep,
+            temperature=args.temperature,
+            friction=0.01 if args.friction is None else args.friction,
+            seed=args.seed,
+            sample_every=args.every,
+            log=folder / "md.log",
+            trajectory=folder / _TRAJECTORY,
+            report=_progress(args.steps) if sys.stderr.isatty() else None,
+            stop=stop,
+            velocities=args.velocities,
+            max_temperature=args.max_temperature,
+            restart=args.restart,
+            stop_on_bond_change=args.stop_on_bond_change,
+        )
+    print(f"velocities: {result.velocities}")
+    if result.bonds_from is not None:
+        print(f"bonds: {result.bonds_from}, kept for the whole run")
+    if result.bond_changes is not None:
+        print(f"bonds as found later differ from those in use: first at {result.bond_changes}")
     print(result)
     if len(members) > 1:
+        atoms.get_forces()
         spread = max(atoms.calc.results["forces_std"])
         print(f"committee of {len(members)}: forces differ by {spread:.3f} eV/A at the end")
     if args.ensemble == "langevin":
         print("(a thermostat exchanges energy: drift and jumps are no measure of the potential here)")
-    plot_energies(result, folder / "energy.png", f"{formula}, {args.ensemble}, {args.timestep} fs")
-    print(f"written to {folder}: md.log, trajectory.xyz, energy.png")
+    written = ["md.log", _TRAJECTORY]
+    if len(result.time):
+        # The picture of what a restart goes on from stays
+        name = f"energy-{result.first_step}.png" if args.restart else "energy.png"
+        plot_energies(result, folder / name, f"{formula}, {args.ensemble}, {args.timestep} fs")
+        written.append(name)
+    print(f"written to {folder}: {', '.join(written)}")
     if result.stopped is not None:
         print(f"\n{result.stopped}")
-        return STOPPED
+        return interrupt.status or STOPPED
     return 0
+
+
+def _begin(args: argparse.Namespace) -> tuple[Path, Atoms]:
+    """The folder of the run and its first structure."""
+    start = None if args.start is None else read_atoms(args.start, index=-1)[0]
+    if not args.restart:
+        if start is None:
+            raise ValueError("START is missing: name a file with the first structure, or go on with --restart")
+        names = ("md.log", _TRAJECTORY, "energy*.png")
+        cure = "go on with it by --restart, replace it with --overwrite, or name another folder with --out"
+        if left_out := start.info.get("constraints_left_out"):
+            raise ValueError(
+                f"{args.start} was written without its constraints ({left_out}), which extended xyz does not hold; "
+                "start from a file that has them (.traj), or remove constraints_left_out from it to go on without"
+            )
+        inputs = [args.model, args.start, *args.committee]
+        return output_folder(args.out, "md", args.overwrite, inputs, names, cure), start
+    if args.overwrite:
+        raise ValueError("--restart and --overwrite contradict each other; give one of them")
+    if args.velocities != "auto":
+        raise ValueError("--restart takes the velocities of the trajectory; leave --velocities out")
+    folder = latest("md", _TRAJECTORY) if args.out is None else Path(args.out)
+    if not (folder / _TRAJECTORY).is_file():
+        raise FileNotFoundError(f"nothing to go on with: there is no {folder / _TRAJECTORY}")
+    cut_to_whole_frames(folder / _TRAJECTORY)
+    return folder, read_atoms(str(folder / _TRAJECTORY), index=0)[0] if start is None else start
 
 
 def _progress(steps: int):
     def report(done: int) -> None:
-        sys.stderr.write(f"\r{100 * done / steps:5.1f} %" + ("\n" if done >= steps else ""))
+        sys.stderr.write(f"\r{100 * done / max(steps, 1):5.1f} %" + ("\n" if done >= steps else ""))
 
     return report
 
@@ -84,4 +141,4 @@ def plot_energies(result: MDReport, path: Path, title: str) -> None:
     for axes in (above, below):
         axes.spines[["top", "right"]].set_visible(False)
         axes.margins(x=0)
-    figure.savefig(path, dpi=150)
+    save_figure(figure, path, dpi=150)

@@ -8,8 +8,11 @@ from pathlib import Path
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from torch import Tensor
 from torch_geometric.data import Data
 
+from nbody_pyg.cli.outputs import save_figure
+from nbody_pyg.datasets.frames import has_label
 from nbody_pyg.properties import Property
 from nbody_pyg.training.evaluation import Evaluation
 from nbody_pyg.training.property_task import PropertyEvaluation
@@ -22,16 +25,14 @@ def parity_plot(results: Mapping[str, tuple[Sequence[Data], Evaluation]], path: 
 
     Raises: ValueError: no set has labels.
     """
-    energy = {
-        name: (_stack([f.energy for f in frames]), found.energy.numpy())
-        for name, (frames, found) in results.items()
-        if all(f.get("energy") is not None for f in frames)
-    }
-    forces = {
-        name: (_stack([f.forces.flatten() for f in frames]), _stack([x.flatten() for x in found.forces]))
-        for name, (frames, found) in results.items()
-        if all(f.get("forces") is not None for f in frames)
-    }
+    energy, forces = {}, {}
+    for name, (frames, found) in results.items():
+        known = [i for i, frame in enumerate(frames) if has_label(frame, "energy")]
+        if known:
+            energy[name] = _pairs([frames[i].energy for i in known], [found.energy[i] for i in known])
+        known = [i for i, frame in enumerate(frames) if found.forces and has_label(frame, "forces")]
+        if known:
+            forces[name] = _pairs([frames[i].forces for i in known], [found.forces[i] for i in known])
     panels = [("energy", "eV", "meV", energy), ("force component", "eV/Å", "meV/Å", forces)]
     panels = [panel for panel in panels if panel[3]]
     if not panels:
@@ -41,7 +42,7 @@ def parity_plot(results: Mapping[str, tuple[Sequence[Data], Evaluation]], path: 
         _panel(axes, *panel)
     if title:
         figure.suptitle(title, fontsize=12)
-    figure.savefig(path, dpi=160)
+    save_figure(figure, Path(path), dpi=160)
 
 
 def property_plot(
@@ -50,15 +51,15 @@ def property_plot(
     """Predictions against labels of every property, by component, in one PNG."""
     figure = Figure(figsize=(5.2 * len(properties), 5.4), layout="constrained")
     for axes, p in zip(figure.subplots(1, len(properties), squeeze=False)[0], properties, strict=True):
-        sets = {
-            name: (_stack([frame[p.name].reshape(-1) for frame in frames]), found.values[p.name].reshape(-1).numpy())
-            for name, (frames, found) in results.items()
-            if all(p.name in frame for frame in frames)
-        }
+        sets = {}
+        for name, (frames, found) in results.items():
+            known = [i for i, frame in enumerate(frames) if has_label(frame, p.name)]
+            if known:
+                sets[name] = _pairs([frames[i][p.name] for i in known], [found.values[p.name][i] for i in known])
         if not sets:
             raise ValueError(f"no set has the label {p.name!r} to compare with; nothing to plot")
         _panel(axes, p.name + (" component" if p.shape else ""), p.unit, p.unit, sets, milli_factor=1.0)
-    figure.savefig(path, dpi=160)
+    save_figure(figure, Path(path), dpi=160)
 
 
 def _panel(
@@ -95,5 +96,9 @@ def _panel(
     axes.legend(loc="upper left", frameon=False, markerscale=3, fontsize=9)
 
 
-def _stack(parts: Sequence) -> np.ndarray:
-    return np.concatenate([np.asarray(part, dtype=float).reshape(-1) for part in parts])
+def _pairs(labels: Sequence[Tensor], found: Sequence[Tensor]) -> tuple[np.ndarray, np.ndarray]:
+    """Known components of the labels, and the predictions of the same."""
+    label = np.concatenate([value.detach().double().cpu().numpy().reshape(-1) for value in labels])
+    other = np.concatenate([value.detach().double().cpu().numpy().reshape(-1) for value in found])
+    known = ~np.isnan(label)
+    return label[known], other[known]

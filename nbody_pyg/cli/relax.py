@@ -3,35 +3,55 @@
 from __future__ import annotations
 
 import argparse
+import math
 
 import torch
 
-from nbody_pyg.cli.frames import read_structures, write_structures
+from nbody_pyg.cli.frames import read_atoms, write_atoms
+from nbody_pyg.cli.interrupt import interruptible
+from nbody_pyg.cli.outputs import output_file
 from nbody_pyg.cli.tables import table
 from nbody_pyg.deploy import relax as relax_frames
 from nbody_pyg.deploy.model_file import load_potential
+from nbody_pyg.deploy.relax import as_data, as_it_came
 
+#: Exit status when a structure did not converge.
+NOT_CONVERGED = 3
 _MOST_ROWS = 30
 
 
 def relax(args: argparse.Namespace) -> int:
     """Run the command; returns the exit status."""
     torch.set_num_threads(1)
-    frames = read_structures(args.frames)
+    out = output_file(args.out, "relaxed.xyz", args.overwrite, [args.model, args.frames])
+    structures = read_atoms(args.frames)
+    frames = [as_data(atoms, number) for number, atoms in enumerate(structures)]
     potential = load_potential(args.model).to(getattr(torch, args.dtype))
-    found = relax_frames(potential, frames, fmax=args.fmax, max_steps=args.steps, batch_size=args.batch_size)
+    with interruptible() as interrupt:
+        found = relax_frames(
+            potential, frames, fmax=args.fmax, max_steps=args.steps, batch_size=args.batch_size,
+            reference=args.model,             stop=lambda: interrupt.number is not None,
+        )  # fmt: skip
+    relaxed = [as_it_came(atoms, frame) for atoms, frame in zip(structures, found.frames, strict=False)]
     rows = []
     for number, frame in enumerate(found.frames[:_MOST_ROWS]):
         moved = (frame.pos - frames[number].pos).norm(dim=1).max()
         gained = float(found.energy[number] - found.start_energy[number])
+        largest = float(found.largest[number])
+        verdict = "yes" if found.converged[number] else "NO" if math.isfinite(largest) else "NO: forces are not finite"
         rows.append((number, int(found.steps[number]), float(found.energy[number]), gained,
-                     f"{float(found.largest[number]):.4f}", float(moved),
-                     "yes" if found.converged[number] else "NO"))  # fmt: skip
+                     f"{largest:.4f}", float(moved), verdict))  # fmt: skip
     head = ["structure", "steps", "energy eV", "change eV", "largest force eV/A", "moved A", "converged"]
     print(table(head, rows))
     if len(found.frames) > _MOST_ROWS:
         print(f"... and {len(found.frames) - _MOST_ROWS} more")
-    write_structures(args.out, found.frames)
-    count = int(found.converged.sum())
-    print(f"\n{count} of {len(frames)} converged; written to {args.out}")
-    return 0
+    write_atoms(out, relaxed)
+    missing = (~found.converged).nonzero().flatten().tolist()
+    print(f"\n{len(found.frames) - len(missing)} of {len(frames)} converged; written to {out}")
+    if missing:
+        more = "" if len(missing) <= _MOST_ROWS else f" and {len(missing) - _MOST_ROWS} more"
+        print(f"not converged: {', '.join(map(str, missing[:_MOST_ROWS]))}{more}")
+    if interrupt.number is not None:
+        print(f"stopped {interrupt.reason}: {len(found.frames)} of {len(frames)} structures are in the file")
+        return interrupt.status
+    return NOT_CONVERGED if missing else 0

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
+import hashlib
 import os
+import re
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,17 +21,34 @@ from nbody_pyg.cli.frames import sample_of
 from nbody_pyg.cli.plots import parity_plot, property_plot
 from nbody_pyg.cli.tables import error_table
 from nbody_pyg.datasets import label_audit
-from nbody_pyg.deploy import save_model
-from nbody_pyg.potential import Potential
+from nbody_pyg.datasets.splits import Split, read_split
+from nbody_pyg.deploy import read_metadata, reference_record, save_model
+from nbody_pyg.durable import write_json, write_text
+from nbody_pyg.nn.charges import DEFAULT_STATE
+from nbody_pyg.potential import Potential, frame_states
 from nbody_pyg.properties import PropertyModel
-from nbody_pyg.training import FitResult, fit
-from nbody_pyg.training.config import Config, config_parser, load_config
+from nbody_pyg.training.build import potential_from_config
+from nbody_pyg.training.checkpoint import changes, read_checkpoint
+from nbody_pyg.training.config import Config, ModelConfig, OutputConfig, config_parser, load_config
 from nbody_pyg.training.evaluation import Evaluation, evaluate
-from nbody_pyg.training.prepare import DataSets, build_potential, explicit, load_data
+from nbody_pyg.training.folder import RunFolder
+from nbody_pyg.training.prepare import DataSets, build_potential, explicit, load_data, network_inputs
 from nbody_pyg.training.property_task import PropertyEvaluation, evaluate_properties
+from nbody_pyg.training.run import FIT_FILES, FitResult, fit_in, is_first_process, require_device, require_elements
+from nbody_pyg.training.settings import RESUMABLE
 
 # Atoms of a structure that is kept in the model file, as text.
 _LARGEST_SAMPLE = 1000
+
+
+#: Files of a run. ``config.yaml`` is among them where it is as we wrote it.
+_FILES = (*FIT_FILES, "model.nbody", "errors.json", "parity.png", "split.json", "config.used.yaml")
+
+# What a resumed run may change: how far it goes, where files lie (what is in the frames is compared), and its output.
+_FREE = frozenset({f"training.{name}" for name in RESUMABLE} | {
+    "data.root", "data.train", "data.val", "data.test", "data.num_test",
+    *(f"output.{field.name}" for field in dataclasses.fields(OutputConfig)),
+})  # fmt: skip
 
 
 def train(path: str | None, overrides: Sequence[str] = (), wants_help: bool = False) -> int:
@@ -37,48 +56,149 @@ def train(path: str | None, overrides: Sequence[str] = (), wants_help: bool = Fa
     if wants_help:
         config_parser().print_help()
         return 0
+    config = load_config(path, overrides)
+    require_device(config.training)
+    first = is_first_process(config.training)
     with contextlib.ExitStack() as stack:
-        if int(os.environ.get("LOCAL_RANK", 0)) > 0:  # one process of several speaks
+        if not first:  # one process of several speaks
             stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
-        return _train(load_config(path, overrides))
+        return _train(config, stack.enter_context(RunFolder(config.output.folder, first)))
 
 
 class KeptConfig(Callback):
-    """Writes the configuration when training begins: a checkpoint that is refused leaves that of its run as it was."""
+    """Writes configuration and split when training begins, and keeps the configuration in every checkpoint.
 
-    def __init__(self, config: Config, path: Path):
-        self.config, self.path = config, path
+    A checkpoint that is refused leaves those of its run as they were, and a ``config.yaml`` that is not as we wrote
+    it is somebody else's: it stays, and ours is ``config.used.yaml``.
+    """
+
+    def __init__(self, config: Config, split: Split | None, folder: Path):
+        self.config, self.split, self.folder = config, split, folder
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
-        if trainer.is_global_zero:
-            self.config.save(self.path)
+        if not trainer.is_global_zero:
+            return
+        text, path = self.config.text(), self.folder / "config.yaml"
+        if path.exists() and _writer(path) is None:
+            path = path.with_name("config.used.yaml")
+        write_text(path, _headed(text, module.run))
+        if self.split is not None:
+            self.split.save(self.folder / "split.json")
+
+    def on_save_checkpoint(self, trainer: Trainer, module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        checkpoint["config"] = self.config.to_dict()
 
 
-def _train(config: Config) -> int:
+_HEAD = re.compile(r"# Written by nbody train, run (\w*); sha256 of what follows: (\w{64})\n(.*)", re.DOTALL)
+
+
+def _headed(text: str, run: str) -> str:
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    return f"# Written by nbody train, run {run}; sha256 of what follows: {digest}\n{text}"
+
+
+def _writer(path: Path) -> str | None:
+    """The run that a configuration file belongs to, if it is as this command wrote it."""
+    found = _HEAD.fullmatch(path.read_text(encoding="utf-8", errors="replace")) if path.is_file() else None
+    return found[1] if found and hashlib.sha256(found[3].encode()).hexdigest() == found[2] else None
+
+
+def _train(config: Config, run: RunFolder) -> int:
     torch.set_num_threads(config.training.threads)
-    folder = Path(config.output.folder)
-    data = load_data(config.data)
-    print(label_audit(data.named()), "\n")
-    potential = build_potential(config, data)
+    folder = run.path
+    last, split, potential = None, None, None
+    if config.output.resume:
+        last, split = _checkpoint(folder), _split(folder / "split.json")
+        # With the degrees, E0 and scale that it was trained with, whatever frames have come since
+        potential = _resumed(last, config)
+    explicit(config.model)  # a wrong argument of the network is found before the data are read
+    data = load_data(config.data, split)
+    print(label_audit(data.named(), _uses(config, data)), "\n")
+    if potential is None:
+        potential = build_potential(config, data)
+    require_elements(potential, data.named())
     _describe(potential, config)
     shared = config.data.shares_hierarchy
     data = data.with_topology(potential.model.scheme, shared)
-    resume = _checkpoint(folder) if config.output.resume else None
-    if resume is None and (folder / "model.nbody").exists():
-        print(f"replacing the earlier run in {folder}")
-    folder.mkdir(parents=True, exist_ok=True)
-    kept = KeptConfig(dataclasses.replace(config, model=explicit(config.model)), folder / "config.yaml")
-    result = fit(potential, data.train, data.val, config.training, folder, resume, callbacks=[kept])
+    config = dataclasses.replace(config, model=_as_built(config.model, potential))
+    files = _FILES if _writer(folder / "config.yaml") is None else (*_FILES, "config.yaml")
+    result = fit_in(
+        run, potential, data.train, data.val, config.training, last,
+        callbacks=[KeptConfig(config, data.split, folder)], files=files,
+    )  # fmt: skip
+    if not run.active:
+        return 0  # the first process tests and saves, and tells how it ended
     if result.interrupted is not None:
         print(
             f"stopped by signal {result.interrupted} after step {result.steps}; go on with the same command "
             "and --output.resume true"
         )
         return 128 + result.interrupted
-    if torch.distributed.is_initialized() and torch.distributed.get_rank() > 0:
-        return 0  # the first process tests and saves
+    if result.already_finished and _is_complete(folder / "model.nbody", result, config):
+        print(f"model      {folder / 'model.nbody'}: as it was")
+        return 0
     _finish(potential, data, config, result, folder)
     return 0
+
+
+def _split(path: Path) -> Split | None:
+    """The rows of an earlier run; None where it kept none."""
+    try:
+        return read_split(path) if path.is_file() else None
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path} is damaged ({error}); remove it to make the split anew by its seed") from error
+
+
+def _resumed(last: Path, config: Config) -> Potential | PropertyModel:
+    """The model of a checkpoint, with fresh weights. Raises: ValueError: the configuration changes what it must not."""
+    checkpoint = read_checkpoint(last)
+    if _writer(last.with_name("config.yaml")) not in (None, checkpoint["run"]["id"]):
+        raise ValueError(
+            f"{last} is of another run than the other files of {last.parent}; go on in a folder of its own"
+        )
+    stored = checkpoint.get("config")
+    if stored is None:
+        raise ValueError(f"{last} was not written by nbody train; go on with fit(resume=...), as it was begun")
+    given = dataclasses.replace(config, model=explicit(config.model)).to_dict()
+    # Where none are given they follow from the frames of the first run.
+    free = _FREE if config.model.arguments.get("degrees") is not None else _FREE | {"model.degrees"}
+    if words := changes(stored, given, free):
+        raise ValueError(
+            f"a resumed run must not change these settings: {words}; resume with the old ones, or start anew"
+        )
+    return potential_from_config(checkpoint["hyper_parameters"]["potential"])
+
+
+def _as_built(config: ModelConfig, potential: Potential | PropertyModel) -> ModelConfig:
+    """The section with all defaults written out, and with the degrees that were counted."""
+    config = explicit(config)
+    degrees = potential.model.config().get("degrees")
+    return dataclasses.replace(config, arguments={**config.arguments, **({"degrees": degrees} if degrees else {})})
+
+
+def _is_complete(path: Path, result: FitResult, config: Config) -> bool:
+    """Whether a model file is that of a run at its end, with the weights and tests that are asked for."""
+    try:
+        found = read_metadata(path)["metadata"]
+        asked = found["config"]["output"]["weights"], found["config"]["data"]["test"]
+    except (OSError, ValueError, KeyError):
+        return False
+    same = (found.get("run"), found.get("steps")) == (result.run, result.steps)
+    return same and asked == (config.output.weights, config.data.test) and "errors" in found
+
+
+def _uses(config: Config, data: DataSets) -> dict[str, str]:
+    """What the network does with charges and spins, for the table of labels; none where there are no such labels."""
+    states = frame_states(data.train)
+    inputs = network_inputs(config.model, data.train)
+    held = {
+        key: "input" if key in inputs else "constant" if set(values) != {DEFAULT_STATE[key]} else "not used"
+        for key, values in states.items()
+    }
+    if config.model.arguments.get("long_range") is not None and "charge" in held:
+        held["charge"] = "input"
+    charges = any(frame.get("charges") is not None for frame in data.train)
+    return held | ({"charges": "input" if config.model.arguments.get("long_range") else "their sum"} if charges else {})
 
 
 def _describe(potential: Potential | PropertyModel, config: Config) -> None:
@@ -92,13 +212,26 @@ def _describe(potential: Potential | PropertyModel, config: Config) -> None:
     else:
         _print_elements({} if potential.reference is None else potential.reference.energies, "eV", "E0", "none")
         scale = f"scale   {float(potential.scale):.4f}   "
+    for key in sorted(getattr(potential.model, "used", ())):
+        print(f"input   {key}{' (spin multiplicity 2S + 1)' if key == 'spin' else ''}")
+    for key, value in potential.model.assumed.items():
+        print(f"fixed   {key} {value:g}: that of all training frames, and the only one that the model knows")
     limits = {
         "CPU s": config.training.budget_seconds,
         "epochs": config.training.max_epochs,
         "steps": config.training.max_steps,
     }
     until = " or ".join(f"{value:g} {name}" for name, value in limits.items() if value is not None)
-    print(f"{scale}training until {until}\n", flush=True)
+    print(f"{scale}training until {until}")
+    t = config.training
+    if t.processes > 1:
+        print(f"batch   {t.batch_size} x {t.processes} processes = {t.batch_size * t.processes} frames per step")
+    elif int(os.environ.get("SLURM_NTASKS") or 1) > 1:
+        print(
+            f"note: SLURM has {os.environ['SLURM_NTASKS']} tasks for this job, this run is one process; it starts more "
+            "by itself with training.processes (start the command once, not by srun in every task)"
+        )
+    print(flush=True)
 
 
 def _print_elements(values: dict[int, float], unit: str, title: str = "        of each", otherwise: str = "") -> None:
@@ -119,31 +252,38 @@ def _finish(
 ) -> None:
     """Choose the weights, test them, and write model, errors and plot."""
     kept = _choose_weights(potential, data, config, result, folder)
-    sets = {**({"val": data.val} if len(data.val) else {}), **data.tests} or {"train": data.train}
-    found = {name: _evaluate(potential, frames) for name, frames in sets.items()}
-    errors = {name: evaluation.errors for name, evaluation in found.items()}
-    print(
-        f"\n{result.steps} steps, {result.epochs} epochs, {result.cpu_seconds:.1f} CPU s "
-        f"({1000 * result.cpu_seconds / max(result.steps, 1):.1f} ms per step); weights: {kept}\n"
-    )
     properties = potential.properties if isinstance(potential, PropertyModel) else ()
-    print(error_table({("", name): values for name, values in errors.items()}, properties), "\n")
     record: dict[str, Any] = {
         "config": config.to_dict(),
+        "run": result.run,
+        "resumed": list(result.resumed),
         "steps": result.steps,
         "epochs": result.epochs,
         "cpu_seconds": round(result.cpu_seconds, 3),
         "weights": kept,
         "num_frames": {name: len(frames) for name, frames in data.named().items()},
-        "errors": errors,
-        "errors_unit": {p.name: p.unit for p in properties} or "meV and meV/angstrom",
     }
     if config.data.shares_hierarchy:
-        record["reference"] = {"z": data.train[0].z.tolist(), "pos": data.train[0].pos.tolist()}
+        record["reference"] = reference_record(data.train[0])
     if len(data.train[0].z) <= _LARGEST_SAMPLE:
         record["sample"] = sample_of(data.train[0])  # on which `nbody check` can test the model
+    save_model(potential, folder / "model.nbody", record)  # before anything can go wrong with the tests
+    sets = {**({"val": data.val} if len(data.val) else {}), **data.tests} or {"train": data.train}
+    try:
+        found = {name: _evaluate(potential, frames) for name, frames in sets.items()}
+    except Exception:
+        print(f"\nthe tests have failed; the trained model is in {folder / 'model.nbody'}", file=sys.stderr)
+        raise
+    errors = {name: evaluation.errors for name, evaluation in found.items()}
+    print(
+        f"\n{result.steps} steps, {result.epochs} epochs, {result.cpu_seconds:.1f} CPU s "
+        f"({1000 * result.cpu_seconds / max(result.steps, 1):.1f} ms per step); weights: {kept}\n"
+    )
+    print(error_table({("", name): values for name, values in errors.items()}, properties), "\n")
+    record["errors"] = errors
+    record["errors_unit"] = {p.name: p.unit for p in properties} or "meV and meV/angstrom"
     save_model(potential, folder / "model.nbody", record)
-    (folder / "errors.json").write_text(json.dumps(errors, indent=1) + "\n")
+    write_json(folder / "errors.json", errors)
     print(f"model      {folder / 'model.nbody'}\nlog        {folder / 'metrics.csv'}")
     if config.output.plot:
         _plot(potential, sets, found, data, folder)
@@ -158,7 +298,9 @@ def _evaluate(potential: Potential | PropertyModel, frames: Sequence[Data]) -> E
 
 def _plot(potential: Potential | PropertyModel, sets: dict, found: dict, data: DataSets, folder: Path) -> None:
     names = list(data.tests) or list(sets)
-    results = {name: (sets[name], found[name]) for name in names}
+    results = {name: (sets[name], found[name]) for name in names if found[name].errors}
+    if not results:
+        return  # no labels to compare with
     if isinstance(potential, PropertyModel):
         property_plot(results, potential.properties, folder / "parity.png")
     else:
@@ -176,7 +318,14 @@ def _choose_weights(
     now = _evaluate(potential, data.val).errors.get(result.monitor, float("inf"))
     if now <= result.best_score:
         return f"last (step {result.steps})"
-    state = torch.load(best, weights_only=True)["state_dict"]
+    try:
+        checkpoint = read_checkpoint(best)
+    except ValueError as error:
+        print(f"\n{error}")
+        return f"last (step {result.steps}); best.ckpt cannot be read"
+    if checkpoint.get("run", {}).get("id") != result.run or checkpoint["global_step"] != result.best_step:
+        return f"last (step {result.steps}); best.ckpt is of another run"
+    state = checkpoint["state_dict"]
     prefix = "potential."
     potential.load_state_dict({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})
     return f"best of validation (step {result.best_step})"

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
+import math
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,7 +14,9 @@ from typing import Any
 import jsonargparse
 
 from nbody_pyg.compare.registry import MODELS, entry
-from nbody_pyg.training.config import parse_config, parse_value, read_tree
+from nbody_pyg.messages import check_choice, nearest
+from nbody_pyg.training.config import expand_path, parse_config, parse_value, read_tree, switch_scheme, typed
+from nbody_pyg.training.optim import optimizer_names
 from nbody_pyg.training.settings import setting
 
 #: Keys of the nested sections; everything in them is a key of ``nbody train`` too.
@@ -62,6 +64,10 @@ class CompareConfig:
     out: str = setting("runs/compare", "folder of the results; finished runs found there are not run again")
     report: bool = setting(False, "run nothing: tables and plots of what the folder holds")
     isolate: bool = setting(True, "every run in a process of its own, so that no model can disturb another")
+    timeout: float | None = setting(
+        None, "seconds by the clock after which a run in a process of its own is ended as failed (default: 600 and 20 "
+        "times its budget; with steps a day)"
+    )  # fmt: skip
     data: dict[str, Any] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
     model: dict[str, Any] = field(default_factory=dict)
@@ -73,13 +79,26 @@ class CompareConfig:
             entry(name)
         if self.budget is not None and self.steps is not None:
             raise ValueError(f"give budget or steps, not both, got {self.budget} and {self.steps}")
-        for name in ("budget", "steps", "lr", "batch_size", "search_seconds", "search_steps", "cutoff", "points"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
+        numbers = (
+            "budget",
+            "steps",
+            "lr",
+            "batch_size",
+            "search_seconds",
+            "search_steps",
+            "cutoff",
+            "points",
+            "timeout",
+        )
+        for name, value in [*((n, getattr(self, n)) for n in numbers), *(("search", lr) for lr in self.search or ())]:
+            if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"{name} must be positive, got {value}")
+        for name in self.optimizers or ():
+            check_choice("optimizers", name, optimizer_names())
         for name, choices in (("search_on", ("first", "each")), ("finals", ("best", "each", "none"))):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
+            check_choice(name, getattr(self, name), choices)
+        if self.timeout is not None and not self.isolate:
+            raise ValueError("timeout needs isolate: only a process of its own can be ended; leave one of them out")
         if self.search and self.lr is not None:
             raise ValueError(f"give lr, or learning rates to search, not both, got {self.lr} and {self.search}")
         taken = {"budget_seconds", "max_steps", "max_epochs", "batch_size", "lr", "optimizer", "seed"}
@@ -124,23 +143,26 @@ def load_compare(path: str | Path | None = None, words: Sequence[str] = ()) -> C
     tree: dict[str, Any] = {}
     if path is not None:
         tree = read_tree(path, "keys of a comparison")
-    for key, values in _options(words):
+    options = _options(words)
+    switch_scheme(tree, {key: values[0] for key, values in options if values})
+    for key, values in options:
         _lay(tree, key, values)
     known = {f.name: f for f in dataclasses.fields(CompareConfig)}
     hints = typing.get_type_hints(CompareConfig)
     for key in tree:
         if key not in known:
-            near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-            raise ValueError(
-                f"unknown key {key!r}; " + (f"did you mean {near[0]}?" if near else f"there are {[*known]}")
-            )
+            raise ValueError(f"unknown key {key!r}; {nearest(key, known)}")
         if "list" in str(hints[key]) and tree[key] is not None and not isinstance(tree[key], list):
             tree[key] = [tree[key]]
+        tree[key] = typed(tree[key], hints[key])
     try:
         parsed = compare_parser().parse_object({k: v for k, v in tree.items() if k not in SECTIONS})
     except jsonargparse.ArgumentError as error:
-        raise ValueError(str(error)) from error
+        raise ValueError(" ".join(str(error).split())) from error
     values = {key: _plain(value) for key, value in vars(parsed).items()}
+    for key in ("out", "ablation"):
+        values[key] = None if values[key] is None else expand_path(values[key])
+    values["python"] = {name: expand_path(path) for name, path in values["python"].items()}
     return CompareConfig(**values, **{name: dict(tree.get(name) or {}) for name in SECTIONS})
 
 
@@ -165,13 +187,21 @@ def compare_parser() -> jsonargparse.ArgumentParser:
 def _options(words: Sequence[str]) -> list[tuple[str, list[Any]]]:
     """``--key value value`` and ``--key=value`` as (key, values read as YAML)."""
     found: list[tuple[str, list[Any]]] = []
+    hints = typing.get_type_hints(CompareConfig)
+
+    def value(key: str, text: str, where: str) -> Any:
+        # A folder named 2024 is a name
+        named = hints.get(key) in (str, str | None, list[str], list[str] | None)
+        return text if named and text != "null" and not text.startswith("[") else parse_value(text, where)
+
     for word in words:
         if word.startswith("--"):
             key, equals, text = word[2:].partition("=")
             key = key if "." in key else key.replace("-", "_")
-            found.append((key, [parse_value(text, word)] if equals else []))
+            found.append((key, [value(key, text, word)] if equals else []))
         elif found:
-            found[-1][1].append(parse_value(word, f"--{found[-1][0]} {word}"))
+            key = found[-1][0]
+            found[-1][1].append(value(key, word, f"--{key} {word}"))
         else:
             raise ValueError(f"cannot read {word!r}; options look like --budget 300")
     return found

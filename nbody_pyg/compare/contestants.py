@@ -80,15 +80,29 @@ def variants(path: str | Path, config: CompareConfig) -> list[Contestant]:
         raise ValueError(f"{path} must hold groups of variants: {{groups: {{group: {{name: {{model.lmax: 1}}}}}}}}")
     found: dict[str, Contestant] = {}
     for group, members in groups.items():
+        if not isinstance(members, Mapping):
+            raise ValueError(f"{path}: group {group!r} must hold variants {{name: {{key: value}}}}, got {members!r}")
         for name, overrides in members.items():
-            if name in found:
+            if not isinstance(overrides or {}, Mapping):
+                raise ValueError(f"{path}: variant {name!r} must hold keys and values, got {overrides!r}")
+            _check_name(str(name), path)
+            if str(name) in found:
                 raise ValueError(f"{path} names the variant {name!r} twice; names are unique over all groups")
-            found[name] = _variant(str(name), str(group), overrides or {}, config)
+            found[str(name)] = _variant(str(name), str(group), overrides or {}, config)
     if config.variants is None:
         return list(found.values())
     if unknown := [name for name in config.variants if name not in found]:
         raise ValueError(f"{path} has no variant {unknown[0]!r}; it has {', '.join(found)}")
     return [found[name] for name in config.variants]
+
+
+def _check_name(name: str, path: str | Path) -> None:
+    """The name of a variant is a part of the names of files."""
+    if not 0 < len(name) <= 80 or not name.isprintable() or set(name) & set('/\\:*?"<>|') or name[0] in ". ":
+        raise ValueError(
+            f"{path}: names of variants must be words of at most 80 letters that may stand in the name of a file "
+            f"(no slashes, no dot at the start), got {name!r}"
+        )
 
 
 def _variant(name: str, group: str, overrides: Mapping[str, Any], config: CompareConfig) -> Contestant:

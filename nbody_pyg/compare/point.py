@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import math
+import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -22,18 +24,24 @@ from nbody_pyg.compare.measure import latency, machine, peak_memory
 from nbody_pyg.compare.peer import Facts
 from nbody_pyg.compare.registry import build_peer, version
 from nbody_pyg.datasets import fit_reference
+from nbody_pyg.durable import write_json
 from nbody_pyg.models import edge_degrees
 from nbody_pyg.potential import AtomicReference, Potential
 from nbody_pyg.training.config import Config, DataConfig, parse_config
 from nbody_pyg.training.evaluation import evaluate
+from nbody_pyg.training.labels import force_variance, label_shapes
 from nbody_pyg.training.loader import FrameLoader
 from nbody_pyg.training.loss import EnergyForceLoss
-from nbody_pyg.training.prepare import DataSets, build_potential, explicit, load_data
-from nbody_pyg.training.run import fit, force_variance
+from nbody_pyg.training.prepare import DataSets, build_potential, explicit, known_states, load_data
+from nbody_pyg.training.run import fit, require_elements
 from nbody_pyg.training.settings import TrainingConfig
 
 #: Frames of each set that a learning curve looks at.
 _CURVE_FRAMES = 50
+
+
+class WrongData(ValueError):
+    """The frames cannot be read: no model can run on them."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +77,11 @@ class Point:
             if self.data.get(key):
                 family = self.data.get("family", DataConfig.family) if key == "qm9" else None
                 words = (Path(str(self.data[key])).stem, family, self.data.get("num_train"))
-                return "-".join(str(word) for word in words if word is not None)
+                # A part of the names of folders
+                return (
+                    re.sub(r"[/\\\x00-\x1f]", "_", "-".join(str(w) for w in words if w is not None)).lstrip(".")
+                    or "data"
+                )
         return "data"
 
     @property
@@ -79,11 +91,15 @@ class Point:
         return f"{seconds:g} s" if seconds is not None else f"{steps} steps"
 
     @property
+    def settings(self) -> dict[str, Any]:
+        """What decides the result; where the files lie is no part of that."""
+        return dataclasses.asdict(self) | {"data": {k: v for k, v in self.data.items() if k != "root"}}
+
+    @property
     def folder(self) -> Path:
         """Where its result lies, relative to the folder of the comparison; the digits are those of its settings."""
         t = self.training
-        # Where the files lie is no part of what is computed.
-        settings = dataclasses.asdict(self) | {"data": {k: v for k, v in self.data.items() if k != "root"}}
+        settings = self.settings
         if self.model == "nbody":  # a run with other defaults is another run
             settings["network"] = dataclasses.asdict(explicit(self.config(Path()).model))
         digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:8]
@@ -102,6 +118,25 @@ class Point:
             f"{self.dataset}, {self.name}, {t['optimizer']}, lr {t['lr']:g}, seed {t['seed']}, {self.limit}"
             f"{' (search)' if self.purpose == 'search' else ''}"
         )
+
+
+def data_files(config: DataConfig) -> dict[str, str]:
+    """A hash of the content of every file of frames that a configuration names: files change under their names."""
+    tests = config.test if isinstance(config.test, Mapping) else {"test": config.test}
+    paths = [path for path in (config.train, config.val, *tests.values()) if path is not None and Path(path).is_file()]
+    return {path: _content(path, Path(path).stat().st_mtime_ns, Path(path).stat().st_size) for path in paths}
+
+
+@functools.lru_cache(maxsize=64)
+def _content(path: str, changed: int, size: int) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+
+
+def failed_record(point: Point, reason: str) -> dict[str, Any]:
+    """The record of a run that has no result."""
+    nothing: dict[str, Any] = {"val": {}, "test": {}, "curve": [], "latency": {}, "frames": {}}
+    return {"point": dataclasses.asdict(point), "title": point.title, "status": "failed", "reason": reason, **nothing}
 
 
 def deciding_error(records: Iterable[Mapping[str, Any]]) -> str:
@@ -133,19 +168,23 @@ def run_point(point: Point, folder: Path, note: Callable[[str], None] = print) -
     compiled), the learning curve, tests.
 
     Returns: the record, with "status" done, failed (the loss became infinite) or interrupted (by a signal).
-    Raises: MissingPeer: the model's package is not installed.
+    Raises: MissingPeer: the model's package is not installed; WrongData: the frames cannot be read.
     """
     config = point.config(folder)
     torch.set_num_threads(config.training.threads)
-    data = load_data(config.data)
+    try:
+        data = load_data(config.data)
+    except (ValueError, OSError) as error:
+        raise WrongData(str(error)) from error
     if point.purpose == "search":
         data = DataSets(data.train, data.val)  # it must not see the test frames at all
     potential = build(point, config, data)
-    data = data.with_topology(potential.model.scheme, config.data.shares_hierarchy)
+    require_elements(potential, data.named())
+    data = data.with_topology(potential.model.scheme, config.data.shares_hierarchy).uniform(label_shapes(potential))
     record: dict[str, Any] = {
         "point": dataclasses.asdict(point), "title": point.title, "version": version(point.model),
         "machine": machine(), "parameters": sum(p.numel() for p in potential.parameters() if p.requires_grad),
-        "frames": {name: len(frames) for name, frames in data.named().items()},
+        "frames": {name: len(frames) for name, frames in data.named().items()}, "files": data_files(config.data),
     }  # fmt: skip
     record["memory_bytes"] = warm_up(potential, data.train, config.training)
     curve = LearningCurve(_curve_sets(data), point.points, note=note)
@@ -179,11 +218,12 @@ def build(point: Point, config: Config, data: DataSets) -> Potential:
     facts = Facts(species, point.cutoff, degree, getattr(torch, config.training.dtype))
     peer = build_peer(point.model, facts, config.training.seed, **point.arguments)
     scale = config.model.scale
-    return Potential(
+    potential = Potential(
         peer,
         AtomicReference(fit_reference(data.train, config.data.e0)),
         force_variance(data.train) ** 0.5 if scale == "forces" else float(scale),
     ).to(getattr(torch, config.training.dtype))
+    return known_states(potential, data)
 
 
 def warm_up(potential: Potential, frames: Sequence[Data], settings: TrainingConfig, steps: int = 3) -> float | None:
@@ -221,21 +261,31 @@ def _curve_sets(data: DataSets) -> dict[str, Sequence[Data]]:
 def main(arguments: Sequence[str]) -> int:
     """``python -m nbody_pyg.compare.point FILE.json FOLDER``: one run in a process of its own.
 
-    Writes ``FOLDER/record.json``. Exit status: 0 done or failed, 3 package missing (the reason is the last line
-    of the output), 128 + number stopped by a signal.
+    Writes ``FOLDER/record.json``. Exit status: 0 done or failed, 3 package missing, 4 no frames (the reason is the last
+    line of the output), 128 + number stopped by a signal.
     """
     spec, folder = Path(arguments[0]), Path(arguments[1])
     try:
         record = run_point(Point(**json.loads(spec.read_text())), folder, note=lambda line: print(line, flush=True))
     except ImportError as error:
-        print(f"missing: {error}", flush=True)
+        print(f"missing: {_line(error)}", flush=True)
         return 3
+    except WrongData as error:
+        print(f"data: {_line(error)}", flush=True)
+        return 4
     if record["status"] == "interrupted":
         return 128 + record["signal"]
-    temporary = folder / ".record.json"
-    temporary.write_text(json.dumps(record, indent=1, default=float) + "\n", encoding="utf-8")
-    temporary.replace(folder / "record.json")
+    write_record(record, folder / "record.json")
     return 0
+
+
+def write_record(record: Mapping[str, Any], path: Path) -> None:
+    """As JSON, whole or not at all."""
+    write_json(path, record, default=float)
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 if __name__ == "__main__":

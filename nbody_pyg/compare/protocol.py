@@ -84,6 +84,8 @@ def choose(
                 tried[lr] = run(search_point(contestant, data, config, optimizer, lr))
                 outcome.searches.append(tried[lr])
             error, scores = validation_scores(tried)
+            if all(record.get("died") for record in tried.values()):
+                break  # no learning rate helps a model that does not run
             further = [lr for lr in (beyond(scores),) if lr is not None]
         best = min(scores, key=lambda lr: (scores[lr], lr))
         found.append(Choice(optimizer, best, scores[best], bool(further), error))

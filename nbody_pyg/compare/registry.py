@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import importlib.metadata
 from collections.abc import Mapping
@@ -12,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from nbody_pyg.compare.peer import Facts, MissingPeer, undisturbed
+from nbody_pyg.messages import nearest
 
 _TORCHMD = "pip install --no-deps torchmd-net && pip install warp-lang h5py"
 _SCHNETPACK = (
@@ -112,9 +112,7 @@ MODELS: dict[str, Entry] = {
 def entry(name: str) -> Entry:
     """The entry of a model. Raises: ValueError: no such name; the message has the nearest one."""
     if name not in MODELS:
-        near = difflib.get_close_matches(name, MODELS, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(MODELS)}"
-        raise ValueError(f"models must be names of the registry, got {name!r}; {hint}")
+        raise ValueError(f"models must be names of the registry, got {name!r}; {nearest(name, MODELS)}")
     return MODELS[name]
 
 
@@ -132,7 +130,17 @@ def build_peer(name: str, facts: Facts, seed: int = 0, **arguments: Any) -> nn.M
             adapter = getattr(importlib.import_module(module), kind)
             return adapter(facts, **{**found.arguments, **arguments})
     except ImportError as error:
-        raise MissingPeer(f"{found.title} is not installed: {found.install} ({error})") from error
+        broken = _installed(found.distribution)
+        words = f"{found.title} is installed, but cannot be imported; install it anew" if broken else None
+        raise MissingPeer(f"{words or f'{found.title} is not installed'}: {found.install} ({error})") from error
+
+
+def _installed(distribution: str) -> bool:
+    try:
+        importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
 
 
 def version(name: str) -> str:

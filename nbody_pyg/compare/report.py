@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,15 @@ Record = Mapping[str, Any]
 
 @dataclass(frozen=True, eq=False)
 class Row:
-    """The runs of one contestant with one optimizer, learning rate and batch size, over seeds."""
+    """The runs of one contestant with the same settings, over seeds.
+
+    ``note`` says what else is different where two rows would look the same.
+    """
 
     name: str
     title: str
     records: tuple[Record, ...]
+    note: str = ""
 
     @property
     def training(self) -> Mapping[str, Any]:
@@ -30,7 +35,8 @@ class Row:
     @property
     def label(self) -> str:
         """The model in words; a variant of ours also by its name."""
-        return f"{self.name}: {self.title}" if self.ours and self.name != "nbody" else self.title
+        words = f"{self.name}: {self.title}" if self.ours and self.name != "nbody" else self.title
+        return f"{words} ({self.note})" if self.note else words
 
     @property
     def ours(self) -> bool:
@@ -61,6 +67,7 @@ class Group:
     limit: str
     rows: tuple[Row, ...]
     error: str  # by which rows are ordered
+    note: str = ""  # what is different from another group of this name
 
     @property
     def tests(self) -> list[str]:
@@ -69,48 +76,106 @@ class Group:
 
     @property
     def title(self) -> str:
-        frames = self.rows[0].records[0].get("frames", {})
-        counts = ", ".join(f"{count} {name}" for name, count in frames.items())
-        return f"{self.dataset}, {self.limit} of training{' CPU time' if self.limit.endswith('s') else ''} ({counts})"
+        every = (record.get("frames") for row in self.rows for record in row.records)
+        frames = next((found for found in every if found), {})
+        counts = ", ".join([f"{count} {name}" for name, count in frames.items()] + ([self.note] if self.note else []))
+        return f"{self.dataset}, {self.limit} of training{' CPU time' if self.limit.endswith(' s') else ''} ({counts})"
 
 
-def load_records(folder: str | Path) -> list[dict[str, Any]]:
-    """Every record in the folder of a comparison."""
-    paths = sorted((Path(folder) / "points").rglob("record.json"))
-    return [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+def load_records(folder: str | Path, note: Callable[[str], None] = print) -> list[dict[str, Any]]:
+    """Every record in the folder of a comparison, failed runs included.
+
+    Args:
+        note: told of records that are damaged, which are left out.
+    """
+    found = []
+    for path in sorted((Path(folder) / "points").rglob("*.json")):
+        if path.name == "record.json" or (path.name == "failed.json" and not path.with_name("record.json").exists()):
+            try:
+                found.append(read_record(path))
+            except ValueError as error:
+                note(f"left out: {error}")
+    return found
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """One record. Raises: ValueError: it is damaged."""
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        Point(**record["point"])
+        missing = {"status", "val", "test", "curve", "title"} - set(record)
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged ({type(error).__name__}: {' '.join(str(error).split())})") from error
+    if missing:
+        raise ValueError(f"{path} is damaged (it lacks {', '.join(sorted(missing))})")
+    return record
 
 
 def groups(records: Iterable[Record]) -> list[Group]:
     """Final records by frames and limit; rows in the order of their error of the forces, best first.
 
-    Where no forces are learned, in that of the energies.
+    Where no forces are learned, in that of the energies. Runs that differ in anything but the seed are other rows.
     """
-    found: dict[tuple[str, str], dict[tuple, list[Record]]] = {}
+    found: dict[tuple[str, str, str], dict[str, list[Record]]] = {}
     for record in records:
         point = Point(**record["point"])
         if point.purpose != "final":
             continue
-        t = point.training
-        key = (point.name, t["optimizer"], t["lr"], t["batch_size"], json.dumps(point.arguments, sort_keys=True))
-        limit = point.limit if "steps" in point.limit else f"{t['budget_seconds']:g} s"
-        found.setdefault((point.dataset, limit), {}).setdefault(key, []).append(record)
+        limit = point.limit if "steps" in point.limit else f"{point.training['budget_seconds']:g} s"
+        frames = json.dumps(point.settings["data"], sort_keys=True, default=str)
+        own = {"name": point.name, "model": point.model, **_settings(record)}
+        key = json.dumps(own, sort_keys=True, default=str)
+        found.setdefault((point.dataset, limit, frames), {}).setdefault(key, []).append(record)
     out = []
-    for (dataset, limit), rows in found.items():
-        made = [Row(key[0], members[0]["title"], tuple(members)) for key, members in rows.items()]
+    for (dataset, limit, frames), rows in found.items():
+        made = [Row(members[0]["point"]["name"], members[0]["title"], tuple(members)) for members in rows.values()]
+        alike = [json.loads(key[2]) for key in found if key[:2] == (dataset, limit)]
+        made = [
+            dataclasses.replace(row, note=_difference(_settings(row.records[0]), [
+                _settings(other.records[0]) for other in made if _looks(other) == _looks(row)
+            ]))
+            for row in made
+        ]  # fmt: skip
         error = deciding_error(record for row in made for record in row.records)
-        out.append(Group(dataset, limit, tuple(sorted(made, key=lambda row: _order(row, error))), error))
+        group = Group(dataset, limit, tuple(made), error, _difference(json.loads(frames), alike))
+        ordered = sorted(made, key=lambda row: _order(row, group))
+        out.append(dataclasses.replace(group, rows=tuple(ordered)))
     return out
 
 
-def _order(row: Row, error: str) -> float:
-    tests = list(row.records[0]["test"])
-    value = row.mean("test", tests[0], error) if tests else None
+def _settings(record: Record) -> dict[str, Any]:
+    """What two runs of one row have in common, in one level."""
+    point = record["point"]
+    training = {f"training.{k}": v for k, v in point["training"].items() if k not in ("seed", "threads")}
+    arguments = {f"model.{k}": v for k, v in (point.get("arguments") or {}).items()}
+    return {**training, **arguments, "cutoff": point.get("cutoff")}
+
+
+def _looks(row: Row) -> tuple:
+    t = row.training
+    return row.name, row.title, t["optimizer"], t["lr"], t["batch_size"]
+
+
+def _difference(own: Mapping[str, Any], others: Sequence[Mapping[str, Any]]) -> str:
+    """The settings that are not the same everywhere, in words."""
+    keys = sorted({key for one in (own, *others) for key in one})
+    varied = [key for key in keys if any(other.get(key) != own.get(key) for other in others)]
+    return ", ".join(f"{key} {own.get(key)}" for key in varied)
+
+
+def _order(row: Row, group: Group) -> float:
+    value = row.mean("test", group.tests[0], group.error) if group.tests else None
     return math.inf if value is None else value
+
+
+def failures(records: Iterable[Record]) -> list[str]:
+    """One line for every run that failed, with the reason."""
+    return [f"failed: {Point(**r['point'])}: {r['reason']}" for r in records if r["status"] == "failed"]
 
 
 def comparison_rows(group: Group) -> tuple[list[str], list[list[str]]]:
     """Head and cells of the table of a group."""
-    sets = group.tests
+    sets = group.tests or [""]
     head = ["model", "optimizer", "lr", "batch", "parameters", "steps", "ms/step", "E+F ms", "memory MB"]
     for name in sets:
         suffix = "" if len(sets) == 1 else f" {name}"
@@ -125,7 +190,7 @@ def comparison_rows(group: Group) -> tuple[list[str], list[list[str]]]:
         for name in sets:
             cells += [_spread(row.values("test", name, key), 2) for key in ("energy_mae", "forces_mae")]
         if all(record["status"] == "failed" for record in row.records):
-            cells[-2:] = ["failed", "failed"]
+            cells[9:] = ["failed"] * (2 * len(sets))
         rows.append(cells)
     return head, rows
 

@@ -10,8 +10,8 @@ from typing import SupportsIndex
 import numpy as np
 import torch
 
-from nbody_pyg.data import AtomicData
-from nbody_pyg.datasets.frames import Frames, nearest
+from nbody_pyg.data import STATE_KEYS, AtomicData
+from nbody_pyg.datasets.frames import VOIGT, Frames, has_label, nearest
 from nbody_pyg.units import Units
 
 # The names under which packages store the same array.
@@ -20,9 +20,11 @@ ARRAY_KEYS: Mapping[str, tuple[str, ...]] = {
     "pos": ("coords", "R", "positions", "pos"),
     "energy": ("energies", "E", "energy"),
     "forces": ("forces", "F"),
+    "stress": ("stress", "stresses"),
     "dipole": ("dipoles", "dipole"),
     "cell": ("cell", "cells"),
     "pbc": ("pbc",),
+    **STATE_KEYS,
 }
 
 
@@ -31,6 +33,7 @@ def read_npz(
     *,
     energy_key: str | None = None,
     forces_key: str | None = None,
+    stress_key: str | None = None,
     dipole_key: str | None = None,
     units: Units | str | Mapping[str, str] | None = None,
     rows: Iterable[SupportsIndex] | slice | None = None,
@@ -44,45 +47,54 @@ def read_npz(
     positions   coords, R, positions, pos                      [M, N, 3]
     energy      energies, E, energy                            [M] or [M, 1]
     forces      forces, F                                      [M, N, 3]
+    stress      stress, stresses                               [M, 3, 3], [M, 9] or [M, 6]
     dipole      dipoles, dipole                                [M, 3]
     cell        cell, cells (rows are lattice vectors)         [3, 3] or [M, 3, 3]
     pbc         pbc (default: all, where there is a cell)      [3] or [M, 3]
+    charge      charge, total_charge                           [] or [M] or [M, 1]
+    spin        spin, multiplicity, ... (2S + 1)               [] or [M] or [M, 1]
     ==========  =============================================  =============================
 
     Units are, in this order: the argument ``units``; the file's own words (``energy_unit``,
     ``length_unit``, or sGDML's ``e_unit``, ``r_unit``); kcal/mol and angstrom for a file in the form of
     rMD17, which is recognised by ``nuclear_charges`` together with ``old_indices`` or ``old_energies``.
-    Otherwise it is an error: nothing is guessed.
+    Otherwise it is an error: nothing is guessed. A label that is NaN is missing.
 
     Args:
         path: the file. Object arrays (pickles) are refused.
-        energy_key, forces_key, dipole_key: a key that replaces the list, such as ``old_energies``.
+        energy_key, forces_key, stress_key, dipole_key: a key that replaces the list, such as ``old_energies``.
         units: units of the file.
         rows: which frames; all by default.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: empty or damaged file, missing or misnamed array, wrong shape, NaN, unknown unit.
+        ValueError: empty or damaged file, missing or misnamed array, two arrays of one label with other values,
+            wrong shape, NaN in positions or in a part of a label, unknown unit.
     """
     path = Path(path)
-    given = {"energy": energy_key, "forces": forces_key, "dipole": dipole_key}
+    given = {"energy": energy_key, "forces": forces_key, "stress": stress_key, "dipole": dipole_key}
     raw = _load(path)
     arrays, sources = {}, {}
     for name, keys in ARRAY_KEYS.items():
         wanted = given.get(name)
         if wanted and wanted not in raw:
             raise ValueError(f"{name}_key {wanted!r} is not in {path.name}; {nearest(wanted, raw)}")
-        key = wanted or next((k for k in keys if k in raw), None)
+        stored = [k for k in keys if k in raw]
+        key = wanted or next(iter(stored), None)
+        if name in given and not wanted and any(not _same(raw[key], raw[k]) for k in stored[1:]):
+            raise ValueError(
+                f"{path.name} holds {name} under {' and '.join(stored)} with other values; choose one with {name}_key"
+            )
         if key is None and name in ("z", "pos"):
             raise ValueError(f"{path.name} has no {name} (tried {', '.join(keys)}); {nearest(keys[0], raw)}")
         if key is not None:
             arrays[name] = _numeric(raw[key], key, path.name)
             sources[name] = key
     converted = _checked(arrays, _units(raw, units, path.name), path.name)
-    labels = {name: (key,) for name, key in sources.items() if name in ("energy", "forces", "dipole")}
+    labels = {name: (key,) for name, key in sources.items() if name in given or name in STATE_KEYS}
     chosen = _rows(rows, len(converted["pos"]), path.name)
     frames = [_frame(converted, row) for row in chosen]
-    return Frames(frames, name=str(path), sources=labels, available=raw)
+    return Frames(frames, name=str(path), sources=labels, available=raw, numbers=chosen)
 
 
 def _load(path: Path) -> dict[str, np.ndarray]:
@@ -98,6 +110,10 @@ def _load(path: Path) -> dict[str, np.ndarray]:
         raise ValueError(
             f"path {str(path)!r} is no readable npz ({error}); it must hold plain arrays, no pickled objects"
         ) from error
+
+
+def _same(one: np.ndarray, other: np.ndarray) -> bool:
+    return one.size == other.size and np.allclose(one.reshape(-1), other.reshape(-1), rtol=1e-8, equal_nan=True)
 
 
 def _numeric(array: np.ndarray, key: str, name: str) -> np.ndarray:
@@ -142,8 +158,12 @@ def _checked(arrays: Mapping[str, np.ndarray], units: Units, name: str) -> dict[
         if energy.size != frames:
             raise ValueError(f"{name}: energy must have shape [{frames}], got {list(energy.shape)}")
         out["energy"] = energy.reshape(frames, 1) * units.energy_factor
+    if "stress" in arrays and arrays["stress"].ndim == 2 and arrays["stress"].shape[1] in (6, 9):
+        full = VOIGT if arrays["stress"].shape[1] == 6 else range(9)
+        arrays = {**arrays, "stress": arrays["stress"][:, full].reshape(-1, 3, 3)}
     for key, shape, factor in (
         ("forces", (atoms, 3), units.forces_factor),
+        ("stress", (3, 3), units.stress_factor),
         ("dipole", (3,), units.dipole_factor),
     ):
         if key in arrays:
@@ -154,9 +174,20 @@ def _checked(arrays: Mapping[str, np.ndarray], units: Units, name: str) -> dict[
         out["cell"] = _per_frame(arrays["cell"].astype(np.float64), (3, 3), frames, "cell", name) * units.length_factor
         pbc = arrays.get("pbc", np.ones(3, dtype=bool))
         out["pbc"] = _per_frame(pbc.astype(bool), (3,), frames, "pbc", name)
+    for key in STATE_KEYS:
+        if key in arrays:
+            values = arrays[key].astype(np.float64)
+            if values.size not in (1, frames):
+                raise ValueError(f"{name}: {key} must have shape [] or [{frames}], got {list(values.shape)}")
+            out[key] = np.broadcast_to(values.reshape(-1, 1), (frames, 1))
     for key, value in out.items():
-        if not np.isfinite(value).all():
-            bad = np.argwhere(~np.isfinite(value))[0]
+        wrong = ~np.isfinite(value)
+        if key in ("energy", "stress", "dipole"):  # NaN as a whole: not computed
+            wrong &= ~np.isnan(value).reshape(frames, -1).all(axis=1).reshape(-1, *[1] * (value.ndim - 1))
+        elif key == "forces":
+            wrong &= ~np.isnan(value).all(axis=2, keepdims=True)
+        if wrong.any():
+            bad = np.argwhere(wrong)[0]
             place = f"frame {bad[0]}" + (f", atom {bad[1]}" if key in ("pos", "forces") else "")
             raise ValueError(f"{name}: {key} of {place} is {value[tuple(bad)]}; remove the frame from the file")
     return out
@@ -190,7 +221,13 @@ def _frame(arrays: Mapping[str, np.ndarray], row: int) -> AtomicData:
         frame.energy = torch.from_numpy(arrays["energy"][row].copy())
     if "forces" in arrays:
         frame.forces = torch.from_numpy(arrays["forces"][row][real])
-    for key in ("dipole", "cell", "pbc"):
+    for key in STATE_KEYS:
+        if key in arrays:
+            frame[key] = torch.from_numpy(arrays[key][row].copy())
+    for key in ("stress", "dipole", "cell", "pbc"):
         if key in arrays:
             frame[key] = torch.from_numpy(arrays[key][row : row + 1].copy())
+    for label in ("energy", "forces", "stress", "dipole"):
+        if label in arrays and np.isnan(arrays[label][row]).any() and not has_label(frame, label):
+            del frame[label]
     return frame

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from nbody_pyg.data import AtomicData
-from nbody_pyg.datasets.frames import LABEL_SHAPES, Frames, nearest
+from nbody_pyg.data import STATE_KEYS, AtomicData
+from nbody_pyg.datasets.frames import LABEL_SHAPES, Frames, has_label, listed, nearest
 
 _UNITS = {
     "energy": "eV",
@@ -18,7 +19,14 @@ _UNITS = {
     "dipole": "e A",
     "polarizability": "",
     "charge": "e",
+    "charges": "e",
+    "spin": "2S+1",
 }
+_LARGE, _UNUSUAL = {"forces": 50.0, "stress": 1.0}, 50.0
+# What a model may take as input besides the structure.
+_STATES = ("charge", "charges", "spin")
+# Parts of names under which packages store a label.
+_STEMS = {"energy": ("energ",), "forces": ("forc", "grad"), "stress": ("stress", "virial")}
 # What a system has besides labels; other one-number entries of a frame count as labels of the user's own.
 _NO_LABELS = {"z", "pos", "cell", "pbc", "ptr", "batch", "num_nodes", "idx", "y", "x", "bonds"}
 
@@ -41,9 +49,14 @@ class LabelRow:
 
 @dataclass(frozen=True)
 class LabelTable:
-    """The result of :func:`label_audit`; ``print`` it."""
+    """The result of :func:`label_audit`; ``print`` it.
+
+    ``uses`` says of some labels what they are used for; ``notes`` are printed below the rows.
+    """
 
     rows: tuple[LabelRow, ...]
+    uses: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     def count(self, label: str) -> tuple[int, int]:
         """Frames with this label, and all frames."""
@@ -51,8 +64,8 @@ class LabelTable:
         return sum(row.found for row in self.rows if row.label == label), sum(sources.values())
 
     def __str__(self) -> str:
-        head = ("source", "label", "read from", "frames", "min", "max", "mean", "std", "unit")
-        body = [
+        head: tuple[str, ...] = ("source", "label", "read from", "frames", "min", "max", "mean", "std", "unit")
+        body: list[tuple[str, ...]] = [
             (
                 row.source,
                 row.label,
@@ -63,6 +76,9 @@ class LabelTable:
             )
             for row in self.rows
         ]
+        if self.uses:
+            head = (*head, "use")
+            body = [(*line, self.uses.get(row.label, "")) for line, row in zip(body, self.rows, strict=True)]
         widths = [max(len(line[i]) for line in (head, *body)) for i in range(len(head))]
         right = range(3, 8)
         lines = [
@@ -72,16 +88,21 @@ class LabelTable:
             )
             for line in (head, *body)
         ]
-        return "\n".join(line.rstrip() for line in lines)
+        return "\n".join([*(line.rstrip() for line in lines), *(f"note: {note}" for note in self.notes)])
 
 
-def label_audit(frames: Sequence[AtomicData] | Mapping[str, Sequence[AtomicData]]) -> LabelTable:
+def label_audit(
+    frames: Sequence[AtomicData] | Mapping[str, Sequence[AtomicData]], uses: Mapping[str, str] | None = None
+) -> LabelTable:
     """Count the labels of frames, and give their range.
 
-    Energy and forces are always listed, found or not; other labels where at least one frame has them.
+    Energy and forces are always listed, found or not; other labels where at least one frame has them. A label that is
+    NaN is not there. Notes below the table name frames without any label, keys that look like a label that was not
+    found, keys whose values were not taken, and structures that stand in ``"train"`` and in another group as well.
 
     Args:
         frames: frames, or a mapping from a title (such as ``"train"``) to frames.
+        uses: what labels are used for, for a column of their own.
 
     Example:
         >>> from nbody_pyg.datasets import embedded, label_audit
@@ -89,13 +110,95 @@ def label_audit(frames: Sequence[AtomicData] | Mapping[str, Sequence[AtomicData]
         (1000, 1000)
     """
     groups = frames if isinstance(frames, Mapping) else {_title(frames): frames}
-    rows = []
+    rows, notes = [], []
     for title, group in groups.items():
         labels = ["energy", "forces"]
         labels += [label for label in LABEL_SHAPES if label not in labels and any(label in f for f in group)]
         labels += _own_labels(group, labels)
         rows += [_row(title, label, group) for label in labels]
-    return LabelTable(tuple(rows))
+        bare = [
+            i
+            for i, frame in enumerate(group)
+            if not any(has_label(frame, label) for label in labels if label not in STATE_KEYS)
+        ]
+        if bare and len(bare) < len(group):
+            notes.append(f"{title}: no label in {listed(group, bare)} ({len(bare)} of {len(group)})")
+        notes += _of_the_file(title, group)
+    return LabelTable(tuple(rows), dict(uses or {}), tuple(dict.fromkeys(notes + _repeated(groups))))
+
+
+def outliers(frames: Sequence[AtomicData], label: str) -> list[int]:
+    """Places of the frames whose largest component of the forces or the stress is far beyond the usual size.
+
+    That is 50 eV/angstrom (1 eV/angstrom^3) and 50 times the median over the frames of their root mean square. Where
+    all frames are so large there is no outlier.
+    """
+    known = {i: frame[label].detach().double() for i, frame in enumerate(frames) if has_label(frame, label)}
+    if not known:
+        return []
+    values = [value[~value.isnan()] for value in known.values()]
+    largest = torch.stack([value.abs().max() for value in values])
+    sizes = torch.stack([value.square().mean().sqrt() for value in values])
+    usual = sizes[sizes > 0].median() if bool((sizes > 0).any()) else sizes.new_zeros(())
+    far = largest > torch.clamp(_UNUSUAL * usual, min=_LARGE[label])
+    return [] if bool(far.all()) else [place for place, one in zip(known, far.tolist(), strict=True) if one]
+
+
+def _largest(frames: Sequence[AtomicData], places: Sequence[int], label: str) -> float:
+    return max(float(frames[i][label].abs().nan_to_num(nan=0.0).max()) for i in places)
+
+
+def _of_the_file(title: str, group: Sequence[AtomicData]) -> list[str]:
+    """Outliers, notes of the reader, and keys that look like labels that were not found."""
+    found = {label: outliers(group, label) for label in _LARGE}
+    notes = [
+        f"{title}: {label} up to {_largest(group, odd, label):.4g} {_UNITS[label]} in {listed(group, odd)} "
+        f"({len(odd)} of {len(group)}), far beyond the others"
+        for label, odd in found.items()
+        if odd
+    ]
+    if not isinstance(group, Frames):
+        return notes
+    notes += group.notes
+    for label in ("energy", "forces"):
+        if not any(has_label(frame, label) for frame in group):
+            keys = [key for key in group.available if any(stem in key.lower() for stem in _STEMS[label])]
+            if keys:
+                words = ", ".join(map(repr, keys))
+                notes.append(f"{title}: no {label}, but the file holds {words}; name one with {label}_key")
+    return notes
+
+
+def _repeated(groups: Mapping[str, Sequence[AtomicData]]) -> list[str]:
+    """Notes about structures of the training set that stand in another group."""
+    if "train" not in groups or len(groups) == 1:
+        return []
+    known: dict[int, int] = {}
+    for number, frame in enumerate(groups["train"]):
+        known.setdefault(_fingerprint(frame), number)
+    notes = []
+    for title, group in groups.items():
+        if title == "train":
+            continue
+        where = (group, groups["train"])
+        both = [(i, known[mark]) for i, frame in enumerate(group) if (mark := _fingerprint(frame)) in known]
+        # Atoms on their own are no structures to be tested on.
+        both = [(i, j) for i, j in both if len(group[i].z) > 1]
+        if both:
+            notes.append(
+                f"{len(both)} of the {len(group)} structures of {title} stand in train too, for example "
+                f"{listed(where[0], [both[0][0]])} as {listed(where[1], [both[0][1]])}; errors on them are errors of "
+                "training"
+            )
+    return notes
+
+
+def _fingerprint(frame: AtomicData) -> int:
+    """A number that equal structures share: elements, positions to 1e-4 angstrom, and the cell."""
+    cell = frame.get("cell") if frame.get("pbc") is not None else None
+    parts = [frame.pos] if cell is None else [frame.pos, cell]
+    whole = [(part.detach().double() * 1e4).round().long().cpu().numpy().tobytes() for part in parts]
+    return hash((frame.z.cpu().numpy().astype("int64").tobytes(), *whole))
 
 
 def require_labels(
@@ -104,7 +207,7 @@ def require_labels(
     *,
     partial: bool = False,
 ) -> None:
-    """Raise unless every frame has every label in ``labels``.
+    """Raise unless every frame has every label in ``labels``; one that is NaN is not there.
 
     Args:
         frames: frames, or a mapping from a title to frames; each group is checked by itself.
@@ -120,10 +223,12 @@ def require_labels(
         if len(group) == 0:
             raise ValueError(f"{title} holds no frame; labels {list(labels)} cannot be there")
         for label in labels:
-            missing = [i for i, frame in enumerate(group) if not isinstance(frame.get(label), Tensor)]
+            missing = [i for i, frame in enumerate(group) if not has_label(frame, label)]
             if len(missing) == len(group):
                 keys = group.available if isinstance(group, Frames) and group.available else set(group[0].keys())
-                hint = nearest(label, set(keys) - {"numbers", "positions"})
+                hint = nearest(label, set(keys) - {"numbers", "positions", "z", "pos", label})
+                if any(label in frame for frame in group):
+                    hint = f"where it stands, it is NaN; {hint}"
                 option = f"{label}_key" if label in LABEL_SHAPES else "the key"
                 raise ValueError(
                     f"label {label!r} is in none of the {len(group)} frames of {title}; {hint}. "
@@ -152,12 +257,13 @@ def _own_labels(group: Sequence[AtomicData], known: Sequence[str]) -> list[str]:
 
 
 def _row(title: str, label: str, group: Sequence[AtomicData]) -> LabelRow:
-    values = [frame[label] for frame in group if isinstance(frame.get(label), Tensor)]
+    values = [frame[label] for frame in group if has_label(frame, label)]
     keys = group.sources.get(label, ()) if isinstance(group, Frames) else ()
     if not values:
         nan = float("nan")
         return LabelRow(title, label, keys, 0, len(group), nan, nan, nan, nan)
-    flat = torch.cat([value.reshape(-1).double() for value in values])
+    flat = torch.cat([value.detach().reshape(-1).double().cpu() for value in values])
+    flat = flat[~flat.isnan()]
     return LabelRow(
         title,
         label,

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import SupportsIndex
+from pathlib import Path
+from typing import Any, SupportsIndex
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch_geometric.data import Data
 
 from nbody_pyg.data import AtomicData
 
@@ -20,7 +24,11 @@ LABEL_SHAPES: Mapping[str, tuple[int | str, ...]] = {
     "dipole": (1, 3),
     "polarizability": (1, 3, 3),
     "charge": (1,),
+    "charges": ("N",),
+    "spin": (1,),
 }
+_FLOATS = (torch.float32, torch.float64)
+VOIGT = [0, 5, 4, 5, 1, 3, 4, 3, 2]  # xx, yy, zz, yz, xz, xy to a full matrix
 
 
 class Frames(list[AtomicData]):
@@ -31,6 +39,8 @@ class Frames(list[AtomicData]):
         name: file or data set they came from; used in tables and errors.
         sources: for each label the keys it was read from, such as ``{"energy": ("results['energy']",)}``.
         available: every key that stood in the file, for the hint in "label not found".
+        notes: sentences about the labels that :func:`~nbody_pyg.datasets.label_audit` prints below its table.
+        numbers: of the frames in their file; 0, 1, 2, ... by default.
 
     A slice and :meth:`select` keep the record; other list operations give plain lists.
     """
@@ -42,15 +52,19 @@ class Frames(list[AtomicData]):
         name: str = "",
         sources: Mapping[str, Sequence[str]] | None = None,
         available: Iterable[str] = (),
+        notes: Iterable[str] = (),
+        numbers: Sequence[int] | None = None,
     ) -> None:
         super().__init__(frames)
         self.name = name
         self.sources = {label: tuple(keys) for label, keys in (sources or {}).items()}
         self.available = tuple(sorted(set(available)))
+        self.notes = tuple(notes)
+        self.numbers = tuple(range(len(self)) if numbers is None else numbers)
 
     def __getitem__(self, item):  # type: ignore[no-untyped-def, override]
         if isinstance(item, slice):
-            return self._like(super().__getitem__(item))
+            return self.replaced(super().__getitem__(item), self.numbers[item])
         return super().__getitem__(item)
 
     def select(self, indices: Iterable[SupportsIndex]) -> Frames:
@@ -62,14 +76,27 @@ class Frames(list[AtomicData]):
                 f"indices must lie in 0..{len(self) - 1} ({self.name or 'frames'} holds {len(self)} frames), "
                 f"got {bad[:5]}; check that the split belongs to this file"
             )
-        return self._like(list.__getitem__(self, i) for i in chosen)
+        return self.replaced([list.__getitem__(self, i) for i in chosen], [self.numbers[i] for i in chosen])
 
-    def _like(self, frames: Iterable[AtomicData]) -> Frames:
-        return Frames(frames, name=self.name, sources=self.sources, available=self.available)
+    def replaced(self, frames: Iterable[AtomicData], numbers: Sequence[int] | None = None) -> Frames:
+        """Other frames with this record, such as these after a transform."""
+        return Frames(
+            frames, name=self.name, sources=self.sources, available=self.available, notes=self.notes,
+            numbers=self.numbers if numbers is None else numbers,
+        )  # fmt: skip
 
     def __repr__(self) -> str:
         labels = ", ".join(sorted(self.sources)) or "no labels"
         return f"Frames({len(self)} from {self.name or 'memory'}; {labels})"
+
+
+def listed(frames: Sequence[Data], places: Sequence[int], most: int = 20) -> str:
+    """Frames in words: "frames 3, 5 and 9 of a.xyz" by their numbers in the file, the first ``most`` of them."""
+    numbers = frames.numbers if isinstance(frames, Frames) and len(frames.numbers) == len(frames) else None
+    words = [str(place if numbers is None else numbers[place]) for place in places]
+    text = f"{', '.join(words[:most])}, ..." if len(words) > most else " and ".join([", ".join(words[:-1]), words[-1]])
+    file = Path(frames.name).name if isinstance(frames, Frames) and frames.name else ""
+    return f"frame{'s' if len(words) > 1 else ''} {text.removeprefix(' and ')}{f' of {file}' if file else ''}"
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -83,8 +110,49 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f"did you mean {plain[near[0]]!r}? There are: {listed}" if near else f"there are: {listed}"
 
 
+def has_label(frame: Data, label: str) -> bool:
+    """Whether a frame knows a label: a tensor of which not all is NaN."""
+    value = frame.get(label)
+    return isinstance(value, Tensor) and not bool(value.isnan().all())
+
+
+def shaped_label(
+    value: Any, label: str, num_atoms: int, where: str, shape: Sequence[int | str] | None = None
+) -> Tensor:
+    """A label in the one shape that AtomicData gives it.
+
+    Flat and squeezed forms of the same numbers are taken: an energy of shape [], [1] or [1, 1], forces of shape [3N]
+    or [N, 3, 1], a stress of shape [3, 3], [9] or six numbers in Voigt order. A transposed or cut array is not.
+
+    Raises: ValueError: another shape, or no numbers.
+    """
+    wanted = tuple(num_atoms if size == "N" else int(size) for size in shape or LABEL_SHAPES[label])
+    if isinstance(value, Tensor) and tuple(value.shape) == wanted and value.dtype in _FLOATS:
+        return value
+    try:
+        # A float32 or float64 label keeps its type; whole numbers and half precision are too coarse to subtract.
+        value = value if isinstance(value, Tensor) else torch.from_numpy(np.array(value, dtype=np.float64))
+    except (TypeError, ValueError):
+        raise ValueError(f"{where} must hold numbers for {label}, got {value!r}") from None
+    value = value if value.dtype in _FLOATS else value.double()
+    found = value
+    if wanted[-2:] == (3, 3) and label != "forces" and value.numel() == 6 and value.squeeze().dim() == 1:
+        value = value.reshape(6)[VOIGT]
+    flat = value.squeeze().dim() <= 1
+    squeezed = tuple(size for size in wanted if size != 1)
+    if value.numel() != math.prod(wanted) or not (flat or tuple(value.squeeze().shape) == squeezed):
+        raise ValueError(
+            f"{where}: {label} must have shape {list(wanted)} for {num_atoms} atoms, got {list(found.shape)}; "
+            f"check the key it was read from"
+        )
+    return value.reshape(wanted)
+
+
 def check_frame(frame: AtomicData, where: str) -> None:
-    """Raise ValueError unless the frame has atoms, finite positions, and finite labels of the right shape."""
+    """Raise ValueError unless the frame has atoms, finite positions, and finite labels of the right shape.
+
+    A label that was not computed may be NaN as a whole, forces also atom by atom.
+    """
     num_atoms = int(frame.z.shape[0])
     if num_atoms == 0:
         raise ValueError(f"{where} has no atoms; remove the frame from the file")
@@ -108,11 +176,15 @@ def check_frame(frame: AtomicData, where: str) -> None:
 
 def _check_finite(value: Tensor, name: str, where: str) -> None:
     bad = ~torch.isfinite(value)
+    if name == "forces":
+        bad &= ~value.isnan().all(dim=1, keepdim=True)
+    elif name != "pos":
+        bad &= ~value.isnan().all()
     if not bool(bad.any()):
         return
     first = bad.nonzero()[0].tolist()
-    place = f" of atom {first[0]}" if name in ("pos", "forces") else ""
+    place = f" of atom {first[0]}" if name in ("pos", "forces", "charges") else ""
     raise ValueError(
         f"{where}: {name}{place} is {float(value[tuple(first)])}; labels and positions must be finite: "
-        f"remove the frame, or leave a label out that was not computed"
+        f"remove the frame, or set the whole label to NaN where it was not computed"
     )

@@ -12,7 +12,7 @@ from torch_geometric.data import Data
 from torch_geometric.datasets import MD17, QM9
 
 from nbody_pyg.data import AtomicData
-from nbody_pyg.datasets.frames import LABEL_SHAPES, Frames, check_frame, nearest
+from nbody_pyg.datasets.frames import LABEL_SHAPES, Frames, check_frame, nearest, shaped_label
 from nbody_pyg.units import Units
 
 FORCES_KEYS = ("forces", "force")
@@ -126,8 +126,9 @@ def _frame(
         data.forces = forces[0]
         used["forces"] = forces[1]
     for label in LABEL_SHAPES:
-        if label not in used and isinstance(data.get(label), Tensor):
-            used[label] = label
+        if isinstance(data.get(label), Tensor):
+            data[label] = shaped_label(data[label], label, int(data.num_nodes or 0), where)
+            used.setdefault(label, label)
     return AtomicData.from_data(data), used, step
 
 

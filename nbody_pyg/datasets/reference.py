@@ -7,10 +7,13 @@ import warnings
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+import torch
 from ase.data import atomic_numbers, chemical_symbols
 
 from nbody_pyg.data import AtomicData
 from nbody_pyg.datasets.audit import require_labels
+from nbody_pyg.datasets.frames import has_label, listed, shaped_label
+from nbody_pyg.messages import symbols
 
 _LARGE = 50.0  # eV per atom; no chemical bond is that strong
 logger = logging.getLogger(__name__)
@@ -37,42 +40,62 @@ def fit_reference(frames: Sequence[AtomicData], mode: str | Mapping[int | str, f
             ``"isolated"``: the energies of the frames that are single atoms (the lowest one of each element).
             A mapping from atomic number or symbol to eV: checked and completed to a plain dictionary.
 
+    Frames without an energy (missing or NaN) do not count, and neither do those whose energy is far off all others.
+
     Raises:
         ValueError: no frames or energies, unknown mode, an element of the frames without reference.
 
     Warns:
         UserWarning: \|E - E0\| per atom exceeds 50 eV: the references belong to another level of theory or
-            unit.
+            unit, or those frames are wrong; they are named.
     """
-    require_labels(frames, ["energy"])
-    energies = np.array([float(frame.energy) for frame in frames])
+    require_labels(frames, ["energy"], partial=True)
+    known = [number for number, frame in enumerate(frames) if has_label(frame, "energy")]
+    labels = [shaped_label(frames[i].energy, "energy", len(frames[i].z), f"frame {i}").detach().cpu() for i in known]
+    energies = torch.cat(labels).double().numpy()
     owner = np.repeat(np.arange(len(frames)), [len(frame.z) for frame in frames])
-    numbers, column = np.unique(np.concatenate([frame.z.numpy() for frame in frames]), return_inverse=True)
+    numbers, column = np.unique(np.concatenate([frame.z.cpu().numpy() for frame in frames]), return_inverse=True)
     species = numbers.tolist()
     counts = np.zeros((len(frames), len(species)))
     np.add.at(counts, (owner, column), 1.0)
+    counts = counts[known]
     if isinstance(mode, Mapping):
         values = _from_mapping(mode, species)
     elif mode == "isolated":
         values = _from_isolated(energies, counts, species)
-    elif mode == "mean":
-        values = np.full(len(species), _mean_per_atom(energies, counts))
-    elif mode == "lstsq":
-        values = _least_squares(energies, counts, species)
+    elif mode in _FITS:
+        usual = _usual(energies, counts)
+        values = _FITS[mode](energies[usual], counts[usual], species)
     else:
         raise ValueError(f"mode must be 'lstsq', 'mean', 'isolated' or a mapping element -> eV, got {mode!r}")
     left = np.abs(energies - counts @ values) / counts.sum(axis=1)
     if left.max() > _LARGE:
+        odd = [known[i] for i in np.flatnonzero(left > _LARGE)]
         warnings.warn(
-            f"after subtraction of the reference energies {left.max():.1f} eV per atom are left in frame "
-            f"{int(left.argmax())}; references and frames seem to differ in level of theory or units",
+            f"after subtraction of the reference energies {left.max():.1f} eV per atom are left in "
+            f"{listed(frames, odd)} ({len(odd)} of {len(known)}); references and frames seem to differ in "
+            "level of theory or units, or these frames are wrong",
             stacklevel=2,
         )
     return dict(zip(species, values.tolist(), strict=True))
 
 
-def _symbols(species: Sequence[int]) -> str:
-    return ", ".join(chemical_symbols[z] for z in species)
+def _usual(energies: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """Which frames to fit to: all, but for those whose energy per atom is far off what the others have.
+
+    A single wrong energy of 1e5 eV would move the references of all frames.
+    """
+    usual = np.ones(len(energies), dtype=bool)
+    atoms = counts.sum(axis=1)
+    weight = usual / atoms
+    for step in range(30):  # towards the smallest sum of absolute errors per atom, which a few wrong ones do not move
+        values = np.linalg.lstsq(counts * weight[:, None], energies * weight, rcond=1e-10)[0]
+        left = np.abs(energies - counts @ values) / atoms
+        if step == 0 and left.max() <= _LARGE:
+            return usual
+        weight = 1.0 / (atoms * np.sqrt(np.maximum(left, 1e-3)))
+    far = left > max(_LARGE, 30.0 * float(np.median(left)))
+    return usual if far.all() else ~far
 
 
 def _mean_per_atom(energies: np.ndarray, counts: np.ndarray) -> float:
@@ -89,7 +112,7 @@ def _from_mapping(given: Mapping[int | str, float], species: Sequence[int]) -> n
     }
     missing = [z for z in species if z not in table]
     if missing:
-        raise ValueError(f"mode gives no reference energy for {_symbols(missing)}; add them to the mapping")
+        raise ValueError(f"mode gives no reference energy for {symbols(missing)}; add them to the mapping")
     values = np.array([table[z] for z in species])
     if not np.isfinite(values).all():
         raise ValueError(f"mode must hold finite energies, got {dict(given)}")
@@ -123,7 +146,14 @@ def _least_squares(energies: np.ndarray, counts: np.ndarray, species: Sequence[i
             rank,
             "" if rank == 1 else "s",
             len(species),
-            _symbols(species),
+            symbols(species),
             mean,
         )
     return base + correction
+
+
+def _mean(energies: np.ndarray, counts: np.ndarray, species: Sequence[int]) -> np.ndarray:
+    return np.full(len(species), _mean_per_atom(energies, counts))
+
+
+_FITS = {"mean": _mean, "lstsq": _least_squares}

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from nbody_pyg.data import AtomicData
 from nbody_pyg.datasets.frames import Frames
+from nbody_pyg.durable import write_text
 
 
 class FrameSplit(NamedTuple):
@@ -83,9 +84,9 @@ class Split:
         return digest.hexdigest()[:12]
 
     def save(self, path: str | Path) -> None:
-        """Write a JSON file that :func:`read_split` reads."""
+        """Write a JSON file that :func:`read_split` reads, whole or not at all."""
         lists = {name: getattr(self, name).tolist() for name in ("train", "val", "test")}
-        Path(path).write_text(json.dumps({"fingerprint": self.fingerprint, **lists}) + "\n")
+        write_text(path, json.dumps({"fingerprint": self.fingerprint, **lists}) + "\n")
 
     def __repr__(self) -> str:
         return f"Split({len(self.train)}/{len(self.val)}/{len(self.test)}, {self.fingerprint})"

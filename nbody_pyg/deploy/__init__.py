@@ -7,7 +7,7 @@ from nbody_pyg.deploy.energies import EnergyExplanation, explain_energy
 from nbody_pyg.deploy.energy_plot import plot_energy_parts
 from nbody_pyg.deploy.fingerprint import cg_fingerprint
 from nbody_pyg.deploy.model_file import FORMAT_VERSION, load_model, read_metadata, save_model
-from nbody_pyg.deploy.reference import reference_topology, with_reference
+from nbody_pyg.deploy.reference import reference_record, reference_topology, with_reference
 from nbody_pyg.deploy.relax import Relaxation, relax
 
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
     "load_model",
     "plot_energy_parts",
     "read_metadata",
+    "reference_record",
     "reference_topology",
     "relax",
     "run_md",

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import threading
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -12,18 +16,73 @@ from ase import Atoms
 from ase.calculators.calculator import Calculator, PropertyNotImplementedError, all_changes
 from ase.data import chemical_symbols
 from ase.stress import full_3x3_to_voigt_6_stress
+from torch_geometric.data import Data
 
 from nbody_pyg.accelerate import compile_potential
+from nbody_pyg.data import electronic_state_of
 from nbody_pyg.deploy.model_file import load_potential, read_metadata, require_potential
-from nbody_pyg.deploy.reference import reference_topology
+from nbody_pyg.deploy.reference import bond_changes, describe_bonds, parts_of_reference, reference_topology
 from nbody_pyg.graphs import CapturedPotential
-from nbody_pyg.hierarchy import Topology, TopologyCache
+from nbody_pyg.hierarchy import BondTree, Topology, TopologyCache
+from nbody_pyg.hierarchy.skin import refuse_carry_on
+from nbody_pyg.kernels.scope import Lock, locked
 from nbody_pyg.potential import Potential
 
+#: Words for where bonds come from.
+_BONDS = ("each", "first")
 _DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
 
-class NBodyCalculator(Calculator):
+class SharedCalculator(Calculator):
+    """A calculator of this library: threads may share it, and its results depend on charge and spin.
+
+    Threads take turns, and each gets the results of its own structure. ASE's cache does not look at charge and spin of
+    ``atoms.info``, so they are asked for here.
+    """
+
+    _state: dict[str, torch.Tensor] | None = None
+
+    def __init__(self, **kwargs: Any):
+        super().__init__(**kwargs)
+        self._lock = Lock()
+
+    @locked
+    def get_property(self, name: str, atoms: Atoms | None = None, allow_calculation: bool = True) -> Any:
+        """As ASE's; threads take turns."""
+        return super().get_property(name, atoms, allow_calculation)
+
+    @locked
+    def reset(self) -> None:
+        """As ASE's; threads take turns."""
+        super().reset()
+
+    @locked
+    def calculate_properties(self, atoms: Atoms, properties: list[str]) -> Any:
+        """As ASE's; threads take turns."""
+        return super().calculate_properties(atoms, properties)
+
+    def check_state(self, atoms: Atoms, tol: float = 1e-15) -> list[str]:
+        """What has changed since the last calculation."""
+        changes = list(super().check_state(atoms, tol=tol))
+        if not changes and not _same_state(self._state, electronic_state_of(atoms)):
+            changes.append("initial_charges")
+        return changes
+
+    def calculate(
+        self,
+        atoms: Atoms | None = None,
+        properties: list[str] | tuple[str, ...] = ("energy",),
+        system_changes: list[str] = all_changes,
+    ) -> None:
+        super().calculate(atoms, properties, system_changes)
+        self._state = electronic_state_of(self.atoms)
+
+
+def _same_state(before: dict[str, torch.Tensor] | None, now: dict[str, torch.Tensor]) -> bool:
+    return before is not None and before.keys() == now.keys() and all(torch.equal(before[k], now[k]) for k in now)
+
+
+class NBodyCalculator(SharedCalculator):
     """Energy (eV), forces (eV/angstrom) and stress (eV/angstrom^3, ASE's sign) of a potential.
 
     ===============  ===============================================================================
@@ -36,11 +95,30 @@ class NBodyCalculator(Calculator):
     ``energies``     per atom, where every part of the hierarchy belongs to one atom (NestedShells)
     ===============  ===============================================================================
 
-    Along a trajectory the hierarchy is carried on by a :class:`~nbody_pyg.hierarchy.TopologyCache`: neighbour lists
-    with a skin serve many steps, and schemes with fixed parts (BondTree) keep their groups of atoms together,
-    so that the energy stays smooth. The hierarchy is built anew for other elements or periodicity, or when an atom has
-    moved further than ``carry_on`` since the last call: that is another structure, not the next step.
-    :meth:`forget` does so too. A model file that was trained on one molecule brings the hierarchy for it.
+    Along a trajectory neighbour lists with a skin serve many steps (:class:`~nbody_pyg.hierarchy.TopologyCache`). The
+    energy of a structure does not depend on what was evaluated before. Where the scheme keeps parts, such as groups of
+    bonded atoms (BondTree), they are part of the definition of the energy, and come from the first of these that
+    applies:
+
+    ==============================================  ===============================================================
+    source                                          what it means
+    ==============================================  ===============================================================
+    ``bonds`` is a structure                        its bonds are used for all structures, which must have its atoms
+    the model file holds a reference molecule of    the bonds with which the model was trained
+    these atoms (trained on one molecule)
+    ``bonds="first"``                               those of the first structure with these atoms
+    ``bonds="each"`` (default)                      those found in each structure: where a bond forms or breaks the
+                                                    energy has a step, of which one warning tells
+    ==============================================  ===============================================================
+
+    :func:`run_md` and :func:`relax` keep the bonds of their first structure, whatever ``bonds`` says;
+    :meth:`fixed_bonds` does so for other runs. The attribute ``bonds_from`` says where the last ones came from. One
+    warning tells of the first structure in which other bonds than those in use would be found.
+
+    Charges and spin are read from the atoms (docs/conventions.md), and a change of them is a change of the system.
+
+    Threads may share a calculator: they take turns. Read results with ``atoms.get_forces()`` and the like, not from
+    ``results``, which is that of the last structure of any thread.
 
     The attribute ``topologies`` is that cache, with counts of its ``calls`` and ``rebuilds``; None for models without a
     scheme.
@@ -49,16 +127,17 @@ class NBodyCalculator(Calculator):
         potential: a Potential, or the path of a model file.
         device: where to compute.
         dtype: "float32" or "float64"; by default that of the model.
-        carry_on: displacement (angstrom) up to which a structure counts as the next step of the last one.
+        carry_on: without effect, as parts no longer depend on earlier calls; will be removed.
         skin: how much further than needed neighbours are searched (angstrom), to search again only when an atom has
             moved by half of it. Energies and forces do not depend on it; 0 searches at every step.
         compile: run the model as one compiled program (:func:`~nbody_pyg.accelerate.compile_potential`): faster by far
             for small systems, after some seconds at the first step. NBodyNet only, and needs a C++ compiler.
         cuda_graphs: replay steps on a GPU from CUDA graphs (:class:`~nbody_pyg.graphs.CapturedPotential`), for NBodyNet
             only. Graphs last from one search for neighbours to the next, so take a larger ``skin``, such as 1.
+        bonds: "each", "first", or a structure (ASE's Atoms, or Data with what the scheme reads), see above.
     Raises:
         ValueError: an element that the model does not know, an unknown dtype, ``cuda_graphs`` without a GPU or beside
-            ``compile``.
+            ``compile``, another word for ``bonds``, a structure with other atoms than that of ``bonds``.
         TypeError: ``compile`` or ``cuda_graphs`` with another model than NBodyNet.
     """
 
@@ -69,15 +148,19 @@ class NBodyCalculator(Calculator):
         potential: Potential | str | Path,
         device: torch.device | str = "cpu",
         dtype: str | None = None,
-        carry_on: float = 1.0,
+        carry_on: float | None = None,
         skin: float = 0.5,
         compile: bool = False,
         cuda_graphs: bool = False,
+        bonds: str | Atoms | Data = "each",
         **kwargs: Any,
     ):
         super().__init__(**kwargs)
         if dtype is not None and dtype not in _DTYPES:
             raise ValueError(f"dtype must be one of {sorted(_DTYPES)} or None, got {dtype!r}")
+        if isinstance(bonds, str) and bonds not in _BONDS:
+            raise ValueError(f"bonds must be one of {', '.join(_BONDS)} or a structure, got {bonds!r}; try 'each'")
+        refuse_carry_on(carry_on)
         if compile and cuda_graphs:
             raise ValueError("compile and cuda_graphs must not both be True: a graph replays no compiled program")
         self.metadata: dict[str, Any] = {}
@@ -93,17 +176,91 @@ class NBodyCalculator(Calculator):
         self.scheme = getattr(self.potential.model, "scheme", None)
         self.topologies = None
         if self.scheme is not None:
-            self.topologies = TopologyCache(self.scheme, skin, carry_on, self._reference, trim=not cuda_graphs)
+            self.topologies = TopologyCache(self.scheme, skin, start=self._parts, trim=not cuda_graphs)
         self._evaluate = compile_potential(self.potential) if compile else self.potential
         if cuda_graphs:
             self._evaluate = _captured(self.potential, self.device)
         self._numbers: np.ndarray | None = None
+        self.bonds = bonds
+        self.bonds_from: str | None = None
+        # Atoms and parts of the run of each thread; those of the first structure; the bonds of the last structure
+        self._fixed: dict[int, tuple[torch.Tensor, Topology]] = {}
+        self._first: tuple[torch.Tensor, Topology] | None = None
+        self._last: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._run: int | None = None  # whose parts the lists were made for
+        self._warned = False
 
     def forget(self) -> None:
         """Build the hierarchy anew at the next call. (ASE's own ``reset`` may be called at every step.)"""
+        self._first = self._last = None
         if self.topologies is not None:
             self.topologies.forget()
 
+    @contextlib.contextmanager
+    def fixed_bonds(self, atoms: Atoms) -> Iterator[None]:
+        """While this lasts, parts (bonds) are those that a structure has now, as a run of many steps needs them.
+
+        This counts for structures of the same atoms, in the thread that calls it.
+        """
+        if self.scheme is None or not self.scheme.keeps_parts:
+            yield
+            return
+        thread = threading.get_ident()
+        with self._lock:
+            before = self._fixed.get(thread)
+            self._fixed[thread] = self._parts_of(atoms)
+            self.topologies.forget()
+        try:
+            yield
+        finally:
+            with self._lock:
+                # Energies of parts that were kept are not those of the structure on its own
+                stale = self.atoms is None or self.bond_changes(self.atoms) is not None
+                self._last = None
+                del self._fixed[thread]
+                if before is not None:
+                    self._fixed[thread] = before
+                self.topologies.forget()
+                if stale:
+                    self.reset()
+
+    def _parts_of(self, atoms: Atoms) -> tuple[torch.Tensor, Topology]:
+        """Atoms and parts of a structure as it is now."""
+        z, place = self._elements(atoms), self._place(atoms)
+        if self.bonds == "first":
+            self._note_first(z, *place)
+        parts = self._parts(z, place[2])
+        if parts is None:
+            pos, cell, pbc = place
+            parts, self.bonds_from = self.scheme.topology(z, pos, None, cell, pbc), "found in the first structure"
+        return z, parts
+
+    @locked
+    def bond_changes(self, atoms: Atoms) -> str | None:
+        """How the bonds found in a structure differ from those that its energy uses; None where they do not."""
+        if not isinstance(self.scheme, BondTree):
+            return None
+        z, (pos, cell, pbc) = self._elements(atoms), self._place(atoms)
+        return bond_changes(self.scheme, self._parts(z, pbc), z, pos, cell, pbc)
+
+    def _elements(self, atoms: Atoms) -> torch.Tensor:
+        """Atomic numbers, checked; the same tensor as long as they are the same: graphs need not copy it."""
+        if self._numbers is None or not np.array_equal(atoms.numbers, self._numbers):
+            self._check_species(atoms)
+            self._numbers = atoms.numbers.copy()
+            self._z = torch.as_tensor(self._numbers, dtype=torch.long, device=self.device)
+            self._batch = torch.zeros_like(self._z)
+        return self._z
+
+    def _place(self, atoms: Atoms) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """pos, cell and pbc; the last two are None for an open system."""
+        pos = torch.as_tensor(atoms.positions, dtype=torch.float64, device=self.device)
+        if not atoms.pbc.any():
+            return pos, None, None
+        cell = torch.as_tensor(atoms.cell.array, dtype=torch.float64, device=self.device).reshape(1, 3, 3)
+        return pos, cell, torch.as_tensor(atoms.pbc, device=self.device).reshape(1, 3)
+
+    @locked
     def calculate(
         self,
         atoms: Atoms | None = None,
@@ -112,23 +269,13 @@ class NBodyCalculator(Calculator):
     ) -> None:
         super().calculate(atoms, properties, system_changes)
         atoms = self.atoms
-        if self._numbers is None or not np.array_equal(atoms.numbers, self._numbers):
-            self._check_species(atoms)
-            self._numbers = atoms.numbers.copy()
-            # The same tensors at every step: graphs need not copy them
-            self._z = torch.as_tensor(self._numbers, dtype=torch.long, device=self.device)
-            self._batch = torch.zeros_like(self._z)
-        z, batch = self._z, self._batch
-        pos = torch.as_tensor(atoms.positions, dtype=torch.float64, device=self.device)
-        periodic = bool(atoms.pbc.any())
-        if "stress" in properties and not periodic:
+        if "stress" in properties and not atoms.pbc.any():
             raise PropertyNotImplementedError("stress needs a periodic cell; this system has none")
-        cell = pbc = None
-        if periodic:
-            cell = torch.as_tensor(atoms.cell.array, dtype=torch.float64, device=self.device).reshape(1, 3, 3)
-            pbc = torch.as_tensor(atoms.pbc, device=self.device).reshape(1, 3)
-        topology = None if self.topologies is None else self.topologies(z, pos, None, cell, pbc)
-        charges = {key: value.to(self.device) for key, value in charges_of(atoms).items()}
+        z, (pos, cell, pbc) = self._elements(atoms), self._place(atoms)
+        batch, topology = self._batch, None
+        if self.topologies is not None:
+            topology = self._topology(z, pos, cell, pbc)
+        charges = {key: value.to(self.device) for key, value in self._state.items()}
         given = {"cell": cell, "pbc": pbc, "topology": topology, **charges}
         result = self._evaluate(z, pos, batch, **given, compute_stress="stress" in properties)
         energy = float(result["energy"])
@@ -152,10 +299,78 @@ class NBodyCalculator(Calculator):
                 f"{[chemical_symbols[n] for n in species]} only; train one with these elements"
             )
 
-    def _reference(self, z: torch.Tensor, pbc: torch.Tensor | None) -> Topology | None:
-        """The topology that the model was trained with, where these are the atoms of its one molecule."""
-        found = None if pbc is not None else reference_topology(self.metadata, self.scheme, z.tolist())
+    def _topology(self, z: torch.Tensor, *where: torch.Tensor | None) -> Topology:
+        pos, cell, pbc = where
+        if self.bonds == "first" and self.scheme.keeps_parts:
+            self._note_first(z, *where)
+        thread = threading.get_ident()
+        run = thread if thread in self._fixed else None
+        if run != self._run:
+            self._run = run
+            self.topologies.forget()
+        searches = self.topologies.rebuilds
+        topology = self.topologies(z, pos, None, cell, pbc)
+        if topology.bonds is not None and not self._warned and run is None:
+            if self.topologies.parts is None:
+                self._watch(z, topology.bonds)
+            elif self.topologies.rebuilds > searches:
+                self._tell(bond_changes(self.scheme, self.topologies.parts, z, *where))
+        return topology
+
+    def _parts(self, z: torch.Tensor, pbc: torch.Tensor | None) -> Topology | None:
+        """Parts that these atoms have wherever they are; None where they are found in each structure."""
+        fixed = self._fixed.get(threading.get_ident())
+        if fixed is not None and torch.equal(fixed[0], z):
+            return fixed[1]
+        found, self.bonds_from = None, None
+        if self.scheme is None or not self.scheme.keeps_parts:
+            return None
+        if not isinstance(self.bonds, str):
+            numbers, found = parts_of_reference(self.bonds, self.scheme)
+            if numbers != z.tolist():
+                raise ValueError(
+                    f"atoms must be those of the structure given as bonds, in its order, got {len(z)} atoms where it "
+                    f"has {len(numbers)} (or other elements); pass bonds='each' for structures of any kind"
+                )
+            self.bonds_from = "the structure given as bonds"
+        elif (found := reference_topology(self.metadata, self.scheme, z.tolist(), pbc is not None)) is not None:
+            self.bonds_from = "the reference molecule of the model file"
+        elif self.bonds == "first" and self._first is not None:
+            found, self.bonds_from = self._first[1], "found in the first structure"
+        else:
+            self.bonds_from = "found in each structure"
         return None if found is None else found.to(self.device)
+
+    def _note_first(self, z: torch.Tensor, *where: torch.Tensor | None) -> None:
+        """Keep the parts of the first structure with these atoms."""
+        if self._first is None or not torch.equal(self._first[0], z):
+            self._first = z, self.scheme.topology(z, where[0], None, *where[1:])
+
+    def _watch(self, z: torch.Tensor, bonds: torch.Tensor) -> None:
+        """Warn where bonds that are found in each structure are others than in the previous one."""
+        last, self._last = self._last, (z, bonds)
+        if last is None or last[0] is not z or last[1] is bonds or torch.equal(last[1], bonds):
+            return
+        before, now = ({(i, j) for i, j in b.t().tolist() if i < j} for b in (last[1], bonds))
+        self._warned = True
+        changes = describe_bonds(z, sorted(before - now), sorted(now - before))
+        warnings.warn(
+            f"bonds found in this structure differ from those of the previous one ({changes}): between "
+            "them the energy has a step. Pass bonds='first', or a structure whose bonds are to be used for all; this "
+            "is said once",
+            stacklevel=5,
+        )
+
+    def _tell(self, changes: str | None) -> None:
+        """Warn where bonds of a reference are in use that would not be found."""
+        if changes is None:
+            return
+        self._warned = True
+        warnings.warn(
+            f"bonds found in this structure differ from those that its energy uses, {self.bonds_from} ({changes}). "
+            "For another molecule of the same atoms pass its structure as bonds; this is said once",
+            stacklevel=5,
+        )
 
     def _energies(
         self, z: Any, pos: Any, batch: Any, cell: Any, pbc: Any, topology: Topology | None, **charges: torch.Tensor
@@ -166,15 +381,6 @@ class NBodyCalculator(Calculator):
         parts = self.potential.energies(z, pos, batch, cell=cell, pbc=pbc, topology=topology, **charges)
         own = [values for k, values in parts.levels.items() if len(values) == len(z)]
         return (torch.stack(own).sum(0) + parts.repulsion + parts.reference).cpu().numpy()
-
-
-def charges_of(atoms: Atoms) -> dict[str, torch.Tensor]:
-    """Formal charges of the atoms where ASE has some, else the total charge; models without charges ignore both."""
-    if atoms.has("initial_charges"):
-        return {"charges": torch.as_tensor(atoms.get_initial_charges(), dtype=torch.float64)}
-    if "charge" in atoms.info:
-        return {"charge": torch.tensor([float(atoms.info["charge"])], dtype=torch.float64)}
-    return {}
 
 
 def _captured(potential: Potential, device: torch.device) -> CapturedPotential:

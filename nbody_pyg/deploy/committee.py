@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from ase import Atoms
-from ase.calculators.calculator import Calculator, PropertyNotImplementedError, all_changes
+from ase.calculators.calculator import PropertyNotImplementedError, all_changes
 
-from nbody_pyg.deploy.calculator import NBodyCalculator
+from nbody_pyg.deploy.calculator import NBodyCalculator, SharedCalculator
+from nbody_pyg.kernels.scope import locked
 from nbody_pyg.potential import Potential
 
 
-class Committee(Calculator):
+class Committee(SharedCalculator):
     r"""Mean of several potentials as an ASE calculator, with the standard deviation among them.
 
     .. math:: \bar F = \frac{1}{M} \sum_m F_m, \qquad
@@ -62,6 +64,7 @@ class Committee(Calculator):
                 key = (member.scheme.signature, str(member.metadata.get("reference")))
                 member.topologies = first.setdefault(key, member).topologies
 
+    @locked
     def calculate(
         self,
         atoms: Atoms | None = None,
@@ -90,6 +93,27 @@ class Committee(Calculator):
             stress = np.stack([result["stress"] for result in found])
             self.results |= {"stress": stress.mean(axis=0), "stress_std": stress.std(axis=0, ddof=1)}
 
+    @contextlib.contextmanager
+    def fixed_bonds(self, atoms: Atoms) -> Iterator[None]:
+        """While this lasts, parts (bonds) are those that a structure has now; see :class:`NBodyCalculator`."""
+        with contextlib.ExitStack() as stack:
+            for member in self.members:
+                stack.enter_context(member.fixed_bonds(atoms))
+            try:
+                yield
+            finally:
+                if self.atoms is None or self.bond_changes(self.atoms) is not None:
+                    self.reset()
+
+    def bond_changes(self, atoms: Atoms) -> str | None:
+        """How the bonds found in a structure differ from those that some member uses; None where they do not."""
+        return next((text for member in self.members if (text := member.bond_changes(atoms))), None)
+
+    @property
+    def bonds_from(self) -> str | None:
+        """Where the bonds come from; see :class:`NBodyCalculator`."""
+        return next((member.bonds_from for member in self.members if member.bonds_from), None)
+
     def forget(self) -> None:
         """Build the hierarchies anew at the next call."""
         for member in self.members:
@@ -109,9 +133,9 @@ def stop_on_uncertainty(limit: float) -> Callable[[Atoms], str | None]:
         raise ValueError(f"limit of the standard deviation of forces must be positive (eV/angstrom), got {limit}")
 
     def stop(atoms: Atoms) -> str | None:
-        spread = getattr(atoms.calc, "results", {}).get("forces_std")
-        if spread is None:
+        if "forces_std" not in getattr(atoms.calc, "implemented_properties", ()):
             raise ValueError("a limit on the uncertainty needs a committee; set atoms.calc = Committee([...])")
+        spread = atoms.calc.get_property("forces_std", atoms)
         atom = int(np.argmax(spread))
         atoms.info["forces_std"] = float(spread[atom])
         if spread[atom] <= limit:

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+import math
+import os
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from ase import Atoms, units
+from ase.constraints import FixAtoms, FixCartesian
+from ase.io import read, write
 from ase.io.trajectory import Trajectory
 from ase.md import MDLogger
 from ase.md.langevin import Langevin
@@ -15,7 +23,23 @@ from ase.md.md import MolecularDynamics
 from ase.md.velocitydistribution import Stationary, ZeroRotation
 from ase.md.verlet import VelocityVerlet
 
+from nbody_pyg.data import electronic_state_of
+from nbody_pyg.datasets.readers import without_labels
+from nbody_pyg.messages import check_choice
+
 ENSEMBLES = ("nve", "langevin")
+VELOCITIES = ("auto", "given", "drawn")
+
+# A run whose temperature passes this has failed, K: 3/2 kT is 3.9 eV, as much for every atom as a bond holds.
+_HOTTEST = 30_000.0
+# One atom may have so many times the mean kinetic energy at that temperature.
+_FASTEST = 10.0
+# An atom that moves further in one step has passed through a bond, angstrom.
+_LONGEST_MOVE = 1.0
+# An atom of an open system that is further from every other is no part of it any more, angstrom.
+_LOST = 10.0
+# Of this many samples a straight line says something.
+_LEAST_SAMPLES = 3
 
 
 @dataclass(frozen=True)
@@ -32,9 +56,15 @@ class MDReport:
     ``fluctuation``           meV per atom: standard deviation about that line
     ``largest_jump``          meV per atom between two samples that follow each other
     ``stopped``               why the run ended before its time; None when it did not
+    ``first_step``            number of the step at which it began: not 0 where a trajectory is continued
+    ``velocities``            where the first velocities came from, in words
+    ``bonds_from``            where the bonds that the energy uses come from; None where it uses none
+    ``bond_changes``          step and atoms of the first sample at which the bonds found are others than those
+                              in use; None where they never were
     ========================  ==========================================================================
 
-    Drift and jumps tell about the potential only where the total energy is conserved (nve).
+    Drift and jumps tell about the potential only where the total energy is conserved (nve). A drift needs two samples;
+    of fewer it is NaN.
     """
 
     time: np.ndarray
@@ -43,6 +73,10 @@ class MDReport:
     temperature: np.ndarray
     num_atoms: int
     stopped: str | None = None
+    first_step: int = 0
+    velocities: str = ""
+    bonds_from: str | None = None
+    bond_changes: str | None = None
 
     @property
     def drift(self) -> float:
@@ -60,14 +94,19 @@ class MDReport:
 
     def _line(self) -> tuple[float, float]:
         if len(self.time) < 2:
-            return 0.0, float(self.total[0])
+            return math.nan, math.nan
         slope, start = np.polyfit(self.time, self.total, 1)
         return float(slope), float(start)
 
     def __str__(self) -> str:
-        return (
-            f"{len(self.time)} samples, {self.time[-1]:.3f} ps, "
-            f"mean temperature {self.temperature.mean():.1f} K\n"
+        count = len(self.time)
+        if count == 0:
+            return "no sample: the run ended before the first"
+        words = f"{count} sample{'s' * (count > 1)}, to {self.time[-1]:.3f} ps, "
+        words += f"mean temperature {self.temperature.mean():.1f} K\n"
+        if count < _LEAST_SAMPLES:
+            return words + f"total energy {self.total[-1]:.6f} eV (a drift needs {_LEAST_SAMPLES} samples)"
+        return words + (
             f"total energy: drift {self.drift:+.4f} meV/atom per 10 ps, fluctuation {self.fluctuation:.4f} "
             f"meV/atom, largest jump {self.largest_jump:.4f} meV/atom"
         )
@@ -87,39 +126,63 @@ def run_md(
     trajectory: str | Path | None = None,
     report: Callable[[int], None] | None = None,
     stop: Callable[[Atoms], str | None] | None = None,
+    velocities: str = "auto",
+    max_temperature: float | None = None,
+    restart: bool = False,
+    stop_on_bond_change: bool = False,
 ) -> MDReport:
     """Move ``atoms`` (in place) with the calculator they carry.
 
-    Velocities are drawn from the Maxwell-Boltzmann distribution unless the atoms bring some; total momentum
-    is removed, for isolated molecules also the angular momentum.
+    Where velocities are drawn from the Maxwell-Boltzmann distribution, the total momentum is removed, for isolated
+    molecules also the angular momentum; not where constraints hold some atoms, which take up both. Constraints of the
+    atoms are ASE's business and are kept; the temperature counts the degrees of freedom that they leave.
+
+    A run that has failed ends with the reason in ``stopped``: energy, forces or positions that are not finite, a
+    temperature above ``max_temperature``, an atom with ten times the kinetic energy that belongs to it, an atom that
+    would move by more than 1 angstrom in a step, or one that has left an open system (10 angstrom from every other).
+    A structure with numbers that are not finite is not written. The first structure, every ``sample_every``-th and the
+    last one are sampled and written, the last also where the steps are no multiple.
+
+    Bonds that the energy of an :class:`NBodyCalculator` uses are part of that energy, and are kept from the start to
+    the end of the run, also inside of ASE's sums and averages of calculators. At every sample they are compared with
+    those that would be found then; the first difference is told by a warning, in the log and in the report.
 
     Args:
+        steps: to take; 0 evaluates the first structure.
         ensemble: "nve" (velocity Verlet) or "langevin".
         timestep: fs.
         temperature: K, of the first velocities and of the thermostat.
         friction: 1/fs, of the Langevin thermostat.
+        seed: of the velocities and of the thermostat.
         sample_every: steps between samples, log lines and frames.
         log: text file in ASE's MDLogger form.
-        trajectory: frames with energies, forces and velocities: ASE's ``.traj``, or extxyz by any other name.
+        trajectory: frames with energies, forces and velocities: ASE's ``.traj``, or extxyz by any other name. The
+            number of the step and the time stand in ``atoms.info``.
         report: called with the number of steps done at every sample.
         stop: called with the atoms after every step; a text ends the run, and is kept in the report. The last structure
             is written too. See :func:`~nbody_pyg.deploy.stop_on_uncertainty`.
-    Raises: ValueError: no calculator, unknown ensemble, steps or timestep not positive.
+        velocities: "given" takes those of the atoms, "drawn" draws them, "auto" takes those of the atoms where any is
+            not zero.
+        max_temperature: K; by default 30,000 (3/2 kT is then 3.9 eV, a bond for every atom), at least ten times
+            ``temperature``. ``math.inf`` goes on at any speed, with lost atoms too, as long as numbers are finite.
+        restart: go on from the last whole frame of ``trajectory`` with its positions, momenta and number of the step,
+            and append to ``trajectory`` and ``log``. Positions and momenta are as exact as in the file: all digits in
+            ``.traj``, 8 decimals in extxyz. The random numbers of a thermostat begin anew, from the seed and the step.
+        stop_on_bond_change: end the run at the first sample whose bonds are others than those in use.
+    Raises: ValueError: no calculator, an unknown ensemble or choice of velocities, numbers out of range, atoms that
+        cannot move, a trajectory that cannot be continued, or that of atoms with other charges or masses.
     """
     if atoms.calc is None:
         raise ValueError("atoms carry no calculator; set atoms.calc = NBodyCalculator(...)")
-    if ensemble not in ENSEMBLES:
-        raise ValueError(f"ensemble must be one of {', '.join(ENSEMBLES)}, got {ensemble!r}")
-    for name, value in (("steps", steps), ("timestep", timestep), ("sample_every", sample_every)):
-        if value <= 0:
-            raise ValueError(f"{name} must be positive, got {value}")
-    rng = np.random.default_rng(seed)
-    if not np.any(atoms.get_momenta()):
-        width = np.sqrt(units.kB * temperature * atoms.get_masses())
-        atoms.set_momenta(width[:, None] * rng.standard_normal((len(atoms), 3)))
-        Stationary(atoms)
-        if not atoms.pbc.any() and len(atoms) > 2:
-            ZeroRotation(atoms)
+    check_choice("ensemble", ensemble, ENSEMBLES)
+    check_choice("velocities", velocities, VELOCITIES)
+    _check_numbers(steps, sample_every, timestep, temperature, friction, max_temperature)
+    if len(atoms.constraints) and atoms.get_number_of_degrees_of_freedom() <= 0:
+        raise ValueError("atoms must be free to move, but their constraints hold all of them; take some away")
+    first = _continued(atoms, trajectory, timestep) if restart else 0
+    rng = np.random.default_rng([seed, first] if first else seed)
+    origin = _set_velocities(atoms, "given" if restart else velocities, temperature, rng, seed)
+    origin = f"those of step {first} of the trajectory" if restart else origin
     dyn: MolecularDynamics
     if ensemble == "nve":
         dyn = VelocityVerlet(atoms, timestep * units.fs)
@@ -129,56 +192,309 @@ def run_md(
             atoms, timestep * units.fs, temperature_K=temperature, friction=friction / units.fs, rng=rng,
             fixcm=False,
         )  # fmt: skip
-    samples: list[tuple[float, float, float, float]] = []
-
-    def sample() -> None:
-        potential = atoms.get_potential_energy()
-        total = potential + atoms.get_kinetic_energy()
-        samples.append((dyn.get_time() / (1000 * units.fs), total, potential, atoms.get_temperature()))
-        if report is not None:
-            report(dyn.nsteps)
-
-    dyn.attach(sample, interval=sample_every)
-    closing, writers = [], []
-    if log is not None:
-        logger = MDLogger(dyn, atoms, str(log), peratom=False, mode="w")
-        dyn.attach(logger, interval=sample_every)
-        closing.append(logger)
-    if trajectory is not None:
-        writer = _frame_writer(Path(trajectory), atoms)
-        dyn.attach(writer.write, interval=sample_every)
-        closing.append(writer)
-        writers.append(writer)
-    stopped = None
-    try:
+    dyn.nsteps = first
+    hottest = max(_HOTTEST, 10.0 * temperature) if max_temperature is None else max_temperature
+    failed = _Failure(atoms, timestep * units.fs, hottest)
+    bonded = _with_bonds(atoms.calc)
+    stopped = changes = None
+    with contextlib.ExitStack() as kept:
+        if bonded:  # a continued run keeps the bonds that it began with
+            begun = read(trajectory, index=0, do_not_split_by_at_sign=True) if restart else atoms
+            if atoms.calc not in bonded:  # one of ASE's, whose cache knows nothing of bonds
+                kept.callback(atoms.calc.__dict__.update, atoms=None, results={})
+            for calculator in bonded:
+                kept.enter_context(calculator.fixed_bonds(begun))
+        bonds_from = next((c.bonds_from for c in bonded if c.bonds_from), None)
+        atoms.get_forces()  # dyn computes none before the first step of a continued run
+        if restart:
+            _check_energy(atoms, trajectory)
+        record = _Record(atoms, dyn, log, trajectory, restart)  # after what may fail: it replaces files
+        kept.callback(record.close)
         for _ in dyn.irun(steps):
-            if stop is not None and (reason := stop(atoms)):
+            done = dyn.nsteps - first
+            due = done == steps or done % sample_every == 0
+            reason = failed(due) or (None if stop is None else stop(atoms))
+            if not failed.broken and (due or reason):
+                if changes is None and bonded:
+                    when = f"step {dyn.nsteps} ({dyn.get_time() / units.fs:.2f} fs)"
+                    changes = _told(atoms, bonded, bonds_from, when, record.logger)
+                    if changes is not None and stop_on_bond_change:
+                        reason = reason or "bonds have changed, " + changes.partition(": ")[2]
+                record(write=done > 0 or not restart)  # the first of a continued run is there already
+                if report is not None:
+                    report(done)
+            if reason:
                 stopped = f"stopped after step {dyn.nsteps} ({dyn.get_time() / units.fs:.2f} fs): {reason}"
-                if dyn.nsteps % sample_every:
-                    sample()
-                    for writer in writers:
-                        writer.write()
                 break
-    finally:
-        for item in closing:
-            item.close()
-    time, total, potential, kelvin = np.array(samples).T
-    return MDReport(time, total, potential, kelvin, len(atoms), stopped)
+    time, total, potential, kelvin = np.array(record.samples).reshape(-1, 4).T
+    return MDReport(time, total, potential, kelvin, len(atoms), stopped, first, origin, bonds_from, changes)
+
+
+def _with_bonds(calculator: Any) -> list[Any]:
+    """The calculators that keep bonds: this one, or those that one of ASE's adds up."""
+    if hasattr(calculator, "fixed_bonds"):
+        return [calculator]
+    mixed = getattr(getattr(calculator, "mixer", None), "calcs", ())
+    return [found for member in mixed for found in _with_bonds(member)]
+
+
+def _check_numbers(
+    steps: int, sample_every: int, timestep: float, temperature: float, friction: float, max_temperature: float | None
+) -> None:
+    for name, count, least in (("steps", steps, 0), ("sample_every", sample_every, 1)):
+        if isinstance(count, bool) or not isinstance(count, (int, np.integer)):
+            raise ValueError(f"{name} must be a whole number, got {count!r}")
+        if count < least:
+            raise ValueError(f"{name} must be {'positive' if least else 'zero or positive'}, got {count}")
+    for name, value in (("timestep", timestep), ("max_temperature", max_temperature)):
+        if value is not None and not (value > 0 and (name == "max_temperature" or math.isfinite(value))):
+            raise ValueError(f"{name} must be positive, got {value}")
+    for name, value in (("temperature", temperature), ("friction", friction)):
+        if not (value >= 0 and math.isfinite(value)):
+            raise ValueError(f"{name} must be zero or positive, got {value}")
+
+
+def _set_velocities(atoms: Atoms, which: str, temperature: float, rng: np.random.Generator, seed: int) -> str:
+    """Give the atoms their first velocities; says in words where they come from."""
+    momenta = atoms.get_momenta()
+    if not np.isfinite(momenta).all():
+        raise ValueError("momenta of the atoms must be finite; draw new ones with velocities='drawn'")
+    if which == "given" or (which == "auto" and momenta.any()):
+        atoms.set_momenta(momenta)  # once more, so that constraints see them
+        return f"those of the first structure ({atoms.get_temperature():.1f} K)"
+    width = np.sqrt(units.kB * temperature * atoms.get_masses())
+    atoms.set_momenta(width[:, None] * rng.standard_normal((len(atoms), 3)))
+    if not atoms.constraints:
+        Stationary(atoms)
+        if not atoms.pbc.any() and len(atoms) > 2:
+            ZeroRotation(atoms)
+    return f"drawn at {temperature:g} K, seed {seed}"
+
+
+def _not_kept(atoms: Atoms) -> list[str]:
+    """Names of the constraints that extended xyz has no room for."""
+    return [type(c).__name__ for c in atoms.constraints if not isinstance(c, (FixAtoms, FixCartesian))]
+
+
+def _continued(atoms: Atoms, trajectory: str | Path | None, timestep: float) -> int:
+    """Give the atoms the state of the last whole frame of a trajectory; returns its step.
+
+    Raises: ValueError: no trajectory, other atoms, another time step, or a frame that does not tell its step.
+    """
+    if trajectory is None or not Path(trajectory).is_file():
+        raise ValueError(f"restart needs the trajectory to go on from, got {trajectory}")
+    path = Path(trajectory)
+    if path.suffix != ".traj":
+        cut_to_whole_frames(path)
+    last = read(path, index=-1, do_not_split_by_at_sign=True)
+    if not np.array_equal(last.numbers, atoms.numbers):
+        raise ValueError(
+            f"atoms must be those of the trajectory, got {atoms.get_chemical_formula()} "
+            f"and {last.get_chemical_formula()} in {path}"
+        )
+    step, time = last.info.get("step"), last.info.get("time_fs")
+    if step is None or time is None or not last.has("momenta"):
+        raise ValueError(
+            f"{path} cannot be continued: its last frame does not tell step, time and momenta; "
+            "begin a new run with it as the first structure"
+        )
+    if abs(float(time) - int(step) * timestep) > 1e-6 * max(1.0, abs(float(time))):
+        raise ValueError(
+            f"timestep must be that of the trajectory, {float(time) / max(int(step), 1):g} fs, got {timestep:g}; "
+            "begin a new run for another one"
+        )
+    if path.suffix != ".traj" and _not_kept(atoms) != last.info.get("constraints_left_out", "").split():
+        raise ValueError(
+            f"atoms must have the constraints of the trajectory, {last.info.get('constraints_left_out') or 'none'}, "
+            f"got {' '.join(_not_kept(atoms)) or 'none'}: extended xyz does not hold them; give them to the atoms"
+        )
+    for name, own, other in (
+        ("charges and spin", _state(atoms), _state(last)),
+        ("masses", atoms.get_masses(), last.get_masses()),
+    ):
+        if not np.allclose(own, other, rtol=0, atol=1e-5):
+            raise ValueError(f"atoms must have the {name} of the trajectory {path}; correct them, or begin a new run")
+    constraints = atoms.constraints if _not_kept(atoms) else last.constraints
+    atoms.set_constraint()
+    atoms.set_cell(last.cell)
+    atoms.set_pbc(last.pbc)
+    atoms.set_positions(last.positions)
+    atoms.set_momenta(last.get_momenta())
+    atoms.set_constraint(constraints)
+    return int(step)
+
+
+def _state(atoms: Atoms) -> np.ndarray:
+    """Total charge, multiplicity, and charges of the atoms, as far as the atoms say them; 0, 1 and 0 elsewhere."""
+    found = {key: value.numpy() for key, value in electronic_state_of(atoms).items()}
+    charges = found.get("charges", np.zeros(len(atoms)))
+    return np.concatenate([found.get("charge", charges.sum(keepdims=True)), found.get("spin", np.ones(1)), charges])
+
+
+def _check_energy(atoms: Atoms, trajectory: str | Path) -> None:
+    """Warn where the last frame of a trajectory has another energy now: another model, or other bonds."""
+    last = read(trajectory, index=-1, do_not_split_by_at_sign=True)
+    before, now = getattr(last.calc, "results", {}).get("energy"), atoms.get_potential_energy()
+    if before is not None and abs(now - before) > 1e-3 * len(atoms) + 1e-6 * abs(before):
+        warnings.warn(
+            f"the last frame of {trajectory} has an energy of {before:.6f} eV there, and {now:.6f} eV now: the energy "
+            "has a step where the run goes on. Was it another model?",
+            stacklevel=3,
+        )
+
+
+class _Failure:
+    """Says why a run has no meaning any more; ``broken`` where its numbers are not finite."""
+
+    def __init__(self, atoms: Atoms, timestep: float, hottest: float):
+        self.atoms, self.timestep, self.hottest, self.broken = atoms, timestep, hottest, False
+        self.masses, self.freedom = atoms.get_masses()[:, None], atoms.get_number_of_degrees_of_freedom()
+        self.apart = max(_LOST, 3.0 * self._outermost()[1]) if self._open else math.inf
+
+    @property
+    def _open(self) -> bool:
+        return math.isfinite(self.hottest) and len(self.atoms) > 1 and not self.atoms.pbc.any()
+
+    def _outermost(self) -> tuple[int, float]:
+        """The atom that is furthest from the middle, and its distance to its nearest neighbour."""
+        pos = self.atoms.positions
+        atom = int(np.linalg.norm(pos - pos.mean(axis=0), axis=1).argmax())
+        return atom, float(np.partition(np.linalg.norm(pos - pos[atom], axis=1), 1)[1])
+
+    def __call__(self, at_sample: bool) -> str | None:
+        atoms, momenta = self.atoms, self.atoms.get_momenta()
+        # What the step has computed: asking the calculator again compares all atoms, at every step. Not where another
+        # thread, or the caller in between, has asked it about another structure
+        found, of = getattr(atoms.calc, "results", {}), getattr(atoms.calc, "atoms", None)
+        if of is None or not np.array_equal(of.positions, atoms.positions):
+            found = {}
+        energy = found["energy"] if "energy" in found else atoms.get_potential_energy()
+        constrained = bool(atoms.constraints) or "forces" not in found
+        forces = atoms.get_forces(md=True) if constrained else found["forces"]
+        numbers = {"energy": energy, "force": forces, "position": atoms.positions, "momentum": momenta}
+        for name, value in numbers.items():
+            if not np.isfinite(value).all():
+                self.broken = True
+                where = np.argwhere(~np.isfinite(np.atleast_1d(value)))[0][0]
+                what = "the energy is" if name == "energy" else f"the {name} of {self._name(where)} is"
+                return f"{what} not finite; {_CURE}"
+        if math.isinf(self.hottest):
+            return None
+        kinetic = 0.5 * (momenta**2 / self.masses).sum(axis=1)
+        kelvin = 2.0 * float(kinetic.sum()) / (self.freedom * units.kB)
+        if kelvin > self.hottest:
+            return f"the temperature is {kelvin:.3g} K, more than {self.hottest:g} K; {_CURE}"
+        limit, fastest = _FASTEST * 1.5 * units.kB * self.hottest, int(kinetic.argmax())
+        if kinetic[fastest] > limit:
+            return f"{self._name(fastest)} has a kinetic energy of {kinetic[fastest]:.3g} eV; {_CURE}"
+        move = np.linalg.norm((momenta + 0.5 * self.timestep * forces) / self.masses, axis=1) * self.timestep
+        furthest = int(move.argmax())
+        if move[furthest] > _LONGEST_MOVE:
+            return f"{self._name(furthest)} would move by {move[furthest]:.3g} angstrom in one step; {_CURE}"
+        if at_sample and self._open:
+            lost, distance = self._outermost()
+            if distance > self.apart:
+                return f"{self._name(lost)} has left: its nearest neighbour is {distance:.1f} angstrom away"
+        return None
+
+    def _name(self, atom: int) -> str:
+        return f"atom {atom} ({self.atoms.symbols[atom]})"
+
+
+_CURE = "try a shorter time step, or a structure that is nearer to the training data"
+
+
+class _Record:
+    """Samples, log and frames of a run, each structure once."""
+
+    def __init__(
+        self, atoms: Atoms, dyn: MolecularDynamics, log: str | Path | None, trajectory: str | Path | None, append: bool
+    ):
+        self.atoms, self.dyn = atoms, dyn
+        self.samples: list[tuple[float, float, float, float]] = []
+        self.frames: Any = None
+        if trajectory is not None and Path(trajectory).suffix == ".traj":
+            self.frames = Trajectory(str(trajectory), "a" if append else "w", atoms)
+        elif trajectory is not None:
+            self.frames = _ExtxyzWriter(Path(trajectory), atoms, append)
+        self.logger = None
+        if log is not None:
+            append = append and Path(log).is_file()
+            mode = "a" if append else "w"
+            self.logger = MDLogger(dyn, atoms, str(log), header=not append, peratom=False, mode=mode)
+
+    def __call__(self, write: bool) -> None:
+        atoms, fs = self.atoms, self.dyn.get_time() / units.fs
+        potential = atoms.get_potential_energy()
+        self.samples.append((fs / 1000, potential + atoms.get_kinetic_energy(), potential, atoms.get_temperature()))
+        atoms.info |= {"step": self.dyn.nsteps, "time_fs": round(fs, 9)}
+        # The frame first: a log line without its frame could not be continued.
+        if write and self.frames is not None:
+            self.frames.write()
+        if write and self.logger is not None:
+            self.logger()
+
+    def close(self) -> None:
+        for item in (self.frames, self.logger):
+            if item is not None:
+                item.close()
+
+
+def _told(atoms: Atoms, bonded: list[Any], source: str | None, when: str, logger: MDLogger | None) -> str | None:
+    """When and how the bonds found now differ from those in use; says so in a warning and in the log."""
+    found = next((text for calculator in bonded if (text := calculator.bond_changes(atoms))), None)
+    if found is None:
+        return None
+    warnings.warn(f"bonds as found at {when} differ from those that the energy uses, {source} ({found})", stacklevel=3)
+    if logger is not None:
+        logger.logfile.write(f"# {when}: bonds as found now differ from those in use: {found}\n")
+    return f"{when}: {found}"
 
 
 class _ExtxyzWriter:
-    """Appends the atoms to an extxyz file."""
+    """Appends the atoms to an extxyz file, one frame by one call of the system, whole or not at all."""
 
-    def __init__(self, path: Path, atoms: Atoms):
-        self.path, self.atoms, self._first = path, atoms, True
+    def __init__(self, path: Path, atoms: Atoms, append: bool):
+        self.atoms, self.path = atoms, path
+        self.handle = os.open(path, os.O_WRONLY | os.O_CREAT | (os.O_APPEND if append else os.O_TRUNC), 0o666)
+        if left_out := _not_kept(atoms):
+            atoms.info["constraints_left_out"] = " ".join(left_out)
 
     def write(self) -> None:
-        self.atoms.write(self.path, format="extxyz", append=not self._first)
-        self._first = False
+        text, atoms = io.StringIO(), without_labels(self.atoms)  # those of the first structure
+        atoms.calc = self.atoms.calc
+        write(text, atoms, format="extxyz")
+        data, end = text.getvalue().encode(), os.lseek(self.handle, 0, os.SEEK_END)
+        try:
+            while data:
+                data = data[os.write(self.handle, data) :]
+        except OSError as error:  # no space left
+            os.ftruncate(self.handle, end)
+            error.filename = str(self.path)
+            raise
 
     def close(self) -> None:
-        pass
+        os.close(self.handle)
 
 
-def _frame_writer(path: Path, atoms: Atoms) -> Trajectory | _ExtxyzWriter:
-    return Trajectory(str(path), "w", atoms) if path.suffix == ".traj" else _ExtxyzWriter(path, atoms)
+def cut_to_whole_frames(path: str | Path) -> int:
+    """Take away what a killed process has left of its last frame in an (ext)xyz file; returns the whole frames.
+
+    Raises: ValueError: not a single whole frame.
+    """
+    frames, end = 0, 0
+    with open(path, "rb+") as file:
+        while (count := file.readline()).strip().isdigit():
+            lines = [file.readline() for _ in range(int(count) + 1)]
+            if not all(line.endswith(b"\n") for line in lines):
+                break
+            frames, end = frames + 1, file.tell()
+        if not frames:
+            raise ValueError(f"{path} holds no whole frame to go on from")
+        rest = file.seek(0, os.SEEK_END) - end
+        if rest:
+            file.seek(end)
+            if count.strip() and not count.strip().isdigit():
+                raise ValueError(f"{path} is no trajectory of {frames} frames: what follows them is {count[:40]!r}")
+            file.truncate(end)
+    return frames

@@ -1,12 +1,18 @@
-"""One file per model: safetensors for the weights, JSON for everything else; no pickle."""
+"""One file per model: safetensors for the weights, JSON for everything else; no pickle.
+
+The SHA-256 in the JSON covers all of it and the name, dtype, shape and bytes of every tensor. Nothing is built from a
+file, and nothing of it is printed as it stands, before it has been checked.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import importlib.metadata
 import json
+import logging
+import math
 import platform
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +22,39 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from nbody_pyg.deploy.fingerprint import cg_fingerprint
+from nbody_pyg.deploy.sizes import check_sizes
+from nbody_pyg.durable import written_whole
+from nbody_pyg.messages import printable, short
+from nbody_pyg.nn.charges import DEFAULT_STATE
 from nbody_pyg.potential import Potential
 from nbody_pyg.properties import PropertyModel
-from nbody_pyg.training.build import potential_config, potential_from_config
-from nbody_pyg.training.durable import written_whole
+from nbody_pyg.training.build import potential_config, potential_from_config, up_to_date
+from nbody_pyg.training.checkpoint import is_checkpoint
 
-#: 2 since potentials have a repulsion, which a reader of format 1 would leave out; 3 since windows have an exponent.
-FORMAT_VERSION = 3
+#: 2 since potentials have a repulsion, which a reader of format 1 would leave out; 3 since windows have an exponent;
+#: 4 since the checksum covers the settings.
+FORMAT_VERSION = 4
 _KEY = "nbody_pyg"
 _PACKAGES = ("nbody_pyg", "torch", "torch_geometric", "e3nn")
+_DTYPES = {"float32": torch.float32, "float64": torch.float64}
+_NUMBER = (int, float)
+_UNITS = {"energy": "eV", "length": "angstrom", "forces": "eV/angstrom", "stress": "eV/angstrom^3"}
+#: Entries of every header and their types; what else there is describes the model.
+_ENTRIES: dict[str, type | tuple[type, ...]] = {
+    "format_version": int,
+    "model": dict,
+    "e0": (dict, type(None)),
+    "scale": _NUMBER,
+    "dtype": str,
+    "species": (list, type(None)),
+    "units": dict,
+    "num_parameters": int,
+    "cg_fingerprint": str,
+    "versions": dict,
+    "sha256": str,
+    "metadata": dict,
+}
+_log = logging.getLogger("nbody_pyg")
 
 
 def save_model(
@@ -33,26 +63,28 @@ def save_model(
     """Write a potential (or a model of properties) into one file, whole or not at all (temporary file, then rename).
 
     Args:
-        metadata: what else to keep, JSON-able: training settings, data, errors.
-    Raises: TypeError: metadata that JSON cannot hold.
+        metadata: what else to keep, JSON-able: training settings, data, errors. Numbers that are not finite, which JSON
+            does not have, become null.
+    Raises: TypeError: metadata that JSON cannot hold. ValueError: weights that are not finite.
     """
     path = Path(path)
     tensors = {name: t.detach().cpu().clone().contiguous() for name, t in potential.state_dict().items()}
+    described = potential_config(potential)
+    _check_finite(tensors, described["model"]["config"] is None)
     header = {
         "format_version": FORMAT_VERSION,
-        **potential_config(potential),
-        "species": _species(potential),
-        "units": {"energy": "eV", "length": "angstrom", "forces": "eV/angstrom", "stress": "eV/angstrom^3"},
-        "num_parameters": sum(p.numel() for p in potential.parameters()),
+        **described,
+        **_summary(potential),
+        "units": _UNITS,
         "cg_fingerprint": cg_fingerprint(),
         "versions": {name: _version(name) for name in _PACKAGES} | {"python": platform.python_version()},
-        "sha256": _digest(tensors),
-        "metadata": dict(metadata or {}),
+        "metadata": _without_infinity(dict(metadata or {})),
     }
-    text = json.dumps(header)
+    header = json.loads(json.dumps(header))  # as a reader will see it
+    header["sha256"] = checksum(header, tensors)
     path.parent.mkdir(parents=True, exist_ok=True)
     with written_whole(path) as temporary:
-        save_file(tensors, temporary, metadata={_KEY: text})
+        save_file(tensors, temporary, metadata={_KEY: json.dumps(header)})
 
 
 def load_model(
@@ -64,26 +96,39 @@ def load_model(
         model: the network, where it is not one of ours: built as it was when the file was written.
     Raises:
         FileNotFoundError: no such file.
-        ValueError: not a model file, truncated or damaged, written by a newer version, weights that do not
-            fit the network, or another convention of the Clebsch-Gordan coefficients.
+        ValueError: not a model file, truncated or damaged, written by a newer version, settings or weights that do not
+            make a network, or another convention of the Clebsch-Gordan coefficients.
     """
-    header, tensors = _read(Path(path))
-    if header["sha256"] != _digest(tensors):
-        raise ValueError(f"{path} is damaged: its weights do not match their checksum; get a fresh copy")
+    path = Path(path)
+    header, tensors = _read(path)
     theirs = header["versions"]
     if model is None and header["cg_fingerprint"] != cg_fingerprint():
+        theirs = printable(theirs.get("e3nn", "of an unknown version"))
         raise ValueError(
-            f"{path} was written with e3nn {theirs['e3nn']}, whose Clebsch-Gordan coefficients differ from "
+            f"{path} was written with e3nn {theirs}, whose Clebsch-Gordan coefficients differ from "
             f"those of e3nn {_version('e3nn')} installed here, so that its energies would be wrong; "
-            f"install e3nn=={theirs['e3nn']}"
+            f"install e3nn=={theirs}"
         )
-    potential = potential_from_config(header, model)
-    problems = potential.load_state_dict(tensors, strict=False)
-    if problems.missing_keys or problems.unexpected_keys:
+    if header["format_version"] < FORMAT_VERSION:
+        _log.warning(
+            "%s has format %d, whose checksum does not cover the settings of the network; load it and save it again "
+            "with nbody_pyg.deploy.save_model for one that does",
+            *(path, header["format_version"]),
+        )
+    try:
+        potential = potential_from_config(header, model)
+        _check_weights(potential, tensors, foreign=model is not None)
+        potential.load_state_dict(tensors)
+        built = json.loads(json.dumps({**potential_config(potential), **_summary(potential)}))
+        given = {k: v for k, v in header.items() if k not in set(_ENTRIES) - set(built)}
+        if (config := header["model"]["config"]) is not None and header["format_version"] < FORMAT_VERSION:
+            given["model"] = header["model"] | {"config": up_to_date(config)}
+        _check_same(given, built)
+    except (ValueError, TypeError, KeyError, AttributeError, IndexError, RuntimeError, OverflowError) as error:
         raise ValueError(
-            f"weights of {path} do not fit the network: missing {problems.missing_keys[:3]}, "
-            f"unexpected {problems.unexpected_keys[:3]}; written by nbody_pyg {theirs['nbody_pyg']}"
-        )
+            f"{path} does not hold settings and weights of one network: {_said(error)}; use the version of nbody_pyg "
+            f"that wrote it ({printable(theirs.get('nbody_pyg'))}), or get a fresh copy"
+        ) from error
     return potential.to(device).eval()
 
 
@@ -109,32 +154,212 @@ def require_potential(model: nn.Module, origin: str = "") -> Potential:
 
 
 def read_metadata(path: str | Path) -> dict[str, Any]:
-    """Everything in a model file but the weights."""
-    return _read(Path(path), weights=False)[0]
+    """Everything in a model file but the weights, which are checked as in :func:`load_model`; no network is built.
+
+    Raises: FileNotFoundError, ValueError: as :func:`load_model`.
+    """
+    return _read(Path(path))[0]
 
 
-def _read(path: Path, weights: bool = True) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def checksum(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over a header without its entry "sha256", and over name, dtype, shape and bytes of all tensors."""
+    content = {name: value for name, value in header.items() if name != "sha256"}
+    digest = hashlib.sha256(json.dumps(content, sort_keys=True, allow_nan=False).encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(f"\0{json.dumps(name)} {tensor.dtype} {list(tensor.shape)}\0".encode())
+        digest.update(_bytes(tensor))
+    return digest.hexdigest()
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Header and tensors, checked as far as that goes without building the network."""
     if not path.is_file():
-        raise FileNotFoundError(f"no model file at {path}")
+        inside = path / "model.nbody"
+        hint = f"; the model of this run is {inside}" if inside.is_file() else ""
+        raise FileNotFoundError(f"no model file at {path}{hint}")
+    if is_checkpoint(path):
+        raise ValueError(
+            f"{path} is a checkpoint of a training (or another file of torch.save), no model file; the model of a run "
+            "is model.nbody in its folder, which nbody train writes at its end (go on with --output.resume true)"
+        )
+    try:
+        return _read_checked(path)
+    except RecursionError as error:
+        raise ValueError(
+            f"{path} is no readable model file, its header is nested too deeply; get a fresh copy"
+        ) from error
+
+
+def _read_checked(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     try:
         with safe_open(path, framework="pt") as file:
             text = (file.metadata() or {}).get(_KEY)
-            header = None if text is None else json.loads(text)
-            known = header is not None and header["format_version"] <= FORMAT_VERSION
-            names = list(file.keys()) if weights and known else []
-            tensors = {name: file.get_tensor(name) for name in names}
-    except (SafetensorError, json.JSONDecodeError, KeyError, TypeError) as error:
+            if text is None:
+                raise ValueError(f"{path} is a safetensors file, but was not written by nbody_pyg")
+            header = _parsed(text, path)
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no dictionary)
+    except (PermissionError, RecursionError):
+        raise
+    except (SafetensorError, OSError, RuntimeError, TypeError) as error:
         raise ValueError(
-            f"{path} is no readable model file, it is truncated or damaged ({error}); get a fresh copy"
+            f"{path} is no readable model file, it is truncated or damaged ({_said(error)}); get a fresh copy"
         ) from error
-    if header is None:
-        raise ValueError(f"{path} is a safetensors file, but was not written by nbody_pyg")
-    if not known:
+    old = header["format_version"] < 4
+    if header.get("sha256") != (_digest_of_tensors(tensors) if old else checksum(header, tensors)):
+        what = "its weights do" if old else "its content does"
+        raise ValueError(f"{path} is damaged: {what} not match the checksum; get a fresh copy")
+    try:
+        _check_header(header)
+        _check_finite(tensors, header["model"]["config"] is None)
+        if header["model"]["class"] == "NBodyNet" and header["model"]["config"] is not None:
+            prefix = "model."
+            shapes = {n.removeprefix(prefix): tuple(t.shape) for n, t in tensors.items() if n.startswith(prefix)}
+            check_sizes(header["model"]["config"], shapes)
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
+        raise ValueError(f"{path} holds no model that can be used: {_said(error)}; get a fresh copy") from error
+    return header, tensors
+
+
+def _parsed(text: str, path: Path) -> dict[str, Any]:
+    """The header, of a format that this version reads."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            raise ValueError("a key stands twice")
+        return found
+
+    try:
+        header = json.loads(text, object_pairs_hook=unique)
+        if not isinstance(header, dict):
+            raise ValueError("the header is no dictionary")
+    except ValueError as error:
         raise ValueError(
-            f"{path} has format version {header['format_version']}, this nbody_pyg {_version('nbody_pyg')} "
+            f"{path} is no readable model file, it is truncated or damaged ({_said(error)}); get a fresh copy"
+        ) from error
+    version = header.get("format_version")
+    if isinstance(version, bool) or not isinstance(version, int) or version < 1:
+        raise ValueError(
+            f"{path} must have a format version from 1 to {FORMAT_VERSION}, got {short(version)}; it is "
+            "damaged, or was not written by nbody_pyg: get a fresh copy"
+        )
+    if version > FORMAT_VERSION:
+        raise ValueError(
+            f"{path} has format version {short(version)}, this nbody_pyg {_version('nbody_pyg')} "
             f"reads up to {FORMAT_VERSION}; upgrade nbody_pyg"
         )
-    return header, tensors
+    # NaN among the errors of a training was written before format 4
+    checked = header if version >= 4 else {k: v for k, v in header.items() if k != "metadata"}
+    if not _all_of(checked, lambda value: not isinstance(value, float) or math.isfinite(value)):
+        raise ValueError(f"{path} holds NaN or infinite numbers in its settings; get a fresh copy")
+    return header
+
+
+def _check_header(header: Mapping[str, Any]) -> None:
+    for name, kind in _ENTRIES.items():
+        if name not in header:
+            raise ValueError(f"the entry {name} is missing")
+        if not isinstance(header[name], kind) or isinstance(header[name], bool):
+            raise ValueError(f"the entry {name} is {short(header[name])}, which is of a wrong type")
+    described = header["model"]
+    if not {"class", "config"} <= set(described) or not isinstance(described["class"], str):
+        raise ValueError(f"the entry model must hold class and config, got {short(described)}")
+    if not isinstance(described["config"], (dict, type(None))):
+        raise ValueError(f"the config of the network is {short(described['config'])}, which is of a wrong type")
+    if header["dtype"] not in _DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(_DTYPES)}, got {short(header['dtype'])}")
+    elements = [*(header["species"] or []), *map(_element, header["e0"] or {})]
+    if not all(type(number) is int and 0 < number < 119 for number in elements):
+        raise ValueError(f"elements must be atomic numbers between 1 and 118, got {short(elements)}")
+    if not all(type(value) in _NUMBER for value in (header["e0"] or {}).values()):
+        raise ValueError(f"e0 must hold numbers, got {short(header['e0'])}")
+    if header["units"] != _UNITS:
+        raise ValueError(f"units must be {_UNITS}, got {short(header['units'])}")
+    if not all(isinstance(value, str) for value in header["versions"].values()):
+        raise ValueError("versions must be texts")
+    _check_assumed(described)
+    shown = {name: value for name, value in header.items() if name != "metadata"}
+    if not _all_of(shown, lambda value: not isinstance(value, str) or value.isprintable()):
+        raise ValueError("its settings hold characters that cannot be printed")
+
+
+def _check_assumed(described: Mapping[str, Any]) -> None:
+    """Refuse a charge and spin of all training frames that no frame can have, or that are inputs of the network."""
+    assumed, taken = described.get("assumed", {}), (described["config"] or {}).get("inputs") or ()
+    known = isinstance(assumed, dict) and set(assumed) <= set(DEFAULT_STATE)
+    if not known or not all(type(value) in _NUMBER and abs(value) < 1e6 for value in assumed.values()):
+        raise ValueError(f"assumed must hold a charge or spin, got {short(assumed)}")
+    if (spin := assumed.get("spin", 1)) < 1 or spin != int(spin):
+        raise ValueError(f"the assumed spin must be a multiplicity 2S + 1, got {spin}")
+    if twice := sorted(set(assumed).intersection(taken)):
+        raise ValueError(f"{twice[0]} cannot be both an input of the network and assumed")
+
+
+def _element(key: str) -> int | str:
+    return int(key) if key.isascii() and key.isdecimal() and len(key) < 4 else key
+
+
+def _all_of(value: Any, holds: Callable[[Any], bool]) -> bool:
+    """Whether something holds for all keys and values, at every depth."""
+    if isinstance(value, dict):
+        return all(holds(key) and _all_of(inner, holds) for key, inner in value.items())
+    if isinstance(value, list):
+        return all(_all_of(inner, holds) for inner in value)
+    return holds(value)
+
+
+def _check_finite(tensors: Mapping[str, Tensor], foreign: bool) -> None:
+    """Refuse weights that are not finite; networks of others may hold an infinite constant, such as a mask."""
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not bool((~tensor.isnan() if foreign else tensor.isfinite()).all()):
+            raise ValueError(f"weights must be finite, but {printable(name)} holds NaN or infinite numbers")
+
+
+def _check_weights(potential: nn.Module, tensors: Mapping[str, Tensor], foreign: bool) -> None:
+    """Refuse tensors of other names, shapes or dtypes than the network has."""
+    expected = potential.state_dict()
+    if missing := sorted(set(expected) - set(tensors)):
+        raise ValueError(f"weights do not fit the network: missing {missing[:3]}")
+    if unexpected := sorted(set(tensors) - set(expected)):
+        raise ValueError(f"weights do not fit the network: unexpected {unexpected[:3]}")
+    for name, tensor in tensors.items():
+        wanted = expected[name]
+        cast = foreign and tensor.is_floating_point() and wanted.is_floating_point()
+        if tensor.shape != wanted.shape or (tensor.dtype != wanted.dtype and not cast):
+            raise ValueError(
+                f"weights do not fit the network: {name} has shape {list(tensor.shape)} and {tensor.dtype}, not "
+                f"{list(wanted.shape)} and {wanted.dtype}"
+            )
+
+
+def _check_same(given: Any, built: Any, where: str = "") -> None:
+    """Refuse what the model that was built from the settings does not say of itself: unknown keys, changed values."""
+    if isinstance(given, dict) and isinstance(built, dict):
+        for key, value in given.items():
+            if key not in built:
+                raise ValueError(f"unknown key {where}{key}")
+            _check_same(value, built[key], f"{where}{key}.")
+    elif given != built or isinstance(given, bool) != isinstance(built, bool):
+        raise ValueError(f"{where[:-1]} is {short(given)}, but the network has {short(built)}")
+
+
+def _without_infinity(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_infinity(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_infinity(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _said(error: Exception) -> str:
+    """What an error says, for a message: a key by name, and nothing that controls a terminal."""
+    text = f"missing entry {error}" if isinstance(error, KeyError) else str(error)
+    return printable(text.strip()[:500])
+
+
+def _summary(potential: Potential | PropertyModel) -> dict[str, Any]:
+    return {"species": _species(potential), "num_parameters": sum(p.numel() for p in potential.parameters())}
 
 
 def _species(potential: Potential | PropertyModel) -> list[int] | None:
@@ -152,9 +377,14 @@ def _version(package: str) -> str:
     return importlib.metadata.version(package)
 
 
-def _digest(tensors: Mapping[str, Tensor]) -> str:
+def _digest_of_tensors(tensors: Mapping[str, Tensor]) -> str:
+    """The checksum of formats 1 to 3."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
         digest.update(name.encode())
-        digest.update(tensors[name].contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        digest.update(_bytes(tensors[name]))
     return digest.hexdigest()
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    return tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes()

@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
+import copy
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
-from torch import Tensor
+from ase import Atoms
+from ase.calculators.singlepoint import SinglePointCalculator
+from ase.constraints import FixAtoms, FixCartesian
+from torch import Tensor, nn
 from torch_geometric.data import Batch, Data
 
-from nbody_pyg.data import AtomicData
+from nbody_pyg.data import AtomicData, has_hierarchy
+from nbody_pyg.datasets.readers import without_labels
+from nbody_pyg.deploy.reference import bond_changes, with_reference
 from nbody_pyg.hierarchy import Topology, TopologyCache
-from nbody_pyg.potential import Potential
+from nbody_pyg.potential import Potential, check_states, model_frames
 
 _MEMORY = 30
 # The step of a structure without history: the inverse of a stiff bond, angstrom^2/eV.
 _FIRST_STEP = 1.0 / 70.0
 _SKIN = 0.3
+# Labels of the positions that were.
+_STALE = frozenset({"energy", "energies", "forces", "stress", "dipole", "polarizability"})
 
 
 @dataclass(frozen=True)
@@ -26,20 +36,25 @@ class Relaxation:
     ================  ==========================  ==================================================
     field             shape, unit                 meaning
     ================  ==========================  ==================================================
-    ``frames``                                    AtomicData with positions, ``energy`` and ``forces``
+    ``frames``                                    as they came, with positions, energy and forces of the end
     ``energy``        [structures], eV            at the end; ``start_energy`` at the start
-    ``largest``       [structures], eV/A          length of the largest force at the end
+    ``largest``       [structures], eV/A          length of the largest force at the end that may move an atom
     ``steps``         [structures]                steps taken
-    ``converged``     [structures], bool          whether ``largest`` is below the bound
+    ``converged``     [structures], bool          whether ``largest`` is below the bound; not where it is not finite
+    ``bond_changes``  one text or None each       how the bonds found at the end differ from those used
     ================  ==========================  ==================================================
+
+    AtomicData keeps all keys but hierarchies and other labels; Atoms keep constraints, info and arrays, and carry
+    energy and forces in a SinglePointCalculator. Forces are those of the potential, also on atoms that are held.
     """
 
-    frames: list[AtomicData]
+    frames: list[AtomicData | Atoms]
     energy: Tensor
     start_energy: Tensor
     largest: Tensor
     steps: Tensor
     converged: Tensor
+    bond_changes: tuple[str | None, ...] = ()
 
 
 class _LBFGS:
@@ -91,23 +106,35 @@ class _LBFGS:
 class _Active:
     """The structures that still move, as one batch of tensors in float64."""
 
-    def __init__(self, potential: Potential, batch: Batch) -> None:
+    def __init__(
+        self,
+        potential: Potential,
+        frames: list[AtomicData],
+        parts: list[Topology] | None,
+        free: Tensor | None = None,
+    ) -> None:
+        self.free = free
         self.potential, self.scheme = potential, getattr(potential.model, "scheme", None)
+        # The parts that a structure starts with stay its parts; they are independent of the other structures.
+        self.parted = None
+        if parts is not None:
+            self.parted = [tree.store(copy.copy(frame)) for tree, frame in zip(parts, frames, strict=True)]
+        batch = Batch.from_data_list(frames)
         self.number = torch.arange(batch.num_graphs, device=batch.pos.device)
         self.z, self.batch = batch.z, batch.batch
-        self.pos = self.start = batch.pos.double()
+        self.pos = batch.pos.double()
         self.cell, self.pbc = batch.get("cell"), batch.get("pbc")
-        self.charge, self.charges = batch.get("charge"), batch.get("charges")
+        self.charge, self.charges, self.spin = (batch.get(key) for key in ("charge", "charges", "spin"))
         self._renew()
 
     def _renew(self) -> None:
         self.lists = None
         if self.scheme is not None:
-            # The parts that a structure starts with stay its parts; they do not hang on the company it keeps.
-            def begin(z: Tensor, pbc: Tensor | None) -> Topology:
-                return self.scheme.topology(z, self.start, self.batch, self.cell, pbc)
-
-            self.lists = TopologyCache(self.scheme, _SKIN, carry_on=1e6, start=begin)
+            parts = None
+            if self.parted is not None:
+                own = [self.parted[number] for number in self.number.tolist()]
+                parts = Topology.from_data(Batch.from_data_list(own))
+            self.lists = TopologyCache(self.scheme, _SKIN, start=lambda z, pbc: parts)
 
     def evaluate(self) -> tuple[Tensor, Tensor]:
         topology = None
@@ -115,7 +142,7 @@ class _Active:
             topology = self.lists(self.z, self.pos, self.batch, self.cell, self.pbc)
         out = self.potential(
             self.z, self.pos, self.batch, cell=self.cell, pbc=self.pbc, topology=topology,
-            charge=self.charge, charges=self.charges,
+            charge=self.charge, charges=self.charges, spin=self.spin,
         )  # fmt: skip
         return out["energy"], out["forces"].double()
 
@@ -124,11 +151,13 @@ class _Active:
         atoms = graphs[self.batch]
         new = torch.cumsum(graphs, 0) - 1
         self.batch = new[self.batch[atoms]]
-        self.z, self.pos, self.start = self.z[atoms], self.pos[atoms], self.start[atoms]
+        self.z, self.pos = self.z[atoms], self.pos[atoms]
+        self.free = None if self.free is None else self.free[atoms]
         self.cell = None if self.cell is None else self.cell[graphs]
         self.pbc = None if self.pbc is None else self.pbc[graphs]
         self.charge = None if self.charge is None else self.charge[graphs]
         self.charges = None if self.charges is None else self.charges[atoms]
+        self.spin = None if self.spin is None else self.spin[graphs]
         self.number = self.number[graphs]
         self._renew()
         return atoms
@@ -136,45 +165,126 @@ class _Active:
 
 def relax(
     potential: Potential,
-    frames: Sequence[Data],
+    frames: Sequence[Data | Atoms],
     *,
     fmax: float = 0.01,
     max_steps: int = 500,
     longest_step: float = 0.2,
     batch_size: int = 64,
     report: Callable[[int, int], None] | None = None,
+    stop: Callable[[], bool] | None = None,
+    reference: str | Path | None = None,
 ) -> Relaxation:
     """Move every structure to a minimum of its energy; cells stay as they are.
 
     L-BFGS with one history per structure, all of them evaluated as one batch: the steps of a structure are those
-    that it would take alone, and the same as those of ``ase.optimize.LBFGS``. What has converged leaves the batch.
+    that it would take alone, and the same as those of ``ase.optimize.LBFGS``. What has converged leaves the batch, and
+    so does a structure whose energy or forces are not finite.
+
+    Parts (bonds) are those at the start, from first to last: those that a scheme has stored on the frame
+    (:func:`~nbody_pyg.deploy.with_reference`), else those found there. Where others are found at the end, a warning
+    says so.
 
     Args:
         potential: in the precision in which to relax; float64 for forces below 1e-3.
-        frames: structures with ``z`` and ``pos``; all periodic (with ``cell``) or all open. ``charge`` or ``charges``
-            count where a structure has them; one without is neutral.
+        frames: structures with ``z`` and ``pos``, or ASE's Atoms; all periodic (with ``cell``) or all open. ``charge``,
+            ``charges`` and ``spin`` count where a structure has them; one without is a neutral singlet. Atoms are held
+            by their FixAtoms and FixCartesian, AtomicData by a key ``fixed``: bool, [atoms] or [atoms, 3]; convergence
+            is judged on what is left of the forces.
         fmax: a structure has converged when no force is longer (eV/angstrom).
         max_steps: of each structure.
         longest_step: of any atom in one step, angstrom.
         batch_size: structures at a time.
         report: called with the numbers of converged and of all structures, after every step.
-    Raises: ValueError: no structures, periodic beside open ones, or fmax, max_steps or longest_step not positive.
+        reference: model file whose reference molecule gives the bonds of the structures that are this molecule.
+    Raises: ValueError: no structures, periodic beside open ones, positions that are not finite, a charge or spin that
+        the model does not know, a constraint that is not known here, or fmax, max_steps, longest_step or batch_size
+        not positive.
     """
-    for name, value in (("fmax", fmax), ("max_steps", max_steps), ("longest_step", longest_step)):
+    numbers = {"fmax": fmax, "max_steps": max_steps, "longest_step": longest_step, "batch_size": batch_size}
+    for name, value in numbers.items():
         if not value > 0:
             raise ValueError(f"{name} must be positive, got {value}")
     if not len(frames):
         raise ValueError("frames holds no structure to relax")
-    _check_periodicity(frames)
-    parts = [
-        _relax_batch(potential, frames[i : i + batch_size], fmax, max_steps, longest_step, report)
-        for i in range(0, len(frames), batch_size)
-    ]
+    data: Sequence[Data] = [as_data(frame, number) for number, frame in enumerate(frames)]
+    _check_periodicity(data)
+    if reference is not None:
+        data = with_reference(data, reference, getattr(potential.model, "scheme", None))
+    check_states(potential.model, data)  # in a batch no frame has its number
+    parts = []
+    for i in range(0, len(data), batch_size):
+        parts.append(_relax_batch(potential, data[i : i + batch_size], fmax, max_steps, longest_step, report, stop))
+        if stop is not None and stop():
+            break
     tensors = {
         name: torch.cat([getattr(part, name) for part in parts])
         for name in ("energy", "start_energy", "largest", "steps", "converged")
     }
-    return Relaxation([frame for part in parts for frame in part.frames], **tensors)
+    changes = tuple(text for part in parts for text in part.bond_changes)
+    if changed := [number for number, text in enumerate(changes) if text is not None]:
+        warnings.warn(
+            f"bonds found after the relaxation of structure {changed[0]} differ from those that its energy uses, which "
+            f"were kept from the start ({changes[changed[0]]}); {len(changed)} of {len(changes)} structures changed so",
+            stacklevel=2,
+        )
+    ended = [frame for part in parts for frame in part.frames]
+    back = [as_it_came(frame, after) for frame, after in zip(frames, ended, strict=False)]
+    return Relaxation(back, **tensors, bond_changes=changes)
+
+
+def as_data(frame: Data | Atoms, number: int) -> Data:
+    """A structure with what holds its atoms under ``fixed``, checked."""
+    if isinstance(frame, Atoms):
+        atoms, frame = frame, AtomicData.from_ase(frame, labels=False)
+        if atoms.constraints or "constraints_left_out" in atoms.info:
+            frame.fixed = _held(atoms, number)
+    fixed, size = frame.get("fixed"), len(frame.pos)
+    if fixed is not None and (fixed.dtype != torch.bool or tuple(fixed.shape) not in ((size,), (size, 3))):
+        raise ValueError(
+            f"fixed of frame {number} must be bool of shape [{size}] or [{size}, 3], "
+            f"got {fixed.dtype} {list(fixed.shape)}"
+        )
+    if not bool(torch.isfinite(frame.pos).all()):
+        raise ValueError(f"positions must be finite, got frame {number} with others")
+    return frame
+
+
+def _held(atoms: Atoms, number: int) -> Tensor:
+    """Which coordinates the constraints of the atoms hold, [atoms, 3]."""
+    if left_out := atoms.info.get("constraints_left_out"):
+        raise ValueError(
+            f"structure {number} was written without its constraints ({left_out}), which extended xyz does not hold; "
+            "take a file that has them, or remove constraints_left_out from it to go on without"
+        )
+    fixed = torch.zeros(len(atoms), 3, dtype=torch.bool)
+    for constraint in atoms.constraints:
+        if not isinstance(constraint, (FixAtoms, FixCartesian)):
+            raise ValueError(
+                f"constraints must be FixAtoms or FixCartesian, got {type(constraint).__name__} (frame {number}); "
+                "relax that structure by an optimizer of ASE, or take the constraint away"
+            )
+        mask = [True] * 3 if isinstance(constraint, FixAtoms) else constraint.mask
+        fixed[torch.as_tensor(constraint.index)] |= torch.as_tensor(mask, dtype=torch.bool)
+    return fixed
+
+
+def as_it_came(frame: Data | Atoms, after: AtomicData) -> AtomicData | Atoms:
+    """The structure at its new positions, with all that was said of it and is still true."""
+    if isinstance(frame, Atoms):
+        atoms = without_labels(frame)
+        atoms.set_positions(after.pos.detach().cpu().numpy(), apply_constraint=False)
+        forces = after.forces.detach().cpu().numpy()
+        atoms.calc = SinglePointCalculator(atoms, energy=float(after.energy), forces=forces)
+        return atoms
+    kept = AtomicData()
+    for key, value in frame.to_dict().items():
+        if key not in _STALE:
+            kept[key] = value
+    kept = kept.without_hierarchy()
+    for key, value in after.to_dict().items():
+        kept[key] = value
+    return kept
 
 
 def _periodic(frame: Data) -> bool:
@@ -196,23 +306,16 @@ def _check_periodicity(frames: Sequence[Data]) -> None:
             raise ValueError(f"frames must have a cell where pbc is set, got frame {number} without; give it a cell")
 
 
-def _alike(frames: Sequence[AtomicData]) -> list[AtomicData]:
+def _alike(model: nn.Module, frames: Sequence[AtomicData]) -> list[AtomicData]:
     """The same structures with the same keys: PyG's collate takes those of the first frame, and drops all others."""
     periodic = _periodic(frames[0])
-    charge, charges = (any(frame.get(key) is not None for frame in frames) for key in ("charge", "charges"))
     out = []
-    for frame in frames:
+    for frame in model_frames(model, frames):
         keys = {"z": frame.z, "pos": frame.pos}
         if periodic:
             keys["cell"] = frame.cell
             keys["pbc"] = (frame.cell != 0).any(dim=-1) if frame.get("pbc") is None else frame.pbc
-        total, own = frame.get("charge"), frame.get("charges")
-        if total is None:
-            total = frame.pos.new_zeros(1) if own is None else own.sum().reshape(1)
-        if charge:
-            keys["charge"] = total
-        if charges:
-            keys["charges"] = total.expand(len(frame.z)) / len(frame.z) if own is None else own
+        keys |= {key: frame[key] for key in ("charge", "charges", "spin") if frame.get(key) is not None}
         out.append(AtomicData(**keys))
     return out
 
@@ -224,10 +327,14 @@ def _relax_batch(
     max_steps: int,
     longest_step: float,
     report: Callable[[int, int], None] | None,
+    stop: Callable[[], bool] | None,
 ) -> Relaxation:
-    keys = ("z", "pos", "cell", "pbc", "charge", "charges")
+    keys = ("z", "pos", "cell", "pbc", "charge", "charges", "spin")
     plain = [AtomicData.from_data(Data(**{k: frame[k] for k in keys if frame.get(k) is not None})) for frame in frames]
-    active = _Active(potential, Batch.from_data_list(_alike(plain)))
+    scheme, parts = getattr(potential.model, "scheme", None), None
+    if scheme is not None and scheme.keeps_parts:
+        parts = [scheme.read(f if has_hierarchy(f) else scheme(f)) for f in frames]
+    active = _Active(potential, _alike(potential.model, plain), parts, _free(frames))
     optimizer = _LBFGS(active.batch, len(frames), longest_step)
     count = len(frames)
     device = active.pos.device
@@ -236,10 +343,12 @@ def _relax_batch(
     ends: dict[int, tuple[Tensor, Tensor]] = {}
     for step in range(max_steps + 1):
         energy, forces = active.evaluate()
-        force = energy.new_zeros(len(energy)).scatter_reduce(0, active.batch, forces.norm(dim=1), "amax")
+        moving = forces if active.free is None else forces * active.free
+        force = energy.new_zeros(len(energy)).scatter_reduce(0, active.batch, moving.norm(dim=1), "amax")
         starts = energy.clone() if step == 0 else starts
         energies[active.number], largest[active.number], steps[active.number] = energy, force, step
-        done = (force <= fmax) | (step == max_steps)
+        finite = torch.isfinite(force) & torch.isfinite(energy)
+        done = (force <= fmax) | ~finite | (step == max_steps or (stop is not None and stop()))
         for graph in done.nonzero().flatten().tolist():
             own = active.batch == graph
             ends[int(active.number[graph])] = (active.pos[own], forces[own])
@@ -248,7 +357,7 @@ def _relax_batch(
         if bool(done.all()):
             break
         # The step comes first, so that the history of those that stay is whole.
-        moved = active.pos + optimizer.step(active.pos, forces)
+        moved = active.pos + optimizer.step(active.pos, moving)
         if bool(done.any()):
             atoms = active.keep(~done)
             optimizer.keep(atoms, active.batch, ~done)
@@ -257,4 +366,23 @@ def _relax_batch(
     for number, frame in enumerate(plain):
         frame.pos, frame.forces = ends[number]
         frame.energy = energies[number : number + 1].clone()
-    return Relaxation(plain, energies, starts, largest, steps, largest <= fmax)
+    changes = tuple(
+        bond_changes(scheme, tree, *(frame.get(key) for key in ("z", "pos", "cell", "pbc")))
+        for tree, frame in zip(parts or [None] * count, plain, strict=True)
+    )
+    converged = (largest <= fmax) & torch.isfinite(energies)
+    return Relaxation(plain, energies, starts, largest, steps, converged, changes)
+
+
+def _free(frames: Sequence[Data]) -> Tensor | None:
+    """1 for coordinates that may move and 0 for others, [atoms, 3]; None where all may."""
+    if all(frame.get("fixed") is None for frame in frames):
+        return None
+    out = []
+    for frame in frames:
+        fixed = frame.get("fixed")
+        free = torch.ones_like(frame.pos, dtype=torch.float64)
+        if fixed is not None:
+            free = free * ~(fixed if fixed.dim() == 2 else fixed[:, None])
+        out.append(free)
+    return torch.cat(out)

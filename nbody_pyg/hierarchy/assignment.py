@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,10 +11,14 @@ from torch import Tensor
 from torch_geometric.data import Data
 from torch_geometric.data.datapipes import functional_transform
 
-from nbody_pyg.geometry import complete_cell
-from nbody_pyg.hierarchy.positions import atomic_masses, lattice_vectors, member_positions
+from nbody_pyg.geometry import neighbour_list
+from nbody_pyg.hierarchy.bondgraph import components, follow_images
+from nbody_pyg.hierarchy.positions import lattice_vectors, member_positions
 from nbody_pyg.hierarchy.scheme import AtomsInput, LevelSpec, Scheme, check_radius, widen_pairs
 from nbody_pyg.hierarchy.topology import Topology, sort_edges
+
+#: First length (angstrom) by which atoms of a part are linked in a cell, and the factor from one length to the next.
+_FIRST_LINK, _LADDER = 1.0, 1.25
 
 
 @functional_transform("nbody_from_assignment")
@@ -33,8 +36,9 @@ class FromAssignment(Scheme):
     energy jump when an atom changes its label, by tens of meV, and most such algorithms also break ties by
     the order of atoms.
 
-    Under periodic boundaries each member is taken in its image nearest to the circular mean of the part; a
-    part must be smaller than half the cell.
+    Under periodic boundaries members are taken in the images in which the part holds together: its atoms are linked by
+    growing lengths until it is connected. A part that is then also linked to its own images, around the cell, is
+    refused. Neither the images that were given nor the choice of lattice vectors matters.
 
     Args:
         labels_key: key of the labels on the data, read when neither ``labels`` nor ``parts`` is given.
@@ -46,7 +50,8 @@ class FromAssignment(Scheme):
 
     Symmetry: that of the labels. Continuity: C2 while the labels are frozen.
     Raises:
-        ValueError: labels missing, negative, of the wrong length, or not nested; an atom in no part.
+        ValueError: labels missing, negative, of the wrong length, or not nested; an atom in no part; a part that does
+            not hold together in one place of the cell.
 
     Example:
         >>> scheme = FromAssignment(labels=[0, 0, 1, 1])
@@ -116,8 +121,12 @@ class FromAssignment(Scheme):
             )
         return cls(parts=[part for part in parts if part], cutoff=cutoff, part_cutoffs=(part_cutoff,))
 
+    @property
+    def atom_key(self) -> str | None:
+        return self.labels_key if self.labels is None and self.parts is None else None
+
     def inputs(self, data: Data) -> dict[str, Tensor]:
-        if self.labels is not None or self.parts is not None:
+        if self.atom_key is None:
             return {}
         if data.get(self.labels_key) is None:
             raise ValueError(
@@ -233,9 +242,7 @@ class FromAssignment(Scheme):
     def _placed(self, tree: Topology, atoms: AtomsInput) -> Topology:
         """The same parts at the positions of ``atoms``: images of the members, then pairs."""
         if atoms.pbc is not None:
-            tree = Topology(
-                tree.num_parts, tree.child_index, (), _nearest_images(tree, atoms), (), None, atoms.periodic
-            )
+            tree = Topology(tree.num_parts, tree.child_index, (), _linked_images(tree, atoms), (), None, atoms.periodic)
         return self.with_pairs(tree, atoms)
 
 
@@ -244,30 +251,73 @@ def _as_tuples(values: Sequence) -> tuple:
     return tuple(tuple(map(int, v)) if isinstance(v, (Sequence, Tensor)) else int(v) for v in values)
 
 
-def _nearest_images(tree: Topology, atoms: AtomsInput) -> tuple[Tensor | None, ...]:
-    """For each child the image nearest to the circular mean of its parent's children.
+def _linked_images(tree: Topology, atoms: AtomsInput) -> tuple[Tensor | None, ...]:
+    """For each child the image in which its parent holds together.
 
-    The circular mean (of fractional coordinates as angles) follows translations and needs no first atom, so
-    the choice does not depend on the order of atoms nor on the images that were given.
+    The atoms of a part are linked up to the first length of a ladder at which it is connected. If these links also lead
+    around the cell, nothing says which images are meant, and the part is refused. Only distances enter: neither the
+    images that were given, nor the choice of lattice vectors, nor the order of atoms.
     """
-    full = complete_cell(atoms.cell, atoms.pbc)
-    inverse = torch.linalg.inv(full)
-    centre, mass = atoms.pos.double(), atomic_masses(atoms.z)
     shifts: list[Tensor | None] = [None]
-    for k in range(1, tree.num_levels):
+    pos, cell, label = atoms.pos.double(), atoms.cell.double(), atoms.batch
+    for k in range(1, tree.num_levels - 1):
         child, parent = tree.child_index[k]
-        size, graph = tree.size(k), tree.batch(k)[parent]
-        if k == tree.num_levels - 1:
-            shifts.append(atoms.pos.new_zeros(child.shape[0], 3))
-            break
-        fraction = torch.bmm(centre[child].unsqueeze(1), inverse[graph]).squeeze(1)
-        angle, weight = 2.0 * math.pi * fraction, mass[child].unsqueeze(-1)
-        sine = centre.new_zeros(size, 3).index_add(0, parent, weight * angle.sin())
-        cosine = centre.new_zeros(size, 3).index_add(0, parent, weight * angle.cos())
-        mean = torch.atan2(sine, cosine) / (2.0 * math.pi)
-        shift = torch.where(atoms.pbc[graph], -torch.round(fraction - mean[parent]), torch.zeros_like(fraction))
-        shifts.append(shift.to(atoms.pos.dtype))
-        here = centre[child] + lattice_vectors(shift, full, graph)
-        mass = centre.new_zeros(size).index_add(0, parent, weight.squeeze(-1))
-        centre = centre.new_zeros(size, 3).index_add(0, parent, weight * here) / mass.unsqueeze(-1)
-    return tuple(shifts)
+        edge = torch.arange(len(child), device=child.device)
+        if k == 1:
+            atom = child
+        else:  # labels are nested: a child has one parent, an atom one part
+            atom, edge = torch.arange(len(pos), device=child.device), torch.empty_like(edge).scatter_(0, child, edge)
+            edge = edge[label]
+        image = _link(pos[atom], atom, edge, parent, tree.batch(k), atoms, k)
+        shifts.append(image.to(atoms.pos.dtype))
+        if k < tree.num_levels - 2:
+            pos = pos.index_add(0, atom, lattice_vectors(image[edge], cell, atoms.batch[atom]))
+            label = torch.empty_like(label).scatter_(0, atom, parent[edge])
+    last = tree.child_index[-1]
+    return (*shifts, atoms.pos.new_zeros(last.shape[1], 3))
+
+
+def _link(
+    pos: Tensor, atom: Tensor, edge: Tensor, parent: Tensor, graph: Tensor, atoms: AtomsInput, level: int
+) -> Tensor:
+    """Image of each child (edge), given the atoms of the children and where they are."""
+    image = pos.new_zeros(len(parent), 3)
+    size = torch.bincount(parent, minlength=len(graph))
+    waiting = (size > 1) & atoms.pbc[graph].any(dim=1)
+    length = _FIRST_LINK
+    while bool(waiting.any()):
+        number = torch.cumsum(waiting, 0) - 1
+        rows = waiting[parent[edge]].nonzero().flatten()
+        rows = rows[torch.argsort(parent[edge[rows]], stable=True)]
+        own = graph[waiting]
+        index, step = neighbour_list(
+            pos[rows], length, number[parent[edge[rows]]], atoms.cell[own], atoms.pbc[own], allow_coincident=True
+        )
+        source, target = edge[rows[index]]
+        kept = (source != target) | (step != 0).any(dim=1)
+        source, target, step = source[kept], target[kept], step[kept]
+        component = torch.from_numpy(components(len(parent), source.cpu().numpy(), target.cpu().numpy()))
+        lowest, highest = (
+            torch.zeros_like(graph).scatter_reduce(0, parent, component.to(graph.device), way, include_self=False)
+            for way in ("amin", "amax")
+        )
+        done = waiting & (lowest == highest)
+        linked = done[parent[target]]
+        source, target, step = source[linked], target[linked], step[linked]
+        found, broken = follow_images(len(parent), source, target, step)
+        if len(broken):
+            part = int(parent[target[broken[0]]])
+            members = sorted(set(atom[parent[edge] == part].tolist()))
+            raise ValueError(
+                f"part {part} of level {level} (atoms {_some(members)}) must hold together in one place of the "
+                f"periodic cell, but links of up to {length:.1f} angstrom among its atoms also lead around the cell; "
+                "take smaller parts or a larger cell, or use NestedShells"
+            )
+        image = torch.where(done[parent].unsqueeze(1), found, image)
+        waiting = waiting & ~done
+        length *= _LADDER
+    return image
+
+
+def _some(atoms: list[int]) -> str:
+    return ", ".join(map(str, atoms[:6])) + (", ..." if len(atoms) > 6 else "")

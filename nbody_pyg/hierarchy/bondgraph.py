@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nbody_pyg.geometry import complete_cell
+from nbody_pyg.geometry import nearest_images
 from nbody_pyg.hierarchy.scheme import AtomsInput
 
 #: Atoms nearer than this many times the sum of their covalent radii are bonded. C-H breaks at 1.39 angstrom,
@@ -24,10 +24,7 @@ def covalent_bonds(atoms: AtomsInput, factor: float = BOND_FACTOR) -> Tensor:
     Raises:
         ValueError: an atom is bonded to an image of itself, or twice to the same atom (an endless network).
     """
-    from ase.data import covalent_radii
-
-    table = torch.from_numpy(np.asarray(covalent_radii, dtype=np.float64)).to(atoms.z.device)
-    radius = table[atoms.z]
+    radius = _covalent_radii(atoms.z)
     (source, target), shift = atoms.pairs(atoms.pos, atoms.batch, 2.0 * factor * float(radius.max()), parts=False)
     vec = (atoms.pos[source] - atoms.pos[target]).double()
     if shift is not None:
@@ -43,6 +40,31 @@ def covalent_bonds(atoms: AtomsInput, factor: float = BOND_FACTOR) -> Tensor:
         if loops.shape[1]:
             raise ValueError(_endless(int(loops[0, 0]), int(loops[1, 0])))
     return bonds
+
+
+def check_lengths(atoms: AtomsInput, bonds: Tensor) -> None:
+    """Raise ValueError where a bond is far longer than any bond: its atoms were moved apart, or renumbered."""
+    source, target = bonds
+    vec = (atoms.pos[source] - atoms.pos[target]).double()
+    if atoms.pbc is not None:
+        graph = atoms.batch[target]
+        step, _ = nearest_images(vec, graph, atoms.cell, atoms.pbc, _CLEAR)
+        vec = vec + torch.bmm(step.unsqueeze(1), atoms.cell.double()[graph]).squeeze(1)
+    radius = _covalent_radii(atoms.z)
+    torn = (vec.norm(dim=1) > _TORN * (radius[source] + radius[target])).nonzero().flatten().tolist()
+    if torn:
+        first, second = sorted(bonds[:, torn[0]].tolist())
+        raise ValueError(
+            f"bonds that were given or shared join atoms {first} and {second}, which are now "
+            f"{float(vec[torn[0]].norm()):.2f} angstrom apart: atoms were moved or reordered after the scheme was "
+            "applied; apply the scheme (or share_topology) afterwards"
+        )
+
+
+def _covalent_radii(z: Tensor) -> Tensor:
+    from ase.data import covalent_radii
+
+    return torch.from_numpy(np.asarray(covalent_radii, dtype=np.float64)).to(z.device)[z]
 
 
 def _one_bond_per_hydrogen(hydrogen: Tensor, source: Tensor, target: Tensor, ratio: Tensor) -> Tensor:
@@ -63,7 +85,7 @@ def _endless(first: int, second: int) -> str:
     return (
         f"BondTree needs molecules, but the bonds through atoms {first} and {second} form a network "
         "without end across the periodic cell; use NestedShells for crystals and polymers, or pass the bonds "
-        "of the molecules"
+        "of the molecules under the key 'bonds'"
     )
 
 
@@ -134,29 +156,49 @@ def fragment_labels(z: np.ndarray, bonds: np.ndarray) -> tuple[np.ndarray, np.nd
     return group, piece, components(num_atoms, source, target)
 
 
+#: No bond is this many times as long as the sum of its covalent radii.
+_TORN = 2.0
+#: A bond is refused when its next image is less than this many times as long: nothing says which one is meant.
+_CLEAR = 1.05
+
+
 def unwrap(atoms: AtomsInput, bonds: Tensor) -> Tensor:
     """Lattice image of each atom that puts its molecule together: ``pos + image @ cell`` is contiguous.
 
-    The first atom of each molecule stays where it is. Each bond must be shorter than half the cell.
+    Every bond joins nearest images. The first atom of each molecule stays where it is.
 
     Raises:
-        ValueError: the bonds form an endless periodic network.
+        ValueError: two images of a bond are about equally long, or the bonds form an endless periodic network.
     """
-    full = complete_cell(atoms.cell, atoms.pbc)
     source, target = bonds
     graph = atoms.batch[target]
     vec = (atoms.pos[source] - atoms.pos[target]).double()
-    fraction = torch.bmm(vec.unsqueeze(1), torch.linalg.inv(full)[graph]).squeeze(1)
-    step = torch.where(atoms.pbc[graph], -torch.round(fraction), torch.zeros_like(fraction))
-    num_atoms = atoms.z.shape[0]
-    molecule = components(num_atoms, source.cpu().numpy(), target.cpu().numpy())
-    known = torch.zeros(num_atoms, dtype=torch.bool, device=vec.device)
-    known[torch.from_numpy(np.unique(molecule, return_index=True)[1]).to(vec.device)] = True
-    image = vec.new_zeros(num_atoms, 3)
+    step, ratio = nearest_images(vec, graph, atoms.cell, atoms.pbc, _CLEAR)
+    unclear = (ratio < _CLEAR).nonzero().flatten().tolist()
+    if unclear:
+        first, second = sorted(bonds[:, unclear[0]].tolist())
+        raise ValueError(
+            f"BondTree cannot tell which image of atom {second} atom {first} is bonded to: two are about equally "
+            "far. The bond has broken, or the cell is too small; find the bonds anew, take a larger cell, or use "
+            "NestedShells"
+        )
+    image, broken = follow_images(atoms.z.shape[0], source, target, step)
+    if len(broken):
+        raise ValueError(_endless(int(source[broken[0]]), int(target[broken[0]])))
+    return image.to(atoms.pos.dtype)
+
+
+def follow_images(num_nodes: int, source: Tensor, target: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
+    """Images of the nodes of a graph by ``image[source] = image[target] + step``, and the edges that disagree.
+
+    Edges come in both directions. The first node of each connected part has image 0; edges that disagree close a
+    way around the cell.
+    """
+    component = components(num_nodes, source.cpu().numpy(), target.cpu().numpy())
+    known = torch.zeros(num_nodes, dtype=torch.bool, device=step.device)
+    known[torch.from_numpy(np.unique(component, return_index=True)[1]).to(step.device)] = True
+    image = step.new_zeros(num_nodes, 3)
     while bool((new := known[target] & ~known[source]).any()):
         image[source[new]] = image[target[new]] + step[new]
         known[source[new]] = True
-    broken = (image[source] != image[target] + step).any(dim=1).nonzero().flatten().tolist()
-    if broken:
-        raise ValueError(_endless(int(source[broken[0]]), int(target[broken[0]])))
-    return image.to(atoms.pos.dtype)
+    return image, (image[source] != image[target] + step).any(dim=1).nonzero().flatten()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 from jaxtyping import Float, Int
@@ -9,7 +11,8 @@ from torch import Tensor
 from torch_geometric.data import Data
 from torch_geometric.data.datapipes import functional_transform
 
-from nbody_pyg.hierarchy.bondgraph import BOND_FACTOR, covalent_bonds, fragment_labels, unwrap
+from nbody_pyg.hierarchy.bondgraph import BOND_FACTOR, check_lengths, covalent_bonds, fragment_labels, unwrap
+from nbody_pyg.hierarchy.mark import found_bonds
 from nbody_pyg.hierarchy.scheme import AtomsInput, LevelSpec, Scheme, check_radius, widen_pairs
 from nbody_pyg.hierarchy.topology import Topology, sort_edges
 
@@ -36,16 +39,17 @@ class BondTree(Scheme):
     Bonds: those given on the data under the key ``bonds_key`` ([2, M], any direction), otherwise pairs nearer
     than 1.3 times the sum of their covalent radii (Cordero et al. 2008). A hydrogen bonded to several heavy
     atoms keeps the relatively shortest bond; where two are equal (a bridge as in diborane) it keeps both and
-    is a group of its own. Ionic contacts within that distance count as bonds. The transform stores the bonds
-    it used, so a second pass over the same data keeps the tree.
+    is a group of its own. Ionic contacts within that distance count as bonds. Bonds that were given, and those of
+    a shared tree, stay where positions change after the transform; bonds that were found are found anew.
 
     The tree is the definition of the energy function: at another tree the same network has another energy. A
     bond that stretches past 1.3 radii in a hot frame would change it, so **give all frames of one trajectory
     the tree of one reference frame**: :func:`~nbody_pyg.hierarchy.share_topology`. :meth:`update` keeps the
     children and recomputes the pairs; molecular dynamics goes through it.
 
-    Under periodic boundaries parts are put together along their bonds, whatever images were given; a bond
-    must be shorter than half the cell. Networks without end (diamond, polymers through the cell) are refused.
+    Under periodic boundaries parts are put together along their bonds, each between nearest images: neither the images
+    that were given nor the choice of lattice vectors matters, and a molecule may be longer than the cell. Refused are
+    bonds of which two images are about equally long, and networks without end (diamond, polymers through the cell).
 
     Args:
         cutoff: radius of pairs of atoms, angstrom.
@@ -85,6 +89,13 @@ class BondTree(Scheme):
 
     def inputs(self, data: Data) -> dict[str, Tensor]:
         bonds = data.get(self.bonds_key)
+        if bonds is not None and self.bonds_key == "bonds":
+            # Bonds that a scheme has found and stored belong to the positions of then
+            found = found_bonds(data)
+            if bool(found.all()):
+                return {}
+            if bool(found.any()):
+                raise ValueError("bonds of a batch must be all given or all found; apply the scheme before batching")
         return {} if bonds is None else {"bonds": bonds}
 
     def topology(
@@ -135,6 +146,42 @@ class BondTree(Scheme):
         """Keep the bonds and the children, recompute pairs (and, in a cell, the images of the children)."""
         return self._placed(topology, AtomsInput.check(z, pos, batch, cell, pbc))
 
+    def _without_atoms(self, num_graphs: int, like: Tensor, periodic: Tensor | None) -> Topology:
+        nothing = super()._without_atoms(num_graphs, like, periodic)
+        return replace(nothing, bonds=nothing.child_index[1])
+
+    def holds(
+        self,
+        topology: Topology,
+        z: Int[Tensor, " atoms"],
+        pos: Float[Tensor, "atoms 3"],
+        batch: Int[Tensor, " atoms"] | None = None,
+        cell: Float[Tensor, "graphs 3 3"] | None = None,
+        pbc: Tensor | None = None,
+    ) -> bool:
+        """Whether the bonds found at these positions are those of the topology."""
+        return torch.equal(covalent_bonds(AtomsInput.check(z, pos, batch, cell, pbc)), topology.bonds)
+
+    def bond_changes(
+        self,
+        topology: Topology,
+        z: Int[Tensor, " atoms"],
+        pos: Float[Tensor, "atoms 3"],
+        batch: Int[Tensor, " atoms"] | None = None,
+        cell: Float[Tensor, "graphs 3 3"] | None = None,
+        pbc: Tensor | None = None,
+    ) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+        """Bonds of a topology that the covalent radii do not find at these positions, and those found beside them.
+
+        Each bond once, as the numbers of its atoms.
+        """
+        found = covalent_bonds(AtomsInput.check(z, pos, batch, cell, pbc))
+        kept, now = ({(i, j) for i, j in bonds.t().tolist() if i < j} for bonds in (topology.bonds, found))
+        return sorted(kept - now), sorted(now - kept)
+
+    def check_kept(self, topology: Topology, z: Tensor, pos: Tensor, *lattice: Tensor | None) -> None:
+        check_lengths(AtomsInput.check(z, pos, *lattice), topology.bonds)
+
     def widened(self, skin: float) -> BondTree:
         return widen_pairs(self, skin)
 
@@ -172,8 +219,12 @@ def child_shifts(tree: Topology, atoms: AtomsInput) -> tuple[Tensor | None, ...]
 def _both_directions(bonds: Tensor, atoms: AtomsInput) -> Tensor:
     """Given bonds, checked, without duplicates, in both directions and sorted."""
     num_atoms = atoms.z.shape[0]
-    if bonds.dim() != 2 or bonds.shape[0] != 2 or bonds.is_floating_point():
-        raise ValueError(f"bonds must be integers of shape [2, num_bonds], got {bonds.dtype} {list(bonds.shape)}")
+    if not isinstance(bonds, Tensor) or bonds.dim() != 2 or bonds.shape[0] != 2 or bonds.is_floating_point():
+        found = f"{bonds.dtype} {list(bonds.shape)}" if isinstance(bonds, Tensor) else repr(bonds)
+        raise ValueError(
+            f"bonds must be integers of shape [2, num_bonds], got {found}; where the key means something else, name "
+            "another one: BondTree(bonds_key=...)"
+        )
     if bonds.numel() == 0:
         return bonds.new_zeros(2, 0, dtype=torch.long)
     if int(bonds.min()) < 0 or int(bonds.max()) >= num_atoms:
@@ -184,7 +235,12 @@ def _both_directions(bonds: Tensor, atoms: AtomsInput) -> Tensor:
     crossing = (atoms.batch[bonds[0]] != atoms.batch[bonds[1]]).nonzero().flatten().tolist()
     if crossing:
         raise ValueError(f"bonds must stay within a graph, but atoms {bonds[:, crossing[0]].tolist()} do not")
-    bonds = bonds.long()[:, bonds[0] != bonds[1]]
+    itself = bonds[0] == bonds[1]
+    if atoms.pbc is not None and bool((itself & atoms.pbc.any(dim=1)[atoms.batch[bonds[0]]]).any()):
+        atom = int(bonds[0, itself][0])
+        raise ValueError(f"bonds must join two atoms, but atom {atom} is bonded to an image of itself: a chain without "
+                         "end; use NestedShells for crystals and polymers")  # fmt: skip
+    bonds = bonds.long()[:, ~itself]
     both = torch.cat([bonds, bonds.flip(0)], dim=1)
     key = torch.unique(both[1] * num_atoms + both[0])
     return torch.stack([key % num_atoms, torch.div(key, num_atoms, rounding_mode="floor")])

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from nbody_pyg.hierarchy.topology import Topology
+from nbody_pyg.kernels.scope import constant_table
 
 
-@lru_cache(maxsize=16)
+@constant_table
 def _mass_table(device: torch.device) -> Tensor:
     from ase.data import atomic_masses as table
 

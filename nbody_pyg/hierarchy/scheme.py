@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import warnings
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, ClassVar
@@ -14,17 +15,19 @@ from torch import Tensor
 from torch_geometric.data import Batch, Data
 from torch_geometric.transforms import BaseTransform
 
-from nbody_pyg.data import AtomicData
+from nbody_pyg.data import AtomicData, count_graphs, has_hierarchy, is_topology_key, require_atoms
 from nbody_pyg.geometry import (
+    check_atoms,
     check_batch,
+    check_batch_size,
     check_cell,
-    check_positions,
     edge_vectors,
     neighbour_list,
 )
 from nbody_pyg.hierarchy.levels import Hierarchy, Level
+from nbody_pyg.hierarchy.mark import ATOMS, FOUND, FOUND_BONDS, INPUTS, KEPT, KIND, MARK, found_bonds, mark_of
 from nbody_pyg.hierarchy.positions import child_vectors, tree_positions
-from nbody_pyg.hierarchy.topology import Topology
+from nbody_pyg.hierarchy.topology import Topology, stored_levels
 from nbody_pyg.radial import vector_window
 
 
@@ -62,19 +65,18 @@ class AtomsInput:
         Raises:
             ValueError, TypeError: wrong shapes, an empty system, a batch that skips a graph, a bad cell.
         """
-        check_positions(pos)
-        if z.dim() != 1 or z.shape[0] != pos.shape[0]:
-            raise ValueError(f"z must have shape [{pos.shape[0]}], one number per row of pos, got {list(z.shape)}")
-        if z.is_floating_point():
-            raise TypeError(f"z must hold integers (atomic numbers), got {z.dtype}; cast it with z.long()")
+        z = check_atoms(z, pos)
         if pos.shape[0] == 0:
             raise ValueError("pos must hold at least one atom, got none; remove empty frames")
         graph, num_graphs = check_batch(batch, pos.shape[0], pos.device)
         missing = (torch.bincount(graph, minlength=num_graphs) == 0).nonzero().flatten().tolist()
         if missing:
-            raise ValueError(f"batch must number the graphs without gaps, but graph {missing[0]} has no atom")
+            raise ValueError(
+                f"batch must number the graphs without gaps, but graph {missing[0]} has no atom; "
+                "use compose(), which takes graphs without atoms"
+            )
         cell, pbc = check_cell(cell, pbc, num_graphs, pos)
-        return cls(z.long(), pos.detach(), graph, num_graphs, None if cell is None else cell.detach(), pbc)
+        return cls(z, pos.detach(), graph, num_graphs, None if cell is None else cell.detach(), pbc)
 
     @property
     def periodic(self) -> Tensor | None:
@@ -125,6 +127,54 @@ class Scheme(BaseTransform):
         """Who is a part of whom, for one graph or a batch (``batch`` sorted); no gradient flows through."""
         raise NotImplementedError
 
+    def compose(
+        self,
+        z: Int[Tensor, " atoms"],
+        pos: Float[Tensor, "atoms 3"],
+        batch: Int[Tensor, " atoms"] | None = None,
+        cell: Float[Tensor, "graphs 3 3"] | None = None,
+        pbc: Tensor | None = None,
+        batch_size: int | None = None,
+        **given: Any,
+    ) -> Topology:
+        """As :meth:`topology`, for graphs of which some may hold no atom: those have no part at any level.
+
+        Args:
+            batch_size: number of graphs; None for as many as ``batch`` names.
+            given: further arguments of :meth:`topology`, see :meth:`inputs`.
+        """
+        if batch is None and batch_size in (None, 1) and len(pos):
+            return self.topology(z, pos, None, cell, pbc, **given)
+        z = check_atoms(z, pos)
+        graph, found = check_batch(batch, pos.shape[0], pos.device)
+        size = check_batch_size(batch_size, found)
+        present = torch.bincount(graph, minlength=size) > 0
+        if bool(present.all()):
+            return self.topology(z, pos, batch, cell, pbc, **given)
+        cell, pbc = check_cell(cell, pbc, size, pos)
+        if pos.shape[0] == 0:
+            return self._without_atoms(size, pos, None if pbc is None else pbc.any(dim=1))
+        # A cell around an open system would count as periodic without its pbc
+        cell, pbc = (None, None) if pbc is None else (cell[present], pbc[present])
+        number = torch.cumsum(present, 0) - 1
+        return self.topology(z, pos, number[graph], cell, pbc, **given).among(present)
+
+    def _without_atoms(self, num_graphs: int, like: Tensor, periodic: Tensor | None) -> Topology:
+        """The topology of graphs that hold nothing, with the entries that those of other graphs have."""
+        none = torch.zeros(2, 0, dtype=torch.long, device=like.device)
+        shift = None if periodic is None else like.new_zeros(0, 3)
+        pairs = [none if spec.pair_radius is not None else None for spec in self.levels]
+        counts = torch.zeros(num_graphs, dtype=torch.long, device=like.device)
+        above = len(self.levels) - 1
+        return Topology(
+            (counts,) * (above + 1),
+            (None, *[none] * above),
+            tuple(pairs),
+            (None, *[shift] * above),
+            tuple(None if index is None else shift for index in pairs),
+            periodic=periodic,
+        )
+
     def update(
         self,
         topology: Topology,
@@ -137,6 +187,26 @@ class Scheme(BaseTransform):
         """The topology at new positions of the same atoms; where children are fixed, only pairs change."""
         return self.topology(z, pos, batch, cell, pbc)
 
+    @property
+    def keeps_parts(self) -> bool:
+        """Whether :meth:`update` keeps parts (groups of bonded atoms, labels) that other positions might not have."""
+        return type(self).update is not Scheme.update
+
+    def holds(
+        self,
+        topology: Topology,
+        z: Int[Tensor, " atoms"],
+        pos: Float[Tensor, "atoms 3"],
+        batch: Int[Tensor, " atoms"] | None = None,
+        cell: Float[Tensor, "graphs 3 3"] | None = None,
+        pbc: Tensor | None = None,
+    ) -> bool:
+        """Whether :meth:`topology` would find the parts of ``topology`` at these positions, whatever the edges.
+
+        For parts that follow from positions by another rule than :meth:`list_radii`, such as bonds.
+        """
+        return True
+
     def list_radii(self) -> tuple[tuple[float | None, float | None], ...]:
         """Radii (angstrom) by which the children and the pairs of every level are searched; None where they are not."""
         return tuple((None, spec.pair_radius) for spec in self.levels)
@@ -145,14 +215,14 @@ class Scheme(BaseTransform):
         """A copy whose lists reach further by ``skin`` (angstrom), or None where lists cannot be kept.
 
         With a copy, :class:`~nbody_pyg.hierarchy.TopologyCache` searches once for many steps of a trajectory. Only
-        schemes whose topology depends on positions through :meth:`list_radii` alone may give one.
+        schemes whose topology depends on positions through :meth:`list_radii` and :meth:`holds` alone may give one.
         """
         return None
 
     def positions(
         self, topology: Topology, z: Int[Tensor, " atoms"], pos: Float[Tensor, "atoms 3"], cell: Tensor | None
     ) -> list[Float[Tensor, "_ 3"]]:
-        """Positions of every level, with gradients; the default is the mass-weighted mean of a tree."""
+        """Positions of every level, with gradients; ``pos`` is float64. By default mass-weighted means of a tree."""
         return tree_positions(topology, z, pos, cell)
 
     def child_weight(self, level: int, vec: Float[Tensor, "edges 3"]) -> Float[Tensor, " edges"]:
@@ -165,15 +235,24 @@ class Scheme(BaseTransform):
         z: Int[Tensor, " atoms"],
         pos: Float[Tensor, "atoms 3"],
         cell: Float[Tensor, "graphs 3 3"] | None = None,
+        dtype: torch.dtype | None = None,
     ) -> Hierarchy:
         """Positions, vectors and weights of every level, differentiable in ``pos`` and ``cell``.
 
+        Positions of parts and all differences are taken in float64, and vectors are rounded to ``dtype`` afterwards:
+        how far from the origin a system lies costs no digits. Positions keep the dtype of ``pos``.
+
         The position of the root of a periodic graph has no meaning (it would depend on which image of an atom
         was given), so the vectors from it to its children are zero there; it still holds the mean as given.
+
+        Args:
+            dtype: of vectors and weights; None for that of ``pos``.
         """
         self._check_levels(topology)
+        dtype = pos.dtype if dtype is None else dtype
+        given, pos = pos, pos.double()
         if cell is not None:
-            cell = cell.reshape(-1, 3, 3)
+            cell = cell.reshape(-1, 3, 3).double()
         centres = self.positions(topology, z, pos, cell)
         levels = []
         for k, here in enumerate(centres):
@@ -181,17 +260,18 @@ class Scheme(BaseTransform):
             child = child_vec = child_weight = pair_vec = pair_weight = None
             if k > 0:
                 child, shift = topology.child_index[k], topology.child_shift[k]
-                child_vec = child_vectors(centres[k - 1], here, child, shift, cell, batch)
+                child_vec = child_vectors(centres[k - 1], here, child, shift, cell, batch).to(dtype)
                 if k == topology.num_levels - 1 and topology.periodic is not None:
                     open_graph = ~topology.periodic.index_select(0, batch.index_select(0, child[1]))
                     child_vec = child_vec * open_graph.unsqueeze(-1).to(child_vec.dtype)
                 child_weight = self.child_weight(k, child_vec)
             if (pair := topology.pair_index[k]) is not None:
-                pair_vec = edge_vectors(here, pair, topology.pair_shift[k], cell, batch)
+                pair_vec = edge_vectors(here, pair, topology.pair_shift[k], cell, batch).to(dtype)
                 pair_weight = vector_window(pair_vec, self.levels[k].pair_radius)
+            own = given if here is pos else here.to(given.dtype)
+            weight = here.new_ones(here.shape[0], dtype=dtype)
             levels.append(
-                Level(here, here.new_ones(here.shape[0]), batch, child, child_vec, child_weight,
-                      pair, pair_vec, pair_weight)
+                Level(own, weight, batch, child, child_vec, child_weight, pair, pair_vec, pair_weight)
             )  # fmt: skip
         return Hierarchy(tuple(levels), z, topology.num_graphs)
 
@@ -207,37 +287,77 @@ class Scheme(BaseTransform):
 
     def with_pairs(self, tree: Topology, atoms: AtomsInput) -> Topology:
         """``tree`` with the pairs of every level whose spec has a ``pair_radius``, at these positions."""
-        centres = self.positions(tree, atoms.z, atoms.pos, atoms.cell)
+        cell = None if atoms.cell is None else atoms.cell.double()
+        centres = self.positions(tree, atoms.z, atoms.pos.double(), cell)
         found: list[tuple[Tensor | None, Tensor | None]] = []
         for k, spec in enumerate(self.levels):
             radius, centre = spec.pair_radius, centres[k]
-            found.append((None, None) if radius is None else atoms.pairs(centre, tree.batch(k), radius, k > 0))
+            pair = shift = None
+            if radius is not None:
+                pair, shift = atoms.pairs(centre, tree.batch(k), radius, k > 0)
+            found.append((pair, None if shift is None else shift.to(atoms.pos.dtype)))
         pairs, shifts = zip(*found, strict=True)
         return Topology(tree.num_parts, tree.child_index, pairs, tree.child_shift, shifts, tree.bonds, atoms.periodic)
+
+    @property
+    def atom_key(self) -> str | None:
+        """Key of labels of the atoms on the data from which parts follow; None where there are none."""
+        return None
 
     def inputs(self, data: Data) -> dict[str, Any]:
         """Further keyword arguments of :meth:`topology` that a scheme reads from the data (bonds, labels)."""
         return {}
 
     def forward(self, data: Data) -> Data:
-        """Transform: the data as :class:`AtomicData` with the topology stored on it. A Batch stays one."""
-        out = data if isinstance(data, Batch) else AtomicData.from_data(data)
-        topology = self.topology(out.z, out.pos, out.get("batch"), out.get("cell"), out.get("pbc"), **self.inputs(out))
-        return self.store(topology, out)
+        """Transform: the data as :class:`AtomicData` with the topology stored on it. A Batch stays one.
 
-    def store(self, topology: Topology, data: Data) -> Data:
-        """Write ``topology`` on ``data`` in place, signed with the name and arguments of this scheme."""
+        Raises: ValueError, TypeError: no atoms to build from, or keys of one's own under the names of the topology.
+        """
+        require_atoms(data)
+        fresh = not has_hierarchy(data)
+        if fresh:
+            taken = [key for key in sorted(data.keys()) if is_topology_key(key) or key == "scheme"]
+            if taken:
+                raise ValueError(
+                    f"data has the key {taken[0]!r} of its own, under which {type(self).__name__} would store its "
+                    "parts; rename it"
+                )
+        out = data if isinstance(data, Batch) else AtomicData.from_data(data)
+        given = self.inputs(out)
+        topology = self.compose(*(out.get(k) for k in ("z", "pos", "batch", "cell", "pbc")), count_graphs(out), **given)
+        if fresh and topology.bonds is not None and getattr(self, "bonds_key", "") != "bonds" and "bonds" in data:
+            raise ValueError(
+                f"data has the key 'bonds' of its own, under which {type(self).__name__} would store those it used; "
+                "rename it"
+            )
+        return self.store(topology, out, kept="bonds" in given)
+
+    def store(self, topology: Topology, data: Data, kept: bool = False) -> Data:
+        """Write ``topology`` on ``data`` in place, signed with the name and arguments of this scheme.
+
+        Args:
+            kept: the parts were given (bonds, a reference frame), and are to stay where positions change.
+        """
+        if bool(found_bonds(data).any()):
+            del data["bonds"]  # those of earlier positions, or of another scheme
         topology.store(data)
         signed = self.signature
         data["scheme"] = [signed] * topology.num_graphs if isinstance(data, Batch) else signed
+        kind = KEPT if kept else FOUND if topology.bonds is None else FOUND_BONDS
+        data[MARK] = mark_of(data, kind, self.atom_key)
         return data
 
     def read(self, data: Data) -> Topology:
         """The topology stored on ``data``, which must be of this very scheme; cheap, for every step.
 
+        It belongs to the atoms, positions, cell, bonds and labels at which it was stored. Where these have changed
+        since, it is made anew, as :meth:`topology` would make it; parts that were given or shared are kept, and what
+        depends on positions is made anew (:meth:`update`). Costs some 20 small operations on integers, O(atoms).
+
         Raises:
             ValueError: no hierarchy, or that of another scheme or of other radii (its windows would then cut
-                where the neighbour lists do not end, and the energy would jump).
+                where the neighbour lists do not end, and the energy would jump); parts that were given or shared for
+                other atoms, or for atoms in another order.
         """
         signed = data.get("scheme")
         for found in {signed} if isinstance(signed, str) else set(signed or ()):
@@ -246,7 +366,44 @@ class Scheme(BaseTransform):
                     f"data must hold the hierarchy of {self!r}, but holds that of {found}; apply the "
                     "scheme of the model to the data (model.scheme is a transform)"
                 )
-        return Topology.from_data(data)
+        mark = data.get(MARK)
+        if mark is None:
+            if signed is not None:
+                warnings.warn(
+                    "the hierarchy on the data was stored by an earlier version, which did not note its positions; "
+                    "it is used unchecked. Apply the scheme again (delete processed files of a dataset)",
+                    stacklevel=2,
+                )
+            return Topology.from_data(data)
+        now = mark_of(data, mark[:, KIND], self.atom_key)
+        if self.atom_key is not None and data.get(self.atom_key) is None:
+            now[:, INPUTS] = mark[:, INPUTS]  # labels that were left out have not changed
+        return Topology.from_data(data) if torch.equal(now, mark) else self._renewed(data, mark, now)
+
+    def _renewed(self, data: Data, mark: Tensor, now: Tensor) -> Topology:
+        """The topology of data on which something is no longer as it was when one was stored."""
+        stored_levels(data.to_dict())  # keys that were not batched rightly differ from their mark, too
+        atoms = data.z, data.pos, data.get("batch"), data.get("cell"), data.get("pbc")
+        kept = mark[:, KIND] == KEPT
+        other = (kept & (mark[:, ATOMS] != now[:, ATOMS])).nonzero().flatten().tolist()
+        if other:
+            raise ValueError(
+                f"data must hold the atoms for which its parts were given or shared, but graph {other[0]} has others, "
+                "or in another order; apply the scheme (or share_topology) after whatever removes or reorders atoms"
+            )
+        if not bool(kept.any()) or not torch.equal(mark[:, INPUTS], now[:, INPUTS]):
+            return self.compose(*atoms, count_graphs(data), **self.inputs(data))
+        if not bool(kept.all()):
+            raise ValueError(
+                "positions have changed since hierarchies were stored, in a batch in which some have parts that were "
+                "given or shared, and others have not; apply the scheme after whatever changes positions"
+            )
+        topology = Topology.from_data(data)
+        self.check_kept(topology, *atoms)
+        return self.update(topology, *atoms)
+
+    def check_kept(self, topology: Topology, z: Tensor, pos: Tensor, *lattice: Tensor | None) -> None:
+        """Raise ValueError where parts that were kept can hardly be those of these positions; by default never."""
 
     @cached_property
     def signature(self) -> str:

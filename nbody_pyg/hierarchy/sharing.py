@@ -49,5 +49,5 @@ def share_topology(frames: Sequence[Data], scheme: Scheme, reference: int | Topo
                 "the reference; call share_topology once for each trajectory"
             )
         own = scheme.update(tree, frame.z, frame.pos, None, frame.get("cell"), frame.get("pbc"))
-        scheme.store(own, frame)
+        scheme.store(own, frame, kept=scheme.keeps_parts)
     return frames

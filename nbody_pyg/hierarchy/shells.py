@@ -115,7 +115,8 @@ class NestedShells(Scheme):
         mass, batch = atomic_masses(z, pos.dtype), topology.batch(0)
         total = pos.new_zeros(topology.num_graphs, 3).index_add(0, batch, mass.unsqueeze(-1) * pos)
         norm = pos.new_zeros(topology.num_graphs).index_add(0, batch, mass)
-        return [pos] * (topology.num_levels - 1) + [total / norm.unsqueeze(-1)]
+        root = (total / norm.unsqueeze(-1)).index_select(0, topology.batch(-1))  # a graph without atoms has none
+        return [pos] * (topology.num_levels - 1) + [root]
 
     def child_weight(self, level: int, vec: Float[Tensor, "edges 3"]) -> Float[Tensor, " edges"]:
         if level > len(self.radii):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -32,41 +33,43 @@ class TopologyCache:
     since the last call     what happens
     ======================  ==================================================================================
     atoms within the skin   the kept lists are used
-    further                 lists are searched again; parts stay (:meth:`Scheme.update`)
-    beyond ``carry_on``     another structure, not the next step: everything anew (:meth:`Scheme.topology`)
-    other atoms or pbc      likewise
+    further, other parts    everything anew (:meth:`Scheme.topology`), or for the parts of ``start``
+                            (:meth:`Scheme.update`)
+    other atoms or pbc      likewise, and ``start`` is asked again
     ======================  ==================================================================================
 
-    Schemes that cannot widen their lists (:meth:`Scheme.widened` gives None) are updated at every call.
+    What was seen before changes no result. Without ``start`` the parts are those found at the positions at hand
+    (:meth:`Scheme.holds` says whether they are still the kept ones); with it they are those of ``start``, always.
+    Schemes that cannot widen their lists (:meth:`Scheme.widened` gives None) search at every call.
 
     Args:
         scheme: whose topology is wanted.
         skin: s, angstrom; 0 searches at every call.
-        carry_on: displacement (angstrom) between calls up to which a structure counts as the next step.
-        start: called with ``z`` and ``pbc`` where everything is built anew: parts to begin with in place of those
-            that the scheme would find, or None.
+        carry_on: without effect, as parts no longer depend on earlier calls; will be removed.
+        start: called with ``z`` and ``pbc`` for new atoms: a topology whose parts are kept, or None for those that the
+            scheme finds at each position.
         trim: return the edges within R only. Without, the kept lists are returned as they are: the very same tensors
             until the next search, with edges beyond R, whose windows are zero.
 
-    The attributes ``calls`` and ``rebuilds`` count calls and searches; ``topology`` is what the last call returned.
+    The attributes ``calls`` and ``rebuilds`` count calls and searches; ``topology`` is what the last call returned,
+    ``parts`` what ``start`` gave for its atoms.
 
     Smoothness: that of the scheme. Cost: O(edges) for a kept list.
-    Raises: ValueError: ``skin`` or ``carry_on`` is negative or not finite.
+    Raises: ValueError: ``skin`` is negative or not finite.
     """
 
     def __init__(
         self,
         scheme: Scheme,
         skin: float = 0.5,
-        carry_on: float = 1.0,
+        carry_on: float | None = None,
         start: Callable[[Tensor, Tensor | None], Topology | None] | None = None,
         trim: bool = True,
     ) -> None:
-        for name, value in (("skin", skin), ("carry_on", carry_on)):
-            if not 0 <= value < float("inf"):
-                raise ValueError(f"{name} must be a length in angstrom, 0 or above, got {value!r}; try 0.5")
-        self.scheme, self.skin, self.carry_on, self._start = scheme, float(skin), float(carry_on), start
-        self.trim = trim
+        if not 0 <= skin < float("inf"):
+            raise ValueError(f"skin must be a length in angstrom, 0 or above, got {skin!r}; try 0.5")
+        refuse_carry_on(carry_on)
+        self.scheme, self.skin, self.trim, self._start = scheme, float(skin), trim, start
         self._wide = scheme.widened(self.skin) if self.skin > 0 else None
         radii = [radius for pair in scheme.list_radii() for radius in pair if radius is not None]
         self._reach = max(radii, default=0.0)
@@ -77,9 +80,9 @@ class TopologyCache:
         """Build everything anew at the next call."""
         self.topology: Topology | None = None
         self._kept: Topology | None = None
+        self.parts: Topology | None = None
         self._identity: tuple[Tensor | None, ...] = ()
         self._origin: tuple[Tensor, Tensor | None] | None = None
-        self._last: Tensor | None = None
 
     def __call__(
         self,
@@ -95,31 +98,29 @@ class TopologyCache:
         self.calls += 1
         identity = (z, batch, pbc)
         known = self._kept is not None and all(map(_same, identity, self._identity))
-        follows = known and _longest(pos - self._last) <= self.carry_on
-        if not (follows and self._wide is not None and self._within(pos, cell, pbc)):
-            self._search(follows, z, pos, batch, cell, pbc)
+        if not (known and self._wide is not None and self._holds(z, pos, batch, cell, pbc)):
+            if not known:
+                self.parts = None if self._start is None else self._start(z, pbc)
+            self._search(z, pos, batch, cell, pbc)
             # Copies: the caller may go on to change its tensors in place
             self._identity = tuple(None if t is None else t.clone() for t in identity)
             self._origin = (pos.clone(), None if cell is None else cell.clone())
-        self._last = pos.clone()
         whole = self._wide is None or not self.trim
         self.topology = self._kept if whole else narrow(self._kept, self.scheme, z, pos, cell)
         return self.topology
 
-    def _search(self, follows: bool, z: Tensor, pos: Tensor, batch: Any, cell: Any, pbc: Any) -> None:
-        """Search lists anew, for the parts as they are if this is the next step of the same structure."""
+    def _search(self, *atoms: Any) -> None:
         self.rebuilds += 1
         scheme = self._wide or self.scheme
-        parts = self._kept if follows else None
-        if parts is None and self._start is not None:
-            parts = self._start(z, pbc)
-        if parts is None:
-            self._kept = scheme.topology(z, pos, batch, cell, pbc)
-        else:
-            self._kept = scheme.update(parts, z, pos, batch, cell, pbc)
+        self._kept = scheme.topology(*atoms) if self.parts is None else scheme.update(self.parts, *atoms)
+
+    def _holds(self, z: Tensor, pos: Tensor, batch: Tensor | None, cell: Tensor | None, pbc: Tensor | None) -> bool:
+        """Whether the kept parts are still right, and the kept lists still hold every edge."""
+        if not self._within(pos, cell, pbc):
+            return False
+        return self.parts is not None or self.scheme.holds(self._kept, z, pos, batch, cell, pbc)
 
     def _within(self, pos: Tensor, cell: Tensor | None, pbc: Tensor | None) -> bool:
-        """Whether the kept lists still hold every edge."""
         before, old_cell = self._origin
         if pbc is None or cell is None or torch.equal(cell, old_cell):
             return 2.0 * _longest(pos - before) <= self.skin
@@ -136,7 +137,8 @@ def narrow(
 ) -> Topology:
     """``wide``, made by a widened copy of ``scheme``, without the edges beyond the radii of ``scheme``."""
     with torch.no_grad():
-        centres = scheme.positions(wide, z, pos, cell)
+        cell = None if cell is None else cell.double()
+        centres = scheme.positions(wide, z, pos.double(), cell)
         lists: dict[str, list[tuple[Tensor | None, Tensor | None]]] = {"child": [], "pair": []}
         done: dict[tuple, tuple[Tensor, Tensor | None]] = {}
         for k, radii in enumerate(scheme.list_radii()):
@@ -155,6 +157,17 @@ def narrow(
                 lists[kind].append(done[key])
     (child, child_shift), (pair, pair_shift) = (zip(*lists[kind], strict=True) for kind in ("child", "pair"))
     return wide.with_edges(child, pair, child_shift, pair_shift)
+
+
+def refuse_carry_on(carry_on: float | None) -> None:
+    """Say that an argument of earlier versions does nothing."""
+    if carry_on is not None:
+        warnings.warn(
+            "carry_on has no effect, since parts no longer depend on earlier calls, and will be removed in version "
+            "0.3; leave it out",
+            DeprecationWarning,
+            stacklevel=3,
+        )
 
 
 def _same(a: Tensor | None, b: Tensor | None) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -154,6 +154,10 @@ class SmoothSurvivors(Scheme):
         with torch.no_grad():
             return self._topology(atoms, every)
 
+    def _without_atoms(self, num_graphs: int, like: Tensor, periodic: Tensor | None) -> Topology:
+        nothing = super()._without_atoms(num_graphs, like, periodic)
+        return replace(nothing, centre=(None, *[nothing.num_parts[0][:0]] * len(self.radii), None))
+
     def _topology(self, atoms: AtomsInput, every: bool) -> Topology:
         graph, nodes = atoms.batch, None
         counts, children, shifts, centres, pairs, pair_shifts = [atoms.num_atoms], [None], [None], [None], [], []
@@ -209,13 +213,16 @@ class SmoothSurvivors(Scheme):
         z: Int[Tensor, " atoms"],
         pos: Float[Tensor, "atoms 3"],
         cell: Float[Tensor, "graphs 3 3"] | None = None,
+        dtype: torch.dtype | None = None,
     ) -> Hierarchy:
         """Positions, vectors and weights of every level, differentiable in ``pos`` and ``cell``.
 
-        Weights are computed in float64 whatever the dtype of ``pos``: they are ratios of small numbers where a part
-        vanishes. At the root of a periodic graph vectors are zero, as in :meth:`Scheme.hierarchy`.
+        All is computed in float64 and then rounded to ``dtype`` (that of ``pos`` where it is None): weights are ratios
+        of small numbers where a part vanishes. At the root of a periodic graph vectors are zero, as in
+        :meth:`Scheme.hierarchy`.
         """
         self._check_levels(topology)
+        dtype = pos.dtype if dtype is None else dtype
         cell = None if cell is None or topology.child_shift[1] is None else cell.reshape(-1, 3, 3).double()
         graph, nodes, edges, levels = topology.batch(0), None, None, []
         for k in range(topology.num_levels - 1):
@@ -226,7 +233,7 @@ class SmoothSurvivors(Scheme):
                 vec = edge_vectors(where, index, topology.pair_shift[k], cell, topology.batch(k))
             if nodes is None:
                 nodes = self._atoms(z, where, graph, index, vec)
-            levels.append(self._level(topology, k, nodes, edges, vec, pos.dtype))
+            levels.append(self._level(topology, k, nodes, edges, vec, pos, dtype))
             if k < len(self.radii):
                 contest = self._contest(nodes, index, vec, self.radii[k])
                 child, shift, centre = (
@@ -237,11 +244,18 @@ class SmoothSurvivors(Scheme):
                 edges = edges._replace(
                     vec=edges.vec - (nodes.pos - where.index_select(0, centre)).index_select(0, child[1])
                 )
-        levels.append(self._root(topology, z, pos, nodes))
+        levels.append(self._root(topology, z, pos, nodes, dtype))
         return Hierarchy(tuple(levels), z, topology.num_graphs)
 
     def _level(
-        self, topology: Topology, k: int, nodes: _Nodes, edges: _Edges | None, vec: Tensor | None, dtype
+        self,
+        topology: Topology,
+        k: int,
+        nodes: _Nodes,
+        edges: _Edges | None,
+        vec: Tensor | None,
+        given: Tensor,
+        dtype: torch.dtype,
     ) -> Level:
         pair_weight = None
         if vec is not None:
@@ -251,7 +265,7 @@ class SmoothSurvivors(Scheme):
         child = () if edges is None else (edges.vec, edges.weight, edges.pooled)
         child_vec, weight, pooled = (value.to(dtype) for value in child) if child else (None, None, None)
         return Level(
-            pos=nodes.pos.to(dtype),
+            pos=given if k == 0 else nodes.pos.to(given.dtype),
             weight=nodes.existence.to(dtype),
             batch=topology.batch(k),
             child_index=topology.child_index[k],
@@ -263,21 +277,23 @@ class SmoothSurvivors(Scheme):
             pool_weight=pooled,
         )
 
-    def _root(self, topology: Topology, z: Tensor, pos: Tensor, nodes: _Nodes) -> Level:
+    def _root(self, topology: Topology, z: Tensor, pos: Tensor, nodes: _Nodes, dtype: torch.dtype) -> Level:
         """The mass-weighted mean of the atoms; every survivor of the last level is a child."""
         mass, batch, k = atomic_masses(z, torch.float64), topology.batch(0), topology.num_levels - 1
         total = pos.new_zeros(topology.num_graphs, 3, dtype=torch.float64)
         total = total.index_add(0, batch, mass.unsqueeze(-1) * pos.double())
         here = total / total.new_zeros(topology.num_graphs).index_add(0, batch, mass).unsqueeze(-1)
-        child = topology.child_index[k]
+        child, graph = topology.child_index[k], topology.batch(k)
+        here = here.index_select(0, graph)  # a graph without atoms has no root
         vec = nodes.pos.index_select(0, child[0]) - here.index_select(0, child[1])
         if topology.periodic is not None:
-            vec = vec * (~topology.periodic.index_select(0, child[1])).unsqueeze(-1).to(vec.dtype)
+            vec = vec * (~topology.periodic.index_select(0, graph.index_select(0, child[1]))).unsqueeze(-1).to(
+                vec.dtype
+            )
         weight = vec.new_ones(child.shape[1])
         pooled = nodes.existence.index_select(0, child[0])
-        tensors = (value.to(pos.dtype) for value in (here, here.new_ones(here.shape[0]), vec, weight, pooled))
-        here, one, vec, weight, pooled = tensors
-        return Level(here, one, topology.batch(k), child, vec, weight, pool_weight=pooled)
+        one, vec, weight, pooled = (value.to(dtype) for value in (here.new_ones(here.shape[0]), vec, weight, pooled))
+        return Level(here.to(pos.dtype), one, graph, child, vec, weight, pool_weight=pooled)
 
     # ------------------------------------------------------------------ steps shared by both
     def priority(

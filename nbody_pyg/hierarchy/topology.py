@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,10 +11,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch_geometric.data import Data
 
-
-def is_topology_key(key: str) -> bool:
-    """Whether :meth:`Topology.store` writes parts and edges under this key."""
-    return key.startswith(("num_parts_", "child_", "pair_", "centre_"))
+from nbody_pyg.data import is_topology_key
+from nbody_pyg.kernels.scope import is_transformed
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,6 +92,8 @@ class Topology:
         if ("batch", level) not in self._cache:
             graphs = torch.arange(self.num_graphs, device=self.device)
             value = torch.repeat_interleave(graphs, self.num_parts[level], output_size=self.size(level))
+            if is_transformed():  # a tracer's tensor, not to be kept
+                return value
             self._cache["batch", level] = value
         return self._cache["batch", level]
 
@@ -120,7 +120,8 @@ class Topology:
             result = torch.stack([atoms, atoms]), shift
         else:
             result = self._join_members(*self._members(level - 1), level)
-        self._cache["members", level] = result
+        if not is_transformed():
+            self._cache["members", level] = result
         return result
 
     def _join_members(self, below: Tensor, shift: Tensor | None, level: int) -> tuple[Tensor, Tensor | None]:
@@ -164,6 +165,15 @@ class Topology:
         self._cache.update({("batch", level): batch for level, batch in enumerate(batches)})
         return self
 
+    def among(self, present: Bool[Tensor, " all_graphs"]) -> Topology:
+        """The same parts, among graphs that have none: ``present`` says which graphs are those of this topology."""
+
+        def spread(values: Tensor | None) -> Tensor | None:
+            return None if values is None else values.new_zeros(len(present)).masked_scatter(present, values)
+
+        columns = (self.child_index, self.pair_index, self.child_shift, self.pair_shift)
+        return Topology(tuple(map(spread, self.num_parts)), *columns, self.bonds, spread(self.periodic), self.centre)
+
     def to(self, device: torch.device | str) -> Topology:
         """The same topology on another device."""
 
@@ -200,14 +210,7 @@ class Topology:
             ValueError: ``data`` holds no hierarchy.
         """
         stored = data.to_dict()
-        if "num_parts_1" not in stored:
-            raise ValueError(
-                f"data must hold a hierarchy, but has no key 'num_parts_1' (keys: {sorted(stored)}); apply a "
-                "scheme to it first, e.g. transform=BondTree() on the dataset"
-            )
-        num_levels = 1
-        while f"num_parts_{num_levels}" in stored:
-            num_levels += 1
+        num_levels = stored_levels(stored)
         ptr, batch = stored.get("ptr"), stored.get("batch")
         if ptr is not None:
             num_atoms = ptr[1:] - ptr[:-1]
@@ -261,3 +264,27 @@ def sort_edges(
     """Order edges by target, then source (stable in the rest), the order of every edge list here."""
     order = torch.argsort(index[1] * max(num_sources, 1) + index[0], stable=True)
     return index[:, order], None if shift is None else shift[order]
+
+
+def stored_levels(stored: Mapping[str, Any]) -> int:
+    """Number of levels of the hierarchy among the keys of a Data or Batch.
+
+    Raises: ValueError: there is none, or not all of it, or it was not batched as :class:`AtomicData`.
+    """
+    if "num_parts_1" not in stored:
+        raise ValueError(
+            f"data must hold a hierarchy, but has no key 'num_parts_1' (keys: {sorted(stored)}); apply a "
+            "scheme to it first, e.g. transform=BondTree() on the dataset"
+        )
+    num_levels = 1
+    while f"num_parts_{num_levels}" in stored:
+        num_levels += 1
+    for level in range(1, num_levels):
+        if (child := stored.get(f"child_{level}")) is None or child.dim() != 2 or child.shape[0] != 2:
+            found = "not at all" if child is None else f"in the shape {list(child.shape)}"
+            raise ValueError(
+                f"data must hold 'child_{level}' as [2, edges], but has it {found}: keys of a hierarchy belong "
+                "together, and only AtomicData are batched rightly; exclude none, and turn a Data that holds "
+                "them into one with AtomicData.from_data before it goes into a batch"
+            )
+    return num_levels

@@ -12,10 +12,11 @@ from nbody_pyg.hierarchy.topology import Topology
 def validate_topology(topology: Topology, images: bool = False) -> None:
     r"""Raise unless ``topology`` is a composition scheme.
 
-    A DAG in levels whose leaves are the atoms, with one root per graph that holds all atoms, and :math:`P_c
-    \subseteq P_P` along every child edge. Edges join neighbouring levels, so there are no cycles, parts grow
-    along edges by construction, and a root that every node reaches holds all atoms: what is left to check is
-    that each node has a parent, each part a child, and that edges are in range and within one graph.
+    A DAG in levels whose leaves are the atoms, with one root per graph that holds all atoms (a graph without atoms
+    has no part at any level), and :math:`P_c \subseteq P_P` along every child edge. Edges join neighbouring levels,
+    so there are no cycles, parts grow along edges by construction, and a root that every node reaches holds all
+    atoms: what is left to check is that each node has a parent, each part a child, and that edges are in range and
+    within one graph.
 
     Args:
         images: allow repeated edges and self pairs, as periodic images give them (also allowed with shifts).
@@ -32,12 +33,14 @@ def validate_topology(topology: Topology, images: bool = False) -> None:
                 f"num_parts[{k}] must be integers of shape {list(topology.num_parts[0].shape)}, one per "
                 f"graph, got {counts.dtype} {list(counts.shape)}"
             )
-        empty = (counts < 1).nonzero().flatten().tolist()
+    filled = torch.stack(topology.num_parts).sum(dim=0) > 0
+    for k, counts in enumerate(topology.num_parts):
+        empty = ((counts < 1) & filled).nonzero().flatten().tolist()
         if empty:
             what = "atom" if k == 0 else "root" if k == topology.num_levels - 1 else "part"
             raise ValueError(f"graph {empty[0]} has no {what} at level {k}; every level needs at least one")
     roots = topology.num_parts[-1]
-    many = (roots != 1).nonzero().flatten().tolist()
+    many = ((roots != 1) & filled).nonzero().flatten().tolist()
     if many:
         raise ValueError(
             f"graph {many[0]} has two roots or more ({int(roots[many[0]])} parts at the last level, "

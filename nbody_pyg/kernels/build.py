@@ -1,4 +1,9 @@
-"""Compile generated C once, keep it, load it through ctypes: a plain C interface, no headers of torch or Python."""
+"""Compile generated C once, keep it, load it through ctypes: a plain C interface, no headers of torch or Python.
+
+What is loaded is code, so it must be the user's own. Libraries are kept in a folder that nobody else can write to, under
+a name that holds the SHA-256 of the file; a file that does not match its name (cut, damaged, foreign) is built anew and
+never loaded. Where there is no such folder, libraries are built in a private temporary folder of each process.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +11,19 @@ import contextlib
 import ctypes
 import functools
 import hashlib
+import logging
 import os
+import shlex
 import shutil
+import signal
+import stat
 import subprocess
 import tempfile
+import threading
+import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 _FLAGS = (
     "-march=native",
@@ -22,10 +35,37 @@ _FLAGS = (
     "-w",
 )
 
-
 #: Short sources hold loops, which only full effort unrolls into registers; long ones are straight lines already,
 #: and the longest would take minutes.
 _SHORT, _LONG = 30_000, 250_000
+#: Seconds after which a compiler counts as hanging: for a function of one line, and for any source.
+_PROBE_TIMEOUT, _TIMEOUT = 60.0, 900.0
+_PROBE = "int nbody_probe(void) { return 1; }"
+
+_log = logging.getLogger("nbody_pyg")
+_libraries: dict[str, ctypes.CDLL | str] = {}  # by source: what was loaded, or why that failed
+_said: set[str] = set()
+_lock = threading.RLock()  # held while something is compiled or loaded
+
+
+def _fresh_lock() -> None:
+    global _lock
+    _lock = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):  # a child that is forked while another thread compiles must not wait for it
+    os.register_at_fork(after_in_child=_fresh_lock)
+
+
+def one_at_a_time(function: Callable) -> Callable:
+    """Decorator: while one thread is in it, or in another of these functions, others wait."""
+
+    @functools.wraps(function)
+    def alone(*arguments: Any) -> Any:
+        with _lock:
+            return function(*arguments)
+
+    return alone
 
 
 def _flags(source: str) -> tuple[str, ...]:
@@ -34,16 +74,94 @@ def _flags(source: str) -> tuple[str, ...]:
 
 
 @functools.lru_cache(maxsize=1)
-def compiler() -> str | None:
-    """Path of the C compiler: the environment's CC, or the first of cc, gcc, clang; None where there is none."""
-    candidates = [os.environ["CC"]] if os.environ.get("CC") else ["cc", "gcc", "clang"]
-    return next((found for name in candidates if (found := shutil.which(name))), None)
+def compiler() -> tuple[str, ...] | None:
+    """The C compiler and its arguments: the environment's CC, or the first of cc, gcc, clang; None where there is none."""
+    candidates = [os.environ["CC"]] if os.environ.get("CC", "").strip() else ["cc", "gcc", "clang"]
+    for candidate in candidates:
+        with contextlib.suppress(ValueError):  # a quotation that does not end
+            program, *arguments = shlex.split(candidate)
+            if found := shutil.which(program):
+                return (os.path.abspath(found), *arguments)
+    return None
 
 
 def cache_folder() -> Path:
-    """Where compiled products are kept: NBODY_CACHE, else the user's cache folder."""
-    base = os.environ.get("NBODY_CACHE") or Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "nbody_pyg"
-    return Path(base) / "kernels"
+    """Where compiled products are kept: NBODY_CACHE, else the user's cache folder.
+
+    Raises: RuntimeError: neither is set, and the user has no home folder.
+    """
+    if given := os.environ.get("NBODY_CACHE"):
+        base = Path(given).expanduser()
+    elif given := os.environ.get("XDG_CACHE_HOME"):
+        base = Path(given) / "nbody_pyg"
+    else:
+        base = Path.home() / ".cache" / "nbody_pyg"
+    return base.absolute() / "kernels"
+
+
+def trusted(path: Path) -> str | None:
+    """Why code must not be loaded from a file or folder: somebody else could have put it there. None where all is well.
+
+    It and every folder above it must belong to the user or to root, and must not be writable for others, unless, as in
+    /tmp, others cannot rename or remove what is in there.
+    """
+    if not hasattr(os, "getuid"):  # permissions are not those of Unix
+        return None
+    path = Path(os.path.realpath(path))
+    for place in (path, *path.parents):
+        found = place.stat()
+        if found.st_uid not in (0, os.getuid()) and (place == path or found.st_uid != _unknown_owner()):
+            return f"{place} belongs to another user (number {found.st_uid})"
+        shared = found.st_mode & (stat.S_IWOTH | (0 if _own_group(found.st_gid) else stat.S_IWGRP))
+        if shared and (place == path or not found.st_mode & stat.S_ISVTX):
+            return f"{place} can be written by others (mode {stat.S_IMODE(found.st_mode):o}; chmod go-w {place})"
+    return None
+
+
+@functools.cache
+def _unknown_owner() -> int | None:
+    """What a container shows as the owner of files whose owner it does not know, such as root of the host."""
+    try:
+        everybody = int(Path("/proc/self/uid_map").read_text().split()[2]) >= 2**32 - 1
+        return None if everybody else int(Path("/proc/sys/kernel/overflowuid").read_text())
+    except (OSError, ValueError, IndexError):
+        return None
+
+
+@functools.cache
+def _own_group(number: int) -> bool:
+    """Whether a group is the private one of the user, of whom it has the name and no other member."""
+    import grp
+    import pwd
+
+    try:
+        group, user = grp.getgrgid(number), pwd.getpwuid(os.getuid())
+    except KeyError:
+        return False
+    return user.pw_gid == number and group.gr_name == user.pw_name and set(group.gr_mem) <= {user.pw_name}
+
+
+def own_cache() -> Path:
+    """The cache folder, made where it was missing, if it can be trusted.
+
+    Raises: RuntimeError, OSError: it cannot; the message says why.
+    """
+    folder = Path(os.path.realpath(cache_folder()))
+    missing = [place for place in (folder, *folder.parents) if not place.exists()]
+    if missing and (problem := trusted(missing[-1].parent)):
+        raise RuntimeError(problem)
+    for place in reversed(missing):
+        place.mkdir(mode=0o700, exist_ok=True)
+    if problem := trusted(folder):
+        raise RuntimeError(problem)
+    return folder
+
+
+def warn_once(about: str, text: str) -> None:
+    """A RuntimeWarning, once per process for each thing that it is about."""
+    if about not in _said:
+        _said.add(about)
+        warnings.warn(text, RuntimeWarning, stacklevel=3)
 
 
 @functools.lru_cache(maxsize=1)
@@ -56,43 +174,182 @@ def _machine() -> str:
         return "unknown"
 
 
-@functools.cache
 def load(source: str) -> ctypes.CDLL:
-    """Shared library of a C source, compiled at the first use.
+    """Shared library of a C source, compiled at the first use; threads and processes may ask for it at once.
 
-    A cached file that cannot be loaded (cut off, from another system) is built anew once.
-
-    Raises: RuntimeError: no compiler, the compiler failed (its message is included), or the cache folder
-        cannot be written.
+    Raises: RuntimeError: no compiler, the compiler failed (its message is included), or there is no folder from which
+        libraries can be loaded. It is not tried again.
     """
-    cc = compiler()
-    if cc is None:
-        raise RuntimeError("no C compiler found; install gcc or clang, set CC, or use set_backend('torch')")
-    key = hashlib.sha256("\0".join([source, cc, _machine(), *_flags(source)]).encode()).hexdigest()[:24]
-    library = cache_folder() / f"{key}.so"
-    if library.exists():
-        with contextlib.suppress(OSError):
-            return ctypes.CDLL(str(library))
+    found = _libraries.get(source)
+    if found is None:
+        with _lock:
+            found = _libraries.get(source)
+            if found is None:
+                try:
+                    found = _load(source)
+                except (RuntimeError, OSError) as error:
+                    found = str(error)
+                _libraries[source] = found
+    if isinstance(found, str):
+        raise RuntimeError(found)
+    return found
+
+
+def broken() -> str | None:
+    """Why nothing can be compiled and loaded here, found out with a function of one line; None where it can."""
     try:
-        _compile(cc, source, library)
-        return ctypes.CDLL(str(library))
+        load(_PROBE)
+    except RuntimeError as error:
+        return str(error)
+    return None
+
+
+def forget() -> None:
+    """Ask for compiler, folders and libraries anew, as in a new process; for tests."""
+    with _lock:
+        compiler.cache_clear()
+        _libraries.clear()
+        _said.clear()
+
+
+def _load(source: str) -> ctypes.CDLL:
+    command = compiler()
+    if command is None:
+        given = f"CC={os.environ['CC']} is no program" if os.environ.get("CC") else "no C compiler was found"
+        raise RuntimeError(f"{given}; install gcc or clang, set CC, or use set_backend('torch')")
+    key = hashlib.sha256("\0".join([source, *command, _machine(), *_flags(source)]).encode()).hexdigest()[:24]
+    folder, problem = None, None
+    try:
+        folder = own_cache()
+    except (RuntimeError, OSError) as error:
+        problem = str(error)
+    code = None if folder is None else _kept(folder, key)
+    if code is None:
+        if source != _PROBE:
+            load(_PROBE)  # whatever does not work is found out in a moment
+            _announce(folder)
+        code = _compile(command, source, _PROBE_TIMEOUT if source == _PROBE else _TIMEOUT)
+        if folder is not None:
+            try:
+                _keep(folder, key, code)
+            except OSError as error:
+                problem = str(error)
+    if problem is None:
+        try:
+            return ctypes.CDLL(str(_path(folder, key, code)))
+        except OSError as error:  # for example a file system from which no programs may be run
+            problem = str(error)
+    library = _load_once(code, problem)
+    warn_once(
+        "cache",
+        f"compiled products cannot be kept ({problem}), so that every process compiles them anew; set NBODY_CACHE to a "
+        "folder that you alone can write and from which programs may be run",
+    )
+    return library
+
+
+def _announce(folder: Path | None) -> None:
+    if "compiling" not in _said:
+        _said.add("compiling")
+        kept = folder is not None and os.access(folder, os.W_OK)
+        where = f"once for this kind of network; kept in {folder}" if kept else "for this process alone"
+        _log.warning("Compiling products of the network (about half a minute), %s", where)
+
+
+def _path(folder: Path, key: str, code: bytes) -> Path:
+    return folder / f"{key}-{hashlib.sha256(code).hexdigest()}.so"
+
+
+def _kept(folder: Path, key: str) -> bytes | None:
+    """Content of the library with this key, if there is one that is what its name says."""
+    for path in folder.glob(f"{key}-*.so"):
+        with contextlib.suppress(OSError):
+            if trusted(path) is None and path == _path(folder, key, code := path.read_bytes()):
+                return code
+            path.unlink()
+    return None
+
+
+def _keep(folder: Path, key: str, code: bytes) -> None:
+    """Write a library under its name, whole: several processes may do so at once."""
+    handle, name = tempfile.mkstemp(dir=folder, prefix=".", suffix=".tmp")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(code)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(name, 0o700)
+        os.replace(name, _path(folder, key, code))
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(name)
+        raise
+
+
+@contextlib.contextmanager
+def _private_folder() -> Iterator[Path]:
+    """A temporary folder of the user's own; in the cache folder where there is none for temporary files."""
+    problems = []
+    for parent in (tempfile.gettempdir, own_cache):
+        try:
+            found = tempfile.TemporaryDirectory(prefix=".build-", dir=parent(), ignore_cleanup_errors=True)
+        except (OSError, RuntimeError) as error:
+            problems.append(str(error))
+            continue
+        with found as name:
+            if problem := trusted(Path(name)):
+                problems.append(problem)
+                continue
+            yield Path(name)
+            return
+    raise RuntimeError(
+        f"there is no folder to compile in: {'; '.join(problems)}; set TMPDIR to a folder that you alone can write, or "
+        "use set_backend('torch')"
+    )
+
+
+def _load_once(code: bytes, problem: str) -> ctypes.CDLL:
+    """Load a library that is not kept: once it is loaded its file may go."""
+    try:
+        with _private_folder() as folder:
+            path = folder / "kernel.so"
+            path.write_bytes(code)
+            return ctypes.CDLL(str(path))
     except OSError as error:
         raise RuntimeError(
-            f"the compiled products could not be kept in {cache_folder()}: {error}; set NBODY_CACHE to a folder that "
-            "can be written and holds programs, or use set_backend('torch')"
+            f"compiled products could not be loaded, neither from the cache folder ({problem}) nor from a temporary one "
+            f"({error}); set NBODY_CACHE or TMPDIR to a folder that you alone can write and from which programs may be "
+            "run, or use set_backend('torch')"
         ) from error
 
 
-def _compile(cc: str, source: str, library: Path) -> None:
-    library.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=library.parent) as folder:
-        code, built = Path(folder) / "kernel.c", Path(folder) / "kernel.so"
+def _compile(command: tuple[str, ...], source: str, timeout: float) -> bytes:
+    with _private_folder() as folder:
+        code, built, log = folder / "kernel.c", folder / "kernel.so", folder / "errors.txt"
         code.write_text(source)
-        command = [cc, *_flags(source), str(code), "-o", str(built), "-lm"]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode != 0:
+        words = [*command, *_flags(source), str(code), "-o", str(built), "-lm"]
+        cure = "set CC to a working C compiler, or use set_backend('torch')"
+        try:
+            # Into a file, as the end of a pipe would stay open in what a stopped compiler has started.
+            with log.open("wb") as errors:
+                process = subprocess.Popen(
+                    words, stdin=subprocess.DEVNULL, stdout=errors, stderr=errors, start_new_session=True,
+                    env=os.environ | {"TMPDIR": str(folder)},
+                )  # fmt: skip
+                try:
+                    status = process.wait(timeout)
+                except BaseException:
+                    with contextlib.suppress(OSError):
+                        os.killpg(process.pid, signal.SIGKILL) if hasattr(os, "killpg") else process.kill()
+                    process.wait()
+                    raise
+        except subprocess.TimeoutExpired as error:
+            raise RuntimeError(f"the C compiler did not end in {timeout:g} s: {shlex.join(words)}; {cure}") from error
+        except OSError as error:
+            raise RuntimeError(f"the C compiler could not be started: {error}; {cure}") from error
+        if status != 0 or not built.is_file():
+            said = log.read_text(errors="replace")[-2000:].strip()
             raise RuntimeError(
-                f"the C compiler failed: {' '.join(command)}\n{done.stderr[-2000:]}\n"
-                "Set CC to a working C compiler, or use set_backend('torch')."
+                f"the C compiler failed (exit status {status}): {shlex.join(words)}\n{said}\n{cure[0].upper()}{cure[1:]}."
             )
-        os.replace(built, library)  # several processes may build at once: the last one wins, all are equal
+        return built.read_bytes()

@@ -19,6 +19,8 @@ from torch import Tensor
 
 from nbody_pyg.kernels.derivatives import last_derivative
 from nbody_pyg.kernels.library import Library
+from nbody_pyg.kernels.operands import check_operands
+from nbody_pyg.kernels.scope import apply
 
 #: A polynomial in x, y, z: exponents to coefficient.
 Polynomial = dict[tuple[int, int, int], float]
@@ -224,11 +226,18 @@ class FeatureKernel:
             radial=_BASES[basis].format(scale=scale, frequency=frequency),
             polynomials=harmonic_source(polynomials),
         )
-        arity = {"features_forward": "i4p", "features_backward": "i6p", "features_double": "i10p"}
-        self.library = Library(source, arity)
+        inputs, results = "reals:3*E reals:E", f"reals:{self.rows}*E reals:{num_basis}*E"
+        signatures = {
+            "features_forward": f"E {inputs} {results}",
+            "features_backward": f"E {inputs} {results} {inputs}",
+            "features_double": f"E {inputs} {results} {inputs} {results} {inputs}",
+        }
+        self.library = Library(source, signatures)
 
     def __call__(self, vec: Tensor, window: Tensor) -> tuple[Tensor, Tensor]:
-        return _Features.apply(vec.contiguous(), window.contiguous(), self)
+        edges = vec.shape[0]
+        check_operands(vec.dtype, vec.device, vec=(vec, (edges, 3)), window=(window, (edges,)))
+        return apply(_Features, vec.contiguous(), window.contiguous(), self)
 
 
 class _Features(torch.autograd.Function):
@@ -242,7 +251,7 @@ class _Features(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gh: Tensor, gr: Tensor):
-        return *_FeaturesBackward.apply(*ctx.saved_tensors, gh, gr, ctx.kernel), None
+        return *apply(_FeaturesBackward, *ctx.saved_tensors, gh, gr, ctx.kernel), None
 
 
 class _FeaturesBackward(torch.autograd.Function):
@@ -267,14 +276,20 @@ class _FeaturesBackward(torch.autograd.Function):
 
 
 @functools.cache
-def _window_library(exponent: int) -> Library:
-    signatures = {"window_forward": "id2p", "window_backward": "id3p", "window_double": "id5p"}
+def window_library(exponent: int) -> Library:
+    """Compiled functions of the window."""
+    signatures = {
+        "window_forward": "E double reals:3*E reals:E",
+        "window_backward": "E double reals:3*E reals:E reals:3*E",
+        "window_double": "E double reals:3*E reals:E reals:3*E reals:E reals:3*E",
+    }
     return Library(_WINDOW.replace("EXPONENT", str(exponent)), signatures)
 
 
 def compiled_window(vec: Tensor, cutoff: float, exponent: int = 6) -> Tensor:
     """The window of :func:`nbody_pyg.radial.smooth_cutoff` as a function of the vector."""
-    return _Window.apply(vec.contiguous(), cutoff, exponent)
+    check_operands(vec.dtype, vec.device, vec=(vec, (vec.shape[0], 3)))
+    return apply(_Window, vec.contiguous(), cutoff, exponent)
 
 
 class _Window(torch.autograd.Function):
@@ -283,12 +298,12 @@ class _Window(torch.autograd.Function):
         ctx.save_for_backward(vec)
         ctx.cutoff, ctx.exponent = cutoff, exponent
         out = vec.new_empty(vec.shape[0])
-        _window_library(exponent).call("window_forward", vec.dtype, vec.shape[0], cutoff, vec, out)
+        window_library(exponent).call("window_forward", vec.dtype, vec.shape[0], cutoff, vec, out)
         return out
 
     @staticmethod
     def backward(ctx, g: Tensor):
-        return _WindowBackward.apply(*ctx.saved_tensors, g, ctx.cutoff, ctx.exponent), None, None
+        return apply(_WindowBackward, *ctx.saved_tensors, g, ctx.cutoff, ctx.exponent), None, None
 
 
 class _WindowBackward(torch.autograd.Function):
@@ -298,7 +313,7 @@ class _WindowBackward(torch.autograd.Function):
         ctx.save_for_backward(vec, g)
         ctx.cutoff, ctx.exponent = cutoff, exponent
         gv = torch.empty_like(vec)
-        _window_library(exponent).call("window_backward", vec.dtype, vec.shape[0], cutoff, vec, g, gv)
+        window_library(exponent).call("window_backward", vec.dtype, vec.shape[0], cutoff, vec, g, gv)
         return gv
 
     @staticmethod
@@ -307,5 +322,5 @@ class _WindowBackward(torch.autograd.Function):
         vec, g = ctx.saved_tensors
         gg, gv = torch.empty_like(g), torch.empty_like(vec)
         tensors = (vec, g, c.contiguous(), gg, gv)
-        _window_library(ctx.exponent).call("window_double", vec.dtype, vec.shape[0], ctx.cutoff, *tensors)
+        window_library(ctx.exponent).call("window_double", vec.dtype, vec.shape[0], ctx.cutoff, *tensors)
         return gv, gg, None, None

@@ -3,19 +3,63 @@
 from __future__ import annotations
 
 import ctypes
-import re
+import itertools
+import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from nbody_pyg.kernels import build
 from nbody_pyg.kernels.codegen import prelude
+from nbody_pyg.kernels.operands import Several, addresses
 from nbody_pyg.kernels.scope import is_dry
 
 _C_NAMES = {torch.float32: "float", torch.float64: "double"}
-_C_TYPES = {"i": ctypes.c_int64, "d": ctypes.c_double, "p": ctypes.c_void_p}
 
+
+class _Signature:
+    """The arguments of one function for one dtype, see :class:`Library`."""
+
+    def __init__(self, text: str, dtype: torch.dtype) -> None:
+        words = text.split()
+        self.c_types = [_c_type(word) for word in words if not word.startswith("(")]
+        # Places of tensors, of arrays of tensors, of what must not be None, and (from the end) of what is not passed on
+        self.tensors = [n for n, word in enumerate(words) if ":" in word]
+        self.dtypes = [torch.int64 if words[n].startswith("longs") else dtype for n in self.tensors]
+        self.arrays = [n for n, word in enumerate(words) if word.startswith("several")]
+        self.required = [n for n in (*self.tensors, *self.arrays) if "?" not in words[n]]
+        self.unpassed = [n for n, word in enumerate(words) if word.startswith("(")][::-1]
+        names = {word.strip("()"): place for place, word in enumerate(words)}
+        self._products: list[tuple[int, tuple[int, ...]]] = []
+        for n in self.tensors:
+            parts = words[n].partition(":")[2].split("*")
+            factor = math.prod(int(part) for part in parts if part.isdigit())
+            self._products.append((factor, tuple(names[part] for part in parts if not part.isdigit())))
+        self._places = tuple(sorted({place for _, places in self._products for place in places}))
+        self._known: dict[tuple[int, ...], list[int]] = {}
+
+    def sizes(self, arguments: Sequence[Any]) -> list[int]:
+        """How many numbers each tensor holds."""
+        integers = tuple([arguments[place] for place in self._places])
+        sizes = self._known.get(integers)
+        if sizes is None:
+            sizes = [factor * math.prod(arguments[place] for place in places) for factor, places in self._products]
+            if len(self._known) >= _REMEMBERED:
+                self._known.clear()
+            self._known[integers] = sizes
+        return sizes
+
+
+def _c_type(word: str) -> Any:
+    if word.startswith("double"):
+        return ctypes.c_double
+    return ctypes.c_void_p if ":" in word or word.startswith("several") else ctypes.c_int64
+
+
+#: Sets of sizes that a function remembers.
+_REMEMBERED = 256
 #: Longest source (characters) that is worth compiling.
 MAX_SOURCE = 800_000
 
@@ -25,7 +69,10 @@ class Library:
 
     Args:
         source: C code that uses the type ``real``.
-        signatures: for each function its arguments, e.g. "2i3p": two integers and three pointers ("d": a double).
+        signatures: for each function its arguments, in order: integers by name ("N"), "double", "reals:SIZE" and
+            "longs:SIZE" for tensors with so many numbers, such as "reals:9*N*C", and "several" for arrays of addresses;
+            with a question mark, as "reals?:9*N", None is a null pointer. Integers in brackets, "(T)", occur in sizes
+            only: the function does not take them.
         links: functions of other libraries that this one calls, as (library, name). Their addresses are handed to the
             source's own ``link_functions(void* const*)`` after loading: what is shared is compiled once.
     """
@@ -44,33 +91,60 @@ class Library:
         """Whether compiling would take minutes: high degrees in both parities. Such products run on plain torch."""
         return len(self._source) > MAX_SOURCE or any(library.too_long for library, _ in self._links)
 
-    def call(self, name: str, dtype: torch.dtype, *arguments: Tensor | ctypes.Array | float | int | None) -> None:
-        """Call one function; tensors are passed by address and must be contiguous, None as a null pointer."""
+    def call(self, name: str, dtype: torch.dtype, *arguments: Tensor | Several | float | int | None) -> None:
+        """Call one function; every tensor is checked against the signature, see :func:`~operands.addresses`."""
         if is_dry():
             return
         functions = self._loaded.get(dtype) or self._load(dtype)
-        functions[name](*[a.data_ptr() if isinstance(a, Tensor) else a for a in arguments])
+        function, signature = functions[name]
+        given: list[Any] = list(arguments)
+        for place in signature.required:
+            if given[place] is None:
+                raise TypeError(f"{name} needs a tensor, got None; pass every tensor that the products take")
+        pointers = addresses([given[n] for n in signature.tensors], signature.sizes(given), signature.dtypes)
+        for place, pointer in zip(signature.tensors, pointers, strict=True):
+            given[place] = pointer
+        for place in signature.arrays:
+            if given[place] is not None:
+                pointers = addresses(*given[place], itertools.repeat(dtype))
+                given[place] = (ctypes.c_void_p * len(pointers))(*pointers)
+        for place in signature.unpassed:
+            del given[place]
+        function(*given)
 
     def address(self, name: str, dtype: torch.dtype) -> int:
         """Where one of the functions lies."""
         functions = self._loaded.get(dtype) or self._load(dtype)
-        return ctypes.cast(functions[name], ctypes.c_void_p).value
+        return ctypes.cast(functions[name][0], ctypes.c_void_p).value
 
+    @build.one_at_a_time  # nobody may call a function before it is linked
     def _load(self, dtype: torch.dtype) -> dict:
         library = build.load(prelude(_C_NAMES[dtype]) + self._source)
         functions = {}
         for name, signature in self._signatures.items():
             function = getattr(library, name)
-            function.argtypes = [
-                _C_TYPES[kind] for count, kind in re.findall(r"(\d*)([idp])", signature) for _ in range(int(count or 1))
-            ]
-            function.restype = None
-            functions[name] = function
+            found = _Signature(signature, dtype)
+            function.argtypes, function.restype = found.c_types, None
+            functions[name] = function, found
         if self._links:
             addresses = [library.address(name, dtype) for library, name in self._links]
             library.link_functions((ctypes.c_void_p * len(addresses))(*addresses))
         self._loaded[dtype] = functions
         return functions
+
+    def ready(self, dtype: torch.dtype) -> bool:
+        """Whether the functions can be called; they are compiled now where they are not yet.
+
+        Where that fails a warning says why, once per process, and it is not tried again.
+        """
+        if dtype not in self._loaded and not self.too_long:
+            try:
+                self._load(dtype)
+            except RuntimeError as error:
+                self._loaded[dtype] = {}
+                text = f"plain torch runs instead of compiled products, several times slower: {error}"
+                build.warn_once("torch", text)
+        return bool(self._loaded.get(dtype))
 
     def __deepcopy__(self, memo) -> Library:
         return self  # compiled code is shared; ctypes objects cannot be copied

@@ -9,15 +9,13 @@ derivatives and the chain closes at every order:
 
 from __future__ import annotations
 
-import ctypes
-
 import torch
 from torch import Tensor
 
 from nbody_pyg.kernels.library import Library
-from nbody_pyg.kernels.operands import check_operands
+from nbody_pyg.kernels.operands import Several, check_matrices, check_operands
 from nbody_pyg.kernels.panels import LINKED, LINKS
-from nbody_pyg.kernels.scope import is_dry, weight_gradients_skipped
+from nbody_pyg.kernels.scope import apply, gradients_wanted
 from nbody_pyg.kernels.update_source import Block, Map
 
 #: Nodes that are worked on at once: their rows of one degree stay in the nearest cache.
@@ -72,7 +70,13 @@ class LinearKernel:
         ]
         self._table = torch.tensor(numbers, dtype=torch.int64)
         self._strides = (rows_in * channels_in, rows_out * channels_out)
-        self._scratch = max((b.size_in * b.size_out for b in blocks), default=0)
+        self._sizes = [b.size_in * b.size_out for b in blocks]
+        self._scratch = max(self._sizes, default=0)
+
+    @property
+    def library(self) -> Library:
+        """The compiled functions, which all maps share."""
+        return _library
 
     @property
     def map(self) -> Map:
@@ -81,40 +85,43 @@ class LinearKernel:
         return Map(tuple(self.blocks), rows_in * channels_in, channels_in, rows_out * channels_out, channels_out)
 
     def __call__(self, x: Tensor, *weights: Tensor) -> Tensor:
-        check_operands(x.dtype, x=(x, (x.shape[0], *self.shape_in)))
-        for block, weight in zip(self.blocks, weights, strict=True):
-            check_operands(x.dtype, weight=(weight, (block.size_in, block.size_out)))
-        return _Apply.apply(self, x.contiguous(), *[w.contiguous() for w in weights])
+        check_operands(x.dtype, x.device, x=(x, (x.shape[0], *self.shape_in)))
+        check_matrices(x.dtype, x.device, weights, [(b.size_in, b.size_out) for b in self.blocks])
+        return apply(_Apply, self, x.contiguous(), *[w.contiguous() for w in weights])
 
     def _call(self, name: str, dtype: torch.dtype, nodes: int, *arguments) -> None:
-        _library.call(name, dtype, len(self.blocks), nodes, self._table, *self._strides, *arguments)
+        sizes = (len(self.blocks), nodes)
+        _library.call(name, dtype, *sizes, self._table, *self._strides, self._scratch, *arguments)
+
+    def _several(self, weights) -> Several:
+        return Several(weights, self._sizes)
 
     def apply(self, x: Tensor, weights) -> Tensor:
         out = x.new_zeros(x.shape[0], *self.shape_out)
-        self._call("linear_apply", x.dtype, x.shape[0], x, _pointers(weights), out)
+        self._call("linear_apply", x.dtype, x.shape[0], x, self._several(weights), out)
         return out
 
     def transposed(self, g: Tensor, weights) -> Tensor:
         out, scratch = g.new_zeros(g.shape[0], *self.shape_in), g.new_empty(self._scratch)
-        pointers = (g, _pointers(weights), scratch, out)
+        pointers = (g, self._several(weights), scratch, out)
         self._call("linear_transposed", g.dtype, g.shape[0], *pointers)
         return out
 
     def outer(self, x: Tensor, g: Tensor) -> list[Tensor]:
         out = [x.new_zeros(b.size_in, b.size_out) for b in self.blocks]
-        self._call("linear_outer", x.dtype, x.shape[0], x, g, _pointers(out))
+        self._call("linear_outer", x.dtype, x.shape[0], x, g, self._several(out))
         return out
 
 
-def _pointers(tensors):
-    if is_dry():
-        return None
-    return (ctypes.c_void_p * len(tensors))(*[t.data_ptr() for t in tensors])
-
-
+#: Blocks, nodes, table of the blocks, numbers of a node before and after, and of the largest matrix.
+_GIVEN = "B N longs:5*B X Z (W)"
 _library = Library(
     "enum { LINKS = 2 };" + LINKED + _SOURCE,
-    {"linear_apply": "2ip2i3p", "linear_transposed": "2ip2i4p", "linear_outer": "2ip2i3p"},
+    {
+        "linear_apply": f"{_GIVEN} reals:N*X several reals:N*Z",
+        "linear_transposed": f"{_GIVEN} reals:N*Z several reals:W reals:N*X",
+        "linear_outer": f"{_GIVEN} reals:N*X reals:N*Z several",
+    },
     LINKS,
 )
 
@@ -134,12 +141,8 @@ class _Apply(torch.autograd.Function):
     def backward(ctx, g: Tensor):
         x, *weights = ctx.saved_tensors
         g = g.contiguous()
-        gx = _Transposed.apply(ctx.kernel, g, *weights) if ctx.needs_input_grad[1] else None
-        gw = (
-            _Outer.apply(ctx.kernel, x, g)
-            if any(ctx.needs_input_grad[2:]) and not weight_gradients_skipped()
-            else [None] * len(weights)
-        )
+        gx = apply(_Transposed, ctx.kernel, g, *weights) if ctx.needs_input_grad[1] else None
+        gw = apply(_Outer, ctx.kernel, x, g) if gradients_wanted(ctx.next_functions[1:]) else [None] * len(weights)
         return None, gx, *gw
 
 
@@ -156,12 +159,8 @@ class _Transposed(torch.autograd.Function):
     def backward(ctx, g: Tensor):
         z, *weights = ctx.saved_tensors
         g = g.contiguous()
-        gz = _Apply.apply(ctx.kernel, g, *weights) if ctx.needs_input_grad[1] else None
-        gw = (
-            _Outer.apply(ctx.kernel, g, z)
-            if any(ctx.needs_input_grad[2:]) and not weight_gradients_skipped()
-            else [None] * len(weights)
-        )
+        gz = apply(_Apply, ctx.kernel, g, *weights) if ctx.needs_input_grad[1] else None
+        gw = apply(_Outer, ctx.kernel, g, z) if gradients_wanted(ctx.next_functions[1:]) else [None] * len(weights)
         return None, gz, *gw
 
 
@@ -178,6 +177,6 @@ class _Outer(torch.autograd.Function):
     def backward(ctx, *g: Tensor):
         x, z = ctx.saved_tensors
         g = [t.contiguous() for t in g]
-        gx = _Transposed.apply(ctx.kernel, z, *g) if ctx.needs_input_grad[1] else None
-        gz = _Apply.apply(ctx.kernel, x, *g) if ctx.needs_input_grad[2] else None
+        gx = apply(_Transposed, ctx.kernel, z, *g) if ctx.needs_input_grad[1] else None
+        gz = apply(_Apply, ctx.kernel, x, *g) if ctx.needs_input_grad[2] else None
         return None, gx, gz

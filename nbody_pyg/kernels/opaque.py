@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from nbody_pyg.kernels import edges, linear, ops, update
 from nbody_pyg.kernels.library import Library
-from nbody_pyg.kernels.scope import dry_run, tracing
+from nbody_pyg.kernels.scope import dry_run, recording
 
 _FUNCTIONS = {
     function.__name__: function
@@ -147,6 +147,7 @@ def _backward(ctx: Any, cotangents: list[Tensor | None]) -> tuple:
     vars(inner).update(ctx.attributes)
     wanted = iter(ctx.needs_input_grad[1])
     inner.needs_input_grad = [word == "t" and next(wanted) for word in words]
+    inner.next_functions = ctx.next_functions
     # What a function leaves out has no cotangent either, whatever autograd says
     cotangents = [None if shape == (0,) else c for c, shape in zip(cotangents, ctx.shapes, strict=False)]
     if ctx.materialize:
@@ -211,17 +212,6 @@ for _name, _schema, _function in (
 torch.library.register_autograd("nbody_pyg::run", _backward, setup_context=_save, lib=_library)
 
 
-@contextlib.contextmanager
-def opaque_products() -> Iterator[None]:
+def opaque_products() -> contextlib.AbstractContextManager[None]:
     """Inside, products are operators that a tracer can record; outside, they cost less as they are."""
-    if "apply" in vars(ops._Product):  # already inside
-        yield
-        return
-    for function in _FUNCTIONS.values():
-        function.apply = functools.partial(_call, function)
-    try:
-        with tracing():
-            yield
-    finally:
-        for function in _FUNCTIONS.values():
-            del function.apply
+    return recording(_call)

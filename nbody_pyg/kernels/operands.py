@@ -1,18 +1,26 @@
-"""What compiled code is told about its operands must be true: it reads memory by shape and type and cannot
-tell."""
+"""What compiled code is told about its operands must be true: it reads memory by shape and type and cannot tell.
+
+Operands that users have a hand in are checked by name before (:func:`check_operands`, :func:`check_range`). All
+operands of all calls, those of backward passes too, go through :func:`addresses`.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
 
 from nbody_pyg.kernels.scope import is_tracing
 
+_PLAIN = (Tensor, torch.nn.Parameter)
 
-def check_operands(dtype: torch.dtype, **operands: tuple[Tensor, tuple[int, ...]]) -> None:
-    """Raise unless every operand has this dtype and the shape that stands beside it.
 
-    Raises: TypeError: another dtype. ValueError: another shape.
+def check_operands(dtype: torch.dtype, device: torch.device, **operands: tuple[Tensor, tuple[int, ...]]) -> None:
+    """Raise unless every operand has this dtype, lies on this device and has the shape that stands beside it.
+
+    Raises: TypeError: another dtype. ValueError: another shape or device.
     """
     for name, (tensor, shape) in operands.items():
         if tensor.dtype is not dtype:
@@ -20,10 +28,32 @@ def check_operands(dtype: torch.dtype, **operands: tuple[Tensor, tuple[int, ...]
                 f"{name} must have the dtype of the other operands, {dtype}, got {tensor.dtype}; cast it, "
                 "and leave autocast off or use set_backend('torch')"
             )
-        if tuple(tensor.shape) != shape:
+        if tensor.shape != shape:
             raise ValueError(
                 f"{name} must have shape {list(shape)}, got {list(tensor.shape)}; check the irreps and edges"
             )
+        if tensor.device != device:
+            raise ValueError(
+                f"{name} must lie on the device of the other operands, {device}, got {tensor.device}; move it with .to()"
+            )
+
+
+def check_matrices(dtype: torch.dtype, device: torch.device, matrices: Sequence[Tensor], shapes: Sequence) -> None:
+    """:func:`check_operands` for the weights of a map, of which there are many."""
+    for weight, shape in zip(matrices, shapes, strict=True):
+        if weight.dtype is not dtype or weight.shape != shape:
+            check_operands(dtype, device, weight=(weight, shape))
+
+
+def check_index(device: torch.device, **operands: tuple[Tensor, tuple[int, ...]]) -> None:
+    """:func:`check_operands` for integers.
+
+    Raises: TypeError: another dtype than int64. ValueError: another shape or device.
+    """
+    for name, (tensor, _) in operands.items():
+        if tensor.dtype is not torch.int64:
+            raise TypeError(f"{name} must have the dtype torch.int64, got {tensor.dtype}; cast it with .long()")
+    check_operands(torch.int64, device, **operands)
 
 
 def check_range(name: str, index: Tensor, size: int) -> None:
@@ -33,8 +63,83 @@ def check_range(name: str, index: Tensor, size: int) -> None:
     """
     if is_tracing() or index.numel() == 0:
         return
-    low, high = (int(bound) for bound in torch.aminmax(index))
+    least, most = torch.aminmax(index)
+    low, high = least.item(), most.item()
     if low < 0 or high >= size:
         raise ValueError(
             f"{name} must lie between 0 and {size - 1}, got {low} to {high}; check the edges against the number of parts"
         )
+
+
+def addresses(
+    tensors: Sequence[Tensor | None], sizes: Sequence[int], dtypes: Iterable[torch.dtype]
+) -> list[int | None]:
+    """Where the numbers of each tensor lie, for compiled code; None for None.
+
+    One loop without further calls of Python: every product asks for a dozen.
+
+    Raises: TypeError: a tensor without memory of its own, as tracers, ``vmap`` and the meta device make them.
+        ValueError: another dtype, size or device than the compiled code takes, or gaps between the numbers.
+    """
+    if len(tensors) != len(sizes):
+        raise ValueError(f"compiled products take {len(sizes)} tensors here, got {len(tensors)}; pass one for each")
+    found: list[int | None] = [None] * len(sizes)
+    for place, (tensor, size, dtype) in enumerate(zip(tensors, sizes, dtypes, strict=False)):  # dtypes may be endless
+        if tensor is None:
+            continue
+        try:
+            fits = (
+                type(tensor) in _PLAIN
+                and tensor.dtype is dtype
+                and tensor.is_cpu
+                and tensor.numel() == size
+                and tensor.is_contiguous()
+            )
+            pointer = tensor.data_ptr() if fits else 0
+        except RuntimeError:  # tensors of vmap and the like have no address
+            fits, pointer = False, 0
+        if not pointer and not (fits and size == 0):
+            _refuse(tensor, dtype, size)
+        found[place] = pointer
+    return found
+
+
+def check_launch(tensors: Sequence[Tensor]) -> Tensor:
+    """The first of the tensors that a kernel on a GPU is given, all of which must lie there, and without gaps.
+
+    Raises: as :func:`addresses`.
+    """
+    first = tensors[0]
+    dtype = next((t.dtype for t in tensors if t.is_floating_point()), first.dtype)
+    for tensor in tensors:
+        fits = tensor.dtype is dtype or not tensor.is_floating_point()
+        if not (fits and tensor.device == first.device and tensor.is_contiguous()) or _has_no_memory(tensor):
+            _refuse(tensor, dtype, tensor.numel())
+    return first
+
+
+def _has_no_memory(tensor: Tensor) -> bool:
+    inner = torch._C._functorch.is_functorch_wrapped_tensor(tensor) or torch._C._functorch.is_legacy_batchedtensor(
+        tensor
+    )
+    return inner or tensor.is_meta or type(tensor) not in _PLAIN
+
+
+def _refuse(tensor: Tensor, dtype: torch.dtype, size: int) -> NoReturn:
+    if _has_no_memory(tensor):
+        raise TypeError(
+            f"compiled products need tensors with numbers in memory, got a {type(tensor).__name__} on {tensor.device} that "
+            "a tracer, torch.vmap or a tensor subclass has made; call nbody_pyg.kernels.set_backend('torch') before the "
+            "forward pass"
+        )
+    raise ValueError(
+        f"compiled products take {size} numbers of {dtype} on one device here, without gaps, got {tensor.dtype} of shape "
+        f"{list(tensor.shape)} and strides {list(tensor.stride())} on {tensor.device}; pass tensors of one dtype and device"
+    )
+
+
+class Several(NamedTuple):
+    """Tensors whose addresses go into one array, each with the number of its entries; None for a null pointer."""
+
+    tensors: tuple[Tensor | None, ...] | list[Tensor | None]
+    sizes: tuple[int, ...] | list[int]

@@ -12,8 +12,8 @@ from nbody_pyg.kernels import codegen
 from nbody_pyg.kernels.codegen import Term
 from nbody_pyg.kernels.derivatives import last_derivative
 from nbody_pyg.kernels.library import Library
-from nbody_pyg.kernels.operands import check_operands, check_range
-from nbody_pyg.kernels.scope import weight_gradients_skipped
+from nbody_pyg.kernels.operands import check_index, check_operands, check_range
+from nbody_pyg.kernels.scope import apply, gradients_wanted
 
 #: A vector holds at most this many channels (64 bytes of float32).
 LANES = 16
@@ -25,14 +25,19 @@ class ProductKernel:
     def __init__(self, terms: list[Term], rows1: int, rows2: int, rows_out: int, channels: int) -> None:
         self.rows1, self.rows2, self.rows_out, self.channels = rows1, rows2, rows_out, channels
         tail = channels % LANES != 0
-        signatures = {"product_forward": "2i3p", "product_backward": "2i5p", "product_double": "2i8p"}
+        x, y, out = (f"reals:{rows}*N*C" for rows in (rows1, rows2, rows_out))
+        signatures = {
+            "product_forward": f"N C {x} {y} {out}",
+            "product_backward": f"N C {out} {x} {y} {x} {y}",
+            "product_double": f"N C {out} {x} {y} {x} {y} {out} {x} {y}",
+        }
         self.library = Library(codegen.product_source(terms, rows1, rows2, rows_out, tail), signatures)
 
     def __call__(self, x: Tensor, y: Tensor) -> Tensor:
         nodes, channels = x.shape[0], self.channels
-        check_operands(x.dtype, x=(x, (nodes, self.rows1, channels)), y=(y, (nodes, self.rows2, channels)))
+        check_operands(x.dtype, x.device, x=(x, (nodes, self.rows1, channels)), y=(y, (nodes, self.rows2, channels)))
         # Made contiguous here, not in ``forward``: a copy that is saved there has no graph of its own
-        return _Product.apply(x.contiguous(), y.contiguous(), self)
+        return apply(_Product, x.contiguous(), y.contiguous(), self)
 
 
 class _Product(torch.autograd.Function):
@@ -47,7 +52,7 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, g: Tensor):
-        return *_ProductBackward.apply(g, *ctx.saved_tensors, ctx.kernel), None
+        return *apply(_ProductBackward, g, *ctx.saved_tensors, ctx.kernel), None
 
 
 class _ProductBackward(torch.autograd.Function):
@@ -88,7 +93,14 @@ class OneBodyKernel:
         self.paths, self.basis, self.channels = paths, basis, channels
         tail = channels % LANES != 0
         source = codegen.one_body_source(terms, rows_in, harmonics, rows_out, paths, basis, tail)
-        signatures = {"one_body_forward": "2i7p", "one_body_backward": "2i11p", "one_body_double": "2i16p"}
+        x, out, weight = f"reals:{rows_in}*S*C", f"reals:{rows_out}*T*C", f"{basis * paths}*C"
+        edges = f"reals:{harmonics}*E reals:{basis}*E"
+        sizes, factors = "E C (S) (T) longs:E longs:E", f"{x} {edges} reals:{weight}"
+        signatures = {
+            "one_body_forward": f"{sizes} {factors} {out}",
+            "one_body_backward": f"{sizes} {out} {factors} {x} {edges} reals?:{weight}",
+            "one_body_double": f"{sizes} {out} {factors} {x} {edges} reals?:{weight} {out} {factors}",
+        }
         self.library = Library(source, signatures)
 
     def __call__(
@@ -98,16 +110,22 @@ class OneBodyKernel:
         edges, channels = index.shape[1], self.channels
         check_operands(
             x.dtype,
+            x.device,
             x=(x, (x.shape[0], self.rows_in, channels)),
             harmonics=(harmonics, (edges, self.harmonics)),
             radial=(radial, (edges, self.basis)),
             weight=(weight, (self.basis, self.paths * channels)),
         )
-        check_operands(torch.int64, index=(index, (2, edges)))
+        check_index(x.device, index=(index, (2, edges)))
         check_range("index[0] (sources)", index[0], x.shape[0])
         check_range("index[1] (targets)", index[1], num_targets)
         factors = [t.contiguous() for t in (x, harmonics, radial, weight)]
-        return _OneBody.apply(*factors, index.contiguous(), num_targets, self)
+        return apply(_OneBody, *factors, index.contiguous(), num_targets, self)
+
+
+def _sizes(index: Tensor, x: Tensor, out: Tensor) -> tuple[int, int, int, int]:
+    """Numbers of edges, channels, sources and targets."""
+    return index.shape[1], x.shape[2], x.shape[0], out.shape[0]
 
 
 class _OneBody(torch.autograd.Function):
@@ -118,13 +136,13 @@ class _OneBody(torch.autograd.Function):
         ctx.kernel = kernel
         out = x.new_zeros(num_targets, kernel.rows_out, x.shape[2])
         tensors = (index[0], index[1], *factors, out)
-        kernel.library.call("one_body_forward", x.dtype, index.shape[1], x.shape[2], *tensors)
+        kernel.library.call("one_body_forward", x.dtype, *_sizes(index, x, out), *tensors)
         return out
 
     @staticmethod
     def backward(ctx, g: Tensor):
-        weigh = ctx.needs_input_grad[3] and not weight_gradients_skipped()
-        return *_OneBodyBackward.apply(g, *ctx.saved_tensors, weigh, ctx.kernel), None, None, None
+        weigh = gradients_wanted(ctx.next_functions[3:4])  # of the weight
+        return *apply(_OneBodyBackward, g, *ctx.saved_tensors, weigh, ctx.kernel), None, None, None
 
 
 class _OneBodyBackward(torch.autograd.Function):
@@ -137,7 +155,7 @@ class _OneBodyBackward(torch.autograd.Function):
         gx, gy, gb = torch.zeros_like(x), torch.empty_like(harmonics), torch.empty_like(radial)
         gw = torch.zeros_like(weight) if weigh else None
         tensors = (index[0], index[1], g, x, harmonics, radial, weight, gx, gy, gb, gw)
-        kernel.library.call("one_body_backward", x.dtype, index.shape[1], x.shape[2], *tensors)
+        kernel.library.call("one_body_backward", x.dtype, *_sizes(index, x, g), *tensors)
         return gx, gy, gb, gw
 
     @staticmethod
@@ -153,7 +171,7 @@ class _OneBodyBackward(torch.autograd.Function):
         gg, gx, gw = torch.zeros_like(g), torch.zeros_like(x), torch.zeros_like(weight)
         gy, gb = torch.empty_like(harmonics), torch.empty_like(radial)
         tensors = (index[0], index[1], g, *factors, weight, a, n, d, u, gg, gx, gy, gb, gw)
-        ctx.kernel.library.call("one_body_double", x.dtype, index.shape[1], x.shape[2], *tensors)
+        ctx.kernel.library.call("one_body_double", x.dtype, *_sizes(index, x, g), *tensors)
         return gg, gx, gy, gb, gw, None, None, None
 
 
@@ -162,16 +180,22 @@ class DensityKernel:
 
     def __init__(self, harmonics: int, basis: int, num_species: int) -> None:
         self.shape, self.num_species = (harmonics, basis), num_species
-        signatures = {"density_forward": "1i4p", "density_backward": "1i6p", "density_double": "1i9p"}
+        edges, out = f"reals:{harmonics}*E reals:{basis}*E", f"reals:{harmonics * num_species * basis}*T"
+        signatures = {
+            "density_forward": f"E (T) longs:E {edges} {out}",
+            "density_backward": f"E (T) longs:E {out} {edges} {edges}",
+            "density_double": f"E (T) longs:E {out} {edges} {edges} {out} {edges}",
+        }
         self.library = Library(codegen.density_source(harmonics, basis, num_species), signatures)
 
     def __call__(self, harmonics: Tensor, radial: Tensor, slot: Tensor, num_targets: int) -> Tensor:
         """Sum over edges, slot = target * species + species of the source: (targets, harmonics, species * basis)."""
         edges, (rows, basis) = slot.shape[0], self.shape
-        check_operands(radial.dtype, radial=(radial, (edges, basis)), harmonics=(harmonics, (edges, rows)))
-        check_operands(torch.int64, slot=(slot, (edges,)))
+        given = {"radial": (radial, (edges, basis)), "harmonics": (harmonics, (edges, rows))}
+        check_operands(radial.dtype, radial.device, **given)
+        check_index(radial.device, slot=(slot, (edges,)))
         check_range("slot (target * species + species of the source)", slot, num_targets * self.num_species)
-        return _Density.apply(harmonics.contiguous(), radial.contiguous(), slot.contiguous(), num_targets, self)
+        return apply(_Density, harmonics.contiguous(), radial.contiguous(), slot.contiguous(), num_targets, self)
 
 
 class _Density(torch.autograd.Function):
@@ -182,12 +206,12 @@ class _Density(torch.autograd.Function):
         rows, basis = kernel.shape
         out = harmonics.new_zeros(num_targets, rows, kernel.num_species * basis)
         tensors = (slot, harmonics, radial, out)
-        kernel.library.call("density_forward", out.dtype, slot.shape[0], *tensors)
+        kernel.library.call("density_forward", out.dtype, slot.shape[0], num_targets, *tensors)
         return out
 
     @staticmethod
     def backward(ctx, g: Tensor):
-        return *_DensityBackward.apply(g, *ctx.saved_tensors, ctx.kernel), None, None, None
+        return *apply(_DensityBackward, g, *ctx.saved_tensors, ctx.kernel), None, None, None
 
 
 class _DensityBackward(torch.autograd.Function):
@@ -198,7 +222,7 @@ class _DensityBackward(torch.autograd.Function):
         ctx.kernel = kernel
         gy, gb = torch.empty_like(harmonics), torch.empty_like(radial)
         tensors = (slot, g, harmonics, radial, gy, gb)
-        kernel.library.call("density_backward", g.dtype, slot.shape[0], *tensors)
+        kernel.library.call("density_backward", g.dtype, slot.shape[0], g.shape[0], *tensors)
         return gy, gb
 
     @staticmethod
@@ -207,5 +231,5 @@ class _DensityBackward(torch.autograd.Function):
         g, harmonics, radial, slot = ctx.saved_tensors
         gg, gy, gb = torch.zeros_like(g), torch.empty_like(harmonics), torch.empty_like(radial)
         tensors = (slot, g, harmonics, radial, a.contiguous(), d.contiguous(), gg, gy, gb)
-        ctx.kernel.library.call("density_double", g.dtype, slot.shape[0], *tensors)
+        ctx.kernel.library.call("density_double", g.dtype, slot.shape[0], g.shape[0], *tensors)
         return gg, gy, gb, None, None

@@ -113,6 +113,7 @@ static void rows_of(const real** p, const real* x, int64_t stride, int64_t size,
 }
 """
 
-PANELS = Library(panels_source(), {"rows_apply": "3i3p", "rows_outer": "3i3p"})
+# Called by other libraries only, by address
+PANELS = Library(panels_source(), {"rows_apply": "", "rows_outer": ""})
 #: First entries of the links of a library whose source holds :data:`LINKED`.
 LINKS = ((PANELS, "rows_apply"), (PANELS, "rows_outer"))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Callable, Sequence
 
 import torch
@@ -10,13 +9,11 @@ from torch import Tensor
 
 from nbody_pyg.kernels.derivatives import last_derivative
 from nbody_pyg.kernels.library import Library
-from nbody_pyg.kernels.operands import check_operands, check_range
+from nbody_pyg.kernels.operands import Several, check_index, check_matrices, check_operands, check_range
 from nbody_pyg.kernels.ops import ProductKernel
 from nbody_pyg.kernels.panels import LINKS
-from nbody_pyg.kernels.scope import is_dry, weight_gradients_skipped
+from nbody_pyg.kernels.scope import apply, gradients_wanted
 from nbody_pyg.kernels.update_source import PRODUCT_FUNCTIONS, Update, update_source, workspace_size
-
-_SIGNATURES = {"update_forward": "1i9p", "update_backward": "1i13p", "update_double": "1i14p"}
 
 #: Result of the same update in plain torch, for derivatives that are not compiled.
 Reference = Callable[..., Tensor]
@@ -37,10 +34,25 @@ class UpdateKernel:
         self, update: Update, products: Sequence[ProductKernel], num_species: int, reference: Reference
     ) -> None:
         self.update, self.num_species, self.reference = update, num_species, reference
+        degrees = max(update.degree_of_row, default=-1) + 1
+        scale, bias = num_species * degrees * update.channels, num_species * update.channels
+        state = f"{update.rows * update.channels}*N"
+        kept, out = f"{max(len(update.products) - 1, 0)}*{state}", f"reals:{update.rows_out * update.channels}*N"
+        optional = "?" * (not degrees), "?" * (not update.bias)
+        leading = (
+            f"N longs{'?' * (not degrees and not update.bias)}:N several several "
+            f"reals{optional[0]}:{scale} reals{optional[1]}:{bias} reals:{workspace_size(update)} reals:{state} reals:{kept}"
+        )
+        signatures = {
+            "update_forward": f"{leading} {out}",
+            "update_backward": f"{leading} {out} several several? reals?:{scale} reals?:{bias}",
+            "update_double": f"{leading} {out} several {out} several several reals:{scale}",
+        }
         links = [(p.library, f"product_{what}") for p in products for what in PRODUCT_FUNCTIONS]
-        self.library = Library(update_source(update), _SIGNATURES, [*LINKS, *links])
+        self.library = Library(update_source(update), signatures, [*LINKS, *links])
         self.shapes = update.shapes
-        self.degrees = max(update.degree_of_row, default=-1) + 1
+        self.degrees = degrees
+        self._sizes = [rows * columns for rows, columns in self.shapes]
         self._workspace = workspace_size(update)
         self._kept = max(len(update.products) - 1, 0)
 
@@ -53,22 +65,21 @@ class UpdateKernel:
         bias: Tensor | None,
     ) -> Tensor:
         """New states (nodes, rows_out, channels) from the inputs (nodes, rows, channels) of the nodes."""
-        u, dtype, nodes = self.update, inputs[0].dtype, inputs[0].shape[0]
+        u, dtype, device, nodes = self.update, inputs[0].dtype, inputs[0].device, inputs[0].shape[0]
         for x, size in zip(inputs, u.inputs, strict=True):
-            check_operands(dtype, input=(x.flatten(1), (nodes, size)))
-        for w, shape in zip(matrices, self.shapes, strict=True):
-            check_operands(dtype, weight=(w, shape))
+            check_operands(dtype, device, input=(x.flatten(1), (nodes, size)))
+        check_matrices(dtype, device, matrices, self.shapes)
         if scale is not None:
-            check_operands(dtype, scale=(scale, (self.num_species, self.degrees, u.channels)))
+            check_operands(dtype, device, scale=(scale, (self.num_species, self.degrees, u.channels)))
         if bias is not None:
-            check_operands(dtype, bias=(bias, (self.num_species, u.channels)))
+            check_operands(dtype, device, bias=(bias, (self.num_species, u.channels)))
         if species is not None:
-            check_operands(torch.int64, species=(species, (nodes,)))
+            check_index(device, species=(species, (nodes,)))
             check_range("species", species, self.num_species)
             species = species.contiguous()
         tensors = [t.contiguous() for t in (*inputs, *matrices)]
         extra = [None if t is None else t.contiguous() for t in (scale, bias)]
-        return _Update.apply(self, species, *extra, *tensors)
+        return apply(_Update, self, species, *extra, *tensors)
 
     def split(self, tensors: Sequence[Tensor]) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
         """Inputs and matrices out of one list."""
@@ -79,7 +90,16 @@ class UpdateKernel:
         """The arguments that all three functions begin with, but for the number of nodes."""
         inputs, matrices = self.split(tensors)
         work = inputs[0].new_empty(self._workspace)
-        return [species, _pointers(inputs), _pointers(matrices), scale, bias, work]
+        return [species, self.states(inputs), self.matrices(matrices), scale, bias, work]
+
+    def states(self, tensors: Sequence[Tensor | None]) -> Several:
+        """One tensor per input, of its shape."""
+        nodes = next((t.shape[0] for t in tensors if t is not None), 0)
+        return Several(tensors, [nodes * size for size in self.update.inputs])
+
+    def matrices(self, tensors: Sequence[Tensor]) -> Several:
+        """One tensor per matrix, of its shape."""
+        return Several(tensors, self._sizes)
 
     def fresh_gradients(self, like: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
         """Zeros for the gradients of factors, constants and matrices, in one piece of memory."""
@@ -96,12 +116,6 @@ class UpdateKernel:
         return like.new_empty(nodes, u.rows, u.channels), like.new_empty(self._kept, nodes, u.rows, u.channels)
 
 
-def _pointers(tensors: Sequence[Tensor | None]):
-    if is_dry():
-        return None
-    return (ctypes.c_void_p * len(tensors))(*[None if t is None else t.data_ptr() for t in tensors])
-
-
 class _Update(torch.autograd.Function):
     @staticmethod
     def forward(ctx, kernel: UpdateKernel, species, scale, bias, *tensors: Tensor) -> Tensor:
@@ -116,8 +130,10 @@ class _Update(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, g: Tensor):
-        weigh = any(ctx.needs_input_grad[4 + len(ctx.kernel.update.inputs) :]) and not weight_gradients_skipped()
-        return None, None, *_UpdateBackward.apply(ctx.kernel, weigh, g.contiguous(), *ctx.saved_tensors)
+        edges, count = ctx.next_functions, len(ctx.kernel.shapes)
+        # Not of the inputs, which stand between factors and constants and the matrices
+        weigh = gradients_wanted((*edges[: -count - len(ctx.kernel.update.inputs)], *edges[-count:]))
+        return None, None, *apply(_UpdateBackward, ctx.kernel, weigh, g.contiguous(), *ctx.saved_tensors)
 
 
 class _UpdateBackward(torch.autograd.Function):
@@ -130,7 +146,7 @@ class _UpdateBackward(torch.autograd.Function):
         gradients = [torch.empty_like(x) for x in inputs]
         gs, gb, gw = kernel.fresh_gradients(g) if weigh else (None, None, None)
         leading = kernel.leading(species, scale, bias, tensors)
-        rest = (sums, kept, g, _pointers(gradients), _pointers(gw) if weigh else None, gs, gb)
+        rest = (sums, kept, g, kernel.states(gradients), kernel.matrices(gw) if weigh else None, gs, gb)
         kernel.library.call("update_backward", g.dtype, g.shape[0], *leading, *rest)
         if not weigh:
             return None, None, *gradients, *[None] * len(matrices)
@@ -148,7 +164,7 @@ class _UpdateBackward(torch.autograd.Function):
         gg, gradients = torch.empty_like(g), [torch.empty_like(x) for x in tensors[:count]]
         gs, _, gw = kernel.fresh_gradients(g)
         leading = kernel.leading(species, scale, bias, tensors)
-        rest = (sums, kept, g, _pointers(of_inputs), gg, _pointers(gradients), _pointers(gw), gs)
+        rest = (sums, kept, g, kernel.states(of_inputs), gg, kernel.states(gradients), kernel.matrices(gw), gs)
         kernel.library.call("update_double", g.dtype, g.shape[0], *leading, *rest)
         return None, None, gg, None, None if scale is None else gs, None, None, None, *gradients, *gw
 

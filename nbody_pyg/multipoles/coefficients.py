@@ -8,13 +8,14 @@ harmonics of that vector, as in the standard convention.
 
 from __future__ import annotations
 
-import functools
 import math
 
 import torch
 from e3nn import o3
 from jaxtyping import Float
 from torch import Tensor
+
+from nbody_pyg.kernels.scope import constant_table
 
 #: Highest degree of multipoles and local fields.
 MAX_LMAX = 8
@@ -40,24 +41,23 @@ def kappa(upper: int, l: int) -> float:
     return math.sqrt(math.comb(2 * upper + 2 * l + 1, 2 * l))
 
 
-@functools.cache
+@constant_table
 def raising_table(l: int) -> Float[Tensor, "rows_below 3 rows"]:
     r"""Table (2l-1, 3, 2l+1), float64, that takes :math:`R_{l-1} \otimes \mathbf r` to :math:`R_l`, for l >= 1."""
-    with torch.inference_mode(False), torch.no_grad():
-        # <l-1 0 1 0 | l 0> = sqrt(l / (2l - 1)) makes the product one of Racah's harmonics again
-        table = o3.wigner_3j(l - 1, 1, l, dtype=torch.float64) * math.sqrt((2 * l + 1) * (2 * l - 1) / l)
-        if l > _E3NN_HARMONICS:
-            return table
-        probe = torch.tensor([0.3, -0.5, 0.7], dtype=torch.float64)
-        below, here = (_e3nn_harmonics(probe, k) for k in (l - 1, l))
-        return table * torch.einsum("a,b,abc,c->", below, probe, table, here).sign()
+    # <l-1 0 1 0 | l 0> = sqrt(l / (2l - 1)) makes the product one of Racah's harmonics again
+    table = o3.wigner_3j(l - 1, 1, l, dtype=torch.float64) * math.sqrt((2 * l + 1) * (2 * l - 1) / l)
+    if l > _E3NN_HARMONICS:
+        return table
+    probe = torch.tensor([0.3, -0.5, 0.7], dtype=torch.float64)
+    below, here = (_e3nn_harmonics(probe, k) for k in (l - 1, l))
+    return table * torch.einsum("a,b,abc,c->", below, probe, table, here).sign()
 
 
 def _e3nn_harmonics(vec: Tensor, l: int) -> Tensor:
     return o3.spherical_harmonics(l, vec, normalize=False, normalization="norm")
 
 
-@functools.cache
+@constant_table
 def _probe_harmonics(l: int) -> Tensor:
     """Harmonics of one generic direction, by the recursion that defines their signs."""
     probe = torch.tensor([0.48, -0.60, 0.64], dtype=torch.float64)
@@ -66,7 +66,7 @@ def _probe_harmonics(l: int) -> Tensor:
     return torch.einsum("a,b,abc->c", _probe_harmonics(l - 1), probe, raising_table(l))
 
 
-@functools.cache
+@constant_table
 def stretched_coupling(l1: int, l2: int) -> Float[Tensor, "rows1 rows2 rows"]:
     r"""Clebsch-Gordan coefficients :math:`\langle l_1 m_1\, l_2 m_2 | l_1 + l_2, m \rangle` in e3nn's real basis.
 
@@ -77,11 +77,10 @@ def stretched_coupling(l1: int, l2: int) -> Float[Tensor, "rows1 rows2 rows"]:
     >>> tuple(stretched_coupling(1, 2).shape)
     (3, 5, 7)
     """
-    with torch.inference_mode(False), torch.no_grad():
-        l = l1 + l2
-        table = o3.wigner_3j(l1, l2, l, dtype=torch.float64) * math.sqrt(2 * l + 1)
-        harmonics = (_probe_harmonics(k) for k in (l1, l2, l))
-        return table * torch.einsum("a,b,c,abc->", *harmonics, table).sign()
+    l = l1 + l2
+    table = o3.wigner_3j(l1, l2, l, dtype=torch.float64) * math.sqrt(2 * l + 1)
+    harmonics = (_probe_harmonics(k) for k in (l1, l2, l))
+    return table * torch.einsum("a,b,c,abc->", *harmonics, table).sign()
 
 
 def rows(lmax: int) -> int:
@@ -94,7 +93,7 @@ def block(l: int) -> slice:
     return slice(l * l, (l + 1) ** 2)
 
 
-@functools.cache
+@constant_table
 def shift_table(lmax_in: int, lmax_out: int) -> Float[Tensor, "rows_h rows_out rows_in"]:
     r"""M2M: :math:`\alpha(l_1, l_2) \langle l_1 m_1 l_2 m_2 | l m \rangle` at [l1 m1, l m, l2 m2], l = l1 + l2."""
     table = torch.zeros(rows(lmax_out), rows(lmax_out), rows(lmax_in), dtype=torch.float64)
@@ -105,7 +104,7 @@ def shift_table(lmax_in: int, lmax_out: int) -> Float[Tensor, "rows_h rows_out r
     return table
 
 
-@functools.cache
+@constant_table
 def descend_table(lmax_in: int, lmax_out: int) -> Float[Tensor, "rows_h rows_out rows_in"]:
     """L2L: the transpose of M2M, with (-1)^l2 for a vector that points from the target to the source."""
     table = torch.zeros(rows(lmax_in), rows(lmax_out), rows(lmax_in), dtype=torch.float64)
@@ -116,7 +115,7 @@ def descend_table(lmax_in: int, lmax_out: int) -> Float[Tensor, "rows_h rows_out
     return table
 
 
-@functools.cache
+@constant_table
 def interaction_table(lmax_in: int, lmax_out: int) -> Float[Tensor, "rows_h rows_out rows_in"]:
     r"""M2L: :math:`\kappa(L, l) \langle l m\, L{+}l\, m' | L M \rangle` at [L+l m', L M, l m].
 

@@ -8,6 +8,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from nbody_pyg.kernels.scope import is_tracing
+
 
 def boys(t: Float[Tensor, "*shape"], order: int) -> Float[Tensor, "*shape orders"]:
     r"""Boys functions :math:`F_n(t) = \int_0^1 u^{2n} e^{-t u^2} du` for n = 0 .. order and t >= 0.
@@ -26,7 +28,7 @@ def boys(t: Float[Tensor, "*shape"], order: int) -> Float[Tensor, "*shape orders
     for n in range(order):
         up.append(((2 * n + 1) * up[-1] - decay) / (2.0 * large))
     result = torch.stack(up, dim=-1)
-    if torch.compiler.is_compiling():
+    if is_tracing():
         return torch.where(low.unsqueeze(-1), _boys_of_small(torch.where(low, t, torch.zeros_like(t)), order), result)
     where = low.nonzero(as_tuple=True)
     return result.index_put(where, _boys_of_small(t[where], order))

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from nbody_pyg.kernels.scope import constant_table
 from nbody_pyg.multipoles.coefficients import MAX_LMAX, raising_table
 from nbody_pyg.multipoles.damping import gaussian_factors
 
 
-@functools.cache
+@constant_table
 def _raising(l: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    with torch.inference_mode(False):
-        return raising_table(l).flatten(0, 1).to(device=device, dtype=dtype)
+    return raising_table(l).flatten(0, 1).to(device=device, dtype=dtype)
 
 
 def regular_harmonics(vec: Float[Tensor, "edges 3"], lmax: int) -> Float[Tensor, "edges rows"]:

@@ -7,24 +7,23 @@ sources in row 0 and the targets in row 1, the number of targets, and a weight f
 
 from __future__ import annotations
 
-import functools
 import math
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from nbody_pyg.kernels.scope import constant_table
 from nbody_pyg.multipoles import coefficients
 from nbody_pyg.multipoles.coefficients import check_lmax
 from nbody_pyg.multipoles.harmonics import irregular_harmonics, regular_harmonics
 
 
-@functools.cache
+@constant_table
 def _table(name: str, lmax_in: int, lmax_out: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """A table of :mod:`~nbody_pyg.multipoles.coefficients` as a matrix (harmonics, rows_out * rows_in)."""
-    with torch.inference_mode(False), torch.no_grad():
-        exact = getattr(coefficients, name)(lmax_in, lmax_out)
-        return exact.flatten(1).to(device=device, dtype=dtype)
+    exact = getattr(coefficients, name)(lmax_in, lmax_out)
+    return exact.flatten(1).to(device=device, dtype=dtype)
 
 
 def degree_of(values: Float[Tensor, "nodes rows channels"]) -> int:

@@ -1,10 +1,10 @@
-"""Latent charges: local, conserved, moved between neighbours; and the settings of long-range energies."""
+"""Charges: total ones and spins as inputs, latent ones between neighbours, and the settings of long-range energies."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,11 +13,16 @@ from e3nn import o3
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from nbody_pyg.kernels.scope import has_values
 from nbody_pyg.multipoles.coefficients import check_lmax
 from nbody_pyg.nn.edges import EdgeFeatures, sum_into
-from nbody_pyg.nn.irreps import equal_multiplicity, row_slices
+from nbody_pyg.nn.irreps import Resettable, equal_multiplicity, row_slices
 
 METHODS = ("direct", "hierarchy", "ewald")
+#: What a system may be in beside its geometry, and what it is in where nobody says: a neutral singlet.
+DEFAULT_STATE: Mapping[str, float] = {"charge": 0.0, "spin": 1.0}
+# A charge of one, shared by ten atoms, is of size one to the network.
+_SHARE = 10.0
 
 
 @dataclass(frozen=True)
@@ -82,7 +87,7 @@ class LongRangeSettings:
         return dataclasses.asdict(self)
 
 
-class LatentCharges(nn.Module):
+class LatentCharges(Resettable):
     r"""Charges (and dipoles) of atoms from their states, with exact conservation.
 
     .. math:: q_i = Q_i + \sum_j p_{ij}, \qquad
@@ -175,39 +180,216 @@ class LatentCharges(nn.Module):
         return f"{self.irreps} -> {self.settings.channels} charges, dipoles={self.settings.dipoles}"
 
 
+def total_charge(
+    batch: Int[Tensor, " atoms"],
+    num_graphs: int,
+    charge: Tensor | float | None,
+    charges: Float[Tensor, " atoms"] | None,
+    like: Tensor,
+) -> Float[Tensor, " graphs"] | None:
+    """Total charge of each graph, e: as given, or the sum of the formal charges; None where nothing is given.
+
+    ``charge`` holds one number for each graph, of any shape and type.
+
+    Raises: ValueError: a wrong number of values, one that is not finite, or a total that differs from the sum of
+        ``charges``.
+    """
+    total = None if charge is None else _one_for_each_graph("charge", charge, num_graphs, like)
+    if charges is None:
+        return total
+    if tuple(charges.shape) != (batch.shape[0],):
+        raise ValueError(f"charges must have shape [{batch.shape[0]}], one for each atom, got {list(charges.shape)}")
+    charges = charges.to(like)
+    summed = charges.new_zeros(num_graphs).index_add(0, batch, charges)
+    if has_values(charges):
+        if not bool(torch.isfinite(charges).all()):
+            raise ValueError("charges must be finite, got NaN or infinity; leave the key out where they are not known")
+        if total is not None and bool((summed - total).abs().max() > 1e-3):
+            wrong = int((summed - total).abs().argmax())
+            raise ValueError(
+                f"charges must add up to charge in every graph, got {float(summed[wrong]):g} and "
+                f"{float(total[wrong]):g} in graph {wrong}; give one of the two"
+            )
+    return summed if total is None else total
+
+
+def spin_multiplicity(spin: Tensor | int | None, num_graphs: int, like: Tensor) -> Float[Tensor, " graphs"] | None:
+    """Spin multiplicity 2S + 1 of each graph; None where it is not given.
+
+    Raises: ValueError: a wrong number of values, or one that is no whole number from 1 on.
+    """
+    if spin is None:
+        return None
+    found = _one_for_each_graph("spin", spin, num_graphs, like)
+    if has_values(found) and bool(((found < 1) | (found != found.round())).any()):
+        wrong = int(((found < 1) | (found != found.round())).nonzero()[0])
+        raise ValueError(
+            f"spin must be the multiplicity 2S + 1, a whole number from 1 (singlet) on, got {float(found[wrong]):g} "
+            f"in graph {wrong}"
+        )
+    return found
+
+
+def _one_for_each_graph(name: str, value: Tensor | float, num_graphs: int, like: Tensor) -> Float[Tensor, " graphs"]:
+    value = torch.as_tensor(value).reshape(-1).to(like)
+    if value.shape[0] != num_graphs:
+        raise ValueError(f"{name} must have one value for each of {num_graphs} graphs, got {value.shape[0]}")
+    if has_values(value) and not bool(torch.isfinite(value).all()):
+        wrong = int((~torch.isfinite(value)).nonzero()[0])
+        raise ValueError(
+            f"{name} must be finite, got {float(value[wrong])} in graph {wrong}; leave out a key that is not known"
+        )
+    return value
+
+
 def charge_shares(
     batch: Int[Tensor, " atoms"],
     num_graphs: int,
     charge: Float[Tensor, " graphs"] | None,
     charges: Float[Tensor, " atoms"] | None,
     like: Tensor,
+    weight: Float[Tensor, " atoms"] | None = None,
 ) -> Float[Tensor, " atoms"]:
-    """What every atom has of the total charge before transfers.
+    r"""What every atom has of the total charge before transfers.
+
+    .. math:: s_i = Q\, w_i \Big/ \sum_j w_j
 
     ``charges`` of the atoms (formal charges) enter where they are, which keeps fragments independent of each other;
-    without them ``charge`` is spread evenly over the atoms of its graph, and without both there is none.
+    without them ``charge`` is spread over the atoms of its graph by ``weight`` (evenly without it), and without both
+    there is none.
 
-    Raises: ValueError: wrong shapes, or a total that differs from the sum of ``charges``.
+    Raises: ValueError: as for :func:`total_charge`.
     """
-    num_atoms = batch.shape[0]
-    if charge is not None:
-        charge = charge.reshape(-1).to(like.dtype)
-        if charge.shape[0] != num_graphs:
-            raise ValueError(f"charge must have one value for each of {num_graphs} graphs, got {charge.shape[0]}")
+    charge = total_charge(batch, num_graphs, charge, charges, like)
     if charges is not None:
-        if tuple(charges.shape) != (num_atoms,):
-            raise ValueError(f"charges must have shape [{num_atoms}], one for each atom, got {list(charges.shape)}")
-        charges = charges.to(like.dtype)
-        if charge is not None and not torch.compiler.is_compiling():
-            total = charges.new_zeros(num_graphs).index_add(0, batch, charges)
-            if bool((total - charge).abs().max() > 1e-3):
-                wrong = int((total - charge).abs().argmax())
-                raise ValueError(
-                    f"charges must add up to charge in every graph, got {float(total[wrong]):g} and "
-                    f"{float(charge[wrong]):g} in graph {wrong}; give one of the two"
-                )
-        return charges
+        return charges.to(like)
     if charge is None:
-        return like.new_zeros(num_atoms)
-    count = torch.bincount(batch, minlength=num_graphs).to(like.dtype)
-    return (charge / count).index_select(0, batch)
+        return like.new_zeros(batch.shape[0])
+    return _spread(charge, batch, like.new_ones(batch.shape[0]) if weight is None else weight)
+
+
+def _spread(total: Tensor, batch: Tensor, weight: Tensor) -> Tensor:
+    """Shares of the atoms in a total of each graph, which they add up to."""
+    whole = torch.zeros_like(total).index_add(0, batch, weight)
+    # A graph without atoms has nothing to share
+    return weight * (total / (whole + (whole == 0))).index_select(0, batch)
+
+
+class ElectronicEmbedding(nn.Module):
+    r"""Total charge and spin multiplicity as scalars of the atoms, and as a term of their energy.
+
+    .. math:: s_i = Q \frac{w_{z_i}}{\sum_j w_{z_j}}, \qquad
+              \psi_i^0 = V_{z_i} u_i + V'_{z_i} u_i^2, \quad u_i = \mathrm{arsinh}(10\, s_i), \qquad
+              \epsilon_i = a_{z_i} s_i + b_{z_i} s_i^2
+
+    and the same, with weights of their own, for the 2S unpaired electrons. The states :math:`\psi` are what atoms start
+    from, before all interactions. Everything is zero for a neutral singlet.
+
+    A total is a property of the whole system, so that its shares are not local: the charge of two distant fragments is
+    shared by their elements, whatever charge each of them has. What holds is this: n copies of a system with n times
+    its charge and n times its unpaired electrons have the shares, and with them the energy, of the system n times.
+
+    ================  ==============  ===============================
+    symbol            code            shape, unit
+    ================  ==============  ===============================
+    Q, 2S             ``totals``      (graphs, inputs), e and 1
+    s                 ``shares``      (atoms, inputs)
+    :math:`\psi`      result          (atoms, 1, channels), 0e
+    ================  ==============  ===============================
+
+    Args:
+        inputs: "charge", "spin", or both.
+        num_species: number of elements.
+        channels: number of scalars.
+        offset: add the term of the energy.
+
+    Equivariance: invariant; permutation. Smoothness: does not depend on positions.
+    Raises: ValueError: no input, or one that is not known.
+    """
+
+    def __init__(self, inputs: Sequence[str], num_species: int, channels: int, offset: bool = True) -> None:
+        super().__init__()
+        self.inputs = check_inputs(inputs)
+        count = len(self.inputs)
+        self.spread = nn.Parameter(torch.empty(num_species, count))
+        self.vectors = nn.Parameter(torch.empty(2 * count, num_species, channels))
+        self.offset = nn.Parameter(torch.empty(num_species, 2 * count)) if offset else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Even shares, random vectors, no term of the energy."""
+        nn.init.zeros_(self.spread)
+        nn.init.normal_(self.vectors, std=0.3)
+        if self.offset is not None:
+            nn.init.zeros_(self.offset)
+
+    def weight(self, species: Int[Tensor, " atoms"]) -> Float[Tensor, "atoms inputs"]:
+        """By which a total is shared: a positive number of the element."""
+        return self.spread.exp().index_select(0, species)
+
+    def shares(
+        self,
+        species: Int[Tensor, " atoms"],
+        batch: Int[Tensor, " atoms"],
+        charge: Float[Tensor, " graphs"] | None,
+        spin: Float[Tensor, " graphs"] | None,
+    ) -> Float[Tensor, "atoms inputs"]:
+        """What each atom has of the total charge, and of the unpaired electrons."""
+        weight, columns = self.weight(species), []
+        for number, name in enumerate(self.inputs):
+            total = charge if name == "charge" else None if spin is None else spin - 1.0
+            one = weight[:, number]
+            columns.append(torch.zeros_like(one) if total is None else _spread(total.to(one), batch, one))
+        return torch.stack(columns, dim=1)
+
+    def forward(
+        self, shares: Float[Tensor, "atoms inputs"], species: Int[Tensor, " atoms"]
+    ) -> Float[Tensor, "atoms 1 channels"]:
+        # arsinh: the shares of large systems are small, those of single ions must not grow into a tower of powers
+        u = torch.asinh(_SHARE * shares)
+        powers = torch.cat([u, u.square()], dim=1)
+        vectors = self.vectors.index_select(1, species)
+        return torch.einsum("np,pnc->nc", powers, vectors).unsqueeze(1)
+
+    def energy(self, shares: Float[Tensor, "atoms inputs"], species: Int[Tensor, " atoms"]) -> Float[Tensor, " atoms"]:
+        """The term of the energy, before all scales."""
+        return (self.offset.index_select(0, species) * torch.cat([shares, shares.square()], dim=1)).sum(1)
+
+    def extra_repr(self) -> str:
+        return ", ".join(self.inputs)
+
+
+def check_inputs(inputs: Sequence[str]) -> tuple[str, ...]:
+    """The inputs in their order.
+
+    Raises: ValueError: none, an unknown one, or one twice.
+    """
+    given = [inputs] if isinstance(inputs, str) else list(inputs)
+    if not given or len(set(given)) < len(given) or not set(given) <= set(DEFAULT_STATE):
+        raise ValueError(f"inputs must be some of {', '.join(DEFAULT_STATE)}, each once, got {inputs!r}; or None")
+    return tuple(name for name in DEFAULT_STATE if name in given)
+
+
+def refuse_unused(
+    used: Collection[str], assumed: Mapping[str, float], given: Mapping[str, Float[Tensor, " graphs"] | None]
+) -> None:
+    """Raise where a system is in another state than the one that a model without this input knows.
+
+    Args:
+        used: "charge" and "spin" where the model takes them.
+        assumed: what all its training frames had; a neutral singlet where it does not say.
+        given: charge and spin of each graph.
+
+    Raises: ValueError: naming the key, the graph and the cure.
+    """
+    for key, default in DEFAULT_STATE.items():
+        value, known = given.get(key), assumed.get(key, default)
+        if value is None or key in used or not bool((wrong := (value - known).abs() > 1e-4).any()):
+            continue
+        graph = int(wrong.nonzero()[0])
+        where = "" if len(value) == 1 else f" of graph {graph}"
+        raise ValueError(
+            f"{key}{where} is {float(value[graph]):g}, but the model has no input for it and knows {key} {known:g} "
+            f"only; train one on frames with several values of {key} (an NBodyNet with inputs=[{key!r}]), or take the "
+            f"{key} off the structure if it does not matter"
+        )

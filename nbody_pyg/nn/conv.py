@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from e3nn import o3
 from torch import Tensor
+from torch_geometric import EdgeIndex
 from torch_geometric.nn import MessagePassing
+from torch_geometric.utils import is_sparse, to_edge_index
 
-from nbody_pyg.geometry import edge_vectors
+from nbody_pyg.geometry import check_positions
+from nbody_pyg.hierarchy.positions import lattice_vectors
+from nbody_pyg.kernels.scope import in_own_precision, is_tracing, opaque_to_compile
 from nbody_pyg.nn.edges import EdgeEmbedding
 from nbody_pyg.nn.gates import OneBodyGate, ProductGate
-from nbody_pyg.nn.irreps import from_mul_ir, harmonic_irreps, require_reachable, to_mul_ir
+from nbody_pyg.nn.irreps import Resettable, from_mul_ir, harmonic_irreps, require_reachable, to_mul_ir
 from nbody_pyg.nn.linear import IrrepsLinear
 from nbody_pyg.radial import BesselBasis, vector_window
 
+#: Where PyG keeps hooks on a step of message passing.
+_HOOKS = tuple(f"_{step}_forward{pre}_hooks" for step in ("propagate", "message", "aggregate") for pre in ("", "_pre"))
 
-class NBodyConv(MessagePassing):
+
+class NBodyConv(Resettable, MessagePassing):
     r"""One-body gate and products on any graph with positions: a PyG layer from and to irreps in e3nn's order.
 
     .. math:: A_i = \bar n^{-1/2} \sum_{j \to i} f(r_{ij})\, R(r_{ij})\, CG\big(W x_j \otimes Y(\mathbf r_{ij})\big),
@@ -45,9 +54,11 @@ class NBodyConv(MessagePassing):
         symmetry: "o3" or "so3".
 
     Equivariance: O(3) (or SO(3)), translation, permutation. Smoothness: C2 where an edge passes the cutoff.
-    Cost: O(edges paths channels). ``torch_geometric.explain`` masks its messages, one by one in plain torch;
-    otherwise the compiled kernels run.
-    Raises: ValueError: a fragment of ``irreps_out`` that no path reaches; in forward: ``x`` of another type.
+    Cost: O(edges paths channels). Messages go one by one through plain torch where somebody has to see them
+    (``torch_geometric.explain``, hooks on propagate, message or aggregate, a subclass with a ``message`` of its own);
+    otherwise the compiled kernels run, in the precision of the weights, also inside ``torch.autocast``.
+    Raises: ValueError: a fragment of ``irreps_out`` that no path reaches. In forward, ValueError and TypeError: states,
+        positions or edges of another type, shape, dtype or device. NotImplementedError: other hooks.
 
     Example:
         >>> NBodyConv("8x0e", "4x0e + 4x1o", cutoff=4.0)
@@ -89,13 +100,8 @@ class NBodyConv(MessagePassing):
         self._own = o3.Irreps([(mul, ir) for mul, ir in self.irreps_out if ir in shared])
         self.lin_self = IrrepsLinear(self.irreps_in, self._own) if shared else None
 
-    def reset_parameters(self) -> None:
-        """Draw the linear maps at the border anew."""
-        super().reset_parameters()
-        for linear in (self.lin_in, self.lin_out, self.lin_self):
-            if linear is not None:
-                linear.reset_parameters()
-
+    @opaque_to_compile
+    @in_own_precision
     def forward(
         self,
         x: Tensor | tuple[Tensor, Tensor | None],
@@ -104,27 +110,31 @@ class NBodyConv(MessagePassing):
         shift: Tensor | None = None,
         cell: Tensor | None = None,
         batch: Tensor | None = None,
+        size: tuple[int, int] | None = None,
     ) -> Tensor:
         """States of the targets.
 
         Args:
             x: states of the nodes, or of (sources, targets); None for targets without a state.
-            edge_index: sources and targets.
-            pos: positions of the nodes, or of (sources, targets).
+            edge_index: sources and targets; or a sparse matrix with a row for each target, PyG's ``adj_t``.
+            pos: positions of the nodes, or of (sources, targets), in any floating dtype.
             shift: lattice shifts of the edges, as :func:`~nbody_pyg.geometry.neighbour_list` gives them.
             cell: lattice vectors (graphs, 3, 3), with ``shift``.
             batch: graph of each target, with ``cell`` of several graphs.
+            size: numbers of sources and targets, for those who give them; they must be those of ``pos``.
         """
-        source, target = x if isinstance(x, (tuple, list)) else (x, x)
-        if source.shape[-1] != self.irreps_in.dim:
-            raise ValueError(f"x must have {self.irreps_in.dim} components ({self.irreps_in}), got {source.shape[-1]}")
-        if isinstance(pos, (tuple, list)):
-            vec, num_targets = pos[0][edge_index[0]] - pos[1][edge_index[1]], pos[1].shape[0]
-        else:
-            vec, num_targets = edge_vectors(pos, edge_index, shift, cell, batch), pos.shape[0]
+        states, places = _both("x", x), _both("pos", pos)
+        self._check_nodes(states, places, size)
+        source, target = states
+        edge_index = _edges(edge_index, shift, places)
+        num_targets = places[1].shape[0]
+        vec = places[0].index_select(0, edge_index[0]) - places[1].index_select(0, edge_index[1])
+        if cell is not None:
+            vec = vec + self._lattice(shift, cell, batch, edge_index[1], places[1]).to(vec.dtype)
+        vec = vec.to(source.dtype)
         edges = self.embedding(edge_index, vec, vector_window(vec, self.cutoff), num_targets)
         state = self.lin_in(from_mul_ir(source, self.irreps_in)).view(-1, self._rows, self._channels)
-        if self.explain:  # messages have to be seen one by one
+        if self._shows_messages():
             total = self.propagate(
                 edge_index, x=(state, None), harmonics=edges.harmonics, radial=edges.radial,
                 size=(state.shape[0], num_targets),
@@ -136,6 +146,74 @@ class NBodyConv(MessagePassing):
         if self.lin_self is not None and target is not None:
             out = self._add_own(out, to_mul_ir(self.lin_self(from_mul_ir(target, self.irreps_in)), self._own))
         return out
+
+    def _shows_messages(self) -> bool:
+        """Whether somebody has to see the messages one by one: an explainer, a hook, a subclass with its own."""
+        own = any(
+            getattr(type(self), name) is not getattr(NBodyConv, name) for name in ("message", "aggregate", "update")
+        )
+        return bool(self.explain) or own or any(getattr(self, name) for name in _HOOKS)
+
+    def _refuse_hook(self, hook: Any) -> Any:
+        raise NotImplementedError(
+            f"{type(self).__name__} has no edge_update and no message_and_aggregate, so a hook on them would not "
+            "fire; register it on propagate, message or aggregate"
+        )
+
+    register_edge_update_forward_pre_hook = register_edge_update_forward_hook = _refuse_hook
+    register_message_and_aggregate_forward_pre_hook = register_message_and_aggregate_forward_hook = _refuse_hook
+
+    def _check_nodes(
+        self, states: tuple[Tensor, Tensor | None], places: tuple[Tensor, ...], size: tuple[int, int] | None
+    ) -> None:
+        """Raise unless states and positions fit each other and the weights; nothing is computed before."""
+        weight = self.gate.radial_weight
+        for pos in places[: 1 if places[0] is places[1] else 2]:
+            if not isinstance(pos, Tensor):
+                raise TypeError(f"pos must be a tensor or a pair of tensors, got a {type(pos).__name__}")
+            if pos.dim() != 2 or pos.shape[1] != 3:
+                raise ValueError(
+                    f"pos must have shape [num_nodes, 3], got {list(pos.shape)}; "
+                    "put a column of zeros beside planar positions"
+                )
+            check_positions(pos, values=pos.device == weight.device and not is_tracing())
+        for kind, x, pos in zip(("source", "target"), states, places, strict=True):
+            if x is None and kind == "target":
+                continue
+            if not isinstance(x, Tensor):
+                raise TypeError(f"x must hold a tensor for the {kind} nodes, got a {type(x).__name__}")
+            if x.dim() != 2 or x.shape[1] != self.irreps_in.dim:
+                raise ValueError(
+                    f"x must have {self.irreps_in.dim} components ({self.irreps_in}) for each node, shape "
+                    f"[{pos.shape[0]}, {self.irreps_in.dim}], got {list(x.shape)}; several graphs go into one Batch"
+                )
+            if x.shape[0] != pos.shape[0]:
+                raise ValueError(f"x and pos must have a row for each {kind} node, got {x.shape[0]} and {pos.shape[0]}")
+            if x.dtype != weight.dtype:
+                raise TypeError(
+                    f"x must have the dtype of the weights, {weight.dtype}, got {x.dtype}; cast it, or the layer with "
+                    f"conv.to({x.dtype})"
+                )
+            if not x.device == pos.device == weight.device:
+                raise ValueError(
+                    f"x, pos and the weights must be on one device, got {x.device}, {pos.device} and {weight.device}; "
+                    "use .to(device)"
+                )
+        found = tuple(pos.shape[0] for pos in places)
+        if size is not None and tuple(size) != found:
+            raise ValueError(
+                f"size must be {found}, the numbers of positions of sources and targets, got {tuple(size)}"
+            )
+
+    @staticmethod
+    def _lattice(shift: Tensor | None, cell: Tensor, batch: Tensor | None, target: Tensor, pos: Tensor) -> Tensor:
+        """Translation of the source of each edge."""
+        if shift is None:
+            raise ValueError("shift must be given with cell: neighbour_list returns it beside the edges")
+        cell = cell.reshape(-1, 3, 3).to(pos.dtype)
+        if cell.shape[0] > 1 and batch is None:
+            raise ValueError(f"batch must be given with {cell.shape[0]} cells; pass the graph number of each target")
+        return lattice_vectors(shift, cell, target if batch is None else batch.index_select(0, target))
 
     def message(self, x_j: Tensor, harmonics: Tensor, radial: Tensor) -> Tensor:
         return self.gate.messages(x_j, harmonics, radial)
@@ -158,6 +236,50 @@ class NBodyConv(MessagePassing):
             f"{type(self).__name__}({self.irreps_in} -> {self.irreps_out}, cutoff={self.cutoff}, "
             f"order={self.order}, body_order={self.body_order})"
         )
+
+
+def _both(name: str, value: Any) -> tuple[Any, Any]:
+    """What belongs to sources and to targets."""
+    if not isinstance(value, (tuple, list)):
+        return value, value
+    if len(value) != 2:
+        raise TypeError(f"{name} must be a tensor or the pair (sources, targets), got {len(value)} entries")
+    return value[0], value[1]
+
+
+def _edges(edge_index: Any, shift: Tensor | None, places: tuple[Tensor, ...]) -> Tensor:
+    """Sources and targets [2, edges] as int64, in the range of the nodes."""
+    if is_sparse(edge_index):  # PyG's adj_t: a row for each target
+        if shift is not None:
+            raise ValueError(
+                "edge_index must be a tensor [2, edges] where shift is given: a matrix has an order of its own"
+            )
+        edge_index = to_edge_index(edge_index)[0].flip(0)
+    if not isinstance(edge_index, Tensor):
+        raise TypeError(f"edge_index must be a tensor [2, edges], got a {type(edge_index).__name__}")
+    if edge_index.is_floating_point() or edge_index.dtype == torch.bool:
+        raise TypeError(f"edge_index must hold integers, got {edge_index.dtype}; the order is conv(x, edge_index, pos)")
+    if edge_index.dim() != 2 or edge_index.shape[0] != 2:
+        raise ValueError(f"edge_index must have shape [2, edges], got {list(edge_index.shape)}; transpose it")
+    edge_index = (edge_index.as_tensor() if isinstance(edge_index, EdgeIndex) else edge_index).long()
+    if edge_index.device != places[0].device:
+        raise ValueError(
+            f"edge_index must be on the device of pos, {places[0].device}, got {edge_index.device}; use .to(device)"
+        )
+    if shift is not None and tuple(shift.shape) != (edge_index.shape[1], 3):
+        raise ValueError(
+            f"shift must have shape [{edge_index.shape[1]}, 3], one for each edge, got {list(shift.shape)}"
+        )
+    if not is_tracing():
+        inside = [(row >= 0) & (row < pos.shape[0]) for row, pos in zip(edge_index, places, strict=True)]
+        if not bool((inside[0] & inside[1]).all()):
+            row = int(bool(inside[0].all()))
+            low, high = (int(value) for value in edge_index[row].aminmax())
+            raise ValueError(
+                f"edge_index must name {('source', 'target')[row]} nodes 0 to {places[row].shape[0] - 1} in row {row}, "
+                f"got {low} to {high}; the rows are (source, target)"
+            )
+    return edge_index
 
 
 def _reachable(irreps: o3.Irreps, order: int, symmetry: str) -> set[o3.Irrep]:

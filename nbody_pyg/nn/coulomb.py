@@ -14,6 +14,7 @@ from nbody_pyg.nn.charges import LatentCharges, LongRangeSettings
 from nbody_pyg.nn.edges import EdgeFeatures
 from nbody_pyg.nn.ewald import EwaldField
 from nbody_pyg.nn.interaction import SoftNorm
+from nbody_pyg.nn.irreps import Resettable
 from nbody_pyg.nn.translation import AcrossGate, DownGate, Translation, UpGate, join_pairs, merge_pairs
 from nbody_pyg.radial import plateau_window
 from nbody_pyg.units import COULOMB
@@ -44,14 +45,14 @@ class DirectField(nn.Module):
         self, moments: Float[Tensor, "atoms rows channels"], hierarchy: Hierarchy
     ) -> Float[Tensor, "atoms rows channels"]:
         pos, index = hierarchy[0].pos, all_pairs(hierarchy[0].batch)
-        vec = pos.index_select(0, index[0]) - pos.index_select(0, index[1])
+        vec = (pos.index_select(0, index[0]) - pos.index_select(0, index[1])).to(moments.dtype)
         return m2l(moments, vec, index, pos.shape[0], self.lmax, None, self.width)
 
     def extra_repr(self) -> str:
         return f"lmax={self.lmax}, width={self.width}"
 
 
-class HierarchyField(nn.Module):
+class HierarchyField(Resettable):
     r"""Local field of all other atoms by a fast multipole method over the parts of a scheme.
 
     .. math:: E = \sum_k \sum_{A<B} \big(n^k_{AB} - w_k(R_{AB})\big) V_{AB}, \qquad
@@ -98,7 +99,7 @@ class HierarchyField(nn.Module):
         for gate, edges in zip(self.up, rising, strict=True):
             parts.append(gate.translate(parts[-1], edges))
         pairs = all_pairs(levels[top].batch)
-        near = pairs, levels[top].pos.new_ones(pairs.shape[1])
+        near = pairs, moments.new_ones(pairs.shape[1])
         field = None
         for k in range(top, 0, -1):
             level, edges = levels[k], rising[k - 1]
@@ -108,7 +109,8 @@ class HierarchyField(nn.Module):
             field = self.down[k - 1].translate(field, edges.reversed(levels[k - 1].num_parts))
             near = self._below(level, window, edges, levels[k - 1].num_parts)
         index, weight = near
-        vec = levels[0].pos.index_select(0, index[0]) - levels[0].pos.index_select(0, index[1])
+        pos = levels[0].pos
+        vec = (pos.index_select(0, index[0]) - pos.index_select(0, index[1])).to(moments.dtype)
         return field + m2l(moments, vec, index, moments.shape[0], self.lmax_atoms, weight, self.width)
 
     def _handed(self, level: Level, near: tuple[Tensor, Tensor], window: Tensor) -> Translation:
@@ -119,7 +121,7 @@ class HierarchyField(nn.Module):
         keep = weight.detach().abs() > 1e-14
         index, weight = index[:, keep], weight[keep]
         vec = level.pos.index_select(0, index[0]) - level.pos.index_select(0, index[1])
-        return Translation(index, vec, weight, level.num_parts)
+        return Translation(index, vec.to(weight.dtype), weight, level.num_parts)
 
     def _below(self, level: Level, window: Tensor, edges: Translation, size: int) -> tuple[Tensor, Tensor]:
         """Pairs of children, with the weight that their parents left to them."""
@@ -158,7 +160,7 @@ def _children(level: Level) -> Translation:
     return Translation(level.child_index, level.child_vec, level.child_weight, level.num_parts)
 
 
-class LongRange(nn.Module):
+class LongRange(Resettable):
     r"""Energy of latent charges, for each atom.
 
     .. math:: E = \sum_c s_c\, \frac{k_e}{2} \sum_i \sum_{lm} M^c_{i, lm} L^c_{i, lm}

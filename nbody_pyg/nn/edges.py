@@ -11,6 +11,7 @@ from nbody_pyg.kernels.backend import backend
 from nbody_pyg.kernels.edges import FeatureKernel
 from nbody_pyg.kernels.gpu.features import FeatureProgram
 from nbody_pyg.nn.harmonics import SolidHarmonics
+from nbody_pyg.nn.irreps import Resettable
 from nbody_pyg.radial import SOFT_LENGTH, soften
 
 
@@ -33,7 +34,7 @@ class EdgeFeatures(NamedTuple):
     num_targets: int
 
 
-class EdgeEmbedding(nn.Module):
+class EdgeEmbedding(Resettable):
     """Edge vectors and windows to :class:`EdgeFeatures`; gates on the same edges share one.
 
     Args:
@@ -61,8 +62,8 @@ class EdgeEmbedding(nn.Module):
         window: Float[Tensor, "edges"],
         num_targets: int,
     ) -> EdgeFeatures:
-        which = backend(vec)
-        if self.kernel is not None and which != "torch":
+        which = "torch" if self.kernel is None else backend(vec, self.kernel.library)
+        if which != "torch":
             kernel = self.kernel if which == "c" else self.gpu
             return EdgeFeatures(index, *kernel(vec, window), num_targets)
         direction, rho = soften(vec)

@@ -60,15 +60,20 @@ class EwaldField(nn.Module):
         if cell is None or pbc is None or not bool(torch.as_tensor(pbc).all()):
             raise ValueError("long_range method 'ewald' needs a cell and pbc in all directions; use 'direct' if open")
         pos, batch, charges = hierarchy[0].pos, hierarchy[0].batch, moments[:, 0]
-        cell = cell.reshape(-1, 3, 3).to(pos.dtype)
+        if pos.shape[0] == 0:
+            return torch.zeros_like(moments)
+        pos, cell = pos.double(), cell.reshape(-1, 3, 3).double()
         index, shift = neighbour_list(pos.detach(), _REACH * _SPLIT, batch, cell.detach(), pbc)
-        vec = edge_vectors(pos, index, shift, cell, batch)
+        vec = edge_vectors(pos, index, shift, cell, batch).to(charges.dtype)
         square = vec.square().sum(1)
         near = gaussian_factors(square, 0, self.width) - gaussian_factors(square, 0, _SPLIT / math.sqrt(2.0))
         field = torch.zeros_like(charges).index_add(0, index[1], near * charges.index_select(0, index[0]))
+        pos = _inside(pos, batch, cell).to(charges.dtype)
+        cell = cell.to(charges.dtype)
         far = [
             self.reciprocal(charges[part], cell[graph], pos[part], *_no_neighbours(index, pos))
             for graph, part in enumerate(_slices(batch, hierarchy.num_graphs))
+            if part.start < part.stop  # torch-pme takes no graph without atoms
         ]
         # torch-pme counts each pair half at both of its ends
         return (field + 2.0 * torch.cat(far)).unsqueeze(1)
@@ -80,6 +85,14 @@ class EwaldField(nn.Module):
 def _slices(batch: Tensor, num_graphs: int) -> list[slice]:
     stops = torch.bincount(batch, minlength=num_graphs).cumsum(0).tolist()
     return [slice(a, b) for a, b in zip([0, *stops[:-1]], stops, strict=True)]
+
+
+def _inside(pos: Tensor, batch: Tensor, cell: Tensor) -> Tensor:
+    """Positions from the first atom of each graph, moved into the cell: phases of waves keep their digits."""
+    first = torch.searchsorted(batch, batch)
+    pos, own = pos - pos[first], cell[batch]
+    fraction = torch.linalg.solve(own.detach().mT, pos.detach().unsqueeze(-1)).squeeze(-1)
+    return pos - torch.bmm(torch.floor(fraction).unsqueeze(1), own).squeeze(1)
 
 
 def _no_neighbours(index: Tensor, pos: Tensor) -> tuple[Tensor, Tensor]:

@@ -19,9 +19,11 @@ from nbody_pyg.kernels.gpu.density import DensityProgram
 from nbody_pyg.kernels.gpu.one_body import OneBodyProgram
 from nbody_pyg.kernels.linear import Block, LinearKernel
 from nbody_pyg.kernels.ops import DensityKernel, OneBodyKernel
+from nbody_pyg.kernels.scope import is_tracing
 from nbody_pyg.nn.edges import EdgeFeatures, sum_into
 from nbody_pyg.nn.irreps import (
     ConstantTables,
+    Resettable,
     coupling_paths,
     equal_multiplicity,
     harmonic_irreps,
@@ -43,7 +45,7 @@ from nbody_pyg.nn.products import (
 _EDGES_AT_ONCE = 256
 
 
-class DensityGate(nn.Module):
+class DensityGate(Resettable):
     r"""One-body gate whose sources are bare atoms: the atomic density of every element.
 
     .. math:: A^{\ell}_{i c} = \bar n^{-1/2} \sum_{s, b} W^{\ell}_{s b, c}
@@ -99,7 +101,7 @@ class DensityGate(nn.Module):
         source, target = edges.index
         rows, basis = self.kernel.shape
         harmonics, radial = edges.harmonics[:, :rows] * self.scale, edges.radial
-        which = backend(radial)
+        which = backend(radial, self.kernel.library)
         if which == "triton":
             return self.gpu(harmonics, radial, species, edges.index, edges.num_targets)
         slot = target * self.num_species + species[source]
@@ -138,6 +140,7 @@ class OneBodyGate(ConstantTables):
         num_basis: number of radial functions on the edges.
         degree: typical number of sources per target, a constant.
         symmetry: "o3", "o3-full" or "so3".
+        partial: fragments of ``irreps_out`` that no path leads to are zero, and no error.
 
     Equivariance: O(3) or SO(3), permutation of the sources. Smoothness: that of the window.
     Cost: O(edges paths (2l+1)^2 channels).
@@ -152,13 +155,16 @@ class OneBodyGate(ConstantTables):
         num_basis: int,
         degree: float = 1.0,
         symmetry: str = "o3",
+        partial: bool = False,
     ) -> None:
         super().__init__()
         self.irreps_in, self.irreps_out, self.order = o3.Irreps(irreps_in), o3.Irreps(irreps_out), order
         self.channels, self.scale = equal_multiplicity(self.irreps_in), degree**-0.5
         harmonics = harmonic_irreps(order, symmetry)
         self.paths = coupling_paths(self.irreps_in, harmonics, self.irreps_out)
-        require_reachable(self.irreps_out, {path.ir for path in self.paths}, f"a gate of order {order} on {irreps_in}")
+        if not partial:
+            reached = {path.ir for path in self.paths}
+            require_reachable(self.irreps_out, reached, f"a gate of order {order} on {irreps_in}")
         table = coupling_table(self.irreps_in, harmonics, self.paths)
         self.num_harmonics, self.rows_in = num_rows(harmonics), num_rows(self.irreps_in)
         terms = table_terms(table, self.paths, self.num_harmonics)
@@ -180,16 +186,17 @@ class OneBodyGate(ConstantTables):
     ) -> Float[Tensor, "targets path_rows channels"]:
         """The sum over sources, path by path, before W^l."""
         source, target = edges.index
-        which = backend(x)
+        which = backend(x, self.kernel.library)
         harmonics, weight = edges.harmonics[:, : self.num_harmonics], self.radial_weight * self.scale
-        if which == "c" and not self.kernel.library.too_long:
+        if which == "c":
             return self.kernel(x, harmonics, edges.radial, weight, edges.index, edges.num_targets)
         if which == "triton" and not self.gpu.too_long:
             return self.gpu(x, harmonics, edges.radial, weight, edges.index, edges.num_targets)
-        few = x.device.type == "cpu" and not torch.compiler.is_compiling()
-        at_once = _EDGES_AT_ONCE if few else max(len(source), 1)
+        if x.device.type != "cpu" or is_tracing():  # a number of pieces would become a part of a graph
+            messages = self.messages(x.index_select(0, source), edges.harmonics, edges.radial)
+            return sum_into(messages, target, edges.num_targets)
         total = x.new_zeros(edges.num_targets, self.path_of_row.shape[0], self.channels)
-        pieces = (t.split(at_once) for t in (source, target, edges.harmonics, edges.radial))
+        pieces = (t.split(_EDGES_AT_ONCE) for t in (source, target, edges.harmonics, edges.radial))
         for source_, target_, harmonics, radial in zip(*pieces, strict=True):
             messages = self.messages(x.index_select(0, source_), harmonics, radial)
             total.index_add_(0, target_, messages)
@@ -209,7 +216,7 @@ class OneBodyGate(ConstantTables):
         return f"{self.irreps_in} -> {self.irreps_out}, order={self.order}, {len(self.paths)} paths"
 
 
-class ProductGate(nn.Module):
+class ProductGate(Resettable):
     r"""Products of a summed state with itself: interactions of several children at once.
 
     .. math:: B = W_1 A + W_2\,CG(A \otimes A) + W_3\,CG\big(W_2\,CG(A \otimes A) \otimes A\big) + \dots
@@ -269,7 +276,7 @@ class ProductGate(nn.Module):
         return x[:, :count] if self.kept_rows == list(range(count)) else x[:, self.kept_rows]
 
 
-class PairGate(nn.Module):
+class PairGate(Resettable):
     r"""Bilinear gate of pairs of parts on one level.
 
     .. math:: \psi'^{\,\ell}_i = W^\ell\, CG\Big(\psi_i \otimes \sum_j w_{ij} R(r_{ij})\,
@@ -302,7 +309,7 @@ class PairGate(nn.Module):
         return self.product(x, self.gather(x, edges))
 
 
-class FullGate(nn.Module):
+class FullGate(Resettable):
     r"""The uncompressed one-body gate: full product, all radial functions, one W^l.
 
     .. math:: \psi^{\ell}_i = W^\ell \sum_j w_{ij} \bigoplus_{b} B_b(r_{ij})\, CG(\psi_j \otimes Y(\mathbf r_{ij}))^\ell

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from nbody_pyg.geometry import edge_vectors, neighbour_list, safe_norm
+from nbody_pyg.nn.irreps import Resettable
 
 
-class InteractionGraph(nn.Module):
+class InteractionGraph(Resettable):
     r"""Neighbours within a cutoff and their distances, for ``SchNet(interaction_graph=...)`` and the like.
 
     PyG's own graphs need pyg-lib, and keep 32 neighbours without a word. This one needs nothing and is complete.

@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from nbody_pyg.kernels.edges import Polynomial
+from nbody_pyg.kernels.scope import constant_table
 from nbody_pyg.nn.irreps import ConstantTables, harmonic_irreps
 
 
@@ -74,6 +75,7 @@ class SolidHarmonics(ConstantTables):
         return f"lmax={self.lmax}"
 
 
+@constant_table
 def _raising_table(l: int) -> Tensor:
     """Table ((2l-1) * 3, 2l+1) that takes Y_(l-1) x Y_1 to Y_l with the sign and scale of e3nn's harmonics."""
     table = o3.wigner_3j(l - 1, 1, l, dtype=torch.float64).flatten(0, 1)

@@ -17,11 +17,11 @@ from nbody_pyg.kernels.update import UpdateKernel
 from nbody_pyg.kernels.update_source import Product, Update
 from nbody_pyg.nn.edges import EdgeFeatures
 from nbody_pyg.nn.gates import DensityGate, OneBodyGate, ProductGate
-from nbody_pyg.nn.irreps import num_rows
+from nbody_pyg.nn.irreps import Resettable, num_rows
 from nbody_pyg.nn.linear import RowLinear, blockwise_linear
 
 
-class SpeciesScale(nn.Module):
+class SpeciesScale(Resettable):
     """A learned factor per element, degree and channel, on parts that have an element at their centre.
 
     Starts at one. Shapes: (nodes, rows, channels) and species (nodes,) -> (nodes, rows, channels).
@@ -73,7 +73,7 @@ class Recipe(NamedTuple):
     gain: float = 1.0
 
 
-class Interaction(nn.Module):
+class Interaction(Resettable):
     r"""New states of the parts that edges point to.
 
     .. math:: A_i = g_{z_i} \big(\mathrm{gate}(\{\psi_j\}) + W \psi_i\big), \qquad
@@ -118,10 +118,13 @@ class Interaction(nn.Module):
             self.density = DensityGate(recipe.num_species, recipe.num_basis, irreps, degree, recipe.symmetry)
         if irreps_source is not None:
             lmax = max(ir.l for _, ir in irreps)
-            self.gate = OneBodyGate(irreps_source, irreps, lmax, recipe.num_basis, degree, recipe.symmetry)
+            # Partial: states that are scalars only, from which atoms may start, do not reach every fragment
+            self.gate = OneBodyGate(
+                irreps_source, irreps, lmax, recipe.num_basis, degree, recipe.symmetry, partial=True
+            )
         if irreps_target is not None:
-            self.keep = RowLinear(irreps_target, irreps)
-            self.carry = RowLinear(irreps_target, self.irreps_out) if recipe.practical else None
+            self.keep = RowLinear(irreps_target, irreps, partial=True)
+            self.carry = RowLinear(irreps_target, self.irreps_out, partial=True) if recipe.practical else None
         if centred:
             self.scale = SpeciesScale(recipe.num_species, irreps)
             self.bias = nn.Parameter(torch.zeros(recipe.num_species, irreps[0].mul))
@@ -145,8 +148,7 @@ class Interaction(nn.Module):
             inputs.append(self.gate.collect(source, edges))
         if self.keep is not None:
             inputs.append(target)
-        compiled = backend(inputs[0]) == "c" and not self.kernel.library.too_long
-        update = self.kernel if compiled else self.update
+        update = self.kernel if backend(inputs[0], self.kernel.library) == "c" else self.update
         scale = None if self.scale is None else self.scale.weight
         return update(inputs, target_species, self._matrices(), scale, self.bias)
 

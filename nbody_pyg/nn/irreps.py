@@ -8,15 +8,16 @@ Where all fragments have the same multiplicity the flat tensor is viewed as (nod
 
 from __future__ import annotations
 
-import functools
 import itertools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from e3nn import o3
 from jaxtyping import Float
 from torch import Tensor, nn
+
+from nbody_pyg.kernels.scope import constant_table
 
 #: Symmetry of the fragments: "o3" carries natural parity (-1)^l, "o3-full" both parities of every degree,
 #: "so3" ignores reflections as the paper does (every fragment is written even).
@@ -94,16 +95,23 @@ def _transpose_blocks(x: Tensor, irreps: o3.Irreps, mul_last: bool) -> Tensor:
     irreps = o3.Irreps(irreps)
     if x.shape[-1] != irreps.dim:
         raise ValueError(f"x must have {irreps.dim} components for {irreps}, got {x.shape[-1]}; check the irreps")
+    if not has_two_orders(irreps):
+        return x
     blocks, start = [], 0
     for mul, ir in irreps:
         block = x[..., start : start + mul * ir.dim]
         shape = (ir.dim, mul) if mul_last else (mul, ir.dim)
         blocks.append(block.reshape(*x.shape[:-1], *shape).transpose(-1, -2).reshape(*x.shape[:-1], mul * ir.dim))
         start += mul * ir.dim
-    return torch.cat(blocks, dim=-1) if blocks else x
+    return torch.cat(blocks, dim=-1)
 
 
-@functools.cache
+def has_two_orders(irreps: o3.Irreps) -> bool:
+    """Whether mul_ir and ir_mul differ: where a fragment that is no scalar occurs more than once."""
+    return any(mul > 1 and ir.l > 0 for mul, ir in irreps)
+
+
+@constant_table
 def clebsch_gordan(l1: int, l2: int, l3: int) -> Tensor:
     r"""Coupling coefficients (2l1+1, 2l2+1, 2l3+1) in float64, e3nn's real basis and signs.
 
@@ -148,7 +156,44 @@ def require_reachable(irreps_out: o3.Irreps, reachable: set[o3.Irrep], what: str
         )
 
 
-class ConstantTables(nn.Module):
+class Resettable(nn.Module):
+    """Module that can start anew: :meth:`reset_parameters` gives it the values of a fresh one.
+
+    The fresh one is built from the arguments of the construction, which are kept for that.
+    """
+
+    def __new__(cls, *args: Any, **keywords: Any) -> Any:
+        module = super().__new__(cls)
+        if args or keywords:  # a copy is made without them and brings its own
+            object.__setattr__(module, "_arguments", (args, keywords))
+        return module
+
+    def reset_parameters(self) -> None:
+        """Draw all weights anew: with one seed the values of a module that is built now. Settings stay."""
+        args, keywords = self.__dict__.get("_arguments", ((), {}))
+        for given in (*args, *keywords.values()):
+            if isinstance(given, nn.Module):  # the fresh one would hold the very same
+                reset(given)
+        self.load_state_dict(type(self)(*args, **keywords).state_dict())
+
+
+def reset(module: nn.Module) -> None:
+    """Reset a module, or the modules that it is made of.
+
+    Raises: TypeError: a weight in a module that has no ``reset_parameters``.
+    """
+    if callable(getattr(module, "reset_parameters", None)):
+        module.reset_parameters()
+        return
+    if next(module.parameters(recurse=False), None) is not None:
+        raise TypeError(
+            f"{type(module).__name__} holds weights but has no reset_parameters(), so that it cannot be reset; add one"
+        )
+    for child in module.children():
+        reset(child)
+
+
+class ConstantTables(Resettable):
     """Module whose constants stay exact when its dtype changes.
 
     A buffer built in float32 and cast to float64 keeps float32's rounding; the tables here are kept in float64

@@ -9,10 +9,11 @@ from torch import Tensor, nn
 
 from nbody_pyg.kernels.backend import backend
 from nbody_pyg.kernels.linear import Block, LinearKernel
-from nbody_pyg.nn.irreps import equal_multiplicity, require_reachable
+from nbody_pyg.kernels.scope import opaque_to_compile
+from nbody_pyg.nn.irreps import Resettable, equal_multiplicity, require_reachable
 
 
-class IrrepsLinear(nn.Module):
+class IrrepsLinear(Resettable):
     r"""Mix fragments of equal degree and parity; nothing else is covariant.
 
     .. math:: F'_\ell = F_\ell W^\ell, \qquad \#\text{weights} = \sum_\ell \tau_\ell \tau'_\ell
@@ -40,26 +41,24 @@ class IrrepsLinear(nn.Module):
         super().__init__()
         self.irreps_in, self.irreps_out = o3.Irreps(irreps_in), o3.Irreps(irreps_out)
         require_reachable(self.irreps_out, {ir for _, ir in self.irreps_in}, "the linear map of " + str(self.irreps_in))
-        self._slices = self.irreps_in.slices()
+        self._slices, self._width = self.irreps_in.slices(), self.irreps_in.dim
         sources = [[i for i, (_, ir_in) in enumerate(self.irreps_in) if ir_in == ir] for _, ir in self.irreps_out]
         self._sources = sources
         self._fan_in = [sum(self.irreps_in[i].mul for i in source) for source in sources]
         self.weights = nn.ParameterList(
-            nn.Parameter(torch.empty(fan_in, mul))
+            nn.Parameter(torch.randn(fan_in, mul) * max(fan_in, 1) ** -0.5)
             for fan_in, (mul, _) in zip(self._fan_in, self.irreps_out, strict=True)
         )
         num_bias = sum(mul for mul, ir in self.irreps_out if ir == o3.Irrep("0e"))
-        self.bias = nn.Parameter(torch.empty(num_bias)) if bias and num_bias else None
-        self.reset_parameters()
+        self.bias = nn.Parameter(torch.zeros(num_bias)) if bias and num_bias else None
 
-    def reset_parameters(self) -> None:
-        for weight in self.weights:
-            nn.init.normal_(weight, std=max(weight.shape[0], 1) ** -0.5)
-        if self.bias is not None:
-            nn.init.zeros_(self.bias)
-
+    @opaque_to_compile
     def forward(self, x: Float[Tensor, "nodes irreps_in"]) -> Float[Tensor, "nodes irreps_out"]:
         nodes = x.shape[0]
+        if x.dim() != 2 or x.shape[1] != self._width:
+            raise ValueError(
+                f"x must have shape [nodes, {self._width}] ({self.irreps_in}), got {list(x.shape)}; check the irreps"
+            )
         blocks, used = [], 0
         for (mul, ir), source, weight in zip(self.irreps_out, self._sources, self.weights, strict=True):
             parts = [x[:, self._slices[i]].reshape(nodes, ir.dim, self.irreps_in[i].mul) for i in source]
@@ -74,16 +73,18 @@ class IrrepsLinear(nn.Module):
         return f"{self.irreps_in} -> {self.irreps_out}"
 
 
-class RowLinear(nn.Module):
+class RowLinear(Resettable):
     """W^l on states of one multiplicity, (nodes, rows_in, channels) to (nodes, rows_out, channels_out).
 
-    The same map as :class:`~nbody_pyg.nn.linear.IrrepsLinear`, on the three-dimensional view that the gates use.
+    The same map as :class:`~nbody_pyg.nn.linear.IrrepsLinear`, on the three-dimensional view that the gates use. With
+    ``partial``, fragments of ``irreps_out`` that ``irreps_in`` lacks are zero.
     """
 
-    def __init__(self, irreps_in: o3.Irreps, irreps_out: o3.Irreps) -> None:
+    def __init__(self, irreps_in: o3.Irreps, irreps_out: o3.Irreps, partial: bool = False) -> None:
         super().__init__()
         self.irreps_in, self.irreps_out = o3.Irreps(irreps_in), o3.Irreps(irreps_out)
-        require_reachable(self.irreps_out, {ir for _, ir in self.irreps_in}, f"the linear map of {irreps_in}")
+        if not partial:
+            require_reachable(self.irreps_out, {ir for _, ir in self.irreps_in}, f"the linear map of {irreps_in}")
         channels, channels_out = equal_multiplicity(self.irreps_in), equal_multiplicity(self.irreps_out)
         starts, start = {}, 0
         for _, ir in self.irreps_in:
@@ -95,7 +96,8 @@ class RowLinear(nn.Module):
             start += ir.dim
         blocks, row_out = [], 0
         for _, ir in self.irreps_out:
-            blocks.append(Block(starts[ir], row_out, ir.dim, channels, channels_out))
+            if ir in starts:
+                blocks.append(Block(starts[ir], row_out, ir.dim, channels, channels_out))
             row_out += ir.dim
         self.weights = nn.ParameterList(
             nn.Parameter(torch.randn(channels, channels_out) * channels**-0.5) for _ in blocks
@@ -113,7 +115,7 @@ def blockwise_linear(
     kernel: LinearKernel, x: Float[Tensor, "nodes rows_in channels"], *weights: Tensor
 ) -> Float[Tensor, "nodes rows_out channels_out"]:
     """Multiply each block of rows by its own matrix, on the backend of the day; rows of no block become zero."""
-    if backend(x) == "c":
+    if backend(x, kernel.library) == "c":
         return kernel(x, *weights)
     nodes, channels = x.shape[0], x.shape[2]
     pieces, row = [], 0

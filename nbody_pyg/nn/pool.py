@@ -6,16 +6,19 @@ from typing import NamedTuple
 
 import torch
 from e3nn import o3
-from torch import Tensor, nn
+from torch import Tensor
 from torch_geometric.data import Data
+from torch_geometric.data.data import BaseData
 from torch_geometric.nn.pool.connect import Connect, ConnectOutput
 from torch_geometric.nn.pool.select import Select, SelectOutput
 from torch_geometric.utils import coalesce, remove_self_loops
 
+from nbody_pyg.data import count_graphs, has_hierarchy, require_atoms
+from nbody_pyg.geometry import check_atoms
 from nbody_pyg.hierarchy import Scheme, Topology
 from nbody_pyg.nn.edges import sum_into
 from nbody_pyg.nn.harmonics import SolidHarmonics
-from nbody_pyg.nn.irreps import from_mul_ir, harmonic_irreps, to_mul_ir
+from nbody_pyg.nn.irreps import Resettable, from_mul_ir, harmonic_irreps, to_mul_ir
 from nbody_pyg.nn.linear import IrrepsLinear
 from nbody_pyg.nn.products import FullProduct
 
@@ -70,18 +73,19 @@ class NBodySelect(Select):
         topology: Topology | None = None,
     ) -> PlacedSelect:
         """Memberships together with the positions of children and parts, and the graph of each part."""
-        if isinstance(z, Data):
-            data, scheme = z, self.scheme
-            stored = data.get("num_parts_1") is not None
-            topology = scheme.read(data) if stored and topology is None else topology
-            if topology is None:
-                topology = scheme.topology(
-                    data.z, data.pos, data.get("batch"), data.get("cell"), data.get("pbc"), **scheme.inputs(data)
-                )
-            z, pos, cell = data.z, data.pos, data.get("cell")
-        else:
-            cell = None
-            topology = topology or self.scheme.topology(z, pos, batch)
+        given, cell, pbc, batch_size = {}, None, None, None
+        if isinstance(z, BaseData) or (pos is None and not isinstance(z, Tensor)):
+            if pos is not None or batch is not None:
+                raise TypeError("pos and batch come from the Data; pass either a Data or tensors")
+            data = z
+            require_atoms(data)
+            if topology is None and has_hierarchy(data):
+                topology = self.scheme.read(data)
+            z, pos, batch, cell, pbc = (data.get(key) for key in ("z", "pos", "batch", "cell", "pbc"))
+            given, batch_size = self.scheme.inputs(data), count_graphs(data)
+        z = check_atoms(z, pos)
+        if topology is None:
+            topology = self.scheme.compose(z, pos, batch, cell, pbc, batch_size, **given)
         hierarchy = self.scheme.hierarchy(topology, z, pos, cell)
         here, below = hierarchy[self.level], hierarchy[self.level - 1]
         child, parent = here.child_index
@@ -101,7 +105,7 @@ class PlacedSelect(NamedTuple):
     batch: Tensor
 
 
-class NBodyReduce(nn.Module):
+class NBodyReduce(Resettable):
     r"""States of the parts from those of their members: multipoles of what the members carry, then W^l.
 
     .. math:: M_P^{\ell} = \sum_{c} p_{cP} \bigoplus_{k \le K} CG\Big(x_c \otimes
@@ -145,16 +149,12 @@ class NBodyReduce(nn.Module):
         self.product = FullProduct(self.irreps_in, harmonic_irreps(order, symmetry), lmax)
         self.linear = IrrepsLinear(self.product.irreps_out, self.irreps_out)
 
-    def reset_parameters(self) -> None:
-        """Draw the weights anew."""
-        self.linear.reset_parameters()
-
     def moments(self, x: Tensor, select: SelectOutput, vec: Tensor) -> Tensor:
         """M before W^l, of type ``product.irreps_out``, channels last in each block."""
         members = from_mul_ir(x, self.irreps_in).index_select(0, select.node_index)
-        messages = self.product(members, self.harmonics(vec / self.length))
+        messages = self.product(members, self.harmonics(vec.to(x.dtype) / self.length))
         if select.weight is not None:
-            messages = messages * select.weight.unsqueeze(-1)
+            messages = messages * select.weight.unsqueeze(-1).to(x.dtype)
         return sum_into(messages, select.cluster_index, select.num_clusters)
 
     def forward(self, x: Tensor, select: SelectOutput, vec: Tensor) -> Tensor:
@@ -200,7 +200,11 @@ class NBodyConnect(Connect):
             return ConnectOutput(
                 coalesce(index, num_nodes=select_output.num_clusters), None, self.get_pooled_batch(select_output, batch)
             )
-        flat = edge_attr[rows].flatten(1) * weight.unsqueeze(-1)
+        if edge_attr.dim() == 0 or edge_attr.shape[0] != edge_index.shape[1]:
+            raise ValueError(
+                f"edge_attr must have a row for each of the {edge_index.shape[1]} edges, got {list(edge_attr.shape)}"
+            )
+        flat = edge_attr.unsqueeze(-1).flatten(1).index_select(0, rows) * weight.unsqueeze(-1)
         values = torch.cat([flat, weight.unsqueeze(-1)], dim=1)
         if self.shared:
             pairs = torch.cat([pairs, touching], dim=1)
@@ -240,14 +244,14 @@ class PooledGraph(NamedTuple):
     """The graph of the parts: what a layer needs to go on, and ``select`` to come back."""
 
     x: Tensor
-    pos: Tensor
     edge_index: Tensor
     edge_attr: Tensor | None
     batch: Tensor
+    pos: Tensor
     select: SelectOutput
 
 
-class NBodyPooling(nn.Module):
+class NBodyPooling(Resettable):
     r"""One step up a hierarchy: :class:`NBodySelect`, :class:`NBodyReduce` and :class:`NBodyConnect` in one.
 
     Args:
@@ -274,29 +278,38 @@ class NBodyPooling(nn.Module):
         length = scheme.levels[level].child_radius or 2.0
         self.reduce = NBodyReduce(irreps_in, irreps_out, order, length)
 
-    def reset_parameters(self) -> None:
-        """Draw the weights anew."""
-        self.reduce.reset_parameters()
-
     def forward(
         self,
         x: Tensor,
         edge_index: Tensor,
-        z: Tensor | Data,
-        pos: Tensor | None = None,
-        batch: Tensor | None = None,
         edge_attr: Tensor | None = None,
+        batch: Tensor | None = None,
+        *,
+        z: Tensor | Data | None = None,
+        pos: Tensor | None = None,
         topology: Topology | None = None,
     ) -> PooledGraph:
-        """The graph of the parts. Atoms come as ``z, pos, batch`` or as a ``Data`` in place of ``z``."""
+        """The graph of the parts, with the first arguments of every pooling layer of PyG.
+
+        Args:
+            x: states of the nodes of level - 1.
+            edge_index: edges between these nodes.
+            edge_attr: features of these edges.
+            batch: graph of each atom.
+            z: atomic numbers; or a ``Data`` or ``Batch`` of the atoms, in place of ``z``, ``pos`` and ``batch``.
+            pos: positions of the atoms.
+            topology: hierarchy of the atoms, where it is known.
+        """
+        if z is None:
+            raise TypeError("z must be given by name: pool(x, edge_index, edge_attr, batch, z=z, pos=pos) or z=data")
         select, vec, place, graph = self.select.place(z, pos, batch, topology)
-        if x.shape[0] != select.num_nodes:
+        if x.dim() != 2 or x.shape[0] != select.num_nodes:
             raise ValueError(
                 f"x must have one row for each of the {select.num_nodes} nodes of level {self.select.level - 1}, "
-                f"got {x.shape[0]}"
+                f"got {list(x.shape)}"
             )
         coarse = self.connect(select, edge_index, edge_attr)
-        return PooledGraph(self.reduce(x, select, vec), place, coarse.edge_index, coarse.edge_attr, graph, select)
+        return PooledGraph(self.reduce(x, select, vec), coarse.edge_index, coarse.edge_attr, graph, place, select)
 
     def __repr__(self) -> str:
         reduce = self.reduce

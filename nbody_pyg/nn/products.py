@@ -19,9 +19,11 @@ from nbody_pyg.kernels.codegen import Term
 from nbody_pyg.kernels.gpu.product import ProductProgram
 from nbody_pyg.kernels.linear import Block, LinearKernel
 from nbody_pyg.kernels.ops import ProductKernel
+from nbody_pyg.kernels.scope import opaque_to_compile
 from nbody_pyg.nn.irreps import (
     ConstantTables,
     Path,
+    Resettable,
     clebsch_gordan,
     coupling_paths,
     equal_multiplicity,
@@ -85,8 +87,8 @@ class ChannelwiseProduct(ConstantTables):
         self, x: Float[Tensor, "nodes rows1 channels"], y: Float[Tensor, "nodes rows2 channels"]
     ) -> Float[Tensor, "nodes path_rows channels"]:
         """The product path by path, before W^l."""
-        which = backend(x)
-        if which == "c" and not self.kernel.library.too_long:
+        which = backend(x, self.kernel.library)
+        if which == "c":
             return self.kernel(x, y)
         if which == "triton" and not self.gpu.too_long:
             return self.gpu(x, y)
@@ -97,7 +99,7 @@ class ChannelwiseProduct(ConstantTables):
         return f"{self.irreps1} x {self.irreps2} -> {self.irreps_out}, {len(self.paths)} paths"
 
 
-class PathLinear(nn.Module):
+class PathLinear(Resettable):
     """W^l after a product: per degree, mixes all channels of all paths that give that degree.
 
     Rows come ordered by (result, component, path), so that each degree's block is a plain matrix.
@@ -170,6 +172,7 @@ class FullProduct(ConstantTables):
 
     Shapes: x (nodes, irreps1.dim), y (nodes, irreps2.dim) -> (nodes, irreps_out.dim), ir_mul throughout.
     Equivariance: O(3), SO(3). Cost: O(nodes tau_1 tau_2 paths (2l+1)^3).
+    Raises: ValueError: states of another shape.
     """
 
     def __init__(self, irreps1: o3.Irreps | str, irreps2: o3.Irreps | str, lmax: int | None = None) -> None:
@@ -185,10 +188,17 @@ class FullProduct(ConstantTables):
         for n, (_, ir, i, j) in enumerate(blocks):
             self.add_table(f"cg_{n}", clebsch_gordan(self.irreps1[i].ir.l, self.irreps2[j].ir.l, ir.l))
 
+    @opaque_to_compile
     def forward(
         self, x: Float[Tensor, "nodes irreps1"], y: Float[Tensor, "nodes irreps2"]
     ) -> Float[Tensor, "nodes irreps_out"]:
         nodes = x.shape[0]
+        for name, state, irreps in (("x", x, self.irreps1), ("y", y, self.irreps2)):
+            if state.dim() != 2 or state.shape != (nodes, irreps.dim):
+                raise ValueError(
+                    f"{name} must have shape [{nodes}, {irreps.dim}] ({irreps}), got {list(state.shape)}; "
+                    "check the irreps"
+                )
         xs = [
             x[:, s].reshape(nodes, ir.dim, mul)
             for s, (mul, ir) in zip(self.irreps1.slices(), self.irreps1, strict=True)
@@ -198,7 +208,7 @@ class FullProduct(ConstantTables):
             for s, (mul, ir) in zip(self.irreps2.slices(), self.irreps2, strict=True)
         ]
         blocks = [
-            torch.einsum("nac,nbd,abm->nmcd", xs[i], ys[j], getattr(self, f"cg_{n}")).reshape(nodes, -1)
+            torch.einsum("nac,nbd,abm->nmcd", xs[i], ys[j], getattr(self, f"cg_{n}")).flatten(1)
             for n, (i, j) in enumerate(self._pairs)
         ]
         return torch.cat(blocks, dim=-1) if blocks else x.new_zeros(nodes, 0)

@@ -7,7 +7,7 @@ from e3nn import o3
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from nbody_pyg.nn.irreps import equal_multiplicity
+from nbody_pyg.nn.irreps import Resettable, equal_multiplicity, has_two_orders, to_mul_ir
 from nbody_pyg.nn.linear import IrrepsLinear
 
 #: Size of a value at the start, relative to unit variance: dozens of parts add up to one energy.
@@ -22,26 +22,28 @@ def _small_linear(irreps_in: o3.Irreps, irreps_out: o3.Irreps) -> IrrepsLinear:
     return linear
 
 
-class LinearReadout(nn.Module):
+class LinearReadout(Resettable):
     """W^l alone: polynomial, any target type. The readout of the strict preset.
 
     Args:
         irreps_in: type of the states, one multiplicity.
         irreps_out: type of the target, e.g. "0e", "1o" (dipole), "0e + 2e" (polarizability).
 
-    Shapes: (nodes, rows, channels) -> (nodes, irreps_out.dim), ir_mul.
+    Shapes: (nodes, rows, channels) -> (nodes, irreps_out.dim), e3nn's mul_ir order.
     Raises: ValueError: a fragment of the target that the states do not have.
     """
 
     def __init__(self, irreps_in: o3.Irreps, irreps_out: o3.Irreps) -> None:
         super().__init__()
         self.linear = _small_linear(irreps_in, irreps_out)
+        self._two_orders = has_two_orders(self.linear.irreps_out)
 
     def forward(self, x: Float[Tensor, "nodes rows channels"]) -> Float[Tensor, "nodes dim"]:
-        return self.linear(x.flatten(1))
+        y = self.linear(x.flatten(1))
+        return to_mul_ir(y, self.linear.irreps_out) if self._two_orders else y
 
 
-class MLPReadout(nn.Module):
+class MLPReadout(LinearReadout):
     r"""W^l plus, for the scalars of the target, a small network of the scalar channels.
 
     .. math:: y^0 = W^0 \psi^0 + V\, \mathrm{silu}(U \psi^0 + b), \qquad y^\ell = W^\ell \psi^\ell
@@ -52,22 +54,27 @@ class MLPReadout(nn.Module):
     """
 
     def __init__(self, irreps_in: o3.Irreps, irreps_out: o3.Irreps, hidden: int = 32) -> None:
-        super().__init__()
-        self.linear = _small_linear(irreps_in, irreps_out)
-        num_scalars = o3.Irreps(irreps_out).count(o3.Irrep("0e"))
-        channels = equal_multiplicity(o3.Irreps(irreps_in))
+        super().__init__(irreps_in, irreps_out)
+        irreps_out = self.linear.irreps_out
+        scalars = [part for part, (_, ir) in zip(irreps_out.slices(), irreps_out, strict=True) if ir == o3.Irrep("0e")]
+        channels, num_scalars = equal_multiplicity(o3.Irreps(irreps_in)), irreps_out.count(o3.Irrep("0e"))
         self.num_scalars = num_scalars
+        # Where the scalars stand among the components; leading ones, the usual case, are padded
+        columns = [column for part in scalars for column in range(part.start, part.stop)]
+        self._columns = None if columns == list(range(num_scalars)) else columns
         self.network = None
-        if num_scalars and o3.Irreps(irreps_out)[0].ir == o3.Irrep("0e"):
+        if num_scalars and irreps_out[0].ir == o3.Irrep("0e"):
             self.network = nn.Sequential(
                 nn.Linear(channels, hidden), nn.SiLU(), nn.Linear(hidden, num_scalars, bias=False)
             )
 
     def forward(self, x: Float[Tensor, "nodes rows channels"]) -> Float[Tensor, "nodes dim"]:
-        y = self.linear(x.flatten(1))
+        y = super().forward(x)
         if self.network is None:
             return y
         scalars = self.network(x[:, 0])
+        if self._columns is not None:
+            return y.index_add(1, torch.tensor(self._columns, device=y.device), scalars)
         if y.shape[1] == self.num_scalars:
             return y + scalars
         return nn.functional.pad(scalars, (0, y.shape[1] - self.num_scalars)) + y

@@ -19,6 +19,7 @@ from nbody_pyg.multipoles.coefficients import check_lmax
 from nbody_pyg.multipoles.translations import degree_of
 from nbody_pyg.nn.edges import EdgeFeatures
 from nbody_pyg.nn.gates import OneBodyGate
+from nbody_pyg.nn.irreps import Resettable
 
 
 class BlockState(NamedTuple):
@@ -59,7 +60,7 @@ class Translation(NamedTuple):
         return Translation(self.index.flip(0), -self.vec, self.window, num_targets)
 
 
-class TranslationGate(nn.Module):
+class TranslationGate(Resettable):
     r"""A learned gate and an analytic translation, side by side.
 
     .. math:: \psi'_i = \mathrm{OneBodyGate}(\{\psi_j\}), \qquad

@@ -7,13 +7,16 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch_geometric.data import Data
 
 from nbody_pyg.data import AtomicData
-from nbody_pyg.deploy import NBodyCalculator, run_md
-from nbody_pyg.hierarchy import Scheme
-from nbody_pyg.potential import Potential
+from nbody_pyg.deploy import NBodyCalculator, reference_topology, run_md
+from nbody_pyg.deploy.reference import bond_changes
+from nbody_pyg.hierarchy import BondTree, Scheme
+from nbody_pyg.potential import Potential, check_states, used_state
 from nbody_pyg.testing.physics import assert_extensive, finite_differences
 from nbody_pyg.testing.short_range import Push, push_dimers, push_in_structures
 from nbody_pyg.testing.smoothness import NotSmooth, assert_smooth
@@ -105,8 +108,9 @@ def check_potential(
 ) -> CheckReport:
     """Measure the physics of a potential on some structures.
 
-    Symmetry, derivatives, extensivity and smoothness are tested in float64. Periodic structures are tested as they
-    are, and cut into open clusters where a test pulls atoms apart or pushes them together.
+    Symmetry, derivatives, extensivity and smoothness are tested in float64, charged structures with their charges and
+    spins. Periodic structures are tested as they are, and cut into open, neutral clusters where a test pulls atoms
+    apart or pushes them together.
 
     Args:
         potential: the trained potential.
@@ -161,11 +165,31 @@ class _Examiner:
     ) -> None:
         self.potential, self.metadata, self.nve, self.seed = potential, metadata, nve, seed
         self.subject = Subject(potential, torch.float64)
-        self.systems = prepare_systems(potential, frames, seed, torch.float64)[:3]
+        if frames is not None:
+            check_states(potential.model, (frame for frame in frames if isinstance(frame, Data)))
+        prepared = prepare_systems(potential, frames, seed, torch.float64)[:3]
+        self.systems = [self._bonded(self._used(system)) for system in prepared]
         self.own = frames is not None
         self.species = tuple(getattr(potential.model, "species", None) or self.systems[0].z.unique().tolist())
         self.open = [open_cluster(s) if s.cell is not None else s for s in self.systems]
         self.generator = torch.Generator().manual_seed(seed)
+
+    def _used(self, system: System) -> System:
+        """Without what the model has no input for: random molecules are in the state that it knows."""
+        used = used_state(self.potential.model)
+        unused = {"spin": None} if "spin" not in used else {}
+        return replace(system, **unused, **({} if "charge" in used else {"charge": None, "charges": None}))
+
+    def _bonded(self, system: System) -> System:
+        """With the bonds of the model's reference molecule, where others would be found."""
+        scheme = getattr(self.potential.model, "scheme", None)
+        if not isinstance(scheme, BondTree):
+            return system
+        z, lattice = system.z, (system.cell, system.pbc)
+        tree = reference_topology(self.metadata, scheme, z.tolist(), system.cell is not None)
+        return (
+            system if bond_changes(scheme, tree, z, system.pos, *lattice) is None else replace(system, bonds=tree.bonds)
+        )
 
     def checks(self, sections: Sequence[str]) -> Iterator[Check]:
         for section in sections:
@@ -221,10 +245,9 @@ class _Examiner:
         return system.pbc is None or bool(torch.as_tensor(system.pbc).all())
 
     def _stress_error(self, system: System, step: float = 1e-4) -> float:
-        potential = self.subject.potential
-        stress = potential(
-            system.z, system.pos, cell=system.cell, pbc=self._pbc(system), compute_stress=True
-        )["stress"][0]  # fmt: skip
+        (z, pos, _), keywords = self.subject.arguments([system])
+        keywords["pbc"] = self._pbc(system)
+        stress = self.subject.potential(z, pos, **keywords, compute_stress=True)["stress"][0]
         volume = float(torch.linalg.det(system.cell.reshape(3, 3)).abs())
         worst = 0.0
         for a, b in ((0, 0), (1, 1), (2, 2), (0, 1), (0, 2), (1, 2)):
@@ -246,10 +269,15 @@ class _Examiner:
     # ------------------------------------------------------------------ additivity and smoothness
     def _additivity(self) -> Iterator[Check]:
         systems = self.systems[:1] if self.systems[0].cell is not None else self.systems[:2]
-        yield _measured(
-            "extensivity", "eV, eV/A", 1e-7,
-            lambda: assert_extensive(self.potential, systems=systems, tolerance=math.inf, seed=self.seed),
-        )  # fmt: skip
+        long_range = getattr(self.potential.model, "long_range", None) is not None
+        if long_range and any(s.state[0] for s in systems):
+            note = "ions act on each other at any distance in a model with long_range"
+            yield Check("extensivity", math.nan, "eV, eV/A", "none", None, note)
+        else:
+            yield _measured(
+                "extensivity", "eV, eV/A", 1e-7,
+                lambda: assert_extensive(self.potential, systems=systems, tolerance=math.inf, seed=self.seed),
+            )  # fmt: skip
         alone = [System(torch.tensor([n]), torch.zeros(1, 3, dtype=torch.float64)) for n in self.species]
         largest = max(float(self.subject([s])[0].abs().max()) for s in alone)
         forces = max(float(self.subject([s])[1].abs().max()) for s in alone)
@@ -311,7 +339,8 @@ class _Examiner:
         if steps <= 0:
             return
         system = self.systems[0]
-        frame = AtomicData(z=system.z, pos=system.pos, cell=system.cell, pbc=system.pbc)
+        state = {"charge": system.charge, "charges": system.charges, "spin": system.spin}
+        frame = AtomicData(z=system.z, pos=system.pos, cell=system.cell, pbc=system.pbc, **state)
         atoms = frame.to_ase()
         atoms.calc = NBodyCalculator(self.potential)
         atoms.calc.metadata = self.metadata
@@ -319,6 +348,11 @@ class _Examiner:
         common = {"timestep": timestep, "temperature": temperature, "seed": self.seed, "sample_every": 5}
         run_md(atoms, max(steps // 5, 1), ensemble="langevin", friction=0.02, **common)
         found = run_md(atoms, steps, **common)
+        if found.stopped is not None:
+            change = 1e3 * float(np.ptp(found.total)) / found.num_atoms if len(found.total) else 0.0
+            note = f"{_MEANING['NVE drift']}; {found.stopped}"
+            yield Check("NVE drift", change, "meV/atom", "< 0.3", False, note)
+            return
         picoseconds = float(found.time[-1])
         note = f"{picoseconds:.2f} ps at {found.temperature.mean():.0f} K, fluctuation {found.fluctuation:.3f} meV/atom"
         half = len(found.total) // 2

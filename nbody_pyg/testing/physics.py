@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from nbody_pyg.testing.subject import Subject, compare, require_signal
-from nbody_pyg.testing.systems import System, prepare_systems
+from nbody_pyg.testing.systems import System, join, prepare_systems
 
 # Coordinates that are displaced in one system; more are sampled.
 _MAX_COORDINATES = 36
@@ -29,7 +29,8 @@ def assert_extensive(
 
     Each system is put beside itself and beside the next one; forces must not change. A periodic system is
     compared with its own repetition along each periodic direction instead. For short-ranged models: a Coulomb
-    term between charged systems is not zero at this distance.
+    term between charged systems is not zero at this distance. A system with a charge or unpaired electrons is put
+    beside itself only: what each of two unlike systems has of their total is a convention of the model.
 
     Returns the largest error; raises AssertionError with the error and the systems.
     """
@@ -46,13 +47,12 @@ def assert_extensive(
             )
             joined += [(f"system {number} repeated along axis {k}", system, _repeat(system, k)) for k in axes]
         else:
-            for other in {number, (number + 1) % len(drawn)}:
+            following = (number + 1) % len(drawn)
+            neutral = system.state == drawn[following].state == (0.0, 0.0)
+            for other in {number, following} if neutral else {number}:
                 beside = drawn[other]
-                z, pos = (
-                    torch.cat([system.z, beside.z]),
-                    torch.cat([system.pos, beside.pos + away.to(beside.pos)]),
-                )
-                joined.append((f"systems {number} and {other}, {distance:g} angstrom apart", beside, System(z, pos)))
+                both = join(system, replace(beside, pos=beside.pos + away.to(beside.pos)))
+                joined.append((f"systems {number} and {other}, {distance:g} angstrom apart", beside, both))
         energy, forces = subject([system])
         for name, beside, both in joined:
             second, second_forces = subject([beside])
@@ -67,9 +67,9 @@ def assert_extensive(
 
 def _repeat(system: System, axis: int) -> System:
     cell = system.cell.reshape(1, 3, 3).clone()
-    pos = torch.cat([system.pos, system.pos + cell[0, axis]])
+    both = join(system, replace(system, pos=system.pos + cell[0, axis]))
     cell[0, axis] *= 2.0
-    return replace(system, z=torch.cat([system.z, system.z]), pos=pos, cell=cell)
+    return replace(both, cell=cell)
 
 
 def assert_conservative(

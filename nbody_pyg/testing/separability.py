@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from nbody_pyg.testing.subject import Subject, compare, require_signal
-from nbody_pyg.testing.systems import System, prepare_systems
+from nbody_pyg.testing.systems import join, prepare_systems
 
 
 def assert_separable(
@@ -59,9 +61,7 @@ def assert_separable(
         scale = max(1.0, *(float(value.abs().max()) for value in alone if value.numel()))
         first: tuple[float, float] | None = None
         for distance in distances:
-            both, push = subject(
-                [System(torch.cat([a.z, b.z]), torch.cat([a.pos, b.pos + distance * direction.to(b.pos)]))]
-            )
+            both, push = subject([join(a, replace(b, pos=b.pos + distance * direction.to(b.pos)))])
             energy = float((both - alone[0] - alone[1]).abs().max()) if both.numel() else 0.0
             force = 0.0 if push is None else float((push[: len(a.z)] - pushes[0]).abs().max())
             where = f"assert_separable: systems {number} and {(number + 1) % len(drawn)}, {distance:g} angstrom apart"
@@ -128,8 +128,8 @@ def assert_size_transfer(
         energy, forces = subject([system])
         for count in counts:
             offsets = _grid(count, spacing, generator).to(system.pos)
-            pos = (system.pos + offsets.unsqueeze(1)).reshape(-1, 3)
-            got, got_forces = subject([System(system.z.repeat(count), pos)])
+            copies = [replace(system, pos=system.pos + offset) for offset in offsets]
+            got, got_forces = subject([functools.reduce(join, copies)])
             where = f"assert_size_transfer: {count} copies of system {number}"
             worst = max(worst, compare(got / count, energy, tolerance, f"{where}: energy per copy"))
             if got_forces is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -70,7 +71,7 @@ def push_in_structures(subject: Subject, systems: Sequence[System]) -> list[Push
             pos = system.pos.clone()
             pos[i] += 0.5 * (start - r) * direction
             pos[j] -= 0.5 * (start - r) * direction
-            moved.append(System(system.z, pos))
+            moved.append(replace(system, pos=pos))
         found.append(_read(name, distances, subject.many(moved, forces=False)[0], _SETTLE))
     return found
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -62,6 +62,10 @@ def assert_smooth(
         if any(s.cell is not None for s in drawn):
             raise ValueError("systems must be open for the default paths; pass paths=[(z, start, end)]")
         paths = [path for i, s in enumerate(drawn) for path in _default_paths(s, distance, seed + i)]
+        # The paths of a system are two, and have its charge
+        states = [s for s in drawn for _ in range(2)]
+    else:
+        states = [System(z, start) for z, start, _ in paths]
     subject = Subject(model, dtype)
     if through_changes:
         _require_changes(model, paths, dtype)
@@ -72,7 +76,8 @@ def assert_smooth(
         if not length > 0:
             raise ValueError(f"paths[{number}] starts where it ends; give two different geometries")
         subject.start = (z, start) if frozen_topology else None
-        line = _Line(subject, z, start, (end - start) / length, length)
+        system = replace(states[number], pos=start)
+        line = _Line(subject, system, (end - start) / length, length)
         lowest = min(lowest, _scan(line, f"assert_smooth: path {number}", continuity, step, tolerance))
     return lowest
 
@@ -122,13 +127,12 @@ class _Line:
     """Energy and forces as functions of the distance travelled by the fastest atom."""
 
     subject: Subject
-    z: Tensor
-    start: Tensor
+    start: System
     direction: Tensor
     length: float
 
     def __call__(self, where: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        systems = [System(self.z, self.start + float(t) * self.direction) for t in where]
+        systems = [replace(self.start, pos=self.start.pos + float(t) * self.direction) for t in where]
         energies, forces = self.subject.many(systems)
         columns = energies.reshape(len(where), -1) if energies.numel() else None
         return columns, torch.stack(forces).flatten(1) if forces else None

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nbody_pyg.hierarchy.topology import Topology
 from nbody_pyg.potential import Potential
 from nbody_pyg.testing.systems import System, collate, random_like
 
@@ -47,12 +46,19 @@ class Subject:
         # With a geometry here, all systems are displacements of it and keep its topology.
         self.start: tuple[Tensor, Tensor] | None = None
 
-    def _topology(self, z: Tensor, pos: Tensor, batch: Tensor) -> Topology:
-        scheme = None if self.potential is None else getattr(self.potential.model, "scheme", None)
-        if scheme is None:
-            raise ValueError("frozen_topology needs a model with a scheme; set it to False for others")
-        start = self.start[1].repeat(len(z) // len(self.start[0]), 1)
-        return scheme.update(scheme.topology(z, start, batch), z, pos, batch)
+    def arguments(self, systems: Sequence[System]) -> tuple[tuple[Tensor, Tensor, Tensor], dict[str, Any]]:
+        """What a model is called with, with the topology where its parts are given."""
+        (z, pos, batch), keywords = collate(systems)
+        bonds = keywords.pop("bonds", None)
+        if self.start is not None or bonds is not None:
+            scheme = None if self.potential is None else getattr(self.potential.model, "scheme", None)
+            if scheme is None:
+                raise ValueError("frozen_topology needs a model with a scheme; set it to False for others")
+            start = pos if self.start is None else self.start[1].repeat(len(z) // len(self.start[0]), 1)
+            given, lattice = {} if bonds is None else {"bonds": bonds}, (keywords.get("cell"), keywords.get("pbc"))
+            tree = scheme.topology(z, start, batch, *lattice, **given)
+            keywords["topology"] = scheme.update(tree, z, pos, batch, *lattice)
+        return (z, pos, batch), keywords
 
     def _prepare(self, arguments: tuple, keywords: dict[str, Tensor]) -> None:
         if self.potential is not None or self.gives_forces:
@@ -64,7 +70,7 @@ class Subject:
 
     def __call__(self, systems: Sequence[System], forces: bool = True) -> tuple[Tensor, Tensor | None]:
         """All systems as one batch. Energies come without the reference, whose size would cost digits."""
-        arguments, keywords = collate(systems)
+        arguments, keywords = self.arguments(systems)
         self._prepare(arguments, keywords)
         if self.potential is None and self.start is None:
             out = self.raw(*arguments, **keywords)
@@ -74,8 +80,7 @@ class Subject:
             # Without an energy its tensor has no entries, [num_graphs, 0], and compares as equal.
             energy = arguments[1].new_zeros(len(systems), 0) if energy is None else energy.detach().reshape(-1)
             return energy, None if force is None else force.detach()
-        topology = None if self.start is None else self._topology(*arguments)
-        out = self.potential(*arguments, **keywords, topology=topology, compute_forces=forces)
+        out = self.potential(*arguments, **keywords, compute_forces=forces)
         return out["interaction_energy"], out.get("forces")
 
     def many(self, systems: Sequence[System], forces: bool = True) -> tuple[Tensor, list[Tensor]]:

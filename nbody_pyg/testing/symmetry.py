@@ -11,6 +11,7 @@ import torch
 from e3nn import o3
 from torch import Tensor, nn
 
+from nbody_pyg.models import NBodyNet
 from nbody_pyg.testing.subject import Subject, compare, require_signal
 from nbody_pyg.testing.systems import System, collate, prepare_systems, random_like, require_volume, turn
 
@@ -86,7 +87,8 @@ def assert_equivariant(
 
     - a potential (no irreps): the energy must be invariant, the forces must turn with the molecule;
     - a function of atoms, ``f(z, pos, batch) -> [rows, irreps_out.dim]`` (``irreps_out`` only): positions
-      turn, the output must transform as stated, e.g. ``"1x1o"`` for dipoles, or a list for a list of outputs;
+      turn, the output must transform as stated, e.g. ``"1x1o"`` for dipoles, or a list for a list of outputs (an
+      :class:`~nbody_pyg.models.NBodyNet` states the type of its target itself);
     - a function of features (``irreps_in`` too, one entry per argument): ``f(x, ...)``, e.g. a gate.
 
     Args:
@@ -104,6 +106,8 @@ def assert_equivariant(
         ValueError: planar systems, shapes that do not fit the irreps.
     """
     rotations = list(_rotations(num_rotations, improper, seed))
+    if irreps_out is None and isinstance(model, NBodyNet) and str(model.irreps_out) != "1x0e":
+        irreps_out = model.irreps_out
     if irreps_in is not None:
         call = _feature_call(model, irreps_in, inputs, layout, seed, dtype)
         return _check_outputs(call, irreps_out, rotations, layout, allow_zero, tolerance)
@@ -222,7 +226,7 @@ def assert_permutation_invariant(
         energy, forces = subject([system])
         for _ in range(num_permutations):
             order = torch.randperm(system.z.shape[0], generator=generator).to(system.z.device)
-            got, turned = subject([replace(system, z=system.z[order], pos=system.pos[order])])
+            got, turned = subject([system.reordered(order)])
             where = f"assert_permutation_invariant: system {number} ({system.z.shape[0]} atoms)"
             worst = max(worst, compare(got, energy, tolerance, f"{where}: energy"))
             if forces is not None:

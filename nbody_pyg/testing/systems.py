@@ -10,17 +10,42 @@ import torch
 from torch import Tensor
 from torch_geometric.data import Data
 
+from nbody_pyg.hierarchy.bondgraph import covalent_bonds
+from nbody_pyg.hierarchy.scheme import AtomsInput
 from nbody_pyg.potential import Potential
+
+_STATE = ("charge", "charges", "spin")
 
 
 @dataclass(frozen=True)
 class System:
-    """One geometry: z [N], pos [N, 3]; cell [1, 3, 3] and pbc [1, 3] when it is periodic."""
+    """One geometry: z [N], pos [N, 3]; cell [1, 3, 3] and pbc [1, 3] when it is periodic.
+
+    ``charge`` [1], ``charges`` [N] and ``spin`` [1] where it has some, as in :class:`~nbody_pyg.data.AtomicData`.
+    ``bonds`` [2, M], both directions, where a BondTree is not to find them.
+    """
 
     z: Tensor
     pos: Tensor
     cell: Tensor | None = None
     pbc: Tensor | None = None
+    charge: Tensor | None = None
+    charges: Tensor | None = None
+    spin: Tensor | None = None
+    bonds: Tensor | None = None
+
+    @property
+    def state(self) -> tuple[float, float]:
+        """Total charge, and number of unpaired electrons 2S."""
+        total = self.charge if self.charges is None else self.charges.sum()
+        charge = 0.0 if total is None else float(total)
+        return charge, 0.0 if self.spin is None else float(self.spin) - 1.0
+
+    def reordered(self, order: Tensor) -> System:
+        """The same system with its atoms in another order."""
+        charges = None if self.charges is None else self.charges[order]
+        bonds = None if self.bonds is None else torch.argsort(order)[self.bonds]
+        return replace(self, z=self.z[order], pos=self.pos[order], charges=charges, bonds=bonds)
 
 
 def random_molecule(num_atoms: int, species: Sequence[int] = (1, 6, 8), seed: int = 0) -> System:
@@ -106,10 +131,27 @@ def _as_system(item: Any) -> System:
     if isinstance(item, Data):
         # A stored hierarchy belongs to one geometry; the helpers move atoms, so models build their own.
         cell, pbc = item.get("cell"), item.get("pbc")
-        return System(item.z, item.pos, cell, pbc) if pbc is None or bool(pbc.any()) else System(item.z, item.pos)
+        if pbc is not None and not bool(pbc.any()):
+            cell = pbc = None
+        state = (item.get(key) for key in _STATE)
+        state = {key: torch.as_tensor(value) for key, value in zip(_STATE, state, strict=True) if value is not None}
+        return System(item.z, item.pos, cell, pbc, **state)
     if isinstance(item, (tuple, list)) and len(item) in (2, 4):
         return System(*item)
     raise TypeError(f"systems must hold System, Data, (z, pos) or (z, pos, cell, pbc), got {type(item).__name__}")
+
+
+def join(first: System, second: System) -> System:
+    """Both as one system, in the cell of the first, with the sums of their charges and of their unpaired electrons."""
+    given = {key for key in _STATE for s in (first, second) if getattr(s, key) is not None}
+    (charge, unpaired), like = (sum(pair) for pair in zip(first.state, second.state, strict=True)), first.pos
+    state = {"charge": like.new_tensor([charge])} if given & {"charge", "charges"} else {}
+    if "charges" in given:
+        state = {"charges": _states([first, second])["charges"]}
+    if "spin" in given:
+        state["spin"] = like.new_tensor([unpaired + 1.0])
+    z, pos = torch.cat([first.z, second.z]), torch.cat([first.pos, second.pos])
+    return System(z, pos, first.cell, first.pbc, bonds=_bonds([first, second]), **state)
 
 
 def turn(system: System, rotation: Tensor) -> System:
@@ -120,7 +162,7 @@ def turn(system: System, rotation: Tensor) -> System:
 
 
 def open_cluster(system: System, num_atoms: int = 24) -> System:
-    """The atoms around the first one of a periodic system, nearest images, as an open system.
+    """The atoms around the first one of a periodic system, nearest images, as an open and neutral system.
 
     Molecules at its surface may be cut: it is for tests that pull atoms apart, not for physics.
     """
@@ -149,19 +191,49 @@ def require_volume(systems: Sequence[System]) -> None:
 
 
 def collate(systems: Sequence[System]) -> tuple[tuple[Tensor, Tensor, Tensor], dict[str, Tensor]]:
-    """Arguments (z, pos, batch) and keywords (cell, pbc when there are any) for a list of systems."""
+    """Arguments (z, pos, batch) and keywords (cell, pbc, charges, spins, bonds where there are any) for systems."""
     sizes = torch.tensor([s.pos.shape[0] for s in systems])
     batch = torch.repeat_interleave(torch.arange(len(systems)), sizes).to(systems[0].pos.device)
     arguments = (torch.cat([s.z for s in systems]), torch.cat([s.pos for s in systems]), batch)
+    keywords = _states(systems)
+    if (bonds := _bonds(systems)) is not None:
+        keywords["bonds"] = bonds
     periodic = [s.cell is not None for s in systems]
     if not any(periodic):
-        return arguments, {}
+        return arguments, keywords
     if not all(periodic):
         raise ValueError("systems must be all periodic or all open; test them in two calls")
-    keywords = {"cell": torch.cat([s.cell.reshape(1, 3, 3) for s in systems])}
+    keywords["cell"] = torch.cat([s.cell.reshape(1, 3, 3) for s in systems])
     if all(s.pbc is not None for s in systems):
         keywords["pbc"] = torch.cat([torch.as_tensor(s.pbc).reshape(1, 3) for s in systems])
     return arguments, keywords
+
+
+def _bonds(systems: Sequence[System]) -> Tensor | None:
+    """Bonds of a batch, where some system has its own; those of the others are found."""
+    if all(s.bonds is None for s in systems):
+        return None
+    out, first = [], 0
+    for s in systems:
+        bonds = covalent_bonds(AtomsInput.check(s.z, s.pos, None, s.cell, s.pbc)) if s.bonds is None else s.bonds
+        out.append(bonds + first)
+        first += len(s.z)
+    return torch.cat(out, dim=1)
+
+
+def _states(systems: Sequence[System]) -> dict[str, Tensor]:
+    """Charges and spins of a batch, as far as some system says something."""
+    given = {key for key in _STATE for s in systems if getattr(s, key) is not None}
+    like, keywords = systems[0].pos, {}
+    if given & {"charge", "charges"}:
+        keywords["charge"] = like.new_tensor([s.state[0] for s in systems])
+    if "charges" in given:
+        even = [like.new_full((len(s.z),), s.state[0] / len(s.z)) for s in systems]
+        own = [e if s.charges is None else s.charges.to(like) for s, e in zip(systems, even, strict=True)]
+        keywords["charges"] = torch.cat(own)
+    if "spin" in given:
+        keywords["spin"] = like.new_tensor([s.state[1] + 1.0 for s in systems])
+    return keywords
 
 
 def random_like(like: Tensor, generator: torch.Generator) -> Tensor:

@@ -7,6 +7,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from nbody_pyg import models
+from nbody_pyg.hierarchy import Scheme
+from nbody_pyg.models import NBodyNet
 from nbody_pyg.nn.repulsion import ZBLRepulsion
 from nbody_pyg.potential import AtomicReference, Potential
 from nbody_pyg.properties import PropertyModel
@@ -23,6 +26,8 @@ def potential_config(potential: Potential | PropertyModel) -> dict[str, Any]:
     model = potential.model
     config = model.config() if hasattr(model, "config") and callable(model.config) else None
     described = {"class": type(model).__name__, "config": config}
+    if assumed := getattr(model, "assumed", None):
+        described["assumed"] = dict(assumed)  # charge and spin of all training frames
     if isinstance(potential, PropertyModel):
         dtype = str(potential.dtype).removeprefix("torch.")
         return {"model": described, "e0": None, "scale": 1.0, "dtype": dtype, "property": potential.config()}
@@ -50,6 +55,7 @@ def potential_from_config(config: dict[str, Any], model: nn.Module | None = None
         raise ValueError(
             f"the file holds a {described['class']}, but model is a {type(model).__name__}; pass the same class"
         )
+    model.assumed = {str(key): float(value) for key, value in (config["model"].get("assumed") or {}).items()}
     if config["dtype"] not in _DTYPES:
         raise ValueError(f"dtype must be one of {sorted(_DTYPES)}, got {config['dtype']!r}")
     if config.get("property") is not None:
@@ -63,8 +69,6 @@ def potential_from_config(config: dict[str, Any], model: nn.Module | None = None
 
 
 def _build_model(described: dict[str, Any]) -> nn.Module:
-    from nbody_pyg import models
-
     found = getattr(models, described["class"], None)
     if described["config"] is None or found is None or not hasattr(found, "from_config"):
         raise ValueError(
@@ -86,4 +90,8 @@ def up_to_date(config: dict[str, Any]) -> dict[str, Any]:
             "steps, which this version does not have, and its energies would change; train it anew, or use the version "
             "that wrote it"
         )
-    return config | {"scheme": {"exponent": 6} | config["scheme"]} if name == "NestedShells" else config
+    if name == "NestedShells":
+        config = config | {"scheme": {"exponent": 6} | config["scheme"]}
+    if Scheme.from_config(config["scheme"]).levels[0].pair_radius is None:
+        config = config | {"num_layers": NBodyNet.DEFAULTS["num_layers"]}  # another number did nothing
+    return config

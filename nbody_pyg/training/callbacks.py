@@ -6,6 +6,7 @@ import csv
 import random
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,30 +17,41 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from tqdm import tqdm
 
-from nbody_pyg.training.durable import written_whole
+from nbody_pyg.durable import written_whole
+from nbody_pyg.training.checkpoint import read_checkpoint, seal
 
 
 class Checkpoints(Callback):
     """Writes ``last.ckpt`` after every validation and at the end, ``best.ckpt`` when the score improves.
 
     Every write goes to a temporary file that is renamed, so that a killed run leaves a readable file. The
-    files load with ``weights_only=True``: tensors and plain values only, random states included. Weights that
-    are not finite are not written: what was there before is of more use.
+    files load with ``weights_only=True``: tensors and plain values only, random states included; a checksum over
+    every byte stands at their end. Weights that are not finite are not written: what was there before is of more use.
 
     Args:
         folder: where the files go.
-        monitor: a logged metric, lower is better; ``best`` needs validation.
+        monitor: a logged metric, lower is better; ``best`` needs validation. None: no ``best.ckpt``.
         every: steps between two writes of ``last.ckpt`` without validation; None: not before the end.
+        run: what every checkpoint keeps of the run that it belongs to.
     """
 
-    def __init__(self, folder: str | Path, monitor: str = "val_forces_mae", every: int | None = None):
-        self.folder, self.monitor, self.every = Path(folder), monitor, every
+    def __init__(
+        self,
+        folder: str | Path,
+        monitor: str | None = "val_forces_mae",
+        every: int | None = None,
+        run: dict[str, Any] | None = None,
+    ):
+        self.folder, self.monitor, self.every, self.run = Path(folder), monitor, every, dict(run or {})
         self.best_score, self.best_step = float("inf"), -1
+
+    def on_save_checkpoint(self, trainer: Trainer, module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        checkpoint["run"] = self.run
 
     def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:
         if trainer.sanity_checking or trainer.state.fn != "fit":
             return
-        score = trainer.callback_metrics.get(self.monitor)
+        score = None if self.monitor is None else trainer.callback_metrics.get(self.monitor)
         if score is not None and float(score) < self.best_score:
             self.best_score, self.best_step = float(score), trainer.global_step
             self._save(trainer, "best.ckpt")
@@ -66,13 +78,24 @@ class Checkpoints(Callback):
             return
         with written_whole(self.folder / name, temporary):
             trainer.save_checkpoint(temporary, weights_only=False)
+            seal(temporary)
 
     def state_dict(self) -> dict[str, Any]:
         return {"best_score": self.best_score, "best_step": self.best_step, **_random_state()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.best_score, self.best_step = state["best_score"], state["best_step"]
+        if self.best_step >= 0 and not self._has_best():
+            self.best_score, self.best_step = float("inf"), -1  # chosen anew from here on
         _set_random_state(state)
+
+    def _has_best(self) -> bool:
+        """Whether best.ckpt is that of this run and of the step that is known: it may be lost, or a step ahead."""
+        try:
+            found = read_checkpoint(self.folder / "best.ckpt")
+        except (OSError, ValueError):
+            return False
+        return found.get("run", {}).get("id") == self.run.get("id") and found["global_step"] == self.best_step
 
 
 def _random_state() -> dict[str, Any]:
@@ -114,9 +137,13 @@ class MetricsCSV(Callback):
         rows = []
         if trainer.global_step and self.path.exists():
             with self.path.open(newline="") as file:
-                rows = [row for row in csv.DictReader(file) if int(row["step"]) <= trainer.global_step]
+                # A run that was killed may have left half a row.
+                whole = [
+                    row for row in csv.DictReader(file) if set(row) == set(self.columns) and None not in row.values()
+                ]
+            rows = [row for row in whole if row["step"].isdecimal() and int(row["step"]) <= trainer.global_step]
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("w", newline="") as file:
+        with written_whole(self.path) as temporary, temporary.open("w", newline="") as file:
             writer = csv.DictWriter(file, self.columns)
             writer.writeheader()
             writer.writerows(rows)
@@ -181,7 +208,7 @@ class RunProgress(Callback):
             for name, key, unit in module.shown
             if f"val_{key}" in scores
         ]
-        self._scores = f" | val {' '.join(parts)}"
+        self._scores = f" | val {' '.join(parts)}" if parts else ""
         if self._bar is None:
             rate = trainer.optimizers[0].param_groups[0]["lr"]
             print(
@@ -211,7 +238,10 @@ class GracefulStop(Callback):
         self._before: dict[int, Any] = {}
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
-        # After Lightning has installed its own handler, which would leave before the checkpoint is written.
+        # After Lightning has installed its own handler, which would leave before the checkpoint is written. Python
+        # lets the main thread alone handle signals: a run in another thread ends when its limits are reached.
+        if threading.current_thread() is not threading.main_thread():
+            return
         self._before = {number: signal.signal(number, self._handle) for number in self.signals}
 
     def _handle(self, number: int, frame: Any) -> None:

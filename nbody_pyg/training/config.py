@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import inspect
+import os
+import re
+import types
 import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,8 @@ from typing import Any
 import jsonargparse
 import yaml
 
+from nbody_pyg.durable import write_text
+from nbody_pyg.messages import nearest
 from nbody_pyg.properties import Property
 from nbody_pyg.training.settings import TrainingConfig, setting
 
@@ -54,6 +58,14 @@ class DataConfig:
         for name in ("rmd17", "qm9"):
             if getattr(self, name) is not None and self.root is None:
                 raise ValueError(f"data.{name} needs data.root, the folder of its files")
+        for name in ("val", "test"):
+            if getattr(self, name) is not None and self.train is None:
+                raise ValueError(f"data.{name} goes with data.train; data.{given[0]} brings its own frames")
+        if self.val is not None and self.num_val:
+            raise ValueError(
+                f"data.val names the validation frames, so that data.num_val must not be given, got {self.num_val}; "
+                "leave one of them out"
+            )
 
     @property
     def shares_hierarchy(self) -> bool:
@@ -62,6 +74,8 @@ class DataConfig:
         return one if self.one_molecule is None else self.one_molecule
 
 
+# Values in a YAML text.
+_LARGEST_YAML = 100_000
 REPULSIONS = ("auto", "zbl", "none")
 
 
@@ -84,8 +98,12 @@ class ModelConfig:
 class OutputConfig:
     """What a run leaves behind, and where."""
 
-    folder: str = setting("runs/nbody", "folder of model.nbody, config.yaml, metrics.csv and checkpoints")
-    resume: bool = setting(False, "go on from last.ckpt in the folder")
+    folder: str = setting(
+        "runs/nbody", "folder of model.nbody, config.yaml, metrics.csv and checkpoints; earlier ones go to before-N"
+    )  # fmt: skip
+    resume: bool = setting(
+        False, "go on from last.ckpt in the folder; may change limits, intervals, lr, weight decay and output"
+    )  # fmt: skip
     weights: str = setting("best", "which weights to keep: best of the validation, or last")
     plot: bool = setting(True, "draw parity plots of the test sets")
 
@@ -113,8 +131,13 @@ class Config:
         whole = {"data": out["data"], "model": {**model, **self.model.arguments}, **out}
         return whole | ({"target": target} if target else {})
 
+    def text(self) -> str:
+        """The YAML file."""
+        return yaml.safe_dump(_plain(self.to_dict()), sort_keys=False)
+
     def save(self, path: str | Path) -> None:
-        Path(path).write_text(yaml.safe_dump(_plain(self.to_dict()), sort_keys=False))
+        """Write the YAML file, whole or not at all."""
+        write_text(path, self.text())
 
 
 _SECTIONS = {"data": DataConfig, "training": TrainingConfig, "output": OutputConfig}
@@ -137,9 +160,19 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
     tree: dict[str, Any] = {}
     if path is not None:
         tree = read_tree(path, f"sections ({', '.join([*_SECTIONS, 'model'])})")
-    for key, value in _parse_overrides(overrides):
+    given = _parse_overrides(overrides)
+    switch_scheme(tree, dict(given))
+    for key, value in given:
         _insert(tree, key.split("."), value)
     return parse_config(tree)
+
+
+def switch_scheme(tree: dict[str, Any], overrides: Mapping[str, Any]) -> None:
+    """Another scheme that is named on the command line takes the place of the whole scheme of the file."""
+    model, name = tree.get("model"), overrides.get("model.scheme.name")
+    scheme = model.get("scheme") if isinstance(model, dict) else None
+    if name is not None and isinstance(scheme, Mapping) and scheme.get("name", "NestedShells") != name:
+        tree["model"] = {**model, "scheme": {}}
 
 
 def parse_config(tree: Mapping[str, Any]) -> Config:
@@ -149,11 +182,12 @@ def parse_config(tree: Mapping[str, Any]) -> Config:
     """
     _check_keys(tree)
     parser = config_parser()
+    tree = {section: _typed_section(section, values) for section, values in tree.items()}
     target = _properties(tree.pop("target", None) or {})
     try:
         parsed = parser.parse_object({k: v for k, v in tree.items() if v is not None})
     except jsonargparse.ArgumentError as error:
-        raise ValueError(str(error)) from error
+        raise ValueError(_in_one_sentence(str(error), tree)) from error
     values = {name: dict(vars(parsed[name])) for name in (*_SECTIONS, "model")}
     model = values.pop("model")
     given = set(tree.get("model") or {})
@@ -168,6 +202,90 @@ def parse_config(tree: Mapping[str, Any]) -> Config:
     )
 
 
+#: Keys that name files or folders, in which ~ and $HOME are replaced.
+_FILE_KEYS = {"data": ("root", "train", "val", "test"), "output": ("folder",)}
+_WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", dict: "keys and values"}
+
+
+def expand_path(text: str) -> str:
+    """With ~ and variables such as $HOME replaced, unless a file has that very name."""
+    return text if os.path.exists(text) else os.path.expandvars(os.path.expanduser(text))
+
+
+def _admits(hint: Any) -> tuple[Any, ...]:
+    """The types that a hint allows, dict[str, str] as dict; Any allows all."""
+    kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    return tuple(typing.get_origin(kind) or kind for kind in kinds)
+
+
+def _hint(section: str, key: str) -> Any:
+    return typing.get_type_hints(_SECTIONS[section]).get(key, Any) if section in _SECTIONS else Any
+
+
+def _typed_section(section: str, values: Any) -> Any:
+    """The values of a section with numbers as whole ones where such are wanted, names as text, and whole paths."""
+    if not isinstance(values, Mapping) or section not in (*_SECTIONS, "model"):
+        return values
+    whole = {name for name, default in model_arguments().items() if type(default) is int} if section == "model" else ()
+    out = {}
+    for key, value in values.items():
+        value = typed(value, int if key in whole else _hint(section, key))
+        if section == "data" and key == "test" and isinstance(value, list):
+            value = _by_name(value)
+        elif isinstance(value, list) and str in _admits(_hint(section, key)):
+            what = "file" if key in _FILE_KEYS.get("data", ()) else "name"
+            raise ValueError(f"{section}.{key} must be one {what}, got the list {value}; give one, or join the files")
+        if key in _FILE_KEYS.get(section, ()) and value is not None:
+            named = isinstance(value, Mapping)
+            value = {k: expand_path(str(v)) for k, v in value.items()} if named else expand_path(str(value))
+        out[key] = value
+    return out
+
+
+def typed(value: Any, hint: Any) -> Any:
+    """A value read as YAML in the type that is wanted: 1e4 as a whole number, 2024 as a name."""
+    admitted = _admits(hint)
+    if int in admitted and bool not in admitted and isinstance(value, (str, float)):
+        try:
+            number = float(value)
+        except ValueError:
+            return value
+        return int(number) if number.is_integer() else value
+    if str in admitted and type(value) is int and int not in admitted and float not in admitted:
+        return str(value)
+    return value
+
+
+def _typed_text(text: str, where: str, hint: Any) -> Any:
+    """A word of the command line: where a name is wanted, what YAML makes of it is not asked."""
+    admitted = _admits(hint)
+    if str not in admitted:
+        return parse_value(text, where)
+    if not {float, int, dict, list} & set(admitted) and not text.startswith("["):
+        return None if type(None) in admitted and text in ("null", "") else text
+    value = parse_value(text, where)
+    return text if not isinstance(value, (*{k for k in admitted if isinstance(k, type)}, list)) else value
+
+
+def _by_name(files: Sequence[Any]) -> dict[str, str]:
+    """Test sets of a list of files, by the names of the files."""
+    named = {Path(str(file)).stem: str(file) for file in files}
+    if len(named) < len(files):
+        raise ValueError(f"data.test must list files of different names, got {list(files)}; name them: {{hot: a.xyz}}")
+    return named
+
+
+def _in_one_sentence(message: str, tree: Mapping[str, Any]) -> str:
+    """What jsonargparse says about a value of a wrong type, in our words."""
+    found = re.search(r'"([\w.]+)"', message)
+    section, _, key = (found.group(1) if found else "").partition(".")
+    hint = _hint(section, key) if section in _SECTIONS else None
+    if hint is None or not isinstance(tree.get(section), Mapping):
+        return " ".join(message.split())
+    kinds = [_WORDS[kind] for kind in _admits(hint) if kind in _WORDS]
+    return f"{section}.{key} must be {' or '.join(kinds)}, got {tree[section].get(key)!r}"
+
+
 def _properties(section: Mapping[str, Any]) -> tuple[Property, ...]:
     """The section ``target``: {label: {readout, unit, weight}}."""
     known = [f.name for f in dataclasses.fields(Property) if f.name != "name"]
@@ -178,7 +296,7 @@ def _properties(section: Mapping[str, Any]) -> tuple[Property, ...]:
             raise ValueError(f"target.{name} must hold keys and values, got {values!r}; e.g. {{readout: dipole}}")
         for key in values:
             if key not in known:
-                raise ValueError(f"unknown key target.{name}.{key}; {_nearest(str(key), known, f'target.{name}')}")
+                raise ValueError(f"unknown key target.{name}.{key}; {nearest(key, known, f'target.{name}.')}")
         weight = values.get("weight", 1.0)
         if isinstance(weight, bool) or not isinstance(weight, (int, float)):
             raise ValueError(f"target.{name}.weight must be a number, got {weight!r}")
@@ -234,7 +352,7 @@ def scheme_arguments(name: str) -> list[str]:
     known = {n: c for n, c in vars(hierarchy).items() if isinstance(c, type) and issubclass(c, Scheme)}
     known.pop("Scheme", None)
     if name not in known:
-        raise ValueError(f"unknown scheme {name!r} in model.scheme.name; {_nearest(name, known)}")
+        raise ValueError(f"unknown scheme {name!r} in model.scheme.name; {nearest(name, known)}")
     return list(inspect.signature(known[name].__init__).parameters)[1:]
 
 
@@ -248,29 +366,21 @@ def _check_keys(tree: Mapping[str, Any]) -> None:
                 if not isinstance(values, Mapping | None):
                     raise ValueError(f"section target must hold labels and their readouts, got {values!r}")
                 continue
-            raise ValueError(f"unknown section {section!r}; {_nearest(str(section), [*known, 'target'])}")
+            raise ValueError(f"unknown section {section!r}; {nearest(section, [*known, 'target'])}")
         if values is None:
             continue
         if not isinstance(values, Mapping):
             raise ValueError(f"section {section} must hold keys and values, got {values!r}")
         for key in values:
             if key not in known[section]:
-                raise ValueError(f"unknown key {section}.{key}; {_nearest(key, known[section], section)}")
+                raise ValueError(f"unknown key {section}.{key}; {nearest(key, known[section], f'{section}.')}")
     scheme = (tree.get("model") or {}).get("scheme") or {}
     if not isinstance(scheme, Mapping):
         raise ValueError(f"model.scheme must hold a name and arguments, got {scheme!r}; e.g. {{name: BondTree}}")
     arguments = scheme_arguments(scheme.get("name", "NestedShells"))
     for key in scheme:
         if key not in (*arguments, "name"):
-            raise ValueError(f"unknown key model.scheme.{key}; {_nearest(key, [*arguments, 'name'], 'model.scheme')}")
-
-
-def _nearest(word: str, known: Iterable[str], section: str = "") -> str:
-    known = sorted(known)
-    prefix = f"{section}." if section else ""
-    if near := difflib.get_close_matches(word, known, n=1, cutoff=0.5):
-        return f"did you mean {prefix}{near[0]}?"
-    return f"there are {', '.join(known)}"
+            raise ValueError(f"unknown key model.scheme.{key}; {nearest(key, [*arguments, 'name'], 'model.scheme.')}")
 
 
 def _parse_overrides(words: Sequence[str]) -> list[tuple[str, Any]]:
@@ -285,7 +395,8 @@ def _parse_overrides(words: Sequence[str]) -> list[tuple[str, Any]]:
             if not words:
                 raise ValueError(f"{word} needs a value")
             text = words.pop(0)
-        out.append((key, parse_value(text, word)))
+        section, _, name = key.partition(".")
+        out.append((key, _typed_text(text, word, _hint(section, name))))
     return out
 
 
@@ -319,13 +430,54 @@ def parse_value(text: str, where: str) -> Any:
 def parse_yaml(text: str | bytes, where: str) -> Any:
     """What YAML text holds; ``where`` names its place in the message.
 
-    Raises: ValueError: no YAML, in one line.
+    Raises: ValueError: no YAML, in one line; a key that stands twice; aliases that refer to themselves or make a
+        small text large.
     """
+    loader = None
     try:
-        return yaml.safe_load(text)
+        loader = yaml.SafeLoader(text)
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        _check_size(node, where, {})
+        return loader.construct_document(node)
     except yaml.YAMLError as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"{where} is no YAML: {reason}; indent by spaces, close brackets and quotes") from None
+    except RecursionError:
+        raise ValueError(f"{where} is nested too deeply for a configuration") from None
+    finally:
+        if loader is not None:
+            loader.dispose()
+
+
+def _check_size(node: yaml.Node, where: str, sizes: dict[int, int]) -> int:
+    """Values under a node, those that aliases repeat counted again; refuses keys that stand twice."""
+    if id(node) in sizes:
+        size = sizes[id(node)]
+        if not size:
+            raise ValueError(f"{where} has an alias that refers to itself, line {node.start_mark.line + 1}")
+        return size
+    sizes[id(node)] = 0  # until it is known
+    parts: list[yaml.Node] = []
+    if isinstance(node, yaml.MappingNode):
+        seen: set[tuple[str, str]] = set()
+        for key, value in node.value:
+            parts += [key, value]
+            if isinstance(key, yaml.ScalarNode):
+                if (word := (key.tag, key.value)) in seen:
+                    raise ValueError(
+                        f"{where} holds the key {key.value!r} twice, the second time in line "
+                        f"{key.start_mark.line + 1}; keep one of them"
+                    )
+                seen.add(word)
+    elif isinstance(node, yaml.SequenceNode):
+        parts = node.value
+    size = 1 + sum(_check_size(part, where, sizes) for part in parts)
+    if size > _LARGEST_YAML:
+        raise ValueError(f"{where} holds more than {_LARGEST_YAML} values, its aliases written out: no configuration")
+    sizes[id(node)] = size
+    return size
 
 
 def _insert(tree: dict[str, Any], keys: list[str], value: Any) -> None:

@@ -82,11 +82,13 @@ class WeightEMA(Callback):
 
         Lightning has brought the module home to the CPU by now: its parameters are no longer the tensors kept here.
         """
-        if self._weights:
+        # What was loaded is still there where no step was left to take.
+        average = self._pieces(module) if self._weights else self._loaded
+        if average:
             members = [p for p in module.parameters() if p.requires_grad]
-            for parameter, value in zip(members, self._pieces(module), strict=True):
+            for parameter, value in zip(members, average, strict=True):
                 parameter.copy_(value)
-            self._weights = []
+            self._weights = self._loaded = []
 
     def _pieces(self, module: LightningModule) -> list[torch.Tensor]:
         """What is kept here, in the shapes of the parameters."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -9,13 +10,10 @@ import torch
 from torch import Tensor
 from torch_geometric.data import Data
 
-from nbody_pyg.hierarchy.topology import is_topology_key
-from nbody_pyg.potential import MODEL_INPUTS, Potential
+from nbody_pyg.potential import Potential, model_frames
+from nbody_pyg.training.labels import has_stress, label_shapes, uniform
 from nbody_pyg.training.loader import FrameLoader
 from nbody_pyg.training.metrics import ErrorMeter
-
-# What a potential computes with. All else is a label or an extra, and changes no prediction.
-_INPUTS = frozenset({"z", "pos", "bonds", "scheme", *MODEL_INPUTS})
 
 
 @dataclass(frozen=True)
@@ -23,7 +21,7 @@ class Evaluation:
     """Predictions in the order of the frames, float64, and their errors (see :class:`ErrorMeter` for units).
 
     ``energy`` [num_frames] eV, ``forces`` one [num_atoms, 3] eV/angstrom per frame, ``stress``
-    [num_frames, 3, 3] eV/angstrom^3 or None.
+    [num_frames, 3, 3] eV/angstrom^3 (NaN where a system has no volume) or None.
     """
 
     errors: dict[str, float]
@@ -39,48 +37,35 @@ def evaluate(
     device: torch.device | str = "cpu",
     compute_forces: bool = True,
 ) -> Evaluation:
-    """Energies and forces of every frame; the stress where all frames carry a stress to compare with.
+    """Energies and forces of every frame; the stress where any frame carries a stress to compare with.
 
-    Labels are optional: what has none is predicted and left out of the errors. Without ``compute_forces`` the
-    list of forces is empty. Periodic and open frames may be mixed: they go through the potential apart.
+    Labels are optional: what has none, or NaN, is predicted and left out of the errors. Without ``compute_forces``
+    the list of forces is empty. Periodic and open frames may be mixed.
+
+    Raises: ValueError: a charge or spin that the model does not know, naming the frame.
     """
-    meter, energy, forces, stress, order = ErrorMeter(device), [], [], [], []
-    for members, group in _groups(frames):
-        order += members
-        for batch in FrameLoader(group, batch_size, device=device):
-            result = potential(batch, compute_forces=compute_forces, compute_stress="stress" in batch)
-            meter.update(result, batch)
-            energy.append(result["energy"].cpu())
-            per_frame = torch.bincount(batch.batch, minlength=batch.num_graphs).tolist()
-            if compute_forces:
-                forces.extend(result["forces"].double().cpu().split(per_frame))
-            if "stress" in result:
-                stress.append(result["stress"].double().cpu())
-    back = torch.tensor(order).argsort()
-    return Evaluation(
-        meter.compute(),
-        torch.cat(energy)[back],
-        [forces[i] for i in back.tolist()] if forces else [],
-        torch.cat(stress)[back] if stress else None,
-    )
+    frames = model_frames(potential.model, frames, getattr(frames, "name", "") or "frames")
+    meter, energy, forces, stress = ErrorMeter(device), [], [], []
+    solid = torch.tensor([_has_volume(frame) for frame in frames])
+    for batch in FrameLoader(uniform(frames, label_shapes(potential)), batch_size, device=device, rank=0, world=1):
+        strained = has_stress(batch)
+        result = potential(batch, compute_forces=compute_forces, compute_stress=strained)
+        meter.update(result, batch)
+        energy.append(result["energy"].cpu())
+        per_frame = torch.bincount(batch.batch, minlength=batch.num_graphs).tolist()
+        if compute_forces:
+            forces.extend(result["forces"].double().cpu().split(per_frame))
+        if "stress" in batch:
+            found = result["stress"].double().cpu() if strained else torch.zeros(batch.num_graphs, 3, 3).double()
+            stress.append(found)
+    if stress:
+        stress = [torch.cat(stress).masked_fill(~solid.reshape(-1, 1, 1), math.nan)]
+    return Evaluation(meter.compute(), torch.cat(energy), forces, torch.cat(stress) if stress else None)
 
 
-def _groups(frames: Sequence[Data]) -> list[tuple[list[int], Sequence[Data]]]:
-    """Positions and frames of each set with the same inputs.
-
-    Labels and extras that only some frames have are left out. Inputs are not: a bulk crystal without its
-    cell and shifts would be another system.
-    """
-    keys = [frozenset(frame.keys()) for frame in frames]
-    common = frozenset.intersection(*keys) if keys else frozenset()
-    if all(found == common for found in keys):
-        return [(list(range(len(keys))), frames)]
-    members: dict[frozenset[str], list[int]] = {}
-    for number, found in enumerate(keys):
-        inputs = {key for key in found if key in _INPUTS or is_topology_key(key)}
-        members.setdefault(common | inputs, []).append(number)
-    return [(numbers, [_only(frames[i], kept) for i in numbers]) for kept, numbers in members.items()]
-
-
-def _only(frame: Data, keys: frozenset[str]) -> Data:
-    return type(frame).from_dict({key: value for key, value in frame.to_dict().items() if key in keys})
+def _has_volume(frame: Data) -> bool:
+    """Whether a stress has a meaning: a periodic system whose cell has a volume, unlike some slabs and wires."""
+    cell, pbc = frame.get("cell"), frame.get("pbc")
+    if cell is None or (pbc is not None and not bool(pbc.any())):
+        return False
+    return bool(torch.linalg.det(cell.double()).abs().max() > 1e-8)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -12,6 +13,8 @@ import torch.distributed as dist
 from jaxtyping import Int
 from torch import Tensor
 from torch_geometric.data import Batch, Data
+
+from nbody_pyg.hierarchy.topology import is_topology_key
 
 
 @dataclass(frozen=True)
@@ -35,8 +38,10 @@ class _Column:
 class EpochSampler:
     """Seeded order of the frames: a pure function of (seed, epoch), shared out over the processes.
 
-    Every process gets the same number of frames; the tail is filled from the front of the same permutation,
-    as torch's DistributedSampler does.
+    Shuffled, for training, every process gets the same number of frames, since all take their steps together: the
+    tail is filled from the front of the same permutation, as torch's DistributedSampler does. In order, for errors,
+    every frame goes to one process; or all to every process where there are fewer frames than processes (a mean over
+    the processes stays what it is).
     """
 
     def __init__(self, num_frames: int, shuffle: bool, seed: int):
@@ -45,12 +50,20 @@ class EpochSampler:
     def set_epoch(self, epoch: int) -> None:
         self.epoch = int(epoch)
 
+    def share(self, rank: int, world: int) -> int:
+        """Number of frames of a process."""
+        if self.shuffle:
+            return math.ceil(self.num_frames / world)
+        return len(range(rank, self.num_frames, world)) if self.num_frames >= world else self.num_frames
+
     def order(self, rank: int, world: int) -> Int[Tensor, " share"]:
         if self.shuffle:
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
             order = torch.randperm(self.num_frames, generator=generator)
         else:
             order = torch.arange(self.num_frames)
+        if not self.shuffle:
+            return order[rank::world] if self.num_frames >= world else order
         if world > 1:
             share = math.ceil(self.num_frames / world)
             order = order.repeat(math.ceil(share * world / self.num_frames))[: share * world][rank::world]
@@ -129,8 +142,24 @@ class FrameLoader:
         return self.sampler.num_frames
 
     def __len__(self) -> int:
-        share = math.ceil(self.num_frames / self._ranks()[1])
+        rank, world = self._ranks()
+        share = self.sampler.share(rank, world)
         return share // self.batch_size if self.drop_last else math.ceil(share / self.batch_size)
+
+    def digest(self, count: int | None = None) -> str:
+        """SHA-256 over everything that the first ``count`` frames hold (by default all), but their hierarchies."""
+        count = self.num_frames if count is None else count
+        found = hashlib.sha256(self._num_nodes[:count].numpy(force=True).tobytes())
+        for key, words in self._words.items():
+            found.update(f"{key} {words[:count]}".encode())
+        for key, column in self._columns.items():
+            if is_topology_key(key):
+                continue
+            values = column.values.narrow(column.dim, 0, int(column.start[count])).contiguous().cpu()
+            found.update(f"{key} {values.dtype} {list(values.shape)}".encode())
+            found.update(column.start[: count + 1].numpy(force=True).tobytes())
+            found.update(values.numpy().tobytes())
+        return found.hexdigest()
 
     def set_epoch(self, epoch: int) -> None:
         self.sampler.set_epoch(epoch)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+
+from nbody_pyg.messages import check_choice
 
 
 def _mse(error: Tensor, width: float) -> Tensor:
@@ -69,8 +71,7 @@ class EnergyForceLoss:
     penalty: str = "mse"
 
     def __post_init__(self) -> None:
-        if self.penalty not in PENALTIES:
-            raise ValueError(f"penalty must be one of {sorted(PENALTIES)}, got {self.penalty!r}")
+        check_choice("penalty", self.penalty, PENALTIES)
         if self.energy_per not in ("molecule", "atom"):
             raise ValueError(f"energy_per must be 'molecule' or 'atom', got {self.energy_per!r}")
         if not self.force_variance > 0:
@@ -87,21 +88,27 @@ class EnergyForceLoss:
         force_error: Float[Tensor, "atoms 3"] | None,
         virial_error: Float[Tensor, "stresses 3 3"] | None = None,
         num_atoms: Int[Tensor, " energies"] | None = None,
+        factors: Mapping[str, float] | None = None,
     ) -> Float[Tensor, ""]:
         """Errors are prediction minus label; a NaN marks a missing label and has to be removed before.
 
         A term of which no label is left counts 0.
+
+        Args:
+            factors: of the means over ``energy``, ``forces`` and ``stress``, where labels are missing: the known
+                labels of this batch over those that a batch has on average; 1 by default.
         """
+        factors = factors or {}
         width = self.force_variance**0.5
         loss: Tensor | float = 0.0
         if force_error is not None and self.force_weight:
-            loss = loss + self.force_weight * penalized(force_error, self.penalty, width)
+            loss = loss + self.force_weight * factors.get("forces", 1.0) * penalized(force_error, self.penalty, width)
         if energy_error is not None and self.energy_weight:
             if self.energy_per == "atom" and num_atoms is not None:
                 energy_error = energy_error / num_atoms
-            loss = loss + self.energy_weight * penalized(energy_error, self.penalty, width)
+            loss = loss + self.energy_weight * factors.get("energy", 1.0) * penalized(energy_error, self.penalty, width)
         if virial_error is not None and self.stress_weight:
-            loss = loss + self.stress_weight * penalized(virial_error, self.penalty, width)
+            loss = loss + self.stress_weight * factors.get("stress", 1.0) * penalized(virial_error, self.penalty, width)
         if not isinstance(loss, Tensor):
             raise ValueError("no term of the loss has both a label and a positive weight")
         return loss / self.force_variance

@@ -9,6 +9,8 @@ import torch.distributed as dist
 from ase.data import chemical_symbols
 from torch import Tensor
 
+from nbody_pyg.training.labels import aligned
+
 _MILLI = 1000.0  # eV -> meV
 
 
@@ -37,11 +39,11 @@ class RunningMeans:
         if self.count % self.every != 1:
             return
         if energy_error is not None and energy_error.numel():
-            self.energies_seen += 1
-            self.energy += energy_error.detach().abs().mean()
+            self.energies_seen += energy_error.numel()
+            self.energy += energy_error.detach().abs().sum()
         if force_error is not None and force_error.numel():
-            self.forces_seen += 1
-            self.forces += force_error.detach().abs().mean()
+            self.forces_seen += force_error.numel()
+            self.forces += force_error.detach().abs().sum()
 
     def take(self) -> dict[str, float]:
         """Means (MAE in meV per graph and meV/angstrom) of what had labels, and start anew."""
@@ -88,18 +90,21 @@ class ErrorMeter:
     def update(self, result: dict[str, Tensor], batch: Any) -> None:
         """Add a batch: ``result`` of a Potential, and the labels of the same graphs."""
         if "energy" in batch and "energy" in result:
-            error = (result["energy"] - batch.energy).double().reshape(-1)
-            self._add("energy", error, batch.energy)
+            label = aligned(batch.energy, result["energy"], "energy")
+            error = (result["energy"] - label).double()
+            self._add("energy", error, label)
             num_atoms = torch.bincount(batch.batch, minlength=len(error))
-            self._add("energy_per_atom", error / num_atoms, batch.energy)
+            self._add("energy_per_atom", error / num_atoms, label)
         if "forces" in batch and "forces" in result:
-            error = result["forces"].double() - batch.forces
-            self._add("forces", error, batch.forces)
-            known = ~batch.forces.isnan().any(dim=1)
+            label = aligned(batch.forces, result["forces"], "forces")
+            error = result["forces"].double() - label
+            self._add("forces", error, label)
+            known = ~label.isnan().any(dim=1)
             values = torch.stack([error.abs().sum(dim=1), torch.full_like(error[:, 0], 3.0)], dim=1)
             self.by_element.index_add_(0, batch.z[known], values[known])
         if "stress" in batch and "stress" in result:
-            self._add("stress", result["stress"].double() - batch.stress, batch.stress)
+            label = aligned(batch.stress, result["stress"], "stress")
+            self._add("stress", result["stress"].double() - label, label)
 
     def reduce(self) -> None:
         """Sum over the processes of torch.distributed, where it runs."""

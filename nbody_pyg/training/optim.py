@@ -4,10 +4,17 @@ from __future__ import annotations
 
 from torch import nn, optim
 
+from nbody_pyg.messages import check_choice
 from nbody_pyg.training.flat import FlatParameters
 from nbody_pyg.training.soap import Soap
 
 __all__ = ["Soap", "build_optimizer"]
+
+
+def optimizer_names() -> list[str]:
+    """What a configuration may name: those of torch, and the classes of this file."""
+    own = [k for k, v in globals().items() if isinstance(v, type) and issubclass(v, optim.Optimizer)]
+    return sorted({"adam", "adamw", "soap", *own})
 
 
 def build_optimizer(
@@ -28,10 +35,8 @@ def build_optimizer(
         kind = optim.Adam if name == "adam" else optim.AdamW
         chosen = parameters if flat is None else [flat.parameter]
         return kind(chosen, lr=lr, weight_decay=weight_decay, amsgrad=True, fused=True)
-    found = Soap if name == "soap" else globals().get(name)
-    if not (isinstance(found, type) and issubclass(found, optim.Optimizer)):
-        own = [k for k, v in globals().items() if isinstance(v, type) and issubclass(v, optim.Optimizer)]
-        raise ValueError(f"optimizer must be one of {sorted(['adam', 'adamw', 'soap', *own])}, got {name!r}")
+    check_choice("optimizer", name, optimizer_names())
+    found = Soap if name == "soap" else globals()[name]
     if hasattr(found, "from_module"):
         return found.from_module(module, lr=lr, weight_decay=weight_decay)
     return found(parameters, lr=lr, weight_decay=weight_decay)

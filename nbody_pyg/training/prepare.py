@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import math
 import typing
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch_geometric.data import Data
 
 from nbody_pyg.datasets import (
+    Split,
     embedded,
     fit_reference,
     load_qm9,
@@ -24,25 +29,37 @@ from nbody_pyg.datasets import (
     require_labels,
     split_indices,
 )
+from nbody_pyg.datasets.frames import Frames, has_label
+from nbody_pyg.datasets.keys import levels_apart
 from nbody_pyg.datasets.qm9 import TARGETS, TOTAL_ENERGIES
 from nbody_pyg.hierarchy import Scheme, Topology, share_topology
+from nbody_pyg.messages import check_choice
+from nbody_pyg.nn.charges import DEFAULT_STATE, check_inputs
 from nbody_pyg.nn.repulsion import ZBLRepulsion
-from nbody_pyg.potential import AtomicReference, Potential
+from nbody_pyg.potential import AtomicReference, Potential, check_states, frame_states, learn_state
 from nbody_pyg.properties import Property, PropertyModel, fit_statistics, property_irreps
 from nbody_pyg.training.config import Config, DataConfig, ModelConfig, model_arguments
-from nbody_pyg.training.run import force_variance
+from nbody_pyg.training.labels import NO_FORCES, force_variance, uniform
 
 if typing.TYPE_CHECKING:
     from nbody_pyg.models import NBodyNet
 
 
+#: So many frames are looked at for bonds that differ.
+_LOOKED_AT = 200
+
+
 @dataclass
 class DataSets:
-    """Frames for training, for validation (maybe none) and for any number of named tests."""
+    """Frames for training, for validation (maybe none) and for any number of named tests.
+
+    ``split`` holds the rows that a random split of one set of frames has given them; None where there was none.
+    """
 
     train: Sequence[Data]
     val: Sequence[Data]
     tests: dict[str, Sequence[Data]] = field(default_factory=dict)
+    split: Split | None = None
 
     def named(self) -> dict[str, Sequence[Data]]:
         return {"train": self.train, **({"val": self.val} if len(self.val) else {}), **self.tests}
@@ -55,47 +72,104 @@ class DataSets:
         """
         if shared:
             tree = Topology.from_data(scheme(self.train[0]))
+            _warn_of_odd_reference(scheme, tree, self.train[:_LOOKED_AT])
 
-            def store(frames: Sequence[Data]) -> Sequence[Data]:
+            def stored(frames: Sequence[Data]) -> Sequence[Data]:
                 return share_topology(frames, scheme, tree)
         else:
 
-            def store(frames: Sequence[Data]) -> Sequence[Data]:
+            def stored(frames: Sequence[Data]) -> Sequence[Data]:
                 return [scheme(frame) for frame in frames]
 
-        return DataSets(store(self.train), store(self.val), {n: store(f) for n, f in self.tests.items()})
+            _warn_of_bonds_that_differ(scheme, self.train[:_LOOKED_AT])
+
+        def store(frames: Sequence[Data]) -> Sequence[Data]:
+            return frames.replaced(stored(frames)) if isinstance(frames, Frames) else stored(frames)
+
+        tests = {name: store(frames) for name, frames in self.tests.items()}
+        return DataSets(store(self.train), store(self.val), tests, self.split)
+
+    def uniform(self, labels: Mapping[str, Sequence[int | str]]) -> DataSets:
+        """The same frames with the same keys in each set; see :func:`nbody_pyg.training.labels.uniform`."""
+        tests = {name: uniform(frames, labels) for name, frames in self.tests.items()}
+        return DataSets(uniform(self.train, labels), uniform(self.val, labels), tests, self.split)
 
 
-def load_data(config: DataConfig) -> DataSets:
+def _warn_of_odd_reference(scheme: Scheme, tree: Topology, frames: Sequence[Data]) -> None:
+    """Say so where the bonds that all frames are to share are found in few of them."""
+    odd = sum(not scheme.holds(tree, f.z, f.pos, None, f.get("cell"), f.get("pbc")) for f in frames)
+    if 2 * odd > len(frames):
+        warnings.warn(
+            f"the bonds of the first training frame, which all frames share, are not those found in {odd} of "
+            f"{len(frames)} frames: a bond of it may be stretched. Take another data.split_seed",
+            stacklevel=3,
+        )
+
+
+def _warn_of_bonds_that_differ(scheme: Scheme, frames: Sequence[Data]) -> None:
+    """Say so where frames of one molecule have hierarchies of their own, and these differ."""
+    if not scheme.keeps_parts or any(not torch.equal(frame.z, frames[0].z) for frame in frames):
+        return
+    first = Topology.from_data(scheme(frames[0]))
+    if first.bonds is None or any(scheme.inputs(frame) for frame in frames):
+        return
+    odd = sum(not scheme.holds(first, f.z, f.pos, None, f.get("cell"), f.get("pbc")) for f in frames)
+    if odd:
+        warnings.warn(
+            f"the frames hold the same atoms, but the bonds found in {odd} of {len(frames)} differ from those of the "
+            "first: the energy has steps between them. If all are one molecule, set data.one_molecule to true",
+            stacklevel=3,
+        )
+
+
+def load_data(config: DataConfig, split: Split | None = None) -> DataSets:
     """Read and split what the configuration names.
 
-    Raises: ValueError, FileNotFoundError: of the readers; more frames wanted than there are.
+    Args:
+        split: of an earlier run, which is used again instead of a new random one. Frames behind those that it knows
+            are for training, or where ``num_train`` is given for the test.
+    Raises: ValueError, FileNotFoundError: of the readers; more frames wanted than there are; a key or unit for data
+        that have their own; a test set of the name of another set; files with labels of two levels of theory.
     """
+    if config.train is None:
+        for name in ("units", "energy_key", "forces_key", "stress_key"):
+            if getattr(config, name) is not None:
+                raise ValueError(
+                    f"data.{name} is for files named by data.train, got {getattr(config, name)!r} beside data that "
+                    "have labels and units of their own; leave it out"
+                )
     if config.embedded is not None:
         tests = {name: embedded(config.embedded, f"test_{name}") for name in ("300K", "600K")}
-        return _split(embedded(config.embedded), None, tests, config)
+        return _split(embedded(config.embedded), None, tests, config, split)
     if config.rmd17 is not None:
         num_train, num_val = config.num_train or 950, 50 if config.num_val is None else config.num_val
         found = load_rmd17(config.root, config.rmd17, config.split, num_train=num_train, num_val=num_val)
         return DataSets(found.train, found.val, {"test": found.test})
     if config.qm9 is not None:
-        return _load_qm9(config)
+        return _load_qm9(config, split)
     paths = config.test or {}
     paths = {"test": paths} if isinstance(paths, str) else paths
+    if taken := {"train", "val"} & set(paths):
+        raise ValueError(f"data.test must not name a set {taken.pop()!r}, which is another set of the run; rename it")
     tests = {name: _read(path, config) for name, path in paths.items()}
     val = None if config.val is None else _read(config.val, config)
-    return _split(_read(config.train, config), val, tests, config)
+    train = _read(config.train, config)
+    sets = {"train": train, **({} if val is None else {"val": val}), **tests}
+    if wrong := levels_apart({title: getattr(frames, "sources", {}) for title, frames in sets.items()}):
+        raise ValueError(wrong)
+    return _split(train, val, tests, config, split)
 
 
-def _load_qm9(config: DataConfig) -> DataSets:
+def _load_qm9(config: DataConfig, kept: Split | None) -> DataSets:
     """The first molecules of each list of the chosen split family; of the dipole set a random split."""
     if config.qm9 == "dipole":
         frames = load_qm9_dipoles(config.root)
         num_val = 500 if config.num_val is None else config.num_val
         num_test = 1000 if config.num_test is None else config.num_test
         num_train = config.num_train or len(frames) - num_val - num_test
-        part = split_indices(len(frames), num_train, num_val, num_test, seed=config.split_seed).apply(frames)
-        return DataSets(part.train, part.val, {"test": part.test})
+        split = kept or split_indices(len(frames), num_train, num_val, num_test, seed=config.split_seed)
+        part = split.apply(frames)
+        return DataSets(part.train, part.val, {"test": part.test}, split)
     split = qm9_split(config.family)
     rows = (
         split.train[: config.num_train],
@@ -130,15 +204,23 @@ def _read(path: str, config: DataConfig) -> Sequence[Data]:
     )
 
 
-def _split(frames: Sequence[Data], val: Sequence[Data] | None, tests: dict, config: DataConfig) -> DataSets:
+def _split(
+    frames: Sequence[Data], val: Sequence[Data] | None, tests: dict, config: DataConfig, kept: Split | None
+) -> DataSets:
     num_val = config.num_val
     if num_val is None:
         num_val = 0 if val is not None else min(50, len(frames) // 10)
     num_train = config.num_train or len(frames) - num_val
-    part = split_indices(len(frames), num_train, num_val, seed=config.split_seed).apply(frames)
+    if kept is None:
+        split = split_indices(len(frames), num_train, num_val, seed=config.split_seed)
+    else:
+        new = range(sum(len(rows) for rows in (kept.train, kept.val, kept.test)), len(frames))
+        train, test = (new, ()) if config.num_train is None else ((), new)
+        split = Split([*kept.train.tolist(), *train], kept.val, [*kept.test.tolist(), *test])
+    part = split.apply(frames)
     if not tests and config.num_train is not None and len(part.test):
         tests = {"rest": part.test}  # frames that nobody asked to train on
-    return DataSets(part.train, part.val if val is None else val, tests)
+    return DataSets(part.train, part.val if val is None else val, tests, split)
 
 
 def build_potential(config: Config, data: DataSets) -> Potential | PropertyModel:
@@ -149,33 +231,129 @@ def build_potential(config: Config, data: DataSets) -> Potential | PropertyModel
     Seeds torch's generator, so that the same configuration gives the same weights.
     """
     if properties := wanted_properties(config):
-        return _build_properties(config, data, properties)
-    require_labels(data.train, _wanted(config), partial=False)
+        return known_states(_build_properties(config, data, properties), data)
+    require_labels({"train": data.train}, _wanted(config), partial=True)
     e0 = config.data.e0
     if e0 == "atomref":
         if config.data.qm9 is None:
             raise ValueError("data.e0 'atomref' is known for data.qm9 only; use lstsq, mean, isolated or {element: eV}")
         e0 = qm9_atomref(config.data.qm9)
-    has_energy = data.train[0].get("energy") is not None
-    reference = AtomicReference(fit_reference(data.train, e0)) if has_energy else None
+    has_energy = any(has_label(frame, "energy") for frame in data.train)
+    inputs = network_inputs(config.model, data.train)
+    terms = state_terms(data.train, inputs) if has_energy and inputs else None
+    reference = (
+        AtomicReference(fit_reference(_neutral(_for_reference(data, e0), e0, terms), e0)) if has_energy else None
+    )
     scale = config.model.scale
     if scale == "forces":
-        scale = force_variance(data.train) ** 0.5
+        scale = _scale(data.train, reference)
     model = _network(config, data)
+    if terms is not None and model.electrons is not None and model.electrons.offset is not None:
+        # A charge may be worth 10 eV, which would take many small steps
+        with torch.no_grad():
+            model.electrons.offset.copy_(terms.offset / float(scale))
     repulsion = _repulsion(config.model, model.species, data.train)
-    return Potential(model, reference, float(scale), repulsion).to(getattr(torch, config.training.dtype))
+    potential = Potential(model, reference, float(scale), repulsion).to(getattr(torch, config.training.dtype))
+    return known_states(potential, data)
+
+
+def known_states(potential: Potential | PropertyModel, data: DataSets) -> Potential | PropertyModel:
+    """The same, after a look at charges and spins of all frames: none that is found only after the training."""
+    learn_state(potential.model, data.train)
+    for name, frames in data.named().items():
+        check_states(potential.model, frames, f"the {name} frames")
+    return potential
+
+
+def network_inputs(config: ModelConfig, frames: Sequence[Data]) -> list[str]:
+    """Which of charge and spin the network gets: what the configuration says, else what differs among the frames."""
+    if (given := config.arguments.get("inputs")) is not None:
+        return list(check_inputs(given)) if given else []
+    return [key for key, values in frame_states(frames).items() if len(set(values)) > 1]
+
+
+def _scale(frames: Sequence[Data], reference: AtomicReference | None) -> float:
+    """Root mean square of the forces; where they vanish, spread of the interaction energy per atom; or else 1."""
+    forces = force_variance(frames) ** 0.5
+    if forces > NO_FORCES or reference is None:
+        return forces if forces > NO_FORCES else 1.0
+    e0 = reference.energies
+    rest = [
+        (float(frame.energy) - sum(e0[z] for z in frame.z.tolist())) / len(frame.z)
+        for frame in frames
+        if frame.get("energy") is not None and not bool(frame.energy.isnan().any())
+    ]
+    spread = float(torch.tensor(rest, dtype=torch.float64).std(unbiased=False)) if rest else 0.0
+    return spread if spread > NO_FORCES else 1.0
+
+
+@dataclass(frozen=True)
+class StateTerms:
+    """What the energies of frames owe to their charges and spins: weights (as ``ElectronicEmbedding.offset``, eV), and
+    the term of each frame, eV."""
+
+    offset: Tensor
+    energies: Tensor
+
+
+def state_terms(frames: Sequence[Data], inputs: Sequence[str]) -> StateTerms:
+    """By least squares over the frames with an energy, beside a value for each element, which is not used."""
+    states = frame_states(frames)
+    species = torch.tensor(sorted({int(z) for frame in frames for z in frame.z.unique()}))
+    counts = torch.stack([(frame.z[:, None] == species).sum(0) for frame in frames]).double()
+    energies = [float(frame.energy) if has_label(frame, "energy") else math.nan for frame in frames]
+    energies = torch.tensor(energies, dtype=torch.float64)
+    default = [[DEFAULT_STATE[key]] * len(frames) for key in inputs]
+    totals = [
+        torch.tensor(states.get(key, same), dtype=torch.float64) - DEFAULT_STATE[key]
+        for key, same in zip(inputs, default, strict=True)
+    ]
+    # Shares at the start are even
+    shares = torch.stack(totals, dim=1) / counts.sum(1, keepdim=True)
+    powers = torch.cat([shares, shares.square()], dim=1)
+    design = (counts[:, :, None] * powers[:, None, :]).flatten(1)
+    known = energies.isfinite()
+    mean = energies[known].sum() / counts[known].sum()
+    rest = (energies - mean * counts.sum(1))[known]
+    both = torch.cat([counts, design], dim=1)[known]
+    found = torch.linalg.lstsq(both, rest.unsqueeze(1), rcond=1e-10, driver="gelsd").solution.squeeze(1)
+    offset = found[len(species) :]
+    return StateTerms(offset.view(len(species), -1), design @ offset)
+
+
+def _neutral(frames: Sequence[Data], e0: typing.Any, terms: StateTerms | None) -> Sequence[Data]:
+    """Frames from which the energies of isolated atoms are taken: without what charges and spins are worth."""
+    charges = frame_states(frames).get("charge")
+    if e0 == "isolated" and charges is not None:  # an ion is no atom
+        return [frame for frame, charge in zip(frames, charges, strict=True) if charge == 0 or len(frame.z) > 1]
+    if terms is None or e0 not in ("lstsq", "mean"):
+        return frames
+    out = [copy.copy(frame) for frame in frames]
+    for frame, term in zip(out, terms.energies, strict=True):
+        if has_label(frame, "energy"):
+            frame.energy = frame.energy.double() - term
+    return out
+
+
+def _for_reference(data: DataSets, e0: dict[str, float] | str) -> Sequence[Data]:
+    """The frames that E0 is taken from: single atoms count wherever the split has put them."""
+    if e0 != "isolated":
+        return data.train
+    others = [frame for frames in (data.val, *data.tests.values()) for frame in frames]
+    known = {int(z) for frame in data.train for z in frame.z.unique()}
+    return [*data.train, *(f for f in others if len(f.z) == 1 and int(f.z) in known and has_label(f, "energy"))]
 
 
 def _build_properties(config: Config, data: DataSets, properties: tuple[Property, ...]) -> PropertyModel:
-    for name, frames in data.named().items():
-        require_labels({name: frames}, [p.name for p in properties])
+    require_labels({"train": data.train}, [p.name for p in properties], partial=True)
     for key in ("irreps_out", "target"):
         if key in config.model.arguments:
             raise ValueError(f"model.{key} must not be given for properties: it follows from their readouts")
     given = {"irreps_out": str(property_irreps(properties))}
     if any(p.readout == "root" for p in properties):
         given["target"] = "intensive"
-    statistics = {p.name: fit_statistics(data.train, p) for p in properties}
+    known = {p: [frame for frame in data.train if has_label(frame, p.name)] for p in properties}
+    statistics = {p.name: fit_statistics(frames, p) for p, frames in known.items()}
     model = PropertyModel(_network(config, data, **given), properties, statistics)
     return model.to(getattr(torch, config.training.dtype))
 
@@ -186,7 +364,7 @@ def explicit(config: ModelConfig) -> ModelConfig:
         model = _preset(config)([1], scheme=Scheme.from_config(dict(config.scheme)), **config.arguments)
     # Elements, degrees and the type of the target follow from the data
     found = {k: v for k, v in model.config().items() if k in ("channels", "lmax", "body_order", *model.DEFAULTS)}
-    del found["degrees"]
+    del found["degrees"], found["inputs"]
     return dataclasses.replace(config, scheme=model.scheme.config(), arguments=found | dict(config.arguments))
 
 
@@ -199,6 +377,7 @@ def _network(config: Config, data: DataSets, **given: str) -> NBodyNet:
     arguments = dict(config.model.arguments)
     if "degrees" in model_arguments() and arguments.get("degrees") is None:
         arguments["degrees"] = edge_degrees(scheme, data.train[:200])
+    arguments["inputs"] = network_inputs(config.model, data.train) or None
     make = _preset(config.model)
     torch.manual_seed(config.training.seed)
     return make(species, scheme=scheme, **(arguments | given))
@@ -208,8 +387,7 @@ def _preset(config: ModelConfig) -> Callable[..., NBodyNet]:
     from nbody_pyg.models import NBodyNet
 
     presets = {"practical": NBodyNet.practical, "strict": NBodyNet.strict}
-    if config.preset not in presets:
-        raise ValueError(f"model.preset must be one of {sorted(presets)}, got {config.preset!r}")
+    check_choice("model.preset", config.preset, presets)
     return presets[config.preset]
 
 

@@ -11,7 +11,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch_geometric.data import Data
 
+from nbody_pyg.potential import model_frames
 from nbody_pyg.properties import Property, PropertyModel
+from nbody_pyg.training.labels import aligned, label_shapes, uniform
 from nbody_pyg.training.loader import FrameLoader
 from nbody_pyg.training.loss import penalized
 from nbody_pyg.training.metrics import RunningMeans
@@ -42,7 +44,7 @@ class PropertyMeter:
         for p, sums in zip(self.properties, self.sums, strict=True):
             if p.name not in batch:
                 continue
-            label = batch[p.name].double().reshape(len(result[p.name]), -1)
+            label = aligned(batch[p.name], result[p.name], p.name).double().reshape(len(result[p.name]), -1)
             error = result[p.name].reshape(label.shape) - label
             known = ~label.isnan().any(dim=1)
             label, error = label[known], error[known]
@@ -97,7 +99,7 @@ class PropertyTask(PotentialTask):
     def __init__(self, potential: Any, settings: Any, force_variance: float = 1.0):
         super().__init__(potential, settings, force_variance)
         first = self.potential.properties[0]
-        self.monitor = f"val_{first.name}_mae"
+        self.monitor = f"{first.name}_mae"
         self.shown = tuple((p.name, f"{p.name}_mae", p.unit) for p in self.potential.properties)
         self.running = _PropertyMeans(first.name)
 
@@ -107,10 +109,12 @@ class PropertyTask(PotentialTask):
         first: Tensor | None = None
         for p in self.potential.properties:
             # The difference is taken in float64, and only then cast. A missing label is NaN.
-            label = batch[p.name].reshape(values[p.name].shape)
+            label = aligned(batch[p.name], values[p.name], p.name)
             known = ~label.reshape(len(label), -1).isnan().any(dim=1)
             error = (values[p.name] - label)[known].to(self.potential.dtype) / self.potential.statistics[p.name].scale
-            loss = loss + p.weight * penalized(error, self.settings.penalty, 1.0)
+            share = self.shares.get(p.name, 1.0)
+            factor = len(error) / (len(label) * share) if share < 1.0 else 1.0
+            loss = loss + p.weight * factor * penalized(error, self.settings.penalty, 1.0)
             first = error if first is None else first
         scale = self.potential.statistics[self.potential.properties[0].name].scale
         self.running.add(loss, None if first is None else first * scale, None)
@@ -141,9 +145,10 @@ def evaluate_properties(
     model: PropertyModel, frames: Sequence[Data], batch_size: int = 100, device: torch.device | str = "cpu"
 ) -> PropertyEvaluation:
     """The properties of every frame; what has no label is predicted and left out of the errors."""
+    frames = model_frames(model.model, frames, getattr(frames, "name", "") or "frames")
     meter, found = PropertyMeter(model.properties, device), []
     with torch.no_grad():
-        for batch in FrameLoader(frames, batch_size, device=device):
+        for batch in FrameLoader(uniform(frames, label_shapes(model)), batch_size, device=device, rank=0, world=1):
             found.append(model(batch))
             meter.update(found[-1], batch)
     return PropertyEvaluation(

@@ -3,25 +3,39 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import math
+import os
+import signal
+import subprocess
+import time
+import uuid
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from lightning.fabric.utilities.warnings import PossibleUserWarning
 from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.plugins.environments import LightningEnvironment, TorchElasticEnvironment
+from lightning.pytorch.strategies import DDPStrategy
 from torch_geometric.data import Data
 
-from nbody_pyg.potential import Potential
+from nbody_pyg.messages import symbols
+from nbody_pyg.potential import Potential, learn_state, model_frames
 from nbody_pyg.properties import PropertyModel
 from nbody_pyg.training.callbacks import CallbackGroup, Checkpoints, GracefulStop, MetricsCSV, RunProgress
+from nbody_pyg.training.checkpoint import changes, read_checkpoint
 from nbody_pyg.training.ema import WeightEMA
+from nbody_pyg.training.folder import RunFolder
+from nbody_pyg.training.labels import NO_FORCES, deciding_metric, force_variance, targets
 from nbody_pyg.training.loader import FrameLoader, FrameStream
 from nbody_pyg.training.property_task import PropertyTask
-from nbody_pyg.training.settings import TrainingConfig
+from nbody_pyg.training.settings import RESUMABLE, TrainingConfig
 from nbody_pyg.training.steady import steady_process
 from nbody_pyg.training.task import PotentialTask
 
@@ -32,8 +46,10 @@ class FitResult:
 
     ``interrupted`` is the number of the signal that ended the run, or None. ``best_score`` and ``best_step``
     describe ``best.ckpt``; infinite and -1 without validation frames. The score is the mean absolute error
-    ``monitor``: of the forces (meV/angstrom), of the energy (meV) where none are trained on, or of the first
-    property, in its unit.
+    ``monitor``: of the first label that is both trained on and known of validation frames, of forces (meV/angstrom),
+    energy (meV), stress (meV/angstrom^3) and the properties, in their units; empty where there is none. ``run`` is
+    the identity that every checkpoint of the run carries, ``resumed`` the steps at which it went on, each with what
+    was changed then. ``already_finished``: it was resumed after its end, and nothing was done.
     """
 
     potential: Potential | PropertyModel
@@ -44,6 +60,9 @@ class FitResult:
     best_step: int
     interrupted: int | None
     monitor: str = "forces_mae"
+    run: str = ""
+    resumed: tuple[dict[str, Any], ...] = ()
+    already_finished: bool = False
 
     @property
     def best_forces_mae(self) -> float:
@@ -51,16 +70,39 @@ class FitResult:
         return self.best_score
 
 
-def force_variance(frames: Sequence[Data]) -> float:
-    """Mean square of all known force components, (eV/angstrom)^2; 1 where the frames have no forces."""
-    known = [frame.forces.double().flatten() for frame in frames if frame.get("forces") is not None]
-    if not known:
-        return 1.0
-    values = torch.cat(known)
-    if bool(values.isinf().any()):
-        raise ValueError("forces of the training frames hold infinite values; remove those frames")
-    values = values[~values.isnan()]
-    return float(values.square().mean()) if len(values) else 1.0
+def is_first_process(settings: TrainingConfig | None) -> bool:
+    """Whether this is the process that speaks and writes, of those that train together."""
+    # A job may number its tasks; that concerns only runs of several processes.
+    return settings is None or settings.processes == 1 or int(os.environ.get("LOCAL_RANK", 0)) == 0
+
+
+def require_device(settings: TrainingConfig) -> None:
+    """Raise ValueError unless the device that the settings name is there."""
+    if settings.device != "cuda":
+        return
+    if not torch.cuda.is_available():
+        raise ValueError(
+            "training.device is cuda, but torch finds no GPU here; use cpu or auto, or a CUDA build of torch"
+        )
+    if settings.processes > torch.cuda.device_count():
+        raise ValueError(
+            f"training.processes is {settings.processes}, but there are {torch.cuda.device_count()} GPUs; each process "
+            "needs its own"
+        )
+
+
+def require_elements(potential: Potential | PropertyModel, sets: Mapping[str, Sequence[Data]]) -> None:
+    """Raise ValueError where a frame holds an element that the model does not know; names set and frame."""
+    known = getattr(potential.model, "species", None)
+    if known is None and getattr(potential, "reference", None) is not None:
+        known = potential.reference.energies
+    for name, frames in sets.items() if known is not None else ():
+        for number, frame in enumerate(frames):
+            if unknown := sorted(set(frame.z.tolist()).difference(known)):
+                raise ValueError(
+                    f"frame {number} of {name} holds {symbols(unknown)}, which the model does not know (it knows "
+                    f"{symbols(sorted(known))}); add training frames with these elements, or leave that frame out"
+                )
 
 
 def steps_per_epoch(settings: TrainingConfig, num_frames: int) -> int:
@@ -73,14 +115,17 @@ def make_trainer(settings: TrainingConfig, callbacks: list, epoch: int, validate
 
     It sees one endless epoch (a :class:`FrameStream`), so that all limits and intervals are in steps.
     """
-    limits = [settings.max_steps, None if settings.max_epochs is None else settings.max_epochs * epoch]
     multiple = settings.processes > 1
     return Trainer(
         accelerator={"cpu": "cpu", "cuda": "gpu", "auto": "auto"}[settings.device],
         devices=settings.processes if multiple or settings.device != "auto" else "auto",
-        strategy="ddp_find_unused_parameters_true" if multiple else "auto",
+        # Buffers are constants here; sending them around in every step of the validation would also ask every
+        # process for the same number of batches.
+        strategy=DDPStrategy(find_unused_parameters=True, broadcast_buffers=False) if multiple else "auto",
+        # We start our processes: tasks of a SLURM job are no part of the run.
+        plugins=None if TorchElasticEnvironment.detect() else [LightningEnvironment()],
         max_epochs=-1,
-        max_steps=min((limit for limit in limits if limit is not None), default=-1),
+        max_steps=_last_step(settings, epoch),
         # Validation by steps: an epoch may be 10 of them or 100,000.
         val_check_interval=settings.validate_every if validate else None,
         check_val_every_n_epoch=None if validate else 1,
@@ -97,6 +142,18 @@ def make_trainer(settings: TrainingConfig, callbacks: list, epoch: int, validate
     )
 
 
+def _last_step(settings: TrainingConfig, epoch: int) -> int:
+    """The step at which the run ends, of ``epoch`` steps per epoch; -1 where only its time is limited."""
+    limits = [settings.max_steps, None if settings.max_epochs is None else settings.max_epochs * epoch]
+    return min((limit for limit in limits if limit is not None), default=-1)
+
+
+def is_finished(settings: TrainingConfig, checkpoint: Mapping[str, Any], epoch: int) -> bool:
+    """Whether a checkpoint stands at one of the limits of the settings."""
+    last, budget = _last_step(settings, epoch), settings.budget_seconds
+    return 0 <= last <= checkpoint["global_step"] or (budget is not None and checkpoint["cpu_seconds"] >= budget)
+
+
 def fit(
     potential: Potential | PropertyModel,
     train: Sequence[Data],
@@ -110,33 +167,96 @@ def fit(
     """Train a potential, or a model of properties, in place.
 
     Writes ``metrics.csv``, ``last.ckpt`` and (with validation frames) ``best.ckpt`` into ``folder``; ``last.ckpt``
-    every ``validate_every`` steps, with or without validation.
+    every ``validate_every`` steps, with or without validation. The folder is locked meanwhile. Files of these names
+    that an earlier run left there are moved into ``before-1``, ``before-2``, ... first.
+
+    A resumed run goes on as if it had never stopped. It may change its limits, intervals, ``threads``, ``device``
+    and ``compile``, and ``lr``, ``weight_decay``, ``warmup_steps``, ``constant_fraction`` and ``clip_norm``, which are
+    used from there on; with another limit the schedule is that of the new one. Training frames may be added behind
+    the old ones. Everything else must be as it was. A run that is finished stays as it is.
 
     Args:
         train, val: frames with labels; where the model has a scheme, with its topology stored (apply the
             scheme to every frame once), or else it is searched for anew at every step.
-        resume: a checkpoint from which to go on; the run continues as if it had never stopped.
+        resume: a checkpoint from which to go on.
         callbacks: further ones, called after ours and before the checkpoint is written.
-    Raises: ValueError: no frames, or labels without any force and energy; FloatingPointError: see the task.
+    Charge and spin that all training frames have become what a model without these inputs knows: ``model.assumed``.
+    Frames need not have every label: what is missing, or NaN, is left out of the loss and of the errors. Periodic and
+    open frames may be mixed.
+
+    Raises: ValueError: no frames, a label with a positive weight that none of them has, elements that the model does
+        not know, frames that differ in charge or spin for a model without this input, a folder in use, a damaged
+        checkpoint, or one of another run (the message names what differs); FloatingPointError: see the task.
     """
+    with RunFolder(folder, is_first_process(settings)) as run:
+        return fit_in(run, potential, train, val, settings, resume, show_progress, callbacks)
+
+
+#: Files that :func:`fit` writes.
+FIT_FILES = ("metrics.csv", "last.ckpt", "best.ckpt")
+
+
+def fit_in(
+    run: RunFolder,
+    potential: Potential | PropertyModel,
+    train: Sequence[Data],
+    val: Sequence[Data] = (),
+    settings: TrainingConfig | None = None,
+    resume: str | Path | None = None,
+    show_progress: bool = True,
+    callbacks: Sequence[Callback] = (),
+    files: Sequence[str] = FIT_FILES,
+) -> FitResult:
+    """:func:`fit` in a folder that is entered already; ``files`` are those of a run, moved away before a new one."""
     settings = settings or TrainingConfig(max_epochs=100)
-    folder = Path(folder)
+    require_device(settings)
+    require_elements(potential, {"train": train, "val": val})
+    learn_state(potential.model, train)
+    train, val = model_frames(potential.model, train), model_frames(potential.model, val, "the validation frames")
+    note = print if show_progress and run.active else _silent
+    checkpoint = None if resume is None else read_checkpoint(resume)
+    if checkpoint is not None:
+        _require_same_settings(checkpoint, settings)
     with _threads(settings.threads):
         kind = PropertyTask if isinstance(potential, PropertyModel) else PotentialTask
-        task = kind(potential, settings, force_variance(train))
+        found = targets(potential, train, val, settings)
+        train, val = found.train, found.val
+        if checkpoint is None:
+            scale = _loss_scale(potential, train, settings)
+        else:  # that of before, whatever frames have come since
+            scale = checkpoint["hyper_parameters"]["force_variance"]
+        task = kind(potential, settings, scale)
+        task.shares, task.monitor = found.shares, deciding_metric(potential, val, settings)
         epoch = steps_per_epoch(settings, len(train))
-        log = MetricsCSV(folder / "metrics.csv", settings.log_every, epoch)
+        stream = FrameStream(FrameLoader(train, settings.batch_size, shuffle=True, seed=settings.seed))
+        evaluation = FrameLoader(val, 4 * settings.batch_size) if len(val) else None
+        identity: dict[str, Any] = {"id": uuid.uuid4().hex, "resumed": []}
+        identity["frames"] = {"train": _described(stream.loader), "val": _described(evaluation)}
+        if checkpoint is not None:
+            _require_same(checkpoint, task, identity["frames"], stream.loader)
+            if is_finished(settings, checkpoint, epoch):
+                note(f"the run is finished: {checkpoint['global_step']} steps; a larger limit lets it go on")
+                return _as_it_was(checkpoint, task, epoch)
+            identity |= _going_on(checkpoint, settings, len(train))
+            step, words = (identity["resumed"][-1][key] for key in ("step", "changes"))
+            note(f"going on from step {step}{': ' if words else ''}{words}")
+            del checkpoint  # which is larger than the model
+        same = resume is not None and Path(resume).resolve().parent == run.path.resolve()
+        if not same and (target := run.move_away(files)) is not None:
+            print(f"the earlier run in {run.path} is now in {target}")  # whoever wants no progress wants to know this
+        task.run = identity["id"]
+        log = MetricsCSV(run.path / "metrics.csv", settings.log_every, epoch)
         log.columns = (*log.columns, *(metric for _, metric, _ in task.shown if metric not in log.columns))
         stop = GracefulStop()
-        checkpoints = Checkpoints(folder, task.monitor, None if val else settings.validate_every)
+        monitor = None if task.monitor is None else f"val_{task.monitor}"
+        checkpoints = Checkpoints(run.path, monitor, None if len(val) else settings.validate_every, identity)
         group: list[Callback] = [WeightEMA(settings.ema_decay)] if settings.ema_decay else []
         progress = [RunProgress(log, settings.log_every)] if show_progress else []
         group += [log, *progress, *callbacks, stop, checkpoints]
         with _quiet(), steady_process():
-            trainer = make_trainer(settings, [CallbackGroup(group)], epoch, bool(val), folder)
-            stream = FrameStream(FrameLoader(train, settings.batch_size, shuffle=True, seed=settings.seed))
-            evaluation = FrameLoader(val, 4 * settings.batch_size) if val else None
-            trainer.fit(task, stream, evaluation, ckpt_path=resume, weights_only=True if resume else None)
+            trainer = make_trainer(settings, [CallbackGroup(group)], epoch, bool(len(val)), run.path)
+            with _together(trainer, is_first_process(settings)):
+                trainer.fit(task, stream, evaluation, ckpt_path=resume, weights_only=True if resume else None)
     potential.eval()
     return FitResult(
         potential,
@@ -146,8 +266,110 @@ def fit(
         best_score=checkpoints.best_score,
         best_step=checkpoints.best_step,
         interrupted=stop.received,
-        monitor=task.monitor.removeprefix("val_"),
+        monitor=task.monitor or "",
+        run=identity["id"],
+        resumed=tuple(identity["resumed"]),
     )
+
+
+def _silent(text: str) -> None:
+    """Say nothing."""
+
+
+def _going_on(checkpoint: Mapping[str, Any], settings: TrainingConfig, num_frames: int) -> dict[str, Any]:
+    """Identity of a run that goes on, with what is changed from here on."""
+    before, step = checkpoint["run"], checkpoint["global_step"]
+    words = changes(checkpoint["hyper_parameters"]["settings"], dataclasses.asdict(settings))
+    if new := num_frames - before["frames"]["train"]["count"]:
+        words += f"{'; ' if words else ''}{new} new training frames behind those of before"
+    return {"id": before["id"], "resumed": [*before["resumed"], {"step": step, "changes": words}]}
+
+
+def _loss_scale(potential: Potential | PropertyModel, train: Sequence[Data], settings: TrainingConfig) -> float:
+    """By which the loss is divided, (eV/angstrom)^2: the variance of the forces, or of the output where they vanish."""
+    if isinstance(potential, PropertyModel):
+        return 1.0  # each property has its own scale
+    variance = force_variance(train)
+    if variance > NO_FORCES**2:
+        return variance
+    if settings.force_weight > 0:
+        raise ValueError(
+            "the forces of all training frames are zero, so that they say nothing and have no scale; "
+            "set training.force_weight to 0, or leave them out"
+        )
+    return float(potential.scale) ** 2
+
+
+def _described(loader: FrameLoader | None) -> dict[str, Any]:
+    return {"count": 0, "sha256": ""} if loader is None else {"count": loader.num_frames, "sha256": loader.digest()}
+
+
+def _require_same_settings(checkpoint: Mapping[str, Any], settings: TrainingConfig) -> None:
+    """Raise ValueError where a resumed run changes a setting that it must not change."""
+    if words := changes(checkpoint["hyper_parameters"]["settings"], dataclasses.asdict(settings), RESUMABLE):
+        raise ValueError(
+            f"a resumed run must not change these settings: {words}; resume with the old ones, or start anew"
+        )
+
+
+def _require_same(
+    checkpoint: Mapping[str, Any], task: PotentialTask, frames: Mapping[str, Any], train: FrameLoader
+) -> None:
+    """Raise ValueError where a resumed run differs from that of the checkpoint in what it must not change."""
+    task.require_same_network(checkpoint)
+    old, new = checkpoint["run"]["frames"], frames
+    count = old["train"]["count"]
+    if old["val"] != new["val"]:
+        raise ValueError(
+            f"validation frames must be those of the run that is resumed: {old['val']['count']} there, "
+            f"{new['val']['count']} here, or changed; resume with the same, or start anew"
+        )
+    if count > train.num_frames or train.digest(count) != old["train"]["sha256"]:
+        raise ValueError(
+            f"training frames must be those of the run that is resumed, and new ones stand behind them: {count} there, "
+            f"{train.num_frames} here, or changed; resume with the same, or start anew"
+        )
+
+
+def _as_it_was(checkpoint: Mapping[str, Any], task: PotentialTask, epoch: int) -> FitResult:
+    """The result of a run that was finished before: the averaged weights, in the potential."""
+    task.load_state_dict(checkpoint["state_dict"])
+    best = checkpoint["callbacks"]["CallbackGroup"]["Checkpoints"]
+    steps = checkpoint["global_step"]
+    return FitResult(
+        task.potential.eval(), steps, steps // epoch, checkpoint["cpu_seconds"], best["best_score"], best["best_step"],
+        None, task.monitor or "", checkpoint["run"]["id"], tuple(checkpoint["run"]["resumed"]), True,
+    )  # fmt: skip
+
+
+@contextlib.contextmanager
+def _together(trainer: Trainer, first: bool) -> Iterator[None]:
+    """All processes of a run end together; afterwards each is on its own again.
+
+    The first process speaks for all: where it fails it ends the others, which wait for it; where another one fails,
+    that one says why.
+    """
+    launcher = trainer.strategy.launcher
+    try:
+        yield
+    except BaseException as error:
+        if not first:
+            time.sleep(2.0)  # mostly the first process fails of the same, says so, and ends this one
+            raise
+        children = getattr(launcher, "procs", ())
+        if children and isinstance(error, RuntimeError):  # maybe of a connection that another process has broken
+            for child in children:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    child.wait(10.0)
+        failed = any(child.poll() for child in children)
+        if children:
+            launcher.kill(signal.SIGKILL)
+        if failed:
+            raise ChildProcessError("a process of the training has failed; it says why above") from error
+        raise
+    finally:
+        if trainer.world_size > 1 and dist.is_initialized():
+            dist.destroy_process_group()
 
 
 @contextlib.contextmanager
@@ -163,7 +385,12 @@ def _threads(count: int) -> Iterator[None]:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Lightning's advice on workers, loggers and unset limits does not apply to this loop."""
-    names = ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch.accelerators.cuda")
+    names = (
+        "lightning.pytorch.utilities.rank_zero",
+        "lightning.pytorch.accelerators.cuda",
+        "lightning.fabric.utilities.distributed",
+        "lightning.fabric.strategies.launchers.subprocess_script",
+    )
     before = {name: logging.getLogger(name).level for name in names}
     try:
         for name in names:

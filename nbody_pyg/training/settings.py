@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Any
+
+from nbody_pyg.messages import check_choice
 
 
 def setting(default: Any, text: str) -> Any:
     """A dataclass field with the line that ``--help`` prints."""
     return dataclasses.field(default=default, metadata={"help": text})
+
+
+#: What a resumed run may change: its end, its log, where it computes, and the size of the steps from there on.
+#: All else (frames, model, loss, order of the frames) must be as it was.
+RESUMABLE = frozenset({
+    "budget_seconds", "max_epochs", "max_steps", "validate_every", "log_every", "threads", "device", "compile",
+    "lr", "weight_decay", "warmup_steps", "constant_fraction", "clip_norm",
+})  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -50,8 +61,22 @@ class TrainingConfig:
         positive = ("budget_seconds", "max_epochs", "max_steps", "batch_size", "lr", "clip_norm")
         for name in (*positive, "validate_every", "log_every", "threads", "processes"):
             value = getattr(self, name)
-            if value is not None and not value > 0:
+            if value is not None and not (value > 0 and (math.isfinite(value) or name == "clip_norm")):
                 raise ValueError(f"{name} must be positive, got {value}")
+        for name in ("weight_decay", "warmup_steps", "force_weight", "energy_weight", "stress_weight"):
+            value = getattr(self, name)
+            if not 0 <= value < math.inf:
+                raise ValueError(f"{name} must be zero or positive, got {value}")
+        for name, below in (("constant_fraction", 1.0), ("ema_decay", math.nextafter(1.0, 0.0))):
+            value = getattr(self, name)
+            if not 0 <= value <= below:
+                raise ValueError(f"{name} must lie between 0 and 1, got {value}")
+        from nbody_pyg.training.loss import PENALTIES
+        from nbody_pyg.training.optim import optimizer_names
+
+        check_choice("optimizer", self.optimizer, optimizer_names())
+        check_choice("penalty", self.penalty, PENALTIES)
+        check_choice("energy_per", self.energy_per, ("molecule", "atom"))
         if self.dtype not in ("float32", "float64"):
             raise ValueError(f"dtype must be 'float32' or 'float64', got {self.dtype!r}")
         if self.device not in ("cpu", "cuda", "auto"):

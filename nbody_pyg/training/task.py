@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import json
 import math
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,8 +17,10 @@ from torch import Tensor
 from nbody_pyg.accelerate import compile_potential
 from nbody_pyg.potential import Potential
 from nbody_pyg.training.build import potential_config, potential_from_config, up_to_date
+from nbody_pyg.training.checkpoint import changes, check_seal
 from nbody_pyg.training.clock import ProcessClock
 from nbody_pyg.training.flat import FlatParameters
+from nbody_pyg.training.labels import aligned, has_stress
 from nbody_pyg.training.loss import EnergyForceLoss
 from nbody_pyg.training.metrics import ErrorMeter, RunningMeans
 from nbody_pyg.training.optim import build_optimizer
@@ -68,11 +71,28 @@ class PotentialTask(LightningModule):
         self._compiled = compile_potential(self.potential, "training") if s.compile else None
         self.flat: FlatParameters | None = None
         self._groups: list[dict[str, Any]] = []
+        self._chosen: list[dict[str, Any]] = []
         self._meter: ErrorMeter | None = None
         # What is shown of a run, (title, metric, unit), and the metric by which the best weights are chosen.
         self.shown = (("E", "energy_mae", "meV"), ("F", "forces_mae", "meV/A"))
-        self.monitor = "val_forces_mae" if s.force_weight > 0 else "val_energy_mae"
+        self.monitor: str | None = "forces_mae" if s.force_weight > 0 else "energy_mae"
         self.running = RunningMeans()
+        # Share of the training labels that are known, by label; `fit` sets what is below 1.
+        self.shares: dict[str, float] = {}
+        self.run = ""  # identity of the run, where it has one
+
+    @classmethod
+    def load_from_checkpoint(
+        cls, checkpoint_path: str | Path, *args: Any, weights_only: bool = True, **keywords: Any
+    ) -> PotentialTask:
+        """As Lightning has it, but without pickles, and a checkpoint with a checksum has to match it.
+
+        Raises: ValueError: it does not, or ``weights_only`` is False.
+        """
+        if not weights_only:
+            raise ValueError("weights_only must be True: a checkpoint holds tensors and plain values, and runs no code")
+        check_seal(checkpoint_path)
+        return super().load_from_checkpoint(checkpoint_path, *args, weights_only=True, **keywords)
 
     def __setattr__(self, name: str, value: Any) -> None:
         # Lightning notes the running hook here two dozen times per step; the way through nn.Module, which
@@ -86,29 +106,49 @@ class PotentialTask(LightningModule):
     def _errors(self, batch: Any, training: bool) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         s = self.settings
         forces = "forces" in batch and (s.force_weight > 0 or not training)
-        stress = "stress" in batch and s.stress_weight > 0
+        stress = s.stress_weight > 0 and has_stress(batch)
         evaluate = self._compiled if training and self._compiled is not None else self.potential
         result = evaluate(batch, compute_forces=forces, compute_stress=stress, training=training)
         errors = {}
         if "energy" in batch:
             # Total energies, with E0, differ in float64; only their small difference is cast.
-            difference = result["energy"] - batch.energy
-            errors["energy_error"] = _known(difference.to(result["interaction_energy"].dtype), batch.energy)
+            label = aligned(batch.energy, result["energy"], "energy")
+            difference = (result["energy"] - label).to(result["interaction_energy"].dtype)
+            errors["energy_error"] = _known(difference, label)
         if forces:
-            error = result["forces"] - batch.forces.to(result["forces"].dtype)
-            errors["force_error"] = _known(error, batch.forces)
+            label = aligned(batch.forces, result["forces"], "forces")
+            errors["force_error"] = _known(result["forces"] - label.to(result["forces"].dtype), label)
         if stress:
             volume = torch.linalg.det(batch.cell).abs() / torch.bincount(batch.batch)
-            error = result["stress"] - batch.stress.to(result["stress"].dtype)
-            errors["virial_error"] = _known(error * volume.to(error.dtype).view(-1, 1, 1), batch.stress)
+            label = aligned(batch.stress, result["stress"], "stress")
+            error = result["stress"] - label.to(result["stress"].dtype)
+            errors["virial_error"] = _known(error * volume.to(error.dtype).view(-1, 1, 1), label)
+        elif s.stress_weight > 0 and "stress" in batch:  # open systems only: nothing, but a term of the loss
+            errors["virial_error"] = result["interaction_energy"][:0].reshape(0, 1, 1).expand(0, 3, 3)
         return result, errors
+
+    def _factors(self, errors: dict[str, Tensor], batch: Any) -> dict[str, float]:
+        """Known labels of this batch over those that a batch has on average; 1 where none is missing.
+
+        The mean over the known labels of a batch, times this, averages over all batches and processes to the mean over
+        all labels: a frame does not count more because its neighbours in the batch have no label.
+        """
+        if all(share == 1.0 for share in self.shares.values()):
+            return {}
+        rows = {"energy": ("energy_error", batch.num_graphs), "forces": ("force_error", len(batch.z)),
+                "stress": ("virial_error", batch.num_graphs)}  # fmt: skip
+        return {
+            label: len(errors[key]) / (count * self.shares[label])
+            for label, (key, count) in rows.items()
+            if key in errors and self.shares.get(label, 1.0) < 1.0
+        }
 
     def training_step(self, batch: Any, batch_idx: int = 0) -> Tensor:
         _, errors = self._errors(batch, training=True)
         if self.settings.energy_per == "atom" and "energy_error" in errors:
-            errors["num_atoms"] = torch.bincount(batch.batch)[~batch.energy.isnan()]
-        loss = self.loss(errors.get("energy_error"), errors.get("force_error"),
-                         errors.get("virial_error"), errors.get("num_atoms"))  # fmt: skip
+            errors["num_atoms"] = torch.bincount(batch.batch)[~batch.energy.reshape(-1).isnan()]
+        loss = self.loss(errors.get("energy_error"), errors.get("force_error"), errors.get("virial_error"),
+                         errors.get("num_atoms"), self._factors(errors, batch))  # fmt: skip
         self.running.add(loss, errors.get("energy_error"), errors.get("force_error"))
         # On the CPU the value is at hand; on a GPU asking for it would stall every step.
         if loss.device.type == "cpu" or batch_idx % self.settings.log_every == 0:
@@ -131,6 +171,8 @@ class PotentialTask(LightningModule):
         optimizer = build_optimizer(s.optimizer, self.potential, s.lr, s.weight_decay, self.flat)
         for group in optimizer.param_groups:
             group.setdefault("initial_lr", group["lr"])
+        names = ("initial_lr", "weight_decay")
+        self._chosen = [{k: group[k] for k in names if k in group} for group in optimizer.param_groups]
         return optimizer
 
     def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: torch.optim.Optimizer) -> None:
@@ -168,6 +210,8 @@ class PotentialTask(LightningModule):
         self.running.clear()
         self._total_steps = max(float(self.trainer.estimated_stepping_batches), 1.0)
         self._groups = self.optimizers(use_pl_optimizer=False).param_groups
+        for group, chosen in zip(self._groups, self._chosen, strict=True):
+            group.update(chosen)  # a checkpoint brings the rates of before along
         self.progress = self.current_progress()
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
@@ -220,24 +264,25 @@ class PotentialTask(LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Go on from a checkpoint. Raises: ValueError: it is of another network; weights alone would fit many."""
-        stored = checkpoint.get("hyper_parameters", {}).get("potential")
-        mine = self.hparams["potential"]["model"]["config"]
-        if isinstance(stored, dict) and stored["model"]["config"] is not None and mine is not None:
-            theirs = up_to_date(stored["model"]["config"])
-            keys = [key for key in mine | theirs if _plain(mine.get(key)) != _plain(theirs.get(key))]
-            if keys:
-                words = "; ".join(f"{k} is {_plain(theirs.get(k))} there, {_plain(mine.get(k))} here" for k in keys)
-                raise ValueError(f"the checkpoint must be of the same network: {words}; resume with its settings")
+        self.require_same_network(checkpoint)
         self.clock = ProcessClock(float(checkpoint.get("cpu_seconds", 0.0)))
+
+    def require_same_network(self, checkpoint: Mapping[str, Any]) -> None:
+        """Raise ValueError where a checkpoint is of another network, E0, scale, repulsion or precision."""
+        stored = checkpoint.get("hyper_parameters", {}).get("potential")
+        if not isinstance(stored, Mapping):
+            return
+        mine, theirs = self.hparams["potential"], dict(stored)
+        network = theirs["model"]["config"]
+        if network is not None and mine["model"]["config"] is not None:
+            theirs["model"] = theirs["model"] | {"config": up_to_date(network)}
+        if words := changes(theirs, mine):
+            words = words.replace("model.config.", "")
+            raise ValueError(f"the checkpoint must be of the same network: {words}; resume with its settings")
 
 
 # Lightning asks for the signature at every step; it is found at once when it is written down.
 PotentialTask.training_step.__signature__ = inspect.signature(PotentialTask.training_step)
-
-
-def _plain(value: Any) -> str:
-    """A value as a file holds it, tuples as lists."""
-    return json.dumps(value, sort_keys=True, default=str)
 
 
 def _known(error: Tensor, label: Tensor) -> Tensor:

@@ -31,7 +31,8 @@ def run_blocks(tmp_path) -> Callable[[list[str]], None]:
         if not blocks:
             pytest.skip("no Python on this page")
         script = tmp_path / "page.py"
-        script.write_text("\n".join(blocks), encoding="utf-8")
+        seeded = '__import__("torch").manual_seed(0)  # the same weights in every run, and no name for the page\n'
+        script.write_text(seeded + "\n".join(blocks), encoding="utf-8")
         settings = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "NBODY_SHORT": "1", "MPLBACKEND": "Agg"}
         done = subprocess.run(
             [sys.executable, str(script)],

@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 
 import pytest
+import yaml
 
 from nbody_pyg import NBodyNet, Scheme
 from nbody_pyg.compare.config import CompareConfig, compare_parser, load_compare
@@ -195,7 +196,7 @@ def test_command_line_lies_over_the_file(tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("--models nbody paynn", "did you mean 'painn'"),
+        ("--models nbody paynn", "did you mean painn"),
         ("--modles nbody", "did you mean models"),
         ("--budget 10 --steps 5", "budget or steps, not both"),
         ("--budget -1", "budget must be positive"),
@@ -212,6 +213,12 @@ def test_command_line_lies_over_the_file(tmp_path):
         ("nbody", "cannot read 'nbody'"),
         ("--models [nbody", r"^--models \[nbody is no YAML: while parsing .*; indent by spaces"),
         ("--models=[nbody", r"^--models=\[nbody is no YAML: while parsing .*; indent by spaces"),
+        ("--lr inf", "lr must be positive, got inf"),
+        ("--search 1e-3 nan", "search must be positive, got nan"),
+        ("--timeout -1", "timeout must be positive, got -1"),
+        ("--optimizers sopa", "did you mean soap"),
+        ("--timeout 5 --isolate false", "timeout needs isolate"),
+        ("--steps 2.5", "steps"),
     ],
 )
 def test_wrong_words_are_answered(words, message):
@@ -236,6 +243,53 @@ def test_broken_files_are_answered_in_one_line(tmp_path, text, config, variants)
         with pytest.raises(ValueError, match=message) as error:
             read()
         assert str(error.value).startswith(str(path)) and "\n" not in str(error.value)
+
+
+def test_names_stay_names_and_numbers_numbers(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/somebody")
+    words = ["--out", "2024", "--steps", "1e4", "--variants", "1e3", "no", "--ablation", "~/a.yaml"]
+    found = load_compare(None, words)
+    assert (found.out, found.steps, found.variants) == ("2024", 10_000, ["1e3", "no"])
+    assert found.ablation == "/home/somebody/a.yaml"
+    assert load_compare(None, ["--out", "$HOME/runs"]).out == "/home/somebody/runs"
+
+
+def test_a_scheme_of_the_command_line_takes_the_place_of_that_of_the_file(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text("model: {lmax: 1, scheme: {name: NestedShells, radii: [3.0]}}\nsteps: 2\n")
+    switched = load_compare(path, ["--model.scheme.name", "BondTree", "--model.scheme.cutoff", "4"])
+    assert switched.model == {"lmax": 1, "scheme": {"name": "BondTree", "cutoff": 4}}
+    assert load_compare(path, ["--model.scheme.name", "NestedShells"]).model["scheme"]["radii"] == [3.0]
+
+
+@pytest.mark.parametrize("name", ["../up", "a/b", "..", ".hidden", "a\nb", "\x1b[31m", "", " ", "c" * 81, "a\\b"])
+def test_names_of_variants_that_lead_elsewhere_are_refused(tmp_path, name):
+    path = tmp_path / "a.yaml"
+    path.write_text(yaml.safe_dump({"groups": {"one": {name: {}}}}))
+    with pytest.raises(ValueError, match="names of variants must be words"):
+        contestants(CompareConfig(ablation=str(path)))
+
+
+@pytest.mark.parametrize("tree", [{"one": 4}, {"one": {"base": 4}}, {"one": ["base"]}])
+def test_shapeless_variants_are_answered(tmp_path, tree):
+    path = tmp_path / "a.yaml"
+    path.write_text(yaml.safe_dump({"groups": tree}))
+    with pytest.raises(ValueError, match=r"a.yaml: .* must hold"):
+        contestants(CompareConfig(ablation=str(path)))
+
+
+def test_a_model_that_dies_is_searched_no_further():
+    run, calls = Fake({"soap": 1e-2, "adam": 1e-2}), []
+
+    def die(point: Point) -> dict:
+        calls.append(point)
+        nothing = {"val": {}, "test": {}, "status": "failed", "reason": "out of memory"}
+        return {"point": vars(point), "died": True, **nothing} if point.model == "schnet" else run(point)
+
+    config = CompareConfig(models=["schnet", "nbody"], search=[1e-3, 1e-2], optimizers=["adam"], steps=3, extend=2)
+    outcome = compare(config, die, quiet)
+    assert [p.purpose for p in calls if p.model == "schnet"] == ["search", "search", "final"]
+    assert {r["status"] for r in outcome.finals} == {"failed", "done"}
 
 
 def test_variants_are_overrides_of_model_and_training(tmp_path):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -17,8 +19,8 @@ from ase.calculators.singlepoint import SinglePointCalculator
 
 from nbody_pyg.cli import main
 from nbody_pyg.compare.peer import MissingPeer
-from nbody_pyg.compare.point import Point, run_point
-from nbody_pyg.compare.report import load_records
+from nbody_pyg.compare.point import Point, WrongData, failed_record, run_point
+from nbody_pyg.compare.report import comparison_rows, groups, load_records
 from nbody_pyg.compare.runner import Runner, Stopped
 from nbody_pyg.datasets import embedded
 
@@ -160,21 +162,55 @@ def test_a_process_of_its_own_and_a_missing_package(frames, tmp_path):
         Runner(tmp_path, {"schnet": "/nowhere/python"})(_point(frames, max_steps=5))
 
 
+def _interpreter(folder: Path, does: str) -> str:
+    """What stands in for the Python of a peer."""
+    script = folder / "python"
+    script.write_text(f"#!/bin/sh\n{does}\n")
+    script.chmod(0o755)
+    return str(script)
+
+
 @pytest.mark.parametrize(
     ("does", "error", "message"),
     [
-        ("kill -TERM $$", Stopped, "stopped by signal 15; the same command goes on"),
         ("echo 'missing: pip install it'; exit 3", MissingPeer, "^pip install it$"),
-        ("echo 'no such thing' >&2; exit 1", RuntimeError, "status 1:\nno such thing"),
+        ("echo 'data: no such file'; exit 4", WrongData, "^no such file$"),
+        ("sleep 1; kill -TERM $PPID; sleep 0.5; exit 143", Stopped, "stopped by signal 15; the same command goes on"),
     ],
 )
-def test_how_a_process_ends_is_told(frames, tmp_path, does, error, message):
-    script = tmp_path / "python"
-    script.write_text(f"#!/bin/sh\n{does}\n")
-    script.chmod(0o755)
+def test_what_ends_more_than_one_run(frames, tmp_path, does, error, message):
+    runner = Runner(tmp_path, {"schnet": _interpreter(tmp_path, does)}, note=lambda _: None)
     with pytest.raises(error, match=message):
-        Runner(tmp_path, {"schnet": str(script)}, note=lambda _: None)(_point(frames, max_steps=3))
+        runner(_point(frames, max_steps=3))
+    assert not list(tmp_path.rglob("record.json")) and not list(tmp_path.rglob("failed.json"))
+
+
+@pytest.mark.parametrize(
+    ("does", "reason"),
+    [
+        ("echo 'KeyError: no such thing' >&2; exit 1", r"KeyError: no such thing \(status 1\) \(more in .*errors.txt"),
+        ("exit 3", r"an error \(status 3\)"),
+        ("kill -TERM $$", "the process was ended by signal 15"),
+        ("kill -KILL $$", "ended by signal 9; is there memory enough"),
+        ("exit 0", "the process left no record"),
+        ("echo alive; exec sleep 60", "not ready after 1 s, and ended; --timeout allows more"),
+    ],
+)
+def test_a_run_that_dies_or_hangs_is_recorded_as_failed(frames, tmp_path, does, reason):
+    """Its process may leave another behind that holds the pipe, and is no reason to wait."""
+    does = f"sleep 30 &\necho $! > {tmp_path}/pid\n{does}"
+    runner = Runner(tmp_path, {"schnet": _interpreter(tmp_path, does)}, note=lambda _: None, timeout=1)
+    began = time.monotonic()
+    record = runner(_point(frames, max_steps=3))
+    os.kill(int((tmp_path / "pid").read_text()), signal.SIGKILL)
+    assert time.monotonic() - began < 10
+    assert record["status"] == "failed" and re.search(reason, record["reason"])
     assert not list(tmp_path.rglob("record.json"))
+    (kept,) = load_records(tmp_path, note=lambda _: None)
+    assert kept["reason"] == record["reason"]  # and --report shows it
+    (group,) = groups([kept])
+    head, rows = comparison_rows(group)
+    assert rows[0][head.index("F MAE meV/A")] == "failed"
 
 
 @pytest.mark.slow
@@ -202,3 +238,94 @@ def test_a_stopped_comparison_goes_on(frames, tmp_path):
     assert record["steps"] > state["global_step"]
     assert 6 <= record["cpu_seconds"] < 6.5
     assert len(record["curve"]) == 3
+
+
+def test_one_model_that_dies_does_not_end_the_others(frames, tmp_path, capsys):
+    """The row says so, the others go on, the table is written, the exit status tells."""
+    words = [*_words(frames, tmp_path / "out", "--steps 3 --optimizers adam --seeds 0"), "--isolate", "false"]
+    words += ["--python", f"schnet={_interpreter(tmp_path, 'echo OSError: broken >&2; exit 1')}"]
+    assert main(words) == 3
+    out = capsys.readouterr().out
+    assert "failed: train, schnet, adam, lr 0.001, seed 0, 3 steps: OSError: broken (status 1)" in out
+    page = (tmp_path / "out/table.md").read_text()
+    (ours,) = (line for line in page.splitlines() if "NBodyNet" in line)
+    (theirs,) = (line for line in page.splitlines() if line.startswith("| SchNet"))
+    assert theirs.endswith("| failed | failed |") and "failed" not in ours
+    assert main(["compare", "--report", "--out", str(tmp_path / "out")]) == 3  # what is there tells the same
+    assert "OSError: broken" in capsys.readouterr().out
+    assert main(words[: words.index("--python")]) == 0, "what failed is done again, and works"
+    assert not list((tmp_path / "out").rglob("failed.json"))
+
+
+@pytest.mark.parametrize("content", ['{"point": {"na', "", "[]", '{"point": {}}', "\x00\xff"])
+def test_a_damaged_record_is_named_and_done_again(frames, tmp_path, content):
+    point, notes = _point(frames, max_steps=2), []
+    path = tmp_path / "points" / point.folder / "record.json"
+    path.parent.mkdir(parents=True)
+    path.write_text(content)
+    told: list[str] = []
+    assert load_records(tmp_path, note=told.append) == []
+    assert len(told) == 1 and f"left out: {path} is damaged" in told[0]
+    record = Runner(tmp_path, isolate=False, note=notes.append)(point)
+    assert record["status"] == "done" and f"{path} is damaged" in notes[0]
+    assert path.with_name("damaged.json").read_text() == content
+    assert len(load_records(tmp_path)) == 1
+
+
+def test_results_of_other_files_are_not_taken(frames, tmp_path):
+    """A file that has changed under its name is another run."""
+    for name in ("train", "test"):
+        (tmp_path / f"{name}.xyz").write_bytes((frames / f"{name}.xyz").read_bytes())
+    point, notes = _point(tmp_path, max_steps=2), []
+    runner = Runner(tmp_path / "out", isolate=False, note=notes.append)
+    first = runner(point)
+    assert runner(point)["val"] == first["val"] and "there already" in notes[-1]
+    lines = (tmp_path / "train.xyz").read_text().splitlines(keepends=True)
+    (tmp_path / "train.xyz").write_text("".join(lines[11:] + lines[:11]))  # the first frame is the last now
+    second = runner(point)
+    assert any("train.xyz has changed since; the run is done again" in note for note in notes)
+    assert second["val"] != first["val"]
+
+
+@pytest.mark.slow
+def test_a_file_of_the_folder_is_not_run_in_place_of_a_package(frames, tmp_path, monkeypatch):
+    for name in ("tqdm", "torch", "json", "ase"):
+        (tmp_path / f"{name}.py").write_text(f"open({str(tmp_path / 'planted')!r}, 'w'); raise SystemExit(1)")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(["", os.environ.get("PYTHONPATH", "")]))
+    record = Runner(tmp_path / "out", note=lambda _: None)(_point(frames, max_steps=2))
+    assert record["status"] == "done" and not (tmp_path / "planted").exists()
+
+
+def test_failed_seeds_stand_beside_others(frames):
+    good = failed_record(_point(frames, max_steps=2), "") | {"status": "done", "steps": 2, "cpu_seconds": 1.0}
+    good |= {"val": {"forces_mae": 2.0}, "test": {"test": {"forces_mae": 3.0, "energy_mae": 1.0}}}
+    bad = failed_record(_point(frames, max_steps=2, seed=1), "out of memory")
+    (group,) = groups([bad, good])  # the failed one first
+    head, rows = comparison_rows(group)
+    assert rows[0][head.index("F MAE meV/A")] == "3.00"
+
+
+def test_runs_that_differ_in_more_than_the_seed_are_other_rows(frames):
+    """Of one folder, by `--report`: they used to be averaged as seeds of one another."""
+    points = [
+        _point(frames, max_steps=2),
+        _point(frames, max_steps=2, force_weight=2.0),
+        _point(frames, max_steps=2, seed=1),
+    ]
+    few = dataclasses.replace(points[0], data={**points[0].data, "num_val": 4})
+    first, second = groups(failed_record(point, "") for point in (*points, few))
+    assert [len(row.records) for row in first.rows] == [2, 1] and len(second.rows) == 1
+    assert {row.note for row in first.rows} == {"training.force_weight None", "training.force_weight 2.0"}
+    assert "num_val 3" in first.title and "num_val 4" in second.title
+
+
+def test_tables_of_another_comparison_are_kept(tmp_path, frames, capsys):
+    words = [*_words(frames, tmp_path, "--steps 2 --optimizers adam --isolate false")]
+    one, other = [w for w in words if w != "nbody"], [w for w in words if w != "schnet"]
+    assert main(one) == 0
+    before = (tmp_path / "table.md").read_text()
+    assert main(one) == 0 and not (tmp_path / "table-1.md").exists()
+    assert main(other[: other.index("--arguments.schnet")]) == 0
+    assert (tmp_path / "table-1.md").read_text() == before
+    assert "it is kept as table-1.md" in capsys.readouterr().out

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+
 import numpy as np
 import pytest
 import torch
+import torch_geometric.transforms as T
 from torch_geometric.data import Batch, Data, InMemoryDataset
+from torch_geometric.data.data import DataEdgeAttr, DataTensorAttr
+from torch_geometric.data.storage import GlobalStorage
 from torch_geometric.loader import DataLoader
 
+from nbody_pyg import NBodyNet
 from nbody_pyg.data import AtomicData
-from nbody_pyg.hierarchy import BondTree, Topology
+from nbody_pyg.hierarchy import BondTree, NestedShells, SmoothSurvivors, Topology
 
 
 def _labelled(z, pos, energy=-1.5) -> AtomicData:
@@ -43,8 +50,8 @@ def test_from_data_keeps_keys_and_adds_the_leading_one(molecule):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"pos": None}, "must have the tensor 'pos'"),
-        ({"z": None}, "must have the tensor 'z'"),
+        ({"pos": None}, "data must hold 'pos'"),
+        ({"z": None}, "data must hold 'z'"),
         ({"z": torch.ones(4)}, "z must hold integers"),
         ({"pos": torch.zeros(4, 2)}, r"pos must have shape \[4, 3\]"),
         ({"forces": torch.zeros(3, 3)}, r"forces must have shape \[4, 3\]"),
@@ -169,3 +176,103 @@ def test_without_hierarchy_drops_what_schemes_wrote(molecule):
     data = BondTree()(AtomicData(z=z, pos=pos, tag=torch.tensor([3])))
     assert sorted(data.without_hierarchy().to_dict()) == ["pos", "tag", "z"]
     assert "child_1" in data
+
+
+# ------------------------------------------------------------------ in the hands of PyG
+def test_data_with_and_without_a_hierarchy_do_not_mix(molecules):
+    plain = [AtomicData(z=z, pos=pos) for z, pos in molecules.values()]
+    stored = BondTree()(plain[0])
+    for other in (plain[1], NestedShells()(plain[1])):
+        with pytest.raises(ValueError, match=r"data has no '.*_\d': no scheme was applied to it, or another one"):
+            next(iter(DataLoader([stored, other], batch_size=2)))
+    with pytest.raises(KeyError, match="child_1"):
+        plain[0]["child_1"]
+    assert plain[0].get("child_1") is None and "child_1" not in plain[0]
+    # The first one decides: where it has no hierarchy, that of the others is left out, and built where it is needed
+    batch = next(iter(DataLoader([plain[1], stored], batch_size=2)))
+    net = NBodyNet([1, 6, 7, 8, 9], BondTree(), channels=2).double()
+    alone = torch.cat([net(plain[1]), net(plain[0])])
+    torch.testing.assert_close(net(batch), alone, rtol=0, atol=1e-12)
+
+
+def test_keys_of_ones_own_are_left_alone(molecules):
+    z, pos = molecules["methanol"]
+    own = {
+        "pair_0": torch.arange(3),
+        "child_1": torch.arange(8).view(2, 4),
+        "centre_1": torch.tensor([1]),
+        "bonds": torch.rand(5),
+        "pair_energy": torch.tensor([2.0]),
+        "child_support": torch.tensor([7]),
+    }
+    frames = [AtomicData(z=z, pos=pos, **own) for _ in range(3)]
+    for again in Batch.from_data_list(frames).to_data_list():
+        for key, value in own.items():
+            assert torch.equal(again[key], value), key
+    for key in ("pair_0", "child_1", "centre_1"):
+        for scheme in (BondTree(), NestedShells()):
+            with pytest.raises(ValueError, match=f"data has the key '{key}' of its own, .* rename it"):
+                scheme(AtomicData(z=z, pos=pos, **{key: own[key]}))
+    with pytest.raises(ValueError, match="data has the key 'scheme' of its own"):
+        BondTree()(Data(z=z, pos=pos, scheme="mine"))
+    harmless = {key: own[key] for key in ("bonds", "pair_energy", "child_support")}
+    kept = NestedShells()(AtomicData(z=z, pos=pos, **harmless))
+    assert torch.equal(kept.bonds, own["bonds"]) and kept.pair_energy == 2.0 and kept.child_support == 7
+    with pytest.raises(ValueError, match=r"data has the key 'bonds' of its own, .* those it used; rename it"):
+        BondTree(bonds_key="mine")(AtomicData(z=z, pos=pos, bonds=own["bonds"]))
+    # Applied again: what a scheme wrote it may replace
+    assert torch.equal(NestedShells()(kept).child_1, kept.child_1)
+
+
+@pytest.mark.parametrize("key", ["child_1", "child_3", "pair_0"])
+def test_a_hierarchy_of_which_keys_were_excluded_is_named(key, molecules):
+    scheme = BondTree()
+    net = NBodyNet([1, 6, 7, 8, 9], scheme, channels=2).double()
+    frames = [scheme(AtomicData(z=z, pos=pos)) for z, pos in molecules.values()]
+    batch = next(iter(DataLoader(frames, batch_size=3, exclude_keys=[key])))
+    with pytest.raises(ValueError, match=key if key != "pair_0" else "topology must have 5 levels, with pairs"):
+        net(batch)
+    # Plain Data do not know how to number parts
+    copies = [Data.from_dict(frame.to_dict()) for frame in (frames[0], frames[0])]
+    with pytest.raises(ValueError, match="only AtomicData are batched rightly"):
+        net(Batch.from_data_list(copies))
+
+
+def test_the_ways_of_pyg_with_stored_data(molecules, tmp_path):
+    scheme = BondTree()
+    net = NBodyNet([1, 6, 7, 8, 9], scheme, channels=2).double().requires_grad_(False)
+    frames = [T.Compose([T.Center(), scheme])(Data(z=z, pos=pos)) for z, pos in molecules.values()]
+    batch = next(iter(DataLoader(frames, batch_size=3, follow_batch=["child_1"], exclude_keys=["bonds"])))
+    expected = net(batch)
+    assert float(expected.abs().min()) > 1e-6 and batch.child_1_batch.shape == (batch.child_1.shape[1],)
+    ways = {
+        "index": torch.cat([net(batch[k]) for k in range(3)]),
+        "list": torch.cat([net(data) for data in batch.to_data_list()]),
+        "select": net(Batch.from_data_list(batch.index_select([0, 1, 2]))),
+        "deepcopy": net(copy.deepcopy(batch)),
+        "copy": net(copy.copy(batch)),
+        "clone": net(batch.clone().contiguous().to("cpu")),
+        "pickle": net(pickle.loads(pickle.dumps(batch))),
+        "dict": torch.cat([net(AtomicData.from_dict(data.to_dict())) for data in frames]),
+    }
+    for name, found in ways.items():
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-12, msg=name)
+    assert all(data.validate() for data in frames)
+    # What PyG's own Data need to be read without trust, and nothing more
+    path = tmp_path / "frames.pt"
+    torch.save(frames, path)
+    with torch.serialization.safe_globals([DataEdgeAttr, DataTensorAttr, GlobalStorage]):
+        again = torch.load(path, weights_only=True)
+    torch.testing.assert_close(net(Batch.from_data_list(again)), expected, rtol=0, atol=1e-12)
+
+
+def test_an_empty_system_is_stored_and_batched(molecules):
+    z, pos = molecules["methanol"]
+    for scheme in (BondTree(), NestedShells(), SmoothSurvivors()):
+        full, empty = scheme(AtomicData(z=z, pos=pos)), scheme(AtomicData(z=z[:0], pos=pos[:0]))
+        assert set(full.keys()) == set(empty.keys())
+        batch = Batch.from_data_list([empty, full, empty])
+        assert batch.num_parts_1.tolist() == [0, int(full.num_parts_1), 0]
+        for again, frame in zip(batch.to_data_list(), (empty, full, empty), strict=True):
+            for key in frame.keys():  # noqa: SIM118
+                assert _same(frame[key], again[key]), key

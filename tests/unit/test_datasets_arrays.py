@@ -108,7 +108,9 @@ def test_our_own_unit_words(write):
         ({"nuclear_charges": Z + 0.5}, {}, "atomic numbers must be whole"),
         ({"nuclear_charges": Z - 9}, {}, r"atomic numbers must lie in 1..118"),
         ({"nuclear_charges": np.array(["O", "C", "H", "H"])}, {}, "'nuclear_charges' must hold numbers"),
-        ({"energies": np.where(np.arange(5) == 3, np.nan, ENERGY)}, {}, "energy of frame 3 is nan"),
+        ({"energies": np.where(np.arange(5) == 3, np.inf, ENERGY)}, {}, "energy of frame 3 is inf"),
+        ({"E": ENERGY + 1.0}, {}, "holds energy under energies and E with other values; choose one with energy_key"),
+        ({}, {"stress_key": "nonsense"}, "stress_key 'nonsense' is not in frames.npz"),
         (
             {"coords": np.where(np.arange(5)[:, None, None] == 2, np.inf, POS)},
             {},
@@ -138,3 +140,30 @@ def test_missing_arrays_and_files(write, tmp_path):
         read_npz(path)
     with pytest.raises(ValueError, match="no pickled objects"):
         read_npz(write(z=Z, pos=POS, energy=np.array([None, 1], dtype=object)), units="eV")
+
+
+def test_labels_that_are_nan_are_missing(write):
+    energy, forces = ENERGY.copy(), FORCES.copy()
+    energy[1], forces[2], forces[3, 1] = np.nan, np.nan, np.nan
+    frames = read_frames(write(**rmd17(energies=energy, forces=forces)))
+    assert ["energy" in frame for frame in frames] == [True, False, True, True, True]
+    assert ["forces" in frame for frame in frames] == [True, True, False, True, True]
+    assert frames[3].forces.isnan().any(dim=1).tolist() == [False, True, False, False]
+    forces[4, 0, 2] = np.nan
+    with pytest.raises(ValueError, match=r"forces of frame 4, atom 0 is nan"):
+        read_frames(write(**rmd17(forces=forces)))
+
+
+@pytest.mark.parametrize("form", ["full", "nine", "voigt"])
+def test_stress_and_its_key(write, form):
+    half = RNG.normal(size=(5, 3, 3))
+    stress = half + half.transpose(0, 2, 1)
+    given = {
+        "full": stress, "nine": stress.reshape(5, 9), "voigt": stress.reshape(5, 9)[:, [0, 4, 8, 5, 2, 1]],
+    }[form]  # fmt: skip
+    arrays = rmd17(cell=5 * np.eye(3), my_stress=given)
+    assert "stress" not in read_frames(write(**arrays))[0]
+    frames = read_frames(write(**arrays), stress_key="my_stress", units="eV, angstrom, GPa")
+    assert frames.sources["stress"] == ("my_stress",)
+    np.testing.assert_allclose(frames[3].stress.numpy(), stress[3:4] / 160.2176634, rtol=1e-12)
+    np.testing.assert_allclose(frames[3].energy.numpy(), ENERGY[3:4], rtol=1e-15)

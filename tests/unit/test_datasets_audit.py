@@ -69,3 +69,39 @@ def test_required_labels(frames):
 def test_plain_lists_hint_at_their_own_keys():
     with pytest.raises(ValueError, match=r"'energy' is in none of the 1 frames of frames; did you mean 'enrgy'"):
         require_labels([frame(enrgy=energy(1.0))], ["energy"])
+
+
+def test_nan_counts_as_missing():
+    nan = energy(float("nan"))
+    frames = [frame(energy=energy(1.0)), frame(energy=nan)]
+    table = label_audit(frames)
+    assert table.count("energy") == (1, 2) and table.rows[0].mean == 1.0
+    with pytest.raises(ValueError, match=r"'energy' is in only 1 of the 2"):
+        require_labels(frames, ["energy"])
+    with pytest.raises(ValueError, match=r"'energy' is in none of the 2 frames of frames; where it stands, it is NaN"):
+        require_labels([frame(energy=nan), frame(energy=nan)], ["energy"], partial=True)
+
+
+@pytest.mark.parametrize(("label", "shape", "size"), [("forces", (4, 3), 1e3), ("stress", (1, 3, 3), 30.0)])
+def test_outliers_are_named_by_their_number_in_the_file(label, shape, size):
+    systems = [frame(**{label: torch.linspace(-0.5, 0.7, math.prod(shape)).double().reshape(shape)}) for _ in range(9)]
+    whole = Frames(systems, name="a/x.xyz")
+    assert not label_audit(whole).notes
+    systems[6][label][..., 1] = -size
+    (note,) = label_audit({"train": Frames(systems, name="a/x.xyz").select([8, 6, 2])}).notes
+    assert f"{label} up to {size:g} eV" in note and "in frame 6 of x.xyz (1 of 3)" in note
+    for each in systems:  # all of that size: no outlier
+        each[label][..., 1] = -size
+    assert not label_audit(Frames(systems)).notes
+
+
+def test_structures_of_another_set_that_stand_in_train_are_told():
+    systems = [frame(energy=energy(1.0)) for _ in range(4)]
+    moved = frame(energy=energy(1.0))
+    moved.pos = systems[2].pos + 1e-7
+    single = AtomicData(z=torch.tensor([8]), pos=torch.zeros(1, 3), energy=energy(1.0))
+    groups = {"train": Frames([*systems, single], name="a.xyz"), "test": [frame(energy=energy(2.0)), moved, single]}
+    (note,) = label_audit(groups).notes
+    assert note.startswith("1 of the 3 structures of test stand in train too, for example frame 1 as frame 2 of a.xyz")
+    moved.pos = systems[2].pos + 0.01
+    assert not label_audit(groups).notes

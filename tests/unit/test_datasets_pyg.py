@@ -139,9 +139,9 @@ def test_scalar_energies_and_one_y():
         ([graph(energy=torch.tensor(1.0))], {}, "units of list are not known; give units"),
         ([graph(enrgy=torch.tensor(1.0))], {"units": "eV", "energy_key": "energy"}, "did you mean 'enrgy'"),
         ([graph()], {"units": "eV", "target": 0}, "target 0 needs the key 'y'"),
-        ([graph(energy=torch.tensor(float("nan")))], {"units": "eV"}, "graph 0 of list: energy is nan"),
+        ([graph(energy=torch.tensor(float("inf")))], {"units": "eV"}, "graph 0 of list: energy is inf"),
         ([graph(forces=torch.ones(3, 3))], {"units": "eV"}, "forces must have shape"),
-        ([Data(x=torch.ones(3))], {"units": "eV"}, "data must have the tensor 'z'"),
+        ([Data(x=torch.ones(3))], {"units": "eV"}, "data must hold 'z'"),
         ([graph()], {"units": "electronvolts?"}, "unknown energy unit"),
     ],
 )
@@ -164,3 +164,16 @@ def test_qm9_equals_our_own_reader(qm9, tmp_path):
     for ours, theirs in zip(load_qm9(tmp_path), frames, strict=True):
         torch.testing.assert_close(ours.pos, theirs.pos, rtol=0, atol=0)
         assert ours.energy.equal(theirs.energy)
+
+
+@pytest.mark.parametrize("shape", [(12,), (4, 3, 1), (1, 4, 3)])
+def test_flat_and_squeezed_labels_get_their_shape(shape):
+    forces = torch.linspace(-1, 1, 12, dtype=torch.float64)
+    stress = torch.tensor([0.1, 0.2, 0.3, 0.04, 0.05, 0.06])  # Voigt
+    data = graph(energy=torch.tensor([[2]], dtype=torch.int32), forces=forces.reshape(shape), stress=stress)
+    frame = from_pyg([data], units="eV")[0]
+    assert frame.energy.tolist() == [2.0]
+    assert torch.equal(frame.forces, forces.reshape(4, 3))
+    assert torch.allclose(frame.stress[0, 0], torch.tensor([0.1, 0.06, 0.05], dtype=torch.float64))
+    with pytest.raises(ValueError, match=r"forces must have shape \[4, 3\] for 4 atoms, got \[3, 4\]"):
+        from_pyg([graph(forces=forces.reshape(3, 4))], units="eV")

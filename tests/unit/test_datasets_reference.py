@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from nbody_pyg.data import AtomicData
-from nbody_pyg.datasets import fit_reference
+from nbody_pyg.datasets import Frames, fit_reference
 
 E0 = {1: -13.587222780835477, 6: -1029.4889999855063, 8: -2041.9816003861047}
 FORMULAS = [[6, 1, 1, 1, 1], [8, 1, 1], [6, 8], [6, 6, 1, 1, 8], [8, 8]]
@@ -93,3 +93,24 @@ def test_energies_are_required():
         fit_reference([AtomicData(z=torch.tensor([1]), pos=torch.zeros(1, 3))])
     with pytest.raises(ValueError, match="holds no frame"):
         fit_reference([])
+
+
+@pytest.mark.parametrize("mode", ["lstsq", "mean"])
+def test_one_wrong_energy_does_not_move_the_references(mode):
+    good = [frame(species, 0.01 * n) for n, species in enumerate(FORMULAS * 6)]
+    if mode == "mean":
+        good = good[::5]
+    expected = fit_reference(good, mode)
+    with pytest.warns(UserWarning, match=r"eV per atom are left in frame 4 of x.xyz \(1 of \d+\)"):
+        found = fit_reference(Frames([*good[:4], frame(FORMULAS[0], 1e6), *good[4:]], name="x.xyz"), mode)
+    assert found == pytest.approx(expected, abs=1e-8, rel=0)
+
+
+def test_frames_without_an_energy_do_not_count():
+    frames = [frame(species) for species in FORMULAS]
+    bare, nan = frame(FORMULAS[0]), frame(FORMULAS[1])
+    del bare.energy
+    nan.energy = nan.energy * float("nan")
+    assert fit_reference([bare, *frames, nan]) == pytest.approx(E0, abs=1e-9, rel=0)
+    square = [AtomicData(z=f.z, pos=f.pos, energy=f.energy.reshape(1, 1)) for f in frames]
+    assert fit_reference(square) == pytest.approx(E0, abs=1e-9, rel=0)

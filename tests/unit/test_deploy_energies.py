@@ -115,3 +115,6 @@ def test_command(ethanol, tmp_path, capsys):
     assert (tmp_path / "a.png").stat().st_size > 10_000
     assert main([*words, "--index", "9"]) == 1
     assert "index must lie in 0..1" in capsys.readouterr().err
+    AtomicData(z=ethanol.z[1:], pos=ethanol.pos[1:]).to_ase().write(tmp_path / "a.xyz", append=True)
+    assert main([*words, "--minus", "2"]) == 1
+    assert "--minus must name a frame with the atoms of frame 0, in its order" in capsys.readouterr().err

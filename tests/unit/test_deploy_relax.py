@@ -8,6 +8,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from ase.constraints import FixAtoms, FixBondLengths, FixCartesian
 from ase.io import read, write
 from ase.optimize import LBFGS
 from torch.overrides import TorchFunctionMode
@@ -17,6 +18,7 @@ from nbody_pyg.cli import main
 from nbody_pyg.cli.frames import read_structures
 from nbody_pyg.data import AtomicData
 from nbody_pyg.deploy import NBodyCalculator, relax, save_model
+from nbody_pyg.deploy.relax import _held
 
 
 def potential(scheme) -> Potential:
@@ -62,7 +64,7 @@ def beside_ase(model: Potential, frames: list[AtomicData], steps: int) -> None:
     found = relax(model, frames, fmax=1e-9, max_steps=steps)
     for number, frame in enumerate(frames):
         atoms = frame.to_ase()
-        atoms.calc = NBodyCalculator(model)
+        atoms.calc = NBodyCalculator(model, bonds="first")
         start = atoms.get_potential_energy()
         LBFGS(atoms, logfile=None, memory=30).run(fmax=1e-9, steps=steps)
         assert np.abs(atoms.positions - found.frames[number].pos.numpy()).max() < 1e-7
@@ -84,7 +86,11 @@ def test_steps_are_those_of_ase(frames, generator):
 def test_parts_of_a_tree_stay_those_of_the_start(frames):
     model = potential(BondTree(cutoff=4.0))
     beside_ase(model, frames, 1)
-    found = relax(model, frames, fmax=1e-9, max_steps=15)
+    with pytest.warns(
+        UserWarning, match=r"bonds found after the relaxation of structure 0 .* \(broken: C1-H6\); 3 of 3"
+    ):
+        found = relax(model, frames, fmax=1e-9, max_steps=15)
+    assert found.bond_changes[0] == "broken: C1-H6"
     scheme = model.model.scheme
     for number, (before, after) in enumerate(zip(frames, found.frames, strict=True)):
         tree = scheme.update(scheme.topology(before.z, before.pos), after.z, after.pos)
@@ -172,6 +178,138 @@ def test_a_cell_without_pbc_is_periodic_and_an_open_one_may_have_a_cell(frames, 
     assert found.frames[1].cell.equal(boxed.cell)
 
 
+def held(frames: list[AtomicData]) -> list:
+    """As Atoms: one with atoms held, one with coordinates held, one free; all with things of their own."""
+    out = [frame.to_ase() for frame in frames]
+    out[0].set_constraint([FixAtoms([0, 4]), FixCartesian([2], mask=(False, True, True))])
+    out[1].set_constraint(FixCartesian([0, 1], mask=(True, False, False)))
+    for number, atoms in enumerate(out):
+        atoms.set_tags(np.arange(len(atoms)) + number)
+        atoms.info["name"] = f"structure {number}"
+        atoms.new_array("weights", np.linspace(0.5, 1.5, len(atoms)) + number)
+    return out
+
+
+def test_constraints_are_those_of_ase(frames):
+    """Beside ASE's optimizer, step for step, in one batch with a free structure."""
+    model = potential(NestedShells((4.0,)))
+    near = relax(model, held(frames), fmax=0.02, max_steps=300)
+    assert bool(near.converged.all())
+    rng = np.random.default_rng(1)
+    atoms = []
+    for frame in near.frames:
+        frame.positions += 0.01 * rng.normal(size=(len(frame), 3))  # also what is held: from here on
+        atoms.append(frame)
+    found = relax(model, atoms, fmax=1e-9, max_steps=12)
+    for number, start in enumerate(atoms):
+        alone = start.copy()
+        alone.calc = NBodyCalculator(model)
+        LBFGS(alone, logfile=None, memory=30).run(fmax=1e-9, steps=12)
+        assert np.abs(alone.positions - found.frames[number].positions).max() < 1e-7
+        assert float(found.energy[number]) == pytest.approx(alone.get_potential_energy(), abs=1e-8)
+        assert float(found.largest[number]) == pytest.approx(np.linalg.norm(alone.get_forces(), axis=1).max(), abs=1e-6)
+        moved = np.abs(found.frames[number].positions - start.positions)
+        if number == 0:
+            assert moved[[0, 4]].max() == 0.0 and moved[2, 1:].max() == 0.0 and moved[2, 0] > 1e-6
+        if number == 1:
+            assert moved[:2, 0].max() == 0.0 and moved[:2, 1:].min() > 1e-6
+    assert float((found.start_energy - found.energy).min()) > 1e-4
+
+
+def test_what_is_said_of_a_structure_is_kept(frames):
+    model = potential(NestedShells((4.0,)))
+    atoms = held(frames)
+    found = relax(model, atoms, fmax=0.5, max_steps=3)
+    for before, after in zip(atoms, found.frames, strict=True):
+        assert after is not before and repr(after.constraints) == repr(before.constraints)
+        assert np.array_equal(after.get_tags(), before.get_tags()) and after.info == before.info
+        assert np.array_equal(after.arrays["weights"], before.arrays["weights"])
+        assert np.abs(after.positions - before.positions).max() > 1e-3
+        raw = after.get_forces(apply_constraint=False)
+        expected = model(AtomicData.from_ase(after))["forces"].numpy()
+        assert np.abs(raw - expected).max() < 1e-8 and np.abs(expected).max() > 1e-3
+    data = AtomicData.from_ase(atoms[0])
+    data.smiles, data.stress, data.energy = "CCO", torch.ones(1, 3, 3), torch.ones(1)
+    data.fixed = torch.arange(len(data.pos)) < 2
+    data = model.model.scheme(data)
+    (after,) = relax(model, [data], max_steps=2).frames
+    assert set(after.keys()) == {"z", "pos", "smiles", "fixed", "energy", "forces"}, "labels and hierarchy are stale"
+    assert float((after.pos - data.pos)[:2].abs().max()) == 0.0 and float((after.pos - data.pos)[2:].abs().min()) > 0
+
+
+def test_convergence_is_judged_on_what_may_move(frames):
+    model = potential(NestedShells((4.0,)))
+    atoms = frames[0].to_ase()
+    atoms.set_constraint(FixAtoms(range(1, len(atoms))))
+    found = relax(model, [atoms], fmax=0.01, max_steps=100)
+    assert bool(found.converged) and float(found.largest) <= 0.01
+    assert np.abs(found.frames[0].get_forces(apply_constraint=False)).max() > 0.1, "those that are held feel some"
+
+
+def test_constraints_that_are_not_known_are_refused_by_name(frames):
+    atoms = [frame.to_ase() for frame in frames]
+    atoms[1].set_constraint([FixAtoms([0]), FixBondLengths([(0, 1)])])
+    with pytest.raises(ValueError, match=r"must be FixAtoms or FixCartesian, got FixBondLengths \(frame 1\)"):
+        relax(potential(NestedShells((4.0,))), atoms)
+    atoms[1].set_constraint()
+    atoms[1].info["constraints_left_out"] = "FixBondLengths"
+    with pytest.raises(ValueError, match=r"structure 1 was written without its constraints \(FixBondLengths\)"):
+        relax(potential(NestedShells((4.0,))), atoms)
+
+
+class _Broken(torch.nn.Module):
+    """A pit of harmonic wells, and not a number for molecules of nine atoms once they have moved."""
+
+    def __init__(self, start: torch.Tensor):
+        super().__init__()
+        self.start = start
+
+    def forward(self, z, pos, batch):
+        size = torch.bincount(batch)
+        moved = (pos[: len(self.start)] - self.start[: len(pos)]).abs().max() > 1e-6
+        factor = torch.where((size == len(self.start)) & moved, torch.nan, 1.0).to(pos.dtype)[batch]
+        return pos.new_zeros(len(size)).index_add(0, batch, (factor[:, None] * pos - 1.0).square().sum(dim=1))
+
+
+def test_forces_that_are_not_finite_are_told_of_their_structure_alone(frames, tmp_path, capsys):
+    found = relax(Potential(_Broken(frames[0].pos)), frames[:2], fmax=0.01, max_steps=100)
+    assert found.converged.tolist() == [False, True] and found.steps.tolist()[0] == 1
+    assert bool(torch.isnan(found.largest[0])) and float(found.largest[1]) <= 0.01
+    assert bool(torch.isfinite(found.frames[0].pos).all()), "where it was before"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"pos": torch.full((9, 3), torch.nan)}, "positions must be finite, got frame 0"),
+        (
+            {"fixed": torch.zeros(9)},
+            r"fixed of frame 0 must be bool of shape \[9\] or \[9, 3\], got torch.float32 \[9\]",
+        ),
+        ({"fixed": torch.zeros(4, dtype=torch.bool)}, r"fixed of frame 0 must be bool .* got torch.bool \[4\]"),
+    ],
+)
+def test_frames_that_are_wrong_are_named(frames, change, message):
+    frame = copy.copy(frames[0])
+    for key, value in change.items():
+        frame[key] = value
+    with pytest.raises(ValueError, match=message):
+        relax(potential(NestedShells((4.0,))), [frame])
+
+
+def test_stop_keeps_what_has_been_reached(frames):
+    asked = []
+
+    def stop() -> bool:
+        asked.append(None)
+        return len(asked) > 3
+
+    found = relax(potential(NestedShells((4.0,))), frames, fmax=1e-9, batch_size=2, stop=stop)
+    assert found.steps.tolist() == [3, 3] and len(found.frames) == 2 and not bool(found.converged.any())
+    for before, after in zip(frames, found.frames, strict=False):
+        assert float((after.pos - before.pos).abs().max()) > 1e-2
+
+
 class _Elsewhere(TorchFunctionMode):
     """A stand-in for a GPU: tensors for which relax.py names no device lie elsewhere than the frames."""
 
@@ -212,6 +350,26 @@ def test_command(frames, tmp_path, capsys):
     assert "3 of 3 converged" in capsys.readouterr().out
     relaxed = read(out, index=":")
     assert len(relaxed) == 3 and np.abs(relaxed[0].get_forces()).max() <= 0.3
+    before = out.read_bytes()
+    assert main(words) == 1 and "out.xyz exists; replace it with --overwrite" in capsys.readouterr().err
+    assert main([*words[:-1], words[2], "--overwrite"]) == 1, "its own input"
+    assert "--out must not be a file that is read" in capsys.readouterr().err
+    assert out.read_bytes() == before and len(read(words[2], ":")) == 3
+    assert main([*words, "--overwrite", "--steps", "1"]) == 3
+    assert "not converged: 0, 1, 2" in capsys.readouterr().out
+
+
+def test_command_keeps_constraints_tags_and_info(frames, tmp_path):
+    save_model(potential(NestedShells((4.0,))), tmp_path / "m.nbody")
+    atoms = held(frames)
+    write(tmp_path / "in.xyz", atoms)
+    words = ["relax", str(tmp_path / "m.nbody"), str(tmp_path / "in.xyz"), "--steps", "4", "--fmax", "1e-9"]
+    assert main([*words, "--out", str(tmp_path / "new/out.xyz")]) == 3
+    for before, after in zip(atoms, read(tmp_path / "new/out.xyz", ":"), strict=True):
+        assert np.array_equal(after.get_tags(), before.get_tags()) and after.info["name"] == before.info["name"]
+        assert np.allclose(after.arrays["weights"], before.arrays["weights"], atol=1e-8)
+        assert (not before.constraints and not after.constraints) or _held(after, 0).equal(_held(before, 0))
+    assert np.abs(read(tmp_path / "new/out.xyz", 0).positions - atoms[0].positions)[[0, 4]].max() < 1e-7
 
 
 def test_command_keeps_charges(frames, tmp_path):
@@ -223,9 +381,10 @@ def test_command_keeps_charges(frames, tmp_path):
     atoms[2].info["charge"] = 0
     write(tmp_path / "in.xyz", atoms)
     given = read_structures(str(tmp_path / "in.xyz"))
-    assert [sorted({"charge", "charges"} & set(frame.keys())) for frame in given] == [["charge"], ["charges"], []]
+    keys = [sorted({"charge", "charges"} & set(frame.keys())) for frame in given]
+    assert keys == [["charge"], ["charges"], ["charge"]]
     words = ["relax", str(tmp_path / "m.nbody"), str(tmp_path / "in.xyz"), "--steps", "3", "--fmax", "1e-9"]
-    assert main([*words, "--dtype", "float64", "--out", str(tmp_path / "out.xyz")]) == 0
+    assert main([*words, "--dtype", "float64", "--out", str(tmp_path / "out.xyz")]) == 3  # none has converged
     out = str(tmp_path / "out.xyz")
     for structure, after in zip(read(out, index=":"), read_structures(out), strict=True):
         energy = structure.get_potential_energy()
@@ -233,4 +392,5 @@ def test_command_keeps_charges(frames, tmp_path):
         structure.calc = NBodyCalculator(model)  # the same charges as dynamics would have
         assert structure.get_potential_energy() == pytest.approx(energy, abs=1e-5)
         neutral = float(model(after.z, after.pos)["energy"])
-        assert abs(energy - neutral) > 1e-3 or not {"charge", "charges"} & set(after.keys())
+        charged = after.get("charges") is not None or bool(after.charge.any())
+        assert abs(energy - neutral) > 1e-3 or not charged

@@ -12,12 +12,12 @@ import textwrap
 import pytest
 import torch
 
-from nbody_pyg import NBodyNet, NestedShells, Potential
+from nbody_pyg import NBodyNet, NestedShells, Potential, durable
 from nbody_pyg.cli import main
 from nbody_pyg.datasets import embedded
 from nbody_pyg.deploy import load_model, model_file, save_model
-from nbody_pyg.training import TrainingConfig, durable, fit
-from nbody_pyg.training.durable import written_whole
+from nbody_pyg.durable import write_json, write_text, written_whole
+from nbody_pyg.training import TrainingConfig, fit
 
 
 def potential(seed: int = 0) -> Potential:
@@ -103,3 +103,32 @@ def test_written_whole_replaces_and_cleans_up(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         interrupted()
     assert path.read_text() == "two" and [p.name for p in tmp_path.iterdir()] == ["a.txt"]
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o002, 0o664), (0o077, 0o600)])
+def test_files_have_the_permissions_of_the_umask_whatever_wrote_them(tmp_path, umask, mode):
+    before = os.umask(umask)
+    try:
+        save_model(potential(), tmp_path / "m.nbody")  # whose writer makes files for their owner alone
+        write_text(tmp_path / "a.txt", "text")
+    finally:
+        os.umask(before)
+    assert {oct(p.stat().st_mode & 0o777) for p in tmp_path.iterdir()} == {oct(mode)}
+    (tmp_path / "a.txt").chmod(0o640)
+    write_text(tmp_path / "a.txt", "new text")
+    assert oct((tmp_path / "a.txt").stat().st_mode & 0o777) == oct(0o640), "a file keeps the permissions it was given"
+
+
+def test_links_are_followed_and_devices_written_to(tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link.json").symlink_to(tmp_path / "real" / "file.json")
+    write_json(tmp_path / "link.json", {"a": [1.5, "µ"]})
+    assert (tmp_path / "link.json").is_symlink() and '"a"' in (tmp_path / "real" / "file.json").read_text("utf-8")
+    write_text("/dev/null", "text")
+    assert not os.path.isfile("/dev/null")
+    with written_whole(tmp_path / "plot.png") as temporary:
+        assert temporary.suffix == ".png" and temporary.parent == tmp_path, "writers add a suffix that is missing"
+        with written_whole(tmp_path / "plot.png") as other:
+            other.write_bytes(b"2")
+        temporary.write_bytes(b"1")
+    assert (tmp_path / "plot.png").read_bytes() == b"1" and len(list(tmp_path.iterdir())) == 3

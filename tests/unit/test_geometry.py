@@ -386,3 +386,118 @@ def test_completed_cells_keep_periodic_vectors_and_are_invertible():
         normal = full[~pbc]
         torch.testing.assert_close(normal @ normal.T, torch.eye(len(normal), dtype=F64), rtol=0, atol=1e-12)
         assert (normal @ cell[pbc].T).abs().max().item() < 1e-12 if pbc.any() and len(normal) else True
+
+
+# ---------------------------------------------------------------------------------- cells of odd shapes
+def every_image(pos: np.ndarray, cutoff: float, cell: np.ndarray, pbc: np.ndarray) -> dict[tuple[int, ...], float]:
+    """Every pair by itself, with the range of images that its own distance allows."""
+    full = complete_cell(torch.tensor(cell)[None], torch.tensor(pbc)[None])[0].numpy()
+    inverse, found = np.linalg.inv(full), {}
+    reach = cutoff * np.linalg.norm(inverse, axis=0) + 1e-3
+    for i, j in itertools.product(range(len(pos)), repeat=2):
+        apart = (pos[j] - pos[i]) @ inverse
+        ranges = [
+            np.arange(np.ceil(-a - r), np.floor(-a + r) + 1) if flag else np.zeros(1)
+            for a, r, flag in zip(apart, reach, pbc, strict=True)
+        ]
+        steps = np.stack(np.meshgrid(*ranges, indexing="ij"), axis=-1).reshape(-1, 3)
+        length = np.linalg.norm(pos[j] - pos[i] + steps @ full, axis=1)
+        for n, d in zip(steps, length, strict=True):
+            if d < cutoff and (i != j or n.any()):
+                found[i, j, *map(int, n)] = d
+    return found
+
+
+def odd_case(seed: int):
+    """Thin, long, tiny, huge and skewed cells, mixed periodicity, atoms far outside."""
+    rng = np.random.default_rng(seed)
+    cutoff = float(rng.uniform(2.0, 6.0))
+    lengths = rng.choice([0.4, 1.5, 5.0, 30.0, 3e3, 1e6], size=3) * rng.uniform(0.8, 1.2, size=3)
+    # Not too many images in all
+    while np.prod(np.maximum(cutoff / lengths, 1.0)) > 60.0:
+        lengths[lengths.argmin()] *= 3.0
+    cell = np.diag(lengths) @ np.linalg.qr(rng.normal(size=(3, 3)))[0]
+    for i, j in ((0, 1), (1, 2), (2, 0)):
+        if rng.random() < 0.5 and lengths[j] < 50.0:
+            cell[i] += rng.integers(-3, 4) * cell[j] * 0.7
+    pos = rng.uniform(-3.0, 3.0, size=(int(rng.integers(2, 7)), 3))
+    far = rng.integers(len(pos))
+    pos[far] += rng.choice([0.0, 50.0, 1e4, 1e6]) * rng.normal(size=3)
+    pos[rng.integers(len(pos))] += rng.integers(-9, 10, size=3) @ cell
+    pos = np.concatenate([pos, pos[:1] + 0.9])  # one pair at least
+    return pos, cutoff, cell, rng.integers(0, 2, size=3).astype(bool) | (rng.random() < 0.3)
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_odd_cells_agree_with_brute_force_in_every_way(seed, monkeypatch):
+    pos, cutoff, cell, pbc = odd_case(seed)
+    expected = every_image(pos, cutoff, cell, pbc)
+    # Pairs at the cutoff itself may go either way by rounding
+    sharp = {pair for pair, d in expected.items() if d < cutoff - 1e-6}
+    for backend, chunk in (("torch", 10_000_000), ("torch", 0), ("vesin", 10_000_000)):
+        monkeypatch.setattr(geometry, "_DENSE_CHUNK", chunk)
+        monkeypatch.setattr(geometry, "_BIN_CHUNK", 2_000_000 if seed % 2 else 7)
+        index, shift = neighbour_list(
+            torch.tensor(pos),
+            cutoff,
+            cell=torch.tensor(cell),
+            pbc=torch.tensor(pbc),
+            backend=backend,
+            allow_coincident=True,
+        )
+        found = as_set(index, shift)
+        assert found == sorted(found), "sorted by target, source and shift"
+        assert len(found) == len(set(found)) and sharp <= set(found) <= set(expected), (backend, chunk)
+    assert expected
+
+
+SHAPES = {
+    "slab and an atom thrown off": ([10, 10, 10], (True, True, False), [0, 0, 1e6]),
+    "sheet": ([3000, 3000, 5], (True, True, True), [0, 0, 0]),
+    "wire": ([10, 10, 1e6], (True, True, True), [0, 0, 0]),
+    "wire that repeats along itself": ([10, 10, 3e5], (False, False, True), [0, 0, 1e5]),
+    "molecule and an atom thrown off": ([0, 0, 0], (False, False, False), [0, 0, 1e7]),
+    "very far": ([0, 0, 0], (False, False, False), [1e12, 1e9, 1e6]),
+    "further": ([0, 0, 0], (False, False, False), [1e300, 0, 0]),
+    "wide sheet": ([1e6, 1e6, 5], (True, True, True), [1e5, 1e5, 0]),
+    "huge": ([1e6, 1e6, 1e6], (True, True, True), [1e5, 1e5, 0]),
+}
+
+
+@pytest.mark.parametrize("kind", SHAPES)
+def test_shapes_that_end_the_process_in_vesin(kind, monkeypatch):
+    lengths, pbc, thrown = SHAPES[kind]
+    rng = np.random.default_rng(3)
+    pos = rng.random((130, 3)) * 5.0
+    pos[-1] += thrown
+    given = {"cell": torch.diag(torch.tensor(lengths, dtype=F64)), "pbc": torch.tensor(pbc)} if any(pbc) else {}
+    index, shift = neighbour_list(torch.tensor(pos), 3.0, **given, backend="vesin")
+    assert index.shape[1] > 3_000
+    for chunk in (10_000_000, 0):
+        monkeypatch.setattr(geometry, "_DENSE_CHUNK", chunk)
+        other = neighbour_list(torch.tensor(pos), 3.0, **given, backend="torch")
+        assert torch.equal(other[0], index) and torch.equal(other[1], shift)
+
+
+def test_batches_of_odd_cells(monkeypatch):
+    cases = [odd_case(seed) for seed in (1, 2, 3, 5)]
+    pbc = torch.tensor(np.stack([case[3] for case in cases]))
+    batch = torch.tensor([b for b, case in enumerate(cases) for _ in case[0]])
+    pos = torch.tensor(np.concatenate([case[0] for case in cases]))
+    cell = torch.tensor(np.stack([case[2] for case in cases]))
+    lists = []
+    for backend, chunk in (("torch", 10_000_000), ("torch", 0), ("vesin", 0)):
+        monkeypatch.setattr(geometry, "_DENSE_CHUNK", chunk)
+        lists.append(neighbour_list(pos, 3.0, batch, cell, pbc, backend=backend, allow_coincident=True))
+    assert lists[0][0].shape[1] > 20
+    for index, shift in lists[1:]:
+        assert torch.equal(index, lists[0][0]) and torch.equal(shift, lists[0][1])
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch", "vesin"])
+def test_a_cell_whose_list_would_not_fit_into_memory(backend):
+    pos, cell = torch.zeros(1, 3, dtype=F64), torch.eye(3, dtype=F64) * 1e-3
+    with pytest.raises(
+        ValueError, match=r"cell of graph 0 is too small .* 1 atom\(s\) have some 1\.2e\+11 pairs .*units"
+    ):
+        neighbour_list(pos, 5.0, cell=cell, pbc=True, backend=backend)

@@ -11,7 +11,7 @@ from torch_geometric.data import Batch, Data
 from torch_geometric.loader import DataLoader
 
 from nbody_pyg.data import AtomicData
-from nbody_pyg.hierarchy import BondTree, Topology, share_topology
+from nbody_pyg.hierarchy import BondTree, NestedShells, Topology, share_topology
 from nbody_pyg.hierarchy.bondgraph import bridges, components
 
 # With jaxtyping's import hook on, wrong types never reach the checks whose messages are tested here
@@ -145,11 +145,22 @@ def test_given_bonds_overrule_the_radii_and_stay(molecules):
     assert int(data.num_parts_3) == 8
     other = BondTree(bonds_key="edge_index")(Data(z=z, pos=pos, edge_index=given))
     assert int(other.num_parts_3) == 8
-    # A second pass over moved positions keeps the bonds of the first
-    data = scheme(AtomicData(z=z, pos=pos))
-    data.pos = pos * 3.0
-    assert int(scheme(data).num_parts_3) == 1
-    assert int(scheme(data.without_hierarchy()).num_parts_3) == 9
+    # A second pass over moved positions keeps bonds that were given or shared, and finds others anew
+    given = torch.tensor([range(8), range(1, 9)])
+    for data, molecules_then in (
+        (scheme(AtomicData(z=z, pos=pos)), 9),
+        (scheme(AtomicData(z=z, pos=pos, bonds=given)), 1),
+        (share_topology([AtomicData(z=z, pos=pos)], scheme)[0], 1),
+    ):
+        assert int(data.num_parts_3) == 1
+        data.pos = pos * 3.0
+        assert int(scheme(data).num_parts_3) == molecules_then
+        assert int(scheme(data.without_hierarchy()).num_parts_3) == 9
+    # Bonds that were given after another scheme was applied are given; those that BondTree found do not become so
+    data = NestedShells()(AtomicData(z=z, pos=pos))
+    data.bonds = given
+    assert torch.equal(scheme(data).bonds, scheme.topology(z, pos, bonds=given).bonds)
+    assert "bonds" not in NestedShells()(scheme(AtomicData(z=z, pos=pos)))
 
 
 @own_checks

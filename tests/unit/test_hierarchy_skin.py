@@ -103,12 +103,33 @@ def test_when_lists_are_searched_again():
     assert rebuilds(z, pos, None, cell, pbc & torch.tensor([True, True, False])) == 7, "other periodicity"
     assert rebuilds(z, pos, None, cell, pbc) == 8
     # Affine changes leave the skin alone but for the strain itself: 3.5 angstrom may shrink to 3.0.
-    assert rebuilds(z, 1.5 * pos, None, 1.5 * cell, pbc) == 9, "beyond carry_on"
-    assert rebuilds(z, 1.49 * pos, None, 1.49 * cell, pbc) == 9
-    assert rebuilds(z, 1.28 * pos, None, 1.28 * cell, pbc) == 10
-    assert rebuilds(z, 1.28 * pos, None, 1.35 * cell, pbc) == 11, "atoms that do not follow their cell"
+    assert rebuilds(z, 1.5 * pos, None, 1.5 * cell, pbc) == 8, "a list that is stretched holds more than it must"
+    cache(z, pos + 9.0, None, cell, pbc)
+    assert cache.rebuilds == 9
+    assert rebuilds(z, pos + 9.0 - 1e-3, None, cell, pbc) == 9
+    assert rebuilds(z, 0.99 * (pos + 9.0), None, 0.99 * cell, pbc) == 9
+    assert rebuilds(z, 0.84 * (pos + 9.0), None, 0.84 * cell, pbc) == 10
+    assert rebuilds(z, 0.84 * (pos + 9.0), None, 0.9 * cell, pbc) == 11, "atoms that do not follow their cell"
     cache.forget()
-    assert rebuilds(z, 1.28 * pos, None, 1.35 * cell, pbc) == 12 and cache.topology is not None
+    assert rebuilds(z, 0.84 * (pos + 9.0), None, 0.9 * cell, pbc) == 12 and cache.topology is not None
+
+
+def test_parts_do_not_depend_on_earlier_calls():
+    """A bond that breaks within the skin: the tree is that of the positions, or that of ``start``."""
+    z, pos, _ = waters(2)
+    scheme = BondTree(4.0, 4.0, 4.0)
+    stretched = pos.clone()
+    stretched[1] = pos[0] + 1.25 / 0.9572 * (pos[1] - pos[0])
+    broken = pos.clone()
+    broken[1] = pos[0] + 1.28 / 0.9572 * (pos[1] - pos[0])
+    cache = TopologyCache(scheme, skin=1.0)
+    kept = TopologyCache(scheme, skin=1.0, start=lambda z, pbc: scheme.topology(z, pos))
+    for where in (pos, stretched, broken, stretched, broken, pos):
+        found, fixed = cache(z, where), kept(z, where)
+        assert_same_topology(found, scheme.topology(z, where))
+        assert_same_topology(fixed, scheme.update(scheme.topology(z, pos), z, where))
+        assert found.size(3) == (3 if where is broken else 2) and fixed.size(3) == 2
+    assert kept.rebuilds == 1 and cache.rebuilds == 5
 
 
 def test_batches_of_copies():
@@ -148,9 +169,12 @@ def test_schemes_that_say_nothing_are_updated_at_every_step():
 
 
 def test_errors():
-    for name in ("skin", "carry_on"):
-        with pytest.raises(ValueError, match=f"{name} must be a length in angstrom, 0 or above, got -1"):
-            TopologyCache(NestedShells(), **{name: -1})
+    with pytest.raises(ValueError, match="skin must be a length in angstrom, 0 or above, got -1"):
+        TopologyCache(NestedShells(), skin=-1)
+    with pytest.warns(
+        DeprecationWarning, match="carry_on has no effect, since parts no longer depend on earlier calls"
+    ):
+        TopologyCache(NestedShells(), carry_on=1.0)
 
 
 @pytest.mark.parametrize("backend", available_backends())

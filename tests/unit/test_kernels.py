@@ -13,10 +13,14 @@ import torch
 
 from nbody_pyg import NBodyNet, NestedShells
 from nbody_pyg.kernels import available_backends, backend, build, set_backend
+from nbody_pyg.kernels.edges import compiled_window
+from nbody_pyg.kernels.library import Library
 from nbody_pyg.kernels.linear import Block, LinearKernel
-from nbody_pyg.kernels.scope import skip_weight_gradients
+from nbody_pyg.kernels.operands import Several
+from nbody_pyg.nn import NBodyConv
 from nbody_pyg.nn.edges import EdgeEmbedding, EdgeFeatures
 from nbody_pyg.nn.gates import DensityGate, OneBodyGate, ProductGate
+from nbody_pyg.nn.interaction import Interaction, Recipe
 from nbody_pyg.nn.irreps import hidden_irreps, num_rows
 from nbody_pyg.nn.linear import RowLinear, blockwise_linear
 from nbody_pyg.nn.products import ChannelwiseProduct
@@ -36,13 +40,10 @@ def _backend_is_left_alone():
 def fresh_build(monkeypatch, tmp_path):
     """A build module that remembers nothing, with a cache of its own; forgets again afterwards."""
     monkeypatch.setenv("NBODY_CACHE", str(tmp_path / "cache"))
-    forget = (build.compiler, build.load)
-    for function in forget:
-        function.cache_clear()
+    build.forget()
     yield tmp_path / "cache" / "kernels"
     monkeypatch.undo()
-    for function in forget:
-        function.cache_clear()
+    build.forget()
 
 
 def _randn(generator, *shape, dtype=torch.float64):
@@ -210,30 +211,58 @@ def test_edge_features_and_windows_are_the_same_on_both_backends(generator):
 
 
 @needs_c
-def test_the_third_use_of_the_linear_map_when_weight_gradients_are_skipped(generator):
+def test_no_gradients_of_weights_in_a_pass_for_forces(generator, monkeypatch):
     """Forces first, without gradients of weights; then the loss, with them."""
     irreps = hidden_irreps(3, 1)
     gate = ProductGate(irreps, irreps, 2).double()
     x = _randn(generator, 4, 4, 3)
-    results = []
-    for name, skip in (("torch", False), ("c", False), ("c", True)):
+    made, results = [], []
+    outer = LinearKernel.outer
+    monkeypatch.setattr(LinearKernel, "outer", lambda *arguments: made.append(1) or outer(*arguments))
+    for name in ("torch", "c"):
         set_backend(name)
         leaf = x.clone().requires_grad_(True)
         energy = gate(leaf).square().sum()
-        if skip:
-            with skip_weight_gradients():
-                (force,) = torch.autograd.grad(energy, leaf, create_graph=True)
-        else:
-            (force,) = torch.autograd.grad(energy, leaf, create_graph=True)
+        (force,) = torch.autograd.grad(energy, leaf, create_graph=True)
+        assert not made
         results.append([force, *torch.autograd.grad(force.square().sum() + energy, [leaf, *gate.parameters()])])
-    for other in results[1:]:
-        for a, b in zip(results[0], other, strict=True):
-            torch.testing.assert_close(b, a, **EXACT)
-    set_backend("c")
-    leaf = x.clone().requires_grad_(True)
-    with skip_weight_gradients():
-        found = torch.autograd.grad(gate.linear(leaf).sum(), [leaf, *gate.linear.parameters()], allow_unused=True)
-    assert found[0] is not None and all(g is None for g in found[1:])
+    assert made
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(b, a, **EXACT)
+
+
+@needs_c
+@pytest.mark.parametrize("how", ["backward", "backward of some", "grad of leaves", "grad of others"])
+def test_gradients_of_weights_are_made_for_whoever_asks(generator, how):
+    """By the engine's own list of what is wanted, not by what a caller says of the process."""
+    irreps = hidden_irreps(3, 1)
+    gate, edges, x = (
+        OneBodyGate(irreps, irreps, 1, 3).double(),
+        _edges(generator, 4, 4, 7, 1),
+        _randn(generator, 4, 4, 3),
+    )
+    results = []
+    for name in ("torch", "c"):
+        set_backend(name)
+        leaf = x.clone().requires_grad_(True)
+        weights = list(gate.parameters())
+        gate.zero_grad()
+        if how == "grad of others":
+            weights = [w * 1.0 for w in weights]
+            value = torch.func.functional_call(
+                gate, dict(zip(dict(gate.named_parameters()), weights, strict=True)), (leaf, edges)
+            )
+            found = torch.autograd.grad(value.sum(), [leaf, *weights])
+        elif how == "grad of leaves":
+            found = torch.autograd.grad(gate(leaf, edges).sum(), [leaf, *weights])
+        else:
+            chosen = [leaf, *weights] if how == "backward" else [leaf, weights[-1]]
+            gate(leaf, edges).sum().backward(inputs=None if how == "backward" else chosen)
+            found = [t.grad for t in chosen]
+        results.append(found)
+    for a, b in zip(*results, strict=True):
+        assert a.abs().max() > 0
+        torch.testing.assert_close(b, a, **EXACT)
 
 
 @needs_c
@@ -296,6 +325,85 @@ def test_wrong_types_and_shapes_never_reach_compiled_code(generator):
         gate(x, edges._replace(radial=edges.radial[:, :2]))
 
 
+@needs_c
+def test_every_tensor_of_every_call_is_checked(molecules, monkeypatch):
+    """Also in backward passes: a tensor too short, of another type or with gaps never reaches compiled code."""
+    calls, call = {}, Library.call
+
+    def recorded(library, name, dtype, *arguments):
+        calls[name] = (library, dtype, arguments)
+        call(library, name, dtype, *arguments)
+
+    monkeypatch.setattr(Library, "call", recorded)
+    set_backend("c")
+    z, pos = molecules["ethanol"]
+    net, linear = NBodyNet([1, 6, 8], NestedShells((4.0, 3.0)), channels=3, lmax=1).double(), RowLinear("3x0e", "3x0e")
+    leaf, x = pos.clone().requires_grad_(True), torch.randn(2, 1, 3, requires_grad=True)
+    for value, source in ((net(z, leaf).sum(), leaf), (linear(x).square().sum(), x)):
+        (slope,) = torch.autograd.grad(value, source, create_graph=True)
+        slope.square().sum().backward()
+    kinds = ("product", "one_body", "density", "features", "window", "update")
+    wanted = {f"{kind}_{what}" for kind in kinds[1:] for what in ("forward", "backward", "double")}
+    assert wanted <= set(calls) and {"linear_apply", "linear_transposed", "linear_outer"} <= set(calls)
+    refused = 0
+    for name, (library, dtype, arguments) in calls.items():
+        for place, value in enumerate(arguments):
+            several = isinstance(value, Several)
+            for number, tensor in enumerate(value.tensors if several else [value]):
+                if not isinstance(tensor, torch.Tensor) or tensor.numel() < 2:
+                    continue
+                other = torch.float16 if tensor.is_floating_point() else torch.int32
+                for wrong in (tensor.flatten()[1:], tensor.to(other), tensor.flatten().repeat_interleave(2)[::2]):
+                    given = list(arguments)
+                    given[place] = wrong
+                    if several:
+                        tensors = [*value.tensors[:number], wrong, *value.tensors[number + 1 :]]
+                        given[place] = value._replace(tensors=tensors)
+                    with pytest.raises(ValueError, match=r"compiled products take \d+ numbers of torch"):
+                        call(library, name, dtype, *given)
+                    refused += 1
+    assert refused > 300
+
+
+@needs_c
+@pytest.mark.parametrize("name", ["torch", "c"])
+@pytest.mark.parametrize("width", [0, 1, 2, 4])
+def test_positions_have_three_components(name, width, generator):
+    """Planar positions are usual in PyG; compiled code read and wrote past their ends."""
+    set_backend(name)
+    conv, index = NBodyConv("4x0e", "1x0e", cutoff=5.0), torch.tensor([[0, 1, 2, 3], [1, 2, 3, 0]])
+    x, pos = torch.randn(4, 4, generator=generator), torch.rand(4, width, generator=generator)
+    with pytest.raises(ValueError, match=rf"pos must have shape \[num_nodes, 3\], got \[4, {width}\]; put a column"):
+        conv(x, index, pos)
+    with pytest.raises(ValueError, match=r"pos must have shape"):
+        conv((x, None), index, (torch.rand(4, 3), pos))
+    if name == "c":
+        kernel = EdgeEmbedding(1, BesselBasis(3, 5.0)).kernel
+        with pytest.raises(ValueError, match=rf"vec must have shape \[4, 3\], got \[4, {width}\]"):
+            kernel(pos, torch.ones(4))
+        with pytest.raises(ValueError, match=rf"vec must have shape \[4, 3\], got \[4, {width}\]"):
+            compiled_window(pos, 5.0)
+
+
+@needs_c
+def test_gradients_of_factors_and_constants_alone(generator):
+    """Fine-tuning that freezes all matrices: nothing else asks for gradients of weights."""
+    irreps = hidden_irreps(3, 1)
+    layer = Interaction(Recipe(2, 3, 2, "o3", True), irreps, irreps, irreps, centred=True).double()
+    edges, x = _edges(generator, 4, 4, 7, 1), _randn(generator, 4, 4, 3)
+    species, free = torch.tensor([0, 1, 1, 0]), [layer.scale.weight, layer.bias]
+    for parameter in layer.parameters():
+        parameter.requires_grad_(any(parameter is p for p in free))
+    results = []
+    for name in ("torch", "c"):
+        set_backend(name)
+        value = layer(x, x, edges, species, species).square().sum()
+        results.append(torch.autograd.grad(value, free))
+    for a, b in zip(*results, strict=True):
+        assert a.abs().max() > 0
+        torch.testing.assert_close(b, a, **EXACT)
+
+
 def test_which_backend_runs():
     assert available_backends()[-1] == "torch"
     set_backend("torch")
@@ -306,61 +414,6 @@ def test_which_backend_runs():
     assert backend(torch.zeros(1, device="meta")) == "torch"
     with pytest.raises(ValueError, match="backend must be one of auto, c, triton, torch, got 'cuda'; try 'auto'"):
         set_backend("cuda")
-
-
-def test_without_a_compiler_plain_torch_runs(monkeypatch, generator):
-    monkeypatch.setattr(build, "compiler", lambda: None)
-    assert available_backends() == ["torch"] and backend(torch.zeros(1)) == "torch"
-    irreps = hidden_irreps(3, 1)
-    assert ProductGate(irreps, irreps, 2)(torch.randn(2, 4, 3)).shape == (2, 4, 3)
-    with pytest.raises(ValueError, match="backend 'c' needs a C compiler and none was found; install gcc or set CC"):
-        set_backend("c")
-    with pytest.raises(
-        RuntimeError,
-        match=r"no C compiler found; install gcc or clang, set CC, or use set_backend\('torch'\)",
-    ):
-        build.load.__wrapped__("int one(void) { return 1; }")
-
-
-def test_the_compiler_is_that_of_the_environment(fresh_build, monkeypatch):
-    monkeypatch.setenv("CC", "no-such-compiler")
-    build.compiler.cache_clear()
-    assert build.compiler() is None and available_backends() == ["torch"]
-
-
-@needs_c
-def test_compiled_code_is_kept_and_used_again(fresh_build, monkeypatch):
-    source = "int answer(void) { return 42; }"
-    assert build.load(source).answer() == 42
-    files = sorted(fresh_build.iterdir())
-    assert len(files) == 1 and files[0].suffix == ".so", "no temporary file is left"
-    build.load.cache_clear()
-    monkeypatch.setattr(subprocess, "run", lambda *_, **__: pytest.fail("compiled again"))
-    assert build.load(source).answer() == 42
-
-
-@needs_c
-def test_a_broken_file_in_the_cache_is_built_anew(fresh_build):
-    source = "int answer(void) { return 43; }"
-    build.load(source)
-    (file,) = fresh_build.iterdir()
-    build.load.cache_clear()
-    file.unlink()
-    file.write_bytes(b"\x7fELF cut off")
-    assert build.load(source).answer() == 43
-
-
-@needs_c
-def test_a_failing_compiler_and_a_folder_that_cannot_be_written_say_what_to_do(fresh_build, monkeypatch, tmp_path):
-    with pytest.raises(
-        RuntimeError,
-        match=r"(?s)the C compiler failed: .*error.*Set CC to a working C compiler, or use set_backend",
-    ):
-        build.load("this is not C")
-    (tmp_path / "file").write_text("")
-    monkeypatch.setenv("NBODY_CACHE", str(tmp_path / "file"))
-    with pytest.raises(RuntimeError, match=r"could not be kept in .*; set NBODY_CACHE to a folder that can be written"):
-        build.load("int other(void) { return 1; }")
 
 
 def test_the_environment_chooses_the_backend():

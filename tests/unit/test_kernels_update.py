@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from nbody_pyg.kernels import build, set_backend
-from nbody_pyg.kernels.scope import skip_weight_gradients
 from nbody_pyg.nn.edges import EdgeFeatures
 from nbody_pyg.nn.interaction import Interaction, Recipe
 from nbody_pyg.nn.irreps import hidden_irreps, num_rows
@@ -68,8 +67,7 @@ class _Case:
             first = torch.autograd.grad(out, leaves + weights, seed, create_graph=True)
             loss = 0
         else:  # what a force loss does
-            with skip_weight_gradients():
-                first = torch.autograd.grad(out, leaves, seed, create_graph=True)
+            first = torch.autograd.grad(out, leaves, seed, create_graph=True)
             loss = out.square().sum()
         for n, gradient in enumerate(first):
             loss = loss + (gradient * torch.linspace(-1, n, gradient.numel(), dtype=out.dtype).view_as(gradient)).sum()

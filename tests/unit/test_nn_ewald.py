@@ -7,8 +7,9 @@ from itertools import product
 
 import pytest
 import torch
+from torch_geometric.data import Batch
 
-from nbody_pyg import NBodyNet, NestedShells, Potential
+from nbody_pyg import AtomicData, NBodyNet, NestedShells, Potential
 from nbody_pyg.nn.charges import LongRangeSettings
 from nbody_pyg.nn.coulomb import DirectField, LongRange
 
@@ -113,6 +114,25 @@ def test_batches_and_second_derivatives():
     both["forces"].square().sum().backward()
     slope = potential.model.long_range.charges.offset.grad
     assert torch.isfinite(slope).all() and slope.abs().max() > 0
+
+
+@needs_pme
+@pytest.mark.parametrize("order", [(1, 0), (0, 1, 0), (0, 0)], ids=str)
+def test_graphs_without_atoms_lie_anywhere_in_a_batch(order):
+    z, pos, cell = _crystal()
+    whole = AtomicData(z=z, pos=pos, cell=cell, pbc=PERIODIC)
+    empty = AtomicData(z=z[:0], pos=pos[:0], cell=2 * cell, pbc=PERIODIC)
+    potential = Potential(_net())
+    one = potential(whole, compute_stress=True)
+    for training in (False, True):
+        found = potential(
+            Batch.from_data_list([whole if here else empty for here in order]), compute_stress=True, training=training
+        )
+        for graph, here in enumerate(order):
+            for key in ("energy", "stress"):
+                torch.testing.assert_close(found[key][graph].detach(), here * one[key][0])
+        torch.testing.assert_close(found["forces"].detach(), one["forces"] if any(order) else one["forces"][:0])
+    assert one["energy"].abs() > 0.01 and one["stress"].abs().max() > 1e-4
 
 
 @needs_pme

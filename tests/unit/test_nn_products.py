@@ -62,6 +62,20 @@ def test_full_product_is_truncated_and_sized_as_the_paper_says():
     assert FullProduct("1o", "0e", lmax=0)(torch.ones(3, 3), torch.ones(3, 1)).shape == (3, 0)
 
 
+@pytest.mark.parametrize(
+    ("x", "y", "message"),
+    [
+        ((4, 6), (4, 4), r"x must have shape \[4, 5\] \(2x0e\+1x1o\), got \[4, 6\]; check the irreps"),
+        ((4, 5), (4, 3), r"y must have shape \[4, 4\] \(1x0e\+1x1o\), got \[4, 3\]"),
+        ((4, 5), (1, 4), r"y must have shape \[4, 4\]"),
+        ((5,), (5, 4), r"x must have shape \[5, 5\]"),
+    ],
+)
+def test_full_product_of_other_shapes(x, y, message):
+    with pytest.raises(ValueError, match=message):
+        FullProduct("2x0e+1x1o", "1x0e+1x1o")(torch.ones(x), torch.ones(y))
+
+
 def test_full_product_turns(rotation):
     product = FullProduct("2x0e+1x1o+1x2e", "1x1o+2x2e", lmax=3)
     worst = assert_equivariant(

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 import torch_geometric.transforms as T
 from e3nn import o3
 from torch import nn
+from torch_geometric import EdgeIndex
 from torch_geometric.data import Data
 from torch_geometric.loader import DataLoader
 from torch_geometric.nn import SchNet, global_add_pool
 from torch_geometric.nn.pool.select import SelectOutput
+from torch_geometric.profile import count_parameters
 
 from nbody_pyg import AtomicData, BondTree, FromAssignment, NBodyNet, NestedShells
 from nbody_pyg.geometry import neighbour_list
@@ -134,7 +138,7 @@ class UserNetwork(nn.Module):
     def forward(self, z, pos, batch):
         edge_index, _ = neighbour_list(pos, 3.0, batch)
         x = self.first(self.embedding(z), edge_index, pos)
-        coarse = self.pool(x, edge_index, z, pos, batch)
+        coarse = self.pool(x, edge_index, batch=batch, z=z, pos=pos)
         return global_add_pool(self.second(coarse.x, coarse.edge_index, coarse.pos), coarse.batch)
 
 
@@ -179,7 +183,7 @@ def test_select_follows_the_scheme_and_its_data(molecules):
         NBodySelect(BondTree(), 9)
     pooling = NBodyPooling(BondTree(), "1x0e", "1x0e", level=2)
     with pytest.raises(ValueError, match="x must have one row for each of the"):
-        pooling(torch.ones(len(z), 1), torch.zeros(2, 0, dtype=torch.long), z, pos)
+        pooling(torch.ones(len(z), 1), torch.zeros(2, 0, dtype=torch.long), z=z, pos=pos)
 
 
 def test_schnet_runs_on_the_complete_graph(molecules):
@@ -217,3 +221,163 @@ def test_schemes_are_transforms_in_a_composition_and_by_name(molecules):
     model = NBodyNet([1, 6, 8], scheme, channels=4).double()
     batch = next(iter(DataLoader([scheme(raw), scheme(raw)], batch_size=2)))
     torch.testing.assert_close(model(batch), model(batch.z, batch.pos, batch.batch), rtol=0, atol=1e-12)
+
+
+# ------------------------------------------------------------------ conventions of PyG's own layers
+@pytest.fixture
+def layer():
+    """A layer in float64, with states, edges, positions and its result."""
+    torch.manual_seed(5)
+    conv = NBodyConv("4x0e + 2x1o", "3x0e + 2x1o", cutoff=3.0).double().requires_grad_(False)
+    x, pos = torch.randn(6, 10).double(), torch.randn(6, 3).double()
+    edges, _ = neighbour_list(pos, 3.0)
+    out = conv(x, edges, pos)
+    assert float(out.abs().min(0).values.max()) > 1e-4
+    return conv, x, edges, pos, out
+
+
+def test_hooks_fire_and_may_change_what_passes(layer):
+    conv, x, edges, pos, out = layer
+    fired, handles = [], []
+    for step in ("propagate", "message", "aggregate"):
+        for kind in ("forward_pre_hook", "forward_hook"):
+            register = getattr(conv, f"register_{step}_{kind}")
+            handles.append(register(lambda *given, what=(step, kind): fired.append(what)))
+    torch.testing.assert_close(conv(x, edges, pos), out, rtol=0, atol=1e-12)
+    assert len(fired) == len(set(fired)) == 6
+    handles.append(conv.register_message_forward_hook(lambda module, given, messages: 0.0 * messages))
+    bare = conv(x, edges[:, :0], pos)
+    torch.testing.assert_close(conv(x, edges, pos), bare, rtol=0, atol=1e-12)
+    for handle in handles:
+        handle.remove()
+    torch.testing.assert_close(conv(x, edges, pos), out, rtol=0, atol=1e-12)
+    assert float((out - bare).abs().max()) > 1e-3
+    for step in ("edge_update", "message_and_aggregate"):
+        for kind in ("forward_pre_hook", "forward_hook"):
+            with pytest.raises(NotImplementedError, match="register it on propagate, message or aggregate"):
+                getattr(conv, f"register_{step}_{kind}")(print)
+
+
+def test_a_subclass_may_change_the_messages(layer):
+    conv, x, edges, pos, out = layer
+
+    class Twice(NBodyConv):
+        def message(self, x_j, harmonics, radial):
+            return 2.0 * super().message(x_j, harmonics, radial)
+
+    twice = Twice("4x0e + 2x1o", "3x0e + 2x1o", cutoff=3.0).double().requires_grad_(False)
+    twice.load_state_dict(conv.state_dict())
+    bare = conv(x, edges[:, :0], pos)
+    torch.testing.assert_close(twice(x, edges, pos), 2.0 * out - bare, rtol=0, atol=1e-12)
+
+
+@pytest.mark.filterwarnings("ignore:Sparse")
+def test_edges_in_every_form_of_pyg(layer):
+    conv, x, edges, pos, out = layer
+    ones = torch.ones(edges.shape[1])
+    transposed = torch.sparse_coo_tensor(edges.flip(0), ones, (6, 6)).coalesce()
+    forms = [edges.int(), EdgeIndex(edges, sparse_size=(6, 6)), transposed, transposed.to_sparse_csr()]
+    for form in forms:
+        torch.testing.assert_close(conv(x, form, pos), out, rtol=0, atol=1e-12)
+    torch.testing.assert_close(conv(x, edges, pos, size=(6, 6)), out, rtol=0, atol=1e-12)
+    torch.testing.assert_close(conv((x, x), edges, (pos, pos)), out, rtol=0, atol=1e-12)
+    # An isolated node keeps what it has
+    few = edges[:, edges[1] != 2]
+    torch.testing.assert_close(conv(x, few, pos)[2], conv(x, edges[:, :0], pos)[2], rtol=0, atol=1e-12)
+    assert conv(x[:0], edges[:, :0], pos[:0]).shape == (0, 9)
+    assert count_parameters(conv.requires_grad_(True)) == sum(p.numel() for p in conv.parameters())
+
+
+def test_positions_of_another_dtype_are_subtracted_in_it(layer):
+    conv, x, edges, pos, out = layer
+    single = copy.deepcopy(conv).float()
+    far = pos + torch.tensor([1000.0, -2000.0, 500.0])
+    near, moved = single(x.float(), edges, pos), single(x.float(), edges, far)
+    assert moved.dtype == torch.float32
+    torch.testing.assert_close(moved, near, rtol=0, atol=1e-5)
+    torch.testing.assert_close(near.double(), out, rtol=0, atol=1e-4)
+
+
+def test_two_kinds_of_nodes_in_a_cell():
+    """Sources seen through the boundary: as copies of them that stand there."""
+    torch.manual_seed(6)
+    conv = NBodyConv("2x0e", "2x0e + 1x1o", cutoff=3.0).double().requires_grad_(False)
+    x, pos = torch.randn(2, 2).double(), torch.tensor([[0.1, 0.0, 0.2], [0.3, 1.0, 0.0]], dtype=torch.float64)
+    centre = torch.tensor([[4.0, 0.3, 0.1]], dtype=torch.float64)
+    cell, edges = torch.eye(3, dtype=torch.float64)[None] * 5.0, torch.tensor([[0, 1], [0, 0]])
+    shift = torch.tensor([[1.0, 0, 0], [1.0, 0, 0]], dtype=torch.float64)
+    found = conv((x, None), edges, (pos, centre), shift, cell)
+    expected = conv((x, None), edges, (pos + torch.tensor([5.0, 0, 0]), centre))
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+    assert float(found.abs().min()) > 1e-6
+
+
+def _wrong_for_a_layer() -> list:
+    x, pos = torch.randn(6, 10).double(), torch.randn(6, 3).double()
+    edges = torch.tensor([[0, 1, 2, 3], [1, 0, 3, 5]])
+    wide = torch.cat([pos, pos[:, :1]], 1)
+    cell = torch.eye(3, dtype=torch.float64)
+    return [
+        ((x, edges, pos[:, :2]), {}, ValueError, r"pos must have shape \[num_nodes, 3\], got \[6, 2\]"),
+        ((x, edges, pos[:, :1]), {}, ValueError, r"pos must have shape \[num_nodes, 3\], got \[6, 1\]"),
+        ((x, edges, wide), {}, ValueError, r"pos must have shape \[num_nodes, 3\], got \[6, 4\]"),
+        ((x, edges, (pos, pos[:, :2])), {}, ValueError, r"pos must have shape \[num_nodes, 3\], got \[6, 2\]"),
+        ((x, edges, pos.long()), {}, TypeError, "pos must be a floating tensor"),
+        ((x, edges, pos / 0), {}, ValueError, "pos must be finite"),
+        ((x, edges, pos.to("meta")), {}, ValueError, "x, pos and the weights must be on one device"),
+        ((x, edges.to("meta"), pos), {}, ValueError, "edge_index must be on the device of pos"),
+        ((x, edges, None), {}, TypeError, "pos must be a tensor or a pair of tensors, got a NoneType"),
+        ((x, edges, (pos,)), {}, TypeError, r"pos must be a tensor or the pair \(sources, targets\), got 1 entries"),
+        ((x.float(), edges, pos), {}, TypeError, "x must have the dtype of the weights, torch.float64"),
+        ((x[None], edges, pos), {}, ValueError, r"got \[1, 6, 10\]; several graphs go into one Batch"),
+        ((x[:, :4], edges, pos), {}, ValueError, r"x must have 10 components \(4x0e\+2x1o\)"),
+        ((x[:4], edges, pos), {}, ValueError, "x and pos must have a row for each source node, got 4 and 6"),
+        (((x, x[:4]), edges, (pos, pos)), {}, ValueError, "a row for each target node, got 4 and 6"),
+        ((x.tolist(), edges, pos), {}, TypeError, "x must be a tensor or the pair"),
+        ((x, pos, edges), {}, ValueError, "pos must have shape"),
+        ((x, edges.double(), pos), {}, TypeError, r"edge_index must hold integers.* conv\(x, edge_index, pos\)"),
+        ((x, edges.tolist(), pos), {}, TypeError, r"edge_index must be a tensor \[2, edges\], got a list"),
+        ((x, edges.t(), pos), {}, ValueError, r"edge_index must have shape \[2, edges\], got \[4, 2\]; transpose it"),
+        ((x, edges - 1, pos), {}, ValueError, "edge_index must name source nodes 0 to 5 in row 0, got -1 to 2"),
+        ((x, edges + 1, pos), {}, ValueError, "edge_index must name target nodes 0 to 5 in row 1, got 1 to 6"),
+        ((x, edges, pos), {"size": (6, 5)}, ValueError, r"size must be \(6, 6\)"),
+        ((x, edges, pos), {"cell": cell}, ValueError, "shift must be given with cell"),
+        ((x, edges, pos), {"shift": pos[:2], "cell": cell}, ValueError, r"shift must have shape \[4, 3\]"),
+        ((x, edges, pos), {"shift": pos[:4], "cell": cell.expand(2, 3, 3)}, ValueError, "with 2 cells"),
+    ]
+
+
+@pytest.mark.parametrize("case", range(len(_wrong_for_a_layer())))
+def test_a_layer_names_what_is_wrong_before_it_computes(case, layer):
+    given, named, error, message = _wrong_for_a_layer()[case]
+    with pytest.raises(error, match=message):
+        layer[0](*given, **named)
+
+
+def test_connect_takes_features_of_any_shape():
+    select = SelectOutput(torch.arange(4), 4, torch.tensor([0, 0, 1, 1]), 2)
+    edges = torch.tensor([[0, 2, 1, 3], [2, 0, 3, 1]])
+    flat = torch.tensor([1.0, 2.0, 3.0, 4.0])
+    for attr in (flat, flat[:, None], flat[:, None, None].expand(4, 2, 3), flat.double()):
+        found = NBodyConnect()(select, edges, attr)
+        assert found.edge_index.tolist() == [[0, 1], [1, 0]]
+        assert found.edge_attr.shape == (2, *attr.shape[1:]) and found.edge_attr.dtype == attr.dtype
+        assert found.edge_attr.reshape(2, -1)[:, 0].tolist() == [2.0, 3.0]  # means of 1, 3 and of 2, 4
+    assert NBodyConnect(shared=False)(select, edges[:, :0], flat[:0]).edge_attr.shape == (0,)
+    with pytest.raises(ValueError, match=r"edge_attr must have a row for each of the 4 edges, got \[3\]"):
+        NBodyConnect()(select, edges, flat[:3])
+
+
+def test_pooling_takes_its_arguments_in_the_order_of_pyg(molecules):
+    z, pos = molecules["ethanol"]
+    edges, _ = neighbour_list(pos, 3.0)
+    x, attr = torch.randn(len(z), 1), torch.ones(edges.shape[1])
+    pool = NBodyPooling(BondTree(), "1x0e", "2x0e + 1x1o")  # float32 states, float64 positions
+    x_out, edge_index, edge_attr, batch, *_ = found = pool(x, edges, attr, torch.zeros_like(z), z=z, pos=pos)
+    assert x_out.shape == (3, 5) and edge_attr.shape == (edge_index.shape[1],) and batch.tolist() == [0, 0, 0]
+    assert found._fields[:4] == ("x", "edge_index", "edge_attr", "batch") and x_out.dtype == torch.float32
+    torch.testing.assert_close(pool(x, edges, z=Data(z=z, pos=pos)).x, x_out, rtol=0, atol=0)
+    with pytest.raises(TypeError, match="z must be given by name"):
+        pool(x, edges, z, pos)
+    with pytest.raises(TypeError, match="pos and batch come from the Data"):
+        pool(x, edges, batch=torch.zeros_like(z), z=Data(z=z, pos=pos))

@@ -230,3 +230,49 @@ def test_mistakes_are_named(molecules):
         PropertyModel(net, [Property("d", "dipole")])(Data(z=z, pos=pos, cell=cell, pbc=pbc))
     with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module"):
         Potential("model")
+
+
+def test_vectors_and_tensors_of_several_properties_are_told_apart(molecules, rotation):
+    """Two of each in one network: e3nn's order has one after the other, and every one turns as a whole."""
+    torch.manual_seed(3)
+    wanted = [Property("d1", "dipole"), Property("p1", "polarizability"), Property("d2", "dipole"), Property("e"),
+              Property("p2", "polarizability"), Property("r", "r2")]  # fmt: skip
+    assert str(property_irreps(wanted)) == "7x0e+2x1o+2x2e"
+    z, pos = molecules["ethanol"]
+    model = model_of(wanted, BondTree())
+    out, turned = model(Data(z=z, pos=pos)), model(Data(z=z, pos=pos @ rotation.T))
+    for name, value in out.items():
+        expected = value
+        if name[0] == "d":
+            expected = value @ rotation.T
+        if name[0] == "p":
+            expected = rotation @ value @ rotation.T
+        torch.testing.assert_close(turned[name], expected, rtol=0, atol=1e-10)
+        assert float(value.norm()) > 1e-6
+    assert float((out["d1"] - out["d2"]).norm()) > 1e-3 < float((out["p1"] - out["p2"]).norm())
+
+
+def test_values_of_old_files_stay_what_they_were():
+    """Numbers of version 0.1.0, whose networks gave their components in another order; the properties did not."""
+    wanted = [
+        Property("d1", "dipole"),
+        Property("d2", "dipole"),
+        Property("p1", "polarizability"),
+        Property("p2", "polarizability"),
+    ]
+    model = model_of(wanted, NestedShells((3.0,)))
+    for number, weight in enumerate(model.parameters()):
+        place = torch.arange(weight.numel(), dtype=torch.float64).view_as(weight)
+        weight.copy_(0.3 * torch.cos(0.7 * place + 0.3 * number))
+    z = torch.tensor([6, 8, 1, 1, 1])
+    pos = torch.tensor([[0.0, 0.1, 0.0], [1.1, -0.2, 0.3], [-0.5, 0.9, 0.2], [-0.4, -0.5, 0.8], [-0.3, -0.2, -1.0]])
+    out = model(Data(z=z, pos=pos.double()))
+    expected = {
+        "d1": [-2.0319792126, 0.2880247444, -0.3499825729],
+        "d2": [1.5039352335, -0.2175571711, 0.2633835759],
+        "p1": [1.7437032106, -0.001038499, 0.0019530293],
+        "p2": [0.0278644827, -0.0006503701, 0.0012294066],
+    }
+    for name, numbers in expected.items():
+        found = out[name].flatten()[:3]
+        torch.testing.assert_close(found, torch.tensor(numbers, dtype=torch.float64), rtol=0, atol=1e-9)

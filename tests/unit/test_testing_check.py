@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
+from ase.build import molecule
 from torch import nn
 
 from nbody_pyg import BondTree, NBodyNet, NestedShells, Potential
 from nbody_pyg.cli import main
 from nbody_pyg.data import AtomicData
-from nbody_pyg.deploy import save_model
+from nbody_pyg.deploy import reference_record, reference_topology, save_model
 from nbody_pyg.geometry import neighbour_list, safe_norm
+from nbody_pyg.hierarchy import share_topology
 from nbody_pyg.nn.repulsion import ZBLRepulsion
 from nbody_pyg.testing import System, check_potential
+from nbody_pyg.testing.check import _Examiner
+from nbody_pyg.testing.systems import join
 
 SYMMETRIC = ["symmetry", "derivatives", "smoothness"]
 REACH = {"H-H": 1.5, "C-H": 1.3, "H-O": 1.3, "C-C": 1.7, "C-O": 1.7}
@@ -167,3 +172,50 @@ def test_command(net, molecules, tmp_path, capsys):
     assert "only must name sections among symmetry" in capsys.readouterr().err
     assert main(["check", str(tmp_path / "bad.nbody"), "--frames", "nothing.xyz"]) == 1
     assert "no structures at nothing.xyz" in capsys.readouterr().err
+
+
+def test_a_run_that_blows_up_fails_the_check():
+    """It ends before there is a drift to judge."""
+
+    class Cliff(torch.nn.Module):
+        species = (1, 6, 8)
+
+        def forward(self, z, pos, batch):
+            return (1e6 * pos.sin().sum()).reshape(1)
+
+    found = check_potential(Potential(Cliff()), nve_steps=20, only=["dynamics"])
+    (line,) = found.checks
+    assert line.name == "NVE drift" and line.passed is False and "stopped after step" in line.note
+
+
+def test_a_structure_that_is_the_reference_molecule_has_its_bonds():
+    """Alone, reordered, in a batch, and beside another molecule, as an MD run of the same model file has them."""
+    torch.manual_seed(0)
+    potential = Potential(NBodyNet([1, 6, 8], BondTree(4.0), channels=4, lmax=1)).double()
+    hot, methane = molecule("CH3CH2OH"), molecule("CH4")
+    metadata = {"reference": reference_record(AtomicData.from_ase(hot))}
+    hot.set_distance(2, 3, 1.5, fix=0)
+    frames = [AtomicData.from_ase(atoms) for atoms in (hot, methane)]
+    examiner = _Examiner(potential, frames, metadata, (0, 0.5, 300.0), 0)
+    own, other = examiner.systems
+    wanted = float(potential(with_bonds(frames[0], metadata, potential))["energy"])
+    found = float(potential(frames[0])["energy"])
+    assert abs(wanted - found) > 1e-3 and other.bonds is None
+    order = torch.randperm(9, generator=torch.Generator().manual_seed(0))
+    single, apart = examiner.subject([other])[0], replace(other, pos=other.pos + 50.0)
+    for systems, expected in (
+        ([own], wanted),
+        ([own.reordered(order)], wanted),
+        ([join(own, apart)], wanted + float(single)),
+        ([join(apart, own)], wanted + float(single)),
+    ):
+        assert float(examiner.subject(systems)[0]) == pytest.approx(expected, abs=1e-9)
+    assert examiner.subject([other, own])[0].tolist() == pytest.approx([float(single), wanted], abs=1e-9)
+    bare = _Examiner(potential, frames, {}, (0, 0.5, 300.0), 0)
+    assert bare.systems[0].bonds is None
+    assert float(bare.subject(bare.systems[:1])[0]) == pytest.approx(found, abs=1e-9)
+
+
+def with_bonds(frame: AtomicData, metadata: dict, potential: Potential) -> AtomicData:
+    scheme = potential.model.scheme
+    return share_topology([frame], scheme, reference_topology(metadata, scheme, frame.z.tolist()))[0]

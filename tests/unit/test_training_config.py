@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 import yaml
 
-from nbody_pyg.training.config import config_parser, load_config, model_arguments
+from nbody_pyg.training.config import config_parser, load_config, model_arguments, parse_value, parse_yaml
 from nbody_pyg.training.prepare import build_potential, load_data
 
 BASE = ["--data.embedded", "ethanol", "--training.max_steps", "3"]
@@ -60,6 +60,12 @@ def test_file_overrides_and_round_trip(tmp_path):
         (["--output.weights", "first"], "output.weights must be 'best' or 'last', got 'first'"),
         (["training.lr", "1"], "cannot read 'training.lr'; overrides look like"),
         (["--training.lr"], "--training.lr needs a value"),
+        (["--data.val", "v.xyz"], r"data\.val goes with data\.train; data\.embedded brings its own frames"),
+        (["--data.test", "t.xyz"], r"data\.test goes with data\.train; data\.embedded"),
+        (
+            ["--data.embedded", "null", "--data.train", "a.xyz", "--data.val", "v.xyz", "--data.num_val", "5"],
+            r"data\.val names the validation frames, so that data\.num_val must not be given, got 5",
+        ),
     ],
 )
 def test_errors(words, message):
@@ -73,6 +79,40 @@ def test_missing_or_shapeless_file(tmp_path):
     (tmp_path / "list.yaml").write_text("- a\n- b\n")
     with pytest.raises(ValueError, match="must hold sections"):
         load_config(tmp_path / "list.yaml")
+
+
+BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]\n" for n in range(1, 9)
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("training: {lr: 1, max_steps: 3, lr: 2}", r"holds the key 'lr' twice, the second time in line 1; keep one"),
+        ("data: {}\ntraining: {}\ndata: {}\n", r"holds the key 'data' twice, the second time in line 3"),
+        ("data:\n- {a: 1, b: {c: 1, c: 2}}\n", "holds the key 'c' twice"),
+        (BOMB, "holds more than 100000 values, its aliases written out"),
+        ("a: &a {<<: *a}", "has an alias that refers to itself"),
+        ("a: &a [1, *a]", "has an alias that refers to itself"),
+        ("[" * 3000, "is nested too deeply for a configuration"),
+        ("a: [1, 2", "is no YAML"),
+        ("a: !!python/object/apply:os.getcwd []", "is no YAML"),
+    ],
+)
+def test_yaml_that_means_no_configuration(text, message, tmp_path):
+    (tmp_path / "c.yaml").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        load_config(tmp_path / "c.yaml")
+    with pytest.raises(ValueError, match=message):
+        parse_value(text, "--model.scheme")
+
+
+def test_yaml_with_aliases_of_use():
+    text = "one: &one {a: 1, b: [2, 3]}\ntwo: {<<: *one, a: 4}\nthree: *one\n"
+    one = {"a": 1, "b": [2, 3]}
+    assert parse_yaml(text, "c.yaml") == {"one": one, "two": one | {"a": 4}, "three": one}
+    assert parse_yaml("", "c.yaml") is None and parse_yaml("# nothing", "c.yaml") is None
 
 
 def test_help_lists_every_key():
@@ -102,5 +142,5 @@ def test_data_and_potential_from_a_configuration():
 
 def test_unknown_preset_names_the_known_ones():
     config = load_config(overrides=[*BASE, "--model.preset", "fast"])
-    with pytest.raises(ValueError, match=r"model.preset must be one of \['practical', 'strict'\], got 'fast'"):
+    with pytest.raises(ValueError, match=r"model.preset must be one of practical, strict, got 'fast'; try 'practical'"):
         build_potential(config, load_data(config.data))

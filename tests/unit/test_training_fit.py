@@ -113,7 +113,7 @@ def test_a_checkpoint_of_another_network_is_refused(tmp_path):
     )
     data = [ours.model.scheme(frame) for frame in frames(3)]
     fit(ours, data, (), settings, tmp_path)
-    with pytest.raises(ValueError, match=r'same network: scheme is .*"exponent": 3.* there, .*"exponent": 5'):
+    with pytest.raises(ValueError, match=r"same network: scheme\.exponent is 3 there, 5 here"):
         fit(other, data, (), settings, tmp_path, resume=tmp_path / "last.ckpt")
 
 
@@ -286,7 +286,7 @@ def test_checkpoint_loads_as_a_task_with_the_network_given(tmp_path):
 
 def test_loss_that_is_not_finite_stops_with_advice(tmp_path):
     data = frames()
-    data[3].energy[:] = float("inf")
+    data[3].energy[:] = 1e200
     with pytest.raises(FloatingPointError, match=r"loss became inf at step \d .*, if there is one, .*smaller lr"):
         fit(potential(), data, (), TrainingConfig(max_epochs=2, **COMMON), tmp_path)
 
@@ -294,7 +294,7 @@ def test_loss_that_is_not_finite_stops_with_advice(tmp_path):
 def test_infinite_forces_are_refused(tmp_path):
     data = frames()
     data[3].forces[0, 0] = float("inf")
-    with pytest.raises(ValueError, match="forces of the training frames hold infinite values"):
+    with pytest.raises(ValueError, match="forces must be finite, but"):
         fit(potential(), data, (), TrainingConfig(max_epochs=2, **COMMON), tmp_path)
 
 
@@ -344,7 +344,7 @@ def test_targets_without_labels_stay_out_of_the_log(tmp_path, capsys):
     for number, frame in enumerate(data):
         del frame.forces
         frame.energy = frame.energy + number
-    fit(potential(), data[:8], data[8:], TrainingConfig(max_steps=6, **COMMON), tmp_path)
+    fit(potential(), data[:8], data[8:], TrainingConfig(max_steps=6, force_weight=0.0, **COMMON), tmp_path)
     for kind in ("train", "val"):
         found = rows(tmp_path, kind)
         assert found and all(row["forces_mae"] == "" and float(row["energy_mae"]) > 0 for row in found)

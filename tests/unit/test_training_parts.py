@@ -91,7 +91,7 @@ def test_penalties_agree_where_they_should():
     ("arguments", "message"),
     [
         ({"force_variance": 0.0}, r"force_variance must be positive, got 0\.0"),
-        ({"penalty": "mae"}, "penalty must be one of .*'huber', 'mse', 'norm'.*got 'mae'"),
+        ({"penalty": "mae"}, "penalty must be one of .*huber.*got 'mae'"),
         ({"energy_per": "mole"}, "energy_per must be 'molecule' or 'atom', got 'mole'"),
         ({"energy_weight": -1.0}, "weights must not be negative"),
         ({"energy_weight": 0.0, "force_weight": 0.0}, "one must be positive"),
@@ -175,7 +175,7 @@ def test_optimizer_by_the_name_of_a_class(monkeypatch):
 
     monkeypatch.setattr(optim, "Plain", Plain, raising=False)
     assert isinstance(build_optimizer("Plain", network(), 0.1), Plain)
-    with pytest.raises(ValueError, match=r"optimizer must be one of .*'Plain'.*'adam', 'adamw'.*got 'sgdx'"):
+    with pytest.raises(ValueError, match=r"optimizer must be one of .*Plain.*adamw.*got 'sgdx'"):
         build_optimizer("sgdx", network(), 0.1)
     with pytest.raises(ValueError, match="no trainable parameters"):
         build_optimizer("adam", nn.Tanh(), 0.1)
@@ -275,15 +275,22 @@ def test_running_means_leave_out_what_has_no_label():
     means.every = 2
     for energy in (torch.tensor([0.2, -0.4]), None, torch.zeros(0), None, torch.tensor([0.5])):
         means.add(loss, energy, torch.zeros(0, 3))
-    assert means.take() == pytest.approx({"loss": 2.0, "grad_norm": 0.0, "energy_mae": 400.0})
+    assert means.take() == pytest.approx({"loss": 2.0, "grad_norm": 0.0, "energy_mae": pytest.approx(1100.0 / 3)})
     assert set(means.take()) == {"loss", "grad_norm"}
 
 
 def test_frames_without_labels_are_predicted():
     frames = springs_frames(3)
     del frames[1].energy, frames[1].forces
+    frames[2].energy = frames[2].energy.new_full((1,), float("nan"))
     found = evaluate(Potential(Springs()), frames)
-    assert found.errors == {} and found.energy.abs().min() > 0
+    assert found.energy.abs().min() > 0 and len(found.forces) == 3
+    first, third = (evaluate(Potential(Springs()), [frames[i]]) for i in (0, 2))
+    assert found.errors["energy_mae"] == pytest.approx(first.errors["energy_mae"], rel=1e-12) != 0
+    both = (first.errors["forces_mae"] + third.errors["forces_mae"]) / 2
+    assert found.errors["forces_mae"] == pytest.approx(both, rel=1e-12) != 0
+    assert "energy_mae" not in third.errors
+    assert evaluate(Potential(Springs()), [frames[1]]).errors == {}
 
 
 def test_periodic_and_open_frames_are_evaluated_as_each_by_itself():
@@ -311,7 +318,7 @@ def test_periodic_and_open_frames_are_evaluated_as_each_by_itself():
     assert (potential(opened)["energy"] - found.energy[0]).abs() > 1e-3
     errors = torch.tensor([float(r["energy"]) - len(f.z) for r, f in zip(alone, frames, strict=True)])
     assert found.errors["energy_mae"] == pytest.approx(1000 * float(errors.abs().mean()), rel=1e-6)
-    # Training refuses the mixture
+    # A loader by itself does not fill in what is missing
     with pytest.raises(ValueError, match=r"every frame needs the same keys: .*'cell'.*'pbc'"):
         FrameLoader([frames[0], frames[3]], 2)
 

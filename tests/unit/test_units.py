@@ -61,6 +61,26 @@ def test_parse() -> None:
     assert Units.parse("eV, Ang, D") == Units("eV", "angstrom", "debye")
     assert Units.parse({"energy": "kJ/mol", "length": "nm"}) == Units("kJ/mol", "nm")
     assert Units.parse(Units("Ha")) == Units("Ha")
+    assert Units.parse("eV, angstrom, kbar") == Units(stress="kbar")
+    assert Units.parse("GPa, Ha, bohr") == Units("Ha", "bohr", stress="GPa")
+    assert Units.parse({"stress": "eV/A^3"}) == Units(stress="eV/angstrom^3")
+
+
+@pytest.mark.parametrize(
+    ("unit", "factor"),
+    [
+        ("eV/A^3", 1.0),
+        ("GPa", 1 / 160.2176634),
+        ("kbar", 1 / 1602.176634),
+        ("kB", 1 / 1602.176634),
+        ("bar", 1 / 1602176.634),
+        ("MPa", 1 / 160217.6634),
+        ("Ha/bohr^3", 27.211386245981 / 0.529177210544**3),
+    ],
+)
+def test_stress_factors(unit: str, factor: float) -> None:
+    assert Units(stress=unit).stress_factor == pytest.approx(factor, rel=1e-8)
+    assert Units("kcal/mol", "bohr", stress=unit).stress_factor == Units(stress=unit).stress_factor
 
 
 @pytest.mark.parametrize(
@@ -77,7 +97,10 @@ def test_parse() -> None:
         (lambda: dipole_factor("deby"), ValueError, "did you mean 'debye'"),
         (lambda: Units(energy=1.0), TypeError, "energy unit must be a string|Expected type"),
         (lambda: Units.parse("eV,"), ValueError, "units must read 'energy"),
-        (lambda: Units.parse({"mass": "amu"}), ValueError, "units knows energy, length and dipole"),
+        (lambda: Units.parse({"mass": "amu"}), ValueError, "units knows energy, length, dipole and stress"),
+        (lambda: Units.parse("GPa, kbar"), ValueError, "one unit of stress, got 'GPa, kbar'"),
+        (lambda: Units.parse("eV, angstrom, kbr"), ValueError, "unknown dipole unit 'kbr'"),
+        (lambda: Units(stress="mPa"), ValueError, "did you mean 'MPa'"),
         (lambda: Units.parse(3), TypeError, "units must be a Units, a string or a mapping|Expected type"),
     ],
 )

@@ -8,7 +8,7 @@ from torch import Tensor
 from nbody_pyg.kernels.derivatives import last_derivative
 from nbody_pyg.kernels.gpu.build import Program
 from nbody_pyg.kernels.gpu.order import EdgeOrder, edge_order
-from nbody_pyg.kernels.operands import check_operands, check_range
+from nbody_pyg.kernels.operands import check_index, check_operands, check_range
 
 #: Sums one program keeps in registers, harmonics times slots of the radial functions.
 _TILE = 1024
@@ -86,8 +86,10 @@ class DensityProgram:
     def __call__(self, harmonics: Tensor, radial: Tensor, species: Tensor, index: Tensor, num_targets: int) -> Tensor:
         """Sum over edges: (targets, harmonics, species * basis)."""
         edges = index.shape[1]
-        check_operands(radial.dtype, radial=(radial, (edges, self.basis)), harmonics=(harmonics, (edges, self.rows)))
-        check_operands(torch.int64, index=(index, (2, edges)), species=(species, (species.shape[0],)))
+        check_operands(
+            radial.dtype, radial.device, radial=(radial, (edges, self.basis)), harmonics=(harmonics, (edges, self.rows))
+        )
+        check_index(radial.device, index=(index, (2, edges)), species=(species, (species.shape[0],)))
         order = edge_order(index, species.shape[0], num_targets)
         if not species.is_cuda:  # on a GPU this would wait for the device; the network looks elements up in a table
             check_range("species", species, self.num_species)

@@ -205,7 +205,7 @@ class FeatureProgram:
 
     def __call__(self, vec: Tensor, window: Tensor) -> tuple[Tensor, Tensor]:
         """(harmonics, window times radial functions) of each edge."""
-        check_operands(vec.dtype, vec=(vec, (vec.shape[0], 3)), window=(window, (vec.shape[0],)))
+        check_operands(vec.dtype, vec.device, vec=(vec, (vec.shape[0], 3)), window=(window, (vec.shape[0],)))
         return _Features.apply(vec.contiguous(), window.contiguous(), self)
 
 
@@ -248,6 +248,7 @@ _windows: dict[tuple[float, int], Program] = {}
 
 def gpu_window(vec: Tensor, cutoff: float, exponent: int = 6) -> Tensor:
     """The window of :func:`nbody_pyg.radial.smooth_cutoff` as a function of the vector."""
+    check_operands(vec.dtype, vec.device, vec=(vec, (vec.shape[0], 3)))
     program = _windows.setdefault((cutoff, exponent), Program(window_source, cutoff, exponent))
     return _Window.apply(vec.contiguous(), program)
 

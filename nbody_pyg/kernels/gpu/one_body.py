@@ -13,8 +13,8 @@ from nbody_pyg.kernels.gpu.build import Program
 from nbody_pyg.kernels.gpu.edge_source import apart, groups_of, one_body_source
 from nbody_pyg.kernels.gpu.grid import channel_block, parts_of_a_node, warps
 from nbody_pyg.kernels.gpu.order import EdgeOrder, edge_order
-from nbody_pyg.kernels.operands import check_operands
-from nbody_pyg.kernels.scope import weight_gradients_skipped
+from nbody_pyg.kernels.operands import check_index, check_operands
+from nbody_pyg.kernels.scope import gradients_wanted
 
 #: More coefficients than this (lmax 3 in both parities has 1,400) would take minutes to compile.
 MAX_TERMS = 2000
@@ -44,12 +44,13 @@ class OneBodyProgram:
         edges, channels = index.shape[1], self.channels
         check_operands(
             x.dtype,
+            x.device,
             x=(x, (x.shape[0], self.rows_in, channels)),
             harmonics=(harmonics, (edges, self.harmonics)),
             radial=(radial, (edges, self.basis)),
             weight=(weight, (self.basis, self.paths * channels)),
         )
-        check_operands(torch.int64, index=(index, (2, edges)))
+        check_index(x.device, index=(index, (2, edges)))
         order = edge_order(index, x.shape[0], num_targets)
         factors = [t.contiguous() for t in (x, harmonics, radial, weight)]
         return _OneBody.apply(*factors, order, self)
@@ -124,7 +125,7 @@ class _OneBody(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, g: Tensor):
-        weigh = ctx.needs_input_grad[3] and not weight_gradients_skipped()
+        weigh = gradients_wanted(ctx.next_functions[3:4])  # of the weight
         wanted = (ctx.needs_input_grad[0], any(ctx.needs_input_grad[1:3]), weigh)
         return *_OneBodyBackward.apply(g, *ctx.saved_tensors, wanted, ctx.order, ctx.kernel), None, None
 

@@ -81,7 +81,7 @@ class ProductProgram:
 
     def __call__(self, x: Tensor, y: Tensor) -> Tensor:
         nodes, channels = x.shape[0], self.channels
-        check_operands(x.dtype, x=(x, (nodes, self.rows1, channels)), y=(y, (nodes, self.rows2, channels)))
+        check_operands(x.dtype, x.device, x=(x, (nodes, self.rows1, channels)), y=(y, (nodes, self.rows2, channels)))
         return _Product.apply(x.contiguous(), y.contiguous(), self)
 
     def run(self, name: str, *tensors: Tensor) -> None:

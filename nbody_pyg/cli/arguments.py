@@ -1,0 +1,79 @@
+"""Words of the command line as checked values."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from typing import Any
+
+#: Exit status of wrong arguments, as argparse has it.
+WRONG = 2
+
+
+class WrongArgument(ValueError):
+    """A value that this machine or this command does not know; ends with the exit status of wrong arguments."""
+
+
+def whole(text: str) -> int:
+    """A whole number, also as 1e4."""
+    try:
+        value = float(text)
+        if value.is_integer():
+            return int(text) if text.strip().lstrip("+-").isdecimal() else int(value)
+    except (ValueError, OverflowError):
+        pass
+    raise argparse.ArgumentTypeError(f"must be a whole number, got {text!r}")
+
+
+def positive(text: str) -> int:
+    """A whole number above 0."""
+    if (value := whole(text)) < 1:
+        raise argparse.ArgumentTypeError(f"must be positive, got {text}")
+    return value
+
+
+def not_negative(text: str) -> int:
+    """A whole number, 0 or more."""
+    if (value := whole(text)) < 0:
+        raise argparse.ArgumentTypeError(f"must be zero or positive, got {text}")
+    return value
+
+
+def positive_number(text: str) -> float:
+    """A finite number above 0."""
+    if not (value := _number(text)) > 0:
+        raise argparse.ArgumentTypeError(f"must be positive, got {text}")
+    return value
+
+
+def number_not_negative(text: str) -> float:
+    """A finite number, 0 or more."""
+    if not (value := _number(text)) >= 0:
+        raise argparse.ArgumentTypeError(f"must be zero or positive, got {text}")
+    return value
+
+
+def _number(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"must be a finite number, got {text!r}")
+    return value
+
+
+def require_device(name: Any) -> None:
+    """Say at once when a device is not there, before anything is read.
+
+    Raises: WrongArgument: with those that are.
+    """
+    import torch
+
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    choices = ["cpu", *(["cuda"] if gpus else []), *(f"cuda:{n}" for n in range(gpus))]
+    if torch.backends.mps.is_available():
+        choices.append("mps")
+    if str(name) not in choices:
+        reason = "" if gpus or not str(name).startswith(("cuda", "gpu")) else "; torch finds no GPU here"
+        raise WrongArgument(f"device must be one of {', '.join(choices)} on this machine, got {str(name)!r}{reason}")

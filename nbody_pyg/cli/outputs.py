@@ -1,0 +1,119 @@
+"""Where a command may write: never over results of a person who has not said so, and never over what it reads."""
+
+from __future__ import annotations
+
+import errno
+import fnmatch
+import itertools
+import os
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from matplotlib.backend_bases import FigureCanvasBase
+
+from nbody_pyg.durable import written_whole
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def output_file(
+    given: str | None, default: str | None, overwrite: bool, inputs: Iterable[str | None], option: str = "--out"
+) -> Path:
+    """The file to write to.
+
+    Args:
+        given: what the command line names. Where it names nothing, ``default``, or that with a number if it exists.
+        overwrite: a file that exists may be replaced.
+        inputs: names of what the command reads; those that are no files are passed over.
+        option: by which the file is named.
+    Raises: ValueError: the file exists, or is read by the same command; it is a folder. PermissionError: nothing can be
+        written there.
+    """
+    path = Path(given) if given is not None else (Path(default) if overwrite else _fresh(Path(default)))
+    if path.is_dir():
+        raise ValueError(f"{option} must be a file, got the folder {path}")
+    if any(_same(path, name) for name in inputs):
+        raise ValueError(f"{option} must not be a file that is read, got {path}; name another file")
+    if path.exists() and not overwrite:
+        raise ValueError(f"{path} exists; replace it with --overwrite, or name another file with {option}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not os.access(path if path.exists() and not path.is_file() else path.parent, os.W_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))  # now, not after the work
+    return path
+
+
+def output_plot(given: str | None, overwrite: bool, inputs: Iterable[str | None]) -> Path | None:
+    """The file of ``--plot``, a png where its name does not say what; None where none is wanted.
+
+    Raises: ValueError: see :func:`output_file`; a kind of picture that cannot be written.
+    """
+    if given is None:
+        return None
+    path = Path(given) if Path(given).suffix or Path(given).is_dir() else Path(given).with_suffix(".png")
+    if path.suffix and path.suffix[1:] not in (known := FigureCanvasBase.get_supported_filetypes()):
+        raise ValueError(f"--plot must end in one of {', '.join(sorted(known))}, got {given}")
+    return output_file(str(path), None, overwrite, inputs, "--plot")
+
+
+def output_folder(
+    given: str | None, default: str, overwrite: bool, inputs: Iterable[str | None], names: Sequence[str],
+    cure: str = "replace it with --overwrite, or name another folder with --out",
+) -> Path:  # fmt: skip
+    """The folder to write into; other files in it are left alone.
+
+    Args:
+        given: what the command line names. Where it names nothing, ``default``, or that with a number if it holds
+            results.
+        overwrite: results may be replaced.
+        inputs: names of what the command reads.
+        names: of the files that will be written, as patterns.
+        cure: what to do where there are results.
+    Raises: ValueError: the folder holds results, or what the command reads; it is a file.
+    """
+    path = Path(given) if given is not None else Path(default)
+    if given is None and not overwrite:
+        path = _fresh(path, lambda folder: _held(folder, names) is not None)
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"--out must be a folder, got the file {path}")
+    for name in inputs:
+        file = Path(name or "")
+        inside = file.is_file() and file.parent.resolve() == path.resolve()
+        if inside and any(fnmatch.fnmatch(file.name, pattern) for pattern in names):
+            raise ValueError(f"--out must not hold {file}, which is read and would be replaced; name another folder")
+    if not overwrite and (held := _held(path, names)) is not None:
+        raise ValueError(f"{held} exists; {cure}")
+    return path
+
+
+def latest(default: str, name: str) -> Path:
+    """Of a default folder and those with a number, that whose file of this name was written last; else the default."""
+    numbered = re.compile(rf"{re.escape(default)}(-[1-9]\d*)?")
+    found = [folder / name for folder in Path().glob(f"{default}*") if numbered.fullmatch(folder.name)]
+    found = [file for file in found if file.is_file()]
+    return max(found, key=lambda file: file.stat().st_mtime).parent if found else Path(default)
+
+
+def save_figure(figure: Figure, path: Path, **options: Any) -> Path:
+    """A figure as a whole file."""
+    with written_whole(path) as temporary:
+        figure.savefig(temporary, format=path.suffix[1:], **options)
+    return path
+
+
+def _held(folder: Path, names: Sequence[str]) -> Path | None:
+    return next((path for name in names for path in sorted(folder.glob(name))), None)
+
+
+def _fresh(path: Path, taken: Any = Path.exists) -> Path:
+    return next(p for n in itertools.count() if not taken(p := _numbered(path, n)))
+
+
+def _numbered(path: Path, number: int) -> Path:
+    return path.with_name(f"{path.stem}-{number}{path.suffix}") if number else path
+
+
+def _same(path: Path, name: str | None) -> bool:
+    return name is not None and path.exists() and Path(name).exists() and path.samefile(name)

@@ -1,0 +1,124 @@
+"""The systems of a file as ASE reads them: what every command that takes structures begins with."""
+
+from __future__ import annotations
+
+import codecs
+import gzip
+import io
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ase import Atoms
+from ase.db import connect
+from ase.io import iread
+from ase.io.formats import filetype
+
+from nbody_pyg.units import Units
+
+_MARKS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
+
+
+def read_systems(
+    path: str | Path, index: str | slice | int = ":", file_format: str | None = None
+) -> tuple[list[Atoms], Mapping[str, Any]]:
+    """The systems of a file, and the metadata that an ASE database has; see :func:`named_units`.
+
+    Args:
+        path: any file that ASE reads. ``@`` is a letter of the name like any other.
+        index: which frames, in ASE's notation (``"::10"``), as a slice, or one of them by its number.
+        file_format: ASE's name of the format, when the suffix does not tell.
+
+    Raises:
+        FileNotFoundError: no such file.
+        OSError: the system refuses to read it.
+        ValueError: ASE cannot read it, or it holds no such frame.
+    """
+    path, chosen = Path(path), as_slice(index)
+    if not path.exists():
+        raise FileNotFoundError(f"path {str(path)!r} does not exist; give the file with the frames")
+    metadata: Mapping[str, Any] = {}
+    try:
+        if path.is_file() and path.stat().st_size == 0:
+            systems = []
+        elif file_format in ("db", "json") or (file_format is None and path.suffix in (".db", ".json")):
+            systems, metadata = _read_database(path)
+            systems = systems[chosen]
+        else:
+            source, known = _without_mark(path, file_format)
+            systems = list(iread(source, index=chosen, format=known, do_not_split_by_at_sign=True))
+    except MemoryError:
+        raise
+    except Exception as error:  # ASE's parsers raise whatever they meet, OSError without a number too
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        if not isinstance(error, AssertionError) or chosen == slice(None):
+            raise ValueError(
+                f"path {str(path)!r} could not be read by ASE{f' as {file_format}' if file_format else ''} "
+                f"({type(error).__name__}: {error}); check the file, or give its name the ending of its format"
+            ) from error
+        systems = []  # so ASE refuses a second structure of formats that hold one
+    if not systems and chosen == slice(None):
+        raise ValueError(f"path {str(path)!r} holds no frame; give a file with at least one")
+    if not systems:
+        raise ValueError(f"path {str(path)!r} holds no frame of index {index}; choose another index")
+    return systems, metadata
+
+
+def as_slice(index: str | slice | int) -> slice:
+    """A slice from ASE's notation, or of one frame. Raises: ValueError: no slice."""
+    if isinstance(index, slice):
+        return index
+    if isinstance(index, int):
+        return slice(index, index + 1 or None)
+    try:
+        numbers = [int(part) if part else None for part in index.split(":")]
+    except ValueError:
+        numbers = []
+    if not 2 <= len(numbers) <= 3:
+        raise ValueError(f"index must be a slice such as ':', '::10' or '100:200', got {index!r}")
+    return slice(*numbers)
+
+
+def _without_mark(path: Path, file_format: str | None) -> tuple[Any, str | None]:
+    """The path as it is; of a text that begins with a byte order mark, as Windows writes it, text and format."""
+    if not path.is_file():
+        return str(path), file_format
+    with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+        start = file.read(3)
+        coding = next((name for mark, name in _MARKS.items() if start.startswith(mark)), None)
+        if coding is None:
+            return str(path), file_format
+        text = (start + file.read()).decode(coding)
+    return io.StringIO(text, newline=None), file_format or filetype(str(path).removesuffix(".gz"), read=False)
+
+
+def _read_database(path: Path) -> tuple[list[Atoms], Mapping[str, Any]]:
+    """Metadata and systems of an ASE database, with key-value pairs and data of each row in ``info``."""
+    systems = []
+    with connect(path, serial=True) as database:
+        for row in database.select():
+            atoms = row.toatoms()
+            atoms.info |= {**dict(row.data or {}), **row.key_value_pairs}
+            systems.append(atoms)
+        return systems, database.metadata
+
+
+def named_units(metadata: Mapping[str, Any], name: str) -> Units:
+    """Units as SchNetPack writes them into the metadata of a database; ours where nothing is said.
+
+    Raises: ValueError: an unknown unit, or forces that are not in the units of energy over length.
+    """
+    named = metadata.get("_property_unit_dict")
+    if not isinstance(named, Mapping):
+        return Units()
+    words = {"length": metadata.get("_distance_unit")} | {key: named.get(key) for key in ("energy", "dipole", "stress")}
+    units = Units.parse({key: str(word) for key, word in words.items() if word})
+    if named.get("forces"):
+        energy, _, length = str(named["forces"]).rpartition("/")
+        if Units(energy, length).forces_factor != units.forces_factor:
+            raise ValueError(
+                f"forces of {name} are in {named['forces']}, which is not {units.energy}/{units.length}; convert "
+                "the file to one system of units and give units"
+            )
+    return units

@@ -1,0 +1,41 @@
+"""What error messages share: choices, the nearest known word, elements, and text that comes from files."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+from ase.data import chemical_symbols
+
+
+def nearest(word: object, known: Iterable[str], prefix: str = "") -> str:
+    """A hint that names the known word nearest to ``word``, or lists all of them; ``prefix`` stands before the word."""
+    known = list(known)
+    near = difflib.get_close_matches(str(word), known, n=1, cutoff=0.5)
+    return f"did you mean {prefix}{near[0]}?" if near else f"there are {', '.join(known)}"
+
+
+def check_choice(name: str, value: str, choices: Iterable[str]) -> str:
+    """The value. Raises: ValueError: it is none of the choices; the message has the nearest one, or else the first."""
+    choices = list(choices)
+    if value not in choices:
+        near = difflib.get_close_matches(str(value), choices, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]}?" if near else f"try {choices[0]!r}"
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}; {hint}")
+    return value
+
+
+def symbols(numbers: Iterable[int]) -> str:
+    """Elements by their symbols: "H, C, O"; numbers that belong to no element as they are."""
+    return ", ".join(chemical_symbols[n] if 0 < n < len(chemical_symbols) else f"element {n}" for n in numbers)
+
+
+def printable(text: object) -> str:
+    """Text with escapes in place of characters that control a terminal: files and their names may be anybody's."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
+
+
+def short(value: object) -> str:
+    """A value as Python writes it, cut after 60 characters."""
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

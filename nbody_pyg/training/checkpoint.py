@@ -1,0 +1,111 @@
+"""Checkpoint files: sealed with a checksum when they are written, verified before anything is taken from them."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import math
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+# A checkpoint is a zip file, which ends in an empty comment; the checksum of all that stands before becomes the
+# comment, so that file and checksum are one file and torch.load reads it as before.
+_WORD = b"nbody_pyg sha256 "
+_SEAL = len(_WORD) + 64
+_ZIP, _ZIP_END = b"PK\x03\x04", b"PK\x05\x06"
+_KEYS = frozenset({"state_dict", "global_step", "hyper_parameters", "callbacks", "run", "cpu_seconds"})
+
+
+def seal(path: str | Path) -> None:
+    """Add a checksum over every byte to a file that torch.save has written."""
+    with Path(path).open("r+b") as file:
+        file.seek(-22, io.SEEK_END)
+        end = file.read()
+        if not end.startswith(_ZIP_END) or end[-2:] != b"\0\0":
+            raise AssertionError("torch.save ended its file in another way than a zip file without a comment")
+        file.seek(-2, io.SEEK_END)
+        file.write(_SEAL.to_bytes(2, "little"))
+        file.seek(0)
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        file.seek(0, io.SEEK_END)
+        file.write(_WORD + digest.encode())
+
+
+def is_checkpoint(path: str | Path) -> bool:
+    """Whether a file begins as a checkpoint does (or any other file of torch.save)."""
+    with Path(path).open("rb") as file:
+        return file.read(4) == _ZIP
+
+
+def check_seal(path: str | Path) -> None:
+    """Raise ValueError where a file has a checksum that is not its own; files of others have none."""
+    with Path(path).open("rb") as file:
+        content = file.read()
+    if content[-_SEAL:].startswith(_WORD) and not _is_whole(content):
+        raise ValueError(f"{path} is damaged (its checksum is wrong); get a fresh copy, or use another checkpoint")
+
+
+def _is_whole(content: bytes) -> bool:
+    return content[-_SEAL:] == _WORD + hashlib.sha256(content[:-_SEAL]).hexdigest().encode()
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """The content of a checkpoint, on the CPU: tensors and plain values, nothing that runs code.
+
+    Raises: FileNotFoundError: no such file; ValueError: a model file, a file that was cut or changed, or one of a
+        version that wrote no checksum.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no checkpoint at {path}")
+    content = path.read_bytes()
+    if not _is_whole(content):
+        if content[8:10] == b'{"':
+            raise ValueError(f"{path} is a model file; training goes on from a checkpoint, as last.ckpt of its run")
+        what = (
+            "is empty" if not content else "is cut, damaged, or no checkpoint of this version (its checksum is wrong)"
+        )
+        others = [p for p in (path.with_name("best.ckpt"), path.with_name("last.ckpt")) if p != path and p.is_file()]
+        cure = f"copy {others[0].name} over it to go on from there, or " if others else ""
+        raise ValueError(f"{path} {what}; {cure}start anew without output.resume")
+    try:
+        found = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    except Exception as error:  # torch's reader raises what pickles raise, of which there are many kinds
+        raise ValueError(f"{path} holds more than tensors and plain values: no checkpoint of this library") from error
+    if missing := _KEYS.difference(found if isinstance(found, dict) else ()):
+        raise ValueError(f"{path} lacks {', '.join(sorted(missing))}: no checkpoint of this library")
+    return found
+
+
+def changes(stored: Mapping[str, Any], given: Mapping[str, Any], free: Collection[str] = (), prefix: str = "") -> str:
+    """What differs between two nested dictionaries, as ``a.b is 1 there, 2 here; ...``; empty where nothing does.
+
+    Args:
+        stored, given: the values of the checkpoint and those of now; a key that is missing counts as None.
+        free: names of keys (dotted), or of their sections, that may differ.
+    """
+    words = []
+    for key in [*stored, *(k for k in given if k not in stored)]:
+        name, old, new = f"{prefix}{key}", stored.get(key), given.get(key)
+        if name in free:
+            continue
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            words.append(changes(old, new, free, f"{name}."))
+        elif not _equal(old, new):
+            words.append(f"{name} is {_plain(old)} there, {_plain(new)} here")
+    return "; ".join(word for word in words if word)
+
+
+def _equal(old: Any, new: Any) -> bool:
+    # Least squares give the same numbers on other machines only up to rounding.
+    numbers = all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in (old, new))
+    return math.isclose(old, new, rel_tol=1e-9) if numbers else _plain(old) == _plain(new)
+
+
+def _plain(value: Any) -> str:
+    """A value as a file holds it, tuples as lists."""
+    return json.dumps(value, sort_keys=True, default=str)

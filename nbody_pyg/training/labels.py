@@ -1,0 +1,248 @@
+"""Labels of the frames of a run: one shape, missing ones marked, which are learned, and the scale of the forces."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch_geometric.data import Data
+
+from nbody_pyg.datasets.audit import outliers, require_labels
+from nbody_pyg.datasets.frames import LABEL_SHAPES, VOIGT, Frames, has_label, listed, shaped_label
+from nbody_pyg.geometry import complete_cell
+from nbody_pyg.hierarchy.topology import is_topology_key
+from nbody_pyg.potential import MODEL_INPUTS, Potential
+from nbody_pyg.properties import PropertyModel
+from nbody_pyg.training.settings import TrainingConfig
+
+logger = logging.getLogger(__name__)
+
+#: Root mean square below which forces count as zero (those of ideal crystals, up to rounding), eV/angstrom.
+NO_FORCES = 1e-6
+
+Shape = Sequence[int | str]
+#: What a potential learns, and the weight of the settings that switches it on.
+WEIGHTS = {"forces": "force_weight", "energy": "energy_weight", "stress": "stress_weight"}
+# What a model computes with. All else is a label or an extra, and changes no prediction.
+_INPUTS = frozenset({"z", "pos", "bonds", "scheme", *MODEL_INPUTS})
+
+
+def label_shapes(model: Potential | PropertyModel) -> dict[str, Shape]:
+    """The labels that a model learns, with the shape of one system of N atoms."""
+    if isinstance(model, PropertyModel):
+        return {p.name: (1, *p.shape) for p in model.properties}
+    return {label: LABEL_SHAPES[label] for label in WEIGHTS}
+
+
+def aligned(label: Tensor, like: Tensor, name: str) -> Tensor:
+    """The labels of a batch in the shape of the predictions, so that a difference never has more rows than both.
+
+    Raises: ValueError: other numbers of them.
+    """
+    if label.shape == like.shape:
+        return label
+    rows = like.shape[0]
+    if like.shape[1:] == (3, 3) and label.numel() == 6 * rows and label.shape[-1] == 6:
+        return label.reshape(rows, 6)[:, VOIGT].reshape(like.shape)
+    squeezed = [tuple(size for size in x.shape if size != 1) for x in (label, like)]
+    stacked = like.shape[1:] == (3, 3) and tuple(label.shape) in ((3 * rows, 3), (rows, 9))
+    if label.numel() == like.numel() and (squeezed[0] == squeezed[1] or label.dim() == 1 or stacked):
+        return label.reshape(like.shape)
+    raise ValueError(
+        f"{name} of a batch must have shape {list(like.shape)}, got {list(label.shape)}; give each frame "
+        f"{name} of shape {list(LABEL_SHAPES.get(name, (1, *like.shape[1:])))}"
+    )
+
+
+def has_stress(batch: Data) -> bool:
+    """Whether a batch has labels of the stress and a periodic system: open ones alone have no cell to strain."""
+    if "stress" not in batch:
+        return False
+    periodic = batch.get("cell") if batch.get("pbc") is None else batch.pbc
+    return periodic is not None and bool(periodic.any())
+
+
+def uniform(frames: Sequence[Data], labels: Mapping[str, Shape]) -> Sequence[Data]:
+    """Frames with the same keys, as mini-batches need them; those given where they have them already.
+
+    A label that only some of the frames have is NaN in the others, one that none has is left out, and so are other
+    keys that are not for the model. Open systems among periodic ones get a cell that no direction repeats.
+
+    Args:
+        frames: graphs with and without labels, cells and hierarchies.
+        labels: what may be missing, with its shape.
+
+    Raises: ValueError: a label of another shape, or a hierarchy that only some of the frames have.
+    """
+    if len(frames) == 0:
+        return frames
+    keys = [frozenset(frame.keys()) for frame in frames]
+    found = [label for label in labels if any(has_label(frame, label) for frame in frames)]
+    flat = [_is_flat(frame, found) for frame in frames]
+    wanted = frozenset.intersection(*keys) - set(labels) | set(found)
+    if all(own == wanted for own in keys) and not any(flat) and all(_is_plain(f, found, labels) for f in frames):
+        return frames
+    union = frozenset.union(*keys)
+    inputs = {key for key in union - wanted if key in _INPUTS or is_topology_key(key)}
+    periodic = any(frame.get("pbc") is not None and bool(torch.as_tensor(frame.pbc).any()) for frame in frames)
+    periodic = periodic or any("cell" in own and "pbc" not in own for own in keys)
+    if not periodic:  # cells around open systems
+        inputs = {key for key in inputs if key not in ("cell", "pbc") and "_shift_" not in key}
+    out = []
+    for number, frame in enumerate(frames):
+        new = copy.copy(frame)
+        for key in list(new.keys()):
+            if key not in wanted and key not in inputs:
+                del new[key]
+        for label in found:
+            new[label] = _label(frame, label, labels[label], f"frame {number}")
+        for key in sorted(inputs - keys[number]):
+            new[key] = _filler(frame, key, number)
+        if flat[number]:
+            new.cell = complete_cell(frame.cell.reshape(1, 3, 3), frame.pbc.reshape(1, 3)).to(frame.cell)
+        out.append(new)
+    return frames.replaced(out) if isinstance(frames, Frames) else out
+
+
+def _is_plain(frame: Data, found: Sequence[str], labels: Mapping[str, Shape]) -> bool:
+    """Whether the labels of a frame are tensors of the right shape, type and device."""
+    for label in found:
+        value, shape = frame[label], labels[label]
+        if not isinstance(value, Tensor) or value.dtype not in (torch.float32, torch.float64):
+            return False
+        wanted = tuple(frame.z.shape[0] if size == "N" else size for size in shape)
+        if value.shape != wanted or value.device != frame.pos.device:
+            return False
+    return True
+
+
+def _is_flat(frame: Data, found: Sequence[str]) -> bool:
+    """A slab or wire without a stress whose cell has no volume, beside frames with one."""
+    if "stress" not in found or has_label(frame, "stress") or frame.get("cell") is None or frame.get("pbc") is None:
+        return False
+    return bool(torch.linalg.det(frame.cell.double()).abs() <= 1e-8)
+
+
+def _label(frame: Data, label: str, shape: Shape, where: str) -> Tensor:
+    value = frame.get(label)
+    if value is None:
+        size = [len(frame.z) if n == "N" else n for n in shape]
+        return torch.full(size, math.nan, dtype=torch.float64, device=frame.pos.device)
+    return shaped_label(value, label, len(frame.z), where, shape).to(frame.pos.device)
+
+
+def _filler(frame: Data, key: str, number: int) -> Tensor:
+    """What stands for an input that a frame lacks."""
+    if key == "cell":
+        return torch.eye(3, dtype=torch.float64, device=frame.pos.device).reshape(1, 3, 3)
+    if key == "pbc":
+        own = frame.get("cell")  # a cell without pbc is periodic along each of its vectors
+        own = torch.zeros(1, 3, 3, device=frame.pos.device) if own is None else own
+        return (own.reshape(1, 3, 3) != 0).any(dim=-1)
+    if key == "charge":
+        return torch.zeros(1, dtype=torch.float64, device=frame.pos.device)
+    if "_shift_" in key and (index := frame.get(key.replace("_shift", ""))) is not None:
+        return torch.zeros(index.shape[1], 3, dtype=frame.pos.dtype, device=frame.pos.device)
+    raise ValueError(f"frame {number} lacks {key!r}, which other frames have; give it to all frames or to none")
+
+
+@dataclass(frozen=True)
+class Targets:
+    """Frames that a trainer can batch; ``shares`` of each label is the share of the training frames that know it.
+
+    (Of forces it is the share of their atoms.)
+    """
+
+    train: Sequence[Data]
+    val: Sequence[Data]
+    shares: dict[str, float]
+
+
+def learned_labels(model: Potential | PropertyModel, settings: TrainingConfig) -> list[str]:
+    """Names of the labels that a run learns: those with a positive weight."""
+    if isinstance(model, PropertyModel):
+        return [p.name for p in model.properties]
+    return [label for label, weight in WEIGHTS.items() if getattr(settings, weight) > 0]
+
+
+def targets(
+    model: Potential | PropertyModel, train: Sequence[Data], val: Sequence[Data], settings: TrainingConfig
+) -> Targets:
+    """Frames that a trainer can batch, with the labels that they know.
+
+    Raises: ValueError: a label with a positive weight that no training frame has, one of another shape, or infinite.
+    """
+    shapes, learned = label_shapes(model), learned_labels(model, settings)
+    for label in learned:
+        try:
+            require_labels({"train": train}, [label], partial=True)
+        except ValueError as error:
+            cure = f", or set {WEIGHTS[label]} to 0 to train without it" if label in WEIGHTS else ""
+            raise ValueError(f"{error}{cure}") from None
+    bare = [i for i, frame in enumerate(train) if not any(has_label(frame, label) for label in learned)]
+    if bare:
+        logger.warning(
+            "train: %s (%d of %d) hold none of %s; the loss leaves them out",
+            listed(train, bare), len(bare), len(train), ", ".join(learned),
+        )  # fmt: skip
+    train, val = uniform(train, shapes), uniform(val, shapes)
+    return Targets(train, val, {label: _share(train, label) for label in learned})
+
+
+def deciding_metric(model: Potential | PropertyModel, val: Sequence[Data], settings: TrainingConfig) -> str | None:
+    """The metric by which the best weights are chosen, by the labels that the validation frames have.
+
+    A log message says so where it is not the usual one, and where there is none, which gives None. Without validation
+    frames it is the usual one.
+    """
+    learned = learned_labels(model, settings)
+    known = [label for label in learned if not len(val) or any(has_label(frame, label) for frame in val)]
+    if not known:
+        logger.warning("validation frames have no label that is learned: no best weights, the last ones are kept")
+    elif known[0] != learned[0]:
+        logger.warning("validation frames have no %s: the best weights are chosen by %s", learned[0], known[0])
+    return f"{known[0]}_mae" if known else None
+
+
+def _share(frames: Sequence[Data], label: str) -> float:
+    """Share of the rows of a label that are known."""
+    known = total = 0
+    for place, frame in enumerate(frames):
+        values = frame[label].reshape(len(frame[label]), -1)
+        if bool(values.isinf().any()):
+            raise ValueError(f"{label} must be finite, but {listed(frames, [place])} holds infinite values; remove it")
+        rows = ~values.isnan().any(dim=1)
+        known, total = known + int(rows.sum()), total + len(rows)
+    return known / total
+
+
+def force_variance(frames: Sequence[Data]) -> float:
+    """Mean square of all known force components, (eV/angstrom)^2; 1 where the frames have no forces.
+
+    Outliers do not count: frames with a force beyond 50 eV/angstrom and 50 times what is usual.
+
+    Raises: ValueError: infinite forces.
+    Warns: UserWarning: names the frames that do not count.
+    """
+    known = {
+        i: frame.forces.detach().double().flatten() for i, frame in enumerate(frames) if has_label(frame, "forces")
+    }
+    if not known:
+        return 1.0
+    if any(bool(values.isinf().any()) for values in known.values()):
+        raise ValueError("forces must be finite, but training frames hold infinite values; remove those frames")
+    odd = outliers(frames, "forces")
+    if odd:
+        warnings.warn(
+            f"the scale of the forces is taken without {listed(frames, odd)}, where they are far beyond those of all "
+            "others; they are trained on unless you remove them",
+            stacklevel=1,
+        )
+    values = torch.cat([values for i, values in known.items() if i not in set(odd)])
+    return float(values[~values.isnan()].square().mean())

@@ -1,0 +1,267 @@
+"""A hierarchy on the data belongs to the atoms, positions and cell at which it was stored."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch_geometric.transforms as T
+from torch_geometric.data import Batch, Data
+from torch_geometric.loader import DataLoader
+
+from nbody_pyg import BondTree, FromAssignment, NBodyNet, NestedShells, Potential, SmoothSurvivors
+from nbody_pyg.data import AtomicData
+from nbody_pyg.hierarchy import Scheme, share_topology
+from nbody_pyg.hierarchy.mark import MARK
+from nbody_pyg.training.loader import FrameLoader
+
+SCHEMES = {
+    "shells": NestedShells((1.6, 2.3, 2.3)),
+    "tree": BondTree(2.5, 3.0, 4.0),
+    "labels": FromAssignment(cutoff=2.5, part_cutoffs=(3.0,)),
+    "survivors": SmoothSurvivors((1.5,), (2.4, 4.0)),
+}
+
+
+def net(scheme: Scheme) -> NBodyNet:
+    torch.manual_seed(0)
+    return NBodyNet([1, 6, 8], scheme, channels=4, lmax=1).double()
+
+
+def frame(molecules, name: str = "ethanol", cell: float | None = None) -> AtomicData:
+    z, pos = molecules[name]
+    lattice = {}
+    if cell is not None:
+        lattice = {"cell": cell * torch.eye(3, dtype=torch.float64)[None], "pbc": torch.ones(1, 3, dtype=torch.bool)}
+    return AtomicData(z=z, pos=pos, labels=torch.arange(len(z)) // 3, **lattice)
+
+
+def _kept(data: Data, rows: list[int]) -> Data:
+    for key in ("z", "pos", "labels"):
+        data[key] = data[key][rows]
+    return data
+
+
+def _set(data: Data, key: str, value) -> Data:
+    data[key] = value
+    return data
+
+
+#: What a transform after the scheme may do: some are PyG's, some everybody's own.
+CHANGES = {
+    "jitter": T.RandomJitter(0.3),
+    "one atom": lambda d: _set(d, "pos", d.pos + 0.4 * (torch.arange(len(d.z)) == 3).double()[:, None]),
+    "scale": T.RandomScale((1.3, 1.3)),
+    "shrink": T.RandomScale((0.7, 0.7)),
+    "normalize": T.NormalizeScale(),
+    "permute": lambda d: _kept(d, list(range(len(d.z)))[::-1]),
+    "swap": lambda d: _kept(d, [4, 1, 2, 3, 0, *range(5, len(d.z))]),
+    "drop": lambda d: _kept(d, list(range(1, len(d.z)))),
+    "in place": lambda d: _set(d, "pos", d.pos.mul_(0.8)),
+    "substitute": lambda d: _set(d, "z", torch.where(d.z == 8, 6, d.z)),
+}
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+@pytest.mark.parametrize("change", CHANGES)
+def test_changed_atoms_have_the_energy_of_a_fresh_hierarchy(name, change, molecules):
+    scheme = SCHEMES[name]
+    model = net(scheme)
+    stored = CHANGES[change](scheme(frame(molecules)))
+    fresh = scheme(AtomicData(z=stored.z, pos=stored.pos, labels=stored.labels))
+    wanted = model(fresh)
+    assert torch.equal(model(stored), wanted) and wanted.abs() > 1e-4
+    # Another energy than before, or the test shows nothing; the order of atoms alone changes none
+    if change not in ("in place", "permute", "swap"):
+        before = scheme(frame(molecules))
+        assert wanted.item() != model(before).item()
+    # In a batch, beside one that has not changed; and through a Potential, with forces
+    other = scheme(frame(molecules, "methanol"))
+    for frames in ([stored, other], [other, stored]):
+        batch = next(iter(DataLoader(frames, batch_size=2)))
+        found = model(batch)
+        torch.testing.assert_close(found, torch.cat([model(f) for f in frames]), rtol=0, atol=1e-10)
+    results = [Potential(model)(data)["forces"] for data in (stored, fresh)]
+    assert torch.equal(*results) and results[0].abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("name", ["shells", "tree"])
+@pytest.mark.parametrize("change", ["cell", "pbc", "both"])
+def test_changed_cells(name, change, molecules):
+    scheme, model = SCHEMES[name], net(SCHEMES[name])
+    stored = scheme(frame(molecules, cell=4.6))
+    if change != "pbc":
+        stored.cell = 1.1 * stored.cell
+    if change != "cell":
+        stored.pbc = torch.tensor([[False, True, True]])
+    keys = ("z", "pos", "cell", "pbc")
+    fresh = scheme(AtomicData(**{key: stored[key] for key in keys}))
+    assert torch.equal(model(stored), model(fresh))
+    assert model(stored).item() != model(scheme(frame(molecules, cell=4.6))).item()
+
+
+def test_nothing_is_built_again_while_nothing_changes(molecules, monkeypatch):
+    frames = [SCHEMES["shells"](frame(molecules, n)) for n in ("ethanol", "methanol", "ethanol", "methanol")]
+    model = net(SCHEMES["shells"])
+    wanted = torch.cat([model(f) for f in frames])
+    monkeypatch.setattr(NestedShells, "topology", lambda *_, **__: pytest.fail("searched again"))
+    for batch in (
+        *DataLoader(frames, batch_size=4),
+        *FrameLoader(frames, batch_size=4),
+        Batch.from_data_list(frames),
+        Batch.from_data_list(Batch.from_data_list(frames).to_data_list()),
+    ):
+        torch.testing.assert_close(model(batch), wanted, rtol=0, atol=1e-10)
+    moved = frames[0].clone()
+    moved.pos = moved.pos - 0.0  # -0.0 and 0.0 are one position
+    assert torch.equal(model(moved), wanted[:1])
+
+
+def test_a_batch_that_is_moved_after_collation(molecules):
+    model = net(SCHEMES["shells"])
+    frames = [SCHEMES["shells"](frame(molecules, n)) for n in ("ethanol", "methanol")]
+    for batch in (*DataLoader(frames, batch_size=2), *FrameLoader(frames, batch_size=2)):
+        batch.pos = batch.pos * 0.8
+        wanted = model(batch.z, batch.pos, batch.batch)
+        assert torch.equal(model(batch), wanted) and wanted.abs().min() > 1e-4
+        assert (wanted - torch.cat([model(f) for f in frames])).abs().min() > 1e-4
+
+
+def test_shared_trees_stay_and_their_lists_follow(molecules):
+    scheme, model = SCHEMES["tree"], net(SCHEMES["tree"])
+    reference = frame(molecules)
+    hot = frame(molecules)
+    hot.pos[8] = hot.pos[2] + 1.6 * (hot.pos[8] - hot.pos[2])
+    tree = scheme.read(scheme(reference))
+    shared = share_topology([reference, hot], scheme, tree)
+    jitter = 0.05 * torch.randn(9, 3, dtype=torch.float64)
+    for data in (*shared, *(f.clone() for f in shared)):
+        data.pos = data.pos + jitter
+        wanted = model(data.z, data.pos, topology=scheme.update(tree, data.z, data.pos))
+        assert torch.equal(model(data), wanted) and wanted.abs() > 1e-4
+    assert (model(shared[1]) - model(shared[1].z, shared[1].pos)).abs() > 1e-3, "fresh, the bond is broken"
+    batch = Batch.from_data_list(shared)
+    batch.pos = batch.pos * 1.02
+    single = [model(f.z, 1.02 * f.pos, topology=scheme.update(tree, f.z, 1.02 * f.pos)) for f in shared]
+    torch.testing.assert_close(model(batch), torch.cat(single), rtol=0, atol=1e-10)
+
+
+def test_given_bonds_stay(molecules):
+    scheme, model = SCHEMES["tree"], net(SCHEMES["tree"])
+    data = frame(molecules)
+    data.bonds = torch.tensor([[0, 0, 0, 0, 1, 1, 1, 2], [1, 2, 3, 4, 5, 6, 7, 8]])
+    stored = scheme(data)
+    stored.pos = 1.4 * stored.pos
+    wanted = model(data.z, stored.pos, topology=scheme.topology(data.z, stored.pos, bonds=data.bonds))
+    assert torch.equal(model(stored), wanted) and (model(data.z, stored.pos) - wanted).abs() > 1e-3
+    assert torch.equal(model(scheme(stored)), wanted), "the scheme applied again"
+
+
+@pytest.mark.parametrize("change", ["permute", "drop", "substitute"])
+def test_kept_parts_of_other_atoms_are_refused(change, molecules):
+    scheme, model = SCHEMES["tree"], net(SCHEMES["tree"])
+    shared = share_topology([frame(molecules), frame(molecules)], scheme)
+    CHANGES[change](shared[1])
+    for data, graph in ((shared[1], 0), (Batch.from_data_list(shared), 1)):
+        with pytest.raises(
+            ValueError, match=rf"parts were given or shared, but graph {graph} has others, or in another"
+        ):
+            model(data)
+
+
+def test_kept_parts_of_renumbered_atoms_are_refused(molecules):
+    """Two hydrogens exchanged: the elements are the same, the bonds are not."""
+    scheme, model = SCHEMES["tree"], net(SCHEMES["tree"])
+    (shared,) = share_topology([frame(molecules)], scheme)
+    shared.pos = shared.pos[[0, 1, 2, 8, 4, 5, 6, 7, 3]]
+    with pytest.raises(
+        ValueError, match=r"join atoms \d and \d, which are now \d\.\d\d angstrom apart: atoms were moved"
+    ):
+        model(shared)
+
+
+def test_a_batch_of_kept_and_found_parts(molecules):
+    scheme, model = SCHEMES["tree"], net(SCHEMES["tree"])
+    frames = [*share_topology([frame(molecules)], scheme), scheme(frame(molecules, "methanol"))]
+    batch = Batch.from_data_list(frames)
+    torch.testing.assert_close(model(batch), torch.cat([model(f) for f in frames]), rtol=0, atol=1e-10)
+    batch.pos = 1.01 * batch.pos
+    with pytest.raises(
+        ValueError, match="a batch in which some have parts that were given or shared, and others have not"
+    ):
+        model(batch)
+
+
+def test_other_bonds_and_labels_after_the_scheme(molecules):
+    """Bonds and labels that replace those of the hierarchy count as given ones; on their own and in a batch."""
+    bonds = torch.tensor([[0, 0, 0, 0, 1, 1, 1], [1, 2, 3, 4, 5, 6, 7]])
+    labels = torch.arange(9) // 2
+    for name, key, value in (("tree", "bonds", bonds), ("labels", "labels", labels)):
+        scheme, model = SCHEMES[name], net(SCHEMES[name])
+        plain = frame(molecules)
+        for stored in (scheme(plain), share_topology([plain], scheme)[0]):
+            before = model(stored)
+            stored[key] = value
+            wanted = model(plain.z, plain.pos, topology=scheme.topology(plain.z, plain.pos, **{key: value}))
+            assert torch.equal(model(stored), wanted) and (wanted - before).abs() > 1e-3
+            assert torch.equal(model(scheme(stored)), wanted), "the scheme applied again"
+            batch = Batch.from_data_list([stored, stored])
+            torch.testing.assert_close(model(batch), wanted.repeat(2), rtol=0, atol=1e-10)
+    stored = SCHEMES["labels"](plain)
+    wanted = model(stored)
+    del stored.labels
+    assert torch.equal(model(stored), wanted), "labels are not needed once the parts are stored"
+
+
+def test_hierarchies_without_a_mark_are_used_with_a_warning(molecules):
+    stored = SCHEMES["shells"](frame(molecules))
+    wanted = net(SCHEMES["shells"])(stored)
+    del stored[MARK]
+    with pytest.warns(UserWarning, match="stored by an earlier version, which did not note its positions"):
+        assert torch.equal(net(SCHEMES["shells"])(stored), wanted)
+
+
+def test_every_small_change_changes_the_mark(molecules):
+    """Last bits of positions, exchanged atoms, exchanged coordinates, single precision."""
+    data = NestedShells()(frame(molecules, cell=20.0))
+    marks = {tuple(data[MARK][0].tolist())}
+    for row in range(9):
+        for column in range(3):
+            moved = data.clone()
+            moved.pos[row, column] = torch.nextafter(moved.pos[row, column], torch.tensor(9.0, dtype=torch.float64))
+            marks.add(tuple(NestedShells()(moved)[MARK][0].tolist()))
+    for rows in ([1, 0, *range(2, 9)], [0, 1, 2, 4, 3, *range(5, 9)]):
+        marks.add(tuple(NestedShells()(_kept(data.clone(), rows))[MARK][0].tolist()))
+    turned = data.clone()
+    turned.pos = turned.pos[:, [1, 0, 2]]
+    marks.add(tuple(NestedShells()(turned)[MARK][0].tolist()))
+    single = data.clone()
+    single.pos = single.pos.float()
+    marks.add(tuple(NestedShells()(single)[MARK][0].tolist()))
+    assert len(marks) == 1 + 27 + 2 + 1 + 1
+    assert "hierarchy_mark" not in data.without_hierarchy()
+
+
+def test_a_dataset_with_a_transform_after_the_scheme(tmp_path, molecules):
+    """PyG's usual way: pre_transform stores, transform moves; through a file, and a loader."""
+    from torch_geometric.data import InMemoryDataset
+
+    scheme = SCHEMES["shells"]
+    frames = [frame(molecules, n) for n in ("ethanol", "methanol")]
+
+    class Frames(InMemoryDataset):
+        def __init__(self, root, transform=None, pre_transform=None):
+            super().__init__(root, transform, pre_transform)
+            self.load(self.processed_paths[0], data_cls=AtomicData)
+
+        processed_file_names = "data.pt"
+
+        def process(self):
+            self.save([self.pre_transform(f) for f in frames], self.processed_paths[0])
+
+    dataset = Frames(str(tmp_path), transform=T.RandomScale((0.8, 0.8)), pre_transform=scheme)
+    batch = next(iter(DataLoader(dataset, batch_size=2)))
+    model = net(scheme)
+    wanted = torch.cat([model(f.z, 0.8 * f.pos) for f in frames])
+    torch.testing.assert_close(model(batch), wanted, rtol=0, atol=1e-10)
+    still = next(iter(DataLoader(Frames(str(tmp_path), pre_transform=scheme), batch_size=2)))
+    torch.testing.assert_close(model(still), torch.cat([model(f.z, f.pos) for f in frames]), rtol=0, atol=1e-10)
