@@ -1,7 +1,8 @@
 """Make the data of pretraining: GFN2-xTB molecular dynamics of a broad set of small organic molecules.
 
 Run ``python datasets/make_pretraining.py --out FOLDER --frames 500000 --processes 2``. It needs ``tblite``, ``ase``,
-``rdkit``, ``h5py`` and the packages ``qm9pack`` and ``molsets``, of which only the lists of SMILES are read.
+``rdkit``, ``h5py`` and the packages ``qm9pack`` and ``molsets``, of which only the lists of SMILES are read (install
+these two with ``pip install --no-deps``).
 
 The work is cut into units. A unit has a number, its own random numbers, and writes one HDF5 file; a unit whose file
 exists is done, so an interrupted run goes on where it stopped, and any number of processes gives the same files.
@@ -53,7 +54,7 @@ from ase import Atoms, units
 from ase.calculators.calculator import CalculationFailed
 from ase.data import vdw_radii
 from ase.md.langevin import Langevin
-from ase.md.velocitydistribution import MaxwellBoltzmannDistribution, Stationary, ZeroRotation
+from ase.md.velocitydistribution import Stationary, ZeroRotation
 from rdkit import Chem, RDLogger
 from rdkit.Chem import BRICS, AllChem, rdMolTransforms
 from rdkit.Chem.Scaffolds import MurckoScaffold
@@ -291,7 +292,8 @@ def dynamics(structure: Structure, temperature: float, rng: np.random.Generator)
     """Frames of a short Langevin run that starts with the kinetic energy of twice the temperature at a minimum."""
     atoms = structure.atoms.copy()
     atoms.calc = calculator(structure.charge)
-    MaxwellBoltzmannDistribution(atoms, temperature_K=2 * temperature, rng=rng)
+    width = np.sqrt(2 * units.kB * temperature * atoms.get_masses())
+    atoms.set_momenta(width[:, None] * rng.standard_normal((len(atoms), 3)))
     if len(atoms) > 2:
         Stationary(atoms)
         ZeroRotation(atoms)
