@@ -1,0 +1,461 @@
+"""Make the data of pretraining: GFN2-xTB molecular dynamics of a broad set of small organic molecules.
+
+Run ``python datasets/make_pretraining.py --out FOLDER --frames 500000 --processes 2``. It needs ``tblite``, ``ase``,
+``rdkit``, ``h5py`` and the packages ``qm9pack`` and ``molsets``, of which only the lists of SMILES are read (install
+these two with ``pip install --no-deps``).
+
+The work is cut into units. A unit has a number, its own random numbers, and writes one HDF5 file; a unit whose file
+exists is done, so an interrupted run goes on where it stopped, and any number of processes gives the same files.
+``manifest.json`` lists level of theory, counts, versions, licences and the hash of every file.
+
+===========  ======================================================================================================
+kind         structures
+===========  ======================================================================================================
+qm9          molecules of QM9: H, C, N, O, F, up to nine heavy atoms
+drug         drug-like molecules of MOSES with up to 20 heavy atoms: adds S, Cl, Br
+fragment     BRICS fragments of MOSES, capped by hydrogen
+hetero       fragments of which hydrogens and oxygens are replaced: F, Cl, Br, I, S, phosphates, phosphines
+ion          fragments that have lost or gained protons at acids, alcohols, amines
+peptide      capped peptides of one to three of twenty amino acids
+cluster      two to four small molecules, ions and waters at contact distances
+bond         fragments with one bond compressed or stretched, up to 2.5 times its length
+===========  ======================================================================================================
+
+All kinds but the last are sampled by Langevin dynamics at temperatures between 100 and 1000 K (clusters up to 500 K).
+A frame belongs to the split "train", "val" or "test" by the Murcko scaffold of its molecule (its SMILES where it
+has no ring), so that no scaffold stands in two splits.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import csv
+import gzip
+import hashlib
+import json
+import multiprocessing
+import os
+import platform
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from importlib.metadata import distribution, version
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # one thread for each process; read once, when tblite is loaded
+
+import h5py
+import numpy as np
+from ase import Atoms, units
+from ase.calculators.calculator import CalculationFailed
+from ase.data import vdw_radii
+from ase.md.langevin import Langevin
+from ase.md.velocitydistribution import Stationary, ZeroRotation
+from rdkit import Chem, RDLogger
+from rdkit.Chem import BRICS, AllChem, rdMolTransforms
+from rdkit.Chem.Scaffolds import MurckoScaffold
+from tblite.ase import TBLite
+
+SEED = 20261129
+ACCURACY = 0.1  # tblite's accuracy multiplier (default 1); smaller is tighter
+STRUCTURES = 40  # structures in a unit
+FRAMES = 10  # frames of a structure
+TIMESTEP, FRICTION, EQUILIBRATION, STRIDE = 1.0, 0.02, 40, 7  # fs, 1/fs, steps, steps
+MAX_FORCE = 40.0  # eV/A; a frame above it is left out
+ELEMENTS = {1, 6, 7, 8, 9, 15, 16, 17, 35, 53}
+SPLITS = ("train", "val", "test")
+#: Share of the units of each kind.
+MIXTURE = {"qm9": 30, "drug": 12, "fragment": 18, "hetero": 12, "ion": 9, "peptide": 5, "cluster": 9, "bond": 5}
+
+AMINO_ACIDS = {
+    "G": "", "A": "C", "V": "C(C)C", "L": "CC(C)C", "I": "[C@@H](C)CC", "M": "CCSC", "F": "Cc1ccccc1",
+    "W": "Cc1c[nH]c2ccccc12", "S": "CO", "T": "[C@H](C)O", "C": "CS", "Y": "Cc1ccc(O)cc1", "N": "CC(N)=O",
+    "Q": "CCC(N)=O", "D": "CC(O)=O", "E": "CCC(O)=O", "K": "CCCCN", "R": "CCCNC(N)=N", "H": "Cc1c[nH]cn1",
+}  # fmt: skip
+#: Small partners of clusters, beside molecules of QM9.
+PARTNERS = ("O", "O", "O", "O", "CO", "N", "CC(O)=O", "CC(N)=O", "C", "F", "S",
+            "[NH4+]", "[OH3+]", "CC(=O)[O-]", "[Cl-]", "[Br-]")  # fmt: skip
+#: Replacements of the kind "hetero", as reactions.
+REPLACEMENTS = tuple(
+    AllChem.ReactionFromSmarts(text)
+    for text in (
+        *(f"[cH:1]>>[c:1]{x}" for x in ("F", "Cl", "Br", "I")),
+        *(f"[CX4;H1,H2,H3:1]>>[C:1]{x}" for x in ("F", "Cl", "Br", "I", "S", "P(C)C", "S(C)(=O)=O", "OP(=O)(OC)OC")),
+        "[OX2H1:1]>>[S:1]",
+        "[CX3:1]=[OX1]>>[C:1]=S",
+        "[OX2:1]([#6:2])[#6:3]>>[S:1]([#6:2])[#6:3]",
+        "[OX2H1:1]>>[O:1]P(=O)(O)OC",
+        "[cH:1]>>[c:1]P(=O)(C)C",
+        "[cH:1]>>[c:1]S(N)(=O)=O",
+    )
+)
+#: Proton transfers of the kind "ion".
+IONISATIONS = tuple(
+    AllChem.ReactionFromSmarts(text)
+    for text in (
+        "[NX3;!$(N-C=[O,S,N]);!$(N-[a]):1]>>[N+:1]",
+        "[nX2:1]>>[nH+:1]",
+        "[CX3:1](=[O:2])[OX2H1:3]>>[C:1](=[O:2])[O-:3]",
+        "[c:1][OX2H1:2]>>[c:1][O-:2]",
+        "[CX4:1][OX2H1:2]>>[C:1][O-:2]",
+        "[#6:1][SX2H1:2]>>[#6:1][S-:2]",
+        "[nX3H1:1]>>[n-:1]",
+    )
+)
+
+
+@dataclass(frozen=True)
+class Structure:
+    """A molecule or cluster before it is sampled."""
+
+    name: str
+    atoms: Atoms
+    charge: int
+    split: str
+
+
+def split_of(molecule: Chem.Mol) -> str:
+    """The split of a molecule, from the hash of its scaffold: 2 % val, 2 % test."""
+    scaffold = MurckoScaffold.MurckoScaffoldSmiles(mol=molecule, includeChirality=False) or Chem.MolToSmiles(molecule)
+    number = int(hashlib.sha256(scaffold.encode()).hexdigest()[:8], 16) % 50
+    return {0: "test", 1: "val"}.get(number, "train")
+
+
+def build(smiles: str, rng: np.random.Generator) -> tuple[Chem.Mol, Atoms] | None:
+    """A conformer by ETKDG and a short relaxation by MMFF94 or UFF; None where there is none, and for radicals."""
+    molecule = Chem.MolFromSmiles(smiles)
+    if molecule is None or any(atom.GetNumRadicalElectrons() for atom in molecule.GetAtoms()):
+        return None
+    molecule = Chem.AddHs(molecule)
+    numbers = [atom.GetAtomicNum() for atom in molecule.GetAtoms()]
+    if not set(numbers) <= ELEMENTS or (sum(numbers) - Chem.GetFormalCharge(molecule)) % 2:
+        return None
+    if AllChem.EmbedMolecule(molecule, randomSeed=int(rng.integers(2**31))) != 0:
+        return None
+    if AllChem.MMFFHasAllMoleculeParams(molecule):
+        AllChem.MMFFOptimizeMolecule(molecule, maxIters=200)
+    elif AllChem.UFFHasAllMoleculeParams(molecule):
+        AllChem.UFFOptimizeMolecule(molecule, maxIters=200)
+    return molecule, Atoms(numbers=numbers, positions=molecule.GetConformer().GetPositions())
+
+
+def pick(items: Sequence, rng: np.random.Generator) -> Any:
+    """One of some items."""
+    return items[rng.integers(len(items))]
+
+
+# -- SMILES ------------------------------------------------------------------------------------------------
+def read_lists() -> dict[str, list[str]]:
+    """SMILES of QM9 and of MOSES (training part), from the files of the packages qm9pack and molsets."""
+    qm9: list[str] = []
+    for part in (1, 2, 3):
+        path = distribution("qm9pack").locate_file(f"qm9pack/data/qm9_part{part}.csv")
+        with open(path, newline="") as file:
+            qm9 += [row["SMILES"] for row in csv.DictReader(file)]
+    with gzip.open(distribution("molsets").locate_file("moses/dataset/data/train.csv.gz"), "rt") as file:
+        moses = [line.strip() for line in file][1:]
+    return {"qm9": qm9, "moses": moses}
+
+
+def fragment(smiles: str, rng: np.random.Generator) -> str | None:
+    """One of the BRICS fragments of a molecule with hydrogen at the cuts, of 3 to 15 heavy atoms."""
+    molecule = Chem.MolFromSmiles(smiles)
+    pieces = sorted(BRICS.BRICSDecompose(molecule)) if molecule is not None else []
+    found = []
+    for piece in pieces:
+        capped = Chem.MolFromSmiles(piece)
+        if capped is None:
+            continue
+        cut, hydrogen = Chem.MolFromSmarts("[#0]"), Chem.MolFromSmiles("[H]")
+        capped = Chem.RemoveHs(Chem.ReplaceSubstructs(capped, cut, hydrogen, replaceAll=True)[0])
+        if 3 <= capped.GetNumHeavyAtoms() <= 15:
+            found.append(Chem.MolToSmiles(capped))
+    return pick(found, rng) if found else None
+
+
+def react(smiles: str, reactions: tuple, rng: np.random.Generator) -> str | None:
+    """A product of one of the reactions that apply, chosen at random."""
+    molecule, products = Chem.MolFromSmiles(smiles), set()
+    for reaction in reactions:
+        for (product,) in reaction.RunReactants((molecule,)):
+            try:
+                Chem.SanitizeMol(product)
+            except Chem.MolSanitizeException:
+                continue
+            products.add(Chem.MolToSmiles(product))
+    return pick(sorted(products), rng) if products else None
+
+
+def peptide(rng: np.random.Generator) -> str:
+    """Ac-(X)n-NHMe of L amino acids, n from 1 to 3; proline is left out."""
+    letters = rng.choice(list(AMINO_ACIDS), size=rng.choice([1, 2, 3], p=[0.5, 0.35, 0.15]))
+    units_ = [f"N[C@@H]({AMINO_ACIDS[x]})C(=O)" if AMINO_ACIDS[x] else "NCC(=O)" for x in letters]
+    return "CC(=O)" + "".join(units_) + "NC"
+
+
+# -- structures ----------------------------------------------------------------------------------------------
+def molecules(kind: str, lists: dict[str, list[str]], rng: np.random.Generator) -> Iterator[str]:
+    """Endless SMILES of one kind."""
+    while True:
+        if kind == "qm9":
+            yield pick(lists["qm9"], rng)
+        elif kind == "peptide":
+            yield peptide(rng)
+        elif kind == "drug":
+            smiles = pick(lists["moses"], rng)
+            if Chem.MolFromSmiles(smiles).GetNumHeavyAtoms() <= 20:
+                yield smiles
+        else:
+            base = fragment(pick(lists["moses"], rng), rng) if rng.random() < 0.7 else pick(lists["qm9"], rng)
+            if base is not None and kind == "hetero":
+                base = react(base, REPLACEMENTS, rng)
+                if base is not None and rng.random() < 0.3:
+                    base = react(base, REPLACEMENTS, rng) or base
+            elif base is not None and kind == "ion":
+                base = react(base, IONISATIONS, rng)
+            if base is not None:
+                yield base
+
+
+def cluster(lists: dict[str, list[str]], rng: np.random.Generator) -> Structure | None:
+    """Two to four small molecules, each placed at a random side of those before, at 0.7 to 1.2 times contact."""
+    parts, names, splits, charge = [], [], [], 0
+    for _ in range(rng.choice([2, 3, 4], p=[0.6, 0.25, 0.15])):
+        smiles = pick(PARTNERS if rng.random() < 0.6 else lists["qm9"], rng)
+        built = build(smiles, rng)
+        if built is None:
+            return None
+        molecule, atoms = built
+        parts.append(atoms)
+        names.append(smiles)
+        charge += Chem.GetFormalCharge(molecule)
+        # Partners such as water stand in every split: a cluster goes where its other molecules go
+        splits.append("train" if smiles in PARTNERS else split_of(Chem.RemoveHs(molecule)))
+    if abs(charge) > 1:
+        return None
+    whole = parts[0]
+    for atoms in parts[1:]:
+        atoms.rotate(rng.uniform(0, 360), rng.normal(size=3), center="COM")
+        direction = rng.normal(size=3)
+        direction /= np.linalg.norm(direction)
+        contact = vdw_radii[atoms.numbers][:, None] + vdw_radii[whole.numbers][None, :]
+        contact = np.nan_to_num(contact, nan=3.6) * rng.uniform(0.7, 1.2)
+        start = pick(whole.positions, rng)
+        for distance in np.arange(0.0, 30.0, 0.1):
+            moved = atoms.positions - atoms.positions.mean(0) + start + distance * direction
+            if (np.linalg.norm(moved[:, None] - whole.positions[None], axis=-1) > contact).all():
+                break
+        atoms.positions = moved
+        whole = whole + atoms
+    split = max(splits, key=SPLITS.index)
+    return Structure(".".join(names), whole, charge, split)
+
+
+def structures(
+    kind: str, lists: dict[str, list[str]], rng: np.random.Generator
+) -> Iterator[tuple[Structure, Chem.Mol | None]]:
+    """Endless structures of one kind, with the molecule where there is one."""
+    if kind == "cluster":
+        while True:
+            found = cluster(lists, rng)
+            if found is not None:
+                yield found, None
+    for smiles in molecules("fragment" if kind == "bond" else kind, lists, rng):
+        built = build(smiles, rng)
+        if built is not None:
+            molecule, atoms = built
+            charge = Chem.GetFormalCharge(molecule)
+            yield Structure(smiles, atoms, charge, split_of(Chem.RemoveHs(molecule))), molecule
+
+
+# -- sampling ------------------------------------------------------------------------------------------------
+def calculator(charge: int) -> TBLite:
+    return TBLite(method="GFN2-xTB", charge=charge, multiplicity=1, accuracy=ACCURACY, verbosity=0)
+
+
+def labels(atoms: Atoms) -> dict[str, np.ndarray]:
+    """What a frame keeps; energies and forces are those of the positions as they are stored (float64)."""
+    return {
+        "pos": atoms.positions - atoms.positions.mean(0),
+        "energy": np.float64(atoms.get_potential_energy()),
+        "forces": atoms.get_forces(),
+        "dipole": atoms.get_dipole_moment(),
+        "charges": atoms.get_charges(),
+    }
+
+
+def dynamics(structure: Structure, temperature: float, rng: np.random.Generator) -> Iterator[dict[str, np.ndarray]]:
+    """Frames of a short Langevin run that starts with the kinetic energy of twice the temperature at a minimum."""
+    atoms = structure.atoms.copy()
+    atoms.calc = calculator(structure.charge)
+    width = np.sqrt(2 * units.kB * temperature * atoms.get_masses())
+    atoms.set_momenta(width[:, None] * rng.standard_normal((len(atoms), 3)))
+    if len(atoms) > 2:
+        Stationary(atoms)
+        ZeroRotation(atoms)
+    run = Langevin(
+        atoms,
+        TIMESTEP * units.fs,
+        temperature_K=temperature,
+        friction=FRICTION / units.fs,
+        rng=rng,
+        fixcm=False,
+    )
+    run.run(EQUILIBRATION)
+    for _ in range(FRAMES):
+        run.run(STRIDE)
+        yield labels(atoms)
+
+
+def stretched(structure: Structure, molecule: Chem.Mol, rng: np.random.Generator) -> Iterator[dict[str, np.ndarray]]:
+    """Frames in which one bond outside of rings has 0.75 to 2.5 times its length; all atoms are rattled by 0.03 A."""
+    bonds = [bond for bond in molecule.GetBonds() if not bond.IsInRing()]
+    for _ in range(FRAMES if bonds else 0):
+        changed = Chem.Mol(molecule)
+        bond = pick(bonds, rng)
+        ends = bond.GetBeginAtomIdx(), bond.GetEndAtomIdx()
+        conformer = changed.GetConformer()
+        factor = rng.uniform(0.75, 1.0) if rng.random() < 0.4 else rng.uniform(1.0, 2.5)
+        length = factor * rdMolTransforms.GetBondLength(conformer, *ends)
+        rdMolTransforms.SetBondLength(conformer, *ends, length)
+        atoms = structure.atoms.copy()
+        atoms.positions = conformer.GetPositions() + rng.normal(scale=0.03, size=(len(atoms), 3))
+        atoms.calc = calculator(structure.charge)
+        yield labels(atoms)
+
+
+def sound(frame: dict[str, np.ndarray]) -> bool:
+    """Whether a frame is kept: finite, no force above the bound, no net force."""
+    forces = frame["forces"]
+    finite = all(np.isfinite(value).all() for value in frame.values())
+    return finite and np.abs(forces).max() < MAX_FORCE and np.abs(forces.sum(0)).max() < 1e-3
+
+
+def sample(kind: str, structure: Structure, molecule: Chem.Mol | None, rng: np.random.Generator) -> tuple[list, float]:
+    """Sound frames of a structure and their temperature, K (0 where there is none)."""
+    hottest = 500.0 if kind == "cluster" else 1000.0
+    temperature = 0.0 if kind == "bond" else float(np.exp(rng.uniform(np.log(100.0), np.log(hottest))))
+    source = stretched(structure, molecule, rng) if kind == "bond" else dynamics(structure, temperature, rng)
+    frames = []
+    with contextlib.suppress(CalculationFailed, RuntimeError, ValueError):  # no self-consistent solution: keep the rest
+        frames.extend(frame for frame in source if sound(frame))
+    return frames, temperature
+
+
+# -- units ---------------------------------------------------------------------------------------------------
+def kind_of(number: int) -> str:
+    """Kind of a unit: the mixture is kept by every hundred units, in a fixed shuffled order."""
+    order = np.random.default_rng(SEED).permutation(np.repeat(list(MIXTURE), list(MIXTURE.values())))
+    return str(order[number % len(order)])
+
+
+def make_unit(number: int, out: Path, lists: dict[str, list[str]], count: int = STRUCTURES) -> dict[str, float]:
+    """Make one unit and write its file whole; returns what is printed of it."""
+    kind, rng, begin = kind_of(number), np.random.default_rng([SEED, number]), time.process_time()
+    columns: dict[str, list] = {key: [] for key in ("z", "pos", "forces", "charges", "energy", "dipole", "natoms",
+                                                    "total_charge", "structure", "temperature", "split")}  # fmt: skip
+    names, failed = [], 0
+    source = structures(kind, lists, rng)
+    while len(names) < count and failed < 10 * count:
+        structure, molecule = next(source)
+        frames, temperature = sample(kind, structure, molecule, rng)
+        if not frames:
+            failed += 1
+            continue
+        for frame in frames:
+            columns["z"].append(structure.atoms.numbers)
+            for key, value in frame.items():
+                columns[key].append(value)
+            columns["natoms"].append(len(structure.atoms))
+            columns["total_charge"].append(structure.charge)
+            columns["structure"].append(len(names))
+            columns["temperature"].append(temperature)
+            columns["split"].append(SPLITS.index(structure.split))
+        names.append(structure.name)
+    path = out / f"unit_{number:05d}.h5"
+    unfinished = path.with_suffix(f".{os.getpid()}.part")
+    with h5py.File(unfinished, "w") as file:
+        for key in ("z", "charges", "pos", "forces"):
+            data = np.concatenate(columns[key]).astype({"z": np.uint8, "pos": np.float64}.get(key, np.float32))
+            file.create_dataset(key, data=data, compression="gzip", shuffle=True)
+        for key, dtype in {"energy": "f8", "dipole": "f4", "natoms": "i4", "total_charge": "i1", "structure": "i4",
+                           "temperature": "f4", "split": "u1"}.items():  # fmt: skip
+            file.create_dataset(key, data=np.array(columns[key]).astype(dtype))
+        file.create_dataset("smiles", data=names, dtype=h5py.string_dtype())
+        measured = "pos angstrom, energy eV, forces eV/angstrom, dipole e angstrom, charges e"
+        file.attrs.update(kind=kind, number=number, seed=SEED, failed=failed, splits=SPLITS, units=measured)
+    os.replace(unfinished, path)
+    seconds = time.process_time() - begin
+    return {"unit": number, "kind": kind, "frames": len(columns["energy"]), "failed": failed, "seconds": round(seconds)}
+
+
+def manifest(out: Path) -> dict:
+    """What the folder holds, from the files themselves."""
+    frames, atoms, elements, splits, files = Counter(), Counter(), Counter(), Counter(), {}
+    for path in sorted(out.glob("unit_*.h5")):
+        with h5py.File(path) as file:
+            kind, z, natoms = file.attrs["kind"], file["z"][:], file["natoms"][:]
+            frames[kind] += len(natoms)
+            atoms[kind] += len(z)
+            elements.update(dict(zip(*(x.tolist() for x in np.unique(z, return_counts=True)), strict=True)))
+            splits.update(SPLITS[s] for s in file["split"][:].tolist())
+        files[path.name] = hashlib.sha256(path.read_bytes()).hexdigest()
+    return {
+        "level_of_theory": "GFN2-xTB, closed shell, electronic temperature 300 K, gas phase",
+        "script": "datasets/make_pretraining.py",
+        "seed": SEED,
+        "mixture": MIXTURE,
+        "frames": dict(frames) | {"all": sum(frames.values())},
+        "mean_atoms": {kind: round(atoms[kind] / frames[kind], 1) for kind in frames},
+        "atoms_by_element": dict(sorted(elements.items())),
+        "frames_by_split": dict(splits),
+        "versions": {name: version(name) for name in ("tblite", "ase", "rdkit", "qm9pack", "molsets", "numpy", "h5py")}
+        | {"python": platform.python_version()},
+        "licences": {
+            "structures": "QM9 through qm9pack (MIT), MOSES through molsets (MIT)",
+            "frames": "CC0-1.0",
+        },
+        "files": files,
+    }
+
+
+def _work(job: tuple[int, Path]) -> dict[str, float]:
+    return make_unit(*job, _lists())
+
+
+_found: dict[str, list[str]] = {}
+
+
+def _lists() -> dict[str, list[str]]:
+    """The lists of SMILES, read once in each process."""
+    if not _found:
+        RDLogger.DisableLog("rdApp.*")
+        _found.update(read_lists())
+    return _found
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="folder of the files")
+    parser.add_argument("--frames", type=int, default=500_000, help="number of frames, about")
+    parser.add_argument("--processes", type=int, default=1)
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    wanted = range(-(-args.frames // (STRUCTURES * FRAMES)))
+    jobs = [(number, args.out) for number in wanted if not (args.out / f"unit_{number:05d}.h5").exists()]
+    print(f"{len(wanted)} units, {len(wanted) - len(jobs)} of them done", flush=True)
+    with multiprocessing.get_context("spawn").Pool(args.processes) as pool:
+        for done in pool.imap_unordered(_work, jobs):
+            print(json.dumps(done), flush=True)
+    text = json.dumps(manifest(args.out), indent=1)
+    (args.out / "manifest.json").write_text(text + "\n")
+    print(text[: text.index('"files"')])
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
