@@ -80,8 +80,8 @@ def count_graphs(data: Data) -> int | None:
     return 1 if data.get("batch") is None else None
 
 
-class MissingHierarchy(ValueError, KeyError):
-    """A key of a hierarchy that other data have and these do not; a KeyError, as for any other key."""
+class MissingKey(ValueError, KeyError):
+    """A key that other data of a batch have and these do not; a KeyError, as for any other key."""
 
     __str__ = Exception.__str__
 
@@ -94,9 +94,14 @@ class _Storage(GlobalStorage):
             return super().__getitem__(key)
         except KeyError:
             if is_topology_key(key) or key == "scheme":
-                raise MissingHierarchy(
+                raise MissingKey(
                     f"data has no {key!r}: no scheme was applied to it, or another one than to the rest of its batch; "
                     "apply one scheme to all data of a batch, or to none"
+                ) from None
+            if key in ("charge", "charges", "spin", "cell", "pbc"):
+                raise MissingKey(
+                    f"data has no {key!r}; where others of a batch have one all must have it, for PyG takes the keys "
+                    "of the first (nbody_pyg.data.complete_states adds charge, charges and spin)"
                 ) from None
             raise
 

@@ -194,6 +194,8 @@ class NBodyNet(Resettable):
         self.channels, self.lmax, self.body_order = channels, lmax, body_order
         self.irreps = hidden_irreps(channels, lmax, self.options["symmetry"])
         self.irreps_out = o3.Irreps(irreps_out)
+        if self.irreps_out.dim == 0:
+            raise ValueError(f"irreps_out must name at least one component, got {str(irreps_out)!r}; try '0e'")
         require_reachable(self.irreps_out, {ir for _, ir in self.irreps}, f"a network of type {self.irreps}")
         table = torch.full((120,), -1, dtype=torch.long)  # the last for all that is no element
         table[torch.tensor(self.species)] = torch.arange(len(self.species))

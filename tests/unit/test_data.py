@@ -276,3 +276,15 @@ def test_an_empty_system_is_stored_and_batched(molecules):
         for again, frame in zip(batch.to_data_list(), (empty, full, empty), strict=True):
             for key in frame.keys():  # noqa: SIM118
                 assert _same(frame[key], again[key]), key
+
+
+@pytest.mark.parametrize("key", ["charge", "charges", "spin", "cell"])
+def test_a_key_that_only_the_first_of_a_batch_has_is_named(key):
+    plain = AtomicData(z=torch.tensor([8, 1, 1]), pos=torch.eye(3, dtype=torch.float64))
+    value = {"cell": torch.eye(3).unsqueeze(0), "charges": torch.ones(3)}.get(key, torch.ones(1))
+    marked = AtomicData(**plain.to_dict(), **{key: value})
+    with pytest.raises(ValueError, match=f"data has no '{key}'; where others of a batch have one all must have it"):
+        Batch.from_data_list([marked, plain])
+    with pytest.raises(KeyError, match=key):
+        plain[key]
+    assert plain.get(key) is None and Batch.from_data_list([marked, marked])[key].shape[0] == 2 * len(value)

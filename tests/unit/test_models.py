@@ -193,6 +193,8 @@ def test_species_are_sorted_and_unknown_ones_named(molecules):
         ({"sweeps": "down"}, "sweeps must be one of up, up-down, got 'down'; did you mean up-down"),
         ({"irreps_out": "1e"}, "irreps_out must be reachable: .* no path leads to 1e; raise lmax"),
         ({"irreps_out": "3o"}, "irreps_out must be reachable: .* no path leads to 3o; raise lmax"),
+        ({"irreps_out": ""}, "irreps_out must name at least one component, got ''; try '0e'"),
+        ({"irreps_out": "0x0e"}, "irreps_out must name at least one component, got '0x0e'"),
         ({"channels": 0}, "channels must be at least 1, got 0; try 32"),
         ({"lmax": -1}, "lmax must be at least 0, got -1; try 2"),
         ({"body_order": 0}, "body_order must be at least 1, got 0; 2 or 3 is usual"),
