@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import fnmatch
 import itertools
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,7 +28,8 @@ def output_file(
         overwrite: a file that exists may be replaced.
         inputs: names of what the command reads; those that are no files are passed over.
         option: by which the file is named.
-    Raises: ValueError: the file exists, or is read by the same command; it is a folder.
+    Raises: ValueError: the file exists, or is read by the same command; it is a folder. PermissionError: nothing can be
+        written there.
     """
     path = Path(given) if given is not None else (Path(default) if overwrite else _fresh(Path(default)))
     if path.is_dir():
@@ -36,6 +39,8 @@ def output_file(
     if path.exists() and not overwrite:
         raise ValueError(f"{path} exists; replace it with --overwrite, or name another file with {option}")
     path.parent.mkdir(parents=True, exist_ok=True)
+    if not os.access(path if path.exists() and not path.is_file() else path.parent, os.W_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))  # now, not after the work
     return path
 
 

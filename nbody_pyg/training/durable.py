@@ -41,9 +41,11 @@ def written_whole(path: str | Path, temporary: str | Path | None = None) -> Iter
         with contextlib.suppress(OSError):  # not every file system has permissions
             os.chmod(temporary, mode)
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         with contextlib.suppress(OSError):
             os.unlink(temporary)
+        if isinstance(error, OSError) and error.errno is not None and error.filename in (None, str(temporary)):
+            error.filename = str(path)  # a full disk has no name, and nobody knows that of the temporary file
         raise
     with contextlib.suppress(OSError):  # not every system lets a folder be opened
         _flush(path.parent)
