@@ -24,8 +24,8 @@ from nbody_pyg.cli.plots import parity_plot
 from nbody_pyg.cli.tables import error_table
 from nbody_pyg.datasets import embedded, label_audit, read_frames
 from nbody_pyg.datasets.frames import Frames, has_label
-from nbody_pyg.datasets.keys import LEVELLED, levels_apart
-from nbody_pyg.datasets.readers import DEFAULT_KEYS, frames_of
+from nbody_pyg.datasets.keys import levels_apart
+from nbody_pyg.datasets.readers import frames_of, without_labels
 from nbody_pyg.datasets.systems import named_units, read_systems
 from nbody_pyg.deploy import load_model, read_metadata, with_reference
 from nbody_pyg.potential import Potential, frame_states
@@ -69,6 +69,9 @@ def evaluate(args: argparse.Namespace) -> int:
     default = str(Path(args.model).parent / "evaluate")
     folder = output_folder(args.out, default, args.overwrite, [args.model, *args.data], names)
     titles, labels = distinct_names(paths), distinct_names(models)
+    for path in models if len(models) > 1 else ():
+        if read_metadata(path).get("property") is not None:
+            raise ValueError(f"{path} holds a model of properties; evaluate it by itself, not beside others")
     sets = {titles[path]: _read(path, args) for path in paths}
     frames = {title: data.frames for title, data in sets.items()}
     print(label_audit(frames, _uses(models, frames)))
@@ -82,8 +85,6 @@ def evaluate(args: argparse.Namespace) -> int:
     for path in models:
         potential = load_model(path, device=args.device)
         if isinstance(potential, PropertyModel):
-            if len(models) > 1:
-                raise ValueError(f"{path} holds a model of properties; evaluate it by itself, not beside others")
             properties = potential.properties
         title = "" if len(models) == 1 else labels[path]
         results = {name: _evaluate(potential, data, path, args) for name, data in sets.items()}
@@ -164,8 +165,8 @@ def _read(path: str, args: argparse.Namespace) -> EvaluationSet:
 def _evaluate(potential: Potential | PropertyModel, data: EvaluationSet, path: str, args: argparse.Namespace) -> Result:
     """Predictions for all frames that the model takes."""
 
-    def run(frames: Sequence[Data]) -> Evaluation | PropertyEvaluation:
-        frames = with_reference(frames, path, getattr(potential.model, "scheme", None))
+    def run(frames: Frames) -> Evaluation | PropertyEvaluation:
+        frames = frames.replaced(with_reference(frames, path, getattr(potential.model, "scheme", None)))
         if isinstance(potential, PropertyModel):
             return evaluate_properties(potential, frames, args.batch_size, args.device)
         return predict(potential, frames, args.batch_size, args.device)
@@ -174,7 +175,7 @@ def _evaluate(potential: Potential | PropertyModel, data: EvaluationSet, path: s
     return Result(frames, found, data.odd | odd)
 
 
-def _without_odd(frames: Frames, run: Callable[[Sequence[Data]], Any]) -> tuple[Frames, Any, dict[int, str]]:
+def _without_odd(frames: Frames, run: Callable[[Frames], Any]) -> tuple[Frames, Any, dict[int, str]]:
     """What ``run`` gives for the frames that it takes one by one, and the reasons why not for the others."""
     try:
         return frames, run(frames), {}
@@ -187,7 +188,7 @@ def _without_odd(frames: Frames, run: Callable[[Sequence[Data]], Any]) -> tuple[
             run(frames.select([place]))
             good.append(place)
         except ValueError as error:
-            odd[number] = str(error)
+            odd[number] = str(error).removeprefix(f"frame 0 of {frames.name or 'frames'}: ")  # 0 of one frame
     if not good or not odd:  # all of them, or none by itself: the fault is not in single frames
         raise whole
     chosen = frames.select(good)
@@ -206,12 +207,10 @@ def distinct_names(paths: Sequence[str]) -> dict[str, str]:
             raise ValueError(f"{path} is named twice; name each file once")
     forms = {path: _forms(path, whole[path]) for path in paths}
     names = {path: forms[path][0] for path in paths}
-    step = 0
-    while len(set(map(str.lower, names.values()))) < len(names):
-        step += 1
-        taken = [name.lower() for name in names.values()]
+    for step in range(1, max(map(len, forms.values()))):
+        taken = list(names.values())
         for path, name in names.items():
-            if taken.count(name.lower()) > 1:
+            if taken.count(name) > 1:
                 names[path] = forms[path][min(step, len(forms[path]) - 1)]
     return names
 
@@ -307,10 +306,7 @@ def _system(given: Atoms | None, frame: Data | None) -> Atoms:
     if given is None:
         inputs = ("z", "pos", "cell", "pbc", "charge", "charges", "spin")
         return type(frame).from_dict({key: value for key, value in frame.to_dict().items() if key in inputs}).to_ase()
-    atoms = given.copy()  # without its calculator
-    for key in {key for label in LEVELLED for key in DEFAULT_KEYS[label]}:
-        atoms.info.pop(key, None)
-        atoms.arrays.pop(key, None)
+    atoms = without_labels(given)
     if frame is not None:
         atoms.arrays["positions"] = frame.pos.double().numpy()
         if frame.get("cell") is not None:
