@@ -7,44 +7,36 @@ from pathlib import Path
 
 import torch
 from ase import Atoms
-from ase.io import read, write
+from ase.io import write
 
 from nbody_pyg.data import AtomicData, electronic_state_of
-from nbody_pyg.datasets import embedded
+from nbody_pyg.datasets import embedded, read_frames
+from nbody_pyg.datasets.systems import as_slice, read_systems
 from nbody_pyg.training.durable import written_whole
 
 
-def read_atoms(name: str, index: int | str = ":") -> list[Atoms]:
-    """Structures of a file that ASE reads, or of an embedded set: ``ethanol`` or ``ethanol:test_300K``.
+def read_atoms(name: str, index: int | None = None) -> list[Atoms]:
+    """All structures of a file, or the one of this index: an npz, what ASE reads, or an embedded set.
 
-    Raises: FileNotFoundError: neither a file nor an embedded set; ValueError: no structures that ASE reads, or none of
-        this index.
+    An embedded set is ``ethanol`` or ``ethanol:test_300K``.
+
+    Raises: FileNotFoundError: neither a file nor an embedded set; ValueError: a file that cannot be read, a structure
+        without atoms, or none of this index.
     """
-    if not Path(name).exists():
-        if "." in name or "/" in name:
-            what = "structures" if isinstance(index, str) else "structure"
-            raise FileNotFoundError(f"no {what} at {name}; give a file that ASE reads, or an embedded set as ethanol")
-        frames = [frame.to_ase() for frame in embedded(*name.split(":", 1))]
-        if isinstance(index, str):
-            return frames
-        if not -len(frames) <= index < len(frames):
-            raise ValueError(f"index must lie in 0..{len(frames) - 1} ({name}), got {index}")
-        return [frames[index]]
     if Path(name).is_dir():
         raise IsADirectoryError(f"{name} is a folder; name a file with structures")
-    try:
-        found = read(name, index=index, do_not_split_by_at_sign=True)
-    except MemoryError:
-        raise
-    except (IndexError, StopIteration) as error:
-        raise ValueError(f"index must be that of a frame of {name}, got {index}") from error
-    except Exception as error:  # what the readers of ASE raise is of every kind, OSError without a number too
-        if isinstance(error, OSError) and error.errno is not None:
-            raise
-        raise ValueError(f"cannot read {name}: {type(error).__name__}: {error}") from error
-    found = found if isinstance(found, list) else [found]
-    if not found or not all(len(atoms) for atoms in found):
-        raise ValueError(f"{name} holds no structure, or one without atoms")
+    if Path(name).exists() and not name.endswith(".npz"):
+        found = read_systems(name, ":" if index is None else index)[0]
+    else:
+        if not Path(name).exists() and ("." in name or "/" in name):
+            what = "structures" if index is None else "structure"
+            raise FileNotFoundError(f"no {what} at {name}; give a file that ASE reads, or an embedded set as ethanol")
+        frames = read_frames(name) if Path(name).exists() else embedded(*name.split(":", 1))
+        found = [frame.to_ase() for frame in (frames if index is None else frames[as_slice(index)])]
+        if not found:
+            raise ValueError(f"{name!r} holds no frame of index {index}; choose another index")
+    if not all(len(atoms) for atoms in found):
+        raise ValueError(f"{name} holds a structure without atoms")
     return found
 
 

@@ -11,7 +11,7 @@ from ase import Atoms
 from nbody_pyg.data import AtomicData, complete_states, electronic_state_of
 from nbody_pyg.datasets.arrays import read_npz
 from nbody_pyg.datasets.frames import Frames, check_frame, nearest, shaped_label
-from nbody_pyg.datasets.keys import Stores, choose_keys, is_virial, stores_of, volume_of
+from nbody_pyg.datasets.keys import LEVELLED, Stores, choose_keys, is_virial, stores_of, volume_of
 from nbody_pyg.datasets.systems import as_slice, named_units, read_systems
 from nbody_pyg.units import STRESS_UNITS, Units
 
@@ -132,6 +132,15 @@ def frames_of(
     numbers = [number for number in range(len(systems)) if number not in odd]
     sources = {label: tuple(keys) for label, keys in sources.items()}
     return Frames(frames, name=name, sources=sources, available=available, notes=notes, numbers=numbers), odd
+
+
+def without_labels(atoms: Atoms) -> Atoms:
+    """A copy without its calculator and without what would be read as a label: it holds for these positions only."""
+    atoms = atoms.copy()
+    for key in {key for label in LEVELLED for key in DEFAULT_KEYS[label]}:
+        atoms.info.pop(key, None)
+        atoms.arrays.pop(key, None)
+    return atoms
 
 
 def _implausible(frames: Sequence[AtomicData]) -> str | None:

@@ -20,18 +20,19 @@ _MARKS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF16_LE: "utf-16", codecs.BO
 
 
 def read_systems(
-    path: str | Path, index: str | slice = ":", file_format: str | None = None
+    path: str | Path, index: str | slice | int = ":", file_format: str | None = None
 ) -> tuple[list[Atoms], Mapping[str, Any]]:
     """The systems of a file, and the metadata that an ASE database has; see :func:`named_units`.
 
     Args:
         path: any file that ASE reads. ``@`` is a letter of the name like any other.
-        index: which frames, in ASE's notation (``"::10"``) or as a slice.
+        index: which frames, in ASE's notation (``"::10"``), as a slice, or one of them by its number.
         file_format: ASE's name of the format, when the suffix does not tell.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: ASE cannot read it, or it holds no frame.
+        OSError: the system refuses to read it.
+        ValueError: ASE cannot read it, or it holds no such frame.
     """
     path, chosen = Path(path), as_slice(index)
     if not path.exists():
@@ -46,20 +47,30 @@ def read_systems(
         else:
             source, known = _without_mark(path, file_format)
             systems = list(iread(source, index=chosen, format=known, do_not_split_by_at_sign=True))
-    except Exception as error:  # ASE's parsers raise whatever they meet
-        raise ValueError(
-            f"path {str(path)!r} could not be read by ASE{f' as {file_format}' if file_format else ''} "
-            f"({type(error).__name__}: {error}); check the file, or name its format with file_format"
-        ) from error
+    except MemoryError:
+        raise
+    except Exception as error:  # ASE's parsers raise whatever they meet, OSError without a number too
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        if not isinstance(error, AssertionError) or chosen == slice(None):
+            raise ValueError(
+                f"path {str(path)!r} could not be read by ASE{f' as {file_format}' if file_format else ''} "
+                f"({type(error).__name__}: {error}); check the file, or give its name the ending of its format"
+            ) from error
+        systems = []  # so ASE refuses a second structure of formats that hold one
+    if not systems and chosen == slice(None):
+        raise ValueError(f"path {str(path)!r} holds no frame; give a file with at least one")
     if not systems:
-        raise ValueError(f"path {str(path)!r} holds no frame (index {index!r}); give a file with at least one")
+        raise ValueError(f"path {str(path)!r} holds no frame of index {index}; choose another index")
     return systems, metadata
 
 
-def as_slice(index: str | slice) -> slice:
-    """A slice from ASE's notation. Raises: ValueError: no slice."""
+def as_slice(index: str | slice | int) -> slice:
+    """A slice from ASE's notation, or of one frame. Raises: ValueError: no slice."""
     if isinstance(index, slice):
         return index
+    if isinstance(index, int):
+        return slice(index, index + 1 or None)
     try:
         numbers = [int(part) if part else None for part in index.split(":")]
     except ValueError:

@@ -23,6 +23,8 @@ from ase.md.md import MolecularDynamics
 from ase.md.velocitydistribution import Stationary, ZeroRotation
 from ase.md.verlet import VelocityVerlet
 
+from nbody_pyg.datasets.readers import without_labels
+
 ENSEMBLES = ("nve", "langevin")
 VELOCITIES = ("auto", "given", "drawn")
 
@@ -424,20 +426,22 @@ class _ExtxyzWriter:
     """Appends the atoms to an extxyz file, one frame by one call of the system, whole or not at all."""
 
     def __init__(self, path: Path, atoms: Atoms, append: bool):
-        self.atoms = atoms
+        self.atoms, self.path = atoms, path
         self.handle = os.open(path, os.O_WRONLY | os.O_CREAT | (os.O_APPEND if append else os.O_TRUNC), 0o666)
         if left_out := _not_kept(atoms):
             atoms.info["constraints_left_out"] = " ".join(left_out)
 
     def write(self) -> None:
-        text = io.StringIO()
-        write(text, self.atoms, format="extxyz")
+        text, atoms = io.StringIO(), without_labels(self.atoms)  # those of the first structure
+        atoms.calc = self.atoms.calc
+        write(text, atoms, format="extxyz")
         data, end = text.getvalue().encode(), os.lseek(self.handle, 0, os.SEEK_END)
         try:
             while data:
                 data = data[os.write(self.handle, data) :]
-        except OSError:  # no space left
+        except OSError as error:  # no space left
             os.ftruncate(self.handle, end)
+            error.filename = str(self.path)
             raise
 
     def close(self) -> None:

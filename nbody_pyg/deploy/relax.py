@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch_geometric.data import Batch, Data
 
 from nbody_pyg.data import AtomicData, has_hierarchy
+from nbody_pyg.datasets.readers import without_labels
 from nbody_pyg.deploy.reference import bond_changes, with_reference
 from nbody_pyg.hierarchy import Topology, TopologyCache
 from nbody_pyg.potential import Potential, check_states, model_frames
@@ -266,7 +267,7 @@ def _held(atoms: Atoms, number: int) -> Tensor:
 def as_it_came(frame: Data | Atoms, after: AtomicData) -> AtomicData | Atoms:
     """The structure at its new positions, with all that was said of it and is still true."""
     if isinstance(frame, Atoms):
-        atoms = frame.copy()
+        atoms = without_labels(frame)
         atoms.set_positions(after.pos.detach().cpu().numpy(), apply_constraint=False)
         forces = after.forces.detach().cpu().numpy()
         atoms.calc = SinglePointCalculator(atoms, energy=float(after.energy), forces=forces)

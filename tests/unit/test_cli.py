@@ -20,11 +20,14 @@ from ase import Atoms
 from ase.build import bulk, fcc111
 from ase.calculators.singlepoint import SinglePointCalculator
 from ase.constraints import FixAtoms
+from ase.db import connect
 from ase.io import read, write
 from matplotlib import image
 
 from nbody_pyg import NBodyNet, NestedShells
 from nbody_pyg.cli import main
+from nbody_pyg.cli.evaluate import distinct_names
+from nbody_pyg.cli.frames import read_atoms
 from nbody_pyg.cli.main import build_parser
 from nbody_pyg.cli.outputs import output_file, output_folder
 from nbody_pyg.cli.tables import error_table, table
@@ -347,6 +350,13 @@ def test_a_default_folder_gets_a_number(tmp_path):
     assert output_file(None, str(tmp_path / "b.xyz"), False, []).name == "b-1.xyz"
 
 
+def test_a_place_where_nothing_can_be_written_is_found_before_the_work(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)
+    with pytest.raises(PermissionError) as error:
+        output_file(str(tmp_path / "a.xyz"), None, False, [])
+    assert error.value.filename == str(tmp_path / "a.xyz")
+
+
 def test_a_comparison_without_its_device_is_one_line(capsys, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     assert main(["compare", "--training.device", "cuda"]) == 2
@@ -413,17 +423,17 @@ def test_paths_may_have_a_tilde_or_a_variable(folder, tmp_path, monkeypatch, cap
     Path("~").mkdir()
     Path("~/h.xyz").write_bytes((folder / "h.xyz").read_bytes())
     assert main(["hierarchy", "~/h.xyz", "--index", "3"]) == 1, "a folder that is called so goes first"
-    assert "index must be that of a frame of ~/h.xyz, got 3" in capsys.readouterr().err
+    assert "holds no frame of index 3" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.xyz", b"", "cannot read a.xyz|holds no structure"),
-        ("a.xyz", b"2\n\nH 0 0 0\n", "cannot read a.xyz"),
-        ("a.xyz", b"\x00\xff\xfe\x80", "cannot read a.xyz"),
-        ("a.strange", b"what is this", "cannot read a.strange: UnknownFileTypeError"),
-        ("a.json", b"{", "cannot read a.json"),
+        ("a.xyz", b"", "'a.xyz' holds no frame"),
+        ("a.xyz", b"2\n\nH 0 0 0\n", "'a.xyz' could not be read by ASE"),
+        ("a.xyz", b"\x00\xff\xfe\x80", "'a.xyz' could not be read by ASE"),
+        ("a.strange", b"what is this", "'a.strange' could not be read by ASE .UnknownFileTypeError"),
+        ("a.json", b"{", "'a.json' could not be read by ASE"),
         ("a", None, "a is a folder"),
     ],
 )
@@ -435,6 +445,42 @@ def test_structures_that_cannot_be_read(folder, tmp_path, monkeypatch, capsys, c
     assert main([command, *model, name]) == 1
     error = capsys.readouterr().err
     assert re.search(message, error) and error.count("\n") == 1 and "Traceback" not in error
+
+
+@pytest.mark.parametrize("name", ["a.db", "a.json", "a@1.xyz", "mark.xyz", "a.xyz.gz", "a.traj", "a.npz"])
+@pytest.mark.parametrize(("index", "atoms"), [(None, [9, 9, 9]), (0, [9]), (-1, [9]), (3, []), (-4, [])])
+def test_every_command_reads_the_files_that_training_reads(tmp_path, name, index, atoms):
+    """Also with a byte order mark and with @ in the name."""
+    path, frames = tmp_path / name, [frame.to_ase() for frame in embedded("ethanol")[:3]]
+    if name == "a.npz":
+        pos = np.stack([a.positions for a in frames])
+        np.savez(path, z=frames[0].numbers, R=pos, E=np.zeros(3), F=0 * pos, energy_unit="eV", length_unit="angstrom")
+    else:
+        write(path, frames)
+    if name == "mark.xyz":
+        path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    if not atoms:
+        with pytest.raises(ValueError, match=f"holds no frame of index {index}; choose another"):
+            read_atoms(str(path), index)
+        return
+    found = read_atoms(str(path), index)
+    assert [len(a) for a in found] == atoms
+    assert np.allclose(found[-1].positions, frames[-1 if index is None else index].positions, atol=1e-8)
+
+
+def test_labels_of_other_positions_do_not_stay(folder, tmp_path, monkeypatch):
+    """A database has them in its rows, where they neither stop the writing nor pass for those of what is computed."""
+    monkeypatch.chdir(tmp_path)
+    frame = embedded("ethanol")[0].to_ase()
+    energy, forces, frame.calc = frame.get_potential_energy(), frame.get_forces(), None
+    with connect("a.db") as rows:
+        rows.write(frame, REF_energy=energy, config_type="a", data={"energy": [energy], "forces": forces})
+    assert main(["relax", str(folder / "model.nbody"), "a.db", "--steps", "2"]) in (0, 3)
+    assert main(["md", str(folder / "model.nbody"), "a.db", "--steps", "2", "--every", "1"]) == 0
+    for path in ("relaxed.xyz", "md/trajectory.xyz"):
+        last = read(path)
+        assert "REF_energy" not in last.info and last.info["config_type"] == "a"
+        assert abs(last.get_potential_energy() - energy) > 1e-4 and np.abs(last.get_forces() - forces).max() > 1e-4
 
 
 def test_an_error_is_one_printable_line(capsys, tmp_path, monkeypatch):
@@ -607,6 +653,27 @@ def test_evaluate_files_and_models_of_the_same_name(folder, tmp_path, capsys):
     assert "300K/test" in capsys.readouterr().out
     assert main(["evaluate", str(models[0]), paths[0], paths[0], "--out", str(tmp_path / "twice")]) == 1
     assert "is named twice" in capsys.readouterr().err
+
+
+def test_evaluate_names_an_odd_charge_by_the_number_of_its_frame(folder, tmp_path, capsys):
+    frames = [frame.to_ase() for frame in embedded("ethanol")[:4]]
+    frames[2].info["charge"] = 1
+    write(tmp_path / "a.xyz", frames)
+    words = [
+        "evaluate",
+        str(folder / "model.nbody"),
+        str(tmp_path / "a.xyz"),
+        "--no-plot",
+        "--out",
+        str(tmp_path / "e"),
+    ]
+    assert main(words) == 3
+    assert "left out: frame 2 of a.xyz: charge is 1" in capsys.readouterr().err
+
+
+def test_names_of_files_that_differ_in_case_only():
+    paths = ["x/a.xyz", "x/A.xyz", "y/a.xyz", "y/A.xyz", "a.xyz", "a"]
+    assert len(set(distinct_names(paths).values())) == 6
 
 
 def test_evaluate_writes_over_none_of_its_inputs(folder, tmp_path, capsys):
