@@ -87,6 +87,8 @@ def _show(outcome: Outcome, out: Path) -> int:
     for group in groups(outcome.finals):
         head, rows = comparison_rows(group)
         lines = verdicts(group)
+        if not group.tests and any(record["status"] != "failed" for row in group.rows for record in row.records):
+            lines.append("no test frames, and so no errors: name some with data.test, or set data.num_train")
         print(f"\n{group.title}\n{aligned(head, rows)}\n")
         print(*(f"  {line}" for line in lines), sep="\n")
         page += [f"### {group.title}", markdown(head, rows), *(f"- {line}" for line in lines)]

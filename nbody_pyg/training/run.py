@@ -253,7 +253,7 @@ def fit_in(
         group: list[Callback] = [WeightEMA(settings.ema_decay)] if settings.ema_decay else []
         progress = [RunProgress(log, settings.log_every)] if show_progress else []
         group += [log, *progress, *callbacks, stop, checkpoints]
-        with _quiet(), steady_process():
+        with _quiet(), steady_process(), _interrupts():
             trainer = make_trainer(settings, [CallbackGroup(group)], epoch, bool(len(val)), run.path)
             with _together(trainer, is_first_process(settings)):
                 trainer.fit(task, stream, evaluation, ckpt_path=resume, weights_only=True if resume else None)
@@ -370,6 +370,25 @@ def _together(trainer: Trainer, first: bool) -> Iterator[None]:
     finally:
         if trainer.world_size > 1 and dist.is_initialized():
             dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def _interrupts() -> Iterator[None]:
+    """A Ctrl-C that GracefulStop does not take stays a KeyboardInterrupt.
+
+    Lightning would end the interpreter with status 1, without a word, and ignore every later Ctrl-C.
+    """
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    except SystemExit as end:
+        if isinstance(end.__context__, KeyboardInterrupt):
+            raise KeyboardInterrupt from end
+        raise
+    finally:
+        if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+            with contextlib.suppress(ValueError):  # outside the main thread
+                signal.signal(signal.SIGINT, signal.SIG_DFL if before is None else before)
 
 
 @contextlib.contextmanager

@@ -350,6 +350,13 @@ def test_a_default_folder_gets_a_number(tmp_path):
     assert output_file(None, str(tmp_path / "b.xyz"), False, []).name == "b-1.xyz"
 
 
+def test_a_place_where_nothing_can_be_written_is_found_before_the_work(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)
+    with pytest.raises(PermissionError) as error:
+        output_file(str(tmp_path / "a.xyz"), None, False, [])
+    assert error.value.filename == str(tmp_path / "a.xyz")
+
+
 def test_a_comparison_without_its_device_is_one_line(capsys, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     assert main(["compare", "--training.device", "cuda"]) == 2
@@ -646,6 +653,22 @@ def test_evaluate_files_and_models_of_the_same_name(folder, tmp_path, capsys):
     assert "300K/test" in capsys.readouterr().out
     assert main(["evaluate", str(models[0]), paths[0], paths[0], "--out", str(tmp_path / "twice")]) == 1
     assert "is named twice" in capsys.readouterr().err
+
+
+def test_evaluate_names_an_odd_charge_by_the_number_of_its_frame(folder, tmp_path, capsys):
+    frames = [frame.to_ase() for frame in embedded("ethanol")[:4]]
+    frames[2].info["charge"] = 1
+    write(tmp_path / "a.xyz", frames)
+    words = [
+        "evaluate",
+        str(folder / "model.nbody"),
+        str(tmp_path / "a.xyz"),
+        "--no-plot",
+        "--out",
+        str(tmp_path / "e"),
+    ]
+    assert main(words) == 3
+    assert "left out: frame 2 of a.xyz: charge is 1" in capsys.readouterr().err
 
 
 def test_names_of_files_that_differ_in_case_only():

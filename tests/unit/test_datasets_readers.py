@@ -162,7 +162,7 @@ def test_missing_and_empty_files(tmp_path):
         read_frames(garbage)
     unknown = tmp_path / "file.unknownsuffix"
     unknown.write_text("x\n")
-    with pytest.raises(ValueError, match="name its format with file_format"):
+    with pytest.raises(ValueError, match="give its name the ending of its format"):
         read_frames(unknown)
 
 

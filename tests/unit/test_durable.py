@@ -132,3 +132,11 @@ def test_links_are_followed_and_devices_written_to(tmp_path):
             other.write_bytes(b"2")
         temporary.write_bytes(b"1")
     assert (tmp_path / "plot.png").read_bytes() == b"1" and len(list(tmp_path.iterdir())) == 3
+
+
+def test_an_error_of_the_system_names_the_file(tmp_path):
+    """Not the temporary one, and also where the system names none, as for a full disk."""
+    for name in (None, "temporary"):
+        with pytest.raises(OSError, match="No space left") as error, written_whole(tmp_path / "a.txt") as temporary:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), name and str(temporary))
+        assert error.value.filename == str(tmp_path / "a.txt") and not list(tmp_path.iterdir())

@@ -231,6 +231,20 @@ def test_sigterm_finishes_the_step_and_saves(tmp_path, extra):
     assert signal.getsignal(signal.SIGTERM) == before
 
 
+def test_an_early_ctrl_c_stays_one(tmp_path, extra):
+    """Before our handler is there Lightning takes it, and would end the interpreter."""
+
+    class Early(Callback):
+        def setup(self, trainer, task, stage):
+            raise KeyboardInterrupt
+
+    extra.append(Early())
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        fit(potential(), frames(), settings=TrainingConfig(max_steps=5), folder=tmp_path, show_progress=False)
+    assert signal.getsignal(signal.SIGINT) is before
+
+
 def test_budget_of_cpu_time_ends_the_run_and_drives_the_schedule(tmp_path):
     settings = TrainingConfig(budget_seconds=0.5, **COMMON | {"validate_every": 10})
     result = fit(potential(), frames(), frames(4, seed=1), settings, tmp_path)
