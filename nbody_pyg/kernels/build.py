@@ -264,7 +264,8 @@ def _kept(folder: Path, key: str) -> bytes | None:
     """Content of the library with this key, if there is one that is what its name says."""
     for path in folder.glob(f"{key}-*.so"):
         with contextlib.suppress(OSError):
-            if trusted(path) is None and path == _path(folder, key, code := path.read_bytes()):
+            # No pipe, which would be read for ever
+            if path.is_file() and trusted(path) is None and path == _path(folder, key, code := path.read_bytes()):
                 return code
             path.unlink()
     return None

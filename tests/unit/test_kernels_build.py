@@ -104,6 +104,15 @@ def test_a_damaged_library_is_built_anew(cache, compilations, damage):
     assert answer() == 42 and compilations and file.read_bytes() == code
 
 
+def test_a_pipe_in_place_of_a_library_is_not_waited_for(cache, compilations):
+    assert answer() == 42
+    file = kept(cache)
+    file.unlink()
+    os.mkfifo(file)
+    compilations.clear()
+    assert answer() == 42 and compilations and file.is_file()
+
+
 def fuzzed(cache: Path, flips: int, truncations: int) -> dict[str, int]:
     """Damage a kept library in many ways; what a new process would get each time, by kind."""
     answer()
