@@ -5,8 +5,6 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
-from ase.data import chemical_symbols
-
 
 def nearest(word: object, known: Iterable[str], prefix: str = "") -> str:
     """A hint that names the known word nearest to ``word``, or lists all of them; ``prefix`` stands before the word."""
@@ -27,6 +25,8 @@ def check_choice(name: str, value: str, choices: Iterable[str]) -> str:
 
 def symbols(numbers: Iterable[int]) -> str:
     """Elements by their symbols: "H, C, O"; numbers that belong to no element as they are."""
+    from ase.data import chemical_symbols  # with numpy, which a command that shows its help does without
+
     return ", ".join(chemical_symbols[n] if 0 < n < len(chemical_symbols) else f"element {n}" for n in numbers)
 
 
