@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
@@ -191,7 +192,9 @@ class NBodyNet(Resettable):
         self.assumed: dict[str, float] = {}
         check_choice("sweeps", self.options["sweeps"], SWEEPS)
         self._check_options()
-        self.channels, self.lmax, self.body_order = channels, lmax, body_order
+        self.channels, self.lmax = _whole("channels", channels), _whole("lmax", lmax)
+        self.body_order = _whole("body_order", body_order)
+        self.options["num_basis"] = _whole("num_basis", self.options["num_basis"])
         self.irreps = hidden_irreps(channels, lmax, self.options["symmetry"])
         self.irreps_out = o3.Irreps(irreps_out)
         if self.irreps_out.dim == 0:
@@ -208,6 +211,8 @@ class NBodyNet(Resettable):
         layers, degrees = self.options["num_layers"], self.options["degrees"] or {}
         if isinstance(layers, bool) or not isinstance(layers, int) or layers < 1:
             raise ValueError(f"num_layers must be a whole number, 1 or more, got {layers!r}; try 2")
+        if not isinstance(degrees, Mapping):
+            raise ValueError(f"degrees must be a mapping such as {{'pair_0': 12.0}}, got {degrees!r}")
         if layers != self.DEFAULTS["num_layers"] and self.scheme.levels[0].pair_radius is None:
             raise ValueError(
                 f"num_layers counts visits of the atoms along their pairs, of which {self.scheme!r} has none, so that "
@@ -605,6 +610,13 @@ def edge_degrees(scheme: Scheme, frames: Iterable[Data]) -> dict[str, float]:
                     edges[name] = edges.get(name, 0) + index.shape[1]
                     targets[name] = targets.get(name, 0) + topology.size(k)
     return {name: max(edges[name] / targets[name], 1.0) for name in edges}
+
+
+def _whole(name: str, value: Any) -> int:
+    """An argument that counts something. Raises: ValueError: it is no whole number."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise ValueError(f"{name} must be a whole number, got {value!r}")
+    return int(value)
 
 
 def _check_species(species: Sequence[int]) -> tuple[int, ...]:

@@ -30,7 +30,7 @@ def relax(args: argparse.Namespace) -> int:
     with interruptible() as interrupt:
         found = relax_frames(
             potential, frames, fmax=args.fmax, max_steps=args.steps, batch_size=args.batch_size,
-            reference=args.model,             stop=lambda: interrupt.number is not None,
+            reference=args.model, stop=lambda: interrupt.number is not None,
         )  # fmt: skip
     relaxed = [as_it_came(atoms, frame) for atoms, frame in zip(structures, found.frames, strict=False)]
     rows = []

@@ -364,7 +364,7 @@ def check_inputs(inputs: Sequence[str]) -> tuple[str, ...]:
 
     Raises: ValueError: none, an unknown one, or one twice.
     """
-    given = [inputs] if isinstance(inputs, str) else list(inputs)
+    given = [inputs] if isinstance(inputs, str) or not isinstance(inputs, Collection) else list(inputs)
     if not given or len(set(given)) < len(given) or not set(given) <= set(DEFAULT_STATE):
         raise ValueError(f"inputs must be some of {', '.join(DEFAULT_STATE)}, each once, got {inputs!r}; or None")
     return tuple(name for name in DEFAULT_STATE if name in given)

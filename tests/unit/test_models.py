@@ -199,6 +199,11 @@ def test_species_are_sorted_and_unknown_ones_named(molecules):
         ({"lmax": -1}, "lmax must be at least 0, got -1; try 2"),
         ({"body_order": 0}, "body_order must be at least 1, got 0; 2 or 3 is usual"),
         ({"num_basis": 0}, "num_basis must be at least 1, got 0; try 8"),
+        ({"num_basis": 2.5}, "num_basis must be a whole number, got 2.5"),
+        ({"channels": "8"}, "channels must be a whole number, got '8'"),
+        ({"lmax": True}, "lmax must be a whole number, got True"),
+        ({"degrees": [1.0]}, r"degrees must be a mapping such as .*, got \[1.0\]"),
+        ({"inputs": 3}, "inputs must be some of charge, spin, each once, got 3"),
     ],
 )
 def test_errors(arguments, message):
