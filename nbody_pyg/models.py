@@ -9,7 +9,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from ase.data import chemical_symbols
 from e3nn import o3
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Integer
 from torch import Tensor, nn
 from torch_geometric.data import Data
 from torch_geometric.data.data import BaseData
@@ -346,7 +346,7 @@ class NBodyNet(Resettable):
     # ------------------------------------------------------------------ evaluation
     def forward(
         self,
-        z: Int[Tensor, " atoms"] | Data,
+        z: Integer[Tensor, " atoms"] | Data,
         pos: Float[Tensor, "atoms 3"] | None = None,
         batch: Int[Tensor, " atoms"] | None = None,
         *,
@@ -538,7 +538,7 @@ class NBodyNet(Resettable):
             features[key] = self.embeddings[step.edges](index, vec, window, hierarchy[step.level].num_parts)
         return features[key]
 
-    def check_species(self, z: Int[Tensor, " atoms"]) -> None:
+    def check_species(self, z: Integer[Tensor, " atoms"]) -> None:
         """Raise ValueError where an element is not one of this network's."""
         self._species_index(z)
 

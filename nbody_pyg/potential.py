@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from ase.data import atomic_numbers, chemical_symbols
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Integer
 from torch import Tensor, nn
 from torch_geometric.data import Data
 from torch_geometric.data.data import BaseData
@@ -92,11 +92,11 @@ class AtomicReference(Float64Buffers):
         """Atomic number to energy (eV), in full precision."""
         return dict(zip(self.numbers.tolist(), self.values.tolist(), strict=True))
 
-    def forward(self, z: Int[Tensor, " atoms"], batch: Tensor, num_graphs: int) -> Float[Tensor, " graphs"]:
+    def forward(self, z: Integer[Tensor, " atoms"], batch: Tensor, num_graphs: int) -> Float[Tensor, " graphs"]:
         """Sum of the reference energies of each graph, float64."""
         return self.energy(z, batch, num_graphs)
 
-    def energy(self, z: Int[Tensor, " atoms"], batch: Tensor, num_graphs: int) -> Float[Tensor, " graphs"]:
+    def energy(self, z: Integer[Tensor, " atoms"], batch: Tensor, num_graphs: int) -> Float[Tensor, " graphs"]:
         """Sum of the reference energies of each graph, float64."""
         slot = torch.searchsorted(self.numbers, z).clamp(max=len(self.numbers) - 1)
         unknown = self.numbers[slot] != z
@@ -250,7 +250,7 @@ class Potential(Float64Buffers):
     @in_own_precision
     def forward(
         self,
-        z: Int[Tensor, " atoms"] | Data,
+        z: Integer[Tensor, " atoms"] | Data,
         pos: Float[Tensor, "atoms 3"] | None = None,
         batch: Int[Tensor, " atoms"] | None = None,
         *,
@@ -321,7 +321,7 @@ class Potential(Float64Buffers):
     @torch.no_grad()
     def energies(
         self,
-        z: Int[Tensor, " atoms"] | Data,
+        z: Integer[Tensor, " atoms"] | Data,
         pos: Float[Tensor, "atoms 3"] | None = None,
         batch: Int[Tensor, " atoms"] | None = None,
         *,
@@ -587,9 +587,9 @@ def electronic_state(
     batch: Tensor,
     num_graphs: int,
     like: Tensor,
-    charge: Tensor | None,
+    charge: Tensor | float | None,
     charges: Tensor | None,
-    spin: Tensor | None,
+    spin: Tensor | int | None,
 ) -> dict[str, Tensor | None]:
     """Checked charge, charges and spin: what the model uses of them, None for the rest.
 

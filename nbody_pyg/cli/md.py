@@ -33,7 +33,7 @@ def md(args: argparse.Namespace) -> int:
     if args.friction is not None and args.ensemble != "langevin":
         raise ValueError("--friction belongs to --ensemble langevin; leave it out, or choose that")
     folder, atoms = _begin(args)
-    electronic_state_of(atoms, args.start)  # a contradiction is found before the model is read
+    electronic_state_of(atoms, args.start or "the first structure")  # a contradiction is found before the model is read
     options = {"device": args.device, "dtype": args.dtype, "compile": args.compile, "cuda_graphs": args.cuda_graphs}
     atoms.calc = Committee(members, **options) if len(members) > 1 else NBodyCalculator(args.model, **options)
     folder.mkdir(parents=True, exist_ok=True)

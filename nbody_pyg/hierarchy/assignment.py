@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Integer
 from torch import Tensor
 from torch_geometric.data import Data
 from torch_geometric.data.datapipes import functional_transform
@@ -137,7 +137,7 @@ class FromAssignment(Scheme):
 
     def topology(
         self,
-        z: Int[Tensor, " atoms"],
+        z: Integer[Tensor, " atoms"],
         pos: Float[Tensor, "atoms 3"],
         batch: Int[Tensor, " atoms"] | None = None,
         cell: Float[Tensor, "graphs 3 3"] | None = None,
@@ -157,7 +157,7 @@ class FromAssignment(Scheme):
     def update(
         self,
         topology: Topology,
-        z: Int[Tensor, " atoms"],
+        z: Integer[Tensor, " atoms"],
         pos: Float[Tensor, "atoms 3"],
         batch: Int[Tensor, " atoms"] | None = None,
         cell: Float[Tensor, "graphs 3 3"] | None = None,
@@ -167,7 +167,7 @@ class FromAssignment(Scheme):
         return self._placed(topology, AtomsInput.check(z, pos, batch, cell, pbc))
 
     def positions(
-        self, topology: Topology, z: Int[Tensor, " atoms"], pos: Float[Tensor, "atoms 3"], cell: Tensor | None
+        self, topology: Topology, z: Integer[Tensor, " atoms"], pos: Float[Tensor, "atoms 3"], cell: Tensor | None
     ) -> list[Float[Tensor, "_ 3"]]:
         if self.parts is None:
             return super().positions(topology, z, pos, cell)

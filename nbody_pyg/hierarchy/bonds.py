@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Integer
 from torch import Tensor
 from torch_geometric.data import Data
 from torch_geometric.data.datapipes import functional_transform
@@ -87,7 +88,7 @@ class BondTree(Scheme):
             LevelSpec("root", 16.0),
         )
 
-    def inputs(self, data: Data) -> dict[str, Tensor]:
+    def inputs(self, data: Data) -> dict[str, Any]:
         bonds = data.get(self.bonds_key)
         if bonds is not None and self.bonds_key == "bonds":
             # Bonds that a scheme has found and stored belong to the positions of then
@@ -100,7 +101,7 @@ class BondTree(Scheme):
 
     def topology(
         self,
-        z: Int[Tensor, " atoms"],
+        z: Integer[Tensor, " atoms"],
         pos: Float[Tensor, "atoms 3"],
         batch: Int[Tensor, " atoms"] | None = None,
         cell: Float[Tensor, "graphs 3 3"] | None = None,
@@ -137,7 +138,7 @@ class BondTree(Scheme):
     def update(
         self,
         topology: Topology,
-        z: Int[Tensor, " atoms"],
+        z: Integer[Tensor, " atoms"],
         pos: Float[Tensor, "atoms 3"],
         batch: Int[Tensor, " atoms"] | None = None,
         cell: Float[Tensor, "graphs 3 3"] | None = None,
@@ -153,7 +154,7 @@ class BondTree(Scheme):
     def holds(
         self,
         topology: Topology,
-        z: Int[Tensor, " atoms"],
+        z: Integer[Tensor, " atoms"],
         pos: Float[Tensor, "atoms 3"],
         batch: Int[Tensor, " atoms"] | None = None,
         cell: Float[Tensor, "graphs 3 3"] | None = None,
@@ -165,7 +166,7 @@ class BondTree(Scheme):
     def bond_changes(
         self,
         topology: Topology,
-        z: Int[Tensor, " atoms"],
+        z: Integer[Tensor, " atoms"],
         pos: Float[Tensor, "atoms 3"],
         batch: Int[Tensor, " atoms"] | None = None,
         cell: Float[Tensor, "graphs 3 3"] | None = None,

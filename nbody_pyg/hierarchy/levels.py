@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Integer
 from torch import Tensor
 
 from nbody_pyg.hierarchy.topology import Topology
@@ -68,7 +68,7 @@ class Hierarchy:
     """
 
     levels: tuple[Level, ...]
-    z: Int[Tensor, " atoms"]
+    z: Integer[Tensor, " atoms"]
     num_graphs: int
 
     @property

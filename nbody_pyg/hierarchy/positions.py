@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Integer
 from torch import Tensor
 
 from nbody_pyg.hierarchy.topology import Topology
@@ -21,7 +21,7 @@ def _mass_table(device: torch.device) -> Tensor:
     return torch.from_numpy(masses).to(device)
 
 
-def atomic_masses(z: Int[Tensor, " atoms"], dtype: torch.dtype = torch.float64) -> Float[Tensor, " atoms"]:
+def atomic_masses(z: Integer[Tensor, " atoms"], dtype: torch.dtype = torch.float64) -> Float[Tensor, " atoms"]:
     """Standard atomic masses in amu (from `ase.data`), looked up in float64 and then cast."""
     return _mass_table(z.device).index_select(0, z).to(dtype)
 
@@ -52,7 +52,7 @@ def child_vectors(
 
 
 def tree_positions(
-    topology: Topology, z: Int[Tensor, " atoms"], pos: Float[Tensor, "atoms 3"], cell: Tensor | None
+    topology: Topology, z: Integer[Tensor, " atoms"], pos: Float[Tensor, "atoms 3"], cell: Tensor | None
 ) -> list[Float[Tensor, "_ 3"]]:
     r"""Mass-weighted means, level by level. Exact where every node has one parent.
 
@@ -72,7 +72,7 @@ def tree_positions(
 
 
 def member_positions(
-    topology: Topology, z: Int[Tensor, " atoms"], pos: Float[Tensor, "atoms 3"], cell: Tensor | None
+    topology: Topology, z: Integer[Tensor, " atoms"], pos: Float[Tensor, "atoms 3"], cell: Tensor | None
 ) -> list[Float[Tensor, "_ 3"]]:
     r"""Mass-weighted means over the unique atoms of each part: right for every DAG, also where parts overlap.
 

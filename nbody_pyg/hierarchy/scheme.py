@@ -10,7 +10,7 @@ from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Integer
 from torch import Tensor
 from torch_geometric.data import Batch, Data
 from torch_geometric.transforms import BaseTransform
@@ -51,7 +51,7 @@ class LevelSpec:
 class AtomsInput:
     """Checked input of a scheme: one graph or a batch; ``pbc`` is None when nothing is periodic."""
 
-    z: Int[Tensor, " atoms"]
+    z: Integer[Tensor, " atoms"]
     pos: Float[Tensor, "atoms 3"]
     batch: Int[Tensor, " atoms"]
     num_graphs: int
@@ -118,7 +118,7 @@ class Scheme(BaseTransform):
 
     def topology(
         self,
-        z: Int[Tensor, " atoms"],
+        z: Integer[Tensor, " atoms"],
         pos: Float[Tensor, "atoms 3"],
         batch: Int[Tensor, " atoms"] | None = None,
         cell: Float[Tensor, "graphs 3 3"] | None = None,
@@ -129,7 +129,7 @@ class Scheme(BaseTransform):
 
     def compose(
         self,
-        z: Int[Tensor, " atoms"],
+        z: Integer[Tensor, " atoms"],
         pos: Float[Tensor, "atoms 3"],
         batch: Int[Tensor, " atoms"] | None = None,
         cell: Float[Tensor, "graphs 3 3"] | None = None,
@@ -178,7 +178,7 @@ class Scheme(BaseTransform):
     def update(
         self,
         topology: Topology,
-        z: Int[Tensor, " atoms"],
+        z: Integer[Tensor, " atoms"],
         pos: Float[Tensor, "atoms 3"],
         batch: Int[Tensor, " atoms"] | None = None,
         cell: Float[Tensor, "graphs 3 3"] | None = None,
@@ -195,7 +195,7 @@ class Scheme(BaseTransform):
     def holds(
         self,
         topology: Topology,
-        z: Int[Tensor, " atoms"],
+        z: Integer[Tensor, " atoms"],
         pos: Float[Tensor, "atoms 3"],
         batch: Int[Tensor, " atoms"] | None = None,
         cell: Float[Tensor, "graphs 3 3"] | None = None,
@@ -220,7 +220,7 @@ class Scheme(BaseTransform):
         return None
 
     def positions(
-        self, topology: Topology, z: Int[Tensor, " atoms"], pos: Float[Tensor, "atoms 3"], cell: Tensor | None
+        self, topology: Topology, z: Integer[Tensor, " atoms"], pos: Float[Tensor, "atoms 3"], cell: Tensor | None
     ) -> list[Float[Tensor, "_ 3"]]:
         """Positions of every level, with gradients; ``pos`` is float64. By default mass-weighted means of a tree."""
         return tree_positions(topology, z, pos, cell)
@@ -232,7 +232,7 @@ class Scheme(BaseTransform):
     def hierarchy(
         self,
         topology: Topology,
-        z: Int[Tensor, " atoms"],
+        z: Integer[Tensor, " atoms"],
         pos: Float[Tensor, "atoms 3"],
         cell: Float[Tensor, "graphs 3 3"] | None = None,
         dtype: torch.dtype | None = None,

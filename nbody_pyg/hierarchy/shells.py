@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Integer
 from torch import Tensor
 from torch_geometric.data import Data
 from torch_geometric.data.datapipes import functional_transform
@@ -66,7 +66,7 @@ class NestedShells(Scheme):
 
     def topology(
         self,
-        z: Int[Tensor, " atoms"],
+        z: Integer[Tensor, " atoms"],
         pos: Float[Tensor, "atoms 3"],
         batch: Int[Tensor, " atoms"] | None = None,
         cell: Float[Tensor, "graphs 3 3"] | None = None,
@@ -110,7 +110,7 @@ class NestedShells(Scheme):
         return replace(topology, child_index=tuple(child), child_shift=tuple(shift))
 
     def positions(
-        self, topology: Topology, z: Int[Tensor, " atoms"], pos: Float[Tensor, "atoms 3"], cell: Tensor | None
+        self, topology: Topology, z: Integer[Tensor, " atoms"], pos: Float[Tensor, "atoms 3"], cell: Tensor | None
     ) -> list[Float[Tensor, "_ 3"]]:
         mass, batch = atomic_masses(z, pos.dtype), topology.batch(0)
         total = pos.new_zeros(topology.num_graphs, 3).index_add(0, batch, mass.unsqueeze(-1) * pos)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Integer
 from torch import Tensor
 
 from nbody_pyg.geometry import complete_cell
@@ -86,7 +86,7 @@ class TopologyCache:
 
     def __call__(
         self,
-        z: Int[Tensor, " atoms"],
+        z: Integer[Tensor, " atoms"],
         pos: Float[Tensor, "atoms 3"],
         batch: Int[Tensor, " atoms"] | None = None,
         cell: Float[Tensor, "graphs 3 3"] | None = None,
@@ -133,7 +133,7 @@ class TopologyCache:
 
 
 def narrow(
-    wide: Topology, scheme: Scheme, z: Int[Tensor, " atoms"], pos: Float[Tensor, "atoms 3"], cell: Tensor | None
+    wide: Topology, scheme: Scheme, z: Integer[Tensor, " atoms"], pos: Float[Tensor, "atoms 3"], cell: Tensor | None
 ) -> Topology:
     """``wide``, made by a widened copy of ``scheme``, without the edges beyond the radii of ``scheme``."""
     with torch.no_grad():

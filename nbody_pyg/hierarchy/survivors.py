@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Integer
 from torch import Tensor
 from torch_geometric.data.datapipes import functional_transform
 
@@ -136,7 +136,7 @@ class SmoothSurvivors(Scheme):
     # ------------------------------------------------------------------ integers
     def topology(
         self,
-        z: Int[Tensor, " atoms"],
+        z: Integer[Tensor, " atoms"],
         pos: Float[Tensor, "atoms 3"],
         batch: Int[Tensor, " atoms"] | None = None,
         cell: Float[Tensor, "graphs 3 3"] | None = None,
@@ -210,7 +210,7 @@ class SmoothSurvivors(Scheme):
     def hierarchy(
         self,
         topology: Topology,
-        z: Int[Tensor, " atoms"],
+        z: Integer[Tensor, " atoms"],
         pos: Float[Tensor, "atoms 3"],
         cell: Float[Tensor, "graphs 3 3"] | None = None,
         dtype: torch.dtype | None = None,
@@ -298,7 +298,7 @@ class SmoothSurvivors(Scheme):
     # ------------------------------------------------------------------ steps shared by both
     def priority(
         self,
-        z: Int[Tensor, " atoms"],
+        z: Integer[Tensor, " atoms"],
         batch: Int[Tensor, " atoms"],
         index: Int[Tensor, "2 pairs"],
         vec: Float[Tensor, "pairs 3"],

@@ -149,8 +149,8 @@ class OneBodyGate(ConstantTables):
 
     def __init__(
         self,
-        irreps_in: o3.Irreps,
-        irreps_out: o3.Irreps,
+        irreps_in: o3.Irreps | str,
+        irreps_out: o3.Irreps | str,
         order: int,
         num_basis: int,
         degree: float = 1.0,
@@ -291,8 +291,8 @@ class PairGate(Resettable):
 
     def __init__(
         self,
-        irreps_in: o3.Irreps,
-        irreps_out: o3.Irreps,
+        irreps_in: o3.Irreps | str,
+        irreps_out: o3.Irreps | str,
         order: int,
         num_basis: int,
         degree: float = 1.0,

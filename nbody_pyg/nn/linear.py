@@ -80,7 +80,7 @@ class RowLinear(Resettable):
     ``partial``, fragments of ``irreps_out`` that ``irreps_in`` lacks are zero.
     """
 
-    def __init__(self, irreps_in: o3.Irreps, irreps_out: o3.Irreps, partial: bool = False) -> None:
+    def __init__(self, irreps_in: o3.Irreps | str, irreps_out: o3.Irreps | str, partial: bool = False) -> None:
         super().__init__()
         self.irreps_in, self.irreps_out = o3.Irreps(irreps_in), o3.Irreps(irreps_out)
         if not partial:

@@ -60,7 +60,7 @@ class Subject:
             keywords["topology"] = scheme.update(tree, z, pos, batch, *lattice)
         return (z, pos, batch), keywords
 
-    def _prepare(self, arguments: tuple, keywords: dict[str, Tensor]) -> None:
+    def _prepare(self, arguments: tuple, keywords: dict[str, Any]) -> None:
         if self.potential is not None or self.gives_forces:
             return
         with torch.no_grad():

@@ -335,7 +335,7 @@ def _neutral(frames: Sequence[Data], e0: typing.Any, terms: StateTerms | None) -
     return out
 
 
-def _for_reference(data: DataSets, e0: dict[str, float] | str) -> Sequence[Data]:
+def _for_reference(data: DataSets, e0: typing.Any) -> Sequence[Data]:
     """The frames that E0 is taken from: single atoms count wherever the split has put them."""
     if e0 != "isolated":
         return data.train
