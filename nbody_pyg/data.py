@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import math
 import re
-from collections.abc import Sequence
+import weakref
+from collections.abc import Collection, Sequence
+from contextvars import ContextVar
 from typing import Any
 
 import numpy as np
@@ -80,6 +82,26 @@ def count_graphs(data: Data) -> int | None:
     return 1 if data.get("batch") is None else None
 
 
+# Keys that change what a model computes: one that is lost in a batch gives wrong numbers, where a lost label is missed.
+_INPUT_KEYS = ("charge", "charges", "spin", "cell", "pbc")
+
+
+def refuse_unstated(data: Data, inputs: Collection[str]) -> None:
+    """Raise where a batch does not hold a key that a model depends on; of a single graph it is taken to be the default.
+
+    PyG takes the keys of the first graph, so that those of the others may be lost.
+
+    Raises: ValueError: naming the key and the cure.
+    """
+    if isinstance(data, Batch) and data.num_graphs > 1:
+        for key in inputs:
+            if data.get(key) is None and (key != "charge" or data.get("charges") is None):
+                raise ValueError(
+                    f"a batch of {data.num_graphs} graphs must hold {key!r}, on which the model depends; set it on "
+                    "every graph before they are put together (nbody_pyg.data.complete_states does so)"
+                )
+
+
 class MissingKey(ValueError, KeyError):
     """A key that other data of a batch have and these do not; a KeyError, as for any other key."""
 
@@ -98,12 +120,16 @@ class _Storage(GlobalStorage):
                     f"data has no {key!r}: no scheme was applied to it, or another one than to the rest of its batch; "
                     "apply one scheme to all data of a batch, or to none"
                 ) from None
-            if key in ("charge", "charges", "spin", "cell", "pbc"):
+            if key in _INPUT_KEYS:
                 raise MissingKey(
                     f"data has no {key!r}; where others of a batch have one all must have it, for PyG takes the keys "
                     "of the first (nbody_pyg.data.complete_states adds charge, charges and spin)"
                 ) from None
             raise
+
+
+# What a collate that is under way has read: the batch that it fills, and the data so far.
+_collate: ContextVar[tuple[weakref.ref[Data], list[AtomicData]] | None] = ContextVar("nbody_collate", default=None)
 
 
 class AtomicData(Data):
@@ -153,6 +179,23 @@ class AtomicData(Data):
         self.__dict__["_store"] = _Storage(_parent=self)
         for key, value in keys.items():
             setattr(self, key, value)
+
+    def stores_as(self, data: Data) -> AtomicData:
+        """PyG's collate calls this on the batch that it fills, then reads ``stores`` of the data, then of the batch."""
+        _collate.set((weakref.ref(self), []))
+        return super().stores_as(data)
+
+    @property
+    def stores(self) -> list[Any]:
+        if (under_way := _collate.get()) is not None:
+            batch, read = under_way
+            if batch() is not self:
+                read.append(self)
+            if batch() is self or batch() is None:
+                _collate.set(None)
+            if batch() is self:
+                _refuse_lost(read)
+        return super().stores
 
     def __inc__(self, key: str, value: Any, *args: Any, **kwargs: Any) -> Any:
         ours = self._is_index(key, value)
@@ -234,13 +277,17 @@ class AtomicData(Data):
                 )
 
     @classmethod
-    def from_ase(cls, atoms: Any, labels: bool = True) -> AtomicData:
+    def from_ase(
+        cls, atoms: Any, labels: bool = True, *, where: str = "atoms", sources: dict[str, str] | None = None
+    ) -> AtomicData:
         """Build from `ase.Atoms`, in float64.
 
         Args:
             atoms: the system. Its cell is kept only if at least one direction is periodic.
             labels: also take energy, forces, stress and dipole that its calculator has already computed
                 (nothing is computed here).
+            where: how messages call the system.
+            sources: takes the key in which charge, charges and spin were found.
 
         Charges and spin come from where :func:`electronic_state_of` finds them.
         """
@@ -251,7 +298,7 @@ class AtomicData(Data):
         if atoms.pbc.any():
             out.cell = torch.as_tensor(atoms.cell.array.copy(), dtype=torch.float64).reshape(1, 3, 3)
             out.pbc = torch.as_tensor(atoms.pbc.copy(), dtype=torch.bool).reshape(1, 3)
-        for key, value in electronic_state_of(atoms).items():
+        for key, value in electronic_state_of(atoms, where, sources).items():
             out[key] = value
         results = dict(getattr(atoms.calc, "results", {})) if labels else {}
         for key in ("energy", "forces", "stress", "dipole", "energies"):
@@ -432,14 +479,14 @@ def _check_computed(atoms: Any, total: float, where: str) -> None:
         )
 
 
-def complete_states(frames: Sequence[Data]) -> Sequence[Data]:
+def complete_states(frames: Sequence[Data], inputs: Collection[str] = ()) -> Sequence[Data]:
     """The same frames with the same keys among ``charge``, ``charges`` and ``spin``: PyG batches the keys of the first.
 
-    Where some frames say something, those that do not become neutral, and singlets. Where some have formal charges, the
-    others share their total charge evenly.
+    ``inputs`` are those that all must have, whether or not a frame has one. Where some frames say something, those that
+    do not become neutral, and singlets. Where some have formal charges, the others share their total charge evenly.
     """
     keys = [{key for key in ("charge", "charges", "spin") if frame.get(key) is not None} for frame in frames]
-    wanted = set().union(*keys)
+    wanted = set(inputs).union(*keys)
     if "charges" in wanted and any("charges" not in found for found in keys):
         wanted.add("charge")
     one = [key for key in ("charge", "spin") if key in wanted]
@@ -459,6 +506,17 @@ def complete_states(frames: Sequence[Data]) -> Sequence[Data]:
             frame.charges = frame.charge.double().expand(len(frame.z)) / len(frame.z)
         out.append(frame)
     return out
+
+
+def _refuse_lost(frames: Sequence[Data]) -> None:
+    """Raise where a later frame has an input that the first has not, for a batch of them would be without it."""
+    for number, frame in enumerate(frames):
+        for key in _INPUT_KEYS:
+            if frame.get(key) is not None and frames[0].get(key) is None:
+                raise MissingKey(
+                    f"data 0 of a batch has no {key!r}, but data {number} has one, which PyG would drop; give all of "
+                    "them one (nbody_pyg.data.complete_states adds charge, charges and spin)"
+                )
 
 
 def _with_graph_shape(key: str, value: Any) -> Any:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch_geometric.data import Data
 from torch_geometric.data.data import BaseData
 
-from nbody_pyg.data import count_graphs, has_hierarchy, require_atoms
+from nbody_pyg.data import count_graphs, has_hierarchy, refuse_unstated, require_atoms
 from nbody_pyg.geometry import check_atoms
 from nbody_pyg.hierarchy import Hierarchy, NestedShells, Scheme, Topology
 from nbody_pyg.kernels.scope import has_values, in_own_precision, is_tracing, opaque_to_compile
@@ -368,13 +368,19 @@ class NBodyNet(Resettable):
         """
         hierarchy = self.hierarchy(z, pos, batch, cell=cell, pbc=pbc, topology=topology, batch_size=batch_size)
         if isinstance(z, Data):
+            refuse_unstated(z, self.inputs)
             return self.total(hierarchy, Surroundings.read(hierarchy, z))
         return self.total(hierarchy, Surroundings.of(hierarchy, charge, charges, cell, pbc, spin))
 
     @property
+    def inputs(self) -> tuple[str, ...]:
+        """Which of charge and spin the network was told to take."""
+        return tuple(self.options["inputs"] or ())
+
+    @property
     def used(self) -> frozenset[str]:
-        """Which of charge and spin the value depends on."""
-        return frozenset(self.options["inputs"] or ()) | ({"charge"} if self.long_range is not None else set())
+        """Which of charge and spin the value depends on: the inputs, and the charge of long-range energies."""
+        return frozenset(self.inputs) | ({"charge"} if self.long_range is not None else set())
 
     @opaque_to_compile
     @in_own_precision

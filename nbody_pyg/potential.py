@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch_geometric.data import Data
 from torch_geometric.data.data import BaseData
 
-from nbody_pyg.data import complete_states, count_graphs, has_hierarchy, require_atoms
+from nbody_pyg.data import complete_states, count_graphs, has_hierarchy, refuse_unstated, require_atoms
 from nbody_pyg.geometry import (
     apply_strain,
     check_atoms,
@@ -442,6 +442,7 @@ class Potential(Float64Buffers):
                 raise TypeError("pos, batch, cell and pbc come from the Data; pass either a Data or tensors")
             data = z
             require_atoms(data)
+            refuse_unstated(data, self.model.inputs if self._own else ())
             z, pos, batch = data.z, data.pos, data.get("batch")
             cell, pbc = data.get("cell"), data.get("pbc")
             charge, charges, spin = data.get("charge"), data.get("charges"), data.get("spin")
@@ -573,11 +574,11 @@ def model_keywords(model: nn.Module) -> frozenset[str]:
     return frozenset(k for k in MODEL_INPUTS if k in names or (free and k != "batch_size"))
 
 
-def used_state(model: nn.Module) -> frozenset[str]:
+def used_state(model: nn.Module, keywords: frozenset[str] | None = None) -> frozenset[str]:
     """Which of charge and spin a model depends on: an :class:`NBodyNet` says so, of others their arguments do."""
     if isinstance(model, NBodyNet):
         return model.used
-    keywords = model_keywords(model)
+    keywords = model_keywords(model) if keywords is None else keywords
     return frozenset(key for key in ("charge", "spin") if key in keywords)
 
 
@@ -601,7 +602,7 @@ def electronic_state(
         "charge": total_charge(batch, num_graphs, charge, charges, like),
         "spin": spin_multiplicity(spin, num_graphs, like),
     }
-    used = used_state(model)
+    used = used_state(model, keywords)
     by_atom = charges if "charge" in used and "charges" in keywords else None
     refuse_unused(used, getattr(model, "assumed", {}), given)
     found = {key: value if key in used else None for key, value in given.items()}
@@ -631,7 +632,7 @@ def model_frames(model: nn.Module, frames: Sequence[Data], name: str = "frames")
     Raises: ValueError: as for :func:`check_states`.
     """
     check_states(model, frames, name)
-    used = used_state(model)
+    given, used = frames, used_state(model)
     kept = used | ({"charges"} if "charge" in used and "charges" in model_keywords(model) else set())
     dropped = [key for key in ("charge", "charges", "spin") if key not in kept]
     if any(frame.get(key) is not None for frame in frames for key in dropped):
@@ -642,7 +643,9 @@ def model_frames(model: nn.Module, frames: Sequence[Data], name: str = "frames")
             for key in dropped:
                 if key in frame:
                     del frame[key]
-    return complete_states(frames)
+    frames = complete_states(frames, model.inputs if isinstance(model, NBodyNet) else ())
+    # Frames of a file stay so: messages name the file and the numbers in it
+    return given.replaced(frames) if frames is not given and hasattr(given, "replaced") else frames
 
 
 def frame_states(frames: Iterable[Data]) -> dict[str, list[float]]:

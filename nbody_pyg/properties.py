@@ -11,7 +11,7 @@ from e3nn import o3
 from torch import Tensor, nn
 from torch_geometric.data import Data
 
-from nbody_pyg.data import count_graphs, require_atoms
+from nbody_pyg.data import count_graphs, refuse_unstated, require_atoms
 from nbody_pyg.geometry import rounded_positions, safe_norm
 from nbody_pyg.hierarchy import Hierarchy
 from nbody_pyg.hierarchy.positions import atomic_masses
@@ -167,6 +167,7 @@ class PropertyModel(nn.Module):
     def forward(self, data: Data) -> dict[str, Tensor]:
         """Value of each property, float64, (graphs, *shape)."""
         require_atoms(data)
+        refuse_unstated(data, self.model.inputs if isinstance(self.model, NBodyNet) else ())
         batch, num_graphs = data.get("batch"), count_graphs(data)
         num_graphs = int(batch.max()) + 1 if num_graphs is None else num_graphs
         batch = torch.zeros_like(data.z) if batch is None else batch

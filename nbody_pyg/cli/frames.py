@@ -9,7 +9,7 @@ import torch
 from ase import Atoms
 from ase.io import write
 
-from nbody_pyg.data import AtomicData, electronic_state_of
+from nbody_pyg.data import AtomicData
 from nbody_pyg.datasets import embedded, read_frames
 from nbody_pyg.datasets.systems import as_slice, read_systems
 from nbody_pyg.durable import written_whole
@@ -47,12 +47,9 @@ def read_structures(name: str) -> list[AtomicData]:
 
     Raises: see :func:`read_atoms`.
     """
-    return [_structure(atoms, f"frame {number} of {name}") for number, atoms in enumerate(read_atoms(name))]
-
-
-def _structure(atoms: Atoms, where: str) -> AtomicData:
-    electronic_state_of(atoms, where)  # whose message would not know the place
-    return AtomicData.from_ase(atoms)
+    return [
+        AtomicData.from_ase(atoms, where=f"frame {number} of {name}") for number, atoms in enumerate(read_atoms(name))
+    ]
 
 
 def sample_of(frame: AtomicData) -> dict[str, list]:

@@ -81,10 +81,10 @@ def read_npz(
             raise ValueError(f"{name}_key {wanted!r} is not in {path.name}; {nearest(wanted, raw)}")
         stored = [k for k in keys if k in raw]
         key = wanted or next(iter(stored), None)
-        if name in given and not wanted and any(not _same(raw[key], raw[k]) for k in stored[1:]):
-            raise ValueError(
-                f"{path.name} holds {name} under {' and '.join(stored)} with other values; choose one with {name}_key"
-            )
+        unsure = not wanted and (name in given or name in STATE_KEYS)
+        if unsure and any(not _same(raw[key], raw[k]) for k in stored[1:]):
+            cure = f"choose one with {name}_key" if name in given else "keep one of them"
+            raise ValueError(f"{path.name} holds {name} under {' and '.join(stored)} with other values; {cure}")
         if key is None and name in ("z", "pos"):
             raise ValueError(f"{path.name} has no {name} (tried {', '.join(keys)}); {nearest(keys[0], raw)}")
         if key is not None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nbody_pyg.data import STATE_KEYS, AtomicData
+from nbody_pyg.data import AtomicData
 from nbody_pyg.datasets.frames import LABEL_SHAPES, Frames, has_label, listed, nearest
 
 _UNITS = {
@@ -119,7 +119,7 @@ def label_audit(
         bare = [
             i
             for i, frame in enumerate(group)
-            if not any(has_label(frame, label) for label in labels if label not in STATE_KEYS)
+            if not any(has_label(frame, label) for label in labels if label not in _STATES)
         ]
         if bare and len(bare) < len(group):
             notes.append(f"{title}: no label in {listed(group, bare)} ({len(bare)} of {len(group)})")

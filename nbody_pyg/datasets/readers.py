@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from ase import Atoms
 
-from nbody_pyg.data import AtomicData, complete_states, electronic_state_of
+from nbody_pyg.data import AtomicData, complete_states
 from nbody_pyg.datasets.arrays import read_npz
 from nbody_pyg.datasets.frames import Frames, check_frame, nearest, shaped_label
 from nbody_pyg.datasets.keys import LEVELLED, Stores, choose_keys, is_virial, stores_of, volume_of
@@ -94,8 +94,7 @@ def read_frames(
     )
     if odd:
         first, *more = sorted(odd)
-        others = ", ".join(str(number) for number in more[:20]) + (", ..." if len(more) > 20 else "")
-        raise ValueError(odd[first] + (f" (also bad: frames {others})" if more else ""))
+        raise ValueError(odd[first] + (f" (also bad: {listed(systems, more)})" if more else ""))
     return frames
 
 
@@ -160,8 +159,7 @@ def _frame(
     if len(atoms) == 0:
         raise ValueError(f"{where} has no atoms; remove the frame from the file")
     used: dict[str, str] = {}
-    electronic_state_of(atoms, where, used)
-    frame = AtomicData.from_ase(atoms, labels=False)
+    frame = AtomicData.from_ase(atoms, labels=False, where=where, sources=used)
     frame.pos = frame.pos * units.length_factor
     if frame.get("cell") is not None:
         frame.cell = frame.cell * units.length_factor

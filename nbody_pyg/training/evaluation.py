@@ -46,7 +46,6 @@ def evaluate(
     """
     frames = model_frames(potential.model, frames, getattr(frames, "name", "") or "frames")
     meter, energy, forces, stress = ErrorMeter(device), [], [], []
-    solid = torch.tensor([_has_volume(frame) for frame in frames])
     for batch in FrameLoader(uniform(frames, label_shapes(potential)), batch_size, device=device, rank=0, world=1):
         strained = has_stress(batch)
         result = potential(batch, compute_forces=compute_forces, compute_stress=strained)
@@ -59,6 +58,7 @@ def evaluate(
             found = result["stress"].double().cpu() if strained else torch.zeros(batch.num_graphs, 3, 3).double()
             stress.append(found)
     if stress:
+        solid = torch.tensor([_has_volume(frame) for frame in frames])
         stress = [torch.cat(stress).masked_fill(~solid.reshape(-1, 1, 1), math.nan)]
     return Evaluation(meter.compute(), torch.cat(energy), forces, torch.cat(stress) if stress else None)
 

@@ -86,7 +86,12 @@ def uniform(frames: Sequence[Data], labels: Mapping[str, Shape]) -> Sequence[Dat
     found = [label for label in labels if any(has_label(frame, label) for frame in frames)]
     flat = [_is_flat(frame, found) for frame in frames]
     wanted = frozenset.intersection(*keys) - set(labels) | set(found)
-    if all(own == wanted for own in keys) and not any(flat) and all(_is_plain(f, found, labels) for f in frames):
+    alike = all(own == wanted for own in keys) and not any(flat)
+    if alike and all(
+        _label(frame, label, labels[label], f"frame {number}") is frame[label]
+        for number, frame in enumerate(frames)
+        for label in found
+    ):
         return frames
     union = frozenset.union(*keys)
     inputs = {key for key in union - wanted if key in _INPUTS or is_topology_key(key)}
@@ -108,18 +113,6 @@ def uniform(frames: Sequence[Data], labels: Mapping[str, Shape]) -> Sequence[Dat
             new.cell = complete_cell(frame.cell.reshape(1, 3, 3), frame.pbc.reshape(1, 3)).to(frame.cell)
         out.append(new)
     return frames.replaced(out) if isinstance(frames, Frames) else out
-
-
-def _is_plain(frame: Data, found: Sequence[str], labels: Mapping[str, Shape]) -> bool:
-    """Whether the labels of a frame are tensors of the right shape, type and device."""
-    for label in found:
-        value, shape = frame[label], labels[label]
-        if not isinstance(value, Tensor) or value.dtype not in (torch.float32, torch.float64):
-            return False
-        wanted = tuple(frame.z.shape[0] if size == "N" else size for size in shape)
-        if value.shape != wanted or value.device != frame.pos.device:
-            return False
-    return True
 
 
 def _is_flat(frame: Data, found: Sequence[str]) -> bool:

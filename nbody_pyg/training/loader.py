@@ -57,17 +57,13 @@ class EpochSampler:
         return len(range(rank, self.num_frames, world)) if self.num_frames >= world else self.num_frames
 
     def order(self, rank: int, world: int) -> Int[Tensor, " share"]:
-        if self.shuffle:
-            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-            order = torch.randperm(self.num_frames, generator=generator)
-        else:
-            order = torch.arange(self.num_frames)
         if not self.shuffle:
+            order = torch.arange(self.num_frames)
             return order[rank::world] if self.num_frames >= world else order
-        if world > 1:
-            share = math.ceil(self.num_frames / world)
-            order = order.repeat(math.ceil(share * world / self.num_frames))[: share * world][rank::world]
-        return order
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        order = torch.randperm(self.num_frames, generator=generator)
+        whole = self.share(rank, world) * world  # some frames twice, so that all processes have as many
+        return order.repeat(math.ceil(whole / self.num_frames))[:whole][rank::world]
 
     def __repr__(self) -> str:
         return f"EpochSampler({self.num_frames} frames, shuffle={self.shuffle}, seed={self.seed})"

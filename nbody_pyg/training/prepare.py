@@ -247,7 +247,7 @@ def build_potential(config: Config, data: DataSets) -> Potential | PropertyModel
     scale = config.model.scale
     if scale == "forces":
         scale = _scale(data.train, reference)
-    model = _network(config, data)
+    model = _network(config, data, inputs)
     if terms is not None and model.electrons is not None and model.electrons.offset is not None:
         # A charge may be worth 10 eV, which would take many small steps
         with torch.no_grad():
@@ -281,7 +281,7 @@ def _scale(frames: Sequence[Data], reference: AtomicReference | None) -> float:
     rest = [
         (float(frame.energy) - sum(e0[z] for z in frame.z.tolist())) / len(frame.z)
         for frame in frames
-        if frame.get("energy") is not None and not bool(frame.energy.isnan().any())
+        if has_label(frame, "energy")
     ]
     spread = float(torch.tensor(rest, dtype=torch.float64).std(unbiased=False)) if rest else 0.0
     return spread if spread > NO_FORCES else 1.0
@@ -323,8 +323,7 @@ def state_terms(frames: Sequence[Data], inputs: Sequence[str]) -> StateTerms:
 
 def _neutral(frames: Sequence[Data], e0: typing.Any, terms: StateTerms | None) -> Sequence[Data]:
     """Frames from which the energies of isolated atoms are taken: without what charges and spins are worth."""
-    charges = frame_states(frames).get("charge")
-    if e0 == "isolated" and charges is not None:  # an ion is no atom
+    if e0 == "isolated" and (charges := frame_states(frames).get("charge")) is not None:  # an ion is no atom
         return [frame for frame, charge in zip(frames, charges, strict=True) if charge == 0 or len(frame.z) > 1]
     if terms is None or e0 not in ("lstsq", "mean"):
         return frames
@@ -354,7 +353,8 @@ def _build_properties(config: Config, data: DataSets, properties: tuple[Property
         given["target"] = "intensive"
     known = {p: [frame for frame in data.train if has_label(frame, p.name)] for p in properties}
     statistics = {p.name: fit_statistics(frames, p) for p, frames in known.items()}
-    model = PropertyModel(_network(config, data, **given), properties, statistics)
+    network = _network(config, data, network_inputs(config.model, data.train), **given)
+    model = PropertyModel(network, properties, statistics)
     return model.to(getattr(torch, config.training.dtype))
 
 
@@ -368,7 +368,7 @@ def explicit(config: ModelConfig) -> ModelConfig:
     return dataclasses.replace(config, scheme=model.scheme.config(), arguments=found | dict(config.arguments))
 
 
-def _network(config: Config, data: DataSets, **given: str) -> NBodyNet:
+def _network(config: Config, data: DataSets, inputs: Sequence[str], **given: str) -> NBodyNet:
     """A fresh network for the elements of the training frames, with seeded weights."""
     from nbody_pyg.models import edge_degrees
 
@@ -377,7 +377,7 @@ def _network(config: Config, data: DataSets, **given: str) -> NBodyNet:
     arguments = dict(config.model.arguments)
     if "degrees" in model_arguments() and arguments.get("degrees") is None:
         arguments["degrees"] = edge_degrees(scheme, data.train[:200])
-    arguments["inputs"] = network_inputs(config.model, data.train) or None
+    arguments["inputs"] = inputs or None
     make = _preset(config.model)
     torch.manual_seed(config.training.seed)
     return make(species, scheme=scheme, **(arguments | given))

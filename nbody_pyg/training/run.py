@@ -175,14 +175,15 @@ def fit(
     used from there on; with another limit the schedule is that of the new one. Training frames may be added behind
     the old ones. Everything else must be as it was. A run that is finished stays as it is.
 
+    Charge and spin that all training frames have become what a model without these inputs knows: ``model.assumed``.
+    Frames need not have every label: what is missing, or NaN, is left out of the loss and of the errors. Periodic and
+    open frames may be mixed.
+
     Args:
         train, val: frames with labels; where the model has a scheme, with its topology stored (apply the
             scheme to every frame once), or else it is searched for anew at every step.
         resume: a checkpoint from which to go on.
         callbacks: further ones, called after ours and before the checkpoint is written.
-    Charge and spin that all training frames have become what a model without these inputs knows: ``model.assumed``.
-    Frames need not have every label: what is missing, or NaN, is left out of the loss and of the errors. Periodic and
-    open frames may be mixed.
 
     Raises: ValueError: no frames, a label with a positive weight that none of them has, elements that the model does
         not know, frames that differ in charge or spin for a model without this input, a folder in use, a damaged
@@ -324,7 +325,8 @@ def _require_same(
             f"validation frames must be those of the run that is resumed: {old['val']['count']} there, "
             f"{new['val']['count']} here, or changed; resume with the same, or start anew"
         )
-    if count > train.num_frames or train.digest(count) != old["train"]["sha256"]:
+    found = new["train"]["sha256"] if count == train.num_frames else train.digest(min(count, train.num_frames))
+    if count > train.num_frames or found != old["train"]["sha256"]:
         raise ValueError(
             f"training frames must be those of the run that is resumed, and new ones stand behind them: {count} there, "
             f"{train.num_frames} here, or changed; resume with the same, or start anew"

@@ -279,12 +279,15 @@ def test_an_empty_system_is_stored_and_batched(molecules):
 
 
 @pytest.mark.parametrize("key", ["charge", "charges", "spin", "cell"])
-def test_a_key_that_only_the_first_of_a_batch_has_is_named(key):
+def test_a_key_that_only_some_of_a_batch_have_is_named(key):
     plain = AtomicData(z=torch.tensor([8, 1, 1]), pos=torch.eye(3, dtype=torch.float64))
     value = {"cell": torch.eye(3).unsqueeze(0), "charges": torch.ones(3)}.get(key, torch.ones(1))
     marked = AtomicData(**plain.to_dict(), **{key: value})
     with pytest.raises(ValueError, match=f"data has no '{key}'; where others of a batch have one all must have it"):
         Batch.from_data_list([marked, plain])
+    with pytest.raises(ValueError, match=f"data 0 of a batch has no '{key}', but data 2 has one, which PyG would drop"):
+        Batch.from_data_list([plain, plain, marked])
     with pytest.raises(KeyError, match=key):
         plain[key]
+    assert plain.stores and key not in Batch.from_data_list([plain, plain])  # what failed is forgotten
     assert plain.get(key) is None and Batch.from_data_list([marked, marked])[key].shape[0] == 2 * len(value)

@@ -10,6 +10,7 @@ from torch_geometric.data import Batch, Data
 
 from nbody_pyg import AtomicData, BondTree, FromAssignment, NBodyNet, NestedShells, Potential, SmoothSurvivors
 from nbody_pyg.accelerate import compile_potential
+from nbody_pyg.data import complete_states
 from nbody_pyg.deploy import load_model, save_model
 from nbody_pyg.explain import ExplainableNet
 from nbody_pyg.kernels import available_backends, set_backend
@@ -155,7 +156,7 @@ def test_long_range_in_single_precision(inputs, charges, ethanol):
 @pytest.mark.parametrize("shape", [(), (1,), (1, 1)])
 @pytest.mark.parametrize("dtype", [torch.long, torch.int32, torch.float32, torch.float64])
 def test_batches_of_every_form_of_a_charge(shape, dtype, ethanol):
-    model = potential()
+    model = potential(inputs=("charge",))
     charges = [1, 0, -1]
     frames = [Data(z=ethanol.z, pos=ethanol.pos, charge=torch.full(shape, q, dtype=dtype)) for q in charges]
     expected = [float(model(ethanol.z, ethanol.pos, charge=torch.tensor([float(q)]))["energy"]) for q in charges]
@@ -243,6 +244,24 @@ def test_formal_charges_count_by_their_sum(ethanol):
     assert abs(float(found["energy"] - model(ethanol)["energy"])) > 1e-6
 
 
+@pytest.mark.parametrize("key", ["charge", "spin"])
+def test_a_batch_that_lost_an_input_is_refused(key, ethanol):
+    """PyG takes the keys of the first data: the charge of the second would be gone, and its energy that of another."""
+    plain = {k: v for k, v in ethanol.to_dict().items() if k in ("z", "pos")}
+    known = {"charge": torch.tensor([1.0]), "spin": torch.tensor([2.0])}
+    lost = Batch.from_data_list([Data(**plain), Data(**plain, **known)])
+    model, network = potential(inputs=(key,)), net(inputs=(key,))
+    gap = PropertyModel(net(inputs=(key,), irreps_out=property_irreps([Property("gap")])), [Property("gap")])
+    for forward in (model, network, gap):
+        with pytest.raises(ValueError, match=f"a batch of 2 graphs must hold '{key}', on which the model depends"):
+            forward(lost)
+    one, other = (network(Data(**plain, **state)).item() for state in ({}, {key: known[key]}))
+    assert abs(one) > 1e-3 and abs(one - other) > 1e-6
+    whole = Batch.from_data_list(complete_states([Data(**plain), Data(**plain)], (key,)))
+    torch.testing.assert_close(network(whole), torch.tensor([one, one], dtype=torch.float64), rtol=0, atol=1e-10)
+    assert potential(inputs=None)(lost)["energy"].shape == (2,)
+
+
 def test_frames_get_the_same_keys(ethanol):
     some = [Data(**ethanol.to_dict(), charge=1), Data(**ethanol.to_dict(), charges=-torch.ones(9)), ethanol]
     model = potential()
@@ -250,6 +269,8 @@ def test_frames_get_the_same_keys(ethanol):
     expected = [float(model(frame)["energy"]) for frame in some]
     torch.testing.assert_close(model(batch)["energy"], torch.tensor(expected, dtype=torch.float64), rtol=0, atol=1e-10)
     assert batch.charge.tolist() == [1.0, -9.0, 0.0] and len(set(expected)) == 3
+    silent = model_frames(model.model, [ethanol, ethanol])
+    assert all(frame.charge.tolist() == [0.0] and frame.spin.tolist() == [1.0] for frame in silent)
     plain = potential(inputs=None)
     plain.model.assumed = {"charge": 1.0}
     assert "charge" not in model_frames(plain.model, [some[0], ethanol])[0]
