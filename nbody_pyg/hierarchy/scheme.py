@@ -425,8 +425,6 @@ class Scheme(BaseTransform):
             ValueError: unknown name.
             TypeError: arguments that the scheme does not take.
         """
-        import nbody_pyg.hierarchy  # noqa: F401  (so that the schemes of the library are defined)
-
         known = {cls.__name__: cls for cls in _subclasses(Scheme)}
         arguments = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items() if k != "name"}
         name = config.get("name")
