@@ -1,7 +1,8 @@
-"""Training: data in batches, loss, schedule, averaging and the Lightning task."""
+"""Training: data in batches, loss, schedule, averaging and the loop."""
 
+from nbody_pyg.training.callbacks import Callback
 from nbody_pyg.training.ema import WeightEMA
-from nbody_pyg.training.loader import EpochSampler, FrameLoader, FrameStream
+from nbody_pyg.training.loader import EpochSampler, FrameLoader
 from nbody_pyg.training.loss import EnergyForceLoss
 from nbody_pyg.training.metrics import ErrorMeter
 from nbody_pyg.training.optim import build_optimizer
@@ -9,15 +10,17 @@ from nbody_pyg.training.run import FitResult, fit, force_variance
 from nbody_pyg.training.schedule import WarmupCosine
 from nbody_pyg.training.settings import TrainingConfig
 from nbody_pyg.training.task import PotentialTask
+from nbody_pyg.training.trainer import Trainer
 
 __all__ = [
+    "Callback",
     "EnergyForceLoss",
     "EpochSampler",
     "ErrorMeter",
     "FitResult",
     "FrameLoader",
-    "FrameStream",
     "PotentialTask",
+    "Trainer",
     "TrainingConfig",
     "WarmupCosine",
     "WeightEMA",

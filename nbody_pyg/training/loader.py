@@ -108,8 +108,6 @@ class FrameLoader:
         if len(frames) == 0:
             raise ValueError("frames is empty: a loader needs at least one graph")
         self.batch_size, self.drop_last, self.chunk = batch_size, drop_last, chunk
-        # The names by which Lightning finds what has a set_epoch.
-        self.batch_sampler = None
         self.sampler = EpochSampler(len(frames), shuffle, seed)
         self._rank, self._world = rank, world
         # The batch class of PyG for these frames; making one by Batch(...) inspects signatures every time.
@@ -171,7 +169,7 @@ class FrameLoader:
     # -- batches -------------------------------------------------------------------------------------------
     def __iter__(self) -> Iterator[Batch]:
         # A generator: nothing runs before the first batch is asked for, so that an epoch set between
-        # iter() and the first next() (as Lightning does) still counts.
+        # iter() and the first next() still counts.
         start, self._resume_at = self._resume_at, 0
         order = self.sampler.order(*self._ranks())
         if self.drop_last:
@@ -181,6 +179,15 @@ class FrameLoader:
         for first in range(start * self.batch_size, len(order), step):
             for batch in self._gather(order[first : first + step]):
                 self._position += 1
+                yield batch
+
+    def endless(self, step: int = 0) -> Iterator[Batch]:
+        """Batches, epoch after epoch, from number ``step`` on."""
+        while True:
+            epoch, position = divmod(step, len(self))
+            self.load_state_dict({"epoch": epoch, "position": position})
+            for batch in self:
+                step += 1
                 yield batch
 
     def batch(self, index: Sequence[int] | Int[Tensor, " graphs"]) -> Batch:
@@ -225,46 +232,6 @@ class FrameLoader:
             f"FrameLoader({self.num_frames} frames, {len(self)} batches of {self.batch_size}, "
             f"keys={list(self._columns)})"
         )
-
-
-class FrameStream:
-    """The batches of a FrameLoader, epoch after epoch, as one sequence numbered by steps.
-
-    Where it stands is one integer, so that a run can go on at any step: set ``step`` before the first batch
-    is asked for. The order within an epoch is that of the loader.
-
-    Args:
-        loader: what is repeated.
-        step: number of the first batch.
-    """
-
-    def __init__(self, loader: FrameLoader, step: int = 0):
-        self.loader, self.step = loader, step
-
-    @property
-    def epoch(self) -> int:
-        return self.step // len(self.loader)
-
-    def __len__(self) -> int:
-        # It never ends; a length spares Lightning fetching one batch ahead to find that out.
-        return 2**40
-
-    def __iter__(self) -> Iterator[Batch]:
-        while True:
-            epoch, position = divmod(self.step, len(self.loader))
-            self.loader.load_state_dict({"epoch": epoch, "position": position})
-            for batch in self.loader:
-                self.step += 1
-                yield batch
-
-    def state_dict(self) -> dict[str, int]:
-        return {"step": self.step}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        self.step = state["step"]
-
-    def __repr__(self) -> str:
-        return f"FrameStream({self.loader!r}, step={self.step})"
 
 
 def _common_keys(frames: Sequence[Data]) -> list[str]:

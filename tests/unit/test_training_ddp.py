@@ -66,5 +66,5 @@ def test_two_gloo_processes_equal_one(tmp_path):
         for name, value in one[part].items():
             assert torch.allclose(value, two[part][name], rtol=0, atol=1e-10), name
     assert one["training_state"]["potential.model.out.weight"].abs().max() > 0
-    scores = [state["callbacks"]["CallbackGroup"]["Checkpoints"]["best_score"] for state in states]
+    scores = [state["callbacks"]["Checkpoints"]["best_score"] for state in states]
     assert scores[0] == pytest.approx(scores[1], rel=1e-6)
