@@ -119,6 +119,16 @@ def test_going_on_in_the_middle_of_an_epoch():
     assert [batch.number.tolist() for batch in fresh] == whole
 
 
+def test_endless_batches_from_any_step():
+    loader = FrameLoader(frames(), 2, shuffle=True, seed=3)
+    whole = [batch.number.tolist() for batch, _ in zip(loader.endless(), range(10), strict=False)]
+    assert sorted(sum(whole[:4], [])) == sorted(sum(whole[4:8], [])) == list(range(7)) and whole[:4] != whole[4:8]
+    for step in (3, 4, 6):
+        assert [batch.number.tolist() for batch, _ in zip(loader.endless(step), range(4), strict=False)] == whole[
+            step : step + 4
+        ]
+
+
 def test_drop_last():
     loader = FrameLoader(frames(), 2, drop_last=True)
     assert len(loader) == 3 and [batch.num_graphs for batch in loader] == [2, 2, 2]
