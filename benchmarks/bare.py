@@ -1,7 +1,7 @@
-"""Let the benchmarks run where Lightning is not installed, as on a machine that only has torch, Triton and PyG.
+"""Let the benchmarks run where jsonargparse is not installed, as on a machine that only has torch, Triton and PyG.
 
-Importing ``nbody_pyg.training``, ``cli`` or ``compare`` imports the trainer. The benchmarks want a few of their modules
-that do not need it: without Lightning, these packages are entered as bare folders before anything imports them.
+Importing ``nbody_pyg.cli`` or ``compare`` imports the parser of configurations. The benchmarks want a few of their
+modules that do not need it: without it, these packages are entered as bare folders before anything imports them.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from types import ModuleType
 import nbody_pyg
 
 
-def enter_bare_packages(names: tuple[str, ...] = ("training", "cli", "compare")) -> None:
+def enter_bare_packages(names: tuple[str, ...] = ("cli", "compare")) -> None:
     """Enter the packages without running their ``__init__``."""
     for name in names:
         full = f"nbody_pyg.{name}"
@@ -24,12 +24,12 @@ def enter_bare_packages(names: tuple[str, ...] = ("training", "cli", "compare"))
             sys.modules[full] = module
 
 
-def lightning_is_missing() -> bool:
+def parser_is_missing() -> bool:
     try:
-        return importlib.util.find_spec("lightning") is None
+        return importlib.util.find_spec("jsonargparse") is None
     except ValueError:  # entered as None: to be treated as missing
         return True
 
 
-if lightning_is_missing():
+if parser_is_missing():
     enter_bare_packages()

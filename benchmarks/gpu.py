@@ -17,7 +17,7 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
-import bare  # noqa: F401  (before all that imports the trainer)
+import bare  # noqa: F401  (before all that imports nbody_pyg)
 import gpu_models
 import products
 import torch

@@ -760,7 +760,7 @@ def _refuse_modes() -> None:
     if torch.is_inference_mode_enabled():
         raise RuntimeError(
             "forces and stress need derivatives, which torch.inference_mode() forbids for good; use "
-            "torch.no_grad() instead, or inference_mode=False in Lightning's Trainer"
+            "torch.no_grad() instead (with Lightning, inference_mode=False in its Trainer)"
         )
     if torch._C._functorch.peek_interpreter_stack() is not None:
         raise RuntimeError(

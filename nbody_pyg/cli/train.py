@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from ase.data import chemical_symbols
-from lightning.pytorch import Callback, LightningModule, Trainer
 from torch_geometric.data import Data
 
 from nbody_pyg.cli.frames import sample_of
@@ -28,14 +27,17 @@ from nbody_pyg.nn.charges import DEFAULT_STATE
 from nbody_pyg.potential import Potential, frame_states
 from nbody_pyg.properties import PropertyModel
 from nbody_pyg.training.build import potential_from_config
+from nbody_pyg.training.callbacks import Callback
 from nbody_pyg.training.checkpoint import changes, read_checkpoint
 from nbody_pyg.training.config import Config, ModelConfig, OutputConfig, config_parser, load_config
 from nbody_pyg.training.evaluation import Evaluation, evaluate
 from nbody_pyg.training.folder import RunFolder
 from nbody_pyg.training.prepare import DataSets, build_potential, explicit, load_data, network_inputs
+from nbody_pyg.training.processes import is_first_process
 from nbody_pyg.training.property_task import PropertyEvaluation, evaluate_properties
-from nbody_pyg.training.run import FIT_FILES, FitResult, fit_in, is_first_process, require_device, require_elements
+from nbody_pyg.training.run import FIT_FILES, FitResult, fit_in, require_device, require_elements
 from nbody_pyg.training.settings import RESUMABLE
+from nbody_pyg.training.trainer import Trainer
 
 # Atoms of a structure that is kept in the model file, as text.
 _LARGEST_SAMPLE = 1000
@@ -75,17 +77,17 @@ class KeptConfig(Callback):
     def __init__(self, config: Config, split: Split | None, folder: Path):
         self.config, self.split, self.folder = config, split, folder
 
-    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
-        if not trainer.is_global_zero:
+    def on_start(self, trainer: Trainer) -> None:
+        if not trainer.first:
             return
         text, path = self.config.text(), self.folder / "config.yaml"
         if path.exists() and _writer(path) is None:
             path = path.with_name("config.used.yaml")
-        write_text(path, _headed(text, module.run))
+        write_text(path, _headed(text, trainer.run["id"]))
         if self.split is not None:
             self.split.save(self.folder / "split.json")
 
-    def on_save_checkpoint(self, trainer: Trainer, module: LightningModule, checkpoint: dict[str, Any]) -> None:
+    def on_save(self, trainer: Trainer, checkpoint: dict[str, Any]) -> None:
         checkpoint["config"] = self.config.to_dict()
 
 

@@ -6,12 +6,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from lightning.pytorch import Callback, LightningModule, Trainer
 from torch_geometric.data import Data
 
-from nbody_pyg.training.callbacks import CallbackGroup
-from nbody_pyg.training.ema import WeightEMA
+from nbody_pyg.training.callbacks import Callback
 from nbody_pyg.training.evaluation import evaluate
+from nbody_pyg.training.trainer import Trainer
 
 
 class LearningCurve(Callback):
@@ -37,28 +36,18 @@ class LearningCurve(Callback):
         self.marks = [float(mark) for mark in np.geomspace(first, 1.0, points)[:-1]] if points > 1 else []
         self.rows: list[dict[str, Any]] = []
 
-    def on_train_batch_end(self, trainer: Trainer, module: LightningModule, *_: Any) -> None:
+    def on_step(self, trainer: Trainer) -> None:
         passed = len(self.rows)
-        if passed < len(self.marks) and module.current_progress() >= self.marks[passed]:
-            self._look(trainer, module)
+        if passed < len(self.marks) and trainer.progress >= self.marks[passed]:
+            self._look(trainer)
 
-    def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
-        finished = module.current_progress() >= 1.0
-        if finished and (not self.rows or self.rows[-1]["step"] < trainer.global_step):
-            self._look(trainer, module)
+    def on_end(self, trainer: Trainer) -> None:
+        if trainer.progress >= 1.0 and (not self.rows or self.rows[-1]["step"] < trainer.step):
+            self._look(trainer)
 
-    def _look(self, trainer: Trainer, module: LightningModule) -> None:
-        module.clock.pause()  # it starts again with the next step
-        row = {"step": trainer.global_step, "cpu_seconds": module.clock.elapsed}
-        groups = [c for c in trainer.callbacks if isinstance(c, CallbackGroup)]
-        averages = [m for group in groups for m in group.members if isinstance(m, WeightEMA)]
-        module.potential.eval()
-        if averages:
-            with averages[0].averaged():
-                row |= self._errors(module)
-        else:
-            row |= self._errors(module)
-        module.potential.train()
+    def _look(self, trainer: Trainer) -> None:
+        with trainer.averaged():
+            row = {"step": trainer.step, "cpu_seconds": trainer.clock.elapsed, **self._errors(trainer)}
         self.rows.append(row)
         parts = [
             f"{name} E {row[name].get('energy_mae', float('nan')):.1f} meV"
@@ -67,11 +56,11 @@ class LearningCurve(Callback):
         ]
         self.note(f"{row['cpu_seconds']:8.1f} CPU s  step {row['step']:6d}  {'  '.join(parts)}")
 
-    def _errors(self, module: LightningModule) -> dict[str, dict[str, float]]:
+    def _errors(self, trainer: Trainer) -> dict[str, dict[str, float]]:
         found = {}
         for name, frames in self.sets.items():
             forces = "forces" in frames[0]
-            found[name] = evaluate(module.potential, frames, device=module.device, compute_forces=forces).errors
+            found[name] = evaluate(trainer.task.potential, frames, device=trainer.device, compute_forces=forces).errors
         return {name: {k: v for k, v in e.items() if k.endswith(("_mae", "_rmse"))} for name, e in found.items()}
 
     def state_dict(self) -> dict[str, Any]:

@@ -6,11 +6,15 @@ import hashlib
 import io
 import json
 import math
+import random
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+
+from nbody_pyg.durable import written_whole
 
 # A checkpoint is a zip file, which ends in an empty comment; the checksum of all that stands before becomes the
 # comment, so that file and checksum are one file and torch.load reads it as before.
@@ -35,18 +39,17 @@ def seal(path: str | Path) -> None:
         file.write(_WORD + digest.encode())
 
 
+def write_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a checkpoint with its checksum, whole or not at all."""
+    with written_whole(path, path.with_name(f".{path.name}.tmp")) as temporary:
+        torch.save(content, temporary)
+        seal(temporary)
+
+
 def is_checkpoint(path: str | Path) -> bool:
     """Whether a file begins as a checkpoint does (or any other file of torch.save)."""
     with Path(path).open("rb") as file:
         return file.read(4) == _ZIP
-
-
-def check_seal(path: str | Path) -> None:
-    """Raise ValueError where a file has a checksum that is not its own; files of others have none."""
-    with Path(path).open("rb") as file:
-        content = file.read()
-    if content[-_SEAL:].startswith(_WORD) and not _is_whole(content):
-        raise ValueError(f"{path} is damaged (its checksum is wrong); get a fresh copy, or use another checkpoint")
 
 
 def _is_whole(content: bytes) -> bool:
@@ -78,7 +81,28 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         raise ValueError(f"{path} holds more than tensors and plain values: no checkpoint of this library") from error
     if missing := _KEYS.difference(found if isinstance(found, dict) else ()):
         raise ValueError(f"{path} lacks {', '.join(sorted(missing))}: no checkpoint of this library")
+    # Lightning, which trained before, called our callbacks as one.
+    found["callbacks"] = found["callbacks"].get("CallbackGroup", found["callbacks"])
     return found
+
+
+def random_state() -> dict[str, Any]:
+    """The state of every global generator, as tensors and plain values."""
+    kind, keys, position, has_gauss, gauss = np.random.get_state()  # noqa: NPY002 (the global one is meant)
+    return {
+        "torch": torch.get_rng_state(),
+        "python": random.getstate(),
+        "numpy": (kind, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, gauss),
+    }
+
+
+def set_random_state(state: Mapping[str, Any]) -> None:
+    """Go on from what :func:`random_state` gave."""
+    torch.set_rng_state(state["torch"].cpu())
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    kind, keys, *rest = state["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))  # noqa: NPY002
 
 
 def changes(stored: Mapping[str, Any], given: Mapping[str, Any], free: Collection[str] = (), prefix: str = "") -> str:

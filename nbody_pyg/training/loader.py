@@ -108,8 +108,6 @@ class FrameLoader:
         if len(frames) == 0:
             raise ValueError("frames is empty: a loader needs at least one graph")
         self.batch_size, self.drop_last, self.chunk = batch_size, drop_last, chunk
-        # The names by which Lightning finds what has a set_epoch.
-        self.batch_sampler = None
         self.sampler = EpochSampler(len(frames), shuffle, seed)
         self._rank, self._world = rank, world
         # The batch class of PyG for these frames; making one by Batch(...) inspects signatures every time.
@@ -122,10 +120,8 @@ class FrameLoader:
         # PyG writes num_nodes into a batch only where a frame carries it explicitly.
         self._explicit_num_nodes = "num_nodes" in frames[0]._store
         self.device = torch.device(device)
-        self._position = 0  # batches of the current epoch already handed out
-        self._resume_at = 0
 
-    # -- size and position ---------------------------------------------------------------------------------
+    # -- size and order ------------------------------------------------------------------------------------
     def _ranks(self) -> tuple[int, int]:
         if self._world is not None:
             return self._rank or 0, self._world
@@ -160,28 +156,26 @@ class FrameLoader:
     def set_epoch(self, epoch: int) -> None:
         self.sampler.set_epoch(epoch)
 
-    def state_dict(self) -> dict[str, int]:
-        """Epoch and number of batches handed out in it: enough to go on at the same place."""
-        return {"epoch": self.sampler.epoch, "position": self._position}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        self.sampler.set_epoch(state["epoch"])
-        self._resume_at = state["position"] if state["position"] < len(self) else 0
-
     # -- batches -------------------------------------------------------------------------------------------
     def __iter__(self) -> Iterator[Batch]:
-        # A generator: nothing runs before the first batch is asked for, so that an epoch set between
-        # iter() and the first next() (as Lightning does) still counts.
-        start, self._resume_at = self._resume_at, 0
+        return self._batches(0)
+
+    def _batches(self, start: int) -> Iterator[Batch]:
+        """The batches of this epoch from number ``start`` on."""
         order = self.sampler.order(*self._ranks())
         if self.drop_last:
             order = order[: len(order) // self.batch_size * self.batch_size]
-        self._position = start
         step = self.chunk * self.batch_size
         for first in range(start * self.batch_size, len(order), step):
-            for batch in self._gather(order[first : first + step]):
-                self._position += 1
-                yield batch
+            yield from self._gather(order[first : first + step])
+
+    def endless(self, step: int = 0) -> Iterator[Batch]:
+        """Batches, epoch after epoch, from number ``step`` on."""
+        while True:
+            epoch, position = divmod(step, len(self))
+            self.set_epoch(epoch)
+            yield from self._batches(position)
+            step += len(self) - position
 
     def batch(self, index: Sequence[int] | Int[Tensor, " graphs"]) -> Batch:
         """One batch of the frames ``index``, in that order."""
@@ -225,46 +219,6 @@ class FrameLoader:
             f"FrameLoader({self.num_frames} frames, {len(self)} batches of {self.batch_size}, "
             f"keys={list(self._columns)})"
         )
-
-
-class FrameStream:
-    """The batches of a FrameLoader, epoch after epoch, as one sequence numbered by steps.
-
-    Where it stands is one integer, so that a run can go on at any step: set ``step`` before the first batch
-    is asked for. The order within an epoch is that of the loader.
-
-    Args:
-        loader: what is repeated.
-        step: number of the first batch.
-    """
-
-    def __init__(self, loader: FrameLoader, step: int = 0):
-        self.loader, self.step = loader, step
-
-    @property
-    def epoch(self) -> int:
-        return self.step // len(self.loader)
-
-    def __len__(self) -> int:
-        # It never ends; a length spares Lightning fetching one batch ahead to find that out.
-        return 2**40
-
-    def __iter__(self) -> Iterator[Batch]:
-        while True:
-            epoch, position = divmod(self.step, len(self.loader))
-            self.loader.load_state_dict({"epoch": epoch, "position": position})
-            for batch in self.loader:
-                self.step += 1
-                yield batch
-
-    def state_dict(self) -> dict[str, int]:
-        return {"step": self.step}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        self.step = state["step"]
-
-    def __repr__(self) -> str:
-        return f"FrameStream({self.loader!r}, step={self.step})"
 
 
 def _common_keys(frames: Sequence[Data]) -> list[str]:

@@ -103,7 +103,7 @@ class PropertyTask(PotentialTask):
         self.shown = tuple((p.name, f"{p.name}_mae", p.unit) for p in self.potential.properties)
         self.running = _PropertyMeans(first.name)
 
-    def training_step(self, batch: Any, batch_idx: int = 0) -> Tensor:
+    def training_step(self, batch: Any) -> Tensor:
         values = self.potential(batch)
         loss: Tensor | float = 0.0
         first: Tensor | None = None
@@ -118,19 +118,14 @@ class PropertyTask(PotentialTask):
             first = error if first is None else first
         scale = self.potential.statistics[self.potential.properties[0].name].scale
         self.running.add(loss, None if first is None else first * scale, None)
-        if loss.device.type == "cpu" or batch_idx % self.settings.log_every == 0:
-            self._check_finite(loss.item())
         return loss
 
-    def on_validation_epoch_start(self) -> None:
-        self._meter = PropertyMeter(self.potential.properties, self.device)
+    def meter(self, device: torch.device | str = "cpu") -> PropertyMeter:
+        return PropertyMeter(self.potential.properties, device)
 
-    def validation_step(self, batch: Any, batch_idx: int = 0) -> None:
+    def validation_step(self, batch: Any, meter: PropertyMeter) -> None:
         with torch.no_grad():
-            self._meter.update(self.potential(batch), batch)
-
-    on_test_epoch_start = on_validation_epoch_start
-    test_step = validation_step
+            meter.update(self.potential(batch), batch)
 
 
 @dataclass(frozen=True)

@@ -4,40 +4,30 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import logging
 import math
-import os
-import signal
-import subprocess
-import time
 import uuid
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from lightning.fabric.utilities.warnings import PossibleUserWarning
-from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.plugins.environments import LightningEnvironment, TorchElasticEnvironment
-from lightning.pytorch.strategies import DDPStrategy
 from torch_geometric.data import Data
 
 from nbody_pyg.messages import symbols
 from nbody_pyg.potential import Potential, learn_state, model_frames
 from nbody_pyg.properties import PropertyModel
-from nbody_pyg.training.callbacks import CallbackGroup, Checkpoints, GracefulStop, MetricsCSV, RunProgress
+from nbody_pyg.training.callbacks import Callback, MetricsCSV, RunProgress
 from nbody_pyg.training.checkpoint import changes, read_checkpoint
-from nbody_pyg.training.ema import WeightEMA
 from nbody_pyg.training.folder import RunFolder
 from nbody_pyg.training.labels import NO_FORCES, deciding_metric, force_variance, targets
-from nbody_pyg.training.loader import FrameLoader, FrameStream
+from nbody_pyg.training.loader import FrameLoader
+from nbody_pyg.training.processes import is_first_process, together
 from nbody_pyg.training.property_task import PropertyTask
 from nbody_pyg.training.settings import RESUMABLE, TrainingConfig
 from nbody_pyg.training.steady import steady_process
 from nbody_pyg.training.task import PotentialTask
+from nbody_pyg.training.trainer import Trainer
 
 
 @dataclass(frozen=True)
@@ -68,12 +58,6 @@ class FitResult:
     def best_forces_mae(self) -> float:
         """``best_score``, under the name that it has for potentials trained on forces."""
         return self.best_score
-
-
-def is_first_process(settings: TrainingConfig | None) -> bool:
-    """Whether this is the process that speaks and writes, of those that train together."""
-    # A job may number its tasks; that concerns only runs of several processes.
-    return settings is None or settings.processes == 1 or int(os.environ.get("LOCAL_RANK", 0)) == 0
 
 
 def require_device(settings: TrainingConfig) -> None:
@@ -108,38 +92,6 @@ def require_elements(potential: Potential | PropertyModel, sets: Mapping[str, Se
 def steps_per_epoch(settings: TrainingConfig, num_frames: int) -> int:
     """Steps of one pass over the training frames, shared out over the processes."""
     return math.ceil(math.ceil(num_frames / settings.processes) / settings.batch_size)
-
-
-def make_trainer(settings: TrainingConfig, callbacks: list, epoch: int, validate: bool, folder: str | Path) -> Trainer:
-    """A Lightning Trainer stripped of everything that costs time per step; ``epoch`` counts steps.
-
-    It sees one endless epoch (a :class:`FrameStream`), so that all limits and intervals are in steps.
-    """
-    multiple = settings.processes > 1
-    return Trainer(
-        accelerator={"cpu": "cpu", "cuda": "gpu", "auto": "auto"}[settings.device],
-        devices=settings.processes if multiple or settings.device != "auto" else "auto",
-        # Buffers are constants here; sending them around in every step of the validation would also ask every
-        # process for the same number of batches.
-        strategy=DDPStrategy(find_unused_parameters=True, broadcast_buffers=False) if multiple else "auto",
-        # We start our processes: tasks of a SLURM job are no part of the run.
-        plugins=None if TorchElasticEnvironment.detect() else [LightningEnvironment()],
-        max_epochs=-1,
-        max_steps=_last_step(settings, epoch),
-        # Validation by steps: an epoch may be 10 of them or 100,000.
-        val_check_interval=settings.validate_every if validate else None,
-        check_val_every_n_epoch=None if validate else 1,
-        limit_val_batches=None if validate else 0,
-        num_sanity_val_steps=0,
-        callbacks=callbacks,
-        default_root_dir=str(folder),
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        inference_mode=False,
-        use_distributed_sampler=False,
-    )
 
 
 def _last_step(settings: TrainingConfig, epoch: int) -> int:
@@ -229,44 +181,41 @@ def fit_in(
         task = kind(potential, settings, scale)
         task.shares, task.monitor = found.shares, deciding_metric(potential, val, settings)
         epoch = steps_per_epoch(settings, len(train))
-        stream = FrameStream(FrameLoader(train, settings.batch_size, shuffle=True, seed=settings.seed))
+        loader = FrameLoader(train, settings.batch_size, shuffle=True, seed=settings.seed)
         evaluation = FrameLoader(val, 4 * settings.batch_size) if len(val) else None
         identity: dict[str, Any] = {"id": uuid.uuid4().hex, "resumed": []}
-        identity["frames"] = {"train": _described(stream.loader), "val": _described(evaluation)}
+        identity["frames"] = {"train": _described(loader), "val": _described(evaluation)}
         if checkpoint is not None:
-            _require_same(checkpoint, task, identity["frames"], stream.loader)
+            _require_same(checkpoint, task, identity["frames"], loader)
             if is_finished(settings, checkpoint, epoch):
                 note(f"the run is finished: {checkpoint['global_step']} steps; a larger limit lets it go on")
                 return _as_it_was(checkpoint, task, epoch)
             identity |= _going_on(checkpoint, settings, len(train))
             step, words = (identity["resumed"][-1][key] for key in ("step", "changes"))
             note(f"going on from step {step}{': ' if words else ''}{words}")
-            del checkpoint  # which is larger than the model
         same = resume is not None and Path(resume).resolve().parent == run.path.resolve()
         if not same and (target := run.move_away(files)) is not None:
             print(f"the earlier run in {run.path} is now in {target}")  # whoever wants no progress wants to know this
-        task.run = identity["id"]
         log = MetricsCSV(run.path / "metrics.csv", settings.log_every, epoch)
         log.columns = (*log.columns, *(metric for _, metric, _ in task.shown if metric not in log.columns))
-        stop = GracefulStop()
-        monitor = None if task.monitor is None else f"val_{task.monitor}"
-        checkpoints = Checkpoints(run.path, monitor, None if len(val) else settings.validate_every, identity)
-        group: list[Callback] = [WeightEMA(settings.ema_decay)] if settings.ema_decay else []
         progress = [RunProgress(log, settings.log_every)] if show_progress else []
-        group += [log, *progress, *callbacks, stop, checkpoints]
-        with _quiet(), steady_process(), _interrupts():
-            trainer = make_trainer(settings, [CallbackGroup(group)], epoch, bool(len(val)), run.path)
-            with _together(trainer, is_first_process(settings)):
-                trainer.fit(task, stream, evaluation, ckpt_path=resume, weights_only=True if resume else None)
+        listening = [log, *progress, *callbacks]
+        last = _last_step(settings, epoch)
+        with together(settings) as device, steady_process():
+            trainer = Trainer(task, loader, evaluation, run.path, last, identity, listening, device)
+            if checkpoint is not None:
+                trainer.load(checkpoint)
+                del checkpoint  # which is larger than the model
+            trainer.fit()
     potential.eval()
     return FitResult(
         potential,
-        steps=trainer.global_step,
-        epochs=trainer.global_step // epoch,
-        cpu_seconds=task.clock.elapsed,
-        best_score=checkpoints.best_score,
-        best_step=checkpoints.best_step,
-        interrupted=stop.received,
+        steps=trainer.step,
+        epochs=trainer.step // epoch,
+        cpu_seconds=trainer.clock.elapsed,
+        best_score=trainer.best_score,
+        best_step=trainer.best_step,
+        interrupted=trainer.stop.received,
         monitor=task.monitor or "",
         run=identity["id"],
         resumed=tuple(identity["resumed"]),
@@ -336,61 +285,12 @@ def _require_same(
 def _as_it_was(checkpoint: Mapping[str, Any], task: PotentialTask, epoch: int) -> FitResult:
     """The result of a run that was finished before: the averaged weights, in the potential."""
     task.load_state_dict(checkpoint["state_dict"])
-    best = checkpoint["callbacks"]["CallbackGroup"]["Checkpoints"]
+    best = checkpoint["callbacks"]["Checkpoints"]
     steps = checkpoint["global_step"]
     return FitResult(
         task.potential.eval(), steps, steps // epoch, checkpoint["cpu_seconds"], best["best_score"], best["best_step"],
         None, task.monitor or "", checkpoint["run"]["id"], tuple(checkpoint["run"]["resumed"]), True,
     )  # fmt: skip
-
-
-@contextlib.contextmanager
-def _together(trainer: Trainer, first: bool) -> Iterator[None]:
-    """All processes of a run end together; afterwards each is on its own again.
-
-    The first process speaks for all: where it fails it ends the others, which wait for it; where another one fails,
-    that one says why.
-    """
-    launcher = trainer.strategy.launcher
-    try:
-        yield
-    except BaseException as error:
-        if not first:
-            time.sleep(2.0)  # mostly the first process fails of the same, says so, and ends this one
-            raise
-        children = getattr(launcher, "procs", ())
-        if children and isinstance(error, RuntimeError):  # maybe of a connection that another process has broken
-            for child in children:
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    child.wait(10.0)
-        failed = any(child.poll() for child in children)
-        if children:
-            launcher.kill(signal.SIGKILL)
-        if failed:
-            raise ChildProcessError("a process of the training has failed; it says why above") from error
-        raise
-    finally:
-        if trainer.world_size > 1 and dist.is_initialized():
-            dist.destroy_process_group()
-
-
-@contextlib.contextmanager
-def _interrupts() -> Iterator[None]:
-    """A Ctrl-C that GracefulStop does not take stays a KeyboardInterrupt.
-
-    Lightning would end the interpreter with status 1, without a word, and ignore every later Ctrl-C.
-    """
-    before = signal.getsignal(signal.SIGINT)
-    try:
-        yield
-    except SystemExit as end:
-        if isinstance(end.__context__, KeyboardInterrupt):
-            raise KeyboardInterrupt from end
-        raise
-    finally:
-        if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-            with contextlib.suppress(ValueError):  # outside the main thread
-                signal.signal(signal.SIGINT, signal.SIG_DFL if before is None else before)
 
 
 @contextlib.contextmanager
@@ -401,26 +301,3 @@ def _threads(count: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Lightning's advice on workers, loggers and unset limits does not apply to this loop."""
-    names = (
-        "lightning.pytorch.utilities.rank_zero",
-        "lightning.pytorch.accelerators.cuda",
-        "lightning.fabric.utilities.distributed",
-        "lightning.fabric.strategies.launchers.subprocess_script",
-    )
-    before = {name: logging.getLogger(name).level for name in names}
-    try:
-        for name in names:
-            logging.getLogger(name).setLevel(logging.WARNING)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", category=PossibleUserWarning)
-            # Notices about Lightning's own calls into torch and PyTorch's into itself.
-            warnings.filterwarnings("ignore", module=r"(lightning|torch)\..*")
-            yield
-    finally:
-        for name, level in before.items():
-            logging.getLogger(name).setLevel(level)

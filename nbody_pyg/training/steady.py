@@ -17,7 +17,7 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX, _LARGE = -1, -4, 2**31 - 1
 def steady_process() -> Iterator[None]:
     """Inside, what exists already is left out of garbage collection, and memory is kept for the next step.
 
-    A full collection walks through everything that torch and Lightning have loaded, which takes longer than a
+    A full collection walks through everything that torch has loaded, which takes longer than a
     step of a small network; autograd graphs hold no cycles and do not need it. The memory setting stays for the
     rest of the process; it is ignored where the C library is not glibc.
     """

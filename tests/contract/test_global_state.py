@@ -18,7 +18,7 @@ IMPORT_ALL = """
 import importlib, json, os, pkgutil, random, sys, warnings
 import numpy, torch
 # What third parties do to the process when they are imported is theirs, not ours
-import ase.io, e3nn.o3, jsonargparse, lightning, matplotlib, torch_geometric.data, vesin
+import ase.io, e3nn.o3, jsonargparse, matplotlib, torch_geometric.data, vesin
 
 def state():
     return {

@@ -315,7 +315,7 @@ def test_two_processes_report_the_errors_of_the_model_over_all_frames(here, coun
     key = "dipole_mae" if words else "forces_mae"
     assert trained["val"][key] == pytest.approx(found[key], rel=1e-9) and found[key] > 0
     assert read_metadata("r/model.nbody")["metadata"]["errors"] == trained
-    state = read_checkpoint("r/best.ckpt")["callbacks"]["CallbackGroup"]["Checkpoints"]
+    state = read_checkpoint("r/best.ckpt")["callbacks"]["Checkpoints"]
     if state["best_step"] == 4:  # the validation during training, shared out over the processes
         assert state["best_score"] == pytest.approx(found[key], rel=1e-6)
 

@@ -1,4 +1,4 @@
-"""Two processes with half the batch each take the steps of one process with the whole batch."""
+"""Two processes with half the batch each take the steps of one process with the whole batch, and end together."""
 
 from __future__ import annotations
 
@@ -10,13 +10,23 @@ from pathlib import Path
 import pytest
 import torch
 
+from nbody_pyg.training import TrainingConfig
+from nbody_pyg.training.processes import together
+
 SCRIPT = """
 import sys
 import torch
 from torch import nn
 from nbody_pyg.data import AtomicData
 from nbody_pyg.potential import Potential
-from nbody_pyg.training import TrainingConfig, fit
+from nbody_pyg.training import Callback, TrainingConfig, fit
+
+class Fail(Callback):
+    def __init__(self, rank):
+        self.rank = rank
+    def on_step(self, trainer):
+        if trainer.step == 3 and self.rank == str(torch.distributed.get_rank()):
+            raise OSError(f"process {self.rank} stumbles")
 
 class Net(nn.Module):
     def __init__(self):
@@ -42,29 +52,62 @@ if __name__ == "__main__":
     torch.manual_seed(1)
     settings = TrainingConfig(max_steps=8, batch_size=4 // processes, processes=processes, dtype="float64",
                               optimizer="adam", validate_every=4, warmup_steps=2, budget_seconds=600)
-    result = fit(Potential(Net()), frames, frames[:4], settings, folder, show_progress=False)
+    callbacks = [Fail(rank) for rank in sys.argv[3:]]
+    result = fit(Potential(Net()), frames, frames[:4], settings, folder, show_progress=False, callbacks=callbacks)
 """
 
 
-@pytest.mark.slow
-def test_two_gloo_processes_equal_one(tmp_path):
-    (tmp_path / "script.py").write_text(SCRIPT)
+def start(folder, processes: int, *words: str, launcher: tuple[str, ...] = ()) -> subprocess.CompletedProcess:
+    script = folder.parent / "script.py"
+    script.write_text(SCRIPT)
     root = str(Path(__file__).resolve().parents[2])
-    environment = os.environ | {"PYTHONPATH": root, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1"}
+    environment = os.environ | {"PYTHONPATH": root, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [sys.executable, *launcher, str(script), str(folder), str(processes), *words],
+        env=environment, capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "launcher",
+    [(), ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")],
+    ids=["by itself", "torchrun"],
+)
+def test_two_gloo_processes_equal_one(tmp_path, launcher):
     states = []
     for processes in (1, 2):
-        folder = tmp_path / str(processes)
-        done = subprocess.run(
-            [sys.executable, str(tmp_path / "script.py"), str(folder), str(processes)],
-            env=environment, capture_output=True, text=True, timeout=300, check=False,
-        )  # fmt: skip
+        done = start(tmp_path / str(processes), processes, launcher=launcher if processes == 2 else ())
         assert done.returncode == 0, done.stderr[-3000:]
-        states.append(torch.load(folder / "last.ckpt", weights_only=True))
+        states.append(torch.load(tmp_path / str(processes) / "last.ckpt", weights_only=True))
     one, two = states
     assert one["global_step"] == two["global_step"] == 8
     for part in ("state_dict", "training_state"):
         for name, value in one[part].items():
             assert torch.allclose(value, two[part][name], rtol=0, atol=1e-10), name
     assert one["training_state"]["potential.model.out.weight"].abs().max() > 0
-    scores = [state["callbacks"]["CallbackGroup"]["Checkpoints"]["best_score"] for state in states]
+    scores = [state["callbacks"]["Checkpoints"]["best_score"] for state in states]
     assert scores[0] == pytest.approx(scores[1], rel=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_when_one_process_fails_all_end_and_it_says_why(tmp_path, rank):
+    done = start(tmp_path / "run", 2, rank)
+    assert done.returncode == 1 and f"OSError: process {rank} stumbles" in done.stderr
+    assert ("ChildProcessError: a process of the training has failed" in done.stderr) == (rank == "1")
+    assert not (tmp_path / "run/.lock").exists()
+
+
+def test_processes_that_cannot_be_started(monkeypatch):
+    settings = TrainingConfig(max_steps=1, processes=3)
+    monkeypatch.setattr(sys, "ps1", ">>> ", raising=False)
+    with (
+        pytest.raises(ValueError, match=r"training\.processes must be 1 in a notebook .*; write a script"),
+        together(settings),
+    ):
+        pass
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match=r"training\.processes is 3, but 2 were started"), together(settings):
+        pass

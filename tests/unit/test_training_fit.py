@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import csv
-import logging
 import math
 import os
 import signal
 
 import pytest
 import torch
-from lightning.pytorch import Callback
 from torch import Tensor, nn
 
 from nbody_pyg import NBodyNet, NestedShells
 from nbody_pyg.data import AtomicData
 from nbody_pyg.potential import Potential
-from nbody_pyg.training import FrameLoader, PotentialTask, TrainingConfig, fit, force_variance
-from nbody_pyg.training import run as run_module
+from nbody_pyg.training import Callback, FrameLoader, PotentialTask, TrainingConfig, fit, force_variance
 
 E0 = {1: -13.6, 6: -1030.5, 8: -2041.8}
 
@@ -63,15 +60,6 @@ def frames(count: int = 12, seed: int = 0) -> list[AtomicData]:
 COMMON = {"batch_size": 3, "dtype": "float64", "log_every": 2, "validate_every": 6, "warmup_steps": 3}
 
 
-@pytest.fixture
-def extra(monkeypatch):
-    """Callbacks that a test puts into the trainer of fit."""
-    added: list[Callback] = []
-    make = run_module.make_trainer
-    monkeypatch.setattr(run_module, "make_trainer", lambda s, c, *rest: make(s, [*added, *c], *rest))
-    return added
-
-
 def weights(model) -> torch.Tensor:
     return torch.cat([p.detach().flatten() for p in model.parameters()])
 
@@ -100,8 +88,8 @@ class StopAt(Callback):
     def __init__(self, step):
         self.step = step
 
-    def on_train_batch_end(self, trainer, *_):
-        if trainer.global_step == self.step:
+    def on_step(self, trainer):
+        if trainer.step == self.step:
             trainer.should_stop = True
 
 
@@ -118,13 +106,11 @@ def test_a_checkpoint_of_another_network_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("stop", [8, 6, 5], ids=["end of an epoch", "at a validation", "inside an epoch"])
-def test_resumed_run_equals_uninterrupted_run_bit_by_bit(tmp_path, extra, stop):
+def test_resumed_run_equals_uninterrupted_run_bit_by_bit(tmp_path, stop):
     settings = TrainingConfig(max_epochs=4, **COMMON)
     whole = potential()
     fit(whole, frames(), frames(4, seed=1), settings, tmp_path / "whole")
-    extra.append(StopAt(stop))
-    fit(potential(), frames(), frames(4, seed=1), settings, tmp_path / "parts")
-    extra.clear()
+    fit(potential(), frames(), frames(4, seed=1), settings, tmp_path / "parts", callbacks=[StopAt(stop)])
     resumed = potential(seed=7)
     result = fit(
         resumed,
@@ -151,20 +137,18 @@ def test_resumed_run_equals_uninterrupted_run_bit_by_bit(tmp_path, extra, stop):
 
 
 class RaiseAt(StopAt):
-    def on_train_batch_end(self, trainer, *_):
-        if trainer.global_step == self.step:
+    def on_step(self, trainer):
+        if trainer.step == self.step:
             raise RuntimeError("crash")
 
 
 @pytest.mark.parametrize("decay", [0.99, 0.0])
-def test_crash_without_validation_loses_little_and_goes_on_bit_by_bit(tmp_path, extra, decay):
+def test_crash_without_validation_loses_little_and_goes_on_bit_by_bit(tmp_path, decay):
     settings = TrainingConfig(max_epochs=4, ema_decay=decay, **COMMON)
     whole = potential()
     fit(whole, frames(), (), settings, tmp_path / "whole")
-    extra.append(RaiseAt(11))
     with pytest.raises(RuntimeError, match="crash"):
-        fit(potential(), frames(), (), settings, tmp_path / "parts")
-    extra.clear()
+        fit(potential(), frames(), (), settings, tmp_path / "parts", callbacks=[RaiseAt(11)])
     assert [p.name for p in (tmp_path / "parts").glob("*.ckpt")] == ["last.ckpt"]
     state = torch.load(tmp_path / "parts/last.ckpt", weights_only=True)
     assert state["global_step"] == 6 and state["cpu_seconds"] > 0
@@ -175,73 +159,58 @@ def test_crash_without_validation_loses_little_and_goes_on_bit_by_bit(tmp_path, 
     assert a == b
 
 
-def test_weights_that_are_not_finite_replace_no_checkpoint(tmp_path, extra):
+def test_weights_that_are_not_finite_replace_no_checkpoint(tmp_path):
     class Lose(Callback):
         # As on a GPU, where the loss is not looked at in every step
-        def on_train_batch_end(self, trainer, module, *_):
-            module._check_finite = lambda loss: None
-            if trainer.global_step == 8:
-                module.potential.model.out.weight.data[0, 0] = float("nan")
+        def on_step(self, trainer):
+            trainer._check_finite = lambda loss: None
+            if trainer.step == 8:
+                trainer.task.potential.model.out.weight.data[0, 0] = float("nan")
 
-    extra.append(Lose())
-    fit(potential(), frames(), (), TrainingConfig(max_steps=14, **COMMON), tmp_path)
+    fit(potential(), frames(), (), TrainingConfig(max_steps=14, **COMMON), tmp_path, callbacks=[Lose()])
     state = torch.load(tmp_path / "last.ckpt", weights_only=True)
     assert state["global_step"] == 6
     assert all(value.isfinite().all() for value in state["state_dict"].values())
 
 
 @pytest.mark.parametrize("fails", [True, False])
-def test_threads_and_loggers_are_as_before(tmp_path, extra, fails):
-    names = ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch.accelerators.cuda")
-    threads, levels = torch.get_num_threads(), [logging.getLogger(name).level for name in names]
-    during = []
+def test_threads_are_as_before(tmp_path, fails):
+    threads, during = torch.get_num_threads(), []
 
-    class Look(StopAt):
-        def on_train_batch_end(self, trainer, *_):
-            during.extend([torch.get_num_threads(), *(logging.getLogger(name).level for name in names)])
+    class Look(Callback):
+        def on_step(self, trainer):
+            during.append(torch.get_num_threads())
             if fails:
                 raise RuntimeError("crash")
 
-    extra.append(Look(1))
-    try:
-        for name in names:
-            logging.getLogger(name).setLevel(logging.DEBUG)
-        with pytest.raises(RuntimeError, match="crash") if fails else contextlib.nullcontext():
-            fit(potential(), frames(), (), TrainingConfig(max_steps=2, threads=threads + 1, **COMMON), tmp_path)
-        assert during[:3] == [threads + 1, logging.WARNING, logging.WARNING]
-        assert torch.get_num_threads() == threads
-        assert [logging.getLogger(name).level for name in names] == [logging.DEBUG, logging.DEBUG]
-    finally:
-        torch.set_num_threads(threads)
-        for name, level in zip(names, levels, strict=True):
-            logging.getLogger(name).setLevel(level)
+    settings = TrainingConfig(max_steps=2, threads=threads + 1, **COMMON)
+    with pytest.raises(RuntimeError, match="crash") if fails else contextlib.nullcontext():
+        fit(potential(), frames(), (), settings, tmp_path, callbacks=[Look()])
+    assert during[0] == threads + 1 and torch.get_num_threads() == threads
 
 
-def test_sigterm_finishes_the_step_and_saves(tmp_path, extra):
+def test_sigterm_finishes_the_step_and_saves(tmp_path):
     class Terminate(Callback):
-        def on_train_batch_start(self, trainer, *_):
-            if trainer.global_step == 4:
+        def on_step(self, trainer):
+            if trainer.step == 4:
                 os.kill(os.getpid(), signal.SIGTERM)
 
-    extra.append(Terminate())
     before = signal.getsignal(signal.SIGTERM)
-    result = fit(potential(), frames(), (), TrainingConfig(max_epochs=9, **COMMON), tmp_path)
+    settings = TrainingConfig(max_epochs=9, **COMMON)
+    result = fit(potential(), frames(), (), settings, tmp_path, callbacks=[Terminate()])
     assert result.interrupted == signal.SIGTERM and result.steps == 5
     assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == 5
     assert signal.getsignal(signal.SIGTERM) == before
 
 
-def test_an_early_ctrl_c_stays_one(tmp_path, extra):
-    """Before our handler is there Lightning takes it, and would end the interpreter."""
-
+def test_a_ctrl_c_before_the_first_step_stays_one(tmp_path):
     class Early(Callback):
-        def setup(self, trainer, task, stage):
+        def on_start(self, trainer):
             raise KeyboardInterrupt
 
-    extra.append(Early())
     before = signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
-        fit(potential(), frames(), settings=TrainingConfig(max_steps=5), folder=tmp_path, show_progress=False)
+        fit(potential(), frames(), settings=TrainingConfig(max_steps=5), folder=tmp_path, callbacks=[Early()])
     assert signal.getsignal(signal.SIGINT) is before
 
 
@@ -264,20 +233,19 @@ def test_average_is_what_is_validated_saved_and_returned(tmp_path):
     assert not torch.equal(raw, state["state_dict"]["potential.model.out.weight"])
 
 
-def test_averaging_follows_its_definition(tmp_path, extra):
+def test_averaging_follows_its_definition(tmp_path):
     class Record(Callback):
-        def on_train_start(self, trainer, module):
-            self.average = weights(module).clone()
+        def on_start(self, trainer):
+            self.average = weights(trainer.task).clone()
 
-        def on_train_batch_end(self, trainer, module, *_):
-            n = trainer.global_step - 1
+        def on_step(self, trainer):
+            n = trainer.step - 1
             decay = min(0.9, (1 + n) / (10 + n))
-            self.average = decay * self.average + (1 - decay) * weights(module)
+            self.average = decay * self.average + (1 - decay) * weights(trainer.task)
 
-    record = Record()
-    extra.append(record)
-    model = potential()
-    fit(model, frames(), (), TrainingConfig(max_steps=15, ema_decay=0.9, **COMMON), tmp_path)
+    record, model = Record(), potential()
+    settings = TrainingConfig(max_steps=15, ema_decay=0.9, **COMMON)
+    fit(model, frames(), (), settings, tmp_path, callbacks=[record])
     assert torch.allclose(weights(model), record.average, rtol=0, atol=1e-12)
     assert weights(model).abs().max() > 0
 
@@ -291,11 +259,11 @@ def test_without_averaging_and_clipping(tmp_path):
 def test_checkpoint_loads_as_a_task_with_the_network_given(tmp_path):
     model = potential()
     fit(model, frames(), (), TrainingConfig(max_steps=3, **COMMON), tmp_path)
-    task = PotentialTask.load_from_checkpoint(tmp_path / "last.ckpt", potential=potential(seed=5), weights_only=True)
+    task = PotentialTask.load_from_checkpoint(tmp_path / "last.ckpt", potential=potential(seed=5))
     assert torch.equal(weights(task), weights(model))
     assert task.settings == TrainingConfig(max_steps=3, **COMMON)
     with pytest.raises(ValueError, match="PairNetwork, which nbody_pyg cannot build by itself"):
-        PotentialTask.load_from_checkpoint(tmp_path / "last.ckpt", weights_only=True)
+        PotentialTask.load_from_checkpoint(tmp_path / "last.ckpt")
 
 
 def test_loss_that_is_not_finite_stops_with_advice(tmp_path):

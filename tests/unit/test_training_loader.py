@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from torch_geometric.data import Batch, Data
@@ -105,18 +107,15 @@ def test_processes_share_every_frame():
     assert set(seen) == set(range(7)) and len(seen) == 8
 
 
-def test_going_on_in_the_middle_of_an_epoch():
-    loader = FrameLoader(frames(), 2, shuffle=True, chunk=2)
-    loader.set_epoch(5)
-    whole = [batch.number.tolist() for batch in loader]
-    iterator = iter(loader)
-    next(iterator)
-    state = loader.state_dict()
-    assert state == {"epoch": 5, "position": 1}
-    fresh = FrameLoader(frames(), 2, shuffle=True, chunk=2)
-    fresh.load_state_dict(state)
-    assert [batch.number.tolist() for batch in fresh] == whole[1:]
-    assert [batch.number.tolist() for batch in fresh] == whole
+def test_endless_batches_from_any_step():
+    def first(count, step=0):
+        return [batch.number.tolist() for batch in itertools.islice(loader.endless(step), count)]
+
+    loader = FrameLoader(frames(), 2, shuffle=True, seed=3, chunk=3)
+    whole = first(10)
+    epochs = [list(itertools.chain(*whole[start : start + 4])) for start in (0, 4)]
+    assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(7)) and epochs[0] != epochs[1]
+    assert [first(4, step) for step in (3, 4, 6)] == [whole[step : step + 4] for step in (3, 4, 6)]
 
 
 def test_drop_last():

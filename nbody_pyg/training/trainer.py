@@ -1,0 +1,237 @@
+"""Trainer: the loop of a run, from its first step to its last checkpoint."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch_geometric.data import Batch
+
+from nbody_pyg.training.callbacks import Callback, GracefulStop
+from nbody_pyg.training.checkpoint import random_state, read_checkpoint, set_random_state, write_checkpoint
+from nbody_pyg.training.clock import ProcessClock
+from nbody_pyg.training.ema import WeightEMA
+from nbody_pyg.training.flat import FlatParameters
+from nbody_pyg.training.loader import FrameLoader
+from nbody_pyg.training.optim import build_optimizer
+from nbody_pyg.training.schedule import WarmupCosine
+from nbody_pyg.training.task import PotentialTask
+
+
+class Trainer:
+    """Trains a task, and writes ``last.ckpt`` and ``best.ckpt``; in every process of torch.distributed, where it runs.
+
+    The learning rate follows :class:`WarmupCosine` over the *progress* of the run: the larger of its shares of steps
+    and CPU time (whichever limits are set). When the budget is spent, training stops after the step at hand.
+
+    ``last.ckpt`` is written after every validation, or as often without, and at the end; ``best.ckpt`` when the error
+    ``task.monitor`` improves. Weights that are not finite are not written: what was there before is of more use.
+
+    Args:
+        task: what is trained.
+        train, val: its batches, and those of validation, if any.
+        folder: where checkpoints go.
+        last_step: the step at which the run ends; -1 where only its time is limited.
+        run: what every checkpoint keeps of the run that it belongs to.
+        callbacks: called in this order.
+
+    For callbacks: ``step`` (steps taken), ``progress`` in [0, 1], ``clock``, ``learning_rate``, ``first`` (whether this
+    process writes), ``should_stop``, which they may set on all processes alike, and :meth:`averaged`.
+    Raises: FloatingPointError: the loss is not finite; names the step and what to try.
+    """
+
+    def __init__(
+        self,
+        task: PotentialTask,
+        train: FrameLoader,
+        val: FrameLoader | None,
+        folder: str | Path,
+        last_step: int = -1,
+        run: Mapping[str, Any] | None = None,
+        callbacks: Sequence[Callback] = (),
+        device: torch.device | str = "cpu",
+    ):
+        s = task.settings
+        self.task, self.train, self.val, self.settings = task.to(device), train, val, s
+        self.folder, self.last_step, self.run, self.callbacks = Path(folder), last_step, dict(run or {}), callbacks
+        self.device = torch.device(device)
+        self.world = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+        self.first = self.world == 1 or dist.get_rank() == 0
+        self.flat = FlatParameters(task.potential)
+        self.names = [name for name, p in task.named_parameters() if p.requires_grad]
+        self.optimizer = build_optimizer(s.optimizer, task.potential, s.lr, s.weight_decay, self.flat)
+        for group in self.optimizer.param_groups:
+            group.setdefault("initial_lr", group["lr"])
+        self.schedule, self.clock = WarmupCosine(s.warmup_steps, s.constant_fraction), ProcessClock()
+        self.ema, self.stop = WeightEMA(self.flat, s.ema_decay), GracefulStop()
+        self.step, self.progress, self.should_stop = 0, 0.0, False
+        self.best_score, self.best_step = math.inf, -1
+
+    @property
+    def learning_rate(self) -> float:
+        return self.optimizer.param_groups[0]["lr"]
+
+    def fit(self) -> None:
+        """Take all steps that are left; afterwards the task holds the averaged weights, on the CPU."""
+        self.task.running.clear()
+        if self.world > 1:
+            for value in self.task.state_dict().values():
+                shared = value.contiguous()
+                dist.broadcast(shared, src=0)
+                value.copy_(shared)
+        self._tell("on_start")
+        self._agree()
+        every, batches = self.settings.validate_every, self.train.endless(self.step)
+        with self.stop:
+            while not (self.should_stop or 0 <= self.last_step <= self.step):
+                self._update(next(batches))
+                self._agree()
+                self._tell("on_step")
+                if self.should_stop:
+                    self.save("last.ckpt")  # first make sure of the work done
+                if self.should_stop or self.step % every == 0:
+                    self._validate()
+        self._tell("on_end")
+        self.save("last.ckpt")
+        self.flat.values.copy_(self.ema.average)
+        self.task.cpu()
+
+    def _update(self, batch: Batch) -> None:
+        """One step: loss, gradient, weights, average."""
+        s = self.settings
+        self.clock.start()
+        factor = self.schedule(self.step, self.progress)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * factor
+        self.flat.zero_grad()
+        loss = self.task.training_step(batch if batch.pos.device == self.device else batch.to(self.device))
+        # On the CPU the value is at hand; on a GPU asking for it would stall every step.
+        if self.device.type == "cpu" or self.step % s.log_every == 0:
+            self._check_finite(loss.item())
+        loss.backward()
+        if self.world > 1:
+            dist.all_reduce(self.flat.gradient)
+            self.flat.gradient /= self.world
+        if s.clip_norm is not None:
+            self.task.running.norm += self.flat.clip_grad_norm(s.clip_norm)
+        self.optimizer.step()
+        self.step += 1
+        self.ema.update()
+
+    def _check_finite(self, loss: float) -> None:
+        if not math.isfinite(loss):
+            raise FloatingPointError(
+                f"loss became {loss} at step {self.step} (learning rate {self.learning_rate:.3g}); the last "
+                "checkpoint, if there is one, is still good. Try a smaller lr, a longer warmup_steps, a smaller "
+                "clip_norm, or dtype float64; check the labels"
+            )
+
+    def _agree(self) -> None:
+        """Progress, and whether a signal or the budget ends the run: the same on every process.
+
+        Unequal learning rates would let the processes drift apart.
+        """
+        budget, stop = self.settings.budget_seconds, self.stop.received is not None
+        progress = self.step / self.last_step if self.last_step > 0 else 0.0
+        if budget is not None:
+            progress = max(progress, self.clock.elapsed / budget)
+        if self.world > 1:
+            shared = torch.tensor([stop, progress * self.first], dtype=torch.float64, device=self.device)
+            dist.all_reduce(shared, op=dist.ReduceOp.MAX)
+            stop, progress = shared.tolist()
+        self.progress = min(1.0, progress)
+        self.should_stop |= bool(stop) or (budget is not None and progress >= 1.0)
+
+    @contextlib.contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Inside, the task holds the averaged weights and is in evaluation mode, and the clock stands still."""
+        self.clock.pause()  # it starts again with the next step
+        training = [module for module in self.task.modules() if module.training]
+        self.task.eval()
+        try:
+            with self.ema.averaged():
+                yield
+        finally:
+            for module in training:
+                module.training = True
+
+    def _validate(self) -> None:
+        if self.val is not None:
+            with self.averaged():
+                meter = self.task.meter(self.device)
+                for batch in self.val:
+                    self.task.validation_step(batch.to(self.device), meter)
+            meter.reduce()
+            scores = meter.compute()
+            self._tell("on_validation", scores)
+            if scores.get(self.task.monitor, math.inf) < self.best_score:
+                self.best_score, self.best_step = scores[self.task.monitor], self.step
+                self.save("best.ckpt")
+        self.save("last.ckpt")
+
+    def _tell(self, moment: str, *arguments: Any) -> None:
+        for callback in self.callbacks:
+            getattr(callback, moment)(self, *arguments)
+
+    # -- checkpoints ---------------------------------------------------------------------------------------
+    def save(self, name: str) -> None:
+        """Write a checkpoint: the average as ``state_dict``, so that loading it gives the model that was validated, and
+        the weights of the optimizer as ``training_state``, from which training goes on."""
+        self.clock.pause()
+        # On a GPU the loss is looked at now and then only, so the weights may be lost by now.
+        if not self.first or not bool(self.flat.values.isfinite().all()):
+            return
+        state = self.task.state_dict()
+        own = {"best_score": self.best_score, "best_step": self.best_step, **random_state()}
+        checkpoint = {
+            "state_dict": state | dict(zip(self.names, self.flat.views(self.ema.average), strict=True)),
+            "optimizer_states": [self.optimizer.state_dict()],
+            "global_step": self.step,
+            "cpu_seconds": self.clock.elapsed,
+            "hyper_parameters": self.task.hparams,
+            "callbacks": {
+                **{type(callback).__name__: callback.state_dict() for callback in self.callbacks},
+                "WeightEMA": {"steps": self.ema.steps},
+                "Checkpoints": own,
+            },
+            "run": self.run,
+        }
+        if self.settings.ema_decay:
+            checkpoint["training_state"] = state
+        self._tell("on_save", checkpoint)
+        write_checkpoint(self.folder / name, checkpoint)
+
+    def load(self, checkpoint: Mapping[str, Any]) -> None:
+        """Go on from a checkpoint. Raises: ValueError: it is of another network; weights alone would fit many."""
+        self.task.require_same_network(checkpoint)
+        average, states = checkpoint["state_dict"], checkpoint["callbacks"]
+        self.task.load_state_dict(checkpoint.get("training_state", average))
+        self.ema.average = self.flat.pack([average[name] for name in self.names])
+        self.ema.steps = states.get("WeightEMA", {"steps": 0})["steps"]
+        # Rates and decays are those of the settings: a resumed run may change them.
+        kept = ("initial_lr", "weight_decay")
+        chosen = [{key: group[key] for key in kept if key in group} for group in self.optimizer.param_groups]
+        self.optimizer.load_state_dict(checkpoint["optimizer_states"][0])
+        for group, values in zip(self.optimizer.param_groups, chosen, strict=True):
+            group.update(values)
+        self.step, self.clock = checkpoint["global_step"], ProcessClock(checkpoint["cpu_seconds"])
+        for callback in self.callbacks:
+            if found := states.get(type(callback).__name__):
+                callback.load_state_dict(found)
+        own = states["Checkpoints"]
+        if own["best_step"] >= 0 and self._has_best(own["best_step"]):  # or else it is chosen anew from here on
+            self.best_score, self.best_step = own["best_score"], own["best_step"]
+        set_random_state(own)
+
+    def _has_best(self, step: int) -> bool:
+        """Whether best.ckpt is that of this run and of the step that is known: it may be lost, or a step ahead."""
+        try:
+            found = read_checkpoint(self.folder / "best.ckpt")
+        except (OSError, ValueError):
+            return False
+        return found["run"].get("id") == self.run.get("id") and found["global_step"] == step
