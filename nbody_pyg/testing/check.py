@@ -185,11 +185,9 @@ class _Examiner:
         scheme = getattr(self.potential.model, "scheme", None)
         if not isinstance(scheme, BondTree):
             return system
-        z, lattice = system.z, (system.cell, system.pbc)
-        tree = reference_topology(self.metadata, scheme, z.tolist(), system.cell is not None)
-        return (
-            system if bond_changes(scheme, tree, z, system.pos, *lattice) is None else replace(system, bonds=tree.bonds)
-        )
+        tree = reference_topology(self.metadata, scheme, system.z.tolist(), system.cell is not None)
+        here = system.checked()
+        return system if bond_changes(scheme, tree, here) is None else replace(system, bonds=tree.bonds)
 
     def checks(self, sections: Sequence[str]) -> Iterator[Check]:
         for section in sections:

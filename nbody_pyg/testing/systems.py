@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch_geometric.data import Data
 
+from nbody_pyg import system as checked
 from nbody_pyg.hierarchy.bondgraph import covalent_bonds
-from nbody_pyg.hierarchy.scheme import AtomsInput
 from nbody_pyg.potential import Potential
 
 _STATE = ("charge", "charges", "spin")
@@ -40,6 +40,10 @@ class System:
         total = self.charge if self.charges is None else self.charges.sum()
         charge = 0.0 if total is None else float(total)
         return charge, 0.0 if self.spin is None else float(self.spin) - 1.0
+
+    def checked(self) -> checked.System:
+        """The system that models take, without charges."""
+        return checked.System.from_tensors(self.z, self.pos, None, self.cell, self.pbc)
 
     def reordered(self, order: Tensor) -> System:
         """The same system with its atoms in another order."""
@@ -215,7 +219,7 @@ def _bonds(systems: Sequence[System]) -> Tensor | None:
         return None
     out, first = [], 0
     for s in systems:
-        bonds = covalent_bonds(AtomsInput.check(s.z, s.pos, None, s.cell, s.pbc)) if s.bonds is None else s.bonds
+        bonds = covalent_bonds(s.checked()) if s.bonds is None else s.bonds
         out.append(bonds + first)
         first += len(s.z)
     return torch.cat(out, dim=1)

@@ -15,6 +15,7 @@ LAYERS = [
     "kernels",
     "data",
     "geometry",
+    "system",
     "radial",
     "multipoles",
     "hierarchy",

@@ -245,11 +245,11 @@ def test_smooth_through_changes_of_the_hierarchy(both):
 class _Hard(FromAssignment):
     """Clusters of the nearest of a few atoms, searched anew at all positions: what the library refuses as a default."""
 
-    def topology(self, z, pos, batch=None, cell=None, pbc=None, *, labels=None):
-        batch = torch.zeros_like(z) if batch is None else batch
+    def build(self, system):
+        pos, batch = system.pos, system.batch
         centres = torch.arange(0, int((batch == 0).sum()), 8)
         found = [torch.cdist(pos[batch == b], pos[batch == b][centres]).argmin(dim=1) for b in batch.unique()]
-        return super().topology(z, pos, batch, cell, pbc, labels=torch.cat(found))
+        return super().build(system, labels=torch.cat(found))
 
     def inputs(self, data):
         return {}
