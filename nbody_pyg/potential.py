@@ -426,7 +426,8 @@ class Potential(Float64Buffers):
                 "a potential looks at values of positions and differentiates by them, which tracers, torch.vmap, fake "
                 "and meta tensors do not allow; trace its model with topology=..., or use accelerate.compile_potential"
             )
-        if system.num_graphs == 0:
+        stated = isinstance(z, (System, Data)) or given.get("batch_size") is not None
+        if system.num_graphs == 0 or (len(system.z) == 0 and not stated):
             raise ValueError("z holds no atom; give at least one, or batch_size, the number of graphs without atoms")
         if system.pbc is not None and "cell" not in self._keywords:
             raise ValueError(

@@ -378,7 +378,9 @@ class _Pairs(Scheme):
 
     def build(self, system):
         count = system.num_atoms
-        return Topology((count, torch.ones_like(count)), (None, torch.stack([torch.arange(len(system.z)), system.batch])))
+        return Topology(
+            (count, torch.ones_like(count)), (None, torch.stack([torch.arange(len(system.z)), system.batch]))
+        )
 
 
 def test_a_scheme_of_ones_own_works_and_is_found_by_name(molecule):
