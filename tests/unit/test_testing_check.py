@@ -213,7 +213,7 @@ def test_a_structure_that_is_the_reference_molecule_has_its_bonds():
         assert float(examiner.subject(systems)[0]) == pytest.approx(expected, abs=1e-9)
     assert examiner.subject([other, own])[0].tolist() == pytest.approx([float(single), wanted], abs=1e-9)
     bare = _Examiner(potential, frames, {}, (0, 0.5, 300.0), 0)
-    assert bare.systems[0].bonds is None
+    assert "bonds" not in bare.systems[0].given
     assert float(bare.subject(bare.systems[:1])[0]) == pytest.approx(found, abs=1e-9)
 
 
