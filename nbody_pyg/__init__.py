@@ -35,7 +35,7 @@ __all__ = [
     "share_topology",
 ]
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _HOMES = {"AtomicData": "data", "NBodyNet": "models", "AtomicReference": "potential", "Potential": "potential"}
 

@@ -25,9 +25,10 @@ from nbody_pyg.nn.charges import (
     refuse_unused,
 )
 from nbody_pyg.nn.coulomb import LongRange
+from nbody_pyg.nn.custom import GateFactory, checked_state, gate_factories, gate_names
 from nbody_pyg.nn.edges import EdgeEmbedding, EdgeFeatures, sum_into
 from nbody_pyg.nn.gates import OneBodyGate
-from nbody_pyg.nn.interaction import Interaction, Recipe
+from nbody_pyg.nn.interaction import Interaction, Recipe, SoftNorm
 from nbody_pyg.nn.irreps import Resettable, check_symmetry, hidden_irreps, require_reachable, to_mul_ir
 from nbody_pyg.nn.readout import LinearReadout, MLPReadout
 from nbody_pyg.radial import BesselBasis, InversePowers
@@ -89,6 +90,9 @@ class NBodyNet(Resettable):
         irreps_out: type of the target, in e3nn's words: "0e" energy, "1o" dipole, "0e + 2e" polarizability.
         target: "extensive" sums a value over the parts of all levels below the root; "intensive" reads the
             root, which is not additive.
+        gate: a class of gates of one's own for every step of the hierarchy, or a mapping from "pair", "up" and "down"
+            to one (:class:`~nbody_pyg.nn.custom.GateFactory`; docs/extending.md). Atoms then start from a learned
+            vector of their element. A model file holds the name of the class, which must be imported before loading.
         options: further settings, see :attr:`DEFAULTS`: num_layers (visits of the atoms, where they have pairs;
             an intensive target reads none but the first),
             num_basis (radial functions: 8, with the strict preset 4), symmetry ("o3", "o3-full", "so3"), sweeps ("up",
@@ -131,8 +135,9 @@ class NBodyNet(Resettable):
         lmax: int = 2,
         body_order: int = 4,
         preset: str = "practical",
-        irreps_out: str = "0e",
+        irreps_out: str | o3.Irreps = "0e",
         target: str = "extensive",
+        gate: GateFactory | str | Mapping[str, GateFactory | str] | None = None,
         **options: Any,
     ) -> None:
         super().__init__()
@@ -142,6 +147,7 @@ class NBodyNet(Resettable):
         self.species = _check_species(species)
         self.preset = check_choice("preset", preset, tuple(PRESETS))
         self.target = check_choice("target", target, ("extensive", "intensive"))
+        self.gates = gate_factories(gate)
         unknown = set(options) - set(self.DEFAULTS)
         if unknown:
             raise ValueError(
@@ -207,6 +213,14 @@ class NBodyNet(Resettable):
             self.electrons = ElectronicEmbedding(
                 self.options["inputs"], len(self.species), self.channels, offset=energies
             )
+        self.elements = None
+        self.bound = None
+        if "down" in self.gates:
+            # A gate of somebody's own may be of any degree in the states, and steps down follow each other
+            self.bound = SoftNorm() if self.preset == "practical" else nn.Identity()
+        if self.gates:
+            self.elements = nn.Parameter(torch.randn(len(self.species), self.channels))
+        if self.options["inputs"] or self.gates:
             types[0] = o3.Irreps([(self.channels, (0, 1))])  # what atoms start from
         for n, step in enumerate(self.steps):
             if step.edges not in self.embeddings:
@@ -275,6 +289,9 @@ class NBodyNet(Resettable):
         )
         default = _DEFAULT_DEGREE["pair" if step.kind == "pair" else "child"]
         degree = float((self.options["degrees"] or {}).get(step.edges, default))
+        gate = self.gates.get(step.kind)
+        if step.kind == "down" and gate is not None:
+            return gate(self.irreps, self.irreps, num_basis=recipe.num_basis, avg_num_neighbors=1.0)
         if step.kind == "down":
             return OneBodyGate(self.irreps, self.irreps, self.lmax, recipe.num_basis, 1.0, recipe.symmetry)
         return Interaction(
@@ -286,6 +303,7 @@ class NBodyNet(Resettable):
             bare=self._centred(self._source(step)),
             centred=self._centred(step.level),
             degree=degree,
+            gate=gate,
         )
 
     def _gain(self) -> float:
@@ -404,11 +422,17 @@ class NBodyNet(Resettable):
         states: dict[int, Tensor] = {}
         if self.electrons is not None:
             states[0] = self.electrons(shares, species)
+        if self.elements is not None:
+            start = self.elements.index_select(0, species).unsqueeze(1)
+            states[0] = states[0] + start if 0 in states else start
         for step, interaction in zip(self.steps, self.interactions, strict=True):
             edges = self._edges(step, hierarchy, features)
             source = states.get(self._source(step))
             if step.kind == "down":
-                states[step.level] = states[step.level] + interaction(source, edges)
+                sent = interaction(source, edges)
+                if self.bound is not None:
+                    sent = self.bound(checked_state(sent, interaction, edges.num_targets, self.irreps))
+                states[step.level] = states[step.level] + sent
                 continue
             target = states.get(step.level)
             if step.kind == "up" and self._centred(step.level):
@@ -526,6 +550,7 @@ class NBodyNet(Resettable):
             "preset": self.preset,
             "irreps_out": str(self.irreps_out),
             "target": self.target,
+            **({"gate": gate_names(self.gates)} if self.gates else {}),
             **self.options,
         }
 

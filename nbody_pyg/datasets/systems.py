@@ -10,9 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from ase import Atoms
-from ase.db import connect
-from ase.io import iread
-from ase.io.formats import filetype
 
 from nbody_pyg.units import Units
 
@@ -34,6 +31,8 @@ def read_systems(
         OSError: the system refuses to read it.
         ValueError: ASE cannot read it, or it holds no such frame.
     """
+    from ase.io import iread  # with all of scipy, which takes half a second and is not needed by most of the package
+
     path, chosen = Path(path), as_slice(index)
     if not path.exists():
         raise FileNotFoundError(f"path {str(path)!r} does not exist; give the file with the frames")
@@ -82,6 +81,8 @@ def as_slice(index: str | slice | int) -> slice:
 
 def _without_mark(path: Path, file_format: str | None) -> tuple[Any, str | None]:
     """The path as it is; of a text that begins with a byte order mark, as Windows writes it, text and format."""
+    from ase.io.formats import filetype
+
     if not path.is_file():
         return str(path), file_format
     with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
@@ -95,6 +96,8 @@ def _without_mark(path: Path, file_format: str | None) -> tuple[Any, str | None]
 
 def _read_database(path: Path) -> tuple[list[Atoms], Mapping[str, Any]]:
     """Metadata and systems of an ASE database, with key-value pairs and data of each row in ``info``."""
+    from ase.db import connect
+
     systems = []
     with connect(path, serial=True) as database:
         for row in database.select():

@@ -1,14 +1,20 @@
 """Deployment: the model file, the ASE calculator and molecular dynamics."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 from nbody_pyg.deploy.calculator import NBodyCalculator
 from nbody_pyg.deploy.committee import Committee, stop_on_uncertainty
-from nbody_pyg.deploy.dynamics import MDReport, run_md
 from nbody_pyg.deploy.energies import EnergyExplanation, explain_energy
 from nbody_pyg.deploy.energy_plot import plot_energy_parts
 from nbody_pyg.deploy.fingerprint import cg_fingerprint
 from nbody_pyg.deploy.model_file import FORMAT_VERSION, load_model, read_metadata, save_model
 from nbody_pyg.deploy.reference import reference_record, reference_topology, with_reference
 from nbody_pyg.deploy.relax import Relaxation, relax
+
+if TYPE_CHECKING:
+    from nbody_pyg.deploy.dynamics import MDReport, run_md
 
 __all__ = [
     "FORMAT_VERSION",
@@ -30,3 +36,18 @@ __all__ = [
     "stop_on_uncertainty",
     "with_reference",
 ]
+
+
+def __getattr__(name: str) -> object:
+    """Dynamics are imported when first asked for: they bring all of ``ase.io`` and scipy, which forces do not need."""
+    if name not in {"MDReport", "run_md"}:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from nbody_pyg.deploy import dynamics
+
+    value = getattr(dynamics, name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

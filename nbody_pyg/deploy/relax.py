@@ -11,7 +11,6 @@ from pathlib import Path
 import torch
 from ase import Atoms
 from ase.calculators.singlepoint import SinglePointCalculator
-from ase.constraints import FixAtoms, FixCartesian
 from torch import Tensor, nn
 from torch_geometric.data import Batch, Data
 
@@ -250,6 +249,8 @@ def _held(atoms: Atoms, number: int) -> Tensor:
             "take a file that has them, or remove constraints_left_out from it to go on without"
         )
     fixed = torch.zeros(len(atoms), 3, dtype=torch.bool)
+    if atoms.constraints:  # half a second of scipy, which no other structure needs
+        from ase.constraints import FixAtoms, FixCartesian
     for constraint in atoms.constraints:
         if not isinstance(constraint, (FixAtoms, FixCartesian)):
             raise ValueError(

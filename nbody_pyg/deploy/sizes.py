@@ -50,8 +50,10 @@ def check_sizes(config: Mapping[str, Any], shapes: Shapes) -> None:
     steps = NBodyNet._plan(settings)
     if len(steps) != interactions:
         raise ValueError(f"the scheme takes {len(steps)} interactions, but there are weights of {interactions}")
+    own = getattr(settings, "gate", None) or {}
     for number, step in enumerate(steps):
-        _check_interaction(f"interactions.{number}.", step.kind, settings, shapes)
+        if step.kind not in own:  # the weights of a gate of somebody's own are for the network to compare
+            _check_interaction(f"interactions.{number}.", step.kind, settings, shapes)
     _check_tables(settings, len(steps), shapes)
     _check_output(settings, shapes)
 

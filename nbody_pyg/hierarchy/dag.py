@@ -6,10 +6,10 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from nbody_pyg.hierarchy.topology import Topology, sort_edges
 
-
-def topology_from_dag(edges: Int[Tensor, "2 edges"], num_atoms: int) -> Topology:
+def levels_of_dag(
+    edges: Int[Tensor, "2 edges"], num_atoms: int
+) -> tuple[tuple[Int[Tensor, "1"], ...], tuple[Int[Tensor, "2 _"] | None, ...]]:
     """Level a DAG of parts of one system.
 
     A node's level is the length of the longest path from an atom to it. Where an edge skips levels, one
@@ -21,7 +21,8 @@ def topology_from_dag(edges: Int[Tensor, "2 edges"], num_atoms: int) -> Topology
         num_atoms: number of atoms, at least 1.
 
     Returns:
-        A validated topology without pairs. Parts are numbered by their node within each level.
+        ``num_parts`` and ``child_index`` of a :class:`~nbody_pyg.hierarchy.Topology`. Parts are numbered by their
+        node within each level.
 
     Raises:
         ValueError: naming the node: a cycle, two roots, an atom without a parent, a part without atoms, an
@@ -90,7 +91,9 @@ def _levels(children: list[list[int]], parents: list[list[int]], num_atoms: int)
     return level
 
 
-def _assemble(parents: list[list[int]], level: list[int], num_atoms: int) -> Topology:
+def _assemble(
+    parents: list[list[int]], level: list[int], num_atoms: int
+) -> tuple[tuple[Int[Tensor, "1"], ...], tuple[Int[Tensor, "2 _"] | None, ...]]:
     """Number the nodes (and pass-through nodes) of each level and connect them."""
     top = max(level)
     # A node is present from its own level up to just below its highest parent.
@@ -101,8 +104,6 @@ def _assemble(parents: list[list[int]], level: list[int], num_atoms: int) -> Top
     for k in range(1, top + 1):
         columns = [(number[k - 1][n], number[k][n]) for n in present[k] if level[n] < k]
         columns += [(number[k - 1][n], number[k][p]) for n in present[k - 1] for p in parents[n] if level[p] == k]
-        index = torch.tensor(columns, dtype=torch.long).t().contiguous()
-        child_index.append(sort_edges(index, None, len(present[k - 1]))[0])
-    return Topology(
-        num_parts=tuple(torch.tensor([len(nodes)]) for nodes in present), child_index=tuple(child_index)
-    ).validate()
+        columns.sort(key=lambda column: column[::-1])  # by parent, then child
+        child_index.append(torch.tensor(columns, dtype=torch.long).t().contiguous())
+    return tuple(torch.tensor([len(nodes)]) for nodes in present), tuple(child_index)

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Int, Integer
 from torch import Tensor
 
-from nbody_pyg.hierarchy.topology import Topology
+from nbody_pyg.hierarchy.topology import Topology, check_topology
 from nbody_pyg.system import System
 
 
@@ -111,7 +111,43 @@ class Hierarchy:
         Raises:
             ValueError: the message names the level, the node or edge, and the rule.
         """
-        from nbody_pyg.hierarchy.validation import validate_hierarchy
-
-        validate_hierarchy(self)
+        if self.levels[0].num_parts != self.z.shape[0]:
+            raise ValueError(f"level 0 must hold one node per atom ({self.z.shape[0]}), got {self.levels[0].num_parts}")
+        check_topology(self.topology(), images=True)
+        for k, level in enumerate(self.levels):
+            _check_tensors(k, level)
         return self
+
+
+def _check_tensors(k: int, level: Level) -> None:
+    """Raise unless the tensors of a level fit its integers, and are finite and in their range."""
+    num_children = None if level.child_index is None else level.child_index.shape[1]
+    num_pairs = None if level.pair_index is None else level.pair_index.shape[1]
+    wanted = {
+        "pos": (level.num_parts, 3),
+        "weight": (level.num_parts,),
+        "batch": (level.num_parts,),
+        "child_vec": None if num_children is None else (num_children, 3),
+        "child_weight": None if num_children is None else (num_children,),
+        "pair_vec": None if num_pairs is None else (num_pairs, 3),
+        "pair_weight": None if num_pairs is None else (num_pairs,),
+        "pool_weight": None if level.pool_weight is None or num_children is None else (num_children,),
+    }
+    for name, shape in wanted.items():
+        value = getattr(level, name)
+        got = None if value is None else tuple(value.shape)
+        if got != shape:
+            raise ValueError(f"{name} of level {k} must have shape {shape}, got {got}")
+        if value is None or not value.is_floating_point():
+            continue
+        low, high = (
+            (-torch.inf, torch.inf)
+            if name.endswith(("pos", "vec"))
+            else (0.0, torch.inf if name == "pool_weight" else 1.0)
+        )
+        # Weights are sums and products of steps, which end at 1 up to rounding.
+        most = high * (1.0 + 32.0 * torch.finfo(value.dtype).eps)
+        bad = ~(torch.isfinite(value) & (value >= low) & (value <= most))
+        if bool(bad.any()):
+            row = int(bad.nonzero()[0, 0])
+            raise ValueError(f"{name} of level {k} must be finite and in [{low}, {high}], row {row} is {value[row]}")

@@ -385,8 +385,6 @@ class Scheme(BaseTransform):
             ValueError: unknown name.
             TypeError: arguments that the scheme does not take.
         """
-        import nbody_pyg.hierarchy  # noqa: F401  (so that the schemes of the library are defined)
-
         known = {cls.__name__: cls for cls in _subclasses(Scheme)}
         arguments = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items() if k != "name"}
         name = config.get("name")
@@ -406,7 +404,7 @@ def adapt_overrides(cls: type[Scheme]) -> None:
         hint = f"{cls.__name__} overrides {old}(), for tensors; write {new}() instead, which is given a System"
         if getattr(cls, new) is not getattr(Scheme, new):
             raise TypeError(f"{hint}, as the scheme that it derives from does")
-        warnings.warn(f"{hint}; {old}() will no longer be asked in version 0.4", DeprecationWarning, stacklevel=4)
+        warnings.warn(f"{hint}; {old}() will no longer be asked in version 0.5", DeprecationWarning, stacklevel=4)
         setattr(cls, new, _ADAPTERS[new])
 
 
@@ -430,7 +428,7 @@ def __getattr__(name: str) -> Any:
     if name != "AtomsInput":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     warnings.warn(
-        "AtomsInput is now nbody_pyg.system.System, and goes in version 0.4: build() of a scheme is given one, so that "
+        "AtomsInput is now nbody_pyg.system.System, and goes in version 0.5: build() of a scheme is given one, so that "
         "there is nothing to check",
         DeprecationWarning,
         stacklevel=2,

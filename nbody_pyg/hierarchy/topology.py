@@ -12,6 +12,8 @@ from torch import Tensor
 from torch_geometric.data import Data
 
 from nbody_pyg.data import is_topology_key
+from nbody_pyg.hierarchy.dag import levels_of_dag
+from nbody_pyg.hierarchy.validation import validate_parts
 from nbody_pyg.kernels.scope import is_transformed
 
 
@@ -241,21 +243,24 @@ class Topology:
         Raises:
             ValueError: the message names the node and the rule, see :mod:`nbody_pyg.hierarchy.validation`.
         """
-        from nbody_pyg.hierarchy.validation import validate_topology
-
-        validate_topology(self)
+        check_topology(self)
         return self
 
     @classmethod
     def from_dag(cls, edges: Int[Tensor, "2 edges"], num_atoms: int) -> Topology:
-        """Level any user's DAG of parts; see :func:`nbody_pyg.hierarchy.dag.topology_from_dag`."""
-        from nbody_pyg.hierarchy.dag import topology_from_dag
-
-        return topology_from_dag(edges, num_atoms)
+        """Level any user's DAG of parts, without pairs; see :func:`nbody_pyg.hierarchy.dag.levels_of_dag`."""
+        return cls(*levels_of_dag(edges, num_atoms)).validate()
 
     def __repr__(self) -> str:
         sizes = " -> ".join(str(self.size(k)) for k in range(self.num_levels))
         return f"Topology({sizes}, graphs={self.num_graphs})"
+
+
+def check_topology(topology: Topology, images: bool = False) -> None:
+    """Raise unless it is a composition scheme; see :func:`nbody_pyg.hierarchy.validation.validate_parts`."""
+    children = list(zip(topology.child_index, topology.child_shift, strict=True))
+    pairs = list(zip(topology.pair_index, topology.pair_shift, strict=True))
+    validate_parts(topology.num_parts, topology.batch, children, pairs, images)
 
 
 def sort_edges(

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor
 
-from nbody_pyg.hierarchy.levels import Hierarchy
-from nbody_pyg.hierarchy.topology import Topology
+Edges = tuple[Tensor | None, Tensor | None]  # indices and lattice shifts, as far as there are any
 
 
-def validate_topology(topology: Topology, images: bool = False) -> None:
-    r"""Raise unless ``topology`` is a composition scheme.
+def validate_parts(
+    num_parts: Sequence[Tensor],
+    batch: Callable[[int], Tensor],
+    children: Sequence[Edges],
+    pairs: Sequence[Edges],
+    images: bool = False,
+) -> None:
+    r"""Raise unless parts and edges are a composition scheme, those of a :class:`~nbody_pyg.hierarchy.Topology`.
 
     A DAG in levels whose leaves are the atoms, with one root per graph that holds all atoms (a graph without atoms
     has no part at any level), and :math:`P_c \subseteq P_P` along every child edge. Edges join neighbouring levels,
@@ -19,43 +26,47 @@ def validate_topology(topology: Topology, images: bool = False) -> None:
     within one graph.
 
     Args:
+        num_parts: number of parts of each graph, level by level.
+        batch: gives the graph of each part of a level.
+        children: edges from the level below, level by level.
+        pairs: edges within the level.
         images: allow repeated edges and self pairs, as periodic images give them (also allowed with shifts).
 
     Raises:
         ValueError: naming the level, the node and the rule.
     """
-    if topology.num_levels < 2:
+    if len(num_parts) < 2:
         raise ValueError("a hierarchy must have at least the atoms and the root, got a single level")
-    for k in range(topology.num_levels):
-        counts = topology.num_parts[k]
-        if counts.shape != topology.num_parts[0].shape or counts.is_floating_point():
+    for k, counts in enumerate(num_parts):
+        if counts.shape != num_parts[0].shape or counts.is_floating_point():
             raise ValueError(
-                f"num_parts[{k}] must be integers of shape {list(topology.num_parts[0].shape)}, one per "
+                f"num_parts[{k}] must be integers of shape {list(num_parts[0].shape)}, one per "
                 f"graph, got {counts.dtype} {list(counts.shape)}"
             )
-    filled = torch.stack(topology.num_parts).sum(dim=0) > 0
-    for k, counts in enumerate(topology.num_parts):
+    filled = torch.stack(list(num_parts)).sum(dim=0) > 0
+    for k, counts in enumerate(num_parts):
         empty = ((counts < 1) & filled).nonzero().flatten().tolist()
         if empty:
-            what = "atom" if k == 0 else "root" if k == topology.num_levels - 1 else "part"
+            what = "atom" if k == 0 else "root" if k == len(num_parts) - 1 else "part"
             raise ValueError(f"graph {empty[0]} has no {what} at level {k}; every level needs at least one")
-    roots = topology.num_parts[-1]
+    roots = num_parts[-1]
     many = ((roots != 1) & filled).nonzero().flatten().tolist()
     if many:
         raise ValueError(
             f"graph {many[0]} has two roots or more ({int(roots[many[0]])} parts at the last level, "
-            f"{topology.num_levels - 1}); add a level with one part above them"
+            f"{len(num_parts) - 1}); add a level with one part above them"
         )
-    for k in range(topology.num_levels):
-        _check_children(topology, k, images)
-        _check_pairs(topology, k, images)
+    graphs = [batch(k) for k in range(len(num_parts))]
+    for k in range(len(num_parts)):
+        _check_children(graphs, k, *children[k], images)
+        _check_pairs(graphs, k, *pairs[k], images)
 
 
-def _name(topology: Topology, level: int, node: int) -> str:
+def _name(graphs: Sequence[Tensor], level: int, node: int) -> str:
     """What to call a node: atom 3 (graph 0), part 2 of level 1 (graph 0)."""
     if level == 0:
-        return f"atom {node} (graph {int(topology.batch(0)[node])})"
-    return f"part {node} of level {level} (graph {int(topology.batch(level)[node])})"
+        return f"atom {node} (graph {int(graphs[0][node])})"
+    return f"part {node} of level {level} (graph {int(graphs[level][node])})"
 
 
 def _check_edges(name: str, index: Tensor, shift: Tensor | None, sizes: tuple[int, int]) -> None:
@@ -80,50 +91,52 @@ def _repeated(index: Tensor, shift: Tensor | None, num_sources: int) -> int | No
     return twice[0] if twice else None
 
 
-def _check_children(topology: Topology, level: int, images: bool) -> None:
-    index, shift = topology.child_index[level], topology.child_shift[level]
+def _check_children(
+    graphs: Sequence[Tensor], level: int, index: Tensor | None, shift: Tensor | None, images: bool
+) -> None:
     if level == 0:
         if index is not None:
             raise ValueError("child_index[0] must be None: atoms are leaves and have no children")
         return
     if index is None:
         raise ValueError(f"child_index[{level}] must be a tensor [2, edges], got None; only atoms have no children")
-    below, here = topology.size(level - 1), topology.size(level)
+    below, here = len(graphs[level - 1]), len(graphs[level])
     _check_edges(f"child_index[{level}]", index, shift, (below, here))
-    cross = (topology.batch(level - 1)[index[0]] != topology.batch(level)[index[1]]).nonzero().flatten().tolist()
+    cross = (graphs[level - 1][index[0]] != graphs[level][index[1]]).nonzero().flatten().tolist()
     if cross:
         child, parent = index[:, cross[0]].tolist()
         raise ValueError(
-            f"{_name(topology, level - 1, child)} and its parent {_name(topology, level, parent)} must "
+            f"{_name(graphs, level - 1, child)} and its parent {_name(graphs, level, parent)} must "
             "lie in the same graph; shift the indices of each graph when you batch by hand"
         )
     childless = (torch.bincount(index[1], minlength=here) == 0).nonzero().flatten().tolist()
     if childless:
-        raise ValueError(f"{_name(topology, level, childless[0])} has no child; every part needs at least one")
+        raise ValueError(f"{_name(graphs, level, childless[0])} has no child; every part needs at least one")
     orphans = (torch.bincount(index[0], minlength=below) == 0).nonzero().flatten().tolist()
     if orphans:
         raise ValueError(
-            f"{_name(topology, level - 1, orphans[0])} has no parent at level {level}, so the root "
+            f"{_name(graphs, level - 1, orphans[0])} has no parent at level {level}, so the root "
             "misses its atoms; give it a parent (a part of its own will do)"
         )
     if not images and (column := _repeated(index, shift, below)) is not None:
         child, parent = index[:, column].tolist()
         raise ValueError(
-            f"{_name(topology, level - 1, child)} is listed twice as a child of "
-            f"{_name(topology, level, parent)}; children form a set, remove the repeated edge"
+            f"{_name(graphs, level - 1, child)} is listed twice as a child of "
+            f"{_name(graphs, level, parent)}; children form a set, remove the repeated edge"
         )
 
 
-def _check_pairs(topology: Topology, level: int, images: bool) -> None:
-    index, shift = topology.pair_index[level], topology.pair_shift[level]
+def _check_pairs(
+    graphs: Sequence[Tensor], level: int, index: Tensor | None, shift: Tensor | None, images: bool
+) -> None:
     if index is None:
         return
-    size = topology.size(level)
+    size = len(graphs[level])
     _check_edges(f"pair_index[{level}]", index, shift, (size, size))
-    batch = topology.batch(level)
+    batch = graphs[level]
     cross = (batch[index[0]] != batch[index[1]]).nonzero().flatten().tolist()
     if cross:
-        first, second = (_name(topology, level, node) for node in index[:, cross[0]].tolist())
+        first, second = (_name(graphs, level, node) for node in index[:, cross[0]].tolist())
         raise ValueError(f"{first} and {second} are a pair, but must lie in the same graph for that")
     if images:
         return
@@ -132,7 +145,7 @@ def _check_pairs(topology: Topology, level: int, images: bool) -> None:
         same = same & (shift == 0).all(dim=1)
     if bool(same.any()):
         node = int(index[0, same.nonzero()[0, 0]])
-        raise ValueError(f"{_name(topology, level, node)} is paired with itself; remove the self pair")
+        raise ValueError(f"{_name(graphs, level, node)} is paired with itself; remove the self pair")
     if (column := _repeated(index, shift, size)) is not None:
         raise ValueError(f"pair_index[{level}] lists the pair {index[:, column].tolist()} twice; remove one")
     both = torch.cat([index, index.flip(0)], dim=1)
@@ -146,49 +159,3 @@ def _check_pairs(topology: Topology, level: int, images: bool) -> None:
             f"pair_index[{level}] must hold both directions, but has ({source}, {target}) without "
             f"({target}, {source}); add the reversed pairs"
         )
-
-
-def validate_hierarchy(hierarchy: Hierarchy) -> None:
-    """Raise unless the integers form a composition scheme and the tensors fit them.
-
-    Raises:
-        ValueError: naming the level, the tensor, and the rule.
-    """
-    if hierarchy.levels[0].num_parts != hierarchy.z.shape[0]:
-        raise ValueError(
-            f"level 0 must hold one node per atom ({hierarchy.z.shape[0]}), got {hierarchy.levels[0].num_parts}"
-        )
-    validate_topology(hierarchy.topology(), images=True)
-    for k, level in enumerate(hierarchy.levels):
-        num_children = None if level.child_index is None else level.child_index.shape[1]
-        num_pairs = None if level.pair_index is None else level.pair_index.shape[1]
-        wanted = {
-            "pos": (level.num_parts, 3),
-            "weight": (level.num_parts,),
-            "batch": (level.num_parts,),
-            "child_vec": None if num_children is None else (num_children, 3),
-            "child_weight": None if num_children is None else (num_children,),
-            "pair_vec": None if num_pairs is None else (num_pairs, 3),
-            "pair_weight": None if num_pairs is None else (num_pairs,),
-            "pool_weight": None if level.pool_weight is None or num_children is None else (num_children,),
-        }
-        for name, shape in wanted.items():
-            value = getattr(level, name)
-            got = None if value is None else tuple(value.shape)
-            if got != shape:
-                raise ValueError(f"{name} of level {k} must have shape {shape}, got {got}")
-            if value is None or not value.is_floating_point():
-                continue
-            low, high = (
-                (-torch.inf, torch.inf)
-                if name.endswith(("pos", "vec"))
-                else (0.0, torch.inf if name == "pool_weight" else 1.0)
-            )
-            # Weights are sums and products of steps, which end at 1 up to rounding.
-            most = high * (1.0 + 32.0 * torch.finfo(value.dtype).eps)
-            bad = ~(torch.isfinite(value) & (value >= low) & (value <= most))
-            if bool(bad.any()):
-                row = int(bad.nonzero()[0, 0])
-                raise ValueError(
-                    f"{name} of level {k} must be finite and in [{low}, {high}], row {row} is {value[row]}"
-                )

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from nbody_pyg.kernels.backend import backend
 from nbody_pyg.kernels.edges import FeatureKernel
 from nbody_pyg.kernels.gpu.features import FeatureProgram
+from nbody_pyg.nn.as_written import AsWritten, written
 from nbody_pyg.nn.harmonics import SolidHarmonics
 from nbody_pyg.nn.irreps import Resettable
-from nbody_pyg.radial import SOFT_LENGTH, soften
+from nbody_pyg.radial import SOFT_LENGTH, BesselBasis, InversePowers, soften
 
 
 class EdgeFeatures(NamedTuple):
@@ -47,10 +48,10 @@ class EdgeEmbedding(Resettable):
         super().__init__()
         self.harmonics = SolidHarmonics(lmax, symmetry)
         self.radial = radial
-        # A user's own basis need not be known to the compiled backend.
-        known = radial.compiled() if hasattr(radial, "compiled") else None
+        self._as_written = AsWritten(self, _KNOWN)
         self.kernel = self.gpu = None
-        if known:
+        if self._as_written():  # a user's own basis is not known to the compiled backends
+            known = radial.compiled()
             polynomials = self.harmonics.polynomials()
             self.kernel = FeatureKernel(polynomials, soft=SOFT_LENGTH, **known)
             self.gpu = FeatureProgram(polynomials, soft=SOFT_LENGTH, **known)
@@ -63,11 +64,15 @@ class EdgeEmbedding(Resettable):
         num_targets: int,
     ) -> EdgeFeatures:
         which = "torch" if self.kernel is None else backend(vec, self.kernel.library)
-        if which != "torch":
+        if which != "torch" and self._as_written():
             kernel = self.kernel if which == "c" else self.gpu
             return EdgeFeatures(index, *kernel(vec, window), num_targets)
         direction, rho = soften(vec)
         return EdgeFeatures(index, self.harmonics(direction), self.radial(rho) * window.unsqueeze(-1), num_targets)
+
+
+# What the compiled features know, as it is written
+_KNOWN = written(EdgeEmbedding, SolidHarmonics, BesselBasis, InversePowers)
 
 
 def sum_into(messages: Float[Tensor, "edges *shape"], target: Int[Tensor, "edges"], num_targets: int) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -10,15 +9,18 @@ import torch
 from e3nn import o3
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from nbody_pyg.kernels.backend import backend
-from nbody_pyg.kernels.linear import LinearKernel
 from nbody_pyg.kernels.update import UpdateKernel
 from nbody_pyg.kernels.update_source import Product, Update
+from nbody_pyg.nn.as_written import AsWritten, written
+from nbody_pyg.nn.custom import GateFactory, checked_state
 from nbody_pyg.nn.edges import EdgeFeatures
 from nbody_pyg.nn.gates import DensityGate, OneBodyGate, ProductGate
 from nbody_pyg.nn.irreps import Resettable, num_rows
-from nbody_pyg.nn.linear import RowLinear, blockwise_linear
+from nbody_pyg.nn.linear import RowLinear
+from nbody_pyg.nn.products import ChannelwiseProduct, PathLinear
 
 
 class SpeciesScale(Resettable):
@@ -90,6 +92,7 @@ class Interaction(Resettable):
         irreps_target: type of the receiving parts before, or None where they have no state yet.
         irreps_out: fragments of ``irreps`` to return; None for all.
         bare: the sources are (centred on) atoms, whose elements act as well: adds a :class:`DensityGate`.
+        gate: makes the gate, in the place of the two of the library.
         centred: the receiving parts have an element at their centre.
         degree: typical number of sources per target.
 
@@ -108,15 +111,18 @@ class Interaction(Resettable):
         bare: bool = False,
         centred: bool = False,
         degree: float = 1.0,
+        gate: GateFactory | None = None,
     ) -> None:
         super().__init__()
-        if irreps_source is None and not bare:
+        if irreps_source is None and (gate is not None or not bare):
             raise ValueError("irreps_source must be given unless bare is set: sources need a state or an element")
         self.irreps, self.irreps_out = irreps, irreps if irreps_out is None else irreps_out
         self.density = self.gate = self.keep = self.carry = self.scale = self.bias = None
-        if bare:
+        if bare and gate is None:
             self.density = DensityGate(recipe.num_species, recipe.num_basis, irreps, degree, recipe.symmetry)
-        if irreps_source is not None:
+        if gate is not None:
+            self.gate = gate(irreps_source, irreps, num_basis=recipe.num_basis, avg_num_neighbors=degree)
+        elif irreps_source is not None:
             lmax = max(ir.l for _, ir in irreps)
             # Partial: states that are scalars only, from which atoms may start, do not reach every fragment
             self.gate = OneBodyGate(
@@ -130,8 +136,8 @@ class Interaction(Resettable):
             self.bias = nn.Parameter(torch.zeros(recipe.num_species, irreps[0].mul))
         self.norm = SoftNorm() if recipe.practical else nn.Identity()
         self.products = ProductGate(irreps, self.irreps_out, recipe.body_order, recipe.gain)
-        chain = [product.kernel for product in self.products.products]
-        self.kernel = UpdateKernel(self._update(), chain, recipe.num_species, self.update)
+        self._as_written = AsWritten(self, _KNOWN)
+        self.kernel = self._kernel(recipe.num_species) if self._as_written() else None
 
     def forward(
         self,
@@ -141,6 +147,42 @@ class Interaction(Resettable):
         source_species: Int[Tensor, " sources"] | None,
         target_species: Int[Tensor, " targets"] | None,
     ) -> Float[Tensor, "targets rows_out channels"]:
+        if self._is_fused(edges.radial):
+            return self._fused(source, target, edges, source_species, target_species)
+        terms = []
+        if self.density is not None:
+            terms.append(self.density(source_species, edges))
+        if self.gate is not None:
+            terms.append(checked_state(self.gate(source, edges), self.gate, edges.num_targets, self.irreps))
+        if self.keep is not None:
+            terms.append(self.keep(target))
+        return self._update(sum(terms[1:], terms[0]), target, target_species)
+
+    def _update(
+        self, a: Float[Tensor, "targets rows channels"], target: Tensor | None, species: Tensor | None
+    ) -> Float[Tensor, "targets rows_out channels"]:
+        """New states from the sum of all that the parts were given."""
+        if self.scale is not None:
+            a = self.scale(a, species)
+        new = self.products(self.norm(a))
+        if self.carry is not None:
+            new = self.carry(target) + new
+        return new if self.bias is None else add_to_scalars(new, self.bias.index_select(0, species))
+
+    # ------------------------------------------------------------------ the same in one compiled call
+    def _is_fused(self, like: Tensor) -> bool:
+        """Whether the compiled update stands for :meth:`forward`: the one place that decides it."""
+        return self.kernel is not None and backend(like, self.kernel.library) == "c" and self._as_written()
+
+    def _fused(
+        self,
+        source: Tensor | None,
+        target: Tensor | None,
+        edges: EdgeFeatures,
+        source_species: Tensor | None,
+        target_species: Tensor | None,
+    ) -> Tensor:
+        """What :meth:`forward` does: sums over edges by the kernels of the gates, everything after them in one call."""
         inputs = []
         if self.density is not None:
             inputs.append(self.density.collect(source_species, edges))
@@ -148,57 +190,56 @@ class Interaction(Resettable):
             inputs.append(self.gate.collect(source, edges))
         if self.keep is not None:
             inputs.append(target)
-        update = self.kernel if backend(inputs[0], self.kernel.library) == "c" else self.update
         scale = None if self.scale is None else self.scale.weight
-        return update(inputs, target_species, self._matrices(), scale, self.bias)
+        return self.kernel(inputs, target_species, self._matrices(), scale, self.bias)
 
-    def update(
+    def _matrices(self) -> list[Tensor]:
+        """The weights of all linear maps, in the order in which the compiled update uses them."""
+        maps = [self.density, None if self.gate is None else self.gate.mix, self.keep, self.carry, self.products.linear]
+        maps += [product.mix for product in self.products.products]
+        return [weight for m in maps if m is not None for weight in m.weights]
+
+    def _reference(
         self,
         inputs: Sequence[Tensor],
-        species: Int[Tensor, " targets"] | None,
+        species: Tensor | None,
         matrices: Sequence[Tensor],
         scale: Tensor | None,
         bias: Tensor | None,
-    ) -> Float[Tensor, "targets rows_out channels"]:
-        """From what the edges brought to the new states, step by step (``kernel`` does the same in one)."""
-        weights = iter(matrices)
-
-        def mapped(kernel: LinearKernel, x: Tensor) -> Tensor:
-            return blockwise_linear(kernel, x, *itertools.islice(weights, len(kernel.blocks)))
-
-        terms = [mapped(kernel, x) for kernel, x in zip(self._gather(), inputs, strict=True)]
-        a = sum(terms[1:], terms[0])
-        carried = [mapped(self.carry.kernel, inputs[-1])] if self.carry is not None else []
+    ) -> Tensor:
+        """The modules of :meth:`forward` with other weights, for derivatives that the compiled update lacks."""
+        names = {id(weight): name for name, weight in self.named_parameters()}
+        weights = {names[id(own)]: given for own, given in zip(self._matrices(), matrices, strict=True)}
         if scale is not None:
-            a = a * scale.index_select(1, self.scale.block_of_row).index_select(0, species)
-        a = power = self.norm(a)
-        new = sum(carried, mapped(self.products.linear.kernel, a))
-        for product in self.products.products:
-            power = mapped(product.mix.kernel, product.couple(power, a))
-            new = new + (power if product is self.products.products[-1] else self.products.kept(power))
-        return new if bias is None else add_to_scalars(new, bias.index_select(0, species))
+            weights["scale.weight"] = scale
+        if bias is not None:
+            weights["bias"] = bias
 
-    def _gather(self) -> list[LinearKernel]:
-        """The maps into the sum, one for each input."""
-        kernels = [] if self.density is None else [self.density.linear]
-        kernels += [] if self.gate is None else [self.gate.mix.kernel]
-        return kernels + ([] if self.keep is None else [self.keep.kernel])
+        class AfterTheEdges(nn.Module):
+            def __init__(self, layer: Interaction) -> None:
+                super().__init__()
+                self.layer = layer
 
-    def _matrices(self) -> list[Tensor]:
-        """All matrices, in the order in which an update uses them."""
-        chain = [product.mix.weights for product in self.products.products]
-        mix = None if self.gate is None else self.gate.mix
-        given = [m.weights for m in (self.density, mix, self.keep, self.carry) if m is not None]
-        return [weight for weights in (*given, self.products.linear.weights, *chain) for weight in weights]
+            def forward(self) -> Tensor:
+                layer = self.layer
+                maps = [] if layer.density is None else [layer.density.mixed]
+                maps += [] if layer.gate is None else [layer.gate.mix]
+                maps += [] if layer.keep is None else [layer.keep]
+                terms = [m(x) for m, x in zip(maps, inputs, strict=True)]
+                return layer._update(sum(terms[1:], terms[0]), inputs[-1], species)
 
-    def _update(self) -> Update:
-        """What the compiled form is made of."""
-        gather = [kernel.map for kernel in self._gather()]
+        return functional_call(AfterTheEdges(self), {f"layer.{name}": weight for name, weight in weights.items()}, ())
+
+    def _kernel(self, num_species: int) -> UpdateKernel:
+        """The compiled update."""
+        gather = [] if self.density is None else [self.density.linear.map]
+        gather += [] if self.gate is None else [self.gate.mix.kernel.map]
+        gather += [] if self.keep is None else [self.keep.kernel.map]
         carry = [None] * len(gather)
         if self.carry is not None:
             carry[-1] = self.carry.kernel.map
-        chain = [Product(p.mix.kernel.map.rows_in, p.mix.kernel.map) for p in self.products.products]
-        return Update(
+        products = list(self.products.products)
+        update = Update(
             rows=num_rows(self.irreps),
             channels=self.irreps[0].mul,
             rows_out=num_rows(self.irreps_out),
@@ -206,12 +247,13 @@ class Interaction(Resettable):
             gather=tuple(gather),
             carry=tuple(carry),
             linear=self.products.linear.kernel.map,
-            products=tuple(chain),
+            products=tuple(Product(p.mix.kernel.map.rows_in, p.mix.kernel.map) for p in products),
             keep=tuple(self.products.kept_rows),
             degree_of_row=() if self.scale is None else tuple(self.scale.block_of_row.tolist()),
             norm=isinstance(self.norm, SoftNorm),
             bias=self.bias is not None,
         )
+        return UpdateKernel(update, [product.kernel for product in products], num_species, self._reference)
 
 
 def add_to_scalars(
@@ -219,3 +261,10 @@ def add_to_scalars(
 ) -> Float[Tensor, "nodes rows channels"]:
     """Add to the first row, which is 0e in every type that the network uses."""
     return x + nn.functional.pad(scalars.unsqueeze(1), (0, 0, 0, x.shape[1] - 1))
+
+
+# What the compiled update knows, as it is written
+_KNOWN = written(
+    Interaction, DensityGate, OneBodyGate, PathLinear, RowLinear, SpeciesScale, SoftNorm, nn.Identity, ProductGate,
+    ChannelwiseProduct,
+)  # fmt: skip

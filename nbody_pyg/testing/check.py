@@ -13,7 +13,7 @@ from torch import Tensor
 from torch_geometric.data import Data
 
 from nbody_pyg.data import AtomicData
-from nbody_pyg.deploy import NBodyCalculator, reference_topology, run_md
+from nbody_pyg.deploy import NBodyCalculator, reference_topology
 from nbody_pyg.deploy.reference import bond_changes
 from nbody_pyg.hierarchy import BondTree, Scheme
 from nbody_pyg.potential import Potential, check_states, used_state
@@ -336,6 +336,8 @@ class _Examiner:
         steps, timestep, temperature = self.nve
         if steps <= 0:
             return
+        from nbody_pyg.deploy import run_md  # half a second, which no other check needs
+
         system = self.systems[0]
         state = {"charge": system.total_charge, "charges": system.formal_charges, "spin": system.spin}
         frame = AtomicData(z=system.z, pos=system.pos, cell=system.cell, pbc=system.pbc, **state)

@@ -331,14 +331,17 @@ def config_parser() -> jsonargparse.ArgumentParser:
 
 
 def model_arguments() -> dict[str, Any]:
-    """Names and defaults of what may stand in the model section, read off NBodyNet itself."""
+    """Names and defaults of what may stand in the model section, read off NBodyNet itself.
+
+    A gate of one's own is a class, which no configuration holds: use :func:`~nbody_pyg.training.fit`.
+    """
     from nbody_pyg.models import NBodyNet
 
     found: dict[str, Any] = {}
     for function in (NBodyNet.__init__, NBodyNet.practical, NBodyNet.strict):
         for parameter in inspect.signature(function).parameters.values():
             named = parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
-            if named and parameter.name not in ("self", "species", "scheme", "preset"):
+            if named and parameter.name not in ("self", "species", "scheme", "preset", "gate"):
                 default = None if parameter.default is parameter.empty else parameter.default
                 found.setdefault(parameter.name, default)
     return found | dict(getattr(NBodyNet, "DEFAULTS", {}))

@@ -51,9 +51,7 @@ def _tamed(net: NBodyNet) -> NBodyNet:
                 lambda _, __, out, size=size: size.append(float(out.detach().abs().max()))
             )
             with torch.no_grad():
-                set_backend("torch")  # the compiled update has no norm to watch
                 net(_data(system))
-                set_backend("auto")
                 linear = [layer.density, layer.gate, layer.keep] if isinstance(layer, Interaction) else [layer]
                 for weight in [w for m in linear if m is not None for w in getattr(m, "mix", m).weights]:
                     weight.div_(max(size[0], 1e-3))

@@ -12,6 +12,9 @@ from torch_geometric.data import Batch, Data
 from nbody_pyg import BondTree, NBodyNet, Potential
 from nbody_pyg.data import AtomicData
 from nbody_pyg.hierarchy import LevelSpec, Scheme, Topology
+from nbody_pyg.hierarchy.bondgraph import components, covalent_bonds
+from nbody_pyg.hierarchy.bonds import child_shifts
+from nbody_pyg.hierarchy.topology import sort_edges
 from nbody_pyg.system import Species, System
 from nbody_pyg.testing import random_molecule
 
@@ -109,3 +112,43 @@ def test_a_scheme_written_for_tensors_is_told_so_and_works(ethanol):
     assert [topology.size(k) for k in range(2)] == [9, 1]
     with pytest.raises(TypeError, match=r"write rebuild\(\) instead, which is given a System, as the scheme that"):
         type("Odd", (BondTree,), {"update": lambda self, topology, z, pos: topology})
+
+
+def test_the_scheme_of_the_pages_of_0_2_works(ethanol):
+    """As docs/extending.md of 0.2 had it, with AtomsInput."""
+    with pytest.warns(DeprecationWarning, match=r"AtomsInput is now nbody_pyg\.system\.System"):
+        from nbody_pyg.hierarchy.scheme import AtomsInput
+
+    with pytest.warns(DeprecationWarning, match="Molecules overrides"):
+
+        class Molecules(Scheme):
+            symmetry = continuity = "all"
+
+            def __init__(self) -> None:
+                pairs = LevelSpec("molecules", child_radius=3.0, pair_radius=8.0)
+                self.levels = (LevelSpec("atoms", pair_radius=5.0), pairs, LevelSpec("root", child_radius=16.0))
+
+            def topology(self, z, pos, batch=None, cell=None, pbc=None):
+                atoms = AtomsInput.check(z, pos, batch, cell, pbc)
+                bonds = covalent_bonds(atoms)
+                molecule = torch.from_numpy(components(len(z), *bonds.numpy()))
+                graph = torch.zeros(int(molecule.max()) + 1, dtype=torch.long).index_put((molecule,), atoms.batch)
+                members, _ = sort_edges(torch.stack([torch.arange(len(z)), molecule]), None, len(z))
+                root = torch.stack([torch.arange(len(graph)), graph])
+                count = torch.bincount(graph, minlength=atoms.num_graphs)
+                sizes = (atoms.num_atoms, count, torch.ones_like(count))
+                tree = Topology(sizes, (None, members, root), bonds=bonds, periodic=atoms.periodic)
+                return self._placed(tree, atoms)
+
+            def update(self, topology, z, pos, batch=None, cell=None, pbc=None):
+                return self._placed(topology, AtomsInput.check(z, pos, batch, cell, pbc))
+
+            def _placed(self, tree, atoms):
+                return self.with_pairs(dataclasses.replace(tree, child_shift=child_shifts(tree, atoms)), atoms)
+
+    scheme = Molecules()
+    batch = Batch.from_data_list([scheme(ethanol), scheme(ethanol)])
+    assert scheme.keeps_parts and [scheme.read(batch).size(k) for k in range(3)] == [18, 2, 2]
+    net = NBodyNet([1, 6, 8], scheme, channels=4).double()
+    torch.testing.assert_close(net(batch)[0], net(ethanol)[0], rtol=0, atol=1e-12)
+    assert scheme.rebuild(scheme.read(batch), System.from_data(batch)).size(1) == 2

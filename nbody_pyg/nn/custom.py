@@ -1,0 +1,99 @@
+"""Gates of one's own in a network: which step of the hierarchy gets which, and their names in a model file."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+from e3nn import o3
+from torch import Tensor, nn
+
+from nbody_pyg.messages import short
+
+#: Kinds of steps of a network: along the pairs of a level, from parts to what they are parts of, and back.
+KINDS = ("pair", "up", "down")
+
+
+class GateFactory(Protocol):
+    """What makes the gates of a network, such as a class of gates.
+
+    It is called once for every step, with the type of the sources and the type that is asked for, each with one
+    multiplicity. The gate is a module; its ``forward(x, edges)`` takes the states (sources, rows, channels) and the
+    :class:`~nbody_pyg.nn.edges.EdgeFeatures` of the step, and returns (targets, rows, channels).
+    """
+
+    def __call__(
+        self, irreps_in: o3.Irreps, irreps_out: o3.Irreps, *, num_basis: int, avg_num_neighbors: float
+    ) -> nn.Module: ...
+
+
+def gate_factories(given: GateFactory | str | Mapping[str, GateFactory | str] | None) -> dict[str, GateFactory]:
+    """The factory of each kind of step that has one.
+
+    Raises: ValueError: an unknown kind of step, or a name that leads to no class of modules. TypeError: no factory.
+    """
+    if given is None:
+        return {}
+    by_kind = dict(given) if isinstance(given, Mapping) else dict.fromkeys(KINDS, given)
+    if not by_kind or not set(by_kind) <= set(KINDS):
+        raise ValueError(f"gate must be a class of gates, or a mapping from some of {KINDS} to one, got {short(given)}")
+    return {kind: _imported(one) if isinstance(one, str) else _callable(one) for kind, one in by_kind.items()}
+
+
+def gate_names(factories: Mapping[str, GateFactory]) -> dict[str, str]:
+    """Where each class of gates is defined, "module:name", as a model file tells it.
+
+    Raises: ValueError: a factory that is no class, or no class at the top of an importable module.
+    """
+    names = {}
+    for kind, factory in factories.items():
+        name = f"{factory.__module__}:{factory.__qualname__}" if isinstance(factory, type) else repr(factory)
+        if not isinstance(factory, type) or _found(name) is not factory:
+            raise ValueError(
+                "gate must be a class at the top of a module to be saved or copied by its settings, got "
+                f"{short(name)}; define one there that calls it"
+            )
+        names[kind] = name
+    return names
+
+
+def checked_state(x: Tensor, gate: nn.Module, targets: int, irreps: o3.Irreps) -> Tensor:
+    """The result of a gate, which must not be broadcast.
+
+    Raises: ValueError: another shape than (targets, rows, channels).
+    """
+    wanted = (targets, sum(ir.dim for _, ir in irreps), irreps[0].mul)
+    if tuple(x.shape) != wanted:
+        raise ValueError(
+            f"{type(gate).__name__} must return states of shape {list(wanted)} (targets, rows, channels) of type "
+            f"{irreps}, got {list(x.shape)}; sum over edges.num_targets targets"
+        )
+    return x
+
+
+def _callable(factory: Any) -> GateFactory:
+    if not callable(factory) or isinstance(factory, nn.Module):
+        raise TypeError(
+            f"gate must be a class of gates, not one gate or anything else, got {short(repr(factory))}; every step "
+            "makes its own"
+        )
+    return factory
+
+
+def _found(name: str) -> Any:
+    """What a loaded module has under a name; None where there is none."""
+    module, _, attribute = name.partition(":")
+    return getattr(sys.modules.get(module), attribute, None) if attribute else None
+
+
+def _imported(name: str) -> type[nn.Module]:
+    """The class of this name. Nothing is imported: a model file must not run code."""
+    found = _found(name)
+    if not isinstance(found, type) or not issubclass(found, nn.Module):
+        module = name.partition(":")[0]
+        raise ValueError(
+            f"gate {short(name)} is not known: no module that was imported defines such a class of gates; import "
+            f"{short(module)} first"
+        )
+    return found
