@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from report import arguments, show, start, write
 
 from nbody_pyg.datasets import read_frames, split_indices
+from nbody_pyg.system import System
 from nbody_pyg.training import fit
 from nbody_pyg.training.config import Config, load_config
 from nbody_pyg.training.evaluation import evaluate
@@ -62,7 +62,7 @@ def median_error(train: list, test: list) -> float:
     reference = AtomicReference(fit_reference(train, "lstsq"))
 
     def rest(frames: list) -> np.ndarray:
-        return np.array([float(f.energy) - float(reference.energy(f.z, torch.zeros_like(f.z), 1)) for f in frames])
+        return np.array([float(f.energy) - float(reference.energy(System.from_data(f))) for f in frames])
 
     return float(np.abs(rest(test) - np.median(rest(train))).mean())
 

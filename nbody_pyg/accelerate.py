@@ -14,6 +14,7 @@ from nbody_pyg.kernels.scope import Lock
 from nbody_pyg.models import NBodyNet
 from nbody_pyg.potential import Potential
 from nbody_pyg.recording import Layout, check_edges, check_same, complete, evaluate, flatten, reason_of, recordable
+from nbody_pyg.system import System
 
 MODES = ("md", "training")
 #: torch marks the process while it records, and refuses to run compiled programs of other threads meanwhile.
@@ -72,12 +73,12 @@ class CompiledPotential:
         system = recordable(self.potential, *arguments, **keywords)
         if system is None:
             return eager()
-        tensors, layout = flatten(self.potential.model.scheme, system, stress)
-        check_edges(system["topology"])
+        tensors, layout = flatten(system, stress)
+        check_edges(system.topology)
         with _COMPILER:
             program = None if self.failure is not None else self._program(tensors, layout)
             if program is not None:
-                self.potential.model.check_species(system["z"])  # a recorded graph checks nothing
+                self.potential.model.check_species(system.z)  # a recorded graph checks nothing
                 try:
                     return self._run(program, tensors, system, training, eager)
                 except Exception as error:  # whatever a compiler may raise: eager mode is always there
@@ -93,7 +94,7 @@ class CompiledPotential:
             self._programs[key] = _Program(self.potential, layout, self.mode == "training", self.backend)
         return self._programs.get(key)
 
-    def _run(self, program: _Program, tensors: list[Tensor], system: dict, training: bool, eager: Callable) -> dict:
+    def _run(self, program: _Program, tensors: list[Tensor], system: System, training: bool, eager: Callable) -> dict:
         sizes = [tuple(tensor.shape) for tensor in tensors]
         known = sizes == program.seen or program.checks == 2
         # Eager mode first: a table that is made once and kept must not be made of a tracer's tensors

@@ -10,7 +10,7 @@ from torch_geometric.data import Data
 from torch_geometric.nn import MessagePassing
 
 from nbody_pyg.hierarchy import Hierarchy, Level
-from nbody_pyg.models import NBodyNet, Surroundings
+from nbody_pyg.models import NBodyNet
 
 
 class Membership(MessagePassing):
@@ -104,8 +104,7 @@ class ExplainableNet(nn.Module):
         levels: tuple[Level, ...] = tuple(
             dataclasses.replace(level, **new) for level, new in zip(hierarchy, changed, strict=True)
         )
-        surroundings = Surroundings.read(hierarchy, data)
-        total = self.model.total(Hierarchy(levels, hierarchy.z, hierarchy.num_graphs), surroundings)
+        total = self.model.total(Hierarchy(levels, hierarchy.system))
         return total.unsqueeze(-1).flatten(1)
 
 

@@ -18,6 +18,7 @@ from nbody_pyg.kernels.scope import Lock, locked, tracing
 from nbody_pyg.models import NBodyNet
 from nbody_pyg.potential import Potential, parameter_gradients
 from nbody_pyg.recording import check_edges, check_same, complete, evaluate, flatten, reason_of, recordable
+from nbody_pyg.system import System
 
 #: A graph is captured when its sizes are seen for this time; so many sizes are remembered.
 _SIGHTINGS, _REMEMBERED = 2, 64
@@ -139,14 +140,14 @@ class _Captured:
         self._sightings: OrderedDict[Hashable, int] = OrderedDict()
         self._lock = Lock()
 
-    def _system(self, *arguments: Any, **keywords: Any) -> dict[str, Any] | None:
+    def _system(self, *arguments: Any, **keywords: Any) -> System | None:
         """The checked system; None where it has to run in eager mode."""
         with self._lock:
             self.calls += 1
         if self.failure is not None or torch.is_inference_mode_enabled():
             return None
         system = recordable(self.potential, *arguments, **keywords)
-        here = system is not None and system["pos"].device.type == self.recorder.device_type
+        here = system is not None and system.pos.device.type == self.recorder.device_type
         return system if here else None
 
     @locked  # a graph has one set of tensors for everybody
@@ -154,7 +155,7 @@ class _Captured:
         self,
         kind: Hashable,
         tensors: list[Tensor],
-        system: dict[str, Any],
+        system: System,
         run: Callable[[list[Tensor]], list[Tensor]],
         finish: Callable[[list[Tensor]], dict[str, Tensor]],
         eager: Callable[[], dict[str, Tensor]],
@@ -169,11 +170,11 @@ class _Captured:
             graph = None
         fresh = [] if graph is None else graph.fresh(tensors)
         # A recorded graph checks nothing
-        if graph is None or any(tensors[n] is system["z"] for n in fresh):
-            self.potential.model.check_species(system["z"])
+        if graph is None or any(tensors[n] is system.z for n in fresh):
+            self.potential.model.check_species(system.z)
         other_edges = any(tensors[n].dim() == 2 and not tensors[n].is_floating_point() for n in fresh)
         if graph is None or other_edges:
-            check_edges(system["topology"])
+            check_edges(system.topology)
         trusted = graph is not None and graph.checks >= _CHECKS and (graph.checked_other_edges or not other_edges)
         wanted = None if trusted else eager()
         try:
@@ -274,9 +275,9 @@ class CapturedPotential(_Captured):
             return self.potential(*arguments, **flags, **keywords)
 
         system = self._system(*arguments, **keywords)
-        if system is None or training or not compute_forces or (compute_stress and system["cell"] is None):
+        if system is None or training or not compute_forces or (compute_stress and system.cell is None):
             return eager()
-        tensors, layout = flatten(self.potential.model.scheme, system, compute_stress)
+        tensors, layout = flatten(system, compute_stress)
         results = self._results(
             layout,
             tensors,
@@ -340,9 +341,9 @@ class CapturedStep(_Captured):
                 raise TypeError(f"labels[{name!r}] must be a tensor, got {type(label).__name__}; use torch.as_tensor")
         labels = {name: labels[name].detach() for name in sorted(labels)}
         system = self._system(batch)
-        if system is None or (compute_stress and system["cell"] is None):
+        if system is None or (compute_stress and system.cell is None):
             return self._eager(batch, labels, compute_stress)
-        tensors, layout = flatten(self.potential.model.scheme, system, compute_stress)
+        tensors, layout = flatten(system, compute_stress)
         added = self._added(tensors[0], system, compute_stress)
         count, middle = len(tensors), len(tensors) + len(added)
 
@@ -371,9 +372,9 @@ class CapturedStep(_Captured):
             return self._eager(batch, labels, compute_stress)
         return _Loss.apply(results["loss"], results["gradient"], *self._parameters)
 
-    def _added(self, pos: Tensor, system: dict[str, Any], stress: bool) -> list[Tensor]:
+    def _added(self, pos: Tensor, system: System, stress: bool) -> list[Tensor]:
         """What has no weights: repulsion in energies, forces and stress; energies of isolated atoms."""
-        graphs = system["num_graphs"]
+        graphs = system.num_graphs
         pos = pos.to(self.potential.model.dtype)
         zeros = [pos.new_zeros(graphs), torch.zeros_like(pos)] + [pos.new_zeros(graphs, 3, 3)] * stress
         rest = complete(self.potential, zeros, system)

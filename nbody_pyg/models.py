@@ -12,10 +12,8 @@ from e3nn import o3
 from jaxtyping import Float, Int, Integer
 from torch import Tensor, nn
 from torch_geometric.data import Data
-from torch_geometric.data.data import BaseData
 
-from nbody_pyg.data import count_graphs, has_hierarchy, refuse_unstated, require_atoms
-from nbody_pyg.geometry import check_atoms
+from nbody_pyg.data import has_hierarchy, refuse_unstated
 from nbody_pyg.hierarchy import Hierarchy, NestedShells, Scheme, Topology
 from nbody_pyg.kernels.scope import has_values, in_own_precision, is_tracing, opaque_to_compile
 from nbody_pyg.messages import check_choice
@@ -25,8 +23,6 @@ from nbody_pyg.nn.charges import (
     charge_shares,
     check_inputs,
     refuse_unused,
-    spin_multiplicity,
-    total_charge,
 )
 from nbody_pyg.nn.coulomb import LongRange
 from nbody_pyg.nn.custom import GateFactory, checked_state, gate_factories, gate_names
@@ -36,6 +32,7 @@ from nbody_pyg.nn.interaction import Interaction, Recipe, SoftNorm
 from nbody_pyg.nn.irreps import Resettable, check_symmetry, hidden_irreps, require_reachable, to_mul_ir
 from nbody_pyg.nn.readout import LinearReadout, MLPReadout
 from nbody_pyg.radial import BesselBasis, InversePowers
+from nbody_pyg.system import Species, System
 
 #: Presets, with the options that they start from: the powers s = 0 .. 3 of the paper, higher ones leave the range.
 PRESETS: Mapping[str, Mapping[str, Any]] = {"practical": {}, "strict": {"num_basis": 4}}
@@ -59,39 +56,6 @@ class Step(NamedTuple):
     def edges(self) -> str:
         """Name of the edge set that the step uses, e.g. "pair_0" or "child_2"."""
         return f"{'pair' if self.kind == 'pair' else 'child'}_{self.edge_level}"
-
-
-class Surroundings(NamedTuple):
-    """What a value depends on beside the hierarchy: charges and spins, and the cell (for long-range energies).
-
-    ``charge`` and ``spin`` (multiplicity) have one value for each graph, ``charges`` (formal ones) one for each atom.
-    """
-
-    charge: Tensor | None = None
-    charges: Tensor | None = None
-    cell: Tensor | None = None
-    pbc: Tensor | None = None
-    spin: Tensor | None = None
-
-    @classmethod
-    def of(
-        cls,
-        hierarchy: Hierarchy,
-        charge: Tensor | None = None,
-        charges: Tensor | None = None,
-        cell: Tensor | None = None,
-        pbc: Tensor | None = None,
-        spin: Tensor | None = None,
-    ) -> Surroundings:
-        """Checked; arguments as for the network. Without a charge that is the sum of ``charges``."""
-        level, graphs = hierarchy[0], hierarchy.num_graphs
-        total = total_charge(level.batch, graphs, charge, charges, level.weight)
-        return cls(total, charges, cell, pbc, spin_multiplicity(spin, graphs, level.weight))
-
-    @classmethod
-    def read(cls, hierarchy: Hierarchy, data: Data) -> Surroundings:
-        """Those of the keys of ``data``, for a hierarchy of its atoms."""
-        return cls.of(hierarchy, **{key: data.get(key) for key in cls._fields})
 
 
 class NBodyNet(Resettable):
@@ -364,7 +328,7 @@ class NBodyNet(Resettable):
     # ------------------------------------------------------------------ evaluation
     def forward(
         self,
-        z: Integer[Tensor, " atoms"] | Data,
+        z: Integer[Tensor, " atoms"] | Data | System | Hierarchy,
         pos: Float[Tensor, "atoms 3"] | None = None,
         batch: Int[Tensor, " atoms"] | None = None,
         *,
@@ -378,17 +342,18 @@ class NBodyNet(Resettable):
     ) -> Float[Tensor, "graphs *dim"]:
         """Value of each system: energies without those of isolated atoms, eV, or the target of ``irreps_out``.
 
-        A ``Data`` or ``Batch`` may stand in the first place. The topology is read off the data where a
+        A ``Data`` or ``Batch`` may stand in the first place, or a :class:`~nbody_pyg.system.System`, or what
+        :meth:`hierarchy` gave. The topology is read off the data where a
         transform has stored it, and built otherwise. ``charge`` is the total charge of each graph, e (0 if it is not
         given), ``charges`` the formal charges of the atoms, if they are known, and ``spin`` the multiplicity 2S + 1 of
         each graph (1 if it is not given). ``batch_size`` is the number of graphs, where the last ones may hold no atom
         (a Batch knows it); the value of a graph without atoms is 0.
         """
-        hierarchy = self.hierarchy(z, pos, batch, cell=cell, pbc=pbc, topology=topology, batch_size=batch_size)
-        if isinstance(z, Data):
-            refuse_unstated(z, self.inputs)
-            return self.total(hierarchy, Surroundings.read(hierarchy, z))
-        return self.total(hierarchy, Surroundings.of(hierarchy, charge, charges, cell, pbc, spin))
+        if isinstance(z, Hierarchy):
+            return self.total(z)
+        state = {"charge": charge, "charges": charges, "spin": spin}
+        given = {"cell": cell, "pbc": pbc, "topology": topology, "batch_size": batch_size, **state}
+        return self.total(self.hierarchy(z, pos, batch, **given))
 
     @property
     def inputs(self) -> tuple[str, ...]:
@@ -402,71 +367,50 @@ class NBodyNet(Resettable):
 
     @opaque_to_compile
     @in_own_precision
-    def total(self, hierarchy: Hierarchy, surroundings: Surroundings | None = None) -> Float[Tensor, "graphs *dim"]:
-        """Value of each system of a hierarchy: the sum of those of its parts; arguments as for :meth:`values`."""
+    def total(self, hierarchy: Hierarchy) -> Float[Tensor, "graphs *dim"]:
+        """Value of each system of a hierarchy: the sum of those of its parts; see :meth:`values`."""
         total = 0
-        for k, value in self.values(hierarchy, surroundings).items():
+        for k, value in self.values(hierarchy).items():
             total = total + sum_into(value, hierarchy[k].batch, hierarchy.num_graphs)
         return total.squeeze(-1) if self.irreps_out.dim == 1 else total
 
     @opaque_to_compile
     @in_own_precision
     def hierarchy(
-        self,
-        z: Tensor | Data,
-        pos: Tensor | None = None,
-        batch: Tensor | None = None,
-        *,
-        cell: Tensor | None = None,
-        pbc: Tensor | None = None,
-        topology: Topology | None = None,
-        batch_size: int | None = None,
+        self, z: Tensor | Data | System, pos: Tensor | None = None, batch: Tensor | None = None, **given: Any
     ) -> Hierarchy:
-        """The hierarchy that :meth:`forward` would use for these atoms."""
-        given: dict[str, Any] = {}
-        stored = False
-        if isinstance(z, BaseData) or (pos is None and not isinstance(z, Tensor)):
-            if pos is not None or batch is not None or cell is not None or pbc is not None:
-                raise TypeError("pos, batch, cell and pbc come from the Data; pass either a Data or tensors")
-            data = z
-            require_atoms(data)
-            z, pos, batch, cell, pbc = (data.get(key) for key in ("z", "pos", "batch", "cell", "pbc"))
-            batch_size = count_graphs(data) if batch_size is None else batch_size
-            if stored := topology is None and has_hierarchy(data):
-                topology = self.scheme.read(data)
-            elif topology is None:
-                given = self.scheme.inputs(data)  # bonds or labels that the data brings along
+        """The hierarchy that :meth:`forward` would use for these atoms; arguments as there."""
         if isinstance(pos, torch.fx.Proxy):
             raise TypeError("pos must be a tensor; torch.fx.symbolic_trace cannot follow a network, torch.export can")
-        # Building a topology looks at the values, and whoever hands one over has
-        z = check_atoms(z, pos, values=stored and isinstance(pos, Tensor) and has_values(pos))
-        if topology is None and not has_values(pos):
+        system = System.of(z, pos, batch, read=self.read, **given)
+        if system.topology is None and not has_values(system.pos):
             raise RuntimeError(
                 "neighbours are found from values of positions, which tracers, torch.vmap, fake and meta tensors lack; "
                 "pass topology=net.scheme.topology(z, pos), or use nbody_pyg.accelerate.compile_potential"
             )
-        self._species_index(z)  # names an unknown element before its mass is looked up
-        if topology is None:
-            topology = self.scheme.compose(z, pos, batch, cell, pbc, batch_size, **given)
-        return self.scheme.hierarchy(topology, z, pos.double(), cell, dtype=self.dtype)
+        if not is_tracing():
+            refuse_unused(self.used, self.assumed, {"charge": system.total_charge, "spin": system.spin})
+        # It names an unknown element before its mass is looked up
+        system = system.replace(species=Species(self.species, self._species_index(system)))
+        topology = self.scheme.compose(system) if system.topology is None else system.topology
+        return self.scheme.place(topology, system.replace(pos=system.pos.double()), dtype=self.dtype)
 
-    def states(
-        self, hierarchy: Hierarchy, surroundings: Surroundings | None = None
-    ) -> dict[int, Float[Tensor, "parts rows channels"]]:
+    def read(self, data: Data, topology: Topology | None = None, batch_size: int | None = None) -> System:
+        """The checked system of a Data or Batch, as the network takes it."""
+        refuse_unstated(data, self.inputs)
+        return self.scheme.system(data, topology, batch_size)
+
+    def states(self, hierarchy: Hierarchy) -> dict[int, Float[Tensor, "parts rows channels"]]:
         """State of every part, by level; levels that the network does not use are left out."""
-        species = self._species_index(hierarchy.z)
-        return self._states(hierarchy, species, {}, self._shares(hierarchy, species, surroundings))
+        species = self._species_index(hierarchy.system)
+        return self._states(hierarchy, species, {}, self._shares(hierarchy, species))
 
-    def _shares(
-        self, hierarchy: Hierarchy, species: Int[Tensor, " atoms"], surroundings: Surroundings | None
-    ) -> Float[Tensor, "atoms inputs"] | None:
+    def _shares(self, hierarchy: Hierarchy, species: Int[Tensor, " atoms"]) -> Float[Tensor, "atoms inputs"] | None:
         """Shares of the atoms in the inputs of the network, where it has some."""
-        if surroundings is not None and not is_tracing():
-            refuse_unused(self.used, self.assumed, {"charge": surroundings.charge, "spin": surroundings.spin})
         if self.electrons is None:
             return None
-        given = surroundings or Surroundings()
-        return self.electrons.shares(species, hierarchy[0].batch, given.charge, given.spin)
+        system = hierarchy.system
+        return self.electrons.shares(species, hierarchy[0].batch, system.total_charge, system.spin)
 
     def _states(
         self,
@@ -502,29 +446,23 @@ class NBodyNet(Resettable):
             )
         return {level: states[level] for level in self._types}
 
-    def energies(
-        self, hierarchy: Hierarchy, surroundings: Surroundings | None = None
-    ) -> dict[int, Float[Tensor, "parts"]]:
+    def energies(self, hierarchy: Hierarchy) -> dict[int, Float[Tensor, "parts"]]:
         """Contribution of every part of every level to a scalar target; they sum to the value exactly."""
-        return {k: value.squeeze(-1) for k, value in self.values(hierarchy, surroundings).items()}
+        return {k: value.squeeze(-1) for k, value in self.values(hierarchy).items()}
 
     def representations(self, data: Data) -> list[tuple[o3.Irreps, Tensor]]:
         """(type, states in e3nn's mul_ir layout) of every level in use, for tests of covariance."""
-        hierarchy = self.hierarchy(data)
-        states = self.states(hierarchy, Surroundings.read(hierarchy, data))
+        states = self.states(self.hierarchy(data))
         return [(self._types[k], to_mul_ir(x.flatten(1), self._types[k])) for k, x in sorted(states.items())]
 
-    def values(
-        self, hierarchy: Hierarchy, surroundings: Surroundings | None = None
-    ) -> dict[int, Float[Tensor, "parts dim"]]:
+    def values(self, hierarchy: Hierarchy) -> dict[int, Float[Tensor, "parts dim"]]:
         """Value of every part of every level that has a readout, of type ``irreps_out``, weighted by g.
 
-        With ``long_range`` the energy of the latent charges is among the values of the atoms, and ``surroundings`` say
-        what a hierarchy does not: charges, spins and periodic images; without them systems are neutral singlets, and
-        open.
+        With ``long_range`` the energy of the latent charges is among the values of the atoms. Charges, spins and
+        periodic images are those of the system of the hierarchy.
         """
-        species, features = self._species_index(hierarchy.z), {}
-        shares = self._shares(hierarchy, species, surroundings)
+        species, features = self._species_index(hierarchy.system), {}
+        shares = self._shares(hierarchy, species)
         states = self._states(hierarchy, species, features, shares)
         values = {}
         for name, readout in self.readouts.items():
@@ -538,14 +476,13 @@ class NBodyNet(Resettable):
         if self.long_range is not None:
             x = None if self._atom_level is None else states[self._atom_level]
             edges = None if self._atom_step is None else self._edges(self._atom_step, hierarchy, features)
-            charge, charges, cell, pbc, _ = surroundings or Surroundings()
             # One rule for both: the weights of the elements, where the network has learned some
             known = self.electrons is not None and "charge" in self.electrons.inputs
             weight = self.electrons.weight(species)[:, 0] if known else None
-            level = hierarchy[0]
+            level, system = hierarchy[0], hierarchy.system
             like = level.pos.to(self.dtype)
-            share = charge_shares(level.batch, hierarchy.num_graphs, charge, charges, like, weight)
-            values[0] = values[0] + self.long_range(x, species, share, edges, hierarchy, cell, pbc).unsqueeze(-1)
+            share = charge_shares(level.batch, system.total_charge, system.formal_charges, like, weight)
+            values[0] = values[0] + self.long_range(x, species, share, edges, hierarchy).unsqueeze(-1)
         return values
 
     def _edges(self, step: Step, hierarchy: Hierarchy, features: dict[tuple, EdgeFeatures]) -> EdgeFeatures:
@@ -570,9 +507,14 @@ class NBodyNet(Resettable):
 
     def check_species(self, z: Integer[Tensor, " atoms"]) -> None:
         """Raise ValueError where an element is not one of this network's."""
-        self._species_index(z)
+        self._number(z)
 
-    def _species_index(self, z: Tensor) -> Tensor:
+    def _species_index(self, system: System) -> Int[Tensor, " atoms"]:
+        """Number of the element of each atom, looked up unless the system brings it."""
+        known = system.index_among(self.species)
+        return self._number(system.z) if known is None else known
+
+    def _number(self, z: Tensor) -> Tensor:
         index = self.species_of[z.clamp(0, 119)]
         if has_values(index) and bool((index < 0).any()):
             unknown = sorted(set(z[index < 0].tolist()))

@@ -14,27 +14,18 @@ from ase.data import atomic_numbers, chemical_symbols
 from jaxtyping import Bool, Float, Int, Integer
 from torch import Tensor, nn
 from torch_geometric.data import Data
-from torch_geometric.data.data import BaseData
 
-from nbody_pyg.data import complete_states, count_graphs, has_hierarchy, refuse_unstated, require_atoms
-from nbody_pyg.geometry import (
-    apply_strain,
-    check_atoms,
-    check_batch,
-    check_batch_size,
-    check_cell,
-    edge_vectors,
-    neighbour_list,
-    rounded_positions,
-)
+from nbody_pyg.data import complete_states, has_hierarchy, require_atoms
+from nbody_pyg.geometry import apply_strain, edge_vectors, neighbour_list, rounded_positions
 from nbody_pyg.hierarchy.levels import Hierarchy
 from nbody_pyg.hierarchy.topology import Topology
 from nbody_pyg.kernels.scope import has_values, in_own_precision, opaque_to_compile
-from nbody_pyg.models import NBodyNet, Surroundings
-from nbody_pyg.nn.charges import DEFAULT_STATE, refuse_unused, spin_multiplicity, total_charge
+from nbody_pyg.models import NBodyNet
+from nbody_pyg.nn.charges import refuse_unused
 from nbody_pyg.nn.exact import Float64Buffers
 from nbody_pyg.nn.irreps import reset
 from nbody_pyg.nn.repulsion import ZBLRepulsion, short_edges
+from nbody_pyg.system import DEFAULT_STATE, System, spin_multiplicity, total_charge
 
 #: Arguments that a model's forward may have beside z, pos and batch.
 MODEL_INPUTS = ("cell", "pbc", "topology", "charge", "charges", "spin", "batch_size")
@@ -92,12 +83,20 @@ class AtomicReference(Float64Buffers):
         """Atomic number to energy (eV), in full precision."""
         return dict(zip(self.numbers.tolist(), self.values.tolist(), strict=True))
 
-    def forward(self, z: Integer[Tensor, " atoms"], batch: Tensor, num_graphs: int) -> Float[Tensor, " graphs"]:
+    def forward(self, system: System) -> Float[Tensor, " graphs"]:
         """Sum of the reference energies of each graph, float64."""
-        return self.energy(z, batch, num_graphs)
+        return self.energy(system)
 
-    def energy(self, z: Integer[Tensor, " atoms"], batch: Tensor, num_graphs: int) -> Float[Tensor, " graphs"]:
+    def energy(self, system: System) -> Float[Tensor, " graphs"]:
         """Sum of the reference energies of each graph, float64."""
+        energies = self.atoms(system)
+        return energies.new_zeros(system.num_graphs).index_add(0, system.batch, energies)
+
+    def atoms(self, system: System) -> Float[Tensor, " atoms"]:
+        """Reference energy of each atom, float64."""
+        z, known = system.z, system.species
+        if known is not None and known.elements == self.species:
+            return self.values[known.index]
         slot = torch.searchsorted(self.numbers, z).clamp(max=len(self.numbers) - 1)
         unknown = self.numbers[slot] != z
         if bool(unknown.any()):
@@ -106,8 +105,7 @@ class AtomicReference(Float64Buffers):
                 f"z holds {_elements(missing)} without a reference energy; known are "
                 f"{_elements(self.species)}: give E0 of the missing element, or leave these systems out"
             )
-        total = torch.zeros(num_graphs, dtype=torch.float64, device=z.device)
-        return total.index_add(0, batch, self.values[slot])
+        return self.values[slot]
 
     def extra_repr(self) -> str:
         parts = ", ".join(f"{chemical_symbols[n]}={e:g}" for n, e in self.energies.items())
@@ -250,7 +248,7 @@ class Potential(Float64Buffers):
     @in_own_precision
     def forward(
         self,
-        z: Integer[Tensor, " atoms"] | Data,
+        z: Integer[Tensor, " atoms"] | Data | System,
         pos: Float[Tensor, "atoms 3"] | None = None,
         batch: Int[Tensor, " atoms"] | None = None,
         *,
@@ -265,7 +263,7 @@ class Potential(Float64Buffers):
         compute_stress: bool = False,
         training: bool = False,
     ) -> dict[str, Tensor]:
-        """Evaluate atoms given as tensors, or as a PyG ``Data`` or ``Batch`` in the first argument.
+        """Evaluate atoms given as tensors, or as a PyG ``Data`` or ``Batch`` in the first argument, or as a System.
 
         Works inside ``torch.no_grad()``. A topology that the model's scheme stored on the data is used.
 
@@ -287,52 +285,56 @@ class Potential(Float64Buffers):
                 the model cannot use, stress without a cell, an output that is not one energy per graph.
             RuntimeError: forces or stress under ``torch.inference_mode()``.
         """
-        system = self._system(z, pos, batch, cell, pbc, topology, charge, charges, spin, batch_size)
-        dtype = self.dtype or system["pos"].dtype
+        state = {"charge": charge, "charges": charges, "spin": spin}
+        given = {"cell": cell, "pbc": pbc, "topology": topology, "batch_size": batch_size, **state}
+        system = self.system(z, pos, batch, **given)
+        dtype = self.dtype or system.pos.dtype
         derivative = compute_forces or compute_stress
         if derivative:
             _refuse_modes()
         with torch.set_grad_enabled(derivative or (training and torch.is_grad_enabled())):
-            pos, strain = system["pos"], None
-            if derivative and not pos.requires_grad:
-                pos = pos.detach().requires_grad_(True)
-            if compute_stress:
-                strain, volume = self._strain(system, pos)
             # The repulsion has no weights: unless the caller goes on to differentiate by positions, its forces
             # need no graph, and a loss on them no second backward pass.
-            follow = training and system["pos"].requires_grad
-            interaction = self._interaction(system, pos, strain, repel=follow)
+            follow = training and system.pos.requires_grad
+            if derivative and not system.pos.requires_grad:
+                system = system.replace(pos=system.pos.detach().requires_grad_(True))
+            inputs, moved = [system.pos], system
+            if compute_stress:
+                strain, volume = self._strain(system)
+                inputs.append(strain)
+                moved = system.strained(strain)
+            interaction, place = self._interaction(moved, repel=follow)
             results = {"interaction_energy": interaction}
             if derivative:
-                inputs = [pos] if strain is None else [pos, strain]
                 gradients = _gradient(interaction.sum(), inputs, create_graph=training)
                 if compute_forces:
                     results["forces"] = -gradients[0].to(dtype)
                 if compute_stress:
                     results["stress"] = (gradients[1] / volume.reshape(-1, 1, 1)).to(dtype)
             if not follow:
-                self.add_repulsion(results, system)
-            energy = results["interaction_energy"].to(torch.float64)
-            if self.reference is not None:
-                energy = energy + self.reference.energy(system["z"], system["batch"], system["num_graphs"])
-            results["energy"] = energy
+                self.add_repulsion(results, place)
+            results["energy"] = self._with_reference(results["interaction_energy"], place)
         return results if training else {key: value.detach() for key, value in results.items()}
+
+    def _with_reference(self, interaction: Tensor, place: System | Hierarchy) -> Float[Tensor, " graphs"]:
+        """Interaction energies and those of the isolated atoms, float64."""
+        energy = interaction.to(torch.float64)
+        if self.reference is not None:
+            energy = energy + self.reference.energy(place.system if isinstance(place, Hierarchy) else place)
+        return energy
 
     @torch.no_grad()
     def energies(
         self,
-        z: Integer[Tensor, " atoms"] | Data,
+        z: Integer[Tensor, " atoms"] | Data | System,
         pos: Float[Tensor, "atoms 3"] | None = None,
         batch: Int[Tensor, " atoms"] | None = None,
-        *,
-        cell: Float[Tensor, "*graphs 3 3"] | None = None,
-        pbc: Bool[Tensor, "*graphs 3"] | bool | None = None,
-        topology: Topology | None = None,
-        charge: Tensor | None = None,
-        charges: Tensor | None = None,
-        spin: Tensor | None = None,
+        **given: Any,
     ) -> EnergyParts:
         """What each part of the hierarchy contributes to the energy; see :class:`EnergyParts`.
+
+        Args:
+            given: cell, pbc, topology, charge, charges, spin and batch_size, as for :meth:`forward`.
 
         Raises: ValueError: a model that does not say, such as one that is not an :class:`NBodyNet`.
         """
@@ -341,39 +343,26 @@ class Potential(Float64Buffers):
                 f"{type(self.model).__name__} gives one energy per system and nothing below it; energies of parts "
                 "need a model with hierarchy() and energies(), such as NBodyNet"
             )
-        system = self._system(z, pos, batch, cell, pbc, topology, charge, charges, spin)
-        inputs = (system["z"], system["pos"], system["batch"])
-        given = {key: system[key] for key in ("cell", "pbc", "topology")}
-        if "batch_size" in self._keywords:
-            given["batch_size"] = system["num_graphs"]
-        hierarchy = self.model.hierarchy(*inputs, **given)
-        surroundings = Surroundings.of(hierarchy, **{key: system[key] for key in Surroundings._fields})
-        found = self.model.energies(hierarchy, surroundings)
+        system = self.system(z, pos, batch, **given)
+        hierarchy = self.model.hierarchy(system)
+        system = hierarchy.system
+        found = self.model.energies(hierarchy)
         levels = {k: (value * self.scale.to(value.dtype)).double() for k, value in found.items()}
-        zero = torch.zeros(len(system["z"]), dtype=torch.float64, device=system["z"].device)
-        repulsion, reference = zero, zero
+        repulsion = reference = torch.zeros(len(system.z), dtype=torch.float64, device=system.z.device)
         if self.repulsion is not None:
-            index, shift = self._short_edges(system)
-            vec = edge_vectors(system["pos"], index, shift, system["cell"], system["batch"])
-            vec = vec.to(self.dtype or vec.dtype)
-            repulsion = self.repulsion.energy(system["z"], index, vec).double()
+            index, vec = self._short_edges(hierarchy)
+            repulsion = self.repulsion.energy(system, index, vec.to(self.dtype or vec.dtype)).double()
         if self.reference is not None:
-            reference = self.reference.energy(system["z"], torch.arange(len(zero), device=zero.device), len(zero))
+            reference = self.reference.atoms(system)
         return EnergyParts(hierarchy, levels, repulsion, reference)
 
     def hessian_vector_product(
         self,
         vector: Float[Tensor, "atoms 3"],
-        z: Tensor | Data,
+        z: Tensor | Data | System,
         pos: Tensor | None = None,
         batch: Tensor | None = None,
-        *,
-        cell: Tensor | None = None,
-        pbc: Tensor | None = None,
-        topology: Topology | None = None,
-        charge: Tensor | None = None,
-        charges: Tensor | None = None,
-        spin: Tensor | None = None,
+        **given: Any,
     ) -> Float[Tensor, "atoms 3"]:
         r"""Product of the Hessian with a displacement.
 
@@ -381,141 +370,110 @@ class Potential(Float64Buffers):
 
         Costs about two evaluations of the forces, whatever the number of atoms. Unit: eV/A^2 times that of
         ``vector``.
+
+        Args:
+            given: cell, pbc, topology, charge, charges, spin and batch_size, as for :meth:`forward`.
         """
         _refuse_modes()
-        system = self._system(z, pos, batch, cell, pbc, topology, charge, charges, spin)
-        if vector.shape != system["pos"].shape:
-            raise ValueError(f"vector must have the shape of pos {list(system['pos'].shape)}, got {list(vector.shape)}")
+        system = self.system(z, pos, batch, **given)
+        if vector.shape != system.pos.shape:
+            raise ValueError(f"vector must have the shape of pos {list(system.pos.shape)}, got {list(vector.shape)}")
         with torch.enable_grad():
-            pos = system["pos"].detach().requires_grad_(True)
-            (slope,) = _gradient(self._interaction(system, pos, None, repel=True).sum(), [pos], create_graph=True)
+            pos, slope = self._slope(system)
             (product,) = _gradient((slope * vector.to(slope.dtype)).sum(), [pos], create_graph=False)
         return product.detach().to(self.dtype or pos.dtype)
 
+    def _slope(self, system: System) -> tuple[Tensor, Tensor]:
+        """Positions, and the derivative of the energy by them, to be differentiated again."""
+        pos = system.pos.detach().requires_grad_(True)
+        interaction, _ = self._interaction(system.replace(pos=pos), repel=True)
+        return pos, _gradient(interaction.sum(), [pos], create_graph=True)[0]
+
     def hessian(
-        self,
-        z: Tensor | Data,
-        pos: Tensor | None = None,
-        *,
-        cell: Tensor | None = None,
-        pbc: Tensor | None = None,
-        topology: Topology | None = None,
-        charge: Tensor | None = None,
-        charges: Tensor | None = None,
-        spin: Tensor | None = None,
+        self, z: Tensor | Data | System, pos: Tensor | None = None, **given: Any
     ) -> Float[Tensor, "coordinates coordinates"]:
         """Second derivatives of the energy of one system, [3 num_atoms, 3 num_atoms], eV/A^2.
 
         Built row by row from one graph: memory of a force evaluation with its graph, not of 3N of them.
+
+        Args:
+            given: cell, pbc, topology, charge, charges and spin, as for :meth:`forward`.
         """
         _refuse_modes()
-        system = self._system(z, pos, None, cell, pbc, topology, charge, charges, spin)
-        if system["num_graphs"] != 1:
+        system = self.system(z, pos, **given)
+        if system.num_graphs != 1:
             raise ValueError(
-                f"hessian takes one system, got a batch of {system['num_graphs']}; loop over the graphs, or "
+                f"hessian takes one system, got a batch of {system.num_graphs}; loop over the graphs, or "
                 "use hessian_vector_product, which takes batches"
             )
         with torch.enable_grad():
-            pos = system["pos"].detach().requires_grad_(True)
-            (slope,) = _gradient(self._interaction(system, pos, None, repel=True).sum(), [pos], create_graph=True)
+            pos, slope = self._slope(system)
             rows = [_gradient(s, [pos], create_graph=False, retain_graph=True)[0] for s in slope.flatten()]
         return torch.stack(rows).reshape(pos.numel(), pos.numel()).detach().to(self.dtype or pos.dtype)
 
     # ----------------------------------------------------------------------------------------------
-    def _system(
-        self,
-        z: Tensor | Data,
-        pos: Tensor | None,
-        batch: Tensor | None,
-        cell: Tensor | None,
-        pbc: Tensor | bool | None,
-        topology: Topology | None,
-        charge: Tensor | None = None,
-        charges: Tensor | None = None,
-        spin: Tensor | None = None,
-        batch_size: int | None = None,
-    ) -> dict[str, Any]:
-        """Check the input and bring it into one form; nothing here is differentiated."""
-        given: dict[str, Any] = {}
-        if isinstance(z, BaseData) or (pos is None and not isinstance(z, Tensor)):
-            if pos is not None or batch is not None or cell is not None or pbc is not None:
-                raise TypeError("pos, batch, cell and pbc come from the Data; pass either a Data or tensors")
-            data = z
-            require_atoms(data)
-            refuse_unstated(data, self.model.inputs if self._own else ())
-            z, pos, batch = data.z, data.pos, data.get("batch")
-            cell, pbc = data.get("cell"), data.get("pbc")
-            charge, charges, spin = data.get("charge"), data.get("charges"), data.get("spin")
-            batch_size = count_graphs(data) if batch_size is None else batch_size
-            if topology is None and "topology" in self._keywords:
-                # A scheme refuses what another scheme has stored; `scheme` is optional for foreign models.
-                scheme = getattr(self.model, "scheme", None)
-                if has_hierarchy(data):
-                    topology = Topology.from_data(data) if scheme is None else scheme.read(data)
-                elif scheme is not None:
-                    given = scheme.inputs(data)
-        z = check_atoms(z, pos, values=isinstance(pos, Tensor) and has_values(pos))
-        if not has_values(pos):
+    def system(
+        self, z: Tensor | Data | System, pos: Tensor | None = None, batch: Tensor | None = None, **given: Any
+    ) -> System:
+        """The checked system of a call, with what the model uses of charge and spin; nothing is differentiated here.
+
+        Args:
+            given: cell, pbc, topology, charge, charges, spin and batch_size, as for :meth:`forward`.
+        """
+        system = System.of(z, pos, batch, read=self.model.read if self._own else self._read, **given)
+        if not has_values(system.pos):
             raise RuntimeError(
                 "a potential looks at values of positions and differentiates by them, which tracers, torch.vmap, fake "
                 "and meta tensors do not allow; trace its model with topology=..., or use accelerate.compile_potential"
             )
-        if z.shape[0] == 0 and batch_size is None:
+        stated = isinstance(z, (System, Data)) or given.get("batch_size") is not None
+        if system.num_graphs == 0 or (len(system.z) == 0 and not stated):
             raise ValueError("z holds no atom; give at least one, or batch_size, the number of graphs without atoms")
-        batch, found = check_batch(batch, z.shape[0], z.device)
-        num_graphs = check_batch_size(batch_size, found)
-        pos = _usable(pos)
-        if self._own:
-            pos = pos.double()  # the model subtracts before it rounds
-        cell, pbc = check_cell(cell, pbc, num_graphs, pos)
-        if pbc is not None and "cell" not in self._keywords:
+        if system.pbc is not None and "cell" not in self._keywords:
             raise ValueError(
                 f"{type(self.model).__name__} has no argument 'cell', so it cannot treat a periodic system; "
                 "set pbc to False for molecules, or use a model with forward(z, pos, batch, *, cell, pbc)"
             )
-        like = pos.new_empty(0, dtype=self.dtype)  # numbers for the model are in its precision
-        if given:  # bonds or labels that the data brings along
-            topology = scheme.compose(z, pos, batch, cell, pbc, num_graphs, **given)
-        return {
-            "z": _usable(z),
-            "pos": pos,
-            "batch": _usable(batch),
-            "num_graphs": num_graphs,
-            # A cell around an open system means nothing to the model.
-            "cell": None if pbc is None else _usable(cell),
-            "pbc": pbc,
-            "topology": topology,
-            **electronic_state(self.model, self._keywords, batch, num_graphs, like, charge, charges, spin),
-        }
+        system = known_state(self.model, self._keywords, _usable(system))
+        if self._own and system.pos.dtype != torch.float64:
+            system = system.replace(pos=system.pos.double())  # the model subtracts before it rounds
+        if system.given and system.topology is None and "topology" in self._keywords:
+            system = system.replace(topology=self.model.scheme.compose(system))  # of bonds or labels of the data
+        return system
 
-    def _strain(self, system: dict[str, Any], pos: Tensor) -> tuple[Tensor, Tensor]:
-        cell, num_graphs = system["cell"], system["num_graphs"]
-        volume = None if cell is None else torch.linalg.det(cell.detach().double()).abs()
+    def _read(self, data: Data, topology: Topology | None = None, batch_size: int | None = None) -> System:
+        """The system of a Data, with the topology stored there where the model takes one."""
+        scheme = getattr(self.model, "scheme", None)
+        if topology is not None or "topology" not in self._keywords:
+            return System.from_data(data, topology, batch_size)
+        if scheme is not None:  # it refuses what another scheme has stored
+            return scheme.system(data, None, batch_size)
+        require_atoms(data)
+        return System.from_data(data, Topology.from_data(data) if has_hierarchy(data) else None, batch_size)
+
+    def _strain(self, system: System) -> tuple[Tensor, Tensor]:
+        """A strain of zero for each graph, and the volumes."""
+        volume = None if system.cell is None else torch.linalg.det(system.cell.detach().double()).abs()
         if volume is None or bool((volume <= 1e-8).any()):
             raise ValueError(
                 "compute_stress needs a periodic cell with a volume for every graph; give cell and pbc "
                 "(three independent lattice vectors, also for slabs), or set compute_stress=False"
             )
-        return torch.zeros(num_graphs, 3, 3, dtype=pos.dtype, device=pos.device, requires_grad=True), volume.to(
-            pos.dtype
-        )
+        strain = system.pos.new_zeros(system.num_graphs, 3, 3).requires_grad_(True)
+        return strain, volume.to(system.pos.dtype)
 
-    def _interaction(self, system: dict[str, Any], pos: Tensor, strain: Tensor | None, repel: bool) -> Tensor:
-        """Scaled output of the model, [num_graphs]; with ``repel`` plus the repulsion, differentiable."""
-        cell = system["cell"]
-        if strain is not None:
-            pos, cell = apply_strain(pos, cell, system["batch"], strain)
-        where, box = pos, cell
-        dtype, num_graphs = self.dtype, system["num_graphs"]
-        if not self._own and dtype is not None:
-            pos, cell = rounded_positions(pos, system["batch"], dtype), None if cell is None else cell.to(dtype)
-        given = {key: system.get(key) for key in MODEL_INPUTS} | {"cell": cell, "batch_size": num_graphs}
-        keywords = {k: v for k, v in given.items() if v is not None and k in self._keywords}
-        output = self.model(system["z"], pos, system["batch"], **keywords)
+    def _interaction(self, system: System, repel: bool) -> tuple[Tensor, System | Hierarchy]:
+        """Scaled output of the model, [num_graphs], and where the atoms are for the terms that are added to it.
+
+        With ``repel`` it holds the repulsion, and is differentiable as a whole.
+        """
+        place: System | Hierarchy = self.model.hierarchy(system) if self._own else system
+        output = self.model(place) if self._own else self._foreign(system)
+        num_graphs = system.num_graphs
         if isinstance(output, (tuple, list)):
             output = output[0]
         short = isinstance(output, Tensor) and output.dim() > 0 and output.shape[0] < num_graphs
-        if short and output.shape[0] == (int(system["batch"][-1]) + 1 if len(system["batch"]) else 0):
+        if short and output.shape[0] == (int(system.batch[-1]) + 1 if len(system.batch) else 0):
             # Other models see no graph beyond that of the last atom
             output = torch.cat([output, output.new_zeros(num_graphs - output.shape[0], *output.shape[1:])])
         if not isinstance(output, Tensor) or output.shape not in ((num_graphs,), (num_graphs, 1)):
@@ -526,42 +484,68 @@ class Potential(Float64Buffers):
             )
         interaction = output.reshape(num_graphs) * self.scale.to(output.dtype)
         if repel and self.repulsion is not None:
-            index, shift = self._short_edges(system)
-            vec = edge_vectors(where, index, shift, box, system["batch"]).to(interaction.dtype)
-            interaction = interaction.index_add(0, system["batch"], self.repulsion.energy(system["z"], index, vec))
-        return interaction
+            index, vec = self._short_edges(place)
+            energy = self.repulsion.energy(system, index, vec.to(interaction.dtype))
+            interaction = interaction.index_add(0, system.batch, energy)
+        return interaction, place
 
-    def _short_edges(self, system: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
-        """Edges that hold every pair within reach of the repulsion: those of the hierarchy, or a list of its own."""
-        found = short_edges(getattr(self.model, "scheme", None), system["topology"], self.repulsion.longest)
-        if found is None:
-            found = neighbour_list(
-                system["pos"], self.repulsion.longest, system["batch"], system["cell"], system["pbc"]
-            )
-        return found
+    def _foreign(self, system: System) -> Any:
+        """Output of a model of another kind, in whose precision it gets all numbers."""
+        dtype, pos = self.dtype or system.pos.dtype, system.pos
+        if self.dtype is not None:
+            pos = rounded_positions(pos, system.batch, dtype)
+
+        def cast(value: Tensor | None) -> Tensor | None:
+            return None if value is None else value.to(dtype)
+
+        given = {
+            "cell": cast(system.cell),
+            "pbc": system.pbc,
+            "topology": system.topology,
+            "charge": cast(system.total_charge),
+            "charges": cast(system.formal_charges),
+            "spin": cast(system.spin),
+            "batch_size": system.num_graphs,
+        }
+        keywords = {k: v for k, v in given.items() if v is not None and k in self._keywords}
+        return self.model(system.z, pos, system.batch, **keywords)
+
+    def _short_edges(self, place: System | Hierarchy) -> tuple[Tensor, Tensor]:
+        """Edges with every pair within reach of the repulsion, and vectors: those at hand, or a list of its own."""
+        system = place.system if isinstance(place, Hierarchy) else place
+        held = short_edges(getattr(self.model, "scheme", None), self.repulsion.longest)
+        if held is not None:
+            kind, level = held
+            if isinstance(place, Hierarchy):
+                return getattr(place[level], f"{kind}_index"), getattr(place[level], f"{kind}_vec")
+            if system.topology is not None:
+                names = (f"{kind}_index", f"{kind}_shift")
+                index, shift = (getattr(system.topology, name)[level] for name in names)
+                return index, edge_vectors(system.pos, index, shift, system.cell, system.batch)
+        still = system.detached()
+        index, shift = neighbour_list(still.pos, self.repulsion.longest, still.batch, still.cell, still.pbc)
+        return index, edge_vectors(system.pos, index, shift, system.cell, system.batch)
 
     @torch.no_grad()
-    def add_repulsion(self, results: dict[str, Tensor], system: dict[str, Any]) -> None:
+    def add_repulsion(self, results: dict[str, Tensor], place: System | Hierarchy) -> None:
         """Add the repulsion to the results of the model on a checked system, by its explicit derivative, in place."""
         if self.repulsion is None:
             return
-        pos, batch = system["pos"], system["batch"]
-        index, shift = self._short_edges(system)
-        dtype = results["interaction_energy"].dtype
-        vec = edge_vectors(pos, index, shift, system["cell"], batch).to(dtype)
-        near = self.repulsion.contacts(system["z"], index, vec)
+        system = place.system if isinstance(place, Hierarchy) else place
+        index, vec = self._short_edges(place)
+        energy = results["interaction_energy"]
+        near = self.repulsion.contacts(system, index, vec.to(energy.dtype))
         if near.energy.shape[0] == 0:
             return
-        target = near.index[1]
+        target, batch = near.index[1], system.batch
         pull = near.slope.unsqueeze(-1) * near.vec / near.vec.norm(dim=-1, keepdim=True)
-        energy = results["interaction_energy"]
         with torch.enable_grad():  # the part of the model keeps its graph
             results["interaction_energy"] = energy.index_add(0, batch[target], 0.5 * near.energy)
             if "forces" in results:
                 results["forces"] = results["forces"].index_add(0, target, pull)
         if "stress" in results:
             virial = torch.einsum("ea,eb->eab", 0.5 * pull, near.vec)
-            volume = torch.linalg.det(system["cell"].double()).abs().to(dtype).reshape(-1, 1, 1)
+            volume = torch.linalg.det(system.cell.double()).abs().to(energy.dtype).reshape(-1, 1, 1)
             stress = torch.zeros_like(results["stress"]).index_add(0, batch[target], virial) / volume
             with torch.enable_grad():
                 results["stress"] = results["stress"] + stress
@@ -582,46 +566,32 @@ def used_state(model: nn.Module, keywords: frozenset[str] | None = None) -> froz
     return frozenset(key for key in ("charge", "spin") if key in keywords)
 
 
-def electronic_state(
-    model: nn.Module,
-    keywords: frozenset[str],
-    batch: Tensor,
-    num_graphs: int,
-    like: Tensor,
-    charge: Tensor | float | None,
-    charges: Tensor | None,
-    spin: Tensor | int | None,
-) -> dict[str, Tensor | None]:
-    """Checked charge, charges and spin: what the model uses of them, None for the rest.
+def known_state(model: nn.Module, keywords: frozenset[str], system: System) -> System:
+    """The system with what the model uses of its charge and spin.
 
-    Raises: ValueError: shapes, values that are not finite, or a state that the model cannot use and was not trained at.
+    Raises: ValueError: a state that the model cannot use and was not trained at.
     """
-    if charge is None and charges is None and spin is None:
-        return {"charge": None, "charges": None, "spin": None}
-    given = {
-        "charge": total_charge(batch, num_graphs, charge, charges, like),
-        "spin": spin_multiplicity(spin, num_graphs, like),
-    }
+    charge, spin = system.total_charge, system.spin
+    if charge is None and spin is None:
+        return system
     used = used_state(model, keywords)
-    by_atom = charges if "charge" in used and "charges" in keywords else None
-    refuse_unused(used, getattr(model, "assumed", {}), given)
-    found = {key: value if key in used else None for key, value in given.items()}
-    return {**found, "charges": None if by_atom is None else by_atom.to(like)}
+    refuse_unused(used, getattr(model, "assumed", {}), {"charge": charge, "spin": spin})
+    return system.replace(
+        total_charge=charge if "charge" in used else None,
+        formal_charges=system.formal_charges if "charge" in used and "charges" in keywords else None,
+        spin=spin if "spin" in used else None,
+    )
 
 
 def check_states(model: nn.Module, frames: Iterable[Data], name: str = "frames") -> None:
     """Raise unless the model knows charge and spin of every frame.
 
-    Raises: ValueError: as for :func:`electronic_state`, naming the frame.
+    Raises: ValueError: a state that cannot be, or that the model cannot use and was not trained at, naming the frame.
     """
-    keywords = model_keywords(model)
+    used, assumed = used_state(model), getattr(model, "assumed", {})
     for number, frame in enumerate(frames):
-        state = [frame.get(key) for key in ("charge", "charges", "spin")]
-        if all(value is None for value in state):
-            continue
         try:
-            batch = torch.zeros(len(frame.z), dtype=torch.long)
-            electronic_state(model, keywords, batch, 1, torch.zeros(0, dtype=torch.float64), *state)
+            refuse_unused(used, assumed, _state_of(frame))
         except ValueError as error:
             raise ValueError(f"frame {number} of {name}: {error}") from None
 
@@ -648,25 +618,28 @@ def model_frames(model: nn.Module, frames: Sequence[Data], name: str = "frames")
     return given.replaced(frames) if frames is not given and hasattr(given, "replaced") else frames
 
 
+def _state_of(frame: Data) -> dict[str, Tensor | None]:
+    """Charge and spin of one frame, checked, float64; None for what it does not say."""
+    charge, charges, spin = (frame.get(key) for key in ("charge", "charges", "spin"))
+    like, batch = torch.zeros(0, dtype=torch.float64), torch.zeros(len(frame.z), dtype=torch.long)
+    return {"charge": total_charge(batch, 1, charge, charges, like), "spin": spin_multiplicity(spin, 1, like)}
+
+
 def frame_states(frames: Iterable[Data]) -> dict[str, list[float]]:
     """Charge and spin of every frame, each only where some frame says it; the others are neutral, or singlets.
 
     Raises: ValueError: a wrong number of values, or one that cannot be.
     """
     found: dict[str, list[float]] = {}
-    zero = torch.zeros(0, dtype=torch.float64)
     for number, frame in enumerate(frames):
-        charge, charges, spin = (frame.get(key) for key in ("charge", "charges", "spin"))
         try:
-            if charge is not None or charges is not None:
-                batch = torch.zeros(len(frame.z), dtype=torch.long)
-                total = round(float(total_charge(batch, 1, charge, charges, zero)), 6)  # a sum of thirds is whole
-                found.setdefault("charge", [DEFAULT_STATE["charge"]] * number).append(total)
-            if spin is not None:
-                value = float(spin_multiplicity(spin, 1, zero))
-                found.setdefault("spin", [DEFAULT_STATE["spin"]] * number).append(value)
+            state = _state_of(frame)
         except ValueError as error:
             raise ValueError(f"frame {number}: {error}") from None
+        for key, value in state.items():
+            if value is not None:
+                # A sum of thirds is whole
+                found.setdefault(key, [DEFAULT_STATE[key]] * number).append(round(float(value), 6))
         for key, values in found.items():
             if len(values) == number:
                 values.append(DEFAULT_STATE[key])
@@ -769,6 +742,10 @@ def _refuse_modes() -> None:
         )
 
 
-def _usable(tensor: Tensor) -> Tensor:
-    """A tensor made under inference mode cannot be saved for a backward pass; its copy can."""
-    return tensor.clone() if tensor.is_inference() and not torch.is_inference_mode_enabled() else tensor
+def _usable(system: System) -> System:
+    """Tensors made under inference mode cannot be saved for a backward pass; their copies can."""
+    if torch.is_inference_mode_enabled():
+        return system
+    tensors = {name: getattr(system, name) for name in ("z", "pos", "batch", "cell")}
+    made = {name: t.clone() for name, t in tensors.items() if t is not None and t.is_inference()}
+    return system.replace(**made) if made else system

@@ -11,14 +11,14 @@ from e3nn import o3
 from torch import Tensor, nn
 from torch_geometric.data import Data
 
-from nbody_pyg.data import count_graphs, refuse_unstated, require_atoms
 from nbody_pyg.geometry import rounded_positions, safe_norm
 from nbody_pyg.hierarchy import Hierarchy
 from nbody_pyg.hierarchy.positions import atomic_masses
-from nbody_pyg.models import NBodyNet, Surroundings
+from nbody_pyg.models import NBodyNet
 from nbody_pyg.nn.edges import sum_into
 from nbody_pyg.nn.irreps import clebsch_gordan, reset
-from nbody_pyg.potential import electronic_state, model_keywords
+from nbody_pyg.potential import known_state, model_keywords
+from nbody_pyg.system import System
 
 #: Readout -> (scalars, vectors, tensors of degree 2) that it takes from every part, and the shape of its value.
 READOUTS: Mapping[str, tuple[tuple[int, int, int], tuple[int, ...]]] = {
@@ -166,28 +166,17 @@ class PropertyModel(nn.Module):
 
     def forward(self, data: Data) -> dict[str, Tensor]:
         """Value of each property, float64, (graphs, *shape)."""
-        require_atoms(data)
-        refuse_unstated(data, self.model.inputs if isinstance(self.model, NBodyNet) else ())
-        batch, num_graphs = data.get("batch"), count_graphs(data)
-        num_graphs = int(batch.max()) + 1 if num_graphs is None else num_graphs
-        batch = torch.zeros_like(data.z) if batch is None else batch
-        centre = self._centre(data, batch, num_graphs)
-        state = [data.get(key) for key in ("charge", "charges", "spin")]
-        like = data.pos.new_empty(0, dtype=self.dtype)  # numbers for the model are in its precision
-        given = electronic_state(self.model, self._keywords, batch, num_graphs, like, *state)
-        given = {key: value for key, value in given.items() if value is not None}
-        if isinstance(self.model, NBodyNet):
-            raw = self._from_network(data, centre, given)
-        else:
-            raw = self._from_other(data, batch, given)
-        return {p.name: self._restored(p, raw[p.name], data, batch, num_graphs, centre) for p in self.properties}
+        own = isinstance(self.model, NBodyNet)
+        system = known_state(self.model, self._keywords, self.model.read(data) if own else System.from_data(data))
+        centre = self._centre(system)
+        raw = self._from_network(system, centre) if own else self._from_other(system)
+        return {p.name: self._restored(p, raw[p.name], system, centre) for p in self.properties}
 
     # ------------------------------------------------------------------ readouts
-    def _from_network(self, data: Data, centre: Tensor, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        hierarchy = self.model.hierarchy(data)
-        values, counts = self.model.values(hierarchy, Surroundings.of(hierarchy, **given)), [0, 0, 0]
-        size = hierarchy.num_graphs
-        num_atoms = torch.bincount(hierarchy[0].batch, minlength=size).unsqueeze(-1)
+    def _from_network(self, system: System, centre: Tensor) -> dict[str, Tensor]:
+        hierarchy = self.model.hierarchy(system)
+        values, counts = self.model.values(hierarchy), [0, 0, 0]
+        size, num_atoms = system.num_graphs, system.num_atoms.unsqueeze(-1)
         n0 = self.model.irreps_out.count(o3.Irrep("0e"))
         n1 = self.model.irreps_out.count(o3.Irrep("1o"))
         out = {}
@@ -225,30 +214,32 @@ class PropertyModel(nn.Module):
             each = a
         return sum_into(each, here.batch, hierarchy.num_graphs)
 
-    def _from_other(self, data: Data, batch: Tensor, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        output = self.model(data.z, rounded_positions(data.pos, batch, self.dtype), batch, **given)
+    def _from_other(self, system: System) -> dict[str, Tensor]:
+        state = {"charge": system.total_charge, "charges": system.formal_charges, "spin": system.spin}
+        given = {key: value.to(self.dtype) for key, value in state.items() if value is not None}
+        output = self.model(system.z, rounded_positions(system.pos, system.batch, self.dtype), system.batch, **given)
         output = output[0] if isinstance(output, (tuple, list)) else output
         return {self.properties[0].name: output.reshape(-1)}
 
-    def _centre(self, data: Data, batch: Tensor, num_graphs: int) -> Tensor:
+    def _centre(self, system: System) -> Tensor:
         """Centre of mass of each graph, float64."""
-        pbc = data.get("pbc")
-        if pbc is not None and bool(pbc.any()) and any(p.readout in _PLACED for p in self.properties):
+        if system.pbc is not None and any(p.readout in _PLACED for p in self.properties):
             raise ValueError(f"data must not be periodic for {sorted(_PLACED)}: a cell has no centre of mass")
-        mass = atomic_masses(data.z, torch.float64).unsqueeze(-1)
-        total = sum_into(mass * data.pos.double(), batch, num_graphs)
-        whole = sum_into(mass, batch, num_graphs)
+        mass = atomic_masses(system.z, torch.float64).unsqueeze(-1)
+        total = sum_into(mass * system.pos.double(), system.batch, system.num_graphs)
+        whole = sum_into(mass, system.batch, system.num_graphs)
         return total / torch.where(whole > 0, whole, torch.ones_like(whole))  # a graph may hold no atom
 
-    def _restored(self, p: Property, raw: Tensor, data: Data, batch: Tensor, num_graphs: int, centre: Tensor) -> Tensor:
+    def _restored(self, p: Property, raw: Tensor, system: System, centre: Tensor) -> Tensor:
         """Scale, mean and the values of the elements, in float64."""
         known = self.statistics[p.name]
         value = raw.double() * known.scale + known.mean
         if known.elements is not None:
-            value = value + sum_into(_table(known.elements, data.z), batch, num_graphs)
+            value = value + sum_into(_table(known.elements, system.z), system.batch, system.num_graphs)
         if known.spread is not None:
-            square = (data.pos.double() - centre[batch]).square().sum(-1)
-            value = value + sum_into(_table(known.spread, data.z) * square, batch, num_graphs)
+            square = (system.pos.double() - centre[system.batch]).square().sum(-1)
+            spread = _table(known.spread, system.z) * square
+            value = value + sum_into(spread, system.batch, system.num_graphs)
         return value
 
     # ------------------------------------------------------------------ description

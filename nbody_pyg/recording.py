@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nbody_pyg.hierarchy.scheme import Scheme
 from nbody_pyg.hierarchy.survivors import SmoothSurvivors
 from nbody_pyg.hierarchy.topology import Topology
 from nbody_pyg.kernels.operands import check_range
 from nbody_pyg.potential import MODEL_INPUTS, Potential, derivatives, parameter_gradients
+from nbody_pyg.system import System
 
 #: Largest difference from eager mode, relative to the largest number of a result.
 TOLERANCE = {torch.float32: 2e-4, torch.float64: 1e-9}
@@ -33,38 +33,33 @@ class Layout:
     stress: bool
 
 
-def recordable(
-    potential: Potential, z: Any, pos: Any = None, batch: Any = None, **keywords: Any
-) -> dict[str, Any] | None:
+def recordable(potential: Potential, z: Any, pos: Any = None, batch: Any = None, **keywords: Any) -> System | None:
     """The checked system of a call; None where its energy depends on more than :func:`evaluate` knows.
 
     That is charges, spins, long range and survivors: the weights of :class:`~nbody_pyg.hierarchy.SmoothSurvivors` leave
     out what is zero at these positions, so that the number of their terms is a value, which no recorded program could
     follow.
     """
-    system = potential._system(z, pos, batch, **{key: keywords.get(key) for key in MODEL_INPUTS})
+    system = potential.system(z, pos, batch, **{key: keywords.get(key) for key in MODEL_INPUTS})
     # By the scheme as well: where there is no topology yet, the search for one is left to eager mode
-    centre = () if system["topology"] is None else system["topology"].centre
+    centre = () if system.topology is None else system.topology.centre
     survivors = isinstance(potential.model.scheme, SmoothSurvivors) or any(index is not None for index in centre)
-    charged = any(system[key] is not None for key in ("charge", "charges", "spin"))
-    return None if survivors or charged or potential.model.long_range is not None else system
+    charged = any(value is not None for value in (system.total_charge, system.formal_charges, system.spin))
+    if survivors or charged or potential.model.long_range is not None:
+        return None
+    return system if system.topology is not None else system.replace(topology=potential.model.scheme.compose(system))
 
 
-def flatten(scheme: Scheme, system: dict[str, Any], stress: bool) -> tuple[list[Tensor], Layout]:
-    """A system as tensors, positions first, each the very object that it holds unless that has a gradient.
-
-    The topology is built where the system has none, and left there.
-    """
-    topology = system["topology"]
-    if topology is None:
-        topology = scheme.compose(*(system[key] for key in ("z", "pos", "batch", "cell", "pbc", "num_graphs")))
-        system["topology"] = topology
+def flatten(system: System, stress: bool) -> tuple[list[Tensor], Layout]:
+    """A system with a topology as tensors, positions first, each the very object that it holds unless that has a
+    gradient."""
+    topology = system.topology
     count = topology.num_levels
-    batches = [system["batch"], *(topology.batch(k) for k in range(1, count))]
+    batches = [system.batch, *(topology.batch(k) for k in range(1, count))]
     columns = (topology.num_parts, batches, topology.child_index, topology.child_shift,
                topology.pair_index, topology.pair_shift)  # fmt: skip
-    values = [system["z"], system["batch"], system["cell"], topology.periodic, *itertools.chain(*columns)]
-    tensors, numbers = [system["pos"].detach()], {}
+    values = [system.z, system.batch, system.cell, topology.periodic, *itertools.chain(*columns)]
+    tensors, numbers = [system.pos.detach()], {}
     for value in values:
         if value is not None and id(value) not in numbers:
             numbers[id(value)] = len(tensors)
@@ -90,28 +85,28 @@ def check_edges(topology: Topology) -> None:
 def evaluate(potential: Potential, layout: Layout, training: bool, tensors: Sequence[Tensor]) -> list[Tensor]:
     """Energies of the model, forces and, where asked for, stress; no value is looked at, nothing waits for a GPU."""
     pos, model = tensors[0], potential.model
-    z, _, cell, periodic, *fields = (None if n is None else tensors[n] for n in layout.fields)
+    z, batch, cell, periodic, *fields = (None if n is None else tensors[n] for n in layout.fields)
     count = layout.levels
     parts, batches, child, child_shift, pair, pair_shift = (tuple(fields[k * count :][:count]) for k in range(6))
     topology = Topology(parts, child, pair, child_shift, pair_shift, None, periodic).assume(batches)
 
     def energy(pos: Tensor, cell: Tensor | None) -> Tensor:
-        value = model.total(model.scheme.hierarchy(topology, z, pos, cell, dtype=model.dtype))
+        system = System(z, pos, batch, topology.num_graphs, cell)
+        value = model.total(model.scheme.place(topology, system, dtype=model.dtype))
         return value * potential.scale.to(value.dtype)
 
     found = derivatives(energy, pos, cell, batches[0], layout.stress, create_graph=training)
     return found if training else [value.detach() for value in found]
 
 
-def complete(potential: Potential, found: Sequence[Tensor], system: dict[str, Any]) -> dict[str, Tensor]:
+def complete(potential: Potential, found: Sequence[Tensor], system: System) -> dict[str, Tensor]:
     """Results of :func:`evaluate` as those of the potential: with the repulsion, which has no weights and acts on few
     pairs or none, and the energies of the isolated atoms."""
     results = dict(zip(("interaction_energy", "forces", "stress"), found, strict=False))
     potential.add_repulsion(results, system)
     results["energy"] = results["interaction_energy"].to(torch.float64)
     if potential.reference is not None:
-        inputs = (system["z"], system["batch"], system["num_graphs"])
-        results["energy"] = results["energy"] + potential.reference.energy(*inputs)
+        results["energy"] = results["energy"] + potential.reference.energy(system)
     return results
 
 

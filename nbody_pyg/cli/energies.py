@@ -15,6 +15,7 @@ from nbody_pyg.deploy import EnergyExplanation, explain_energy, plot_energy_part
 from nbody_pyg.deploy.model_file import load_potential
 from nbody_pyg.deploy.reference import bond_changes, is_periodic, reference_topology
 from nbody_pyg.hierarchy import Scheme
+from nbody_pyg.system import System
 
 
 def energies(args: argparse.Namespace) -> int:
@@ -40,8 +41,7 @@ def energies(args: argparse.Namespace) -> int:
                 f"({frame.to_ase().get_chemical_formula()} instead of {first.to_ase().get_chemical_formula()})"
             )
         tree = None if scheme is None else _tree(scheme, metadata, first, frame)
-        lattice = (frame.get("cell"), frame.get("pbc"))
-        if (changes := bond_changes(scheme, tree, frame.z, frame.pos, *lattice)) is not None:
+        if (changes := bond_changes(scheme, tree, System.from_data(frame))) is not None:
             print(f"bonds found in frame {index} differ from those that its energy uses: {changes}")
         return explain_energy(potential, frame, tree)
 
@@ -61,11 +61,10 @@ def energies(args: argparse.Namespace) -> int:
 
 def _tree(scheme: Scheme, metadata: dict, first: AtomicData, frame: AtomicData):
     """Parts of the training molecule where the model has one, else those of the first frame, at the positions here."""
-    cell, pbc = frame.get("cell"), frame.get("pbc")
-    tree = reference_topology(metadata, scheme, frame.z.tolist(), is_periodic(pbc))
+    tree = reference_topology(metadata, scheme, frame.z.tolist(), is_periodic(frame.get("pbc")))
     if tree is None:
-        tree = scheme.topology(first.z, first.pos, None, first.get("cell"), first.get("pbc"))
-    return scheme.update(tree, frame.z, frame.pos, None, cell, pbc)
+        tree = scheme.compose(System.from_data(first))
+    return scheme.rebuild(tree, System.from_data(frame))
 
 
 def _level(names: Sequence[str], wanted: str | None) -> int | None:

@@ -12,6 +12,7 @@ from nbody_pyg.data import AtomicData
 from nbody_pyg.deploy import load_model, with_reference
 from nbody_pyg.deploy.reference import bond_changes
 from nbody_pyg.hierarchy import Scheme
+from nbody_pyg.system import System
 from nbody_pyg.training.config import parse_yaml, scheme_arguments
 
 
@@ -25,8 +26,7 @@ def hierarchy(args: argparse.Namespace) -> int:
         scheme = load_model(args.model).model.scheme
         frame = with_reference([frame], args.model, scheme)[0]
         topology = scheme.read(frame).validate()
-        lattice = (frame.get("cell"), frame.get("pbc"))
-        if (changes := bond_changes(scheme, topology, frame.z, frame.pos, *lattice)) is not None:
+        if (changes := bond_changes(scheme, topology, System.from_data(frame))) is not None:
             print(f"bonds are those of the reference molecule of the model; others would be found here: {changes}\n")
     else:
         scheme = _scheme(args)

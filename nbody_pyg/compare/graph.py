@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import torch
-from jaxtyping import Float, Int
-from torch import Tensor
 
-from nbody_pyg.hierarchy.scheme import AtomsInput, LevelSpec, Scheme, check_radius
+from nbody_pyg.hierarchy.scheme import LevelSpec, Scheme, check_radius
 from nbody_pyg.hierarchy.topology import Topology
+from nbody_pyg.system import System
 
 
 class CutoffGraph(Scheme):
@@ -32,15 +31,8 @@ class CutoffGraph(Scheme):
         self.cutoff = check_radius("cutoff", cutoff)
         self.levels = (LevelSpec("atoms", pair_radius=self.cutoff), LevelSpec("molecule", child_radius=self.cutoff))
 
-    def topology(
-        self,
-        z: Int[Tensor, " atoms"],
-        pos: Float[Tensor, "atoms 3"],
-        batch: Int[Tensor, " atoms"] | None = None,
-        cell: Float[Tensor, "graphs 3 3"] | None = None,
-        pbc: Tensor | None = None,
-    ) -> Topology:
-        atoms = AtomsInput.check(z, pos, batch, cell, pbc)
+    def build(self, system: System) -> Topology:
+        atoms, pos = system, system.pos
         index, shift = atoms.pairs(atoms.pos, atoms.batch, self.cutoff, parts=False)
         root = torch.stack([torch.arange(pos.shape[0], device=pos.device), atoms.batch])
         return Topology(

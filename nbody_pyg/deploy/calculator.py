@@ -27,6 +27,7 @@ from nbody_pyg.hierarchy import BondTree, Topology, TopologyCache
 from nbody_pyg.hierarchy.skin import refuse_carry_on
 from nbody_pyg.kernels.scope import Lock, locked
 from nbody_pyg.potential import Potential
+from nbody_pyg.system import System
 
 #: Words for where bonds come from.
 _BONDS = ("each", "first")
@@ -226,22 +227,21 @@ class NBodyCalculator(SharedCalculator):
 
     def _parts_of(self, atoms: Atoms) -> tuple[torch.Tensor, Topology]:
         """Atoms and parts of a structure as it is now."""
-        z, place = self._elements(atoms), self._place(atoms)
+        system = self._system(atoms)
         if self.bonds == "first":
-            self._note_first(z, *place)
-        parts = self._parts(z, place[2])
+            self._note_first(system)
+        parts = self._parts(system.z, system.pbc)
         if parts is None:
-            pos, cell, pbc = place
-            parts, self.bonds_from = self.scheme.topology(z, pos, None, cell, pbc), "found in the first structure"
-        return z, parts
+            parts, self.bonds_from = self.scheme.compose(system), "found in the first structure"
+        return system.z, parts
 
     @locked
     def bond_changes(self, atoms: Atoms) -> str | None:
         """How the bonds found in a structure differ from those that its energy uses; None where they do not."""
         if not isinstance(self.scheme, BondTree):
             return None
-        z, (pos, cell, pbc) = self._elements(atoms), self._place(atoms)
-        return bond_changes(self.scheme, self._parts(z, pbc), z, pos, cell, pbc)
+        system = self._system(atoms)
+        return bond_changes(self.scheme, self._parts(system.z, system.pbc), system)
 
     def _elements(self, atoms: Atoms) -> torch.Tensor:
         """Atomic numbers, checked; the same tensor as long as they are the same: graphs need not copy it."""
@@ -252,13 +252,14 @@ class NBodyCalculator(SharedCalculator):
             self._batch = torch.zeros_like(self._z)
         return self._z
 
-    def _place(self, atoms: Atoms) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-        """pos, cell and pbc; the last two are None for an open system."""
+    def _system(self, atoms: Atoms, **state: torch.Tensor) -> System:
+        """The checked system, in float64; with the same tensors for the same elements."""
+        z, cell, pbc = self._elements(atoms), None, None
+        if atoms.pbc.any():
+            cell = torch.as_tensor(atoms.cell.array, dtype=torch.float64, device=self.device).reshape(1, 3, 3)
+            pbc = torch.as_tensor(atoms.pbc, device=self.device).reshape(1, 3)
         pos = torch.as_tensor(atoms.positions, dtype=torch.float64, device=self.device)
-        if not atoms.pbc.any():
-            return pos, None, None
-        cell = torch.as_tensor(atoms.cell.array, dtype=torch.float64, device=self.device).reshape(1, 3, 3)
-        return pos, cell, torch.as_tensor(atoms.pbc, device=self.device).reshape(1, 3)
+        return System.from_tensors(z, pos, self._batch, cell, pbc, **state)
 
     @locked
     def calculate(
@@ -271,13 +272,10 @@ class NBodyCalculator(SharedCalculator):
         atoms = self.atoms
         if "stress" in properties and not atoms.pbc.any():
             raise PropertyNotImplementedError("stress needs a periodic cell; this system has none")
-        z, (pos, cell, pbc) = self._elements(atoms), self._place(atoms)
-        batch, topology = self._batch, None
+        system = self._system(atoms, **{key: value.to(self.device) for key, value in self._state.items()})
         if self.topologies is not None:
-            topology = self._topology(z, pos, cell, pbc)
-        charges = {key: value.to(self.device) for key, value in self._state.items()}
-        given = {"cell": cell, "pbc": pbc, "topology": topology, **charges}
-        result = self._evaluate(z, pos, batch, **given, compute_stress="stress" in properties)
+            system = system.replace(topology=self._topology(system))
+        result = self._evaluate(system, compute_stress="stress" in properties)
         energy = float(result["energy"])
         self.results = {
             "energy": energy,
@@ -288,7 +286,7 @@ class NBodyCalculator(SharedCalculator):
             stress = result["stress"][0].double().cpu().numpy()
             self.results["stress"] = full_3x3_to_voigt_6_stress(stress)
         if "energies" in properties:
-            self.results["energies"] = self._energies(z, pos, batch, **given)
+            self.results["energies"] = self._energies(system)
 
     def _check_species(self, atoms: Atoms) -> None:
         species = getattr(self.potential.model, "species", None)
@@ -299,22 +297,21 @@ class NBodyCalculator(SharedCalculator):
                 f"{[chemical_symbols[n] for n in species]} only; train one with these elements"
             )
 
-    def _topology(self, z: torch.Tensor, *where: torch.Tensor | None) -> Topology:
-        pos, cell, pbc = where
+    def _topology(self, system: System) -> Topology:
         if self.bonds == "first" and self.scheme.keeps_parts:
-            self._note_first(z, *where)
+            self._note_first(system)
         thread = threading.get_ident()
         run = thread if thread in self._fixed else None
         if run != self._run:
             self._run = run
             self.topologies.forget()
         searches = self.topologies.rebuilds
-        topology = self.topologies(z, pos, None, cell, pbc)
+        topology = self.topologies(system)
         if topology.bonds is not None and not self._warned and run is None:
             if self.topologies.parts is None:
-                self._watch(z, topology.bonds)
+                self._watch(system.z, topology.bonds)
             elif self.topologies.rebuilds > searches:
-                self._tell(bond_changes(self.scheme, self.topologies.parts, z, *where))
+                self._tell(bond_changes(self.scheme, self.topologies.parts, system))
         return topology
 
     def _parts(self, z: torch.Tensor, pbc: torch.Tensor | None) -> Topology | None:
@@ -341,10 +338,10 @@ class NBodyCalculator(SharedCalculator):
             self.bonds_from = "found in each structure"
         return None if found is None else found.to(self.device)
 
-    def _note_first(self, z: torch.Tensor, *where: torch.Tensor | None) -> None:
+    def _note_first(self, system: System) -> None:
         """Keep the parts of the first structure with these atoms."""
-        if self._first is None or not torch.equal(self._first[0], z):
-            self._first = z, self.scheme.topology(z, where[0], None, *where[1:])
+        if self._first is None or not torch.equal(self._first[0], system.z):
+            self._first = system.z, self.scheme.compose(system)
 
     def _watch(self, z: torch.Tensor, bonds: torch.Tensor) -> None:
         """Warn where bonds that are found in each structure are others than in the previous one."""
@@ -372,14 +369,12 @@ class NBodyCalculator(SharedCalculator):
             stacklevel=5,
         )
 
-    def _energies(
-        self, z: Any, pos: Any, batch: Any, cell: Any, pbc: Any, topology: Topology | None, **charges: torch.Tensor
-    ) -> Any:
+    def _energies(self, system: System) -> np.ndarray:
         """Contribution of each atom with its E0; they sum to the energy."""
         if self.scheme is None or not getattr(self.scheme, "centred", False):
             raise PropertyNotImplementedError("energies need a hierarchy in which every part is centred on an atom")
-        parts = self.potential.energies(z, pos, batch, cell=cell, pbc=pbc, topology=topology, **charges)
-        own = [values for k, values in parts.levels.items() if len(values) == len(z)]
+        parts = self.potential.energies(system)
+        own = [values for k, values in parts.levels.items() if len(values) == len(system.z)]
         return (torch.stack(own).sum(0) + parts.repulsion + parts.reference).cpu().numpy()
 
 

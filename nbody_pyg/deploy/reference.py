@@ -14,6 +14,7 @@ from torch_geometric.data import Data
 from nbody_pyg.data import AtomicData, has_hierarchy
 from nbody_pyg.deploy.model_file import read_metadata
 from nbody_pyg.hierarchy import BondTree, Scheme, Topology, share_topology
+from nbody_pyg.system import System
 
 #: So many bonds are named in a message.
 _MOST_NAMED = 4
@@ -69,9 +70,7 @@ def parts_of_reference(reference: Any, scheme: Scheme) -> tuple[list[int], Topol
     return data.z.tolist(), scheme.read(data)
 
 
-def bond_changes(
-    scheme: Scheme | None, topology: Topology | None, z: Tensor, pos: Tensor, cell: Tensor | None, pbc: Tensor | None
-) -> str | None:
+def bond_changes(scheme: Scheme | None, topology: Topology | None, system: System) -> str | None:
     """How the bonds of one structure, as found at these positions, differ from those of ``topology``; None: not at all.
 
     Schemes without bonds never differ.
@@ -79,10 +78,10 @@ def bond_changes(
     if not isinstance(scheme, BondTree) or topology is None:
         return None
     try:
-        broken, formed = scheme.bond_changes(topology, z, pos, None, cell, pbc)
+        broken, formed = scheme.bond_changes(topology, system)
     except ValueError as error:  # bonds that go on for ever through the cell
         return str(error)
-    return describe_bonds(z, broken, formed)
+    return describe_bonds(system.z, broken, formed)
 
 
 def describe_bonds(z: Tensor, broken: Sequence[tuple[int, int]], formed: Sequence[tuple[int, int]]) -> str | None:

@@ -19,6 +19,7 @@ from nbody_pyg.datasets.readers import without_labels
 from nbody_pyg.deploy.reference import bond_changes, with_reference
 from nbody_pyg.hierarchy import Topology, TopologyCache
 from nbody_pyg.potential import Potential, check_states, model_frames
+from nbody_pyg.system import System
 
 _MEMORY = 30
 # The step of a structure without history: the inverse of a stiff bond, angstrom^2/eV.
@@ -103,7 +104,7 @@ class _LBFGS:
 
 
 class _Active:
-    """The structures that still move, as one batch of tensors in float64."""
+    """The structures that still move, as one batch in float64."""
 
     def __init__(
         self,
@@ -118,12 +119,9 @@ class _Active:
         self.parted = None
         if parts is not None:
             self.parted = [tree.store(copy.copy(frame)) for tree, frame in zip(parts, frames, strict=True)]
-        batch = Batch.from_data_list(frames)
-        self.number = torch.arange(batch.num_graphs, device=batch.pos.device)
-        self.z, self.batch = batch.z, batch.batch
-        self.pos = batch.pos.double()
-        self.cell, self.pbc = batch.get("cell"), batch.get("pbc")
-        self.charge, self.charges, self.spin = (batch.get(key) for key in ("charge", "charges", "spin"))
+        self.system = System.from_data(Batch.from_data_list(frames))
+        self.system = self.system.replace(pos=self.system.pos.double())
+        self.number = torch.arange(len(frames), device=self.system.pos.device)
         self._renew()
 
     def _renew(self) -> None:
@@ -136,27 +134,21 @@ class _Active:
             self.lists = TopologyCache(self.scheme, _SKIN, start=lambda z, pbc: parts)
 
     def evaluate(self) -> tuple[Tensor, Tensor]:
-        topology = None
+        system = self.system
         if self.lists is not None:
-            topology = self.lists(self.z, self.pos, self.batch, self.cell, self.pbc)
-        out = self.potential(
-            self.z, self.pos, self.batch, cell=self.cell, pbc=self.pbc, topology=topology,
-            charge=self.charge, charges=self.charges, spin=self.spin,
-        )  # fmt: skip
+            system = system.replace(topology=self.lists(system))
+        out = self.potential(system)
         return out["energy"], out["forces"].double()
+
+    def move(self, pos: Tensor) -> None:
+        """Go on from other positions."""
+        self.system = self.system.replace(pos=pos)
 
     def keep(self, graphs: Tensor) -> Tensor:
         """Drop structures; returns the mask of the atoms that stay."""
-        atoms = graphs[self.batch]
-        new = torch.cumsum(graphs, 0) - 1
-        self.batch = new[self.batch[atoms]]
-        self.z, self.pos = self.z[atoms], self.pos[atoms]
+        atoms = graphs[self.system.batch]
+        self.system = self.system.select(graphs)
         self.free = None if self.free is None else self.free[atoms]
-        self.cell = None if self.cell is None else self.cell[graphs]
-        self.pbc = None if self.pbc is None else self.pbc[graphs]
-        self.charge = None if self.charge is None else self.charge[graphs]
-        self.charges = None if self.charges is None else self.charges[atoms]
-        self.spin = None if self.spin is None else self.spin[graphs]
         self.number = self.number[graphs]
         self._renew()
         return atoms
@@ -336,39 +328,40 @@ def _relax_batch(
     if scheme is not None and scheme.keeps_parts:
         parts = [scheme.read(f if has_hierarchy(f) else scheme(f)) for f in frames]
     active = _Active(potential, _alike(potential.model, plain), parts, _free(frames))
-    optimizer = _LBFGS(active.batch, len(frames), longest_step)
+    optimizer = _LBFGS(active.system.batch, len(frames), longest_step)
     count = len(frames)
-    device = active.pos.device
+    device = active.system.pos.device
     energies, starts, largest = (torch.zeros(count, dtype=torch.float64, device=device) for _ in range(3))
     steps = torch.zeros(count, dtype=torch.long, device=device)
     ends: dict[int, tuple[Tensor, Tensor]] = {}
     for step in range(max_steps + 1):
         energy, forces = active.evaluate()
         moving = forces if active.free is None else forces * active.free
-        force = energy.new_zeros(len(energy)).scatter_reduce(0, active.batch, moving.norm(dim=1), "amax")
+        batch, pos = active.system.batch, active.system.pos
+        force = energy.new_zeros(len(energy)).scatter_reduce(0, batch, moving.norm(dim=1), "amax")
         starts = energy.clone() if step == 0 else starts
         energies[active.number], largest[active.number], steps[active.number] = energy, force, step
         finite = torch.isfinite(force) & torch.isfinite(energy)
         done = (force <= fmax) | ~finite | (step == max_steps or (stop is not None and stop()))
         for graph in done.nonzero().flatten().tolist():
-            own = active.batch == graph
-            ends[int(active.number[graph])] = (active.pos[own], forces[own])
+            own = batch == graph
+            ends[int(active.number[graph])] = (pos[own], forces[own])
         if report is not None:
             report(len(ends), count)
         if bool(done.all()):
             break
         # The step comes first, so that the history of those that stay is whole.
-        moved = active.pos + optimizer.step(active.pos, moving)
+        moved = pos + optimizer.step(pos, moving)
         if bool(done.any()):
             atoms = active.keep(~done)
-            optimizer.keep(atoms, active.batch, ~done)
+            optimizer.keep(atoms, active.system.batch, ~done)
             moved = moved[atoms]
-        active.pos = moved
+        active.move(moved)
     for number, frame in enumerate(plain):
         frame.pos, frame.forces = ends[number]
         frame.energy = energies[number : number + 1].clone()
     changes = tuple(
-        bond_changes(scheme, tree, *(frame.get(key) for key in ("z", "pos", "cell", "pbc")))
+        None if tree is None else bond_changes(scheme, tree, System.from_data(frame))
         for tree, frame in zip(parts or [None] * count, plain, strict=True)
     )
     converged = (largest <= fmax) & torch.isfinite(energies)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int, Integer
+from jaxtyping import Float
 from torch import Tensor
 from torch_geometric.data import Data
 from torch_geometric.data.datapipes import functional_transform
@@ -14,8 +14,9 @@ from torch_geometric.data.datapipes import functional_transform
 from nbody_pyg.geometry import neighbour_list
 from nbody_pyg.hierarchy.bondgraph import components, follow_images
 from nbody_pyg.hierarchy.positions import lattice_vectors, member_positions
-from nbody_pyg.hierarchy.scheme import AtomsInput, LevelSpec, Scheme, check_radius, widen_pairs
+from nbody_pyg.hierarchy.scheme import LevelSpec, Scheme, check_radius, widen_pairs
 from nbody_pyg.hierarchy.topology import Topology, sort_edges
+from nbody_pyg.system import System
 
 #: First length (angstrom) by which atoms of a part are linked in a cell, and the factor from one length to the next.
 _FIRST_LINK, _LADDER = 1.0, 1.25
@@ -135,18 +136,9 @@ class FromAssignment(Scheme):
             )
         return {"labels": data[self.labels_key]}
 
-    def topology(
-        self,
-        z: Integer[Tensor, " atoms"],
-        pos: Float[Tensor, "atoms 3"],
-        batch: Int[Tensor, " atoms"] | None = None,
-        cell: Float[Tensor, "graphs 3 3"] | None = None,
-        pbc: Tensor | None = None,
-        *,
-        labels: Tensor | None = None,
-    ) -> Topology:
+    def build(self, system: System, *, labels: Tensor | None = None) -> Topology:
         """The hierarchy of the labels; ``labels`` is needed unless they were given at construction."""
-        atoms = AtomsInput.check(z, pos, batch, cell, pbc)
+        atoms = system
         if self.parts is not None:
             counts, children = self._from_parts(atoms)
         else:
@@ -154,29 +146,17 @@ class FromAssignment(Scheme):
         tree = Topology((atoms.num_atoms, *counts), (None, *children), periodic=atoms.periodic)
         return self._placed(tree.validate(), atoms)
 
-    def update(
-        self,
-        topology: Topology,
-        z: Integer[Tensor, " atoms"],
-        pos: Float[Tensor, "atoms 3"],
-        batch: Int[Tensor, " atoms"] | None = None,
-        cell: Float[Tensor, "graphs 3 3"] | None = None,
-        pbc: Tensor | None = None,
-    ) -> Topology:
+    def rebuild(self, topology: Topology, system: System) -> Topology:
         """Keep the parts, recompute pairs (and, in a cell, the images of the children)."""
-        return self._placed(topology, AtomsInput.check(z, pos, batch, cell, pbc))
+        return self._placed(topology, system)
 
-    def positions(
-        self, topology: Topology, z: Integer[Tensor, " atoms"], pos: Float[Tensor, "atoms 3"], cell: Tensor | None
-    ) -> list[Float[Tensor, "_ 3"]]:
-        if self.parts is None:
-            return super().positions(topology, z, pos, cell)
-        return member_positions(topology, z, pos, cell)
+    def positions(self, topology: Topology, system: System) -> list[Float[Tensor, "_ 3"]]:
+        return super().positions(topology, system) if self.parts is None else member_positions(topology, system)
 
     def widened(self, skin: float) -> FromAssignment:
         return widen_pairs(self, skin)
 
-    def _labels(self, atoms: AtomsInput, labels: Tensor | None) -> Tensor:
+    def _labels(self, atoms: System, labels: Tensor | None) -> Tensor:
         """Labels [N, L] of all atoms, checked."""
         device, num_atoms = atoms.z.device, atoms.z.shape[0]
         if self.labels is not None:
@@ -198,7 +178,7 @@ class FromAssignment(Scheme):
             raise ValueError(f"labels must not be negative, but atom {atom} has {labels[atom].tolist()}")
         return labels.long()
 
-    def _tile(self, labels: Tensor, atoms: AtomsInput) -> Tensor:
+    def _tile(self, labels: Tensor, atoms: System) -> Tensor:
         """Fixed labels of one molecule, repeated for every graph."""
         wrong = (atoms.num_atoms != labels.shape[0]).nonzero().flatten().tolist()
         if wrong:
@@ -208,7 +188,7 @@ class FromAssignment(Scheme):
             )
         return labels.repeat(atoms.num_graphs, *[1] * (labels.dim() - 1))
 
-    def _from_labels(self, atoms: AtomsInput, labels: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    def _from_labels(self, atoms: System, labels: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         counts, children = [], []
         below = torch.arange(atoms.z.shape[0], device=atoms.z.device)
         for label in (*labels.unbind(1), torch.zeros_like(below)):
@@ -226,7 +206,7 @@ class FromAssignment(Scheme):
             below = part
         return counts, children
 
-    def _from_parts(self, atoms: AtomsInput) -> tuple[list[Tensor], list[Tensor]]:
+    def _from_parts(self, atoms: System) -> tuple[list[Tensor], list[Tensor]]:
         device = atoms.z.device
         members = [(atom, number) for number, part in enumerate(self.parts) for atom in sorted(set(part))]
         index = torch.tensor(members, device=device).t()
@@ -239,7 +219,7 @@ class FromAssignment(Scheme):
         ones = torch.ones_like(atoms.num_atoms)
         return [ones * num_parts, ones], [sort_edges(index, None, atoms.z.shape[0])[0], root]
 
-    def _placed(self, tree: Topology, atoms: AtomsInput) -> Topology:
+    def _placed(self, tree: Topology, atoms: System) -> Topology:
         """The same parts at the positions of ``atoms``: images of the members, then pairs."""
         if atoms.pbc is not None:
             tree = Topology(tree.num_parts, tree.child_index, (), _linked_images(tree, atoms), (), None, atoms.periodic)
@@ -251,7 +231,7 @@ def _as_tuples(values: Sequence) -> tuple:
     return tuple(tuple(map(int, v)) if isinstance(v, (Sequence, Tensor)) else int(v) for v in values)
 
 
-def _linked_images(tree: Topology, atoms: AtomsInput) -> tuple[Tensor | None, ...]:
+def _linked_images(tree: Topology, atoms: System) -> tuple[Tensor | None, ...]:
     """For each child the image in which its parent holds together.
 
     The atoms of a part are linked up to the first length of a ladder at which it is connected. If these links also lead
@@ -277,9 +257,7 @@ def _linked_images(tree: Topology, atoms: AtomsInput) -> tuple[Tensor | None, ..
     return (*shifts, atoms.pos.new_zeros(last.shape[1], 3))
 
 
-def _link(
-    pos: Tensor, atom: Tensor, edge: Tensor, parent: Tensor, graph: Tensor, atoms: AtomsInput, level: int
-) -> Tensor:
+def _link(pos: Tensor, atom: Tensor, edge: Tensor, parent: Tensor, graph: Tensor, atoms: System, level: int) -> Tensor:
     """Image of each child (edge), given the atoms of the children and where they are."""
     image = pos.new_zeros(len(parent), 3)
     size = torch.bincount(parent, minlength=len(graph))

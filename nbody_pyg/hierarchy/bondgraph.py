@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from nbody_pyg.geometry import nearest_images
-from nbody_pyg.hierarchy.scheme import AtomsInput
+from nbody_pyg.system import System
 
 #: Atoms nearer than this many times the sum of their covalent radii are bonded. C-H breaks at 1.39 angstrom,
 #: C-C at 1.98; the nearest non-bonded contacts in organic molecules are near 1.6 (H...O) and 2.1 (H...C).
@@ -16,7 +16,7 @@ BOND_FACTOR = 1.3
 _BRIDGE_TOLERANCE = 1.1
 
 
-def covalent_bonds(atoms: AtomsInput, factor: float = BOND_FACTOR) -> Tensor:
+def covalent_bonds(atoms: System, factor: float = BOND_FACTOR) -> Tensor:
     """Bonds by covalent radii, both directions, sorted by target, then source.
 
     Hydrogen has one bond: to a heavy atom if one is near, else to hydrogen; ties within 10 % are all kept.
@@ -42,7 +42,7 @@ def covalent_bonds(atoms: AtomsInput, factor: float = BOND_FACTOR) -> Tensor:
     return bonds
 
 
-def check_lengths(atoms: AtomsInput, bonds: Tensor) -> None:
+def check_lengths(atoms: System, bonds: Tensor) -> None:
     """Raise ValueError where a bond is far longer than any bond: its atoms were moved apart, or renumbered."""
     source, target = bonds
     vec = (atoms.pos[source] - atoms.pos[target]).double()
@@ -162,7 +162,7 @@ _TORN = 2.0
 _CLEAR = 1.05
 
 
-def unwrap(atoms: AtomsInput, bonds: Tensor) -> Tensor:
+def unwrap(atoms: System, bonds: Tensor) -> Tensor:
     """Lattice image of each atom that puts its molecule together: ``pos + image @ cell`` is contiguous.
 
     Every bond joins nearest images. The first atom of each molecule stays where it is.

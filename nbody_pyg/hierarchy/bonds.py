@@ -7,15 +7,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int, Integer
+from jaxtyping import Int
 from torch import Tensor
 from torch_geometric.data import Data
 from torch_geometric.data.datapipes import functional_transform
 
 from nbody_pyg.hierarchy.bondgraph import BOND_FACTOR, check_lengths, covalent_bonds, fragment_labels, unwrap
 from nbody_pyg.hierarchy.mark import found_bonds
-from nbody_pyg.hierarchy.scheme import AtomsInput, LevelSpec, Scheme, check_radius, widen_pairs
+from nbody_pyg.hierarchy.scheme import LevelSpec, Scheme, check_radius, widen_pairs
 from nbody_pyg.hierarchy.topology import Topology, sort_edges
+from nbody_pyg.system import System
 
 
 @functional_transform("nbody_bond_tree")
@@ -99,22 +100,10 @@ class BondTree(Scheme):
                 raise ValueError("bonds of a batch must be all given or all found; apply the scheme before batching")
         return {} if bonds is None else {"bonds": bonds}
 
-    def topology(
-        self,
-        z: Integer[Tensor, " atoms"],
-        pos: Float[Tensor, "atoms 3"],
-        batch: Int[Tensor, " atoms"] | None = None,
-        cell: Float[Tensor, "graphs 3 3"] | None = None,
-        pbc: Tensor | None = None,
-        *,
-        bonds: Int[Tensor, "2 bonds"] | None = None,
-    ) -> Topology:
+    def build(self, system: System, *, bonds: Int[Tensor, "2 bonds"] | None = None) -> Topology:
         """The tree; ``bonds`` overrules the covalent radii (both directions are made from either)."""
-        atoms = AtomsInput.check(z, pos, batch, cell, pbc)
-        if bonds is None:
-            bonds = covalent_bonds(atoms, BOND_FACTOR)
-        else:
-            bonds = _both_directions(bonds, atoms)
+        z, atoms = system.z, system
+        bonds = covalent_bonds(atoms, BOND_FACTOR) if bonds is None else _both_directions(bonds, atoms)
         labels = fragment_labels(z.cpu().numpy(), bonds.cpu().numpy())
         children, below = [None], np.arange(len(labels[0]))
         graph = atoms.batch.cpu().numpy()
@@ -135,65 +124,41 @@ class BondTree(Scheme):
         )
         return self._placed(tree, atoms)
 
-    def update(
-        self,
-        topology: Topology,
-        z: Integer[Tensor, " atoms"],
-        pos: Float[Tensor, "atoms 3"],
-        batch: Int[Tensor, " atoms"] | None = None,
-        cell: Float[Tensor, "graphs 3 3"] | None = None,
-        pbc: Tensor | None = None,
-    ) -> Topology:
+    def rebuild(self, topology: Topology, system: System) -> Topology:
         """Keep the bonds and the children, recompute pairs (and, in a cell, the images of the children)."""
-        return self._placed(topology, AtomsInput.check(z, pos, batch, cell, pbc))
+        return self._placed(topology, system)
 
     def _without_atoms(self, num_graphs: int, like: Tensor, periodic: Tensor | None) -> Topology:
         nothing = super()._without_atoms(num_graphs, like, periodic)
         return replace(nothing, bonds=nothing.child_index[1])
 
-    def holds(
-        self,
-        topology: Topology,
-        z: Integer[Tensor, " atoms"],
-        pos: Float[Tensor, "atoms 3"],
-        batch: Int[Tensor, " atoms"] | None = None,
-        cell: Float[Tensor, "graphs 3 3"] | None = None,
-        pbc: Tensor | None = None,
-    ) -> bool:
+    def holds(self, topology: Topology, system: System) -> bool:
         """Whether the bonds found at these positions are those of the topology."""
-        return torch.equal(covalent_bonds(AtomsInput.check(z, pos, batch, cell, pbc)), topology.bonds)
+        return torch.equal(covalent_bonds(system), topology.bonds)
 
-    def bond_changes(
-        self,
-        topology: Topology,
-        z: Integer[Tensor, " atoms"],
-        pos: Float[Tensor, "atoms 3"],
-        batch: Int[Tensor, " atoms"] | None = None,
-        cell: Float[Tensor, "graphs 3 3"] | None = None,
-        pbc: Tensor | None = None,
-    ) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+    def bond_changes(self, topology: Topology, system: System) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
         """Bonds of a topology that the covalent radii do not find at these positions, and those found beside them.
 
         Each bond once, as the numbers of its atoms.
         """
-        found = covalent_bonds(AtomsInput.check(z, pos, batch, cell, pbc))
+        found = covalent_bonds(system)
         kept, now = ({(i, j) for i, j in bonds.t().tolist() if i < j} for bonds in (topology.bonds, found))
         return sorted(kept - now), sorted(now - kept)
 
-    def check_kept(self, topology: Topology, z: Tensor, pos: Tensor, *lattice: Tensor | None) -> None:
-        check_lengths(AtomsInput.check(z, pos, *lattice), topology.bonds)
+    def check_kept(self, topology: Topology, system: System) -> None:
+        check_lengths(system, topology.bonds)
 
     def widened(self, skin: float) -> BondTree:
         return widen_pairs(self, skin)
 
-    def _placed(self, tree: Topology, atoms: AtomsInput) -> Topology:
+    def _placed(self, tree: Topology, atoms: System) -> Topology:
         """The same tree at the positions of ``atoms``: lattice images of the children, then pairs."""
         shifts = child_shifts(tree, atoms)
         tree = Topology(tree.num_parts, tree.child_index, (), shifts, (), tree.bonds, atoms.periodic)
         return self.with_pairs(tree, atoms)
 
 
-def child_shifts(tree: Topology, atoms: AtomsInput) -> tuple[Tensor | None, ...]:
+def child_shifts(tree: Topology, atoms: System) -> tuple[Tensor | None, ...]:
     """Images that put each part of a tree together along its bonds; all None for open systems.
 
     The position of a part is that of its first atom's image; atoms carry their image relative to it, and
@@ -217,7 +182,7 @@ def child_shifts(tree: Topology, atoms: AtomsInput) -> tuple[Tensor | None, ...]
     return tuple(shifts)
 
 
-def _both_directions(bonds: Tensor, atoms: AtomsInput) -> Tensor:
+def _both_directions(bonds: Tensor, atoms: System) -> Tensor:
     """Given bonds, checked, without duplicates, in both directions and sorted."""
     num_atoms = atoms.z.shape[0]
     if not isinstance(bonds, Tensor) or bonds.dim() != 2 or bonds.shape[0] != 2 or bonds.is_floating_point():

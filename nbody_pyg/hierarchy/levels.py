@@ -10,6 +10,7 @@ from jaxtyping import Float, Int, Integer
 from torch import Tensor
 
 from nbody_pyg.hierarchy.topology import Topology, check_topology
+from nbody_pyg.system import System
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,13 +64,21 @@ class Hierarchy:
 
     Args:
         levels: one :class:`Level` each.
-        z: atomic numbers of the atoms.
-        num_graphs: number of graphs, and of parts in the last level.
+        system: the atoms, with the cell and the state that they are in.
     """
 
     levels: tuple[Level, ...]
-    z: Integer[Tensor, " atoms"]
-    num_graphs: int
+    system: System
+
+    @property
+    def z(self) -> Integer[Tensor, " atoms"]:
+        """Atomic numbers of the atoms."""
+        return self.system.z
+
+    @property
+    def num_graphs(self) -> int:
+        """Number of graphs, and of parts in the last level."""
+        return self.system.num_graphs
 
     @property
     def root(self) -> Level:

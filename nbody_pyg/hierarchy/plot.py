@@ -13,8 +13,9 @@ from nbody_pyg.data import AtomicData
 from nbody_pyg.hierarchy.bondgraph import covalent_bonds
 from nbody_pyg.hierarchy.outline import outlines
 from nbody_pyg.hierarchy.positions import atomic_masses
-from nbody_pyg.hierarchy.scheme import AtomsInput, Scheme
+from nbody_pyg.hierarchy.scheme import Scheme
 from nbody_pyg.hierarchy.topology import Topology
+from nbody_pyg.system import System
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -41,8 +42,7 @@ class Drawing:
         self.members = [self._atoms_of_parts(k) for k in range(self.num_levels)]
         bonds = topology.bonds
         if bonds is None:
-            atoms = AtomsInput.check(data.z, data.pos.detach(), None, data.get("cell"), data.get("pbc"))
-            bonds = covalent_bonds(atoms)
+            bonds = covalent_bonds(System.from_data(data).detached())
         # Bonds that leave through a face of the cell would cross the whole picture
         ends = self.xy[bonds.cpu().numpy()]
         self.bonds = bonds.cpu().numpy()[:, np.linalg.norm(ends[0] - ends[1], axis=-1) < 3.0]

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from nbody_pyg.hierarchy.topology import Topology
 from nbody_pyg.kernels.scope import constant_table
+from nbody_pyg.system import System
 
 
 @constant_table
@@ -51,14 +52,13 @@ def child_vectors(
     return vec + lattice_vectors(shift, cell.to(vec.dtype), batch.index_select(0, index[1]))
 
 
-def tree_positions(
-    topology: Topology, z: Integer[Tensor, " atoms"], pos: Float[Tensor, "atoms 3"], cell: Tensor | None
-) -> list[Float[Tensor, "_ 3"]]:
+def tree_positions(topology: Topology, system: System) -> list[Float[Tensor, "_ 3"]]:
     r"""Mass-weighted means, level by level. Exact where every node has one parent.
 
     .. math:: m_P = \sum_c m_c, \qquad r_P = m_P^{-1} \sum_c m_c (r_c + n_{cP} C)
     """
-    mass, levels = atomic_masses(z, pos.dtype), [pos]
+    pos, cell = system.pos, system.cell
+    mass, levels = atomic_masses(system.z, pos.dtype), [pos]
     for k in range(1, topology.num_levels):
         child, parent = topology.child_index[k]
         size, shift = topology.size(k), topology.child_shift[k]
@@ -71,14 +71,13 @@ def tree_positions(
     return levels
 
 
-def member_positions(
-    topology: Topology, z: Integer[Tensor, " atoms"], pos: Float[Tensor, "atoms 3"], cell: Tensor | None
-) -> list[Float[Tensor, "_ 3"]]:
+def member_positions(topology: Topology, system: System) -> list[Float[Tensor, "_ 3"]]:
     r"""Mass-weighted means over the unique atoms of each part: right for every DAG, also where parts overlap.
 
     .. math:: r_P = \Big(\sum_{a \in P} m_a\Big)^{-1} \sum_{a \in P} m_a (r_a + n_{aP} C)
     """
-    mass, levels = atomic_masses(z, pos.dtype), [pos]
+    pos, cell = system.pos, system.cell
+    mass, levels = atomic_masses(system.z, pos.dtype), [pos]
     for k in range(1, topology.num_levels):
         atom, part = topology.parts(k)
         shift, size = topology.part_shift(k), topology.size(k)

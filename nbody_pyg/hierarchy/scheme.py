@@ -15,20 +15,14 @@ from torch import Tensor
 from torch_geometric.data import Batch, Data
 from torch_geometric.transforms import BaseTransform
 
-from nbody_pyg.data import AtomicData, count_graphs, has_hierarchy, is_topology_key, require_atoms
-from nbody_pyg.geometry import (
-    check_atoms,
-    check_batch,
-    check_batch_size,
-    check_cell,
-    edge_vectors,
-    neighbour_list,
-)
+from nbody_pyg.data import AtomicData, has_hierarchy, is_topology_key, require_atoms
+from nbody_pyg.geometry import edge_vectors
 from nbody_pyg.hierarchy.levels import Hierarchy, Level
 from nbody_pyg.hierarchy.mark import ATOMS, FOUND, FOUND_BONDS, INPUTS, KEPT, KIND, MARK, found_bonds, mark_of
 from nbody_pyg.hierarchy.positions import child_vectors, tree_positions
 from nbody_pyg.hierarchy.topology import Topology, stored_levels
 from nbody_pyg.radial import vector_window
+from nbody_pyg.system import System
 
 
 @dataclass(frozen=True)
@@ -47,63 +41,16 @@ class LevelSpec:
     pair_radius: float | None = None
 
 
-@dataclass(frozen=True)
-class AtomsInput:
-    """Checked input of a scheme: one graph or a batch; ``pbc`` is None when nothing is periodic."""
-
-    z: Integer[Tensor, " atoms"]
-    pos: Float[Tensor, "atoms 3"]
-    batch: Int[Tensor, " atoms"]
-    num_graphs: int
-    cell: Float[Tensor, "graphs 3 3"] | None
-    pbc: Tensor | None
-
-    @classmethod
-    def check(cls, z: Tensor, pos: Tensor, batch: Tensor | None, cell: Tensor | None, pbc: Tensor | None) -> AtomsInput:
-        """Detached, typed input.
-
-        Raises:
-            ValueError, TypeError: wrong shapes, an empty system, a batch that skips a graph, a bad cell.
-        """
-        z = check_atoms(z, pos)
-        if pos.shape[0] == 0:
-            raise ValueError("pos must hold at least one atom, got none; remove empty frames")
-        graph, num_graphs = check_batch(batch, pos.shape[0], pos.device)
-        missing = (torch.bincount(graph, minlength=num_graphs) == 0).nonzero().flatten().tolist()
-        if missing:
-            raise ValueError(
-                f"batch must number the graphs without gaps, but graph {missing[0]} has no atom; "
-                "use compose(), which takes graphs without atoms"
-            )
-        cell, pbc = check_cell(cell, pbc, num_graphs, pos)
-        return cls(z, pos.detach(), graph, num_graphs, None if cell is None else cell.detach(), pbc)
-
-    @property
-    def periodic(self) -> Tensor | None:
-        """Graphs with a periodic direction, [B]; None when there are none."""
-        return None if self.pbc is None else self.pbc.any(dim=1)
-
-    @property
-    def num_atoms(self) -> Int[Tensor, " graphs"]:
-        """Atoms of each graph."""
-        return torch.bincount(self.batch, minlength=self.num_graphs)
-
-    def pairs(self, pos: Tensor, batch: Tensor, cutoff: float, parts: bool) -> tuple[Tensor, Tensor | None]:
-        """Neighbours among centres; shifts only for periodic systems. Centres of parts may coincide."""
-        cell = self.cell if self.pbc is not None else None
-        index, shift = neighbour_list(pos, cutoff, batch, cell, self.pbc, allow_coincident=parts)
-        return index, shift if self.pbc is not None else None
-
-
 class Scheme(BaseTransform):
     """A composition scheme: builds the hierarchy of a system, as a PyG transform.
 
-    Two steps keep integers and gradients apart. :meth:`topology` decides who is a part of whom (no gradient;
-    also what the transform stores on the data); :meth:`hierarchy` computes positions, edge vectors and
-    windows from it, in every forward pass, with gradients.
+    Two steps keep integers and gradients apart. :meth:`compose` decides who is a part of whom (no gradient;
+    also what the transform stores on the data); :meth:`place` computes positions, edge vectors and
+    windows from it, in every forward pass, with gradients. :meth:`topology`, :meth:`update` and :meth:`hierarchy` are
+    the same for tensors.
 
     A new scheme sets the class attributes, ``self.levels``, keeps its arguments as attributes of the same
-    name, and writes :meth:`topology`; positions and windows have defaults.
+    name, and writes :meth:`build`; positions and windows have defaults.
 
     Class attributes:
         symmetry: under what the scheme commutes.
@@ -116,48 +63,81 @@ class Scheme(BaseTransform):
     centred: ClassVar[bool] = False
     levels: tuple[LevelSpec, ...]
 
+    def __init_subclass__(cls, **keywords: Any) -> None:
+        super().__init_subclass__(**keywords)
+        adapt_overrides(cls)
+
+    # ------------------------------------------------------------------ for tensors
     def topology(
         self,
         z: Integer[Tensor, " atoms"],
         pos: Float[Tensor, "atoms 3"],
         batch: Int[Tensor, " atoms"] | None = None,
-        cell: Float[Tensor, "graphs 3 3"] | None = None,
+        cell: Float[Tensor, "*graphs 3 3"] | None = None,
         pbc: Tensor | None = None,
+        **given: Any,
     ) -> Topology:
-        """Who is a part of whom, for one graph or a batch (``batch`` sorted); no gradient flows through."""
-        raise NotImplementedError
+        """Who is a part of whom, for one graph or a batch (``batch`` sorted); no gradient flows through.
 
-    def compose(
+        Args:
+            given: what the scheme takes beside the atoms (bonds, labels), see :meth:`inputs`.
+        """
+        return self.compose(System.from_tensors(z, pos, batch, cell, pbc, given=given).without_gaps())
+
+    def update(
         self,
+        topology: Topology,
         z: Integer[Tensor, " atoms"],
         pos: Float[Tensor, "atoms 3"],
         batch: Int[Tensor, " atoms"] | None = None,
-        cell: Float[Tensor, "graphs 3 3"] | None = None,
+        cell: Float[Tensor, "*graphs 3 3"] | None = None,
         pbc: Tensor | None = None,
-        batch_size: int | None = None,
-        **given: Any,
     ) -> Topology:
-        """As :meth:`topology`, for graphs of which some may hold no atom: those have no part at any level.
+        """The topology at new positions of the same atoms; where children are fixed, only pairs change."""
+        system = System.from_tensors(z, pos, batch, cell, pbc)
+        return self.rebuild(topology, system.detached())
+
+    def hierarchy(
+        self,
+        topology: Topology,
+        z: Integer[Tensor, " atoms"],
+        pos: Float[Tensor, "atoms 3"],
+        cell: Float[Tensor, "*graphs 3 3"] | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> Hierarchy:
+        """As :meth:`place`, for tensors, of which nothing is checked."""
+        cell = None if cell is None else cell.reshape(-1, 3, 3)
+        return self.place(topology, System(z, pos, topology.batch(0), topology.num_graphs, cell), dtype)
+
+    # ------------------------------------------------------------------ integers
+    def system(self, data: Data, topology: Topology | None = None, batch_size: int | None = None) -> System:
+        """The checked system of a Data or Batch, with the topology stored on it or with what :meth:`inputs` reads."""
+        system = System.from_data(data, topology, batch_size)
+        if topology is not None:
+            return system
+        if has_hierarchy(data):
+            return system.replace(topology=self.read(data))
+        return system.replace(given=self.inputs(data))
+
+    def compose(self, system: System) -> Topology:
+        """Who is a part of whom; graphs that hold no atom have no part at any level. No gradient flows through."""
+        system = system.detached()
+        if system.num_graphs == 1 and len(system.z):
+            return self.build(system, **system.given)
+        present = system.num_atoms > 0
+        if len(system.z) and bool(present.all()):
+            return self.build(system, **system.given)
+        if not len(system.z):
+            return self._without_atoms(system.num_graphs, system.pos, system.periodic)
+        return self.build(system.select(present), **system.given).among(present)
+
+    def build(self, system: System, **given: Any) -> Topology:
+        """What a scheme writes: the topology of graphs that all hold atoms.
 
         Args:
-            batch_size: number of graphs; None for as many as ``batch`` names.
-            given: further arguments of :meth:`topology`, see :meth:`inputs`.
+            given: what :meth:`inputs` reads from the data.
         """
-        if batch is None and batch_size in (None, 1) and len(pos):
-            return self.topology(z, pos, None, cell, pbc, **given)
-        z = check_atoms(z, pos)
-        graph, found = check_batch(batch, pos.shape[0], pos.device)
-        size = check_batch_size(batch_size, found)
-        present = torch.bincount(graph, minlength=size) > 0
-        if bool(present.all()):
-            return self.topology(z, pos, batch, cell, pbc, **given)
-        cell, pbc = check_cell(cell, pbc, size, pos)
-        if pos.shape[0] == 0:
-            return self._without_atoms(size, pos, None if pbc is None else pbc.any(dim=1))
-        # A cell around an open system would count as periodic without its pbc
-        cell, pbc = (None, None) if pbc is None else (cell[present], pbc[present])
-        number = torch.cumsum(present, 0) - 1
-        return self.topology(z, pos, number[graph], cell, pbc, **given).among(present)
+        raise NotImplementedError
 
     def _without_atoms(self, num_graphs: int, like: Tensor, periodic: Tensor | None) -> Topology:
         """The topology of graphs that hold nothing, with the entries that those of other graphs have."""
@@ -175,33 +155,17 @@ class Scheme(BaseTransform):
             periodic=periodic,
         )
 
-    def update(
-        self,
-        topology: Topology,
-        z: Integer[Tensor, " atoms"],
-        pos: Float[Tensor, "atoms 3"],
-        batch: Int[Tensor, " atoms"] | None = None,
-        cell: Float[Tensor, "graphs 3 3"] | None = None,
-        pbc: Tensor | None = None,
-    ) -> Topology:
+    def rebuild(self, topology: Topology, system: System) -> Topology:
         """The topology at new positions of the same atoms; where children are fixed, only pairs change."""
-        return self.topology(z, pos, batch, cell, pbc)
+        return self.compose(system)
 
     @property
     def keeps_parts(self) -> bool:
-        """Whether :meth:`update` keeps parts (groups of bonded atoms, labels) that other positions might not have."""
-        return type(self).update is not Scheme.update
+        """Whether :meth:`rebuild` keeps parts (groups of bonded atoms, labels) that other positions might not have."""
+        return type(self).rebuild is not Scheme.rebuild
 
-    def holds(
-        self,
-        topology: Topology,
-        z: Integer[Tensor, " atoms"],
-        pos: Float[Tensor, "atoms 3"],
-        batch: Int[Tensor, " atoms"] | None = None,
-        cell: Float[Tensor, "graphs 3 3"] | None = None,
-        pbc: Tensor | None = None,
-    ) -> bool:
-        """Whether :meth:`topology` would find the parts of ``topology`` at these positions, whatever the edges.
+    def holds(self, topology: Topology, system: System) -> bool:
+        """Whether :meth:`build` would find the parts of ``topology`` at these positions, whatever the edges.
 
         For parts that follow from positions by another rule than :meth:`list_radii`, such as bonds.
         """
@@ -219,48 +183,45 @@ class Scheme(BaseTransform):
         """
         return None
 
-    def positions(
-        self, topology: Topology, z: Integer[Tensor, " atoms"], pos: Float[Tensor, "atoms 3"], cell: Tensor | None
-    ) -> list[Float[Tensor, "_ 3"]]:
-        """Positions of every level, with gradients; ``pos`` is float64. By default mass-weighted means of a tree."""
-        return tree_positions(topology, z, pos, cell)
+    # ------------------------------------------------------------------ tensors with gradients
+    def positions(self, topology: Topology, system: System) -> list[Float[Tensor, "_ 3"]]:
+        """Positions of every level, with gradients; the system is in float64. By default mass-weighted means."""
+        return tree_positions(topology, system)
 
     def child_weight(self, level: int, vec: Float[Tensor, "edges 3"]) -> Float[Tensor, " edges"]:
         """Membership weight of the child edges of a level; the default is full membership."""
         return vec.new_ones(vec.shape[0])
 
-    def hierarchy(
-        self,
-        topology: Topology,
-        z: Integer[Tensor, " atoms"],
-        pos: Float[Tensor, "atoms 3"],
-        cell: Float[Tensor, "graphs 3 3"] | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> Hierarchy:
-        """Positions, vectors and weights of every level, differentiable in ``pos`` and ``cell``.
+    def place(self, topology: Topology, system: System, dtype: torch.dtype | None = None) -> Hierarchy:
+        """Positions, vectors and weights of every level, differentiable in positions and cell of the system.
 
         Positions of parts and all differences are taken in float64, and vectors are rounded to ``dtype`` afterwards:
-        how far from the origin a system lies costs no digits. Positions keep the dtype of ``pos``.
+        how far from the origin a system lies costs no digits. Positions keep the dtype of those of the system. Levels
+        that share positions and edges share vectors.
 
         The position of the root of a periodic graph has no meaning (it would depend on which image of an atom
         was given), so the vectors from it to its children are zero there; it still holds the mean as given.
 
         Args:
-            dtype: of vectors and weights; None for that of ``pos``.
+            dtype: of vectors and weights; None for that of the positions.
         """
         self._check_levels(topology)
-        dtype = pos.dtype if dtype is None else dtype
-        given, pos = pos, pos.double()
-        if cell is not None:
-            cell = cell.reshape(-1, 3, 3).double()
-        centres = self.positions(topology, z, pos, cell)
-        levels = []
+        given = system.pos
+        dtype = given.dtype if dtype is None else dtype
+        cell = None if system.cell is None else system.cell.double()
+        pos = given.double()
+        centres = self.positions(topology, system.replace(pos=pos, cell=cell))
+        levels: list[Level] = []
+        known: dict[tuple[int, ...], Tensor] = {}
         for k, here in enumerate(centres):
             batch = topology.batch(k)
             child = child_vec = child_weight = pair_vec = pair_weight = None
             if k > 0:
                 child, shift = topology.child_index[k], topology.child_shift[k]
-                child_vec = child_vectors(centres[k - 1], here, child, shift, cell, batch).to(dtype)
+                key = (id(child), id(shift), id(centres[k - 1]), id(here))
+                if key not in known:
+                    known[key] = child_vectors(centres[k - 1], here, child, shift, cell, batch).to(dtype)
+                child_vec = known[key]
                 if k == topology.num_levels - 1 and topology.periodic is not None:
                     open_graph = ~topology.periodic.index_select(0, batch.index_select(0, child[1]))
                     child_vec = child_vec * open_graph.unsqueeze(-1).to(child_vec.dtype)
@@ -273,7 +234,7 @@ class Scheme(BaseTransform):
             levels.append(
                 Level(own, weight, batch, child, child_vec, child_weight, pair, pair_vec, pair_weight)
             )  # fmt: skip
-        return Hierarchy(tuple(levels), z, topology.num_graphs)
+        return Hierarchy(tuple(levels), system)
 
     def _check_levels(self, topology: Topology) -> None:
         """Raise ValueError unless the topology has the levels and the pairs of this scheme."""
@@ -285,19 +246,19 @@ class Scheme(BaseTransform):
                 f"{topology!r}, which another scheme made; apply this scheme"
             )
 
-    def with_pairs(self, tree: Topology, atoms: AtomsInput) -> Topology:
+    def with_pairs(self, tree: Topology, system: System) -> Topology:
         """``tree`` with the pairs of every level whose spec has a ``pair_radius``, at these positions."""
-        cell = None if atoms.cell is None else atoms.cell.double()
-        centres = self.positions(tree, atoms.z, atoms.pos.double(), cell)
+        cell = None if system.cell is None else system.cell.double()
+        centres = self.positions(tree, system.replace(pos=system.pos.double(), cell=cell))
         found: list[tuple[Tensor | None, Tensor | None]] = []
         for k, spec in enumerate(self.levels):
             radius, centre = spec.pair_radius, centres[k]
             pair = shift = None
             if radius is not None:
-                pair, shift = atoms.pairs(centre, tree.batch(k), radius, k > 0)
-            found.append((pair, None if shift is None else shift.to(atoms.pos.dtype)))
+                pair, shift = system.pairs(centre, tree.batch(k), radius, k > 0)
+            found.append((pair, None if shift is None else shift.to(system.pos.dtype)))
         pairs, shifts = zip(*found, strict=True)
-        return Topology(tree.num_parts, tree.child_index, pairs, tree.child_shift, shifts, tree.bonds, atoms.periodic)
+        return Topology(tree.num_parts, tree.child_index, pairs, tree.child_shift, shifts, tree.bonds, system.periodic)
 
     @property
     def atom_key(self) -> str | None:
@@ -305,7 +266,7 @@ class Scheme(BaseTransform):
         return None
 
     def inputs(self, data: Data) -> dict[str, Any]:
-        """Further keyword arguments of :meth:`topology` that a scheme reads from the data (bonds, labels)."""
+        """Further keyword arguments of :meth:`build` that a scheme reads from the data (bonds, labels)."""
         return {}
 
     def forward(self, data: Data) -> Data:
@@ -324,7 +285,7 @@ class Scheme(BaseTransform):
                 )
         out = data if isinstance(data, Batch) else AtomicData.from_data(data)
         given = self.inputs(out)
-        topology = self.compose(*(out.get(k) for k in ("z", "pos", "batch", "cell", "pbc")), count_graphs(out), **given)
+        topology = self.compose(System.from_data(out).replace(given=given))
         if fresh and topology.bonds is not None and getattr(self, "bonds_key", "") != "bonds" and "bonds" in data:
             raise ValueError(
                 f"data has the key 'bonds' of its own, under which {type(self).__name__} would store those it used; "
@@ -351,8 +312,8 @@ class Scheme(BaseTransform):
         """The topology stored on ``data``, which must be of this very scheme; cheap, for every step.
 
         It belongs to the atoms, positions, cell, bonds and labels at which it was stored. Where these have changed
-        since, it is made anew, as :meth:`topology` would make it; parts that were given or shared are kept, and what
-        depends on positions is made anew (:meth:`update`). Costs some 20 small operations on integers, O(atoms).
+        since, it is made anew, as :meth:`compose` would make it; parts that were given or shared are kept, and what
+        depends on positions is made anew (:meth:`rebuild`). Costs some 20 small operations on integers, O(atoms).
 
         Raises:
             ValueError: no hierarchy, or that of another scheme or of other radii (its windows would then cut
@@ -383,7 +344,6 @@ class Scheme(BaseTransform):
     def _renewed(self, data: Data, mark: Tensor, now: Tensor) -> Topology:
         """The topology of data on which something is no longer as it was when one was stored."""
         stored_levels(data.to_dict())  # keys that were not batched rightly differ from their mark, too
-        atoms = data.z, data.pos, data.get("batch"), data.get("cell"), data.get("pbc")
         kept = mark[:, KIND] == KEPT
         other = (kept & (mark[:, ATOMS] != now[:, ATOMS])).nonzero().flatten().tolist()
         if other:
@@ -392,17 +352,17 @@ class Scheme(BaseTransform):
                 "or in another order; apply the scheme (or share_topology) after whatever removes or reorders atoms"
             )
         if not bool(kept.any()) or not torch.equal(mark[:, INPUTS], now[:, INPUTS]):
-            return self.compose(*atoms, count_graphs(data), **self.inputs(data))
+            return self.compose(System.from_data(data).replace(given=self.inputs(data)))
         if not bool(kept.all()):
             raise ValueError(
                 "positions have changed since hierarchies were stored, in a batch in which some have parts that were "
                 "given or shared, and others have not; apply the scheme after whatever changes positions"
             )
-        topology = Topology.from_data(data)
-        self.check_kept(topology, *atoms)
-        return self.update(topology, *atoms)
+        topology, system = Topology.from_data(data), System.from_data(data).detached()
+        self.check_kept(topology, system)
+        return self.rebuild(topology, system)
 
-    def check_kept(self, topology: Topology, z: Tensor, pos: Tensor, *lattice: Tensor | None) -> None:
+    def check_kept(self, topology: Topology, system: System) -> None:
         """Raise ValueError where parts that were kept can hardly be those of these positions; by default never."""
 
     @cached_property
@@ -434,6 +394,52 @@ class Scheme(BaseTransform):
 
     def __repr__(self) -> str:
         return self.signature
+
+
+def adapt_overrides(cls: type[Scheme]) -> None:
+    """Let a scheme that was written for tensors, before 0.3, take systems; its class is told so once."""
+    for old, new in (("topology", "build"), ("update", "rebuild"), ("hierarchy", "place")):
+        if old not in vars(cls) or new in vars(cls):
+            continue
+        hint = f"{cls.__name__} overrides {old}(), for tensors; write {new}() instead, which is given a System"
+        if getattr(cls, new) is not getattr(Scheme, new):
+            raise TypeError(f"{hint}, as the scheme that it derives from does")
+        warnings.warn(f"{hint}; {old}() will no longer be asked in version 0.5", DeprecationWarning, stacklevel=4)
+        setattr(cls, new, _ADAPTERS[new])
+
+
+def _build(self: Scheme, system: System, **given: Any) -> Topology:
+    return self.topology(system.z, system.pos, system.batch, system.cell, system.pbc, **given)
+
+
+def _rebuild(self: Scheme, topology: Topology, system: System) -> Topology:
+    return self.update(topology, system.z, system.pos, system.batch, system.cell, system.pbc)
+
+
+def _place(self: Scheme, topology: Topology, system: System, dtype: torch.dtype | None = None) -> Hierarchy:
+    levels = self.hierarchy(topology, system.z, system.pos, system.cell, dtype=dtype).levels
+    return Hierarchy(levels, system)
+
+
+_ADAPTERS = {"build": _build, "rebuild": _rebuild, "place": _place}
+
+
+def __getattr__(name: str) -> Any:
+    if name != "AtomsInput":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    warnings.warn(
+        "AtomsInput is now nbody_pyg.system.System, and goes in version 0.5: build() of a scheme is given one, so that "
+        "there is nothing to check",
+        DeprecationWarning,
+        stacklevel=2,
+    )
+
+    class AtomsInput(System):
+        @classmethod
+        def check(cls, *atoms: Any) -> System:
+            return System.from_tensors(*atoms).without_gaps().detached()
+
+    return AtomsInput
 
 
 def _subclasses(cls: type) -> list[type]:

@@ -10,6 +10,7 @@ from torch_geometric.data import Data
 from nbody_pyg.data import AtomicData
 from nbody_pyg.hierarchy.scheme import Scheme
 from nbody_pyg.hierarchy.topology import Topology
+from nbody_pyg.system import System
 
 
 def share_topology(frames: Sequence[Data], scheme: Scheme, reference: int | Topology = 0) -> list[AtomicData]:
@@ -18,7 +19,7 @@ def share_topology(frames: Sequence[Data], scheme: Scheme, reference: int | Topo
     The tree is part of the definition of the energy: where a hot frame stretches a bond past the limit of the
     covalent radii, a tree of its own would put a step into the energy surface. Here every frame keeps the
     children of the reference; only the lists that depend on positions (pairs, lattice images) are its own,
-    through :meth:`Scheme.update`. For schemes without fixed children (NestedShells) it equals applying the
+    through :meth:`Scheme.rebuild`. For schemes without fixed children (NestedShells) it equals applying the
     scheme.
 
     Args:
@@ -48,6 +49,6 @@ def share_topology(frames: Sequence[Data], scheme: Scheme, reference: int | Topo
                 f"frames must hold the same atoms in the same order, but z of frame {number} differs from "
                 "the reference; call share_topology once for each trajectory"
             )
-        own = scheme.update(tree, frame.z, frame.pos, None, frame.get("cell"), frame.get("pbc"))
+        own = scheme.rebuild(tree, System.from_data(frame).detached())
         scheme.store(own, frame, kept=scheme.keeps_parts)
     return frames

@@ -7,15 +7,16 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
-from jaxtyping import Float, Int, Integer
+from jaxtyping import Float
 from torch import Tensor
 from torch_geometric.data import Data
 from torch_geometric.data.datapipes import functional_transform
 
 from nbody_pyg.hierarchy.positions import atomic_masses
-from nbody_pyg.hierarchy.scheme import AtomsInput, LevelSpec, Scheme, check_radius
+from nbody_pyg.hierarchy.scheme import LevelSpec, Scheme, check_radius
 from nbody_pyg.hierarchy.topology import Topology, sort_edges
 from nbody_pyg.radial import check_exponent, vector_window
+from nbody_pyg.system import System
 
 
 @functional_transform("nbody_nested_shells")
@@ -64,15 +65,8 @@ class NestedShells(Scheme):
         shells = tuple(LevelSpec(f"shell {k + 1}", radius) for k, radius in enumerate(self.radii))
         self.levels = (LevelSpec("atoms"), *shells, LevelSpec("root", 2.0 * max(self.radii)))
 
-    def topology(
-        self,
-        z: Integer[Tensor, " atoms"],
-        pos: Float[Tensor, "atoms 3"],
-        batch: Int[Tensor, " atoms"] | None = None,
-        cell: Float[Tensor, "graphs 3 3"] | None = None,
-        pbc: Tensor | None = None,
-    ) -> Topology:
-        atoms = AtomsInput.check(z, pos, batch, cell, pbc)
+    def build(self, system: System) -> Topology:
+        atoms, pos = system, system.pos
         num_atoms, device = pos.shape[0], pos.device
         count = torch.bincount(atoms.batch, minlength=atoms.num_graphs)
         itself = torch.arange(num_atoms, device=device)
@@ -101,7 +95,7 @@ class NestedShells(Scheme):
         return wide
 
     def read(self, data: Data) -> Topology:
-        """As for every scheme; shells of one radius share one tensor of edges again, as :meth:`topology` made them."""
+        """As for every scheme; shells of one radius share one tensor of edges again, as :meth:`build` made them."""
         topology = super().read(data)
         child, shift = list(topology.child_index), list(topology.child_shift)
         for k in range(2, len(self.radii) + 1):
@@ -109,10 +103,9 @@ class NestedShells(Scheme):
                 child[k], shift[k] = child[k - 1], shift[k - 1]
         return replace(topology, child_index=tuple(child), child_shift=tuple(shift))
 
-    def positions(
-        self, topology: Topology, z: Integer[Tensor, " atoms"], pos: Float[Tensor, "atoms 3"], cell: Tensor | None
-    ) -> list[Float[Tensor, "_ 3"]]:
-        mass, batch = atomic_masses(z, pos.dtype), topology.batch(0)
+    def positions(self, topology: Topology, system: System) -> list[Float[Tensor, "_ 3"]]:
+        pos = system.pos
+        mass, batch = atomic_masses(system.z, pos.dtype), topology.batch(0)
         total = pos.new_zeros(topology.num_graphs, 3).index_add(0, batch, mass.unsqueeze(-1) * pos)
         norm = pos.new_zeros(topology.num_graphs).index_add(0, batch, mass)
         root = (total / norm.unsqueeze(-1)).index_select(0, topology.batch(-1))  # a graph without atoms has none

@@ -7,13 +7,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int, Integer
 from torch import Tensor
 
 from nbody_pyg.geometry import complete_cell
 from nbody_pyg.hierarchy.positions import child_vectors
 from nbody_pyg.hierarchy.scheme import Scheme
 from nbody_pyg.hierarchy.topology import Topology
+from nbody_pyg.system import System
 
 
 class TopologyCache:
@@ -33,8 +33,8 @@ class TopologyCache:
     since the last call     what happens
     ======================  ==================================================================================
     atoms within the skin   the kept lists are used
-    further, other parts    everything anew (:meth:`Scheme.topology`), or for the parts of ``start``
-                            (:meth:`Scheme.update`)
+    further, other parts    everything anew (:meth:`Scheme.compose`), or for the parts of ``start``
+                            (:meth:`Scheme.rebuild`)
     other atoms or pbc      likewise, and ``start`` is asked again
     ======================  ==================================================================================
 
@@ -84,61 +84,50 @@ class TopologyCache:
         self._identity: tuple[Tensor | None, ...] = ()
         self._origin: tuple[Tensor, Tensor | None] | None = None
 
-    def __call__(
-        self,
-        z: Integer[Tensor, " atoms"],
-        pos: Float[Tensor, "atoms 3"],
-        batch: Int[Tensor, " atoms"] | None = None,
-        cell: Float[Tensor, "graphs 3 3"] | None = None,
-        pbc: Tensor | None = None,
-    ) -> Topology:
-        """The topology at these positions; arguments as for :meth:`Scheme.topology`."""
-        pos = pos.detach()
-        cell = None if cell is None else cell.detach().reshape(-1, 3, 3)
+    def __call__(self, *atoms: Any) -> Topology:
+        """The topology of a :class:`~nbody_pyg.system.System`, or of tensors as for :meth:`Scheme.topology`."""
+        system = (atoms[0] if isinstance(atoms[0], System) else System.from_tensors(*atoms)).detached()
         self.calls += 1
-        identity = (z, batch, pbc)
+        identity = (system.z, system.batch, system.pbc)
         known = self._kept is not None and all(map(_same, identity, self._identity))
-        if not (known and self._wide is not None and self._holds(z, pos, batch, cell, pbc)):
+        if not (known and self._wide is not None and self._holds(system)):
             if not known:
-                self.parts = None if self._start is None else self._start(z, pbc)
-            self._search(z, pos, batch, cell, pbc)
+                self.parts = None if self._start is None else self._start(system.z, system.pbc)
+            self._search(system)
             # Copies: the caller may go on to change its tensors in place
             self._identity = tuple(None if t is None else t.clone() for t in identity)
-            self._origin = (pos.clone(), None if cell is None else cell.clone())
+            self._origin = (system.pos.clone(), None if system.cell is None else system.cell.clone())
         whole = self._wide is None or not self.trim
-        self.topology = self._kept if whole else narrow(self._kept, self.scheme, z, pos, cell)
+        self.topology = self._kept if whole else narrow(self._kept, self.scheme, system)
         return self.topology
 
-    def _search(self, *atoms: Any) -> None:
+    def _search(self, system: System) -> None:
         self.rebuilds += 1
         scheme = self._wide or self.scheme
-        self._kept = scheme.topology(*atoms) if self.parts is None else scheme.update(self.parts, *atoms)
+        self._kept = scheme.compose(system) if self.parts is None else scheme.rebuild(self.parts, system)
 
-    def _holds(self, z: Tensor, pos: Tensor, batch: Tensor | None, cell: Tensor | None, pbc: Tensor | None) -> bool:
+    def _holds(self, system: System) -> bool:
         """Whether the kept parts are still right, and the kept lists still hold every edge."""
-        if not self._within(pos, cell, pbc):
+        if not self._within(system):
             return False
-        return self.parts is not None or self.scheme.holds(self._kept, z, pos, batch, cell, pbc)
+        return self.parts is not None or self.scheme.holds(self._kept, system)
 
-    def _within(self, pos: Tensor, cell: Tensor | None, pbc: Tensor | None) -> bool:
-        before, old_cell = self._origin
+    def _within(self, system: System) -> bool:
+        (pos, cell, pbc), (before, old_cell) = (system.pos, system.cell, system.pbc), self._origin
         if pbc is None or cell is None or torch.equal(cell, old_cell):
             return 2.0 * _longest(pos - before) <= self.skin
-        periodic = pbc.reshape(-1, 3)
-        new, old = complete_cell(cell, periodic), complete_cell(old_cell, periodic)
+        new, old = complete_cell(cell, pbc), complete_cell(old_cell, pbc)
         deformation = torch.linalg.solve(old, new)
         moved = torch.bmm(before.double().unsqueeze(1), deformation[self._kept.batch(0)]).squeeze(1)
         shrunk = min(1.0, float(torch.linalg.svdvals(deformation).min()))
         return 2.0 * _longest(pos - moved) <= shrunk * (self._reach + self.skin) - self._reach
 
 
-def narrow(
-    wide: Topology, scheme: Scheme, z: Integer[Tensor, " atoms"], pos: Float[Tensor, "atoms 3"], cell: Tensor | None
-) -> Topology:
+def narrow(wide: Topology, scheme: Scheme, system: System) -> Topology:
     """``wide``, made by a widened copy of ``scheme``, without the edges beyond the radii of ``scheme``."""
     with torch.no_grad():
-        cell = None if cell is None else cell.double()
-        centres = scheme.positions(wide, z, pos.double(), cell)
+        cell = None if system.cell is None else system.cell.double()
+        centres = scheme.positions(wide, system.replace(pos=system.pos.double(), cell=cell))
         lists: dict[str, list[tuple[Tensor | None, Tensor | None]]] = {"child": [], "pair": []}
         done: dict[tuple, tuple[Tensor, Tensor | None]] = {}
         for k, radii in enumerate(scheme.list_radii()):

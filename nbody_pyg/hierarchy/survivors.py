@@ -14,10 +14,11 @@ from torch_geometric.data.datapipes import functional_transform
 from nbody_pyg.geometry import edge_vectors, safe_norm
 from nbody_pyg.hierarchy.levels import Hierarchy, Level
 from nbody_pyg.hierarchy.positions import atomic_masses, lattice_vectors
-from nbody_pyg.hierarchy.scheme import AtomsInput, LevelSpec, Scheme, check_radius
+from nbody_pyg.hierarchy.scheme import LevelSpec, Scheme, check_radius
 from nbody_pyg.hierarchy.thinning import REACH, Share, membership, share_out, thin
 from nbody_pyg.hierarchy.topology import Topology, sort_edges
 from nbody_pyg.radial import plateau_window, vector_window
+from nbody_pyg.system import System
 
 #: Weights of element and crowd in the priority; ``width`` says which difference decides.
 _ELEMENT, _DENSITY = 100.0, 5.0
@@ -60,7 +61,7 @@ class SmoothSurvivors(Scheme):
     K + 1        root                                         none
     ===========  ===========================================  =============================================
 
-    The lists of :meth:`topology` hold what has weight at these positions, and nothing else is needed for energies,
+    The lists of :meth:`build` hold what has weight at these positions, and nothing else is needed for energies,
     forces and curvatures there. They are searched anew for other positions: integers have no gradient, weights do.
 
     Args:
@@ -134,34 +135,24 @@ class SmoothSurvivors(Scheme):
         self.levels = (LevelSpec("atoms", None, self.cutoffs[0]), *specs, LevelSpec("root", 2.0 * reach[-1]))
 
     # ------------------------------------------------------------------ integers
-    def topology(
-        self,
-        z: Integer[Tensor, " atoms"],
-        pos: Float[Tensor, "atoms 3"],
-        batch: Int[Tensor, " atoms"] | None = None,
-        cell: Float[Tensor, "graphs 3 3"] | None = None,
-        pbc: Tensor | None = None,
-        *,
-        every: bool = False,
-    ) -> Topology:
+    def build(self, system: System, *, every: bool = False) -> Topology:
         """Nodes and edges that have weight at these positions.
 
         Args:
             every: keep all candidates, weight or not: every node at every level, every node within reach as a child.
                 The energy is the same, the cost is not.
         """
-        atoms = AtomsInput.check(z, pos, batch, cell, pbc)
         with torch.no_grad():
-            return self._topology(atoms, every)
+            return self._topology(system, every)
 
     def _without_atoms(self, num_graphs: int, like: Tensor, periodic: Tensor | None) -> Topology:
         nothing = super()._without_atoms(num_graphs, like, periodic)
         return replace(nothing, centre=(None, *[nothing.num_parts[0][:0]] * len(self.radii), None))
 
-    def _topology(self, atoms: AtomsInput, every: bool) -> Topology:
+    def _topology(self, atoms: System, every: bool) -> Topology:
         graph, nodes = atoms.batch, None
         counts, children, shifts, centres, pairs, pair_shifts = [atoms.num_atoms], [None], [None], [None], [], []
-        cell = atoms.cell if atoms.pbc is not None else None
+        cell = atoms.cell
         for k, radius in enumerate(self.radii, start=1):
             where = atoms.pos if nodes is None else nodes.pos
             index, shift = atoms.pairs(where, graph, self.cutoffs[k - 1], parts=k > 1)
@@ -207,23 +198,17 @@ class SmoothSurvivors(Scheme):
         )
 
     # ------------------------------------------------------------------ tensors with gradients
-    def hierarchy(
-        self,
-        topology: Topology,
-        z: Integer[Tensor, " atoms"],
-        pos: Float[Tensor, "atoms 3"],
-        cell: Float[Tensor, "graphs 3 3"] | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> Hierarchy:
-        """Positions, vectors and weights of every level, differentiable in ``pos`` and ``cell``.
+    def place(self, topology: Topology, system: System, dtype: torch.dtype | None = None) -> Hierarchy:
+        """Positions, vectors and weights of every level, differentiable in positions and cell.
 
-        All is computed in float64 and then rounded to ``dtype`` (that of ``pos`` where it is None): weights are ratios
-        of small numbers where a part vanishes. At the root of a periodic graph vectors are zero, as in
-        :meth:`Scheme.hierarchy`.
+        All is computed in float64 and then rounded to ``dtype`` (that of the positions where it is None): weights are
+        ratios of small numbers where a part vanishes. At the root of a periodic graph vectors are zero, as in
+        :meth:`Scheme.place`.
         """
         self._check_levels(topology)
+        z, pos, cell = system.z, system.pos, system.cell
         dtype = pos.dtype if dtype is None else dtype
-        cell = None if cell is None or topology.child_shift[1] is None else cell.reshape(-1, 3, 3).double()
+        cell = None if cell is None or topology.child_shift[1] is None else cell.double()
         graph, nodes, edges, levels = topology.batch(0), None, None, []
         for k in range(topology.num_levels - 1):
             index = topology.pair_index[k]
@@ -245,7 +230,7 @@ class SmoothSurvivors(Scheme):
                     vec=edges.vec - (nodes.pos - where.index_select(0, centre)).index_select(0, child[1])
                 )
         levels.append(self._root(topology, z, pos, nodes, dtype))
-        return Hierarchy(tuple(levels), z, topology.num_graphs)
+        return Hierarchy(tuple(levels), system)
 
     def _level(
         self,

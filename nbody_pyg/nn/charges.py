@@ -13,14 +13,12 @@ from e3nn import o3
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from nbody_pyg.kernels.scope import has_values
 from nbody_pyg.multipoles.coefficients import check_lmax
 from nbody_pyg.nn.edges import EdgeFeatures, sum_into
 from nbody_pyg.nn.irreps import Resettable, equal_multiplicity, row_slices
+from nbody_pyg.system import DEFAULT_STATE
 
 METHODS = ("direct", "hierarchy", "ewald")
-#: What a system may be in beside its geometry, and what it is in where nobody says: a neutral singlet.
-DEFAULT_STATE: Mapping[str, float] = {"charge": 0.0, "spin": 1.0}
 # A charge of one, shared by ten atoms, is of size one to the network.
 _SHARE = 10.0
 
@@ -180,73 +178,10 @@ class LatentCharges(Resettable):
         return f"{self.irreps} -> {self.settings.channels} charges, dipoles={self.settings.dipoles}"
 
 
-def total_charge(
-    batch: Int[Tensor, " atoms"],
-    num_graphs: int,
-    charge: Tensor | float | None,
-    charges: Float[Tensor, " atoms"] | None,
-    like: Tensor,
-) -> Float[Tensor, " graphs"] | None:
-    """Total charge of each graph, e: as given, or the sum of the formal charges; None where nothing is given.
-
-    ``charge`` holds one number for each graph, of any shape and type.
-
-    Raises: ValueError: a wrong number of values, one that is not finite, or a total that differs from the sum of
-        ``charges``.
-    """
-    total = None if charge is None else _one_for_each_graph("charge", charge, num_graphs, like)
-    if charges is None:
-        return total
-    if tuple(charges.shape) != (batch.shape[0],):
-        raise ValueError(f"charges must have shape [{batch.shape[0]}], one for each atom, got {list(charges.shape)}")
-    charges = charges.to(like)
-    summed = charges.new_zeros(num_graphs).index_add(0, batch, charges)
-    if has_values(charges):
-        if not bool(torch.isfinite(charges).all()):
-            raise ValueError("charges must be finite, got NaN or infinity; leave the key out where they are not known")
-        if total is not None and bool((summed - total).abs().max() > 1e-3):
-            wrong = int((summed - total).abs().argmax())
-            raise ValueError(
-                f"charges must add up to charge in every graph, got {float(summed[wrong]):g} and "
-                f"{float(total[wrong]):g} in graph {wrong}; give one of the two"
-            )
-    return summed if total is None else total
-
-
-def spin_multiplicity(spin: Tensor | int | None, num_graphs: int, like: Tensor) -> Float[Tensor, " graphs"] | None:
-    """Spin multiplicity 2S + 1 of each graph; None where it is not given.
-
-    Raises: ValueError: a wrong number of values, or one that is no whole number from 1 on.
-    """
-    if spin is None:
-        return None
-    found = _one_for_each_graph("spin", spin, num_graphs, like)
-    if has_values(found) and bool(((found < 1) | (found != found.round())).any()):
-        wrong = int(((found < 1) | (found != found.round())).nonzero()[0])
-        raise ValueError(
-            f"spin must be the multiplicity 2S + 1, a whole number from 1 (singlet) on, got {float(found[wrong]):g} "
-            f"in graph {wrong}"
-        )
-    return found
-
-
-def _one_for_each_graph(name: str, value: Tensor | float, num_graphs: int, like: Tensor) -> Float[Tensor, " graphs"]:
-    value = torch.as_tensor(value).reshape(-1).to(like)
-    if value.shape[0] != num_graphs:
-        raise ValueError(f"{name} must have one value for each of {num_graphs} graphs, got {value.shape[0]}")
-    if has_values(value) and not bool(torch.isfinite(value).all()):
-        wrong = int((~torch.isfinite(value)).nonzero()[0])
-        raise ValueError(
-            f"{name} must be finite, got {float(value[wrong])} in graph {wrong}; leave out a key that is not known"
-        )
-    return value
-
-
 def charge_shares(
     batch: Int[Tensor, " atoms"],
-    num_graphs: int,
     charge: Float[Tensor, " graphs"] | None,
-    charges: Float[Tensor, " atoms"] | None,
+    formal: Float[Tensor, " atoms"] | None,
     like: Tensor,
     weight: Float[Tensor, " atoms"] | None = None,
 ) -> Float[Tensor, " atoms"]:
@@ -254,18 +189,14 @@ def charge_shares(
 
     .. math:: s_i = Q\, w_i \Big/ \sum_j w_j
 
-    ``charges`` of the atoms (formal charges) enter where they are, which keeps fragments independent of each other;
-    without them ``charge`` is spread over the atoms of its graph by ``weight`` (evenly without it), and without both
-    there is none.
-
-    Raises: ValueError: as for :func:`total_charge`.
+    ``formal`` charges of the atoms enter where they are, which keeps fragments independent of each other; without them
+    ``charge`` is spread over the atoms of its graph by ``weight`` (evenly without it), and without both there is none.
     """
-    charge = total_charge(batch, num_graphs, charge, charges, like)
-    if charges is not None:
-        return charges.to(like)
+    if formal is not None:
+        return formal.to(like)
     if charge is None:
         return like.new_zeros(batch.shape[0])
-    return _spread(charge, batch, like.new_ones(batch.shape[0]) if weight is None else weight)
+    return _spread(charge.to(like), batch, like.new_ones(batch.shape[0]) if weight is None else weight)
 
 
 def _spread(total: Tensor, batch: Tensor, weight: Tensor) -> Tensor:

@@ -179,7 +179,7 @@ class LongRange(Resettable):
         irreps: type of the states of the atoms, or None.
         num_basis: radial functions on the edges between atoms, or 0.
 
-    Shapes: states, species, share, edges, hierarchy (cell and pbc for "ewald") -> (atoms,), eV.
+    Shapes: states, species, share, edges, hierarchy -> (atoms,), eV.
     Equivariance: O(3), permutation. Smoothness: that of the states, and of the parts for "hierarchy".
     Raises: ValueError: periodic directions with a method for open systems.
     """
@@ -222,20 +222,15 @@ class LongRange(Resettable):
         share: Float[Tensor, " atoms"],
         edges: EdgeFeatures | None,
         hierarchy: Hierarchy,
-        cell: Float[Tensor, "graphs 3 3"] | None = None,
-        pbc: Tensor | None = None,
     ) -> Float[Tensor, " atoms"]:
         x = None if x is None else self.norm(x)
         moments = self.charges(x, species, share, edges)
-        if self.settings.method == "ewald":
-            field = self.field(moments, hierarchy, cell, pbc)
-        elif pbc is not None and bool(torch.as_tensor(pbc).any()):
+        if self.settings.method != "ewald" and hierarchy.system.pbc is not None:
             raise ValueError(
                 f"pbc must be off for long_range method {self.settings.method!r}, which does not know periodic images; "
                 "use 'ewald'"
             )
-        else:
-            field = self.field(moments, hierarchy)
+        field = self.field(moments, hierarchy)
         strength = (_SLOW * self.strength).masked_fill(self.held, 1.0)
         pairs = (moments * field).sum(1) * (0.5 * COULOMB * strength)
         return (pairs + self._local(x, species, moments[:, 0])).sum(1)

@@ -54,15 +54,14 @@ class EwaldField(nn.Module):
         self,
         moments: Float[Tensor, "atoms rows channels"],
         hierarchy: Hierarchy,
-        cell: Float[Tensor, "graphs 3 3"] | None = None,
-        pbc: Tensor | None = None,
     ) -> Float[Tensor, "atoms rows channels"]:
-        if cell is None or pbc is None or not bool(torch.as_tensor(pbc).all()):
+        cell, pbc = hierarchy.system.cell, hierarchy.system.pbc
+        if cell is None or pbc is None or not bool(pbc.all()):
             raise ValueError("long_range method 'ewald' needs a cell and pbc in all directions; use 'direct' if open")
         pos, batch, charges = hierarchy[0].pos, hierarchy[0].batch, moments[:, 0]
         if pos.shape[0] == 0:
             return torch.zeros_like(moments)
-        pos, cell = pos.double(), cell.reshape(-1, 3, 3).double()
+        pos, cell = pos.double(), cell.double()
         index, shift = neighbour_list(pos.detach(), _REACH * _SPLIT, batch, cell.detach(), pbc)
         vec = edge_vectors(pos, index, shift, cell, batch).to(charges.dtype)
         square = vec.square().sum(1)

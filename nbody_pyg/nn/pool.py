@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from e3nn import o3
 from torch import Tensor
 from torch_geometric.data import Data
-from torch_geometric.data.data import BaseData
 from torch_geometric.nn.pool.connect import Connect, ConnectOutput
 from torch_geometric.nn.pool.select import Select, SelectOutput
 from torch_geometric.utils import coalesce, remove_self_loops
 
-from nbody_pyg.data import count_graphs, has_hierarchy, require_atoms
-from nbody_pyg.geometry import check_atoms
 from nbody_pyg.hierarchy import Scheme, Topology
 from nbody_pyg.nn.edges import sum_into
 from nbody_pyg.nn.harmonics import SolidHarmonics
 from nbody_pyg.nn.irreps import Resettable, from_mul_ir, harmonic_irreps, to_mul_ir
 from nbody_pyg.nn.linear import IrrepsLinear
 from nbody_pyg.nn.products import FullProduct
+from nbody_pyg.system import System
 
 
 class NBodySelect(Select):
@@ -56,37 +54,19 @@ class NBodySelect(Select):
         self.scheme, self.level = scheme, level
 
     def forward(
-        self,
-        z: Tensor | Data,
-        pos: Tensor | None = None,
-        batch: Tensor | None = None,
-        topology: Topology | None = None,
+        self, z: Tensor | Data | System, pos: Tensor | None = None, batch: Tensor | None = None, **given: Any
     ) -> SelectOutput:
-        """Memberships for some atoms, or for a ``Data`` or ``Batch`` (whose stored hierarchy is used)."""
-        return self.place(z, pos, batch, topology).select
+        """Memberships for some atoms, or for a ``Data`` or ``Batch`` (whose stored hierarchy is used).
 
-    def place(
-        self,
-        z: Tensor | Data,
-        pos: Tensor | None = None,
-        batch: Tensor | None = None,
-        topology: Topology | None = None,
-    ) -> PlacedSelect:
+        Args:
+            given: cell, pbc and topology, as for networks.
+        """
+        return self.place(System.of(z, pos, batch, read=self.scheme.system, **given)).select
+
+    def place(self, system: System) -> PlacedSelect:
         """Memberships together with the positions of children and parts, and the graph of each part."""
-        given, cell, pbc, batch_size = {}, None, None, None
-        if isinstance(z, BaseData) or (pos is None and not isinstance(z, Tensor)):
-            if pos is not None or batch is not None:
-                raise TypeError("pos and batch come from the Data; pass either a Data or tensors")
-            data = z
-            require_atoms(data)
-            if topology is None and has_hierarchy(data):
-                topology = self.scheme.read(data)
-            z, pos, batch, cell, pbc = (data.get(key) for key in ("z", "pos", "batch", "cell", "pbc"))
-            given, batch_size = self.scheme.inputs(data), count_graphs(data)
-        z = check_atoms(z, pos)
-        if topology is None:
-            topology = self.scheme.compose(z, pos, batch, cell, pbc, batch_size, **given)
-        hierarchy = self.scheme.hierarchy(topology, z, pos, cell)
+        topology = self.scheme.compose(system) if system.topology is None else system.topology
+        hierarchy = self.scheme.place(topology, system)
         here, below = hierarchy[self.level], hierarchy[self.level - 1]
         child, parent = here.child_index
         select = SelectOutput(child, below.num_parts, parent, here.num_parts, here.child_weight)
@@ -302,7 +282,8 @@ class NBodyPooling(Resettable):
         """
         if z is None:
             raise TypeError("z must be given by name: pool(x, edge_index, edge_attr, batch, z=z, pos=pos) or z=data")
-        select, vec, place, graph = self.select.place(z, pos, batch, topology)
+        system = System.of(z, pos, batch, read=self.select.scheme.system, topology=topology)
+        select, vec, place, graph = self.select.place(system)
         if x.dim() != 2 or x.shape[0] != select.num_nodes:
             raise ValueError(
                 f"x must have one row for each of the {select.num_nodes} nodes of level {self.select.level - 1}, "

@@ -14,9 +14,10 @@ from torch import Tensor
 from torch_geometric.data import Data
 
 from nbody_pyg.geometry import edge_vectors, neighbour_list
-from nbody_pyg.hierarchy import Scheme, Topology
+from nbody_pyg.hierarchy import Scheme
 from nbody_pyg.nn.exact import Float64Buffers
 from nbody_pyg.radial import quintic_step
+from nbody_pyg.system import System
 
 #: e^2 / (4 pi eps_0), eV angstrom (CODATA 2018).
 COULOMB = 14.3996454784
@@ -142,19 +143,16 @@ class ZBLRepulsion(Float64Buffers):
                 shortest[pair_name(a, b)] = min(least, shortest.get(pair_name(a, b), math.inf))
         return cls(species, {name: SEEN_FACTOR * length for name, length in shortest.items()})
 
-    def contacts(
-        self,
-        z: Int[Tensor, " atoms"],
-        index: Int[Tensor, "2 edges"],
-        vec: Float[Tensor, "edges 3"],
-    ) -> CloseContacts:
+    def contacts(self, system: System, index: Int[Tensor, "2 edges"], vec: Float[Tensor, "edges 3"]) -> CloseContacts:
         """The pairs within reach among some edges, which hold each pair in both orders.
 
         Edges of an atom with itself at distance zero (a shell contains its centre) are passed over.
         """
         square = vec.detach().square().sum(-1)
         near = ((square < self.longest**2) & (square > 0)).nonzero().flatten()
-        source, target = self._species_index(z)[index.index_select(1, near)]
+        species = system.index_among(self.species)
+        species = self._species_index(system.z) if species is None else species
+        source, target = species[index.index_select(1, near)]
         kind = source * len(self.species) + target
         # Twice, as the kinds are needed only where some kind could be near enough.
         kept = (square.index_select(0, near) < self.end.flatten()[kind] ** 2).nonzero().flatten()
@@ -164,11 +162,11 @@ class ZBLRepulsion(Float64Buffers):
         return CloseContacts(index, vec, energy, slope)
 
     def energy(
-        self, z: Int[Tensor, " atoms"], index: Int[Tensor, "2 edges"], vec: Float[Tensor, "edges 3"]
+        self, system: System, index: Int[Tensor, "2 edges"], vec: Float[Tensor, "edges 3"]
     ) -> Float[Tensor, " atoms"]:
         """Share of each atom in the repulsion, eV: half of each of its pairs."""
-        found = self.contacts(z, index, vec)
-        return vec.new_zeros(z.shape[0]).index_add(0, found.index[1], 0.5 * found.energy)
+        found = self.contacts(system, index, vec)
+        return vec.new_zeros(system.z.shape[0]).index_add(0, found.index[1], 0.5 * found.energy)
 
     def _pair(self, r: Tensor, kind: Tensor) -> tuple[Tensor, Tensor]:
         """V and dV/dr of pairs at distance r, each with the number of its kind."""
@@ -215,16 +213,14 @@ def pair_name(first: int, second: int) -> str:
     return "-".join(chemical_symbols[n] for n in sorted((first, second)))
 
 
-def short_edges(
-    scheme: Scheme | None, topology: Topology | None, reach: float
-) -> tuple[Int[Tensor, "2 edges"], Float[Tensor, "edges 3"] | None] | None:
-    """Edges between atoms, with shifts, that a hierarchy holds anyway; None unless complete up to ``reach``."""
-    if scheme is None or topology is None:
+def short_edges(scheme: Scheme | None, reach: float) -> tuple[str, int] | None:
+    """Which edges of a hierarchy, ("child" or "pair", level), join all atoms nearer than ``reach``; None for none."""
+    if scheme is None:
         return None
     first = scheme.levels[0].pair_radius
     if first is not None and first >= reach:
-        return topology.pair_index[0], topology.pair_shift[0]
+        return "pair", 0
     shell = scheme.levels[1].child_radius
     if scheme.centred and len(scheme.levels) > 2 and shell is not None and shell >= reach:
-        return topology.child_index[1], topology.child_shift[1]
+        return "child", 1
     return None

@@ -22,12 +22,11 @@ from nbody_pyg.testing.symmetry import (
     rotate_features,
     wigner_matrix,
 )
-from nbody_pyg.testing.systems import System, random_molecule
+from nbody_pyg.testing.systems import random_molecule
 
 __all__ = [
     "Check",
     "CheckReport",
-    "System",
     "assert_batch_independent",
     "assert_conservative",
     "assert_equivariant",

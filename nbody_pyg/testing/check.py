@@ -17,6 +17,7 @@ from nbody_pyg.deploy import NBodyCalculator, reference_topology
 from nbody_pyg.deploy.reference import bond_changes
 from nbody_pyg.hierarchy import BondTree, Scheme
 from nbody_pyg.potential import Potential, check_states, used_state
+from nbody_pyg.system import System
 from nbody_pyg.testing.physics import assert_extensive, finite_differences
 from nbody_pyg.testing.short_range import Push, push_dimers, push_in_structures
 from nbody_pyg.testing.smoothness import NotSmooth, assert_smooth
@@ -27,7 +28,7 @@ from nbody_pyg.testing.symmetry import (
     assert_permutation_invariant,
     assert_translation_invariant,
 )
-from nbody_pyg.testing.systems import System, open_cluster, prepare_systems, random_molecule, turn
+from nbody_pyg.testing.systems import in_precision, open_cluster, prepare_systems, random_molecule, state_of, turn
 
 
 @dataclass(frozen=True)
@@ -177,19 +178,16 @@ class _Examiner:
     def _used(self, system: System) -> System:
         """Without what the model has no input for: random molecules are in the state that it knows."""
         used = used_state(self.potential.model)
-        unused = {"spin": None} if "spin" not in used else {}
-        return replace(system, **unused, **({} if "charge" in used else {"charge": None, "charges": None}))
+        unused = ["spin"] * ("spin" not in used) + ["total_charge", "formal_charges"] * ("charge" not in used)
+        return system.replace(**dict.fromkeys(unused))
 
     def _bonded(self, system: System) -> System:
         """With the bonds of the model's reference molecule, where others would be found."""
         scheme = getattr(self.potential.model, "scheme", None)
         if not isinstance(scheme, BondTree):
             return system
-        z, lattice = system.z, (system.cell, system.pbc)
-        tree = reference_topology(self.metadata, scheme, z.tolist(), system.cell is not None)
-        return (
-            system if bond_changes(scheme, tree, z, system.pos, *lattice) is None else replace(system, bonds=tree.bonds)
-        )
+        tree = reference_topology(self.metadata, scheme, system.z.tolist(), system.cell is not None)
+        return system if bond_changes(scheme, tree, system) is None else system.replace(given={"bonds": tree.bonds})
 
     def checks(self, sections: Sequence[str]) -> Iterator[Check]:
         for section in sections:
@@ -256,7 +254,7 @@ class _Examiner:
                 strain = torch.eye(3, dtype=torch.float64)
                 strain[a, b] += 0.5 * factor * step
                 strain[b, a] += 0.5 * factor * step
-                moved = replace(system, pos=system.pos @ strain, cell=system.cell @ strain)
+                moved = system.replace(pos=system.pos @ strain, cell=system.cell @ strain)
                 energies.append(self.subject([moved], forces=False)[0][0])
             weights = torch.tensor([1.0, -8.0, 8.0, -1.0], dtype=torch.float64) / (12.0 * step)
             worst = max(worst, abs(float((weights * torch.stack(energies)).sum()) / volume - float(stress[a, b])))
@@ -270,7 +268,7 @@ class _Examiner:
     def _additivity(self) -> Iterator[Check]:
         systems = self.systems[:1] if self.systems[0].cell is not None else self.systems[:2]
         long_range = getattr(self.potential.model, "long_range", None) is not None
-        if long_range and any(s.state[0] for s in systems):
+        if long_range and any(state_of(s)[0] for s in systems):
             note = "ions act on each other at any distance in a model with long_range"
             yield Check("extensivity", math.nan, "eV, eV/A", "none", None, note)
         else:
@@ -278,7 +276,7 @@ class _Examiner:
                 "extensivity", "eV, eV/A", 1e-7,
                 lambda: assert_extensive(self.potential, systems=systems, tolerance=math.inf, seed=self.seed),
             )  # fmt: skip
-        alone = [System(torch.tensor([n]), torch.zeros(1, 3, dtype=torch.float64)) for n in self.species]
+        alone = [System.from_tensors(torch.tensor([n]), torch.zeros(1, 3, dtype=torch.float64)) for n in self.species]
         largest = max(float(self.subject([s])[0].abs().max()) for s in alone)
         forces = max(float(self.subject([s])[1].abs().max()) for s in alone)
         yield _below("force on an isolated atom", forces, "eV/A", 1e-10)
@@ -325,10 +323,10 @@ class _Examiner:
         forces = energy = 0.0
         for system in self.systems:
             exact, slopes = self.subject([system])
-            low = replace(system, pos=system.pos.float(), cell=None if system.cell is None else system.cell.float())
+            low = in_precision(system, torch.float32)
             got, rough = single([low])
             # Rounding the positions is no error of the model: they are rounded for both.
-            exact, slopes = self.subject([replace(low, pos=low.pos.double(), cell=_double(low.cell))])
+            exact, slopes = self.subject([in_precision(low, torch.float64)])
             energy = max(energy, 1e3 * float((got.double() - exact).abs().max()) / len(system.z))
             forces = max(forces, 1e3 * float((rough.double() - slopes).abs().max()))
         yield _below("float32 energy", energy, "meV/atom", 0.1)
@@ -341,7 +339,7 @@ class _Examiner:
         from nbody_pyg.deploy import run_md  # half a second, which no other check needs
 
         system = self.systems[0]
-        state = {"charge": system.charge, "charges": system.charges, "spin": system.spin}
+        state = {"charge": system.total_charge, "charges": system.formal_charges, "spin": system.spin}
         frame = AtomicData(z=system.z, pos=system.pos, cell=system.cell, pbc=system.pbc, **state)
         atoms = frame.to_ase()
         atoms.calc = NBodyCalculator(self.potential)
@@ -362,7 +360,3 @@ class _Examiner:
         check = _below("NVE drift", abs(change), "meV/atom", 0.3)
         yield replace(check, note=f"{_MEANING['NVE drift']}; {note}" if check.passed is False else note)
         yield _below("NVE largest jump", found.largest_jump, "meV/atom", 5.0)
-
-
-def _double(cell: Tensor | None) -> Tensor | None:
-    return None if cell is None else cell.double()

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from nbody_pyg.system import System
 from nbody_pyg.testing.subject import Subject, compare, require_signal
-from nbody_pyg.testing.systems import System, join, prepare_systems
+from nbody_pyg.testing.systems import join, prepare_systems, state_of
 
 # Coordinates that are displaced in one system; more are sampled.
 _MAX_COORDINATES = 36
@@ -48,10 +48,10 @@ def assert_extensive(
             joined += [(f"system {number} repeated along axis {k}", system, _repeat(system, k)) for k in axes]
         else:
             following = (number + 1) % len(drawn)
-            neutral = system.state == drawn[following].state == (0.0, 0.0)
+            neutral = state_of(system) == state_of(drawn[following]) == (0.0, 0.0)
             for other in {number, following} if neutral else {number}:
                 beside = drawn[other]
-                both = join(system, replace(beside, pos=beside.pos + away.to(beside.pos)))
+                both = join(system, beside.replace(pos=beside.pos + away.to(beside.pos)))
                 joined.append((f"systems {number} and {other}, {distance:g} angstrom apart", beside, both))
         energy, forces = subject([system])
         for name, beside, both in joined:
@@ -67,9 +67,9 @@ def assert_extensive(
 
 def _repeat(system: System, axis: int) -> System:
     cell = system.cell.reshape(1, 3, 3).clone()
-    both = join(system, replace(system, pos=system.pos + cell[0, axis]))
+    both = join(system, system.replace(pos=system.pos + cell[0, axis]))
     cell[0, axis] *= 2.0
-    return replace(both, cell=cell)
+    return both.replace(cell=cell)
 
 
 def assert_conservative(
@@ -150,7 +150,7 @@ def finite_differences(
         for factor in (-2.0, -1.0, 1.0, 2.0):
             pos = system.pos.clone()
             pos[coordinate // 3, coordinate % 3] += factor * step
-            moved.append(replace(system, pos=pos))
+            moved.append(system.replace(pos=pos))
     energies, slopes = subject.many(moved)
     # Where nothing acts on the system the energy must be flat (others carry the signal).
     scale = float(forces.abs().max()) if float(forces.abs().max()) > 1e-8 else 1.0

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -61,7 +60,7 @@ def assert_separable(
         scale = max(1.0, *(float(value.abs().max()) for value in alone if value.numel()))
         first: tuple[float, float] | None = None
         for distance in distances:
-            both, push = subject([join(a, replace(b, pos=b.pos + distance * direction.to(b.pos)))])
+            both, push = subject([join(a, b.replace(pos=b.pos + distance * direction.to(b.pos)))])
             energy = float((both - alone[0] - alone[1]).abs().max()) if both.numel() else 0.0
             force = 0.0 if push is None else float((push[: len(a.z)] - pushes[0]).abs().max())
             where = f"assert_separable: systems {number} and {(number + 1) % len(drawn)}, {distance:g} angstrom apart"
@@ -128,7 +127,7 @@ def assert_size_transfer(
         energy, forces = subject([system])
         for count in counts:
             offsets = _grid(count, spacing, generator).to(system.pos)
-            copies = [replace(system, pos=system.pos + offset) for offset in offsets]
+            copies = [system.replace(pos=system.pos + offset) for offset in offsets]
             got, got_forces = subject([functools.reduce(join, copies)])
             where = f"assert_size_transfer: {count} copies of system {number}"
             worst = max(worst, compare(got / count, energy, tolerance, f"{where}: energy per copy"))

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from ase.data import chemical_symbols, covalent_radii
 from torch import Tensor
 
+from nbody_pyg.system import System
 from nbody_pyg.testing.subject import Subject
-from nbody_pyg.testing.systems import System
 
 #: Distance (angstrom) to which pairs are pushed.
 NEAREST = 0.3
@@ -55,7 +54,7 @@ def push_dimers(subject: Subject, species: Sequence[int]) -> list[Push]:
         start = max(WALL * float(covalent_radii[first] + covalent_radii[second]), NEAREST + 0.1)
         axis = torch.tensor([[0.0, 0.0, 0.0], [2.0, -1.0, 2.0]], dtype=torch.float64) / 3.0
         distances = _grid(start)
-        systems = [System(torch.tensor([first, second]), r * axis) for r in distances.tolist()]
+        systems = [System.from_tensors(torch.tensor([first, second]), r * axis) for r in distances.tolist()]
         found.append(_read(_name(first, second), distances, subject.many(systems, forces=False)[0]))
     return found
 
@@ -71,7 +70,7 @@ def push_in_structures(subject: Subject, systems: Sequence[System]) -> list[Push
             pos = system.pos.clone()
             pos[i] += 0.5 * (start - r) * direction
             pos[j] -= 0.5 * (start - r) * direction
-            moved.append(replace(system, pos=pos))
+            moved.append(system.replace(pos=pos))
         found.append(_read(name, distances, subject.many(moved, forces=False)[0], _SETTLE))
     return found
 

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from nbody_pyg.system import System
 from nbody_pyg.testing.subject import Subject
-from nbody_pyg.testing.systems import System, prepare_systems, random_like
+from nbody_pyg.testing.systems import prepare_systems, random_like
 
 
 def assert_smooth(
@@ -65,7 +66,7 @@ def assert_smooth(
         # The paths of a system are two, and have its charge
         states = [s for s in drawn for _ in range(2)]
     else:
-        states = [System(z, start) for z, start, _ in paths]
+        states = [System.from_tensors(z, start) for z, start, _ in paths]
     subject = Subject(model, dtype)
     if through_changes:
         _require_changes(model, paths, dtype)
@@ -76,7 +77,7 @@ def assert_smooth(
         if not length > 0:
             raise ValueError(f"paths[{number}] starts where it ends; give two different geometries")
         subject.start = (z, start) if frozen_topology else None
-        system = replace(states[number], pos=start)
+        system = states[number].replace(pos=start)
         line = _Line(subject, system, (end - start) / length, length)
         lowest = min(lowest, _scan(line, f"assert_smooth: path {number}", continuity, step, tolerance))
     return lowest
@@ -132,7 +133,7 @@ class _Line:
     length: float
 
     def __call__(self, where: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        systems = [replace(self.start, pos=self.start.pos + float(t) * self.direction) for t in where]
+        systems = [self.start.replace(pos=self.start.pos + float(t) * self.direction) for t in where]
         energies, forces = self.subject.many(systems)
         columns = energies.reshape(len(where), -1) if energies.numel() else None
         return columns, torch.stack(forces).flatten(1) if forces else None

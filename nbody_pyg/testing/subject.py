@@ -5,14 +5,14 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from nbody_pyg.potential import Potential
-from nbody_pyg.testing.systems import System, collate, random_like
+from nbody_pyg.system import System
+from nbody_pyg.testing.systems import collate, random_like
 
 # Geometries evaluated at once hold about this many atoms (memory).
 _CHUNK_ATOMS = 1500
@@ -119,7 +119,7 @@ def compare(got: Tensor, expected: Tensor, tolerance: float, what: str) -> float
 def require_signal(subject: Subject, systems: Sequence[System], name: str, seed: int) -> None:
     """Fail when energies are the same for every geometry, or forces are zero in all: nothing is tested."""
     generator = torch.Generator().manual_seed(seed + 1)
-    moved = [replace(s, pos=s.pos + _NUDGE * random_like(s.pos, generator)) for s in systems]
+    moved = [s.replace(pos=s.pos + _NUDGE * random_like(s.pos, generator)) for s in systems]
     before, after = [subject([s]) for s in systems], [subject([s]) for s in moved]
     change = 0.0
     for (energy, force), (moved_energy, moved_force) in zip(before, after, strict=True):

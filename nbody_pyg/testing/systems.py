@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,41 +10,23 @@ from torch import Tensor
 from torch_geometric.data import Data
 
 from nbody_pyg.hierarchy.bondgraph import covalent_bonds
-from nbody_pyg.hierarchy.scheme import AtomsInput
 from nbody_pyg.potential import Potential
+from nbody_pyg.system import System
 
-_STATE = ("charge", "charges", "spin")
+
+def state_of(system: System) -> tuple[float, float]:
+    """Total charge of one geometry, and its number of unpaired electrons 2S."""
+    charge = 0.0 if system.total_charge is None else float(system.total_charge)
+    return charge, 0.0 if system.spin is None else float(system.spin) - 1.0
 
 
-@dataclass(frozen=True)
-class System:
-    """One geometry: z [N], pos [N, 3]; cell [1, 3, 3] and pbc [1, 3] when it is periodic.
-
-    ``charge`` [1], ``charges`` [N] and ``spin`` [1] where it has some, as in :class:`~nbody_pyg.data.AtomicData`.
-    ``bonds`` [2, M], both directions, where a BondTree is not to find them.
-    """
-
-    z: Tensor
-    pos: Tensor
-    cell: Tensor | None = None
-    pbc: Tensor | None = None
-    charge: Tensor | None = None
-    charges: Tensor | None = None
-    spin: Tensor | None = None
-    bonds: Tensor | None = None
-
-    @property
-    def state(self) -> tuple[float, float]:
-        """Total charge, and number of unpaired electrons 2S."""
-        total = self.charge if self.charges is None else self.charges.sum()
-        charge = 0.0 if total is None else float(total)
-        return charge, 0.0 if self.spin is None else float(self.spin) - 1.0
-
-    def reordered(self, order: Tensor) -> System:
-        """The same system with its atoms in another order."""
-        charges = None if self.charges is None else self.charges[order]
-        bonds = None if self.bonds is None else torch.argsort(order)[self.bonds]
-        return replace(self, z=self.z[order], pos=self.pos[order], charges=charges, bonds=bonds)
+def reordered(system: System, order: Tensor) -> System:
+    """The same system with its atoms in another order."""
+    charges, given = system.formal_charges, dict(system.given)
+    if "bonds" in given:
+        given["bonds"] = torch.argsort(order)[given["bonds"]]
+    charges = None if charges is None else charges[order]
+    return system.replace(z=system.z[order], pos=system.pos[order], formal_charges=charges, given=given)
 
 
 def random_molecule(num_atoms: int, species: Sequence[int] = (1, 6, 8), seed: int = 0) -> System:
@@ -60,7 +41,7 @@ def random_molecule(num_atoms: int, species: Sequence[int] = (1, 6, 8), seed: in
         if num_atoms < 4 or torch.linalg.svdvals(pos - pos.mean(dim=0))[-1] > 0.5:
             break
     z = torch.tensor([species[i % len(species)] for i in range(num_atoms)])
-    return System(z[torch.randperm(num_atoms, generator=generator)], pos)
+    return System.from_tensors(z[torch.randperm(num_atoms, generator=generator)], pos)
 
 
 def _grow(num_atoms: int, generator: torch.Generator) -> Tensor:
@@ -81,7 +62,7 @@ def _dense_cluster(species: Sequence[int], seed: int, num_atoms: int = 48) -> Sy
     grid = grid[grid.sub(1.4).norm(dim=1).argsort()[:num_atoms]] * 1.35
     pos = grid + 0.12 * torch.randn(grid.shape, generator=generator, dtype=torch.float64)
     z = torch.tensor([species[i % len(species)] for i in range(num_atoms)])
-    return System(z[torch.randperm(num_atoms, generator=generator)], pos)
+    return System.from_tensors(z[torch.randperm(num_atoms, generator=generator)], pos)
 
 
 def _species_of(subject: Any) -> tuple[int, ...]:
@@ -119,10 +100,14 @@ def prepare_systems(
         if not drawn:
             raise ValueError("systems is empty; pass at least one geometry, or None for random ones")
 
-    def cast(t: Tensor | None) -> Tensor | None:
-        return None if t is None else t.detach().to(dtype)
+    return [in_precision(s.detached(), dtype) for s in drawn]
 
-    return [replace(s, pos=cast(s.pos), cell=cast(s.cell)) for s in drawn]
+
+def in_precision(system: System, dtype: torch.dtype) -> System:
+    """The system with all its numbers in ``dtype``."""
+    names = ("pos", "cell", "total_charge", "formal_charges", "spin")
+    found = {name: getattr(system, name) for name in names}
+    return system.replace(**{name: value.to(dtype) for name, value in found.items() if value is not None})
 
 
 def _as_system(item: Any) -> System:
@@ -130,35 +115,34 @@ def _as_system(item: Any) -> System:
         return item
     if isinstance(item, Data):
         # A stored hierarchy belongs to one geometry; the helpers move atoms, so models build their own.
-        cell, pbc = item.get("cell"), item.get("pbc")
-        if pbc is not None and not bool(pbc.any()):
-            cell = pbc = None
-        state = (item.get(key) for key in _STATE)
-        state = {key: torch.as_tensor(value) for key, value in zip(_STATE, state, strict=True) if value is not None}
-        return System(item.z, item.pos, cell, pbc, **state)
+        return System.from_data(item)
     if isinstance(item, (tuple, list)) and len(item) in (2, 4):
-        return System(*item)
+        z, pos, *lattice = item
+        return System.from_tensors(z, pos, None, *lattice)
     raise TypeError(f"systems must hold System, Data, (z, pos) or (z, pos, cell, pbc), got {type(item).__name__}")
 
 
 def join(first: System, second: System) -> System:
     """Both as one system, in the cell of the first, with the sums of their charges and of their unpaired electrons."""
-    given = {key for key in _STATE for s in (first, second) if getattr(s, key) is not None}
-    (charge, unpaired), like = (sum(pair) for pair in zip(first.state, second.state, strict=True)), first.pos
-    state = {"charge": like.new_tensor([charge])} if given & {"charge", "charges"} else {}
-    if "charges" in given:
-        state = {"charges": _states([first, second])["charges"]}
-    if "spin" in given:
-        state["spin"] = like.new_tensor([unpaired + 1.0])
     z, pos = torch.cat([first.z, second.z]), torch.cat([first.pos, second.pos])
-    return System(z, pos, first.cell, first.pbc, bonds=_bonds([first, second]), **state)
+    (charge, unpaired), found = (sum(pair) for pair in zip(state_of(first), state_of(second), strict=True)), {}
+    states = _states([first, second])
+    if "charge" in states:
+        found["total_charge"] = pos.new_tensor([charge])
+    if "charges" in states:
+        found["formal_charges"] = states["charges"]
+    if "spin" in states:
+        found["spin"] = pos.new_tensor([unpaired + 1.0])
+    if (bonds := _bonds([first, second])) is not None:
+        found["given"] = {"bonds": bonds}
+    return System(z, pos, torch.zeros_like(z), 1, first.cell, first.pbc, **found)
 
 
 def turn(system: System, rotation: Tensor) -> System:
     """The system after a rotation or reflection [3, 3] about the origin, its cell with it."""
     rotation = rotation.to(system.pos)
     cell = None if system.cell is None else system.cell @ rotation.T
-    return replace(system, pos=system.pos @ rotation.T, cell=cell)
+    return system.replace(pos=system.pos @ rotation.T, cell=cell)
 
 
 def open_cluster(system: System, num_atoms: int = 24) -> System:
@@ -167,13 +151,13 @@ def open_cluster(system: System, num_atoms: int = 24) -> System:
     Molecules at its surface may be cut: it is for tests that pull atoms apart, not for physics.
     """
     cell = system.cell.reshape(3, 3)
-    pbc = torch.ones(3, dtype=torch.bool) if system.pbc is None else torch.as_tensor(system.pbc).reshape(3)
-    shifts = torch.cartesian_prod(*[torch.arange(-1, 2) if axis else torch.zeros(1, dtype=torch.long) for axis in pbc])
+    axes = [torch.arange(-1, 2) if axis else torch.zeros(1, dtype=torch.long) for axis in system.pbc[0]]
+    shifts = torch.cartesian_prod(*axes)
     # Enough images for a cell that is smaller than the cluster only by half.
     images = system.pos[None] + (shifts.to(cell) @ cell)[:, None]
     flat, z = images.reshape(-1, 3), system.z.repeat(len(shifts))
     nearest = (flat - system.pos[0]).norm(dim=1).argsort()[: min(num_atoms, len(flat))]
-    return System(z[nearest], flat[nearest])
+    return System.from_tensors(z[nearest], flat[nearest])
 
 
 def require_volume(systems: Sequence[System]) -> None:
@@ -203,36 +187,32 @@ def collate(systems: Sequence[System]) -> tuple[tuple[Tensor, Tensor, Tensor], d
         return arguments, keywords
     if not all(periodic):
         raise ValueError("systems must be all periodic or all open; test them in two calls")
-    keywords["cell"] = torch.cat([s.cell.reshape(1, 3, 3) for s in systems])
-    if all(s.pbc is not None for s in systems):
-        keywords["pbc"] = torch.cat([torch.as_tensor(s.pbc).reshape(1, 3) for s in systems])
+    keywords["cell"], keywords["pbc"] = torch.cat([s.cell for s in systems]), torch.cat([s.pbc for s in systems])
     return arguments, keywords
 
 
 def _bonds(systems: Sequence[System]) -> Tensor | None:
     """Bonds of a batch, where some system has its own; those of the others are found."""
-    if all(s.bonds is None for s in systems):
+    if not any("bonds" in s.given for s in systems):
         return None
     out, first = [], 0
     for s in systems:
-        bonds = covalent_bonds(AtomsInput.check(s.z, s.pos, None, s.cell, s.pbc)) if s.bonds is None else s.bonds
-        out.append(bonds + first)
+        out.append((s.given["bonds"] if "bonds" in s.given else covalent_bonds(s)) + first)
         first += len(s.z)
     return torch.cat(out, dim=1)
 
 
 def _states(systems: Sequence[System]) -> dict[str, Tensor]:
     """Charges and spins of a batch, as far as some system says something."""
-    given = {key for key in _STATE for s in systems if getattr(s, key) is not None}
     like, keywords = systems[0].pos, {}
-    if given & {"charge", "charges"}:
-        keywords["charge"] = like.new_tensor([s.state[0] for s in systems])
-    if "charges" in given:
-        even = [like.new_full((len(s.z),), s.state[0] / len(s.z)) for s in systems]
-        own = [e if s.charges is None else s.charges.to(like) for s, e in zip(systems, even, strict=True)]
-        keywords["charges"] = torch.cat(own)
-    if "spin" in given:
-        keywords["spin"] = like.new_tensor([s.state[1] + 1.0 for s in systems])
+    if any(s.total_charge is not None for s in systems):
+        keywords["charge"] = like.new_tensor([state_of(s)[0] for s in systems])
+    if any(s.formal_charges is not None for s in systems):
+        even = [like.new_full((len(s.z),), state_of(s)[0] / len(s.z)) for s in systems]
+        own = [e if s.formal_charges is None else s.formal_charges for s, e in zip(systems, even, strict=True)]
+        keywords["charges"] = torch.cat([value.to(like) for value in own])
+    if any(s.spin is not None for s in systems):
+        keywords["spin"] = like.new_tensor([state_of(s)[1] + 1.0 for s in systems])
     return keywords
 
 

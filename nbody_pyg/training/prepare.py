@@ -38,6 +38,7 @@ from nbody_pyg.nn.charges import DEFAULT_STATE, check_inputs
 from nbody_pyg.nn.repulsion import ZBLRepulsion
 from nbody_pyg.potential import AtomicReference, Potential, check_states, frame_states, learn_state
 from nbody_pyg.properties import Property, PropertyModel, fit_statistics, property_irreps
+from nbody_pyg.system import System
 from nbody_pyg.training.config import Config, DataConfig, ModelConfig, model_arguments
 from nbody_pyg.training.labels import NO_FORCES, force_variance, uniform
 
@@ -97,7 +98,7 @@ class DataSets:
 
 def _warn_of_odd_reference(scheme: Scheme, tree: Topology, frames: Sequence[Data]) -> None:
     """Say so where the bonds that all frames are to share are found in few of them."""
-    odd = sum(not scheme.holds(tree, f.z, f.pos, None, f.get("cell"), f.get("pbc")) for f in frames)
+    odd = sum(not scheme.holds(tree, System.from_data(f)) for f in frames)
     if 2 * odd > len(frames):
         warnings.warn(
             f"the bonds of the first training frame, which all frames share, are not those found in {odd} of "
@@ -113,7 +114,7 @@ def _warn_of_bonds_that_differ(scheme: Scheme, frames: Sequence[Data]) -> None:
     first = Topology.from_data(scheme(frames[0]))
     if first.bonds is None or any(scheme.inputs(frame) for frame in frames):
         return
-    odd = sum(not scheme.holds(first, f.z, f.pos, None, f.get("cell"), f.get("pbc")) for f in frames)
+    odd = sum(not scheme.holds(first, System.from_data(f)) for f in frames)
     if odd:
         warnings.warn(
             f"the frames hold the same atoms, but the bonds found in {odd} of {len(frames)} differ from those of the "

@@ -17,6 +17,7 @@ LAYERS = [
     "kernels",
     "data",
     "geometry",
+    "system",
     "radial",
     "multipoles",
     "hierarchy",

@@ -107,14 +107,14 @@ def test_the_smooth_test_sees_a_cutoff_without_window(molecules, monkeypatch):
     z, pos = molecules["methanol"]
     away = torch.tensor([2.0, 2.6, 1.5], dtype=torch.float64)
     pair, far = torch.cat([pos, pos + away]), torch.cat([pos, pos + 2.4 * away])
-    hierarchy = net.scheme.hierarchy
+    place = net.scheme.place
 
     def unwindowed(*arguments, **keywords):
-        made = hierarchy(*arguments, **keywords)
+        made = place(*arguments, **keywords)
         object.__setattr__(made[0], "pair_weight", torch.ones_like(made[0].pair_weight))
         return made
 
-    monkeypatch.setattr(net.scheme, "hierarchy", unwindowed)
+    monkeypatch.setattr(net.scheme, "place", unwindowed)
     with pytest.raises(AssertionError, match="not smooth"):
         assert_smooth(lambda z, pos, batch: net(z, pos, batch), paths=[(torch.cat([z, z]), pair, far)])
 

@@ -13,7 +13,7 @@ from ase import Atoms
 from nbody_pyg import BondTree, FromAssignment, NBodyNet, NestedShells, Potential, SmoothSurvivors
 from nbody_pyg.data import AtomicData
 from nbody_pyg.deploy import NBodyCalculator
-from nbody_pyg.nn.charges import LatentCharges, LongRangeSettings, charge_shares
+from nbody_pyg.nn.charges import LatentCharges, LongRangeSettings
 from nbody_pyg.nn.coulomb import DirectField, HierarchyField
 from nbody_pyg.testing import assert_batch_independent, assert_conservative, assert_equivariant
 from nbody_pyg.units import COULOMB
@@ -342,7 +342,7 @@ def test_settings_say_what_is_wrong(molecules):
     with pytest.raises(ValueError, match=r"charges must have shape \[6\]"):
         net(z, pos, charges=torch.zeros(5))
     with pytest.raises(ValueError, match="charges must add up to charge in every graph, got 0 and 1 in graph 0"):
-        charge_shares(torch.zeros(6, dtype=torch.long), 1, torch.ones(1), torch.zeros(6), pos)
+        net(z, pos, charge=torch.ones(1), charges=torch.zeros(6))
     cell, pbc = 20.0 * torch.eye(3).double().unsqueeze(0), torch.tensor([[True, True, True]])
     with pytest.raises(ValueError, match="pbc must be off for long_range method 'direct'"):
         net(z, pos, cell=cell, pbc=pbc)

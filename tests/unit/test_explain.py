@@ -87,12 +87,12 @@ def test_masks_act_on_the_way_up_to_survivors(masked, molecules):
         membership = net.memberships["child_1"]
         mask = (levels[edges[0]] == levels[edges[1]]).double()
         membership.explain, membership._edge_mask, membership._apply_sigmoid = True, mask, False
-    model.total = lambda changed, surroundings: torch.cat(
-        [value for k, value in model.values(changed).items() if k > 0]
-    )
+    model.total = lambda changed: torch.cat([value for k, value in model.values(changed).items() if k > 0])
     found = []
     for elements in (z, z.flip(0)):  # the weights of survivors stay those of the molecule
-        model.hierarchy = lambda _, z=elements: dataclasses.replace(hierarchy, z=z)
+        model.hierarchy = lambda _, z=elements: dataclasses.replace(
+            hierarchy, system=hierarchy.system.replace(z=z, species=None)
+        )
         found.append(net(x, edges, data))
     difference = (found[0] - found[1]).abs().max()
     assert found[0].abs().max() > 1e-3 and (difference > 1e-3 if masked == "nothing" else difference < 1e-12)

@@ -376,10 +376,11 @@ class _Pairs(Scheme):
         self.size = size
         self.levels = (LevelSpec("atoms"), LevelSpec("root", size))
 
-    def topology(self, z, pos, batch=None, cell=None, pbc=None):
-        batch = torch.zeros_like(z) if batch is None else batch
-        count = torch.bincount(batch)
-        return Topology((count, torch.ones_like(count)), (None, torch.stack([torch.arange(len(z)), batch])))
+    def build(self, system):
+        count = system.num_atoms
+        return Topology(
+            (count, torch.ones_like(count)), (None, torch.stack([torch.arange(len(system.z)), system.batch]))
+        )
 
 
 def test_a_scheme_of_ones_own_works_and_is_found_by_name(molecule):

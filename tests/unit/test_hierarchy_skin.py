@@ -154,9 +154,9 @@ class Nearest(Scheme):
         self.levels = (LevelSpec("atoms", None, 3.0), LevelSpec("root", 4.0))
         self.searches = 0
 
-    def topology(self, z, pos, batch=None, cell=None, pbc=None):
+    def build(self, system):
         self.searches += 1
-        return FromAssignment(labels=[0] * len(z), cutoff=3.0).topology(z, pos)
+        return FromAssignment(labels=[0] * len(system.z), cutoff=3.0).build(system)
 
 
 def test_schemes_that_say_nothing_are_updated_at_every_step():

@@ -177,7 +177,7 @@ def test_species_are_sorted_and_unknown_ones_named(molecules):
     for wrong in (0, -1, 119):
         odd = z.clone()
         odd[0] = wrong
-        with pytest.raises(ValueError, match="z must hold elements of this model"):
+        with pytest.raises(ValueError, match=r"z must hold (elements of this model|atomic numbers up to 118)"):
             _net()(odd, pos)
 
 
@@ -547,7 +547,7 @@ def test_every_integer_names_elements(dtype, molecules):
 
 
 def test_og_is_not_whatever_lies_beyond():
-    with pytest.raises(ValueError, match=r"got no element \(200\)"):
+    with pytest.raises(ValueError, match="z must hold atomic numbers up to 118, got 200"):
         NBodyNet([1, 118], channels=2)(torch.tensor([1, 200]), torch.eye(3)[:2])
 
 

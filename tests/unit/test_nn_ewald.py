@@ -12,6 +12,7 @@ from torch_geometric.data import Batch
 from nbody_pyg import AtomicData, NBodyNet, NestedShells, Potential
 from nbody_pyg.nn.charges import LongRangeSettings
 from nbody_pyg.nn.coulomb import DirectField, LongRange
+from nbody_pyg.system import System
 
 needs_pme = pytest.mark.skipif(importlib.util.find_spec("torchpme") is None, reason="needs torch-pme, extra [periodic]")
 PERIODIC = torch.tensor([[True, True, True]])
@@ -26,8 +27,8 @@ def _rock_salt(length: float):
 
 def _hierarchy(pos, cell=None):
     scheme, z = NestedShells((2.0,)), torch.full((pos.shape[0],), 6)
-    pbc = None if cell is None else PERIODIC
-    return scheme.hierarchy(scheme.topology(z, pos, None, cell, pbc), z, pos, cell)
+    system = System.from_tensors(z, pos, None, cell, None if cell is None else PERIODIC)
+    return scheme.place(scheme.compose(system), system)
 
 
 @needs_pme
@@ -35,7 +36,7 @@ def test_rock_salt_has_the_constant_of_madelung():
     from nbody_pyg.nn.ewald import EwaldField
 
     pos, charges, cell = _rock_salt(12.0)
-    field = EwaldField(0.4)(charges.view(-1, 1, 1), _hierarchy(pos, cell), cell, PERIODIC)
+    field = EwaldField(0.4)(charges.view(-1, 1, 1), _hierarchy(pos, cell))
     # Nearest ions are 6 angstrom apart: nothing of the smearing is left
     torch.testing.assert_close(field.flatten() * charges, torch.full((8,), -MADELUNG / 6.0).double(), rtol=1e-7, atol=0)
 
@@ -51,9 +52,7 @@ def test_a_large_cell_is_an_open_system(generator):
     errors = []
     for length in (10.0, 20.0):
         cell = length * torch.eye(3, dtype=torch.float64).unsqueeze(0)
-        errors.append(
-            float((EwaldField(0.4)(charges, _hierarchy(pos, cell), cell, PERIODIC) - open_system).abs().max())
-        )
+        errors.append(float((EwaldField(0.4)(charges, _hierarchy(pos, cell)) - open_system).abs().max()))
     assert errors[0] > 1e-5 and errors[1] < errors[0] / 8
 
 

@@ -379,5 +379,5 @@ def test_pooling_takes_its_arguments_in_the_order_of_pyg(molecules):
     torch.testing.assert_close(pool(x, edges, z=Data(z=z, pos=pos)).x, x_out, rtol=0, atol=0)
     with pytest.raises(TypeError, match="z must be given by name"):
         pool(x, edges, z, pos)
-    with pytest.raises(TypeError, match="pos and batch come from the Data"):
+    with pytest.raises(TypeError, match="pos, batch, cell and pbc come from the Data"):
         pool(x, edges, batch=torch.zeros_like(z), z=Data(z=z, pos=pos))

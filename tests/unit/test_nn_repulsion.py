@@ -14,6 +14,7 @@ from nbody_pyg.data import AtomicData
 from nbody_pyg.deploy import load_model, save_model
 from nbody_pyg.geometry import neighbour_list
 from nbody_pyg.nn.repulsion import COULOMB, SCREEN_LENGTH, ZBLRepulsion
+from nbody_pyg.system import System
 from nbody_pyg.testing import assert_conservative, assert_equivariant, assert_extensive, assert_smooth
 
 
@@ -24,7 +25,7 @@ def dimer(first: int, second: int, r: float) -> tuple[torch.Tensor, torch.Tensor
 
 def energy_of(repulsion: ZBLRepulsion, z: torch.Tensor, pos: torch.Tensor) -> float:
     index, _ = neighbour_list(pos, repulsion.longest)
-    return float(repulsion.energy(z, index, pos[index[0]] - pos[index[1]]).sum())
+    return float(repulsion.energy(System.from_tensors(z, pos), index, pos[index[0]] - pos[index[1]]).sum())
 
 
 def potential(repulsion="auto", scheme=None, **arguments) -> Potential:
@@ -205,6 +206,6 @@ def test_unknown_element_is_named():
     index = torch.tensor([[0, 1], [1, 0]])
     vec = torch.tensor([[0.5, 0.0, 0.0], [-0.5, 0.0, 0.0]], dtype=torch.float64)
     with pytest.raises(ValueError, match=r"z must hold elements of this repulsion \(H\), got N"):
-        ZBLRepulsion([1]).energy(torch.tensor([1, 7]), index, vec)
+        ZBLRepulsion([1]).energy(System.from_tensors(torch.tensor([1, 7]), 0.5 * vec), index, vec)
     with pytest.raises(ValueError, match="name of a repulsion must be 'zbl', got 'born'"):
         ZBLRepulsion.from_config({"name": "born"})

@@ -12,8 +12,8 @@ from nbody_pyg.hierarchy import FromAssignment, Scheme, Topology, thinning
 from nbody_pyg.hierarchy.thinning import share_out, thin
 from nbody_pyg.potential import Potential
 from nbody_pyg.radial import plateau_window, quintic_step
+from nbody_pyg.system import System
 from nbody_pyg.testing import (
-    System,
     assert_batch_independent,
     assert_conservative,
     assert_equivariant,
@@ -39,7 +39,7 @@ def _fluid(count: int, seed: int = 0, density: float = 0.08) -> System:
         new = torch.rand(1, 3, generator=generator, dtype=F64) * side
         if len(pos) == 0 or (pos - new).norm(dim=1).min() > 1.3:
             pos = torch.cat([pos, new])
-    return System(torch.tensor(SPECIES)[torch.arange(count) % 3], pos)
+    return System.from_tensors(torch.tensor(SPECIES)[torch.arange(count) % 3], pos)
 
 
 def _net(scheme: Scheme, **options) -> NBodyNet:
@@ -187,7 +187,7 @@ def test_candidates_of_weight_zero_change_nothing(both, seed):
 
 # ------------------------------------------------------------------------------- symmetry of every level
 def _transformed(system: System, rotation, permutation, away) -> System:
-    return System(system.z[permutation], (system.pos @ rotation.T + away)[permutation])
+    return System.from_tensors(system.z[permutation], (system.pos @ rotation.T + away)[permutation])
 
 
 def test_every_level_is_covariant(both, fluid, rotation, generator):
@@ -245,11 +245,11 @@ def test_smooth_through_changes_of_the_hierarchy(both):
 class _Hard(FromAssignment):
     """Clusters of the nearest of a few atoms, searched anew at all positions: what the library refuses as a default."""
 
-    def topology(self, z, pos, batch=None, cell=None, pbc=None, *, labels=None):
-        batch = torch.zeros_like(z) if batch is None else batch
+    def build(self, system):
+        pos, batch = system.pos, system.batch
         centres = torch.arange(0, int((batch == 0).sum()), 8)
         found = [torch.cdist(pos[batch == b], pos[batch == b][centres]).argmin(dim=1) for b in batch.unique()]
-        return super().topology(z, pos, batch, cell, pbc, labels=torch.cat(found))
+        return super().build(system, labels=torch.cat(found))
 
     def inputs(self, data):
         return {}
@@ -280,7 +280,7 @@ def test_cells_are_exact(net):
     system = _fluid(8, seed=3)
     inside = (system.pos / system.pos.max()) @ cell[0] * 0.85
     for pbc in ([True, True, True], [True, False, True]):
-        one = System(system.z, inside, cell, torch.tensor([pbc]))
+        one = System.from_tensors(system.z, inside, cell=cell, pbc=torch.tensor([pbc]))
         assert_extensive(net, systems=[one], tolerance=1e-9)
         assert_translation_invariant(net, systems=[one], tolerance=1e-9)
         assert_equivariant(net, systems=[one], num_rotations=1, tolerance=1e-9)
@@ -307,13 +307,13 @@ def test_matched_pairs_of_environments():
 
 # ------------------------------------------------------------------------------- ties
 def _cube() -> System:
-    return System(torch.tensor([6] * 8), torch.cartesian_prod(*[torch.tensor([0.0, 1.6], dtype=F64)] * 3))
+    return System.from_tensors(torch.tensor([6] * 8), torch.cartesian_prod(*[torch.tensor([0.0, 1.6], dtype=F64)] * 3))
 
 
 def _benzene() -> System:
     angle = torch.arange(6, dtype=F64) * torch.pi / 3
     ring = torch.stack([angle.cos(), angle.sin(), torch.zeros(6, dtype=F64)], dim=1)
-    return System(torch.tensor([6] * 6 + [1] * 6), torch.cat([1.39 * ring, 2.48 * ring]))
+    return System.from_tensors(torch.tensor([6] * 6 + [1] * 6), torch.cat([1.39 * ring, 2.48 * ring]))
 
 
 @pytest.mark.parametrize("system", [_cube(), _benzene()], ids=["cube", "benzene"])

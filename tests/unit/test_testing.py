@@ -12,8 +12,8 @@ from nbody_pyg.geometry import edge_vectors, neighbour_list, safe_norm
 from nbody_pyg.hierarchy import BondTree
 from nbody_pyg.potential import AtomicReference, Potential
 from nbody_pyg.radial import smooth_cutoff
+from nbody_pyg.system import System
 from nbody_pyg.testing import (
-    System,
     assert_batch_independent,
     assert_conservative,
     assert_equivariant,
@@ -286,7 +286,9 @@ def test_bond_trees_are_smooth_while_their_topology_is_frozen():
 
 def test_tuples_and_own_paths_are_taken():
     molecule = random_molecule(6)
-    assert_permutation_invariant(sound, systems=[(molecule.z, molecule.pos), System(molecule.z, molecule.pos * 1.1)])
+    assert_permutation_invariant(
+        sound, systems=[(molecule.z, molecule.pos), System.from_tensors(molecule.z, molecule.pos * 1.1)]
+    )
     end = molecule.pos.clone()
     end[0] += torch.tensor([0.3, 0.1, 0.2])
     assert_smooth(sound, paths=[(molecule.z, molecule.pos, end)])
@@ -433,7 +435,7 @@ def test_random_molecules_are_fit_for_the_purpose():
 
 def test_planar_systems_are_refused():
     flat = random_molecule(6)
-    flat = System(flat.z, flat.pos * torch.tensor([1.0, 1.0, 0.0], dtype=F64))
+    flat = System.from_tensors(flat.z, flat.pos * torch.tensor([1.0, 1.0, 0.0], dtype=F64))
     with pytest.raises(ValueError, match="four atoms that do not lie in a plane"):
         assert_equivariant(sound, systems=[flat])
 
@@ -463,7 +465,7 @@ def coulomb(z, pos, batch):
 def test_separability_of_sound_models():
     assert assert_separable(sound) < 1e-9
     assert assert_size_transfer(sound) < 1e-9
-    ions = [System(torch.tensor([1, 1, 3, 2]), random_molecule(4, seed=s).pos) for s in (0, 1)]
+    ions = [System.from_tensors(torch.tensor([1, 1, 3, 2]), random_molecule(4, seed=s).pos) for s in (0, 1)]
     assert assert_separable(coulomb, systems=ions, decay=1) > 1e-4
 
 
@@ -489,7 +491,7 @@ def test_slots_pass_for_two_systems():
 
 
 def test_charges_do_not_pass_for_neutral_systems():
-    ions = [System(torch.tensor([1, 1, 3, 2]), random_molecule(4, seed=s).pos) for s in (0, 1)]
+    ions = [System.from_tensors(torch.tensor([1, 1, 3, 2]), random_molecule(4, seed=s).pos) for s in (0, 1)]
     with pytest.raises(AssertionError, match=r"energy differs by .* \(decay D\^-3\)"):
         assert_separable(coulomb, systems=ions, decay=3)
 
@@ -508,7 +510,7 @@ def test_bad_arguments_are_named():
         assert_smooth(sound, paths=[(molecule.z, molecule.pos, molecule.pos)])
     with pytest.raises(ValueError, match="inputs must hold 1 tensors"):
         assert_equivariant(lambda x: x, "1o", "1o", inputs=[])
-    periodic = System(molecule.z, molecule.pos, torch.eye(3, dtype=F64)[None] * 6)
+    periodic = System.from_tensors(molecule.z, molecule.pos, cell=torch.eye(3, dtype=F64)[None] * 6)
     with pytest.raises(ValueError, match="systems must be open for the default paths"):
         assert_smooth(sound, systems=[periodic])
     with pytest.raises(ValueError, match="all periodic or all open"):
