@@ -8,7 +8,6 @@ from graphlib import CycleError, TopologicalSorter
 
 # A part may import from the parts above it in this list, never from those below
 LAYERS = [
-    "typing",
     "durable",
     "messages",
     "units",
