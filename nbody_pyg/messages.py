@@ -6,19 +6,26 @@ import difflib
 from collections.abc import Iterable
 
 
+def closest(word: object, known: Iterable[str]) -> str | None:
+    """The known word nearest to ``word``, whatever the case; None where none is near."""
+    plain = {name.lower(): name for name in known}
+    near = difflib.get_close_matches(str(word).lower(), plain, n=1, cutoff=0.5)
+    return plain[near[0]] if near else None
+
+
 def nearest(word: object, known: Iterable[str], prefix: str = "") -> str:
     """A hint that names the known word nearest to ``word``, or lists all of them; ``prefix`` stands before the word."""
     known = list(known)
-    near = difflib.get_close_matches(str(word), known, n=1, cutoff=0.5)
-    return f"did you mean {prefix}{near[0]}?" if near else f"there are {', '.join(known)}"
+    near = closest(word, known)
+    return f"did you mean {prefix}{near}?" if near else f"there are {', '.join(known) or 'no others'}"
 
 
 def check_choice(name: str, value: str, choices: Iterable[str]) -> str:
     """The value. Raises: ValueError: it is none of the choices; the message has the nearest one, or else the first."""
     choices = list(choices)
     if value not in choices:
-        near = difflib.get_close_matches(str(value), choices, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]}?" if near else f"try {choices[0]!r}"
+        near = closest(value, choices)
+        hint = f"did you mean {near}?" if near else f"try {choices[0]!r}"
         raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}; {hint}")
     return value
 

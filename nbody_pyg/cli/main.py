@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import os
 import signal
 import sys
@@ -20,7 +19,7 @@ from nbody_pyg.cli.arguments import (
     positive_number,
     whole,
 )
-from nbody_pyg.messages import nearest, printable
+from nbody_pyg.messages import closest, nearest, printable
 
 _DESCRIPTION = """\
 Covariant hierarchical N-body networks for atoms.
@@ -69,8 +68,8 @@ class _Parser(argparse.ArgumentParser):
 
     def unknown(self, words: Sequence[str]) -> NoReturn:
         known = [option for action in self._actions for option in action.option_strings]
-        near = difflib.get_close_matches(words[0].split("=")[0], known, n=1, cutoff=0.5)
-        self.error(f"unrecognized arguments: {' '.join(words)}" + (f"; did you mean {near[0]}?" if near else ""))
+        near = closest(words[0].split("=")[0], known)
+        self.error(f"unrecognized arguments: {' '.join(words)}" + (f"; did you mean {near}?" if near else ""))
 
 
 def build_parser() -> _Parser:

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 
 from nbody_pyg.data import STATE_KEYS, AtomicData
-from nbody_pyg.datasets.frames import VOIGT, Frames, has_label, nearest
+from nbody_pyg.datasets.frames import VOIGT, Frames, has_label
+from nbody_pyg.messages import nearest
 from nbody_pyg.units import Units
 
 # The names under which packages store the same array.

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from nbody_pyg.data import AtomicData
-from nbody_pyg.datasets.frames import LABEL_SHAPES, Frames, has_label, listed, nearest
+from nbody_pyg.datasets.frames import LABEL_SHAPES, Frames, has_label, listed
+from nbody_pyg.messages import nearest
 
 _UNITS = {
     "energy": "eV",
@@ -226,7 +227,7 @@ def require_labels(
             missing = [i for i, frame in enumerate(group) if not has_label(frame, label)]
             if len(missing) == len(group):
                 keys = group.available if isinstance(group, Frames) and group.available else set(group[0].keys())
-                hint = nearest(label, set(keys) - {"numbers", "positions", "z", "pos", label})
+                hint = nearest(label, sorted(set(keys) - {"numbers", "positions", "z", "pos", label}))
                 if any(label in frame for frame in group):
                     hint = f"where it stands, it is NaN; {hint}"
                 option = f"{label}_key" if label in LABEL_SHAPES else "the key"

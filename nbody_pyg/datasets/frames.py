@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -97,17 +96,6 @@ def listed(frames: Sequence[Data], places: Sequence[int], most: int = 20) -> str
     text = f"{', '.join(words[:most])}, ..." if len(words) > most else " and ".join([", ".join(words[:-1]), words[-1]])
     file = Path(frames.name).name if isinstance(frames, Frames) and frames.name else ""
     return f"frame{'s' if len(words) > 1 else ''} {text.removeprefix(' and ')}{f' of {file}' if file else ''}"
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """A hint that names the known word nearest to ``name``, or lists what there is."""
-    known = sorted(set(known))
-    if not known:
-        return "there are no other keys"
-    plain = {word.lower(): word for word in known}
-    near = difflib.get_close_matches(name.lower(), list(plain), n=1, cutoff=0.4)
-    listed = ", ".join(known[:12]) + (", ..." if len(known) > 12 else "")
-    return f"did you mean {plain[near[0]]!r}? There are: {listed}" if near else f"there are: {listed}"
 
 
 def has_label(frame: Data, label: str) -> bool:

@@ -12,7 +12,8 @@ from torch_geometric.data import Data
 from torch_geometric.datasets import MD17, QM9
 
 from nbody_pyg.data import AtomicData
-from nbody_pyg.datasets.frames import LABEL_SHAPES, Frames, check_frame, nearest, shaped_label
+from nbody_pyg.datasets.frames import LABEL_SHAPES, Frames, check_frame, shaped_label
+from nbody_pyg.messages import nearest
 from nbody_pyg.units import Units
 
 FORCES_KEYS = ("forces", "force")

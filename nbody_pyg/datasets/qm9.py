@@ -11,8 +11,9 @@ import torch
 from ase.data import atomic_numbers
 
 from nbody_pyg.data import AtomicData
-from nbody_pyg.datasets.frames import Frames, check_frame, nearest
+from nbody_pyg.datasets.frames import Frames, check_frame
 from nbody_pyg.datasets.splits import Split
+from nbody_pyg.messages import nearest
 from nbody_pyg.units import BOHR, HARTREE, energy_factor
 
 NUM_QM9 = 130_831  # molecules, without the 3,054 that failed the consistency check of the authors
