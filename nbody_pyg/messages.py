@@ -1,9 +1,9 @@
-"""What error messages share: choices, the nearest known word, elements, and text that comes from files."""
+"""What error messages share: choices, the nearest known word, elements, and text from files."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Container, Iterable, Sequence
 
 
 def closest(word: object, known: Iterable[str]) -> str | None:
@@ -40,6 +40,17 @@ def symbols(numbers: Iterable[int]) -> str:
 def printable(text: object) -> str:
     """Text with escapes in place of characters that control a terminal: files and their names may be anybody's."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
+
+
+def aligned(head: Sequence[str], rows: Sequence[Sequence[str]], right: Container[int], rule: bool = True) -> str:
+    """A table: columns two spaces apart, those of the numbers ``right`` to the right; ``rule`` underlines the head."""
+    lines = [head, *rows]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
+    if rule:
+        lines.insert(1, ["-" * width for width in widths])
+    cells = [[w.rjust(n) if i in right else w.ljust(n) for i, (w, n) in enumerate(zip(line, widths, strict=True))]
+             for line in lines]  # fmt: skip
+    return "\n".join("  ".join(line).rstrip() for line in cells)
 
 
 def short(value: object) -> str:

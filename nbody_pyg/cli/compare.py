@@ -18,7 +18,6 @@ from nbody_pyg.compare.protocol import Outcome
 from nbody_pyg.compare.protocol import compare as carry_out
 from nbody_pyg.compare.report import (
     Group,
-    aligned,
     comparison_rows,
     failures,
     groups,
@@ -29,6 +28,7 @@ from nbody_pyg.compare.report import (
 )
 from nbody_pyg.compare.runner import Runner, Stopped
 from nbody_pyg.durable import write_text
+from nbody_pyg.messages import aligned
 from nbody_pyg.training.config import parse_config
 from nbody_pyg.training.prepare import explicit
 
@@ -82,14 +82,14 @@ def _show(outcome: Outcome, out: Path) -> int:
     if outcome.searches:
         head, rows = search_rows(outcome.searches)
         title = "Search: MAE on the validation frames, of forces (meV/A) where nothing else is said"
-        print(f"\n{title}\n{aligned(head, rows)}")
+        print(f"\n{title}\n{aligned(head, rows, range(2, len(head)))}")
         page += [f"### {title}", markdown(head, rows)]
     for group in groups(outcome.finals):
         head, rows = comparison_rows(group)
         lines = verdicts(group)
         if not group.tests and any(record["status"] != "failed" for row in group.rows for record in row.records):
             lines.append("no test frames, and so no errors: name some with data.test, or set data.num_train")
-        print(f"\n{group.title}\n{aligned(head, rows)}\n")
+        print(f"\n{group.title}\n{aligned(head, rows, range(2, len(head)))}\n")
         print(*(f"  {line}" for line in lines), sep="\n")
         page += [f"### {group.title}", markdown(head, rows), *(f"- {line}" for line in lines)]
         names = _draw(group, out, taken=plots)

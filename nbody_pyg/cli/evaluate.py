@@ -16,6 +16,7 @@ import numpy as np
 from ase import Atoms
 from ase.calculators.singlepoint import SinglePointCalculator
 from ase.io import write
+from ase.stress import full_3x3_to_voigt_6_stress
 from torch_geometric.data import Data
 
 from nbody_pyg.cli.arguments import require_device
@@ -295,7 +296,7 @@ def _write_systems(data: EvaluationSet, result: Result, path: Path) -> None:
         else:
             results: dict[str, Any] = {"energy": float(found.energy[place]), "forces": found.forces[place].numpy()}
             if found.stress is not None and bool(found.stress[place].isfinite().all()):
-                results["stress"] = found.stress[place].numpy().reshape(9)[[0, 4, 8, 5, 2, 1]]
+                results["stress"] = full_3x3_to_voigt_6_stress(found.stress[place].numpy())
             atoms.calc = SinglePointCalculator(atoms, **results)
         out.append(atoms)
     write(path, out, format="extxyz")

@@ -13,10 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from matplotlib.backend_bases import FigureCanvasBase
 
-from nbody_pyg.durable import written_whole
-
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    pass
 
 
 def output_file(
@@ -94,13 +92,6 @@ def latest(default: str, name: str) -> Path:
     found = [folder / name for folder in Path().glob(f"{default}*") if numbered.fullmatch(folder.name)]
     found = [file for file in found if file.is_file()]
     return max(found, key=lambda file: file.stat().st_mtime).parent if found else Path(default)
-
-
-def save_figure(figure: Figure, path: Path, **options: Any) -> Path:
-    """A figure as a whole file."""
-    with written_whole(path) as temporary:
-        figure.savefig(temporary, format=path.suffix[1:], **options)
-    return path
 
 
 def _held(folder: Path, names: Sequence[str]) -> Path | None:

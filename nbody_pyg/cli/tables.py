@@ -5,20 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from nbody_pyg.messages import aligned
 from nbody_pyg.properties import Property
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     """Columns of words to the left, of numbers to the right; two spaces between."""
     cells = [[_cell(value) for value in row] for row in rows]
-    widths = [max(len(line[i]) for line in (head, *cells)) for i in range(len(head))]
-    right = [all(_is_number(row[i]) for row in rows) and bool(rows) for i in range(len(head))]
-
-    def line(words: Sequence[str]) -> str:
-        pairs = zip(words, widths, right, strict=True)
-        return "  ".join(w.rjust(n) if r else w.ljust(n) for w, n, r in pairs).rstrip()
-
-    return "\n".join([line(head), line(["-" * n for n in widths]), *(line(row) for row in cells)])
+    right = {i for i in range(len(head)) if rows and all(_is_number(row[i]) for row in rows)}
+    return aligned(head, cells, right)
 
 
 def error_table(errors: Mapping[tuple[str, str], Mapping[str, float]], properties: Sequence[Property] = ()) -> str:

@@ -10,8 +10,8 @@ from typing import SupportsIndex
 import numpy as np
 import torch
 
-from nbody_pyg.data import STATE_KEYS, AtomicData
-from nbody_pyg.datasets.frames import VOIGT, Frames, has_label
+from nbody_pyg.data import STATE_KEYS, VOIGT, AtomicData
+from nbody_pyg.datasets.frames import Frames, chosen_rows, has_label
 from nbody_pyg.messages import nearest
 from nbody_pyg.units import Units
 
@@ -74,7 +74,7 @@ def read_npz(
     """
     path = Path(path)
     given = {"energy": energy_key, "forces": forces_key, "stress": stress_key, "dipole": dipole_key}
-    raw = _load(path)
+    raw = load_arrays(path)
     arrays, sources = {}, {}
     for name, keys in ARRAY_KEYS.items():
         wanted = given.get(name)
@@ -93,12 +93,13 @@ def read_npz(
             sources[name] = key
     converted = _checked(arrays, _units(raw, units, path.name), path.name)
     labels = {name: (key,) for name, key in sources.items() if name in given or name in STATE_KEYS}
-    chosen = _rows(rows, len(converted["pos"]), path.name)
+    chosen = chosen_rows(rows, len(converted["pos"]), path.name)
     frames = [_frame(converted, row) for row in chosen]
     return Frames(frames, name=str(path), sources=labels, available=raw, numbers=chosen)
 
 
-def _load(path: Path) -> dict[str, np.ndarray]:
+def load_arrays(path: Path) -> dict[str, np.ndarray]:
+    """The arrays of an npz file. Raises: FileNotFoundError; ValueError: empty, damaged, or with pickled objects."""
     if not path.exists():
         raise FileNotFoundError(f"path {str(path)!r} does not exist; give the npz file with the frames")
     if path.stat().st_size == 0:
@@ -201,16 +202,6 @@ def _per_frame(array: np.ndarray, shape: tuple[int, ...], frames: int, what: str
         wanted = f"{list(shape)} or {[frames, *shape]}"
         raise ValueError(f"{name}: {what} must have shape {wanted}, got {list(array.shape)}")
     return array
-
-
-def _rows(rows: Iterable[SupportsIndex] | slice | None, count: int, name: str) -> list[int]:
-    if rows is None or isinstance(rows, slice):
-        return list(range(count))[rows or slice(None)]
-    chosen = [int(row) for row in rows]
-    bad = [row for row in chosen if not 0 <= row < count]
-    if bad:
-        raise ValueError(f"rows must lie in 0..{count - 1} ({name} holds {count} frames), got {bad[:5]}")
-    return chosen
 
 
 def _frame(arrays: Mapping[str, np.ndarray], row: int) -> AtomicData:

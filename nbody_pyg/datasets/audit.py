@@ -11,7 +11,7 @@ from torch import Tensor
 
 from nbody_pyg.data import AtomicData
 from nbody_pyg.datasets.frames import LABEL_SHAPES, Frames, has_label, listed
-from nbody_pyg.messages import nearest
+from nbody_pyg.messages import aligned, nearest
 
 _UNITS = {
     "energy": "eV",
@@ -80,16 +80,8 @@ class LabelTable:
         if self.uses:
             head = (*head, "use")
             body = [(*line, self.uses.get(row.label, "")) for line, row in zip(body, self.rows, strict=True)]
-        widths = [max(len(line[i]) for line in (head, *body)) for i in range(len(head))]
-        right = range(3, 8)
-        lines = [
-            "  ".join(
-                cell.rjust(w) if i in right else cell.ljust(w)
-                for i, (cell, w) in enumerate(zip(line, widths, strict=True))
-            )
-            for line in (head, *body)
-        ]
-        return "\n".join([*(line.rstrip() for line in lines), *(f"note: {note}" for note in self.notes)])
+        table = aligned(head, body, range(3, 8), rule=False)
+        return "\n".join([table, *(f"note: {note}" for note in self.notes)])
 
 
 def label_audit(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch_geometric.data import Data
 
-from nbody_pyg.data import AtomicData
+from nbody_pyg.data import VOIGT, AtomicData
 
 # Labels that a reader looks for, with the shape of one system of N atoms ("N" stands for the number of
 # atoms).
@@ -27,7 +27,6 @@ LABEL_SHAPES: Mapping[str, tuple[int | str, ...]] = {
     "spin": (1,),
 }
 _FLOATS = (torch.float32, torch.float64)
-VOIGT = [0, 5, 4, 5, 1, 3, 4, 3, 2]  # xx, yy, zz, yz, xz, xy to a full matrix
 
 
 class Frames(list[AtomicData]):
@@ -68,13 +67,7 @@ class Frames(list[AtomicData]):
 
     def select(self, indices: Iterable[SupportsIndex]) -> Frames:
         """The frames at ``indices``, in that order; negative or too large indices are an error."""
-        chosen = [int(i) for i in indices]
-        bad = [i for i in chosen if not 0 <= i < len(self)]
-        if bad:
-            raise ValueError(
-                f"indices must lie in 0..{len(self) - 1} ({self.name or 'frames'} holds {len(self)} frames), "
-                f"got {bad[:5]}; check that the split belongs to this file"
-            )
+        chosen = chosen_rows(indices, len(self), self.name or "frames", "indices")
         return self.replaced([list.__getitem__(self, i) for i in chosen], [self.numbers[i] for i in chosen])
 
     def replaced(self, frames: Iterable[AtomicData], numbers: Sequence[int] | None = None) -> Frames:
@@ -87,6 +80,21 @@ class Frames(list[AtomicData]):
     def __repr__(self) -> str:
         labels = ", ".join(sorted(self.sources)) or "no labels"
         return f"Frames({len(self)} from {self.name or 'memory'}; {labels})"
+
+
+def chosen_rows(
+    rows: Iterable[SupportsIndex] | slice | None, count: int, name: str, argument: str = "rows"
+) -> list[int]:
+    """Numbers of rows as a list; all ``count`` where none are named. Raises: ValueError: a row that is not there."""
+    if rows is None or isinstance(rows, slice):
+        return list(range(count))[rows or slice(None)]
+    chosen = [int(row) for row in rows]
+    if bad := [row for row in chosen if not 0 <= row < count]:
+        raise ValueError(
+            f"{argument} must lie in 0..{count - 1} ({name} holds {count} frames), got {bad[:5]}; check that they "
+            "belong to this file"
+        )
+    return chosen
 
 
 def listed(frames: Sequence[Data], places: Sequence[int], most: int = 20) -> str:
@@ -137,7 +145,7 @@ def shaped_label(
 
 
 def check_frame(frame: AtomicData, where: str) -> None:
-    """Raise ValueError unless the frame has atoms, finite positions, and finite labels of the right shape.
+    """Raise ValueError unless the frame has atoms, finite positions and finite labels.
 
     A label that was not computed may be NaN as a whole, forces also atom by atom.
     """
@@ -149,17 +157,9 @@ def check_frame(frame: AtomicData, where: str) -> None:
     if int(frame.z.min()) < 1 or int(frame.z.max()) > 118:
         raise ValueError(f"{where}: atomic numbers must lie in 1..118, got {sorted(set(frame.z.tolist()))}")
     _check_finite(frame.pos, "pos", where)
-    for label, shape in LABEL_SHAPES.items():
-        value = frame.get(label)
-        if not isinstance(value, Tensor):
-            continue
-        wanted = tuple(num_atoms if size == "N" else size for size in shape)
-        if tuple(value.shape) != wanted:
-            raise ValueError(
-                f"{where}: {label} must have shape {list(wanted)} for {num_atoms} atoms, "
-                f"got {list(value.shape)}; check which key it was read from"
-            )
-        _check_finite(value, label, where)
+    for label in LABEL_SHAPES:
+        if isinstance(value := frame.get(label), Tensor):
+            _check_finite(value, label, where)
 
 
 def _check_finite(value: Tensor, name: str, where: str) -> None:
