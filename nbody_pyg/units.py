@@ -246,3 +246,7 @@ class Units:
     @property
     def dipole_factor(self) -> float:
         return DIPOLE_UNITS[self.dipole]
+
+    def factor(self, key: str) -> float:
+        """Of a label, or of ``pos`` and ``cell``; 1 for what has no unit."""
+        return getattr(self, f"{'length' if key in ('pos', 'cell') else key}_factor", 1.0)

@@ -13,7 +13,6 @@ from nbody_pyg.cli.arguments import require_device
 from nbody_pyg.compare.config import CompareConfig, load_compare
 from nbody_pyg.compare.contestants import contestants
 from nbody_pyg.compare.plots import learning_curves, pareto
-from nbody_pyg.compare.point import write_record
 from nbody_pyg.compare.protocol import Outcome
 from nbody_pyg.compare.protocol import compare as carry_out
 from nbody_pyg.compare.report import (
@@ -27,7 +26,7 @@ from nbody_pyg.compare.report import (
     verdicts,
 )
 from nbody_pyg.compare.runner import Runner, Stopped
-from nbody_pyg.durable import write_text
+from nbody_pyg.durable import write_json, write_text
 from nbody_pyg.messages import aligned
 from nbody_pyg.training.config import parse_config
 from nbody_pyg.training.prepare import explicit
@@ -102,7 +101,7 @@ def _show(outcome: Outcome, out: Path) -> int:
     print(*failed, sep="\n")
     page += [f"- {line}" for line in failed]
     write_text(out / "table.md", "\n\n".join(page) + "\n")
-    write_record(records, out / "results.json")
+    write_json(out / "results.json", records, default=float)
     print(f"\nwritten to {out}: {', '.join(['table.md', 'results.json', *sorted(plots)])}")
     return FAILED if failed else 0
 

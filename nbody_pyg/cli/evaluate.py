@@ -95,7 +95,7 @@ def evaluate(args: argparse.Namespace) -> int:
             errors[labels[path], name] = result.found.errors
             ending = "npz" if isinstance(potential, PropertyModel) else "xyz"
             with files.open(title, name, f"predictions.{ending}") as temporary:
-                _write(sets[name], result, temporary)
+                (_write_arrays if ending == "npz" else _write_systems)(sets[name], result, temporary)
             record.append({
                 "model": labels[path], "set": name, "frames": len(result.frames), "left_out": sorted(result.odd),
                 "predictions": files.written[-1], **result.found.errors,
@@ -254,13 +254,6 @@ class OutputFiles:
 
 
 # -- predictions ---------------------------------------------------------------------------------------------
-def _write(data: EvaluationSet, result: Result, path: Path) -> None:
-    if isinstance(result.found, PropertyEvaluation):
-        _write_arrays(data, result, path)
-    else:
-        _write_systems(data, result, path)
-
-
 def _write_arrays(data: EvaluationSet, result: Result, path: Path) -> None:
     """An array of each property with one row per frame of the file; NaN for those that were left out."""
     rows = list(result.frames.numbers)

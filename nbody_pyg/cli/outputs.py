@@ -99,11 +99,8 @@ def _held(folder: Path, names: Sequence[str]) -> Path | None:
 
 
 def _fresh(path: Path, taken: Any = Path.exists) -> Path:
-    return next(p for n in itertools.count() if not taken(p := _numbered(path, n)))
-
-
-def _numbered(path: Path, number: int) -> Path:
-    return path.with_name(f"{path.stem}-{number}{path.suffix}") if number else path
+    numbered = (path.with_name(f"{path.stem}-{n}{path.suffix}") for n in itertools.count(1))
+    return next(p for p in itertools.chain([path], numbered) if not taken(p))
 
 
 def _same(path: Path, name: str | None) -> bool:

@@ -163,15 +163,11 @@ def _checked(arrays: Mapping[str, np.ndarray], units: Units, name: str) -> dict[
     if "stress" in arrays and arrays["stress"].ndim == 2 and arrays["stress"].shape[1] in (6, 9):
         full = VOIGT if arrays["stress"].shape[1] == 6 else range(9)
         arrays = {**arrays, "stress": arrays["stress"][:, full].reshape(-1, 3, 3)}
-    for key, shape, factor in (
-        ("forces", (atoms, 3), units.forces_factor),
-        ("stress", (3, 3), units.stress_factor),
-        ("dipole", (3,), units.dipole_factor),
-    ):
+    for key, shape in (("forces", (atoms, 3)), ("stress", (3, 3)), ("dipole", (3,))):
         if key in arrays:
             if arrays[key].shape != (frames, *shape):
                 raise ValueError(f"{name}: {key} must have shape {[frames, *shape]}, got {list(arrays[key].shape)}")
-            out[key] = arrays[key].astype(np.float64) * factor
+            out[key] = arrays[key].astype(np.float64) * units.factor(key)
     if "cell" in arrays:
         out["cell"] = _per_frame(arrays["cell"].astype(np.float64), (3, 3), frames, "cell", name) * units.length_factor
         pbc = arrays.get("pbc", np.ones(3, dtype=bool))
@@ -206,19 +202,13 @@ def _per_frame(array: np.ndarray, shape: tuple[int, ...], frames: int, what: str
 
 def _frame(arrays: Mapping[str, np.ndarray], row: int) -> AtomicData:
     real = arrays["z"][row] > 0
-    frame = AtomicData(
-        z=torch.from_numpy(arrays["z"][row][real].copy()), pos=torch.from_numpy(arrays["pos"][row][real])
-    )
-    if "energy" in arrays:
-        frame.energy = torch.from_numpy(arrays["energy"][row].copy())
-    if "forces" in arrays:
-        frame.forces = torch.from_numpy(arrays["forces"][row][real])
-    for key in STATE_KEYS:
-        if key in arrays:
-            frame[key] = torch.from_numpy(arrays[key][row].copy())
-    for key in ("stress", "dipole", "cell", "pbc"):
-        if key in arrays:
-            frame[key] = torch.from_numpy(arrays[key][row : row + 1].copy())
+    frame = AtomicData()
+    for key, values in arrays.items():
+        if key in ("z", "pos", "forces"):
+            value = values[row][real]
+        else:  # one value for each graph: numbers as [1], tensors with a leading 1
+            value = values[row] if key == "energy" or key in STATE_KEYS else values[row : row + 1]
+        frame[key] = torch.from_numpy(value.copy())
     for label in ("energy", "forces", "stress", "dipole"):
         if label in arrays and np.isnan(arrays[label][row]).any() and not has_label(frame, label):
             del frame[label]

@@ -137,19 +137,17 @@ def outliers(frames: Sequence[AtomicData], label: str) -> list[int]:
     return [] if bool(far.all()) else [place for place, one in zip(known, far.tolist(), strict=True) if one]
 
 
-def _largest(frames: Sequence[AtomicData], places: Sequence[int], label: str) -> float:
-    return max(float(frames[i][label].abs().nan_to_num(nan=0.0).max()) for i in places)
-
-
 def _of_the_file(title: str, group: Sequence[AtomicData]) -> list[str]:
     """Outliers, notes of the reader, and keys that look like labels that were not found."""
     found = {label: outliers(group, label) for label in _LARGE}
-    notes = [
-        f"{title}: {label} up to {_largest(group, odd, label):.4g} {_UNITS[label]} in {listed(group, odd)} "
-        f"({len(odd)} of {len(group)}), far beyond the others"
-        for label, odd in found.items()
-        if odd
-    ]
+    notes = []
+    for label, odd in found.items():
+        if odd:
+            largest = max(float(group[i][label].abs().nan_to_num(nan=0.0).max()) for i in odd)
+            notes.append(
+                f"{title}: {label} up to {largest:.4g} {_UNITS[label]} in {listed(group, odd)} ({len(odd)} of "
+                f"{len(group)}), far beyond the others"
+            )
     if not isinstance(group, Frames):
         return notes
     notes += group.notes

@@ -59,16 +59,9 @@ def from_pyg(
         available |= set(data.keys())
         frame, used, step = _frame(data, target, name, energy_key, forces_key, where)
         rounding = max(rounding, step * factors.energy_factor)
-        for label, factor in (
-            ("pos", factors.length_factor),
-            ("cell", factors.length_factor),
-            ("energy", factors.energy_factor),
-            ("forces", factors.forces_factor),
-            ("stress", factors.stress_factor),
-            ("dipole", factors.dipole_factor),
-        ):
-            if isinstance(frame.get(label), Tensor):
-                frame[label] = frame[label].double() * factor
+        for key in ("pos", "cell", "energy", "forces", "stress", "dipole"):
+            if isinstance(frame.get(key), Tensor):
+                frame[key] = frame[key].double() * factors.factor(key)
         check_frame(frame, where)
         frames.append(frame)
         for label, key in used.items():

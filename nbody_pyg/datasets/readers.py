@@ -165,12 +165,6 @@ def _frame(
     if frame.get("cell") is not None:
         frame.cell = frame.cell * units.length_factor
     volume = volume_of(atoms) * units.length_factor**3
-    factors = {
-        "energy": units.energy_factor,
-        "forces": units.forces_factor,
-        "stress": units.stress_factor,
-        "dipole": units.dipole_factor,
-    }
     for label, names in keys.items():
         for key in names:
             found = {store: values[key] for store, values in stores.items() if key in values}
@@ -194,7 +188,7 @@ def _frame(
                     continue  # a molecule: a virial without a volume is no stress
                 value, factor = -value / volume, units.energy_factor
             else:
-                factor = factors.get(label, 1.0)
+                factor = units.factor(label)
             frame[label] = value * factor
             used[label] = f"{store}[{key!r}]"
             break
