@@ -20,6 +20,8 @@ from torch_geometric.data.storage import GlobalStorage
 _INDEX_KEY = re.compile(r"^(child|pair)_(\d+)$")
 _CENTRE_KEY = re.compile(r"^centre_(\d+)$")
 _TOPOLOGY_KEY = re.compile(r"^(child|pair|child_shift|pair_shift|num_parts|centre)_\d+$|^hierarchy_mark$")
+#: Places of the nine components of a symmetric tensor in Voigt order: xx, yy, zz, yz, xz, xy.
+VOIGT = [0, 5, 4, 5, 1, 3, 4, 3, 2]
 # Shapes of one value per graph: they carry a leading 1, so that batching stacks instead of mixing rows.
 _GRAPH_SHAPES: dict[str, tuple[int, ...]] = {
     "energy": (1,),
@@ -305,7 +307,7 @@ class AtomicData(Data):
             if results.get(key) is not None:
                 value = torch.as_tensor(results[key], dtype=torch.float64)
                 if key == "stress" and value.numel() == 6:
-                    value = value[[0, 5, 4, 5, 1, 3, 4, 3, 2]]  # Voigt order xx, yy, zz, yz, xz, xy
+                    value = value[VOIGT]
                 out[key] = value.reshape(_GRAPH_SHAPES.get(key, value.shape))
         out.check()
         return out

@@ -9,7 +9,10 @@ import secrets
 import stat
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @contextlib.contextmanager
@@ -64,6 +67,13 @@ def write_json(path: str | Path, value: Any, **options: Any) -> None:
         options: further arguments of ``json.dumps``.
     """
     write_text(path, json.dumps(value, indent=1, **options) + "\n")
+
+
+def save_figure(figure: Figure, path: Path, **options: Any) -> Path:
+    """Draw a matplotlib figure into a file, whole or not at all; returns its name."""
+    with written_whole(path) as temporary:
+        figure.savefig(temporary, format=path.suffix[1:], **options)
+    return path
 
 
 def _create(path: Path) -> int:

@@ -399,7 +399,6 @@ def _refuse_coincident(index: Tensor, shift: Tensor, square: Tensor, graph: Tens
 
 def _dense_open(pos: Tensor, cutoff: float, graph: Tensor, count: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """All pairs within each graph: sum of N_b^2 candidates, already in sorted order."""
-    num_nodes = pos.shape[0]
     if count.shape[0] == 1:
         vec = pos.unsqueeze(0) - pos.unsqueeze(1)  # [target, source]
         square = (vec * vec).sum(dim=-1)
@@ -409,10 +408,8 @@ def _dense_open(pos: Tensor, cutoff: float, graph: Tensor, count: Tensor) -> tup
         square = square[target, source]
     else:
         first = torch.cumsum(count, 0) - count
-        width = count[graph]
-        target = torch.repeat_interleave(torch.arange(num_nodes, device=pos.device), width)
-        begin = torch.cumsum(width, 0) - width
-        source = torch.arange(target.shape[0], device=pos.device) - (begin - first[graph])[target]
+        target, place = ragged(count[graph])
+        source = first[graph[target]] + place
         vec = pos[source] - pos[target]
         square = (vec * vec).sum(dim=-1)
         near = (square < cutoff * cutoff) & (source != target)
@@ -436,7 +433,7 @@ def _dense_periodic(
     per_graph = side.prod(dim=-1)
     first = torch.cumsum(count, 0) - count
     width = (count * per_graph)[graph]  # candidates of each target
-    target, local = _ranges(width, 0, int(width.sum()))
+    target, local = ragged(width)
     b = graph[target]
     source = first[b] + local // per_graph[b]
     step = _unravel(local % per_graph[b], side[b]) - images[b]
@@ -471,7 +468,7 @@ def _binned(
     width = side.prod(dim=-1)[graph]  # bins around each target
     found = []
     for start in range(0, int(width.sum()), _BIN_CHUNK):
-        target, local = _ranges(width, start, start + _BIN_CHUNK)
+        target, local = ragged(width, start, start + _BIN_CHUNK)
         b = graph[target]
         there = place[target] + _unravel(local, side[b]) - reach[b]
         step = torch.div(there, wraps[b], rounding_mode="floor") * many[b]
@@ -486,7 +483,7 @@ def _binned(
         target, b, bin_, step = target[exists], b[exists], bin_[exists], step[exists].to(pos.dtype)
         amount = size[bin_]
         for begin in range(0, int(amount.sum()), _BIN_CHUNK):
-            row, local = _ranges(amount, begin, begin + _BIN_CHUNK)
+            row, local = ragged(amount, begin, begin + _BIN_CHUNK)
             source = order[first[bin_[row]] + local]
             found.append(_near(wrapped, offset, full, b[row], source, target[row], step[row], cutoff))
     if not found:
@@ -498,10 +495,15 @@ def _binned(
     return index[:, sequence], shift[:, sequence].t(), square[sequence]
 
 
-def _ranges(width: Tensor, start: int, end: int) -> tuple[Tensor, Tensor]:
-    """Entries ``start`` to ``end`` of the list 0 0 0 1 1 2 ..., number i ``width[i]`` times, and the place of each."""
+def ragged(width: Int[Tensor, " rows"], start: int = 0, end: int | None = None) -> tuple[Tensor, Tensor]:
+    """Entries ``start`` to ``end`` of the list 0 0 0 1 1 2 ..., number i ``width[i]`` times, and the place of each.
+
+    >>> ragged(torch.tensor([2, 0, 3]))
+    (tensor([0, 0, 2, 2, 2]), tensor([0, 1, 0, 1, 2]))
+    """
     ends = torch.cumsum(width, 0)
-    flat = torch.arange(start, min(end, int(ends[-1]) if len(ends) else 0), device=width.device)
+    total = int(ends[-1]) if len(ends) else 0
+    flat = torch.arange(start, total if end is None else min(end, total), device=width.device)
     row = torch.searchsorted(ends, flat, right=True)
     return row, flat - (ends - width)[row]
 

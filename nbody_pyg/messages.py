@@ -1,24 +1,31 @@
-"""What error messages share: choices, the nearest known word, elements, and text that comes from files."""
+"""What error messages share: choices, the nearest known word, elements, and text from files."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Container, Iterable, Sequence
+
+
+def closest(word: object, known: Iterable[str]) -> str | None:
+    """The known word nearest to ``word``, whatever the case; None where none is near."""
+    plain = {name.lower(): name for name in known}
+    near = difflib.get_close_matches(str(word).lower(), plain, n=1, cutoff=0.5)
+    return plain[near[0]] if near else None
 
 
 def nearest(word: object, known: Iterable[str], prefix: str = "") -> str:
     """A hint that names the known word nearest to ``word``, or lists all of them; ``prefix`` stands before the word."""
     known = list(known)
-    near = difflib.get_close_matches(str(word), known, n=1, cutoff=0.5)
-    return f"did you mean {prefix}{near[0]}?" if near else f"there are {', '.join(known)}"
+    near = closest(word, known)
+    return f"did you mean {prefix}{near}?" if near else f"there are {', '.join(known) or 'no others'}"
 
 
 def check_choice(name: str, value: str, choices: Iterable[str]) -> str:
     """The value. Raises: ValueError: it is none of the choices; the message has the nearest one, or else the first."""
     choices = list(choices)
     if value not in choices:
-        near = difflib.get_close_matches(str(value), choices, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]}?" if near else f"try {choices[0]!r}"
+        near = closest(value, choices)
+        hint = f"did you mean {near}?" if near else f"try {choices[0]!r}"
         raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}; {hint}")
     return value
 
@@ -33,6 +40,17 @@ def symbols(numbers: Iterable[int]) -> str:
 def printable(text: object) -> str:
     """Text with escapes in place of characters that control a terminal: files and their names may be anybody's."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
+
+
+def aligned(head: Sequence[str], rows: Sequence[Sequence[str]], right: Container[int], rule: bool = True) -> str:
+    """A table: columns two spaces apart, those of the numbers ``right`` to the right; ``rule`` underlines the head."""
+    lines = [head, *rows]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
+    if rule:
+        lines.insert(1, ["-" * width for width in widths])
+    cells = [[w.rjust(n) if i in right else w.ljust(n) for i, (w, n) in enumerate(zip(line, widths, strict=True))]
+             for line in lines]  # fmt: skip
+    return "\n".join("  ".join(line).rstrip() for line in cells)
 
 
 def short(value: object) -> str:

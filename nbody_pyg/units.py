@@ -8,9 +8,10 @@ saved models were trained with. Constants: CODATA 2022 (the SI constants e, N_A,
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
+
+from nbody_pyg.messages import closest
 
 ELEMENTARY_CHARGE = 1.602176634e-19  # C, exact
 AVOGADRO = 6.02214076e23  # 1/mol, exact
@@ -117,8 +118,8 @@ def _canonical(unit: str, table: Mapping[str, float], kind: str) -> str:
     spellings |= {s.replace(" ", ""): known for s, known in _SPELLINGS.items() if known in table}
     if plain in spellings:
         return spellings[plain]
-    near = difflib.get_close_matches(plain, list(spellings), n=1, cutoff=0.5)
-    hint = f"; did you mean {spellings[near[0]]!r}?" if near else ""
+    near = closest(plain, spellings)
+    hint = f"; did you mean {spellings[near]!r}?" if near else ""
     raise ValueError(f"unknown {kind} unit {unit!r}{hint} Known: {', '.join(table)}")
 
 
@@ -245,3 +246,7 @@ class Units:
     @property
     def dipole_factor(self) -> float:
         return DIPOLE_UNITS[self.dipole]
+
+    def factor(self, key: str) -> float:
+        """Of a label, or of ``pos`` and ``cell``; 1 for what has no unit."""
+        return getattr(self, f"{'length' if key in ('pos', 'cell') else key}_factor", 1.0)

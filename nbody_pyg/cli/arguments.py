@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+from collections.abc import Callable
 from typing import Any
 
 #: Exit status of wrong arguments, as argparse has it.
@@ -25,34 +26,6 @@ def whole(text: str) -> int:
     raise argparse.ArgumentTypeError(f"must be a whole number, got {text!r}")
 
 
-def positive(text: str) -> int:
-    """A whole number above 0."""
-    if (value := whole(text)) < 1:
-        raise argparse.ArgumentTypeError(f"must be positive, got {text}")
-    return value
-
-
-def not_negative(text: str) -> int:
-    """A whole number, 0 or more."""
-    if (value := whole(text)) < 0:
-        raise argparse.ArgumentTypeError(f"must be zero or positive, got {text}")
-    return value
-
-
-def positive_number(text: str) -> float:
-    """A finite number above 0."""
-    if not (value := _number(text)) > 0:
-        raise argparse.ArgumentTypeError(f"must be positive, got {text}")
-    return value
-
-
-def number_not_negative(text: str) -> float:
-    """A finite number, 0 or more."""
-    if not (value := _number(text)) >= 0:
-        raise argparse.ArgumentTypeError(f"must be zero or positive, got {text}")
-    return value
-
-
 def _number(text: str) -> float:
     try:
         value = float(text)
@@ -61,6 +34,20 @@ def _number(text: str) -> float:
     if not math.isfinite(value):
         raise argparse.ArgumentTypeError(f"must be a finite number, got {text!r}")
     return value
+
+
+def _bounded(read: Callable[[str], Any], zero: bool) -> Callable[[str], Any]:
+    def check(text: str) -> Any:
+        """The number, if it is not below 0; 0 itself only where it is allowed."""
+        if (value := read(text)) < 0 or (value == 0 and not zero):
+            raise argparse.ArgumentTypeError(f"must be {'zero or ' if zero else ''}positive, got {text}")
+        return value
+
+    return check
+
+
+positive, not_negative = _bounded(whole, False), _bounded(whole, True)
+positive_number, number_not_negative = _bounded(_number, False), _bounded(_number, True)
 
 
 def require_device(name: Any) -> None:

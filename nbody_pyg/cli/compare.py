@@ -13,12 +13,10 @@ from nbody_pyg.cli.arguments import require_device
 from nbody_pyg.compare.config import CompareConfig, load_compare
 from nbody_pyg.compare.contestants import contestants
 from nbody_pyg.compare.plots import learning_curves, pareto
-from nbody_pyg.compare.point import write_record
 from nbody_pyg.compare.protocol import Outcome
 from nbody_pyg.compare.protocol import compare as carry_out
 from nbody_pyg.compare.report import (
     Group,
-    aligned,
     comparison_rows,
     failures,
     groups,
@@ -28,7 +26,8 @@ from nbody_pyg.compare.report import (
     verdicts,
 )
 from nbody_pyg.compare.runner import Runner, Stopped
-from nbody_pyg.durable import write_text
+from nbody_pyg.durable import write_json, write_text
+from nbody_pyg.messages import aligned
 from nbody_pyg.training.config import parse_config
 from nbody_pyg.training.prepare import explicit
 
@@ -82,14 +81,14 @@ def _show(outcome: Outcome, out: Path) -> int:
     if outcome.searches:
         head, rows = search_rows(outcome.searches)
         title = "Search: MAE on the validation frames, of forces (meV/A) where nothing else is said"
-        print(f"\n{title}\n{aligned(head, rows)}")
+        print(f"\n{title}\n{aligned(head, rows, range(2, len(head)))}")
         page += [f"### {title}", markdown(head, rows)]
     for group in groups(outcome.finals):
         head, rows = comparison_rows(group)
         lines = verdicts(group)
         if not group.tests and any(record["status"] != "failed" for row in group.rows for record in row.records):
             lines.append("no test frames, and so no errors: name some with data.test, or set data.num_train")
-        print(f"\n{group.title}\n{aligned(head, rows)}\n")
+        print(f"\n{group.title}\n{aligned(head, rows, range(2, len(head)))}\n")
         print(*(f"  {line}" for line in lines), sep="\n")
         page += [f"### {group.title}", markdown(head, rows), *(f"- {line}" for line in lines)]
         names = _draw(group, out, taken=plots)
@@ -102,7 +101,7 @@ def _show(outcome: Outcome, out: Path) -> int:
     print(*failed, sep="\n")
     page += [f"- {line}" for line in failed]
     write_text(out / "table.md", "\n\n".join(page) + "\n")
-    write_record(records, out / "results.json")
+    write_json(out / "results.json", records, default=float)
     print(f"\nwritten to {out}: {', '.join(['table.md', 'results.json', *sorted(plots)])}")
     return FAILED if failed else 0
 

@@ -16,6 +16,7 @@ import numpy as np
 from ase import Atoms
 from ase.calculators.singlepoint import SinglePointCalculator
 from ase.io import write
+from ase.stress import full_3x3_to_voigt_6_stress
 from torch_geometric.data import Data
 
 from nbody_pyg.cli.arguments import require_device
@@ -94,7 +95,7 @@ def evaluate(args: argparse.Namespace) -> int:
             errors[labels[path], name] = result.found.errors
             ending = "npz" if isinstance(potential, PropertyModel) else "xyz"
             with files.open(title, name, f"predictions.{ending}") as temporary:
-                _write(sets[name], result, temporary)
+                (_write_arrays if ending == "npz" else _write_systems)(sets[name], result, temporary)
             record.append({
                 "model": labels[path], "set": name, "frames": len(result.frames), "left_out": sorted(result.odd),
                 "predictions": files.written[-1], **result.found.errors,
@@ -253,13 +254,6 @@ class OutputFiles:
 
 
 # -- predictions ---------------------------------------------------------------------------------------------
-def _write(data: EvaluationSet, result: Result, path: Path) -> None:
-    if isinstance(result.found, PropertyEvaluation):
-        _write_arrays(data, result, path)
-    else:
-        _write_systems(data, result, path)
-
-
 def _write_arrays(data: EvaluationSet, result: Result, path: Path) -> None:
     """An array of each property with one row per frame of the file; NaN for those that were left out."""
     rows = list(result.frames.numbers)
@@ -295,7 +289,7 @@ def _write_systems(data: EvaluationSet, result: Result, path: Path) -> None:
         else:
             results: dict[str, Any] = {"energy": float(found.energy[place]), "forces": found.forces[place].numpy()}
             if found.stress is not None and bool(found.stress[place].isfinite().all()):
-                results["stress"] = found.stress[place].numpy().reshape(9)[[0, 4, 8, 5, 2, 1]]
+                results["stress"] = full_3x3_to_voigt_6_stress(found.stress[place].numpy())
             atoms.calc = SinglePointCalculator(atoms, **results)
         out.append(atoms)
     write(path, out, format="extxyz")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import difflib
+import importlib
 import os
 import signal
 import sys
@@ -20,7 +20,7 @@ from nbody_pyg.cli.arguments import (
     positive_number,
     whole,
 )
-from nbody_pyg.messages import nearest, printable
+from nbody_pyg.messages import closest, nearest, printable
 
 _DESCRIPTION = """\
 Covariant hierarchical N-body networks for atoms.
@@ -69,8 +69,8 @@ class _Parser(argparse.ArgumentParser):
 
     def unknown(self, words: Sequence[str]) -> NoReturn:
         known = [option for action in self._actions for option in action.option_strings]
-        near = difflib.get_close_matches(words[0].split("=")[0], known, n=1, cutoff=0.5)
-        self.error(f"unrecognized arguments: {' '.join(words)}" + (f"; did you mean {near[0]}?" if near else ""))
+        near = closest(words[0].split("=")[0], known)
+        self.error(f"unrecognized arguments: {' '.join(words)}" + (f"; did you mean {near}?" if near else ""))
 
 
 def build_parser() -> _Parser:
@@ -270,24 +270,15 @@ def _text(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def _train_words(words: Sequence[str]) -> tuple[str | None, list[str], bool]:
-    """The words after ``train`` as (configuration file, overrides, help wanted)."""
-    files: list[str] = []
-    overrides: list[str] = []
-    wants_help, rest = False, list(words)
-    while rest:
-        word = rest.pop(0)
-        if word in ("-h", "--help"):
-            wants_help = True
-        elif word.startswith("-"):
-            overrides.append(word)
-            if "=" not in word and rest:
-                overrides.append(rest.pop(0))
-        else:
-            files.append(word)
+def _train_words(words: Sequence[str]) -> tuple[str | None, list[str]]:
+    """The words after ``train`` as (configuration file, overrides); each override has one value."""
+    from nbody_pyg.training.config import expand_path, read_options
+
+    (_, files), *options = read_options(words)
+    files += [word for _, values in options for word in values[1:]]
     if len(files) > 1:
         raise ValueError(f"train takes one configuration file, got {' and '.join(files)}")
-    return files[0] if files else None, overrides, wants_help
+    return expand_path(files[0]) if files else None, ["=".join([f"--{key}", *values[:1]]) for key, values in options]
 
 
 def _run(args: argparse.Namespace, rest: list[str]) -> int:
@@ -305,38 +296,11 @@ def _run(args: argparse.Namespace, rest: list[str]) -> int:
     if args.command == "train":
         from nbody_pyg.cli.train import train
 
-        path, overrides, wants_help = _train_words(rest)
-        return train(None if path is None else expand_path(path), overrides, wants_help)
+        return train(*_train_words(rest))
     if args.command == "compare":
         from nbody_pyg.cli.compare import compare
 
         # A list may follow an option, so that only the first word can be the file.
         path = expand_path(rest.pop(0)) if rest and not rest[0].startswith("-") else None
         return compare(path, rest)
-    if args.command == "evaluate":
-        from nbody_pyg.cli.evaluate import evaluate
-
-        return evaluate(args)
-    if args.command == "info":
-        from nbody_pyg.cli.info import info
-
-        return info(args)
-    if args.command == "check":
-        from nbody_pyg.cli.check import check
-
-        return check(args)
-    if args.command == "relax":
-        from nbody_pyg.cli.relax import relax
-
-        return relax(args)
-    if args.command == "energies":
-        from nbody_pyg.cli.energies import energies
-
-        return energies(args)
-    if args.command == "md":
-        from nbody_pyg.cli.md import md
-
-        return md(args)
-    from nbody_pyg.cli.hierarchy import hierarchy
-
-    return hierarchy(args)
+    return getattr(importlib.import_module(f"nbody_pyg.cli.{args.command}"), args.command)(args)

@@ -13,10 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from matplotlib.backend_bases import FigureCanvasBase
 
-from nbody_pyg.durable import written_whole
-
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    pass
 
 
 def output_file(
@@ -96,23 +94,13 @@ def latest(default: str, name: str) -> Path:
     return max(found, key=lambda file: file.stat().st_mtime).parent if found else Path(default)
 
 
-def save_figure(figure: Figure, path: Path, **options: Any) -> Path:
-    """A figure as a whole file."""
-    with written_whole(path) as temporary:
-        figure.savefig(temporary, format=path.suffix[1:], **options)
-    return path
-
-
 def _held(folder: Path, names: Sequence[str]) -> Path | None:
     return next((path for name in names for path in sorted(folder.glob(name))), None)
 
 
 def _fresh(path: Path, taken: Any = Path.exists) -> Path:
-    return next(p for n in itertools.count() if not taken(p := _numbered(path, n)))
-
-
-def _numbered(path: Path, number: int) -> Path:
-    return path.with_name(f"{path.stem}-{number}{path.suffix}") if number else path
+    numbered = (path.with_name(f"{path.stem}-{n}{path.suffix}") for n in itertools.count(1))
+    return next(p for p in itertools.chain([path], numbered) if not taken(p))
 
 
 def _same(path: Path, name: str | None) -> bool:

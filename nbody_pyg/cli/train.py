@@ -29,7 +29,7 @@ from nbody_pyg.properties import PropertyModel
 from nbody_pyg.training.build import potential_from_config
 from nbody_pyg.training.callbacks import Callback
 from nbody_pyg.training.checkpoint import changes, read_checkpoint
-from nbody_pyg.training.config import Config, ModelConfig, OutputConfig, config_parser, load_config
+from nbody_pyg.training.config import Config, ModelConfig, OutputConfig, load_config
 from nbody_pyg.training.evaluation import Evaluation, evaluate
 from nbody_pyg.training.folder import RunFolder
 from nbody_pyg.training.prepare import DataSets, build_potential, explicit, load_data, network_inputs
@@ -53,11 +53,8 @@ _FREE = frozenset({f"training.{name}" for name in RESUMABLE} | {
 })  # fmt: skip
 
 
-def train(path: str | None, overrides: Sequence[str] = (), wants_help: bool = False) -> int:
+def train(path: str | None, overrides: Sequence[str] = ()) -> int:
     """Run what the configuration file and the overrides describe; returns the exit status."""
-    if wants_help:
-        config_parser().print_help()
-        return 0
     config = load_config(path, overrides)
     require_device(config.training)
     first = is_first_process(config.training)

@@ -15,7 +15,16 @@ import jsonargparse
 
 from nbody_pyg.compare.registry import MODELS, entry
 from nbody_pyg.messages import check_choice, nearest
-from nbody_pyg.training.config import expand_path, parse_config, parse_value, read_tree, switch_scheme, typed
+from nbody_pyg.training.config import (
+    expand_path,
+    insert,
+    parse_config,
+    parse_value,
+    read_options,
+    read_tree,
+    switch_scheme,
+    typed,
+)
 from nbody_pyg.training.optim import optimizer_names
 from nbody_pyg.training.settings import setting
 
@@ -143,10 +152,13 @@ def load_compare(path: str | Path | None = None, words: Sequence[str] = ()) -> C
     tree: dict[str, Any] = {}
     if path is not None:
         tree = read_tree(path, "keys of a comparison")
-    options = _options(words)
-    switch_scheme(tree, {key: values[0] for key, values in options if values})
-    for key, values in options:
-        _lay(tree, key, values)
+    (_, loose), *options = read_options(words)
+    if loose:
+        raise ValueError(f"cannot read {loose[0]!r}; options look like --budget 300")
+    given = [_given(key, texts) for key, texts in options]
+    switch_scheme(tree, dict(given))
+    for key, value in given:
+        insert(tree, key, (tree.get(key) or {}) | value if key == "python" else value)
     known = {f.name: f for f in dataclasses.fields(CompareConfig)}
     hints = typing.get_type_hints(CompareConfig)
     for key in tree:
@@ -184,47 +196,23 @@ def compare_parser() -> jsonargparse.ArgumentParser:
     return parser
 
 
-def _options(words: Sequence[str]) -> list[tuple[str, list[Any]]]:
-    """``--key value value`` and ``--key=value`` as (key, values read as YAML)."""
-    found: list[tuple[str, list[Any]]] = []
-    hints = typing.get_type_hints(CompareConfig)
-
-    def value(key: str, text: str, where: str) -> Any:
-        # A folder named 2024 is a name
-        named = hints.get(key) in (str, str | None, list[str], list[str] | None)
-        return text if named and text != "null" and not text.startswith("[") else parse_value(text, where)
-
-    for word in words:
-        if word.startswith("--"):
-            key, equals, text = word[2:].partition("=")
-            key = key if "." in key else key.replace("-", "_")
-            found.append((key, [value(key, text, word)] if equals else []))
-        elif found:
-            key = found[-1][0]
-            found[-1][1].append(value(key, word, f"--{key} {word}"))
-        else:
-            raise ValueError(f"cannot read {word!r}; options look like --budget 300")
-    return found
-
-
-def _lay(tree: dict[str, Any], key: str, values: list[Any]) -> None:
-    """Put what an option says into the nested form."""
-    if key == "report" and not values:
-        values = [True]
-    if not values:
+def _given(key: str, texts: Sequence[str]) -> tuple[str, Any]:
+    """Key and value of an option: read as YAML, a list where there are several."""
+    key = key if "." in key else key.replace("-", "_")
+    if not texts and key != "report":
         raise ValueError(f"--{key} needs a value")
     if key == "python":
-        pairs = [str(value).partition("=") for value in values]
+        pairs = [text.partition("=") for text in texts]
         if not all(equals for _, equals, _ in pairs):
-            raise ValueError(f"--python takes MODEL=PATH, got {values}")
-        tree["python"] = (tree.get("python") or {}) | {name: path for name, _, path in pairs}
-        return
-    *sections, last = key.split(".")
-    for section in sections:
-        tree = tree.setdefault(section, {})
-        if not isinstance(tree, dict):
-            raise ValueError(f"--{key}: {section} holds a value, not a section")
-    tree[last] = values[0] if len(values) == 1 else values
+            raise ValueError(f"--python takes MODEL=PATH, got {texts}")
+        return key, {name: path for name, _, path in pairs}
+    # A folder named 2024 is a name
+    named = typing.get_type_hints(CompareConfig).get(key) in (str, str | None, list[str], list[str] | None)
+    values = [
+        text if named and text != "null" and not text.startswith("[") else parse_value(text, f"--{key} {text}")
+        for text in texts or ["true"]
+    ]
+    return key, values[0] if len(values) == 1 else values
 
 
 def _plain(value: Any) -> Any:

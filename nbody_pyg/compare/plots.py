@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter
 
 from nbody_pyg.compare.report import Group, Row
-from nbody_pyg.durable import written_whole
+from nbody_pyg.durable import save_figure
 
 #: What plots name: error, words, unit.
 _ERRORS = {"forces_mae": ("force", "meV/Å"), "energy_mae": ("energy", "meV")}
@@ -56,8 +56,7 @@ def learning_curves(group: Group, path: str | Path) -> Figure:
     if panels[0].get_legend_handles_labels()[0]:
         panels[0].legend(frameon=False, fontsize=8.5)
     figure.suptitle(group.title, fontsize=11)
-    with written_whole(path) as temporary:
-        figure.savefig(temporary, dpi=150)
+    save_figure(figure, Path(path), dpi=150)
     return figure
 
 
@@ -86,8 +85,7 @@ def pareto(group: Group, path: str | Path) -> Figure:
     what, unit = _ERRORS[group.error]
     _logarithmic(axes, "energy and forces of one molecule, CPU ms", f"{what} MAE, {unit}")
     axes.set_title(group.title, fontsize=10)
-    with written_whole(path) as temporary:
-        figure.savefig(temporary, dpi=150)
+    save_figure(figure, Path(path), dpi=150)
     return figure
 
 

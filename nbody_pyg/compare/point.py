@@ -275,13 +275,8 @@ def main(arguments: Sequence[str]) -> int:
         return 4
     if record["status"] == "interrupted":
         return 128 + record["signal"]
-    write_record(record, folder / "record.json")
+    write_json(folder / "record.json", record, default=float)
     return 0
-
-
-def write_record(record: Mapping[str, Any], path: Path) -> None:
-    """As JSON, whole or not at all."""
-    write_json(path, record, default=float)
 
 
 def _line(error: Exception) -> str:

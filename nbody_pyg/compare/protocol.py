@@ -57,9 +57,12 @@ def compare(config: CompareConfig, run: Callable[[Point], Record], note: Callabl
                         note(f"  {contestant.name}: {describe(choice)}")
                 if config.finals == "none" and config.search:
                     continue
-                for choice in finalists(chosen, config):
+                # Of a search, the best optimizer or each; what was given without a search, each
+                for choice in chosen[:1] if config.search and config.finals == "best" else chosen:
                     for seed in config.seeds:
-                        outcome.finals.append(run(final_point(contestant, data, config, choice, seed)))
+                        settings = {"optimizer": choice.optimizer, "lr": choice.lr, "seed": seed, **config.limit}
+                        point = _point(contestant, data, config, settings, "final", config.points)
+                        outcome.finals.append(run(point))
         except MissingPeer as error:
             outcome.missing[contestant.name] = str(error)
             note(f"  missing: {error}")
@@ -81,7 +84,9 @@ def choose(
         further = sorted(rates)
         for _ in range(1 + config.extend):
             for lr in further:
-                tried[lr] = run(search_point(contestant, data, config, optimizer, lr))
+                # With the whole schedule, and always with the first seed
+                settings = {"optimizer": optimizer, "lr": lr, "seed": config.seeds[0], **config.search_limit}
+                tried[lr] = run(_point(contestant, data, config, settings, "search", 1))
                 outcome.searches.append(tried[lr])
             error, scores = validation_scores(tried)
             if all(record.get("died") for record in tried.values()):
@@ -109,27 +114,6 @@ def describe(choice: Choice) -> str:
     edge = ", at the edge of what was tried" if choice.edge else ""
     what, unit = ("energies", "meV") if choice.error == "energy_mae" else ("forces", "meV/A")
     return f"{choice.optimizer}: learning rate {choice.lr:g}, validation {what} {choice.score:.1f} {unit}{edge}"
-
-
-def finalists(choices: list[Choice], config: CompareConfig) -> list[Choice]:
-    """Of a search, the best optimizer or each; what was given without a search, each."""
-    return choices[:1] if config.search and config.finals == "best" else choices
-
-
-def search_point(
-    contestant: Contestant, data: Mapping[str, Any], config: CompareConfig, optimizer: str, lr: float
-) -> Point:
-    """A short run with the whole schedule, judged on the validation frames; the seed is the first."""
-    settings = {"optimizer": optimizer, "lr": lr, "seed": config.seeds[0], **config.search_limit}
-    return _point(contestant, data, config, settings, "search", 1)
-
-
-def final_point(
-    contestant: Contestant, data: Mapping[str, Any], config: CompareConfig, choice: Choice, seed: int
-) -> Point:
-    """A run that is tested in full."""
-    settings = {"optimizer": choice.optimizer, "lr": choice.lr, "seed": seed, **config.limit}
-    return _point(contestant, data, config, settings, "final", config.points)
 
 
 def _point(

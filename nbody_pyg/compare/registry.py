@@ -130,23 +130,19 @@ def build_peer(name: str, facts: Facts, seed: int = 0, **arguments: Any) -> nn.M
             adapter = getattr(importlib.import_module(module), kind)
             return adapter(facts, **{**found.arguments, **arguments})
     except ImportError as error:
-        broken = _installed(found.distribution)
-        words = f"{found.title} is installed, but cannot be imported; install it anew" if broken else None
-        raise MissingPeer(f"{words or f'{found.title} is not installed'}: {found.install} ({error})") from error
+        broken = _version(found.distribution) is not None
+        words = "is installed, but cannot be imported; install it anew" if broken else "is not installed"
+        raise MissingPeer(f"{found.title} {words}: {found.install} ({error})") from error
 
 
-def _installed(distribution: str) -> bool:
+def _version(distribution: str) -> str | None:
     try:
-        importlib.metadata.version(distribution)
+        return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
-        return False
-    return True
+        return None
 
 
 def version(name: str) -> str:
     """Package and version of a model, as far as it can be told."""
     distribution = entry(name).distribution
-    try:
-        return f"{distribution} {importlib.metadata.version(distribution)}"
-    except importlib.metadata.PackageNotFoundError:
-        return distribution
+    return " ".join([distribution, *filter(None, [_version(distribution)])])

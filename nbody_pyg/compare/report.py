@@ -287,14 +287,3 @@ def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table for a page."""
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
-
-
-def aligned(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table for the terminal: the first two columns to the left, figures to the right."""
-    widths = [max(len(line[i]) for line in (head, *rows)) for i in range(len(head))]
-
-    def line(words: Sequence[str]) -> str:
-        cells = [w.ljust(n) if i < 2 else w.rjust(n) for i, (w, n) in enumerate(zip(words, widths, strict=True))]
-        return "  ".join(cells).rstrip()
-
-    return "\n".join([line(head), line(["-" * n for n in widths]), *(line(row) for row in rows)])

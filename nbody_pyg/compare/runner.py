@@ -19,7 +19,7 @@ from types import FrameType
 from typing import Any
 
 from nbody_pyg.compare.peer import MissingPeer
-from nbody_pyg.compare.point import Point, WrongData, data_files, failed_record, run_point, write_record
+from nbody_pyg.compare.point import Point, WrongData, data_files, failed_record, run_point
 from nbody_pyg.compare.report import read_record
 from nbody_pyg.durable import write_json
 
@@ -82,7 +82,7 @@ class Runner:
         isolated = self.isolate or point.model in self.python
         record = self._in_process(point, folder) if isolated else self._here(point, folder)
         if record.get("died"):
-            write_record(record, folder / "failed.json")
+            write_json(folder / "failed.json", record, default=float)
         else:
             (folder / "failed.json").unlink(missing_ok=True)
             for name in ("last.ckpt", "best.ckpt"):  # as large as the model, and of no use any more
@@ -123,7 +123,7 @@ class Runner:
             return self._died(point, f"{type(error).__name__}: {error}", folder)
         if record["status"] == "interrupted":
             raise Stopped(128 + record["signal"])
-        write_record(record, folder / "record.json")
+        write_json(folder / "record.json", record, default=float)
         return record
 
     def _died(self, point: Point, reason: str, folder: Path) -> dict[str, Any]:
@@ -191,7 +191,8 @@ class Runner:
                     lines.put(line)
 
         reader = threading.Thread(target=read, daemon=True)
-        before = signal.signal(signal.SIGTERM, forward) if _in_main_thread() else None
+        in_main = threading.current_thread() is threading.main_thread()
+        before = signal.signal(signal.SIGTERM, forward) if in_main else None
         last, in_time = "", True
         try:
             reader.start()
@@ -244,10 +245,6 @@ def _patience(point: Point) -> float:
 def _plain(value: Any) -> Any:
     """As it comes back from JSON."""
     return json.loads(json.dumps(value, sort_keys=True, default=str))
-
-
-def _in_main_thread() -> bool:
-    return threading.current_thread() is threading.main_thread()
 
 
 def summary(record: Mapping[str, Any]) -> str:

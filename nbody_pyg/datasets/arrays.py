@@ -10,8 +10,9 @@ from typing import SupportsIndex
 import numpy as np
 import torch
 
-from nbody_pyg.data import STATE_KEYS, AtomicData
-from nbody_pyg.datasets.frames import VOIGT, Frames, has_label, nearest
+from nbody_pyg.data import STATE_KEYS, VOIGT, AtomicData
+from nbody_pyg.datasets.frames import Frames, chosen_rows, has_label
+from nbody_pyg.messages import nearest
 from nbody_pyg.units import Units
 
 # The names under which packages store the same array.
@@ -73,7 +74,7 @@ def read_npz(
     """
     path = Path(path)
     given = {"energy": energy_key, "forces": forces_key, "stress": stress_key, "dipole": dipole_key}
-    raw = _load(path)
+    raw = load_arrays(path)
     arrays, sources = {}, {}
     for name, keys in ARRAY_KEYS.items():
         wanted = given.get(name)
@@ -92,12 +93,13 @@ def read_npz(
             sources[name] = key
     converted = _checked(arrays, _units(raw, units, path.name), path.name)
     labels = {name: (key,) for name, key in sources.items() if name in given or name in STATE_KEYS}
-    chosen = _rows(rows, len(converted["pos"]), path.name)
+    chosen = chosen_rows(rows, len(converted["pos"]), path.name)
     frames = [_frame(converted, row) for row in chosen]
     return Frames(frames, name=str(path), sources=labels, available=raw, numbers=chosen)
 
 
-def _load(path: Path) -> dict[str, np.ndarray]:
+def load_arrays(path: Path) -> dict[str, np.ndarray]:
+    """The arrays of an npz file. Raises: FileNotFoundError; ValueError: empty, damaged, or with pickled objects."""
     if not path.exists():
         raise FileNotFoundError(f"path {str(path)!r} does not exist; give the npz file with the frames")
     if path.stat().st_size == 0:
@@ -161,15 +163,11 @@ def _checked(arrays: Mapping[str, np.ndarray], units: Units, name: str) -> dict[
     if "stress" in arrays and arrays["stress"].ndim == 2 and arrays["stress"].shape[1] in (6, 9):
         full = VOIGT if arrays["stress"].shape[1] == 6 else range(9)
         arrays = {**arrays, "stress": arrays["stress"][:, full].reshape(-1, 3, 3)}
-    for key, shape, factor in (
-        ("forces", (atoms, 3), units.forces_factor),
-        ("stress", (3, 3), units.stress_factor),
-        ("dipole", (3,), units.dipole_factor),
-    ):
+    for key, shape in (("forces", (atoms, 3)), ("stress", (3, 3)), ("dipole", (3,))):
         if key in arrays:
             if arrays[key].shape != (frames, *shape):
                 raise ValueError(f"{name}: {key} must have shape {[frames, *shape]}, got {list(arrays[key].shape)}")
-            out[key] = arrays[key].astype(np.float64) * factor
+            out[key] = arrays[key].astype(np.float64) * units.factor(key)
     if "cell" in arrays:
         out["cell"] = _per_frame(arrays["cell"].astype(np.float64), (3, 3), frames, "cell", name) * units.length_factor
         pbc = arrays.get("pbc", np.ones(3, dtype=bool))
@@ -202,31 +200,15 @@ def _per_frame(array: np.ndarray, shape: tuple[int, ...], frames: int, what: str
     return array
 
 
-def _rows(rows: Iterable[SupportsIndex] | slice | None, count: int, name: str) -> list[int]:
-    if rows is None or isinstance(rows, slice):
-        return list(range(count))[rows or slice(None)]
-    chosen = [int(row) for row in rows]
-    bad = [row for row in chosen if not 0 <= row < count]
-    if bad:
-        raise ValueError(f"rows must lie in 0..{count - 1} ({name} holds {count} frames), got {bad[:5]}")
-    return chosen
-
-
 def _frame(arrays: Mapping[str, np.ndarray], row: int) -> AtomicData:
     real = arrays["z"][row] > 0
-    frame = AtomicData(
-        z=torch.from_numpy(arrays["z"][row][real].copy()), pos=torch.from_numpy(arrays["pos"][row][real])
-    )
-    if "energy" in arrays:
-        frame.energy = torch.from_numpy(arrays["energy"][row].copy())
-    if "forces" in arrays:
-        frame.forces = torch.from_numpy(arrays["forces"][row][real])
-    for key in STATE_KEYS:
-        if key in arrays:
-            frame[key] = torch.from_numpy(arrays[key][row].copy())
-    for key in ("stress", "dipole", "cell", "pbc"):
-        if key in arrays:
-            frame[key] = torch.from_numpy(arrays[key][row : row + 1].copy())
+    frame = AtomicData()
+    for key, values in arrays.items():
+        if key in ("z", "pos", "forces"):
+            value = values[row][real]
+        else:  # one value for each graph: numbers as [1], tensors with a leading 1
+            value = values[row] if key == "energy" or key in STATE_KEYS else values[row : row + 1]
+        frame[key] = torch.from_numpy(value.copy())
     for label in ("energy", "forces", "stress", "dipole"):
         if label in arrays and np.isnan(arrays[label][row]).any() and not has_label(frame, label):
             del frame[label]

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from nbody_pyg.data import AtomicData
-from nbody_pyg.datasets.frames import LABEL_SHAPES, Frames, has_label, listed, nearest
+from nbody_pyg.datasets.frames import LABEL_SHAPES, Frames, has_label, listed
+from nbody_pyg.messages import aligned, nearest
 
 _UNITS = {
     "energy": "eV",
@@ -79,16 +80,8 @@ class LabelTable:
         if self.uses:
             head = (*head, "use")
             body = [(*line, self.uses.get(row.label, "")) for line, row in zip(body, self.rows, strict=True)]
-        widths = [max(len(line[i]) for line in (head, *body)) for i in range(len(head))]
-        right = range(3, 8)
-        lines = [
-            "  ".join(
-                cell.rjust(w) if i in right else cell.ljust(w)
-                for i, (cell, w) in enumerate(zip(line, widths, strict=True))
-            )
-            for line in (head, *body)
-        ]
-        return "\n".join([*(line.rstrip() for line in lines), *(f"note: {note}" for note in self.notes)])
+        table = aligned(head, body, range(3, 8), rule=False)
+        return "\n".join([table, *(f"note: {note}" for note in self.notes)])
 
 
 def label_audit(
@@ -144,19 +137,17 @@ def outliers(frames: Sequence[AtomicData], label: str) -> list[int]:
     return [] if bool(far.all()) else [place for place, one in zip(known, far.tolist(), strict=True) if one]
 
 
-def _largest(frames: Sequence[AtomicData], places: Sequence[int], label: str) -> float:
-    return max(float(frames[i][label].abs().nan_to_num(nan=0.0).max()) for i in places)
-
-
 def _of_the_file(title: str, group: Sequence[AtomicData]) -> list[str]:
     """Outliers, notes of the reader, and keys that look like labels that were not found."""
     found = {label: outliers(group, label) for label in _LARGE}
-    notes = [
-        f"{title}: {label} up to {_largest(group, odd, label):.4g} {_UNITS[label]} in {listed(group, odd)} "
-        f"({len(odd)} of {len(group)}), far beyond the others"
-        for label, odd in found.items()
-        if odd
-    ]
+    notes = []
+    for label, odd in found.items():
+        if odd:
+            largest = max(float(group[i][label].abs().nan_to_num(nan=0.0).max()) for i in odd)
+            notes.append(
+                f"{title}: {label} up to {largest:.4g} {_UNITS[label]} in {listed(group, odd)} ({len(odd)} of "
+                f"{len(group)}), far beyond the others"
+            )
     if not isinstance(group, Frames):
         return notes
     notes += group.notes
@@ -226,7 +217,7 @@ def require_labels(
             missing = [i for i, frame in enumerate(group) if not has_label(frame, label)]
             if len(missing) == len(group):
                 keys = group.available if isinstance(group, Frames) and group.available else set(group[0].keys())
-                hint = nearest(label, set(keys) - {"numbers", "positions", "z", "pos", label})
+                hint = nearest(label, sorted(set(keys) - {"numbers", "positions", "z", "pos", label}))
                 if any(label in frame for frame in group):
                     hint = f"where it stands, it is NaN; {hint}"
                 option = f"{label}_key" if label in LABEL_SHAPES else "the key"

@@ -7,7 +7,8 @@ import json
 from pathlib import Path
 
 from nbody_pyg.datasets.arrays import read_npz
-from nbody_pyg.datasets.frames import Frames, nearest
+from nbody_pyg.datasets.frames import Frames
+from nbody_pyg.messages import nearest
 
 SPLITS = ("train", "test_300K", "test_600K")
 _CURE = (

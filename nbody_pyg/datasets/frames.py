@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor
 from torch_geometric.data import Data
 
-from nbody_pyg.data import AtomicData
+from nbody_pyg.data import VOIGT, AtomicData
 
 # Labels that a reader looks for, with the shape of one system of N atoms ("N" stands for the number of
 # atoms).
@@ -28,7 +27,6 @@ LABEL_SHAPES: Mapping[str, tuple[int | str, ...]] = {
     "spin": (1,),
 }
 _FLOATS = (torch.float32, torch.float64)
-VOIGT = [0, 5, 4, 5, 1, 3, 4, 3, 2]  # xx, yy, zz, yz, xz, xy to a full matrix
 
 
 class Frames(list[AtomicData]):
@@ -69,13 +67,7 @@ class Frames(list[AtomicData]):
 
     def select(self, indices: Iterable[SupportsIndex]) -> Frames:
         """The frames at ``indices``, in that order; negative or too large indices are an error."""
-        chosen = [int(i) for i in indices]
-        bad = [i for i in chosen if not 0 <= i < len(self)]
-        if bad:
-            raise ValueError(
-                f"indices must lie in 0..{len(self) - 1} ({self.name or 'frames'} holds {len(self)} frames), "
-                f"got {bad[:5]}; check that the split belongs to this file"
-            )
+        chosen = chosen_rows(indices, len(self), self.name or "frames", "indices")
         return self.replaced([list.__getitem__(self, i) for i in chosen], [self.numbers[i] for i in chosen])
 
     def replaced(self, frames: Iterable[AtomicData], numbers: Sequence[int] | None = None) -> Frames:
@@ -90,6 +82,21 @@ class Frames(list[AtomicData]):
         return f"Frames({len(self)} from {self.name or 'memory'}; {labels})"
 
 
+def chosen_rows(
+    rows: Iterable[SupportsIndex] | slice | None, count: int, name: str, argument: str = "rows"
+) -> list[int]:
+    """Numbers of rows as a list; all ``count`` where none are named. Raises: ValueError: a row that is not there."""
+    if rows is None or isinstance(rows, slice):
+        return list(range(count))[rows or slice(None)]
+    chosen = [int(row) for row in rows]
+    if bad := [row for row in chosen if not 0 <= row < count]:
+        raise ValueError(
+            f"{argument} must lie in 0..{count - 1} ({name} holds {count} frames), got {bad[:5]}; check that they "
+            "belong to this file"
+        )
+    return chosen
+
+
 def listed(frames: Sequence[Data], places: Sequence[int], most: int = 20) -> str:
     """Frames in words: "frames 3, 5 and 9 of a.xyz" by their numbers in the file, the first ``most`` of them."""
     numbers = frames.numbers if isinstance(frames, Frames) and len(frames.numbers) == len(frames) else None
@@ -97,17 +104,6 @@ def listed(frames: Sequence[Data], places: Sequence[int], most: int = 20) -> str
     text = f"{', '.join(words[:most])}, ..." if len(words) > most else " and ".join([", ".join(words[:-1]), words[-1]])
     file = Path(frames.name).name if isinstance(frames, Frames) and frames.name else ""
     return f"frame{'s' if len(words) > 1 else ''} {text.removeprefix(' and ')}{f' of {file}' if file else ''}"
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """A hint that names the known word nearest to ``name``, or lists what there is."""
-    known = sorted(set(known))
-    if not known:
-        return "there are no other keys"
-    plain = {word.lower(): word for word in known}
-    near = difflib.get_close_matches(name.lower(), list(plain), n=1, cutoff=0.4)
-    listed = ", ".join(known[:12]) + (", ..." if len(known) > 12 else "")
-    return f"did you mean {plain[near[0]]!r}? There are: {listed}" if near else f"there are: {listed}"
 
 
 def has_label(frame: Data, label: str) -> bool:
@@ -149,7 +145,7 @@ def shaped_label(
 
 
 def check_frame(frame: AtomicData, where: str) -> None:
-    """Raise ValueError unless the frame has atoms, finite positions, and finite labels of the right shape.
+    """Raise ValueError unless the frame has atoms, finite positions and finite labels.
 
     A label that was not computed may be NaN as a whole, forces also atom by atom.
     """
@@ -161,17 +157,9 @@ def check_frame(frame: AtomicData, where: str) -> None:
     if int(frame.z.min()) < 1 or int(frame.z.max()) > 118:
         raise ValueError(f"{where}: atomic numbers must lie in 1..118, got {sorted(set(frame.z.tolist()))}")
     _check_finite(frame.pos, "pos", where)
-    for label, shape in LABEL_SHAPES.items():
-        value = frame.get(label)
-        if not isinstance(value, Tensor):
-            continue
-        wanted = tuple(num_atoms if size == "N" else size for size in shape)
-        if tuple(value.shape) != wanted:
-            raise ValueError(
-                f"{where}: {label} must have shape {list(wanted)} for {num_atoms} atoms, "
-                f"got {list(value.shape)}; check which key it was read from"
-            )
-        _check_finite(value, label, where)
+    for label in LABEL_SHAPES:
+        if isinstance(value := frame.get(label), Tensor):
+            _check_finite(value, label, where)
 
 
 def _check_finite(value: Tensor, name: str, where: str) -> None:

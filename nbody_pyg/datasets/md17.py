@@ -9,8 +9,9 @@ from typing import SupportsIndex
 import numpy as np
 
 from nbody_pyg.datasets.arrays import read_npz
-from nbody_pyg.datasets.frames import Frames, nearest
+from nbody_pyg.datasets.frames import Frames
 from nbody_pyg.datasets.splits import FrameSplit, Split, read_indices
+from nbody_pyg.messages import nearest
 from nbody_pyg.units import Units
 
 RMD17_MOLECULES = (

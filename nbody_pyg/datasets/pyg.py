@@ -12,7 +12,8 @@ from torch_geometric.data import Data
 from torch_geometric.datasets import MD17, QM9
 
 from nbody_pyg.data import AtomicData
-from nbody_pyg.datasets.frames import LABEL_SHAPES, Frames, check_frame, nearest, shaped_label
+from nbody_pyg.datasets.frames import LABEL_SHAPES, Frames, check_frame, shaped_label
+from nbody_pyg.messages import nearest
 from nbody_pyg.units import Units
 
 FORCES_KEYS = ("forces", "force")
@@ -58,16 +59,9 @@ def from_pyg(
         available |= set(data.keys())
         frame, used, step = _frame(data, target, name, energy_key, forces_key, where)
         rounding = max(rounding, step * factors.energy_factor)
-        for label, factor in (
-            ("pos", factors.length_factor),
-            ("cell", factors.length_factor),
-            ("energy", factors.energy_factor),
-            ("forces", factors.forces_factor),
-            ("stress", factors.stress_factor),
-            ("dipole", factors.dipole_factor),
-        ):
-            if isinstance(frame.get(label), Tensor):
-                frame[label] = frame[label].double() * factor
+        for key in ("pos", "cell", "energy", "forces", "stress", "dipole"):
+            if isinstance(frame.get(key), Tensor):
+                frame[key] = frame[key].double() * factors.factor(key)
         check_frame(frame, where)
         frames.append(frame)
         for label, key in used.items():

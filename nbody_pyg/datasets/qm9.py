@@ -11,8 +11,10 @@ import torch
 from ase.data import atomic_numbers
 
 from nbody_pyg.data import AtomicData
-from nbody_pyg.datasets.frames import Frames, check_frame, nearest
+from nbody_pyg.datasets.arrays import load_arrays
+from nbody_pyg.datasets.frames import Frames, check_frame, chosen_rows
 from nbody_pyg.datasets.splits import Split
+from nbody_pyg.messages import nearest
 from nbody_pyg.units import BOHR, HARTREE, energy_factor
 
 NUM_QM9 = 130_831  # molecules, without the 3,054 that failed the consistency check of the authors
@@ -128,7 +130,7 @@ def load_qm9_dipoles(path: str | Path, rows: Iterable[SupportsIndex] | None = No
     """
     path = Path(path)
     path = path if path.suffix == ".npz" else path / "qm9_10k_rimp2.npz"
-    raw = _open(path)
+    raw = load_arrays(path)
     _require(raw, ("n", "Z", "R", "dipole_au", "binding_Ha", "homo_Ha"), path)
     frames = []
     for frame, row in _molecules(raw, rows, path.name):
@@ -193,13 +195,6 @@ def _frames(frames: list[AtomicData], path: Path, name: str, key: str, available
     return Frames(frames, name=f"{path} ({name})", sources={label: (key,)}, available=available)
 
 
-def _open(path: Path) -> dict[str, np.ndarray]:
-    if not path.exists():
-        raise FileNotFoundError(f"path {str(path)!r} does not exist")
-    with np.load(path, allow_pickle=False) as file:
-        return {key: file[key] for key in file.files}
-
-
 def _require(raw: Mapping[str, np.ndarray], keys: Iterable[str], path: Path) -> None:
     for key in keys:
         if key not in raw:
@@ -221,20 +216,10 @@ def _molecules(
             raise ValueError(f"{name}: {key} holds NaN or infinity at {np.argwhere(~np.isfinite(value))[0].tolist()}")
     if raw["n"].min() < 1 or raw["Z"].min() < 1 or raw["Z"].max() > 118:
         raise ValueError(f"{name}: every molecule must have atoms with atomic numbers in 1..118")
-    for row in _chosen(rows, len(ends), name):
+    for row in chosen_rows(rows, len(ends), name):
         atoms = slice(int(ends[row] - raw["n"][row]), int(ends[row]))
         z = torch.from_numpy(raw["Z"][atoms].astype(np.int64))
         yield AtomicData(z=z, pos=torch.from_numpy(raw["R"][atoms].astype(np.float64))), row
-
-
-def _chosen(rows: Iterable[SupportsIndex] | None, count: int, name: str) -> list[int]:
-    if rows is None:
-        return list(range(count))
-    chosen = [int(row) for row in rows]
-    bad = [row for row in chosen if not 0 <= row < count]
-    if bad:
-        raise ValueError(f"rows must lie in 0..{count - 1} ({name} holds {count} molecules), got {bad[:5]}")
-    return chosen
 
 
 def _load_packed(path: Path, name: str, rows: Iterable[SupportsIndex] | None) -> Frames:
@@ -242,7 +227,7 @@ def _load_packed(path: Path, name: str, rows: Iterable[SupportsIndex] | None) ->
     if name not in columns:
         raise ValueError(f"target {name!r} is not in {path.name}, which has U0 and U0_atomization only")
     key, factor = columns[name]
-    raw = _open(path)
+    raw = load_arrays(path)
     _require(raw, ("n", "Z", "R", key), path)
     energies = raw[key].astype(np.float64) * factor
     frames = []
@@ -271,7 +256,7 @@ def _load_sdf(folder: Path, name: str, rows: Iterable[SupportsIndex] | None) -> 
         )
     kept = [i for i in range(len(entries)) if i not in failed]
     frames = []
-    for row in _chosen(rows, len(kept), "gdb9.sdf"):
+    for row in chosen_rows(rows, len(kept), "gdb9.sdf"):
         entry, where = kept[row], f"molecule {kept[row]} of gdb9.sdf"
         value = float(lines[entry].split(",")[column]) * target.factor
         frames.append(_store(_molfile(entries[entry], where), name, value, where))

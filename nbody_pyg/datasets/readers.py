@@ -10,9 +10,10 @@ from ase import Atoms
 
 from nbody_pyg.data import AtomicData, complete_states
 from nbody_pyg.datasets.arrays import read_npz
-from nbody_pyg.datasets.frames import Frames, check_frame, nearest, shaped_label
+from nbody_pyg.datasets.frames import Frames, check_frame, shaped_label
 from nbody_pyg.datasets.keys import LEVELLED, Stores, choose_keys, is_virial, stores_of, volume_of
 from nbody_pyg.datasets.systems import as_slice, named_units, read_systems
+from nbody_pyg.messages import nearest
 from nbody_pyg.units import STRESS_UNITS, Units
 
 # Tried in this order. The REF_ names come first because ASE (>= 3.23) claims the plain ones for its
@@ -113,7 +114,7 @@ def frames_of(
     available = {key for places in stores for place in places.values() for key in place}
     for label, key in given.items():
         if key not in available:
-            raise ValueError(f"{label}_key {key!r} is in no frame of {name!r}; {nearest(key, available)}")
+            raise ValueError(f"{label}_key {key!r} is in no frame of {name!r}; {nearest(key, sorted(available))}")
     keys, notes = choose_keys(systems, stores, DEFAULT_KEYS, given, units, Path(name).name)
     frames, sources, odd = [], {}, {}
     for number, atoms in enumerate(systems):
@@ -164,12 +165,6 @@ def _frame(
     if frame.get("cell") is not None:
         frame.cell = frame.cell * units.length_factor
     volume = volume_of(atoms) * units.length_factor**3
-    factors = {
-        "energy": units.energy_factor,
-        "forces": units.forces_factor,
-        "stress": units.stress_factor,
-        "dipole": units.dipole_factor,
-    }
     for label, names in keys.items():
         for key in names:
             found = {store: values[key] for store, values in stores.items() if key in values}
@@ -193,7 +188,7 @@ def _frame(
                     continue  # a molecule: a virial without a volume is no stress
                 value, factor = -value / volume, units.energy_factor
             else:
-                factor = factors.get(label, 1.0)
+                factor = units.factor(label)
             frame[label] = value * factor
             used[label] = f"{store}[{key!r}]"
             break

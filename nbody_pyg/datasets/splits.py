@@ -13,6 +13,7 @@ import numpy as np
 from torch import Tensor
 
 from nbody_pyg.data import AtomicData
+from nbody_pyg.datasets.arrays import load_arrays
 from nbody_pyg.datasets.frames import Frames
 from nbody_pyg.durable import write_text
 
@@ -140,8 +141,7 @@ def read_split(path: str | Path, prefix: str = "") -> Split:
     if path.suffix == ".json":
         lists = json.loads(path.read_text())
     elif path.suffix == ".npz":
-        with np.load(path, allow_pickle=False) as file:
-            lists = {key: file[key] for key in file.files}
+        lists = load_arrays(path)
     else:
         raise ValueError(f"split file must end in .json or .npz, got {path.name!r}; read plain lists by read_indices")
     chosen = {}

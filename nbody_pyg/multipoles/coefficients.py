@@ -107,12 +107,8 @@ def shift_table(lmax_in: int, lmax_out: int) -> Float[Tensor, "rows_h rows_out r
 @constant_table
 def descend_table(lmax_in: int, lmax_out: int) -> Float[Tensor, "rows_h rows_out rows_in"]:
     """L2L: the transpose of M2M, with (-1)^l2 for a vector that points from the target to the source."""
-    table = torch.zeros(rows(lmax_in), rows(lmax_out), rows(lmax_in), dtype=torch.float64)
-    for l1 in range(min(lmax_in, lmax_out) + 1):
-        for l2 in range(lmax_in - l1 + 1):
-            coupling = (-1) ** l2 * alpha(l1, l2) * stretched_coupling(l1, l2)
-            table[block(l2), block(l1), block(l1 + l2)] = coupling.permute(1, 0, 2)
-    return table
+    signs = torch.cat([torch.full((2 * l + 1,), (-1.0) ** l, dtype=torch.float64) for l in range(lmax_in + 1)])
+    return signs[:, None, None] * shift_table(lmax_out, lmax_in).transpose(1, 2)
 
 
 @constant_table

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from nbody_pyg.geometry import ragged
 from nbody_pyg.multipoles.coefficients import check_lmax
 from nbody_pyg.multipoles.translations import l2l, l2p, m2l, m2m, p2m
 
@@ -163,10 +164,8 @@ def all_pairs(batch: Int[Tensor, " points"] | int, device: torch.device | str | 
         batch = torch.zeros(batch, dtype=torch.long, device=device)
     count = torch.bincount(batch)
     first = torch.cumsum(count, 0) - count
-    width = count[batch]
-    target = torch.repeat_interleave(torch.arange(batch.shape[0], device=batch.device), width)
-    start = torch.cumsum(width, 0) - width
-    source = torch.arange(target.shape[0], device=batch.device) - start[target] + first[batch[target]]
+    target, place = ragged(count[batch])
+    source = first[batch[target]] + place
     keep = source != target
     return torch.stack([source[keep], target[keep]])
 

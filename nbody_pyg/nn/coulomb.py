@@ -9,13 +9,13 @@ from torch import Tensor, nn
 
 from nbody_pyg.geometry import safe_norm
 from nbody_pyg.hierarchy import Hierarchy, Level, Scheme, SmoothSurvivors
-from nbody_pyg.multipoles import all_pairs, m2l
+from nbody_pyg.multipoles import all_pairs, l2l, m2l, m2m
 from nbody_pyg.nn.charges import LatentCharges, LongRangeSettings
 from nbody_pyg.nn.edges import EdgeFeatures
 from nbody_pyg.nn.ewald import EwaldField
 from nbody_pyg.nn.interaction import SoftNorm
 from nbody_pyg.nn.irreps import Resettable
-from nbody_pyg.nn.translation import AcrossGate, DownGate, Translation, UpGate, join_pairs, merge_pairs
+from nbody_pyg.nn.translation import Translation, TranslationGate, join_pairs, merge_pairs
 from nbody_pyg.radial import plateau_window
 from nbody_pyg.units import COULOMB
 
@@ -86,9 +86,10 @@ class HierarchyField(Resettable):
         self.lmax_atoms, self.width = lmax_atoms, width
         self.up, self.across, self.down = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
         for k in range(len(self.radii)):
-            self.up.append(UpGate(lmax, lmax_in=lmax if k else lmax_atoms, trained=trained))
-            self.across.append(AcrossGate(lmax, trained=trained))
-            self.down.append(DownGate(lmax if k else lmax_atoms, lmax_in=lmax, trained=trained))
+            below = lmax if k else lmax_atoms
+            self.up.append(TranslationGate(m2m, below, lmax, trained))
+            self.across.append(TranslationGate(m2l, lmax, lmax, trained))
+            self.down.append(TranslationGate(l2l, lmax, below, trained))
 
     def forward(
         self, moments: Float[Tensor, "atoms rows channels"], hierarchy: Hierarchy
@@ -97,16 +98,16 @@ class HierarchyField(Resettable):
         rising = [_children(levels[k]) for k in range(1, top + 1)]
         parts = [moments]
         for gate, edges in zip(self.up, rising, strict=True):
-            parts.append(gate.translate(parts[-1], edges))
+            parts.append(gate(parts[-1], edges))
         pairs = all_pairs(levels[top].batch)
         near = pairs, moments.new_ones(pairs.shape[1])
         field = None
         for k in range(top, 0, -1):
             level, edges = levels[k], rising[k - 1]
             window = plateau_window(safe_norm(level.pair_vec), _PLATEAU * self.radii[k - 1], self.radii[k - 1])
-            here = self.across[k - 1].translate(parts[k], self._handed(level, near, window))
+            here = self.across[k - 1](parts[k], self._handed(level, near, window))
             field = here if field is None else here + field
-            field = self.down[k - 1].translate(field, edges.reversed(levels[k - 1].num_parts))
+            field = self.down[k - 1](field, edges.reversed(levels[k - 1].num_parts))
             near = self._below(level, window, edges, levels[k - 1].num_parts)
         index, weight = near
         pos = levels[0].pos

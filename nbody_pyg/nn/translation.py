@@ -1,40 +1,16 @@
-r"""Gates of the fast multipole method: up (M2M), across (M2L), down (L2L), beside a learned gate.
-
-The state of a part has two blocks of channels. The learned block passes a :class:`~nbody_pyg.nn.gates.OneBodyGate`; the
-reserved block holds multipole moments (on the way up) or local fields (across and down) and passes the same kind of
-product with analytic W^l. So a network that has learned nothing moves charges to potentials as a fast multipole method.
-"""
+r"""What the fast multipole method of latent charges is made of: translations with factors, and pairs handed down."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from e3nn import o3
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from nbody_pyg.multipoles import l2l, m2l, m2m
-from nbody_pyg.multipoles.coefficients import check_lmax
-from nbody_pyg.multipoles.translations import degree_of
-from nbody_pyg.nn.edges import EdgeFeatures
-from nbody_pyg.nn.gates import OneBodyGate
+from nbody_pyg.geometry import ragged
 from nbody_pyg.nn.irreps import Resettable
-
-
-class BlockState(NamedTuple):
-    """State of the parts of a level in two blocks.
-
-    ==============  =======================================================================
-    field           shape
-    ==============  =======================================================================
-    learned         (parts, rows, channels), or None where there is no learned block
-    reserved        (parts, (lmax+1)^2, charges): moments or local fields, e3nn's order
-    ==============  =======================================================================
-    """
-
-    learned: Tensor | None
-    reserved: Tensor
 
 
 class Translation(NamedTuple):
@@ -61,114 +37,39 @@ class Translation(NamedTuple):
 
 
 class TranslationGate(Resettable):
-    r"""A learned gate and an analytic translation, side by side.
+    r"""M2M, M2L or L2L of :mod:`nbody_pyg.multipoles` with a factor for each pair of degrees.
 
-    .. math:: \psi'_i = \mathrm{OneBodyGate}(\{\psi_j\}), \qquad
-              M'_{l i} = \sum_j w_{ij} \sum_{l_1 l_2} f_{l l_2}\, a_{l_1 l_2 l}\,
+    .. math:: M'_{l i} = \sum_j w_{ij} \sum_{l_1 l_2} f_{l l_2}\, a_{l_1 l_2 l}\,
               [H_{l_1}(\mathbf r_{ij}) \otimes M_{l_2 j}]_l
 
-    with the analytic coefficients a of :mod:`nbody_pyg.multipoles` and factors f that are 1, and constant unless they
-    are trained. Only :class:`UpGate`, :class:`AcrossGate` and :class:`DownGate` are to be used.
-
     Args:
-        lmax: highest degree of the reserved block that the gate makes.
-        irreps: type of the learned block, or None for a gate that only translates.
-        num_basis: number of radial functions on the edges of the learned block.
-        degree: typical number of sources per target of the learned block.
-        symmetry: "o3", "o3-full" or "so3".
-        lmax_in: highest degree that it receives; None for ``lmax``.
-        trained: make the factors f parameters, which start at 1.
+        function: :func:`~nbody_pyg.multipoles.m2m`, ``m2l`` or ``l2l``, which has the coefficients a.
+        lmax_in: highest degree that the gate receives.
+        lmax: highest degree that it makes.
+        trained: make the factors f parameters, which start at 1; else they are 1.
 
-    Equivariance: O(3), permutation of the sources. Smoothness: that of the windows; ``AcrossGate`` needs vectors that
-    are not 0, or a width.
-    Raises: ValueError: ``lmax`` out of range; a state whose blocks are not those of the gate.
+    Equivariance: O(3), permutation of the sources. Smoothness: that of the windows; M2L needs vectors that are not 0.
+
+    Example:
+        >>> from nbody_pyg.multipoles import m2m
+        >>> TranslationGate(m2m, lmax_in=0, lmax=4)
+        TranslationGate(m2m, lmax=0 -> 4)
     """
 
-    def __init__(
-        self,
-        lmax: int,
-        irreps: o3.Irreps | None = None,
-        num_basis: int = 8,
-        degree: float = 1.0,
-        symmetry: str = "o3",
-        lmax_in: int | None = None,
-        trained: bool = False,
-    ) -> None:
+    def __init__(self, function: Callable[..., Tensor], lmax_in: int, lmax: int, trained: bool = False) -> None:
         super().__init__()
-        self.lmax, self.lmax_in = check_lmax("lmax", lmax), check_lmax("lmax_in", lmax if lmax_in is None else lmax_in)
-        self.gate = None
-        if irreps is not None:
-            irreps = o3.Irreps(irreps)
-            self.gate = OneBodyGate(irreps, irreps, max(ir.l for _, ir in irreps), num_basis, degree, symmetry)
-        self.factors = nn.Parameter(torch.ones(self.lmax + 1, self.lmax_in + 1)) if trained else None
+        self.function, self.lmax_in, self.lmax = function, lmax_in, lmax
+        self.factors = nn.Parameter(torch.ones(lmax + 1, lmax_in + 1)) if trained else None
 
-    def forward(self, state: BlockState, translation: Translation, edges: EdgeFeatures | None = None) -> BlockState:
-        """New state of the targets; ``edges`` are the features of the same edges for the learned block."""
-        if (self.gate is None) != (state.learned is None):
-            here, there = (("no", "one"), ("a", "none"))[self.gate is not None]
-            raise ValueError(f"state must fit the gate, which has {here} learned block, but the state has {there}")
-        if degree_of(state.reserved) != self.lmax_in:
-            found = degree_of(state.reserved)
-            raise ValueError(f"state must have a reserved block of degree {self.lmax_in}, got {found}; set lmax_in")
-        learned = None if self.gate is None else self.gate(state.learned, edges)
-        return BlockState(learned, self.translate(state.reserved, translation))
-
-    def translate(
-        self, reserved: Float[Tensor, "sources rows_in channels"], t: Translation
+    def forward(
+        self, values: Float[Tensor, "sources rows_in channels"], t: Translation
     ) -> Float[Tensor, "targets rows channels"]:
-        """The reserved block alone."""
-        raise NotImplementedError
+        """Moments or fields about the targets."""
+        return self.function(values, t.vec, t.index, t.num_targets, self.lmax, t.window, factors=self.factors)
 
     def extra_repr(self) -> str:
         trained = ", trained" if self.factors is not None else ""
-        return f"lmax={self.lmax_in} -> {self.lmax}{trained}"
-
-
-class UpGate(TranslationGate):
-    """Children to parents: M2M (P2M where the children are atoms) beside the learned gate.
-
-    Arguments: :class:`TranslationGate`.
-
-    Example:
-        >>> UpGate(lmax=4, lmax_in=0)
-        UpGate(lmax=0 -> 4)
-    """
-
-    def translate(
-        self, reserved: Float[Tensor, "sources rows_in channels"], t: Translation
-    ) -> Float[Tensor, "targets rows channels"]:
-        """Moments about the parents."""
-        return m2m(reserved, t.vec, t.index, t.num_targets, self.lmax, t.window, self.factors)
-
-
-class AcrossGate(TranslationGate):
-    """Neighbours on one level: M2L beside the learned gate. Moments come in, local fields come out.
-
-    Arguments: :class:`TranslationGate`; ``width`` smears the charges.
-    """
-
-    def __init__(self, lmax: int, *args, width: float | None = None, **options) -> None:
-        super().__init__(lmax, *args, **options)
-        self.width = width
-
-    def translate(
-        self, reserved: Float[Tensor, "sources rows_in channels"], t: Translation
-    ) -> Float[Tensor, "targets rows channels"]:
-        """Fields about the targets."""
-        return m2l(reserved, t.vec, t.index, t.num_targets, self.lmax, t.window, self.width, self.factors)
-
-
-class DownGate(TranslationGate):
-    """Parents to children: L2L (L2P where the children are atoms) beside the learned gate.
-
-    Arguments: :class:`TranslationGate`.
-    """
-
-    def translate(
-        self, reserved: Float[Tensor, "sources rows_in channels"], t: Translation
-    ) -> Float[Tensor, "targets rows channels"]:
-        """Fields about the children."""
-        return l2l(reserved, t.vec, t.index, t.num_targets, self.lmax, t.window, self.factors)
+        return f"{self.function.__name__}, lmax={self.lmax_in} -> {self.lmax}{trained}"
 
 
 def join_pairs(
@@ -195,10 +96,8 @@ def join_pairs(
     count = torch.bincount(child_index[1], minlength=sizes[1])
     first = torch.cumsum(count, 0) - count
     for row in (0, 1):
-        width = count[pairs[row]]
-        pair = torch.repeat_interleave(torch.arange(pairs.shape[1], device=pairs.device), width)
-        number = torch.arange(pair.shape[0], device=pairs.device) - (torch.cumsum(width, 0) - width)[pair]
-        slot = first[pairs[row, pair]] + number
+        pair, place = ragged(count[pairs[row]])
+        slot = first[pairs[row, pair]] + place
         weight = weight.index_select(0, pair) * member.index_select(0, slot)
         pairs = torch.stack([child[slot], pairs[1, pair]] if row == 0 else [pairs[0, pair], child[slot]])
         pairs, weight = _add_up(pairs, weight, sizes[0])

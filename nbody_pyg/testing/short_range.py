@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from ase.data import chemical_symbols, covalent_radii
+from ase.data import covalent_radii
 from torch import Tensor
 
+from nbody_pyg.nn.repulsion import pair_name
 from nbody_pyg.system import System
 from nbody_pyg.testing.subject import Subject
 
@@ -55,7 +56,7 @@ def push_dimers(subject: Subject, species: Sequence[int]) -> list[Push]:
         axis = torch.tensor([[0.0, 0.0, 0.0], [2.0, -1.0, 2.0]], dtype=torch.float64) / 3.0
         distances = _grid(start)
         systems = [System.from_tensors(torch.tensor([first, second]), r * axis) for r in distances.tolist()]
-        found.append(_read(_name(first, second), distances, subject.many(systems, forces=False)[0]))
+        found.append(_read(pair_name(first, second), distances, subject.many(systems, forces=False)[0]))
     return found
 
 
@@ -98,11 +99,7 @@ def _nearest_pairs(systems: Sequence[System]) -> dict[str, tuple[System, int, in
     for system in systems:
         distance = torch.cdist(system.pos, system.pos)
         for i, j in itertools.combinations(range(len(system.z)), 2):
-            name, r = _name(int(system.z[i]), int(system.z[j])), float(distance[i, j])
+            name, r = pair_name(int(system.z[i]), int(system.z[j])), float(distance[i, j])
             if r < min(_START_WITHIN, nearest[name][3] if name in nearest else _START_WITHIN):
                 nearest[name] = (system, i, j, r)
     return nearest
-
-
-def _name(first: int, second: int) -> str:
-    return "-".join(chemical_symbols[n] for n in sorted((first, second)))

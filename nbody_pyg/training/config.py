@@ -163,7 +163,7 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
     given = _parse_overrides(overrides)
     switch_scheme(tree, dict(given))
     for key, value in given:
-        _insert(tree, key.split("."), value)
+        insert(tree, key, value)
     return parse_config(tree)
 
 
@@ -386,20 +386,30 @@ def _check_keys(tree: Mapping[str, Any]) -> None:
             raise ValueError(f"unknown key model.scheme.{key}; {nearest(key, [*arguments, 'name'], 'model.scheme.')}")
 
 
+def read_options(words: Sequence[str]) -> list[tuple[str, list[str]]]:
+    """``--a.b value value`` and ``--a.b=value`` as (key, words); first, under an empty key, what no option precedes."""
+    found: list[tuple[str, list[str]]] = [("", [])]
+    for word in words:
+        if word.startswith("--"):
+            key, equals, text = word[2:].partition("=")
+            found.append((key, [text] if equals else []))
+        else:
+            found[-1][1].append(word)
+    return found
+
+
 def _parse_overrides(words: Sequence[str]) -> list[tuple[str, Any]]:
-    """``--a.b value`` and ``--a.b=value`` as (key, value read as YAML)."""
-    out, words = [], list(words)
-    while words:
-        word = words.pop(0)
-        if not word.startswith("--") or "." not in word:
-            raise ValueError(f"cannot read {word!r}; overrides look like --training.lr 0.01")
-        key, equals, text = word[2:].partition("=")
-        if not equals:
-            if not words:
-                raise ValueError(f"{word} needs a value")
-            text = words.pop(0)
-        section, _, name = key.partition(".")
-        out.append((key, _typed_text(text, word, _hint(section, name))))
+    """``--section.key value`` as (key, value read as YAML)."""
+    (_, loose), *options = read_options(words)
+    out = []
+    for key, texts in options:
+        section, dot, name = key.partition(".")
+        loose += texts[1:] if dot else [f"--{key}"]
+        if dot and not texts:
+            raise ValueError(f"--{key} needs a value")
+        out += [(key, _typed_text(text, f"--{key}", _hint(section, name))) for text in texts[:1]]
+    if loose:
+        raise ValueError(f"cannot read {loose[0]!r}; overrides look like --training.lr 0.01")
     return out
 
 
@@ -483,12 +493,14 @@ def _check_size(node: yaml.Node, where: str, sizes: dict[int, int]) -> int:
     return size
 
 
-def _insert(tree: dict[str, Any], keys: list[str], value: Any) -> None:
-    for key in keys[:-1]:
-        if not isinstance(tree.get(key), dict):
-            tree[key] = {}
-        tree = tree[key]
-    tree[keys[-1]] = value
+def insert(tree: dict[str, Any], key: str, value: Any) -> None:
+    """Put the value of ``section.key`` into the nested form, with the sections that it lacks."""
+    *sections, last = key.split(".")
+    for section in sections:
+        if not isinstance(tree.get(section), dict):
+            tree[section] = {}
+        tree = tree[section]
+    tree[last] = value
 
 
 def _jsonable(value: Any) -> Any:

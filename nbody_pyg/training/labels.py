@@ -14,7 +14,7 @@ from torch import Tensor
 from torch_geometric.data import Data
 
 from nbody_pyg.datasets.audit import outliers, require_labels
-from nbody_pyg.datasets.frames import LABEL_SHAPES, VOIGT, Frames, has_label, listed, shaped_label
+from nbody_pyg.datasets.frames import LABEL_SHAPES, Frames, has_label, listed, shaped_label
 from nbody_pyg.geometry import complete_cell
 from nbody_pyg.hierarchy.topology import is_topology_key
 from nbody_pyg.potential import MODEL_INPUTS, Potential

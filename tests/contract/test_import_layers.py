@@ -10,7 +10,6 @@ import pytest
 
 # A part may import from the parts above it in this list, never from those below
 LAYERS = [
-    "typing",
     "durable",
     "messages",
     "units",

@@ -51,7 +51,7 @@ def test_importing_loads_nothing_heavy(root, line):
 
 
 def test_what_is_heavy_is_seen(root):
-    assert "lightning" in _heavy(root, "from nbody_pyg.training import fit")
+    assert "matplotlib" in _heavy(root, "import nbody_pyg, matplotlib.figure")
     assert "scipy" in _heavy(root, "from nbody_pyg.deploy import run_md")
 
 

@@ -760,7 +760,7 @@ def test_train_names_keys_that_look_like_labels(tmp_path, capsys):
     assert main(words) == 1
     told = capsys.readouterr()
     assert "but the file holds 'forces_dft'; name one with forces_key" in told.out
-    assert "did you mean 'forces_dft'" in told.err
+    assert "did you mean forces_dft" in told.err
     assert main([*words, "--data.forces_key", "forces_dft"]) == 0
 
 

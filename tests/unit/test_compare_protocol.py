@@ -212,7 +212,7 @@ def test_command_line_lies_over_the_file(tmp_path):
         ("--ablation nowhere.yaml", "no file of variants"),
         ("nbody", "cannot read 'nbody'"),
         ("--models [nbody", r"^--models \[nbody is no YAML: while parsing .*; indent by spaces"),
-        ("--models=[nbody", r"^--models=\[nbody is no YAML: while parsing .*; indent by spaces"),
+        ("--models=[nbody", r"^--models \[nbody is no YAML: while parsing .*; indent by spaces"),
         ("--lr inf", "lr must be positive, got inf"),
         ("--search 1e-3 nan", "search must be positive, got nan"),
         ("--timeout -1", "timeout must be positive, got -1"),

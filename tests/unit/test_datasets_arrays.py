@@ -116,7 +116,7 @@ def test_our_own_unit_words(write):
             {},
             "pos of frame 2, atom 0 is inf",
         ),
-        ({}, {"energy_key": "energie"}, "energy_key 'energie' is not in frames.npz; did you mean 'energies'"),
+        ({}, {"energy_key": "energie"}, "energy_key 'energie' is not in frames.npz; did you mean energies"),
         ({}, {"units": "kcl/mol"}, "unknown energy unit 'kcl/mol'; did you mean 'kcal/mol'"),
     ],
 )

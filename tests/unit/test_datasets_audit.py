@@ -58,7 +58,7 @@ def test_required_labels(frames):
         ValueError, match=r"'forces' is in only 1 of the 2 frames of x.xyz \(missing first in frame 1\)"
     ):
         require_labels(frames, ["energy", "forces"])
-    with pytest.raises(ValueError, match=r"'dipole' is in none of the 2 frames of x.xyz; did you mean 'my_dipole'\?"):
+    with pytest.raises(ValueError, match=r"'dipole' is in none of the 2 frames of x.xyz; did you mean my_dipole\?"):
         require_labels(frames, ["dipole"], partial=True)
     with pytest.raises(ValueError, match="Name its key with dipole_key when reading"):
         require_labels({"val": frames}, ["dipole"])
@@ -67,7 +67,7 @@ def test_required_labels(frames):
 
 
 def test_plain_lists_hint_at_their_own_keys():
-    with pytest.raises(ValueError, match=r"'energy' is in none of the 1 frames of frames; did you mean 'enrgy'"):
+    with pytest.raises(ValueError, match=r"'energy' is in none of the 1 frames of frames; did you mean enrgy"):
         require_labels([frame(enrgy=energy(1.0))], ["energy"])
 
 

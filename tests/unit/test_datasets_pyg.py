@@ -137,7 +137,7 @@ def test_scalar_energies_and_one_y():
     [
         ([], {"units": "eV"}, "dataset list holds no graph"),
         ([graph(energy=torch.tensor(1.0))], {}, "units of list are not known; give units"),
-        ([graph(enrgy=torch.tensor(1.0))], {"units": "eV", "energy_key": "energy"}, "did you mean 'enrgy'"),
+        ([graph(enrgy=torch.tensor(1.0))], {"units": "eV", "energy_key": "energy"}, "did you mean enrgy"),
         ([graph()], {"units": "eV", "target": 0}, "target 0 needs the key 'y'"),
         ([graph(energy=torch.tensor(float("inf")))], {"units": "eV"}, "graph 0 of list: energy is inf"),
         ([graph(forces=torch.ones(3, 3))], {"units": "eV"}, "forces must have shape"),

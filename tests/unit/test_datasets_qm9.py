@@ -95,11 +95,11 @@ def test_dipole_vectors_and_units(tmp_path):
 
 
 def test_errors(raw, tmp_path):
-    with pytest.raises(ValueError, match=r"target 'U0_atomisation' is not in QM9; did you mean 'U0_atomization'\?"):
+    with pytest.raises(ValueError, match=r"target 'U0_atomisation' is not in QM9; did you mean U0_atomization\?"):
         load_qm9(raw, "U0_atomisation")
     with pytest.raises(ValueError, match=r"target must lie in 0..18 or be a name, got 19"):
         load_qm9(raw, 19)
-    with pytest.raises(ValueError, match=r"rows must lie in 0..2 \(gdb9.sdf holds 3 molecules\), got \[3\]"):
+    with pytest.raises(ValueError, match=r"rows must lie in 0..2 \(gdb9.sdf holds 3 frames\), got \[3\]"):
         load_qm9(raw, rows=[3])
     with pytest.raises(FileNotFoundError, match=r"holds neither qm9_U0.npz nor gdb9.sdf"):
         load_qm9(tmp_path / "elsewhere")

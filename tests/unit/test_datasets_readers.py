@@ -169,7 +169,7 @@ def test_missing_and_empty_files(tmp_path):
 def test_a_misnamed_key_names_the_nearest(write):
     atoms = molecule()
     atoms.info["dft_energy"] = -1.0
-    with pytest.raises(ValueError, match=r"energy_key 'dft_enrgy' is in no frame.*did you mean 'dft_energy'\?"):
+    with pytest.raises(ValueError, match=r"energy_key 'dft_enrgy' is in no frame.*did you mean dft_energy\?"):
         read_frames(write([atoms]), energy_key="dft_enrgy")
 
 

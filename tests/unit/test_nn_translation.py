@@ -1,4 +1,4 @@
-"""Translation gates: two blocks side by side, factors that can be trained, pairs handed down."""
+"""Translation gates: factors that can be trained, pairs handed down."""
 
 from __future__ import annotations
 
@@ -6,14 +6,9 @@ from itertools import pairwise
 
 import pytest
 import torch
-from e3nn import o3
 
 from nbody_pyg.multipoles import all_pairs, direct_potential, l2l, m2l, m2m
-from nbody_pyg.nn.edges import EdgeEmbedding
-from nbody_pyg.nn.translation import AcrossGate, BlockState, DownGate, Translation, UpGate, join_pairs, merge_pairs
-from nbody_pyg.radial import BesselBasis
-
-IRREPS = o3.Irreps("3x0e+3x1o")
+from nbody_pyg.nn.translation import Translation, TranslationGate, join_pairs, merge_pairs
 
 
 def _edges(generator):
@@ -23,38 +18,28 @@ def _edges(generator):
     return Translation(index, vec, window, 2)
 
 
-@pytest.mark.parametrize(("gate", "function"), [(UpGate, m2m), (AcrossGate, m2l), (DownGate, l2l)])
-def test_both_blocks_pass_side_by_side(gate, function, generator):
+@pytest.mark.parametrize("function", [m2m, m2l, l2l])
+def test_analytic_weights_are_constants_unless_they_are_trained(function, generator):
     edges = _edges(generator)
-    features = EdgeEmbedding(1, BesselBasis(4, 5.0)).double()(edges.index, edges.vec, edges.window, 2)
-    both = gate(2, IRREPS, num_basis=4).double()
-    learned = torch.randn(4, 4, 3, dtype=torch.float64, generator=generator)
-    reserved = torch.randn(4, 9, 2, dtype=torch.float64, generator=generator)
-    result = both(BlockState(learned, reserved), edges, features)
-    assert result.learned.abs().max() > 1e-3 and result.reserved.abs().max() > 1e-3
-    torch.testing.assert_close(result.learned, both.gate(learned, features))
-    torch.testing.assert_close(result.reserved, function(reserved, edges.vec, edges.index, 2, None, edges.window))
-    only = gate(2)(BlockState(None, reserved), edges)
-    assert only.learned is None
-    torch.testing.assert_close(only.reserved, result.reserved)
-
-
-def test_analytic_weights_are_constants_unless_they_are_trained(generator):
-    edges = _edges(generator)
-    reserved = torch.randn(4, 9, 2, dtype=torch.float64, generator=generator)
-    for gate in (UpGate, AcrossGate, DownGate):
-        assert not list(gate(2).parameters())
-        trained = gate(2, trained=True).double()
-        torch.testing.assert_close(trained.translate(reserved, edges), gate(2).translate(reserved, edges))
-        trained.translate(reserved, edges).square().sum().backward()
-        slope = trained.factors.grad
-        # M2M couples l2 <= l only, L2L l2 >= l, M2L all
-        wanted = {UpGate: torch.ones(3, 3).tril(), DownGate: torch.ones(3, 3).triu(), AcrossGate: torch.ones(3, 3)}
-        assert torch.equal(slope.abs() > 1e-12, wanted[gate] > 0)
+    values = torch.randn(4, 9, 2, dtype=torch.float64, generator=generator)
+    constant = TranslationGate(function, 2, 2)
+    assert not list(constant.parameters())
+    result = constant(values, edges)
+    assert result.abs().max() > 1e-3
+    torch.testing.assert_close(result, function(values, edges.vec, edges.index, 2, None, edges.window))
+    trained = TranslationGate(function, 2, 2, trained=True).double()
+    torch.testing.assert_close(trained(values, edges), result)
+    trained(values, edges).square().sum().backward()
+    # M2M couples l2 <= l only, L2L l2 >= l, M2L all
+    wanted = {m2m: torch.ones(3, 3).tril(), l2l: torch.ones(3, 3).triu(), m2l: torch.ones(3, 3)}
+    assert torch.equal(trained.factors.grad.abs() > 1e-12, wanted[function] > 0)
     with torch.no_grad():
         trained.factors.zero_()
-    assert trained.translate(reserved, edges).abs().max() == 0
-    assert repr(AcrossGate(3, lmax_in=1, trained=True)) == "AcrossGate(lmax=1 -> 3, trained)"
+    assert trained(values, edges).abs().max() == 0
+
+
+def test_the_repr_names_the_translation():
+    assert repr(TranslationGate(m2l, 1, 3, trained=True)) == "TranslationGate(m2l, lmax=1 -> 3, trained)"
 
 
 def test_untrained_gates_are_a_fast_multipole_method(generator):
@@ -71,10 +56,10 @@ def test_untrained_gates_are_a_fast_multipole_method(generator):
         up = Translation(torch.stack([torch.arange(16), box]), pos - centre[box], None, 2)
         pairs = all_pairs(2)
         across = Translation(pairs, centre[pairs[0]] - centre[pairs[1]], None, 2)
-        state = UpGate(lmax, lmax_in=0)(BlockState(None, charges.unsqueeze(1)), up)
-        state = AcrossGate(lmax)(state, across)
-        state = DownGate(0, lmax_in=lmax)(state, up.reversed(16))
-        errors.append(float((state.reserved[:, 0] - expected).abs().max() / expected.abs().max()))
+        moments = TranslationGate(m2m, 0, lmax)(charges.unsqueeze(1), up)
+        field = TranslationGate(m2l, lmax, lmax)(moments, across)
+        field = TranslationGate(l2l, lmax, 0)(field, up.reversed(16))
+        errors.append(float((field[:, 0] - expected).abs().max() / expected.abs().max()))
     assert errors[0] > 1e-4 and errors[-1] < 1e-5
     assert all(after < 0.3 * before for before, after in pairwise(errors)), errors
 
@@ -96,14 +81,8 @@ def test_pairs_of_children_carry_the_weight_of_their_parents(generator):
     assert index.tolist() == [[1, 0], [0, 1]] and weight.tolist() == [2.0, 5.0]
 
 
-def test_errors(generator):
+def test_factors_of_a_wrong_shape_are_refused(generator):
     edges = _edges(generator)
-    reserved = torch.zeros(4, 9, 1, dtype=torch.float64)
-    with pytest.raises(ValueError, match="state must fit the gate, which has no learned block, but the state has one"):
-        UpGate(2)(BlockState(torch.zeros(4, 4, 3), reserved), edges)
-    with pytest.raises(ValueError, match="which has a learned block, but the state has none"):
-        UpGate(2, IRREPS)(BlockState(None, reserved), edges)
-    with pytest.raises(ValueError, match="reserved block of degree 3, got 2; set lmax_in"):
-        UpGate(3)(BlockState(None, reserved), edges)
+    values = torch.zeros(4, 9, 1, dtype=torch.float64)
     with pytest.raises(ValueError, match=r"factors must have shape \[3, 3\]"):
-        m2m(reserved, edges.vec, edges.index, 2, factors=torch.ones(2, 3))
+        m2m(values, edges.vec, edges.index, 2, factors=torch.ones(2, 3))

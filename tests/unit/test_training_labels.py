@@ -205,8 +205,8 @@ def test_training_on_partly_labelled_frames(tmp_path, caplog):
 @pytest.mark.parametrize(
     ("key", "message"),
     [
-        ("force", r"'forces' is in none of the 12 frames of train; did you mean 'force'\?.*or set force_weight to 0"),
-        ("forces_dft", r"did you mean 'forces_dft'\?.*or set force_weight to 0"),
+        ("force", r"'forces' is in none of the 12 frames of train; did you mean force\?.*or set force_weight to 0"),
+        ("forces_dft", r"did you mean forces_dft\?.*or set force_weight to 0"),
         (None, r"where it stands, it is NaN.*or set force_weight to 0"),
     ],
 )

@@ -13,6 +13,7 @@ from torch_geometric.nn.models import SchNet as SchNetModel
 from torch_geometric.nn.models import ViSNet as ViSNetModel
 
 from nbody_pyg.compare.peer import Facts, Peer, loop_vectors, with_loops
+from nbody_pyg.geometry import ragged
 
 
 class SchNet(Peer):
@@ -65,10 +66,8 @@ def triplets(index: Int[Tensor, "2 edges"], num_nodes: int) -> tuple[Tensor, ...
     source, target = index
     count = torch.bincount(target, minlength=num_nodes)
     start = count.cumsum(0) - count  # first edge into each node
-    width = count[source]
-    ji = torch.repeat_interleave(width)
-    before = width.cumsum(0) - width
-    kj = torch.arange(ji.shape[0], device=index.device) + (start[source] - before)[ji]
+    ji, place = ragged(count[source])
+    kj = start[source[ji]] + place
     kept = source[kj] != target[ji]
     kj, ji = kj[kept], ji[kept]
     return target, source, target[ji], source[ji], source[kj], kj, ji
