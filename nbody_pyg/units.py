@@ -118,7 +118,7 @@ def _canonical(unit: str, table: Mapping[str, float], kind: str) -> str:
     if plain in spellings:
         return spellings[plain]
     near = difflib.get_close_matches(plain, list(spellings), n=1, cutoff=0.5)
-    hint = f"; did you mean {spellings[near[0]]!r}?" if near else ""
+    hint = f"; did you mean {spellings[near[0]]!r}?" if near else "."
     raise ValueError(f"unknown {kind} unit {unit!r}{hint} Known: {', '.join(table)}")
 
 
