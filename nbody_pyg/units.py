@@ -119,7 +119,7 @@ def _canonical(unit: str, table: Mapping[str, float], kind: str) -> str:
     if plain in spellings:
         return spellings[plain]
     near = closest(plain, spellings)
-    hint = f"; did you mean {spellings[near]!r}?" if near else ""
+    hint = f"; did you mean {spellings[near]!r}?" if near else "."
     raise ValueError(f"unknown {kind} unit {unit!r}{hint} Known: {', '.join(table)}")
 
 

@@ -124,9 +124,12 @@ def _numeric(array: np.ndarray, key: str, name: str) -> np.ndarray:
     return array
 
 
-def _text(array: np.ndarray) -> str:
-    value = array.reshape(-1)[0]
-    return value.decode() if isinstance(value, bytes) else str(value)
+def _unit(raw: Mapping[str, np.ndarray], key: str, name: str) -> str:
+    """The unit that a file names under a key."""
+    if raw[key].size != 1 or raw[key].dtype.kind not in "US":
+        raise ValueError(f"{name}: {key!r} must hold the name of one unit, got an array of {raw[key].dtype}")
+    value = raw[key].item()
+    return value.decode(errors="replace") if isinstance(value, bytes) else value
 
 
 def _units(raw: Mapping[str, np.ndarray], units: Units | str | Mapping[str, str] | None, name: str) -> Units:
@@ -134,7 +137,11 @@ def _units(raw: Mapping[str, np.ndarray], units: Units | str | Mapping[str, str]
         return Units.parse(units)
     for energy, length in (("energy_unit", "length_unit"), ("e_unit", "r_unit")):
         if energy in raw and length in raw:
-            return Units(_text(raw[energy]), _text(raw[length]))
+            try:
+                return Units(_unit(raw, energy, name), _unit(raw, length, name))
+            except ValueError as error:
+                said = str(error)
+            raise ValueError(said if said.startswith(name) else f"{name}: {said}")
     if "nuclear_charges" in raw and ("old_indices" in raw or "old_energies" in raw):
         return Units("kcal/mol", "angstrom")
     raise ValueError(f"{name} does not say its units; give units, for example units='kcal/mol' or units='Ha, bohr'")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,9 +14,9 @@ import numpy as np
 from torch import Tensor
 
 from nbody_pyg.data import AtomicData
-from nbody_pyg.datasets.arrays import load_arrays
 from nbody_pyg.datasets.frames import Frames
 from nbody_pyg.durable import write_text
+from nbody_pyg.messages import short
 
 
 class FrameSplit(NamedTuple):
@@ -138,12 +139,9 @@ def read_split(path: str | Path, prefix: str = "") -> Split:
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"split file {str(path)!r} does not exist")
-    if path.suffix == ".json":
-        lists = json.loads(path.read_text())
-    elif path.suffix == ".npz":
-        lists = load_arrays(path)
-    else:
+    if path.suffix not in (".json", ".npz"):
         raise ValueError(f"split file must end in .json or .npz, got {path.name!r}; read plain lists by read_indices")
+    lists = _lists(path)
     chosen = {}
     for name, words in (("train", ("train",)), ("val", ("val", "valid", "validation")), ("test", ("test",))):
         keys = [start + word for word in words for start in (prefix, "idx_" + prefix)]
@@ -154,6 +152,23 @@ def read_split(path: str | Path, prefix: str = "") -> Split:
     return Split(**chosen)
 
 
+def _lists(path: Path) -> dict[str, Any]:
+    """What a split file holds, by name."""
+    try:
+        if path.suffix == ".json":
+            lists = json.loads(path.read_text(encoding="utf-8"))
+        else:
+            with path.open("rb") as handle, np.load(handle, allow_pickle=False) as file:
+                lists = {key: file[key] for key in file.files}
+    except (ValueError, EOFError, zipfile.BadZipFile, RecursionError) as error:  # also text that is no UTF-8
+        raise ValueError(f"split file {path.name!r} is no {path.suffix[1:]} that can be read: {error}") from None
+    if not isinstance(lists, dict):
+        raise ValueError(
+            f"split file {path.name!r} must hold the lists train, val and test by name, got {short(lists)}"
+        )
+    return lists
+
+
 def read_indices(path: str | Path) -> np.ndarray:
     """A list of indices from a text file (one a line, as rMD17's own ``index_train_01.csv``) or a ``.npy``
     file."""
@@ -161,16 +176,24 @@ def read_indices(path: str | Path) -> np.ndarray:
     if not path.exists():
         raise FileNotFoundError(f"index file {str(path)!r} does not exist")
     if path.suffix == ".npy":
-        return _indices(np.load(path, allow_pickle=False), path.name)
-    words = path.read_text().replace(",", " ").split()
+        try:
+            with path.open("rb") as file:
+                rows = np.load(file, allow_pickle=False)
+        except (ValueError, EOFError) as error:
+            raise ValueError(f"index file {path.name!r} is no npy that can be read: {error}") from None
+        return _indices(rows, path.name)
     try:
+        words = path.read_text(encoding="utf-8").replace(",", " ").split()
         return _indices([int(word) for word in words], path.name)
     except ValueError as error:
         raise ValueError(f"index file {path.name!r} must hold one whole number a line: {error}") from None
 
 
 def _indices(rows: Sequence[Any] | np.ndarray | Tensor, name: str) -> np.ndarray:
-    array = np.asarray(rows)
+    try:
+        array = np.asarray(rows)
+    except ValueError:  # lists in it have several lengths
+        raise TypeError(f"{name} must be a flat list of integers, got {short(rows)}") from None
     if array.size == 0:
         return np.zeros(0, dtype=np.int64)
     if array.ndim != 1 or array.dtype.kind not in "iu":

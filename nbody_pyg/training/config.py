@@ -204,6 +204,7 @@ def parse_config(tree: Mapping[str, Any]) -> Config:
 
 #: Keys that name files or folders, in which ~ and $HOME are replaced.
 _FILE_KEYS = {"data": ("root", "train", "val", "test"), "output": ("folder",)}
+_MODEL_TYPES: dict[str, Any] = {"preset": str, "scheme": dict, "scale": float | str, "repulsion": str | None}
 _WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", dict: "keys and values"}
 
 
@@ -279,7 +280,7 @@ def _in_one_sentence(message: str, tree: Mapping[str, Any]) -> str:
     """What jsonargparse says about a value of a wrong type, in our words."""
     found = re.search(r'"([\w.]+)"', message)
     section, _, key = (found.group(1) if found else "").partition(".")
-    hint = _hint(section, key) if section in _SECTIONS else None
+    hint = _hint(section, key) if section in _SECTIONS else _MODEL_TYPES.get(key) if section == "model" else None
     if hint is None or not isinstance(tree.get(section), Mapping):
         return " ".join(message.split())
     kinds = [_WORDS[kind] for kind in _admits(hint) if kind in _WORDS]
@@ -320,10 +321,8 @@ def config_parser() -> jsonargparse.ArgumentParser:
                 help=field.metadata["help"],
             )  # fmt: skip
     group = parser.add_argument_group("model", "the network; further keys are arguments of NBodyNet")
-    group.add_argument("--model.preset", type=str, default="practical", help=_MODEL_KEYS["preset"])
-    group.add_argument("--model.scheme", type=dict, default=None, help=_MODEL_KEYS["scheme"])
-    group.add_argument("--model.scale", type=float | str, default="forces", help=_MODEL_KEYS["scale"])
-    group.add_argument("--model.repulsion", type=str | None, default="auto", help=_MODEL_KEYS["repulsion"])
+    for name, default in {"preset": "practical", "scheme": None, "scale": "forces", "repulsion": "auto"}.items():
+        group.add_argument(f"--model.{name}", type=_MODEL_TYPES[name], default=default, help=_MODEL_KEYS[name])
     for name, default in model_arguments().items():
         # Types are the constructor's business: it knows its rules and words its errors.
         group.add_argument(f"--model.{name}", type=Any, default=default, help="argument of NBodyNet")

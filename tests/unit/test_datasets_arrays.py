@@ -90,6 +90,9 @@ def test_our_own_unit_words(write):
     assert frames[0].energy.item() == pytest.approx(ENERGY[0] * 27.211386245981, rel=1e-14)
     with pytest.raises(ValueError, match="unknown energy unit 'hartre'; did you mean 'Ha'"):
         read_npz(write(z=Z, pos=POS, energy=ENERGY, energy_unit="hartre", length_unit="bohr"))
+    for odd in (np.zeros(0), np.array(["eV", "eV"]), 3.0):
+        with pytest.raises(ValueError, match=r"npz: 'energy_unit' must hold the name of one unit, got an array of"):
+            read_npz(write(z=Z, pos=POS, energy=ENERGY, energy_unit=odd, length_unit="bohr"))
 
 
 @pytest.mark.parametrize(

@@ -120,3 +120,26 @@ def test_qm9_families():
     assert qm9_split("cormorant").test[:3].tolist() == [115839, 90242, 66405]
     # The families overlap: a model of one has seen test molecules of the other
     assert np.intersect1d(qm9_split("dimenet").train, qm9_split("cormorant").test).size > 10_000
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("s.json", b"", "split file 's.json' is no json that can be read: Expecting value"),
+        ("s.json", b"\xff", "split file 's.json' is no json that can be read: 'utf-8' codec"),
+        ("s.json", b"[1, 2]", r"split file 's.json' must hold the lists train, val and test by name, got \[1, 2\]"),
+        ("s.json", b'{"train": [[1], [2, 3]]}', r"train must be a flat list of integers, got \[\[1\], \[2, 3\]\]"),
+        ("s.npz", b"PK", "split file 's.npz' is no npz that can be read"),
+    ],
+)
+def test_a_damaged_split_file_is_named(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises((ValueError, TypeError), match=message):
+        read_split(tmp_path / name)
+
+
+@pytest.mark.parametrize(("name", "kind"), [("rows.npy", "is no npy that can be read"), ("rows.csv", "must hold one")])
+def test_a_damaged_index_file_is_named(tmp_path, name, kind):
+    (tmp_path / name).write_bytes(b"\xff\xfe")
+    with pytest.raises(ValueError, match=f"index file '{name}' {kind}"):
+        read_indices(tmp_path / name)

@@ -144,3 +144,16 @@ def test_unknown_preset_names_the_known_ones():
     config = load_config(overrides=[*BASE, "--model.preset", "fast"])
     with pytest.raises(ValueError, match=r"model.preset must be one of practical, strict, got 'fast'; try 'practical'"):
         build_potential(config, load_data(config.data))
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ({"scheme": []}, r"model.scheme must be keys and values, got \[\]"),
+        ({"preset": [1]}, r"model.preset must be text, got \[1\]"),
+        ({"scale": [1]}, r"model.scale must be a number or text, got \[1\]"),
+    ],
+)
+def test_a_wrong_type_in_the_model_section_is_told_in_our_words(model, message):
+    with pytest.raises(ValueError, match=message):
+        parse_config({"data": {"embedded": "ethanol"}, "model": model})
