@@ -10,7 +10,7 @@ from ase import Atoms
 
 from nbody_pyg.data import AtomicData, complete_states
 from nbody_pyg.datasets.arrays import read_npz
-from nbody_pyg.datasets.frames import Frames, check_frame, shaped_label
+from nbody_pyg.datasets.frames import Frames, check_frame, listed, shaped_label
 from nbody_pyg.datasets.keys import LEVELLED, Stores, choose_keys, is_virial, stores_of, volume_of
 from nbody_pyg.datasets.systems import as_slice, named_units, read_systems
 from nbody_pyg.messages import nearest

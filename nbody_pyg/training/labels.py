@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch_geometric.data import Data
 
+from nbody_pyg.data import VOIGT
 from nbody_pyg.datasets.audit import outliers, require_labels
 from nbody_pyg.datasets.frames import LABEL_SHAPES, Frames, has_label, listed, shaped_label
 from nbody_pyg.geometry import complete_cell

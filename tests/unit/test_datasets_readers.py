@@ -173,6 +173,14 @@ def test_a_misnamed_key_names_the_nearest(write):
         read_frames(write([atoms]), energy_key="dft_enrgy")
 
 
+def test_all_bad_frames_are_named(write):
+    systems = [molecule() for _ in range(3)]
+    for atoms in systems[1:]:
+        atoms.positions[0, 0] = np.nan
+    with pytest.raises(ValueError, match=r"frame 1 of frames.xyz: pos .* \(also bad: frame 2\)"):
+        read_frames(write(systems))
+
+
 def test_wrong_shapes(write):
     atoms = molecule()
     atoms.arrays["f2"] = np.ones((4, 2))
