@@ -13,7 +13,7 @@ from jaxtyping import Float, Int, Integer
 from torch import Tensor, nn
 from torch_geometric.data import Data
 
-from nbody_pyg.data import has_hierarchy, refuse_unstated
+from nbody_pyg.data import has_hierarchy, refuse_unstated, require_atoms
 from nbody_pyg.hierarchy import Hierarchy, NestedShells, Scheme, Topology
 from nbody_pyg.kernels.scope import has_values, in_own_precision, is_tracing, opaque_to_compile
 from nbody_pyg.messages import check_choice
@@ -397,6 +397,7 @@ class NBodyNet(Resettable):
 
     def read(self, data: Data, topology: Topology | None = None, batch_size: int | None = None) -> System:
         """The checked system of a Data or Batch, as the network takes it."""
+        require_atoms(data)
         refuse_unstated(data, self.inputs)
         return self.scheme.system(data, topology, batch_size)
 
