@@ -94,7 +94,7 @@ def ladder(
     """Largest second differences and force changes at each step; the scan at the first step."""
     grid = torch.arange(0.0, length + 0.5 * steps[0], steps[0], dtype=torch.float64)
     energy, force = line(grid)
-    found, windows = [], [(grid, energy, force)]
+    found, windows, peaks = [], [(grid, energy, force)], []
     for n, h in enumerate(steps):
         if n > 0:
             windows = [(w, *line(w)) for w in (centre + h * torch.arange(-15, 16).double() for centre in peaks)]

@@ -339,7 +339,7 @@ class NBodyNet(Resettable):
         charges: Float[Tensor, " atoms"] | None = None,
         spin: Tensor | None = None,
         batch_size: int | None = None,
-    ) -> Float[Tensor, "graphs *dim"]:
+    ) -> Float[Tensor, " graphs *dim"]:
         """Value of each system: energies without those of isolated atoms, eV, or the target of ``irreps_out``.
 
         A ``Data`` or ``Batch`` may stand in the first place, or a :class:`~nbody_pyg.system.System`, or what
@@ -367,7 +367,7 @@ class NBodyNet(Resettable):
 
     @opaque_to_compile
     @in_own_precision
-    def total(self, hierarchy: Hierarchy) -> Float[Tensor, "graphs *dim"]:
+    def total(self, hierarchy: Hierarchy) -> Float[Tensor, " graphs *dim"]:
         """Value of each system of a hierarchy: the sum of those of its parts; see :meth:`values`."""
         total = 0
         for k, value in self.values(hierarchy).items():
@@ -447,7 +447,7 @@ class NBodyNet(Resettable):
             )
         return {level: states[level] for level in self._types}
 
-    def energies(self, hierarchy: Hierarchy) -> dict[int, Float[Tensor, "parts"]]:
+    def energies(self, hierarchy: Hierarchy) -> dict[int, Float[Tensor, " parts"]]:
         """Contribution of every part of every level to a scalar target; they sum to the value exactly."""
         return {k: value.squeeze(-1) for k, value in self.values(hierarchy).items()}
 

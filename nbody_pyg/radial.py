@@ -25,7 +25,7 @@ SOFT_LENGTH = 0.5
 EXPONENTS = range(3, 13)
 
 
-def smooth_cutoff(r: Float[Tensor, "edges"], cutoff: float, exponent: int = 6) -> Float[Tensor, "edges"]:
+def smooth_cutoff(r: Float[Tensor, " edges"], cutoff: float, exponent: int = 6) -> Float[Tensor, " edges"]:
     r"""Polynomial window that is 1 at 0 and leaves with two continuous derivatives at ``cutoff``.
 
     .. math:: f(x) = 1 - \tfrac{(p+1)(p+2)}{2} x^p + p (p+2)\, x^{p+1} - \tfrac{p (p+1)}{2} x^{p+2}, \quad
@@ -56,7 +56,7 @@ def check_exponent(exponent: int) -> int:
     return int(exponent)
 
 
-def vector_window(vec: Float[Tensor, "edges 3"], cutoff: float, exponent: int = 6) -> Float[Tensor, "edges"]:
+def vector_window(vec: Float[Tensor, "edges 3"], cutoff: float, exponent: int = 6) -> Float[Tensor, " edges"]:
     """:func:`smooth_cutoff` of the length of some vectors, in one step where a compiled backend runs."""
     which = "torch" if torch.compiler.is_dynamo_compiling() else backend(vec, window_library(exponent))
     if which != "torch":
@@ -75,7 +75,7 @@ def quintic_step(t: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     return t * t * t * (10.0 + t * (6.0 * t - 15.0))
 
 
-def plateau_window(r: Float[Tensor, "edges"], inner: float, outer: float) -> Float[Tensor, "edges"]:
+def plateau_window(r: Float[Tensor, " edges"], inner: float, outer: float) -> Float[Tensor, " edges"]:
     r"""Window that is exactly 1 up to ``inner`` and exactly 0 from ``outer`` on.
 
     .. math:: f = S\Big(\frac{r_2 - r}{r_2 - r_1}\Big)
@@ -94,7 +94,7 @@ def plateau_window(r: Float[Tensor, "edges"], inner: float, outer: float) -> Flo
     return quintic_step((outer - r) / (outer - inner))
 
 
-def soften(vec: Float[Tensor, "edges 3"]) -> tuple[Float[Tensor, "edges 3"], Float[Tensor, "edges"]]:
+def soften(vec: Float[Tensor, "edges 3"]) -> tuple[Float[Tensor, "edges 3"], Float[Tensor, " edges"]]:
     r"""Softened direction and distance of edge vectors, smooth everywhere including coincident points.
 
     .. math:: \rho = \sqrt{r^2 + a^2}, \qquad u = \mathbf r / \rho, \qquad a = 0.5\ \text{angstrom}
@@ -147,7 +147,7 @@ class BesselBasis(nn.Module):
             "frequency": math.pi / self.radius,
         }
 
-    def forward(self, r: Float[Tensor, "edges"]) -> Float[Tensor, "edges num_basis"]:
+    def forward(self, r: Float[Tensor, " edges"]) -> Float[Tensor, "edges num_basis"]:
         x = (r / self.radius).unsqueeze(-1)
         frequency = torch.arange(1, self.num_basis + 1, device=r.device).to(r.dtype) * math.pi
         return torch.sin(x * frequency) * (0.3 * math.sqrt(2.0) / x)
@@ -181,7 +181,7 @@ class InversePowers(nn.Module):
         """Arguments that describe this basis to :class:`~nbody_pyg.kernels.edges.FeatureKernel`."""
         return {"basis": "powers", "num_basis": self.num_basis, "scale": 1.0}
 
-    def forward(self, r: Float[Tensor, "edges"]) -> Float[Tensor, "edges num_basis"]:
+    def forward(self, r: Float[Tensor, " edges"]) -> Float[Tensor, "edges num_basis"]:
         inverse = 1.0 / r
         return torch.stack([inverse**s for s in range(self.num_basis)], dim=-1)
 

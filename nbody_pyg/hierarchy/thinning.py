@@ -24,7 +24,7 @@ def thin(
     priority: Float[Tensor, " nodes"],
     existence: Float[Tensor, " nodes"],
     index: Int[Tensor, "2 edges"],
-    r: Float[Tensor, "edges"],
+    r: Float[Tensor, " edges"],
     radius: float,
     rounds: int,
     width: float,
@@ -93,7 +93,7 @@ def share_out(
     survival: Float[Tensor, " nodes"],
     existence: Float[Tensor, " nodes"],
     index: Int[Tensor, "2 edges"],
-    r: Float[Tensor, "edges"],
+    r: Float[Tensor, " edges"],
     radius: float,
 ) -> Share:
     r"""Divide every node among the survivors around it; see :func:`membership` for the weights on edges.
@@ -122,7 +122,7 @@ def membership(
     existence: Float[Tensor, " nodes"],
     child: Int[Tensor, " edges"],
     centre: Int[Tensor, " edges"],
-    r: Float[Tensor, "edges"],
+    r: Float[Tensor, " edges"],
     itself: Tensor,
     radius: float,
 ) -> tuple[Float[Tensor, " edges"], Float[Tensor, " edges"]]:

@@ -64,8 +64,8 @@ class FastMultipole:
         self.separation = float(separation)
 
     def potential(
-        self, charges: Float[Tensor, "points *channels"], pos: Float[Tensor, "points 3"], labels: Int[Tensor, "*shape"]
-    ) -> Float[Tensor, "points *channels"]:
+        self, charges: Float[Tensor, " points *channels"], pos: Float[Tensor, "points 3"], labels: Int[Tensor, "*shape"]
+    ) -> Float[Tensor, " points *channels"]:
         """Potential at every point, e/angstrom, differentiable.
 
         Args:
@@ -105,7 +105,7 @@ class FastMultipole:
         return result.reshape(charges.shape)
 
     def energy(
-        self, charges: Float[Tensor, "points *channels"], pos: Float[Tensor, "points 3"], labels: Int[Tensor, "*shape"]
+        self, charges: Float[Tensor, " points *channels"], pos: Float[Tensor, "points 3"], labels: Int[Tensor, "*shape"]
     ) -> Float[Tensor, "*channels"]:
         r"""Energy :math:`\frac12 \sum_i q_i \phi_i` of each channel, e^2/angstrom."""
         return 0.5 * (charges * self.potential(charges, pos, labels)).sum(0)
@@ -171,11 +171,11 @@ def all_pairs(batch: Int[Tensor, " points"] | int, device: torch.device | str | 
 
 
 def direct_potential(
-    charges: Float[Tensor, "points *channels"],
+    charges: Float[Tensor, " points *channels"],
     pos: Float[Tensor, "points 3"],
     batch: Int[Tensor, " points"] | None = None,
     width: float | None = None,
-) -> Float[Tensor, "points *channels"]:
+) -> Float[Tensor, " points *channels"]:
     r"""Potential of all other charges by summing over all pairs: exact, O(N^2).
 
     Args:

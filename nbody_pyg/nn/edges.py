@@ -60,7 +60,7 @@ class EdgeEmbedding(Resettable):
         self,
         index: Int[Tensor, "2 edges"],
         vec: Float[Tensor, "edges 3"],
-        window: Float[Tensor, "edges"],
+        window: Float[Tensor, " edges"],
         num_targets: int,
     ) -> EdgeFeatures:
         which = "torch" if self.kernel is None else backend(vec, self.kernel.library)
@@ -75,6 +75,6 @@ class EdgeEmbedding(Resettable):
 _KNOWN = written(EdgeEmbedding, SolidHarmonics, BesselBasis, InversePowers)
 
 
-def sum_into(messages: Float[Tensor, "edges *shape"], target: Int[Tensor, "edges"], num_targets: int) -> Tensor:
+def sum_into(messages: Float[Tensor, " edges *shape"], target: Int[Tensor, " edges"], num_targets: int) -> Tensor:
     """Sum messages at their targets; index_add has derivatives of every order, segment reductions do not."""
     return messages.new_zeros(num_targets, *messages.shape[1:]).index_add(0, target, messages)

@@ -93,14 +93,14 @@ class DensityGate(Resettable):
         self.kernel = DensityKernel(rows, num_basis, num_species)
         self.gpu = DensityProgram(rows, num_basis, num_species)
 
-    def forward(self, species: Int[Tensor, "sources"], edges: EdgeFeatures) -> Float[Tensor, "targets rows channels"]:
+    def forward(self, species: Int[Tensor, " sources"], edges: EdgeFeatures) -> Float[Tensor, "targets rows channels"]:
         return self.mixed(self.collect(species, edges))
 
     def mixed(self, x: Float[Tensor, "targets rows fan_in"]) -> Float[Tensor, "targets rows_out channels"]:
         """W^l."""
         return blockwise_linear(self.linear, x, *self.weights)
 
-    def collect(self, species: Int[Tensor, "sources"], edges: EdgeFeatures) -> Float[Tensor, "targets rows fan_in"]:
+    def collect(self, species: Int[Tensor, " sources"], edges: EdgeFeatures) -> Float[Tensor, "targets rows fan_in"]:
         """The inner sum, before W^l."""
         source, target = edges.index
         rows, basis = self.kernel.shape

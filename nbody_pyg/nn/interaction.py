@@ -35,7 +35,7 @@ class SpeciesScale(Resettable):
         self.register_buffer("block_of_row", torch.arange(len(dims)).repeat_interleave(dims), persistent=False)
         self.weight = nn.Parameter(torch.ones(num_species, len(dims), irreps[0].mul))
 
-    def forward(self, x: Tensor, species: Int[Tensor, "nodes"]) -> Tensor:
+    def forward(self, x: Tensor, species: Int[Tensor, " nodes"]) -> Tensor:
         return x * self.weight.index_select(1, self.block_of_row).index_select(0, species)
 
 
