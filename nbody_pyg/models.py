@@ -302,7 +302,7 @@ class NBodyNet(Resettable):
             irreps_out,
             bare=self._centred(self._source(step)),
             centred=self._centred(step.level),
-            degree=degree,
+            avg_num_neighbors=degree,
             gate=gate,
         )
 

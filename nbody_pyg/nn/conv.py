@@ -19,6 +19,7 @@ from nbody_pyg.nn.gates import OneBodyGate, ProductGate
 from nbody_pyg.nn.irreps import Resettable, from_mul_ir, harmonic_irreps, require_reachable, to_mul_ir
 from nbody_pyg.nn.linear import IrrepsLinear
 from nbody_pyg.radial import BesselBasis, vector_window
+from nbody_pyg.renamed import renamed
 
 #: Where PyG keeps hooks on a step of message passing.
 _HOOKS = tuple(f"_{step}_forward{pre}_hooks" for step in ("propagate", "message", "aggregate") for pre in ("", "_pre"))
@@ -50,7 +51,7 @@ class NBodyConv(Resettable, MessagePassing):
         order: highest degree of the harmonics.
         num_basis: number of Bessel functions.
         body_order: highest power of the sum A, >= 1.
-        degree: typical number of sources per target, a constant.
+        avg_num_neighbors: typical number of sources per target, a constant.
         symmetry: "o3" or "so3".
 
     Equivariance: O(3) (or SO(3)), translation, permutation. Smoothness: C2 where an edge passes the cutoff.
@@ -65,6 +66,7 @@ class NBodyConv(Resettable, MessagePassing):
         NBodyConv(8x0e -> 4x0e+4x1o, cutoff=4.0, order=2, body_order=1)
     """
 
+    @renamed(degree="avg_num_neighbors")
     def __init__(
         self,
         irreps_in: o3.Irreps | str,
@@ -74,7 +76,7 @@ class NBodyConv(Resettable, MessagePassing):
         order: int = 2,
         num_basis: int = 8,
         body_order: int = 1,
-        degree: float = 12.0,
+        avg_num_neighbors: float = 12.0,
         symmetry: str = "o3",
     ) -> None:
         super().__init__(aggr="sum", node_dim=0)
@@ -92,7 +94,7 @@ class NBodyConv(Resettable, MessagePassing):
         self._rows, self._channels = sum(ir.dim for _, ir in hidden_in), channels
         self.embedding = EdgeEmbedding(order, BesselBasis(num_basis, self.cutoff), symmetry)
         self.lin_in = IrrepsLinear(self.irreps_in, hidden_in)
-        self.gate = OneBodyGate(hidden_in, hidden, order, num_basis, degree, symmetry)
+        self.gate = OneBodyGate(hidden_in, hidden, order, num_basis, avg_num_neighbors, symmetry)
         kept = o3.Irreps([(channels, ir) for ir in sorted(wanted)])
         self.products = ProductGate(hidden, kept, body_order)
         self.lin_out = IrrepsLinear(kept, self.irreps_out, bias=True)

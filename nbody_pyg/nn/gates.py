@@ -40,6 +40,7 @@ from nbody_pyg.nn.products import (
     path_row_order,
     table_terms,
 )
+from nbody_pyg.renamed import renamed
 
 #: Edges that plain torch takes at once on a CPU, so that what they carry stays in the cache.
 _EDGES_AT_ONCE = 256
@@ -59,24 +60,26 @@ class DensityGate(Resettable):
         num_basis: number of radial functions on the edges.
         irreps_out: type of the result, one multiplicity, no degree above the harmonics'. With symmetry "o3-full" it
             may hold fragments of the other parity, which bare atoms cannot make: they are zero.
-        degree: typical number of neighbours, a constant (a count taken from the input would break extensivity).
+        avg_num_neighbors: typical number of neighbours, a constant: a count taken from the input would break
+            extensivity.
 
     Shapes: species (sources,) in 0 .. num_species - 1, edges -> (targets, rows, channels).
     Equivariance: O(3), permutation. Cost: O(edges basis rows + nodes species basis rows channels).
     Smoothness: that of the window. Raises: ValueError: ``irreps_out`` asks for what no harmonic gives.
     """
 
+    @renamed(degree="avg_num_neighbors")
     def __init__(
         self,
         num_species: int,
         num_basis: int,
         irreps_out: o3.Irreps,
-        degree: float = 1.0,
+        avg_num_neighbors: float = 1.0,
         symmetry: str = "o3",
     ) -> None:
         super().__init__()
         self.irreps_out = o3.Irreps(irreps_out)
-        self.num_species, self.scale = num_species, degree**-0.5
+        self.num_species, self.scale = num_species, avg_num_neighbors**-0.5
         natural = {ir for _, ir in harmonic_irreps(max(ir.l for _, ir in self.irreps_out), symmetry)}
         if symmetry != "o3-full":
             require_reachable(self.irreps_out, natural, "a density of bare atoms")
@@ -142,7 +145,7 @@ class OneBodyGate(ConstantTables):
         irreps_out: type of the result, one multiplicity.
         order: P, highest degree of the harmonics used.
         num_basis: number of radial functions on the edges.
-        degree: typical number of sources per target, a constant.
+        avg_num_neighbors: typical number of sources per target, a constant.
         symmetry: "o3", "o3-full" or "so3".
         partial: fragments of ``irreps_out`` that no path leads to are zero, and no error.
 
@@ -151,19 +154,20 @@ class OneBodyGate(ConstantTables):
     Raises: ValueError: a fragment of ``irreps_out`` that no path of this order leads to.
     """
 
+    @renamed(degree="avg_num_neighbors")
     def __init__(
         self,
         irreps_in: o3.Irreps | str,
         irreps_out: o3.Irreps | str,
         order: int,
         num_basis: int,
-        degree: float = 1.0,
+        avg_num_neighbors: float = 1.0,
         symmetry: str = "o3",
         partial: bool = False,
     ) -> None:
         super().__init__()
         self.irreps_in, self.irreps_out, self.order = o3.Irreps(irreps_in), o3.Irreps(irreps_out), order
-        self.channels, self.scale = equal_multiplicity(self.irreps_in), degree**-0.5
+        self.channels, self.scale = equal_multiplicity(self.irreps_in), avg_num_neighbors**-0.5
         harmonics = harmonic_irreps(order, symmetry)
         self.paths = coupling_paths(self.irreps_in, harmonics, self.irreps_out)
         if not partial:
@@ -293,17 +297,18 @@ class PairGate(Resettable):
     Equivariance: O(3) or SO(3), permutation. Smoothness: that of the window.
     """
 
+    @renamed(degree="avg_num_neighbors")
     def __init__(
         self,
         irreps_in: o3.Irreps | str,
         irreps_out: o3.Irreps | str,
         order: int,
         num_basis: int,
-        degree: float = 1.0,
+        avg_num_neighbors: float = 1.0,
         symmetry: str = "o3",
     ) -> None:
         super().__init__()
-        self.gather = OneBodyGate(irreps_in, irreps_in, order, num_basis, degree, symmetry)
+        self.gather = OneBodyGate(irreps_in, irreps_in, order, num_basis, avg_num_neighbors, symmetry)
         self.product = ChannelwiseProduct(o3.Irreps(irreps_in), o3.Irreps(irreps_in), irreps_out)
         self.irreps_in, self.irreps_out = o3.Irreps(irreps_in), o3.Irreps(irreps_out)
 
@@ -325,18 +330,19 @@ class FullGate(Resettable):
     Shapes: x (sources, irreps_in.dim) -> (targets, irreps_out.dim), ir_mul.
     """
 
+    @renamed(degree="avg_num_neighbors")
     def __init__(
         self,
         irreps_in: o3.Irreps | str,
         irreps_out: o3.Irreps | str,
         order: int,
         num_basis: int,
-        degree: float = 1.0,
+        avg_num_neighbors: float = 1.0,
         symmetry: str = "o3",
     ) -> None:
         super().__init__()
         self.irreps_in, self.irreps_out = o3.Irreps(irreps_in), o3.Irreps(irreps_out)
-        self.order, self.scale = order, degree**-0.5
+        self.order, self.scale = order, avg_num_neighbors**-0.5
         self.product = FullProduct(
             self.irreps_in, harmonic_irreps(order, symmetry), max(ir.l for _, ir in self.irreps_out)
         )

@@ -94,7 +94,7 @@ class Interaction(Resettable):
         bare: the sources are (centred on) atoms, whose elements act as well: adds a :class:`DensityGate`.
         gate: makes the gate, in the place of the two of the library.
         centred: the receiving parts have an element at their centre.
-        degree: typical number of sources per target.
+        avg_num_neighbors: typical number of sources per target.
 
     Equivariance: O(3) or SO(3), permutation. Smoothness: that of the windows on the edges.
     Raises: ValueError: sources with neither a state nor an element.
@@ -110,7 +110,7 @@ class Interaction(Resettable):
         *,
         bare: bool = False,
         centred: bool = False,
-        degree: float = 1.0,
+        avg_num_neighbors: float = 1.0,
         gate: GateFactory | None = None,
     ) -> None:
         super().__init__()
@@ -119,14 +119,14 @@ class Interaction(Resettable):
         self.irreps, self.irreps_out = irreps, irreps if irreps_out is None else irreps_out
         self.density = self.gate = self.keep = self.carry = self.scale = self.bias = None
         if bare and gate is None:
-            self.density = DensityGate(recipe.num_species, recipe.num_basis, irreps, degree, recipe.symmetry)
+            self.density = DensityGate(recipe.num_species, recipe.num_basis, irreps, avg_num_neighbors, recipe.symmetry)
         if gate is not None:
-            self.gate = gate(irreps_source, irreps, num_basis=recipe.num_basis, avg_num_neighbors=degree)
+            self.gate = gate(irreps_source, irreps, num_basis=recipe.num_basis, avg_num_neighbors=avg_num_neighbors)
         elif irreps_source is not None:
             lmax = max(ir.l for _, ir in irreps)
             # Partial: states that are scalars only, from which atoms may start, do not reach every fragment
             self.gate = OneBodyGate(
-                irreps_source, irreps, lmax, recipe.num_basis, degree, recipe.symmetry, partial=True
+                irreps_source, irreps, lmax, recipe.num_basis, avg_num_neighbors, recipe.symmetry, partial=True
             )
         if irreps_target is not None:
             self.keep = RowLinear(irreps_target, irreps, partial=True)

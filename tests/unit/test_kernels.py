@@ -96,7 +96,7 @@ def test_every_product_is_the_same_on_both_backends(symmetry, lmax, channels, ge
     rows = num_rows(irreps)
     product = ChannelwiseProduct(irreps, irreps, irreps).double()
     _assert_both(product, [_randn(generator, 4, rows, channels) for _ in range(2)], product.parameters())
-    gate = OneBodyGate(irreps, irreps, lmax, 3, degree=3.0, symmetry=symmetry).double()
+    gate = OneBodyGate(irreps, irreps, lmax, 3, avg_num_neighbors=3.0, symmetry=symmetry).double()
     edges = _edges(generator, 4, 3, 7, lmax)
 
     def one_body(x, harmonics, radial):

@@ -97,7 +97,7 @@ ONE_BODY = [
 @pytest.mark.parametrize(("irreps_in", "irreps_out", "order", "symmetry"), ONE_BODY)
 def test_one_body_gate_is_the_sum_over_its_edges(irreps_in, irreps_out, order, symmetry, backend, generator):
     irreps_in, irreps_out = o3.Irreps(irreps_in), o3.Irreps(irreps_out)
-    gate = OneBodyGate(irreps_in, irreps_out, order, 3, degree=7.0, symmetry=symmetry).double()
+    gate = OneBodyGate(irreps_in, irreps_out, order, 3, avg_num_neighbors=7.0, symmetry=symmetry).double()
     edges, x = _edges(generator), _state(irreps_in, 5, generator)
     got, expected = gate(x, edges), _literal_one_body(gate, x, edges)
     assert expected.abs().max() > 1e-2
@@ -107,7 +107,7 @@ def test_one_body_gate_is_the_sum_over_its_edges(irreps_in, irreps_out, order, s
 @pytest.mark.parametrize(("irreps_in", "irreps_out", "order", "symmetry"), ONE_BODY[:3])
 def test_one_body_gate_is_e3nn_uvu_and_index_add(irreps_in, irreps_out, order, symmetry, generator):
     irreps_in, irreps_out = o3.Irreps(irreps_in), o3.Irreps(irreps_out)
-    gate = OneBodyGate(irreps_in, irreps_out, order, 3, degree=7.0, symmetry=symmetry).double()
+    gate = OneBodyGate(irreps_in, irreps_out, order, 3, avg_num_neighbors=7.0, symmetry=symmetry).double()
     edges, x = _edges(generator), _state(irreps_in, 5, generator)
     c, harmonics = gate.channels, o3.Irreps([(1, (l, (-1) ** l)) for l in range(order + 1)])
     middle = o3.Irreps([(c, path.ir) for path in gate.paths])
@@ -136,7 +136,7 @@ def test_one_body_gate_is_e3nn_uvu_and_index_add(irreps_in, irreps_out, order, s
 def test_density_gate_is_a_one_body_gate_on_the_embedding_of_the_element(irreps_out, backend, generator):
     irreps_out = o3.Irreps(irreps_out)
     species, num_basis = torch.tensor([0, 2, 1, 0, 2]), 3
-    density = DensityGate(3, num_basis, irreps_out, degree=5.0).double()
+    density = DensityGate(3, num_basis, irreps_out, avg_num_neighbors=5.0).double()
     edges, channels = _edges(generator, num_basis=num_basis), irreps_out[0].mul
     got = density(species, edges)
     # One channel for each element: the embedding is a row of the unit matrix
@@ -158,7 +158,7 @@ def test_density_gate_is_a_one_body_gate_on_the_embedding_of_the_element(irreps_
 def test_pair_gate_is_the_double_sum_over_pairs(backend, generator):
     """W^l CG(psi_i x psi_j x Y(r_ij)) R(r_ij), one ordered pair after another."""
     irreps = hidden_irreps(3, 2)
-    gate = PairGate(irreps, irreps, order=2, num_basis=3, degree=4.0).double()
+    gate = PairGate(irreps, irreps, order=2, num_basis=3, avg_num_neighbors=4.0).double()
     parts = 4
     index = torch.tensor([(j, i) for i in range(parts) for j in range(parts) if i != j]).T.contiguous()
     vec = torch.randn(12, 3, dtype=torch.float64, generator=generator)
@@ -234,8 +234,8 @@ def test_gain_scales_the_products_only(generator):
 def test_full_gate_contains_the_channelwise_gate(generator):
     """Weights of the full gate on the diagonal of channels make it the one-body gate."""
     irreps, num_basis = o3.Irreps("2x0e+2x1o"), 3
-    gate = OneBodyGate(irreps, irreps, 2, num_basis, degree=3.0).double()
-    full = FullGate(irreps, irreps, 2, num_basis, degree=3.0).double()
+    gate = OneBodyGate(irreps, irreps, 2, num_basis, avg_num_neighbors=3.0).double()
+    full = FullGate(irreps, irreps, 2, num_basis, avg_num_neighbors=3.0).double()
     radial = gate.radial_weight.view(num_basis, len(gate.paths), 2)
     with torch.no_grad():
         for b, linear in enumerate(full.linears):
@@ -360,3 +360,14 @@ def test_errors():
         OneBodyGate(o3.Irreps("2x0e+3x1o"), irreps, 1, 3)
     for gate in (OneBodyGate(irreps, irreps, 1, 3), DensityGate(2, 3, irreps)):
         assert "3x0e+3x1o" in repr(gate)
+
+
+def test_the_old_name_of_an_argument_warns():
+    torch.manual_seed(0)
+    with pytest.warns(DeprecationWarning, match="degree is now called avg_num_neighbors"):
+        old = OneBodyGate("2x0e", "2x0e+2x1o", 1, 3, degree=4.0)
+    torch.manual_seed(0)
+    new = OneBodyGate("2x0e", "2x0e+2x1o", 1, 3, avg_num_neighbors=4.0)
+    assert old.scale == new.scale == 0.5 and torch.equal(old.radial_weight, new.radial_weight)
+    with pytest.raises(TypeError, match="degree is the old name of avg_num_neighbors"):
+        OneBodyGate("2x0e", "2x0e+2x1o", 1, 3, degree=4.0, avg_num_neighbors=4.0)

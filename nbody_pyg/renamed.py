@@ -1,0 +1,32 @@
+"""Old names of arguments, which live on with a warning."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def renamed(**names: str) -> Callable[[Function], Function]:
+    """Take arguments by their old names too, as in ``@renamed(degree="avg_num_neighbors")``.
+
+    Raises: TypeError: both names in one call.
+    """
+
+    def decorate(function: Function) -> Function:
+        @functools.wraps(function)
+        def call(*arguments: Any, **keywords: Any) -> Any:
+            for old, new in names.items():
+                if old in keywords:
+                    if new in keywords:
+                        raise TypeError(f"{old} is the old name of {new}; give {new} only")
+                    warnings.warn(f"{old} is now called {new}; it will go in 0.4", DeprecationWarning, stacklevel=2)
+                    keywords[new] = keywords.pop(old)
+            return function(*arguments, **keywords)
+
+        return call  # type: ignore[return-value]
+
+    return decorate
