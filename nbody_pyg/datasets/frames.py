@@ -97,7 +97,7 @@ def chosen_rows(
     return chosen
 
 
-def listed(frames: Sequence[Data], places: Sequence[int], most: int = 20) -> str:
+def listed(frames: Sequence[Any], places: Sequence[int], most: int = 20) -> str:
     """Frames in words: "frames 3, 5 and 9 of a.xyz" by their numbers in the file, the first ``most`` of them."""
     numbers = frames.numbers if isinstance(frames, Frames) and len(frames.numbers) == len(frames) else None
     words = [str(place if numbers is None else numbers[place]) for place in places]

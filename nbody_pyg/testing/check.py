@@ -290,7 +290,7 @@ class _Examiner:
     def _smoothness(self) -> Iterator[Check]:
         scheme = getattr(self.potential.model, "scheme", None)
         # Fixed parts promise smoothness while they stay as they are.
-        fixed = scheme is not None and type(scheme).update is not Scheme.update
+        fixed = scheme is not None and type(scheme).rebuild is not Scheme.rebuild
         try:
             order = assert_smooth(
                 self.potential, systems=self.open[:2], frozen_topology=fixed, seed=self.seed, distance=7.0
