@@ -12,6 +12,7 @@ import pytest
 LAYERS = [
     "durable",
     "messages",
+    "renamed",
     "units",
     "kernels",
     "data",
