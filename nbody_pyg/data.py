@@ -190,12 +190,12 @@ class AtomicData(Data):
     @property
     def stores(self) -> list[Any]:
         if (under_way := _collate.get()) is not None:
-            batch, read = under_way
-            if batch() is not self:
-                read.append(self)
-            if batch() is self or batch() is None:
+            batch, read = under_way[0](), under_way[1]
+            if batch is self or batch is None:  # read from here on, or given up
                 _collate.set(None)
-            if batch() is self:
+            else:
+                read.append(self)
+            if batch is self:
                 _refuse_lost(read)
         return super().stores
 

@@ -343,8 +343,8 @@ class NBodyNet(Resettable):
         """Value of each system: energies without those of isolated atoms, eV, or the target of ``irreps_out``.
 
         A ``Data`` or ``Batch`` may stand in the first place, or a :class:`~nbody_pyg.system.System`, or what
-        :meth:`hierarchy` gave. The topology is read off the data where a
-        transform has stored it, and built otherwise. ``charge`` is the total charge of each graph, e (0 if it is not
+        :meth:`hierarchy` gave. The topology is read off the data where a transform has stored it, and built otherwise.
+        ``charge`` is the total charge of each graph, e (0 if it is not
         given), ``charges`` the formal charges of the atoms, if they are known, and ``spin`` the multiplicity 2S + 1 of
         each graph (1 if it is not given). ``batch_size`` is the number of graphs, where the last ones may hold no atom
         (a Batch knows it); the value of a graph without atoms is 0.

@@ -1,4 +1,4 @@
-"""Old names of arguments, which live on with a warning."""
+"""Old names of arguments are accepted with a warning."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""System: the atoms of one graph or of a batch, checked once at the border; all that computes takes it as it is."""
+"""System: the atoms of one graph or of a batch, checked once, where they enter the library."""
 
 from __future__ import annotations
 

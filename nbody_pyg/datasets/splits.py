@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ import numpy as np
 from torch import Tensor
 
 from nbody_pyg.data import AtomicData
+from nbody_pyg.datasets.arrays import load_arrays
 from nbody_pyg.datasets.frames import Frames
 from nbody_pyg.durable import write_text
 from nbody_pyg.messages import short
@@ -158,9 +158,8 @@ def _lists(path: Path) -> dict[str, Any]:
         if path.suffix == ".json":
             lists = json.loads(path.read_text(encoding="utf-8"))
         else:
-            with path.open("rb") as handle, np.load(handle, allow_pickle=False) as file:
-                lists = {key: file[key] for key in file.files}
-    except (ValueError, EOFError, zipfile.BadZipFile, RecursionError) as error:  # also text that is no UTF-8
+            lists = load_arrays(path)
+    except (ValueError, RecursionError) as error:  # also text that is no UTF-8
         raise ValueError(f"split file {path.name!r} is no {path.suffix[1:]} that can be read: {error}") from None
     if not isinstance(lists, dict):
         raise ValueError(

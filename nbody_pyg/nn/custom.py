@@ -10,6 +10,7 @@ from e3nn import o3
 from torch import Tensor, nn
 
 from nbody_pyg.messages import short
+from nbody_pyg.nn.irreps import num_rows
 
 #: Kinds of steps of a network: along the pairs of a level, from parts to what they are parts of, and back.
 KINDS = ("pair", "up", "down")
@@ -63,7 +64,7 @@ def checked_state(x: Tensor, gate: nn.Module, targets: int, irreps: o3.Irreps) -
 
     Raises: ValueError: another shape than (targets, rows, channels).
     """
-    wanted = (targets, sum(ir.dim for _, ir in irreps), irreps[0].mul)
+    wanted = (targets, num_rows(irreps), irreps[0].mul)
     if tuple(x.shape) != wanted:
         raise ValueError(
             f"{type(gate).__name__} must return states of shape {list(wanted)} (targets, rows, channels) of type "

@@ -15,7 +15,7 @@ from torch_geometric.data import Data
 from nbody_pyg.data import AtomicData
 from nbody_pyg.deploy import NBodyCalculator, reference_topology
 from nbody_pyg.deploy.reference import bond_changes
-from nbody_pyg.hierarchy import BondTree, Scheme
+from nbody_pyg.hierarchy import BondTree
 from nbody_pyg.potential import Potential, check_states, used_state
 from nbody_pyg.system import System
 from nbody_pyg.testing.physics import assert_extensive, finite_differences
@@ -290,7 +290,7 @@ class _Examiner:
     def _smoothness(self) -> Iterator[Check]:
         scheme = getattr(self.potential.model, "scheme", None)
         # Fixed parts promise smoothness while they stay as they are.
-        fixed = scheme is not None and type(scheme).rebuild is not Scheme.rebuild
+        fixed = scheme is not None and scheme.keeps_parts
         try:
             order = assert_smooth(
                 self.potential, systems=self.open[:2], frozen_topology=fixed, seed=self.seed, distance=7.0
