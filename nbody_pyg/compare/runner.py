@@ -183,7 +183,7 @@ class Runner:
             self._signalled = True
             process.send_signal(signal.SIGTERM)
 
-        lines: queue.SimpleQueue[str] = queue.SimpleQueue()
+        lines: queue.Queue[str] = queue.Queue()  # a SimpleQueue waits for ever if a signal outlasts its timeout
 
         def read() -> None:  # beside: a process that it has started may keep the pipe open for ever
             with process.stdout as pipe:
@@ -217,7 +217,7 @@ class Runner:
         return last, in_time
 
 
-def _speaks(process: subprocess.Popen, reader: threading.Thread, lines: queue.SimpleQueue[str]) -> bool:
+def _speaks(process: subprocess.Popen, reader: threading.Thread, lines: queue.Queue[str]) -> bool:
     """Whether more lines may come; after the end of the process, those that are left in the pipe, but not for long."""
     if process.poll() is None or not lines.empty():
         return True

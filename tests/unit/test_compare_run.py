@@ -185,6 +185,21 @@ def test_what_ends_more_than_one_run(frames, tmp_path, does, error, message):
     assert not list(tmp_path.rglob("record.json")) and not list(tmp_path.rglob("failed.json"))
 
 
+def test_a_signal_that_takes_long_to_hand_on_does_not_stop_the_watch(frames, tmp_path, monkeypatch):
+    """A queue.SimpleQueue waits for ever where a handler outlasts the time that it was to wait for."""
+    send = subprocess.Popen.send_signal
+
+    def slowly(process, number):
+        time.sleep(0.5)
+        send(process, number)
+
+    monkeypatch.setattr(subprocess.Popen, "send_signal", slowly)
+    does = "sleep 1; kill -TERM $PPID; sleep 30"
+    runner = Runner(tmp_path, {"schnet": _interpreter(tmp_path, does)}, note=lambda _: None)
+    with pytest.raises(Stopped, match="stopped by signal 15"):
+        runner(_point(frames, max_steps=3))
+
+
 @pytest.mark.parametrize(
     ("does", "reason"),
     [
