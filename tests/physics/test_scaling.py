@@ -6,6 +6,7 @@ is that of the method at a few hundred atoms already.
 
 from __future__ import annotations
 
+import functools
 import math
 from itertools import pairwise
 
@@ -14,7 +15,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from nbody_pyg import BondTree, FromAssignment, NBodyNet, NestedShells, Potential, SmoothSurvivors
+import factories
+from nbody_pyg import BondTree, FromAssignment, NestedShells, SmoothSurvivors
 from nbody_pyg.multipoles import FastMultipole, direct_potential
 
 SPACING, LONGEST = 3.1, 2048
@@ -23,7 +25,6 @@ SCHEMES = {
     "survivors": SmoothSurvivors(),
     "bonds": BondTree(),
 }
-SMALL = {"channels": 2, "lmax": 1, "body_order": 3, "num_basis": 3}
 
 
 class Work(TorchDispatchMode):
@@ -74,9 +75,7 @@ def rod(length: int) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.tensor([8, 1, 1]).repeat(len(grid)), pos.reshape(-1, 3)
 
 
-def potential(scheme, **options) -> Potential:
-    torch.manual_seed(0)
-    return Potential(NBodyNet([1, 8], scheme, **(SMALL | options)).double())
+potential = functools.partial(factories.potential, species=[1, 8], channels=2, body_order=3, num_basis=3)
 
 
 def halves(size: int, finest: int, levels: int) -> torch.Tensor:

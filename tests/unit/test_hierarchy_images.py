@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 
 import pytest
 import torch
 
-from nbody_pyg import BondTree, FromAssignment, NBodyNet, NestedShells, Potential, SmoothSurvivors
+import factories
+from nbody_pyg import BondTree, FromAssignment, NestedShells, SmoothSurvivors
 from nbody_pyg.geometry import nearest_images
 
 #: Other lattice vectors of the same lattice.
@@ -53,9 +55,7 @@ SCHEMES = {
 }
 
 
-def potential(scheme) -> Potential:
-    torch.manual_seed(2)
-    return Potential(NBodyNet([1, 6, 8], scheme, channels=4, lmax=1), {1: -1.0, 6: -2.0, 8: -3.0}).double()
+potential = functools.partial(factories.potential, e0={1: -1.0, 6: -2.0, 8: -3.0}, seed=2)
 
 
 def assert_same(model, system, changes, pbc) -> None:
