@@ -11,6 +11,8 @@ import sys
 import pytest
 import torch
 
+from nbody_pyg import NBodyNet, Potential
+
 SEEDS = {"torch.manual_seed", "np.random.seed", "numpy.random.seed", "random.seed"}
 DEFAULTS = {"set_default_dtype", "set_default_device", "set_default_tensor_type"}
 
@@ -91,12 +93,10 @@ def default_dtype(request):
 
 
 def _energy_and_forces(molecules, dtype):
-    models = pytest.importorskip("nbody_pyg.models", reason="the model is not there yet")
-    potential = pytest.importorskip("nbody_pyg.potential", reason="the potential is not there yet")
     torch.manual_seed(0)
-    model = models.NBodyNet.practical([1, 6, 8]).to(dtype)
+    model = NBodyNet.practical([1, 6, 8]).to(dtype)
     z, pos = molecules["methanol"]
-    result = potential.Potential(model, None)(z, pos)
+    result = Potential(model, None)(z, pos)
     return result["energy"].detach(), result["forces"].detach()
 
 
@@ -113,18 +113,16 @@ def test_a_forward_pass_neither_reads_nor_writes_the_default_dtype(molecules, de
 
 
 def test_results_in_float64_do_not_depend_on_the_default_dtype(molecules):
-    models = pytest.importorskip("nbody_pyg.models", reason="the model is not there yet")
-    potential = pytest.importorskip("nbody_pyg.potential", reason="the potential is not there yet")
     z, pos = molecules["methanol"]
     torch.manual_seed(0)
-    reference = models.NBodyNet.practical([1, 6, 8]).to(torch.float64)
-    expected = potential.Potential(reference, None)(z, pos)
+    reference = NBodyNet.practical([1, 6, 8]).to(torch.float64)
+    expected = Potential(reference, None)(z, pos)
     torch.set_default_dtype(torch.float64)
     try:
         # Built under another default: coefficients must be as exact, once the weights are the same
-        other = models.NBodyNet.practical([1, 6, 8]).to(torch.float64)
+        other = NBodyNet.practical([1, 6, 8]).to(torch.float64)
         other.load_state_dict(reference.state_dict())
-        found = potential.Potential(other, None)(z, pos)
+        found = Potential(other, None)(z, pos)
     finally:
         torch.set_default_dtype(torch.float32)
     assert expected["energy"].abs().max() > 0

@@ -205,3 +205,17 @@ def test_nearest_images_against_trying_them_all(generator):
         torch.testing.assert_close(ratio, wanted.masked_fill(wanted > 1.05, torch.inf), rtol=0, atol=1e-9)
         ratios.append(ratio)
     assert 3 < int(torch.cat(ratios).isfinite().sum()) < 200
+
+
+def test_the_comparison_rejects_an_energy_that_knows_the_cell():
+    z, pos, cell = torch.tensor([6, 1, 8, 1]), torch.rand(4, 3, dtype=torch.float64), 5 * torch.eye(3).double()
+    pbc = torch.ones(1, 3, dtype=torch.bool)
+    moved = (pos + cell[0], cell)
+
+    def model(z, pos, cell, pbc, compute_stress, mutant=0.0):
+        energy = (pos - pos.mean(0)).square().sum().reshape(1) + mutant * pos.sum()
+        return {"interaction_energy": energy, "forces": pos - pos.mean(0), "stress": cell}
+
+    assert_same(model, (z, pos, cell), [moved], pbc)
+    with pytest.raises(AssertionError, match="interaction_energy"):
+        assert_same(functools.partial(model, mutant=1e-4), (z, pos, cell), [moved], pbc)
