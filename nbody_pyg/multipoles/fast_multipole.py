@@ -6,7 +6,7 @@ import math
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from nbody_pyg.geometry import ragged
@@ -40,8 +40,9 @@ class FastMultipole:
     Every pair of charges is counted once: at the coarsest level where their boxes are well separated, or else directly.
     The error falls as :math:`(1/\text{separation})^{l_\max + 1}`.
 
-    A reference, not the scheme of a potential: hard boxes make the energy jump when a charge changes its box. Pairs of
-    boxes are found from all pairs, at a cost of O(boxes^2).
+    A reference, not the scheme of a potential: hard boxes make the energy jump when a charge changes its box. All pairs
+    of boxes are looked at on the coarsest level only, below it those whose parents are near: the cost is linear in the
+    points where boxes hold a bounded number of points or boxes each, and the coarsest level a bounded number of them.
 
     Args:
         lmax: highest degree of moments and fields, 0 to 8.
@@ -88,8 +89,7 @@ class FastMultipole:
         near, field = None, None
         for k in reversed(range(len(levels))):
             boxes = levels[k]
-            far, near = self._split(boxes, near if k + 1 == len(levels) else _inherit(near, levels[k + 1]))
-            index = far.nonzero().t()
+            index, near = self._split(boxes, None if near is None else _inherit(near, levels[k + 1]))
             vec = boxes.centre[index[0]] - boxes.centre[index[1]]
             here = m2l(moments[k], vec, index, boxes.centre.shape[0])
             if field is not None:
@@ -100,7 +100,8 @@ class FastMultipole:
         finest = levels[0]
         down = torch.stack([finest.parent_of, torch.arange(pos.shape[0], device=pos.device)])
         result = l2p(field, finest.centre[down[0]] - pos, down, pos.shape[0])
-        close = _inherit(near, finest).fill_diagonal_(False).nonzero().t()
+        close = _inherit(near, finest)
+        close = close[:, close[0] != close[1]]
         result = result + m2l(values.unsqueeze(1), pos[close[0]] - pos[close[1]], close, pos.shape[0]).squeeze(1)
         return result.reshape(charges.shape)
 
@@ -131,22 +132,30 @@ class FastMultipole:
             below = box
         return found
 
-    def _split(self, boxes: Boxes, open_pairs: Bool[Tensor, "boxes boxes"] | None) -> tuple[Tensor, Tensor]:
+    def _split(self, boxes: Boxes, pairs: Int[Tensor, "2 pairs"] | None) -> tuple[Tensor, Tensor]:
         """Of the pairs that no coarser level has settled, those to settle here and those to leave to finer levels."""
+        if pairs is None:
+            here = torch.arange(boxes.centre.shape[0], device=boxes.centre.device)
+            pairs = torch.cartesian_prod(here, here).t()
+        one, other = pairs
         centre = boxes.centre.detach()
-        reach = self.separation * (boxes.radius.unsqueeze(0) + boxes.radius.unsqueeze(1))
-        apart = (torch.cdist(centre, centre) > reach).fill_diagonal_(False)
-        if open_pairs is None:
-            return apart, ~apart
-        return open_pairs & apart, open_pairs & ~apart
+        apart = (centre[one] - centre[other]).norm(dim=1) > self.separation * (boxes.radius[one] + boxes.radius[other])
+        return pairs[:, apart], pairs[:, ~apart]
 
     def __repr__(self) -> str:
         return f"FastMultipole(lmax={self.lmax}, separation={self.separation})"
 
 
-def _inherit(near: Bool[Tensor, "parents parents"], boxes: Boxes) -> Bool[Tensor, "below below"]:
-    """Pairs below whose parents are near each other."""
-    return near[boxes.parent_of][:, boxes.parent_of]
+def _inherit(near: Int[Tensor, "2 pairs"], boxes: Boxes) -> Int[Tensor, "2 _"]:
+    """Pairs below whose parents are near each other: all children of the one with all of the other."""
+    order = torch.argsort(boxes.parent_of, stable=True)
+    count = torch.bincount(boxes.parent_of, minlength=boxes.centre.shape[0])
+    first = torch.cumsum(count, 0) - count
+    width = count[near[0]] * count[near[1]]
+    one, other = near.repeat_interleave(width, dim=1)
+    place = torch.arange(one.shape[0], device=near.device) - (torch.cumsum(width, 0) - width).repeat_interleave(width)
+    rows = torch.div(place, count[other], rounding_mode="floor")
+    return torch.stack([order[first[one] + rows], order[first[other] + place % count[other]]])
 
 
 def all_pairs(batch: Int[Tensor, " points"] | int, device: torch.device | str | None = None) -> Int[Tensor, "2 pairs"]:

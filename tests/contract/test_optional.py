@@ -52,16 +52,14 @@ import torch, nbody_pyg
 for info in pkgutil.walk_packages(nbody_pyg.__path__, "nbody_pyg."):
     if not info.name.endswith("__main__"):
         importlib.import_module(info.name)
-result = {"modules": sorted(ABSENT & set(sys.modules)), "energy": None}
-if importlib.util.find_spec("nbody_pyg.models") and importlib.util.find_spec("nbody_pyg.potential"):
-    from nbody_pyg.models import NBodyNet
-    from nbody_pyg.potential import Potential
-    torch.manual_seed(0)
-    potential = Potential(NBodyNet.practical([1, 6, 8]).double(), None)
-    z = torch.tensor([6, 8, 1, 1, 1, 1])
-    pos = [[0, 0.7, 0], [0, -0.8, 0], [-1.1, 1, 0], [0.5, 1.1, -0.9], [0.5, 1, 0.9], [0.9, -1.1, 0.1]]
-    out = potential(z, torch.tensor(pos, dtype=torch.float64))
-    result |= {"energy": out["energy"].tolist(), "forces": out["forces"].tolist()}
+from nbody_pyg import NBodyNet, Potential
+torch.manual_seed(0)
+potential = Potential(NBodyNet.practical([1, 6, 8]).double(), None)
+z = torch.tensor([6, 8, 1, 1, 1, 1])
+pos = [[0, 0.7, 0], [0, -0.8, 0], [-1.1, 1, 0], [0.5, 1.1, -0.9], [0.5, 1, 0.9], [0.9, -1.1, 0.1]]
+out = potential(z, torch.tensor(pos, dtype=torch.float64))
+result = {key: out[key].tolist() for key in ("energy", "forces")}
+result["modules"] = sorted(ABSENT & set(sys.modules))
 print(json.dumps(result))
 '''
 
@@ -87,7 +85,7 @@ def without(root) -> dict:
 
 def test_everything_works_without_the_optional_packages(without):
     assert without["modules"] == []
-    assert without["energy"] is None or abs(without["energy"][0]) > 0
+    assert abs(without["energy"][0]) > 1e-3
 
 
 @pytest.mark.skipif(importlib.util.find_spec("torch_scatter") is None, reason="torch-scatter is not installed")

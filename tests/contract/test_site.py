@@ -14,6 +14,8 @@ from typing import Any
 import pytest
 import yaml
 
+from loading import load_script
+
 #: What mkdocs.yml names but scripts/docs/pages.py brings in from elsewhere: page -> file of the repository.
 ELSEWHERE = {
     "index.md": "README.md",
@@ -74,9 +76,7 @@ def test_api_pages_name_what_exists(root):
 
 def test_docstrings_become_markdown(root):
     pytest.importorskip("griffe", reason="needs the extra [docs]")
-    spec = importlib.util.spec_from_file_location("docstrings", root / "scripts" / "docs" / "docstrings.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = load_script(root / "scripts" / "docs" / "docstrings.py")
     assert doctest.testmod(module).failed == 0
     table = "=====  ====\nname   what\n=====  ====\n``x``  |r| of\n       :math:`|a|`\n=====  ===="
     found = module.to_markdown(table).split("\n")

@@ -2,30 +2,23 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from loading import load_script
 from nbody_pyg.deploy import FORMAT_VERSION, read_metadata
 
 FOLDER = Path(__file__).parent
 FILES = sorted(FOLDER.glob("model_format_*.nbody"))
 
 
-def _script():
-    spec = importlib.util.spec_from_file_location("golden_models", FOLDER / "models.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_it_loads_and_gives_what_it_gave(path):
     assert read_metadata(path)["format_version"] == int(path.stem.split("_")[-1])
-    expected, found = json.loads(path.with_suffix(".json").read_text()), _script().values(path)
+    expected, found = json.loads(path.with_suffix(".json").read_text()), load_script(FOLDER / "models.py").values(path)
     np.testing.assert_allclose(found["energy"], expected["energy"], rtol=0, atol=1e-9)
     np.testing.assert_allclose(found["forces"], expected["forces"], rtol=0, atol=1e-9)
     assert np.abs(expected["forces"]).min() > 1e-6

@@ -39,6 +39,7 @@ def potential(scheme=None, **options) -> Potential:
 
 def close(found: dict, wanted: dict) -> None:
     """Equal to some units in the last place of float32."""
+    assert set(wanted) - {"energy"} <= set(found) <= set(wanted)  # the sum of both parts is too large to compare
     for key, value in found.items():
         scale = max(1.0, float(wanted[key].abs().max()))
         torch.testing.assert_close(value, wanted[key], rtol=0, atol=2e-6 * scale)
@@ -240,3 +241,16 @@ def test_a_dataset_in_double_precision_stays_so(molecules):
     close(model(model.model.scheme(data)), model(z, pos))
     assert model.model.hierarchy(data)[0].pos.dtype == torch.float64
     assert model.model.hierarchy(data)[1].child_vec.dtype == torch.float32
+
+
+@pytest.mark.parametrize("change", [{"forces": 1e-4}, {"interaction_energy": 1e-4}, {"forces": float("nan")}])
+def test_the_comparison_rejects_a_difference(change, molecules):
+    z, pos = molecules["ethanol"]
+    wanted = {key: value.detach().clone() for key, value in potential()(z, pos).items()}
+    close(wanted, wanted)
+    with pytest.raises(AssertionError):
+        close(wanted | {key: wanted[key] + by for key, by in change.items()}, wanted)
+    with pytest.raises(AssertionError):
+        close({key: value for key, value in wanted.items() if key not in change}, wanted)
+    with pytest.raises(AssertionError):
+        close(*[{key: torch.zeros_like(value) for key, value in wanted.items()}] * 2)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from ase import Atoms
 
+import factories
 from nbody_pyg import BondTree, FromAssignment, NBodyNet, NestedShells, Potential, SmoothSurvivors
 from nbody_pyg.data import AtomicData
 from nbody_pyg.deploy import NBodyCalculator
@@ -23,13 +24,7 @@ SMALL = {"channels": 3, "lmax": 1, "body_order": 2, "num_basis": 4}
 
 
 def _net(scheme=None, long_range="direct", seed=3, **options) -> NBodyNet:
-    torch.manual_seed(seed)
-    net = NBodyNet([1, 6, 7, 8, 9], scheme or NestedShells((4.0,)), long_range=long_range, **(SMALL | options)).double()
-    if net.long_range is not None:
-        with torch.no_grad():  # the local term is zero at the start
-            for weight in (net.long_range.local, net.long_range.local_states.weight):
-                weight.normal_(std=0.1)
-    return net
+    return factories.net(scheme, [1, 6, 7, 8, 9], seed=seed, long_range=long_range, **(SMALL | options))
 
 
 def _charges(net, z, pos, charge=None, charges=None):

@@ -276,3 +276,15 @@ def test_what_a_worker_raises_is_raised():
 
     with pytest.raises(ArithmeticError, match="wrong"):
         run_together(0.1, lambda: None, fail)
+
+
+def test_the_comparison_rejects_one_bit():
+    one = torch.tensor([1.0, 2.0], dtype=torch.float64)
+    assert_same([one], [one.clone()], "energies")
+    with pytest.raises(AssertionError, match="energies differ"):
+        assert_same([torch.nextafter(one, 3 * one)], [one], "energies")
+    with pytest.raises(AssertionError, match="energies are zero"):
+        assert_same([0 * one], [0 * one], "energies")
+    for few in ([], [one, one]):
+        with pytest.raises(AssertionError, match="results instead of"):
+            assert_same(few, [one], "energies")

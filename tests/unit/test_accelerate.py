@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch_geometric.data import Batch
 
+from comparison import assert_same_results
 from nbody_pyg import BondTree, NBodyNet, NestedShells, Potential, SmoothSurvivors
 from nbody_pyg import potential as potential_module
 from nbody_pyg.accelerate import compile_potential
@@ -35,12 +36,6 @@ def batch_of(frames, scheme, count: int) -> Batch:
     return Batch.from_data_list([scheme(frame) for frame in frames[:count]])
 
 
-def assert_same(found: dict, wanted: dict) -> None:
-    assert set(found) == set(wanted)
-    for key, value in wanted.items():
-        torch.testing.assert_close(found[key], value, rtol=0, atol=1e-10)
-
-
 SCHEMES = pytest.mark.parametrize("scheme", [NestedShells((3.0, 3.0)), BondTree(3.0, 4.0, 5.0)], ids=["shells", "tree"])
 
 
@@ -55,7 +50,7 @@ def test_recorded_once_right_for_every_size(frames, mode, scheme):
         batch = batch_of(frames, potential.model.scheme, count)
         found, wanted = compiled(batch, training=training), potential(batch, training=training)
         assert wanted["forces"].abs().max() > 1e-3
-        assert_same(found, wanted)
+        assert_same_results(found, wanted)
         if training:
             losses = [r["forces"].square().sum() + r["interaction_energy"].square().sum() for r in (found, wanted)]
             for a, b in zip(*(parameter_gradients(loss, parameters) for loss in losses), strict=True):
@@ -63,7 +58,7 @@ def test_recorded_once_right_for_every_size(frames, mode, scheme):
     assert compiled.calls == compiled.compiled_calls == 3 and compiled.failure is None
     with torch.no_grad():
         parameters[0].mul_(1.5)
-    assert_same(compiled(batch, training=training), potential(batch, training=training))
+    assert_same_results(compiled(batch, training=training), potential(batch, training=training))
 
 
 def test_batches_of_another_kind_run_in_eager_mode(frames):
@@ -73,7 +68,7 @@ def test_batches_of_another_kind_run_in_eager_mode(frames):
     compiled = compile_potential(potential, backend="eager")
     for count in (4, 1):
         batch = batch_of(frames, potential.model.scheme, count)
-        assert_same(compiled(batch), potential(batch))
+        assert_same_results(compiled(batch), potential(batch))
     assert compiled.calls == 2 and compiled.compiled_calls == 1
     assert set(compiled(batch, training=True)) == {"energy", "forces", "interaction_energy"}
     assert compiled.compiled_calls == 1
@@ -94,7 +89,7 @@ def test_survivors_run_in_eager_mode_without_an_attempt(frames, stored):
     for _ in range(2):  # a warning would be an error
         found, wanted = compiled(batch), potential(batch)
         assert wanted["forces"].abs().max() > 1e-3
-        assert_same(found, wanted)
+        assert_same_results(found, wanted)
     assert compiled.failure is None and (compiled.calls, compiled.compiled_calls) == (2, 0)
 
 
@@ -125,8 +120,8 @@ def test_a_wrong_program_is_noticed(frames, monkeypatch):
     wrong = "nbody_pyg.accelerate._Program.__call__"
     monkeypatch.setattr(wrong, lambda *_: [potential(batch)["interaction_energy"], 1.01 * potential(batch)["forces"]])
     with pytest.warns(RuntimeWarning, match=r"compiling the potential failed \(ArithmeticError: results differ"):
-        assert_same(compiled(batch), potential(batch))
-    assert_same(compiled(batch), potential(batch))  # a second warning would be an error
+        assert_same_results(compiled(batch), potential(batch))
+    assert_same_results(compiled(batch), potential(batch))  # a second warning would be an error
     assert compiled.compiled_calls == 0
 
 
@@ -140,7 +135,7 @@ def test_a_compiler_that_fails_is_no_disaster(frames, monkeypatch):
     compiled = compile_potential(potential)
     batch = batch_of(frames, potential.model.scheme, 4)
     with pytest.warns(RuntimeWarning, match="no compiler here"):
-        assert_same(compiled(batch), potential(batch))
+        assert_same_results(compiled(batch), potential(batch))
 
 
 @pytest.mark.slow

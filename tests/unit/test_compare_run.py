@@ -218,7 +218,7 @@ def test_a_run_that_dies_or_hangs_is_recorded_as_failed(frames, tmp_path, does, 
     began = time.monotonic()
     record = runner(_point(frames, max_steps=3))
     os.kill(int((tmp_path / "pid").read_text()), signal.SIGKILL)
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - began < 25  # the child that holds the pipe would take 30
     assert record["status"] == "failed" and re.search(reason, record["reason"])
     assert not list(tmp_path.rglob("record.json"))
     (kept,) = load_records(tmp_path, note=lambda _: None)

@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import sys
 
 import numpy as np
 import pytest
 
+from loading import load_script
 from nbody_pyg.datasets import read_frames
 
 pytest.importorskip("tblite.ase", reason="making the embedded sets needs tblite, from the extra [data]")
 
 
 @pytest.fixture
-def script(request, monkeypatch):
-    path = request.config.rootpath / "datasets" / "make_embedded.py"
-    spec = importlib.util.spec_from_file_location("make_embedded", path)
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "make_embedded", module)  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+def script(request):
+    return load_script(request.config.rootpath / "datasets" / "make_embedded.py")
 
 
 @pytest.mark.parametrize(("phi", "psi"), [(-83.0, 73.0), (60.0, 40.0), (-150.0, 160.0)])

@@ -13,7 +13,8 @@ from ase.build import molecule
 from ase.calculators.mixing import SumCalculator
 from ase.io import read, write
 
-from nbody_pyg import BondTree, FromAssignment, NBodyNet, NestedShells, Potential
+import factories
+from nbody_pyg import BondTree, FromAssignment, NestedShells, Potential
 from nbody_pyg.cli import main
 from nbody_pyg.cli.md import STOPPED
 from nbody_pyg.cli.relax import NOT_CONVERGED
@@ -32,8 +33,7 @@ from nbody_pyg.training.prepare import DataSets
 
 
 def potential(scheme=None, seed: int = 0) -> Potential:
-    torch.manual_seed(seed)
-    return Potential(NBodyNet([1, 6, 8], scheme or BondTree(4.0), channels=4, lmax=1)).double()
+    return factories.potential(scheme or BondTree(4.0), seed=seed)
 
 
 @pytest.fixture

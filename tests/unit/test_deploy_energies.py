@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from nbody_pyg import BondTree, NBodyNet, NestedShells, Potential
+import factories
+from nbody_pyg import BondTree, NestedShells, Potential
 from nbody_pyg.cli import main
 from nbody_pyg.data import AtomicData
 from nbody_pyg.deploy import explain_energy, plot_energy_parts, save_model
@@ -19,11 +20,9 @@ SCHEMES = {
 
 
 def potential(scheme) -> Potential:
-    torch.manual_seed(1)
-    net = NBodyNet([1, 6, 8], scheme, channels=4, lmax=1)
     # A reach beyond the bonds, so that the repulsion is part of the sum.
     repulsion = ZBLRepulsion([1, 6, 8], {"C-H": 1.3, "C-C": 1.7})
-    return Potential(net, {1: -13.6, 6: -1030.5, 8: -2041.8}, 1.7, repulsion).double()
+    return factories.potential(scheme, {1: -13.6, 6: -1030.5, 8: -2041.8}, 1.7, repulsion, seed=1)
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import sys
 
 import numpy as np
@@ -13,26 +14,19 @@ from ase.io import read, write
 from ase.optimize import LBFGS
 from torch.overrides import TorchFunctionMode
 
-from nbody_pyg import BondTree, NBodyNet, NestedShells, Potential
+import factories
+from nbody_pyg import BondTree, NestedShells, Potential
 from nbody_pyg.cli import main
 from nbody_pyg.cli.frames import read_structures
 from nbody_pyg.data import AtomicData
 from nbody_pyg.deploy import NBodyCalculator, relax, save_model
 from nbody_pyg.deploy.relax import _held
 
-
-def potential(scheme) -> Potential:
-    torch.manual_seed(1)
-    return Potential(NBodyNet([1, 6, 8], scheme, channels=4, lmax=1, body_order=3), scale=3.0).double()
+potential = functools.partial(factories.potential, scale=3.0, seed=1, body_order=3)
 
 
 def charged_potential() -> Potential:
-    torch.manual_seed(1)
-    net = NBodyNet([1, 6, 8], NestedShells((4.0,)), channels=4, lmax=1, long_range="direct").double()
-    with torch.no_grad():  # the local term is zero at the start
-        for weight in (net.long_range.local, net.long_range.local_states.weight):
-            weight.normal_(std=0.1)
-    return Potential(net, scale=3.0).double()
+    return factories.potential(scale=3.0, seed=1, long_range="direct")
 
 
 def with_charges(frames: list[AtomicData]) -> list[AtomicData]:

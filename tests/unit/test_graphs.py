@@ -13,6 +13,7 @@ from ase.build import bulk
 from torch import Tensor
 from torch_geometric.data import Batch, Data
 
+from comparison import assert_same_results
 from nbody_pyg import BondTree, NBodyNet, NestedShells, Potential, SmoothSurvivors, graphs
 from nbody_pyg.cli.main import main
 from nbody_pyg.datasets import embedded
@@ -75,12 +76,6 @@ def moved(frame, step: int) -> dict[str, Tensor]:
     return {"z": frame.z, "pos": frame.pos.double() + 0.01 * noise, "batch": torch.zeros_like(frame.z)}
 
 
-def assert_same(found: dict, wanted: dict) -> None:
-    assert set(found) == set(wanted) and wanted["forces"].abs().max() > 1e-3
-    for key, value in wanted.items():
-        torch.testing.assert_close(found[key], value, rtol=0, atol=1e-10)
-
-
 # ---------------------------------------------------------------------------------------- evaluations
 @SCHEMES
 def test_replays_are_the_potential(frame, scheme):
@@ -94,10 +89,10 @@ def test_replays_are_the_potential(frame, scheme):
     for step in range(6):
         found = captured(**moved(frame, step), topology=topology)
         kept.append((found, {key: value.clone() for key, value in found.items()}))
-        assert_same(found, potential(**moved(frame, step), topology=topology))
+        assert_same_results(found, potential(**moved(frame, step), topology=topology))
         assert not any(value.requires_grad for value in found.values())
     for found, before in kept:
-        assert_same(found, before)
+        assert_same_results(found, before)
     assert (kept[1][0]["forces"] - kept[5][0]["forces"]).abs().max() > 1e-3
     assert (captured.calls, captured.captures, captured.replays, captured.failure) == (6, 1, 5, None)
     assert recorder.captured == 1 and recorder.replayed == 5 and not scope.is_tracing()
@@ -118,7 +113,7 @@ def test_index_tensors_are_copied_only_when_they_are_others(frame, monkeypatch):
     batch = torch.zeros_like(frame.z)
     for step in range(5):
         given = moved(frame, step) | {"batch": batch}
-        assert_same(captured(**given, topology=topology), potential(**given, topology=topology))
+        assert_same_results(captured(**given, topology=topology), potential(**given, topology=topology))
     # Everything is copied when the graph is made; after that the positions alone
     assert copies == [0, 1, 1, 1]
     # The same object with other entries: edges in another order
@@ -128,7 +123,7 @@ def test_index_tensors_are_copied_only_when_they_are_others(frame, monkeypatch):
     assert not torch.equal(edges, before)
     found = captured(**given, topology=topology)
     assert copies[-1] == 2
-    assert_same(found, potential(**given, topology=topology))
+    assert_same_results(found, potential(**given, topology=topology))
 
 
 def test_other_edges_of_the_same_number(frame):
@@ -142,7 +137,7 @@ def test_other_edges_of_the_same_number(frame):
     (graph,) = captured._graphs.values()
     assert graph.checks == 2 and not graph.checked_other_edges
     turned = {key: value[order] for key, value in moved(frame, 4).items()}
-    assert_same(captured(**turned), potential(**turned))
+    assert_same_results(captured(**turned), potential(**turned))
     assert captured.captures == 1 and captured.replays == 4
     assert graph.checks == 3 and graph.checked_other_edges
     turned["z"] = torch.where(turned["z"] == 8, 9, turned["z"])
@@ -168,7 +163,7 @@ def test_the_graphs_used_last_are_kept(frame):
 
     def evaluate(size: int) -> None:
         given = {key: value[:size] for key, value in moved(frame, size).items()}
-        assert_same(captured(**given), potential(**given))
+        assert_same_results(captured(**given), potential(**given))
 
     for size in sizes:
         evaluate(size)
@@ -202,10 +197,10 @@ def test_weights_are_read_at_every_replay(frame):
         for parameter in potential.parameters():
             parameter.mul_(1.1)
     found = captured(**moved(frame, 2))
-    assert_same(found, potential(**moved(frame, 2)))
+    assert_same_results(found, potential(**moved(frame, 2)))
     assert (found["forces"] - before["forces"]).abs().max() > 1e-6 and captured.captures == 1
     weight.data = weight.data * 1.5
-    assert_same(captured(**moved(frame, 2)), potential(**moved(frame, 2)))
+    assert_same_results(captured(**moved(frame, 2)), potential(**moved(frame, 2)))
     assert captured.captures == 2
 
 
@@ -220,7 +215,7 @@ def test_what_runs_in_eager_mode(frame):
     # By default graphs are those of a GPU: nothing happens to tensors on the CPU
     on_cpu = CapturedPotential(potential)
     for step in range(3):
-        assert_same(on_cpu(**moved(frame, step)), potential(**moved(frame, step)))
+        assert_same_results(on_cpu(**moved(frame, step)), potential(**moved(frame, step)))
     assert recorder.captured == captured.replays == on_cpu.replays == 0 and on_cpu.failure is None
 
 
@@ -234,7 +229,7 @@ def test_survivors_run_in_eager_mode_without_an_attempt(frame):
     for topology in (None, scheme.topology(**moved(frame, 0))):
         for _ in range(3):  # a warning would be an error
             found = captured(**moved(frame, 0), topology=topology)
-            assert_same(found, potential(**moved(frame, 0), topology=topology))
+            assert_same_results(found, potential(**moved(frame, 0), topology=topology))
             assert float(step(batch, labels).detach()) > 1e-3
     assert captured.failure is step.failure is None and recorder.captured == captured.replays == step.replays == 0
 
@@ -245,10 +240,10 @@ def test_a_wrong_replay_is_noticed(frame):
     potential = network()
     captured = CapturedPotential(potential, recorder=Frozen())
     for step in range(2):
-        assert_same(captured(**moved(frame, step)), potential(**moved(frame, step)))
+        assert_same_results(captured(**moved(frame, step)), potential(**moved(frame, step)))
     with pytest.warns(RuntimeWarning, match=r"CUDA graph failed \(ArithmeticError: results differ from eager mode"):
-        assert_same(captured(**moved(frame, 2)), potential(**moved(frame, 2)))
-    assert_same(captured(**moved(frame, 3)), potential(**moved(frame, 3)))  # a second warning would be an error
+        assert_same_results(captured(**moved(frame, 2)), potential(**moved(frame, 2)))
+    assert_same_results(captured(**moved(frame, 3)), potential(**moved(frame, 3)))  # a second warning would be an error
     assert captured.replays == 1 and not captured._graphs and repr(captured) == "CapturedPotential(eager)"
 
 
@@ -263,7 +258,7 @@ def test_edges_that_are_not_copied_are_noticed(frame, monkeypatch):
     order = torch.arange(len(frame.z)).flip(0)
     turned = {key: value[order] for key, value in moved(frame, 4).items()}
     with pytest.warns(RuntimeWarning, match="results differ from eager mode"):
-        assert_same(captured(**turned), potential(**turned))
+        assert_same_results(captured(**turned), potential(**turned))
 
 
 def test_a_capture_that_fails_is_no_disaster(frame):
@@ -275,8 +270,8 @@ def test_a_capture_that_fails_is_no_disaster(frame):
     captured = CapturedPotential(potential, recorder=Failing())
     captured(**moved(frame, 0))
     with pytest.warns(RuntimeWarning, match=r"\(RuntimeError: operation not permitted when stream is capturing\)"):
-        assert_same(captured(**moved(frame, 1)), potential(**moved(frame, 1)))
-    assert_same(captured(**moved(frame, 2)), potential(**moved(frame, 2)))
+        assert_same_results(captured(**moved(frame, 1)), potential(**moved(frame, 1)))
+    assert_same_results(captured(**moved(frame, 2)), potential(**moved(frame, 2)))
     assert captured.captures == 0 and captured.failure.startswith("RuntimeError")
 
 
@@ -304,7 +299,7 @@ def test_untrimmed_lists_give_the_same_energies(frame, scheme, periodic):
         pos = pos + 0.05 * torch.randn(pos.shape, generator=torch.Generator().manual_seed(step), dtype=torch.float64)
         wanted, found = exact(z, pos, None, cell, pbc), whole(z, pos, None, cell, pbc)
         arguments = {"z": z, "pos": pos, "cell": cell, "pbc": pbc, "compute_stress": periodic}
-        assert_same(potential(**arguments, topology=found), potential(**arguments, topology=wanted))
+        assert_same_results(potential(**arguments, topology=found), potential(**arguments, topology=wanted))
         same += bool(seen) and found is seen[-1]
         seen.append(found)
         edges = [[0 if i is None else i.shape[1] for i in (*t.child_index, *t.pair_index)] for t in (found, wanted)]
@@ -501,7 +496,7 @@ def test_gpu_kernels_follow_other_edges(frame, monkeypatch, mutant):
             with pytest.warns(RuntimeWarning, match="results differ from eager mode"):
                 captured(**frame, topology=topology)
             return
-        assert_same(captured(**frame, topology=topology), potential(**frame, topology=topology))
+        assert_same_results(captured(**frame, topology=topology), potential(**frame, topology=topology))
         assert captured.failure is None and captured.replays == 2
     finally:
         set_backend("auto")

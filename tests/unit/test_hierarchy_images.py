@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 
 import pytest
 import torch
 
-from nbody_pyg import BondTree, FromAssignment, NBodyNet, NestedShells, Potential, SmoothSurvivors
+import factories
+from nbody_pyg import BondTree, FromAssignment, NestedShells, SmoothSurvivors
 from nbody_pyg.geometry import nearest_images
 
 #: Other lattice vectors of the same lattice.
@@ -53,9 +55,7 @@ SCHEMES = {
 }
 
 
-def potential(scheme) -> Potential:
-    torch.manual_seed(2)
-    return Potential(NBodyNet([1, 6, 8], scheme, channels=4, lmax=1), {1: -1.0, 6: -2.0, 8: -3.0}).double()
+potential = functools.partial(factories.potential, e0={1: -1.0, 6: -2.0, 8: -3.0}, seed=2)
 
 
 def assert_same(model, system, changes, pbc) -> None:
@@ -205,3 +205,17 @@ def test_nearest_images_against_trying_them_all(generator):
         torch.testing.assert_close(ratio, wanted.masked_fill(wanted > 1.05, torch.inf), rtol=0, atol=1e-9)
         ratios.append(ratio)
     assert 3 < int(torch.cat(ratios).isfinite().sum()) < 200
+
+
+def test_the_comparison_rejects_an_energy_that_knows_the_cell():
+    z, pos, cell = torch.tensor([6, 1, 8, 1]), torch.rand(4, 3, dtype=torch.float64), 5 * torch.eye(3).double()
+    pbc = torch.ones(1, 3, dtype=torch.bool)
+    moved = (pos + cell[0], cell)
+
+    def model(z, pos, cell, pbc, compute_stress, mutant=0.0):
+        energy = (pos - pos.mean(0)).square().sum().reshape(1) + mutant * pos.sum()
+        return {"interaction_energy": energy, "forces": pos - pos.mean(0), "stress": cell}
+
+    assert_same(model, (z, pos, cell), [moved], pbc)
+    with pytest.raises(AssertionError, match="interaction_energy"):
+        assert_same(functools.partial(model, mutant=1e-4), (z, pos, cell), [moved], pbc)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from torch_geometric.loader import DataLoader
 
-from nbody_pyg import BondTree, FromAssignment, NBodyNet, NestedShells, Potential, SmoothSurvivors
+import factories
+from nbody_pyg import BondTree, FromAssignment, NestedShells, Potential, SmoothSurvivors
 from nbody_pyg.data import AtomicData
 from nbody_pyg.deploy import load_model, save_model
 from nbody_pyg.explain import ExplainableNet
-from nbody_pyg.hierarchy import Scheme, TopologyCache, plot_hierarchy
+from nbody_pyg.hierarchy import TopologyCache, plot_hierarchy
 from nbody_pyg.nn.pool import NBodySelect
 from nbody_pyg.training.loader import FrameLoader
 
@@ -26,9 +29,7 @@ SCHEMES = {
 }
 
 
-def net(scheme: Scheme, **options) -> NBodyNet:
-    torch.manual_seed(0)
-    return NBodyNet([1, 6, 8], scheme, channels=2, lmax=1, body_order=2, num_basis=3, **options).double()
+net = functools.partial(factories.net, channels=2, body_order=2, num_basis=3)
 
 
 @pytest.fixture

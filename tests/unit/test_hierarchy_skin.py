@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -9,6 +11,7 @@ from nbody_pyg import BondTree, FromAssignment, NBodyNet, NestedShells, Potentia
 from nbody_pyg.hierarchy import LevelSpec, Scheme, Topology, TopologyCache
 from nbody_pyg.kernels import available_backends, set_backend
 from nbody_pyg.radial import vector_window
+from nbody_pyg.system import System
 
 SCHEMES = {
     "shells": NestedShells((3.0, 3.0, 2.2)),
@@ -194,3 +197,17 @@ def test_windows_vanish_exactly_beyond_the_cutoff(backend, dtype):
     assert (vec.norm(dim=1) > 5.0).all()
     for value in (window, slope, bend):
         assert torch.equal(value, torch.zeros_like(value))
+
+
+@pytest.mark.parametrize("name", ["child_index", "pair_index"])
+def test_the_comparison_of_topologies_rejects_a_difference(name):
+    z, pos, _ = waters()
+    wanted = BondTree().compose(System.from_tensors(z, pos))
+    assert_same_topology(wanted, wanted)
+    level = next(k for k in range(wanted.num_levels) if getattr(wanted, name)[k] is not None)
+    columns = list(getattr(wanted, name))
+    for other in (columns[level].flip(1), columns[level][:, 1:], None):
+        columns[level] = other
+        with pytest.raises(AssertionError, match=name):
+            assert_same_topology(dataclasses.replace(wanted, **{name: tuple(columns)}), wanted)
+        columns[level] = getattr(wanted, name)[level]

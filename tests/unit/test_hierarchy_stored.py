@@ -8,9 +8,10 @@ import torch_geometric.transforms as T
 from torch_geometric.data import Batch, Data
 from torch_geometric.loader import DataLoader
 
-from nbody_pyg import BondTree, FromAssignment, NBodyNet, NestedShells, Potential, SmoothSurvivors
+from factories import net
+from nbody_pyg import BondTree, FromAssignment, NestedShells, Potential, SmoothSurvivors
 from nbody_pyg.data import AtomicData
-from nbody_pyg.hierarchy import Scheme, share_topology
+from nbody_pyg.hierarchy import share_topology
 from nbody_pyg.hierarchy.mark import MARK
 from nbody_pyg.training.loader import FrameLoader
 
@@ -20,11 +21,6 @@ SCHEMES = {
     "labels": FromAssignment(cutoff=2.5, part_cutoffs=(3.0,)),
     "survivors": SmoothSurvivors((1.5,), (2.4, 4.0)),
 }
-
-
-def net(scheme: Scheme) -> NBodyNet:
-    torch.manual_seed(0)
-    return NBodyNet([1, 6, 8], scheme, channels=4, lmax=1).double()
 
 
 def frame(molecules, name: str = "ethanol", cell: float | None = None) -> AtomicData:

@@ -486,3 +486,20 @@ def test_edges_that_point_nowhere_are_refused(row, wrong):
     if row == 1:
         with pytest.raises(ValueError, match=r"slot .* must lie between 0 and 14"):
             density(torch.zeros(5, dtype=torch.long), edges)
+
+
+@needs_c
+@pytest.mark.parametrize("order", [0, 1, 2])
+def test_the_comparison_of_backends_rejects_a_difference(order, generator):
+    """A value, a gradient and a second derivative that are off on one of the backends alone."""
+
+    def call(x):
+        off = 1e-6 if backend(x) == "c" else 0.0
+        return (x.square() * x).sum() + off * (x - x.detach()).pow(order).sum()
+
+    x = _randn(generator, 5)
+    _assert_both(lambda x: x.square() * x, [x])
+    with pytest.raises(AssertionError, match=f"result {order}"):
+        _assert_both(call, [x])
+    with pytest.raises(AssertionError):
+        _assert_both(lambda x: 0.0 * x.square() * x, [x])

@@ -12,6 +12,7 @@ from torch_geometric.data import Batch, Data, HeteroData
 from torch_geometric.loader import DataLoader
 from torch_geometric.nn import SchNet
 
+import factories
 from nbody_pyg import BondTree, FromAssignment, NBodyNet, NestedShells, Potential
 from nbody_pyg.data import AtomicData
 from nbody_pyg.datasets import embedded
@@ -47,7 +48,7 @@ SCHEMES = [
 
 
 def _net(scheme=None, **options) -> NBodyNet:
-    return NBodyNet([1, 6, 8], scheme, **({"channels": 3, "lmax": 1} | options)).double()
+    return factories.net(scheme or NestedShells(), seed=None, **({"channels": 3} | options))
 
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=["tree", "shells", "labels"])

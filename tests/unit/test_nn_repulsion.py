@@ -9,7 +9,8 @@ import torch
 from ase import units
 from ase.data import covalent_radii
 
-from nbody_pyg import BondTree, NBodyNet, NestedShells, Potential
+import factories
+from nbody_pyg import BondTree, NestedShells, Potential
 from nbody_pyg.data import AtomicData
 from nbody_pyg.deploy import load_model, save_model
 from nbody_pyg.geometry import neighbour_list
@@ -29,9 +30,8 @@ def energy_of(repulsion: ZBLRepulsion, z: torch.Tensor, pos: torch.Tensor) -> fl
 
 
 def potential(repulsion="auto", scheme=None, **arguments) -> Potential:
-    torch.manual_seed(1)
-    net = NBodyNet([1, 6, 8], scheme or NestedShells((4.0,)), channels=4, lmax=1, **arguments)
-    return Potential(net, {1: -13.6, 6: -1030.0, 8: -2040.0}, 0.7, repulsion).double()
+    e0 = {1: -13.6, 6: -1030.0, 8: -2040.0}
+    return factories.potential(scheme, e0, 0.7, repulsion, seed=1, **arguments)
 
 
 @pytest.fixture

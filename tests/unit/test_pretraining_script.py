@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-
 import numpy as np
 import pytest
+
+from loading import load_script
 
 REASON = "making data of pretraining needs rdkit, h5py and tblite"
 h5py = pytest.importorskip("h5py", reason=REASON)
@@ -17,13 +16,8 @@ LISTS = {"qm9": ["CCO", "CC=O", "OCCO", "C1CC1", "CC(N)=O"], "moses": ["CC(=O)Nc
 
 
 @pytest.fixture
-def script(request, monkeypatch):
-    path = request.config.rootpath / "datasets" / "make_pretraining.py"
-    spec = importlib.util.spec_from_file_location("make_pretraining", path)
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "make_pretraining", module)  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+def script(request):
+    return load_script(request.config.rootpath / "datasets" / "make_pretraining.py")
 
 
 def test_the_mixture_is_kept_by_every_hundred_units(script):

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from torch_geometric.data import Batch
 
+import factories
 from nbody_pyg import AtomicData, NBodyNet, NestedShells, SmoothSurvivors
 from nbody_pyg.geometry import edge_vectors
 from nbody_pyg.hierarchy import FromAssignment, Scheme, Topology, thinning
@@ -42,9 +45,7 @@ def _fluid(count: int, seed: int = 0, density: float = 0.08) -> System:
     return System.from_tensors(torch.tensor(SPECIES)[torch.arange(count) % 3], pos)
 
 
-def _net(scheme: Scheme, **options) -> NBodyNet:
-    torch.manual_seed(3)
-    return NBodyNet(SPECIES, scheme, **({"channels": 4, "lmax": 2} | options)).double()
+_net = functools.partial(factories.net, species=SPECIES, seed=3, lmax=2)
 
 
 @pytest.fixture(scope="module")

@@ -7,14 +7,7 @@ import dataclasses
 import pytest
 import yaml
 
-from nbody_pyg.training.config import (
-    config_parser,
-    load_config,
-    model_arguments,
-    parse_config,
-    parse_value,
-    parse_yaml,
-)
+from nbody_pyg.training.config import config_parser, load_config, model_arguments, parse_config, parse_value, parse_yaml
 from nbody_pyg.training.prepare import build_potential, load_data
 
 BASE = ["--data.embedded", "ethanol", "--training.max_steps", "3"]

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch_geometric.data import Batch, Data
 
+from factories import Springs
 from nbody_pyg.data import AtomicData
 from nbody_pyg.datasets import Frames
 from nbody_pyg.hierarchy import NestedShells
@@ -27,21 +28,6 @@ from nbody_pyg.training.task import PotentialTask
 
 POTENTIAL = {"energy": (1,), "forces": ("N", 3), "stress": (1, 3, 3)}
 COMMON = {"batch_size": 3, "log_every": 2, "validate_every": 6, "dtype": "float64", "max_steps": 6}
-
-
-class Springs(nn.Module):
-    """Half a stiffness times the squared distances from the mean position; takes and ignores a cell."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stiffness = nn.Parameter(torch.tensor(0.3, dtype=torch.float64))
-
-    def forward(self, z, pos, batch, *, cell=None):
-        size = int(batch.max()) + 1
-        count = torch.bincount(batch, minlength=size).unsqueeze(-1)
-        centre = pos.new_zeros(size, 3).index_add(0, batch, pos) / count
-        square = (pos - centre[batch]).square().sum(-1)
-        return 0.5 * self.stiffness * pos.new_zeros(size).index_add(0, batch, square)
 
 
 def frames(count: int = 12, atoms: int = 4) -> list[AtomicData]:

@@ -137,3 +137,18 @@ def test_errors():
         frame.name = {"x": 1}
     with pytest.raises(TypeError, match="'name' holds dict"):
         FrameLoader(data)
+
+
+def test_the_comparison_of_batches_rejects_a_difference():
+    wanted = Batch.from_data_list(frames())
+    assert_same(wanted.clone(), wanted)
+    for key in ("energy", "child_1", "batch"):
+        for change in (lambda t: t.roll(1, -1) + 1, lambda t: t[:-1], lambda t: t.to(torch.float16)):
+            other = wanted.clone()
+            other[key] = change(other[key])
+            with pytest.raises(AssertionError):
+                assert_same(other, wanted)
+    other = wanted.clone()
+    del other["forces"]
+    with pytest.raises(AssertionError):
+        assert_same(other, wanted)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from factories import Springs
 from nbody_pyg.data import AtomicData
 from nbody_pyg.hierarchy import NestedShells
 from nbody_pyg.models import NBodyNet
@@ -200,20 +201,6 @@ def test_ema_refuses_a_decay_outside_its_range():
 
 
 # -- errors ------------------------------------------------------------------------------------------------
-class Springs(nn.Module):
-    """Half a spring constant times the squared distances from the centre."""
-
-    def __init__(self):
-        super().__init__()
-        self.k = nn.Parameter(torch.tensor(0.7, dtype=torch.float64))
-
-    def forward(self, z, pos, batch):
-        count = torch.bincount(batch)
-        centre = pos.new_zeros(len(count), 3).index_add(0, batch, pos) / count[:, None]
-        energy = 0.5 * self.k * (pos - centre[batch]).square().sum(1)
-        return pos.new_zeros(len(count)).index_add(0, batch, energy)
-
-
 def springs_frames(count=5):
     out = []
     for number in range(count):
@@ -225,7 +212,7 @@ def springs_frames(count=5):
 
 
 def test_errors_and_predictions_by_hand():
-    frames, potential = springs_frames(), Potential(Springs())
+    frames, potential = springs_frames(), Potential(Springs(0.7))
     found = evaluate(potential, frames, batch_size=2)
     energy = torch.cat([0.35 / 1.0 * f.energy for f in frames])
     labels = torch.cat([f.energy for f in frames])
@@ -252,7 +239,7 @@ def test_missing_labels_do_not_count_but_missing_predictions_show():
     frames = springs_frames(2)
     frames[0].energy[:] = float("nan")
     meter, batch = ErrorMeter(), FrameLoader(frames, 2).batch([0, 1])
-    result = Potential(Springs())(batch)
+    result = Potential(Springs(0.7))(batch)
     meter.update(result, batch)
     assert math.isfinite(meter.compute()["energy_mae"])
     result["forces"][3] = float("nan")
@@ -273,14 +260,14 @@ def test_frames_without_labels_are_predicted():
     frames = springs_frames(3)
     del frames[1].energy, frames[1].forces
     frames[2].energy = frames[2].energy.new_full((1,), float("nan"))
-    found = evaluate(Potential(Springs()), frames)
+    found = evaluate(Potential(Springs(0.7)), frames)
     assert found.energy.abs().min() > 0 and len(found.forces) == 3
-    first, third = (evaluate(Potential(Springs()), [frames[i]]) for i in (0, 2))
+    first, third = (evaluate(Potential(Springs(0.7)), [frames[i]]) for i in (0, 2))
     assert found.errors["energy_mae"] == pytest.approx(first.errors["energy_mae"], rel=1e-12) != 0
     both = (first.errors["forces_mae"] + third.errors["forces_mae"]) / 2
     assert found.errors["forces_mae"] == pytest.approx(both, rel=1e-12) != 0
     assert "energy_mae" not in third.errors
-    assert evaluate(Potential(Springs()), [frames[1]]).errors == {}
+    assert evaluate(Potential(Springs(0.7)), [frames[1]]).errors == {}
 
 
 def test_periodic_and_open_frames_are_evaluated_as_each_by_itself():
@@ -315,14 +302,14 @@ def test_periodic_and_open_frames_are_evaluated_as_each_by_itself():
 
 # -- description of a potential ----------------------------------------------------------------------------
 def test_description_and_rebuilding():
-    potential = Potential(Springs(), AtomicReference({1: -13.6, 8: -2041.8}), 0.5)
+    potential = Potential(Springs(0.7), AtomicReference({1: -13.6, 8: -2041.8}), 0.5)
     config = potential_config(potential)
     assert config["e0"] == {"1": -13.6, "8": -2041.8} and config["scale"] == 0.5
-    again = potential_from_config(config, Springs())
+    again = potential_from_config(config, Springs(0.7))
     assert again.reference.energies == potential.reference.energies
     with pytest.raises(ValueError, match="the file holds a Springs, but model is a Tanh"):
         potential_from_config(config, nn.Tanh())
     with pytest.raises(ValueError, match="holds a Springs, which nbody_pyg cannot build by itself"):
         potential_from_config(config)
     with pytest.raises(ValueError, match="dtype must be one of"):
-        potential_from_config(config | {"dtype": "float16"}, Springs())
+        potential_from_config(config | {"dtype": "float16"}, Springs(0.7))

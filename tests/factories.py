@@ -1,0 +1,60 @@
+"""Small networks and potentials that the tests share; each call with the same seed gives the same weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nbody_pyg import NBodyNet, NestedShells, Potential
+from nbody_pyg.hierarchy import Scheme
+
+SPECIES = (1, 6, 8)
+SMALL = {"channels": 4, "lmax": 1}
+
+
+def net(
+    scheme: Scheme | None = None, species: Sequence[int] = SPECIES, *, seed: int | None = 0, **options: Any
+) -> NBodyNet:
+    """A small network in float64, of one shell where no scheme is given; ``seed=None`` goes on with the generator."""
+    if seed is not None:
+        torch.manual_seed(seed)
+    return wake_long_range(NBodyNet(list(species), scheme or NestedShells((4.0,)), **(SMALL | options)).double())
+
+
+def potential(
+    scheme: Scheme | None = None,
+    e0: Mapping[int, float] | None = None,
+    scale: float = 1.0,
+    repulsion: Any = "auto",
+    *,
+    seed: int | None = 0,
+    **options: Any,
+) -> Potential:
+    """A small potential in float64."""
+    return Potential(net(scheme, seed=seed, **options), e0, scale, repulsion).double()
+
+
+def wake_long_range(model: NBodyNet) -> NBodyNet:
+    """Give the local part of long-range interactions weights: they start at zero, and tests would see nothing."""
+    if model.long_range is not None:
+        with torch.no_grad():
+            for weight in (model.long_range.local, model.long_range.local_states.weight):
+                weight.normal_(std=0.1)
+    return model
+
+
+class Springs(nn.Module):
+    """Half a stiffness times the squared distances from the mean position of each graph; a cell changes nothing."""
+
+    def __init__(self, stiffness: float = 0.3) -> None:
+        super().__init__()
+        self.stiffness = nn.Parameter(torch.tensor(stiffness, dtype=torch.float64))
+
+    def forward(self, z: Tensor, pos: Tensor, batch: Tensor, *, cell: Tensor | None = None) -> Tensor:
+        count = torch.bincount(batch)
+        centre = pos.new_zeros(len(count), 3).index_add(0, batch, pos) / count[:, None]
+        square = (pos - centre[batch]).square().sum(1)
+        return pos.new_zeros(len(count)).index_add(0, batch, 0.5 * self.stiffness * square)
