@@ -110,7 +110,7 @@ class MissingKey(ValueError, KeyError):
     __str__ = Exception.__str__
 
 
-class _Storage(GlobalStorage):
+class _Storage(GlobalStorage):  # type: ignore[misc]  # PyG has no py.typed
     """The keys of one system. PyG's collate asks every system of a batch for the keys of the first."""
 
     def __getitem__(self, key: str) -> Any:
@@ -134,7 +134,7 @@ class _Storage(GlobalStorage):
 _collate: ContextVar[tuple[weakref.ref[Data], list[AtomicData]] | None] = ContextVar("nbody_collate", default=None)
 
 
-class AtomicData(Data):
+class AtomicData(Data):  # type: ignore[misc]  # PyG has no py.typed
     r"""One molecule or unit cell. Units: eV, angstrom, e.
 
     ==================  ====================  ==========================================================
@@ -176,6 +176,9 @@ class AtomicData(Data):
         3
     """
 
+    z: Tensor
+    pos: Tensor
+
     def __init__(self, **keys: Any) -> None:
         super().__init__()
         self.__dict__["_store"] = _Storage(_parent=self)
@@ -185,7 +188,8 @@ class AtomicData(Data):
     def stores_as(self, data: Data) -> AtomicData:
         """PyG's collate calls this on the batch that it fills, then reads ``stores`` of the data, then of the batch."""
         _collate.set((weakref.ref(self), []))
-        return super().stores_as(data)
+        filled: AtomicData = super().stores_as(data)
+        return filled
 
     @property
     def stores(self) -> list[Any]:
@@ -197,7 +201,8 @@ class AtomicData(Data):
                 read.append(self)
             if batch is self:
                 _refuse_lost(read)
-        return super().stores
+        stores: list[Any] = super().stores
+        return stores
 
     def __inc__(self, key: str, value: Any, *args: Any, **kwargs: Any) -> Any:
         ours = self._is_index(key, value)

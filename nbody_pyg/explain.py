@@ -13,7 +13,7 @@ from nbody_pyg.hierarchy import Hierarchy, Level
 from nbody_pyg.models import NBodyNet
 
 
-class Membership(MessagePassing):
+class Membership(MessagePassing):  # type: ignore[misc]  # PyG has no py.typed
     """The weights of one set of edges of a hierarchy, as something that an explainer may mask."""
 
     def __init__(self) -> None:
@@ -21,7 +21,7 @@ class Membership(MessagePassing):
 
     def forward(self, weight: Tensor, part: slice) -> Tensor:
         """The weights of the edges, ``part`` of all that the explainer knows."""
-        mask = self._edge_mask
+        mask: Tensor | None = self._edge_mask
         if not self.explain or mask is None:
             return weight
         mask = mask[part]

@@ -9,11 +9,14 @@ from __future__ import annotations
 import importlib.util
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+
+from nbody_pyg.required import required
 
 # Two atoms nearer than this (angstrom) are an error in the input, not a geometry.
 COINCIDENT = 1e-6
@@ -86,7 +89,8 @@ def check_atoms(z: Tensor, pos: Tensor, values: bool = True) -> Int[Tensor, " at
     Raises: TypeError: no tensors, numbers that are no integers, positions that are not floating. ValueError: wrong
         shapes, lengths that differ, two devices; positions that are not finite, numbers beyond 118.
     """
-    for name, value in (("z", z), ("pos", pos)):
+    named: dict[str, Any] = {"z": z, "pos": pos}
+    for name, value in named.items():
         if not isinstance(value, Tensor):
             given = "None" if value is None else f"a {type(value).__name__}"
             raise TypeError(f"{name} must be a tensor, got {given}; make one with torch.as_tensor")
@@ -169,7 +173,7 @@ def check_cell(
     return cell, pbc
 
 
-def _some(items: Sequence, limit: int = 5) -> str:
+def _some(items: Sequence[Any], limit: int = 5) -> str:
     text = ", ".join(str(item) for item in items[:limit])
     return text + (f", ... ({len(items)} in all)" if len(items) > limit else "")
 
@@ -210,7 +214,8 @@ def complete_cell(cell: Float[Tensor, "graphs 3 3"], pbc: Bool[Tensor, "graphs 3
 
 def _heights(full: Tensor) -> Tensor:
     """Distances between opposite faces of each cell, [B, 3]."""
-    return 1.0 / torch.linalg.inv(full).norm(dim=-2)
+    heights: Tensor = 1.0 / torch.linalg.inv(full).norm(dim=-2)
+    return heights
 
 
 def _reduce(full: Tensor, pbc: Tensor) -> tuple[Tensor, Tensor]:
@@ -334,9 +339,9 @@ def neighbour_list(
     cell, pbc = check_cell(cell, pbc, num_graphs, pos)
     where, cutoff = pos.detach().to(torch.float64), float(cutoff)
     count = torch.bincount(graph, minlength=num_graphs) if batch is not None else graph.new_tensor([len(pos)])
-    candidates, full, images = (count * count).double(), None, None
+    candidates, full = (count * count).double(), None
     if pbc is not None:
-        full = complete_cell(cell, pbc)
+        full = complete_cell(required(cell), pbc)
         heights = _heights(full)
         _refuse_huge(count, cutoff, heights, pbc)
         images = torch.ceil(cutoff / heights + 1e-6).long().masked_fill(~pbc, 0)
@@ -347,11 +352,11 @@ def neighbour_list(
         if pbc is None:
             full = torch.eye(3, dtype=where.dtype, device=where.device).expand(num_graphs, 3, 3)
             pbc = torch.zeros(num_graphs, 3, dtype=torch.bool, device=where.device)
-        index, shift, square = _binned(where, cutoff, graph, count, full, pbc)
+        index, shift, square = _binned(where, cutoff, graph, count, required(full), pbc)
     elif pbc is None:
         index, shift, square = _dense_open(where, cutoff, graph, count)
     else:
-        index, shift, square = _dense_periodic(where, cutoff, graph, count, full, pbc, images)
+        index, shift, square = _dense_periodic(where, cutoff, graph, count, required(full), pbc, images)
     if not allow_coincident:
         _refuse_coincident(index, shift, square, graph)
     return index, shift.to(pos.dtype)

@@ -166,22 +166,22 @@ class PropertyModel(nn.Module):
 
     def forward(self, data: Data) -> dict[str, Tensor]:
         """Value of each property, float64, (graphs, *shape)."""
-        own = isinstance(self.model, NBodyNet)
-        system = known_state(self.model, self._keywords, self.model.read(data) if own else System.from_data(data))
+        own = self.model if isinstance(self.model, NBodyNet) else None
+        system = known_state(self.model, self._keywords, System.from_data(data) if own is None else own.read(data))
         centre = self._centre(system)
-        raw = self._from_network(system, centre) if own else self._from_other(system)
+        raw = self._from_other(system) if own is None else self._from_network(own, system, centre)
         return {p.name: self._restored(p, raw[p.name], system, centre) for p in self.properties}
 
     # ------------------------------------------------------------------ readouts
-    def _from_network(self, system: System, centre: Tensor) -> dict[str, Tensor]:
-        hierarchy = self.model.hierarchy(system)
-        values, counts = self.model.values(hierarchy), [0, 0, 0]
+    def _from_network(self, model: NBodyNet, system: System, centre: Tensor) -> dict[str, Tensor]:
+        hierarchy = model.hierarchy(system)
+        values, counts = model.values(hierarchy), [0, 0, 0]
         size, num_atoms = system.num_graphs, system.num_atoms.unsqueeze(-1)
-        n0 = self.model.irreps_out.count(o3.Irrep("0e"))
-        n1 = self.model.irreps_out.count(o3.Irrep("1o"))
+        n0 = model.irreps_out.count(o3.Irrep("0e"))
+        n1 = model.irreps_out.count(o3.Irrep("1o"))
         out = {}
         for p in self.properties:
-            total: Tensor | float = 0.0
+            total = torch.zeros(())
             (k0, k1, k2), _ = READOUTS[p.readout]
             for level, value in values.items():
                 # mul_ir: the scalars, then vector after vector, tensor after tensor; at most one of each in a readout

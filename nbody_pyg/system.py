@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int, Integer
@@ -28,7 +28,8 @@ from nbody_pyg.kernels.scope import has_values
 DEFAULT_STATE: Mapping[str, float] = {"charge": 0.0, "spin": 1.0}
 
 
-class Species(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Species:
     """Numbers of the elements of some atoms among those of a model, found once for an evaluation."""
 
     elements: tuple[int, ...]
@@ -110,14 +111,15 @@ class System:
             found = (batch_size or 1) if topology is None else topology.num_graphs
         size = check_batch_size(batch_size, found) if known else found
         if known:
-            cell, pbc = check_cell(cell, pbc, size, pos)
-            cell = None if pbc is None else cell  # around an open system it means nothing
-        elif cell is not None:
-            cell = cell.reshape(-1, 3, 3)
+            cell, directions = check_cell(cell, pbc, size, pos)
+            cell = None if directions is None else cell  # around an open system it means nothing
+        else:
+            cell = None if cell is None else cell.reshape(-1, 3, 3)
+            directions = None if pbc is None else torch.as_tensor(pbc)
         total = total_charge(batch, size, charge, charges, pos)
         formal = None if charges is None else charges.to(pos)
         multiplicity = spin_multiplicity(spin, size, pos)
-        return cls(z, pos, batch, size, cell, pbc, total, formal, multiplicity, given or {}, topology)
+        return cls(z, pos, batch, size, cell, directions, total, formal, multiplicity, given or {}, topology)
 
     @classmethod
     def from_data(cls, data: Data, topology: Any = None, batch_size: int | None = None) -> System:
@@ -155,7 +157,7 @@ class System:
         if isinstance(z, System):
             return z if given.get("topology") is None else z.replace(topology=given["topology"])
         if not isinstance(z, BaseData) and (pos is not None or isinstance(z, Tensor)):
-            return cls.from_tensors(z, pos, batch, **given)
+            return cls.from_tensors(z, pos, batch, **given)  # type: ignore[arg-type]  # it refuses None
         if any(value is not None for value in (pos, batch, given.get("cell"), given.get("pbc"))):
             raise TypeError("pos, batch, cell and pbc come from the Data; pass either a Data or tensors")
         return (read or cls.from_data)(z, given.get("topology"), given.get("batch_size"))
@@ -188,7 +190,9 @@ class System:
             self.pos[atoms],
             number[self.batch[atoms]],
             int(graphs.sum()),
-            *(among(graphs, value) for value in (self.cell, self.pbc, self.total_charge)),
+            among(graphs, self.cell),
+            among(graphs, self.pbc),
+            among(graphs, self.total_charge),
             among(atoms, self.formal_charges),
             among(graphs, self.spin),
         )

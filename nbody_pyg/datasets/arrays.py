@@ -83,7 +83,7 @@ def read_npz(
         stored = [k for k in keys if k in raw]
         key = wanted or next(iter(stored), None)
         unsure = not wanted and (name in given or name in STATE_KEYS)
-        if unsure and any(not _same(raw[key], raw[k]) for k in stored[1:]):
+        if unsure and key is not None and any(not _same(raw[key], raw[k]) for k in stored[1:]):
             cure = f"choose one with {name}_key" if name in given else "keep one of them"
             raise ValueError(f"{path.name} holds {name} under {' and '.join(stored)} with other values; {cure}")
         if key is None and name in ("z", "pos"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 from nbody_pyg.datasets.arrays import read_npz
 from nbody_pyg.datasets.frames import Frames
@@ -31,9 +32,10 @@ def embedded_folder() -> Path:
     raise FileNotFoundError(f"the embedded data sets are missing (looked in {places[0]} and {places[1]}); {_CURE}")
 
 
-def embedded_manifest() -> dict:
+def embedded_manifest() -> dict[str, Any]:
     """Level of theory, versions, seed, licence, and for each file its size, checksum and statistics."""
-    return json.loads((embedded_folder() / "manifest.json").read_text())
+    manifest: dict[str, Any] = json.loads((embedded_folder() / "manifest.json").read_text())
+    return manifest
 
 
 def embedded(molecule: str, split: str = "train") -> Frames:

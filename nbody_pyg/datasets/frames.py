@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, SupportsIndex
+from typing import Any, SupportsIndex, overload
 
 import numpy as np
 import torch
@@ -60,7 +60,11 @@ class Frames(list[AtomicData]):
         self.notes = tuple(notes)
         self.numbers = tuple(range(len(self)) if numbers is None else numbers)
 
-    def __getitem__(self, item):  # type: ignore[no-untyped-def, override]
+    @overload
+    def __getitem__(self, item: SupportsIndex) -> AtomicData: ...
+    @overload
+    def __getitem__(self, item: slice) -> Frames: ...
+    def __getitem__(self, item: SupportsIndex | slice) -> AtomicData | Frames:
         if isinstance(item, slice):
             return self.replaced(super().__getitem__(item), self.numbers[item])
         return super().__getitem__(item)
@@ -141,7 +145,8 @@ def shaped_label(
             f"{where}: {label} must have shape {list(wanted)} for {num_atoms} atoms, got {list(found.shape)}; "
             f"check the key it was read from"
         )
-    return value.reshape(wanted)
+    labels: Tensor = value.reshape(wanted)
+    return labels
 
 
 def check_frame(frame: AtomicData, where: str) -> None:

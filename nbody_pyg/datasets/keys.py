@@ -75,8 +75,8 @@ def choose_keys(
         mate = given.get(label, "").replace(label, other)
         if other in given or mate == given.get(label, "") or mate in known[other]:
             continue
-        values = _found(systems, stores, other, [mate], units).get(mate)
-        if values and found[other] and _differ(values, found[other][keys[other][0]]) is not None:
+        mates = _found(systems, stores, other, [mate], units).get(mate)
+        if mates and found[other] and _differ(mates, found[other][keys[other][0]]) is not None:
             raise ValueError(
                 f"{label} of {name} is read from {given[label]!r}, and {other} would be from {keys[other][0]!r}, but "
                 f"{mate!r} holds others, which seem to belong to it; give {other}_key"

@@ -116,7 +116,9 @@ def frames_of(
         if key not in available:
             raise ValueError(f"{label}_key {key!r} is in no frame of {name!r}; {nearest(key, sorted(available))}")
     keys, notes = choose_keys(systems, stores, DEFAULT_KEYS, given, units, Path(name).name)
-    frames, sources, odd = [], {}, {}
+    frames: list[AtomicData] = []
+    used_keys: dict[str, dict[str, None]] = {}
+    odd: dict[int, str] = {}
     for number, atoms in enumerate(systems):
         try:
             frame, used = _frame(atoms, stores[number], keys, units, f"frame {number} of {Path(name).name}")
@@ -125,13 +127,13 @@ def frames_of(
             continue
         frames.append(frame)
         for label, key in used.items():
-            sources.setdefault(label, {})[key] = None
-    frames = complete_states(frames)
-    if note := _implausible(frames):
+            used_keys.setdefault(label, {})[key] = None
+    completed = complete_states(frames)
+    if note := _implausible(completed):
         notes.append(f"{Path(name).name}: {note}")
     numbers = [number for number in range(len(systems)) if number not in odd]
-    sources = {label: tuple(keys) for label, keys in sources.items()}
-    return Frames(frames, name=name, sources=sources, available=available, notes=notes, numbers=numbers), odd
+    sources = {label: tuple(keys) for label, keys in used_keys.items()}
+    return Frames(completed, name=name, sources=sources, available=available, notes=notes, numbers=numbers), odd
 
 
 def without_labels(atoms: Atoms) -> Atoms:

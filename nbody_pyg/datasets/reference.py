@@ -149,7 +149,8 @@ def _least_squares(energies: np.ndarray, counts: np.ndarray, species: Sequence[i
             symbols(species),
             mean,
         )
-    return base + correction
+    fitted: np.ndarray = base + correction
+    return fitted
 
 
 def _mean(energies: np.ndarray, counts: np.ndarray, species: Sequence[int]) -> np.ndarray:

@@ -39,7 +39,7 @@ def read_systems(
     metadata: Mapping[str, Any] = {}
     try:
         if path.is_file() and path.stat().st_size == 0:
-            systems = []
+            systems: list[Atoms] = []
         elif file_format in ("db", "json") or (file_format is None and path.suffix in (".db", ".json")):
             systems, metadata = _read_database(path)
             systems = systems[chosen]

@@ -16,6 +16,7 @@ from nbody_pyg.hierarchy.bondgraph import components, follow_images
 from nbody_pyg.hierarchy.positions import lattice_vectors, member_positions
 from nbody_pyg.hierarchy.scheme import LevelSpec, Scheme, check_radius, widen_pairs
 from nbody_pyg.hierarchy.topology import Topology, sort_edges
+from nbody_pyg.required import required
 from nbody_pyg.system import System
 
 #: First length (angstrom) by which atoms of a part are linked in a cell, and the factor from one length to the next.
@@ -140,7 +141,7 @@ class FromAssignment(Scheme):
         """The hierarchy of the labels; ``labels`` is needed unless they were given at construction."""
         atoms = system
         if self.parts is not None:
-            counts, children = self._from_parts(atoms)
+            counts, children = self._from_parts(atoms, self.parts)
         else:
             counts, children = self._from_labels(atoms, self._labels(atoms, labels))
         tree = Topology((atoms.num_atoms, *counts), (None, *children), periodic=atoms.periodic)
@@ -206,11 +207,11 @@ class FromAssignment(Scheme):
             below = part
         return counts, children
 
-    def _from_parts(self, atoms: System) -> tuple[list[Tensor], list[Tensor]]:
+    def _from_parts(self, atoms: System, parts: Sequence[Sequence[int]]) -> tuple[list[Tensor], list[Tensor]]:
         device = atoms.z.device
-        members = [(atom, number) for number, part in enumerate(self.parts) for atom in sorted(set(part))]
+        members = [(atom, number) for number, part in enumerate(parts) for atom in sorted(set(part))]
         index = torch.tensor(members, device=device).t()
-        num_atoms, num_parts = int(index[0].max()) + 1, len(self.parts)
+        num_atoms, num_parts = int(index[0].max()) + 1, len(parts)
         self._tile(torch.zeros(num_atoms, device=device), atoms)
         graphs = torch.arange(atoms.num_graphs, device=device).reshape(-1, 1)
         index = torch.stack([(index[0] + graphs * num_atoms).flatten(), (index[1] + graphs * num_parts).flatten()])
@@ -226,7 +227,7 @@ class FromAssignment(Scheme):
         return self.with_pairs(tree, atoms)
 
 
-def _as_tuples(values: Sequence) -> tuple:
+def _as_tuples(values: Sequence[Any] | Tensor) -> tuple[Any, ...]:
     values = values.tolist() if isinstance(values, Tensor) else values
     return tuple(tuple(map(int, v)) if isinstance(v, (Sequence, Tensor)) else int(v) for v in values)
 
@@ -239,9 +240,9 @@ def _linked_images(tree: Topology, atoms: System) -> tuple[Tensor | None, ...]:
     images that were given, nor the choice of lattice vectors, nor the order of atoms.
     """
     shifts: list[Tensor | None] = [None]
-    pos, cell, label = atoms.pos.double(), atoms.cell.double(), atoms.batch
+    pos, cell, label = atoms.pos.double(), required(atoms.cell).double(), atoms.batch
     for k in range(1, tree.num_levels - 1):
-        child, parent = tree.child_index[k]
+        child, parent = required(tree.child_index[k])
         edge = torch.arange(len(child), device=child.device)
         if k == 1:
             atom = child
@@ -253,15 +254,15 @@ def _linked_images(tree: Topology, atoms: System) -> tuple[Tensor | None, ...]:
         if k < tree.num_levels - 2:
             pos = pos.index_add(0, atom, lattice_vectors(image[edge], cell, atoms.batch[atom]))
             label = torch.empty_like(label).scatter_(0, atom, parent[edge])
-    last = tree.child_index[-1]
+    last = required(tree.child_index[-1])
     return (*shifts, atoms.pos.new_zeros(last.shape[1], 3))
 
 
 def _link(pos: Tensor, atom: Tensor, edge: Tensor, parent: Tensor, graph: Tensor, atoms: System, level: int) -> Tensor:
     """Image of each child (edge), given the atoms of the children and where they are."""
-    image = pos.new_zeros(len(parent), 3)
+    image, cell, pbc = pos.new_zeros(len(parent), 3), required(atoms.cell), required(atoms.pbc)
     size = torch.bincount(parent, minlength=len(graph))
-    waiting = (size > 1) & atoms.pbc[graph].any(dim=1)
+    waiting = (size > 1) & pbc[graph].any(dim=1)
     length = _FIRST_LINK
     while bool(waiting.any()):
         number = torch.cumsum(waiting, 0) - 1
@@ -269,7 +270,7 @@ def _link(pos: Tensor, atom: Tensor, edge: Tensor, parent: Tensor, graph: Tensor
         rows = rows[torch.argsort(parent[edge[rows]], stable=True)]
         own = graph[waiting]
         index, step = neighbour_list(
-            pos[rows], length, number[parent[edge[rows]]], atoms.cell[own], atoms.pbc[own], allow_coincident=True
+            pos[rows], length, number[parent[edge[rows]]], cell[own], pbc[own], allow_coincident=True
         )
         source, target = edge[rows[index]]
         kept = (source != target) | (step != 0).any(dim=1)

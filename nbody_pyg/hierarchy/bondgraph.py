@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from nbody_pyg.geometry import nearest_images
+from nbody_pyg.required import required
 from nbody_pyg.system import System
 
 #: Atoms nearer than this many times the sum of their covalent radii are bonded. C-H breaks at 1.39 angstrom,
@@ -28,7 +29,8 @@ def covalent_bonds(atoms: System, factor: float = BOND_FACTOR) -> Tensor:
     (source, target), shift = atoms.pairs(atoms.pos, atoms.batch, 2.0 * factor * float(radius.max()), parts=False)
     vec = (atoms.pos[source] - atoms.pos[target]).double()
     if shift is not None:
-        vec = vec + torch.bmm(shift.double().unsqueeze(1), atoms.cell.double()[atoms.batch[target]]).squeeze(1)
+        cell = required(atoms.cell).double()
+        vec = vec + torch.bmm(shift.double().unsqueeze(1), cell[atoms.batch[target]]).squeeze(1)
     ratio = vec.norm(dim=1) / (radius[source] + radius[target])
     near = ratio < factor
     source, target, ratio = source[near], target[near], ratio[near]
@@ -47,9 +49,9 @@ def check_lengths(atoms: System, bonds: Tensor) -> None:
     source, target = bonds
     vec = (atoms.pos[source] - atoms.pos[target]).double()
     if atoms.pbc is not None:
-        graph = atoms.batch[target]
-        step, _ = nearest_images(vec, graph, atoms.cell, atoms.pbc, _CLEAR)
-        vec = vec + torch.bmm(step.unsqueeze(1), atoms.cell.double()[graph]).squeeze(1)
+        graph, cell = atoms.batch[target], required(atoms.cell)
+        step, _ = nearest_images(vec, graph, cell, atoms.pbc, _CLEAR)
+        vec = vec + torch.bmm(step.unsqueeze(1), cell.double()[graph]).squeeze(1)
     radius = _covalent_radii(atoms.z)
     torn = (vec.norm(dim=1) > _TORN * (radius[source] + radius[target])).nonzero().flatten().tolist()
     if torn:
@@ -173,7 +175,7 @@ def unwrap(atoms: System, bonds: Tensor) -> Tensor:
     source, target = bonds
     graph = atoms.batch[target]
     vec = (atoms.pos[source] - atoms.pos[target]).double()
-    step, ratio = nearest_images(vec, graph, atoms.cell, atoms.pbc, _CLEAR)
+    step, ratio = nearest_images(vec, graph, required(atoms.cell), required(atoms.pbc), _CLEAR)
     unclear = (ratio < _CLEAR).nonzero().flatten().tolist()
     if unclear:
         first, second = sorted(bonds[:, unclear[0]].tolist())

@@ -16,6 +16,7 @@ from nbody_pyg.hierarchy.bondgraph import BOND_FACTOR, check_lengths, covalent_b
 from nbody_pyg.hierarchy.mark import found_bonds
 from nbody_pyg.hierarchy.scheme import LevelSpec, Scheme, check_radius, widen_pairs
 from nbody_pyg.hierarchy.topology import Topology, sort_edges
+from nbody_pyg.required import required
 from nbody_pyg.system import System
 
 
@@ -105,7 +106,8 @@ class BondTree(Scheme):
         z, atoms = system.z, system
         bonds = covalent_bonds(atoms, BOND_FACTOR) if bonds is None else _both_directions(bonds, atoms)
         labels = fragment_labels(z.cpu().numpy(), bonds.cpu().numpy())
-        children, below = [None], np.arange(len(labels[0]))
+        children: list[Tensor] = []
+        below = np.arange(len(labels[0]))
         graph = atoms.batch.cpu().numpy()
         counts, owner = [np.bincount(graph, minlength=atoms.num_graphs)], graph
         for label in (*labels, graph):
@@ -118,7 +120,7 @@ class BondTree(Scheme):
             below = label
         tree = Topology(
             num_parts=tuple(torch.from_numpy(count).to(z.device) for count in counts),
-            child_index=tuple(None if c is None else sort_edges(c.to(z.device), None, c.shape[1])[0] for c in children),
+            child_index=(None, *(sort_edges(c.to(z.device), None, c.shape[1])[0] for c in children)),
             bonds=bonds,
             periodic=atoms.periodic,
         )
@@ -134,7 +136,7 @@ class BondTree(Scheme):
 
     def holds(self, topology: Topology, system: System) -> bool:
         """Whether the bonds found at these positions are those of the topology."""
-        return torch.equal(covalent_bonds(system), topology.bonds)
+        return torch.equal(covalent_bonds(system), required(topology.bonds))
 
     def bond_changes(self, topology: Topology, system: System) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
         """Bonds of a topology that the covalent radii do not find at these positions, and those found beside them.
@@ -142,11 +144,11 @@ class BondTree(Scheme):
         Each bond once, as the numbers of its atoms.
         """
         found = covalent_bonds(system)
-        kept, now = ({(i, j) for i, j in bonds.t().tolist() if i < j} for bonds in (topology.bonds, found))
+        kept, now = ({(i, j) for i, j in bonds.t().tolist() if i < j} for bonds in (required(topology.bonds), found))
         return sorted(kept - now), sorted(now - kept)
 
     def check_kept(self, topology: Topology, system: System) -> None:
-        check_lengths(system, topology.bonds)
+        check_lengths(system, required(topology.bonds))
 
     def widened(self, skin: float) -> BondTree:
         return widen_pairs(self, skin)
@@ -166,11 +168,11 @@ def child_shifts(tree: Topology, atoms: System) -> tuple[Tensor | None, ...]:
     """
     if atoms.pbc is None:
         return (None,) * tree.num_levels
-    image = unwrap(atoms, tree.bonds)
+    image = unwrap(atoms, required(tree.bonds))
     shifts: list[Tensor | None] = [None]
     below = image
     for k in range(1, tree.num_levels):
-        child, parent = tree.child_index[k]
+        child, parent = required(tree.child_index[k])
         if k == tree.num_levels - 1:
             shifts.append(torch.zeros_like(below)[child])  # the root takes the molecules as they are
             break

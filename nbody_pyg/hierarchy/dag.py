@@ -83,11 +83,11 @@ def _levels(children: list[list[int]], parents: list[list[int]], num_atoms: int)
         # Walk down among stuck nodes: the first repeated one lies on a cycle.
         path = [stuck]
         while True:
-            below = next(c for c in children[path[-1]] if waiting[c] > 0)
-            if below in path:
-                cycle = [*path[path.index(below) :], below]
+            lower = next(c for c in children[path[-1]] if waiting[c] > 0)
+            if lower in path:
+                cycle = [*path[path.index(lower) :], lower]
                 raise ValueError(f"edges must form a DAG, but hold the cycle {' <- '.join(map(str, cycle))}")
-            path.append(below)
+            path.append(lower)
     return level
 
 

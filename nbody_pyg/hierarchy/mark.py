@@ -69,16 +69,19 @@ def found_bonds(data: Data) -> Tensor:
     mark, bonds, batch = data.get(MARK), data.get("bonds"), data.get("batch")
     if mark is None or not isinstance(bonds, Tensor):
         return torch.zeros(len(_first(data)), dtype=torch.bool, device=data["pos"].device)
-    found = mark[:, KIND] == FOUND_BONDS
+    found: Tensor = mark[:, KIND] == FOUND_BONDS
     whole = bonds.numel() == 0 or int(bonds.max()) < data["pos"].shape[0]
     if whole and batch is not None:
         whole = torch.equal(batch[bonds[0]], batch[bonds[1]])
-    return found & (mark[:, INPUTS] == bonds_mark(data)) if whole else found
+    if whole:
+        found &= mark[:, INPUTS] == bonds_mark(data)
+    return found
 
 
 def _first(data: Data) -> Tensor:
     """First atom of each graph."""
-    batch, ptr = data.get("batch"), data.get("ptr")
+    batch: Tensor | None = data.get("batch")
+    ptr: Tensor | None = data.get("ptr")
     if ptr is not None:
         return ptr[:-1]
     if batch is None:

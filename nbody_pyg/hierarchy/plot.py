@@ -15,6 +15,7 @@ from nbody_pyg.hierarchy.outline import outlines
 from nbody_pyg.hierarchy.positions import atomic_masses
 from nbody_pyg.hierarchy.scheme import Scheme
 from nbody_pyg.hierarchy.topology import Topology
+from nbody_pyg.required import required
 from nbody_pyg.system import System
 
 if TYPE_CHECKING:
@@ -80,7 +81,7 @@ class Drawing:
         base = max(fits, key=lambda k: sizes[k]) if fits else 1
         colors[base] = [_PALETTE[i % len(_PALETTE)] for i in range(sizes[base])]
         for k in range(base, 1, -1):
-            child, parent = self.topology.child_index[k].tolist()
+            child, parent = required(self.topology.child_index[k]).tolist()
             seen: dict[int, int] = {}
             for c, p in zip(child, parent, strict=True):
                 seen[p] = seen.get(p, -1) + 1
@@ -98,7 +99,7 @@ class Drawing:
 
 def _whole(data: AtomicData, topology: Topology) -> Tensor:
     """Positions with the parts of a cell put together."""
-    pos = data.pos.detach().cpu().double()
+    pos: Tensor = data.pos.detach().cpu().double()
     shift, atom = topology.part_shift(-2), topology.parts(-2)[0]
     if shift is None or atom.shape[0] != pos.shape[0]:
         return pos
@@ -214,11 +215,12 @@ def _draw_molecule(ax: Axes, drawing: Drawing) -> None:
     size = np.where(drawing.z == 1, 70.0, 190.0) * scale**2
     near = np.argsort(drawing.depth)
     ax.scatter(
-        *xy[near].T, s=size[near], c=[drawing.element_colors[a] for a in near],
+        xy[near, 0], xy[near, 1], s=size[near], c=[drawing.element_colors[a] for a in near],
         edgecolors=_INK, linewidths=scale, zorder=11,
     )  # fmt: skip
     if drawing.dense and drawing.topology.size(1) == len(xy):
-        ax.scatter(*xy[[drawing.focus]].T, s=420, facecolors="none", edgecolors=_INK, linewidths=1.6, zorder=12)
+        x, y = xy[drawing.focus]
+        ax.scatter(x, y, s=420, facecolors="none", edgecolors=_INK, linewidths=1.6, zorder=12)
     for z in sorted(set(drawing.z.tolist()), key=lambda z: (z != 6, -z)):
         atom = int(np.argmax(drawing.z == z))
         ax.scatter([], [], s=90, c=[drawing.element_colors[atom]], edgecolors=_INK, label=drawing.symbols[atom])
@@ -250,16 +252,16 @@ def _rows(drawing: Drawing) -> list[np.ndarray]:
             rows.append(mean if centred else (np.argsort(np.argsort(mean)) + 0.5) / len(mean))
         return rows
     # Sort the children of each node along the first principal axis, from the root down.
-    order = [0]
+    leaves = [0]
     for k in range(drawing.num_levels - 1, 0, -1):
-        child, parent = topology.child_index[k].numpy()
+        child, parent = required(topology.child_index[k]).numpy()
         place = np.array([drawing.xy[atoms, 0].mean() for atoms in drawing.members[k - 1]])
-        order = [c for p in order for c in sorted(child[parent == p], key=lambda c: place[c])]
-    leaf = np.empty(len(order))
-    leaf[order] = np.linspace(0, 1, len(order)) if len(order) > 1 else 0.5
+        leaves = [c for p in leaves for c in sorted(child[parent == p], key=lambda c: place[c])]
+    leaf = np.empty(len(leaves))
+    leaf[leaves] = np.linspace(0, 1, len(leaves)) if len(leaves) > 1 else 0.5
     rows = [leaf]
     for k in range(1, drawing.num_levels):
-        child, parent = topology.child_index[k].numpy()
+        child, parent = required(topology.child_index[k]).numpy()
         total = np.bincount(parent, rows[-1][child], topology.size(k))
         rows.append(total / np.bincount(parent, minlength=topology.size(k)))
     return rows
@@ -270,7 +272,7 @@ def _draw_dag(ax: Axes, drawing: Drawing) -> None:
 
     rows = _rows(drawing)
     for k in range(1, drawing.num_levels):
-        child, parent = drawing.topology.child_index[k].numpy()
+        child, parent = required(drawing.topology.child_index[k]).numpy()
         lines = [_curve(rows[k - 1][c], k - 1, rows[k][p], k) for c, p in zip(child, parent, strict=True)]
         colors = [drawing.colors[k][p] for p in parent]
         if not drawing.dense:
@@ -284,8 +286,10 @@ def _draw_dag(ax: Axes, drawing: Drawing) -> None:
         inner = drawing.dense and 0 < k < drawing.num_levels - 1
         color = drawing.colors[k][0] if inner else _INK
         ax.text(-0.035, k, drawing.names[k], ha="right", va="center", fontsize=12, color=color)
-        below = {"xytext": (0, -9), "textcoords": "offset points", "ha": "right", "va": "top"}
-        ax.annotate(f"{len(row)}", (-0.035, k), fontsize=10, color=_NEUTRAL, **below)
+        ax.annotate(
+            f"{len(row)}", (-0.035, k), (0, -9), textcoords="offset points", ha="right", va="top",
+            fontsize=10, color=_NEUTRAL,
+        )  # fmt: skip
         _draw_row(ax, drawing, k, row)
     ax.set_xlim(-0.16, 1.05)
     ax.set_ylim(-0.45, drawing.num_levels - 0.55)

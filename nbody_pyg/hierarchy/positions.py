@@ -9,6 +9,7 @@ from torch import Tensor
 
 from nbody_pyg.hierarchy.topology import Topology
 from nbody_pyg.kernels.scope import constant_table
+from nbody_pyg.required import required
 from nbody_pyg.system import System
 
 
@@ -60,7 +61,7 @@ def tree_positions(topology: Topology, system: System) -> list[Float[Tensor, "_ 
     pos, cell = system.pos, system.cell
     mass, levels = atomic_masses(system.z, pos.dtype), [pos]
     for k in range(1, topology.num_levels):
-        child, parent = topology.child_index[k]
+        child, parent = required(topology.child_index[k])
         size, shift = topology.size(k), topology.child_shift[k]
         here, child_mass = levels[-1].index_select(0, child), mass.index_select(0, child)
         if shift is not None and cell is not None:

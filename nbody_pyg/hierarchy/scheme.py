@@ -7,7 +7,7 @@ import inspect
 import warnings
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import Any, ClassVar, overload
 
 import torch
 from jaxtyping import Float, Int, Integer
@@ -22,6 +22,7 @@ from nbody_pyg.hierarchy.mark import ATOMS, FOUND, FOUND_BONDS, INPUTS, KEPT, KI
 from nbody_pyg.hierarchy.positions import child_vectors, tree_positions
 from nbody_pyg.hierarchy.topology import Topology, stored_levels
 from nbody_pyg.radial import vector_window
+from nbody_pyg.required import required
 from nbody_pyg.system import System
 
 
@@ -41,7 +42,7 @@ class LevelSpec:
     pair_radius: float | None = None
 
 
-class Scheme(BaseTransform):
+class Scheme(BaseTransform):  # type: ignore[misc]  # PyG has no py.typed
     """A composition scheme: builds the hierarchy of a system, as a PyG transform.
 
     Two steps keep integers and gradients apart. :meth:`compose` decides who is a part of whom (no gradient;
@@ -131,7 +132,7 @@ class Scheme(BaseTransform):
             return self._without_atoms(system.num_graphs, system.pos, system.periodic)
         return self.build(system.select(present), **system.given).among(present)
 
-    def build(self, system: System, **given: Any) -> Topology:
+    def build(self, system: System, *_: Any, **given: Any) -> Topology:
         """What a scheme writes: the topology of graphs that all hold atoms.
 
         Args:
@@ -217,7 +218,7 @@ class Scheme(BaseTransform):
             batch = topology.batch(k)
             child = child_vec = child_weight = pair_vec = pair_weight = None
             if k > 0:
-                child, shift = topology.child_index[k], topology.child_shift[k]
+                child, shift = required(topology.child_index[k]), topology.child_shift[k]
                 key = (id(child), id(shift), id(centres[k - 1]), id(here))
                 if key not in known:
                     known[key] = child_vectors(centres[k - 1], here, child, shift, cell, batch).to(dtype)
@@ -228,7 +229,7 @@ class Scheme(BaseTransform):
                 child_weight = self.child_weight(k, child_vec)
             if (pair := topology.pair_index[k]) is not None:
                 pair_vec = edge_vectors(here, pair, topology.pair_shift[k], cell, batch).to(dtype)
-                pair_weight = vector_window(pair_vec, self.levels[k].pair_radius)
+                pair_weight = vector_window(pair_vec, required(self.levels[k].pair_radius))
             own = given if here is pos else here.to(given.dtype)
             weight = here.new_ones(here.shape[0], dtype=dtype)
             levels.append(
@@ -385,7 +386,7 @@ class Scheme(BaseTransform):
             ValueError: unknown name.
             TypeError: arguments that the scheme does not take.
         """
-        known = {cls.__name__: cls for cls in _subclasses(Scheme)}
+        known: dict[str, type[Scheme]] = {cls.__name__: cls for cls in _subclasses(Scheme)}
         arguments = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items() if k != "name"}
         name = config.get("name")
         if name not in known:
@@ -442,7 +443,7 @@ def __getattr__(name: str) -> Any:
     return AtomsInput
 
 
-def _subclasses(cls: type) -> list[type]:
+def _subclasses(cls: type[Scheme]) -> list[type[Scheme]]:
     return [sub for direct in cls.__subclasses__() for sub in (direct, *_subclasses(direct))]
 
 
@@ -461,6 +462,10 @@ def widen_pairs(scheme: Scheme, skin: float) -> Scheme:
     return wide
 
 
+@overload
+def check_radius(name: str, value: float | None) -> float: ...
+@overload
+def check_radius(name: str, value: float | None, optional: bool) -> float | None: ...
 def check_radius(name: str, value: float | None, optional: bool = False) -> float | None:
     """A positive finite length, or None where the level may go without pairs."""
     if value is None and optional:

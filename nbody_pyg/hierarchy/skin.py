@@ -13,6 +13,7 @@ from nbody_pyg.geometry import complete_cell
 from nbody_pyg.hierarchy.positions import child_vectors
 from nbody_pyg.hierarchy.scheme import Scheme
 from nbody_pyg.hierarchy.topology import Topology
+from nbody_pyg.required import required
 from nbody_pyg.system import System
 
 
@@ -98,7 +99,8 @@ class TopologyCache:
             self._identity = tuple(None if t is None else t.clone() for t in identity)
             self._origin = (system.pos.clone(), None if system.cell is None else system.cell.clone())
         whole = self._wide is None or not self.trim
-        self.topology = self._kept if whole else narrow(self._kept, self.scheme, system)
+        kept = required(self._kept)
+        self.topology = kept if whole else narrow(kept, self.scheme, system)
         return self.topology
 
     def _search(self, system: System) -> None:
@@ -110,15 +112,15 @@ class TopologyCache:
         """Whether the kept parts are still right, and the kept lists still hold every edge."""
         if not self._within(system):
             return False
-        return self.parts is not None or self.scheme.holds(self._kept, system)
+        return self.parts is not None or self.scheme.holds(required(self._kept), system)
 
     def _within(self, system: System) -> bool:
-        (pos, cell, pbc), (before, old_cell) = (system.pos, system.cell, system.pbc), self._origin
-        if pbc is None or cell is None or torch.equal(cell, old_cell):
+        (pos, cell, pbc), (before, old_cell) = (system.pos, system.cell, system.pbc), required(self._origin)
+        if pbc is None or cell is None or old_cell is None or torch.equal(cell, old_cell):
             return 2.0 * _longest(pos - before) <= self.skin
         new, old = complete_cell(cell, pbc), complete_cell(old_cell, pbc)
         deformation = torch.linalg.solve(old, new)
-        moved = torch.bmm(before.double().unsqueeze(1), deformation[self._kept.batch(0)]).squeeze(1)
+        moved = torch.bmm(before.double().unsqueeze(1), deformation[required(self._kept).batch(0)]).squeeze(1)
         shrunk = min(1.0, float(torch.linalg.svdvals(deformation).min()))
         return 2.0 * _longest(pos - moved) <= shrunk * (self._reach + self.skin) - self._reach
 
@@ -129,7 +131,7 @@ def narrow(wide: Topology, scheme: Scheme, system: System) -> Topology:
         cell = None if system.cell is None else system.cell.double()
         centres = scheme.positions(wide, system.replace(pos=system.pos.double(), cell=cell))
         lists: dict[str, list[tuple[Tensor | None, Tensor | None]]] = {"child": [], "pair": []}
-        done: dict[tuple, tuple[Tensor, Tensor | None]] = {}
+        done: dict[tuple[float, ...], tuple[Tensor, Tensor | None]] = {}
         for k, radii in enumerate(scheme.list_radii()):
             for kind, radius in zip(lists, radii, strict=True):
                 index, shift = getattr(wide, f"{kind}_index")[k], getattr(wide, f"{kind}_shift")[k]

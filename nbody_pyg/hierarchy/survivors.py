@@ -18,6 +18,7 @@ from nbody_pyg.hierarchy.scheme import LevelSpec, Scheme, check_radius
 from nbody_pyg.hierarchy.thinning import REACH, Share, membership, share_out, thin
 from nbody_pyg.hierarchy.topology import Topology, sort_edges
 from nbody_pyg.radial import plateau_window, vector_window
+from nbody_pyg.required import required
 from nbody_pyg.system import System
 
 #: Weights of element and crowd in the priority; ``width`` says which difference decides.
@@ -117,7 +118,7 @@ class SmoothSurvivors(Scheme):
             check_radius(f"cutoffs[{k}]", value, optional=k == len(self.radii)) for k, value in enumerate(cutoffs)
         )
         for k, radius in enumerate(self.radii):
-            if self.cutoffs[k] < REACH * radius:
+            if required(self.cutoffs[k]) < REACH * radius:
                 raise ValueError(
                     f"cutoffs[{k}] must be at least {REACH} radii[{k}] = {REACH * radius:.4g} angstrom, because its "
                     f"pairs are thinned for the next level, got {self.cutoffs[k]}; raise it or lower radii[{k}]"
@@ -150,12 +151,12 @@ class SmoothSurvivors(Scheme):
         return replace(nothing, centre=(None, *[nothing.num_parts[0][:0]] * len(self.radii), None))
 
     def _topology(self, atoms: System, every: bool) -> Topology:
-        graph, nodes = atoms.batch, None
-        counts, children, shifts, centres, pairs, pair_shifts = [atoms.num_atoms], [None], [None], [None], [], []
-        cell = atoms.cell
+        graph, cell, counts = atoms.batch, atoms.cell, [atoms.num_atoms]
+        nodes: _Nodes | None = None
+        children, shifts, centres, pairs, pair_shifts = (list[Tensor | None]() for _ in range(5))
         for k, radius in enumerate(self.radii, start=1):
             where = atoms.pos if nodes is None else nodes.pos
-            index, shift = atoms.pairs(where, graph, self.cutoffs[k - 1], parts=k > 1)
+            index, shift = atoms.pairs(where, graph, required(self.cutoffs[k - 1]), parts=k > 1)
             pairs.append(index)
             pair_shifts.append(shift)
             vec = edge_vectors(where.double(), index, shift, None if cell is None else cell.double(), graph)
@@ -183,18 +184,18 @@ class SmoothSurvivors(Scheme):
             nodes = self._parts(nodes, contest, edges, child, centre)
             graph = graph[centre]
             counts.append(torch.bincount(graph, minlength=atoms.num_graphs))
-        index, shift = (
-            (None, None) if self.cutoffs[-1] is None else atoms.pairs(nodes.pos, graph, self.cutoffs[-1], parts=True)
-        )
+        last: tuple[Tensor | None, Tensor | None] = (None, None)
+        if self.cutoffs[-1] is not None:
+            last = atoms.pairs(required(nodes).pos, graph, self.cutoffs[-1], parts=True)
         root = torch.stack([torch.arange(len(graph), device=graph.device), graph])
         return Topology(
             num_parts=(*counts, torch.ones_like(counts[0])),
-            child_index=(*children, root),
-            pair_index=(*pairs, index, None),
-            child_shift=(*shifts, None if atoms.pbc is None else atoms.pos.new_zeros(len(graph), 3)),
-            pair_shift=(*pair_shifts, shift, None),
+            child_index=(None, *children, root),
+            pair_index=(*pairs, last[0], None),
+            child_shift=(None, *shifts, None if atoms.pbc is None else atoms.pos.new_zeros(len(graph), 3)),
+            pair_shift=(*pair_shifts, last[1], None),
             periodic=atoms.periodic,
-            centre=(*centres, None),
+            centre=(None, *centres, None),
         )
 
     # ------------------------------------------------------------------ tensors with gradients
@@ -209,7 +210,9 @@ class SmoothSurvivors(Scheme):
         z, pos, cell = system.z, system.pos, system.cell
         dtype = pos.dtype if dtype is None else dtype
         cell = None if cell is None or topology.child_shift[1] is None else cell.double()
-        graph, nodes, edges, levels = topology.batch(0), None, None, []
+        nodes: _Nodes | None = None
+        edges: _Edges | None = None
+        levels: list[Level] = []
         for k in range(topology.num_levels - 1):
             index = topology.pair_index[k]
             vec = None
@@ -217,10 +220,10 @@ class SmoothSurvivors(Scheme):
             if index is not None:
                 vec = edge_vectors(where, index, topology.pair_shift[k], cell, topology.batch(k))
             if nodes is None:
-                nodes = self._atoms(z, where, graph, index, vec)
+                nodes = self._atoms(z, where, topology.batch(0), required(index), required(vec))
             levels.append(self._level(topology, k, nodes, edges, vec, pos, dtype))
             if k < len(self.radii):
-                contest = self._contest(nodes, index, vec, self.radii[k])
+                contest = self._contest(nodes, required(index), required(vec), self.radii[k])
                 child, shift, centre = (
                     getattr(topology, name)[k + 1] for name in ("child_index", "child_shift", "centre")
                 )
@@ -229,7 +232,7 @@ class SmoothSurvivors(Scheme):
                 edges = edges._replace(
                     vec=edges.vec - (nodes.pos - where.index_select(0, centre)).index_select(0, child[1])
                 )
-        levels.append(self._root(topology, z, pos, nodes, dtype))
+        levels.append(self._root(topology, z, pos, required(nodes), dtype))
         return Hierarchy(tuple(levels), system)
 
     def _level(
@@ -244,9 +247,9 @@ class SmoothSurvivors(Scheme):
     ) -> Level:
         pair_weight = None
         if vec is not None:
-            pair_weight = vector_window(vec, self.cutoffs[k])
+            pair_weight = vector_window(vec, required(self.cutoffs[k]))
             if k > 0:  # what exists in part sends in part
-                pair_weight = pair_weight * nodes.existence.index_select(0, topology.pair_index[k][0])
+                pair_weight = pair_weight * nodes.existence.index_select(0, required(topology.pair_index[k])[0])
         child = () if edges is None else (edges.vec, edges.weight, edges.pooled)
         child_vec, weight, pooled = (value.to(dtype) for value in child) if child else (None, None, None)
         return Level(
@@ -268,7 +271,7 @@ class SmoothSurvivors(Scheme):
         total = pos.new_zeros(topology.num_graphs, 3, dtype=torch.float64)
         total = total.index_add(0, batch, mass.unsqueeze(-1) * pos.double())
         here = total / total.new_zeros(topology.num_graphs).index_add(0, batch, mass).unsqueeze(-1)
-        child, graph = topology.child_index[k], topology.batch(k)
+        child, graph = required(topology.child_index[k]), topology.batch(k)
         here = here.index_select(0, graph)  # a graph without atoms has no root
         vec = nodes.pos.index_select(0, child[0]) - here.index_select(0, child[1])
         if topology.periodic is not None:
@@ -294,7 +297,7 @@ class SmoothSurvivors(Scheme):
             index, vec: pairs of atoms within ``cutoffs[0]``.
         """
         inverse = 1.0 / z.clamp(min=1).to(vec.dtype)
-        window = plateau_window(safe_norm(vec), 0.0, self.cutoffs[0])
+        window = plateau_window(safe_norm(vec), 0.0, required(self.cutoffs[0]))
         crowd = torch.zeros_like(inverse).index_add(0, index[1], (1.0 - 0.7 * inverse)[index[0]] * window)
         value = _ELEMENT * (1.0 - inverse) + _DENSITY * crowd
         if self.noise == 0:

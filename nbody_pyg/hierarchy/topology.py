@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from nbody_pyg.data import is_topology_key
 from nbody_pyg.hierarchy.dag import levels_of_dag
 from nbody_pyg.hierarchy.validation import validate_parts
 from nbody_pyg.kernels.scope import is_transformed
+from nbody_pyg.required import required
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,18 +87,19 @@ class Topology:
         if "sizes" not in self._cache:
             # One transfer for all levels: this is the only synchronisation of a GPU batch.
             self._cache["sizes"] = torch.stack(self.num_parts).sum(dim=1).tolist()
-        return self._cache["sizes"][level]
+        size: int = self._cache["sizes"][level]
+        return size
 
     def batch(self, level: int) -> Int[Tensor, " parts"]:
         """Graph of each part at a level."""
         level = range(self.num_levels)[level]
-        if ("batch", level) not in self._cache:
+        value: Tensor | None = self._cache.get(("batch", level))
+        if value is None:
             graphs = torch.arange(self.num_graphs, device=self.device)
             value = torch.repeat_interleave(graphs, self.num_parts[level], output_size=self.size(level))
-            if is_transformed():  # a tracer's tensor, not to be kept
-                return value
-            self._cache["batch", level] = value
-        return self._cache["batch", level]
+            if not is_transformed():  # a tracer's tensor is not to be kept
+                self._cache["batch", level] = value
+        return value
 
     def parts(self, level: int) -> Int[Tensor, "2 members"]:
         """Which atoms lie in which part: unique columns (atom, part), sorted by part, then atom."""
@@ -112,8 +114,9 @@ class Topology:
 
     def _members(self, level: int) -> tuple[Tensor, Tensor | None]:
         level = range(self.num_levels)[level]
-        if ("members", level) in self._cache:
-            return self._cache["members", level]
+        result: tuple[Tensor, Tensor | None] | None = self._cache.get(("members", level))
+        if result is not None:
+            return result
         if level == 0:
             atoms = torch.arange(self.size(0), device=self.device)
             shift = None
@@ -128,7 +131,7 @@ class Topology:
 
     def _join_members(self, below: Tensor, shift: Tensor | None, level: int) -> tuple[Tensor, Tensor | None]:
         """Members of the children, passed on to the parents along the child edges."""
-        child, parent = self.child_index[level]
+        child, parent = required(self.child_index[level])
         count = torch.bincount(below[1], minlength=self.size(level - 1))
         first = torch.cumsum(count, 0) - count
         width = count[child]
@@ -170,21 +173,22 @@ class Topology:
     def among(self, present: Bool[Tensor, " all_graphs"]) -> Topology:
         """The same parts, among graphs that have none: ``present`` says which graphs are those of this topology."""
 
-        def spread(values: Tensor | None) -> Tensor | None:
-            return None if values is None else values.new_zeros(len(present)).masked_scatter(present, values)
+        def spread(values: Tensor) -> Tensor:
+            return values.new_zeros(len(present)).masked_scatter(present, values)
 
+        periodic = None if self.periodic is None else spread(self.periodic)
         columns = (self.child_index, self.pair_index, self.child_shift, self.pair_shift)
-        return Topology(tuple(map(spread, self.num_parts)), *columns, self.bonds, spread(self.periodic), self.centre)
+        return Topology(tuple(map(spread, self.num_parts)), *columns, self.bonds, periodic, self.centre)
 
     def to(self, device: torch.device | str) -> Topology:
         """The same topology on another device."""
 
-        def move(value: Tensor | None) -> Tensor | None:
+        def move(value: Any) -> Any:
+            if isinstance(value, tuple):
+                return tuple(map(move, value))
             return None if value is None else value.to(device)
 
-        columns = (self.num_parts, self.child_index, self.pair_index, self.child_shift, self.pair_shift)
-        own = (move(self.bonds), move(self.periodic), tuple(map(move, self.centre)))
-        return Topology(*(tuple(map(move, column)) for column in columns), *own)
+        return Topology(**{f.name: move(getattr(self, f.name)) for f in fields(self) if f.init})
 
     def store(self, data: Data) -> Data:
         """Write the topology on ``data`` in place, as the keys of :class:`~nbody_pyg.data.AtomicData`."""

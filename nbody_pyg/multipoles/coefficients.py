@@ -45,7 +45,7 @@ def kappa(upper: int, l: int) -> float:
 def raising_table(l: int) -> Float[Tensor, "rows_below 3 rows"]:
     r"""Table (2l-1, 3, 2l+1), float64, that takes :math:`R_{l-1} \otimes \mathbf r` to :math:`R_l`, for l >= 1."""
     # <l-1 0 1 0 | l 0> = sqrt(l / (2l - 1)) makes the product one of Racah's harmonics again
-    table = o3.wigner_3j(l - 1, 1, l, dtype=torch.float64) * math.sqrt((2 * l + 1) * (2 * l - 1) / l)
+    table: Tensor = o3.wigner_3j(l - 1, 1, l, dtype=torch.float64) * math.sqrt((2 * l + 1) * (2 * l - 1) / l)
     if l > _E3NN_HARMONICS:
         return table
     probe = torch.tensor([0.3, -0.5, 0.7], dtype=torch.float64)
@@ -54,7 +54,8 @@ def raising_table(l: int) -> Float[Tensor, "rows_below 3 rows"]:
 
 
 def _e3nn_harmonics(vec: Tensor, l: int) -> Tensor:
-    return o3.spherical_harmonics(l, vec, normalize=False, normalization="norm")
+    harmonics: Tensor = o3.spherical_harmonics(l, vec, normalize=False, normalization="norm")
+    return harmonics
 
 
 @constant_table
@@ -78,7 +79,7 @@ def stretched_coupling(l1: int, l2: int) -> Float[Tensor, "rows1 rows2 rows"]:
     (3, 5, 7)
     """
     l = l1 + l2
-    table = o3.wigner_3j(l1, l2, l, dtype=torch.float64) * math.sqrt(2 * l + 1)
+    table: Tensor = o3.wigner_3j(l1, l2, l, dtype=torch.float64) * math.sqrt(2 * l + 1)
     harmonics = (_probe_harmonics(k) for k in (l1, l2, l))
     return table * torch.einsum("a,b,c,abc->", *harmonics, table).sign()
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from nbody_pyg.geometry import ragged
 from nbody_pyg.multipoles.coefficients import check_lmax
 from nbody_pyg.multipoles.translations import l2l, l2p, m2l, m2m, p2m
+from nbody_pyg.required import required
 
 
 class Boxes(NamedTuple):
@@ -99,8 +100,8 @@ class FastMultipole:
             field = here
         finest = levels[0]
         down = torch.stack([finest.parent_of, torch.arange(pos.shape[0], device=pos.device)])
-        result = l2p(field, finest.centre[down[0]] - pos, down, pos.shape[0])
-        close = _inherit(near, finest)
+        result = l2p(required(field), finest.centre[down[0]] - pos, down, pos.shape[0])
+        close = _inherit(required(near), finest)
         close = close[:, close[0] != close[1]]
         result = result + m2l(values.unsqueeze(1), pos[close[0]] - pos[close[1]], close, pos.shape[0]).squeeze(1)
         return result.reshape(charges.shape)

@@ -22,7 +22,7 @@ from nbody_pyg.multipoles.harmonics import irregular_harmonics, regular_harmonic
 @constant_table
 def _table(name: str, lmax_in: int, lmax_out: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """A table of :mod:`~nbody_pyg.multipoles.coefficients` as a matrix (harmonics, rows_out * rows_in)."""
-    exact = getattr(coefficients, name)(lmax_in, lmax_out)
+    exact: Tensor = getattr(coefficients, name)(lmax_in, lmax_out)
     return exact.flatten(1).to(device=device, dtype=dtype)
 
 

@@ -13,6 +13,7 @@ LAYERS = [
     "durable",
     "messages",
     "renamed",
+    "required",
     "units",
     "kernels",
     "data",

@@ -1,0 +1,13 @@
+"""required: a value that the caller knows to be there."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+def required(value: T | None) -> T:
+    """The value itself. Its type may be None, but no caller passes None."""
+    assert value is not None
+    return value
