@@ -69,7 +69,7 @@ def _check(config: CompareConfig) -> None:
 
 
 def _is(record: dict[str, Any], purpose: str) -> bool:
-    return record["point"]["purpose"] == purpose
+    return bool(record["point"]["purpose"] == purpose)
 
 
 def _show(outcome: Outcome, out: Path) -> int:
@@ -77,7 +77,8 @@ def _show(outcome: Outcome, out: Path) -> int:
     out.mkdir(parents=True, exist_ok=True)
     records = {"searches": outcome.searches, "finals": outcome.finals, "missing": outcome.missing}
     _keep_others(records, out)
-    page, plots = [], []
+    page: list[str] = []
+    plots: list[str] = []
     if outcome.searches:
         head, rows = search_rows(outcome.searches)
         title = "Search: MAE on the validation frames, of forces (meV/A) where nothing else is said"

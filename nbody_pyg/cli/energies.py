@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -15,7 +16,7 @@ from nbody_pyg.deploy import EnergyExplanation, explain_energy, plot_energy_part
 from nbody_pyg.deploy.model_file import load_potential
 from nbody_pyg.deploy.reference import bond_changes, is_periodic, reference_topology
 from nbody_pyg.durable import save_figure
-from nbody_pyg.hierarchy import Scheme
+from nbody_pyg.hierarchy import Scheme, Topology
 from nbody_pyg.system import System
 
 
@@ -60,7 +61,7 @@ def energies(args: argparse.Namespace) -> int:
     return 0
 
 
-def _tree(scheme: Scheme, metadata: dict, first: AtomicData, frame: AtomicData):
+def _tree(scheme: Scheme, metadata: dict[str, Any], first: AtomicData, frame: AtomicData) -> Topology:
     """Parts of the training molecule where the model has one, else those of the first frame, at the positions here."""
     tree = reference_topology(metadata, scheme, frame.z.tolist(), is_periodic(frame.get("pbc")))
     if tree is None:

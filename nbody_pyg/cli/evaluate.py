@@ -7,7 +7,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,6 +23,7 @@ from nbody_pyg.cli.arguments import require_device
 from nbody_pyg.cli.outputs import output_folder
 from nbody_pyg.cli.plots import parity_plot
 from nbody_pyg.cli.tables import error_table
+from nbody_pyg.data import AtomicData
 from nbody_pyg.datasets import embedded, label_audit, read_frames
 from nbody_pyg.datasets.frames import Frames, has_label
 from nbody_pyg.datasets.keys import levels_apart
@@ -31,7 +32,8 @@ from nbody_pyg.datasets.systems import named_units, read_systems
 from nbody_pyg.deploy import load_model, read_metadata, with_reference
 from nbody_pyg.durable import written_whole
 from nbody_pyg.potential import Potential, frame_states
-from nbody_pyg.properties import PropertyModel
+from nbody_pyg.properties import Property, PropertyModel
+from nbody_pyg.required import required
 from nbody_pyg.training.evaluation import Evaluation
 from nbody_pyg.training.evaluation import evaluate as predict
 from nbody_pyg.training.property_task import PropertyEvaluation, evaluate_properties
@@ -82,7 +84,7 @@ def evaluate(args: argparse.Namespace) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     files = OutputFiles(folder, [*paths, *models])
     record, errors, left_out = [], {}, 0
-    properties: Sequence = ()
+    properties: Sequence[Property] = ()
     for path in models:
         potential = load_model(path, device=args.device)
         if isinstance(potential, PropertyModel):
@@ -93,18 +95,20 @@ def evaluate(args: argparse.Namespace) -> int:
             _tell(name, sets[name], result, title)
             left_out += len(result.odd)
             errors[labels[path], name] = result.found.errors
-            ending = "npz" if isinstance(potential, PropertyModel) else "xyz"
+            found = result.found
+            ending = "npz" if isinstance(found, PropertyEvaluation) else "xyz"
             with files.open(title, name, f"predictions.{ending}") as temporary:
-                (_write_arrays if ending == "npz" else _write_systems)(sets[name], result, temporary)
+                if isinstance(found, PropertyEvaluation):
+                    _write_arrays(sets[name], result.frames, found, temporary)
+                else:
+                    _write_systems(sets[name], result, found, temporary)
             record.append({
                 "model": labels[path], "set": name, "frames": len(result.frames), "left_out": sorted(result.odd),
                 "predictions": files.written[-1], **result.found.errors,
             })  # fmt: skip
-        if (
-            not properties
-            and not args.no_plot
-            and (labelled := {n: (r.frames, r.found) for n, r in results.items() if _known(r)})
-        ):
+        known = {name: result for name, result in results.items() if _known(result)}
+        labelled = {name: (r.frames, r.found) for name, r in known.items() if isinstance(r.found, Evaluation)}
+        if labelled and not args.no_plot:
             with files.open(title, "parity.png") as temporary:
                 parity_plot(labelled, temporary, title)
     if any(errors.values()):
@@ -132,7 +136,7 @@ def _tell(name: str, data: EvaluationSet, result: Result, model: str) -> None:
         print(f"{name}: errors over {len(result.frames)} of {data.total} frames", file=sys.stderr)
 
 
-def _uses(models: Sequence[str], sets: dict[str, Sequence[Data]]) -> dict[str, str]:
+def _uses(models: Sequence[str], sets: Mapping[str, Sequence[Data]]) -> dict[str, str]:
     """What the models do with the charges and spins that the frames have; none where they have none."""
     told = {key for frames in sets.values() for key in frame_states(frames)}
     configs = [read_metadata(path)["model"].get("config") or {} for path in models]
@@ -229,7 +233,8 @@ class OutputFiles:
     """The files that a command writes into its folder: each whole, none twice, none over an input."""
 
     def __init__(self, folder: Path, inputs: Sequence[str]) -> None:
-        self.folder, self.written = folder, []
+        self.folder = folder
+        self.written: list[str] = []
         self._inputs = {os.path.realpath(path) for path in inputs}
 
     def open(self, *words: str) -> Any:
@@ -254,24 +259,23 @@ class OutputFiles:
 
 
 # -- predictions ---------------------------------------------------------------------------------------------
-def _write_arrays(data: EvaluationSet, result: Result, path: Path) -> None:
+def _write_arrays(data: EvaluationSet, frames: Frames, found: PropertyEvaluation, path: Path) -> None:
     """An array of each property with one row per frame of the file; NaN for those that were left out."""
-    rows = list(result.frames.numbers)
-    arrays = {}
-    for key, value in result.found.values.items():
+    rows = list(frames.numbers)
+    arrays: dict[str, Any] = {}
+    for key, value in found.values.items():
         arrays[key] = np.full((data.total, *value.shape[1:]), np.nan)
         arrays[key][rows] = value.numpy()
     with path.open("wb") as file:  # numpy would put an ending behind a name
         np.savez(file, **arrays)
 
 
-def _write_systems(data: EvaluationSet, result: Result, path: Path) -> None:
+def _write_systems(data: EvaluationSet, result: Result, found: Evaluation, path: Path) -> None:
     """Extended xyz of every frame of the file, in its order and with all that it held.
 
     Predictions are the results energy, forces and stress; labels are REF_energy, REF_forces and REF_stress. A frame
     that was left out has no results, but its reason under ``left_out``.
     """
-    found = result.found
     place_of = {number: place for place, number in enumerate(result.frames.numbers)}
     frame_of = dict(zip(data.frames.numbers, data.frames, strict=True))
     out = []
@@ -281,7 +285,7 @@ def _write_systems(data: EvaluationSet, result: Result, path: Path) -> None:
         for label in ("energy", "forces", "stress"):
             if frame is not None and has_label(frame, label):
                 value = frame[label].detach().cpu().double().numpy()
-                store = atoms.arrays if label == "forces" else atoms.info
+                store: dict[str, Any] = atoms.arrays if label == "forces" else atoms.info
                 store[f"REF_{label}"] = float(value[0]) if label == "energy" else value.reshape(-1, 3)
         place = place_of.get(number)
         if place is None:
@@ -295,11 +299,13 @@ def _write_systems(data: EvaluationSet, result: Result, path: Path) -> None:
     write(path, out, format="extxyz")
 
 
-def _system(given: Atoms | None, frame: Data | None) -> Atoms:
+def _system(given: Atoms | None, frame: AtomicData | None) -> Atoms:
     """The system of the file without its labels, in our units; or one made of the frame."""
     if given is None:
         inputs = ("z", "pos", "cell", "pbc", "charge", "charges", "spin")
-        return type(frame).from_dict({key: value for key, value in frame.to_dict().items() if key in inputs}).to_ase()
+        known = {key: value for key, value in required(frame).to_dict().items() if key in inputs}
+        made: Atoms = AtomicData(**known).to_ase()
+        return made
     atoms = without_labels(given)
     if frame is not None:
         atoms.arrays["positions"] = frame.pos.double().numpy()

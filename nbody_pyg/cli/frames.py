@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from ase import Atoms
@@ -52,7 +53,7 @@ def read_structures(name: str) -> list[AtomicData]:
     ]
 
 
-def sample_of(frame: AtomicData) -> dict[str, list]:
+def sample_of(frame: AtomicData) -> dict[str, list[Any]]:
     """A structure in plain lists, for the model file."""
     out = {"z": frame.z.tolist(), "pos": frame.pos.double().tolist()}
     if frame.get("pbc") is not None and bool(torch.as_tensor(frame.pbc).any()):

@@ -36,7 +36,7 @@ def info(args: argparse.Namespace) -> int:
     return 0
 
 
-def _show(path: str, header: dict) -> None:
+def _show(path: str, header: dict[str, Any]) -> None:
     model, record = header["model"], header["metadata"]
     config = dict(model["config"] or {})
     scheme = dict(config.pop("scheme", None) or {})
@@ -88,7 +88,7 @@ def _shown(value: Any) -> Any:
     return printable(value) if isinstance(value, str) else value
 
 
-def _scales(header: dict) -> list[tuple[str, str]]:
+def _scales(header: dict[str, Any]) -> list[tuple[str, str]]:
     """The scale of a potential, or what is known of each property."""
     described = header.get("property")
     if described is None:
@@ -101,7 +101,7 @@ def _scales(header: dict) -> list[tuple[str, str]]:
     return rows
 
 
-def _repulsion(described: dict | None) -> str:
+def _repulsion(described: dict[str, Any] | None) -> str:
     if described is None:
         return "none"
     return f"{described['name']}, below {', '.join(f'{k} {v:.2f}' for k, v in described['reach'].items())} angstrom"

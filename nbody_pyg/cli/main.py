@@ -303,4 +303,5 @@ def _run(args: argparse.Namespace, rest: list[str]) -> int:
         # A list may follow an option, so that only the first word can be the file.
         path = expand_path(rest.pop(0)) if rest and not rest[0].startswith("-") else None
         return compare(path, rest)
-    return getattr(importlib.import_module(f"nbody_pyg.cli.{args.command}"), args.command)(args)
+    status: int = getattr(importlib.import_module(f"nbody_pyg.cli.{args.command}"), args.command)(args)
+    return status

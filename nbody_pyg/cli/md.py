@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -121,7 +122,7 @@ def _begin(args: argparse.Namespace) -> tuple[Path, Atoms]:
     return folder, read_atoms(str(folder / _TRAJECTORY), index=0)[0] if start is None else start
 
 
-def _progress(steps: int):
+def _progress(steps: int) -> Callable[[int], None]:
     def report(done: int) -> None:
         sys.stderr.write(f"\r{100 * done / max(steps, 1):5.1f} %" + ("\n" if done >= steps else ""))
 

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from matplotlib.backend_bases import FigureCanvasBase
 
+from nbody_pyg.required import required
+
 if TYPE_CHECKING:
     pass
 
@@ -30,7 +32,9 @@ def output_file(
     Raises: ValueError: the file exists, or is read by the same command; it is a folder. PermissionError: nothing can be
         written there.
     """
-    path = Path(given) if given is not None else (Path(default) if overwrite else _fresh(Path(default)))
+    path = Path(given if given is not None else required(default))
+    if given is None and not overwrite:
+        path = _fresh(path)
     if path.is_dir():
         raise ValueError(f"{option} must be a file, got the folder {path}")
     if any(_same(path, name) for name in inputs):

@@ -51,7 +51,7 @@ def relax(args: argparse.Namespace) -> int:
     if missing:
         more = "" if len(missing) <= _MOST_ROWS else f" and {len(missing) - _MOST_ROWS} more"
         print(f"not converged: {', '.join(map(str, missing[:_MOST_ROWS]))}{more}")
-    if interrupt.number is not None:
+    if (status := interrupt.status) is not None:
         print(f"stopped {interrupt.reason}: {len(found.frames)} of {len(frames)} structures are in the file")
-        return interrupt.status
+        return status
     return NOT_CONVERGED if missing else 0

@@ -8,7 +8,7 @@ import hashlib
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +23,9 @@ from nbody_pyg.datasets import label_audit
 from nbody_pyg.datasets.splits import Split, read_split
 from nbody_pyg.deploy import read_metadata, reference_record, save_model
 from nbody_pyg.durable import write_json, write_text
-from nbody_pyg.nn.charges import DEFAULT_STATE
 from nbody_pyg.potential import Potential, frame_states
 from nbody_pyg.properties import PropertyModel
+from nbody_pyg.system import DEFAULT_STATE
 from nbody_pyg.training.build import potential_from_config
 from nbody_pyg.training.callbacks import Callback
 from nbody_pyg.training.checkpoint import changes, read_checkpoint
@@ -233,7 +233,9 @@ def _describe(potential: Potential | PropertyModel, config: Config) -> None:
     print(flush=True)
 
 
-def _print_elements(values: dict[int, float], unit: str, title: str = "        of each", otherwise: str = "") -> None:
+def _print_elements(
+    values: Mapping[int, float], unit: str, title: str = "        of each", otherwise: str = ""
+) -> None:
     text = ", ".join(f"{chemical_symbols[z]} {e:.4f}" for z, e in values.items()) or otherwise
     if text:
         print(f"{title:7s} {text} {unit}".rstrip())
@@ -295,9 +297,15 @@ def _evaluate(potential: Potential | PropertyModel, frames: Sequence[Data]) -> E
     return evaluate(potential, frames, compute_forces=any("forces" in frame for frame in frames))
 
 
-def _plot(potential: Potential | PropertyModel, sets: dict, found: dict, data: DataSets, folder: Path) -> None:
+def _plot(
+    potential: Potential | PropertyModel,
+    sets: Mapping[str, Sequence[Data]],
+    found: Mapping[str, Evaluation | PropertyEvaluation],
+    data: DataSets,
+    folder: Path,
+) -> None:
     names = list(data.tests) or list(sets)
-    results = {name: (sets[name], found[name]) for name in names if found[name].errors}
+    results: dict[str, Any] = {name: (sets[name], found[name]) for name in names if found[name].errors}
     if not results:
         return  # no labels to compare with
     if isinstance(potential, PropertyModel):

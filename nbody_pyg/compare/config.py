@@ -175,7 +175,8 @@ def load_compare(path: str | Path | None = None, words: Sequence[str] = ()) -> C
     for key in ("out", "ablation"):
         values[key] = None if values[key] is None else expand_path(values[key])
     values["python"] = {name: expand_path(path) for name, path in values["python"].items()}
-    return CompareConfig(**values, **{name: dict(tree.get(name) or {}) for name in SECTIONS})
+    values |= {name: dict(tree.get(name) or {}) for name in SECTIONS}
+    return CompareConfig(**values)
 
 
 def compare_parser() -> jsonargparse.ArgumentParser:
@@ -187,11 +188,11 @@ def compare_parser() -> jsonargparse.ArgumentParser:
         "Keys of data, training and model are those of nbody train, e.g. --data.rmd17 aspirin ethanol "
         "--data.root FOLDER, --training.energy_weight 0.05, --model.channels 48.",
     )  # fmt: skip
-    hints = typing.get_type_hints(CompareConfig)
+    hints, defaults = typing.get_type_hints(CompareConfig), CompareConfig()
     for each in dataclasses.fields(CompareConfig):
         if each.name in SECTIONS:
             continue
-        default = each.default if each.default is not dataclasses.MISSING else each.default_factory()
+        default = getattr(defaults, each.name)
         parser.add_argument(f"--{each.name}", type=hints[each.name], default=default, help=each.metadata["help"])
     return parser
 

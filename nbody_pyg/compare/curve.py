@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from torch_geometric.data import Data
 
+from nbody_pyg.potential import Potential
 from nbody_pyg.training.callbacks import Callback
 from nbody_pyg.training.evaluation import evaluate
 from nbody_pyg.training.trainer import Trainer
@@ -47,7 +48,7 @@ class LearningCurve(Callback):
 
     def _look(self, trainer: Trainer) -> None:
         with trainer.averaged():
-            row = {"step": trainer.step, "cpu_seconds": trainer.clock.elapsed, **self._errors(trainer)}
+            row: dict[str, Any] = {"step": trainer.step, "cpu_seconds": trainer.clock.elapsed, **self._errors(trainer)}
         self.rows.append(row)
         parts = [
             f"{name} E {row[name].get('energy_mae', float('nan')):.1f} meV"
@@ -57,10 +58,11 @@ class LearningCurve(Callback):
         self.note(f"{row['cpu_seconds']:8.1f} CPU s  step {row['step']:6d}  {'  '.join(parts)}")
 
     def _errors(self, trainer: Trainer) -> dict[str, dict[str, float]]:
-        found = {}
+        found, potential = {}, trainer.task.potential
+        assert isinstance(potential, Potential)  # models of properties are refused before
         for name, frames in self.sets.items():
             forces = "forces" in frames[0]
-            found[name] = evaluate(trainer.task.potential, frames, device=trainer.device, compute_forces=forces).errors
+            found[name] = evaluate(potential, frames, device=trainer.device, compute_forces=forces).errors
         return {name: {k: v for k, v in e.items() if k.endswith(("_mae", "_rmse"))} for name, e in found.items()}
 
     def state_dict(self) -> dict[str, Any]:

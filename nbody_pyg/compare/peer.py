@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from nbody_pyg.compare.graph import CutoffGraph
 from nbody_pyg.hierarchy.topology import Topology
+from nbody_pyg.required import required
 
 
 class MissingPeer(ImportError):
@@ -52,6 +53,8 @@ class Peer(nn.Module):
         facts: elements, cutoff, mean number of neighbours, precision.
     """
 
+    type_of: Tensor
+
     def __init__(self, facts: Facts) -> None:
         super().__init__()
         self.scheme = CutoffGraph(facts.cutoff)
@@ -70,7 +73,7 @@ class Peer(nn.Module):
         """Energy of each graph; the edges are found here only where no topology is given."""
         if topology is None:
             topology = self.scheme.topology(z, pos, batch)
-        return self.energy(z, pos, batch, topology.pair_index[0], topology.num_parts[0])
+        return self.energy(z, pos, batch, required(topology.pair_index[0]), topology.num_parts[0])
 
     def energy(
         self,

@@ -212,7 +212,10 @@ def run_point(point: Point, folder: Path, note: Callable[[str], None] = print) -
 def build(point: Point, config: Config, data: DataSets) -> Potential:
     """A potential with fresh weights; E0 and the scale of the energies are found in the same way for every model."""
     if point.model == "nbody":
-        return build_potential(config, data)
+        found = build_potential(config, data)
+        if not isinstance(found, Potential):
+            raise WrongData(f"frames must have energies to compare models by, data.qm9 is {config.data.qm9!r}")
+        return found
     species = tuple(sorted({int(z) for frame in data.train for z in frame.z.unique()}))
     degree = edge_degrees(CutoffGraph(point.cutoff), data.train[:200])["pair_0"]
     facts = Facts(species, point.cutoff, degree, getattr(torch, config.training.dtype))
@@ -274,7 +277,7 @@ def main(arguments: Sequence[str]) -> int:
         print(f"data: {_line(error)}", flush=True)
         return 4
     if record["status"] == "interrupted":
-        return 128 + record["signal"]
+        return 128 + int(record["signal"])
     write_json(folder / "record.json", record, default=float)
     return 0
 

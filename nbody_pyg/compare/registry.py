@@ -128,7 +128,8 @@ def build_peer(name: str, facts: Facts, seed: int = 0, **arguments: Any) -> nn.M
     try:
         with undisturbed(seed):
             adapter = getattr(importlib.import_module(module), kind)
-            return adapter(facts, **{**found.arguments, **arguments})
+            peer: nn.Module = adapter(facts, **{**found.arguments, **arguments})
+            return peer
     except ImportError as error:
         broken = _version(found.distribution) is not None
         words = "is installed, but cannot be imported; install it anew" if broken else "is not installed"

@@ -30,7 +30,8 @@ class Row:
 
     @property
     def training(self) -> Mapping[str, Any]:
-        return self.records[0]["point"]["training"]
+        training: Mapping[str, Any] = self.records[0]["point"]["training"]
+        return training
 
     @property
     def label(self) -> str:
@@ -40,7 +41,7 @@ class Row:
 
     @property
     def ours(self) -> bool:
-        return self.records[0]["point"]["model"] == "nbody"
+        return bool(self.records[0]["point"]["model"] == "nbody")
 
     def values(self, *path: str) -> list[float]:
         """A figure of every run that has it, e.g. ``values("test", "test", "forces_mae")``."""
@@ -77,7 +78,7 @@ class Group:
     @property
     def title(self) -> str:
         every = (record.get("frames") for row in self.rows for record in row.records)
-        frames = next((found for found in every if found), {})
+        frames: Mapping[str, int] = next((found for found in every if found), {})
         counts = ", ".join([f"{count} {name}" for name, count in frames.items()] + ([self.note] if self.note else []))
         return f"{self.dataset}, {self.limit} of training{' CPU time' if self.limit.endswith(' s') else ''} ({counts})"
 
@@ -101,7 +102,7 @@ def load_records(folder: str | Path, note: Callable[[str], None] = print) -> lis
 def read_record(path: Path) -> dict[str, Any]:
     """One record. Raises: ValueError: it is damaged."""
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         Point(**record["point"])
         missing = {"status", "val", "test", "curve", "title"} - set(record)
     except (ValueError, KeyError, TypeError) as error:
@@ -151,7 +152,7 @@ def _settings(record: Record) -> dict[str, Any]:
     return {**training, **arguments, "cutoff": point.get("cutoff")}
 
 
-def _looks(row: Row) -> tuple:
+def _looks(row: Row) -> tuple[Any, ...]:
     t = row.training
     return row.name, row.title, t["optimizer"], t["lr"], t["batch_size"]
 

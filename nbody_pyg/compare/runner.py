@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import json
 import os
 import queue
@@ -22,6 +21,7 @@ from nbody_pyg.compare.peer import MissingPeer
 from nbody_pyg.compare.point import Point, WrongData, data_files, failed_record, run_point
 from nbody_pyg.compare.report import read_record
 from nbody_pyg.durable import write_json
+from nbody_pyg.required import required
 
 # Seconds that a process has to write its checkpoint when it is asked to end.
 _GRACE = 30.0
@@ -135,7 +135,7 @@ class Runner:
     def _in_process(self, point: Point, folder: Path) -> dict[str, Any]:
         spec = folder / "point.json"
         write_json(spec, dataclasses.asdict(point))
-        root = Path(importlib.util.find_spec("nbody_pyg").origin).parents[1]
+        root = Path(__file__).parents[2]
         threads = str(point.training.get("threads", 1))
         # An empty entry would be the folder that we are in, and a tqdm.py in it would be run in place of tqdm.
         given = [entry for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry]
@@ -176,7 +176,7 @@ class Runner:
         except (OSError, ValueError) as error:
             return self._died(point, f"the process left no record ({error})", folder)
 
-    def _follow(self, process: subprocess.Popen, deadline: float) -> tuple[str, bool]:
+    def _follow(self, process: subprocess.Popen[str], deadline: float) -> tuple[str, bool]:
         """Print what the process says, hand signals on to it; returns its last line, and whether it ended in time."""
 
         def forward(number: int, frame: FrameType | None) -> None:
@@ -186,7 +186,7 @@ class Runner:
         lines: queue.Queue[str] = queue.Queue()  # a SimpleQueue waits for ever if a signal outlasts its timeout
 
         def read() -> None:  # beside: a process that it has started may keep the pipe open for ever
-            with process.stdout as pipe:
+            with required(process.stdout) as pipe:
                 for line in pipe:
                     lines.put(line)
 
@@ -217,7 +217,7 @@ class Runner:
         return last, in_time
 
 
-def _speaks(process: subprocess.Popen, reader: threading.Thread, lines: queue.Queue[str]) -> bool:
+def _speaks(process: subprocess.Popen[str], reader: threading.Thread, lines: queue.Queue[str]) -> bool:
     """Whether more lines may come; after the end of the process, those that are left in the pipe, but not for long."""
     if process.poll() is None or not lines.empty():
         return True
@@ -225,7 +225,7 @@ def _speaks(process: subprocess.Popen, reader: threading.Thread, lines: queue.Qu
     return not lines.empty()
 
 
-def _end(process: subprocess.Popen, asked: bool = False) -> None:
+def _end(process: subprocess.Popen[str], asked: bool = False) -> None:
     """Let a process end by itself, then by SIGTERM, then by SIGKILL."""
     for number in (None if asked else signal.SIGTERM, signal.SIGTERM, signal.SIGKILL):
         if number is not None:

@@ -19,7 +19,9 @@ _LARGE = 50.0  # eV per atom; no chemical bond is that strong
 logger = logging.getLogger(__name__)
 
 
-def fit_reference(frames: Sequence[AtomicData], mode: str | Mapping[int | str, float] = "lstsq") -> dict[int, float]:
+def fit_reference(
+    frames: Sequence[AtomicData], mode: str | Mapping[int, float] | Mapping[str, float] = "lstsq"
+) -> dict[int, float]:
     r"""One energy per element, so that :math:`E - \sum_i E_0(z_i)` is small.
 
     .. math:: \min_{E_0} \sum_f \bigl( E_f - \sum_z n_{fz} E_0(z) \bigr)^2

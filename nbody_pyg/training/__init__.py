@@ -2,11 +2,12 @@
 
 from nbody_pyg.training.callbacks import Callback
 from nbody_pyg.training.ema import WeightEMA
+from nbody_pyg.training.labels import force_variance
 from nbody_pyg.training.loader import EpochSampler, FrameLoader
 from nbody_pyg.training.loss import EnergyForceLoss
 from nbody_pyg.training.metrics import ErrorMeter
 from nbody_pyg.training.optim import build_optimizer
-from nbody_pyg.training.run import FitResult, fit, force_variance
+from nbody_pyg.training.run import FitResult, fit
 from nbody_pyg.training.schedule import WarmupCosine
 from nbody_pyg.training.settings import TrainingConfig
 from nbody_pyg.training.task import PotentialTask

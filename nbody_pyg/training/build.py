@@ -25,7 +25,7 @@ def potential_config(potential: Potential | PropertyModel) -> dict[str, Any]:
     """
     model = potential.model
     config = model.config() if hasattr(model, "config") and callable(model.config) else None
-    described = {"class": type(model).__name__, "config": config}
+    described: dict[str, Any] = {"class": type(model).__name__, "config": config}
     if assumed := getattr(model, "assumed", None):
         described["assumed"] = dict(assumed)  # charge and spin of all training frames
     if isinstance(potential, PropertyModel):
@@ -55,7 +55,8 @@ def potential_from_config(config: dict[str, Any], model: nn.Module | None = None
         raise ValueError(
             f"the file holds a {described['class']}, but model is a {type(model).__name__}; pass the same class"
         )
-    model.assumed = {str(key): float(value) for key, value in (config["model"].get("assumed") or {}).items()}
+    assumed = {str(key): float(value) for key, value in (config["model"].get("assumed") or {}).items()}
+    model.assumed = assumed  # type: ignore[assignment]  # on whatever module
     if config["dtype"] not in _DTYPES:
         raise ValueError(f"dtype must be one of {sorted(_DTYPES)}, got {config['dtype']!r}")
     if config.get("property") is not None:
@@ -75,7 +76,8 @@ def _build_model(described: dict[str, Any]) -> nn.Module:
             f"the file holds a {described['class']}, which nbody_pyg cannot build by itself; build the "
             "network as it was and pass it as model="
         )
-    return found.from_config(up_to_date(described["config"]))
+    built: nn.Module = found.from_config(up_to_date(described["config"]))
+    return built
 
 
 def up_to_date(config: dict[str, Any]) -> dict[str, Any]:

@@ -52,7 +52,7 @@ class MetricsCSV(Callback):
     energy_mae (meV), energy_rmse, forces_mae (meV/angstrom), forces_rmse.
     """
 
-    columns = ("kind", "step", "epoch", "cpu_seconds", "wall_seconds", "lr", "loss", "grad_norm",
+    columns: tuple[str, ...] = ("kind", "step", "epoch", "cpu_seconds", "wall_seconds", "lr", "loss", "grad_norm",
                "energy_mae", "energy_rmse", "forces_mae", "forces_rmse")  # fmt: skip
 
     def __init__(self, path: str | Path, every: int = 50, steps_per_epoch: int = 1):

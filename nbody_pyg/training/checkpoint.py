@@ -82,13 +82,14 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     if missing := _KEYS.difference(found if isinstance(found, dict) else ()):
         raise ValueError(f"{path} lacks {', '.join(sorted(missing))}: no checkpoint of this library")
     # Lightning, which trained before, called our callbacks as one.
-    found["callbacks"] = found["callbacks"].get("CallbackGroup", found["callbacks"])
-    return found
+    checkpoint: dict[str, Any] = found | {"callbacks": found["callbacks"].get("CallbackGroup", found["callbacks"])}
+    return checkpoint
 
 
 def random_state() -> dict[str, Any]:
     """The state of every global generator, as tensors and plain values."""
-    kind, keys, position, has_gauss, gauss = np.random.get_state()  # noqa: NPY002 (the global one is meant)
+    state: Any = np.random.get_state()  # noqa: NPY002 (the global one is meant)
+    kind, keys, position, has_gauss, gauss = state
     return {
         "torch": torch.get_rng_state(),
         "python": random.getstate(),

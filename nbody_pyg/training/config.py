@@ -133,7 +133,8 @@ class Config:
 
     def text(self) -> str:
         """The YAML file."""
-        return yaml.safe_dump(_plain(self.to_dict()), sort_keys=False)
+        text: str = yaml.safe_dump(_plain(self.to_dict()), sort_keys=False)
+        return text
 
     def save(self, path: str | Path) -> None:
         """Write the YAML file, whole or not at all."""
@@ -172,7 +173,7 @@ def switch_scheme(tree: dict[str, Any], overrides: Mapping[str, Any]) -> None:
     model, name = tree.get("model"), overrides.get("model.scheme.name")
     scheme = model.get("scheme") if isinstance(model, dict) else None
     if name is not None and isinstance(scheme, Mapping) and scheme.get("name", "NestedShells") != name:
-        tree["model"] = {**model, "scheme": {}}
+        tree["model"] = {**tree["model"], "scheme": {}}
 
 
 def parse_config(tree: Mapping[str, Any]) -> Config:

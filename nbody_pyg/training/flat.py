@@ -72,7 +72,7 @@ class FlatParameters:
     @torch.no_grad()
     def clip_grad_norm(self, limit: float) -> Tensor:
         """Scale the gradient down to norm ``limit`` where it is longer; returns the norm before."""
-        norm = torch.linalg.vector_norm(self.gradient)
+        norm: Tensor = torch.linalg.vector_norm(self.gradient)
         self.gradient.mul_((limit / (norm + 1e-6)).clamp(max=1.0))
         return norm
 

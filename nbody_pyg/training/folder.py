@@ -12,7 +12,7 @@ from typing import IO
 try:
     import fcntl
 except ImportError:  # Windows
-    fcntl = None
+    fcntl = None  # type: ignore[assignment]  # no module of this name there
 
 
 class RunFolder:

@@ -13,11 +13,10 @@ import torch
 from torch import Tensor
 from torch_geometric.data import Data
 
-from nbody_pyg.data import VOIGT
+from nbody_pyg.data import VOIGT, is_topology_key
 from nbody_pyg.datasets.audit import outliers, require_labels
 from nbody_pyg.datasets.frames import LABEL_SHAPES, Frames, has_label, listed, shaped_label
 from nbody_pyg.geometry import complete_cell
-from nbody_pyg.hierarchy.topology import is_topology_key
 from nbody_pyg.potential import MODEL_INPUTS, Potential
 from nbody_pyg.properties import PropertyModel
 from nbody_pyg.training.settings import TrainingConfig
@@ -126,7 +125,7 @@ def _is_flat(frame: Data, found: Sequence[str]) -> bool:
 def _label(frame: Data, label: str, shape: Shape, where: str) -> Tensor:
     value = frame.get(label)
     if value is None:
-        size = [len(frame.z) if n == "N" else n for n in shape]
+        size = [len(frame.z) if n == "N" else int(n) for n in shape]
         return torch.full(size, math.nan, dtype=torch.float64, device=frame.pos.device)
     return shaped_label(value, label, len(frame.z), where, shape).to(frame.pos.device)
 

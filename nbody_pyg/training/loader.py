@@ -14,7 +14,7 @@ from jaxtyping import Int
 from torch import Tensor
 from torch_geometric.data import Batch, Data
 
-from nbody_pyg.hierarchy.topology import is_topology_key
+from nbody_pyg.data import is_topology_key
 
 
 @dataclass(frozen=True)
@@ -280,4 +280,5 @@ def _split(column: _Column, order: Tensor, first_graph: Tensor, bounds: Tensor) 
         else:
             shift = shift.squeeze(-1).movedim(0, column.dim)
         values = values + shift.to(values.dtype)
-    return values.split(start[bounds].diff().tolist(), column.dim)
+    pieces: tuple[Tensor, ...] = values.split(start[bounds].diff().tolist(), column.dim)
+    return pieces

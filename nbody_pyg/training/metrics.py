@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -55,6 +55,14 @@ class RunningMeans:
             means["forces_mae"] = _MILLI * float(self.forces) / self.forces_seen
         self.clear()
         return means
+
+
+class Meter(Protocol):
+    """What sums up errors over batches and processes."""
+
+    def update(self, result: dict[str, Tensor], batch: Any) -> None: ...
+    def reduce(self) -> None: ...
+    def compute(self) -> dict[str, float]: ...
 
 
 class ErrorMeter:

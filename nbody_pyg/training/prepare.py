@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -34,11 +35,12 @@ from nbody_pyg.datasets.keys import levels_apart
 from nbody_pyg.datasets.qm9 import TARGETS, TOTAL_ENERGIES
 from nbody_pyg.hierarchy import Scheme, Topology, share_topology
 from nbody_pyg.messages import check_choice
-from nbody_pyg.nn.charges import DEFAULT_STATE, check_inputs
+from nbody_pyg.nn.charges import check_inputs
 from nbody_pyg.nn.repulsion import ZBLRepulsion
 from nbody_pyg.potential import AtomicReference, Potential, check_states, frame_states, learn_state
 from nbody_pyg.properties import Property, PropertyModel, fit_statistics, property_irreps
-from nbody_pyg.system import System
+from nbody_pyg.required import required
+from nbody_pyg.system import DEFAULT_STATE, System
 from nbody_pyg.training.config import Config, DataConfig, ModelConfig, model_arguments
 from nbody_pyg.training.labels import NO_FORCES, force_variance, uniform
 
@@ -140,11 +142,11 @@ def load_data(config: DataConfig, split: Split | None = None) -> DataSets:
                     "have labels and units of their own; leave it out"
                 )
     if config.embedded is not None:
-        tests = {name: embedded(config.embedded, f"test_{name}") for name in ("300K", "600K")}
-        return _split(embedded(config.embedded), None, tests, config, split)
+        warm = {name: embedded(config.embedded, f"test_{name}") for name in ("300K", "600K")}
+        return _split(embedded(config.embedded), None, warm, config, split)
     if config.rmd17 is not None:
         num_train, num_val = config.num_train or 950, 50 if config.num_val is None else config.num_val
-        found = load_rmd17(config.root, config.rmd17, config.split, num_train=num_train, num_val=num_val)
+        found = load_rmd17(required(config.root), config.rmd17, config.split, num_train=num_train, num_val=num_val)
         return DataSets(found.train, found.val, {"test": found.test})
     if config.qm9 is not None:
         return _load_qm9(config, split)
@@ -154,7 +156,7 @@ def load_data(config: DataConfig, split: Split | None = None) -> DataSets:
         raise ValueError(f"data.test must not name a set {taken.pop()!r}, which is another set of the run; rename it")
     tests = {name: _read(path, config) for name, path in paths.items()}
     val = None if config.val is None else _read(config.val, config)
-    train = _read(config.train, config)
+    train = _read(required(config.train), config)
     sets = {"train": train, **({} if val is None else {"val": val}), **tests}
     if wrong := levels_apart({title: getattr(frames, "sources", {}) for title, frames in sets.items()}):
         raise ValueError(wrong)
@@ -164,7 +166,7 @@ def load_data(config: DataConfig, split: Split | None = None) -> DataSets:
 def _load_qm9(config: DataConfig, kept: Split | None) -> DataSets:
     """The first molecules of each list of the chosen split family; of the dipole set a random split."""
     if config.qm9 == "dipole":
-        frames = load_qm9_dipoles(config.root)
+        frames = load_qm9_dipoles(required(config.root))
         num_val = 500 if config.num_val is None else config.num_val
         num_test = 1000 if config.num_test is None else config.num_test
         num_train = config.num_train or len(frames) - num_val - num_test
@@ -178,7 +180,7 @@ def _load_qm9(config: DataConfig, kept: Split | None) -> DataSets:
         split.test[: config.num_test],
     )
     # Read once: the text files of QM9 take a minute.
-    every = load_qm9(config.root, config.qm9, np.concatenate(rows))
+    every = load_qm9(required(config.root), required(config.qm9), np.concatenate(rows))
     ends = np.cumsum([len(part) for part in rows])
     return DataSets(every[: ends[0]], every[ends[0] : ends[1]], {"test": every[ends[1] : ends[2]]})
 
@@ -206,7 +208,11 @@ def _read(path: str, config: DataConfig) -> Sequence[Data]:
 
 
 def _split(
-    frames: Sequence[Data], val: Sequence[Data] | None, tests: dict, config: DataConfig, kept: Split | None
+    frames: Sequence[Data],
+    val: Sequence[Data] | None,
+    tests: Mapping[str, Sequence[Data]],
+    config: DataConfig,
+    kept: Split | None,
 ) -> DataSets:
     num_val = config.num_val
     if num_val is None:
@@ -221,7 +227,7 @@ def _split(
     part = split.apply(frames)
     if not tests and config.num_train is not None and len(part.test):
         tests = {"rest": part.test}  # frames that nobody asked to train on
-    return DataSets(part.train, part.val if val is None else val, tests, split)
+    return DataSets(part.train, part.val if val is None else val, dict(tests), split)
 
 
 def build_potential(config: Config, data: DataSets) -> Potential | PropertyModel:
@@ -234,7 +240,7 @@ def build_potential(config: Config, data: DataSets) -> Potential | PropertyModel
     if properties := wanted_properties(config):
         return known_states(_build_properties(config, data, properties), data)
     require_labels({"train": data.train}, _wanted(config), partial=True)
-    e0 = config.data.e0
+    e0: str | dict[str, float] | dict[int, float] = config.data.e0
     if e0 == "atomref":
         if config.data.qm9 is None:
             raise ValueError("data.e0 'atomref' is known for data.qm9 only; use lstsq, mean, isolated or {element: eV}")
@@ -258,7 +264,10 @@ def build_potential(config: Config, data: DataSets) -> Potential | PropertyModel
     return known_states(potential, data)
 
 
-def known_states(potential: Potential | PropertyModel, data: DataSets) -> Potential | PropertyModel:
+P = TypeVar("P", Potential, PropertyModel)
+
+
+def known_states(potential: P, data: DataSets) -> P:
     """The same, after a look at charges and spins of all frames: none that is found only after the training."""
     learn_state(potential.model, data.train)
     for name, frames in data.named().items():
@@ -302,8 +311,8 @@ def state_terms(frames: Sequence[Data], inputs: Sequence[str]) -> StateTerms:
     states = frame_states(frames)
     species = torch.tensor(sorted({int(z) for frame in frames for z in frame.z.unique()}))
     counts = torch.stack([(frame.z[:, None] == species).sum(0) for frame in frames]).double()
-    energies = [float(frame.energy) if has_label(frame, "energy") else math.nan for frame in frames]
-    energies = torch.tensor(energies, dtype=torch.float64)
+    labels = [float(frame.energy) if has_label(frame, "energy") else math.nan for frame in frames]
+    energies = torch.tensor(labels, dtype=torch.float64)
     default = [[DEFAULT_STATE[key]] * len(frames) for key in inputs]
     totals = [
         torch.tensor(states.get(key, same), dtype=torch.float64) - DEFAULT_STATE[key]

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from nbody_pyg.training.settings import TrainingConfig
 
 # Started by this process: they run its program from the top, and so come to every fit that it comes to.
-_children: list[subprocess.Popen] = []
+_children: list[subprocess.Popen[bytes]] = []
 _address = ""
 
 

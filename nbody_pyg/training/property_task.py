@@ -16,7 +16,7 @@ from nbody_pyg.properties import Property, PropertyModel
 from nbody_pyg.training.labels import aligned, label_shapes, uniform
 from nbody_pyg.training.loader import FrameLoader
 from nbody_pyg.training.loss import penalized
-from nbody_pyg.training.metrics import RunningMeans
+from nbody_pyg.training.metrics import Meter, RunningMeans
 from nbody_pyg.training.task import PotentialTask
 
 
@@ -105,7 +105,7 @@ class PropertyTask(PotentialTask):
 
     def training_step(self, batch: Any) -> Tensor:
         values = self.potential(batch)
-        loss: Tensor | float = 0.0
+        loss = torch.zeros(())
         first: Tensor | None = None
         for p in self.potential.properties:
             # The difference is taken in float64, and only then cast. A missing label is NaN.
@@ -123,7 +123,7 @@ class PropertyTask(PotentialTask):
     def meter(self, device: torch.device | str = "cpu") -> PropertyMeter:
         return PropertyMeter(self.potential.properties, device)
 
-    def validation_step(self, batch: Any, meter: PropertyMeter) -> None:
+    def validation_step(self, batch: Any, meter: Meter) -> None:
         with torch.no_grad():
             meter.update(self.potential(batch), batch)
 

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import math
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -77,10 +77,12 @@ def require_device(settings: TrainingConfig) -> None:
 
 def require_elements(potential: Potential | PropertyModel, sets: Mapping[str, Sequence[Data]]) -> None:
     """Raise ValueError where a frame holds an element that the model does not know; names set and frame."""
-    known = getattr(potential.model, "species", None)
-    if known is None and getattr(potential, "reference", None) is not None:
+    known: Iterable[int] | None = getattr(potential.model, "species", None)
+    if known is None and isinstance(potential, Potential) and potential.reference is not None:
         known = potential.reference.energies
-    for name, frames in sets.items() if known is not None else ():
+    if known is None:
+        return
+    for name, frames in sets.items():
         for number, frame in enumerate(frames):
             if unknown := sorted(set(frame.z.tolist()).difference(known)):
                 raise ValueError(
@@ -171,13 +173,13 @@ def fit_in(
     if checkpoint is not None:
         _require_same_settings(checkpoint, settings)
     with _threads(settings.threads):
-        kind = PropertyTask if isinstance(potential, PropertyModel) else PotentialTask
         found = targets(potential, train, val, settings)
         train, val = found.train, found.val
         if checkpoint is None:
             scale = _loss_scale(potential, train, settings)
         else:  # that of before, whatever frames have come since
             scale = checkpoint["hyper_parameters"]["force_variance"]
+        kind: type[PotentialTask] = PropertyTask if isinstance(potential, PropertyModel) else PotentialTask
         task = kind(potential, settings, scale)
         task.shares, task.monitor = found.shares, deciding_metric(potential, val, settings)
         epoch = steps_per_epoch(settings, len(train))

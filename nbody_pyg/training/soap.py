@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -39,7 +40,7 @@ class Soap(Optimizer):
 
     def __init__(
         self,
-        params: Iterable,
+        params: Iterable[Tensor],
         lr: float = 3e-3,
         betas: tuple[float, float] = (0.9, 0.98),
         shampoo_beta: float = 0.95,
@@ -61,14 +62,14 @@ class Soap(Optimizer):
         return cls([p for p in module.parameters() if p.requires_grad], lr=lr, weight_decay=weight_decay)
 
     @torch.no_grad()
-    def step(self, closure=None):
+    def step(self, closure: Callable[[], float] | None = None) -> Any:
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            matrices: dict[tuple, list[Tensor]] = defaultdict(list)
-            others = []
+            matrices: dict[tuple[int, ...], list[Tensor]] = defaultdict(list)
+            others: list[Tensor] = []
             for p in group["params"]:
                 turned = p.dim() == 2 and 1 < min(p.shape) <= group["max_size"]
                 (matrices[tuple(p.shape)] if turned else others).append(p)
@@ -80,7 +81,7 @@ class Soap(Optimizer):
                 self._step_others(others, group)
         return loss
 
-    def _step_matrices(self, members: list[Tensor], group: dict) -> None:
+    def _step_matrices(self, members: list[Tensor], group: dict[str, Any]) -> None:
         # The state of a whole batch of equal shapes lives with its first member.
         grad, state = torch.stack([_gradient(p) for p in members]), self.state[members[0]]
         if not state:
@@ -103,14 +104,14 @@ class Soap(Optimizer):
             state["mean"] = _turn(state, mean, into=True)
 
     @staticmethod
-    def _start(state: dict, grad: Tensor, max_size: int) -> None:
+    def _start(state: dict[str, Any], grad: Tensor, max_size: int) -> None:
         state.update(step=torch.zeros(()), mean=torch.zeros_like(grad), square=torch.zeros_like(grad))
         sizes = {"rows": grad.shape[-2], "columns": grad.shape[-1]}
         for side in (side for side, size in sizes.items() if size <= max_size):
             state[side] = _gram(grad, side)
             state[f"{side}_basis"] = _eigenvectors(state[side])
 
-    def _step_others(self, members: list[Tensor], group: dict) -> None:
+    def _step_others(self, members: list[Tensor], group: dict[str, Any]) -> None:
         grad, state = torch.cat([_gradient(p).flatten() for p in members]), self.state[members[0]]
         if not state:
             state.update(step=torch.zeros(()), mean=torch.zeros_like(grad), square=torch.zeros_like(grad))
@@ -123,7 +124,7 @@ class Soap(Optimizer):
         self._apply_update(members, pieces, group["lr"] / (1 - beta1**step), group)
 
     @staticmethod
-    def _apply_update(members: list[Tensor], update: list[Tensor], rate: float, group: dict) -> None:
+    def _apply_update(members: list[Tensor], update: list[Tensor], rate: float, group: dict[str, Any]) -> None:
         update = [u for u, p in zip(update, members, strict=True) if p.grad is not None]
         members = [p for p in members if p.grad is not None]
         if group["weight_decay"]:
@@ -134,9 +135,10 @@ class Soap(Optimizer):
 def _eigenvectors(gram: Tensor) -> Tensor:
     """Of the first gradient alone the matrix has many eigenvalues of zero, on which LAPACK may fail in float32."""
     try:
-        return torch.linalg.eigh(gram)[1]
-    except torch.linalg.LinAlgError:
-        return torch.linalg.eigh(gram.double())[1].to(gram.dtype)
+        basis: Tensor = torch.linalg.eigh(gram)[1]
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # torch does not list it
+        basis = torch.linalg.eigh(gram.double())[1]
+    return basis.to(gram.dtype)
 
 
 def _gram(grad: Tensor, side: str) -> Tensor:
@@ -144,12 +146,12 @@ def _gram(grad: Tensor, side: str) -> Tensor:
     return grad @ grad.mT if side == "rows" else grad.mT @ grad
 
 
-def _sides(state: dict) -> list[str]:
+def _sides(state: dict[str, Any]) -> list[str]:
     """The sides that are turned; which ones shows in what the state holds, and so outlives a checkpoint."""
     return [side for side in ("rows", "columns") if side in state]
 
 
-def _turn(state: dict, x: Tensor, into: bool) -> Tensor:
+def _turn(state: dict[str, Any], x: Tensor, into: bool) -> Tensor:
     """Into the bases of the sides that are turned, or out of them."""
     if "rows" in state:
         basis = state["rows_basis"]

@@ -12,11 +12,12 @@ from torch import Tensor, nn
 
 from nbody_pyg.accelerate import compile_potential
 from nbody_pyg.potential import Potential
+from nbody_pyg.properties import PropertyModel
 from nbody_pyg.training.build import potential_config, potential_from_config, up_to_date
 from nbody_pyg.training.checkpoint import changes, read_checkpoint
 from nbody_pyg.training.labels import aligned, has_stress
 from nbody_pyg.training.loss import EnergyForceLoss
-from nbody_pyg.training.metrics import ErrorMeter, RunningMeans
+from nbody_pyg.training.metrics import ErrorMeter, Meter, RunningMeans
 from nbody_pyg.training.settings import TrainingConfig
 
 
@@ -33,7 +34,7 @@ class PotentialTask(nn.Module):
 
     def __init__(
         self,
-        potential: Potential | dict[str, Any],
+        potential: Potential | PropertyModel | dict[str, Any],
         settings: TrainingConfig | dict[str, Any],
         force_variance: float = 1.0,
     ):
@@ -44,14 +45,15 @@ class PotentialTask(nn.Module):
         self.loss = EnergyForceLoss(
             float(force_variance), s.force_weight, s.energy_weight, s.stress_weight, s.energy_per, s.penalty
         )
-        self.hparams = {
+        self.hparams: dict[str, Any] = {
             "potential": potential_config(self.potential),
             "settings": dataclasses.asdict(s),
             "force_variance": float(force_variance),
         }
-        self._compiled = compile_potential(self.potential, "training") if s.compile else None
+        known = self.potential
+        self._compiled = compile_potential(known, "training") if s.compile and isinstance(known, Potential) else None
         # What is shown of a run, (title, metric, unit), and the metric by which the best weights are chosen.
-        self.shown = (("E", "energy_mae", "meV"), ("F", "forces_mae", "meV/A"))
+        self.shown: tuple[tuple[str, str, str], ...] = (("E", "energy_mae", "meV"), ("F", "forces_mae", "meV/A"))
         self.monitor: str | None = "forces_mae" if s.force_weight > 0 else "energy_mae"
         self.running = RunningMeans()
         # Share of the training labels that are known, by label; `fit` sets what is below 1.
@@ -122,11 +124,11 @@ class PotentialTask(nn.Module):
         self.running.add(loss, errors.get("energy_error"), errors.get("force_error"))
         return loss
 
-    def meter(self, device: torch.device | str = "cpu") -> ErrorMeter:
+    def meter(self, device: torch.device | str = "cpu") -> Meter:
         """What sums up the errors of a validation."""
         return ErrorMeter(device)
 
-    def validation_step(self, batch: Any, meter: ErrorMeter) -> None:
+    def validation_step(self, batch: Any, meter: Meter) -> None:
         """Add the errors of a batch."""
         meter.update(self._errors(batch, training=False)[0], batch)
 

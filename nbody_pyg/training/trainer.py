@@ -74,7 +74,11 @@ class Trainer:
 
     @property
     def learning_rate(self) -> float:
-        return self.optimizer.param_groups[0]["lr"]
+        return float(self.optimizer.param_groups[0]["lr"])
+
+    @property
+    def _finished(self) -> bool:
+        return self.should_stop or 0 <= self.last_step <= self.step
 
     def fit(self) -> None:
         """Take all steps that are left; afterwards the task holds the averaged weights, on the CPU."""
@@ -88,7 +92,7 @@ class Trainer:
         self._agree()
         every, batches = self.settings.validate_every, self.train.endless(self.step)
         with self.stop:
-            while not (self.should_stop or 0 <= self.last_step <= self.step):
+            while not self._finished:
                 self._update(next(batches))
                 self._agree()
                 self._tell("on_step")
@@ -169,8 +173,9 @@ class Trainer:
             meter.reduce()
             scores = meter.compute()
             self._tell("on_validation", scores)
-            if scores.get(self.task.monitor, math.inf) < self.best_score:
-                self.best_score, self.best_step = scores[self.task.monitor], self.step
+            score = scores.get(self.task.monitor or "", math.inf)
+            if score < self.best_score:
+                self.best_score, self.best_step = score, self.step
                 self.save("best.ckpt")
         self.save("last.ckpt")
 
@@ -234,4 +239,4 @@ class Trainer:
             found = read_checkpoint(self.folder / "best.ckpt")
         except (OSError, ValueError):
             return False
-        return found["run"].get("id") == self.run.get("id") and found["global_step"] == step
+        return bool(found["run"].get("id") == self.run.get("id") and found["global_step"] == step)

@@ -52,4 +52,5 @@ class MACE(Peer):
             "ptr": torch.cat([num_atoms.new_zeros(1), num_atoms.cumsum(0)]),
             "head": num_atoms.new_zeros(num_graphs),
         }
-        return self.model(data, training=self.training, compute_force=False)["interaction_energy"]
+        energy: Tensor = self.model(data, training=self.training, compute_force=False)["interaction_energy"]
+        return energy

@@ -46,4 +46,5 @@ class NequIP(Peer):
             key.BATCH_KEY: batch,
             key.NUM_NODES_KEY: num_atoms,
         }
-        return self.model(data)[key.TOTAL_ENERGY_KEY]
+        energy: Tensor = self.model(data)[key.TOTAL_ENERGY_KEY]
+        return energy

@@ -34,7 +34,8 @@ class SchNet(Peer):
 
     def energy(self, z: Tensor, pos: Tensor, batch: Tensor, index: Tensor, num_atoms: Tensor) -> Tensor:
         self._index = index
-        return self.model(z, pos, batch)
+        energy: Tensor = self.model(z, pos, batch)
+        return energy
 
 
 class DimeNet(Peer):
@@ -55,7 +56,8 @@ class DimeNet(Peer):
             mock.patch.object(dimenet, "radius_graph", return_value=index),
             mock.patch.object(dimenet, "triplets", triplets),
         ):
-            return self.model(z, pos, batch)
+            energy: Tensor = self.model(z, pos, batch)
+        return energy
 
 
 def triplets(index: Int[Tensor, "2 edges"], num_nodes: int) -> tuple[Tensor, ...]:
@@ -93,4 +95,5 @@ class ViSNet(Peer):
 
     def energy(self, z: Tensor, pos: Tensor, batch: Tensor, index: Tensor, num_atoms: Tensor) -> Tensor:
         self._index = index
-        return self.model(z, pos, batch)[0]
+        energy: Tensor = self.model(z, pos, batch)[0]
+        return energy

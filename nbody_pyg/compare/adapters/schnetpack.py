@@ -24,7 +24,7 @@ class Schnetpack(Peer):
     ) -> None:
         super().__init__(facts)
         if not hasattr(dataloader, "T_co"):  # schnetpack 2.1 imports it; torch has renamed it
-            dataloader.T_co = getattr(dataloader, "_T_co", None)
+            dataloader.T_co = getattr(dataloader, "_T_co", None)  # type: ignore[attr-defined]  # that is why
         from schnetpack.atomistic import Atomwise
         from schnetpack.nn import CosineCutoff, GaussianRBF
         from schnetpack.representation import PaiNN, SchNet
@@ -47,4 +47,5 @@ class Schnetpack(Peer):
             key.Rij: pos.index_select(0, source) - pos.index_select(0, target),
             key.n_atoms: num_atoms,
         }
-        return self.model["readout"](self.model["body"](inputs))["energy"].reshape(-1)
+        energy: Tensor = self.model["readout"](self.model["body"](inputs))["energy"]
+        return energy.reshape(-1)

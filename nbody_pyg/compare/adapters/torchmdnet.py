@@ -43,5 +43,6 @@ class TensorNet(Peer):
     def energy(self, z: Tensor, pos: Tensor, batch: Tensor, index: Tensor, num_atoms: Tensor) -> Tensor:
         self._index = index
         states = self.model["body"](z, pos, batch)[0]
-        atoms = self.model["readout"].pre_reduce(states, None, z, pos, batch)
+        readout: Any = self.model["readout"]
+        atoms: Tensor = readout.pre_reduce(states, None, z, pos, batch)
         return atoms.new_zeros(num_atoms.shape[0], 1).index_add(0, batch, atoms)
