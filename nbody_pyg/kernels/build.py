@@ -23,7 +23,11 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+from nbody_pyg.required import required
+
+R = TypeVar("R")
 
 _FLAGS = (
     "-march=native",
@@ -57,11 +61,11 @@ if hasattr(os, "register_at_fork"):  # a child that is forked while another thre
     os.register_at_fork(after_in_child=_fresh_lock)
 
 
-def one_at_a_time(function: Callable) -> Callable:
+def one_at_a_time(function: Callable[..., R]) -> Callable[..., R]:
     """Decorator: while one thread is in it, or in another of these functions, others wait."""
 
     @functools.wraps(function)
-    def alone(*arguments: Any) -> Any:
+    def alone(*arguments: Any) -> R:
         with _lock:
             return function(*arguments)
 
@@ -236,7 +240,7 @@ def _load(source: str) -> ctypes.CDLL:
                 problem = str(error)
     if problem is None:
         try:
-            return ctypes.CDLL(str(_path(folder, key, code)))
+            return ctypes.CDLL(str(_path(required(folder), key, code)))
         except OSError as error:  # for example a file system from which no programs may be run
             problem = str(error)
     library = _load_once(code, problem)

@@ -15,6 +15,7 @@ with ``forward``, ``backward`` and ``double`` (the derivative of backward) of ea
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 _PRELUDE = """
@@ -27,6 +28,10 @@ typedef real quarter __attribute__((vector_size(16), aligned(sizeof(real)), may_
 static inline real vec_total(vec v) {{ real s = 0; for (int k = 0; k < WIDTH; k++) s += v[k]; return s; }}
 static inline real real_total(real v) {{ return v; }}
 """
+
+
+#: Lines of code for one kind of number, of vectors or reals.
+Body = Callable[[str], list[str]]
 
 
 class Term(NamedTuple):
@@ -52,13 +57,13 @@ def _weighted(pairs: list[tuple[float, str]]) -> str:
     return " + ".join(f"{_number(value)} * {name}" for value, name in pairs)
 
 
-def _over_channels(body, tail: bool) -> list[str]:
+def _over_channels(body: Body, tail: bool) -> list[str]:
     """The body over whole vectors of channels; with ``tail`` once more, one by one, over the rest."""
     lines = ["    int64_t c = 0;", "    for (; c + WIDTH <= C; c += WIDTH) {", *body("vec"), "    }"]
     return [*lines, "    for (; c < C; c++) {", *body("real"), "    }"] if tail else lines
 
 
-def _load(kind: str, name: str, pointer: str, rows) -> list[str]:
+def _load(kind: str, name: str, pointer: str, rows: Iterable[int]) -> list[str]:
     return [f"        const {kind} {name}{r} = *(const {kind}*)({pointer} + {r} * C + c);" for r in rows]
 
 
@@ -66,7 +71,7 @@ def _store(kind: str, pointer: str, row: int, value: str, add: bool = False) -> 
     return f"        *({kind}*)({pointer} + {row} * C + c) {'+=' if add else '='} {value};"
 
 
-def _zero(kind: str, names) -> list[str]:
+def _zero(kind: str, names: Iterable[str]) -> list[str]:
     return [f"        {kind} {name} = ({kind}){{0}};" for name in names]
 
 
@@ -102,7 +107,7 @@ def product_source(terms: list[Term], rows1: int, rows2: int, rows_out: int, tai
         lines += [_store(kind, "gy", j, f"q{j}") for j in range(rows2)]
         return lines + ([_store(kind, "gg", r, f"o{r}") for r in rows] if double else [])
 
-    def function(name: str, pointers: list[tuple[str, int]], outputs: set[str], body) -> str:
+    def function(name: str, pointers: list[tuple[str, int]], outputs: set[str], body: Body) -> str:
         arguments = ", ".join(f"{'' if p in outputs else 'const '}real* restrict {p}" for p, _ in pointers)
         lines = [f"void {name}(int64_t N, int64_t C, {arguments}) {{", "  for (int64_t n = 0; n < N; n++) {"]
         lines += _over_channels(body, tail)
@@ -202,7 +207,7 @@ def one_body_source(
             )
         return lines + [_store(kind, "gxe", i, f"p{i}", add=True) for i in used]
 
-    def function(name: str, arguments: str, setup: list[str], body, finish: list[str]) -> str:
+    def function(name: str, arguments: str, setup: list[str], body: Body, finish: list[str]) -> str:
         lines = [f"void {name}(int64_t E, int64_t C, const int64_t* restrict source, const int64_t* restrict target,",
                  f"    {arguments}) {{", "  for (int64_t e = 0; e < E; e++) {"] + setup  # fmt: skip
         return "\n".join(lines + _over_channels(body, tail) + finish + ["  }", "}"])
@@ -229,7 +234,9 @@ def one_body_source(
     ])  # fmt: skip
 
 
-def _harmonic_gradient(kind: str, entries, row: int, columns: list[int], forms: list[str]) -> list[str]:
+def _harmonic_gradient(
+    kind: str, entries: dict[tuple[int, int], list[Term]], row: int, columns: list[int], forms: list[str]
+) -> list[str]:
     """Accumulate the gradient of the harmonics of one output row; vector and scalar sums are kept apart."""
     sums, lines = ("yv" if kind == "vec" else "yr"), []
     for i in columns:

@@ -15,6 +15,7 @@ from nbody_pyg.kernels import build
 from nbody_pyg.kernels.codegen import prelude
 from nbody_pyg.kernels.operands import Several, addresses
 from nbody_pyg.kernels.scope import is_dry
+from nbody_pyg.required import required
 
 _C_NAMES = {torch.float32: "float", torch.float64: "double"}
 
@@ -79,7 +80,7 @@ class Library:
 
     def __init__(self, source: str, signatures: dict[str, str], links: Sequence[tuple[Library, str]] = ()) -> None:
         self._source, self._signatures, self._links = source, signatures, tuple(links)
-        self._loaded: dict[torch.dtype, dict] = {}
+        self._loaded: dict[torch.dtype, dict[str, tuple[Any, _Signature]]] = {}
 
     @property
     def source(self) -> str:
@@ -106,7 +107,8 @@ class Library:
             given[place] = pointer
         for place in signature.arrays:
             if given[place] is not None:
-                pointers = addresses(*given[place], itertools.repeat(dtype))
+                tensors, sizes = given[place]
+                pointers = addresses(tensors, sizes, itertools.repeat(dtype))
                 given[place] = (ctypes.c_void_p * len(pointers))(*pointers)
         for place in signature.unpassed:
             del given[place]
@@ -115,10 +117,10 @@ class Library:
     def address(self, name: str, dtype: torch.dtype) -> int:
         """Where one of the functions lies."""
         functions = self._loaded.get(dtype) or self._load(dtype)
-        return ctypes.cast(functions[name][0], ctypes.c_void_p).value
+        return required(ctypes.cast(functions[name][0], ctypes.c_void_p).value)
 
     @build.one_at_a_time  # nobody may call a function before it is linked
-    def _load(self, dtype: torch.dtype) -> dict:
+    def _load(self, dtype: torch.dtype) -> dict[str, tuple[Any, _Signature]]:
         library = build.load(prelude(_C_NAMES[dtype]) + self._source)
         functions = {}
         for name, signature in self._signatures.items():
@@ -146,8 +148,8 @@ class Library:
                 build.warn_once("torch", text)
         return bool(self._loaded.get(dtype))
 
-    def __deepcopy__(self, memo) -> Library:
+    def __deepcopy__(self, memo: Any) -> Library:
         return self  # compiled code is shared; ctypes objects cannot be copied
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[Any, ...]:
         return Library, (self._source, self._signatures, self._links)

@@ -38,7 +38,9 @@ def check_operands(dtype: torch.dtype, device: torch.device, **operands: tuple[T
             )
 
 
-def check_matrices(dtype: torch.dtype, device: torch.device, matrices: Sequence[Tensor], shapes: Sequence) -> None:
+def check_matrices(
+    dtype: torch.dtype, device: torch.device, matrices: Sequence[Tensor], shapes: Sequence[tuple[int, ...]]
+) -> None:
     """:func:`check_operands` for the weights of a map, of which there are many."""
     for weight, shape in zip(matrices, shapes, strict=True):
         if weight.dtype is not dtype or weight.shape != shape:
@@ -141,5 +143,5 @@ def _refuse(tensor: Tensor, dtype: torch.dtype, size: int) -> NoReturn:
 class Several(NamedTuple):
     """Tensors whose addresses go into one array, each with the number of its entries; None for a null pointer."""
 
-    tensors: tuple[Tensor | None, ...] | list[Tensor | None]
-    sizes: tuple[int, ...] | list[int]
+    tensors: Sequence[Tensor | None]
+    sizes: Sequence[int]

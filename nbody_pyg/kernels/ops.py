@@ -5,12 +5,14 @@ A third derivative is not offered here (the plain torch backend has it); asking 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from nbody_pyg.kernels import codegen
 from nbody_pyg.kernels.codegen import Term
-from nbody_pyg.kernels.derivatives import last_derivative
+from nbody_pyg.kernels.derivatives import Gradients, last_derivative
 from nbody_pyg.kernels.library import Library
 from nbody_pyg.kernels.operands import check_index, check_operands, check_range
 from nbody_pyg.kernels.scope import apply, gradients_wanted
@@ -37,12 +39,13 @@ class ProductKernel:
         nodes, channels = x.shape[0], self.channels
         check_operands(x.dtype, x.device, x=(x, (nodes, self.rows1, channels)), y=(y, (nodes, self.rows2, channels)))
         # Made contiguous here, not in ``forward``: a copy that is saved there has no graph of its own
-        return apply(_Product, x.contiguous(), y.contiguous(), self)
+        product: Tensor = apply(_Product, x.contiguous(), y.contiguous(), self)
+        return product
 
 
 class _Product(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, y: Tensor, kernel: ProductKernel) -> Tensor:
+    def forward(ctx: Any, x: Tensor, y: Tensor, kernel: ProductKernel) -> Tensor:
         ctx.save_for_backward(x, y)
         ctx.kernel = kernel
         nodes, _, channels = x.shape
@@ -51,13 +54,13 @@ class _Product(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx, g: Tensor):
+    def backward(ctx: Any, g: Tensor) -> Gradients:
         return *apply(_ProductBackward, g, *ctx.saved_tensors, ctx.kernel), None
 
 
 class _ProductBackward(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, g: Tensor, x: Tensor, y: Tensor, kernel: ProductKernel):
+    def forward(ctx: Any, g: Tensor, x: Tensor, y: Tensor, kernel: ProductKernel) -> Gradients:
         g = g.contiguous()
         ctx.save_for_backward(g, x, y)
         ctx.kernel = kernel
@@ -68,7 +71,7 @@ class _ProductBackward(torch.autograd.Function):
 
     @staticmethod
     @last_derivative
-    def backward(ctx, a: Tensor, b: Tensor):
+    def backward(ctx: Any, a: Tensor, b: Tensor) -> Gradients:
         g, x, y = ctx.saved_tensors
         gg, gx, gy = torch.empty_like(g), torch.empty_like(x), torch.empty_like(y)
         tensors = (g, x, y, a.contiguous(), b.contiguous(), gg, gx, gy)
@@ -120,7 +123,8 @@ class OneBodyKernel:
         check_range("index[0] (sources)", index[0], x.shape[0])
         check_range("index[1] (targets)", index[1], num_targets)
         factors = [t.contiguous() for t in (x, harmonics, radial, weight)]
-        return apply(_OneBody, *factors, index.contiguous(), num_targets, self)
+        total: Tensor = apply(_OneBody, *factors, index.contiguous(), num_targets, self)
+        return total
 
 
 def _sizes(index: Tensor, x: Tensor, out: Tensor) -> tuple[int, int, int, int]:
@@ -130,7 +134,16 @@ def _sizes(index: Tensor, x: Tensor, out: Tensor) -> tuple[int, int, int, int]:
 
 class _OneBody(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, harmonics, radial, weight, index, num_targets: int, kernel: OneBodyKernel) -> Tensor:
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        harmonics: Tensor,
+        radial: Tensor,
+        weight: Tensor,
+        index: Tensor,
+        num_targets: int,
+        kernel: OneBodyKernel,
+    ) -> Tensor:
         factors = (x, harmonics, radial, weight)
         ctx.save_for_backward(*factors, index)
         ctx.kernel = kernel
@@ -140,14 +153,24 @@ class _OneBody(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx, g: Tensor):
+    def backward(ctx: Any, g: Tensor) -> Gradients:
         weigh = gradients_wanted(ctx.next_functions[3:4])  # of the weight
         return *apply(_OneBodyBackward, g, *ctx.saved_tensors, weigh, ctx.kernel), None, None, None
 
 
 class _OneBodyBackward(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, g, x, harmonics, radial, weight, index, weigh: bool, kernel: OneBodyKernel):
+    def forward(
+        ctx: Any,
+        g: Tensor,
+        x: Tensor,
+        harmonics: Tensor,
+        radial: Tensor,
+        weight: Tensor,
+        index: Tensor,
+        weigh: bool,
+        kernel: OneBodyKernel,
+    ) -> Gradients:
         g = g.contiguous()
         ctx.save_for_backward(g, x, harmonics, radial, weight, index)
         ctx.kernel = kernel
@@ -160,7 +183,7 @@ class _OneBodyBackward(torch.autograd.Function):
 
     @staticmethod
     @last_derivative
-    def backward(ctx, *cotangents: Tensor | None):
+    def backward(ctx: Any, *cotangents: Tensor | None) -> Gradients:
         g, x, harmonics, radial, weight, index = ctx.saved_tensors
         factors = (x, harmonics, radial)
         a, n, d = (
@@ -195,12 +218,16 @@ class DensityKernel:
         check_operands(radial.dtype, radial.device, **given)
         check_index(radial.device, slot=(slot, (edges,)))
         check_range("slot (target * species + species of the source)", slot, num_targets * self.num_species)
-        return apply(_Density, harmonics.contiguous(), radial.contiguous(), slot.contiguous(), num_targets, self)
+        tensors = (harmonics.contiguous(), radial.contiguous(), slot.contiguous())
+        density: Tensor = apply(_Density, *tensors, num_targets, self)
+        return density
 
 
 class _Density(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, harmonics, radial, slot, num_targets: int, kernel: DensityKernel) -> Tensor:
+    def forward(
+        ctx: Any, harmonics: Tensor, radial: Tensor, slot: Tensor, num_targets: int, kernel: DensityKernel
+    ) -> Tensor:
         ctx.save_for_backward(harmonics, radial, slot)
         ctx.kernel = kernel
         rows, basis = kernel.shape
@@ -210,13 +237,15 @@ class _Density(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx, g: Tensor):
+    def backward(ctx: Any, g: Tensor) -> Gradients:
         return *apply(_DensityBackward, g, *ctx.saved_tensors, ctx.kernel), None, None, None
 
 
 class _DensityBackward(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, g, harmonics, radial, slot, kernel: DensityKernel):
+    def forward(
+        ctx: Any, g: Tensor, harmonics: Tensor, radial: Tensor, slot: Tensor, kernel: DensityKernel
+    ) -> Gradients:
         g = g.contiguous()
         ctx.save_for_backward(g, harmonics, radial, slot)
         ctx.kernel = kernel
@@ -227,7 +256,7 @@ class _DensityBackward(torch.autograd.Function):
 
     @staticmethod
     @last_derivative
-    def backward(ctx, a: Tensor, d: Tensor):
+    def backward(ctx: Any, a: Tensor, d: Tensor) -> Gradients:
         g, harmonics, radial, slot = ctx.saved_tensors
         gg, gy, gb = torch.zeros_like(g), torch.empty_like(harmonics), torch.empty_like(radial)
         tensors = (slot, g, harmonics, radial, a.contiguous(), d.contiguous(), gg, gy, gb)

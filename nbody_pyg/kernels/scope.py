@@ -25,7 +25,7 @@ _dry: ContextVar[bool] = ContextVar("dry", default=False)
 
 
 @contextlib.contextmanager
-def _set(variable: ContextVar, value: Any) -> Iterator[None]:
+def _set(variable: ContextVar[Any], value: Any) -> Iterator[None]:
     token = variable.set(value)
     try:
         yield
@@ -105,7 +105,8 @@ _REASON = (
 def opaque_to_compile(function: Callable[..., Any]) -> Callable[..., Any]:
     """Decorate what ``torch.compile`` leaves as it is: it breaks its graph there and goes on behind it."""
     known = inspect.signature(torch.compiler.disable).parameters
-    return torch.compiler.disable(function, **({"reason": _REASON} if "reason" in known else {}))
+    opaque: Callable[..., Any] = torch.compiler.disable(function, **({"reason": _REASON} if "reason" in known else {}))
+    return opaque
 
 
 # Not part of torch's interface: where it is missing all gradients are computed, which takes longer and is never wrong
@@ -163,7 +164,7 @@ def constant_table(function: Callable[..., torch.Tensor]) -> Callable[..., torch
     What is made while a tracer or a mode takes part holds its tensors; it is made for that call alone. What is kept
     does not depend on the caller's default device, ``inference_mode`` or gradients.
     """
-    kept: dict[tuple, torch.Tensor] = {}
+    kept: dict[tuple[Any, ...], torch.Tensor] = {}
 
     @functools.wraps(function)
     def wrapper(*arguments: Any) -> torch.Tensor:
@@ -196,7 +197,7 @@ class Lock:
     def __deepcopy__(self, memo: Any) -> Lock:
         return Lock()
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[Any, ...]:
         return Lock, ()
 
 

@@ -383,12 +383,12 @@ static void through_norm(int64_t nodes, const real* a, const real* rho, const re
         ]  # fmt: skip
         for i, size in enumerate(u.inputs):
             lines.append(f"if (U[{i}]) {{ const real* t{i} = U[{i}] + first * {size};")
-            if self.gather[i] is not None:
-                lines.append(f"  {self.apply(self.gather[i], f't{i}', 'tsum')}")
-                lines.append(f"  if (gW) {self.outer(self.gather[i], f't{i}', 'csum')}")
-            if self.carry[i] is not None:
-                lines.append(f"  {self.apply(self.carry[i], f't{i}', 'o')}")
-                lines.append(f"  if (gW) {self.outer(self.carry[i], f't{i}', 'g')}")
+            if (gather := self.gather[i]) is not None:
+                lines.append(f"  {self.apply(gather, f't{i}', 'tsum')}")
+                lines.append(f"  if (gW) {self.outer(gather, f't{i}', 'csum')}")
+            if (carry := self.carry[i]) is not None:
+                lines.append(f"  {self.apply(carry, f't{i}', 'o')}")
+                lines.append(f"  if (gW) {self.outer(carry, f't{i}', 'g')}")
             lines.append("}")
         scaled = "scale(nodes, species, s, tsum, ta);" if u.degree_of_row else "add(ta, 1, tsum, nodes * A);"
         lines += [f"clear(ta, nodes * A); {scaled} clear(tn, nodes * A); through_norm(nodes, a, rho, ta, tn);"]

@@ -57,7 +57,7 @@ def load(source: str) -> ModuleType:
     sys.modules[name] = module  # Triton looks the module of a function up
     exec(compile(text, path, "exec"), vars(module))
     if interpreted():
-        module.range = _interpreted_range
+        vars(module)["range"] = _interpreted_range
     return module
 
 
@@ -103,8 +103,8 @@ class Program:
         else:
             self.kernel(name)[grid](*arguments, **constants)
 
-    def __deepcopy__(self, memo) -> Program:
+    def __deepcopy__(self, memo: Any) -> Program:
         return self  # compiled code is shared
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[Any, ...]:
         return Program, (self._emit, *self._arguments)

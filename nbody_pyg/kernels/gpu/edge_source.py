@@ -22,7 +22,7 @@ One program is one warp with a block of channels of one node. Registers are the 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from nbody_pyg.kernels.codegen import Term
 
@@ -58,7 +58,9 @@ def apart(groups: int) -> bool:
 class _Emitter:
     """Pieces of code for one coupling table; all code of a function is indented by its caller."""
 
-    def __init__(self, terms, rows_in, harmonics, rows_out, paths, basis) -> None:
+    def __init__(
+        self, terms: Sequence[Term], rows_in: int, harmonics: int, rows_out: int, paths: int, basis: int
+    ) -> None:
         self.terms, self.harmonics, self.basis, self.paths = terms, harmonics, basis, paths
         self.rows_in, self.rows_out = rows_in, rows_out
         self.groups = groups_of(terms, basis)
@@ -258,7 +260,7 @@ class _Emitter:
         return _define(f"one_body_weights{'_double' if double else ''}", arguments, head + body)
 
 
-def _sum(parts) -> str:
+def _sum(parts: Iterable[str]) -> str:
     return " + ".join(parts)
 
 
@@ -266,7 +268,7 @@ def _indent(lines: Sequence[str]) -> list[str]:
     return ["    " + line for line in lines]
 
 
-def _zeros(name: str, keys) -> list[str]:
+def _zeros(name: str, keys: Iterable[object]) -> list[str]:
     return [f"{name}{key} = tl.zeros([CB], out.dtype.element_ty)" for key in keys]
 
 

@@ -7,11 +7,12 @@ tensors (double precision is slow on most GPUs).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from nbody_pyg.kernels.derivatives import last_derivative
+from nbody_pyg.kernels.derivatives import Gradients, last_derivative, run
 from nbody_pyg.kernels.edges import Polynomial, derivative, expression, monomial
 from nbody_pyg.kernels.gpu.build import Program
 from nbody_pyg.kernels.operands import check_operands
@@ -206,12 +207,13 @@ class FeatureProgram:
     def __call__(self, vec: Tensor, window: Tensor) -> tuple[Tensor, Tensor]:
         """(harmonics, window times radial functions) of each edge."""
         check_operands(vec.dtype, vec.device, vec=(vec, (vec.shape[0], 3)), window=(window, (vec.shape[0],)))
-        return _Features.apply(vec.contiguous(), window.contiguous(), self)
+        features: tuple[Tensor, Tensor] = run(_Features, vec.contiguous(), window.contiguous(), self)
+        return features
 
 
 class _Features(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, vec: Tensor, window: Tensor, kernel: FeatureProgram):
+    def forward(ctx: Any, vec: Tensor, window: Tensor, kernel: FeatureProgram) -> Gradients:
         ctx.save_for_backward(vec, window)
         ctx.kernel = kernel
         harmonics, radial = vec.new_empty(len(vec), kernel.rows), vec.new_empty(len(vec), kernel.num_basis)
@@ -219,13 +221,13 @@ class _Features(torch.autograd.Function):
         return harmonics, radial
 
     @staticmethod
-    def backward(ctx, gh: Tensor, gr: Tensor):
-        return *_FeaturesBackward.apply(*ctx.saved_tensors, gh, gr, ctx.kernel), None
+    def backward(ctx: Any, gh: Tensor, gr: Tensor) -> Gradients:
+        return *run(_FeaturesBackward, *ctx.saved_tensors, gh, gr, ctx.kernel), None
 
 
 class _FeaturesBackward(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, vec, window, gh, gr, kernel: FeatureProgram):
+    def forward(ctx: Any, vec: Tensor, window: Tensor, gh: Tensor, gr: Tensor, kernel: FeatureProgram) -> Gradients:
         gh, gr = gh.contiguous(), gr.contiguous()
         ctx.save_for_backward(vec, window, gh, gr)
         ctx.kernel = kernel
@@ -235,7 +237,7 @@ class _FeaturesBackward(torch.autograd.Function):
 
     @staticmethod
     @last_derivative
-    def backward(ctx, c: Tensor, d: Tensor):
+    def backward(ctx: Any, c: Tensor, d: Tensor) -> Gradients:
         saved = ctx.saved_tensors
         vec, window, gh, gr = saved
         oh, orad, ov, ow = (torch.empty_like(t) for t in (gh, gr, vec, window))
@@ -250,12 +252,13 @@ def gpu_window(vec: Tensor, cutoff: float, exponent: int = 6) -> Tensor:
     """The window of :func:`nbody_pyg.radial.smooth_cutoff` as a function of the vector."""
     check_operands(vec.dtype, vec.device, vec=(vec, (vec.shape[0], 3)))
     program = _windows.setdefault((cutoff, exponent), Program(window_source, cutoff, exponent))
-    return _Window.apply(vec.contiguous(), program)
+    window: Tensor = run(_Window, vec.contiguous(), program)
+    return window
 
 
 class _Window(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, vec: Tensor, program: Program) -> Tensor:
+    def forward(ctx: Any, vec: Tensor, program: Program) -> Tensor:
         ctx.save_for_backward(vec)
         ctx.program = program
         out = vec.new_empty(len(vec))
@@ -263,13 +266,13 @@ class _Window(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx, g: Tensor):
-        return _WindowBackward.apply(*ctx.saved_tensors, g, ctx.program), None
+    def backward(ctx: Any, g: Tensor) -> Gradients:
+        return run(_WindowBackward, *ctx.saved_tensors, g, ctx.program), None
 
 
 class _WindowBackward(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, vec: Tensor, g: Tensor, program: Program) -> Tensor:
+    def forward(ctx: Any, vec: Tensor, g: Tensor, program: Program) -> Tensor:
         g = g.contiguous()
         ctx.save_for_backward(vec, g)
         ctx.program = program
@@ -279,7 +282,7 @@ class _WindowBackward(torch.autograd.Function):
 
     @staticmethod
     @last_derivative
-    def backward(ctx, c: Tensor):
+    def backward(ctx: Any, c: Tensor) -> Gradients:
         vec, g = ctx.saved_tensors
         gg, gv = torch.empty_like(g), torch.empty_like(vec)
         _run(ctx.program, "window_double", vec, g, c.contiguous(), gg, gv)

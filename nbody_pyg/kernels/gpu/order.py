@@ -97,7 +97,7 @@ def edge_order(index: Tensor, num_sources: int, num_targets: int) -> EdgeOrder:
     # An index that was changed in place is another one
     if held is None or held.version != _version(index):
         held = _known[index] = _Orders(_version(index))
-    order = held.by_size.get((num_sources, num_targets))
+    order: EdgeOrder | None = held.by_size.get((num_sources, num_targets))
     if order is None:
         order = held.by_size[num_sources, num_targets] = EdgeOrder(index, num_sources, num_targets)
     return order
