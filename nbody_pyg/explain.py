@@ -104,7 +104,7 @@ class ExplainableNet(nn.Module):
         levels: tuple[Level, ...] = tuple(
             dataclasses.replace(level, **new) for level, new in zip(hierarchy, changed, strict=True)
         )
-        total = self.model.total(Hierarchy(levels, hierarchy.system))
+        total: Tensor = self.model.total(Hierarchy(levels, hierarchy.system))
         return total.unsqueeze(-1).flatten(1)
 
 

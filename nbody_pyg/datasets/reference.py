@@ -104,7 +104,7 @@ def _mean_per_atom(energies: np.ndarray, counts: np.ndarray) -> float:
     return float(energies.sum() / counts.sum())
 
 
-def _from_mapping(given: Mapping[int | str, float], species: Sequence[int]) -> np.ndarray:
+def _from_mapping(given: Mapping[int, float] | Mapping[str, float], species: Sequence[int]) -> np.ndarray:
     unknown = [key for key in given if isinstance(key, str) and not key.isdigit() and key not in atomic_numbers]
     if unknown:
         raise ValueError(f"mode names {unknown[0]!r}, which is no element symbol; use e.g. 'O' or 8")

@@ -183,15 +183,10 @@ def run_md(
     rng = np.random.default_rng([seed, first] if first else seed)
     origin = _set_velocities(atoms, "given" if restart else velocities, temperature, rng, seed)
     origin = f"those of step {first} of the trajectory" if restart else origin
-    dyn: MolecularDynamics
-    if ensemble == "nve":
-        dyn = VelocityVerlet(atoms, timestep * units.fs)
-    else:
-        # fixcm=True samples a wrong distribution for small systems, so the centre of mass moves here.
-        dyn = Langevin(
-            atoms, timestep * units.fs, temperature_K=temperature, friction=friction / units.fs, rng=rng,
-            fixcm=False,
-        )  # fmt: skip
+    # fixcm=True samples a wrong distribution for small systems, so the centre of mass moves here.
+    bath: dict[str, Any] = {"temperature_K": temperature, "friction": friction / units.fs, "rng": rng, "fixcm": False}
+    kind: type[MolecularDynamics] = VelocityVerlet if ensemble == "nve" else Langevin
+    dyn = kind(atoms, timestep * units.fs, **({} if ensemble == "nve" else bath))
     dyn.nsteps = first
     hottest = max(_HOTTEST, 10.0 * temperature) if max_temperature is None else max_temperature
     failed = _Failure(atoms, timestep * units.fs, hottest)
@@ -199,7 +194,7 @@ def run_md(
     stopped = changes = None
     with contextlib.ExitStack() as kept:
         if bonded:  # a continued run keeps the bonds that it began with
-            begun = read(trajectory, index=0, do_not_split_by_at_sign=True) if restart else atoms
+            begun = _frame(str(trajectory), 0) if restart else atoms
             if atoms.calc not in bonded:  # one of ASE's, whose cache knows nothing of bonds
                 kept.callback(atoms.calc.__dict__.update, atoms=None, results={})
             for calculator in bonded:
@@ -207,7 +202,7 @@ def run_md(
         bonds_from = next((c.bonds_from for c in bonded if c.bonds_from), None)
         atoms.get_forces()  # dyn computes none before the first step of a continued run
         if restart:
-            _check_energy(atoms, trajectory)
+            _check_energy(atoms, str(trajectory))
         record = _Record(atoms, dyn, log, trajectory, restart)  # after what may fail: it replaces files
         kept.callback(record.close)
         for _ in dyn.irun(steps):
@@ -286,7 +281,7 @@ def _continued(atoms: Atoms, trajectory: str | Path | None, timestep: float) -> 
     path = Path(trajectory)
     if path.suffix != ".traj":
         cut_to_whole_frames(path)
-    last = read(path, index=-1, do_not_split_by_at_sign=True)
+    last = _frame(path, -1)
     if not np.array_equal(last.numbers, atoms.numbers):
         raise ValueError(
             f"atoms must be those of the trajectory, got {atoms.get_chemical_formula()} "
@@ -324,6 +319,12 @@ def _continued(atoms: Atoms, trajectory: str | Path | None, timestep: float) -> 
     return int(step)
 
 
+def _frame(path: str | Path, index: int) -> Atoms:
+    found = read(path, index=index, do_not_split_by_at_sign=True)
+    assert isinstance(found, Atoms)  # of one index
+    return found
+
+
 def _state(atoms: Atoms) -> np.ndarray:
     """Total charge, multiplicity, and charges of the atoms, as far as the atoms say them; 0, 1 and 0 elsewhere."""
     found = {key: value.numpy() for key, value in electronic_state_of(atoms).items()}
@@ -333,7 +334,7 @@ def _state(atoms: Atoms) -> np.ndarray:
 
 def _check_energy(atoms: Atoms, trajectory: str | Path) -> None:
     """Warn where the last frame of a trajectory has another energy now: another model, or other bonds."""
-    last = read(trajectory, index=-1, do_not_split_by_at_sign=True)
+    last = _frame(trajectory, -1)
     before, now = getattr(last.calc, "results", {}).get("energy"), atoms.get_potential_energy()
     if before is not None and abs(now - before) > 1e-3 * len(atoms) + 1e-6 * abs(before):
         warnings.warn(

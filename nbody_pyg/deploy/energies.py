@@ -12,6 +12,7 @@ from torch_geometric.data import Data
 from nbody_pyg.data import AtomicData
 from nbody_pyg.hierarchy import Topology
 from nbody_pyg.potential import Potential
+from nbody_pyg.required import required
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ class EnergyExplanation:
             raise ValueError(f"level must lie in 0..{self.topology.num_levels - 1}, got {level}")
         total = self.own[0] + self.repulsion if 0 in self.own else self.repulsion
         for k in range(1, level + 1):
-            child, parent = self.topology.child_index[k]
+            child, parent = required(self.topology.child_index[k])
             if len(child.unique()) != len(child):
                 raise ValueError(
                     f"level {k} ({self.names[k]}) has parts that overlap, so that energies within them do not add; "

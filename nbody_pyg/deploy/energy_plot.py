@@ -9,9 +9,11 @@ import numpy as np
 from nbody_pyg.deploy.energies import EnergyExplanation
 from nbody_pyg.hierarchy.outline import outlines
 from nbody_pyg.hierarchy.plot import Drawing, scale_bar
+from nbody_pyg.required import required
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.cm import ScalarMappable
     from matplotlib.figure import Figure
 
 _INK, _BAR = "#2B2F36", "#1f5fa8"
@@ -51,7 +53,7 @@ def plot_energy_parts(explanation: EnergyExplanation, level: int | None = None, 
 def _choose(explanation: EnergyExplanation) -> int:
     topology = explanation.topology
     for k in range(1, topology.num_levels - 1):
-        child = topology.child_index[k][0]
+        child = required(topology.child_index[k])[0]
         if len(child.unique()) != len(child):
             return 0
         if 2 <= topology.size(k) <= _MOST_PARTS:
@@ -60,7 +62,7 @@ def _choose(explanation: EnergyExplanation) -> int:
 
 
 def _draw_molecule(
-    ax: Axes, drawing: Drawing, explanation: EnergyExplanation, level: int, values: np.ndarray, colours
+    ax: Axes, drawing: Drawing, explanation: EnergyExplanation, level: int, values: np.ndarray, colours: ScalarMappable
 ) -> None:
     from matplotlib.patches import Polygon
 
@@ -71,9 +73,9 @@ def _draw_molecule(
         for outline in shapes:
             colour = colours.to_rgba(values[part])
             ax.add_patch(Polygon(outline, facecolor=colour, edgecolor=_INK, linewidth=0.8, alpha=0.9, zorder=1))
-        at = _free_place(np.concatenate(shapes), xy[atoms].mean(axis=0), np.array(taken))
+        at = x, y = _free_place(np.concatenate(shapes), xy[atoms].mean(axis=0), np.array(taken))
         taken.append(at)
-        ax.text(*at, f"{values[part]:+.2f}", ha="center", va="center", fontsize=10, color=_INK, zorder=20)
+        ax.text(x, y, f"{values[part]:+.2f}", ha="center", va="center", fontsize=10, color=_INK, zorder=20)
     for source, target in drawing.bonds.T:
         if source < target:
             ax.plot(*xy[[source, target]].T, color="#5B616B", linewidth=2.4, zorder=10, solid_capstyle="round")
@@ -82,12 +84,12 @@ def _draw_molecule(
     fill = [drawing.element_colors[a] if level else colours.to_rgba(values[a]) for a in near]
     for place, atom in enumerate(near):  # one by one, so that what lies in front hides what lies behind
         order = 12 + drawing.depth[atom] - 1e-3
-        ax.scatter(*xy[atom], s=size[atom], color=[fill[place]], edgecolors=_INK, linewidths=0.9, zorder=order)
+        x, y = xy[atom]
+        ax.scatter(x, y, s=size[atom], color=[fill[place]], edgecolors=_INK, linewidths=0.9, zorder=order)
     if len(xy) <= 40:
         for atom, symbol in enumerate(drawing.symbols):
-            ax.text(
-                *xy[atom], symbol, ha="center", va="center", fontsize=7, color=_INK, zorder=12 + drawing.depth[atom]
-            )
+            x, y = xy[atom]
+            ax.text(x, y, symbol, ha="center", va="center", fontsize=7, color=_INK, zorder=12 + drawing.depth[atom])
     scale_bar(ax, xy)
 
 
@@ -97,7 +99,8 @@ def _free_place(outline: np.ndarray, centre: np.ndarray, taken: np.ndarray) -> n
     points = outline + 0.45 * away / np.maximum(np.linalg.norm(away, axis=1, keepdims=True), 1e-6)
     room = np.linalg.norm(points[:, None] - taken[None], axis=-1).min(axis=1)
     # Among points with room enough, one that does not wander off.
-    return points[int(np.argmax(np.minimum(room, 1.3) - 0.05 * np.linalg.norm(away, axis=1)))]
+    best: np.ndarray = points[int(np.argmax(np.minimum(room, 1.3) - 0.05 * np.linalg.norm(away, axis=1)))]
+    return best
 
 
 def _draw_levels(ax: Axes, explanation: EnergyExplanation) -> None:

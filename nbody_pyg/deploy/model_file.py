@@ -25,9 +25,9 @@ from nbody_pyg.deploy.fingerprint import cg_fingerprint
 from nbody_pyg.deploy.sizes import check_sizes
 from nbody_pyg.durable import written_whole
 from nbody_pyg.messages import printable, short
-from nbody_pyg.nn.charges import DEFAULT_STATE
 from nbody_pyg.potential import Potential
 from nbody_pyg.properties import PropertyModel
+from nbody_pyg.system import DEFAULT_STATE
 from nbody_pyg.training.build import potential_config, potential_from_config, up_to_date
 from nbody_pyg.training.checkpoint import is_checkpoint
 

@@ -17,6 +17,7 @@ from nbody_pyg.deploy import NBodyCalculator, reference_topology
 from nbody_pyg.deploy.reference import bond_changes
 from nbody_pyg.hierarchy import BondTree
 from nbody_pyg.potential import Potential, check_states, used_state
+from nbody_pyg.required import required
 from nbody_pyg.system import System
 from nbody_pyg.testing.physics import assert_extensive, finite_differences
 from nbody_pyg.testing.short_range import Push, push_dimers, push_in_structures
@@ -160,7 +161,7 @@ class _Examiner:
         self,
         potential: Potential,
         frames: Sequence[Any] | None,
-        metadata: dict,
+        metadata: dict[str, Any],
         nve: tuple[int, float, float],
         seed: int,
     ) -> None:
@@ -187,7 +188,9 @@ class _Examiner:
         if not isinstance(scheme, BondTree):
             return system
         tree = reference_topology(self.metadata, scheme, system.z.tolist(), system.cell is not None)
-        return system if bond_changes(scheme, tree, system) is None else system.replace(given={"bonds": tree.bonds})
+        if tree is None or bond_changes(scheme, tree, system) is None:
+            return system
+        return system.replace(given={"bonds": tree.bonds})
 
     def checks(self, sections: Sequence[str]) -> Iterator[Check]:
         for section in sections:
@@ -198,7 +201,7 @@ class _Examiner:
         # Of the elements that the model knows, so that symmetry is not tested on flat molecules only.
         other = random_molecule(8, self.species[:4], self.seed)
         systems = [*self.systems[:2], other]
-        given = {"systems": systems, "tolerance": math.inf, "seed": self.seed}
+        given: dict[str, Any] = {"systems": systems, "tolerance": math.inf, "seed": self.seed}
         yield _measured(
             "rotations", "eV, eV/A", 1e-8, lambda: assert_equivariant(self.potential, improper=False, **given)
         )
@@ -219,7 +222,11 @@ class _Examiner:
         for system in systems:
             energy, forces = self.subject([system])
             got, turned = self.subject([turn(system, mirror)])
-            worst = max(worst, float((got - energy).abs().max()), float((turned - forces @ mirror).abs().max()))
+            worst = max(
+                worst,
+                float((got - energy).abs().max()),
+                float((required(turned) - required(forces) @ mirror).abs().max()),
+            )
         return worst
 
     # ------------------------------------------------------------------ derivatives
@@ -227,8 +234,8 @@ class _Examiner:
         slope = skew = 0.0
         for system in self.systems[:2]:
             _, forces = self.subject([system])
-            found = finite_differences(self.subject, system, forces, 1e-3, self.generator)
-            slope = max(slope, float((found.forces - found.numeric).abs().max()) / found.scale)
+            found = finite_differences(self.subject, system, required(forces), 1e-3, self.generator)
+            slope = max(slope, float((found.forces - required(found.numeric)).abs().max()) / found.scale)
             # The norm of the antisymmetric part over that of the whole, as in published benchmarks.
             part = found.jacobian - found.jacobian.T
             skew = max(skew, float(part.norm() / (2.0 * found.jacobian.norm())))
@@ -245,8 +252,9 @@ class _Examiner:
     def _stress_error(self, system: System, step: float = 1e-4) -> float:
         (z, pos, _), keywords = self.subject.arguments([system])
         keywords["pbc"] = self._pbc(system)
-        stress = self.subject.potential(z, pos, **keywords, compute_stress=True)["stress"][0]
-        volume = float(torch.linalg.det(system.cell.reshape(3, 3)).abs())
+        stress = required(self.subject.potential)(z, pos, **keywords, compute_stress=True)["stress"][0]
+        cell = required(system.cell)
+        volume = float(torch.linalg.det(cell.reshape(3, 3)).abs())
         worst = 0.0
         for a, b in ((0, 0), (1, 1), (2, 2), (0, 1), (0, 2), (1, 2)):
             energies = []
@@ -254,7 +262,7 @@ class _Examiner:
                 strain = torch.eye(3, dtype=torch.float64)
                 strain[a, b] += 0.5 * factor * step
                 strain[b, a] += 0.5 * factor * step
-                moved = system.replace(pos=system.pos @ strain, cell=system.cell @ strain)
+                moved = system.replace(pos=system.pos @ strain, cell=cell @ strain)
                 energies.append(self.subject([moved], forces=False)[0][0])
             weights = torch.tensor([1.0, -8.0, 8.0, -1.0], dtype=torch.float64) / (12.0 * step)
             worst = max(worst, abs(float((weights * torch.stack(energies)).sum()) / volume - float(stress[a, b])))
@@ -278,7 +286,7 @@ class _Examiner:
             )  # fmt: skip
         alone = [System.from_tensors(torch.tensor([n]), torch.zeros(1, 3, dtype=torch.float64)) for n in self.species]
         largest = max(float(self.subject([s])[0].abs().max()) for s in alone)
-        forces = max(float(self.subject([s])[1].abs().max()) for s in alone)
+        forces = max(float(required(self.subject([s])[1]).abs().max()) for s in alone)
         yield _below("force on an isolated atom", forces, "eV/A", 1e-10)
         source = ((self.metadata.get("config") or {}).get("data") or {}).get("e0")
         if source == "isolated" or isinstance(source, dict):
@@ -328,7 +336,7 @@ class _Examiner:
             # Rounding the positions is no error of the model: they are rounded for both.
             exact, slopes = self.subject([in_precision(low, torch.float64)])
             energy = max(energy, 1e3 * float((got.double() - exact).abs().max()) / len(system.z))
-            forces = max(forces, 1e3 * float((rough.double() - slopes).abs().max()))
+            forces = max(forces, 1e3 * float((required(rough).double() - required(slopes)).abs().max()))
         yield _below("float32 energy", energy, "meV/atom", 0.1)
         yield _below("float32 forces", forces, "meV/A", 1.0)
 
@@ -345,7 +353,12 @@ class _Examiner:
         atoms.calc = NBodyCalculator(self.potential)
         atoms.calc.metadata = self.metadata
         # The structure is at no temperature yet: some steps for it to take up its velocities.
-        common = {"timestep": timestep, "temperature": temperature, "seed": self.seed, "sample_every": 5}
+        common: dict[str, Any] = {
+            "timestep": timestep,
+            "temperature": temperature,
+            "seed": self.seed,
+            "sample_every": 5,
+        }
         run_md(atoms, max(steps // 5, 1), ensemble="langevin", friction=0.02, **common)
         found = run_md(atoms, steps, **common)
         if found.stopped is not None:

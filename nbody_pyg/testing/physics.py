@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from nbody_pyg.required import required
 from nbody_pyg.system import System
 from nbody_pyg.testing.subject import Subject, compare, require_signal
 from nbody_pyg.testing.systems import join, prepare_systems, state_of
@@ -60,13 +61,13 @@ def assert_extensive(
             where = f"assert_extensive: {name}"
             worst = max(worst, compare(got, energy + second, tolerance, f"{where}: energy"))
             if got_forces is not None:
-                expected = torch.cat([forces, second_forces])
+                expected = torch.cat([required(forces), required(second_forces)])
                 worst = max(worst, compare(got_forces, expected, tolerance, f"{where}: forces"))
     return worst
 
 
 def _repeat(system: System, axis: int) -> System:
-    cell = system.cell.reshape(1, 3, 3).clone()
+    cell = required(system.cell).reshape(1, 3, 3).clone()
     both = join(system, system.replace(pos=system.pos + cell[0, axis]))
     cell[0, axis] *= 2.0
     return both.replace(cell=cell)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nbody_pyg.required import required
 from nbody_pyg.testing.subject import Subject, compare, require_signal
 from nbody_pyg.testing.systems import join, prepare_systems
 
@@ -132,7 +133,9 @@ def assert_size_transfer(
             where = f"assert_size_transfer: {count} copies of system {number}"
             worst = max(worst, compare(got / count, energy, tolerance, f"{where}: energy per copy"))
             if got_forces is not None:
-                worst = max(worst, compare(got_forces, forces.repeat(count, 1), tolerance, f"{where}: forces"))
+                worst = max(
+                    worst, compare(got_forces, required(forces).repeat(count, 1), tolerance, f"{where}: forces")
+                )
     return worst
 
 

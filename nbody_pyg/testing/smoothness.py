@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nbody_pyg.required import required
 from nbody_pyg.system import System
 from nbody_pyg.testing.subject import Subject
 from nbody_pyg.testing.systems import prepare_systems, random_like
@@ -148,7 +149,7 @@ def _scan(line: _Line, name: str, continuity: int, step: float, tolerance: float
     count = max(16, math.ceil(line.length / step) + 1)
     grid = torch.linspace(0.0, line.length, count, dtype=torch.float64)
     energies, forces = line(grid)
-    signal = forces if energies is None else energies
+    signal = required(forces if energies is None else energies)
     if not float((signal.amax(dim=0) - signal.amin(dim=0)).max()) > 1e-6:
         raise AssertionError(f"{name}: the output is constant along the path, so the test is vacuous")
     lowest = math.inf
@@ -197,7 +198,7 @@ def _zoom(line: _Line, column: int, centre: float, step: float, floor: float) ->
         # Nine steps either side: stencils then cover 1.5 steps of the level on which the place was read.
         middle = min(max(centre, 9 * step), max(line.length - 9 * step, 9 * step))
         grid = middle + step * torch.arange(-9.0, 10.0, dtype=torch.float64)
-        differences = _differences(line(grid)[column])
+        differences = _differences(required(line(grid)[column]))
         top = int(differences.argmax())
         centre = float(grid[top + 3])
         sizes.append(float(differences[top]))

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from nbody_pyg.potential import Potential
+from nbody_pyg.required import required
 from nbody_pyg.system import System
 from nbody_pyg.testing.systems import collate, random_like
 
@@ -60,7 +61,7 @@ class Subject:
             keywords["topology"] = scheme.update(tree, z, pos, batch, *lattice)
         return (z, pos, batch), keywords
 
-    def _prepare(self, arguments: tuple, keywords: dict[str, Any]) -> None:
+    def _prepare(self, arguments: tuple[Tensor, ...], keywords: dict[str, Any]) -> None:
         if self.potential is not None or self.gives_forces:
             return
         with torch.no_grad():
@@ -80,7 +81,7 @@ class Subject:
             # Without an energy its tensor has no entries, [num_graphs, 0], and compares as equal.
             energy = arguments[1].new_zeros(len(systems), 0) if energy is None else energy.detach().reshape(-1)
             return energy, None if force is None else force.detach()
-        out = self.potential(*arguments, **keywords, compute_forces=forces)
+        out = required(self.potential)(*arguments, **keywords, compute_forces=forces)
         return out["interaction_energy"], out.get("forces")
 
     def many(self, systems: Sequence[System], forces: bool = True) -> tuple[Tensor, list[Tensor]]:
@@ -123,8 +124,8 @@ def require_signal(subject: Subject, systems: Sequence[System], name: str, seed:
     before, after = [subject([s]) for s in systems], [subject([s]) for s in moved]
     change = 0.0
     for (energy, force), (moved_energy, moved_force) in zip(before, after, strict=True):
-        pair = (energy, moved_energy) if energy.numel() else (force, moved_force)
-        change = max(change, float((pair[0] - pair[1]).abs().max()))
+        moved_by = moved_energy - energy if energy.numel() else required(moved_force) - required(force)
+        change = max(change, float(moved_by.abs().max()))
     if math.isfinite(change) and not change > 1e-8:
         raise AssertionError(
             f"{name}: the output changes by {change:.1e} when atoms move by {_NUDGE} angstrom, so it does "

@@ -11,6 +11,7 @@ from e3nn import o3
 from torch import Tensor, nn
 
 from nbody_pyg.models import NBodyNet
+from nbody_pyg.required import required
 from nbody_pyg.system import System
 from nbody_pyg.testing.subject import Subject, compare, require_signal
 from nbody_pyg.testing.systems import collate, prepare_systems, random_like, reordered, require_volume, turn
@@ -43,8 +44,8 @@ def wigner_matrix(irrep: str | o3.Irrep, rotation: Tensor) -> Tensor:
     points = torch.randn(8 * irrep.dim, 3, generator=generator, dtype=torch.float64)
     before = o3.spherical_harmonics(irrep.l, points, normalize=True)
     after = o3.spherical_harmonics(irrep.l, points @ proper.T, normalize=True)
-    matrix = torch.linalg.lstsq(before, after).solution.T
-    return matrix if sign > 0 else matrix * irrep.p
+    matrix: Tensor = torch.linalg.lstsq(before, after).solution.T
+    return matrix if sign > 0 else matrix * int(irrep.p)
 
 
 def rotate_features(x: Tensor, irreps: str | o3.Irreps, rotation: Tensor, layout: str = "mul_ir") -> Tensor:
@@ -132,7 +133,7 @@ def assert_equivariant(
             worst = max(worst, compare(turned_energy, energy, tolerance, f"{where}: energy"))
             if forces is not None:
                 expected = forces @ rotation.to(forces).T
-                worst = max(worst, compare(turned_forces, expected, tolerance, f"{where}: forces"))
+                worst = max(worst, compare(required(turned_forces), expected, tolerance, f"{where}: forces"))
     return worst
 
 
@@ -140,7 +141,7 @@ def _short(rotation: Tensor) -> str:
     return str([[round(v, 3) for v in row] for row in rotation.tolist()])
 
 
-def _as_list(value: Any) -> list:
+def _as_list(value: Any) -> list[Any]:
     """A list or tuple as it is, anything else as its only entry; Irreps are tuples but one entry."""
     return list(value) if isinstance(value, (list, tuple)) and not isinstance(value, o3.Irreps) else [value]
 
@@ -230,7 +231,7 @@ def assert_permutation_invariant(
             where = f"assert_permutation_invariant: system {number} ({system.z.shape[0]} atoms)"
             worst = max(worst, compare(got, energy, tolerance, f"{where}: energy"))
             if forces is not None:
-                worst = max(worst, compare(turned, forces[order], tolerance, f"{where}: forces"))
+                worst = max(worst, compare(required(turned), forces[order], tolerance, f"{where}: forces"))
     return worst
 
 
@@ -271,7 +272,7 @@ def assert_translation_invariant(
             where = f"assert_translation_invariant: system {number} {name}"
             worst = max(worst, compare(got, energy, tolerance, f"{where}: energy"))
             if forces is not None:
-                worst = max(worst, compare(turned, forces, tolerance, f"{where}: forces"))
+                worst = max(worst, compare(required(turned), forces, tolerance, f"{where}: forces"))
     return worst
 
 
@@ -299,6 +300,6 @@ def assert_batch_independent(
         where = f"assert_batch_independent: systems {order} as one batch"
         worst = max(worst, compare(energies, torch.cat([alone[i][0] for i in order]), tolerance, f"{where}: energy"))
         if forces is not None:
-            expected = torch.cat([alone[i][1] for i in order])
+            expected = torch.cat([required(alone[i][1]) for i in order])
             worst = max(worst, compare(forces, expected, tolerance, f"{where}: forces"))
     return worst

@@ -11,6 +11,7 @@ from torch_geometric.data import Data
 
 from nbody_pyg.hierarchy.bondgraph import covalent_bonds
 from nbody_pyg.potential import Potential
+from nbody_pyg.required import required
 from nbody_pyg.system import System
 
 
@@ -125,7 +126,8 @@ def _as_system(item: Any) -> System:
 def join(first: System, second: System) -> System:
     """Both as one system, in the cell of the first, with the sums of their charges and of their unpaired electrons."""
     z, pos = torch.cat([first.z, second.z]), torch.cat([first.pos, second.pos])
-    (charge, unpaired), found = (sum(pair) for pair in zip(state_of(first), state_of(second), strict=True)), {}
+    charge, unpaired = (sum(pair) for pair in zip(state_of(first), state_of(second), strict=True))
+    found: dict[str, Any] = {}
     states = _states([first, second])
     if "charge" in states:
         found["total_charge"] = pos.new_tensor([charge])
@@ -150,8 +152,8 @@ def open_cluster(system: System, num_atoms: int = 24) -> System:
 
     Molecules at its surface may be cut: it is for tests that pull atoms apart, not for physics.
     """
-    cell = system.cell.reshape(3, 3)
-    axes = [torch.arange(-1, 2) if axis else torch.zeros(1, dtype=torch.long) for axis in system.pbc[0]]
+    cell = required(system.cell).reshape(3, 3)
+    axes = [torch.arange(-1, 2) if axis else torch.zeros(1, dtype=torch.long) for axis in required(system.pbc)[0]]
     shifts = torch.cartesian_prod(*axes)
     # Enough images for a cell that is smaller than the cluster only by half.
     images = system.pos[None] + (shifts.to(cell) @ cell)[:, None]
@@ -187,7 +189,8 @@ def collate(systems: Sequence[System]) -> tuple[tuple[Tensor, Tensor, Tensor], d
         return arguments, keywords
     if not all(periodic):
         raise ValueError("systems must be all periodic or all open; test them in two calls")
-    keywords["cell"], keywords["pbc"] = torch.cat([s.cell for s in systems]), torch.cat([s.pbc for s in systems])
+    keywords["cell"] = torch.cat([required(s.cell) for s in systems])
+    keywords["pbc"] = torch.cat([required(s.pbc) for s in systems])
     return arguments, keywords
 
 
