@@ -8,16 +8,8 @@ from typing import Any
 
 import torch
 
-#: Results of a backward pass, one for each argument of the forward pass.
-Gradients = tuple[torch.Tensor | None, ...]
 
-
-def run(function: type[torch.autograd.Function], *arguments: Any) -> Any:
-    """``function.apply(*arguments)``, which is without annotations."""
-    return function.apply(*arguments)
-
-
-def last_derivative(backward: Callable[..., Gradients]) -> Callable[..., Gradients]:
+def last_derivative(backward: Callable[..., tuple]) -> Callable[..., tuple]:
     """Decorate the ``backward`` of a function that has no further derivative.
 
     torch's ``once_differentiable`` raises only where ``.backward()`` reaches its outputs; ``autograd.grad``
@@ -26,25 +18,24 @@ def last_derivative(backward: Callable[..., Gradients]) -> Callable[..., Gradien
     """
 
     @functools.wraps(backward)
-    def wrapper(ctx: Any, *cotangents: torch.Tensor | None) -> Gradients:
+    def wrapper(ctx: Any, *cotangents: torch.Tensor | None) -> tuple:
         if not torch.is_grad_enabled():
             return backward(ctx, *cotangents)
         inputs = [t for t in (*ctx.saved_tensors, *cotangents) if t is not None]
-        found: Gradients = run(_Last, lambda: backward(ctx, *cotangents), *inputs)
-        return found
+        return _Last.apply(lambda: backward(ctx, *cotangents), *inputs)
 
     # For tracers; not `__wrapped__`, which other decorators (jaxtyping's hook) set too
-    vars(wrapper)["undecorated"] = backward
+    wrapper.undecorated = backward
     return wrapper
 
 
 class _Last(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, compute: Callable[[], Gradients], *inputs: torch.Tensor) -> Gradients:
+    def forward(ctx, compute: Callable[[], tuple], *inputs: torch.Tensor) -> tuple:
         return compute()
 
     @staticmethod
-    def backward(ctx: Any, *cotangents: torch.Tensor | None) -> Gradients:
+    def backward(ctx, *cotangents: torch.Tensor | None):
         raise RuntimeError(
             "the compiled products have two derivatives, but a third was asked for; "
             "call nbody_pyg.kernels.set_backend('torch') before the forward pass"

@@ -13,12 +13,11 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from nbody_pyg.kernels.derivatives import Gradients, last_derivative
+from nbody_pyg.kernels.derivatives import last_derivative
 from nbody_pyg.kernels.library import Library
 from nbody_pyg.kernels.operands import check_operands
 from nbody_pyg.kernels.scope import apply
@@ -145,8 +144,8 @@ def derivative(polynomial: Polynomial, axis: int) -> Polynomial:
     result: Polynomial = {}
     for powers, value in polynomial.items():
         if powers[axis]:
-            x, y, z = (p - (k == axis) for k, p in enumerate(powers))
-            result[x, y, z] = result.get((x, y, z), 0.0) + value * powers[axis]
+            lowered = tuple(p - (k == axis) for k, p in enumerate(powers))
+            result[lowered] = result.get(lowered, 0.0) + value * powers[axis]
     return result
 
 
@@ -238,13 +237,12 @@ class FeatureKernel:
     def __call__(self, vec: Tensor, window: Tensor) -> tuple[Tensor, Tensor]:
         edges = vec.shape[0]
         check_operands(vec.dtype, vec.device, vec=(vec, (edges, 3)), window=(window, (edges,)))
-        features: tuple[Tensor, Tensor] = apply(_Features, vec.contiguous(), window.contiguous(), self)
-        return features
+        return apply(_Features, vec.contiguous(), window.contiguous(), self)
 
 
 class _Features(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, vec: Tensor, window: Tensor, kernel: FeatureKernel) -> Gradients:
+    def forward(ctx, vec: Tensor, window: Tensor, kernel: FeatureKernel):
         ctx.save_for_backward(vec, window)
         ctx.kernel = kernel
         harmonics, radial = vec.new_empty(vec.shape[0], kernel.rows), vec.new_empty(vec.shape[0], kernel.num_basis)
@@ -252,13 +250,13 @@ class _Features(torch.autograd.Function):
         return harmonics, radial
 
     @staticmethod
-    def backward(ctx: Any, gh: Tensor, gr: Tensor) -> Gradients:
+    def backward(ctx, gh: Tensor, gr: Tensor):
         return *apply(_FeaturesBackward, *ctx.saved_tensors, gh, gr, ctx.kernel), None
 
 
 class _FeaturesBackward(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, vec: Tensor, window: Tensor, gh: Tensor, gr: Tensor, kernel: FeatureKernel) -> Gradients:
+    def forward(ctx, vec, window, gh, gr, kernel: FeatureKernel):
         gh, gr = gh.contiguous(), gr.contiguous()
         ctx.save_for_backward(vec, window, gh, gr)
         ctx.kernel = kernel
@@ -268,7 +266,7 @@ class _FeaturesBackward(torch.autograd.Function):
 
     @staticmethod
     @last_derivative
-    def backward(ctx: Any, c: Tensor, d: Tensor) -> Gradients:
+    def backward(ctx, c: Tensor, d: Tensor):
         saved = ctx.saved_tensors
         vec, window, gh, gr = saved
         oh, orad, ov, ow = (torch.empty_like(t) for t in (gh, gr, vec, window))
@@ -291,13 +289,12 @@ def window_library(exponent: int) -> Library:
 def compiled_window(vec: Tensor, cutoff: float, exponent: int = 6) -> Tensor:
     """The window of :func:`nbody_pyg.radial.smooth_cutoff` as a function of the vector."""
     check_operands(vec.dtype, vec.device, vec=(vec, (vec.shape[0], 3)))
-    window: Tensor = apply(_Window, vec.contiguous(), cutoff, exponent)
-    return window
+    return apply(_Window, vec.contiguous(), cutoff, exponent)
 
 
 class _Window(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, vec: Tensor, cutoff: float, exponent: int) -> Tensor:
+    def forward(ctx, vec: Tensor, cutoff: float, exponent: int) -> Tensor:
         ctx.save_for_backward(vec)
         ctx.cutoff, ctx.exponent = cutoff, exponent
         out = vec.new_empty(vec.shape[0])
@@ -305,13 +302,13 @@ class _Window(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Gradients:
+    def backward(ctx, g: Tensor):
         return apply(_WindowBackward, *ctx.saved_tensors, g, ctx.cutoff, ctx.exponent), None, None
 
 
 class _WindowBackward(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, vec: Tensor, g: Tensor, cutoff: float, exponent: int) -> Tensor:
+    def forward(ctx, vec: Tensor, g: Tensor, cutoff: float, exponent: int) -> Tensor:
         g = g.contiguous()
         ctx.save_for_backward(vec, g)
         ctx.cutoff, ctx.exponent = cutoff, exponent
@@ -321,7 +318,7 @@ class _WindowBackward(torch.autograd.Function):
 
     @staticmethod
     @last_derivative
-    def backward(ctx: Any, c: Tensor) -> Gradients:
+    def backward(ctx, c: Tensor):
         vec, g = ctx.saved_tensors
         gg, gv = torch.empty_like(g), torch.empty_like(vec)
         tensors = (vec, g, c.contiguous(), gg, gv)

@@ -9,13 +9,9 @@ derivatives and the chain closes at every order:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from nbody_pyg.kernels.derivatives import Gradients
 from nbody_pyg.kernels.library import Library
 from nbody_pyg.kernels.operands import Several, check_matrices, check_operands
 from nbody_pyg.kernels.panels import LINKED, LINKS
@@ -91,22 +87,21 @@ class LinearKernel:
     def __call__(self, x: Tensor, *weights: Tensor) -> Tensor:
         check_operands(x.dtype, x.device, x=(x, (x.shape[0], *self.shape_in)))
         check_matrices(x.dtype, x.device, weights, [(b.size_in, b.size_out) for b in self.blocks])
-        out: Tensor = apply(_Apply, self, x.contiguous(), *[w.contiguous() for w in weights])
-        return out
+        return apply(_Apply, self, x.contiguous(), *[w.contiguous() for w in weights])
 
-    def _call(self, name: str, dtype: torch.dtype, nodes: int, *arguments: Tensor | Several) -> None:
+    def _call(self, name: str, dtype: torch.dtype, nodes: int, *arguments) -> None:
         sizes = (len(self.blocks), nodes)
         _library.call(name, dtype, *sizes, self._table, *self._strides, self._scratch, *arguments)
 
-    def _several(self, weights: Sequence[Tensor]) -> Several:
+    def _several(self, weights) -> Several:
         return Several(weights, self._sizes)
 
-    def apply(self, x: Tensor, weights: Sequence[Tensor]) -> Tensor:
+    def apply(self, x: Tensor, weights) -> Tensor:
         out = x.new_zeros(x.shape[0], *self.shape_out)
         self._call("linear_apply", x.dtype, x.shape[0], x, self._several(weights), out)
         return out
 
-    def transposed(self, g: Tensor, weights: Sequence[Tensor]) -> Tensor:
+    def transposed(self, g: Tensor, weights) -> Tensor:
         out, scratch = g.new_zeros(g.shape[0], *self.shape_in), g.new_empty(self._scratch)
         pointers = (g, self._several(weights), scratch, out)
         self._call("linear_transposed", g.dtype, g.shape[0], *pointers)
@@ -137,13 +132,13 @@ class _Apply(torch.autograd.Function):
     """Z = X W."""
 
     @staticmethod
-    def forward(ctx: Any, kernel: LinearKernel, x: Tensor, *weights: Tensor) -> Tensor:
+    def forward(ctx, kernel: LinearKernel, x: Tensor, *weights: Tensor) -> Tensor:
         ctx.kernel = kernel
         ctx.save_for_backward(x, *weights)
         return kernel.apply(x, weights)
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Gradients:
+    def backward(ctx, g: Tensor):
         x, *weights = ctx.saved_tensors
         g = g.contiguous()
         gx = apply(_Transposed, ctx.kernel, g, *weights) if ctx.needs_input_grad[1] else None
@@ -155,13 +150,13 @@ class _Transposed(torch.autograd.Function):
     """X = Z W^T."""
 
     @staticmethod
-    def forward(ctx: Any, kernel: LinearKernel, z: Tensor, *weights: Tensor) -> Tensor:
+    def forward(ctx, kernel: LinearKernel, z: Tensor, *weights: Tensor) -> Tensor:
         ctx.kernel = kernel
         ctx.save_for_backward(z, *weights)
         return kernel.transposed(z, weights)
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Gradients:
+    def backward(ctx, g: Tensor):
         z, *weights = ctx.saved_tensors
         g = g.contiguous()
         gz = apply(_Apply, ctx.kernel, g, *weights) if ctx.needs_input_grad[1] else None
@@ -173,15 +168,15 @@ class _Outer(torch.autograd.Function):
     """W = X^T Z, one matrix per block."""
 
     @staticmethod
-    def forward(ctx: Any, kernel: LinearKernel, x: Tensor, z: Tensor) -> Gradients:
+    def forward(ctx, kernel: LinearKernel, x: Tensor, z: Tensor):
         ctx.kernel = kernel
         ctx.save_for_backward(x, z)
         return tuple(kernel.outer(x, z))
 
     @staticmethod
-    def backward(ctx: Any, *g: Tensor) -> Gradients:
+    def backward(ctx, *g: Tensor):
         x, z = ctx.saved_tensors
-        matrices = [t.contiguous() for t in g]
-        gx = apply(_Transposed, ctx.kernel, z, *matrices) if ctx.needs_input_grad[1] else None
-        gz = apply(_Apply, ctx.kernel, x, *matrices) if ctx.needs_input_grad[2] else None
+        g = [t.contiguous() for t in g]
+        gx = apply(_Transposed, ctx.kernel, z, *g) if ctx.needs_input_grad[1] else None
+        gz = apply(_Apply, ctx.kernel, x, *g) if ctx.needs_input_grad[2] else None
         return None, gx, gz

@@ -20,7 +20,7 @@ from nbody_pyg.kernels import edges, linear, ops, update
 from nbody_pyg.kernels.library import Library
 from nbody_pyg.kernels.scope import dry_run, recording
 
-_FUNCTIONS: dict[str, Any] = {
+_FUNCTIONS = {
     function.__name__: function
     for function in (
         *(ops._Product, ops._ProductBackward, ops._OneBody, ops._OneBodyBackward, ops._Density, ops._DensityBackward),
@@ -35,9 +35,6 @@ _CONSTANTS = {"None": None, "True": True, "False": False}
 
 class _Context:
     """Stands in for the context of an autograd function."""
-
-    needs_input_grad: Sequence[bool]
-    next_functions: Any
 
     def __init__(self) -> None:
         self.saved_tensors: tuple[Tensor | None, ...] = ()
@@ -64,9 +61,7 @@ def _key(kernel: Any) -> str:
 
 def _pack(arguments: Sequence[Any]) -> tuple[str, list[Tensor], list[int]]:
     """Arguments as (how to put them together again, tensors, integers)."""
-    words: list[str] = []
-    tensors: list[Tensor] = []
-    integers: list[Any] = []
+    words, tensors, integers = [], [], []
     for value in arguments:
         if isinstance(value, Tensor):
             words.append("t")
@@ -116,8 +111,8 @@ def _run(spec: str, tensors: list[Tensor], integers: list[int]) -> list[Tensor]:
     name, words = _parts(spec)
     tensors, ctx = [t.contiguous() for t in tensors], _Context()
     results = _listed(_FUNCTIONS[name].forward(ctx, *_unpack(words, tensors, integers)))
-    known = {id(t) for t in (*tensors, *results)}
-    return results + [t for t in ctx.saved_tensors if t is not None and id(t) not in known]
+    known = {id(t) for t in (None, *tensors, *results)}
+    return results + [t for t in ctx.saved_tensors if id(t) not in known]
 
 
 def _run_last(spec: str, saved: list[Tensor], cotangents: list[Tensor | None], integers: list[int]) -> list[Tensor]:
@@ -129,7 +124,7 @@ def _run_last(spec: str, saved: list[Tensor], cotangents: list[Tensor | None], i
     return [t for t in _FUNCTIONS[name].backward.undecorated(ctx, *cotangents) if t is not None]
 
 
-def _save(ctx: Any, inputs: tuple[str, list[Tensor], list[int]], output: list[Tensor]) -> None:
+def _save(ctx: Any, inputs: tuple, output: list[Tensor]) -> None:
     spec, tensors, integers = inputs
     name, words = _parts(spec)
     tensors, recorder = [t.contiguous() for t in tensors], _Context()
@@ -145,7 +140,7 @@ def _save(ctx: Any, inputs: tuple[str, list[Tensor], list[int]], output: list[Te
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, cotangents: list[Tensor | None]) -> tuple[Any, ...]:
+def _backward(ctx: Any, cotangents: list[Tensor | None]) -> tuple:
     name, words = _parts(ctx.spec)
     inner = _Context()
     inner.saved_tensors = ctx.saved_tensors
@@ -173,7 +168,7 @@ def _backward(ctx: Any, cotangents: list[Tensor | None]) -> tuple[Any, ...]:
     return None, given, None if ctx.integers else []
 
 
-def _last(name: str, ctx: _Context, attributes: dict[str, Any], cotangents: list[Tensor | None]) -> tuple[Any, ...]:
+def _last(name: str, ctx: _Context, attributes: dict[str, Any], cotangents: list[Tensor | None]) -> tuple:
     with dry_run():
         shape = _FUNCTIONS[name].backward.undecorated(ctx, *cotangents)
     words, _, integers = _pack(list(attributes.values()))

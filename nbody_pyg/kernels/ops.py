@@ -5,14 +5,12 @@ A third derivative is not offered here (the plain torch backend has it); asking 
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from nbody_pyg.kernels import codegen
 from nbody_pyg.kernels.codegen import Term
-from nbody_pyg.kernels.derivatives import Gradients, last_derivative
+from nbody_pyg.kernels.derivatives import last_derivative
 from nbody_pyg.kernels.library import Library
 from nbody_pyg.kernels.operands import check_index, check_operands, check_range
 from nbody_pyg.kernels.scope import apply, gradients_wanted
@@ -39,13 +37,12 @@ class ProductKernel:
         nodes, channels = x.shape[0], self.channels
         check_operands(x.dtype, x.device, x=(x, (nodes, self.rows1, channels)), y=(y, (nodes, self.rows2, channels)))
         # Made contiguous here, not in ``forward``: a copy that is saved there has no graph of its own
-        product: Tensor = apply(_Product, x.contiguous(), y.contiguous(), self)
-        return product
+        return apply(_Product, x.contiguous(), y.contiguous(), self)
 
 
 class _Product(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, y: Tensor, kernel: ProductKernel) -> Tensor:
+    def forward(ctx, x: Tensor, y: Tensor, kernel: ProductKernel) -> Tensor:
         ctx.save_for_backward(x, y)
         ctx.kernel = kernel
         nodes, _, channels = x.shape
@@ -54,13 +51,13 @@ class _Product(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Gradients:
+    def backward(ctx, g: Tensor):
         return *apply(_ProductBackward, g, *ctx.saved_tensors, ctx.kernel), None
 
 
 class _ProductBackward(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, g: Tensor, x: Tensor, y: Tensor, kernel: ProductKernel) -> Gradients:
+    def forward(ctx, g: Tensor, x: Tensor, y: Tensor, kernel: ProductKernel):
         g = g.contiguous()
         ctx.save_for_backward(g, x, y)
         ctx.kernel = kernel
@@ -71,7 +68,7 @@ class _ProductBackward(torch.autograd.Function):
 
     @staticmethod
     @last_derivative
-    def backward(ctx: Any, a: Tensor, b: Tensor) -> Gradients:
+    def backward(ctx, a: Tensor, b: Tensor):
         g, x, y = ctx.saved_tensors
         gg, gx, gy = torch.empty_like(g), torch.empty_like(x), torch.empty_like(y)
         tensors = (g, x, y, a.contiguous(), b.contiguous(), gg, gx, gy)
@@ -123,8 +120,7 @@ class OneBodyKernel:
         check_range("index[0] (sources)", index[0], x.shape[0])
         check_range("index[1] (targets)", index[1], num_targets)
         factors = [t.contiguous() for t in (x, harmonics, radial, weight)]
-        total: Tensor = apply(_OneBody, *factors, index.contiguous(), num_targets, self)
-        return total
+        return apply(_OneBody, *factors, index.contiguous(), num_targets, self)
 
 
 def _sizes(index: Tensor, x: Tensor, out: Tensor) -> tuple[int, int, int, int]:
@@ -134,16 +130,7 @@ def _sizes(index: Tensor, x: Tensor, out: Tensor) -> tuple[int, int, int, int]:
 
 class _OneBody(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        harmonics: Tensor,
-        radial: Tensor,
-        weight: Tensor,
-        index: Tensor,
-        num_targets: int,
-        kernel: OneBodyKernel,
-    ) -> Tensor:
+    def forward(ctx, x, harmonics, radial, weight, index, num_targets: int, kernel: OneBodyKernel) -> Tensor:
         factors = (x, harmonics, radial, weight)
         ctx.save_for_backward(*factors, index)
         ctx.kernel = kernel
@@ -153,24 +140,14 @@ class _OneBody(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Gradients:
+    def backward(ctx, g: Tensor):
         weigh = gradients_wanted(ctx.next_functions[3:4])  # of the weight
         return *apply(_OneBodyBackward, g, *ctx.saved_tensors, weigh, ctx.kernel), None, None, None
 
 
 class _OneBodyBackward(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        g: Tensor,
-        x: Tensor,
-        harmonics: Tensor,
-        radial: Tensor,
-        weight: Tensor,
-        index: Tensor,
-        weigh: bool,
-        kernel: OneBodyKernel,
-    ) -> Gradients:
+    def forward(ctx, g, x, harmonics, radial, weight, index, weigh: bool, kernel: OneBodyKernel):
         g = g.contiguous()
         ctx.save_for_backward(g, x, harmonics, radial, weight, index)
         ctx.kernel = kernel
@@ -183,7 +160,7 @@ class _OneBodyBackward(torch.autograd.Function):
 
     @staticmethod
     @last_derivative
-    def backward(ctx: Any, *cotangents: Tensor | None) -> Gradients:
+    def backward(ctx, *cotangents: Tensor | None):
         g, x, harmonics, radial, weight, index = ctx.saved_tensors
         factors = (x, harmonics, radial)
         a, n, d = (
@@ -218,16 +195,12 @@ class DensityKernel:
         check_operands(radial.dtype, radial.device, **given)
         check_index(radial.device, slot=(slot, (edges,)))
         check_range("slot (target * species + species of the source)", slot, num_targets * self.num_species)
-        tensors = (harmonics.contiguous(), radial.contiguous(), slot.contiguous())
-        density: Tensor = apply(_Density, *tensors, num_targets, self)
-        return density
+        return apply(_Density, harmonics.contiguous(), radial.contiguous(), slot.contiguous(), num_targets, self)
 
 
 class _Density(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, harmonics: Tensor, radial: Tensor, slot: Tensor, num_targets: int, kernel: DensityKernel
-    ) -> Tensor:
+    def forward(ctx, harmonics, radial, slot, num_targets: int, kernel: DensityKernel) -> Tensor:
         ctx.save_for_backward(harmonics, radial, slot)
         ctx.kernel = kernel
         rows, basis = kernel.shape
@@ -237,15 +210,13 @@ class _Density(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Gradients:
+    def backward(ctx, g: Tensor):
         return *apply(_DensityBackward, g, *ctx.saved_tensors, ctx.kernel), None, None, None
 
 
 class _DensityBackward(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, g: Tensor, harmonics: Tensor, radial: Tensor, slot: Tensor, kernel: DensityKernel
-    ) -> Gradients:
+    def forward(ctx, g, harmonics, radial, slot, kernel: DensityKernel):
         g = g.contiguous()
         ctx.save_for_backward(g, harmonics, radial, slot)
         ctx.kernel = kernel
@@ -256,7 +227,7 @@ class _DensityBackward(torch.autograd.Function):
 
     @staticmethod
     @last_derivative
-    def backward(ctx: Any, a: Tensor, d: Tensor) -> Gradients:
+    def backward(ctx, a: Tensor, d: Tensor):
         g, harmonics, radial, slot = ctx.saved_tensors
         gg, gy, gb = torch.zeros_like(g), torch.empty_like(harmonics), torch.empty_like(radial)
         tensors = (slot, g, harmonics, radial, a.contiguous(), d.contiguous(), gg, gy, gb)

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from nbody_pyg.kernels.derivatives import Gradients, last_derivative
+from nbody_pyg.kernels.derivatives import last_derivative
 from nbody_pyg.kernels.library import Library
 from nbody_pyg.kernels.operands import Several, check_index, check_matrices, check_operands, check_range
 from nbody_pyg.kernels.ops import ProductKernel
@@ -80,17 +79,14 @@ class UpdateKernel:
             species = species.contiguous()
         tensors = [t.contiguous() for t in (*inputs, *matrices)]
         extra = [None if t is None else t.contiguous() for t in (scale, bias)]
-        states: Tensor = apply(_Update, self, species, *extra, *tensors)
-        return states
+        return apply(_Update, self, species, *extra, *tensors)
 
     def split(self, tensors: Sequence[Tensor]) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
         """Inputs and matrices out of one list."""
         count = len(self.update.inputs)
         return tensors[:count], tensors[count:]
 
-    def leading(
-        self, species: Tensor | None, scale: Tensor | None, bias: Tensor | None, tensors: Sequence[Tensor]
-    ) -> list[Any]:
+    def leading(self, species, scale, bias, tensors) -> list:
         """The arguments that all three functions begin with, but for the number of nodes."""
         inputs, matrices = self.split(tensors)
         work = inputs[0].new_empty(self._workspace)
@@ -122,14 +118,7 @@ class UpdateKernel:
 
 class _Update(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        kernel: UpdateKernel,
-        species: Tensor | None,
-        scale: Tensor | None,
-        bias: Tensor | None,
-        *tensors: Tensor,
-    ) -> Tensor:
+    def forward(ctx, kernel: UpdateKernel, species, scale, bias, *tensors: Tensor) -> Tensor:
         first = tensors[0]
         sums, kept = kernel.fresh_states(first, first.shape[0])
         out = first.new_empty(first.shape[0], kernel.update.rows_out, kernel.update.channels)
@@ -140,7 +129,7 @@ class _Update(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Gradients:
+    def backward(ctx, g: Tensor):
         edges, count = ctx.next_functions, len(ctx.kernel.shapes)
         # Not of the inputs, which stand between factors and constants and the matrices
         weigh = gradients_wanted((*edges[: -count - len(ctx.kernel.update.inputs)], *edges[-count:]))
@@ -149,24 +138,13 @@ class _Update(torch.autograd.Function):
 
 class _UpdateBackward(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        kernel: UpdateKernel,
-        weigh: bool,
-        g: Tensor,
-        species: Tensor | None,
-        scale: Tensor | None,
-        bias: Tensor | None,
-        sums: Tensor,
-        kept: Tensor,
-        *tensors: Tensor,
-    ) -> Gradients:
+    def forward(ctx, kernel: UpdateKernel, weigh: bool, g: Tensor, species, scale, bias, sums, kept, *tensors: Tensor):
         ctx.kernel = kernel
         ctx.save_for_backward(g, species, scale, bias, sums, kept, *tensors)
         ctx.set_materialize_grads(False)
         inputs, matrices = kernel.split(tensors)
         gradients = [torch.empty_like(x) for x in inputs]
-        gs, gb, gw = kernel.fresh_gradients(g) if weigh else (None, None, list[Tensor]())
+        gs, gb, gw = kernel.fresh_gradients(g) if weigh else (None, None, None)
         leading = kernel.leading(species, scale, bias, tensors)
         rest = (sums, kept, g, kernel.states(gradients), kernel.matrices(gw) if weigh else None, gs, gb)
         kernel.library.call("update_backward", g.dtype, g.shape[0], *leading, *rest)
@@ -176,13 +154,13 @@ class _UpdateBackward(torch.autograd.Function):
 
     @staticmethod
     @last_derivative
-    def backward(ctx: Any, *cotangents: Tensor | None) -> Gradients:
+    def backward(ctx, *cotangents: Tensor | None):
         g, species, scale, bias, sums, kept, *tensors = ctx.saved_tensors
         kernel, count = ctx.kernel, len(ctx.kernel.update.inputs)
         of_inputs = [None if c is None else c.contiguous() for c in cotangents[2 : 2 + count]]
         if any(c is not None for c in (*cotangents[:2], *cotangents[2 + count :])):
-            gg, *others = _in_torch(kernel, g, species, scale, bias, tensors, cotangents)
-            return None, None, gg, None, *others[:2], None, None, *others[2:]
+            gg, *rest = _in_torch(kernel, g, species, scale, bias, tensors, cotangents)
+            return None, None, gg, None, *rest[:2], None, None, *rest[2:]
         gg, gradients = torch.empty_like(g), [torch.empty_like(x) for x in tensors[:count]]
         gs, _, gw = kernel.fresh_gradients(g)
         leading = kernel.leading(species, scale, bias, tensors)
@@ -191,23 +169,15 @@ class _UpdateBackward(torch.autograd.Function):
         return None, None, gg, None, None if scale is None else gs, None, None, None, *gradients, *gw
 
 
-def _in_torch(
-    kernel: UpdateKernel,
-    g: Tensor,
-    species: Tensor | None,
-    scale: Tensor | None,
-    bias: Tensor | None,
-    tensors: Sequence[Tensor],
-    cotangents: Sequence[Tensor | None],
-) -> list[Tensor | None]:
+def _in_torch(kernel, g, species, scale, bias, tensors, cotangents) -> list[Tensor | None]:
     """The derivative of the backward pass by g, scale, bias, inputs and matrices, by differentiating plain torch."""
     with torch.enable_grad():
-        g, *tensors = (t.detach().requires_grad_(True) for t in (g, *tensors))
-        scale, bias = (None if t is None else t.detach().requires_grad_(True) for t in (scale, bias))
+        g, scale, bias, *tensors = (
+            None if t is None else t.detach().requires_grad_(True) for t in (g, scale, bias, *tensors)
+        )
         inputs, matrices = kernel.split(tensors)
         out = kernel.reference(inputs, species, matrices, scale, bias)
-        pairs = zip((scale, bias, *tensors), cotangents, strict=True)
-        given = [(t, c) for t, c in pairs if t is not None and c is not None]
+        given = [(t, c) for t, c in zip((scale, bias, *tensors), cotangents, strict=True) if c is not None]
         first = torch.autograd.grad(out, [t for t, _ in given], g, create_graph=True, materialize_grads=True)
         leaves = [t for t in (g, scale, bias, *tensors) if t is not None]
         found = torch.autograd.grad(first, leaves, [c for _, c in given], allow_unused=True, materialize_grads=True)

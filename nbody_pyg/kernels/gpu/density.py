@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from nbody_pyg.kernels.derivatives import Gradients, last_derivative, run
+from nbody_pyg.kernels.derivatives import last_derivative
 from nbody_pyg.kernels.gpu.build import Program
 from nbody_pyg.kernels.gpu.order import EdgeOrder, edge_order
 from nbody_pyg.kernels.operands import check_index, check_operands, check_range
@@ -95,9 +93,7 @@ class DensityProgram:
         order = edge_order(index, species.shape[0], num_targets)
         if not species.is_cuda:  # on a GPU this would wait for the device; the network looks elements up in a table
             check_range("species", species, self.num_species)
-        tensors = (harmonics.contiguous(), radial.contiguous(), species.to(torch.int32))
-        density: Tensor = run(_Density, *tensors, order, self)
-        return density
+        return _Density.apply(harmonics.contiguous(), radial.contiguous(), species.to(torch.int32), order, self)
 
     def sizes(self) -> dict[str, int]:
         """Extents that its kernels are compiled for."""
@@ -124,29 +120,19 @@ class DensityProgram:
 
 class _Density(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, harmonics: Tensor, radial: Tensor, species: Tensor, order: EdgeOrder, kernel: DensityProgram
-    ) -> Tensor:
+    def forward(ctx, harmonics, radial, species, order: EdgeOrder, kernel: DensityProgram) -> Tensor:
         ctx.save_for_backward(harmonics, radial, species)
         ctx.order, ctx.kernel = order, kernel
         return kernel.sum(order, species, harmonics, radial)
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Gradients:
-        return *run(_DensityBackward, g, *ctx.saved_tensors, ctx.order, ctx.kernel), None, None, None
+    def backward(ctx, g: Tensor):
+        return *_DensityBackward.apply(g, *ctx.saved_tensors, ctx.order, ctx.kernel), None, None, None
 
 
 class _DensityBackward(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        g: Tensor,
-        harmonics: Tensor,
-        radial: Tensor,
-        species: Tensor,
-        order: EdgeOrder,
-        kernel: DensityProgram,
-    ) -> Gradients:
+    def forward(ctx, g, harmonics, radial, species, order: EdgeOrder, kernel: DensityProgram):
         g = g.contiguous()
         ctx.save_for_backward(g, harmonics, radial, species)
         ctx.order, ctx.kernel = order, kernel
@@ -154,7 +140,7 @@ class _DensityBackward(torch.autograd.Function):
 
     @staticmethod
     @last_derivative
-    def backward(ctx: Any, a: Tensor, d: Tensor) -> Gradients:
+    def backward(ctx, a: Tensor, d: Tensor):
         g, harmonics, radial, species = ctx.saved_tensors
         a, d = a.contiguous(), d.contiguous()
         gg = ctx.kernel.sum(ctx.order, species, harmonics, radial, a, d)

@@ -7,12 +7,11 @@ tensors (double precision is slow on most GPUs).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from nbody_pyg.kernels.derivatives import Gradients, last_derivative, run
+from nbody_pyg.kernels.derivatives import last_derivative
 from nbody_pyg.kernels.edges import Polynomial, derivative, expression, monomial
 from nbody_pyg.kernels.gpu.build import Program
 from nbody_pyg.kernels.operands import check_operands
@@ -207,13 +206,12 @@ class FeatureProgram:
     def __call__(self, vec: Tensor, window: Tensor) -> tuple[Tensor, Tensor]:
         """(harmonics, window times radial functions) of each edge."""
         check_operands(vec.dtype, vec.device, vec=(vec, (vec.shape[0], 3)), window=(window, (vec.shape[0],)))
-        features: tuple[Tensor, Tensor] = run(_Features, vec.contiguous(), window.contiguous(), self)
-        return features
+        return _Features.apply(vec.contiguous(), window.contiguous(), self)
 
 
 class _Features(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, vec: Tensor, window: Tensor, kernel: FeatureProgram) -> Gradients:
+    def forward(ctx, vec: Tensor, window: Tensor, kernel: FeatureProgram):
         ctx.save_for_backward(vec, window)
         ctx.kernel = kernel
         harmonics, radial = vec.new_empty(len(vec), kernel.rows), vec.new_empty(len(vec), kernel.num_basis)
@@ -221,13 +219,13 @@ class _Features(torch.autograd.Function):
         return harmonics, radial
 
     @staticmethod
-    def backward(ctx: Any, gh: Tensor, gr: Tensor) -> Gradients:
-        return *run(_FeaturesBackward, *ctx.saved_tensors, gh, gr, ctx.kernel), None
+    def backward(ctx, gh: Tensor, gr: Tensor):
+        return *_FeaturesBackward.apply(*ctx.saved_tensors, gh, gr, ctx.kernel), None
 
 
 class _FeaturesBackward(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, vec: Tensor, window: Tensor, gh: Tensor, gr: Tensor, kernel: FeatureProgram) -> Gradients:
+    def forward(ctx, vec, window, gh, gr, kernel: FeatureProgram):
         gh, gr = gh.contiguous(), gr.contiguous()
         ctx.save_for_backward(vec, window, gh, gr)
         ctx.kernel = kernel
@@ -237,7 +235,7 @@ class _FeaturesBackward(torch.autograd.Function):
 
     @staticmethod
     @last_derivative
-    def backward(ctx: Any, c: Tensor, d: Tensor) -> Gradients:
+    def backward(ctx, c: Tensor, d: Tensor):
         saved = ctx.saved_tensors
         vec, window, gh, gr = saved
         oh, orad, ov, ow = (torch.empty_like(t) for t in (gh, gr, vec, window))
@@ -252,13 +250,12 @@ def gpu_window(vec: Tensor, cutoff: float, exponent: int = 6) -> Tensor:
     """The window of :func:`nbody_pyg.radial.smooth_cutoff` as a function of the vector."""
     check_operands(vec.dtype, vec.device, vec=(vec, (vec.shape[0], 3)))
     program = _windows.setdefault((cutoff, exponent), Program(window_source, cutoff, exponent))
-    window: Tensor = run(_Window, vec.contiguous(), program)
-    return window
+    return _Window.apply(vec.contiguous(), program)
 
 
 class _Window(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, vec: Tensor, program: Program) -> Tensor:
+    def forward(ctx, vec: Tensor, program: Program) -> Tensor:
         ctx.save_for_backward(vec)
         ctx.program = program
         out = vec.new_empty(len(vec))
@@ -266,13 +263,13 @@ class _Window(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Gradients:
-        return run(_WindowBackward, *ctx.saved_tensors, g, ctx.program), None
+    def backward(ctx, g: Tensor):
+        return _WindowBackward.apply(*ctx.saved_tensors, g, ctx.program), None
 
 
 class _WindowBackward(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, vec: Tensor, g: Tensor, program: Program) -> Tensor:
+    def forward(ctx, vec: Tensor, g: Tensor, program: Program) -> Tensor:
         g = g.contiguous()
         ctx.save_for_backward(vec, g)
         ctx.program = program
@@ -282,7 +279,7 @@ class _WindowBackward(torch.autograd.Function):
 
     @staticmethod
     @last_derivative
-    def backward(ctx: Any, c: Tensor) -> Gradients:
+    def backward(ctx, c: Tensor):
         vec, g = ctx.saved_tensors
         gg, gv = torch.empty_like(g), torch.empty_like(vec)
         _run(ctx.program, "window_double", vec, g, c.contiguous(), gg, gv)

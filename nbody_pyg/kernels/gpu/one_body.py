@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from nbody_pyg.kernels.codegen import Term
-from nbody_pyg.kernels.derivatives import Gradients, last_derivative, run
+from nbody_pyg.kernels.derivatives import last_derivative
 from nbody_pyg.kernels.gpu.build import Program
 from nbody_pyg.kernels.gpu.edge_source import apart, groups_of, one_body_source
 from nbody_pyg.kernels.gpu.grid import channel_block, parts_of_a_node, warps
@@ -21,9 +20,6 @@ from nbody_pyg.kernels.scope import gradients_wanted
 MAX_TERMS = 2000
 #: Edges that one program sums up for the gradient of the weights; fewer where the result would not fill the GPU.
 _CHUNKS, _SHORTEST = 512, 32
-
-
-Tensors = tuple[Tensor, ...]
 
 
 class OneBodyProgram:
@@ -57,15 +53,14 @@ class OneBodyProgram:
         check_index(x.device, index=(index, (2, edges)))
         order = edge_order(index, x.shape[0], num_targets)
         factors = [t.contiguous() for t in (x, harmonics, radial, weight)]
-        total: Tensor = run(_OneBody, *factors, order, self)
-        return total
+        return _OneBody.apply(*factors, order, self)
 
     # ------------------------------------------------------------------ launches
     def _constants(self, x: Tensor, u: Tensor | None) -> dict[str, int]:
         block = channel_block(self.channels, x.element_size())
         return {"C": self.channels, "CB": block, "HAS_U": int(u is not None), "num_warps": warps(block)}
 
-    def _launch(self, name: str, grid: tuple[int, int, int], given: tuple[Any, ...], constants: dict[str, int]) -> None:
+    def _launch(self, name: str, grid: tuple[int, int, int], given: tuple, constants: dict[str, int]) -> None:
         """All groups: in one launch, or in one each."""
         if not apart(self.groups):
             self.program.launch(name, grid, *given, **constants, GROUP=0)
@@ -73,16 +68,7 @@ class OneBodyProgram:
         for group in range(self.groups):
             self.program.launch(name, (*grid[:2], 1), *given, **constants, GROUP=group)
 
-    def _sum(
-        self,
-        name: str,
-        order: EdgeOrder,
-        end: int,
-        out_rows: int,
-        groups: int,
-        factors: Tensors,
-        cotangents: Gradients = (),
-    ) -> Tensor:
+    def _sum(self, name: str, order: EdgeOrder, end: int, out_rows: int, groups: int, factors, cotangents=()) -> Tensor:
         """A function that sums over the edges at one end of theirs: (nodes, out_rows, channels)."""
         x, rows, nodes = factors[1], order.by(end), order.sizes[end]
         constants = self._constants(x, cotangents[3] if cotangents else None)
@@ -95,15 +81,15 @@ class OneBodyProgram:
         self._launch(name, (nodes * split, blocks, groups), given, constants)
         return out[0] if planes == 1 else out.sum(0)
 
-    def targets(self, order: EdgeOrder, factors: Tensors, cotangents: Gradients = ()) -> Tensor:
+    def targets(self, order: EdgeOrder, factors, cotangents=()) -> Tensor:
         name = "one_body_targets" + "_double" * bool(cotangents)
         return self._sum(name, order, 1, self.rows_out, self.groups, factors, cotangents)
 
-    def sources(self, order: EdgeOrder, factors: Tensors, cotangents: Gradients = ()) -> Tensor:
+    def sources(self, order: EdgeOrder, factors, cotangents=()) -> Tensor:
         name = "one_body_sources" + "_double" * bool(cotangents)
         return self._sum(name, order, 0, self.rows_in, 1, factors, cotangents)
 
-    def edges(self, order: EdgeOrder, factors: Tensors, cotangents: Gradients = ()) -> tuple[Tensor, Tensor]:
+    def edges(self, order: EdgeOrder, factors, cotangents=()) -> tuple[Tensor, Tensor]:
         """Gradients of the harmonics and of the radial functions."""
         x, rows, nodes = factors[1], order.by(1), order.sizes[1]
         constants = self._constants(x, cotangents[3] if cotangents else None)
@@ -116,7 +102,7 @@ class OneBodyProgram:
         total = planes[0] if len(planes) == 1 else planes.sum(0)
         return total[:, : self.harmonics].contiguous(), total[:, self.harmonics :].contiguous()
 
-    def weights(self, order: EdgeOrder, factors: Tensors, cotangents: Gradients = ()) -> Tensor:
+    def weights(self, order: EdgeOrder, factors, cotangents=()) -> Tensor:
         """Gradient of the radial weights."""
         x, rows = factors[1], order.by(1)
         constants, count = self._constants(x, None), len(rows.edge)
@@ -132,33 +118,21 @@ class OneBodyProgram:
 
 class _OneBody(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, harmonics: Tensor, radial: Tensor, weight: Tensor, order: EdgeOrder, kernel: OneBodyProgram
-    ) -> Tensor:
+    def forward(ctx, x, harmonics, radial, weight, order: EdgeOrder, kernel: OneBodyProgram) -> Tensor:
         ctx.save_for_backward(x, harmonics, radial, weight)
         ctx.order, ctx.kernel = order, kernel
         return kernel.targets(order, (x, x, harmonics, radial, weight))  # the forward pass has no g: x stands in
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Gradients:
+    def backward(ctx, g: Tensor):
         weigh = gradients_wanted(ctx.next_functions[3:4])  # of the weight
         wanted = (ctx.needs_input_grad[0], any(ctx.needs_input_grad[1:3]), weigh)
-        return *run(_OneBodyBackward, g, *ctx.saved_tensors, wanted, ctx.order, ctx.kernel), None, None
+        return *_OneBodyBackward.apply(g, *ctx.saved_tensors, wanted, ctx.order, ctx.kernel), None, None
 
 
 class _OneBodyBackward(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        g: Tensor,
-        x: Tensor,
-        harmonics: Tensor,
-        radial: Tensor,
-        weight: Tensor,
-        wanted: tuple[bool, ...],
-        order: EdgeOrder,
-        kernel: OneBodyProgram,
-    ) -> Gradients:
+    def forward(ctx, g, x, harmonics, radial, weight, wanted: tuple[bool, ...], order, kernel: OneBodyProgram):
         factors = (g.contiguous(), x, harmonics, radial, weight)
         ctx.save_for_backward(*factors)
         ctx.order, ctx.kernel = order, kernel
@@ -170,7 +144,7 @@ class _OneBodyBackward(torch.autograd.Function):
 
     @staticmethod
     @last_derivative
-    def backward(ctx: Any, *cotangents: Tensor | None) -> Gradients:
+    def backward(ctx, *cotangents: Tensor | None):
         factors, order, kernel = ctx.saved_tensors, ctx.order, ctx.kernel
         filled = tuple(
             torch.zeros_like(like) if given is None else given.contiguous()

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from nbody_pyg.kernels.codegen import Term
-from nbody_pyg.kernels.derivatives import Gradients, last_derivative, run
+from nbody_pyg.kernels.derivatives import last_derivative
 from nbody_pyg.kernels.gpu.build import Program
 from nbody_pyg.kernels.gpu.grid import channel_block, warps
 from nbody_pyg.kernels.operands import check_operands
@@ -29,7 +28,7 @@ def product_source(terms: Sequence[Term], rows1: int, rows2: int, rows_out: int)
         by_row[term.row].append(term)
     used1, used2 = sorted({t.i for t in terms}), sorted({t.j for t in terms})
 
-    def load(name: str, pointer: str, rows: Iterable[int], size: int) -> list[str]:
+    def load(name: str, pointer: str, rows, size: int) -> list[str]:
         return [f"{name}{r} = tl.load({pointer} + n * ({size} * C) + {r} * C + c, mask=m, other=0.0)" for r in rows]
 
     def store(pointer: str, row: int, size: int, value: str) -> str:
@@ -83,8 +82,7 @@ class ProductProgram:
     def __call__(self, x: Tensor, y: Tensor) -> Tensor:
         nodes, channels = x.shape[0], self.channels
         check_operands(x.dtype, x.device, x=(x, (nodes, self.rows1, channels)), y=(y, (nodes, self.rows2, channels)))
-        product: Tensor = run(_Product, x.contiguous(), y.contiguous(), self)
-        return product
+        return _Product.apply(x.contiguous(), y.contiguous(), self)
 
     def run(self, name: str, *tensors: Tensor) -> None:
         block = channel_block(self.channels, tensors[0].element_size())
@@ -94,7 +92,7 @@ class ProductProgram:
 
 class _Product(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, y: Tensor, kernel: ProductProgram) -> Tensor:
+    def forward(ctx, x: Tensor, y: Tensor, kernel: ProductProgram) -> Tensor:
         ctx.save_for_backward(x, y)
         ctx.kernel = kernel
         out = x.new_empty(x.shape[0], kernel.rows_out, kernel.channels)
@@ -102,13 +100,13 @@ class _Product(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Gradients:
-        return *run(_ProductBackward, g, *ctx.saved_tensors, ctx.kernel), None
+    def backward(ctx, g: Tensor):
+        return *_ProductBackward.apply(g, *ctx.saved_tensors, ctx.kernel), None
 
 
 class _ProductBackward(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, g: Tensor, x: Tensor, y: Tensor, kernel: ProductProgram) -> Gradients:
+    def forward(ctx, g: Tensor, x: Tensor, y: Tensor, kernel: ProductProgram):
         g = g.contiguous()
         ctx.save_for_backward(g, x, y)
         ctx.kernel = kernel
@@ -118,7 +116,7 @@ class _ProductBackward(torch.autograd.Function):
 
     @staticmethod
     @last_derivative
-    def backward(ctx: Any, a: Tensor, b: Tensor) -> Gradients:
+    def backward(ctx, a: Tensor, b: Tensor):
         saved = ctx.saved_tensors
         results = [torch.empty_like(t) for t in saved]
         ctx.kernel.run("product_double", *saved, a.contiguous(), b.contiguous(), *results)
