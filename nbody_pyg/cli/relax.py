@@ -11,6 +11,7 @@ from nbody_pyg.cli.frames import read_atoms, write_atoms
 from nbody_pyg.cli.interrupt import interruptible
 from nbody_pyg.cli.outputs import output_file
 from nbody_pyg.cli.tables import table
+from nbody_pyg.data import AtomicData
 from nbody_pyg.deploy import relax as relax_frames
 from nbody_pyg.deploy.model_file import load_potential
 from nbody_pyg.deploy.relax import as_data, as_it_came
@@ -32,9 +33,10 @@ def relax(args: argparse.Namespace) -> int:
             potential, frames, fmax=args.fmax, max_steps=args.steps, batch_size=args.batch_size,
             reference=args.model, stop=lambda: interrupt.number is not None,
         )  # fmt: skip
-    relaxed = [as_it_came(atoms, frame) for atoms, frame in zip(structures, found.frames, strict=False)]
+    after = [frame for frame in found.frames if isinstance(frame, AtomicData)]  # as `frames` are
+    relaxed = [as_it_came(atoms, frame) for atoms, frame in zip(structures, after, strict=False)]
     rows = []
-    for number, frame in enumerate(found.frames[:_MOST_ROWS]):
+    for number, frame in enumerate(after[:_MOST_ROWS]):
         moved = (frame.pos - frames[number].pos).norm(dim=1).max()
         gained = float(found.energy[number] - found.start_energy[number])
         largest = float(found.largest[number])

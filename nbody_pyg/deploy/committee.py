@@ -15,6 +15,7 @@ from ase.calculators.calculator import PropertyNotImplementedError, all_changes
 from nbody_pyg.deploy.calculator import NBodyCalculator, SharedCalculator
 from nbody_pyg.kernels.scope import locked
 from nbody_pyg.potential import Potential
+from nbody_pyg.required import required
 
 
 class Committee(SharedCalculator):
@@ -42,7 +43,7 @@ class Committee(SharedCalculator):
     Raises: ValueError: fewer than two members, or members that know different elements.
     """
 
-    implemented_properties: ClassVar[list[str]] = [
+    implemented_properties: ClassVar[list[str]] = [  # type: ignore[misc]  # ASE has no ClassVar there
         "energy", "free_energy", "forces", "stress", "energy_std", "forces_std", "stress_std",
     ]  # fmt: skip
 
@@ -61,7 +62,7 @@ class Committee(SharedCalculator):
         first: dict[tuple[str, str], NBodyCalculator] = {}
         for member in self.members:
             if member.topologies is not None:
-                key = (member.scheme.signature, str(member.metadata.get("reference")))
+                key = (required(member.scheme).signature, str(member.metadata.get("reference")))
                 member.topologies = first.setdefault(key, member).topologies
 
     @locked
@@ -72,7 +73,7 @@ class Committee(SharedCalculator):
         system_changes: list[str] = all_changes,
     ) -> None:
         super().calculate(atoms, properties, system_changes)
-        periodic = bool(self.atoms.pbc.any())
+        periodic = bool(required(self.atoms).pbc.any())
         wants_stress = any(name.startswith("stress") for name in properties)
         if wants_stress and not periodic:
             raise PropertyNotImplementedError("stress needs a periodic cell; this system has none")

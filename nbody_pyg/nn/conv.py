@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from nbody_pyg.renamed import renamed
 _HOOKS = tuple(f"_{step}_forward{pre}_hooks" for step in ("propagate", "message", "aggregate") for pre in ("", "_pre"))
 
 
-class NBodyConv(Resettable, MessagePassing):
+class NBodyConv(Resettable, MessagePassing):  # type: ignore[misc]  # PyG has no py.typed
     r"""One-body gate and products on any graph with positions: a PyG layer from and to irreps in e3nn's order.
 
     .. math:: A_i = \bar n^{-1/2} \sum_{j \to i} f(r_{ij})\, R(r_{ij})\, CG\big(W x_j \otimes Y(\mathbf r_{ij})\big),
@@ -65,6 +66,8 @@ class NBodyConv(Resettable, MessagePassing):
         >>> NBodyConv("8x0e", "4x0e + 4x1o", cutoff=4.0)
         NBodyConv(8x0e -> 4x0e+4x1o, cutoff=4.0, order=2, body_order=1)
     """
+
+    propagate: Callable[..., Tensor]
 
     @renamed(degree="avg_num_neighbors")
     def __init__(
@@ -281,7 +284,8 @@ def _edges(edge_index: Any, shift: Tensor | None, places: tuple[Tensor, ...]) ->
                 f"edge_index must name {('source', 'target')[row]} nodes 0 to {places[row].shape[0] - 1} in row {row}, "
                 f"got {low} to {high}; the rows are (source, target)"
             )
-    return edge_index
+    index: Tensor = edge_index
+    return index
 
 
 def _reachable(irreps: o3.Irreps, order: int, symmetry: str) -> set[o3.Irrep]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from nbody_pyg.nn.as_written import AsWritten, written
 from nbody_pyg.nn.harmonics import SolidHarmonics
 from nbody_pyg.nn.irreps import Resettable
 from nbody_pyg.radial import SOFT_LENGTH, BesselBasis, InversePowers, soften
+from nbody_pyg.required import required
 
 
 class EdgeFeatures(NamedTuple):
@@ -29,7 +30,7 @@ class EdgeFeatures(NamedTuple):
     ==============  =====================================================================
     """
 
-    index: Tensor
+    index: Tensor  # type: ignore[assignment]  # takes the place of tuple.index
     harmonics: Tensor
     radial: Tensor
     num_targets: int
@@ -49,9 +50,11 @@ class EdgeEmbedding(Resettable):
         self.harmonics = SolidHarmonics(lmax, symmetry)
         self.radial = radial
         self._as_written = AsWritten(self, _KNOWN)
-        self.kernel = self.gpu = None
-        if self._as_written():  # a user's own basis is not known to the compiled backends
-            known = radial.compiled()
+        self.kernel: FeatureKernel | None = None
+        self.gpu: FeatureProgram | None = None
+        # A user's own basis is not known to the compiled backends
+        if self._as_written() and isinstance(radial, (BesselBasis, InversePowers)):
+            known: dict[str, Any] = radial.compiled()
             polynomials = self.harmonics.polynomials()
             self.kernel = FeatureKernel(polynomials, soft=SOFT_LENGTH, **known)
             self.gpu = FeatureProgram(polynomials, soft=SOFT_LENGTH, **known)
@@ -65,8 +68,8 @@ class EdgeEmbedding(Resettable):
     ) -> EdgeFeatures:
         which = "torch" if self.kernel is None else backend(vec, self.kernel.library)
         if which != "torch" and self._as_written():
-            kernel = self.kernel if which == "c" else self.gpu
-            return EdgeFeatures(index, *kernel(vec, window), num_targets)
+            found = required(self.kernel)(vec, window) if which == "c" else required(self.gpu)(vec, window)
+            return EdgeFeatures(index, *found, num_targets)
         direction, rho = soften(vec)
         return EdgeFeatures(index, self.harmonics(direction), self.radial(rho) * window.unsqueeze(-1), num_targets)
 

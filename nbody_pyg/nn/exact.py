@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nbody_pyg.required import required
+
 
 class Float64Buffers(nn.Module):
     """Keeps the buffers named in ``_float64`` in double precision through ``.float()`` and ``.to(dtype)``.
@@ -18,10 +20,10 @@ class Float64Buffers(nn.Module):
     _float64: tuple[str, ...] = ()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        exact = {name: self._buffers[name] for name in self._float64}
-        super()._apply(fn, recurse)
+        exact = {name: required(self._buffers[name]) for name in self._float64}
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # of torch
         for name, before in exact.items():
-            after = self._buffers[name]
+            after = required(self._buffers[name])
             # Storage without data (the meta device) has nothing to preserve.
             source = after if before.is_meta else before
             self._buffers[name] = source.to(device=after.device, dtype=torch.float64)

@@ -57,8 +57,9 @@ class SolidHarmonics(ConstantTables):
                 for j, axis in enumerate(axes):
                     for m, polynomial in enumerate(block):
                         for powers, value in lower.items():
-                            raised = tuple(p + q for p, q in zip(powers, axis, strict=True))
-                            polynomial[raised] = polynomial.get(raised, 0.0) + value * math.sqrt(3.0) * table[i][j][m]
+                            x, y, z = (p + q for p, q in zip(powers, axis, strict=True))
+                            added = value * math.sqrt(3.0) * table[i][j][m]
+                            polynomial[x, y, z] = polynomial.get((x, y, z), 0.0) + added
             blocks.append([{p: v for p, v in poly.items() if abs(v) > 1e-12} for poly in block])
         return [polynomial for block in blocks for polynomial in block]
 
@@ -78,10 +79,11 @@ class SolidHarmonics(ConstantTables):
 @constant_table
 def _raising_table(l: int) -> Tensor:
     """Table ((2l-1) * 3, 2l+1) that takes Y_(l-1) x Y_1 to Y_l with the sign and scale of e3nn's harmonics."""
-    table = o3.wigner_3j(l - 1, 1, l, dtype=torch.float64).flatten(0, 1)
+    table: Tensor = o3.wigner_3j(l - 1, 1, l, dtype=torch.float64).flatten(0, 1)
     probe = torch.tensor([[0.3, -0.5, 0.7]], dtype=torch.float64)
     lower, one, upper = (
         o3.spherical_harmonics(k, probe, normalize=False, normalization="component") for k in (l - 1, 1, l)
     )
     raised = (lower.unsqueeze(2) * one.unsqueeze(1)).flatten(1) @ table
-    return table * (upper.norm() / raised.norm() * (upper * raised).sum().sign())
+    scaled: Tensor = table * (upper.norm() / raised.norm() * (upper * raised).sum().sign())
+    return scaled

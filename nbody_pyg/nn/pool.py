@@ -18,10 +18,11 @@ from nbody_pyg.nn.harmonics import SolidHarmonics
 from nbody_pyg.nn.irreps import Resettable, from_mul_ir, harmonic_irreps, to_mul_ir
 from nbody_pyg.nn.linear import IrrepsLinear
 from nbody_pyg.nn.products import FullProduct
+from nbody_pyg.required import required
 from nbody_pyg.system import System
 
 
-class NBodySelect(Select):
+class NBodySelect(Select):  # type: ignore[misc]  # PyG has no py.typed
     r"""Which nodes of one level belong to which part of the next, as PyG's ``SelectOutput``.
 
     Parts may overlap: a node of two parts stands twice in ``node_index``. The weight is the membership of the
@@ -68,9 +69,9 @@ class NBodySelect(Select):
         topology = self.scheme.compose(system) if system.topology is None else system.topology
         hierarchy = self.scheme.place(topology, system)
         here, below = hierarchy[self.level], hierarchy[self.level - 1]
-        child, parent = here.child_index
+        child, parent = required(here.child_index)
         select = SelectOutput(child, below.num_parts, parent, here.num_parts, here.child_weight)
-        return PlacedSelect(select, here.child_vec, here.pos, here.batch)
+        return PlacedSelect(select, required(here.child_vec), here.pos, here.batch)
 
     def __repr__(self) -> str:
         return f"NBodySelect({type(self.scheme).__name__}, level={self.level})"
@@ -144,7 +145,7 @@ class NBodyReduce(Resettable):
         return f"NBodyReduce({self.irreps_in} -> {self.irreps_out}, order={self.order})"
 
 
-class NBodyConnect(Connect):
+class NBodyConnect(Connect):  # type: ignore[misc]  # PyG has no py.typed
     r"""Edges between parts whose members are joined, or that share a member; parts may overlap.
 
     .. math:: A_{PQ} = [\, S A S^T + S S^T \,]_{PQ} > 0, \quad P \ne Q, \qquad

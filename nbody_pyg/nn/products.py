@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from nbody_pyg.kernels.backend import backend
 from nbody_pyg.kernels.codegen import Term
 from nbody_pyg.kernels.gpu.product import ProductProgram
-from nbody_pyg.kernels.linear import Block, LinearKernel
+from nbody_pyg.kernels.linear import LinearKernel
 from nbody_pyg.kernels.ops import ProductKernel
 from nbody_pyg.kernels.scope import opaque_to_compile
+from nbody_pyg.kernels.update_source import Block
 from nbody_pyg.nn.irreps import (
     ConstantTables,
     Path,
@@ -58,6 +59,8 @@ class ChannelwiseProduct(ConstantTables):
     Raises: ValueError: unequal multiplicities.
     """
 
+    coupling: Tensor
+
     def __init__(self, irreps1: o3.Irreps, irreps2: o3.Irreps, irreps_out: o3.Irreps, symmetric: bool = False) -> None:
         super().__init__()
         self.irreps1, self.irreps2, self.irreps_out = (
@@ -81,7 +84,8 @@ class ChannelwiseProduct(ConstantTables):
     def forward(
         self, x: Float[Tensor, "nodes rows1 channels"], y: Float[Tensor, "nodes rows2 channels"]
     ) -> Float[Tensor, "nodes rows_out channels_out"]:
-        return self.mix(self.couple(x, y))
+        mixed: Tensor = self.mix(self.couple(x, y))
+        return mixed
 
     def couple(
         self, x: Float[Tensor, "nodes rows1 channels"], y: Float[Tensor, "nodes rows2 channels"]

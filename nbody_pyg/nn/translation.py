@@ -26,7 +26,7 @@ class Translation(NamedTuple):
     ==============  =======================================================================
     """
 
-    index: Tensor
+    index: Tensor  # type: ignore[assignment]  # takes the place of tuple.index
     vec: Tensor
     window: Tensor | None
     num_targets: int
