@@ -13,6 +13,7 @@ from nbody_pyg.deploy import load_model, with_reference
 from nbody_pyg.deploy.reference import bond_changes
 from nbody_pyg.durable import save_figure
 from nbody_pyg.hierarchy import Scheme
+from nbody_pyg.models import NBodyNet
 from nbody_pyg.system import System
 from nbody_pyg.training.config import parse_yaml, scheme_arguments
 
@@ -24,7 +25,9 @@ def hierarchy(args: argparse.Namespace) -> int:
     plot = output_plot(args.plot, args.overwrite, [args.file, args.model])
     frame = AtomicData.from_ase(read_atoms(args.file, args.index)[0], labels=False)
     if args.model:
-        scheme = load_model(args.model).model.scheme
+        model = load_model(args.model).model
+        assert isinstance(model, NBodyNet)  # no other is in a file
+        scheme = model.scheme
         frame = with_reference([frame], args.model, scheme)[0]
         topology = scheme.read(frame).validate()
         if (changes := bond_changes(scheme, topology, System.from_data(frame))) is not None:

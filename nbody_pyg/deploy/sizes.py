@@ -32,7 +32,7 @@ def check_sizes(config: Mapping[str, Any], shapes: Shapes) -> None:
         shapes: shapes of its weights, by name.
     """
     defaults = {"body_order": 4, "target": "extensive", "irreps_out": "1x0e"} | NBodyNet.DEFAULTS
-    settings = SimpleNamespace(**(defaults | dict(config)))
+    settings: Any = SimpleNamespace(**(defaults | dict(config)))
     for name, least in (("channels", 1), ("lmax", 0), ("body_order", 1), ("num_basis", 1), ("num_layers", 1)):
         _integer(name, getattr(settings, name, None), least)
     species = settings.species
