@@ -152,9 +152,8 @@ def _inherit(near: Int[Tensor, "2 pairs"], boxes: Boxes) -> Int[Tensor, "2 _"]:
     order = torch.argsort(boxes.parent_of, stable=True)
     count = torch.bincount(boxes.parent_of, minlength=boxes.centre.shape[0])
     first = torch.cumsum(count, 0) - count
-    width = count[near[0]] * count[near[1]]
-    one, other = near.repeat_interleave(width, dim=1)
-    place = torch.arange(one.shape[0], device=near.device) - (torch.cumsum(width, 0) - width).repeat_interleave(width)
+    pair, place = ragged(count[near[0]] * count[near[1]])
+    one, other = near[:, pair]
     rows = torch.div(place, count[other], rounding_mode="floor")
     return torch.stack([order[first[one] + rows], order[first[other] + place % count[other]]])
 

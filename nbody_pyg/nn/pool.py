@@ -12,6 +12,7 @@ from torch_geometric.nn.pool.connect import Connect, ConnectOutput
 from torch_geometric.nn.pool.select import Select, SelectOutput
 from torch_geometric.utils import coalesce, remove_self_loops
 
+from nbody_pyg.geometry import ragged
 from nbody_pyg.hierarchy import Scheme, Topology
 from nbody_pyg.nn.edges import sum_into
 from nbody_pyg.nn.harmonics import SolidHarmonics
@@ -208,9 +209,7 @@ def _joined(select: SelectOutput, edge_index: Tensor) -> tuple[Tensor, Tensor, T
     count = torch.bincount(select.node_index, minlength=select.num_nodes)
     first = count.cumsum(0) - count
     source, target = edge_index
-    width = count[source] * count[target]
-    rows = torch.repeat_interleave(torch.arange(source.shape[0], device=source.device), width)
-    number = torch.arange(rows.shape[0], device=source.device) - (width.cumsum(0) - width)[rows]
+    rows, number = ragged(count[source] * count[target])
     inner = count[target][rows]
     left = first[source][rows] + torch.div(number, inner, rounding_mode="floor")
     right = first[target][rows] + number % inner
