@@ -13,7 +13,6 @@ from torch import Tensor
 
 from nbody_pyg.hierarchy.levels import Hierarchy
 from nbody_pyg.kernels.scope import has_values
-from nbody_pyg.messages import short
 from nbody_pyg.nn.custom import class_name, imported_class
 from nbody_pyg.nn.exact import Float64Buffers
 from nbody_pyg.nn.term import EnergyTerm, Structure

@@ -34,8 +34,8 @@ class Potential(Float64Buffers):
             \Big[\frac{\partial}{\partial \epsilon} E(r(1+\epsilon), C(1+\epsilon))\Big]_{\epsilon=0}
 
     with a symmetric strain; the sign of the stress is ASE's (positive when the system pulls inwards). V is the
-    repulsion of nuclei nearer than a bond, :class:`~nbody_pyg.nn.repulsion.ZBLRepulsion`; :math:`E_t` are terms of your own.
-    :meth:`evaluate` sums them and is the only place that differentiates the energy.
+    repulsion of nuclei nearer than a bond, :class:`~nbody_pyg.nn.repulsion.ZBLRepulsion`. :math:`E_t` are terms of your
+    own. :meth:`evaluate` sums all terms, and is the only place that differentiates the energy.
 
     ========================  =======================  =====================================================
     key of the result         shape, unit              dtype
@@ -347,6 +347,7 @@ class Potential(Float64Buffers):
         if system.given and system.topology is None and "topology" in self.network.keywords:
             system = system.replace(topology=self.scheme.compose(system))  # of bonds or labels of the data
         return system
+
 
 def _energies(term: EnergyTerm, structure: Structure) -> Float[Tensor, " atoms"]:
     """What a term gives.

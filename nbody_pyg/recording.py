@@ -99,14 +99,18 @@ def check_edges(topology: Topology) -> None:
 
 
 def evaluate(potential: Potential, layout: Layout, create_graph: bool, tensors: Sequence[Tensor]) -> list[Tensor]:
-    """The results of the potential, as ``layout.results`` names them; no value is looked at, nothing waits for a GPU."""
+    """The results of the potential, as ``layout.results`` names them. No value is looked at: nothing waits for a GPU."""
     count, tail = layout.levels, -2 * len(layout.cutoffs) or None
     z, batch, cell, pbc, index, periodic, *fields = (None if n is None else tensors[n] for n in layout.fields)
     parts, batches, child, child_shift, pair, pair_shift = (tuple(fields[k * count :][:count]) for k in range(6))
     topology = Topology(parts, child, pair, child_shift, pair_shift, None, periodic).assume(batches)
     species = None if index is None else Species(potential.species, index)
     system = System(z, tensors[0], batch, topology.num_graphs, cell, pbc, topology=topology, species=species)
-    lists = dict(zip(layout.cutoffs, zip(fields[tail::2], fields[tail + 1 :: 2], strict=True), strict=True)) if tail else None
+    lists = (
+        dict(zip(layout.cutoffs, zip(fields[tail::2], fields[tail + 1 :: 2], strict=True), strict=True))
+        if tail
+        else None
+    )
     found = potential.evaluate(system, stress=layout.stress, create_graph=create_graph, lists=lists)
     return [found[name] for name in layout.results]
 

@@ -25,8 +25,9 @@ from nbody_pyg.compare.peer import Facts
 from nbody_pyg.compare.registry import build_peer, version
 from nbody_pyg.datasets import fit_reference
 from nbody_pyg.durable import write_json
+from nbody_pyg.energy import AtomicReference
 from nbody_pyg.models import edge_degrees
-from nbody_pyg.potential import AtomicReference, Potential
+from nbody_pyg.potential import Potential
 from nbody_pyg.training.config import Config, DataConfig, parse_config
 from nbody_pyg.training.evaluation import evaluate
 from nbody_pyg.training.labels import force_variance, label_shapes
@@ -238,7 +239,7 @@ def warm_up(potential: Potential, frames: Sequence[Data], settings: TrainingConf
 
     def step(batch: Data) -> None:
         forces = "forces" in batch
-        result = potential(batch, compute_forces=forces, training=True)
+        result = potential(batch, compute_forces=forces, create_graph=True)
         error = result["interaction_energy"] / len(batch.z)
         loss(error, result["forces"] - batch.forces.to(result["forces"].dtype) if forces else None).backward()
         potential.zero_grad(set_to_none=True)

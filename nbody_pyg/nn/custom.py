@@ -39,7 +39,10 @@ def gate_factories(given: GateFactory | str | Mapping[str, GateFactory | str] | 
     by_kind = dict(given) if isinstance(given, Mapping) else dict.fromkeys(KINDS, given)
     if not by_kind or not set(by_kind) <= set(KINDS):
         raise ValueError(f"gate must be a class of gates, or a mapping from some of {KINDS} to one, got {short(given)}")
-    return {kind: imported_class(one, nn.Module, "gate") if isinstance(one, str) else _callable(one) for kind, one in by_kind.items()}
+    return {
+        kind: imported_class(one, nn.Module, "gate") if isinstance(one, str) else _callable(one)
+        for kind, one in by_kind.items()
+    }
 
 
 def gate_names(factories: Mapping[str, GateFactory]) -> dict[str, str]:

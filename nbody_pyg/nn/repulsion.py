@@ -88,7 +88,9 @@ class ZBLRepulsion(EnergyTerm, Float64Buffers):
         self.register_buffer("charge", COULOMB * number[:, None] * number, persistent=False)
         self.register_buffer("inverse_length", (power[:, None] + power) / SCREEN_LENGTH, persistent=False)
         self.register_buffer("end", ends, persistent=False)
-        self.register_buffer("screen", torch.tensor((SCREEN_WEIGHTS, SCREEN_EXPONENTS), dtype=torch.float64), persistent=False)
+        self.register_buffer(
+            "screen", torch.tensor((SCREEN_WEIGHTS, SCREEN_EXPONENTS), dtype=torch.float64), persistent=False
+        )
 
     def _reach(self, given: Mapping[str, float]) -> dict[str, float]:
         reach = {

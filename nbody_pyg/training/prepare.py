@@ -32,11 +32,13 @@ from nbody_pyg.datasets import (
 from nbody_pyg.datasets.frames import Frames, has_label
 from nbody_pyg.datasets.keys import levels_apart
 from nbody_pyg.datasets.qm9 import TARGETS, TOTAL_ENERGIES
+from nbody_pyg.energy import AtomicReference
 from nbody_pyg.hierarchy import Scheme, Topology, share_topology
 from nbody_pyg.messages import check_choice
+from nbody_pyg.network import check_states, frame_states, learn_state
 from nbody_pyg.nn.charges import DEFAULT_STATE, check_inputs
 from nbody_pyg.nn.repulsion import ZBLRepulsion
-from nbody_pyg.potential import AtomicReference, Potential, check_states, frame_states, learn_state
+from nbody_pyg.potential import Potential
 from nbody_pyg.properties import Property, PropertyModel, fit_statistics, property_irreps
 from nbody_pyg.system import System
 from nbody_pyg.training.config import Config, DataConfig, ModelConfig, model_arguments

@@ -24,6 +24,8 @@ LAYERS = [
     "nn",
     "models",
     "explain",
+    "network",
+    "energy",
     "potential",
     "recording",
     "accelerate",
