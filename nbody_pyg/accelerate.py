@@ -28,9 +28,9 @@ class CompiledPotential:
     :meth:`Potential.evaluate <nbody_pyg.potential.Potential.evaluate>`, with all its terms, is recorded as one graph of
     any number of atoms and edges (``make_fx``), in which the compiled products are single operators, and handed to
     ``torch.compile``. Programs of the first batch and of the first one of another size are compared with eager mode:
-    energies, forces, stress, and in mode "training" the gradients of all parameters. Where tracing, compiling or the comparison fails, one warning says why
-    and everything runs in eager mode from then on. No global setting of torch is changed. Threads may share a
-    compiled potential; programs are compiled and run one at a time in a process.
+    energies, forces, stress, and in mode "training" the gradients of all parameters. Where tracing, compiling or the
+    comparison fails, one warning says why and everything runs in eager mode from then on. No global setting of torch is
+    changed. Threads may share a compiled potential; programs are compiled and run one at a time in a process.
 
     Call it as the potential itself. Batches that differ in kind from the first one (in their optional tensors, in sizes
     that are 0 or 1, in sizes that are equal) run in eager mode. So do, without a warning, calls without forces,

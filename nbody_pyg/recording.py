@@ -99,7 +99,7 @@ def check_edges(topology: Topology) -> None:
 
 
 def evaluate(potential: Potential, layout: Layout, create_graph: bool, tensors: Sequence[Tensor]) -> list[Tensor]:
-    """The results of the potential, as ``layout.results`` names them. No value is looked at: nothing waits for a GPU."""
+    """The results of the potential, as ``layout.results`` names them. No value is looked at: no wait for a GPU."""
     count, tail = layout.levels, -2 * len(layout.cutoffs) or None
     z, batch, cell, pbc, index, periodic, *fields = (None if n is None else tensors[n] for n in layout.fields)
     parts, batches, child, child_shift, pair, pair_shift = (tuple(fields[k * count :][:count]) for k in range(6))

@@ -98,9 +98,9 @@ class EnergyTerm(nn.Module):
 
     .. math:: E_b = \sum_{i \in b} \epsilon_i(z, r)
 
-    A subclass writes ``forward(structure)``, which takes a :class:`Structure` and returns the energy of each atom. Forces,
-    stress and Hessian products are derivatives of the sum of all terms. Parameters are trained with the network. A
-    model file holds the name of the class, its arguments (:meth:`config`) and its weights.
+    A subclass writes ``forward(structure)``, which takes a :class:`Structure` and returns the energy of each atom.
+    Forces, stress and Hessian products are derivatives of the sum of all terms. Parameters are trained with the
+    network. A model file holds the name of the class, its arguments (:meth:`config`) and its weights.
 
     Attributes:
         cutoff: distance (angstrom) of the pairs that ``forward`` asks for; None where it asks for none.
