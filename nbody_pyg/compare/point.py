@@ -23,7 +23,7 @@ from nbody_pyg.compare.graph import CutoffGraph
 from nbody_pyg.compare.measure import latency, machine, peak_memory
 from nbody_pyg.compare.peer import Facts
 from nbody_pyg.compare.registry import build_peer, version
-from nbody_pyg.datasets import fit_reference
+from nbody_pyg.datasets import fit_atomic_energies
 from nbody_pyg.durable import write_json
 from nbody_pyg.energy import AtomicReference
 from nbody_pyg.models import edge_degrees
@@ -221,7 +221,7 @@ def build(point: Point, config: Config, data: DataSets) -> Potential:
     scale = config.model.scale
     potential = Potential(
         peer,
-        AtomicReference(fit_reference(data.train, config.data.e0)),
+        AtomicReference(fit_atomic_energies(data.train, config.data.e0)),
         force_variance(data.train) ** 0.5 if scale == "forces" else float(scale),
     ).to(getattr(torch, config.training.dtype))
     return known_states(potential, data)

@@ -118,8 +118,17 @@ class EnergyTerm(nn.Module):
         raise NotImplementedError(f"{type(self).__name__} must define forward(structure)")
 
     def config(self) -> dict[str, Any]:
-        """Arguments that make the same term, ready for JSON: attributes with the names of those of the constructor."""
-        return {name: getattr(self, name) for name in list(inspect.signature(type(self).__init__).parameters)[1:]}
+        """Arguments that make the same term, ready for JSON: attributes with the names of those of the constructor.
+
+        Raises: ValueError: an argument that is not kept as an attribute.
+        """
+        names = list(inspect.signature(type(self).__init__).parameters)[1:]
+        if missing := [name for name in names if not hasattr(self, name)]:
+            raise ValueError(
+                f"{type(self).__name__} must keep its argument {missing[0]!r} as an attribute of this name to be "
+                "saved, or define config()"
+            )
+        return {name: getattr(self, name) for name in names}
 
 
 def search(system: System, cutoff: float) -> tuple[Tensor, Tensor | None]:

@@ -19,7 +19,7 @@ from torch_geometric.data import Data
 from nbody_pyg.datasets import (
     Split,
     embedded,
-    fit_reference,
+    fit_atomic_energies,
     load_qm9,
     load_qm9_dipoles,
     load_rmd17,
@@ -245,7 +245,7 @@ def build_potential(config: Config, data: DataSets) -> Potential | PropertyModel
     inputs = network_inputs(config.model, data.train)
     terms = state_terms(data.train, inputs) if has_energy and inputs else None
     reference = (
-        AtomicReference(fit_reference(_neutral(_for_reference(data, e0), e0, terms), e0)) if has_energy else None
+        AtomicReference(fit_atomic_energies(_neutral(_for_reference(data, e0), e0, terms), e0)) if has_energy else None
     )
     scale = config.model.scale
     if scale == "forces":

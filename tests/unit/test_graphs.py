@@ -14,6 +14,7 @@ from torch import Tensor
 from torch_geometric.data import Batch, Data
 
 from comparison import assert_same_results
+from factories import StandIn
 from nbody_pyg import BondTree, NBodyNet, NestedShells, Potential, SmoothSurvivors, graphs
 from nbody_pyg.cli.main import main
 from nbody_pyg.datasets import embedded
@@ -27,27 +28,6 @@ from nbody_pyg.nn.repulsion import ZBLRepulsion
 
 SHELLS, TREE = NestedShells((3.0, 3.0)), BondTree(3.0, 4.0, 5.0)
 SCHEMES = pytest.mark.parametrize("scheme", [SHELLS, TREE], ids=["shells", "tree"])
-
-
-class StandIn:
-    """Runs what was recorded again, into the tensors of the first results, as a graph does."""
-
-    device_type = "cpu"
-
-    def __init__(self) -> None:
-        self.captured = self.replayed = 0
-
-    def capture(self, run, device):
-        results = [result.clone() for result in run()]
-        self.captured += 1
-
-        def replay() -> list[Tensor]:
-            self.replayed += 1
-            for kept, new in zip(results, run(), strict=True):
-                kept.copy_(new)
-            return results
-
-        return replay
 
 
 class Frozen(StandIn):
