@@ -210,7 +210,7 @@ def _steps(run, count: int) -> dict[str, Any]:
         return loss(found["interaction_energy"] - labels["energy"], found["forces"] - labels["forces"])
 
     captured = CapturedStep(potential, errors)
-    values = {"graph": captured, "eager": lambda data, labels: errors(potential(data, training=True), labels)}
+    values = {"graph": captured, "eager": lambda data, labels: errors(potential(data, create_graph=True), labels)}
     calls = {}
     for name in ("eager", "graph"):
 

@@ -56,10 +56,10 @@ def load(task: str, folder: Path) -> DataSets:
 
 def median_error(train: list, test: list) -> float:
     """MAE of the best constant per formula of the training set; per-composition energies where there is none."""
-    from nbody_pyg.datasets import fit_reference
+    from nbody_pyg.datasets import fit_atomic_energies
     from nbody_pyg.potential import AtomicReference
 
-    reference = AtomicReference(fit_reference(train, "lstsq"))
+    reference = AtomicReference(fit_atomic_energies(train, "lstsq"))
 
     def rest(frames: list) -> np.ndarray:
         return np.array([float(f.energy) - float(reference.energy(System.from_data(f))) for f in frames])

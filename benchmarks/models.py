@@ -47,7 +47,7 @@ class Runner:
 
     def backward(self) -> None:
         """One step without the update."""
-        result = self.potential(self.system.z, self.system.pos, self.system.batch, training=True)
+        result = self.potential(self.system.z, self.system.pos, self.system.batch, create_graph=True)
         error = (result["energy"] - self.energy).to(self.forces.dtype)
         self.loss(error, result["forces"] - self.forces).backward()
 

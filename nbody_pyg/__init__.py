@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from nbody_pyg.data import AtomicData
+    from nbody_pyg.energy import AtomicReference, EnergyTerm
     from nbody_pyg.hierarchy import (
         BondTree,
         FromAssignment,
@@ -17,12 +18,13 @@ if TYPE_CHECKING:
         share_topology,
     )
     from nbody_pyg.models import NBodyNet
-    from nbody_pyg.potential import AtomicReference, Potential
+    from nbody_pyg.potential import Potential
 
 __all__ = [
     "AtomicData",
     "AtomicReference",
     "BondTree",
+    "EnergyTerm",
     "FromAssignment",
     "Hierarchy",
     "NBodyNet",
@@ -37,7 +39,13 @@ __all__ = [
 
 __version__ = "0.2.0"
 
-_HOMES = {"AtomicData": "data", "NBodyNet": "models", "AtomicReference": "potential", "Potential": "potential"}
+_HOMES = {
+    "AtomicData": "data",
+    "NBodyNet": "models",
+    "AtomicReference": "energy",
+    "EnergyTerm": "energy",
+    "Potential": "potential",
+}
 
 
 def __getattr__(name: str) -> object:

@@ -13,8 +13,9 @@ from nbody_pyg.kernels.opaque import opaque_products
 from nbody_pyg.kernels.scope import Lock
 from nbody_pyg.models import NBodyNet
 from nbody_pyg.potential import Potential
-from nbody_pyg.recording import Layout, check_edges, check_same, complete, evaluate, flatten, reason_of, recordable
-from nbody_pyg.system import System
+from nbody_pyg.recording import Layout, check_edges, check_same, evaluate, flatten, reason_of, recordable
+from nbody_pyg.renamed import renamed
+from nbody_pyg.system import Species
 
 MODES = ("md", "training")
 #: torch marks the process while it records, and refuses to run compiled programs of other threads meanwhile.
@@ -24,23 +25,23 @@ _COMPILER = Lock()
 class CompiledPotential:
     r"""A potential whose evaluation is traced once, compiled by torch, and then run without Python in between.
 
-    Energy, and its derivative by positions (and strain), are recorded as one graph of any number of atoms and edges
-    (``make_fx``), in which the compiled products are single operators, and handed to ``torch.compile``. Programs of the
-    first batch and of the first one of another size are compared with eager mode: energies, forces, stress, and in mode
-    "training" the gradients of all parameters. Where tracing, compiling or the comparison fails, one warning says why
-    and everything runs in eager mode from then on. No global setting of torch is changed. Threads may share a
-    compiled potential; programs are compiled and run one at a time in a process.
+    :meth:`Potential.evaluate <nbody_pyg.potential.Potential.evaluate>`, with all its terms, is recorded as one graph of
+    any number of atoms and edges (``make_fx``), in which the compiled products are single operators, and handed to
+    ``torch.compile``. Programs of the first batch and of the first one of another size are compared with eager mode:
+    energies, forces, stress, and in mode "training" the gradients of all parameters. Where tracing, compiling or the
+    comparison fails, one warning says why and everything runs in eager mode from then on. No global setting of torch is
+    changed. Threads may share a compiled potential; programs are compiled and run one at a time in a process.
 
     Call it as the potential itself. Batches that differ in kind from the first one (in their optional tensors, in sizes
     that are 0 or 1, in sizes that are equal) run in eager mode. So do, without a warning, calls without forces,
-    charges, and networks with long range or on :class:`~nbody_pyg.hierarchy.SmoothSurvivors` (whose weights are sums of
-    as many terms as differ from zero).
+    charges, terms that do not know all elements of the network, and networks with long range or on
+    :class:`~nbody_pyg.hierarchy.SmoothSurvivors` (whose weights are sums of as many terms as differ from zero).
 
     Args:
         potential: what is compiled: its model must be an :class:`~nbody_pyg.models.NBodyNet`. Its parameters are read
             at every call, so that training goes on.
         mode: "md": no gradients of parameters; "training": results that a loss can be differentiated through. Calls
-            with another value of ``training`` run in eager mode.
+            with another value of ``create_graph`` run in eager mode.
         backend: of ``torch.compile``, e.g. "inductor" or "aot_eager".
 
     Smoothness: that of the potential. Cost: a minute or more for the first call.
@@ -59,28 +60,31 @@ class CompiledPotential:
         self.calls = self.compiled_calls = 0
         self._programs: dict[tuple, _Program] = {}
 
-    def __call__(self, *arguments: Any, training: bool = False, **keywords: Any) -> dict[str, Tensor]:
+    @renamed(training="create_graph")
+    def __call__(self, *arguments: Any, create_graph: bool = False, **keywords: Any) -> dict[str, Tensor]:
         """Results of the potential for the same arguments."""
         forces = keywords.pop("compute_forces", True)
         stress = keywords.pop("compute_stress", False)
         eager = lambda: self.potential(  # noqa: E731
-            *arguments, training=training, compute_forces=forces, compute_stress=stress, **keywords
+            *arguments, create_graph=create_graph, compute_forces=forces, compute_stress=stress, **keywords
         )
         with _COMPILER:
             self.calls += 1
-        if self.failure is not None or training != (self.mode == "training") or not forces:
+        if self.failure is not None or create_graph != (self.mode == "training") or not forces:
             return eager()
-        system = recordable(self.potential, *arguments, **keywords)
+        system = recordable(self.potential, stress, *arguments, **keywords)
         if system is None:
             return eager()
-        tensors, layout = flatten(system, stress)
+        # The program checks nothing, and takes the numbers of the elements as it finds them here
+        model = self.potential.model
+        system = system.replace(species=Species(model.species, model.check_species(system.z)))
+        tensors, layout = flatten(self.potential, system, stress)
         check_edges(system.topology)
         with _COMPILER:
             program = None if self.failure is not None else self._program(tensors, layout)
             if program is not None:
-                self.potential.model.check_species(system.z)  # a recorded graph checks nothing
                 try:
-                    return self._run(program, tensors, system, training, eager)
+                    return self._run(program, tensors, eager)
                 except Exception as error:  # whatever a compiler may raise: eager mode is always there
                     self._give_up(reason_of(error))
         return eager()
@@ -94,18 +98,18 @@ class CompiledPotential:
             self._programs[key] = _Program(self.potential, layout, self.mode == "training", self.backend)
         return self._programs.get(key)
 
-    def _run(self, program: _Program, tensors: list[Tensor], system: System, training: bool, eager: Callable) -> dict:
+    def _run(self, program: _Program, tensors: list[Tensor], eager: Callable) -> dict[str, Tensor]:
         sizes = [tuple(tensor.shape) for tensor in tensors]
         known = sizes == program.seen or program.checks == 2
         # Eager mode first: a table that is made once and kept must not be made of a tracer's tensors
         wanted = None if known else eager()
-        results = complete(self.potential, program(tensors), system)
+        results = program(tensors)
         if not known:
-            trained = [p for p in self.potential.model.parameters() if p.requires_grad] if training else []
+            trained = [p for p in self.potential.parameters() if p.requires_grad] if program.training else []
             check_same(results, wanted, trained, self.potential.model.dtype)
             program.seen, program.checks = sizes, program.checks + 1
             # The comparison has used up the graph of the results
-            results = complete(self.potential, program(tensors), system)
+            results = program(tensors)
         self.compiled_calls += 1
         return results
 
@@ -125,7 +129,7 @@ def compile_potential(potential: Potential, mode: str = "md", backend: str = "in
 
 
 class _Program:
-    """One traced and compiled evaluation: a list of tensors to interaction energies, forces and stress."""
+    """One traced and compiled evaluation: a list of tensors to the results of the potential."""
 
     def __init__(self, potential: Potential, layout: Layout, training: bool, backend: str) -> None:
         self.potential, self.layout, self.training, self.backend = potential, layout, training, backend
@@ -133,11 +137,11 @@ class _Program:
         self.checks = 0
         self._compiled: Callable | None = None
 
-    def __call__(self, tensors: list[Tensor]) -> list[Tensor]:
+    def __call__(self, tensors: list[Tensor]) -> dict[str, Tensor]:
         if self._compiled is None:
             self._compiled = torch.compile(self._trace(tensors), dynamic=True, backend=self.backend)
         with torch.set_grad_enabled(self.training):
-            return self._compiled(*tensors)
+            return dict(zip(self.layout.results, self._compiled(*tensors), strict=True))
 
     def _trace(self, tensors: list[Tensor]) -> torch.fx.GraphModule:
         from torch.fx.experimental.proxy_tensor import make_fx

@@ -17,7 +17,8 @@ from nbody_pyg.kernels.gpu.order import renew_orders
 from nbody_pyg.kernels.scope import Lock, locked, tracing
 from nbody_pyg.models import NBodyNet
 from nbody_pyg.potential import Potential, parameter_gradients
-from nbody_pyg.recording import check_edges, check_same, complete, evaluate, flatten, reason_of, recordable
+from nbody_pyg.recording import check_edges, check_same, evaluate, flatten, reason_of, recordable
+from nbody_pyg.renamed import renamed
 from nbody_pyg.system import System
 
 #: A graph is captured when its sizes are seen for this time; so many sizes are remembered.
@@ -140,13 +141,13 @@ class _Captured:
         self._sightings: OrderedDict[Hashable, int] = OrderedDict()
         self._lock = Lock()
 
-    def _system(self, *arguments: Any, **keywords: Any) -> System | None:
+    def _system(self, stress: bool, *arguments: Any, **keywords: Any) -> System | None:
         """The checked system; None where it has to run in eager mode."""
         with self._lock:
             self.calls += 1
         if self.failure is not None or torch.is_inference_mode_enabled():
             return None
-        system = recordable(self.potential, *arguments, **keywords)
+        system = recordable(self.potential, stress, *arguments, **keywords)
         here = system is not None and system.pos.device.type == self.recorder.device_type
         return system if here else None
 
@@ -172,7 +173,7 @@ class _Captured:
         # A recorded graph checks nothing
         if graph is None or any(tensors[n] is system.z for n in fresh):
             self.potential.model.check_species(system.z)
-        other_edges = any(tensors[n].dim() == 2 and not tensors[n].is_floating_point() for n in fresh)
+        other_edges = any(tensors[n].dim() == 2 and tensors[n].dtype == torch.long for n in fresh)
         if graph is None or other_edges:
             check_edges(system.topology)
         trusted = graph is not None and graph.checks >= _CHECKS and (graph.checked_other_edges or not other_edges)
@@ -240,10 +241,9 @@ class CapturedPotential(_Captured):
     compared with eager mode. Where a capture or a comparison fails, one warning says why, and everything runs in eager
     mode from then on.
 
-    Call it as the potential itself. What runs in eager mode, without a warning: tensors on the CPU, ``training``, no
-    forces, charges, and networks with long range or on :class:`~nbody_pyg.hierarchy.SmoothSurvivors` (whose weights are
-    sums of as many terms as differ from zero). The repulsion, and the energies of isolated atoms, are added outside of
-    the graph.
+    Call it as the potential itself. What runs in eager mode, without a warning: tensors on the CPU, ``create_graph``,
+    no forces, charges, terms that do not know all elements of the network, and networks with long range or on
+    :class:`~nbody_pyg.hierarchy.SmoothSurvivors` (whose weights are sums of as many terms as differ from zero).
 
     ``calls``, ``replays`` and ``captures`` count; ``failure`` says why graphs were given up, or is None.
 
@@ -260,10 +260,11 @@ class CapturedPotential(_Captured):
     def __init__(self, potential: Potential, max_graphs: int = 4, recorder: Recorder | None = None) -> None:
         super().__init__(potential, max_graphs, recorder)
 
+    @renamed(training="create_graph")
     def __call__(
         self,
         *arguments: Any,
-        training: bool = False,
+        create_graph: bool = False,
         compute_forces: bool = True,
         compute_stress: bool = False,
         **keywords: Any,
@@ -271,19 +272,21 @@ class CapturedPotential(_Captured):
         """Results of the potential for the same arguments."""
 
         def eager() -> dict[str, Tensor]:
-            flags = {"training": training, "compute_forces": compute_forces, "compute_stress": compute_stress}
+            flags = {
+                "create_graph": create_graph, "compute_forces": compute_forces, "compute_stress": compute_stress,
+            }  # fmt: skip
             return self.potential(*arguments, **flags, **keywords)
 
-        system = self._system(*arguments, **keywords)
-        if system is None or training or not compute_forces or (compute_stress and system.cell is None):
+        system = self._system(compute_stress, *arguments, **keywords)
+        if system is None or create_graph or not compute_forces:
             return eager()
-        tensors, layout = flatten(system, compute_stress)
+        tensors, layout = flatten(self.potential, system, compute_stress)
         results = self._results(
             layout,
             tensors,
             system,
             run=lambda static: evaluate(self.potential, layout, False, static),
-            finish=lambda found: complete(self.potential, found, system),
+            finish=lambda found: dict(zip(layout.results, found, strict=True)),
             eager=eager,
         )
         return eager() if results is None else results
@@ -311,9 +314,9 @@ class CapturedStep(_Captured):
     Args:
         potential: its model must be an :class:`~nbody_pyg.models.NBodyNet`. Gradients are those of the parameters that
             require one when the step is made.
-        loss: ``loss(results, labels)``, a scalar, with the results of the potential for ``training=True``. It must not
-            ask for values of tensors, and no shape may depend on them (so no mask of missing labels). What else it
-            reads is fixed by the capture: whatever varies belongs into ``labels``.
+        loss: ``loss(results, labels)``, a scalar, with the results of the potential for ``create_graph=True``. It must
+            not ask for values of tensors, and no shape may depend on them (so no mask of missing labels). What else it
+            reads is fixed by the capture. Pass everything that varies in ``labels``.
         max_graphs: graphs that are kept, those last used; each holds the memory of one step.
         recorder: what records; by default CUDA graphs of torch.
 
@@ -340,20 +343,15 @@ class CapturedStep(_Captured):
             if not isinstance(label, Tensor):
                 raise TypeError(f"labels[{name!r}] must be a tensor, got {type(label).__name__}; use torch.as_tensor")
         labels = {name: labels[name].detach() for name in sorted(labels)}
-        system = self._system(batch)
-        if system is None or (compute_stress and system.cell is None):
+        system = self._system(compute_stress, batch)
+        if system is None:
             return self._eager(batch, labels, compute_stress)
-        tensors, layout = flatten(system, compute_stress)
-        added = self._added(tensors[0], system, compute_stress)
-        count, middle = len(tensors), len(tensors) + len(added)
+        tensors, layout = flatten(self.potential, system, compute_stress)
+        count = len(tensors)
 
         def run(static: list[Tensor]) -> list[Tensor]:
-            found = evaluate(self.potential, layout, True, static[:count])
-            *more, reference = static[count:middle]
-            found = [value + extra for value, extra in zip(found, more, strict=True)]
-            results = dict(zip(("interaction_energy", "forces", "stress"), found, strict=False))
-            results["energy"] = found[0].to(torch.float64) + reference
-            value = self._value(results, dict(zip(labels, static[middle:], strict=True)))
+            results = dict(zip(layout.results, evaluate(self.potential, layout, True, static[:count]), strict=True))
+            value = self._value(results, dict(zip(labels, static[count:], strict=True)))
             return [value.detach(), self._gradient(value)]
 
         def eager() -> dict[str, Tensor]:
@@ -362,7 +360,7 @@ class CapturedStep(_Captured):
 
         results = self._results(
             (layout, *labels),
-            [*tensors, *added, *labels.values()],
+            [*tensors, *labels.values()],
             system,
             run=run,
             finish=lambda found: dict(zip(("loss", "gradient"), found, strict=True)),
@@ -371,15 +369,6 @@ class CapturedStep(_Captured):
         if results is None:
             return self._eager(batch, labels, compute_stress)
         return _Loss.apply(results["loss"], results["gradient"], *self._parameters)
-
-    def _added(self, pos: Tensor, system: System, stress: bool) -> list[Tensor]:
-        """What has no weights: repulsion in energies, forces and stress; energies of isolated atoms."""
-        graphs = system.num_graphs
-        pos = pos.to(self.potential.model.dtype)
-        zeros = [pos.new_zeros(graphs), torch.zeros_like(pos)] + [pos.new_zeros(graphs, 3, 3)] * stress
-        rest = complete(self.potential, zeros, system)
-        names = ("interaction_energy", "forces", "stress")[: len(zeros)]
-        return [*(rest[name] for name in names), rest["energy"] - rest["interaction_energy"]]
 
     def _compare(self, found: dict[str, Tensor], wanted: dict[str, Tensor], dtype: torch.dtype) -> None:
         """Parameter by parameter: the gradients of some are small."""
@@ -391,7 +380,7 @@ class CapturedStep(_Captured):
         check_same(first, second, [], dtype)
 
     def _eager(self, batch: Data, labels: dict[str, Tensor], stress: bool) -> Tensor:
-        return self._value(self.potential(batch, compute_stress=stress, training=True), labels)
+        return self._value(self.potential(batch, compute_stress=stress, create_graph=True), labels)
 
     def _value(self, results: dict[str, Tensor], labels: dict[str, Tensor]) -> Tensor:
         value = self.loss(results, labels)

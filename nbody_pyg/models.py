@@ -506,9 +506,9 @@ class NBodyNet(Resettable):
             features[key] = self.embeddings[step.edges](index, vec, window, hierarchy[step.level].num_parts)
         return features[key]
 
-    def check_species(self, z: Integer[Tensor, " atoms"]) -> None:
-        """Raise ValueError where an element is not one of this network's."""
-        self._number(z)
+    def check_species(self, z: Integer[Tensor, " atoms"]) -> Int[Tensor, " atoms"]:
+        """Number of the element of each atom. Raises ValueError where an element is not one of this network's."""
+        return self._number(z)
 
     def _species_index(self, system: System) -> Int[Tensor, " atoms"]:
         """Number of the element of each atom, looked up unless the system brings it."""

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from torch_geometric.data import Data
 
 from nbody_pyg.geometry import rounded_positions, safe_norm
-from nbody_pyg.hierarchy import Hierarchy
+from nbody_pyg.hierarchy import Hierarchy, Scheme
 from nbody_pyg.hierarchy.positions import atomic_masses
 from nbody_pyg.models import NBodyNet
+from nbody_pyg.network import network_of
 from nbody_pyg.nn.edges import sum_into
 from nbody_pyg.nn.irreps import clebsch_gordan, reset
-from nbody_pyg.potential import known_state, model_keywords
 from nbody_pyg.system import System
 
 #: Readout -> (scalars, vectors, tensors of degree 2) that it takes from every part, and the shape of its value.
@@ -132,7 +132,7 @@ class PropertyModel(nn.Module):
         names = [p.name for p in self.properties]
         if not names or len(set(names)) < len(names):
             raise ValueError(f"properties must have names of their own, got {names or 'none'}")
-        self._keywords = model_keywords(model)
+        self.network = network_of(model)
         self.statistics = {name: (statistics or {}).get(name, Statistics()) for name in names}
         if isinstance(model, NBodyNet):
             wanted = property_irreps(self.properties)
@@ -162,12 +162,17 @@ class PropertyModel(nn.Module):
     @property
     def species(self) -> tuple[int, ...] | None:
         """Atomic numbers that the network knows, where it says so."""
-        return getattr(self.model, "species", None)
+        return self.network.species
+
+    @property
+    def scheme(self) -> Scheme | None:
+        """The scheme of the network, where it has one."""
+        return self.network.scheme
 
     def forward(self, data: Data) -> dict[str, Tensor]:
         """Value of each property, float64, (graphs, *shape)."""
         own = self.model if isinstance(self.model, NBodyNet) else None
-        system = known_state(self.model, self._keywords, System.from_data(data) if own is None else own.read(data))
+        system = self.network.known(System.from_data(data) if own is None else own.read(data))
         centre = self._centre(system)
         raw = self._from_other(system) if own is None else self._from_network(own, system, centre)
         return {p.name: self._restored(p, raw[p.name], system, centre) for p in self.properties}

@@ -13,8 +13,10 @@ from torch import Tensor
 from nbody_pyg.hierarchy.survivors import SmoothSurvivors
 from nbody_pyg.hierarchy.topology import Topology
 from nbody_pyg.kernels.operands import check_range
-from nbody_pyg.potential import MODEL_INPUTS, Potential, derivatives, parameter_gradients
-from nbody_pyg.system import System
+from nbody_pyg.network import MODEL_INPUTS
+from nbody_pyg.nn.term import covering_edges, search
+from nbody_pyg.potential import Potential, parameter_gradients
+from nbody_pyg.system import Species, System
 
 #: Largest difference from eager mode, relative to the largest number of a result.
 TOLERANCE = {torch.float32: 2e-4, torch.float64: 1e-9}
@@ -24,48 +26,62 @@ TOLERANCE = {torch.float32: 2e-4, torch.float64: 1e-9}
 class Layout:
     """How a list of tensors stands for a system: for each field the number of its tensor, or None.
 
-    ``fields``: z, batch, cell, periodic, then num_parts, batch, child_index, child_shift, pair_index, pair_shift level
-    by level. Fields that share a tensor share a number (shells of one radius compute their features once).
+    ``fields``: z, batch, cell, pbc, numbers of the elements, periodic, then num_parts, batch, child_index, child_shift,
+    pair_index, pair_shift level by level, then index and shift of each list of ``cutoffs``. Fields that share a tensor
+    share a number (shells of one radius compute their features once).
     """
 
     fields: tuple[int | None, ...]
     levels: int
     stress: bool
+    cutoffs: tuple[float, ...]
+
+    @property
+    def results(self) -> tuple[str, ...]:
+        """Names of what :func:`evaluate` returns."""
+        return ("interaction_energy", "forces", *["stress"] * self.stress, "energy")
 
 
-def recordable(potential: Potential, z: Any, pos: Any = None, batch: Any = None, **keywords: Any) -> System | None:
-    """The checked system of a call; None where its energy depends on more than :func:`evaluate` knows.
+def recordable(
+    potential: Potential, stress: bool, z: Any, pos: Any = None, batch: Any = None, **keywords: Any
+) -> System | None:
+    """The checked system of a call; None where a recorded program cannot follow its energy.
 
     That is charges, spins, long range and survivors: the weights of :class:`~nbody_pyg.hierarchy.SmoothSurvivors` leave
-    out what is zero at these positions, so that the number of their terms is a value, which no recorded program could
-    follow.
+    out what is zero at these positions, so that the number of their terms is a value. It is also a term that does not
+    know all elements of the network, and a stress without a cell, of which eager mode tells.
     """
     system = potential.system(z, pos, batch, **{key: keywords.get(key) for key in MODEL_INPUTS})
     # By the scheme as well: where there is no topology yet, the search for one is left to eager mode
     centre = () if system.topology is None else system.topology.centre
-    survivors = isinstance(potential.model.scheme, SmoothSurvivors) or any(index is not None for index in centre)
+    survivors = isinstance(potential.scheme, SmoothSurvivors) or any(index is not None for index in centre)
     charged = any(value is not None for value in (system.total_charge, system.formal_charges, system.spin))
-    if survivors or charged or potential.model.long_range is not None:
+    known = [term.species for term in (potential.reference, *potential.interactions()) if term is not None]
+    foreign = any(species is not None and not set(potential.species) <= set(species) for species in known)
+    if survivors or charged or foreign or potential.network.long_range or (stress and system.cell is None):
         return None
-    return system if system.topology is not None else system.replace(topology=potential.model.scheme.compose(system))
+    return system if system.topology is not None else system.replace(topology=potential.scheme.compose(system))
 
 
-def flatten(system: System, stress: bool) -> tuple[list[Tensor], Layout]:
+def flatten(potential: Potential, system: System, stress: bool) -> tuple[list[Tensor], Layout]:
     """A system with a topology as tensors, positions first, each the very object that it holds unless that has a
-    gradient."""
+    gradient; and lists of neighbours for the terms that need more than its edges."""
     topology = system.topology
     count = topology.num_levels
+    reach = {term.cutoff for term in potential.interactions() if term.cutoff is not None}
+    cutoffs = tuple(cutoff for cutoff in sorted(reach) if covering_edges(potential.scheme, cutoff) is None)
     batches = [system.batch, *(topology.batch(k) for k in range(1, count))]
     columns = (topology.num_parts, batches, topology.child_index, topology.child_shift,
-               topology.pair_index, topology.pair_shift)  # fmt: skip
-    values = [system.z, system.batch, system.cell, topology.periodic, *itertools.chain(*columns)]
+               topology.pair_index, topology.pair_shift, *(search(system, cutoff) for cutoff in cutoffs))  # fmt: skip
+    species = None if system.species is None else system.species.index
+    values = [system.z, system.batch, system.cell, system.pbc, species, topology.periodic, *itertools.chain(*columns)]
     tensors, numbers = [system.pos.detach()], {}
     for value in values:
         if value is not None and id(value) not in numbers:
             numbers[id(value)] = len(tensors)
             tensors.append(value.detach() if value.requires_grad else value)
     fields = tuple(None if value is None else numbers[id(value)] for value in values)
-    return tensors, Layout(fields, count, stress)
+    return tensors, Layout(fields, count, stress, cutoffs)
 
 
 def check_edges(topology: Topology) -> None:
@@ -82,32 +98,21 @@ def check_edges(topology: Topology) -> None:
             check_range(f"pair_index[{level}]", pair, size)
 
 
-def evaluate(potential: Potential, layout: Layout, training: bool, tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Energies of the model, forces and, where asked for, stress; no value is looked at, nothing waits for a GPU."""
-    pos, model = tensors[0], potential.model
-    z, batch, cell, periodic, *fields = (None if n is None else tensors[n] for n in layout.fields)
-    count = layout.levels
+def evaluate(potential: Potential, layout: Layout, create_graph: bool, tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The results of the potential, as ``layout.results`` names them. No value is looked at: no wait for a GPU."""
+    count, tail = layout.levels, -2 * len(layout.cutoffs) or None
+    z, batch, cell, pbc, index, periodic, *fields = (None if n is None else tensors[n] for n in layout.fields)
     parts, batches, child, child_shift, pair, pair_shift = (tuple(fields[k * count :][:count]) for k in range(6))
     topology = Topology(parts, child, pair, child_shift, pair_shift, None, periodic).assume(batches)
-
-    def energy(pos: Tensor, cell: Tensor | None) -> Tensor:
-        system = System(z, pos, batch, topology.num_graphs, cell)
-        value = model.total(model.scheme.place(topology, system, dtype=model.dtype))
-        return value * potential.scale.to(value.dtype)
-
-    found = derivatives(energy, pos, cell, batches[0], layout.stress, create_graph=training)
-    return found if training else [value.detach() for value in found]
-
-
-def complete(potential: Potential, found: Sequence[Tensor], system: System) -> dict[str, Tensor]:
-    """Results of :func:`evaluate` as those of the potential: with the repulsion, which has no weights and acts on few
-    pairs or none, and the energies of the isolated atoms."""
-    results = dict(zip(("interaction_energy", "forces", "stress"), found, strict=False))
-    potential.add_repulsion(results, system)
-    results["energy"] = results["interaction_energy"].to(torch.float64)
-    if potential.reference is not None:
-        results["energy"] = results["energy"] + potential.reference.energy(system)
-    return results
+    species = None if index is None else Species(potential.species, index)
+    system = System(z, tensors[0], batch, topology.num_graphs, cell, pbc, topology=topology, species=species)
+    lists = (
+        dict(zip(layout.cutoffs, zip(fields[tail::2], fields[tail + 1 :: 2], strict=True), strict=True))
+        if tail
+        else None
+    )
+    found = potential.evaluate(system, stress=layout.stress, create_graph=create_graph, lists=lists)
+    return [found[name] for name in layout.results]
 
 
 def check_same(

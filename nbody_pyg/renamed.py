@@ -1,4 +1,4 @@
-"""Old names of arguments are accepted with a warning."""
+"""Old names of arguments and functions are accepted with a warning."""
 
 from __future__ import annotations
 
@@ -30,3 +30,14 @@ def renamed(**names: str) -> Callable[[Function], Function]:
         return call  # type: ignore[return-value]
 
     return decorate
+
+
+def former(name: str, function: Function) -> Function:
+    """A function under its old name, with a warning."""
+
+    @functools.wraps(function)
+    def call(*arguments: Any, **keywords: Any) -> Any:
+        warnings.warn(f"{name} is now called {function.__name__}; it will go in 0.4", DeprecationWarning, stacklevel=2)
+        return function(*arguments, **keywords)
+
+    return call  # type: ignore[return-value]

@@ -26,7 +26,7 @@ def energies(args: argparse.Namespace) -> int:
     potential = load_potential(args.model).double()
     frames = read_structures(args.file)
     metadata = read_metadata(args.model)["metadata"]
-    scheme = getattr(potential.model, "scheme", None)
+    scheme = potential.scheme
 
     names = [] if scheme is None else [level.name for level in scheme.levels]
     level = _level(names, args.level)

@@ -31,7 +31,8 @@ from nbody_pyg.datasets.readers import frames_of, without_labels
 from nbody_pyg.datasets.systems import named_units, read_systems
 from nbody_pyg.deploy import load_model, read_metadata, with_reference
 from nbody_pyg.durable import written_whole
-from nbody_pyg.potential import Potential, frame_states
+from nbody_pyg.network import frame_states
+from nbody_pyg.potential import Potential
 from nbody_pyg.properties import Property, PropertyModel
 from nbody_pyg.required import required
 from nbody_pyg.training.evaluation import Evaluation
@@ -171,7 +172,7 @@ def _evaluate(potential: Potential | PropertyModel, data: EvaluationSet, path: s
     """Predictions for all frames that the model takes."""
 
     def run(frames: Frames) -> Evaluation | PropertyEvaluation:
-        frames = frames.replaced(with_reference(frames, path, getattr(potential.model, "scheme", None)))
+        frames = frames.replaced(with_reference(frames, path, potential.scheme))
         if isinstance(potential, PropertyModel):
             return evaluate_properties(potential, frames, args.batch_size, args.device)
         return predict(potential, frames, args.batch_size, args.device)

@@ -23,7 +23,8 @@ from nbody_pyg.datasets import label_audit
 from nbody_pyg.datasets.splits import Split, read_split
 from nbody_pyg.deploy import read_metadata, reference_record, save_model
 from nbody_pyg.durable import write_json, write_text
-from nbody_pyg.potential import Potential, frame_states
+from nbody_pyg.network import frame_states
+from nbody_pyg.potential import Potential
 from nbody_pyg.properties import PropertyModel
 from nbody_pyg.system import DEFAULT_STATE
 from nbody_pyg.training.build import potential_from_config
@@ -211,9 +212,9 @@ def _describe(potential: Potential | PropertyModel, config: Config) -> None:
     else:
         _print_elements({} if potential.reference is None else potential.reference.energies, "eV", "E0", "none")
         scale = f"scale   {float(potential.scale):.4f}   "
-    for key in sorted(getattr(potential.model, "used", ())):
+    for key in sorted(potential.network.used):
         print(f"input   {key}{' (spin multiplicity 2S + 1)' if key == 'spin' else ''}")
-    for key, value in potential.model.assumed.items():
+    for key, value in potential.network.assumed.items():
         print(f"fixed   {key} {value:g}: that of all training frames, and the only one that the model knows")
     limits = {
         "CPU s": config.training.budget_seconds,

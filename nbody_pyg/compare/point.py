@@ -23,10 +23,11 @@ from nbody_pyg.compare.graph import CutoffGraph
 from nbody_pyg.compare.measure import latency, machine, peak_memory
 from nbody_pyg.compare.peer import Facts
 from nbody_pyg.compare.registry import build_peer, version
-from nbody_pyg.datasets import fit_reference
+from nbody_pyg.datasets import fit_atomic_energies
 from nbody_pyg.durable import write_json
+from nbody_pyg.energy import AtomicReference
 from nbody_pyg.models import edge_degrees
-from nbody_pyg.potential import AtomicReference, Potential
+from nbody_pyg.potential import Potential
 from nbody_pyg.training.config import Config, DataConfig, parse_config
 from nbody_pyg.training.evaluation import evaluate
 from nbody_pyg.training.labels import force_variance, label_shapes
@@ -223,7 +224,7 @@ def build(point: Point, config: Config, data: DataSets) -> Potential:
     scale = config.model.scale
     potential = Potential(
         peer,
-        AtomicReference(fit_reference(data.train, config.data.e0)),
+        AtomicReference(fit_atomic_energies(data.train, config.data.e0)),
         force_variance(data.train) ** 0.5 if scale == "forces" else float(scale),
     ).to(getattr(torch, config.training.dtype))
     return known_states(potential, data)
@@ -241,7 +242,7 @@ def warm_up(potential: Potential, frames: Sequence[Data], settings: TrainingConf
 
     def step(batch: Data) -> None:
         forces = "forces" in batch
-        result = potential(batch, compute_forces=forces, training=True)
+        result = potential(batch, compute_forces=forces, create_graph=True)
         error = result["interaction_energy"] / len(batch.z)
         loss(error, result["forces"] - batch.forces.to(result["forces"].dtype) if forces else None).backward()
         potential.zero_grad(set_to_none=True)

@@ -10,7 +10,7 @@ from nbody_pyg.datasets.md17 import load_md17, load_rmd17
 from nbody_pyg.datasets.pyg import from_pyg
 from nbody_pyg.datasets.qm9 import load_qm9, load_qm9_dipoles, qm9_atomref, qm9_split
 from nbody_pyg.datasets.readers import read_frames
-from nbody_pyg.datasets.reference import fit_reference
+from nbody_pyg.datasets.reference import fit_atomic_energies, fit_reference  # noqa: F401 (the old name)
 from nbody_pyg.datasets.splits import FrameSplit, Split, read_indices, read_split, split_indices
 
 __all__ = [
@@ -21,7 +21,7 @@ __all__ = [
     "embedded",
     "embedded_folder",
     "embedded_manifest",
-    "fit_reference",
+    "fit_atomic_energies",
     "from_pyg",
     "label_audit",
     "load_md17",

@@ -14,12 +14,13 @@ from nbody_pyg.data import AtomicData
 from nbody_pyg.datasets.audit import require_labels
 from nbody_pyg.datasets.frames import has_label, listed, shaped_label
 from nbody_pyg.messages import symbols
+from nbody_pyg.renamed import former
 
 _LARGE = 50.0  # eV per atom; no chemical bond is that strong
 logger = logging.getLogger(__name__)
 
 
-def fit_reference(
+def fit_atomic_energies(
     frames: Sequence[AtomicData], mode: str | Mapping[int, float] | Mapping[str, float] = "lstsq"
 ) -> dict[int, float]:
     r"""One energy per element, so that :math:`E - \sum_i E_0(z_i)` is small.
@@ -102,6 +103,9 @@ def _usual(energies: np.ndarray, counts: np.ndarray) -> np.ndarray:
 
 def _mean_per_atom(energies: np.ndarray, counts: np.ndarray) -> float:
     return float(energies.sum() / counts.sum())
+
+
+fit_reference = former("fit_reference", fit_atomic_energies)
 
 
 def _from_mapping(given: Mapping[int, float] | Mapping[str, float], species: Sequence[int]) -> np.ndarray:

@@ -174,7 +174,7 @@ class NBodyCalculator(SharedCalculator):
         if dtype is not None:
             self.potential.to(_DTYPES[dtype])
         self.device = torch.device(device)
-        self.scheme = getattr(self.potential.model, "scheme", None)
+        self.scheme = self.potential.scheme
         self.topologies = None
         if self.scheme is not None:
             self.topologies = TopologyCache(self.scheme, skin, start=self._parts, trim=not cuda_graphs)
@@ -289,7 +289,7 @@ class NBodyCalculator(SharedCalculator):
             self.results["energies"] = self._energies(system)
 
     def _check_species(self, atoms: Atoms) -> None:
-        species = getattr(self.potential.model, "species", None)
+        species = self.potential.species
         unknown = sorted(set(atoms.numbers.tolist()) - set(species)) if species is not None else []
         if unknown:
             raise ValueError(
@@ -371,11 +371,11 @@ class NBodyCalculator(SharedCalculator):
 
     def _energies(self, system: System) -> np.ndarray:
         """Contribution of each atom with its E0; they sum to the energy."""
-        if self.scheme is None or not getattr(self.scheme, "centred", False):
+        if self.scheme is None or not self.scheme.centred:
             raise PropertyNotImplementedError("energies need a hierarchy in which every part is centred on an atom")
         parts = self.potential.energies(system)
         own = [values for k, values in parts.levels.items() if len(values) == len(system.z)]
-        return (torch.stack(own).sum(0) + parts.repulsion + parts.reference).cpu().numpy()
+        return (torch.stack(own).sum(0) + parts.atoms).cpu().numpy()
 
 
 def _captured(potential: Potential, device: torch.device) -> CapturedPotential:

@@ -52,7 +52,7 @@ class Committee(SharedCalculator):
         if isinstance(members, (str, Path)) or len(members) < 2:
             raise ValueError(f"members must list at least two potentials or model files, got {members!r}")
         self.members = [NBodyCalculator(member, **options) for member in members]
-        known = {tuple(getattr(m.potential.model, "species", None) or ()) for m in self.members}
+        known = {m.potential.species or () for m in self.members}
         if len(known) > 1:
             raise ValueError(f"members must know the same elements, got {sorted(known)}; train them on the same data")
         self._share_lists()

@@ -19,13 +19,14 @@ from nbody_pyg.required import required
 class EnergyExplanation:
     r"""The energy of one structure, taken apart along its hierarchy.
 
-    .. math:: E = \sum_i E_0(z_i) + \sum_k \sum_{P \in \mathrm{level}\ k} \epsilon_P + \sum_i V_i
+    .. math:: E = \sum_i E_0(z_i) + \sum_k \sum_{P \in \mathrm{level}\ k} \epsilon_P + \sum_i V_i + \sum_i E_i
 
     ==================  ================================  ===================================================
     field               shape, unit                       meaning
     ==================  ================================  ===================================================
     ``own``             {level: [parts]}, eV              :math:`\epsilon_P`, what the network reads off a part
     ``repulsion``       [atoms], eV                       :math:`V_i`, half of that of each close pair
+    ``terms``           [atoms], eV                       sum of the terms of one's own
     ``reference``       [atoms], eV                       :math:`E_0(z_i)`
     ``total``           eV                                E: the sum of all of them, to round-off
     ==================  ================================  ===================================================
@@ -40,21 +41,23 @@ class EnergyExplanation:
     own: dict[int, Tensor]
     repulsion: Tensor
     reference: Tensor
+    terms: Tensor
 
     @property
     def total(self) -> float:
-        parts = [*self.own.values(), self.repulsion, self.reference]
+        parts = [*self.own.values(), self.repulsion, self.reference, self.terms]
         return float(torch.stack([part.sum() for part in parts]).sum())
 
     @property
     def by_level(self) -> dict[str, float]:
-        """Sum over the parts of each level, by name, and of repulsion and isolated atoms."""
-        levels = {self.names[k]: float(values.sum()) for k, values in sorted(self.own.items())}
-        return levels | {"repulsion": float(self.repulsion.sum()), "isolated atoms": float(self.reference.sum())}
+        """Sum over the parts of each level, by name, and of repulsion, terms of one's own and isolated atoms."""
+        rows = {self.names[k]: values for k, values in sorted(self.own.items())} | {"repulsion": self.repulsion}
+        rows |= {"own terms": self.terms} if bool(self.terms.any()) else {}
+        return {name: float(values.sum()) for name, values in (rows | {"isolated atoms": self.reference}).items()}
 
     def on_atoms(self) -> Float[Tensor, " atoms"]:
         """Interaction energy by atom: that of a part goes to its centre atom, or in equal shares to its atoms."""
-        total = self.repulsion.clone()
+        total = self.repulsion + self.terms
         atoms = len(total)
         for k, values in self.own.items():
             if len(values) == atoms and k < self.topology.num_levels - 1 and self._centred:
@@ -72,7 +75,8 @@ class EnergyExplanation:
         """
         if not 0 <= level < self.topology.num_levels:
             raise ValueError(f"level must lie in 0..{self.topology.num_levels - 1}, got {level}")
-        total = self.own[0] + self.repulsion if 0 in self.own else self.repulsion
+        total = self.repulsion + self.terms
+        total = total + self.own[0] if 0 in self.own else total
         for k in range(1, level + 1):
             child, parent = required(self.topology.child_index[k])
             if len(child.unique()) != len(child):
@@ -93,9 +97,8 @@ class EnergyExplanation:
         if not same or any(len(self.own[k]) != len(other.own[k]) for k in self.own):
             raise ValueError("other must have the same atoms and parts; give both the same topology")
         own = {k: values - other.own[k] for k, values in self.own.items()}
-        return replace(
-            self, own=own, repulsion=self.repulsion - other.repulsion, reference=self.reference - other.reference
-        )
+        rest = {name: getattr(self, name) - getattr(other, name) for name in ("repulsion", "reference", "terms")}
+        return replace(self, own=own, **rest)
 
     @property
     def _centred(self) -> bool:
@@ -115,7 +118,5 @@ def explain_energy(potential: Potential, frame: Data, topology: Topology | None 
     if frame.get("batch") is not None and int(frame.batch.max()) > 0:
         raise ValueError("frame must be a single structure, got a batch; pass batch.get_example(i)")
     parts = potential.energies(frame, topology=topology)
-    names = tuple(spec.name for spec in potential.model.scheme.levels)
-    return EnergyExplanation(
-        AtomicData.from_data(frame), parts.hierarchy.topology(), names, parts.levels, parts.repulsion, parts.reference
-    )
+    names = tuple(spec.name for spec in potential.scheme.levels)
+    return EnergyExplanation(AtomicData.from_data(frame), parts.hierarchy.topology(), names, parts.levels, *parts[2:])

@@ -107,6 +107,7 @@ def _draw_levels(ax: Axes, explanation: EnergyExplanation) -> None:
     """One bar per level, its parts as segments: those that raise the energy to the right, the others to the left."""
     rows = [(explanation.names[k], values.numpy()) for k, values in sorted(explanation.own.items())]
     rows.append(("repulsion", explanation.repulsion.numpy()))
+    rows += [("own terms", explanation.terms.numpy())] if bool(explanation.terms.any()) else []
     for number, (_, values) in enumerate(rows):
         for sign in (1.0, -1.0):
             edge = 0.0

@@ -363,10 +363,10 @@ def _summary(potential: Potential | PropertyModel) -> dict[str, Any]:
 
 
 def _species(potential: Potential | PropertyModel) -> list[int] | None:
-    for source in (potential.model, getattr(potential, "reference", None)):
-        if (species := getattr(source, "species", None)) is not None:
-            return [int(z) for z in species]
-    return None
+    species = potential.species
+    if species is None and isinstance(potential, Potential) and potential.reference is not None:
+        species = potential.reference.species
+    return None if species is None else list(species)
 
 
 def _version(package: str) -> str:

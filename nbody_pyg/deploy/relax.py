@@ -18,7 +18,8 @@ from nbody_pyg.data import AtomicData, has_hierarchy
 from nbody_pyg.datasets.readers import without_labels
 from nbody_pyg.deploy.reference import bond_changes, with_reference
 from nbody_pyg.hierarchy import Topology, TopologyCache
-from nbody_pyg.potential import Potential, check_states, model_frames
+from nbody_pyg.network import check_states, model_frames
+from nbody_pyg.potential import Potential
 from nbody_pyg.system import System
 
 _MEMORY = 30
@@ -114,7 +115,7 @@ class _Active:
         free: Tensor | None = None,
     ) -> None:
         self.free = free
-        self.potential, self.scheme = potential, getattr(potential.model, "scheme", None)
+        self.potential, self.scheme = potential, potential.scheme
         # The parts that a structure starts with stay its parts; they are independent of the other structures.
         self.parted = None
         if parts is not None:
@@ -201,7 +202,7 @@ def relax(
     data: Sequence[Data] = [as_data(frame, number) for number, frame in enumerate(frames)]
     _check_periodicity(data)
     if reference is not None:
-        data = with_reference(data, reference, getattr(potential.model, "scheme", None))
+        data = with_reference(data, reference, potential.scheme)
     check_states(potential.model, data)  # in a batch no frame has its number
     parts = []
     for i in range(0, len(data), batch_size):
@@ -324,7 +325,7 @@ def _relax_batch(
 ) -> Relaxation:
     keys = ("z", "pos", "cell", "pbc", "charge", "charges", "spin")
     plain = [AtomicData.from_data(Data(**{k: frame[k] for k in keys if frame.get(k) is not None})) for frame in frames]
-    scheme, parts = getattr(potential.model, "scheme", None), None
+    scheme, parts = potential.scheme, None
     if scheme is not None and scheme.keeps_parts:
         parts = [scheme.read(f if has_hierarchy(f) else scheme(f)) for f in frames]
     active = _Active(potential, _alike(potential.model, plain), parts, _free(frames))

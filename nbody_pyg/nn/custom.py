@@ -39,7 +39,10 @@ def gate_factories(given: GateFactory | str | Mapping[str, GateFactory | str] | 
     by_kind = dict(given) if isinstance(given, Mapping) else dict.fromkeys(KINDS, given)
     if not by_kind or not set(by_kind) <= set(KINDS):
         raise ValueError(f"gate must be a class of gates, or a mapping from some of {KINDS} to one, got {short(given)}")
-    return {kind: _imported(one) if isinstance(one, str) else _callable(one) for kind, one in by_kind.items()}
+    return {
+        kind: imported_class(one, nn.Module, "gate") if isinstance(one, str) else _callable(one)
+        for kind, one in by_kind.items()
+    }
 
 
 def gate_names(factories: Mapping[str, GateFactory]) -> dict[str, str]:
@@ -47,16 +50,21 @@ def gate_names(factories: Mapping[str, GateFactory]) -> dict[str, str]:
 
     Raises: ValueError: a factory that is no class, or no class at the top of an importable module.
     """
-    names = {}
-    for kind, factory in factories.items():
-        name = f"{factory.__module__}:{factory.__qualname__}" if isinstance(factory, type) else repr(factory)
-        if not isinstance(factory, type) or _found(name) is not factory:
-            raise ValueError(
-                "gate must be a class at the top of a module to be saved or copied by its settings, got "
-                f"{short(name)}; define one there that calls it"
-            )
-        names[kind] = name
-    return names
+    return {kind: class_name(factory, "gate") for kind, factory in factories.items()}
+
+
+def class_name(cls: Any, what: str) -> str:
+    """Where a class is defined, "module:name", as a model file tells it; ``what`` it is of, for messages.
+
+    Raises: ValueError: no class, or no class at the top of an importable module.
+    """
+    name = f"{cls.__module__}:{cls.__qualname__}" if isinstance(cls, type) else repr(cls)
+    if not isinstance(cls, type) or _found(name) is not cls:
+        raise ValueError(
+            f"{what} must be a class at the top of a module to be saved or copied by its settings, got "
+            f"{short(name)}; define one there that calls it"
+        )
+    return name
 
 
 def checked_state(x: Tensor, gate: nn.Module, targets: int, irreps: o3.Irreps) -> Tensor:
@@ -88,13 +96,16 @@ def _found(name: str) -> Any:
     return getattr(sys.modules.get(module), attribute, None) if attribute else None
 
 
-def _imported(name: str) -> type[nn.Module]:
-    """The class of this name. Nothing is imported: a model file must not run code."""
+def imported_class(name: str, base: type[nn.Module], what: str) -> type:
+    """The class of this name. Nothing is imported: a model file must not run code.
+
+    Raises: ValueError: no loaded module defines such a class.
+    """
     found = _found(name)
-    if not isinstance(found, type) or not issubclass(found, nn.Module):
+    if not isinstance(found, type) or not issubclass(found, base):
         module = name.partition(":")[0]
         raise ValueError(
-            f"gate {short(name)} is not known: no module that was imported defines such a class of gates; import "
+            f"{what} {short(name)} is not known: no module that was imported defines such a class; import "
             f"{short(module)} first"
         )
     return found

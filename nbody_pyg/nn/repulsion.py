@@ -5,19 +5,19 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from ase.data import atomic_numbers, chemical_symbols, covalent_radii
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 from torch_geometric.data import Data
 
 from nbody_pyg.geometry import edge_vectors, neighbour_list
-from nbody_pyg.hierarchy import Scheme
+from nbody_pyg.kernels.scope import has_values
 from nbody_pyg.nn.exact import Float64Buffers
+from nbody_pyg.nn.term import EnergyTerm, Structure
 from nbody_pyg.radial import quintic_step
-from nbody_pyg.system import System
 
 #: e^2 / (4 pi eps_0), eV angstrom (CODATA 2018).
 COULOMB = 14.3996454784
@@ -37,26 +37,7 @@ FADE_FROM = 0.7
 _SEEN_WITHIN, _MAX_FRAMES = 3.0, 2000
 
 
-class CloseContacts(NamedTuple):
-    """Energies and slopes of the pairs that are near enough to feel the repulsion.
-
-    ==============  ==================  =====================================================
-    field           shape, unit
-    ==============  ==================  =====================================================
-    ``index``       [2, pairs]          source, target; each pair stands there in both orders
-    ``vec``         [pairs, 3], A       from target to source
-    ``energy``      [pairs], eV         of the pair: half of it belongs to the target
-    ``slope``       [pairs], eV/A       its derivative by the distance
-    ==============  ==================  =====================================================
-    """
-
-    index: Tensor
-    vec: Tensor
-    energy: Tensor
-    slope: Tensor
-
-
-class ZBLRepulsion(Float64Buffers):
+class ZBLRepulsion(EnergyTerm, Float64Buffers):
     r"""Screened Coulomb repulsion between nuclei, faded out before bonds begin.
 
     .. math::
@@ -85,7 +66,7 @@ class ZBLRepulsion(Float64Buffers):
         ZBLRepulsion(H-H 0.46, H-O 0.73, O-O 0.99 angstrom)
     """
 
-    _float64 = ("charge", "inverse_length", "end")
+    _float64 = ("charge", "inverse_length", "end", "screen")
 
     def __init__(self, species: Sequence[int], reach: Mapping[str, float] | None = None) -> None:
         super().__init__()
@@ -93,7 +74,7 @@ class ZBLRepulsion(Float64Buffers):
         if not self.species or self.species[0] < 1 or self.species[-1] > 118:
             raise ValueError(f"species must be atomic numbers between 1 and 118, got {list(species)}; e.g. [1, 6, 8]")
         self.reach = self._reach(reach or {})
-        self.longest = max(self.reach.values())
+        self.cutoff = max(self.reach.values())
         size = len(self.species)
         table = torch.full((119,), -1, dtype=torch.long)
         table[list(self.species)] = torch.arange(size)
@@ -107,6 +88,9 @@ class ZBLRepulsion(Float64Buffers):
         self.register_buffer("charge", COULOMB * number[:, None] * number, persistent=False)
         self.register_buffer("inverse_length", (power[:, None] + power) / SCREEN_LENGTH, persistent=False)
         self.register_buffer("end", ends, persistent=False)
+        self.register_buffer(
+            "screen", torch.tensor((SCREEN_WEIGHTS, SCREEN_EXPONENTS), dtype=torch.float64), persistent=False
+        )
 
     def _reach(self, given: Mapping[str, float]) -> dict[str, float]:
         reach = {
@@ -143,48 +127,34 @@ class ZBLRepulsion(Float64Buffers):
                 shortest[pair_name(a, b)] = min(least, shortest.get(pair_name(a, b), math.inf))
         return cls(species, {name: SEEN_FACTOR * length for name, length in shortest.items()})
 
-    def contacts(self, system: System, index: Int[Tensor, "2 edges"], vec: Float[Tensor, "edges 3"]) -> CloseContacts:
-        """The pairs within reach among some edges, which hold each pair in both orders.
-
-        Edges of an atom with itself at distance zero (a shell contains its centre) are passed over.
-        """
-        square = vec.detach().square().sum(-1)
-        near = ((square < self.longest**2) & (square > 0)).nonzero().flatten()
-        species = system.index_among(self.species)
-        species = self._species_index(system.z) if species is None else species
-        source, target = species[index.index_select(1, near)]
-        kind = source * len(self.species) + target
-        # Twice, as the kinds are needed only where some kind could be near enough.
-        kept = (square.index_select(0, near) < self.end.flatten()[kind] ** 2).nonzero().flatten()
-        near, kind = near.index_select(0, kept), kind.index_select(0, kept)
-        index, vec = index.index_select(1, near), vec.index_select(0, near)
-        energy, slope = self._pair(vec.square().sum(-1).sqrt(), kind)
-        return CloseContacts(index, vec, energy, slope)
-
-    def energy(
-        self, system: System, index: Int[Tensor, "2 edges"], vec: Float[Tensor, "edges 3"]
-    ) -> Float[Tensor, " atoms"]:
+    def forward(self, structure: Structure) -> Float[Tensor, " atoms"]:
         """Share of each atom in the repulsion, eV: half of each of its pairs."""
-        found = self.contacts(system, index, vec)
-        return vec.new_zeros(system.z.shape[0]).index_add(0, found.index[1], 0.5 * found.energy)
+        index, vec = structure.pairs(self.cutoff)
+        species = structure.system.index_among(self.species)
+        source, target = (self._species_index(structure.z) if species is None else species)[index]
+        kind, square = source * len(self.species) + target, vec.square().sum(-1)
+        near = square < self.end.flatten()[kind].square()
+        if has_values(square):  # normal structures have none
+            kept = near.nonzero().flatten()
+            index, square, kind = (x.index_select(-1, kept) for x in (index, square, kind))
+        energy = vec.new_zeros(structure.z.shape[0])
+        if square.shape[0] == 0:
+            return energy
+        return energy.index_add(0, index[1], 0.5 * self._pair(square, kind))
 
-    def _pair(self, r: Tensor, kind: Tensor) -> tuple[Tensor, Tensor]:
-        """V and dV/dr of pairs at distance r, each with the number of its kind."""
-        charge, rate, end = (t.flatten()[kind].to(r.dtype) for t in (self.charge, self.inverse_length, self.end))
-        exponents = rate.unsqueeze(-1) * rate.new_tensor(SCREEN_EXPONENTS)
-        terms = torch.exp(-r.unsqueeze(-1) * exponents) * rate.new_tensor(SCREEN_WEIGHTS)
-        screen, screen_slope = terms.sum(-1), -(terms * exponents).sum(-1)
+    def _pair(self, square: Tensor, kind: Tensor) -> Tensor:
+        """V of pairs at a squared distance, each with the number of its kind; zero beyond their reach."""
+        charge, rate, end = (t.flatten()[kind].to(square.dtype) for t in (self.charge, self.inverse_length, self.end))
+        r = torch.minimum(square, end * end).sqrt()
+        weights, exponents = self.screen.to(square.dtype)
+        screen = (torch.exp(-(r * rate).unsqueeze(-1) * exponents) * weights).sum(-1)
         # 1 up to FADE_FROM of the reach, then a step down
-        t = ((1.0 - r / end) / (1.0 - FADE_FROM)).clamp(0.0, 1.0)
-        window, window_slope = quintic_step(t), -30.0 * (t * (1.0 - t)) ** 2 / (end * (1.0 - FADE_FROM))
-        bare = charge / r
-        energy = bare * screen * window
-        slope = bare * (screen_slope * window + screen * window_slope) - energy / r
-        return energy, slope
+        window = quintic_step(((1.0 - r / end) / (1.0 - FADE_FROM)).clamp(0.0, 1.0))
+        return charge / r * screen * window
 
     def _species_index(self, z: Tensor) -> Tensor:
         index = self.species_of[z.clamp(0, 118)]
-        if bool((index < 0).any()):
+        if has_values(index) and bool((index < 0).any()):
             unknown = sorted({chemical_symbols[n] for n in z[index < 0].clamp(0, 118).tolist()})
             known = ", ".join(chemical_symbols[n] for n in self.species)
             raise ValueError(f"z must hold elements of this repulsion ({known}), got {', '.join(unknown)}")
@@ -211,16 +181,3 @@ class ZBLRepulsion(Float64Buffers):
 def pair_name(first: int, second: int) -> str:
     """Name of a pair of elements, the lighter one first: "H-O"."""
     return "-".join(chemical_symbols[n] for n in sorted((first, second)))
-
-
-def short_edges(scheme: Scheme | None, reach: float) -> tuple[str, int] | None:
-    """Which edges of a hierarchy, ("child" or "pair", level), join all atoms nearer than ``reach``; None for none."""
-    if scheme is None:
-        return None
-    first = scheme.levels[0].pair_radius
-    if first is not None and first >= reach:
-        return "pair", 0
-    shell = scheme.levels[1].child_radius
-    if scheme.centred and len(scheme.levels) > 2 and shell is not None and shell >= reach:
-        return "child", 1
-    return None

@@ -16,7 +16,8 @@ from nbody_pyg.data import AtomicData
 from nbody_pyg.deploy import NBodyCalculator, reference_topology
 from nbody_pyg.deploy.reference import bond_changes
 from nbody_pyg.hierarchy import BondTree
-from nbody_pyg.potential import Potential, check_states, used_state
+from nbody_pyg.network import check_states
+from nbody_pyg.potential import Potential
 from nbody_pyg.required import required
 from nbody_pyg.system import System
 from nbody_pyg.testing.physics import assert_extensive, finite_differences
@@ -172,19 +173,19 @@ class _Examiner:
         prepared = prepare_systems(potential, frames, seed, torch.float64)[:3]
         self.systems = [self._bonded(self._used(system)) for system in prepared]
         self.own = frames is not None
-        self.species = tuple(getattr(potential.model, "species", None) or self.systems[0].z.unique().tolist())
+        self.species = potential.species or tuple(self.systems[0].z.unique().tolist())
         self.open = [open_cluster(s) if s.cell is not None else s for s in self.systems]
         self.generator = torch.Generator().manual_seed(seed)
 
     def _used(self, system: System) -> System:
         """Without what the model has no input for: random molecules are in the state that it knows."""
-        used = used_state(self.potential.model)
+        used = self.potential.network.used
         unused = ["spin"] * ("spin" not in used) + ["total_charge", "formal_charges"] * ("charge" not in used)
         return system.replace(**dict.fromkeys(unused))
 
     def _bonded(self, system: System) -> System:
         """With the bonds of the model's reference molecule, where others would be found."""
-        scheme = getattr(self.potential.model, "scheme", None)
+        scheme = self.potential.scheme
         if not isinstance(scheme, BondTree):
             return system
         tree = reference_topology(self.metadata, scheme, system.z.tolist(), system.cell is not None)
@@ -275,7 +276,7 @@ class _Examiner:
     # ------------------------------------------------------------------ additivity and smoothness
     def _additivity(self) -> Iterator[Check]:
         systems = self.systems[:1] if self.systems[0].cell is not None else self.systems[:2]
-        long_range = getattr(self.potential.model, "long_range", None) is not None
+        long_range = self.potential.network.long_range
         if long_range and any(state_of(s)[0] for s in systems):
             note = "ions act on each other at any distance in a model with long_range"
             yield Check("extensivity", math.nan, "eV, eV/A", "none", None, note)
@@ -296,7 +297,7 @@ class _Examiner:
             yield Check("isolated atoms", largest, "eV from E0", "none", None, note)
 
     def _smoothness(self) -> Iterator[Check]:
-        scheme = getattr(self.potential.model, "scheme", None)
+        scheme = self.potential.scheme
         # Fixed parts promise smoothness while they stay as they are.
         fixed = scheme is not None and scheme.keeps_parts
         try:

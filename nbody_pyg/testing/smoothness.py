@@ -13,7 +13,7 @@ from torch import Tensor
 from nbody_pyg.required import required
 from nbody_pyg.system import System
 from nbody_pyg.testing.subject import Subject
-from nbody_pyg.testing.systems import prepare_systems, random_like
+from nbody_pyg.testing.systems import network_behind, prepare_systems, random_like
 
 
 def assert_smooth(
@@ -107,7 +107,8 @@ def _default_paths(system: System, distance: float, seed: int) -> list[tuple[Ten
 
 def _require_changes(model: Any, paths: Sequence[tuple[Tensor, Tensor, Tensor]], dtype: torch.dtype) -> None:
     """Raise unless parts or children change on some path (pairs do on every path that crosses a cutoff)."""
-    scheme = getattr(getattr(model, "model", model), "scheme", None)
+    network = network_behind(model)
+    scheme = None if network is None else network.scheme
     if scheme is None:
         raise ValueError("through_changes needs a model with a scheme; set it to False for others")
     for z, start, end in paths:

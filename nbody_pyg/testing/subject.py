@@ -52,7 +52,7 @@ class Subject:
         (z, pos, batch), keywords = collate(systems)
         bonds = keywords.pop("bonds", None)
         if self.start is not None or bonds is not None:
-            scheme = None if self.potential is None else getattr(self.potential.model, "scheme", None)
+            scheme = None if self.potential is None else self.potential.scheme
             if scheme is None:
                 raise ValueError("frozen_topology needs a model with a scheme; set it to False for others")
             start = pos if self.start is None else self.start[1].repeat(len(z) // len(self.start[0]), 1)

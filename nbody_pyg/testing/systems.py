@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch_geometric.data import Data
 
 from nbody_pyg.hierarchy.bondgraph import covalent_bonds
+from nbody_pyg.network import Network, network_of
 from nbody_pyg.potential import Potential
 from nbody_pyg.required import required
 from nbody_pyg.system import System
@@ -66,15 +67,21 @@ def _dense_cluster(species: Sequence[int], seed: int, num_atoms: int = 48) -> Sy
     return System.from_tensors(z[torch.randperm(num_atoms, generator=generator)], pos)
 
 
+def network_behind(subject: Any) -> Network | None:
+    """What is known of a potential or a model; None of a plain function."""
+    if isinstance(subject, Potential):
+        return subject.network
+    return network_of(subject) if isinstance(subject, nn.Module) else None
+
+
 def _species_of(subject: Any) -> tuple[int, ...]:
     """Elements that the model knows; hydrogen, carbon and oxygen when it does not say."""
-    known = getattr(subject, "species", None)
-    if isinstance(subject, Potential):
-        known = getattr(subject.model, "species", None)
-        if subject.reference is not None:
-            reference = subject.reference.species
-            known = reference if known is None else [n for n in known if int(n) in reference]
-    return tuple(int(n) for n in known)[:4] if known is not None and len(known) else (1, 6, 8)
+    network = network_behind(subject)
+    known = None if network is None else network.species
+    if isinstance(subject, Potential) and subject.reference is not None:
+        reference = subject.reference.species
+        known = reference if known is None else tuple(n for n in known if n in reference)
+    return (known or (1, 6, 8))[:4]
 
 
 def prepare_systems(

@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from nbody_pyg import models
+from nbody_pyg.energy import AtomicReference, build_terms, describe_terms
 from nbody_pyg.hierarchy import Scheme
 from nbody_pyg.models import NBodyNet
 from nbody_pyg.nn.repulsion import ZBLRepulsion
-from nbody_pyg.potential import AtomicReference, Potential
+from nbody_pyg.potential import Potential
 from nbody_pyg.properties import PropertyModel
 
 _DTYPES = {"float32": torch.float32, "float64": torch.float64}
@@ -24,9 +24,8 @@ def potential_config(potential: Potential | PropertyModel) -> dict[str, Any]:
     potential is rebuilt by handing a model of the same shape to :func:`potential_from_config`.
     """
     model = potential.model
-    config = model.config() if hasattr(model, "config") and callable(model.config) else None
-    described: dict[str, Any] = {"class": type(model).__name__, "config": config}
-    if assumed := getattr(model, "assumed", None):
+    described: dict[str, Any] = {"class": type(model).__name__, "config": potential.network.config()}
+    if assumed := potential.network.assumed:
         described["assumed"] = dict(assumed)  # charge and spin of all training frames
     if isinstance(potential, PropertyModel):
         dtype = str(potential.dtype).removeprefix("torch.")
@@ -38,6 +37,7 @@ def potential_config(potential: Potential | PropertyModel) -> dict[str, Any]:
         "scale": float(potential.scale),
         "repulsion": None if potential.repulsion is None else potential.repulsion.config(),
         "dtype": str(potential.dtype or torch.float32).removeprefix("torch."),
+        **({"terms": describe_terms(potential.terms)} if potential.terms else {}),
     }
 
 
@@ -46,7 +46,8 @@ def potential_from_config(config: dict[str, Any], model: nn.Module | None = None
 
     Args:
         model: the network, where it is not one of ours.
-    Raises: ValueError: a foreign model and none given, or a model of another class; unknown dtype.
+    Raises: ValueError: a foreign model and none given, or a model of another class; a term of the energy whose class no
+        imported module defines; unknown dtype.
     """
     described = config["model"]
     if model is None:
@@ -66,18 +67,17 @@ def potential_from_config(config: dict[str, Any], model: nn.Module | None = None
     # Files of the first format have no repulsion, and their networks were trained without one.
     described = config.get("repulsion")
     repulsion = None if described is None else ZBLRepulsion.from_config(described)
-    return Potential(model, reference, config["scale"], repulsion).to(_DTYPES[config["dtype"]])
+    terms = build_terms(config.get("terms") or ())
+    return Potential(model, reference, config["scale"], repulsion, terms).to(_DTYPES[config["dtype"]])
 
 
 def _build_model(described: dict[str, Any]) -> nn.Module:
-    found = getattr(models, described["class"], None)
-    if described["config"] is None or found is None or not hasattr(found, "from_config"):
+    if described["config"] is None or described["class"] != NBodyNet.__name__:
         raise ValueError(
             f"the file holds a {described['class']}, which nbody_pyg cannot build by itself; build the "
             "network as it was and pass it as model="
         )
-    built: nn.Module = found.from_config(up_to_date(described["config"]))
-    return built
+    return NBodyNet.from_config(up_to_date(described["config"]))
 
 
 def up_to_date(config: dict[str, Any]) -> dict[str, Any]:

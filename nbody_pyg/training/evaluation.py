@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch_geometric.data import Data
 
-from nbody_pyg.potential import Potential, model_frames
+from nbody_pyg.network import model_frames
+from nbody_pyg.potential import Potential
 from nbody_pyg.training.labels import has_stress, label_shapes, uniform
 from nbody_pyg.training.loader import FrameLoader
 from nbody_pyg.training.metrics import ErrorMeter

@@ -17,7 +17,8 @@ from nbody_pyg.data import VOIGT, is_topology_key
 from nbody_pyg.datasets.audit import outliers, require_labels
 from nbody_pyg.datasets.frames import LABEL_SHAPES, Frames, has_label, listed, shaped_label
 from nbody_pyg.geometry import complete_cell
-from nbody_pyg.potential import MODEL_INPUTS, Potential
+from nbody_pyg.network import MODEL_INPUTS
+from nbody_pyg.potential import Potential
 from nbody_pyg.properties import PropertyModel
 from nbody_pyg.training.settings import TrainingConfig
 

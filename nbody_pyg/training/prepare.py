@@ -20,7 +20,7 @@ from torch_geometric.data import Data
 from nbody_pyg.datasets import (
     Split,
     embedded,
-    fit_reference,
+    fit_atomic_energies,
     load_qm9,
     load_qm9_dipoles,
     load_rmd17,
@@ -33,11 +33,13 @@ from nbody_pyg.datasets import (
 from nbody_pyg.datasets.frames import Frames, has_label
 from nbody_pyg.datasets.keys import levels_apart
 from nbody_pyg.datasets.qm9 import TARGETS, TOTAL_ENERGIES
+from nbody_pyg.energy import AtomicReference
 from nbody_pyg.hierarchy import Scheme, Topology, share_topology
 from nbody_pyg.messages import check_choice
+from nbody_pyg.network import check_states, frame_states, learn_state
 from nbody_pyg.nn.charges import check_inputs
 from nbody_pyg.nn.repulsion import ZBLRepulsion
-from nbody_pyg.potential import AtomicReference, Potential, check_states, frame_states, learn_state
+from nbody_pyg.potential import Potential
 from nbody_pyg.properties import Property, PropertyModel, fit_statistics, property_irreps
 from nbody_pyg.required import required
 from nbody_pyg.system import DEFAULT_STATE, System
@@ -249,7 +251,7 @@ def build_potential(config: Config, data: DataSets) -> Potential | PropertyModel
     inputs = network_inputs(config.model, data.train)
     terms = state_terms(data.train, inputs) if has_energy and inputs else None
     reference = (
-        AtomicReference(fit_reference(_neutral(_for_reference(data, e0), e0, terms), e0)) if has_energy else None
+        AtomicReference(fit_atomic_energies(_neutral(_for_reference(data, e0), e0, terms), e0)) if has_energy else None
     )
     scale = config.model.scale
     if scale == "forces":

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch_geometric.data import Data
 
-from nbody_pyg.potential import model_frames
+from nbody_pyg.network import model_frames
 from nbody_pyg.properties import Property, PropertyModel
 from nbody_pyg.training.labels import aligned, label_shapes, uniform
 from nbody_pyg.training.loader import FrameLoader

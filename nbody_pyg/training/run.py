@@ -15,7 +15,8 @@ import torch
 from torch_geometric.data import Data
 
 from nbody_pyg.messages import symbols
-from nbody_pyg.potential import Potential, learn_state, model_frames
+from nbody_pyg.network import learn_state, model_frames
+from nbody_pyg.potential import Potential
 from nbody_pyg.properties import PropertyModel
 from nbody_pyg.training.callbacks import Callback, MetricsCSV, RunProgress
 from nbody_pyg.training.checkpoint import changes, read_checkpoint
@@ -77,9 +78,9 @@ def require_device(settings: TrainingConfig) -> None:
 
 def require_elements(potential: Potential | PropertyModel, sets: Mapping[str, Sequence[Data]]) -> None:
     """Raise ValueError where a frame holds an element that the model does not know; names set and frame."""
-    known: Iterable[int] | None = getattr(potential.model, "species", None)
+    known: Iterable[int] | None = potential.species
     if known is None and isinstance(potential, Potential) and potential.reference is not None:
-        known = potential.reference.energies
+        known = potential.reference.species
     if known is None:
         return
     for name, frames in sets.items():

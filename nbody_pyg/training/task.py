@@ -79,7 +79,7 @@ class PotentialTask(nn.Module):
         forces = "forces" in batch and (s.force_weight > 0 or not training)
         stress = s.stress_weight > 0 and has_stress(batch)
         evaluate = self._compiled if training and self._compiled is not None else self.potential
-        result = evaluate(batch, compute_forces=forces, compute_stress=stress, training=training)
+        result = evaluate(batch, compute_forces=forces, compute_stress=stress, create_graph=training)
         errors = {}
         if "energy" in batch:
             # Total energies, with E0, differ in float64; only their small difference is cast.

@@ -25,6 +25,8 @@ LAYERS = [
     "nn",
     "models",
     "explain",
+    "network",
+    "energy",
     "potential",
     "recording",
     "accelerate",
@@ -148,3 +150,14 @@ def test_only_the_potential_differentiates(sources):
         and name not in {"nbody_pyg.potential", "nbody_pyg.kernels.update"}
     ]
     assert not wrong, f"autograd.grad belongs to nbody_pyg.potential alone, found in {wrong}"
+
+
+def test_one_module_differentiates(sources):
+    """Kernels differentiate their own formulas; of the energy only nbody_pyg.potential takes derivatives."""
+    found = {
+        name
+        for name, tree in sources.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("autograd.grad", "autograd.backward"))
+    }
+    assert found == {"nbody_pyg.potential", "nbody_pyg.kernels.update"}

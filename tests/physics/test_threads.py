@@ -42,7 +42,7 @@ def tensors_of(atoms) -> tuple[torch.Tensor, torch.Tensor]:
 def step(potential: Potential, z: torch.Tensor, pos: torch.Tensor) -> list[torch.Tensor]:
     """Gradients of a loss on energies and forces."""
     potential.zero_grad()
-    found = potential(z, pos, training=True)
+    found = potential(z, pos, create_graph=True)
     (found["forces"].square().sum() + found["interaction_energy"].square().sum()).backward()
     return [p.grad.clone() for p in potential.parameters() if p.grad is not None]
 

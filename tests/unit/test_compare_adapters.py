@@ -70,7 +70,7 @@ def test_forces_are_derivatives_and_train(peer, molecules):
     energies = [peer(z, pos + s * step * direction, compute_forces=False)["energy"] for s in (1, -1)]
     slope = (energies[0] - energies[1]) / (2 * step)
     assert slope.item() == pytest.approx(-(found["forces"] * direction).sum().item(), rel=1e-5, abs=1e-7)
-    result = peer(z, pos, training=True)
+    result = peer(z, pos, create_graph=True)
     (result["forces"].square().sum() + result["interaction_energy"].sum()).backward()
     gradients = [p.grad for p in peer.parameters() if p.grad is not None]
     assert all(bool(g.isfinite().all()) for g in gradients)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from nbody_pyg.datasets import (
-    fit_reference,
+    fit_atomic_energies,
     from_pyg,
     label_audit,
     load_md17,
@@ -72,7 +72,7 @@ def test_acac(folder):
     train = read_frames(folder("acac") / "train_300K.xyz")
     assert label_audit(train).count("forces") == (500, 500)
     assert train.sources["energy"] == ("results['energy']",)
-    e0 = fit_reference([*read_frames(folder("acac") / "isolated_atoms.xyz"), *train], "isolated")
+    e0 = fit_atomic_energies([*read_frames(folder("acac") / "isolated_atoms.xyz"), *train], "isolated")
     assert e0 == pytest.approx({1: -13.568422178253735, 6: -1026.8538996116154, 8: -2037.796869412825})
     binding = train[0].energy.item() - sum(e0[z] for z in train[0].z.tolist())
     assert -75 < binding < -55
@@ -83,7 +83,7 @@ def test_gnl_has_two_equal_labels(folder):
     assert label_audit(frames).count("forces") == (200, 200)
     other = read_frames(folder("longrange") / "gnl-v0.2-train.xyz", energy_key="orca_vtscf_energy")
     assert frames[7].energy.item() == pytest.approx(other[7].energy.item(), abs=1e-9)
-    assert set(fit_reference(frames)) == {1, 6}  # several lengths: both elements are determined
+    assert set(fit_atomic_energies(frames)) == {1, 6}  # several lengths: both elements are determined
 
 
 def test_periodic_water(folder):
@@ -100,7 +100,7 @@ def test_qm9_numbers(folder):
     assert frames[0].z.tolist() == [6, 1, 1, 1, 1]
     total = load_qm9(folder("qm9"), "U0", rows=[0])
     assert total[0].energy.item() == pytest.approx(-40.47893 * 27.211386246, rel=1e-10)
-    e0 = fit_reference(frames)
+    e0 = fit_atomic_energies(frames)
     left = [f.energy.item() - sum(e0[z] for z in f.z.tolist()) for f in frames]
     assert 0.01 < np.std(left) < 1.5
 

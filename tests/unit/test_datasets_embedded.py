@@ -10,7 +10,7 @@ import pytest
 import torch
 from ase.data import covalent_radii
 
-from nbody_pyg.datasets import embedded, embedded_folder, embedded_manifest, fit_reference, label_audit
+from nbody_pyg.datasets import embedded, embedded_folder, embedded_manifest, fit_atomic_energies, label_audit
 from nbody_pyg.datasets import embedded as function
 from nbody_pyg.datasets.splits import Split
 
@@ -94,7 +94,7 @@ def test_the_card_is_true():
 def test_references_of_free_atoms():
     e0 = {int(z): e for z, e in embedded_manifest()["isolated_atoms_eV"].items()}
     frames = embedded("ethanol", "test_300K")
-    assert fit_reference(frames, e0) == {z: e0[z] for z in (1, 6, 8)}
+    assert fit_atomic_energies(frames, e0) == {z: e0[z] for z in (1, 6, 8)}
     atomization = frames[0].energy.item() - sum(e0[z] for z in frames[0].z.tolist())
     assert -50 < atomization < -25  # ethanol is bound by some 33 eV; GFN2-xTB overbinds
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from nbody_pyg.data import AtomicData
-from nbody_pyg.datasets import Frames, fit_reference
+from nbody_pyg.datasets import Frames, fit_atomic_energies
 
 E0 = {1: -13.587222780835477, 6: -1029.4889999855063, 8: -2041.9816003861047}
 FORMULAS = [[6, 1, 1, 1, 1], [8, 1, 1], [6, 8], [6, 6, 1, 1, 8], [8, 8]]
@@ -26,13 +26,13 @@ def total(reference: dict[int, float], species: list[int]) -> float:
 
 
 def test_least_squares_recovers_exact_references():
-    reference = fit_reference([frame(species) for species in FORMULAS])
+    reference = fit_atomic_energies([frame(species) for species in FORMULAS])
     assert reference == pytest.approx(E0, abs=1e-9, rel=0)
 
 
 def test_least_squares_is_orthogonal_to_the_compositions():
     frames = [frame(species, extra) for species, extra in zip(FORMULAS, (0.3, -0.2, 0.5, -0.4, 0.1), strict=True)]
-    reference = fit_reference(frames)
+    reference = fit_atomic_energies(frames)
     left = torch.tensor([float(f.energy) - total(reference, s) for f, s in zip(frames, FORMULAS, strict=True)])
     for z in E0:
         assert abs(sum(float(r) * s.count(z) for r, s in zip(left, FORMULAS, strict=True))) < 1e-6
@@ -42,17 +42,17 @@ def test_least_squares_is_orthogonal_to_the_compositions():
 def test_one_composition_falls_back_to_the_mean_per_atom(caplog):
     frames = [frame([6, 1, 1, 1, 1], extra) for extra in (-0.2, 0.2)]
     with caplog.at_level(logging.WARNING):
-        reference = fit_reference(frames)
+        reference = fit_atomic_energies(frames)
     assert "1 composition cannot determine the 2 elements H, C" in caplog.text
     mean = total(E0, [6, 1, 1, 1, 1]) / 5
     assert reference == pytest.approx({1: mean, 6: mean}, abs=1e-9)
-    assert fit_reference(frames, "mean") == pytest.approx(reference, abs=1e-9)
+    assert fit_atomic_energies(frames, "mean") == pytest.approx(reference, abs=1e-9)
 
 
 def test_partly_determined_references_still_fit(caplog):
     # H and O always come as water: only their sum 2 H + O is determined
     formulas = [[8, 1, 1], [8, 1, 1, 8, 1, 1], [8, 1, 1, 6], [6]]
-    reference = fit_reference([frame(s) for s in formulas])
+    reference = fit_atomic_energies([frame(s) for s in formulas])
     assert "2 compositions cannot determine the 3 elements" in caplog.text
     for species in formulas:
         assert total(reference, species) == pytest.approx(total(E0, species), abs=1e-9)
@@ -63,14 +63,14 @@ def test_isolated_and_mapping():
         frame([8, 1, 1], -9.5),
         frame([1], 3.0),
     ]  # the excited atom is not taken
-    assert fit_reference(frames, "isolated") == pytest.approx(E0, abs=1e-12)
-    assert fit_reference(frames, {"H": E0[1], "C": E0[6], 8: E0[8], "N": 5.0}) == pytest.approx(E0, abs=1e-12)
+    assert fit_atomic_energies(frames, "isolated") == pytest.approx(E0, abs=1e-12)
+    assert fit_atomic_energies(frames, {"H": E0[1], "C": E0[6], 8: E0[8], "N": 5.0}) == pytest.approx(E0, abs=1e-12)
 
 
 def test_a_wrong_level_of_theory_warns():
     frames = [frame([8, 1, 1])]
     with pytest.warns(UserWarning, match=r"eV per atom are left in frame 0.*level of theory or units"):
-        fit_reference(frames, {1: -0.5, 8: -75.0})
+        fit_atomic_energies(frames, {1: -0.5, 8: -75.0})
 
 
 @pytest.mark.parametrize(
@@ -85,14 +85,14 @@ def test_a_wrong_level_of_theory_warns():
 )
 def test_errors(mode, message):
     with pytest.raises(ValueError, match=message):
-        fit_reference([frame([8, 1, 1])], mode)
+        fit_atomic_energies([frame([8, 1, 1])], mode)
 
 
 def test_energies_are_required():
     with pytest.raises(ValueError, match="label 'energy' is in none"):
-        fit_reference([AtomicData(z=torch.tensor([1]), pos=torch.zeros(1, 3))])
+        fit_atomic_energies([AtomicData(z=torch.tensor([1]), pos=torch.zeros(1, 3))])
     with pytest.raises(ValueError, match="holds no frame"):
-        fit_reference([])
+        fit_atomic_energies([])
 
 
 @pytest.mark.parametrize("mode", ["lstsq", "mean"])
@@ -100,9 +100,9 @@ def test_one_wrong_energy_does_not_move_the_references(mode):
     good = [frame(species, 0.01 * n) for n, species in enumerate(FORMULAS * 6)]
     if mode == "mean":
         good = good[::5]
-    expected = fit_reference(good, mode)
+    expected = fit_atomic_energies(good, mode)
     with pytest.warns(UserWarning, match=r"eV per atom are left in frame 4 of x.xyz \(1 of \d+\)"):
-        found = fit_reference(Frames([*good[:4], frame(FORMULAS[0], 1e6), *good[4:]], name="x.xyz"), mode)
+        found = fit_atomic_energies(Frames([*good[:4], frame(FORMULAS[0], 1e6), *good[4:]], name="x.xyz"), mode)
     assert found == pytest.approx(expected, abs=1e-8, rel=0)
 
 
@@ -111,6 +111,6 @@ def test_frames_without_an_energy_do_not_count():
     bare, nan = frame(FORMULAS[0]), frame(FORMULAS[1])
     del bare.energy
     nan.energy = nan.energy * float("nan")
-    assert fit_reference([bare, *frames, nan]) == pytest.approx(E0, abs=1e-9, rel=0)
+    assert fit_atomic_energies([bare, *frames, nan]) == pytest.approx(E0, abs=1e-9, rel=0)
     square = [AtomicData(z=f.z, pos=f.pos, energy=f.energy.reshape(1, 1)) for f in frames]
-    assert fit_reference(square) == pytest.approx(E0, abs=1e-9, rel=0)
+    assert fit_atomic_energies(square) == pytest.approx(E0, abs=1e-9, rel=0)

@@ -233,7 +233,7 @@ HEADER = {
     "repulsion": ({"repulsion": {"name": "zbl", "species": [1], "reach": {}, "x": 1}}, "unknown key repulsion.x"),
     "header": ({"strange": 1}, "unknown key strange"),
     "model": ({"model": {"class": "NBodyNet"}}, "the entry model must hold class and config"),
-    "class": ({"model": {"class": "Scheme", "config": {"scheme": {}}}}, "name must be one of the schemes"),
+    "class": ({"model": {"class": "Scheme", "config": {"scheme": {}}}}, "the file holds a Scheme, which nbody"),
     "type": ({"scale": "0.7"}, "the entry scale is '0.7', which is of a wrong type"),
     "scale": ({"scale": True}, "the entry scale is True, which is of a wrong type"),
     "dtype": ({"dtype": "float16"}, "dtype must be one of float32, float64, got 'float16'"),

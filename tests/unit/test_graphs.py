@@ -14,6 +14,7 @@ from torch import Tensor
 from torch_geometric.data import Batch, Data
 
 from comparison import assert_same_results
+from factories import StandIn
 from nbody_pyg import BondTree, NBodyNet, NestedShells, Potential, SmoothSurvivors, graphs
 from nbody_pyg.cli.main import main
 from nbody_pyg.datasets import embedded
@@ -27,27 +28,6 @@ from nbody_pyg.nn.repulsion import ZBLRepulsion
 
 SHELLS, TREE = NestedShells((3.0, 3.0)), BondTree(3.0, 4.0, 5.0)
 SCHEMES = pytest.mark.parametrize("scheme", [SHELLS, TREE], ids=["shells", "tree"])
-
-
-class StandIn:
-    """Runs what was recorded again, into the tensors of the first results, as a graph does."""
-
-    device_type = "cpu"
-
-    def __init__(self) -> None:
-        self.captured = self.replayed = 0
-
-    def capture(self, run, device):
-        results = [result.clone() for result in run()]
-        self.captured += 1
-
-        def replay() -> list[Tensor]:
-            self.replayed += 1
-            for kept, new in zip(results, run(), strict=True):
-                kept.copy_(new)
-            return results
-
-        return replay
 
 
 class Frozen(StandIn):
@@ -208,7 +188,7 @@ def test_what_runs_in_eager_mode(frame):
     potential, recorder = network(), StandIn()
     captured = CapturedPotential(potential, recorder=recorder)
     for _ in range(3):
-        assert captured(**moved(frame, 0), training=True)["forces"].requires_grad
+        assert captured(**moved(frame, 0), create_graph=True)["forces"].requires_grad
         assert set(captured(**moved(frame, 0), compute_forces=False)) == {"energy", "interaction_energy"}
         with torch.inference_mode(), pytest.raises(RuntimeError, match="inference_mode"):
             captured(**moved(frame, 0))
@@ -375,7 +355,7 @@ def test_steps_are_those_of_eager_mode(scheme):
             optimizer.zero_grad()
             loss = step(batch, labels)
             loss.backward()
-            wanted = forces_and_energies(potential(batch, training=True), labels)
+            wanted = forces_and_energies(potential(batch, create_graph=True), labels)
             gradients = torch.autograd.grad(wanted, list(potential.parameters()), allow_unused=True)
             torch.testing.assert_close(loss.detach(), wanted.detach(), rtol=1e-10, atol=0)
             assert max(g.abs().max() for g in gradients if g is not None) > 1e-3
@@ -399,7 +379,7 @@ def test_gradients_add_up_and_outlive_the_next_step():
     (losses[0] + 2.0 * losses[1]).backward()
     found = [None if p.grad is None else p.grad.clone() for p in potential.parameters()]
     potential.zero_grad()
-    first, second = (forces_and_energies(potential(b, training=True), labels) for b, labels in given[2:4])
+    first, second = (forces_and_energies(potential(b, create_graph=True), labels) for b, labels in given[2:4])
     (first + 2.0 * second).backward()
     assert step.replays == 3 and (losses[0] - losses[1]).detach().abs() > 1e-6
     for p, g in zip(potential.parameters(), found, strict=True):
@@ -423,7 +403,7 @@ def test_stress_in_a_loss():
         labels = {"stress": torch.full((1, 3, 3), 0.1 * number, dtype=torch.float64)}
         potential.zero_grad()
         value = step(data, labels, compute_stress=True)
-        wanted = loss(potential(data, training=True, compute_stress=True), labels)
+        wanted = loss(potential(data, create_graph=True, compute_stress=True), labels)
         torch.testing.assert_close(value.detach(), wanted.detach(), rtol=1e-10, atol=0)
     assert step.replays == 3 and step.failure is None and wanted.detach() > 1e-3
 
@@ -440,7 +420,7 @@ def test_wrong_gradients_are_noticed(monkeypatch):
     step(*given[0])
     with pytest.warns(RuntimeWarning, match="results differ from eager mode by 1.0e-02"):
         loss = step(*given[1])
-    wanted = forces_and_energies(potential(given[1][0], training=True), given[1][1])
+    wanted = forces_and_energies(potential(given[1][0], create_graph=True), given[1][1])
     torch.testing.assert_close(loss, wanted, rtol=1e-10, atol=0)
     assert step(*given[2]).requires_grad and step.replays == 0
 

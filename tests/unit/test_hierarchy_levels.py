@@ -84,7 +84,7 @@ def test_trained_saved_and_loaded(name, frames, tmp_path):
     losses = []
     for _ in range(3):
         optimizer.zero_grad()
-        found = potential(batch, training=True)
+        found = potential(batch, create_graph=True)
         loss = (found["interaction_energy"] - 1.0).square().mean() + found["forces"].square().mean()
         loss.backward()
         optimizer.step()

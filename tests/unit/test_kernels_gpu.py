@@ -227,7 +227,7 @@ def test_a_network_has_the_energies_forces_and_gradients_of_plain_torch(molecule
     for name in ("torch", "triton"):
         set_backend(name)
         potential.zero_grad()
-        found = potential(z, pos, training=True)
+        found = potential(z, pos, create_graph=True)
         (found["energy"].sum() + found["forces"].square().sum()).backward()
         gradients = [p.grad.clone() for p in potential.parameters()]
         results.append([found["energy"].detach(), found["forces"].detach(), *gradients])

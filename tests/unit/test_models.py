@@ -436,7 +436,7 @@ def test_graphs_without_atoms_may_be_counted_by_batch_size(molecules):
             call(z, pos, batch, batch_size="3")
     # A model that counts the graphs by the last atom
     schnet = Potential(SchNet(8, 8, 1, 8, cutoff=4.0, interaction_graph=InteractionGraph(4.0)).double())
-    none = schnet(z[:0], pos[:0], batch_size=2, training=True)
+    none = schnet(z[:0], pos[:0], batch_size=2, create_graph=True)
     assert none["energy"].tolist() == [0.0, 0.0] and none["forces"].shape == (0, 3)
     found = schnet(z, pos, batch, batch_size=4)["energy"]
     assert found.shape == (4,) and found[1].abs() > 1e-6 and not found[[0, 2, 3]].any()

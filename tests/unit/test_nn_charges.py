@@ -14,8 +14,8 @@ from nbody_pyg.data import complete_states
 from nbody_pyg.deploy import load_model, save_model
 from nbody_pyg.explain import ExplainableNet
 from nbody_pyg.kernels import available_backends, set_backend
+from nbody_pyg.network import check_states, learn_state, model_frames
 from nbody_pyg.nn.charges import ElectronicEmbedding
-from nbody_pyg.potential import check_states, learn_state, model_frames
 from nbody_pyg.properties import Property, PropertyModel, property_irreps
 from nbody_pyg.testing import (
     assert_batch_independent,
@@ -353,7 +353,7 @@ def test_backends_agree_for_every_symmetry(symmetry, ethanol):
     try:
         for name in [name for name in available_backends() if name in ("torch", "c")]:
             set_backend(name)
-            result = model(data, training=True)
+            result = model(data, create_graph=True)
             (result["forces"].square().sum() + result["energy"].sum()).backward()
             slopes = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
             found.append(torch.cat([result["energy"], result["forces"].flatten(), *slopes]).detach())

@@ -107,7 +107,7 @@ def test_batches_and_second_derivatives():
     one, other = potential(z, pos, cell=cell, pbc=PERIODIC), potential(z, pos, cell=wide, pbc=PERIODIC)
     batch = torch.arange(12) // 6
     both = potential(
-        z.repeat(2), pos.repeat(2, 1), batch, cell=torch.cat([cell, wide]), pbc=PERIODIC.repeat(2, 1), training=True
+        z.repeat(2), pos.repeat(2, 1), batch, cell=torch.cat([cell, wide]), pbc=PERIODIC.repeat(2, 1), create_graph=True
     )
     torch.testing.assert_close(both["energy"].detach(), torch.cat([one["energy"], other["energy"]]))
     both["forces"].square().sum().backward()
@@ -123,10 +123,9 @@ def test_graphs_without_atoms_lie_anywhere_in_a_batch(order):
     empty = AtomicData(z=z[:0], pos=pos[:0], cell=2 * cell, pbc=PERIODIC)
     potential = Potential(_net())
     one = potential(whole, compute_stress=True)
-    for training in (False, True):
-        found = potential(
-            Batch.from_data_list([whole if here else empty for here in order]), compute_stress=True, training=training
-        )
+    batch = Batch.from_data_list([whole if here else empty for here in order])
+    for create_graph in (False, True):
+        found = potential(batch, compute_stress=True, create_graph=create_graph)
         for graph, here in enumerate(order):
             for key in ("energy", "stress"):
                 torch.testing.assert_close(found[key][graph].detach(), here * one[key][0])

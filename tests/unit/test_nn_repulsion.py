@@ -13,7 +13,7 @@ import factories
 from nbody_pyg import BondTree, NestedShells, Potential
 from nbody_pyg.data import AtomicData
 from nbody_pyg.deploy import load_model, save_model
-from nbody_pyg.geometry import neighbour_list
+from nbody_pyg.energy import Structure
 from nbody_pyg.nn.repulsion import COULOMB, SCREEN_LENGTH, ZBLRepulsion
 from nbody_pyg.system import System
 from nbody_pyg.testing import assert_conservative, assert_equivariant, assert_extensive, assert_smooth
@@ -25,8 +25,7 @@ def dimer(first: int, second: int, r: float) -> tuple[torch.Tensor, torch.Tensor
 
 
 def energy_of(repulsion: ZBLRepulsion, z: torch.Tensor, pos: torch.Tensor) -> float:
-    index, _ = neighbour_list(pos, repulsion.longest)
-    return float(repulsion.energy(System.from_tensors(z, pos), index, pos[index[0]] - pos[index[1]]).sum())
+    return float(repulsion(Structure(System.from_tensors(z, pos))).sum())
 
 
 def potential(repulsion="auto", scheme=None, **arguments) -> Potential:
@@ -96,8 +95,8 @@ def test_explicit_derivative_is_that_of_autograd(scheme, squeezed):
     z, pos = squeezed
     model = potential(scheme=scheme)
     topology = scheme.topology(z, pos)
-    detached = model(z, pos, topology=topology, training=True)
-    followed = model(z, pos.clone().requires_grad_(), topology=topology, training=True)
+    detached = model(z, pos, topology=topology, create_graph=True)
+    followed = model(z, pos.clone().requires_grad_(), topology=topology, create_graph=True)
     for key in ("energy", "interaction_energy", "forces"):
         torch.testing.assert_close(detached[key], followed[key].detach(), rtol=0, atol=1e-10)
     without = potential(None, scheme)(z, pos, topology=topology)
@@ -183,7 +182,7 @@ def test_a_batch_is_its_members(squeezed):
     scheme = model.model.scheme
     from torch_geometric.data import Batch
 
-    both = model(Batch.from_data_list([scheme(frame), scheme(frame)]), training=True)
+    both = model(Batch.from_data_list([scheme(frame), scheme(frame)]), create_graph=True)
     alone = model(z, pos)
     torch.testing.assert_close(both["energy"].detach(), alone["energy"].repeat(2), rtol=0, atol=1e-9)
     torch.testing.assert_close(both["forces"].detach(), alone["forces"].repeat(2, 1), rtol=0, atol=1e-9)
@@ -203,9 +202,7 @@ def test_errors(arguments, message):
 
 
 def test_unknown_element_is_named():
-    index = torch.tensor([[0, 1], [1, 0]])
-    vec = torch.tensor([[0.5, 0.0, 0.0], [-0.5, 0.0, 0.0]], dtype=torch.float64)
     with pytest.raises(ValueError, match=r"z must hold elements of this repulsion \(H\), got N"):
-        ZBLRepulsion([1]).energy(System.from_tensors(torch.tensor([1, 7]), 0.5 * vec), index, vec)
+        energy_of(ZBLRepulsion([1]), *dimer(1, 7, 0.4))
     with pytest.raises(ValueError, match="name of a repulsion must be 'zbl', got 'born'"):
         ZBLRepulsion.from_config({"name": "born"})

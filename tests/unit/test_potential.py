@@ -161,7 +161,7 @@ def test_one_atom_and_no_edges_give_zero_forces():
         (torch.tensor([6]), torch.zeros(1, 3, dtype=F64)),
         (torch.tensor([6, 1]), torch.eye(3, dtype=F64)[:2] * 50),
     ):
-        out = potential(z, pos, training=True)
+        out = potential(z, pos, create_graph=True)
         assert out["forces"].shape == pos.shape
         assert (out["forces"] == 0).all()
 
@@ -180,7 +180,7 @@ def test_results_carry_a_graph_only_in_training():
     z, pos = molecule()
     potential = Potential(ToyModel())
     assert not any(t.requires_grad for t in potential(z, pos).values())
-    out = potential(z, pos, training=True)
+    out = potential(z, pos, create_graph=True)
     loss = out["forces"].square().sum() + out["energy"].square().sum()
     loss.backward()
     gradient = potential.model.charge.grad
@@ -225,7 +225,7 @@ def test_inference_mode_is_refused_for_forces_and_fine_for_energies():
 def test_gradients_reach_positions_that_the_user_tracks():
     z, pos = molecule()
     pos.requires_grad_(True)
-    out = Potential(ToyModel())(z, pos, training=True)
+    out = Potential(ToyModel())(z, pos, create_graph=True)
     (slope,) = torch.autograd.grad(out["energy"].sum(), pos)
     torch.testing.assert_close(slope, -out["forces"], rtol=0, atol=1e-13)
 

@@ -1,0 +1,278 @@
+"""What a potential knows of its model: an NBodyNet says it, of any other model its signature and attributes do."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch_geometric.data import Data
+
+from nbody_pyg.data import complete_states, has_hierarchy, require_atoms
+from nbody_pyg.geometry import rounded_positions
+from nbody_pyg.hierarchy import Scheme, Topology
+from nbody_pyg.models import NBodyNet
+from nbody_pyg.nn.charges import refuse_unused
+from nbody_pyg.nn.term import Structure
+from nbody_pyg.system import DEFAULT_STATE, System, spin_multiplicity, total_charge
+
+#: Arguments that a model's forward may have beside z, pos and batch.
+MODEL_INPUTS = ("cell", "pbc", "topology", "charge", "charges", "spin", "batch_size")
+
+Lists = Mapping[float, tuple[Tensor, Tensor | None]]
+
+
+class Network:
+    """A model of any kind, ``model(z, pos, batch, **inputs)``, as a potential and a model of properties use it.
+
+    Optional attributes of the model are looked up here, once: ``scheme`` (what makes its topology), ``species`` (the
+    elements that it knows), ``config()`` (its arguments). ``assumed`` is charge and spin of all its training frames.
+    """
+
+    #: Inputs of charge and spin that every frame must state.
+    inputs: tuple[str, ...] = ()
+    #: Whether atoms act on each other at any distance; whether a repulsion of nuclei is added by default.
+    long_range = wants_repulsion = False
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        names = inspect.signature(model.forward).parameters
+        free = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in names.values())
+        self.keywords = frozenset(k for k in MODEL_INPUTS if k in names or (free and k != "batch_size"))
+        self.scheme: Scheme | None = getattr(model, "scheme", None)
+        species = getattr(model, "species", None)
+        self.species = None if species is None else tuple(int(n) for n in species)
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """Floating dtype of the weights (or buffers); None where there are neither."""
+        for tensors in (self.model.parameters, self.model.buffers):  # the first weight decides, at every step
+            for tensor in tensors():
+                if tensor.is_floating_point():
+                    return tensor.dtype
+        return None
+
+    @property
+    def used(self) -> frozenset[str]:
+        """Which of charge and spin the output depends on."""
+        return self.keywords & {"charge", "spin"}
+
+    @property
+    def assumed(self) -> Mapping[str, float]:
+        """Charge and spin of all frames that the model was trained on, where it has no input for them."""
+        return getattr(self.model, "assumed", {})
+
+    def config(self) -> dict[str, Any] | None:
+        """Arguments that make the same model, where it tells them."""
+        config = getattr(self.model, "config", None)
+        return config() if callable(config) else None
+
+    def read(self, data: Data, topology: Topology | None = None, batch_size: int | None = None) -> System:
+        """The checked system of a Data, with the topology stored there where the model takes one."""
+        if topology is None and "topology" in self.keywords:
+            if self.scheme is not None:  # it refuses what another scheme has stored
+                return self.scheme.system(data, None, batch_size)
+            require_atoms(data)
+            topology = Topology.from_data(data) if has_hierarchy(data) else None
+        return System.from_data(data, topology, batch_size)
+
+    def known(self, system: System) -> System:
+        """The system with what the model uses of its charge and spin.
+
+        Raises: ValueError: a state that the model cannot use and was not trained at.
+        """
+        charge, spin, used = system.total_charge, system.spin, self.used
+        if charge is None and spin is None:
+            return system
+        refuse_unused(used, self.assumed, {"charge": charge, "spin": spin})
+        return system.replace(
+            total_charge=charge if "charge" in used else None,
+            formal_charges=system.formal_charges if "charge" in used and "charges" in self.keywords else None,
+            spin=spin if "spin" in used else None,
+        )
+
+    def structure(self, system: System, lists: Lists | None = None) -> Structure:
+        """What the energy of a system is computed from."""
+        return Structure(system, None, self.scheme, self.dtype, lists)
+
+    def energy(self, structure: Structure) -> Float[Tensor, " graphs"]:
+        """Energy of each graph, as the model gives it.
+
+        Raises: ValueError: an output of another shape.
+        """
+        system, dtype = structure.system, self.dtype
+        pos = system.pos if dtype is None else rounded_positions(system.pos, system.batch, dtype)
+        given = {
+            "cell": system.cell,
+            "pbc": system.pbc,
+            "topology": system.topology,
+            "charge": system.total_charge,
+            "charges": system.formal_charges,
+            "spin": system.spin,
+            "batch_size": system.num_graphs,
+        }
+        keywords = {k: v for k, v in given.items() if v is not None and k in self.keywords}
+        for key in ("cell", "charge", "charges", "spin"):  # the model gets all numbers in its own precision
+            if key in keywords:
+                keywords[key] = keywords[key].to(pos.dtype)
+        return self._checked(self.model(system.z, pos, system.batch, **keywords), system)
+
+    def parts(self, structure: Structure) -> dict[int, Tensor]:
+        """Energy of each part, by level.
+
+        Raises: ValueError: a model that does not tell.
+        """
+        raise ValueError(
+            f"{type(self.model).__name__} gives one energy per system and nothing below it; energies of parts "
+            "need an NBodyNet"
+        )
+
+    def _checked(self, output: Any, system: System) -> Float[Tensor, " graphs"]:
+        num_graphs = system.num_graphs
+        if isinstance(output, (tuple, list)):
+            output = output[0]
+        short = isinstance(output, Tensor) and output.dim() > 0 and output.shape[0] < num_graphs
+        if short and output.shape[0] == (int(system.batch[-1]) + 1 if len(system.batch) else 0):
+            # Other models see no graph beyond that of the last atom
+            output = torch.cat([output, output.new_zeros(num_graphs - output.shape[0], *output.shape[1:])])
+        if not isinstance(output, Tensor) or output.shape not in ((num_graphs,), (num_graphs, 1)):
+            shape = list(output.shape) if isinstance(output, Tensor) else type(output).__name__
+            raise ValueError(
+                f"{type(self.model).__name__} must return one energy per graph, [{num_graphs}] or "
+                f"[{num_graphs}, 1], got {shape}; sum the atoms of each graph with its batch vector"
+            )
+        return output.reshape(num_graphs)
+
+
+class OwnNetwork(Network):
+    """An :class:`~nbody_pyg.models.NBodyNet`, which subtracts positions in float64 and tells the energies of parts."""
+
+    model: NBodyNet
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        return self.model.inputs
+
+    @property
+    def used(self) -> frozenset[str]:
+        return self.model.used
+
+    @property
+    def long_range(self) -> bool:
+        return self.model.long_range is not None
+
+    @property
+    def wants_repulsion(self) -> bool:
+        net = self.model
+        return str(net.irreps_out) == "1x0e" and net.target == "extensive" and net.preset == "practical"
+
+    def read(self, data: Data, topology: Topology | None = None, batch_size: int | None = None) -> System:
+        return self.model.read(data, topology, batch_size)
+
+    def known(self, system: System) -> System:
+        system = super().known(system)  # in the precision in which the network subtracts
+        return system if system.pos.dtype == torch.float64 else system.replace(pos=system.pos.double())
+
+    def structure(self, system: System, lists: Lists | None = None) -> Structure:
+        hierarchy = self.model.hierarchy(system)
+        return Structure(hierarchy.system, hierarchy, self.scheme, self.model.dtype, lists)
+
+    def energy(self, structure: Structure) -> Float[Tensor, " graphs"]:
+        return self._checked(self.model(structure.hierarchy), structure.system)
+
+    def parts(self, structure: Structure) -> dict[int, Tensor]:
+        return self.model.energies(structure.hierarchy)
+
+
+def network_of(model: nn.Module) -> Network:
+    """The model as a potential sees it."""
+    return OwnNetwork(model) if isinstance(model, NBodyNet) else Network(model)
+
+
+def check_states(model: nn.Module, frames: Iterable[Data], name: str = "frames") -> None:
+    """Raise unless the model knows charge and spin of every frame.
+
+    Raises: ValueError: a state that cannot be, or that the model cannot use and was not trained at, naming the frame.
+    """
+    network = network_of(model)
+    for number, frame in enumerate(frames):
+        try:
+            refuse_unused(network.used, network.assumed, _state_of(frame))
+        except ValueError as error:
+            raise ValueError(f"frame {number} of {name}: {error}") from None
+
+
+def model_frames(model: nn.Module, frames: Sequence[Data], name: str = "frames") -> Sequence[Data]:
+    """The frames with those of the keys ``charge``, ``charges`` and ``spin`` that the model uses, in all or in none.
+
+    Raises: ValueError: as for :func:`check_states`.
+    """
+    check_states(model, frames, name)
+    given, network = frames, network_of(model)
+    kept = network.used | ({"charges"} if "charge" in network.used and "charges" in network.keywords else set())
+    dropped = [key for key in ("charge", "charges", "spin") if key not in kept]
+    if any(frame.get(key) is not None for frame in frames for key in dropped):
+        frames = [copy.copy(frame) for frame in frames]
+        for frame in frames:
+            if "charges" in dropped and "charge" in kept and frame.get("charge") is None and "charges" in frame:
+                frame.charge = frame.charges.double().sum().reshape(1)
+            for key in dropped:
+                if key in frame:
+                    del frame[key]
+    frames = complete_states(frames, network.inputs)
+    # Frames of a file stay so: messages name the file and the numbers in it
+    return given.replaced(frames) if frames is not given and hasattr(given, "replaced") else frames
+
+
+def _state_of(frame: Data) -> dict[str, Tensor | None]:
+    """Charge and spin of one frame, checked, float64; None for what it does not say."""
+    charge, charges, spin = (frame.get(key) for key in ("charge", "charges", "spin"))
+    like, batch = torch.zeros(0, dtype=torch.float64), torch.zeros(len(frame.z), dtype=torch.long)
+    return {"charge": total_charge(batch, 1, charge, charges, like), "spin": spin_multiplicity(spin, 1, like)}
+
+
+def frame_states(frames: Iterable[Data]) -> dict[str, list[float]]:
+    """Charge and spin of every frame, each only where some frame says it; the others are neutral, or singlets.
+
+    Raises: ValueError: a wrong number of values, or one that cannot be.
+    """
+    found: dict[str, list[float]] = {}
+    for number, frame in enumerate(frames):
+        try:
+            state = _state_of(frame)
+        except ValueError as error:
+            raise ValueError(f"frame {number}: {error}") from None
+        for key, value in state.items():
+            if value is not None:
+                # A sum of thirds is whole
+                found.setdefault(key, [DEFAULT_STATE[key]] * number).append(round(float(value), 6))
+        for key, values in found.items():
+            if len(values) == number:
+                values.append(DEFAULT_STATE[key])
+    return found
+
+
+def learn_state(model: nn.Module, frames: Iterable[Data]) -> None:
+    """Check that a model can be trained on the charges and spins of some frames, and keep as ``model.assumed`` what all
+    of them have and the model has no input for.
+
+    Raises: ValueError: frames that differ in what the model has no input for, naming two of them.
+    """
+    network = network_of(model)
+    used, assumed = network.used, dict(network.assumed)
+    for key, values in frame_states(frames).items():
+        odd = next((n for n, value in enumerate(values) if value != values[0]), None)
+        if key not in used and odd is not None:
+            raise ValueError(
+                f"{key} must be the same in all training frames, for the model has no input for it, got "
+                f"{values[0]:g} in frame 0 and {values[odd]:g} in frame {odd}; build an NBodyNet with inputs=[{key!r}] "
+                "(`nbody train` does so by itself), or train on frames of one kind"
+            )
+        assumed.pop(key, None)
+        if key not in used and values[0] != DEFAULT_STATE[key]:
+            assumed[key] = values[0]
+    model.assumed = assumed
