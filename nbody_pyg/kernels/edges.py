@@ -17,10 +17,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from nbody_pyg.kernels.derivatives import last_derivative
 from nbody_pyg.kernels.library import Library
 from nbody_pyg.kernels.operands import check_operands
-from nbody_pyg.kernels.scope import apply
+from nbody_pyg.kernels.operation import Operands, Operation, Tensors, filled
 
 #: A polynomial in x, y, z: exponents to coefficient.
 Polynomial = dict[tuple[int, int, int], float]
@@ -198,7 +197,7 @@ static inline void gradient({arguments}, const real* g, double tx, double ty, do
 """
 
 
-class FeatureKernel:
+class FeatureKernel(Operation):
     """Edge vectors and windows to (harmonics, window times radial functions).
 
     Args:
@@ -208,6 +207,8 @@ class FeatureKernel:
         soft: softening length a, angstrom.
         scale, frequency: numbers of the basis.
     """
+
+    num_inputs = num_results = 2
 
     def __init__(
         self,
@@ -237,90 +238,67 @@ class FeatureKernel:
     def __call__(self, vec: Tensor, window: Tensor) -> tuple[Tensor, Tensor]:
         edges = vec.shape[0]
         check_operands(vec.dtype, vec.device, vec=(vec, (edges, 3)), window=(window, (edges,)))
-        return apply(_Features, vec.contiguous(), window.contiguous(), self)
+        return self.run(vec.contiguous(), window.contiguous())
+
+    def value(self, operands: Operands) -> tuple[tuple[Tensor, ...], Tensors]:
+        vec, edges = operands.inputs[0], operands.inputs[0].shape[0]
+        results = vec.new_empty(edges, self.rows), vec.new_empty(edges, self.num_basis)
+        self._call("features_forward", *operands.inputs, *results)
+        return results, ()
+
+    def gradients(self, g: Sequence[Tensor], operands: Operands, wanted: Sequence[bool]) -> Tensors:
+        found = [torch.empty_like(x) for x in operands.inputs]
+        self._call("features_backward", *operands.inputs, *g, *found)
+        return found
+
+    def twice(self, c: Tensors, g: Sequence[Tensor], operands: Operands, wanted: Sequence[bool]) -> Tensors:
+        found = [torch.empty_like(t) for t in (*g, *operands.inputs)]
+        self._call("features_double", *operands.inputs, *g, *filled(c, operands.inputs), *found)
+        return found
+
+    def _call(self, name: str, vec: Tensor, *tensors: Tensor) -> None:
+        self.library.call(name, vec.dtype, vec.shape[0], vec, *tensors)
 
 
-class _Features(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, vec: Tensor, window: Tensor, kernel: FeatureKernel):
-        ctx.save_for_backward(vec, window)
-        ctx.kernel = kernel
-        harmonics, radial = vec.new_empty(vec.shape[0], kernel.rows), vec.new_empty(vec.shape[0], kernel.num_basis)
-        kernel.library.call("features_forward", vec.dtype, vec.shape[0], vec, window, harmonics, radial)
-        return harmonics, radial
-
-    @staticmethod
-    def backward(ctx, gh: Tensor, gr: Tensor):
-        return *apply(_FeaturesBackward, *ctx.saved_tensors, gh, gr, ctx.kernel), None
-
-
-class _FeaturesBackward(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, vec, window, gh, gr, kernel: FeatureKernel):
-        gh, gr = gh.contiguous(), gr.contiguous()
-        ctx.save_for_backward(vec, window, gh, gr)
-        ctx.kernel = kernel
-        gv, gw = torch.empty_like(vec), torch.empty_like(window)
-        kernel.library.call("features_backward", vec.dtype, vec.shape[0], vec, window, gh, gr, gv, gw)
-        return gv, gw
-
-    @staticmethod
-    @last_derivative
-    def backward(ctx, c: Tensor, d: Tensor):
-        saved = ctx.saved_tensors
-        vec, window, gh, gr = saved
-        oh, orad, ov, ow = (torch.empty_like(t) for t in (gh, gr, vec, window))
-        tensors = (*saved, c.contiguous(), d.contiguous(), oh, orad, ov, ow)
-        ctx.kernel.library.call("features_double", vec.dtype, vec.shape[0], *tensors)
-        return ov, ow, oh, orad, None
-
-
-@functools.cache
-def window_library(exponent: int) -> Library:
-    """Compiled functions of the window."""
-    signatures = {
-        "window_forward": "E double reals:3*E reals:E",
-        "window_backward": "E double reals:3*E reals:E reals:3*E",
-        "window_double": "E double reals:3*E reals:E reals:3*E reals:E reals:3*E",
-    }
-    return Library(_WINDOW.replace("EXPONENT", str(exponent)), signatures)
-
-
-def compiled_window(vec: Tensor, cutoff: float, exponent: int = 6) -> Tensor:
+class WindowKernel(Operation):
     """The window of :func:`nbody_pyg.radial.smooth_cutoff` as a function of the vector."""
-    check_operands(vec.dtype, vec.device, vec=(vec, (vec.shape[0], 3)))
-    return apply(_Window, vec.contiguous(), cutoff, exponent)
 
+    num_inputs = 1
 
-class _Window(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, vec: Tensor, cutoff: float, exponent: int) -> Tensor:
-        ctx.save_for_backward(vec)
-        ctx.cutoff, ctx.exponent = cutoff, exponent
+    def __init__(self, cutoff: float, exponent: int = 6) -> None:
+        self.cutoff = float(cutoff)
+        signatures = {
+            "window_forward": "E double reals:3*E reals:E",
+            "window_backward": "E double reals:3*E reals:E reals:3*E",
+            "window_double": "E double reals:3*E reals:E reals:3*E reals:E reals:3*E",
+        }
+        self.library = Library(_WINDOW.replace("EXPONENT", str(exponent)), signatures)
+
+    def __call__(self, vec: Tensor) -> Tensor:
+        check_operands(vec.dtype, vec.device, vec=(vec, (vec.shape[0], 3)))
+        return self.run(vec.contiguous())
+
+    def value(self, operands: Operands) -> tuple[tuple[Tensor, ...], Tensors]:
+        (vec,) = operands.inputs
         out = vec.new_empty(vec.shape[0])
-        window_library(exponent).call("window_forward", vec.dtype, vec.shape[0], cutoff, vec, out)
-        return out
+        self._call("window_forward", vec, out)
+        return (out,), ()
 
-    @staticmethod
-    def backward(ctx, g: Tensor):
-        return apply(_WindowBackward, *ctx.saved_tensors, g, ctx.cutoff, ctx.exponent), None, None
-
-
-class _WindowBackward(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, vec: Tensor, g: Tensor, cutoff: float, exponent: int) -> Tensor:
-        g = g.contiguous()
-        ctx.save_for_backward(vec, g)
-        ctx.cutoff, ctx.exponent = cutoff, exponent
+    def gradients(self, g: Sequence[Tensor], operands: Operands, wanted: Sequence[bool]) -> Tensors:
+        (vec,) = operands.inputs
         gv = torch.empty_like(vec)
-        window_library(exponent).call("window_backward", vec.dtype, vec.shape[0], cutoff, vec, g, gv)
-        return gv
+        self._call("window_backward", vec, *g, gv)
+        return (gv,)
 
-    @staticmethod
-    @last_derivative
-    def backward(ctx, c: Tensor):
-        vec, g = ctx.saved_tensors
-        gg, gv = torch.empty_like(g), torch.empty_like(vec)
-        tensors = (vec, g, c.contiguous(), gg, gv)
-        window_library(ctx.exponent).call("window_double", vec.dtype, vec.shape[0], ctx.cutoff, *tensors)
-        return gv, gg, None, None
+    def twice(self, c: Tensors, g: Sequence[Tensor], operands: Operands, wanted: Sequence[bool]) -> Tensors:
+        (vec,) = operands.inputs
+        found = torch.empty_like(g[0]), torch.empty_like(vec)
+        self._call("window_double", vec, *g, *filled(c, (vec,)), *found)
+        return found
+
+    def _call(self, name: str, vec: Tensor, *tensors: Tensor) -> None:
+        self.library.call(name, vec.dtype, vec.shape[0], self.cutoff, vec, *tensors)
+
+
+#: One window for each cutoff and exponent.
+window_kernel = functools.lru_cache(maxsize=None)(WindowKernel)
