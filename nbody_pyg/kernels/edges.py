@@ -20,7 +20,10 @@ from torch import Tensor
 from nbody_pyg.kernels.library import Library
 from nbody_pyg.kernels.operands import check_operands
 from nbody_pyg.kernels.operation import Operands, Operation, Tensors, filled
+from nbody_pyg.kernels.threads import Argument, in_blocks
 
+#: Smallest block of edges that a thread takes.
+_GRAIN = 1024
 #: A polynomial in x, y, z: exponents to coefficient.
 Polynomial = dict[tuple[int, int, int], float]
 
@@ -55,14 +58,14 @@ static inline void radial(double rho, double* f, double* f1, double* f2) {{{radi
   (out)[0] = ((ux) - x * along) / rho + (ur) * x; (out)[1] = ((uy) - y * along) / rho + (ur) * y; \\
   (out)[2] = ((uz) - z * along) / rho + (ur) * z; }} while (0)
 {polynomials}
-void features_forward(int64_t E, const real* v, const real* window, real* H, real* R) {{
+static void features_forward_rows(int64_t E, const real* v, const real* window, real* H, real* R) {{
   for (int64_t e = 0; e < E; e++) {{ EDGE
     double h[M]; values(x, y, z, h);
     for (int m = 0; m < M; m++) H[e*M+m] = h[m];
     for (int b = 0; b < K; b++) R[e*K+b] = w * f[b];
   }}
 }}
-void features_backward(int64_t E, const real* v, const real* window, const real* gH, const real* gR, real* gv, real* gw) {{
+static void features_backward_rows(int64_t E, const real* v, const real* window, const real* gH, const real* gR, real* gv, real* gw) {{
   for (int64_t e = 0; e < E; e++) {{ EDGE
     double g[3], unused[3], slope = 0, value = 0;
     gradient(x, y, z, gH + e*M, 0, 0, 0, g, unused);
@@ -73,7 +76,7 @@ void features_backward(int64_t E, const real* v, const real* window, const real*
   }}
 }}
 /* cotangents: c of gv, d of gw */
-void features_double(int64_t E, const real* v, const real* window, const real* gH, const real* gR, const real* c, const real* d,
+static void features_double_rows(int64_t E, const real* v, const real* window, const real* gH, const real* gR, const real* c, const real* d,
     real* oH, real* oR, real* ov, real* ow) {{
   for (int64_t e = 0; e < E; e++) {{ EDGE
     const double cx = c[3*e], cy = c[3*e+1], cz = c[3*e+2], q = x * cx + y * cy + z * cz;
@@ -111,16 +114,16 @@ static inline double power(double x, int n) {
   const double X = v[3*e], Y = v[3*e+1], Z = v[3*e+2], r = sqrt(X*X + Y*Y + Z*Z), x = r / cutoff, i2 = 1 / (cutoff * cutoff); \\
   const double K = -0.5 * p * (p + 1) * (p + 2); (void)i2; (void)K;
 #define SLOPE (x < 1 ? K * power(x, p - 2) * (1 - x) * (1 - x) * i2 : 0)
-void window_forward(int64_t E, double cutoff, const real* v, real* f) {
+static void window_forward_rows(int64_t E, double cutoff, const real* v, real* f) {
   for (int64_t e = 0; e < E; e++) { EDGE
     f[e] = x < 1 ? 1 + power(x, p) * (x * p * (p + 2 - 0.5 * (p + 1) * x) - 0.5 * (p + 1) * (p + 2)) : 0; }
 }
-void window_backward(int64_t E, double cutoff, const real* v, const real* g, real* gv) {
+static void window_backward_rows(int64_t E, double cutoff, const real* v, const real* g, real* gv) {
   for (int64_t e = 0; e < E; e++) { EDGE
     const double s = g[e] * SLOPE;
     gv[3*e] = s * X; gv[3*e+1] = s * Y; gv[3*e+2] = s * Z; }
 }
-void window_double(int64_t E, double cutoff, const real* v, const real* g, const real* c, real* gg, real* gv) {
+static void window_double_rows(int64_t E, double cutoff, const real* v, const real* g, const real* c, real* gg, real* gv) {
   for (int64_t e = 0; e < E; e++) { EDGE
     const double s = SLOPE, q = X * c[3*e] + Y * c[3*e+1] + Z * c[3*e+2];
     /* at x = 0 what it is multiplied by vanishes faster */
@@ -130,6 +133,18 @@ void window_double(int64_t E, double cutoff, const real* v, const real* g, const
     gv[3*e+2] = g[e] * (s * c[3*e+2] + q * s1 * Z); }
 }
 """
+
+
+def _wrappers(name: str, leading: Sequence[Argument], *functions: str) -> str:
+    """The three functions of a feature; each argument is given as "name*numbers per edge", results in brackets."""
+    text = ""
+    for what, arguments in zip(("forward", "backward", "double"), functions, strict=True):
+        arrays = []
+        for word in arguments.split():
+            array, step = word.strip("()").split("*")
+            arrays.append(Argument("real*" if word.startswith("(") else "const real*", array, step))
+        text += in_blocks(f"{name}_{what}", "E", [*leading, *arrays], _GRAIN)
+    return text
 
 
 def monomial(exponents: tuple[int, int, int]) -> str:
@@ -227,6 +242,13 @@ class FeatureKernel(Operation):
             radial=_BASES[basis].format(scale=scale, frequency=frequency),
             polynomials=harmonic_source(polynomials),
         )
+        source += _wrappers(
+            "features",
+            [],
+            "v*3 window*1 (H*M) (R*K)",
+            "v*3 window*1 gH*M gR*K (gv*3) (gw*1)",
+            "v*3 window*1 gH*M gR*K c*3 d*1 (oH*M) (oR*K) (ov*3) (ow*1)",
+        )
         inputs, results = "reals:3*E reals:E", f"reals:{self.rows}*E reals:{num_basis}*E"
         signatures = {
             "features_forward": f"E {inputs} {results}",
@@ -272,7 +294,14 @@ class WindowKernel(Operation):
             "window_backward": "E double reals:3*E reals:E reals:3*E",
             "window_double": "E double reals:3*E reals:E reals:3*E reals:E reals:3*E",
         }
-        self.library = Library(_WINDOW.replace("EXPONENT", str(exponent)), signatures)
+        source = _WINDOW.replace("EXPONENT", str(exponent)) + _wrappers(
+            "window",
+            [Argument("double", "cutoff")],
+            "v*3 (f*1)",
+            "v*3 g*1 (gv*3)",
+            "v*3 g*1 c*3 (gg*1) (gv*3)",
+        )
+        self.library = Library(source, signatures)
 
     def __call__(self, vec: Tensor) -> Tensor:
         check_operands(vec.dtype, vec.device, vec=(vec, (vec.shape[0], 3)))

@@ -25,33 +25,35 @@ _SOURCE = """
 enum { TILE = 32 };
 typedef struct { int64_t start_in, start_out, dim, K, D; } Block;  /* starts and sizes in numbers of reals */
 #define ROWS(p, x, stride, size) const real* p[TILE * q.dim]; rows_of(p, (x) + n * (stride), stride, size, q.dim, nodes);
-#define TILES(N) for (int64_t n = 0, nodes; n < (N) && (nodes = (N) - n < TILE ? (N) - n : TILE); n += TILE)
-void linear_apply(int64_t blocks, int64_t N, const Block* block, int64_t xs, int64_t zs,
+#define TILES for (int64_t n = 0; n < N; n += TILE) { const int64_t nodes = N - n < TILE ? N - n : TILE;
+/* tiles write to rows of their own */
+#define SHARED_TILES _Pragma("omp parallel for schedule(static) num_threads(team(threads, N / TILE)) if(threads > 1 && N >= 2 * TILE)") TILES
+void linear_apply(int64_t threads, int64_t blocks, int64_t N, const Block* block, int64_t xs, int64_t zs,
     const real* x, const real* const* W, real* z) {
   for (int64_t b = 0; b < blocks; b++) {
     const Block q = block[b];
-    TILES(N) {
+    SHARED_TILES
       ROWS(in, x + q.start_in, xs, q.K) ROWS(out, z + q.start_out, zs, q.D)
       rows_apply(nodes * q.dim, q.K, q.D, in, W[b], (real* const*)out);
     }
   }
 }
-void linear_transposed(int64_t blocks, int64_t N, const Block* block, int64_t xs, int64_t zs,
+void linear_transposed(int64_t threads, int64_t blocks, int64_t N, const Block* block, int64_t xs, int64_t zs,
     const real* z, const real* const* W, real* scratch, real* x) {
   for (int64_t b = 0; b < blocks; b++) {
     const Block q = block[b];
     transpose(q.K, q.D, W[b], scratch);
-    TILES(N) {
+    SHARED_TILES
       ROWS(in, x + q.start_in, xs, q.K) ROWS(out, z + q.start_out, zs, q.D)
       rows_apply(nodes * q.dim, q.D, q.K, out, scratch, (real* const*)in);
     }
   }
 }
-void linear_outer(int64_t blocks, int64_t N, const Block* block, int64_t xs, int64_t zs,
+void linear_outer(int64_t threads, int64_t blocks, int64_t N, const Block* block, int64_t xs, int64_t zs,
     const real* x, const real* z, real* const* W) {
   for (int64_t b = 0; b < blocks; b++) {
     const Block q = block[b];
-    TILES(N) {
+    TILES
       ROWS(in, x + q.start_in, xs, q.K) ROWS(out, z + q.start_out, zs, q.D)
       rows_outer(nodes * q.dim, q.K, q.D, in, out, W[b]);
     }

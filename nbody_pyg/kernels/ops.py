@@ -31,6 +31,7 @@ class ProductKernel(Operation):
             "product_backward": f"N C {out} {x} {y} {x} {y}",
             "product_double": f"N C {out} {x} {y} {x} {y} {out} {x} {y}",
         }
+        signatures |= {f"{name}_rows": "" for name in signatures}  # for other kernels, by address
         self.library = Library(codegen.product_source(terms, rows1, rows2, rows_out, tail), signatures)
 
     def __call__(self, x: Tensor, y: Tensor) -> Tensor:

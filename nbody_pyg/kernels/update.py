@@ -12,7 +12,8 @@ from nbody_pyg.kernels.operands import Several, check_index, check_matrices, che
 from nbody_pyg.kernels.operation import Operands, Operation, Tensors
 from nbody_pyg.kernels.ops import ProductKernel
 from nbody_pyg.kernels.panels import LINKS
-from nbody_pyg.kernels.update_source import PRODUCT_FUNCTIONS, Update, update_source, workspace_size
+from nbody_pyg.kernels.threads import num_threads
+from nbody_pyg.kernels.update_source import PRODUCT_FUNCTIONS, Update, threads_of, update_source, workspace_size
 
 #: Result of the same update in plain torch, for derivatives that are not compiled.
 Reference = Callable[..., Tensor]
@@ -39,20 +40,20 @@ class UpdateKernel(Operation):
         kept, out = f"{max(len(update.products) - 1, 0)}*{state}", f"reals:{update.rows_out * update.channels}*N"
         optional = "?" * (not degrees), "?" * (not update.bias)
         leading = (
-            f"N longs{'?' * (not degrees and not update.bias)}:N several several "
-            f"reals{optional[0]}:{scale} reals{optional[1]}:{bias} reals:{workspace_size(update)} reals:{state} reals:{kept}"
+            f"N T longs{'?' * (not degrees and not update.bias)}:N several several "
+            f"reals{optional[0]}:{scale} reals{optional[1]}:{bias} reals:{workspace_size(update, num_species)}*T reals:{state} reals:{kept}"
         )
         signatures = {
             "update_forward": f"{leading} {out}",
             "update_backward": f"{leading} {out} several several? reals?:{scale} reals?:{bias}",
             "update_double": f"{leading} {out} several {out} several several reals:{scale}",
         }
-        links = [(p.library, f"product_{what}") for p in products for what in PRODUCT_FUNCTIONS]
-        self.library = Library(update_source(update), signatures, [*LINKS, *links])
+        links = [(p.library, f"product_{what}_rows") for p in products for what in PRODUCT_FUNCTIONS]
+        self.library = Library(update_source(update, num_species), signatures, [*LINKS, *links])
         self.shapes = update.shapes
         self.degrees = degrees
         self._sizes = [rows * columns for rows, columns in self.shapes]
-        self._workspace = workspace_size(update)
+        self._workspace = workspace_size(update, num_species)
         self._kept = max(len(update.products) - 1, 0)
         #: Operands: inputs, then factors and constants (or None), then the matrices
         count = len(update.inputs)
@@ -111,9 +112,11 @@ class UpdateKernel(Operation):
 
     def _call(self, name: str, operands: Operands, *rest: Tensor | Several | None) -> None:
         inputs, scale, bias, matrices = self._parts(operands.inputs)
-        work = inputs[0].new_empty(self._workspace)
+        nodes = inputs[0].shape[0]
+        threads = threads_of(num_threads(), nodes)
+        work = inputs[0].new_empty(threads * self._workspace)
         leading = (operands.constants[0], self._states(inputs), self._matrices(matrices), scale, bias, work)
-        self.library.call(name, inputs[0].dtype, inputs[0].shape[0], *leading, *rest)
+        self.library.call(name, inputs[0].dtype, nodes, threads, *leading, *rest)
 
     def _parts(self, tensors: Tensors) -> tuple[Tensors, Tensor | None, Tensor | None, Tensors]:
         """Inputs, factors, constants and matrices out of one list."""
