@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch_geometric.data import Data
 from torch_geometric.nn import MessagePassing
 
-from nbody_pyg.hierarchy import Hierarchy, Level
+from nbody_pyg.hierarchy import EdgeSet, Hierarchy, Level
 from nbody_pyg.models import NBodyNet
 
 
@@ -56,12 +56,7 @@ class ExplainableNet(nn.Module):
                 f"model must be an NBodyNet, got {type(model).__name__}; give Explainer other models as such"
             )
         self.model = model
-        self.memberships = nn.ModuleDict()
-        for k, spec in enumerate(model.scheme.levels):
-            if k > 0:
-                self.memberships[f"child_{k}"] = Membership()
-            if spec.pair_radius is not None:
-                self.memberships[f"pair_{k}"] = Membership()
+        self.memberships = nn.ModuleDict({str(edges): Membership() for edges in model.scheme.edge_sets})
 
     def reset_parameters(self) -> None:
         """Draw the weights of the network anew."""
@@ -70,7 +65,7 @@ class ExplainableNet(nn.Module):
     def graph(self, data: Data) -> tuple[Tensor, Tensor]:
         """Node features (all one) and edges of the whole hierarchy of ``data``, for ``Explainer.__call__``."""
         hierarchy = self.model.hierarchy(data)
-        edges = [index for _, _, index in _edge_sets(hierarchy)]
+        edges = [index for _, index in _edge_sets(hierarchy)]
         return hierarchy[0].weight.new_ones(sum(level.num_parts for level in hierarchy), 1), torch.cat(edges, dim=1)
 
     def parts(self, data: Data) -> Tensor:
@@ -87,15 +82,13 @@ class ExplainableNet(nn.Module):
             {"weight": level.weight * x[offsets[k] : offsets[k] + level.num_parts, 0]}
             for k, level in enumerate(hierarchy)
         ]
-        for name, k, index in _edge_sets(hierarchy):
-            kind = name.split("_")[0]
+        for edges, index in _edge_sets(hierarchy):
+            k = edges.level
             part = slice(num_edges, num_edges + index.shape[1])
             num_edges = part.stop
-            for weight in ("child_weight", "pool_weight") if kind == "child" else ("pair_weight",):
+            for weight in ("child_weight", "pool_weight") if edges.kind == "child" else ("pair_weight",):
                 if (value := getattr(hierarchy[k], weight)) is not None:
-                    changed[k][weight] = self.memberships[name](value * x[index[0], 0], part)
-            # A tensor of its own: shells of one radius share edges, and with them features, but not masks.
-            changed[k][f"{kind}_index"] = getattr(hierarchy[k], f"{kind}_index").clone()
+                    changed[k][weight] = self.memberships[str(edges)](value * x[index[0], 0], part)
         if x.shape[0] != num_nodes or edge_index.shape[1] != num_edges:
             raise ValueError(
                 f"x and edge_index must be those of graph(data): {num_nodes} nodes and {num_edges} edges, "
@@ -104,6 +97,7 @@ class ExplainableNet(nn.Module):
         levels: tuple[Level, ...] = tuple(
             dataclasses.replace(level, **new) for level, new in zip(hierarchy, changed, strict=True)
         )
+        # No edge sets are the same: shells of one radius have masks of their own.
         total: Tensor = self.model.total(Hierarchy(levels, hierarchy.system))
         return total.unsqueeze(-1).flatten(1)
 
@@ -116,13 +110,13 @@ def _offsets(hierarchy: Hierarchy) -> list[int]:
     return starts
 
 
-def _edge_sets(hierarchy: Hierarchy) -> list[tuple[str, int, Tensor]]:
-    """(name, level, edges between nodes of the whole graph) of every set of edges, in one order."""
+def _edge_sets(hierarchy: Hierarchy) -> list[tuple[EdgeSet, Tensor]]:
+    """Every set of edges, with its edges between nodes of the whole graph, in one order."""
     start, sets = _offsets(hierarchy), []
     for k, level in enumerate(hierarchy):
         if level.child_index is not None:
             shift = level.child_index.new_tensor([[start[k - 1]], [start[k]]])
-            sets.append((f"child_{k}", k, level.child_index + shift))
+            sets.append((EdgeSet("child", k), level.child_index + shift))
         if level.pair_index is not None:
-            sets.append((f"pair_{k}", k, level.pair_index + start[k]))
+            sets.append((EdgeSet("pair", k), level.pair_index + start[k]))
     return sets

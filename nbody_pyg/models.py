@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch_geometric.data import Data
 
 from nbody_pyg.data import has_hierarchy, refuse_unstated, require_atoms
-from nbody_pyg.hierarchy import Hierarchy, NestedShells, Scheme, Topology
+from nbody_pyg.hierarchy import EdgeSet, Hierarchy, NestedShells, Scheme, Topology
 from nbody_pyg.kernels.scope import has_values, in_own_precision, is_tracing, opaque_to_compile
 from nbody_pyg.messages import check_choice
 from nbody_pyg.nn.charges import (
@@ -48,14 +48,9 @@ class Step(NamedTuple):
     level: int
 
     @property
-    def edge_level(self) -> int:
-        """Level to which the edge set of the step belongs: that of the parents for children."""
-        return self.level + (self.kind == "down")
-
-    @property
-    def edges(self) -> str:
-        """Name of the edge set that the step uses, e.g. "pair_0" or "child_2"."""
-        return f"{'pair' if self.kind == 'pair' else 'child'}_{self.edge_level}"
+    def edges(self) -> EdgeSet:
+        """The edge set that the step uses: children belong to the level of their parents, which a step down leaves."""
+        return EdgeSet("pair" if self.kind == "pair" else "child", self.level + (self.kind == "down"))
 
 
 class NBodyNet(Resettable):
@@ -189,9 +184,7 @@ class NBodyNet(Resettable):
                 f"{layers} would do nothing; leave it out, and make the network deeper by further levels of the "
                 "scheme, e.g. NestedShells((3.5, 5.0, 5.0))"
             )
-        levels = list(enumerate(self.scheme.levels))
-        known = [f"child_{k}" for k, _ in levels[1:]]
-        known += [f"pair_{k}" for k, spec in levels if spec.pair_radius is not None]
+        known = [str(edges) for edges in self.scheme.edge_sets]
         for name, degree in degrees.items():
             if name not in known:
                 raise ValueError(f"degrees must name edge sets of {self.scheme!r}, {sorted(known)}, got {name!r}")
@@ -199,7 +192,7 @@ class NBodyNet(Resettable):
                 raise ValueError(f"degrees[{name!r}] must be a positive number of sources per target, got {degree!r}")
 
     def _build(self) -> None:
-        levels, num_basis, symmetry = self.scheme.levels, self.options["num_basis"], self.options["symmetry"]
+        num_basis, symmetry, radii = self.options["num_basis"], self.options["symmetry"], self.scheme.edge_sets
         self.steps = self._plan()
         self.embeddings, self.interactions = nn.ModuleDict(), nn.ModuleList()
         last_visit = {step.level: n for n, step in enumerate(self.steps)}
@@ -223,13 +216,12 @@ class NBodyNet(Resettable):
         if self.options["inputs"] or self.gates:
             types[0] = o3.Irreps([(self.channels, (0, 1))])  # what atoms start from
         for n, step in enumerate(self.steps):
-            if step.edges not in self.embeddings:
-                spec = levels[step.edge_level]
-                radius = spec.pair_radius if step.kind == "pair" else spec.child_radius
+            if (name := str(step.edges)) not in self.embeddings:
+                radius = radii[step.edges]
                 basis = (
                     InversePowers(num_basis - 1, radius) if self.preset == "strict" else BesselBasis(num_basis, radius)
                 )
-                self.embeddings[step.edges] = EdgeEmbedding(self.lmax, basis, symmetry)
+                self.embeddings[name] = EdgeEmbedding(self.lmax, basis, symmetry)
             sends_again = any(self._source(later) == step.level for later in self.steps[n + 1 :])
             final = last_visit[step.level] == n and not sends_again
             irreps_out = scalars if final and step.kind != "down" else self.irreps
@@ -287,8 +279,8 @@ class NBodyNet(Resettable):
             practical=self.preset == "practical",
             gain=self._gain(),
         )
-        default = _DEFAULT_DEGREE["pair" if step.kind == "pair" else "child"]
-        degree = float((self.options["degrees"] or {}).get(step.edges, default))
+        default = _DEFAULT_DEGREE[step.edges.kind]
+        degree = float((self.options["degrees"] or {}).get(str(step.edges), default))
         gate = self.gates.get(step.kind)
         if step.kind == "down" and gate is not None:
             return gate(self.irreps, self.irreps, num_basis=recipe.num_basis, avg_num_neighbors=1.0)
@@ -417,7 +409,7 @@ class NBodyNet(Resettable):
         self,
         hierarchy: Hierarchy,
         species: Int[Tensor, " atoms"],
-        features: dict[tuple, EdgeFeatures],
+        features: dict[tuple[EdgeSet, bool], EdgeFeatures],
         shares: Float[Tensor, "atoms inputs"] | None,
     ) -> dict[int, Tensor]:
         states: dict[int, Tensor] = {}
@@ -486,24 +478,23 @@ class NBodyNet(Resettable):
             values[0] = values[0] + self.long_range(x, species, share, edges, hierarchy).unsqueeze(-1)
         return values
 
-    def _edges(self, step: Step, hierarchy: Hierarchy, features: dict[tuple, EdgeFeatures]) -> EdgeFeatures:
-        """Edge features, computed once per set of edges; the way down reverses the edges of the way up.
-
-        Centred levels of one radius share their edges (the very same tensor), and with them the features.
-        """
-        number = step.edge_level
-        level, spec = hierarchy[number], self.scheme.levels[number]
-        if step.kind == "pair":
-            index, vec, window, radius = level.pair_index, level.pair_vec, level.pair_weight, spec.pair_radius
-        else:
-            index, vec, window, radius = level.child_index, level.child_vec, level.child_weight, spec.child_radius
-            if step.kind == "up" and level.pool_weight is not None:
-                window = level.pool_weight
-        key = (id(index) if self.scheme.centred else step.edges, radius, step.kind == "down")
+    def _edges(
+        self, step: Step, hierarchy: Hierarchy, features: dict[tuple[EdgeSet, bool], EdgeFeatures]
+    ) -> EdgeFeatures:
+        """Edge features, computed once for edge sets that are the same; the way down reverses those of the way up."""
+        edges = hierarchy.same.get(step.edges, step.edges)
+        key = (edges, step.kind == "down")
         if key not in features:
+            level = hierarchy[edges.level]
+            if edges.kind == "pair":
+                index, vec, window = level.pair_index, level.pair_vec, level.pair_weight
+            else:
+                index, vec, window = level.child_index, level.child_vec, level.child_weight
+                if step.kind == "up" and level.pool_weight is not None:
+                    window = level.pool_weight
             if step.kind == "down":
                 index, vec = index.flip(0), -vec
-            features[key] = self.embeddings[step.edges](index, vec, window, hierarchy[step.level].num_parts)
+            features[key] = self.embeddings[str(step.edges)](index, vec, window, hierarchy[step.level].num_parts)
         return features[key]
 
     def check_species(self, z: Integer[Tensor, " atoms"]) -> Int[Tensor, " atoms"]:
@@ -576,11 +567,9 @@ def edge_degrees(scheme: Scheme, frames: Iterable[Data]) -> dict[str, float]:
     for frame in frames:
         topology = scheme.read(frame if has_hierarchy(frame) else scheme(frame))
         for k in range(topology.num_levels):
-            for name, index in (
-                (f"child_{k}", topology.child_index[k]),
-                (f"pair_{k}", topology.pair_index[k]),
-            ):
+            for kind, index in (("child", topology.child_index[k]), ("pair", topology.pair_index[k])):
                 if index is not None:
+                    name = str(EdgeSet(kind, k))
                     edges[name] = edges.get(name, 0) + index.shape[1]
                     targets[name] = targets.get(name, 0) + topology.size(k)
     return {name: max(edges[name] / targets[name], 1.0) for name in edges}

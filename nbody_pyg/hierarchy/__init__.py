@@ -2,7 +2,7 @@
 
 from nbody_pyg.hierarchy.assignment import FromAssignment
 from nbody_pyg.hierarchy.bonds import BondTree
-from nbody_pyg.hierarchy.levels import Hierarchy, Level
+from nbody_pyg.hierarchy.levels import EdgeSet, Hierarchy, Level
 from nbody_pyg.hierarchy.plot import plot_hierarchy
 from nbody_pyg.hierarchy.scheme import LevelSpec, Scheme
 from nbody_pyg.hierarchy.sharing import share_topology
@@ -13,6 +13,7 @@ from nbody_pyg.hierarchy.topology import Topology
 
 __all__ = [
     "BondTree",
+    "EdgeSet",
     "FromAssignment",
     "Hierarchy",
     "Level",

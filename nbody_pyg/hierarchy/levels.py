@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int, Integer
@@ -11,6 +12,19 @@ from torch import Tensor
 
 from nbody_pyg.hierarchy.topology import Topology, check_topology
 from nbody_pyg.system import System
+
+
+class EdgeSet(NamedTuple):
+    """One set of edges of a hierarchy: from the children of a level to its parts, or between the pairs of a level.
+
+    As text it is the name under which the topology is stored on data and by which settings call it, e.g. "child_2".
+    """
+
+    kind: str
+    level: int
+
+    def __str__(self) -> str:
+        return f"{self.kind}_{self.level}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,10 +79,13 @@ class Hierarchy:
     Args:
         levels: one :class:`Level` each.
         system: the atoms, with the cell and the state that they are in.
+        same: edge sets that are the same as an earlier one, in integers, vectors and weights; see
+            :attr:`~nbody_pyg.hierarchy.Scheme.same_edges`.
     """
 
     levels: tuple[Level, ...]
     system: System
+    same: Mapping[EdgeSet, EdgeSet] = field(default_factory=dict)
 
     @property
     def z(self) -> Integer[Tensor, " atoms"]:

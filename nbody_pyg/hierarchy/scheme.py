@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, ClassVar, overload
@@ -17,7 +18,7 @@ from torch_geometric.transforms import BaseTransform
 
 from nbody_pyg.data import AtomicData, has_hierarchy, is_topology_key, require_atoms
 from nbody_pyg.geometry import edge_vectors
-from nbody_pyg.hierarchy.levels import Hierarchy, Level
+from nbody_pyg.hierarchy.levels import EdgeSet, Hierarchy, Level
 from nbody_pyg.hierarchy.mark import ATOMS, FOUND, FOUND_BONDS, INPUTS, KEPT, KIND, MARK, found_bonds, mark_of
 from nbody_pyg.hierarchy.positions import child_vectors, tree_positions
 from nbody_pyg.hierarchy.topology import Topology, stored_levels
@@ -184,6 +185,21 @@ class Scheme(BaseTransform):  # type: ignore[misc]  # PyG has no py.typed
         """
         return None
 
+    @property
+    def edge_sets(self) -> dict[EdgeSet, float]:
+        """Every set of edges, with its length scale (angstrom)."""
+        child = {EdgeSet("child", k): spec.child_radius for k, spec in enumerate(self.levels) if k > 0}
+        pair = {EdgeSet("pair", k): spec.pair_radius for k, spec in enumerate(self.levels)}
+        return {edges: radius for edges, radius in (child | pair).items() if radius is not None}
+
+    @property
+    def same_edges(self) -> Mapping[EdgeSet, EdgeSet]:
+        """Edge sets that are the same as an earlier one, in integers, vectors and weights; by default none.
+
+        Whatever follows from edges alone is computed once for all that are the same.
+        """
+        return {}
+
     # ------------------------------------------------------------------ tensors with gradients
     def positions(self, topology: Topology, system: System) -> list[Float[Tensor, "_ 3"]]:
         """Positions of every level, with gradients; the system is in float64. By default mass-weighted means."""
@@ -213,20 +229,22 @@ class Scheme(BaseTransform):  # type: ignore[misc]  # PyG has no py.typed
         pos = given.double()
         centres = self.positions(topology, system.replace(pos=pos, cell=cell))
         levels: list[Level] = []
-        known: dict[tuple[int, ...], Tensor] = {}
+        same = self.same_edges
         for k, here in enumerate(centres):
             batch = topology.batch(k)
             child = child_vec = child_weight = pair_vec = pair_weight = None
             if k > 0:
-                child, shift = required(topology.child_index[k]), topology.child_shift[k]
-                key = (id(child), id(shift), id(centres[k - 1]), id(here))
-                if key not in known:
-                    known[key] = child_vectors(centres[k - 1], here, child, shift, cell, batch).to(dtype)
-                child_vec = known[key]
-                if k == topology.num_levels - 1 and topology.periodic is not None:
-                    open_graph = ~topology.periodic.index_select(0, batch.index_select(0, child[1]))
-                    child_vec = child_vec * open_graph.unsqueeze(-1).to(child_vec.dtype)
-                child_weight = self.child_weight(k, child_vec)
+                earlier = same.get(EdgeSet("child", k))
+                if earlier is not None:
+                    like = levels[earlier.level]
+                    child, child_vec, child_weight = like.child_index, like.child_vec, like.child_weight
+                else:
+                    child, shift = required(topology.child_index[k]), topology.child_shift[k]
+                    child_vec = child_vectors(centres[k - 1], here, child, shift, cell, batch).to(dtype)
+                    if k == topology.num_levels - 1 and topology.periodic is not None:
+                        open_graph = ~topology.periodic.index_select(0, batch.index_select(0, child[1]))
+                        child_vec = child_vec * open_graph.unsqueeze(-1).to(child_vec.dtype)
+                    child_weight = self.child_weight(k, child_vec)
             if (pair := topology.pair_index[k]) is not None:
                 pair_vec = edge_vectors(here, pair, topology.pair_shift[k], cell, batch).to(dtype)
                 pair_weight = vector_window(pair_vec, required(self.levels[k].pair_radius))
@@ -235,7 +253,7 @@ class Scheme(BaseTransform):  # type: ignore[misc]  # PyG has no py.typed
             levels.append(
                 Level(own, weight, batch, child, child_vec, child_weight, pair, pair_vec, pair_weight)
             )  # fmt: skip
-        return Hierarchy(tuple(levels), system)
+        return Hierarchy(tuple(levels), system, same)
 
     def _check_levels(self, topology: Topology) -> None:
         """Raise ValueError unless the topology has the levels and the pairs of this scheme."""

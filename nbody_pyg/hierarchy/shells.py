@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch_geometric.data import Data
 from torch_geometric.data.datapipes import functional_transform
 
+from nbody_pyg.hierarchy.levels import EdgeSet
 from nbody_pyg.hierarchy.positions import atomic_masses
 from nbody_pyg.hierarchy.scheme import LevelSpec, Scheme, check_radius
 from nbody_pyg.hierarchy.topology import Topology, sort_edges
@@ -94,14 +93,11 @@ class NestedShells(Scheme):
         wide.radii = tuple(radius + skin for radius in self.radii)
         return wide
 
-    def read(self, data: Data) -> Topology:
-        """As for every scheme; shells of one radius share one tensor of edges again, as :meth:`build` made them."""
-        topology = super().read(data)
-        child, shift = list(topology.child_index), list(topology.child_shift)
-        for k in range(2, len(self.radii) + 1):
-            if self.radii[k - 1] == self.radii[k - 2]:
-                child[k], shift[k] = child[k - 1], shift[k - 1]
-        return replace(topology, child_index=tuple(child), child_shift=tuple(shift))
+    @property
+    def same_edges(self) -> Mapping[EdgeSet, EdgeSet]:
+        """Shells of one radius have the same edges."""
+        first = [self.radii.index(radius) for radius in self.radii]
+        return {EdgeSet("child", k + 1): EdgeSet("child", j + 1) for k, j in enumerate(first) if j < k}
 
     def positions(self, topology: Topology, system: System) -> list[Float[Tensor, "_ 3"]]:
         pos = system.pos

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from nbody_pyg.geometry import complete_cell
+from nbody_pyg.hierarchy.levels import EdgeSet
 from nbody_pyg.hierarchy.positions import child_vectors
 from nbody_pyg.hierarchy.scheme import Scheme
 from nbody_pyg.hierarchy.topology import Topology
@@ -131,7 +132,7 @@ def narrow(wide: Topology, scheme: Scheme, system: System) -> Topology:
         cell = None if system.cell is None else system.cell.double()
         centres = scheme.positions(wide, system.replace(pos=system.pos.double(), cell=cell))
         lists: dict[str, list[tuple[Tensor | None, Tensor | None]]] = {"child": [], "pair": []}
-        done: dict[tuple[float, ...], tuple[Tensor, Tensor | None]] = {}
+        done: dict[EdgeSet, tuple[Tensor, Tensor | None]] = {}
         for k, radii in enumerate(scheme.list_radii()):
             for kind, radius in zip(lists, radii, strict=True):
                 index, shift = getattr(wide, f"{kind}_index")[k], getattr(wide, f"{kind}_shift")[k]
@@ -139,8 +140,7 @@ def narrow(wide: Topology, scheme: Scheme, system: System) -> Topology:
                     lists[kind].append((index, shift))
                     continue
                 ends = centres[k - 1 if kind == "child" else k], centres[k]
-                # Centred levels share one list, and must go on sharing it: their features are computed once.
-                key = (id(index), radius, *map(id, ends))
+                key = scheme.same_edges.get(EdgeSet(kind, k), EdgeSet(kind, k))
                 if key not in done:
                     vec = child_vectors(*ends, index, shift, cell, wide.batch(k))
                     near = ((vec * vec).sum(dim=1) < radius * radius).nonzero().squeeze(1)

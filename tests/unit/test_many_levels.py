@@ -9,8 +9,8 @@ from torch_geometric.data import Batch
 from nbody_pyg import AtomicData, FromAssignment, NBodyNet, NestedShells, Potential, SmoothSurvivors
 from nbody_pyg.deploy import load_model, save_model
 from nbody_pyg.explain import ExplainableNet
-from nbody_pyg.hierarchy import Hierarchy
-from nbody_pyg.models import edge_degrees
+from nbody_pyg.hierarchy import EdgeSet, Hierarchy
+from nbody_pyg.models import Step, edge_degrees
 from nbody_pyg.testing import assert_conservative, assert_equivariant, assert_extensive, random_molecule
 
 #: One part less on each level: of twelve atoms the first two are one part, then the first three, and so on.
@@ -55,7 +55,7 @@ def test_twelve_levels(name, tmp_path):
     assert torch.equal(again.child_10, stored.child_10) and again.child_10.shape[1] > 0
 
     found = edge_degrees(net.scheme, [stored])
-    wanted = {step.edges for step in net.steps}
+    wanted = {str(step.edges) for step in net.steps}
     assert wanted <= set(found) and "child_10" in wanted
     options = {key: value for key, value in net.config().items() if key not in ("species", "scheme", "degrees")}
     other = NBodyNet([1, 6, 8], net.scheme, **options, degrees={"child_10": 7.0}).double()
@@ -75,3 +75,35 @@ def test_physics(name):
     assert assert_equivariant(potential) < 1e-10
     assert_conservative(potential)
     assert_extensive(potential)
+
+
+def test_edge_sets():
+    scheme = SCHEMES["survivors"]
+    assert scheme.edge_sets[EdgeSet("child", 10)] == scheme.levels[10].child_radius
+    assert set(scheme.edge_sets) == {EdgeSet("child", k) for k in range(1, 12)} | {
+        EdgeSet("pair", k) for k in range(11)
+    }
+    assert Step("down", 3).edges == Step("up", 4).edges == EdgeSet("child", 4) and str(EdgeSet("child", 4)) == "child_4"
+    assert not scheme.same_edges and not SCHEMES["shells"].same_edges
+
+
+def test_shells_of_one_radius_share_their_edges():
+    """As the scheme declares, whether or not their tensors are the same; masks are those of each shell."""
+    scheme = NestedShells((3.0, 4.0, 3.0, 3.0))
+    assert scheme.same_edges == {EdgeSet("child", k): EdgeSet("child", 1) for k in (3, 4)}
+    torch.manual_seed(0)
+    net, data = NBodyNet([1, 6, 8], scheme, channels=2, lmax=1, body_order=2, num_basis=4).double(), system()
+    calls = []
+    for name, embedding in net.embeddings.items():
+        embedding.register_forward_hook(lambda *_, name=name: calls.append(name))
+    value = net(data)
+    assert value.abs() > 1e-6 and calls == ["child_1", "child_2"]
+    torch.testing.assert_close(net(scheme(data)), value, rtol=0, atol=1e-12)
+    explained = ExplainableNet(net)
+    x, edges = explained.graph(data)
+    calls.clear()
+    torch.testing.assert_close(explained(x, edges, data=data)[0], value, rtol=0, atol=1e-10)
+    assert calls == ["child_1", "child_2", "child_3", "child_4"]
+    without = x.clone()
+    without[2 * len(data.z)] = 0.5  # a part of the second shell, which sends to the third
+    assert (explained(without, edges, data=data)[0] - value).abs() > 1e-9
