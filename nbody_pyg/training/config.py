@@ -74,6 +74,9 @@ class DataConfig:
         return one if self.one_molecule is None else self.one_molecule
 
 
+#: Limits of a run, and those of one whose user names none: CPU seconds, and passes over few frames.
+LIMIT_KEYS = frozenset(f"training.{name}" for name in ("budget_seconds", "max_epochs", "max_steps"))
+LIMITS = {"budget_seconds": 600.0, "max_epochs": 250}
 # Values in a YAML text.
 _LARGEST_YAML = 100_000
 REPULSIONS = ("auto", "zbl", "none")
@@ -121,6 +124,8 @@ class Config:
     training: TrainingConfig
     output: OutputConfig
     target: tuple[Property, ...] = ()
+    #: Dotted keys that the user named; nbody_pyg.training.defaults chooses others from the data.
+    given: frozenset[str] = dataclasses.field(default=frozenset(), compare=False)
 
     def to_dict(self) -> dict[str, Any]:
         """The nested form of the YAML file; reading it back gives an equal Config."""
@@ -181,6 +186,7 @@ def parse_config(tree: Mapping[str, Any]) -> Config:
     Raises: ValueError: see :func:`load_config`.
     """
     _check_keys(tree)
+    named = _named_keys(tree)
     parser = config_parser()
     tree = {section: _typed_section(section, values) for section, values in tree.items()}
     target = _properties(tree.pop("target", None) or {})
@@ -196,10 +202,26 @@ def parse_config(tree: Mapping[str, Any]) -> Config:
     return Config(
         data=DataConfig(**values["data"]),
         model=ModelConfig(model["preset"], scheme, model["scale"], str(model["repulsion"] or "none").lower(), chosen),
-        training=TrainingConfig(**values["training"]),
+        training=TrainingConfig(**_limited(values["training"], named)),
         output=OutputConfig(**values["output"]),
         target=target,
+        given=named,
     )
+
+
+def _limited(values: Mapping[str, Any], named: frozenset[str]) -> dict[str, Any]:
+    """The section ``training`` with the limits of a run whose user names none."""
+    return dict(values) | (LIMITS if named.isdisjoint(LIMIT_KEYS) else {})
+
+
+def _named_keys(tree: Mapping[str, Any], prefix: str = "") -> frozenset[str]:
+    """Dotted names of all values of a nested form, and of the mappings around them."""
+    found = set()
+    for key, value in tree.items():
+        found.add(f"{prefix}{key}")
+        if isinstance(value, Mapping):
+            found |= _named_keys(value, f"{prefix}{key}.")
+    return frozenset(found)
 
 
 #: Keys that name files or folders, in which ~ and $HOME are replaced.
