@@ -115,7 +115,7 @@ def _train(config: Config, run: RunFolder) -> int:
     data = load_data(config.data, split)
     print(label_audit(data.named(), _uses(config, data)), "\n")
     if potential is None:
-        config, choices = choose_defaults(config, data.train)
+        config, choices = choose_defaults(config, data)
         potential = build_potential(config, data)
     require_elements(potential, data.named())
     _describe(potential, config, choices)

@@ -15,7 +15,9 @@ from nbody_pyg.data import has_hierarchy
 from nbody_pyg.datasets.frames import has_label
 from nbody_pyg.geometry import edge_vectors, neighbour_list
 from nbody_pyg.hierarchy import Scheme
+from nbody_pyg.messages import symbols
 from nbody_pyg.training.config import LIMIT_KEYS, LIMITS, Config, insert, parse_config
+from nbody_pyg.training.prepare import DataSets
 
 #: Radii of the shells: multiples of the distance between first neighbours, and the least ones, angstrom.
 RADII = ((1.65, 3.5), (2.2, 5.0))
@@ -88,7 +90,7 @@ class FrameStatistics:
         return not self.periodic and self.sizes[0] == self.sizes[1]
 
 
-def choose_defaults(config: Config, frames: Sequence[Data]) -> tuple[Config, tuple[Choice, ...]]:
+def choose_defaults(config: Config, data: DataSets) -> tuple[Config, tuple[Choice, ...]]:
     r"""The configuration with what its user did not name chosen from the training frames, and the reasons.
 
     With the distance d between first neighbours (:class:`FrameStatistics`) the shells of ``NestedShells`` reach to
@@ -97,15 +99,16 @@ def choose_defaults(config: Config, frames: Sequence[Data]) -> tuple[Config, tup
 
     so that no first neighbour stands where the window has faded. Organic molecules have d below 1.6 angstrom and keep
     3.5 and 5. Energies count per molecule where all frames are molecules of one size, and else per atom: those of large
-    cells would drown the forces. Labels that no frame knows have the weight 0; stress is trained on where it is known.
+    cells would drown the forces. Stress is trained on where frames have one. E0 is that of isolated atoms where every
+    element has a frame of one atom.
     A step takes as many frames as have 5,000 edges, and at most five.
 
     What the user named stays as it is, so that a configuration read from the ``config.yaml`` of a run is not changed.
     """
-    found = FrameStatistics.of(frames)
-    choices = [*_radii(config, found), *_loss(config, found)]
+    found = FrameStatistics.of(data.train)
+    choices = [*_reference(config, data), *_radii(config, found), *_loss(config, found)]
     chosen = _with(config, choices)
-    batch = [] if "training.batch_size" in config.given else [_batch_size(chosen, frames)]
+    batch = [] if "training.batch_size" in config.given else [_batch_size(chosen, data.train)]
     limits = [Choice(f"training.{key}", value, "no limit of the run was given") for key, value in _limits(config)]
     return _with(chosen, batch), (*choices, *batch, *limits)
 
@@ -126,7 +129,7 @@ def keep_choices(config: Config, stored: Mapping[str, Any]) -> Config:
 
 
 #: Keys that are chosen where the user does not name them.
-CHOSEN = ("model.scheme.radii", "model.scheme.exponent", "training.energy_per", "training.energy_weight",
+CHOSEN = ("data.e0", "model.scheme.radii", "model.scheme.exponent", "training.energy_per", "training.energy_weight",
           "training.stress_weight", "training.batch_size", *sorted(LIMIT_KEYS))  # fmt: skip
 
 
@@ -135,6 +138,21 @@ def _with(config: Config, choices: Sequence[Choice]) -> Config:
     for choice in choices:
         insert(tree, choice.key, choice.value)
     return dataclasses.replace(parse_config(tree), given=config.given)
+
+
+def _reference(config: Config, data: DataSets) -> list[Choice]:
+    """Energies of isolated atoms, where every element has one, in whichever set."""
+    if "data.e0" in config.given or config.target or config.data.qm9 is not None:
+        return []
+    frames = [frame for frames in data.named().values() for frame in frames]
+    single = {int(f.z[0]) for f in frames if len(f.z) == 1 and has_label(f, "energy") and not _charge(f)}
+    if not single.issuperset(z for frame in data.train for z in frame.z.tolist()):
+        return []
+    return [Choice("data.e0", "isolated", f"frames hold single atoms of {symbols(sorted(single))}")]
+
+
+def _charge(frame: Data) -> float:
+    return float(frame.get("charge", torch.zeros(1)))
 
 
 def _radii(config: Config, found: FrameStatistics) -> list[Choice]:
