@@ -31,6 +31,7 @@ from nbody_pyg.training.build import potential_from_config
 from nbody_pyg.training.callbacks import Callback
 from nbody_pyg.training.checkpoint import changes, read_checkpoint
 from nbody_pyg.training.config import Config, ModelConfig, OutputConfig, load_config
+from nbody_pyg.training.defaults import Choice, choose_defaults, keep_choices
 from nbody_pyg.training.evaluation import Evaluation, evaluate
 from nbody_pyg.training.folder import RunFolder
 from nbody_pyg.training.prepare import DataSets, build_potential, explicit, load_data, network_inputs
@@ -106,18 +107,19 @@ def _writer(path: Path) -> str | None:
 def _train(config: Config, run: RunFolder) -> int:
     torch.set_num_threads(config.training.threads)
     folder = run.path
-    last, split, potential = None, None, None
+    last, split, potential, choices = None, None, None, ()
     if config.output.resume:
         last, split = _checkpoint(folder), _split(folder / "split.json")
         # With the degrees, E0 and scale that it was trained with, whatever frames have come since
-        potential = _resumed(last, config)
+        config, potential = _resumed(last, config)
     explicit(config.model)  # a wrong argument of the network is found before the data are read
     data = load_data(config.data, split)
     print(label_audit(data.named(), _uses(config, data)), "\n")
     if potential is None:
+        config, choices = choose_defaults(config, data)
         potential = build_potential(config, data)
     require_elements(potential, data.named())
-    _describe(potential, config)
+    _describe(potential, config, choices)
     shared = config.data.shares_hierarchy
     data = data.with_topology(potential.model.scheme, shared)
     config = dataclasses.replace(config, model=_as_built(config.model, potential))
@@ -149,8 +151,11 @@ def _split(path: Path) -> Split | None:
         raise ValueError(f"{path} is damaged ({error}); remove it to make the split anew by its seed") from error
 
 
-def _resumed(last: Path, config: Config) -> Potential | PropertyModel:
-    """The model of a checkpoint, with fresh weights. Raises: ValueError: the configuration changes what it must not."""
+def _resumed(last: Path, config: Config) -> tuple[Config, Potential | PropertyModel]:
+    """The configuration with what was chosen for the run of a checkpoint, and its model, with fresh weights.
+
+    Raises: ValueError: the configuration changes what it must not.
+    """
     checkpoint = read_checkpoint(last)
     if _writer(last.with_name("config.yaml")) not in (None, checkpoint["run"]["id"]):
         raise ValueError(
@@ -159,6 +164,7 @@ def _resumed(last: Path, config: Config) -> Potential | PropertyModel:
     stored = checkpoint.get("config")
     if stored is None:
         raise ValueError(f"{last} was not written by nbody train; go on with fit(resume=...), as it was begun")
+    config = keep_choices(config, stored)
     given = dataclasses.replace(config, model=explicit(config.model)).to_dict()
     # Where none are given they follow from the frames of the first run.
     free = _FREE if config.model.arguments.get("degrees") is not None else _FREE | {"model.degrees"}
@@ -166,7 +172,7 @@ def _resumed(last: Path, config: Config) -> Potential | PropertyModel:
         raise ValueError(
             f"a resumed run must not change these settings: {words}; resume with the old ones, or start anew"
         )
-    return potential_from_config(checkpoint["hyper_parameters"]["potential"])
+    return config, potential_from_config(checkpoint["hyper_parameters"]["potential"])
 
 
 def _as_built(config: ModelConfig, potential: Potential | PropertyModel) -> ModelConfig:
@@ -201,7 +207,9 @@ def _uses(config: Config, data: DataSets) -> dict[str, str]:
     return held | ({"charges": "input" if config.model.arguments.get("long_range") else "their sum"} if charges else {})
 
 
-def _describe(potential: Potential | PropertyModel, config: Config) -> None:
+def _describe(potential: Potential | PropertyModel, config: Config, choices: Sequence[Choice] = ()) -> None:
+    for choice in choices:
+        print(f"chosen  {choice}")
     print(f"model   {potential.model!r}")
     if isinstance(potential, PropertyModel):
         for p in potential.properties:

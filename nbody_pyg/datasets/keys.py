@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -58,17 +59,14 @@ def choose_keys(
     for label, values in found.items():
         if label in given or not values:
             continue
-        keys[label] = (_covering(values, label, len(systems), name),)
-        chosen = values[keys[label][0]]
+        keys[label] = _covering(values, label, len(systems), name)
+        chosen = {number: value for key in reversed(keys[label]) for number, value in values[key].items()}
         for key, others in values.items():
-            number = _differ(chosen, others)
+            number = None if key in keys[label] else _differ(chosen, others)
             if number is None:
                 continue
             if label == "stress" and _family(key) == _family(keys[label][0]):
-                raise ValueError(
-                    f"frame {number} of {name}: {keys[label][0]} and {key} contradict each other: the stress must be "
-                    "minus the virial over the volume, positive when the system pulls inwards; choose with stress_key"
-                )
+                raise ValueError(_contradiction(number, name, keys[label][0], key))
             notes.append(f"{name}: {label} is read from {keys[label][0]!r}; {key!r} holds other values")
     _check_families(keys, found, given, name, notes)
     for label, other in (("energy", "forces"), ("forces", "energy")):
@@ -82,6 +80,13 @@ def choose_keys(
                 f"{mate!r} holds others, which seem to belong to it; give {other}_key"
             )
     return keys, notes
+
+
+def _contradiction(number: int, name: str, one: str, other: str) -> str:
+    return (
+        f"frame {number} of {name}: {one} and {other} contradict each other: the stress must be minus the virial over "
+        "the volume, positive when the system pulls inwards; choose with stress_key"
+    )
 
 
 def _found(
@@ -119,12 +124,21 @@ def volume_of(atoms: Atoms) -> float:
     return float(atoms.cell.volume) if atoms.pbc.any() else 0.0
 
 
-def _covering(values: Mapping[str, Mapping[int, np.ndarray]], label: str, total: int, name: str) -> str:
+def _covering(values: Mapping[str, Mapping[int, np.ndarray]], label: str, total: int, name: str) -> tuple[str, ...]:
+    """The one key of all frames with a label; of stresses and virials of one family several, which do not differ."""
     labelled = set().union(*values.values())
     for place, (key, own) in enumerate(values.items()):
         better = list(values.values())[:place]
         if len(own) == len(labelled) and all(_differ(own, other) is None for other in better):
-            return key
+            return (key,)
+    for family in ("REF_", "") if label == "stress" else ():
+        members = tuple(key for key in values if _family(key) == family)
+        if set().union(*(values[key] for key in members)) != labelled:
+            continue
+        for one, other in itertools.combinations(members, 2):
+            if (number := _differ(values[one], values[other])) is not None:
+                raise ValueError(_contradiction(number, name, one, other))
+        return members
     counts = ", ".join(f"{key!r} in {len(own)}" for key, own in values.items())
     raise ValueError(
         f"{label} stands under several keys in the {total} frames of {name} ({counts}), which may be several levels "

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import glob
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -11,7 +13,7 @@ from ase import Atoms
 from nbody_pyg.data import AtomicData, complete_states
 from nbody_pyg.datasets.arrays import read_npz
 from nbody_pyg.datasets.frames import Frames, check_frame, listed, shaped_label
-from nbody_pyg.datasets.keys import LEVELLED, Stores, choose_keys, is_virial, stores_of, volume_of
+from nbody_pyg.datasets.keys import LEVELLED, Stores, choose_keys, is_virial, levels_apart, stores_of, volume_of
 from nbody_pyg.datasets.systems import as_slice, named_units, read_systems
 from nbody_pyg.messages import nearest
 from nbody_pyg.units import STRESS_UNITS, Units
@@ -25,6 +27,8 @@ DEFAULT_KEYS: Mapping[str, tuple[str, ...]] = {
     "dipole": ("REF_dipole", "dipole"),
     "polarizability": ("REF_polarizability", "polarizability"),
 }
+# Folders that ASE reads as one file.
+_FOLDERS = (".bundle",)
 _LARGE_STRESS = 2.0  # eV/angstrom^3, 320 GPa
 
 
@@ -97,6 +101,48 @@ def read_frames(
         first, *more = sorted(odd)
         raise ValueError(odd[first] + (f" (also bad: {listed(systems, more)})" if more else ""))
     return frames
+
+
+def find_files(paths: str | Path | Sequence[str | Path]) -> list[Path]:
+    """The files that names, folders and patterns such as ``"run*/frames.xyz"`` stand for, each once.
+
+    Names keep their order; the files of a folder and of a pattern are sorted by name, those that begin with a dot left
+    out. A name that exists is no pattern.
+
+    Raises: FileNotFoundError: a name that does not exist, or a pattern or folder without a file.
+    """
+    found: dict[Path, None] = {}
+    for name in [paths] if isinstance(paths, (str, Path)) else paths:
+        path = Path(name)
+        if path.is_dir() and path.suffix not in _FOLDERS:
+            files = sorted(p for p in path.iterdir() if p.is_file() and not p.name.startswith("."))
+        elif path.exists() or not glob.has_magic(str(name)):
+            files = [path]
+        else:
+            files = sorted(Path(p) for p in glob.glob(str(name), recursive=True) if os.path.isfile(p))
+        if not files:
+            raise FileNotFoundError(f"no file under {str(name)!r}; name a file, or a folder or pattern with files")
+        found |= dict.fromkeys(files)
+    return list(found)
+
+
+def join_frames(parts: Sequence[Frames]) -> Frames:
+    """The frames of several files as one set, numbered through.
+
+    Raises: ValueError: the files hold a label under keys of two families, which may be two levels of theory.
+    """
+    names = [Path(part.name).name for part in parts]
+    if wrong := levels_apart({part.name: part.sources for part in parts}):
+        raise ValueError(wrong)
+    sources: dict[str, tuple[str, ...]] = {}
+    for part in parts:
+        for label, keys in part.sources.items():
+            sources[label] = tuple(dict.fromkeys((*sources.get(label, ()), *keys)))
+    return Frames(
+        complete_states([frame for part in parts for frame in part]), name=" + ".join(names), sources=sources,
+        available=[key for part in parts for key in part.available],
+        notes=dict.fromkeys(note for part in parts for note in part.notes),
+    )  # fmt: skip
 
 
 def frames_of(

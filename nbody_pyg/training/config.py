@@ -34,9 +34,15 @@ class DataConfig:
     family: str = setting("dimenet", "split of QM9: dimenet (110,000 molecules for training) or cormorant (100,000)")
     root: str | None = setting(None, "folder of the files of rMD17 or QM9")
     split: int = setting(1, "number of the published rMD17 split")
-    train: str | None = setting(None, "file of training frames (extxyz, npz, anything ASE reads)")
-    val: str | None = setting(None, "file of validation frames; without it num_val are taken from train")
-    test: dict[str, str] | str | None = setting(None, "file of test frames, or {name: file}")  # noqa: RUF009
+    train: list[str] | str | None = setting(  # noqa: RUF009
+        None, "training frames (extxyz, npz, anything ASE reads): a file, a folder, a pattern such as 'run*/a.xyz', "
+        "or a list of them"
+    )  # fmt: skip
+    val: list[str] | str | None = setting(  # noqa: RUF009
+        None, "validation frames, as for train; without it num_val are taken from train"
+    )  # fmt: skip
+    test: dict[str, str] | str | None = setting(None, "test frames, or {name: file}")  # noqa: RUF009
+    file_format: str | None = setting(None, "ASE's name of the format of the files, where their names do not tell it")
     num_train: int | None = setting(None, "number of training frames (default: all that are left)")
     num_val: int | None = setting(None, "number of validation frames (default: 50, at most a tenth)")
     num_test: int | None = setting(None, "number of test molecules of QM9 (default: all of the split)")
@@ -74,6 +80,9 @@ class DataConfig:
         return one if self.one_molecule is None else self.one_molecule
 
 
+#: Limits of a run, and those of one whose user names none: CPU seconds, and passes over few frames.
+LIMIT_KEYS = frozenset(f"training.{name}" for name in ("budget_seconds", "max_epochs", "max_steps"))
+LIMITS = {"budget_seconds": 600.0, "max_epochs": 250}
 # Values in a YAML text.
 _LARGEST_YAML = 100_000
 REPULSIONS = ("auto", "zbl", "none")
@@ -121,6 +130,8 @@ class Config:
     training: TrainingConfig
     output: OutputConfig
     target: tuple[Property, ...] = ()
+    #: Dotted keys that the user named; nbody_pyg.training.defaults chooses others from the data.
+    given: frozenset[str] = dataclasses.field(default=frozenset(), compare=False)
 
     def to_dict(self) -> dict[str, Any]:
         """The nested form of the YAML file; reading it back gives an equal Config."""
@@ -182,6 +193,7 @@ def parse_config(tree: Mapping[str, Any]) -> Config:
     Raises: ValueError: see :func:`load_config`.
     """
     _check_keys(tree)
+    named = _named_keys(tree)
     parser = config_parser()
     tree = {section: _typed_section(section, values) for section, values in tree.items()}
     target = _properties(tree.pop("target", None) or {})
@@ -197,16 +209,33 @@ def parse_config(tree: Mapping[str, Any]) -> Config:
     return Config(
         data=DataConfig(**values["data"]),
         model=ModelConfig(model["preset"], scheme, model["scale"], str(model["repulsion"] or "none").lower(), chosen),
-        training=TrainingConfig(**values["training"]),
+        training=TrainingConfig(**_limited(values["training"], named)),
         output=OutputConfig(**values["output"]),
         target=target,
+        given=named,
     )
+
+
+def _limited(values: Mapping[str, Any], named: frozenset[str]) -> dict[str, Any]:
+    """The section ``training`` with the limits of a run whose user names none."""
+    return dict(values) | (LIMITS if named.isdisjoint(LIMIT_KEYS) else {})
+
+
+def _named_keys(tree: Mapping[str, Any], prefix: str = "") -> frozenset[str]:
+    """Dotted names of all values of a nested form, and of the mappings around them."""
+    found = set()
+    for key, value in tree.items():
+        found.add(f"{prefix}{key}")
+        if isinstance(value, Mapping):
+            found |= _named_keys(value, f"{prefix}{key}.")
+    return frozenset(found)
 
 
 #: Keys that name files or folders, in which ~ and $HOME are replaced.
 _FILE_KEYS = {"data": ("root", "train", "val", "test"), "output": ("folder",)}
 _MODEL_TYPES: dict[str, Any] = {"preset": str, "scheme": dict, "scale": float | str, "repulsion": str | None}
-_WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", dict: "keys and values"}
+_WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", dict: "keys and values",
+          list: "a list"}  # fmt: skip
 
 
 def expand_path(text: str) -> str:
@@ -234,12 +263,17 @@ def _typed_section(section: str, values: Any) -> Any:
         value = typed(value, int if key in whole else _hint(section, key))
         if section == "data" and key == "test" and isinstance(value, list):
             value = _by_name(value)
-        elif isinstance(value, list) and str in _admits(_hint(section, key)):
+        elif (
+            isinstance(value, list) and list not in _admits(_hint(section, key)) and str in _admits(_hint(section, key))
+        ):
             what = "file" if key in _FILE_KEYS.get("data", ()) else "name"
             raise ValueError(f"{section}.{key} must be one {what}, got the list {value}; give one, or join the files")
         if key in _FILE_KEYS.get(section, ()) and value is not None:
             named = isinstance(value, Mapping)
-            value = {k: expand_path(str(v)) for k, v in value.items()} if named else expand_path(str(value))
+            if isinstance(value, list):
+                value = [expand_path(str(v)) for v in value]
+            else:
+                value = {k: expand_path(str(v)) for k, v in value.items()} if named else expand_path(str(value))
         out[key] = value
     return out
 

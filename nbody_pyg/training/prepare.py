@@ -9,7 +9,6 @@ import typing
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
@@ -33,6 +32,7 @@ from nbody_pyg.datasets import (
 from nbody_pyg.datasets.frames import Frames, has_label
 from nbody_pyg.datasets.keys import levels_apart
 from nbody_pyg.datasets.qm9 import TARGETS, TOTAL_ENERGIES
+from nbody_pyg.datasets.readers import find_files, join_frames
 from nbody_pyg.energy import AtomicReference
 from nbody_pyg.hierarchy import Scheme, Topology, share_topology
 from nbody_pyg.messages import check_choice
@@ -137,7 +137,7 @@ def load_data(config: DataConfig, split: Split | None = None) -> DataSets:
         that have their own; a test set of the name of another set; files with labels of two levels of theory.
     """
     if config.train is None:
-        for name in ("units", "energy_key", "forces_key", "stress_key"):
+        for name in ("units", "energy_key", "forces_key", "stress_key", "file_format"):
             if getattr(config, name) is not None:
                 raise ValueError(
                     f"data.{name} is for files named by data.train, got {getattr(config, name)!r} beside data that "
@@ -199,14 +199,20 @@ def wanted_properties(config: Config) -> tuple[Property, ...]:
     return ()
 
 
-def _read(path: str, config: DataConfig) -> Sequence[Data]:
-    return read_frames(
-        Path(path),
-        energy_key=config.energy_key,
-        forces_key=config.forces_key,
-        stress_key=config.stress_key,
-        units=config.units,
-    )
+def _read(paths: str | Sequence[str], config: DataConfig) -> Sequence[Data]:
+    """The frames of the files that are named, in the order of the names; of folders and patterns sorted by name."""
+    found = [
+        read_frames(
+            path,
+            energy_key=config.energy_key,
+            forces_key=config.forces_key,
+            stress_key=config.stress_key,
+            units=config.units,
+            file_format=config.file_format,
+        )
+        for path in find_files(paths)
+    ]
+    return found[0] if len(found) == 1 else join_frames(found)
 
 
 def _split(

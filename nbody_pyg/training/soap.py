@@ -10,6 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+#: Largest component of an update over the learning rate: in one basis, Adam with the default betas reaches 1.7.
+_LARGEST = 2.0
+
 
 class Soap(Optimizer):
     r"""Adam run in a slowly turning basis in which the gradient's rows and columns are uncorrelated.
@@ -95,7 +98,9 @@ class Soap(Optimizer):
         state["mean"].lerp_(turned, 1 - beta1)
         state["square"].mul_(beta2).addcmul_(turned, turned, value=1 - beta2)
         root = (state["square"] / (1 - beta2**step)).sqrt_().add_(group["eps"])
-        update = _turn(state, state["mean"] / root, into=False)
+        # The squares do not follow a change of basis: after a zero gradient, as of an ideal crystal, they may vanish.
+        bound = _LARGEST * (1 - beta1**step)
+        update = _turn(state, (state["mean"] / root).clamp_(-bound, bound), into=False)
         self._apply_update(members, list(update.unbind()), group["lr"] / (1 - beta1**step), group)
         if step % group["frequency"] == 0 or step < 4:
             mean = _turn(state, state["mean"], into=False)

@@ -204,3 +204,17 @@ def test_eigenvectors_where_lapack_fails_in_single_precision(monkeypatch):
     weight.grad = torch.randn(4, 3)
     Soap([weight], lr=0.1).step()
     assert bool(weight.isfinite().all())
+
+
+def test_a_gradient_that_vanishes_early_does_not_blow_up_the_next_step():
+    """As of ideal crystals, whose forces are zero: the basis turns, and the squares in it have seen no gradient."""
+    generator = torch.Generator().manual_seed(0)
+    weight = nn.Parameter(torch.zeros(8, 6))
+    optimizer = Soap([weight], lr=0.1)
+    sizes = []
+    for scale in (1.0, 1e-14, 1e-14, 1.0):
+        before = weight.detach().clone()
+        weight.grad = scale * torch.randn(8, 6, generator=generator)
+        optimizer.step()
+        sizes.append(float((weight.detach() - before).norm()))
+    assert 0 < max(sizes) <= 0.1 * 2.0 * 48**0.5 + 1e-6, sizes

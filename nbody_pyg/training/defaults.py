@@ -1,0 +1,226 @@
+"""Settings that follow from the training frames where the user names none: one rule for molecules and solids."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from ase.data import chemical_symbols
+from torch_geometric.data import Data
+
+from nbody_pyg.data import has_hierarchy
+from nbody_pyg.datasets.frames import has_label
+from nbody_pyg.geometry import edge_vectors, neighbour_list
+from nbody_pyg.hierarchy import Scheme
+from nbody_pyg.messages import symbols
+from nbody_pyg.training.config import LIMIT_KEYS, LIMITS, Config, insert, parse_config
+from nbody_pyg.training.prepare import DataSets
+
+#: Radii of the shells: multiples of the distance between first neighbours, and the least ones, angstrom.
+RADII = ((1.65, 3.5), (2.2, 5.0))
+#: Of the windows.
+EXPONENT = 3
+#: Directed edges of a step, those of both shells together; and the most frames of a step.
+EDGES_PER_STEP, MOST_FRAMES = 5000, 5
+#: Weights for energies and stresses per atom, angstrom^-2.
+PER_ATOM_WEIGHT, STRESS_WEIGHT = 5.0, 1.0
+#: So many frames are measured, and neighbours are looked for up to this distance, angstrom.
+_MEASURED, _REACH = 200, 6.0
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A setting that was chosen, by its dotted key, and why."""
+
+    key: str
+    value: Any
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.key} {self.value}: {self.reason}"
+
+
+@dataclass(frozen=True)
+class FrameStatistics:
+    """What the rule asks of training frames.
+
+    ===================  ==========================================================================================
+    field                meaning, unit
+    ===================  ==========================================================================================
+    ``sizes``            least and greatest number of atoms of a frame
+    ``periodic``         whether any frame repeats in any direction
+    ``first_shell``      distance between first neighbours, angstrom: for each element the median over its atoms of
+                         the distance to the nearest atom, and of these the greatest; 0 where no atom has a neighbour
+    ``element``          the element with that distance
+    ``labels``           which of energy, forces and stress some frame knows
+    ===================  ==========================================================================================
+    """
+
+    sizes: tuple[int, int]
+    periodic: bool
+    first_shell: float
+    element: str
+    labels: frozenset[str]
+
+    @classmethod
+    def of(cls, frames: Sequence[Data]) -> FrameStatistics:
+        """Of frames; distances of very many frames are those of 200, taken evenly."""
+        nearest: dict[int, list[torch.Tensor]] = {}
+        for frame in _some(frames):
+            shortest, z = _nearest(frame), frame.z
+            for number in z.unique().tolist():
+                nearest.setdefault(number, []).append(shortest[z == number])
+        known = {number: torch.cat(values) for number, values in nearest.items()}
+        medians = {number: float(values[values.isfinite()].median()) for number, values in known.items()
+                   if bool(values.isfinite().any())}  # fmt: skip
+        number = max(medians, key=lambda n: (medians[n], n), default=0)
+        counts = [len(frame.z) for frame in frames]
+        labels = (name for name in ("energy", "forces", "stress") if any(has_label(f, name) for f in frames))
+        return cls(
+            (min(counts), max(counts)), any(_is_periodic(frame) for frame in frames),
+            medians.get(number, 0.0), chemical_symbols[number], frozenset(labels),
+        )  # fmt: skip
+
+    @property
+    def one_molecule_size(self) -> bool:
+        """Whether every frame is an open system of as many atoms."""
+        return not self.periodic and self.sizes[0] == self.sizes[1]
+
+
+def choose_defaults(config: Config, data: DataSets) -> tuple[Config, tuple[Choice, ...]]:
+    r"""The configuration with what its user did not name chosen from the training frames, and the reasons.
+
+    With the distance d between first neighbours (:class:`FrameStatistics`) the shells of ``NestedShells`` reach to
+
+    .. math:: R_1 = \max(1.65\, d,\; 3.5), \qquad R_2 = \max(2.2\, d,\; 5)
+
+    so that no first neighbour stands where the window has faded. Organic molecules have d below 1.6 angstrom and keep
+    3.5 and 5. Energies count per molecule where all frames are molecules of one size, and else per atom: those of large
+    cells would drown the forces. Stress is trained on where frames have one. E0 is that of isolated atoms where every
+    element has a frame of one atom.
+    A step takes as many frames as have 5,000 edges, and at most five.
+
+    What the user named stays as it is, so that a configuration read from the ``config.yaml`` of a run is not changed.
+    """
+    found = FrameStatistics.of(data.train)
+    choices = [*_reference(config, data), *_radii(config, found), *_loss(config, found)]
+    chosen = _with(config, choices)
+    batch = [] if "training.batch_size" in config.given else [_batch_size(chosen, data.train)]
+    limits = [Choice(f"training.{key}", value, "no limit of the run was given") for key, value in _limits(config)]
+    return _with(chosen, batch), (*choices, *batch, *limits)
+
+
+def keep_choices(config: Config, stored: Mapping[str, Any]) -> Config:
+    """The configuration of a resumed run with what its user did not name as it is stored, in the nested form."""
+    kept = []
+    for key in CHOSEN:
+        section, _, name = key.rpartition(".")
+        values: Any = stored
+        for part in section.split("."):
+            values = values.get(part) or {}
+        if key not in config.given and name in values:
+            kept.append(Choice(key, values[name], "as before"))
+    if not config.given.isdisjoint(LIMIT_KEYS):
+        kept = [choice for choice in kept if choice.key not in LIMIT_KEYS]
+    return _with(config, kept)
+
+
+#: Keys that are chosen where the user does not name them.
+CHOSEN = ("data.e0", "model.scheme.radii", "model.scheme.exponent", "training.energy_per", "training.energy_weight",
+          "training.stress_weight", "training.batch_size", *sorted(LIMIT_KEYS))  # fmt: skip
+
+
+def _with(config: Config, choices: Sequence[Choice]) -> Config:
+    tree = config.to_dict()
+    for choice in choices:
+        insert(tree, choice.key, choice.value)
+    return dataclasses.replace(parse_config(tree), given=config.given)
+
+
+def _reference(config: Config, data: DataSets) -> list[Choice]:
+    """Energies of isolated atoms, where every element has one, in whichever set."""
+    if "data.e0" in config.given or config.target or config.data.qm9 is not None:
+        return []
+    frames = [frame for frames in data.named().values() for frame in frames]
+    single = {int(f.z[0]) for f in frames if len(f.z) == 1 and has_label(f, "energy") and not _charge(f)}
+    if not single.issuperset(z for frame in data.train for z in frame.z.tolist()):
+        return []
+    return [Choice("data.e0", "isolated", f"frames hold single atoms of {symbols(sorted(single))}")]
+
+
+def _charge(frame: Data) -> float:
+    return float(frame.get("charge", torch.zeros(1)))
+
+
+def _radii(config: Config, found: FrameStatistics) -> list[Choice]:
+    if config.model.scheme["name"] != "NestedShells":
+        return []
+    wanted = [round(max(factor * found.first_shell, least), 2) for factor, least in RADII]
+    near = (
+        f"first neighbours of {found.element} are {found.first_shell:.2f} angstrom apart" if found.first_shell else ""
+    )
+    if wanted == [least for _, least in RADII]:
+        reason = f"enough for bonds of molecules; {near}" if near else "no atom has a neighbour"
+    else:
+        reason = f"{near}; " + " and ".join(f"{factor:g}" for factor, _ in RADII) + " times that"
+    exponent = Choice("model.scheme.exponent", EXPONENT, "neighbours fade from the start")
+    chosen = [Choice("model.scheme.radii", wanted, reason), exponent]
+    return [choice for choice in chosen if choice.key not in config.given]
+
+
+def _loss(config: Config, found: FrameStatistics) -> list[Choice]:
+    """How energies count, and the stress."""
+    if config.target or config.data.qm9 is not None:
+        return []
+    training, given, choices = config.training, config.given, []
+    if "training.energy_per" not in given and "training.energy_weight" not in given:
+        low, high = found.sizes
+        if found.one_molecule_size:
+            per, weight, reason = "molecule", training.energy_weight, f"all frames are molecules of {low} atoms"
+        else:
+            what = "periodic cells" if found.periodic else "molecules"
+            per, weight = "atom", PER_ATOM_WEIGHT
+            reason = f"{what} of {low} to {high} atoms; per molecule the largest would outweigh the forces"
+        choices = [Choice("training.energy_per", per, reason), Choice("training.energy_weight", weight, "angstrom^-2")]
+    if "training.stress_weight" not in given and "stress" in found.labels:
+        choices.append(Choice("training.stress_weight", STRESS_WEIGHT, "frames have a stress; angstrom^-2"))
+    return choices
+
+
+def _batch_size(config: Config, frames: Sequence[Data]) -> Choice:
+    """As many frames as have the edges of a step, and no more than there are."""
+    scheme = Scheme.from_config(dict(config.model.scheme))
+    edges = [_num_edges(scheme, frame) for frame in _some(frames)]
+    mean = sum(edges) / len(edges)
+    size = min(max(round(EDGES_PER_STEP / max(mean, 1.0)), 1), MOST_FRAMES)
+    return Choice("training.batch_size", size, f"a frame has {mean:.0f} edges")
+
+
+def _num_edges(scheme: Scheme, frame: Data) -> int:
+    topology = scheme.read(frame if has_hierarchy(frame) else scheme(frame))
+    return sum(index.shape[1] for index in (*topology.child_index, *topology.pair_index) if index is not None)
+
+
+def _limits(config: Config) -> list[tuple[str, Any]]:
+    return list(LIMITS.items()) if config.given.isdisjoint(LIMIT_KEYS) else []
+
+
+def _some(frames: Sequence[Data]) -> Sequence[Data]:
+    return [frames[i] for i in range(0, len(frames), -(-len(frames) // _MEASURED))]
+
+
+def _is_periodic(frame: Data) -> bool:
+    pbc = frame.get("pbc")
+    return bool(torch.as_tensor(pbc).any()) if pbc is not None else frame.get("cell") is not None
+
+
+def _nearest(frame: Data) -> torch.Tensor:
+    """Distance of each atom to the nearest one; infinite where there is none in reach."""
+    cell, pbc = (frame.get("cell"), frame.get("pbc")) if _is_periodic(frame) else (None, None)
+    index, shift = neighbour_list(frame.pos, _REACH, None, cell, pbc)
+    length = edge_vectors(frame.pos, index, shift, cell).norm(dim=-1).double()
+    nearest = torch.full((len(frame.z),), torch.inf, dtype=torch.float64)
+    return nearest.scatter_reduce(0, index[1], length, "amin")
