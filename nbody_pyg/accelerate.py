@@ -15,6 +15,7 @@ from nbody_pyg.models import NBodyNet
 from nbody_pyg.potential import Potential
 from nbody_pyg.recording import Layout, check_edges, check_same, evaluate, flatten, reason_of, recordable
 from nbody_pyg.renamed import renamed
+from nbody_pyg.required import required
 from nbody_pyg.system import Species
 
 MODES = ("md", "training")
@@ -58,14 +59,14 @@ class CompiledPotential:
         self.potential, self.mode, self.backend = potential, mode, backend
         self.failure: str | None = None
         self.calls = self.compiled_calls = 0
-        self._programs: dict[tuple, _Program] = {}
+        self._programs: dict[tuple[Any, ...], _Program] = {}
 
     @renamed(training="create_graph")
     def __call__(self, *arguments: Any, create_graph: bool = False, **keywords: Any) -> dict[str, Tensor]:
         """Results of the potential for the same arguments."""
         forces = keywords.pop("compute_forces", True)
         stress = keywords.pop("compute_stress", False)
-        eager = lambda: self.potential(  # noqa: E731
+        eager: Callable[[], dict[str, Tensor]] = lambda: self.potential(  # noqa: E731
             *arguments, create_graph=create_graph, compute_forces=forces, compute_stress=stress, **keywords
         )
         with _COMPILER:
@@ -77,6 +78,7 @@ class CompiledPotential:
             return eager()
         # The program checks nothing, and takes the numbers of the elements as it finds them here
         model = self.potential.model
+        assert isinstance(model, NBodyNet)
         system = system.replace(species=Species(model.species, model.check_species(system.z)))
         tensors, layout = flatten(self.potential, system, stress)
         check_edges(system.topology)
@@ -98,7 +100,9 @@ class CompiledPotential:
             self._programs[key] = _Program(self.potential, layout, self.mode == "training", self.backend)
         return self._programs.get(key)
 
-    def _run(self, program: _Program, tensors: list[Tensor], eager: Callable) -> dict[str, Tensor]:
+    def _run(
+        self, program: _Program, tensors: list[Tensor], eager: Callable[[], dict[str, Tensor]]
+    ) -> dict[str, Tensor]:
         sizes = [tuple(tensor.shape) for tensor in tensors]
         known = sizes == program.seen or program.checks == 2
         # Eager mode first: a table that is made once and kept must not be made of a tracer's tensors
@@ -106,7 +110,7 @@ class CompiledPotential:
         results = program(tensors)
         if not known:
             trained = [p for p in self.potential.parameters() if p.requires_grad] if program.training else []
-            check_same(results, wanted, trained, self.potential.model.dtype)
+            check_same(results, required(wanted), trained, required(self.potential.dtype))
             program.seen, program.checks = sizes, program.checks + 1
             # The comparison has used up the graph of the results
             results = program(tensors)
@@ -135,7 +139,7 @@ class _Program:
         self.potential, self.layout, self.training, self.backend = potential, layout, training, backend
         self.seen: list[tuple[int, ...]] | None = None
         self.checks = 0
-        self._compiled: Callable | None = None
+        self._compiled: Callable[..., Any] | None = None
 
     def __call__(self, tensors: list[Tensor]) -> dict[str, Tensor]:
         if self._compiled is None:

@@ -19,6 +19,9 @@ from nbody_pyg.nn.term import EnergyTerm, Structure
 
 __all__ = ["AtomicReference", "EnergyParts", "EnergyTerm", "Structure"]
 
+#: Of elements by number or symbol. The keys of a mapping must match exactly for a type checker.
+Energies = Mapping[int, float] | Mapping[str, float] | Mapping[int | str, float]
+
 
 class AtomicReference(EnergyTerm, Float64Buffers):
     r"""Energies of isolated atoms: a term of the energy that does not depend on positions, in float64.
@@ -45,8 +48,10 @@ class AtomicReference(EnergyTerm, Float64Buffers):
     """
 
     _float64 = ("values",)
+    numbers: Tensor
+    values: Tensor
 
-    def __init__(self, energies: Mapping[int | str, float]) -> None:
+    def __init__(self, energies: Energies) -> None:
         super().__init__()
         if not energies:
             raise ValueError("energies must name at least one element, got none; pass e.g. {'H': -13.6}")
@@ -63,7 +68,7 @@ class AtomicReference(EnergyTerm, Float64Buffers):
         self.register_buffer("values", torch.tensor([table[n] for n in numbers], dtype=torch.float64))
 
     @property
-    def species(self) -> tuple[int, ...]:
+    def species(self) -> tuple[int, ...]:  # type: ignore[override]  # it follows from a buffer
         """Atomic numbers that have a reference energy, ascending."""
         return tuple(self.numbers.tolist())
 

@@ -19,6 +19,7 @@ from nbody_pyg.models import NBodyNet
 from nbody_pyg.potential import Potential, parameter_gradients
 from nbody_pyg.recording import check_edges, check_same, evaluate, flatten, reason_of, recordable
 from nbody_pyg.renamed import renamed
+from nbody_pyg.required import required
 from nbody_pyg.system import System
 
 #: A graph is captured when its sizes are seen for this time; so many sizes are remembered.
@@ -172,7 +173,9 @@ class _Captured:
         fresh = [] if graph is None else graph.fresh(tensors)
         # A recorded graph checks nothing
         if graph is None or any(tensors[n] is system.z for n in fresh):
-            self.potential.model.check_species(system.z)
+            model = self.potential.model
+            assert isinstance(model, NBodyNet)
+            model.check_species(system.z)
         other_edges = any(tensors[n].dim() == 2 and tensors[n].dtype == torch.long for n in fresh)
         if graph is None or other_edges:
             check_edges(system.topology)
@@ -184,13 +187,15 @@ class _Captured:
             self._graphs.move_to_end(key)
             found = graph(tensors, fresh)
         except Exception as error:  # whatever a capture may raise: eager mode is always there
-            return self._give_up(reason_of(error))
+            self._give_up(reason_of(error))
+            return None
         results = finish(found)
         if wanted is not None:
             try:
-                self._compare(results, wanted, self.potential.model.dtype)
+                self._compare(results, wanted, required(self.potential.dtype))
             except ArithmeticError as error:
-                return self._give_up(reason_of(error))
+                self._give_up(reason_of(error))
+                return None
             graph.checks += 1
             graph.checked_other_edges |= other_edges
         self.replays += 1
@@ -275,7 +280,8 @@ class CapturedPotential(_Captured):
             flags = {
                 "create_graph": create_graph, "compute_forces": compute_forces, "compute_stress": compute_stress,
             }  # fmt: skip
-            return self.potential(*arguments, **flags, **keywords)
+            results: dict[str, Tensor] = self.potential(*arguments, **flags, **keywords)
+            return results
 
         system = self._system(compute_stress, *arguments, **keywords)
         if system is None or create_graph or not compute_forces:
@@ -368,7 +374,8 @@ class CapturedStep(_Captured):
         )
         if results is None:
             return self._eager(batch, labels, compute_stress)
-        return _Loss.apply(results["loss"], results["gradient"], *self._parameters)
+        loss: Tensor = _Loss.apply(results["loss"], results["gradient"], *self._parameters)  # type: ignore[no-untyped-call]  # torch's
+        return loss
 
     def _compare(self, found: dict[str, Tensor], wanted: dict[str, Tensor], dtype: torch.dtype) -> None:
         """Parameter by parameter: the gradients of some are small."""
@@ -398,14 +405,14 @@ class _Loss(torch.autograd.Function):
     """A loss whose gradients are known already."""
 
     @staticmethod
-    def forward(ctx, value: Tensor, gradient: Tensor, *parameters: Tensor) -> Tensor:
+    def forward(ctx: Any, value: Tensor, gradient: Tensor, *parameters: Tensor) -> Tensor:
         ctx.save_for_backward(gradient)
         ctx.shapes = [parameter.shape for parameter in parameters]
         return value.clone()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, cotangent: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
         return None, None, *_pieces(cotangent * gradient, ctx.shapes)
 

@@ -18,6 +18,7 @@ from nbody_pyg.hierarchy import Scheme, Topology
 from nbody_pyg.models import NBodyNet
 from nbody_pyg.nn.charges import refuse_unused
 from nbody_pyg.nn.term import Structure
+from nbody_pyg.required import required
 from nbody_pyg.system import DEFAULT_STATE, System, spin_multiplicity, total_charge
 
 #: Arguments that a model's forward may have beside z, pos and batch.
@@ -33,11 +34,6 @@ class Network:
     elements that it knows), ``config()`` (its arguments). ``assumed`` is charge and spin of all its training frames.
     """
 
-    #: Inputs of charge and spin that every frame must state.
-    inputs: tuple[str, ...] = ()
-    #: Whether atoms act on each other at any distance; whether a repulsion of nuclei is added by default.
-    long_range = wants_repulsion = False
-
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         names = inspect.signature(model.forward).parameters
@@ -46,6 +42,21 @@ class Network:
         self.scheme: Scheme | None = getattr(model, "scheme", None)
         species = getattr(model, "species", None)
         self.species = None if species is None else tuple(int(n) for n in species)
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """Inputs of charge and spin that every frame must state."""
+        return ()
+
+    @property
+    def long_range(self) -> bool:
+        """Whether atoms act on each other at any distance."""
+        return False
+
+    @property
+    def wants_repulsion(self) -> bool:
+        """Whether a repulsion of nuclei is added by default."""
+        return False
 
     @property
     def dtype(self) -> torch.dtype | None:
@@ -185,7 +196,7 @@ class OwnNetwork(Network):
         return self._checked(self.model(structure.hierarchy), structure.system)
 
     def parts(self, structure: Structure) -> dict[int, Tensor]:
-        return self.model.energies(structure.hierarchy)
+        return self.model.energies(required(structure.hierarchy))
 
 
 def network_of(model: nn.Module) -> Network:
@@ -275,4 +286,4 @@ def learn_state(model: nn.Module, frames: Iterable[Data]) -> None:
         assumed.pop(key, None)
         if key not in used and values[0] != DEFAULT_STATE[key]:
             assumed[key] = values[0]
-    model.assumed = assumed
+    model.assumed = assumed  # type: ignore[assignment]  # on whatever module

@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float, Int, Integer
 from torch import Tensor, nn
 from torch_geometric.data import Data
 
-from nbody_pyg.energy import AtomicReference, EnergyParts, EnergyTerm, Structure
+from nbody_pyg.energy import AtomicReference, Energies, EnergyParts, EnergyTerm, Structure
 from nbody_pyg.hierarchy import Scheme, Topology
 from nbody_pyg.kernels.scope import has_values, in_own_precision, opaque_to_compile
 from nbody_pyg.network import Lists, network_of
@@ -19,6 +19,7 @@ from nbody_pyg.nn.exact import Float64Buffers
 from nbody_pyg.nn.irreps import reset
 from nbody_pyg.nn.repulsion import ZBLRepulsion
 from nbody_pyg.renamed import renamed
+from nbody_pyg.required import required
 from nbody_pyg.system import System
 
 __all__ = ["AtomicReference", "EnergyParts", "Potential", "parameter_gradients"]
@@ -71,11 +72,12 @@ class Potential(Float64Buffers):
     """
 
     _float64 = ("scale",)
+    scale: Tensor
 
     def __init__(
         self,
         model: nn.Module,
-        reference: AtomicReference | Mapping[int | str, float] | None = None,
+        reference: AtomicReference | Energies | None = None,
         scale: float = 1.0,
         repulsion: ZBLRepulsion | str | None = "auto",
         terms: Iterable[EnergyTerm] = (),
@@ -97,7 +99,7 @@ class Potential(Float64Buffers):
         self.model, self.network = model, network_of(model)
         self.reference = reference
         self.repulsion = self._repulsion(repulsion)
-        self.terms = nn.ModuleList(terms)
+        self.terms: Any = nn.ModuleList(terms)  # of EnergyTerm
         self.register_buffer("scale", torch.tensor(float(scale), dtype=torch.float64))
 
     def _repulsion(self, repulsion: ZBLRepulsion | str | None) -> ZBLRepulsion | None:
@@ -220,7 +222,7 @@ class Potential(Float64Buffers):
             inputs, moved = [system.pos], system
             if stress:
                 volume = _volume(system)
-                inputs.append(torch.zeros_like(system.cell, dtype=system.pos.dtype).requires_grad_(True))
+                inputs.append(torch.zeros_like(required(system.cell), dtype=system.pos.dtype).requires_grad_(True))
                 moved = system.strained(inputs[1])
             structure = self.network.structure(moved, lists)
             energy = self.network.energy(structure)
@@ -273,8 +275,13 @@ class Potential(Float64Buffers):
             found = [_energies(term, structure).double() for term in terms if term is not None]
             return sum(found, torch.zeros_like(structure.batch, dtype=torch.float64))
 
-        shares = (summed(terms) for terms in ([self.repulsion], [self.reference], self.terms))
-        return EnergyParts(structure.hierarchy, levels, *shares)
+        return EnergyParts(
+            required(structure.hierarchy),
+            levels,
+            summed([self.repulsion]),
+            summed([self.reference]),
+            summed(self.terms),
+        )
 
     def hessian_vector_product(
         self,
@@ -345,7 +352,7 @@ class Potential(Float64Buffers):
             )
         system = self.network.known(_usable(system))
         if system.given and system.topology is None and "topology" in self.network.keywords:
-            system = system.replace(topology=self.scheme.compose(system))  # of bonds or labels of the data
+            system = system.replace(topology=required(self.scheme).compose(system))  # of bonds or labels of the data
         return system
 
 
@@ -369,7 +376,7 @@ def _volume(system: System) -> Float[Tensor, " graphs"]:
 
     Raises: ValueError: a system without a cell, or one without a volume.
     """
-    volume = None
+    volume: Tensor | None = None
     if system.cell is not None:
         # The triple product: a decomposition of the cell may wait for the GPU
         cell = system.cell.detach().double()

@@ -16,6 +16,7 @@ from nbody_pyg.kernels.operands import check_range
 from nbody_pyg.network import MODEL_INPUTS
 from nbody_pyg.nn.term import covering_edges, search
 from nbody_pyg.potential import Potential, parameter_gradients
+from nbody_pyg.required import required
 from nbody_pyg.system import Species, System
 
 #: Largest difference from eager mode, relative to the largest number of a result.
@@ -57,10 +58,12 @@ def recordable(
     survivors = isinstance(potential.scheme, SmoothSurvivors) or any(index is not None for index in centre)
     charged = any(value is not None for value in (system.total_charge, system.formal_charges, system.spin))
     known = [term.species for term in (potential.reference, *potential.interactions()) if term is not None]
-    foreign = any(species is not None and not set(potential.species) <= set(species) for species in known)
+    foreign = any(species is not None and not set(required(potential.species)) <= set(species) for species in known)
     if survivors or charged or foreign or potential.network.long_range or (stress and system.cell is None):
         return None
-    return system if system.topology is not None else system.replace(topology=potential.scheme.compose(system))
+    return (
+        system if system.topology is not None else system.replace(topology=required(potential.scheme).compose(system))
+    )
 
 
 def flatten(potential: Potential, system: System, stress: bool) -> tuple[list[Tensor], Layout]:
@@ -101,10 +104,11 @@ def check_edges(topology: Topology) -> None:
 def evaluate(potential: Potential, layout: Layout, create_graph: bool, tensors: Sequence[Tensor]) -> list[Tensor]:
     """The results of the potential, as ``layout.results`` names them. No value is looked at: no wait for a GPU."""
     count, tail = layout.levels, -2 * len(layout.cutoffs) or None
-    z, batch, cell, pbc, index, periodic, *fields = (None if n is None else tensors[n] for n in layout.fields)
+    values: list[Any] = [None if n is None else tensors[n] for n in layout.fields]
+    z, batch, cell, pbc, index, periodic, *fields = values
     parts, batches, child, child_shift, pair, pair_shift = (tuple(fields[k * count :][:count]) for k in range(6))
     topology = Topology(parts, child, pair, child_shift, pair_shift, None, periodic).assume(batches)
-    species = None if index is None else Species(potential.species, index)
+    species = None if index is None else Species(required(potential.species), index)
     system = System(z, tensors[0], batch, topology.num_graphs, cell, pbc, topology=topology, species=species)
     lists = (
         dict(zip(layout.cutoffs, zip(fields[tail::2], fields[tail + 1 :: 2], strict=True), strict=True))

@@ -26,6 +26,7 @@ from nbody_pyg.durable import write_json, write_text
 from nbody_pyg.network import frame_states
 from nbody_pyg.potential import Potential
 from nbody_pyg.properties import PropertyModel
+from nbody_pyg.required import required
 from nbody_pyg.system import DEFAULT_STATE
 from nbody_pyg.training.build import potential_from_config
 from nbody_pyg.training.callbacks import Callback
@@ -107,7 +108,8 @@ def _writer(path: Path) -> str | None:
 def _train(config: Config, run: RunFolder) -> int:
     torch.set_num_threads(config.training.threads)
     folder = run.path
-    last, split, potential, choices = None, None, None, ()
+    last, split, potential = None, None, None
+    choices: tuple[Choice, ...] = ()
     if config.output.resume:
         last, split = _checkpoint(folder), _split(folder / "split.json")
         # With the degrees, E0 and scale that it was trained with, whatever frames have come since
@@ -121,7 +123,7 @@ def _train(config: Config, run: RunFolder) -> int:
     require_elements(potential, data.named())
     _describe(potential, config, choices)
     shared = config.data.shares_hierarchy
-    data = data.with_topology(potential.model.scheme, shared)
+    data = data.with_topology(required(potential.network.scheme), shared)
     config = dataclasses.replace(config, model=_as_built(config.model, potential))
     files = _FILES if _writer(folder / "config.yaml") is None else (*_FILES, "config.yaml")
     result = fit_in(
@@ -178,7 +180,7 @@ def _resumed(last: Path, config: Config) -> tuple[Config, Potential | PropertyMo
 def _as_built(config: ModelConfig, potential: Potential | PropertyModel) -> ModelConfig:
     """The section with all defaults written out, and with the degrees that were counted."""
     config = explicit(config)
-    degrees = potential.model.config().get("degrees")
+    degrees = (potential.network.config() or {}).get("degrees")
     return dataclasses.replace(config, arguments={**config.arguments, **({"degrees": degrees} if degrees else {})})
 
 

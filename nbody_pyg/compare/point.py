@@ -24,10 +24,12 @@ from nbody_pyg.compare.measure import latency, machine, peak_memory
 from nbody_pyg.compare.peer import Facts
 from nbody_pyg.compare.registry import build_peer, version
 from nbody_pyg.datasets import fit_atomic_energies
+from nbody_pyg.datasets.readers import find_files
 from nbody_pyg.durable import write_json
 from nbody_pyg.energy import AtomicReference
 from nbody_pyg.models import edge_degrees
 from nbody_pyg.potential import Potential
+from nbody_pyg.required import required
 from nbody_pyg.training.config import Config, DataConfig, parse_config
 from nbody_pyg.training.evaluation import evaluate
 from nbody_pyg.training.labels import force_variance, label_shapes
@@ -124,8 +126,9 @@ class Point:
 def data_files(config: DataConfig) -> dict[str, str]:
     """A hash of the content of every file of frames that a configuration names: files change under their names."""
     tests = config.test if isinstance(config.test, Mapping) else {"test": config.test}
-    paths = [path for path in (config.train, config.val, *tests.values()) if path is not None and Path(path).is_file()]
-    return {path: _content(path, Path(path).stat().st_mtime_ns, Path(path).stat().st_size) for path in paths}
+    named = [paths for paths in (config.train, config.val, *tests.values()) if paths is not None]
+    files = [path for paths in named for path in find_files(paths) if path.is_file()]
+    return {str(path): _content(str(path), path.stat().st_mtime_ns, path.stat().st_size) for path in files}
 
 
 @functools.lru_cache(maxsize=64)
@@ -181,7 +184,7 @@ def run_point(point: Point, folder: Path, note: Callable[[str], None] = print) -
         data = DataSets(data.train, data.val)  # it must not see the test frames at all
     potential = build(point, config, data)
     require_elements(potential, data.named())
-    data = data.with_topology(potential.model.scheme, config.data.shares_hierarchy).uniform(label_shapes(potential))
+    data = data.with_topology(required(potential.scheme), config.data.shares_hierarchy).uniform(label_shapes(potential))
     record: dict[str, Any] = {
         "point": dataclasses.asdict(point), "title": point.title, "version": version(point.model),
         "machine": machine(), "parameters": sum(p.numel() for p in potential.parameters() if p.requires_grad),

@@ -13,6 +13,7 @@ from ase.data import atomic_numbers, chemical_symbols
 from nbody_pyg.data import AtomicData
 from nbody_pyg.datasets.audit import require_labels
 from nbody_pyg.datasets.frames import has_label, listed, shaped_label
+from nbody_pyg.energy import Energies
 from nbody_pyg.messages import symbols
 from nbody_pyg.renamed import former
 
@@ -20,9 +21,7 @@ _LARGE = 50.0  # eV per atom; no chemical bond is that strong
 logger = logging.getLogger(__name__)
 
 
-def fit_atomic_energies(
-    frames: Sequence[AtomicData], mode: str | Mapping[int, float] | Mapping[str, float] = "lstsq"
-) -> dict[int, float]:
+def fit_atomic_energies(frames: Sequence[AtomicData], mode: str | Energies = "lstsq") -> dict[int, float]:
     r"""One energy per element, so that :math:`E - \sum_i E_0(z_i)` is small.
 
     .. math:: \min_{E_0} \sum_f \bigl( E_f - \sum_z n_{fz} E_0(z) \bigr)^2
@@ -108,7 +107,7 @@ def _mean_per_atom(energies: np.ndarray, counts: np.ndarray) -> float:
 fit_reference = former("fit_reference", fit_atomic_energies)
 
 
-def _from_mapping(given: Mapping[int, float] | Mapping[str, float], species: Sequence[int]) -> np.ndarray:
+def _from_mapping(given: Energies, species: Sequence[int]) -> np.ndarray:
     unknown = [key for key in given if isinstance(key, str) and not key.isdigit() and key not in atomic_numbers]
     if unknown:
         raise ValueError(f"mode names {unknown[0]!r}, which is no element symbol; use e.g. 'O' or 8")

@@ -6,7 +6,7 @@ import contextlib
 import copy
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -27,6 +27,7 @@ from nbody_pyg.hierarchy import BondTree, Topology, TopologyCache
 from nbody_pyg.hierarchy.skin import refuse_carry_on
 from nbody_pyg.kernels.scope import Lock, locked
 from nbody_pyg.potential import Potential
+from nbody_pyg.required import required
 from nbody_pyg.system import System
 
 #: Words for where bonds come from.
@@ -142,7 +143,9 @@ class NBodyCalculator(SharedCalculator):
         TypeError: ``compile`` or ``cuda_graphs`` with another model than NBodyNet.
     """
 
-    implemented_properties: ClassVar[list[str]] = ["energy", "free_energy", "forces", "stress", "energies"]
+    implemented_properties: ClassVar[list[str]] = [  # type: ignore[misc]  # ASE has no ClassVar there
+        "energy", "free_energy", "forces", "stress", "energies",
+    ]  # fmt: skip
 
     def __init__(
         self,
@@ -178,7 +181,7 @@ class NBodyCalculator(SharedCalculator):
         self.topologies = None
         if self.scheme is not None:
             self.topologies = TopologyCache(self.scheme, skin, start=self._parts, trim=not cuda_graphs)
-        self._evaluate = compile_potential(self.potential) if compile else self.potential
+        self._evaluate: Callable[..., Any] = compile_potential(self.potential) if compile else self.potential
         if cuda_graphs:
             self._evaluate = _captured(self.potential, self.device)
         self._numbers: np.ndarray | None = None
@@ -210,7 +213,7 @@ class NBodyCalculator(SharedCalculator):
         with self._lock:
             before = self._fixed.get(thread)
             self._fixed[thread] = self._parts_of(atoms)
-            self.topologies.forget()
+            required(self.topologies).forget()
         try:
             yield
         finally:
@@ -221,7 +224,7 @@ class NBodyCalculator(SharedCalculator):
                 del self._fixed[thread]
                 if before is not None:
                     self._fixed[thread] = before
-                self.topologies.forget()
+                required(self.topologies).forget()
                 if stale:
                     self.reset()
 
@@ -232,7 +235,7 @@ class NBodyCalculator(SharedCalculator):
             self._note_first(system)
         parts = self._parts(system.z, system.pbc)
         if parts is None:
-            parts, self.bonds_from = self.scheme.compose(system), "found in the first structure"
+            parts, self.bonds_from = required(self.scheme).compose(system), "found in the first structure"
         return system.z, parts
 
     @locked
@@ -252,7 +255,7 @@ class NBodyCalculator(SharedCalculator):
             self._batch = torch.zeros_like(self._z)
         return self._z
 
-    def _system(self, atoms: Atoms, **state: torch.Tensor) -> System:
+    def _system(self, atoms: Atoms, **state: Any) -> System:
         """The checked system, in float64; with the same tensors for the same elements."""
         z, cell, pbc = self._elements(atoms), None, None
         if atoms.pbc.any():
@@ -269,10 +272,10 @@ class NBodyCalculator(SharedCalculator):
         system_changes: list[str] = all_changes,
     ) -> None:
         super().calculate(atoms, properties, system_changes)
-        atoms = self.atoms
+        atoms = required(self.atoms)
         if "stress" in properties and not atoms.pbc.any():
             raise PropertyNotImplementedError("stress needs a periodic cell; this system has none")
-        system = self._system(atoms, **{key: value.to(self.device) for key, value in self._state.items()})
+        system = self._system(atoms, **{key: value.to(self.device) for key, value in required(self._state).items()})
         if self.topologies is not None:
             system = system.replace(topology=self._topology(system))
         result = self._evaluate(system, compute_stress="stress" in properties)
@@ -290,28 +293,28 @@ class NBodyCalculator(SharedCalculator):
 
     def _check_species(self, atoms: Atoms) -> None:
         species = self.potential.species
-        unknown = sorted(set(atoms.numbers.tolist()) - set(species)) if species is not None else []
-        if unknown:
+        if species is not None and (unknown := sorted(set(atoms.numbers.tolist()) - set(species))):
             raise ValueError(
                 f"atoms hold {[chemical_symbols[n] for n in unknown]}, but the model was trained on "
                 f"{[chemical_symbols[n] for n in species]} only; train one with these elements"
             )
 
     def _topology(self, system: System) -> Topology:
-        if self.bonds == "first" and self.scheme.keeps_parts:
+        scheme, lists = required(self.scheme), required(self.topologies)
+        if self.bonds == "first" and scheme.keeps_parts:
             self._note_first(system)
         thread = threading.get_ident()
         run = thread if thread in self._fixed else None
         if run != self._run:
             self._run = run
-            self.topologies.forget()
-        searches = self.topologies.rebuilds
-        topology = self.topologies(system)
+            lists.forget()
+        searches = lists.rebuilds
+        topology = lists(system)
         if topology.bonds is not None and not self._warned and run is None:
-            if self.topologies.parts is None:
+            if lists.parts is None:
                 self._watch(system.z, topology.bonds)
-            elif self.topologies.rebuilds > searches:
-                self._tell(bond_changes(self.scheme, self.topologies.parts, system))
+            elif lists.rebuilds > searches:
+                self._tell(bond_changes(scheme, lists.parts, system))
         return topology
 
     def _parts(self, z: torch.Tensor, pbc: torch.Tensor | None) -> Topology | None:
@@ -341,7 +344,7 @@ class NBodyCalculator(SharedCalculator):
     def _note_first(self, system: System) -> None:
         """Keep the parts of the first structure with these atoms."""
         if self._first is None or not torch.equal(self._first[0], system.z):
-            self._first = system.z, self.scheme.compose(system)
+            self._first = system.z, required(self.scheme).compose(system)
 
     def _watch(self, z: torch.Tensor, bonds: torch.Tensor) -> None:
         """Warn where bonds that are found in each structure are others than in the previous one."""

@@ -118,5 +118,5 @@ def explain_energy(potential: Potential, frame: Data, topology: Topology | None 
     if frame.get("batch") is not None and int(frame.batch.max()) > 0:
         raise ValueError("frame must be a single structure, got a batch; pass batch.get_example(i)")
     parts = potential.energies(frame, topology=topology)
-    names = tuple(spec.name for spec in potential.scheme.levels)
+    names = tuple(spec.name for spec in required(potential.scheme).levels)
     return EnergyExplanation(AtomicData.from_data(frame), parts.hierarchy.topology(), names, parts.levels, *parts[2:])

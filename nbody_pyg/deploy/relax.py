@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from ase import Atoms
@@ -220,7 +222,7 @@ def relax(
             f"were kept from the start ({changes[changed[0]]}); {len(changed)} of {len(changes)} structures changed so",
             stacklevel=2,
         )
-    ended = [frame for part in parts for frame in part.frames]
+    ended: list[Any] = [frame for part in parts for frame in part.frames]
     back = [as_it_came(frame, after) for frame, after in zip(frames, ended, strict=False)]
     return Relaxation(back, **tensors, bond_changes=changes)
 
@@ -325,7 +327,8 @@ def _relax_batch(
 ) -> Relaxation:
     keys = ("z", "pos", "cell", "pbc", "charge", "charges", "spin")
     plain = [AtomicData.from_data(Data(**{k: frame[k] for k in keys if frame.get(k) is not None})) for frame in frames]
-    scheme, parts = potential.scheme, None
+    scheme = potential.scheme
+    parts: list[Topology] | None = None
     if scheme is not None and scheme.keeps_parts:
         parts = [scheme.read(f if has_hierarchy(f) else scheme(f)) for f in frames]
     active = _Active(potential, _alike(potential.model, plain), parts, _free(frames))
@@ -363,10 +366,10 @@ def _relax_batch(
         frame.energy = energies[number : number + 1].clone()
     changes = tuple(
         None if tree is None else bond_changes(scheme, tree, System.from_data(frame))
-        for tree, frame in zip(parts or [None] * count, plain, strict=True)
+        for tree, frame in zip(parts or itertools.repeat(None, count), plain, strict=True)
     )
     converged = (largest <= fmax) & torch.isfinite(energies)
-    return Relaxation(plain, energies, starts, largest, steps, converged, changes)
+    return Relaxation([*plain], energies, starts, largest, steps, converged, changes)
 
 
 def _free(frames: Sequence[Data]) -> Tensor | None:

@@ -13,7 +13,7 @@ import os
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch.utils._pytree import tree_map
@@ -22,6 +22,9 @@ from torch.utils._pytree import tree_map
 _recorder: ContextVar[Callable[..., Any] | None] = ContextVar("recorder", default=None)
 _tracing: ContextVar[bool] = ContextVar("tracing", default=False)
 _dry: ContextVar[bool] = ContextVar("dry", default=False)
+
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 @contextlib.contextmanager
@@ -101,10 +104,10 @@ _REASON = (
 )
 
 
-def opaque_to_compile(function: Callable[..., Any]) -> Callable[..., Any]:
+def opaque_to_compile(function: Function) -> Function:
     """Decorate what ``torch.compile`` leaves as it is: it breaks its graph there and goes on behind it."""
     known = inspect.signature(torch.compiler.disable).parameters
-    opaque: Callable[..., Any] = torch.compiler.disable(function, **({"reason": _REASON} if "reason" in known else {}))
+    opaque: Function = torch.compiler.disable(function, **({"reason": _REASON} if "reason" in known else {}))
     return opaque
 
 
@@ -128,7 +131,7 @@ def gradients_wanted(edges: Iterable[tuple[Any, int]]) -> bool:
     return False
 
 
-def in_own_precision(forward: Callable[..., Any]) -> Callable[..., Any]:
+def in_own_precision(forward: Function) -> Function:
     """Decorate a method of a module that runs in the precision of its weights, also inside ``torch.autocast``.
 
     Raises: TypeError: when called by ``torch.fx.symbolic_trace``.
@@ -154,7 +157,7 @@ def in_own_precision(forward: Callable[..., Any]) -> Callable[..., Any]:
             arguments, keywords = tree_map(widened, (arguments, keywords))
             return forward(self, *arguments, **keywords)
 
-    return wrapper
+    return wrapper  # type: ignore[return-value]
 
 
 def constant_table(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:

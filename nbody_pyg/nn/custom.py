@@ -40,7 +40,7 @@ def gate_factories(given: GateFactory | str | Mapping[str, GateFactory | str] | 
     if not by_kind or not set(by_kind) <= set(KINDS):
         raise ValueError(f"gate must be a class of gates, or a mapping from some of {KINDS} to one, got {short(given)}")
     return {
-        kind: imported_class(one, nn.Module, "gate") if isinstance(one, str) else _callable(one)
+        kind: _callable(imported_class(one, nn.Module, "gate") if isinstance(one, str) else one)
         for kind, one in by_kind.items()
     }
 
@@ -87,7 +87,8 @@ def _callable(factory: Any) -> GateFactory:
             f"gate must be a class of gates, not one gate or anything else, got {short(repr(factory))}; every step "
             "makes its own"
         )
-    return factory
+    gate: GateFactory = factory
+    return gate
 
 
 def _found(name: str) -> Any:

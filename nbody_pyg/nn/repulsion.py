@@ -67,6 +67,13 @@ class ZBLRepulsion(EnergyTerm, Float64Buffers):
     """
 
     _float64 = ("charge", "inverse_length", "end", "screen")
+    species: tuple[int, ...]
+    cutoff: float
+    species_of: Tensor
+    charge: Tensor
+    inverse_length: Tensor
+    end: Tensor
+    screen: Tensor
 
     def __init__(self, species: Sequence[int], reach: Mapping[str, float] | None = None) -> None:
         super().__init__()
@@ -150,7 +157,8 @@ class ZBLRepulsion(EnergyTerm, Float64Buffers):
         screen = (torch.exp(-(r * rate).unsqueeze(-1) * exponents) * weights).sum(-1)
         # 1 up to FADE_FROM of the reach, then a step down
         window = quintic_step(((1.0 - r / end) / (1.0 - FADE_FROM)).clamp(0.0, 1.0))
-        return charge / r * screen * window
+        energy: Tensor = charge / r * screen * window
+        return energy
 
     def _species_index(self, z: Tensor) -> Tensor:
         index = self.species_of[z.clamp(0, 118)]

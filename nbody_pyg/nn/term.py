@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from nbody_pyg.geometry import edge_vectors, neighbour_list
 from nbody_pyg.hierarchy import Hierarchy, Scheme
 from nbody_pyg.kernels.scope import has_values
+from nbody_pyg.required import required
 from nbody_pyg.system import System
 
 
@@ -78,7 +79,8 @@ class Structure:
         if held is not None and self.hierarchy is not None:
             kind, level = held
             here = self.hierarchy[level]
-            return (here.pair_index, here.pair_vec) if kind == "pair" else (here.child_index, here.child_vec)
+            index, vec = (here.pair_index, here.pair_vec) if kind == "pair" else (here.child_index, here.child_vec)
+            return required(index), required(vec)
         if cutoff in self._lists:
             index, shift = self._lists[cutoff]
         elif held is not None and topology is not None:

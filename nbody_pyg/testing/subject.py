@@ -49,7 +49,8 @@ class Subject:
 
     def arguments(self, systems: Sequence[System]) -> tuple[tuple[Tensor, Tensor, Tensor], dict[str, Any]]:
         """What a model is called with, with the topology where its parts are given."""
-        (z, pos, batch), keywords = collate(systems)
+        (z, pos, batch), found = collate(systems)
+        keywords: dict[str, Any] = dict(found)
         bonds = keywords.pop("bonds", None)
         if self.start is not None or bonds is not None:
             scheme = None if self.potential is None else self.potential.scheme
