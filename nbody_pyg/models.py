@@ -27,9 +27,16 @@ from nbody_pyg.nn.charges import (
 from nbody_pyg.nn.coulomb import LongRange
 from nbody_pyg.nn.custom import GateFactory, checked_state, gate_factories, gate_names
 from nbody_pyg.nn.edges import EdgeEmbedding, EdgeFeatures, sum_into
-from nbody_pyg.nn.gates import OneBodyGate
-from nbody_pyg.nn.interaction import Interaction, Recipe, SoftNorm
-from nbody_pyg.nn.irreps import Resettable, check_symmetry, hidden_irreps, require_reachable, to_mul_ir
+from nbody_pyg.nn.interaction import ChannelGroups, Interaction, Recipe, SoftNorm, one_gate
+from nbody_pyg.nn.irreps import (
+    Resettable,
+    channel_groups,
+    check_symmetry,
+    hidden_irreps,
+    level_types,
+    require_reachable,
+    to_mul_ir,
+)
 from nbody_pyg.nn.readout import LinearReadout, MLPReadout
 from nbody_pyg.radial import BesselBasis, InversePowers
 from nbody_pyg.system import Species, System
@@ -78,8 +85,8 @@ class NBodyNet(Resettable):
     Args:
         species: atomic numbers that the network knows.
         scheme: composition scheme; the default is two nested shells, of 3.5 and 5 angstrom.
-        channels: multiplicity of every fragment.
-        lmax: highest degree.
+        channels: multiplicity of every fragment; None: 32, unless ``irreps`` is given.
+        lmax: highest degree; None: 2, unless ``irreps`` is given.
         body_order: highest power of a summed state in one interaction.
         preset: "practical" or "strict".
         irreps_out: type of the target, in e3nn's words: "0e" energy, "1o" dipole, "0e + 2e" polarizability.
@@ -88,6 +95,10 @@ class NBodyNet(Resettable):
         gate: a class of gates of one's own for every step of the hierarchy, or a mapping from "pair", "up" and "down"
             to one (:class:`~nbody_pyg.nn.custom.GateFactory`; docs/extending.md). Atoms then start from a learned
             vector of their element. A model file holds the name of the class, which must be imported before loading.
+        irreps: type of the states, in the place of ``channels`` and ``lmax``: one for all levels, such as
+            "48x0e + 32x1o + 16x2e", or a mapping from the names of the levels (those of ``scheme.levels``) to types. No
+            fragment may be more numerous than the scalars. Channels that hold the same fragments are a group with
+            products of its own, and the linear maps mix all groups (:class:`~nbody_pyg.nn.interaction.ChannelGroups`).
         options: further settings, see :attr:`DEFAULTS`: num_layers (visits of the atoms, where they have pairs;
             an intensive target reads none but the first),
             num_basis (radial functions: 8, with the strict preset 4), symmetry ("o3", "o3-full", "so3"), sweeps ("up",
@@ -103,8 +114,8 @@ class NBodyNet(Resettable):
 
     Equivariance: O(3) (with symmetry "so3" only rotations), translation, permutation.
     Smoothness: that of the scheme. Cost: linear in the number of edges.
-    Raises: ValueError: unknown preset, option or symmetry, a target that no path reaches; in forward: an
-        unknown element, a charge or spin that the network has no input for.
+    Raises: ValueError: unknown preset, option or symmetry, a target that no path reaches, ``irreps`` beside
+        ``channels`` or ``lmax``; in forward: an unknown element, a charge or spin that the network has no input for.
 
     Example:
         >>> NBodyNet([1, 6, 8], channels=8)
@@ -126,13 +137,14 @@ class NBodyNet(Resettable):
         self,
         species: Sequence[int],
         scheme: Scheme | None = None,
-        channels: int = 32,
-        lmax: int = 2,
+        channels: int | None = None,
+        lmax: int | None = None,
         body_order: int = 4,
         preset: str = "practical",
         irreps_out: str | o3.Irreps = "0e",
         target: str = "extensive",
         gate: GateFactory | str | Mapping[str, GateFactory | str] | None = None,
+        irreps: str | o3.Irreps | Mapping[str, str | o3.Irreps] | None = None,
         **options: Any,
     ) -> None:
         super().__init__()
@@ -157,14 +169,17 @@ class NBodyNet(Resettable):
         self.assumed: dict[str, float] = {}
         check_choice("sweeps", self.options["sweeps"], SWEEPS)
         self._check_options()
-        self.channels, self.lmax = _whole("channels", channels), _whole("lmax", lmax)
         self.body_order = _whole("body_order", body_order)
         self.options["num_basis"] = _whole("num_basis", self.options["num_basis"])
-        self.irreps = hidden_irreps(channels, lmax, self.options["symmetry"])
+        self.steps = self._plan()
+        self.level_types, self._size = self._read_types(channels, lmax, irreps)
+        self.channels: int | None = self._size.get("channels")
+        self.lmax = max(ir.l for one in self.level_types.values() for _, ir in one)
         self.irreps_out = o3.Irreps(irreps_out)
         if self.irreps_out.dim == 0:
             raise ValueError(f"irreps_out must name at least one component, got {str(irreps_out)!r}; try '0e'")
-        require_reachable(self.irreps_out, {ir for _, ir in self.irreps}, f"a network of type {self.irreps}")
+        for one in self.level_types.values():
+            require_reachable(self.irreps_out, {ir for _, ir in one}, f"a network of type {one}")
         table = torch.full((120,), -1, dtype=torch.long)  # the last for all that is no element
         table[torch.tensor(self.species)] = torch.arange(len(self.species))
         self.register_buffer("species_of", table, persistent=False)
@@ -191,30 +206,56 @@ class NBodyNet(Resettable):
             if isinstance(degree, bool) or not isinstance(degree, (int, float)) or not 0 < degree < float("inf"):
                 raise ValueError(f"degrees[{name!r}] must be a positive number of sources per target, got {degree!r}")
 
+    def _read_types(
+        self,
+        channels: int | None,
+        lmax: int | None,
+        irreps: str | o3.Irreps | Mapping[str, str | o3.Irreps] | None,
+    ) -> tuple[dict[int, o3.Irreps], dict[str, Any]]:
+        """The type of every level that is visited, and the arguments that say so."""
+        symmetry, visited = self.options["symmetry"], sorted({step.level for step in self.steps})
+        if irreps is None:
+            channels = _whole("channels", 32 if channels is None else channels)
+            lmax = _whole("lmax", 2 if lmax is None else lmax)
+            types = dict.fromkeys(visited, hidden_irreps(channels, lmax, symmetry))
+            return types, {"channels": channels, "lmax": lmax}
+        if channels is not None or lmax is not None:
+            raise ValueError(
+                f"irreps must stand alone, got irreps {irreps!r} with channels {channels!r} and lmax {lmax!r}; "
+                "channels and lmax are short for a type with one multiplicity, leave them out"
+            )
+        types = level_types(irreps, {k: self.scheme.levels[k].name for k in visited}, symmetry)
+        return types, {
+            "irreps": {name: str(one) for name, one in irreps.items()} if isinstance(irreps, Mapping) else str(irreps)
+        }
+
+    @property
+    def irreps(self) -> o3.Irreps:
+        """Type of the lowest level, and of all where they have one type; see ``level_types`` for the others."""
+        return self.level_types[min(self.level_types)]
+
     def _build(self) -> None:
         num_basis, symmetry, radii = self.options["num_basis"], self.options["symmetry"], self.scheme.edge_sets
-        self.steps = self._plan()
         self.embeddings, self.interactions = nn.ModuleDict(), nn.ModuleList()
         last_visit = {step.level: n for n, step in enumerate(self.steps)}
         types: dict[int, o3.Irreps] = {}
         settings = self._long_range_settings()
         dipoles = settings is not None and settings.dipoles
-        scalars = hidden_irreps(self.channels, max(int(dipoles), *(ir.l for _, ir in self.irreps_out)), symmetry)
+        highest = max(int(dipoles), *(ir.l for _, ir in self.irreps_out))
+        start = self.irreps[0].mul
         self.electrons = None
         if self.options["inputs"]:
             energies = self._shifts() and self.irreps_out.dim == 1
-            self.electrons = ElectronicEmbedding(
-                self.options["inputs"], len(self.species), self.channels, offset=energies
-            )
+            self.electrons = ElectronicEmbedding(self.options["inputs"], len(self.species), start, offset=energies)
         self.elements = None
         self.bound = None
         if "down" in self.gates:
             # A gate of somebody's own may be of any degree in the states, and steps down follow each other
             self.bound = SoftNorm() if self.preset == "practical" else nn.Identity()
         if self.gates:
-            self.elements = nn.Parameter(torch.randn(len(self.species), self.channels))
+            self.elements = nn.Parameter(torch.randn(len(self.species), start))
         if self.options["inputs"] or self.gates:
-            types[0] = o3.Irreps([(self.channels, (0, 1))])  # what atoms start from
+            types[0] = o3.Irreps([(start, (0, 1))])  # what atoms start from
         for n, step in enumerate(self.steps):
             if (name := str(step.edges)) not in self.embeddings:
                 radius = radii[step.edges]
@@ -224,9 +265,9 @@ class NBodyNet(Resettable):
                 self.embeddings[name] = EdgeEmbedding(self.lmax, basis, symmetry)
             sends_again = any(self._source(later) == step.level for later in self.steps[n + 1 :])
             final = last_visit[step.level] == n and not sends_again
-            irreps_out = scalars if final and step.kind != "down" else self.irreps
-            self.interactions.append(self._interaction(step, types, irreps_out))
-            types[step.level] = irreps_out
+            most = highest if final and step.kind != "down" else self.lmax
+            self.interactions.append(self._interaction(step, types, most))
+            types[step.level] = _up_to(most, self.level_types[step.level])
         self._types = {level: irreps for level, irreps in types.items() if level in last_visit}
         types = self._types
         readout = LinearReadout if self.preset == "strict" else MLPReadout
@@ -270,7 +311,24 @@ class NBodyNet(Resettable):
     def _source(self, step: Step) -> int:
         return step.level + {"pair": 0, "up": -1, "down": 1}[step.kind]
 
-    def _interaction(self, step: Step, types: dict[int, o3.Irreps], irreps_out: o3.Irreps) -> nn.Module:
+    def _interaction(self, step: Step, types: dict[int, o3.Irreps], most: int) -> nn.Module:
+        """The layer of a step, of which fragments up to degree ``most`` are kept; one for each group of channels."""
+        source, groups = types.get(self._source(step)), channel_groups(self.level_types[step.level])
+        if len(groups) == 1 and (source is None or len(channel_groups(source)) == 1):
+            return self._layer(step, types, groups[0], most)
+        layers = []
+        for group in groups:
+            lmax = max(ir.l for _, ir in group)
+            entered = source and o3.Irreps([(group[0].mul, ir) for _, ir in _up_to(lmax, source)])
+            layers.append(self._layer(step, types, group, most, entered))
+        if len(layers) == 1:
+            return layers[0]
+        return ChannelGroups(nn.ModuleList(layers), [_up_to(most, group) for group in groups])
+
+    def _layer(
+        self, step: Step, types: dict[int, o3.Irreps], irreps: o3.Irreps, most: int, entered: o3.Irreps | None = None
+    ) -> nn.Module:
+        """The layer of a step for a type of one multiplicity."""
         recipe = Recipe(
             num_species=len(self.species),
             num_basis=self.options["num_basis"],
@@ -281,17 +339,16 @@ class NBodyNet(Resettable):
         )
         default = _DEFAULT_DEGREE[step.edges.kind]
         degree = float((self.options["degrees"] or {}).get(str(step.edges), default))
-        gate = self.gates.get(step.kind)
-        if step.kind == "down" and gate is not None:
-            return gate(self.irreps, self.irreps, num_basis=recipe.num_basis, avg_num_neighbors=1.0)
+        gate, source = self.gates.get(step.kind), types.get(self._source(step))
         if step.kind == "down":
-            return OneBodyGate(self.irreps, self.irreps, self.lmax, recipe.num_basis, 1.0, recipe.symmetry)
+            return one_gate(recipe, source, irreps, 1.0, gate, entered)
         return Interaction(
             recipe,
-            self.irreps,
-            types.get(self._source(step)),
+            irreps,
+            source,
             types.get(step.level) if step.kind == "pair" else self._inherited(step, types),
-            irreps_out,
+            _up_to(most, irreps),
+            entered=entered,
             bare=self._centred(self._source(step)),
             centred=self._centred(step.level),
             avg_num_neighbors=degree,
@@ -394,7 +451,10 @@ class NBodyNet(Resettable):
         return self.scheme.system(data, topology, batch_size)
 
     def states(self, hierarchy: Hierarchy) -> dict[int, Float[Tensor, "parts rows channels"]]:
-        """State of every part, by level; levels that the network does not use are left out."""
+        """State of every part, by level; levels that the network does not use are left out.
+
+        A state whose fragments have several multiplicities has all its components as rows of one channel.
+        """
         species = self._species_index(hierarchy.system)
         return self._states(hierarchy, species, {}, self._shares(hierarchy, species))
 
@@ -424,7 +484,7 @@ class NBodyNet(Resettable):
             if step.kind == "down":
                 sent = interaction(source, edges)
                 if self.bound is not None:
-                    sent = self.bound(checked_state(sent, interaction, edges.num_targets, self.irreps))
+                    sent = self.bound(checked_state(sent, interaction, edges.num_targets, self.level_types[step.level]))
                 states[step.level] = states[step.level] + sent
                 continue
             target = states.get(step.level)
@@ -536,8 +596,7 @@ class NBodyNet(Resettable):
         return {
             "species": list(self.species),
             "scheme": self.scheme.config(),
-            "channels": self.channels,
-            "lmax": self.lmax,
+            **self._size,
             "body_order": self.body_order,
             "preset": self.preset,
             "irreps_out": str(self.irreps_out),
@@ -555,9 +614,8 @@ class NBodyNet(Resettable):
     def __repr__(self) -> str:
         names = " ".join(chemical_symbols[n] for n in self.species)
         size = sum(p.numel() for p in self.parameters())
-        return (
-            f"NBodyNet({names}, {self.scheme!r}, {self.preset}, {self.irreps} -> {self.irreps_out}, {size} parameters)"
-        )
+        types = " / ".join(dict.fromkeys(map(str, self.level_types.values())))
+        return f"NBodyNet({names}, {self.scheme!r}, {self.preset}, {types} -> {self.irreps_out}, {size} parameters)"
 
 
 def edge_degrees(scheme: Scheme, frames: Iterable[Data]) -> dict[str, float]:
@@ -573,6 +631,11 @@ def edge_degrees(scheme: Scheme, frames: Iterable[Data]) -> dict[str, float]:
                     edges[name] = edges.get(name, 0) + index.shape[1]
                     targets[name] = targets.get(name, 0) + topology.size(k)
     return {name: max(edges[name] / targets[name], 1.0) for name in edges}
+
+
+def _up_to(lmax: int, irreps: o3.Irreps) -> o3.Irreps:
+    """The fragments up to a degree."""
+    return o3.Irreps([(mul, ir) for mul, ir in irreps if ir.l <= lmax])
 
 
 def _whole(name: str, value: Any) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -12,7 +13,7 @@ from nbody_pyg.hierarchy import Scheme
 from nbody_pyg.messages import short
 from nbody_pyg.models import NBodyNet
 from nbody_pyg.nn.charges import LongRangeSettings
-from nbody_pyg.nn.irreps import check_symmetry
+from nbody_pyg.nn.irreps import channel_groups, check_symmetry, harmonic_parity, hidden_irreps, level_types
 
 Shapes = Mapping[str, tuple[int, ...]]
 #: Numbers in tables of coupling coefficients: that any file may ask for, and for each of its weights.
@@ -33,7 +34,9 @@ def check_sizes(config: Mapping[str, Any], shapes: Shapes) -> None:
     """
     defaults = {"body_order": 4, "target": "extensive", "irreps_out": "1x0e"} | NBodyNet.DEFAULTS
     settings: Any = SimpleNamespace(**(defaults | dict(config)))
-    for name, least in (("channels", 1), ("lmax", 0), ("body_order", 1), ("num_basis", 1), ("num_layers", 1)):
+    short_form = getattr(settings, "irreps", None) is None
+    counts = {"body_order": 1, "num_basis": 1, "num_layers": 1} | ({"channels": 1, "lmax": 0} if short_form else {})
+    for name, least in counts.items():
         _integer(name, getattr(settings, name, None), least)
     species = settings.species
     if not isinstance(species, list) or not 0 < len(species) <= 118:
@@ -50,28 +53,60 @@ def check_sizes(config: Mapping[str, Any], shapes: Shapes) -> None:
     steps = NBodyNet._plan(settings)
     if len(steps) != interactions:
         raise ValueError(f"the scheme takes {len(steps)} interactions, but there are weights of {interactions}")
+    levels = {step.level: scheme.levels[step.level].name for step in steps}
+    if short_form:
+        if settings.lmax > len(shapes):
+            raise ValueError(f"lmax is {short(settings.lmax)}, but there are {len(shapes)} weights")
+        types = dict.fromkeys(levels, hidden_irreps(settings.channels, settings.lmax, settings.symmetry))
+    else:
+        types = level_types(_short_types(settings.irreps, len(shapes)), levels, settings.symmetry)
+        settings.lmax = max(ir.l for one in types.values() for _, ir in one)
+    settings.least = min(mul for one in types.values() for group in channel_groups(one) for mul, _ in group)
     own = getattr(settings, "gate", None) or {}
     for number, step in enumerate(steps):
-        if step.kind not in own:  # the weights of a gate of somebody's own are for the network to compare
-            _check_interaction(f"interactions.{number}.", step.kind, settings, shapes)
+        if step.kind in own:  # the weights of a gate of somebody's own are for the network to compare
+            continue
+        groups = channel_groups(types[step.level])
+        for n, group in enumerate(groups):
+            layer = f"layers.{n}." if len(groups) > 1 else ""
+            _check_interaction(f"interactions.{number}.{layer}", step.kind, group, settings, shapes)
     _check_tables(settings, len(steps), shapes)
     _check_output(settings, shapes)
 
 
-def _check_interaction(prefix: str, kind: str, settings: SimpleNamespace, shapes: Shapes) -> None:
-    c, lmax, order = settings.channels, settings.lmax, settings.body_order
-    radial = shapes.get(prefix + ("radial_weight" if kind == "down" else "gate.radial_weight"))
+def _short_types(given: Any, most: int) -> Any:
+    """Types that are no longer than those of a network with this number of weights.
+
+    Raises: ValueError: they are.
+    """
+    named = given if isinstance(given, dict) else {"": given}
+    for one in named.values():
+        degrees = re.findall(r"(\d+)[eo]", one) if isinstance(one, str) and len(one) < 1000 else ["9" * 9]
+        if any(len(l) > 6 or int(l) > most for l in degrees):
+            raise ValueError(f"irreps must be types of no more degrees than there are weights, got {short(one)}")
+    return given
+
+
+def _check_interaction(prefix: str, kind: str, irreps: o3.Irreps, settings: SimpleNamespace, shapes: Shapes) -> None:
+    natural = [ir for _, ir in irreps if ir.p == harmonic_parity(ir.l, settings.symmetry)]
+    c, lmax, order = irreps[0].mul, len(natural) - 1, settings.body_order
+    # A gate may stand behind a linear map
+    inner = "" if kind == "down" else "gate."
+    inner = next((i for i in (inner, inner + "gate.") if prefix + i + "radial_weight" in shapes), inner)
+    radial = shapes.get(f"{prefix}{inner}radial_weight")
     density = shapes.get(f"{prefix}density.weights.{lmax}")
     if radial is None and density is None:
         raise ValueError(f"lmax is {lmax}, but {prefix}density has no weights of this degree")
-    if radial is not None and (len(radial) != 2 or radial[0] != settings.num_basis or radial[1] < c * (lmax + 1)):
+    if radial is not None and (
+        len(radial) != 2 or radial[0] != settings.num_basis or radial[1] < settings.least * (lmax + 1)
+    ):
         raise ValueError(f"num_basis is {settings.num_basis}, but the radial weights have shape {list(radial)}")
     if density is not None and density != (len(settings.species) * settings.num_basis, c):
         raise ValueError(
             f"{len(settings.species)} species with num_basis {settings.num_basis} and {c} channels do not belong to "
             f"weights of shape {list(density)}"
         )
-    mix = "mix.weights." if kind == "down" else "gate.mix.weights."
+    mix = f"{inner}mix.weights."
     if radial is not None and shapes.get(f"{prefix}{mix}{lmax}", (0, 0))[-1] != c:
         raise ValueError(f"lmax is {lmax} and channels {c}, but {prefix}{mix}{lmax} has another shape or is missing")
     if kind == "down":

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from nbody_pyg.multipoles.coefficients import check_lmax
 from nbody_pyg.nn.edges import EdgeFeatures, sum_into
-from nbody_pyg.nn.irreps import Resettable, equal_multiplicity, row_slices
+from nbody_pyg.nn.irreps import Resettable, block_of
 from nbody_pyg.system import DEFAULT_STATE
 
 METHODS = ("direct", "hierarchy", "ewald")
@@ -125,7 +125,7 @@ class LatentCharges(Resettable):
         channels, self.num_basis = settings.channels, num_basis if settings.transfers else 0
         width = self.num_basis * channels + channels
         self.scalars = self.dipole = self.offset = self.own = None
-        features = 0 if irreps is None else equal_multiplicity(irreps)
+        features = 0 if irreps is None else irreps[0].mul
         if self.num_basis:
             self.offset = nn.Parameter(torch.randn(num_species, width) * 0.1)
             if features:
@@ -137,8 +137,9 @@ class LatentCharges(Resettable):
                 raise ValueError(
                     f"dipoles must come from vectors 1o, got states of type {irreps}; set lmax to 1 or more"
                 )
-            self._vector_rows = row_slices(irreps)[vectors[0]]
-            self.dipole = nn.Parameter(torch.randn(features, channels) * 0.1 * features**-0.5)
+            self._vectors = vectors[0]
+            count = irreps[vectors[0]].mul
+            self.dipole = nn.Parameter(torch.randn(count, channels) * 0.1 * count**-0.5)
         if settings.elements:
             # Not zero: an energy that is bilinear in charges has no slope there
             self.own = nn.Parameter(torch.randn(num_species, channels) * 0.3)
@@ -160,13 +161,13 @@ class LatentCharges(Resettable):
             charges = charges + self._transferred(x, species, edges)
         if self.dipole is None:
             return charges.unsqueeze(1)
-        return torch.cat([charges.unsqueeze(1), x[:, self._vector_rows] @ self.dipole], dim=1)
+        return torch.cat([charges.unsqueeze(1), block_of(x, self.irreps, self._vectors) @ self.dipole], dim=1)
 
     def _transferred(self, x: Tensor | None, species: Tensor, edges: EdgeFeatures) -> Tensor:
         channels, (source, target) = self.settings.channels, edges.index
         features = self.offset.index_select(0, species)
         if self.scalars is not None:
-            features = features + self.scalars(x[:, 0])
+            features = features + self.scalars(block_of(x, self.irreps, 0)[:, 0])
         u, v = features[:, :-channels].view(-1, self.num_basis, channels), features[:, -channels:]
         # Sum over the basis first: what is left on an edge is one number for each channel
         radial = edges.radial.unsqueeze(1)

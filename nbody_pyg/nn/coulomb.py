@@ -14,7 +14,7 @@ from nbody_pyg.nn.charges import LatentCharges, LongRangeSettings
 from nbody_pyg.nn.edges import EdgeFeatures
 from nbody_pyg.nn.ewald import EwaldField
 from nbody_pyg.nn.interaction import SoftNorm
-from nbody_pyg.nn.irreps import Resettable
+from nbody_pyg.nn.irreps import Resettable, block_of
 from nbody_pyg.nn.translation import Translation, TranslationGate, join_pairs, merge_pairs
 from nbody_pyg.radial import plateau_window
 from nbody_pyg.units import COULOMB
@@ -239,6 +239,6 @@ class LongRange(Resettable):
     def _local(self, x: Tensor | None, species: Tensor, charges: Tensor) -> Tensor:
         weights = self.local.index_select(0, species)
         if self.local_states is not None:
-            weights = weights + self.local_states(x[:, 0])
+            weights = weights + self.local_states(block_of(x, self.charges.irreps, 0)[:, 0])
         linear, square = weights.chunk(2, dim=1)
         return linear * charges + square * charges.square()

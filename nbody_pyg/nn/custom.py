@@ -10,7 +10,7 @@ from e3nn import o3
 from torch import Tensor, nn
 
 from nbody_pyg.messages import short
-from nbody_pyg.nn.irreps import num_rows
+from nbody_pyg.nn.irreps import state_shape
 
 #: Kinds of steps of a network: along the pairs of a level, from parts to what they are parts of, and back.
 KINDS = ("pair", "up", "down")
@@ -20,7 +20,9 @@ class GateFactory(Protocol):
     """What makes the gates of a network, such as a class of gates.
 
     It is called once for every step, with the type of the sources and the type that is asked for, each with one
-    multiplicity. The gate is a module; its ``forward(x, edges)`` takes the states (sources, rows, channels) and the
+    multiplicity. Where types have several, it is called for each group of channels of one multiplicity
+    (:func:`~nbody_pyg.nn.irreps.channel_groups`), and a group may have fewer degrees than the harmonics of the edges. The
+    gate is a module; its ``forward(x, edges)`` takes the states (sources, rows, channels) and the
     :class:`~nbody_pyg.nn.edges.EdgeFeatures` of the step, and returns (targets, rows, channels).
     """
 
@@ -72,7 +74,7 @@ def checked_state(x: Tensor, gate: nn.Module, targets: int, irreps: o3.Irreps) -
 
     Raises: ValueError: another shape than (targets, rows, channels).
     """
-    wanted = (targets, num_rows(irreps), irreps[0].mul)
+    wanted = (targets, *state_shape(irreps))
     if tuple(x.shape) != wanted:
         raise ValueError(
             f"{type(gate).__name__} must return states of shape {list(wanted)} (targets, rows, channels) of type "

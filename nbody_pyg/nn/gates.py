@@ -20,6 +20,7 @@ from nbody_pyg.kernels.gpu.one_body import OneBodyProgram
 from nbody_pyg.kernels.linear import Block, LinearKernel
 from nbody_pyg.kernels.ops import DensityKernel, OneBodyKernel
 from nbody_pyg.kernels.scope import is_tracing
+from nbody_pyg.nn.custom import checked_state
 from nbody_pyg.nn.edges import EdgeFeatures, sum_into
 from nbody_pyg.nn.irreps import (
     ConstantTables,
@@ -222,6 +223,44 @@ class OneBodyGate(ConstantTables):
 
     def extra_repr(self) -> str:
         return f"{self.irreps_in} -> {self.irreps_out}, order={self.order}, {len(self.paths)} paths"
+
+
+class EnteredGate(Resettable):
+    r"""A gate behind a linear map, by which sources of any type come to the type that the gate takes.
+
+    .. math:: A_i = \mathrm{gate}(\{W \psi_j\})
+
+    Args:
+        irreps_in: type of the sources, any multiplicities.
+        irreps_gate: type that the gate takes, one multiplicity.
+        irreps_out: type that it gives.
+        gate: the gate.
+
+    Shapes: x (sources, rows_in, channels), see :func:`~nbody_pyg.nn.irreps.state_shape`, edges ->
+    (targets, rows_out, channels_out). Equivariance, smoothness: those of the gate.
+    """
+
+    def __init__(self, irreps_in: o3.Irreps, irreps_gate: o3.Irreps, irreps_out: o3.Irreps, gate: nn.Module) -> None:
+        super().__init__()
+        self.irreps_out = irreps_out
+        self.enter = RowLinear(irreps_in, irreps_gate, partial=True)
+        self.gate = gate
+
+    def forward(
+        self, x: Float[Tensor, "sources rows_in channels"], edges: EdgeFeatures
+    ) -> Float[Tensor, "targets rows_out channels_out"]:
+        return checked_state(self.gate(self.enter(x), edges), self.gate, edges.num_targets, self.irreps_out)
+
+    def collect(
+        self, x: Float[Tensor, "sources rows_in channels"], edges: EdgeFeatures
+    ) -> Float[Tensor, "targets path_rows channels"]:
+        """The sum over sources before W^l, of a gate that has one."""
+        return self.gate.collect(self.enter(x), edges)
+
+    @property
+    def mix(self) -> PathLinear:
+        """W^l of the gate."""
+        return self.gate.mix
 
 
 class ProductGate(Resettable):

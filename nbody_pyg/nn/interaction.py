@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from e3nn import o3
@@ -17,8 +17,8 @@ from nbody_pyg.kernels.update_source import Product, Update
 from nbody_pyg.nn.as_written import AsWritten, written
 from nbody_pyg.nn.custom import GateFactory, checked_state
 from nbody_pyg.nn.edges import EdgeFeatures
-from nbody_pyg.nn.gates import DensityGate, OneBodyGate, ProductGate
-from nbody_pyg.nn.irreps import Resettable, num_rows
+from nbody_pyg.nn.gates import DensityGate, EnteredGate, OneBodyGate, ProductGate
+from nbody_pyg.nn.irreps import ConstantTables, Resettable, num_rows, state_shape
 from nbody_pyg.nn.linear import RowLinear
 from nbody_pyg.nn.products import ChannelwiseProduct, PathLinear
 
@@ -87,10 +87,12 @@ class Interaction(Resettable):
 
     Args:
         recipe: what all interactions of a network share.
-        irreps: type of the result; with ``irreps_out`` only some of its fragments.
+        irreps: type of the result, one multiplicity; with ``irreps_out`` only some of its fragments.
         irreps_source: type of the sources, or None where they have no state.
         irreps_target: type of the receiving parts before, or None where they have no state yet.
         irreps_out: fragments of ``irreps`` to return; None for all.
+        entered: type of one multiplicity to which a linear map brings the states of the sources before the gate
+            (:class:`~nbody_pyg.nn.gates.EnteredGate`); None: they have one, and go in as they are.
         bare: the sources are (centred on) atoms, whose elements act as well: adds a :class:`DensityGate`.
         gate: makes the gate, in the place of the two of the library.
         centred: the receiving parts have an element at their centre.
@@ -108,6 +110,7 @@ class Interaction(Resettable):
         irreps_target: o3.Irreps | None,
         irreps_out: o3.Irreps | None = None,
         *,
+        entered: o3.Irreps | None = None,
         bare: bool = False,
         centred: bool = False,
         avg_num_neighbors: float = 1.0,
@@ -120,14 +123,8 @@ class Interaction(Resettable):
         self.density = self.gate = self.keep = self.carry = self.scale = self.bias = None
         if bare and gate is None:
             self.density = DensityGate(recipe.num_species, recipe.num_basis, irreps, avg_num_neighbors, recipe.symmetry)
-        if gate is not None:
-            self.gate = gate(irreps_source, irreps, num_basis=recipe.num_basis, avg_num_neighbors=avg_num_neighbors)
-        elif irreps_source is not None:
-            lmax = max(ir.l for _, ir in irreps)
-            # Partial: states that are scalars only, from which atoms may start, do not reach every fragment
-            self.gate = OneBodyGate(
-                irreps_source, irreps, lmax, recipe.num_basis, avg_num_neighbors, recipe.symmetry, partial=True
-            )
+        if irreps_source is not None:
+            self.gate = one_gate(recipe, irreps_source, irreps, avg_num_neighbors, gate, entered)
         if irreps_target is not None:
             self.keep = RowLinear(irreps_target, irreps, partial=True)
             self.carry = RowLinear(irreps_target, self.irreps_out, partial=True) if recipe.practical else None
@@ -256,6 +253,60 @@ class Interaction(Resettable):
         return UpdateKernel(update, [product.kernel for product in products], num_species, self._reference)
 
 
+def one_gate(
+    recipe: Recipe,
+    irreps_source: o3.Irreps,
+    irreps: o3.Irreps,
+    avg_num_neighbors: float,
+    gate: GateFactory | None = None,
+    entered: o3.Irreps | None = None,
+) -> nn.Module:
+    """A gate of the library or of somebody's own, arguments as for :class:`Interaction`."""
+    taken = irreps_source if entered is None else entered
+    if gate is not None:
+        made = gate(taken, irreps, num_basis=recipe.num_basis, avg_num_neighbors=avg_num_neighbors)
+    else:
+        lmax = max(ir.l for _, ir in irreps)
+        # Partial: states that are scalars only, from which atoms may start, do not reach every fragment
+        made = OneBodyGate(taken, irreps, lmax, recipe.num_basis, avg_num_neighbors, recipe.symmetry, partial=True)
+    return made if entered is None else EnteredGate(irreps_source, entered, irreps, made)
+
+
+class ChannelGroups(ConstantTables):
+    """States of several multiplicities, made group by group: each layer gives the channels of one multiplicity.
+
+    A product of equal channels takes what both factors have. So channels that hold the same fragments form a group
+    (:func:`~nbody_pyg.nn.irreps.channel_groups`) with a layer of its own: its gate, its products. The linear maps by
+    which every layer begins take the whole states, and so mix the channels of all groups.
+
+    Args:
+        layers: one for each group, of one signature.
+        groups: type of the result of each, from :func:`~nbody_pyg.nn.irreps.channel_groups`.
+
+    Shapes: the results (nodes, rows, channels) of the layers -> (nodes, rows_out, channels_out), see
+    :func:`~nbody_pyg.nn.irreps.state_shape`.
+    """
+
+    def __init__(self, layers: nn.ModuleList, groups: Sequence[o3.Irreps]) -> None:
+        super().__init__()
+        self.layers = layers
+        places: dict[o3.Irrep, list[Tensor]] = {}
+        start = 0
+        for group in groups:
+            for (mul, ir), part in zip(group, group.slices(), strict=True):
+                places.setdefault(ir, []).append(torch.arange(part.start, part.stop).view(ir.dim, mul) + start)
+            start += group.dim
+        ordered = [torch.cat(found, dim=1) for found in places.values()]
+        self.irreps_out = o3.Irreps([(place.shape[1], ir) for place, ir in zip(ordered, places, strict=True)])
+        self.add_table("order", torch.cat([place.flatten() for place in ordered]))
+        self._in_order = torch.equal(self.order, torch.arange(start))
+
+    def forward(self, *inputs: Any) -> Float[Tensor, "nodes rows_out channels_out"]:
+        x = torch.cat([layer(*inputs).flatten(1) for layer in self.layers], dim=1)
+        x = x if self._in_order else x.index_select(1, self.order)
+        return x.view(x.shape[0], *state_shape(self.irreps_out))
+
+
 def add_to_scalars(
     x: Float[Tensor, "nodes rows channels"], scalars: Float[Tensor, "nodes channels"]
 ) -> Float[Tensor, "nodes rows channels"]:
@@ -265,6 +316,6 @@ def add_to_scalars(
 
 # What the compiled update knows, as it is written
 _KNOWN = written(
-    Interaction, DensityGate, OneBodyGate, PathLinear, RowLinear, SpeciesScale, SoftNorm, nn.Identity, ProductGate,
-    ChannelwiseProduct,
+    Interaction, DensityGate, EnteredGate, OneBodyGate, PathLinear, RowLinear, SpeciesScale, SoftNorm, nn.Identity,
+    ProductGate, ChannelwiseProduct,
 )  # fmt: skip

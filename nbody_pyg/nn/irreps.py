@@ -3,13 +3,15 @@ r"""Algebra of types: which fragments a state has, how it is laid out, what coup
 A state of type :math:`\tau` is one flat tensor in the *ir_mul* layout: block l is the matrix
 :math:`F_l` of shape (2l+1, tau_l), channels contiguous, so that the covariant linear map of Proposition 1 is the
 plain matrix product ``F_l @ W_l``. e3nn stores the transpose (*mul_ir*); two functions convert.
-Where all fragments have the same multiplicity the flat tensor is viewed as (nodes, rows, channels).
+Where all fragments have the same multiplicity the flat tensor is viewed as (nodes, rows, channels); a state of another
+type as (nodes, dim, 1), see :func:`state_shape`.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -79,6 +81,77 @@ def equal_multiplicity(irreps: o3.Irreps) -> int:
             f"irreps must have one multiplicity for a channelwise product, got {irreps}; map it with IrrepsLinear"
         )
     return found.pop()
+
+
+def state_shape(irreps: o3.Irreps) -> tuple[int, int]:
+    """Rows and channels of a state: those of one multiplicity, otherwise all components as rows of one channel.
+
+    >>> state_shape(o3.Irreps("4x0e + 4x1o")), state_shape(o3.Irreps("4x0e + 2x1o"))
+    ((4, 4), (10, 1))
+    """
+    one = len({mul for mul, _ in irreps}) == 1
+    return (num_rows(irreps), irreps[0].mul) if one else (irreps.dim, 1)
+
+
+def block_of(x: Float[Tensor, "nodes rows channels"], irreps: o3.Irreps, number: int) -> Float[Tensor, "nodes ir mul"]:
+    """The fragments of one degree of a state of any type."""
+    mul, ir = irreps[number]
+    return x.flatten(1)[:, irreps.slices()[number]].reshape(x.shape[0], ir.dim, mul)
+
+
+def channel_groups(irreps: o3.Irreps) -> list[o3.Irreps]:
+    """A type cut into groups of channels, each with one multiplicity and all fragments that have so many channels.
+
+    >>> channel_groups(o3.Irreps("48x0e + 32x1o + 16x2e"))
+    [16x0e+16x1o+16x2e, 16x0e+16x1o, 16x0e]
+    """
+    stops = [0, *sorted({mul for mul, _ in irreps})]
+    return [
+        o3.Irreps([(high - low, ir) for mul, ir in irreps if mul >= high]) for low, high in itertools.pairwise(stops)
+    ]
+
+
+def level_types(
+    given: str | o3.Irreps | Mapping[str, str | o3.Irreps], levels: Mapping[int, str], symmetry: str = "o3"
+) -> dict[int, o3.Irreps]:
+    """The type of each level (number: name), from one type for all or from types by the names of the levels.
+
+    >>> level_types({"atoms": "8x0e + 4x1o", "groups": "4x0e"}, {0: "atoms", 1: "groups"})
+    {0: 8x0e+4x1o, 1: 4x0e}
+
+    Raises: ValueError: a level without type, another name, or what is no type of states (:func:`state_type`).
+    """
+    if not isinstance(given, Mapping):
+        return dict.fromkeys(levels, state_type(given, symmetry))
+    if set(given) != set(levels.values()):
+        raise ValueError(
+            f"irreps must give a type to each of the levels {list(levels.values())}, and to no other, got {list(given)}"
+        )
+    return {k: state_type(given[name], symmetry) for k, name in levels.items()}
+
+
+def state_type(given: str | o3.Irreps, symmetry: str = "o3") -> o3.Irreps:
+    """A type of states, ordered by degree.
+
+    Raises: ValueError: no type, fragments that the symmetry does not have, or more of one fragment than scalars.
+    """
+    try:
+        irreps = o3.Irreps(given).regroup()
+    except (ValueError, TypeError, AssertionError) as error:
+        raise ValueError(f"irreps must be a type such as '32x0e + 16x1o', got {given!r}") from error
+    irreps = o3.Irreps(sorted(irreps, key=lambda fragment: (fragment.ir.l, -fragment.ir.p)))
+    known = {ir for _, ir in hidden_irreps(1, max(irreps.ls, default=0), symmetry)}
+    if strange := [str(ir) for _, ir in irreps if ir not in known]:
+        raise ValueError(
+            f"irreps must have fragments of symmetry {symmetry!r} ({', '.join(map(str, sorted(known)))}), got "
+            f"{', '.join(strange)} in {given}"
+        )
+    if not irreps or max(mul for mul, _ in irreps) > irreps.count("0e"):
+        raise ValueError(
+            f"irreps must have at least as many 0e as other fragments of one degree, since channels meet in products "
+            f"through their scalars, got {given}; raise the multiplicity of 0e"
+        )
+    return irreps
 
 
 def to_mul_ir(x: Float[Tensor, "*batch dim"], irreps: o3.Irreps) -> Float[Tensor, "*batch dim"]:

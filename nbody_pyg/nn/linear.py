@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from nbody_pyg.kernels.backend import backend
 from nbody_pyg.kernels.linear import Block, LinearKernel
 from nbody_pyg.kernels.scope import opaque_to_compile
-from nbody_pyg.nn.irreps import Resettable, equal_multiplicity, require_reachable
+from nbody_pyg.nn.irreps import Resettable, equal_multiplicity, require_reachable, state_shape
 
 
 class IrrepsLinear(Resettable):
@@ -74,10 +74,11 @@ class IrrepsLinear(Resettable):
 
 
 class RowLinear(Resettable):
-    """W^l on states of one multiplicity, (nodes, rows_in, channels) to (nodes, rows_out, channels_out).
+    """W^l on states inside the network, (nodes, rows_in, channels) to (nodes, rows_out, channels_out).
 
-    The same map as :class:`~nbody_pyg.nn.linear.IrrepsLinear`, on the three-dimensional view that the gates use. With
-    ``partial``, fragments of ``irreps_out`` that ``irreps_in`` lacks are zero.
+    The same map as :class:`~nbody_pyg.nn.linear.IrrepsLinear`, on the three-dimensional view that the gates use
+    (:func:`~nbody_pyg.nn.irreps.state_shape`). ``irreps_out`` has one multiplicity, ``irreps_in`` may have several.
+    With ``partial``, fragments of ``irreps_out`` that ``irreps_in`` lacks are zero.
     """
 
     def __init__(self, irreps_in: o3.Irreps | str, irreps_out: o3.Irreps | str, partial: bool = False) -> None:
@@ -85,24 +86,25 @@ class RowLinear(Resettable):
         self.irreps_in, self.irreps_out = o3.Irreps(irreps_in), o3.Irreps(irreps_out)
         if not partial:
             require_reachable(self.irreps_out, {ir for _, ir in self.irreps_in}, f"the linear map of {irreps_in}")
-        channels, channels_out = equal_multiplicity(self.irreps_in), equal_multiplicity(self.irreps_out)
+        (rows, channels), channels_out = state_shape(self.irreps_in), equal_multiplicity(self.irreps_out)
         starts, start = {}, 0
-        for _, ir in self.irreps_in:
+        for mul, ir in self.irreps_in:
             if ir in starts:
                 raise ValueError(
                     f"irreps_in must hold each fragment in one block, got {self.irreps_in}; use IrrepsLinear"
                 )
-            starts[ir] = start
-            start += ir.dim
+            starts[ir] = (start, mul)
+            start += ir.dim * mul // channels
         blocks, row_out = [], 0
         for _, ir in self.irreps_out:
             if ir in starts:
-                blocks.append(Block(starts[ir], row_out, ir.dim, channels, channels_out))
+                row_in, mul = starts[ir]
+                blocks.append(Block(row_in, row_out, ir.dim, mul, channels_out))
             row_out += ir.dim
         self.weights = nn.ParameterList(
-            nn.Parameter(torch.randn(channels, channels_out) * channels**-0.5) for _ in blocks
+            nn.Parameter(torch.randn(b.size_in, channels_out) * b.size_in**-0.5) for b in blocks
         )
-        self.kernel = LinearKernel(blocks, start, channels, row_out, channels_out)
+        self.kernel = LinearKernel(blocks, rows, channels, row_out, channels_out)
 
     def forward(self, x: Float[Tensor, "nodes rows_in channels"]) -> Float[Tensor, "nodes rows_out channels_out"]:
         return blockwise_linear(self.kernel, x, *self.weights)

@@ -7,7 +7,7 @@ from e3nn import o3
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from nbody_pyg.nn.irreps import Resettable, equal_multiplicity, has_two_orders, to_mul_ir
+from nbody_pyg.nn.irreps import Resettable, has_two_orders, to_mul_ir
 from nbody_pyg.nn.linear import IrrepsLinear
 
 #: Size of a value at the start, relative to unit variance: dozens of parts add up to one energy.
@@ -26,7 +26,7 @@ class LinearReadout(Resettable):
     """W^l alone: polynomial, any target type. The readout of the strict preset.
 
     Args:
-        irreps_in: type of the states, one multiplicity.
+        irreps_in: type of the states.
         irreps_out: type of the target, e.g. "0e", "1o" (dipole), "0e + 2e" (polarizability).
 
     Shapes: (nodes, rows, channels) -> (nodes, irreps_out.dim), e3nn's mul_ir order.
@@ -50,14 +50,14 @@ class MLPReadout(LinearReadout):
 
     Fragments of higher degree pass through no activation (P9).
 
-    Args: as for :class:`LinearReadout`; ``hidden`` is the width of the network.
+    Args: as for :class:`LinearReadout`, with 0e first; ``hidden`` is the width of the network.
     """
 
     def __init__(self, irreps_in: o3.Irreps, irreps_out: o3.Irreps, hidden: int = 32) -> None:
         super().__init__(irreps_in, irreps_out)
         irreps_out = self.linear.irreps_out
         scalars = [part for part, (_, ir) in zip(irreps_out.slices(), irreps_out, strict=True) if ir == o3.Irrep("0e")]
-        channels, num_scalars = equal_multiplicity(o3.Irreps(irreps_in)), irreps_out.count(o3.Irrep("0e"))
+        self.channels, num_scalars = o3.Irreps(irreps_in)[0].mul, irreps_out.count(o3.Irrep("0e"))
         self.num_scalars = num_scalars
         # Where the scalars stand among the components; leading ones, the usual case, are padded
         columns = [column for part in scalars for column in range(part.start, part.stop)]
@@ -65,14 +65,14 @@ class MLPReadout(LinearReadout):
         self.network = None
         if num_scalars and irreps_out[0].ir == o3.Irrep("0e"):
             self.network = nn.Sequential(
-                nn.Linear(channels, hidden), nn.SiLU(), nn.Linear(hidden, num_scalars, bias=False)
+                nn.Linear(self.channels, hidden), nn.SiLU(), nn.Linear(hidden, num_scalars, bias=False)
             )
 
     def forward(self, x: Float[Tensor, "nodes rows channels"]) -> Float[Tensor, "nodes dim"]:
         y = super().forward(x)
         if self.network is None:
             return y
-        scalars = self.network(x[:, 0])
+        scalars = self.network(x.flatten(1)[:, : self.channels])
         if self._columns is not None:
             return y.index_add(1, torch.tensor(self._columns, device=y.device), scalars)
         if y.shape[1] == self.num_scalars:

@@ -258,6 +258,7 @@ def _typed_section(section: str, values: Any) -> Any:
     if not isinstance(values, Mapping) or section not in (*_SECTIONS, "model"):
         return values
     whole = {name for name, default in model_arguments().items() if type(default) is int} if section == "model" else ()
+    whole = {*whole, "channels", "lmax"} if whole else whole  # None by default: a type may stand for them
     out = {}
     for key, value in values.items():
         value = typed(value, int if key in whole else _hint(section, key))

@@ -381,7 +381,9 @@ def explicit(config: ModelConfig) -> ModelConfig:
     with torch.random.fork_rng(devices=[]):
         model = _preset(config)([1], scheme=Scheme.from_config(dict(config.scheme)), **config.arguments)
     # Elements, degrees and the type of the target follow from the data
-    found = {k: v for k, v in model.config().items() if k in ("channels", "lmax", "body_order", *model.DEFAULTS)}
+    found = {
+        k: v for k, v in model.config().items() if k in ("channels", "lmax", "irreps", "body_order", *model.DEFAULTS)
+    }
     del found["degrees"], found["inputs"]
     return dataclasses.replace(config, scheme=model.scheme.config(), arguments=found | dict(config.arguments))
 
