@@ -79,8 +79,6 @@ def require_device(settings: TrainingConfig) -> None:
 def require_elements(potential: Potential | PropertyModel, sets: Mapping[str, Sequence[Data]]) -> None:
     """Raise ValueError where a frame holds an element that the model does not know; names set and frame."""
     known = potential.species
-    if known is None and isinstance(potential, Potential) and potential.reference is not None:
-        known = potential.reference.species
     for name, frames in sets.items() if known is not None else ():
         for number, frame in enumerate(frames):
             if unknown := sorted(set(frame.z.tolist()).difference(known)):
