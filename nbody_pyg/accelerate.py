@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -66,9 +67,8 @@ class CompiledPotential:
         """Results of the potential for the same arguments."""
         forces = keywords.pop("compute_forces", True)
         stress = keywords.pop("compute_stress", False)
-        eager: Callable[[], dict[str, Tensor]] = lambda: self.potential(  # noqa: E731
-            *arguments, create_graph=create_graph, compute_forces=forces, compute_stress=stress, **keywords
-        )
+        flags = {"create_graph": create_graph, "compute_forces": forces, "compute_stress": stress}
+        eager: Callable[[], dict[str, Tensor]] = partial(self.potential, *arguments, **flags, **keywords)
         with _COMPILER:
             self.calls += 1
         if self.failure is not None or create_graph != (self.mode == "training") or not forces:

@@ -12,7 +12,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 from nbody_pyg.hierarchy.levels import Hierarchy
-from nbody_pyg.kernels.scope import has_values
 from nbody_pyg.nn.custom import class_name, imported_class
 from nbody_pyg.nn.exact import Float64Buffers
 from nbody_pyg.nn.term import EnergyTerm, Structure
@@ -64,13 +63,9 @@ class AtomicReference(EnergyTerm, Float64Buffers):
                 raise ValueError(f"energies[{key!r}] must be finite (eV), got {value!r}")
             table[number] = float(value)
         numbers = sorted(table)
+        self.species = tuple(numbers)
         self.register_buffer("numbers", torch.tensor(numbers, dtype=torch.long))
         self.register_buffer("values", torch.tensor([table[n] for n in numbers], dtype=torch.float64))
-
-    @property
-    def species(self) -> tuple[int, ...]:  # type: ignore[override]  # it follows from a buffer
-        """Atomic numbers that have a reference energy, ascending."""
-        return tuple(self.numbers.tolist())
 
     @property
     def energies(self) -> dict[int, float]:
@@ -79,18 +74,11 @@ class AtomicReference(EnergyTerm, Float64Buffers):
 
     def forward(self, structure: Structure) -> Float[Tensor, " atoms"]:
         """Reference energy of each atom, float64."""
-        z, known = structure.z, structure.system.index_among(self.species)
-        if known is not None:
-            return self.values[known]
-        slot = torch.searchsorted(self.numbers, z).clamp(max=len(self.numbers) - 1)
-        unknown = self.numbers[slot] != z
-        if has_values(unknown) and bool(unknown.any()):
-            missing = sorted(set(z[unknown].tolist()))
-            raise ValueError(
-                f"z holds {_elements(missing)} without a reference energy; known are "
-                f"{_elements(self.species)}: give E0 of the missing element, or leave these systems out"
-            )
-        return self.values[slot]
+        return self.values[structure.slots(self.species, self.numbers, "the reference energies")]
+
+    def _load_from_state_dict(self, *arguments: Any) -> None:
+        super()._load_from_state_dict(*arguments)
+        self.species = tuple(self.numbers.tolist())
 
     def extra_repr(self) -> str:
         parts = ", ".join(f"{chemical_symbols[n]}={e:g}" for n, e in self.energies.items())
@@ -106,13 +94,6 @@ def _atomic_number(key: int | str) -> int:
     if not 0 < number < len(chemical_symbols):
         raise ValueError(f"energies names atomic number {number}, which must lie in 1..118")
     return number
-
-
-def _elements(numbers: Iterable[int]) -> str:
-    def symbol(n: int) -> str:
-        return chemical_symbols[n] if 0 < n < len(chemical_symbols) else "no element"
-
-    return ", ".join(f"{symbol(n)} ({n})" for n in numbers)
 
 
 class EnergyParts(NamedTuple):

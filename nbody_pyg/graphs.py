@@ -7,6 +7,7 @@ import threading
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -130,7 +131,7 @@ class _Content:
 class _Captured:
     """Graphs by kind of input: the last ones used are kept; after a failure everything runs in eager mode."""
 
-    def __init__(self, potential: Potential, max_graphs: int, recorder: Recorder | None) -> None:
+    def __init__(self, potential: Potential, max_graphs: int = 4, recorder: Recorder | None = None) -> None:
         if not isinstance(potential.model, NBodyNet):
             raise TypeError(f"potential must hold an NBodyNet to be captured, got a {type(potential.model).__name__}")
         if isinstance(max_graphs, bool) or not isinstance(max_graphs, int) or max_graphs < 1:
@@ -262,9 +263,6 @@ class CapturedPotential(_Captured):
     Raises: ValueError: ``max_graphs`` below 1. TypeError: another model than NBodyNet.
     """
 
-    def __init__(self, potential: Potential, max_graphs: int = 4, recorder: Recorder | None = None) -> None:
-        super().__init__(potential, max_graphs, recorder)
-
     @renamed(training="create_graph")
     def __call__(
         self,
@@ -275,14 +273,8 @@ class CapturedPotential(_Captured):
         **keywords: Any,
     ) -> dict[str, Tensor]:
         """Results of the potential for the same arguments."""
-
-        def eager() -> dict[str, Tensor]:
-            flags = {
-                "create_graph": create_graph, "compute_forces": compute_forces, "compute_stress": compute_stress,
-            }  # fmt: skip
-            results: dict[str, Tensor] = self.potential(*arguments, **flags, **keywords)
-            return results
-
+        flags = {"create_graph": create_graph, "compute_forces": compute_forces, "compute_stress": compute_stress}
+        eager: Callable[[], dict[str, Tensor]] = partial(self.potential, *arguments, **flags, **keywords)
         system = self._system(compute_stress, *arguments, **keywords)
         if system is None or create_graph or not compute_forces:
             return eager()

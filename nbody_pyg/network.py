@@ -117,19 +117,11 @@ class Network:
         """
         system, dtype = structure.system, self.dtype
         pos = system.pos if dtype is None else rounded_positions(system.pos, system.batch, dtype)
-        given = {
-            "cell": system.cell,
-            "pbc": system.pbc,
-            "topology": system.topology,
-            "charge": system.total_charge,
-            "charges": system.formal_charges,
-            "spin": system.spin,
-            "batch_size": system.num_graphs,
-        }
+        numbers = {"cell": system.cell, "charge": system.total_charge, "charges": system.formal_charges,
+                   "spin": system.spin}  # fmt: skip
+        given = {k: None if v is None else v.to(pos.dtype) for k, v in numbers.items()}
+        given |= {"pbc": system.pbc, "topology": system.topology, "batch_size": system.num_graphs}
         keywords = {k: v for k, v in given.items() if v is not None and k in self.keywords}
-        for key in ("cell", "charge", "charges", "spin"):  # the model gets all numbers in its own precision
-            if key in keywords:
-                keywords[key] = keywords[key].to(pos.dtype)
         return self._checked(self.model(system.z, pos, system.batch, **keywords), system)
 
     def parts(self, structure: Structure) -> dict[int, Tensor]:

@@ -106,12 +106,12 @@ class Potential(Float64Buffers):
         if repulsion == "auto":
             repulsion = "zbl" if self.network.wants_repulsion else None
         if repulsion == "zbl":
-            if self.species is None:
+            if self.network.species is None:
                 raise ValueError(
                     f"repulsion 'zbl' needs the elements, which {type(self.model).__name__} does not name in an "
                     "attribute 'species'; pass ZBLRepulsion([1, 6, 8]) with yours"
                 )
-            return ZBLRepulsion(self.species)
+            return ZBLRepulsion(self.network.species)
         if repulsion is not None and not isinstance(repulsion, ZBLRepulsion):
             raise ValueError(f"repulsion must be 'auto', 'zbl', None or a ZBLRepulsion, got {repulsion!r}")
         return repulsion
@@ -133,8 +133,9 @@ class Potential(Float64Buffers):
 
     @property
     def species(self) -> tuple[int, ...] | None:
-        """Atomic numbers that the model knows, where it names them."""
-        return self.network.species
+        """Atomic numbers that the model knows, else those with a reference energy; None where neither names them."""
+        known = self.network.species
+        return self.reference.species if known is None and self.reference is not None else known
 
     def interactions(self) -> Iterator[EnergyTerm]:
         """The terms beside the network that depend on positions: the repulsion, and those of one's own."""

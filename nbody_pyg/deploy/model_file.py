@@ -359,14 +359,8 @@ def _said(error: Exception) -> str:
 
 
 def _summary(potential: Potential | PropertyModel) -> dict[str, Any]:
-    return {"species": _species(potential), "num_parameters": sum(p.numel() for p in potential.parameters())}
-
-
-def _species(potential: Potential | PropertyModel) -> list[int] | None:
-    species = potential.species
-    if species is None and isinstance(potential, Potential) and potential.reference is not None:
-        species = potential.reference.species
-    return None if species is None else list(species)
+    species = None if potential.species is None else list(potential.species)
+    return {"species": species, "num_parameters": sum(p.numel() for p in potential.parameters())}
 
 
 def _version(package: str) -> str:

@@ -83,15 +83,13 @@ class ZBLRepulsion(EnergyTerm, Float64Buffers):
         self.reach = self._reach(reach or {})
         self.cutoff = max(self.reach.values())
         size = len(self.species)
-        table = torch.full((119,), -1, dtype=torch.long)
-        table[list(self.species)] = torch.arange(size)
         number = torch.tensor(self.species, dtype=torch.float64)
         power = number**SCREEN_POWER
         ends = torch.empty(size, size, dtype=torch.float64)
         for (i, a), (j, b) in itertools.product(enumerate(self.species), repeat=2):
             ends[i, j] = self.reach[pair_name(a, b)]
         # Constants follow from the configuration, so that model files need not hold them.
-        self.register_buffer("species_of", table, persistent=False)
+        self.register_buffer("numbers", torch.tensor(self.species), persistent=False)
         self.register_buffer("charge", COULOMB * number[:, None] * number, persistent=False)
         self.register_buffer("inverse_length", (power[:, None] + power) / SCREEN_LENGTH, persistent=False)
         self.register_buffer("end", ends, persistent=False)
@@ -137,8 +135,7 @@ class ZBLRepulsion(EnergyTerm, Float64Buffers):
     def forward(self, structure: Structure) -> Float[Tensor, " atoms"]:
         """Share of each atom in the repulsion, eV: half of each of its pairs."""
         index, vec = structure.pairs(self.cutoff)
-        species = structure.system.index_among(self.species)
-        source, target = (self._species_index(structure.z) if species is None else species)[index]
+        source, target = structure.slots(self.species, self.numbers, "the repulsion")[index]
         kind, square = source * len(self.species) + target, vec.square().sum(-1)
         near = square < self.end.flatten()[kind].square()
         if has_values(square):  # normal structures have none
@@ -159,14 +156,6 @@ class ZBLRepulsion(EnergyTerm, Float64Buffers):
         window = quintic_step(((1.0 - r / end) / (1.0 - FADE_FROM)).clamp(0.0, 1.0))
         energy: Tensor = charge / r * screen * window
         return energy
-
-    def _species_index(self, z: Tensor) -> Tensor:
-        index = self.species_of[z.clamp(0, 118)]
-        if has_values(index) and bool((index < 0).any()):
-            unknown = sorted({chemical_symbols[n] for n in z[index < 0].clamp(0, 118).tolist()})
-            known = ", ".join(chemical_symbols[n] for n in self.species)
-            raise ValueError(f"z must hold elements of this repulsion ({known}), got {', '.join(unknown)}")
-        return index
 
     def config(self) -> dict[str, Any]:
         """What :meth:`from_config` needs, ready for JSON; radii included, so that energies of a file never change."""

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from nbody_pyg.geometry import edge_vectors, neighbour_list
 from nbody_pyg.hierarchy import Hierarchy, Scheme
 from nbody_pyg.kernels.scope import has_values
+from nbody_pyg.messages import symbols
 from nbody_pyg.required import required
 from nbody_pyg.system import System
 
@@ -66,9 +67,26 @@ class Structure:
                 near = inside.nonzero().flatten()
                 index, vec = index.index_select(1, near), vec.index_select(0, near)
             else:
-                vec = torch.where(inside.unsqueeze(-1), vec, (1.0 + 1e-6) * cutoff / math.sqrt(3.0))
+                vec = vec.masked_fill(~inside.unsqueeze(-1), (1.0 + 1e-6) * cutoff / math.sqrt(3.0))
             self._pairs[cutoff] = index, vec
         return self._pairs[cutoff]
+
+    def slots(self, species: tuple[int, ...], numbers: Int[Tensor, " species"], of: str) -> Int[Tensor, " atoms"]:
+        """Place of the element of each atom among ascending atomic numbers, given as numbers and as a tensor.
+
+        Raises: ValueError: an element that is not among them; ``of`` says what knows them.
+        """
+        if (known := self.system.index_among(species)) is not None:
+            return known
+        slot = torch.searchsorted(numbers, self.z).clamp(max=len(species) - 1)
+        unknown = numbers[slot] != self.z
+        if has_values(unknown) and bool(unknown.any()):
+            missing = symbols(sorted(set(self.z[unknown].tolist())))
+            raise ValueError(
+                f"z must hold elements of {of} ({symbols(species)}), got {missing}; give it what it needs for them, or "
+                "leave these systems out"
+            )
+        return slot
 
     def per_graph(self, atoms: Float[Tensor, " atoms"]) -> Float[Tensor, " graphs"]:
         """Sum of the energies of the atoms of each graph."""

@@ -77,10 +77,9 @@ def network_behind(subject: Any) -> Network | None:
 def _species_of(subject: Any) -> tuple[int, ...]:
     """Elements that the model knows; hydrogen, carbon and oxygen when it does not say."""
     network = network_behind(subject)
-    known = None if network is None else network.species
-    if isinstance(subject, Potential) and subject.reference is not None:
-        reference = subject.reference.species
-        known = reference if known is None else tuple(n for n in known if n in reference)
+    known = subject.species if isinstance(subject, Potential) else network and network.species
+    if known and isinstance(subject, Potential) and subject.reference is not None:
+        known = tuple(n for n in known if n in subject.reference.species)
     return (known or (1, 6, 8))[:4]
 
 

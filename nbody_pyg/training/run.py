@@ -79,8 +79,6 @@ def require_device(settings: TrainingConfig) -> None:
 def require_elements(potential: Potential | PropertyModel, sets: Mapping[str, Sequence[Data]]) -> None:
     """Raise ValueError where a frame holds an element that the model does not know; names set and frame."""
     known: Iterable[int] | None = potential.species
-    if known is None and isinstance(potential, Potential) and potential.reference is not None:
-        known = potential.reference.species
     if known is None:
         return
     for name, frames in sets.items():

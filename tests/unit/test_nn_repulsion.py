@@ -202,7 +202,7 @@ def test_errors(arguments, message):
 
 
 def test_unknown_element_is_named():
-    with pytest.raises(ValueError, match=r"z must hold elements of this repulsion \(H\), got N"):
+    with pytest.raises(ValueError, match=r"z must hold elements of the repulsion \(H\), got N"):
         energy_of(ZBLRepulsion([1]), *dimer(1, 7, 0.4))
     with pytest.raises(ValueError, match="name of a repulsion must be 'zbl', got 'born'"):
         ZBLRepulsion.from_config({"name": "born"})

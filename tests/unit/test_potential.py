@@ -405,7 +405,7 @@ def test_unknown_element_is_named():
     potential = Potential(ToyModel(), AtomicReference({"H": -13.6, "O": -2041.8}))
     z, pos = molecule()
     z = torch.tensor([1, 8, 6, 6, 1, 7])
-    with pytest.raises(ValueError, match=r"C \(6\), N \(7\) without a reference energy; known are H \(1\), O \(8\)"):
+    with pytest.raises(ValueError, match=r"z must hold elements of the reference energies \(H, O\), got C, N; give"):
         potential(z, pos)
 
 

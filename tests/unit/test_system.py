@@ -89,7 +89,7 @@ def test_elements_are_looked_up_once(ethanol, monkeypatch):
     monkeypatch.setattr(net, "_number", lambda z: calls.append(1) or number(z))
     for term in (potential.repulsion, potential.reference):
         assert tuple(term.species) == net.species
-    monkeypatch.setattr(potential.repulsion, "_species_index", None)
+    monkeypatch.setattr(torch, "searchsorted", None)
     potential(ethanol)
     assert len(calls) == 1
     # Those of another model are not taken for its own
