@@ -47,6 +47,7 @@ class AtomicReference(EnergyTerm, Float64Buffers):
     """
 
     _float64 = ("values",)
+    species: tuple[int, ...]
     numbers: Tensor
     values: Tensor
 

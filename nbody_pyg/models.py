@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numbers
 from collections.abc import Iterable, Mapping, Sequence
+from functools import reduce
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -39,6 +40,7 @@ from nbody_pyg.nn.irreps import (
 )
 from nbody_pyg.nn.readout import LinearReadout, MLPReadout
 from nbody_pyg.radial import BesselBasis, InversePowers
+from nbody_pyg.required import required
 from nbody_pyg.system import Species, System
 
 #: Presets, with the options that they start from: the powers s = 0 .. 3 of the paper, higher ones leave the range.
@@ -133,6 +135,8 @@ class NBodyNet(Resettable):
         "inputs": None,
     }
 
+    species_of: Tensor
+
     def __init__(
         self,
         species: Sequence[int],
@@ -160,7 +164,7 @@ class NBodyNet(Resettable):
             raise ValueError(
                 f"options must be among {sorted(self.DEFAULTS)}, got {sorted(unknown)}; check the spelling"
             )
-        self.options = self.DEFAULTS | PRESETS[preset] | options
+        self.options = {**self.DEFAULTS, **PRESETS[preset], **options}
         check_symmetry(self.options["symmetry"])
         if self.options["long_range"] is not None:
             self.options["long_range"] = LongRangeSettings.parse(self.options["long_range"]).to_dict()
@@ -279,8 +283,8 @@ class NBodyNet(Resettable):
             self._atom_level = max((k for k in types if self._centred(k)), default=None)
             self._atom_step = next((s for s in self.steps if self._between_atoms(s)), None)
             irreps = None if self._atom_level is None else types[self._atom_level]
-            basis = num_basis if self._atom_step else 0
-            self.long_range = LongRange(settings, self.scheme, len(self.species), irreps, basis)
+            functions = num_basis if self._atom_step else 0
+            self.long_range = LongRange(settings, self.scheme, len(self.species), irreps, functions)
 
     def _long_range_settings(self) -> LongRangeSettings | None:
         if self.options["long_range"] is None:
@@ -418,9 +422,8 @@ class NBodyNet(Resettable):
     @in_own_precision
     def total(self, hierarchy: Hierarchy) -> Float[Tensor, " graphs *dim"]:
         """Value of each system of a hierarchy: the sum of those of its parts; see :meth:`values`."""
-        total = 0
-        for k, value in self.values(hierarchy).items():
-            total = total + sum_into(value, hierarchy[k].batch, hierarchy.num_graphs)
+        values = self.values(hierarchy).items()
+        total = reduce(torch.add, (sum_into(v, hierarchy[k].batch, hierarchy.num_graphs) for k, v in values))
         return total.squeeze(-1) if self.irreps_out.dim == 1 else total
 
     @opaque_to_compile
@@ -514,7 +517,8 @@ class NBodyNet(Resettable):
         With ``long_range`` the energy of the latent charges is among the values of the atoms. Charges, spins and
         periodic images are those of the system of the hierarchy.
         """
-        species, features = self._species_index(hierarchy.system), {}
+        species = self._species_index(hierarchy.system)
+        features: dict[tuple[EdgeSet, bool], EdgeFeatures] = {}
         shares = self._shares(hierarchy, species)
         states = self._states(hierarchy, species, features, shares)
         values = {}
@@ -523,15 +527,16 @@ class NBodyNet(Resettable):
             values[k] = readout(states[k]) * hierarchy[k].weight.unsqueeze(-1)
         if self.shift is not None:
             atoms = self.shift.index_select(0, species)
-            if shares is not None and self.electrons.offset is not None:
+            if shares is not None and self.electrons is not None and self.electrons.offset is not None:
                 atoms = atoms + self.electrons.energy(shares, species).unsqueeze(-1)
             values[0] = values[0] + atoms if 0 in values else atoms
         if self.long_range is not None:
             x = None if self._atom_level is None else states[self._atom_level]
             edges = None if self._atom_step is None else self._edges(self._atom_step, hierarchy, features)
             # One rule for both: the weights of the elements, where the network has learned some
-            known = self.electrons is not None and "charge" in self.electrons.inputs
-            weight = self.electrons.weight(species)[:, 0] if known else None
+            weight = None
+            if self.electrons is not None and "charge" in self.electrons.inputs:
+                weight = self.electrons.weight(species)[:, 0]
             level, system = hierarchy[0], hierarchy.system
             like = level.pos.to(self.dtype)
             share = charge_shares(level.batch, system.total_charge, system.formal_charges, like, weight)
@@ -553,7 +558,7 @@ class NBodyNet(Resettable):
                 if step.kind == "up" and level.pool_weight is not None:
                     window = level.pool_weight
             if step.kind == "down":
-                index, vec = index.flip(0), -vec
+                index, vec = required(index).flip(0), -required(vec)
             features[key] = self.embeddings[str(step.edges)](index, vec, window, hierarchy[step.level].num_parts)
         return features[key]
 

@@ -119,7 +119,7 @@ class Network:
         pos = system.pos if dtype is None else rounded_positions(system.pos, system.batch, dtype)
         numbers = {"cell": system.cell, "charge": system.total_charge, "charges": system.formal_charges,
                    "spin": system.spin}  # fmt: skip
-        given = {k: None if v is None else v.to(pos.dtype) for k, v in numbers.items()}
+        given: dict[str, Any] = {k: None if v is None else v.to(pos.dtype) for k, v in numbers.items()}
         given |= {"pbc": system.pbc, "topology": system.topology, "batch_size": system.num_graphs}
         keywords = {k: v for k, v in given.items() if v is not None and k in self.keywords}
         return self._checked(self.model(system.z, pos, system.batch, **keywords), system)

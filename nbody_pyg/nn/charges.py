@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from nbody_pyg.multipoles.coefficients import check_lmax
 from nbody_pyg.nn.edges import EdgeFeatures, sum_into
 from nbody_pyg.nn.irreps import Resettable, block_of
+from nbody_pyg.required import required
 from nbody_pyg.system import DEFAULT_STATE
 
 METHODS = ("direct", "hierarchy", "ewald")
@@ -117,6 +118,8 @@ class LatentCharges(Resettable):
     Raises: ValueError: dipoles from states without vectors.
     """
 
+    gain: Tensor
+
     def __init__(
         self, settings: LongRangeSettings, num_species: int, irreps: o3.Irreps | None = None, num_basis: int = 0
     ) -> None:
@@ -138,7 +141,7 @@ class LatentCharges(Resettable):
                     f"dipoles must come from vectors 1o, got states of type {irreps}; set lmax to 1 or more"
                 )
             self._vectors = vectors[0]
-            count = irreps[vectors[0]].mul
+            count = required(irreps)[vectors[0]].mul
             self.dipole = nn.Parameter(torch.randn(count, channels) * 0.1 * count**-0.5)
         if settings.elements:
             # Not zero: an energy that is bilinear in charges has no slope there
@@ -158,16 +161,16 @@ class LatentCharges(Resettable):
         if self.own is not None:
             charges = charges + self.own.index_select(0, species)
         if self.num_basis:
-            charges = charges + self._transferred(x, species, edges)
+            charges = charges + self._transferred(x, species, required(edges))
         if self.dipole is None:
             return charges.unsqueeze(1)
-        return torch.cat([charges.unsqueeze(1), block_of(x, self.irreps, self._vectors) @ self.dipole], dim=1)
+        return torch.cat([charges.unsqueeze(1), block_of(required(x), self.irreps, self._vectors) @ self.dipole], dim=1)
 
     def _transferred(self, x: Tensor | None, species: Tensor, edges: EdgeFeatures) -> Tensor:
         channels, (source, target) = self.settings.channels, edges.index
-        features = self.offset.index_select(0, species)
+        features = required(self.offset).index_select(0, species)
         if self.scalars is not None:
-            features = features + self.scalars(block_of(x, self.irreps, 0)[:, 0])
+            features = features + self.scalars(block_of(required(x), self.irreps, 0)[:, 0])
         u, v = features[:, :-channels].view(-1, self.num_basis, channels), features[:, -channels:]
         # Sum over the basis first: what is left on an edge is one number for each channel
         radial = edges.radial.unsqueeze(1)
@@ -285,7 +288,7 @@ class ElectronicEmbedding(nn.Module):
 
     def energy(self, shares: Float[Tensor, "atoms inputs"], species: Int[Tensor, " atoms"]) -> Float[Tensor, " atoms"]:
         """The term of the energy, before all scales."""
-        return (self.offset.index_select(0, species) * torch.cat([shares, shares.square()], dim=1)).sum(1)
+        return (required(self.offset).index_select(0, species) * torch.cat([shares, shares.square()], dim=1)).sum(1)
 
     def extra_repr(self) -> str:
         return ", ".join(self.inputs)

@@ -17,6 +17,7 @@ from nbody_pyg.nn.interaction import SoftNorm
 from nbody_pyg.nn.irreps import Resettable, block_of
 from nbody_pyg.nn.translation import Translation, TranslationGate, join_pairs, merge_pairs
 from nbody_pyg.radial import plateau_window
+from nbody_pyg.required import required
 from nbody_pyg.units import COULOMB
 
 #: Factor of the strengths: full steps of an optimizer would shake an energy that sums over all pairs.
@@ -101,10 +102,12 @@ class HierarchyField(Resettable):
             parts.append(gate(parts[-1], edges))
         pairs = all_pairs(levels[top].batch)
         near = pairs, moments.new_ones(pairs.shape[1])
-        field = None
+        field: Tensor | None = None
         for k in range(top, 0, -1):
             level, edges = levels[k], rising[k - 1]
-            window = plateau_window(safe_norm(level.pair_vec), _PLATEAU * self.radii[k - 1], self.radii[k - 1])
+            window = plateau_window(
+                safe_norm(required(level.pair_vec)), _PLATEAU * self.radii[k - 1], self.radii[k - 1]
+            )
             here = self.across[k - 1](parts[k], self._handed(level, near, window))
             field = here if field is None else here + field
             field = self.down[k - 1](field, edges.reversed(levels[k - 1].num_parts))
@@ -112,12 +115,12 @@ class HierarchyField(Resettable):
         index, weight = near
         pos = levels[0].pos
         vec = (pos.index_select(0, index[0]) - pos.index_select(0, index[1])).to(moments.dtype)
-        return field + m2l(moments, vec, index, moments.shape[0], self.lmax_atoms, weight, self.width)
+        return required(field) + m2l(moments, vec, index, moments.shape[0], self.lmax_atoms, weight, self.width)
 
     def _handed(self, level: Level, near: tuple[Tensor, Tensor], window: Tensor) -> Translation:
         """Pairs that this level takes up less what it hands down; those with nothing left are dropped."""
         index, weight = near
-        index = torch.cat([index, level.pair_index], dim=1)
+        index = torch.cat([index, required(level.pair_index)], dim=1)
         index, weight = merge_pairs(index, torch.cat([weight, -window]), level.num_parts)
         keep = weight.detach().abs() > 1e-14
         index, weight = index[:, keep], weight[keep]
@@ -127,10 +130,10 @@ class HierarchyField(Resettable):
     def _below(self, level: Level, window: Tensor, edges: Translation, size: int) -> tuple[Tensor, Tensor]:
         """Pairs of children, with the weight that their parents left to them."""
         itself = torch.arange(level.num_parts, device=window.device).expand(2, -1)
-        pairs = torch.cat([itself, level.pair_index], dim=1)
+        pairs = torch.cat([itself, required(level.pair_index)], dim=1)
         weight = torch.cat([window.new_ones(level.num_parts), window])
         keep = weight.detach() > 0
-        return join_pairs(pairs[:, keep], weight[keep], edges.index, edges.window, (size, level.num_parts))
+        return join_pairs(pairs[:, keep], weight[keep], edges.index, required(edges.window), (size, level.num_parts))
 
     def extra_repr(self) -> str:
         return f"radii={self.radii}, width={self.width}"
@@ -142,8 +145,8 @@ def _far_radii(scheme: Scheme) -> list[float]:
     for spec in scheme.levels[1:-1]:
         if spec.pair_radius is None:
             break
-        if isinstance(scheme, SmoothSurvivors) and _PLATEAU * spec.pair_radius < 2.0 * spec.child_radius:
-            least = 2.0 * spec.child_radius / _PLATEAU
+        if isinstance(scheme, SmoothSurvivors) and _PLATEAU * spec.pair_radius < 2.0 * required(spec.child_radius):
+            least = 2.0 * required(spec.child_radius) / _PLATEAU
             raise ValueError(
                 f"cutoffs[{len(radii) + 1}] of SmoothSurvivors must be at least {least:.4g} angstrom for long_range "
                 f"'hierarchy', so that no two parts that overlap meet as multipoles, got {spec.pair_radius}"
@@ -158,7 +161,7 @@ def _far_radii(scheme: Scheme) -> list[float]:
 
 
 def _children(level: Level) -> Translation:
-    return Translation(level.child_index, level.child_vec, level.child_weight, level.num_parts)
+    return Translation(required(level.child_index), required(level.child_vec), level.child_weight, level.num_parts)
 
 
 class LongRange(Resettable):
@@ -185,6 +188,8 @@ class LongRange(Resettable):
     Raises: ValueError: periodic directions with a method for open systems.
     """
 
+    held: Tensor
+
     def __init__(
         self,
         settings: LongRangeSettings,
@@ -198,6 +203,7 @@ class LongRange(Resettable):
         self.norm = SoftNorm()  # products may be large, charges must not be
         self.charges = LatentCharges(settings, num_species, irreps, num_basis)
         lmax = int(settings.dipoles)
+        self.field: nn.Module
         if settings.method == "hierarchy":
             self.field = HierarchyField(scheme, lmax, settings.lmax, settings.width, settings.trained)
         elif settings.method == "ewald":
@@ -234,11 +240,12 @@ class LongRange(Resettable):
         field = self.field(moments, hierarchy)
         strength = (_SLOW * self.strength).masked_fill(self.held, 1.0)
         pairs = (moments * field).sum(1) * (0.5 * COULOMB * strength)
-        return (pairs + self._local(x, species, moments[:, 0])).sum(1)
+        energies: Tensor = (pairs + self._local(x, species, moments[:, 0])).sum(1)
+        return energies
 
     def _local(self, x: Tensor | None, species: Tensor, charges: Tensor) -> Tensor:
         weights = self.local.index_select(0, species)
         if self.local_states is not None:
-            weights = weights + self.local_states(block_of(x, self.charges.irreps, 0)[:, 0])
+            weights = weights + self.local_states(block_of(required(x), self.charges.irreps, 0)[:, 0])
         linear, square = weights.chunk(2, dim=1)
         return linear * charges + square * charges.square()

@@ -9,6 +9,9 @@ product of children that share weights, at the cost of a node instead of a pair.
 
 from __future__ import annotations
 
+from functools import reduce
+from typing import Any
+
 import torch
 from e3nn import o3
 from jaxtyping import Float, Int
@@ -17,9 +20,10 @@ from torch import Tensor, nn
 from nbody_pyg.kernels.backend import backend
 from nbody_pyg.kernels.gpu.density import DensityProgram
 from nbody_pyg.kernels.gpu.one_body import OneBodyProgram
-from nbody_pyg.kernels.linear import Block, LinearKernel
+from nbody_pyg.kernels.linear import LinearKernel
 from nbody_pyg.kernels.ops import DensityKernel, OneBodyKernel
 from nbody_pyg.kernels.scope import is_tracing
+from nbody_pyg.kernels.update_source import Block
 from nbody_pyg.nn.custom import checked_state
 from nbody_pyg.nn.edges import EdgeFeatures, sum_into
 from nbody_pyg.nn.irreps import (
@@ -155,6 +159,9 @@ class OneBodyGate(ConstantTables):
     Raises: ValueError: a fragment of ``irreps_out`` that no path of this order leads to.
     """
 
+    coupling: Tensor
+    path_of_row: Tensor
+
     @renamed(degree="avg_num_neighbors")
     def __init__(
         self,
@@ -188,7 +195,8 @@ class OneBodyGate(ConstantTables):
     def forward(
         self, x: Float[Tensor, "sources rows_in channels"], edges: EdgeFeatures
     ) -> Float[Tensor, "targets rows_out channels_out"]:
-        return self.mix(self.collect(x, edges))
+        mixed: Tensor = self.mix(self.collect(x, edges))
+        return mixed
 
     def collect(
         self, x: Float[Tensor, "sources rows_in channels"], edges: EdgeFeatures
@@ -244,7 +252,7 @@ class EnteredGate(Resettable):
         super().__init__()
         self.irreps_out = irreps_out
         self.enter = RowLinear(irreps_in, irreps_gate, partial=True)
-        self.gate = gate
+        self.gate: Any = gate
 
     def forward(
         self, x: Float[Tensor, "sources rows_in channels"], edges: EdgeFeatures
@@ -255,12 +263,14 @@ class EnteredGate(Resettable):
         self, x: Float[Tensor, "sources rows_in channels"], edges: EdgeFeatures
     ) -> Float[Tensor, "targets path_rows channels"]:
         """The sum over sources before W^l, of a gate that has one."""
-        return self.gate.collect(self.enter(x), edges)
+        total: Tensor = self.gate.collect(self.enter(x), edges)
+        return total
 
     @property
     def mix(self) -> PathLinear:
         """W^l of the gate."""
-        return self.gate.mix
+        mix: PathLinear = self.gate.mix
+        return mix
 
 
 class ProductGate(Resettable):
@@ -310,7 +320,8 @@ class ProductGate(Resettable):
         self.kept_rows = [row for _, ir in self.irreps_out for row in range(rows[ir].start, rows[ir].stop)]
 
     def forward(self, a: Float[Tensor, "nodes rows_in channels"]) -> Float[Tensor, "nodes rows_out channels"]:
-        result, power = self.linear(a), a
+        result: Tensor = self.linear(a)
+        power = a
         for product in self.products:
             power = product(power, a)
             result = result + (power if product is self.products[-1] else self.kept(power))
@@ -354,7 +365,8 @@ class PairGate(Resettable):
     def forward(
         self, x: Float[Tensor, "parts rows_in channels"], edges: EdgeFeatures
     ) -> Float[Tensor, "parts rows_out channels"]:
-        return self.product(x, self.gather(x, edges))
+        product: Tensor = self.product(x, self.gather(x, edges))
+        return product
 
 
 class FullGate(Resettable):
@@ -392,7 +404,7 @@ class FullGate(Resettable):
     ) -> Float[Tensor, "targets irreps_out"]:
         source, target = edges.index
         messages = self.product(x[source], edges.harmonics[:, : (self.order + 1) ** 2]) * self.scale
-        total = 0
-        for b, linear in enumerate(self.linears):
-            total = total + linear(sum_into(messages * edges.radial[:, b : b + 1], target, edges.num_targets))
+        radial = edges.radial.split(1, dim=1)
+        sums = (sum_into(messages * r, target, edges.num_targets) for r in radial)
+        total: Tensor = reduce(torch.add, (linear(x) for linear, x in zip(self.linears, sums, strict=False)))
         return total

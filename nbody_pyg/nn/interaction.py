@@ -13,7 +13,7 @@ from torch.func import functional_call
 
 from nbody_pyg.kernels.backend import backend
 from nbody_pyg.kernels.update import UpdateKernel
-from nbody_pyg.kernels.update_source import Product, Update
+from nbody_pyg.kernels.update_source import Map, Product, Update
 from nbody_pyg.nn.as_written import AsWritten, written
 from nbody_pyg.nn.custom import GateFactory, checked_state
 from nbody_pyg.nn.edges import EdgeFeatures
@@ -21,6 +21,7 @@ from nbody_pyg.nn.gates import DensityGate, EnteredGate, OneBodyGate, ProductGat
 from nbody_pyg.nn.irreps import ConstantTables, Resettable, num_rows, state_shape
 from nbody_pyg.nn.linear import RowLinear
 from nbody_pyg.nn.products import ChannelwiseProduct, PathLinear
+from nbody_pyg.required import required
 
 
 class SpeciesScale(Resettable):
@@ -28,6 +29,8 @@ class SpeciesScale(Resettable):
 
     Starts at one. Shapes: (nodes, rows, channels) and species (nodes,) -> (nodes, rows, channels).
     """
+
+    block_of_row: Tensor
 
     def __init__(self, num_species: int, irreps: o3.Irreps) -> None:
         super().__init__()
@@ -120,7 +123,8 @@ class Interaction(Resettable):
         if irreps_source is None and (gate is not None or not bare):
             raise ValueError("irreps_source must be given unless bare is set: sources need a state or an element")
         self.irreps, self.irreps_out = irreps, irreps if irreps_out is None else irreps_out
-        self.density = self.gate = self.keep = self.carry = self.scale = self.bias = None
+        self.density = self.keep = self.carry = self.scale = self.bias = None
+        self.gate: Any = None
         if bare and gate is None:
             self.density = DensityGate(recipe.num_species, recipe.num_basis, irreps, avg_num_neighbors, recipe.symmetry)
         if irreps_source is not None:
@@ -164,7 +168,7 @@ class Interaction(Resettable):
         new = self.products(self.norm(a))
         if self.carry is not None:
             new = self.carry(target) + new
-        return new if self.bias is None else add_to_scalars(new, self.bias.index_select(0, species))
+        return new if self.bias is None else add_to_scalars(new, self.bias.index_select(0, required(species)))
 
     # ------------------------------------------------------------------ the same in one compiled call
     def _is_fused(self, like: Tensor) -> bool:
@@ -182,17 +186,18 @@ class Interaction(Resettable):
         """What :meth:`forward` does: sums over edges by the kernels of the gates, everything after them in one call."""
         inputs = []
         if self.density is not None:
-            inputs.append(self.density.collect(source_species, edges))
+            inputs.append(self.density.collect(required(source_species), edges))
         if self.gate is not None:
             inputs.append(self.gate.collect(source, edges))
         if self.keep is not None:
-            inputs.append(target)
+            inputs.append(required(target))
         scale = None if self.scale is None else self.scale.weight
-        return self.kernel(inputs, target_species, self._matrices(), scale, self.bias)
+        return required(self.kernel)(inputs, target_species, self._matrices(), scale, self.bias)
 
     def _matrices(self) -> list[Tensor]:
         """The weights of all linear maps, in the order in which the compiled update uses them."""
-        maps = [self.density, None if self.gate is None else self.gate.mix, self.keep, self.carry, self.products.linear]
+        gate = None if self.gate is None else self.gate.mix
+        maps: list[Any] = [self.density, gate, self.keep, self.carry, self.products.linear]
         maps += [product.mix for product in self.products.products]
         return [weight for m in maps if m is not None for weight in m.weights]
 
@@ -219,23 +224,25 @@ class Interaction(Resettable):
 
             def forward(self) -> Tensor:
                 layer = self.layer
-                maps = [] if layer.density is None else [layer.density.mixed]
+                maps: list[Any] = [] if layer.density is None else [layer.density.mixed]
                 maps += [] if layer.gate is None else [layer.gate.mix]
                 maps += [] if layer.keep is None else [layer.keep]
                 terms = [m(x) for m, x in zip(maps, inputs, strict=True)]
                 return layer._update(sum(terms[1:], terms[0]), inputs[-1], species)
 
-        return functional_call(AfterTheEdges(self), {f"layer.{name}": weight for name, weight in weights.items()}, ())
+        given = {f"layer.{name}": weight for name, weight in weights.items()}
+        states: Tensor = functional_call(AfterTheEdges(self), given, ())
+        return states
 
     def _kernel(self, num_species: int) -> UpdateKernel:
         """The compiled update."""
         gather = [] if self.density is None else [self.density.linear.map]
         gather += [] if self.gate is None else [self.gate.mix.kernel.map]
         gather += [] if self.keep is None else [self.keep.kernel.map]
-        carry = [None] * len(gather)
+        carry: list[Map | None] = [None] * len(gather)
         if self.carry is not None:
             carry[-1] = self.carry.kernel.map
-        products = list(self.products.products)
+        products: list[Any] = list(self.products.products)
         update = Update(
             rows=num_rows(self.irreps),
             channels=self.irreps[0].mul,
@@ -286,6 +293,8 @@ class ChannelGroups(ConstantTables):
     Shapes: the results (nodes, rows, channels) of the layers -> (nodes, rows_out, channels_out), see
     :func:`~nbody_pyg.nn.irreps.state_shape`.
     """
+
+    order: Tensor
 
     def __init__(self, layers: nn.ModuleList, groups: Sequence[o3.Irreps]) -> None:
         super().__init__()

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -80,7 +80,8 @@ def equal_multiplicity(irreps: o3.Irreps) -> int:
         raise ValueError(
             f"irreps must have one multiplicity for a channelwise product, got {irreps}; map it with IrrepsLinear"
         )
-    return found.pop()
+    multiplicity: int = found.pop()
+    return multiplicity
 
 
 def state_shape(irreps: o3.Irreps) -> tuple[int, int]:
@@ -190,7 +191,8 @@ def clebsch_gordan(l1: int, l2: int, l3: int) -> Tensor:
 
     Scaled by sqrt(2 l3 + 1), so that factors of unit variance per component give products of unit variance.
     """
-    return o3.wigner_3j(l1, l2, l3, dtype=torch.float64) * math.sqrt(2 * l3 + 1)
+    table: Tensor = o3.wigner_3j(l1, l2, l3, dtype=torch.float64)
+    return table * math.sqrt(2 * l3 + 1)
 
 
 class Path(NamedTuple):
@@ -255,8 +257,9 @@ def reset(module: nn.Module) -> None:
 
     Raises: TypeError: a weight in a module that has no ``reset_parameters``.
     """
-    if callable(getattr(module, "reset_parameters", None)):
-        module.reset_parameters()
+    again = getattr(module, "reset_parameters", None)
+    if callable(again):
+        again()
         return
     if next(module.parameters(recurse=False), None) is not None:
         raise TypeError(
@@ -283,8 +286,8 @@ class ConstantTables(Resettable):
         dtype = torch.get_default_dtype() if exact.is_floating_point() else exact.dtype
         self.register_buffer(name, exact.to(dtype), persistent=False)
 
-    def _apply(self, fn, recurse: bool = True):
-        super()._apply(fn, recurse)
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch's
         for name, exact in self._exact.items():
             moved = getattr(self, name)
             setattr(self, name, exact.to(device=moved.device, dtype=moved.dtype))

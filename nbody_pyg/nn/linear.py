@@ -8,8 +8,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from nbody_pyg.kernels.backend import backend
-from nbody_pyg.kernels.linear import Block, LinearKernel
+from nbody_pyg.kernels.linear import LinearKernel
 from nbody_pyg.kernels.scope import opaque_to_compile
+from nbody_pyg.kernels.update_source import Block
 from nbody_pyg.nn.irreps import Resettable, equal_multiplicity, require_reachable, state_shape
 
 

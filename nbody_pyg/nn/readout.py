@@ -69,10 +69,10 @@ class MLPReadout(LinearReadout):
             )
 
     def forward(self, x: Float[Tensor, "nodes rows channels"]) -> Float[Tensor, "nodes dim"]:
-        y = super().forward(x)
+        y: Tensor = super().forward(x)
         if self.network is None:
             return y
-        scalars = self.network(x.flatten(1)[:, : self.channels])
+        scalars: Tensor = self.network(x.flatten(1)[:, : self.channels])
         if self._columns is not None:
             return y.index_add(1, torch.tensor(self._columns, device=y.device), scalars)
         if y.shape[1] == self.num_scalars:

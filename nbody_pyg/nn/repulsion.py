@@ -69,7 +69,7 @@ class ZBLRepulsion(EnergyTerm, Float64Buffers):
     _float64 = ("charge", "inverse_length", "end", "screen")
     species: tuple[int, ...]
     cutoff: float
-    species_of: Tensor
+    numbers: Tensor
     charge: Tensor
     inverse_length: Tensor
     end: Tensor
