@@ -404,7 +404,9 @@ class FullGate(Resettable):
     ) -> Float[Tensor, "targets irreps_out"]:
         source, target = edges.index
         messages = self.product(x[source], edges.harmonics[:, : (self.order + 1) ** 2]) * self.scale
-        radial = edges.radial.split(1, dim=1)
-        sums = (sum_into(messages * r, target, edges.num_targets) for r in radial)
-        total: Tensor = reduce(torch.add, (linear(x) for linear, x in zip(self.linears, sums, strict=False)))
+        sums = (
+            linear(sum_into(messages * edges.radial[:, b : b + 1], target, edges.num_targets))
+            for b, linear in enumerate(self.linears)
+        )
+        total: Tensor = reduce(torch.add, sums)
         return total
