@@ -43,6 +43,9 @@ class AtomicReference(EnergyTerm, Float64Buffers):
         AtomicReference(H=-13.6, O=-2041.8 eV)
     """
 
+    species: tuple[int, ...]
+    numbers: Tensor
+    values: Tensor
     _float64 = ("values",)
 
     def __init__(self, energies: Mapping[int | str, float]) -> None:

@@ -70,6 +70,7 @@ class Potential(Float64Buffers):
         TypeError, ValueError: see :meth:`forward`.
     """
 
+    scale: Tensor
     _float64 = ("scale",)
 
     def __init__(
