@@ -46,6 +46,9 @@ class AtomicReference(EnergyTerm, Float64Buffers):
         AtomicReference(H=-13.6, O=-2041.8 eV)
     """
 
+    species: tuple[int, ...]
+    numbers: Tensor
+    values: Tensor
     _float64 = ("values",)
     species: tuple[int, ...]
     numbers: Tensor

@@ -42,6 +42,10 @@ class Network:
         self.scheme: Scheme | None = getattr(model, "scheme", None)
         species = getattr(model, "species", None)
         self.species = None if species is None else tuple(int(n) for n in species)
+        #: Inputs of charge and spin that every frame must state.
+        self.inputs: tuple[str, ...] = ()
+        #: Whether atoms act on each other at any distance; whether a repulsion of nuclei is added by default.
+        self.long_range = self.wants_repulsion = False
 
     @property
     def inputs(self) -> tuple[str, ...]:
@@ -156,22 +160,15 @@ class OwnNetwork(Network):
 
     model: NBodyNet
 
-    @property
-    def inputs(self) -> tuple[str, ...]:
-        return self.model.inputs
+    def __init__(self, model: NBodyNet) -> None:
+        super().__init__(model)
+        self.inputs, self.long_range = model.inputs, model.long_range is not None
+        energies = str(model.irreps_out) == "1x0e" and model.target == "extensive"
+        self.wants_repulsion = energies and model.preset == "practical"
 
     @property
     def used(self) -> frozenset[str]:
         return self.model.used
-
-    @property
-    def long_range(self) -> bool:
-        return self.model.long_range is not None
-
-    @property
-    def wants_repulsion(self) -> bool:
-        net = self.model
-        return str(net.irreps_out) == "1x0e" and net.target == "extensive" and net.preset == "practical"
 
     def read(self, data: Data, topology: Topology | None = None, batch_size: int | None = None) -> System:
         return self.model.read(data, topology, batch_size)

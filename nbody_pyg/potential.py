@@ -71,6 +71,7 @@ class Potential(Float64Buffers):
         TypeError, ValueError: see :meth:`forward`.
     """
 
+    scale: Tensor
     _float64 = ("scale",)
     scale: Tensor
 

@@ -66,6 +66,13 @@ class ZBLRepulsion(EnergyTerm, Float64Buffers):
         ZBLRepulsion(H-H 0.46, H-O 0.73, O-O 0.99 angstrom)
     """
 
+    species: tuple[int, ...]
+    cutoff: float
+    numbers: Tensor
+    charge: Tensor
+    inverse_length: Tensor
+    end: Tensor
+    screen: Tensor
     _float64 = ("charge", "inverse_length", "end", "screen")
     species: tuple[int, ...]
     cutoff: float
