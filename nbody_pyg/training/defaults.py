@@ -23,6 +23,8 @@ from nbody_pyg.training.prepare import DataSets
 RADII = ((1.65, 3.5), (2.2, 5.0))
 #: Of the windows.
 EXPONENT = 3
+#: Degree and channels for periodic systems.
+DENSE = {"lmax": 3, "channels": 16}
 #: Directed edges of a step, those of both shells together; and the most frames of a step.
 EDGES_PER_STEP, MOST_FRAMES = 5000, 5
 #: Weights for energies and stresses per atom, angstrom^-2.
@@ -106,7 +108,7 @@ def choose_defaults(config: Config, data: DataSets) -> tuple[Config, tuple[Choic
     What the user named stays as it is, so that a configuration read from the ``config.yaml`` of a run is not changed.
     """
     found = FrameStatistics.of(data.train)
-    choices = [*_reference(config, data), *_radii(config, found), *_loss(config, found)]
+    choices = [*_reference(config, data), *_radii(config, found), *_degree(config, found), *_loss(config, found)]
     chosen = _with(config, choices)
     batch = [] if "training.batch_size" in config.given else [_batch_size(chosen, data.train)]
     limits = [Choice(f"training.{key}", value, "no limit of the run was given") for key, value in _limits(config)]
@@ -129,7 +131,7 @@ def keep_choices(config: Config, stored: Mapping[str, Any]) -> Config:
 
 
 #: Keys that are chosen where the user does not name them.
-CHOSEN = ("data.e0", "model.scheme.radii", "model.scheme.exponent", "training.energy_per", "training.energy_weight",
+CHOSEN = ("data.e0", "model.lmax", "model.channels", "model.scheme.radii", "model.scheme.exponent", "training.energy_per", "training.energy_weight",
           "training.stress_weight", "training.batch_size", *sorted(LIMIT_KEYS))  # fmt: skip
 
 
@@ -169,6 +171,15 @@ def _radii(config: Config, found: FrameStatistics) -> list[Choice]:
     exponent = Choice("model.scheme.exponent", EXPONENT, "neighbours fade from the start")
     chosen = [Choice("model.scheme.radii", wanted, reason), exponent]
     return [choice for choice in chosen if choice.key not in config.given]
+
+
+def _degree(config: Config, found: FrameStatistics) -> list[Choice]:
+    """Angles between many neighbours need a higher degree, for which fewer channels pay."""
+    keys = [f"model.{name}" for name in DENSE]
+    if not found.periodic or config.model.preset != "practical" or not config.given.isdisjoint(keys):
+        return []
+    reason = "atoms of periodic systems have many neighbours, whose angles need a higher degree"
+    return [Choice(key, value, reason) for key, value in zip(keys, DENSE.values(), strict=True)]
 
 
 def _loss(config: Config, found: FrameStatistics) -> list[Choice]:
