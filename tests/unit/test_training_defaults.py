@@ -93,7 +93,7 @@ def test_frames_without_neighbours_have_no_first_shell():
 def test_crystals():
     found = chosen(silicon())
     shell = FrameStatistics.of(data(silicon()).train).first_shell
-    assert found["model.scheme.radii"] == pytest.approx([1.65 * shell, 2.2 * shell], abs=0.01)
+    assert found["model.scheme.radii"] == pytest.approx([1.9 * shell, 2.5 * shell], abs=0.01)
     assert found["training.energy_per"] == "atom" and found["training.energy_weight"] > 0
     assert found["training.stress_weight"] > 0 and found["model.lmax"] == 3
     assert not {"model.lmax", "model.channels"} & chosen(silicon(), "--model.channels", "32").keys()
