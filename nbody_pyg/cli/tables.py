@@ -27,6 +27,8 @@ def error_table(errors: Mapping[tuple[str, str], Mapping[str, float]], propertie
             labels.append(("S", "stress", "meV/A^3"))
         columns = [(f"{word} {kind.upper()}", f"{label}_{kind}", unit)
                    for word, label, unit in labels for kind in ("mae", "rmse")]  # fmt: skip
+        if any("forces_percent" in found for found in errors.values()):
+            columns.insert(6, ("F RMSE", "forces_percent", "%"))
         start = "forces_mae_"
         elements = sorted({key for found in errors.values() for key in found if key.startswith(start)})
         columns += [(f"F MAE {key.removeprefix(start)}", key, "meV/A") for key in elements]

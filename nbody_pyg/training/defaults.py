@@ -20,11 +20,13 @@ from nbody_pyg.training.config import LIMIT_KEYS, LIMITS, Config, insert, parse_
 from nbody_pyg.training.prepare import DataSets
 
 #: Radii of the shells: multiples of the distance between first neighbours, and the least ones, angstrom.
-RADII = ((1.65, 3.5), (2.2, 5.0))
+RADII = ((1.9, 3.5), (2.5, 5.0))
 #: Of the windows.
 EXPONENT = 3
+#: Degree and channels for periodic systems.
+DENSE = {"lmax": 3, "channels": 16}
 #: Directed edges of a step, those of both shells together; and the most frames of a step.
-EDGES_PER_STEP, MOST_FRAMES = 5000, 5
+EDGES_PER_STEP, MOST_FRAMES = 10_000, 5
 #: Weights for energies and stresses per atom, angstrom^-2.
 PER_ATOM_WEIGHT, STRESS_WEIGHT = 5.0, 1.0
 #: So many frames are measured, and neighbours are looked for up to this distance, angstrom.
@@ -95,18 +97,18 @@ def choose_defaults(config: Config, data: DataSets) -> tuple[Config, tuple[Choic
 
     With the distance d between first neighbours (:class:`FrameStatistics`) the shells of ``NestedShells`` reach to
 
-    .. math:: R_1 = \max(1.65\, d,\; 3.5), \qquad R_2 = \max(2.2\, d,\; 5)
+    .. math:: R_1 = \max(1.9\, d,\; 3.5), \qquad R_2 = \max(2.5\, d,\; 5)
 
-    so that no first neighbour stands where the window has faded. Organic molecules have d below 1.6 angstrom and keep
-    3.5 and 5. Energies count per molecule where all frames are molecules of one size, and else per atom: those of large
-    cells would drown the forces. Stress is trained on where frames have one. E0 is that of isolated atoms where every
-    element has a frame of one atom.
-    A step takes as many frames as have 5,000 edges, and at most five.
+    so that no first neighbour stands where the window has faded. Organic molecules have d below 1.8 angstrom and keep
+    3.5 and 5. Periodic systems get the degree 3 with 16 channels: their atoms have many neighbours, whose angles count.
+    Energies count per molecule where all frames are molecules of one size, and else per atom, since the energies of
+    large cells would outweigh the forces. Stress is trained on where frames have one. E0 is that of isolated atoms
+    where every element has a frame of one atom. A step takes as many frames as have 10,000 edges, and at most five.
 
     What the user named stays as it is, so that a configuration read from the ``config.yaml`` of a run is not changed.
     """
     found = FrameStatistics.of(data.train)
-    choices = [*_reference(config, data), *_radii(config, found), *_loss(config, found)]
+    choices = [*_reference(config, data), *_radii(config, found), *_degree(config, found), *_loss(config, found)]
     chosen = _with(config, choices)
     batch = [] if "training.batch_size" in config.given else [_batch_size(chosen, data.train)]
     limits = [Choice(f"training.{key}", value, "no limit of the run was given") for key, value in _limits(config)]
@@ -129,8 +131,9 @@ def keep_choices(config: Config, stored: Mapping[str, Any]) -> Config:
 
 
 #: Keys that are chosen where the user does not name them.
-CHOSEN = ("data.e0", "model.scheme.radii", "model.scheme.exponent", "training.energy_per", "training.energy_weight",
-          "training.stress_weight", "training.batch_size", *sorted(LIMIT_KEYS))  # fmt: skip
+CHOSEN = ("data.e0", "model.lmax", "model.channels", "model.scheme.radii", "model.scheme.exponent",
+          "training.energy_per", "training.energy_weight", "training.stress_weight", "training.batch_size",
+          *sorted(LIMIT_KEYS))  # fmt: skip
 
 
 def _with(config: Config, choices: Sequence[Choice]) -> Config:
@@ -169,6 +172,15 @@ def _radii(config: Config, found: FrameStatistics) -> list[Choice]:
     exponent = Choice("model.scheme.exponent", EXPONENT, "neighbours fade from the start")
     chosen = [Choice("model.scheme.radii", wanted, reason), exponent]
     return [choice for choice in chosen if choice.key not in config.given]
+
+
+def _degree(config: Config, found: FrameStatistics) -> list[Choice]:
+    """Angles between many neighbours need a higher degree, for which fewer channels pay."""
+    keys = [f"model.{name}" for name in DENSE]
+    if not found.periodic or config.model.preset != "practical" or not config.given.isdisjoint(keys):
+        return []
+    reason = "atoms of periodic systems have many neighbours, whose angles need a higher degree"
+    return [Choice(key, value, reason) for key, value in zip(keys, DENSE.values(), strict=True)]
 
 
 def _loss(config: Config, found: FrameStatistics) -> list[Choice]:

@@ -74,6 +74,7 @@ class ErrorMeter:
     ``energy_mae``, ``energy_rmse``      meV per graph
     ``energy_per_atom_mae``, ``_rmse``   meV per atom
     ``forces_mae``, ``forces_rmse``      meV/angstrom, over components
+    ``forces_percent``                   RMSE over the root mean square of the labels, percent
     ``stress_mae``, ``stress_rmse``      meV/angstrom^3, over components
     ``forces_mae_X``                     meV/angstrom, on atoms of element X
     ===================================  ==========================================================
@@ -84,14 +85,16 @@ class ErrorMeter:
     _ROWS = ("energy", "energy_per_atom", "forces", "stress")
 
     def __init__(self, device: torch.device | str = "cpu"):
-        # Per row: sum of |error|, sum of error^2, number of values.
-        self.sums = torch.zeros(len(self._ROWS), 3, dtype=torch.float64, device=device)
+        # Per row: sum of |error|, sum of error^2, number of values, sum of label^2.
+        self.sums = torch.zeros(len(self._ROWS), 4, dtype=torch.float64, device=device)
         self.by_element = torch.zeros(len(chemical_symbols), 2, dtype=torch.float64, device=device)
 
     def _add(self, row: str, error: Tensor, label: Tensor) -> None:
-        error = error[~label.isnan()]  # by label: a prediction that is NaN has to show in the result
+        known = ~label.isnan()  # by label: a prediction that is NaN has to show in the result
+        error, label = error[known], label[known].double()
+        count = error.new_tensor(float(error.numel()))
         self.sums[self._ROWS.index(row)] += torch.stack(
-            [error.abs().sum(), error.square().sum(), error.new_tensor(float(error.numel()))]
+            [error.abs().sum(), error.square().sum(), count, label.square().sum()]
         )
 
     @torch.no_grad()
@@ -122,10 +125,12 @@ class ErrorMeter:
 
     def compute(self) -> dict[str, float]:
         out: dict[str, float] = {}
-        for row, (absolute, square, count) in zip(self._ROWS, self.sums.tolist(), strict=True):
+        for row, (absolute, square, count, labels) in zip(self._ROWS, self.sums.tolist(), strict=True):
             if count:
                 out[f"{row}_mae"] = _MILLI * absolute / count
                 out[f"{row}_rmse"] = _MILLI * (square / count) ** 0.5
+            if row == "forces" and labels:
+                out["forces_percent"] = 100.0 * (square / labels) ** 0.5
         for number, (absolute, count) in enumerate(self.by_element.tolist()):
             if count:
                 out[f"forces_mae_{chemical_symbols[number]}"] = _MILLI * absolute / count

@@ -68,7 +68,8 @@ def chosen(systems: list[Atoms], *words: str) -> dict[str, object]:
     scheme, training = config.model.scheme, dataclasses.asdict(config.training)
     for key, value in values.items():  # they are in the configuration too
         section, name = key.split(".")[-2:]
-        where = {"scheme": scheme, "training": training, "data": dataclasses.asdict(config.data)}[section]
+        where = {"scheme": scheme, "training": training, "data": dataclasses.asdict(config.data),
+                 "model": config.model.arguments}[section]  # fmt: skip
         assert where[name] == value
     return values
 
@@ -92,9 +93,10 @@ def test_frames_without_neighbours_have_no_first_shell():
 def test_crystals():
     found = chosen(silicon())
     shell = FrameStatistics.of(data(silicon()).train).first_shell
-    assert found["model.scheme.radii"] == pytest.approx([1.65 * shell, 2.2 * shell], abs=0.01)
+    assert found["model.scheme.radii"] == pytest.approx([1.9 * shell, 2.5 * shell], abs=0.01)
     assert found["training.energy_per"] == "atom" and found["training.energy_weight"] > 0
-    assert found["training.stress_weight"] > 0
+    assert found["training.stress_weight"] > 0 and found["model.lmax"] == 3
+    assert not {"model.lmax", "model.channels"} & chosen(silicon(), "--model.channels", "32").keys()
     assert "training.stress_weight" not in chosen(silicon(stress=False))
     assert found["training.batch_size"] < chosen(silicon(1))["training.batch_size"], "small cells go together"
 
@@ -104,6 +106,7 @@ def test_molecules_of_one_size_keep_their_defaults():
     assert found["model.scheme.radii"] == [3.5, 5.0] and found["model.scheme.exponent"] == 3
     assert (found["training.energy_per"], found["training.energy_weight"]) == ("molecule", 0.05)
     assert found["training.batch_size"] == 5 and "training.stress_weight" not in found
+    assert not {"model.lmax", "model.channels"} & found.keys()
     mixed = chosen([*ethanol(), labelled(molecule("CH4"), 0)])
     assert mixed["training.energy_per"] == "atom" and mixed["model.scheme.radii"] == [3.5, 5.0]
 

@@ -231,6 +231,8 @@ def test_errors_and_predictions_by_hand():
     }
     for key, value in expected.items():
         assert found.errors[key] == pytest.approx(1000 * value.item(), rel=1e-10) and value > 0
+    relative = (forces.square().mean() / torch.cat([f.forces for f in frames]).square().mean()).sqrt()
+    assert found.errors["forces_percent"] == pytest.approx(100 * relative.item(), rel=1e-10) and relative > 0
     assert torch.allclose(found.energy, energy) and len(found.forces) == 5
     assert torch.allclose(torch.cat(found.forces), forces - 2.0 / 1.3 * forces)
 
