@@ -50,9 +50,6 @@ class AtomicReference(EnergyTerm, Float64Buffers):
     numbers: Tensor
     values: Tensor
     _float64 = ("values",)
-    species: tuple[int, ...]
-    numbers: Tensor
-    values: Tensor
 
     def __init__(self, energies: Energies) -> None:
         super().__init__()

@@ -48,21 +48,6 @@ class Network:
         self.long_range = self.wants_repulsion = False
 
     @property
-    def inputs(self) -> tuple[str, ...]:
-        """Inputs of charge and spin that every frame must state."""
-        return ()
-
-    @property
-    def long_range(self) -> bool:
-        """Whether atoms act on each other at any distance."""
-        return False
-
-    @property
-    def wants_repulsion(self) -> bool:
-        """Whether a repulsion of nuclei is added by default."""
-        return False
-
-    @property
     def dtype(self) -> torch.dtype | None:
         """Floating dtype of the weights (or buffers); None where there are neither."""
         for tensors in (self.model.parameters, self.model.buffers):  # the first weight decides, at every step

@@ -73,7 +73,6 @@ class Potential(Float64Buffers):
 
     scale: Tensor
     _float64 = ("scale",)
-    scale: Tensor
 
     def __init__(
         self,

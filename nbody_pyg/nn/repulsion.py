@@ -74,13 +74,6 @@ class ZBLRepulsion(EnergyTerm, Float64Buffers):
     end: Tensor
     screen: Tensor
     _float64 = ("charge", "inverse_length", "end", "screen")
-    species: tuple[int, ...]
-    cutoff: float
-    numbers: Tensor
-    charge: Tensor
-    inverse_length: Tensor
-    end: Tensor
-    screen: Tensor
 
     def __init__(self, species: Sequence[int], reach: Mapping[str, float] | None = None) -> None:
         super().__init__()
