@@ -158,8 +158,8 @@ def derivative(polynomial: Polynomial, axis: int) -> Polynomial:
     result: Polynomial = {}
     for powers, value in polynomial.items():
         if powers[axis]:
-            lowered = tuple(p - (k == axis) for k, p in enumerate(powers))
-            result[lowered] = result.get(lowered, 0.0) + value * powers[axis]
+            x, y, z = (p - (k == axis) for k, p in enumerate(powers))
+            result[x, y, z] = result.get((x, y, z), 0.0) + value * powers[axis]
     return result
 
 
@@ -260,7 +260,8 @@ class FeatureKernel(Operation):
     def __call__(self, vec: Tensor, window: Tensor) -> tuple[Tensor, Tensor]:
         edges = vec.shape[0]
         check_operands(vec.dtype, vec.device, vec=(vec, (edges, 3)), window=(window, (edges,)))
-        return self.run(vec.contiguous(), window.contiguous())
+        features: tuple[Tensor, Tensor] = self.run(vec.contiguous(), window.contiguous())
+        return features
 
     def value(self, operands: Operands) -> tuple[tuple[Tensor, ...], Tensors]:
         vec, edges = operands.inputs[0], operands.inputs[0].shape[0]
@@ -305,7 +306,8 @@ class WindowKernel(Operation):
 
     def __call__(self, vec: Tensor) -> Tensor:
         check_operands(vec.dtype, vec.device, vec=(vec, (vec.shape[0], 3)))
-        return self.run(vec.contiguous())
+        window: Tensor = self.run(vec.contiguous())
+        return window
 
     def value(self, operands: Operands) -> tuple[tuple[Tensor, ...], Tensors]:
         (vec,) = operands.inputs

@@ -93,7 +93,8 @@ class LinearKernel(Operation):
     def __call__(self, x: Tensor, *weights: Tensor) -> Tensor:
         check_operands(x.dtype, x.device, x=(x, (x.shape[0], *self.shape_in)))
         check_matrices(x.dtype, x.device, weights, [(b.size_in, b.size_out) for b in self.blocks])
-        return self.run(*[t.contiguous() for t in (x, *weights)])
+        out: Tensor = self.run(*[t.contiguous() for t in (x, *weights)])
+        return out
 
     def value(self, operands: Operands) -> tuple[tuple[Tensor, ...], Tensors]:
         x, *weights = operands.inputs
@@ -115,7 +116,8 @@ class LinearKernel(Operation):
             of_weights = [
                 torch.zeros_like(w) if t is None else t.contiguous() for t, w in zip(c[1:], weights, strict=True)
             ]
-        gg, gx, gw = torch.zeros_like(g[0]), None, [None] * len(weights)
+        gg, gx = torch.zeros_like(g[0]), None
+        gw: Sequence[Tensor | None] = [None] * len(weights)
         if of_x is not None:
             self._apply(of_x, weights, gg)
             gw = self._outer(of_x, g[0]) if any(wanted[2:]) else gw
@@ -124,11 +126,11 @@ class LinearKernel(Operation):
             gx = self._transposed(g[0], of_weights) if wanted[1] else None
         return gg, gx, *gw
 
-    def _call(self, name: str, dtype: torch.dtype, nodes: int, *arguments) -> None:
+    def _call(self, name: str, dtype: torch.dtype, nodes: int, *arguments: Tensor | Several) -> None:
         sizes = (len(self.blocks), nodes)
         _library.call(name, dtype, *sizes, self._table, *self._strides, self._scratch, *arguments)
 
-    def _several(self, weights) -> Several:
+    def _several(self, weights: Sequence[Tensor]) -> Several:
         return Several(weights, self._sizes)
 
     def _apply(self, x: Tensor, weights: Sequence[Tensor], out: Tensor) -> None:

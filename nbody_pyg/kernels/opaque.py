@@ -19,6 +19,7 @@ from torch import Tensor
 from nbody_pyg.kernels.library import Library
 from nbody_pyg.kernels.operation import Operation, Tensors, parted
 from nbody_pyg.kernels.scope import dry_run, recording
+from nbody_pyg.required import required
 
 #: Operations that a graph refers to, by what they compute: a graph kept on disk must find the same one again.
 _operations: dict[str, Operation] = {}
@@ -44,7 +45,7 @@ def _packed(tensors: Tensors) -> tuple[str, list[Tensor]]:
     return "".join("-t"[t is not None] for t in tensors), [t for t in tensors if t is not None]
 
 
-def _unpacked(present: str, tensors: Sequence[Tensor]) -> list[Tensor | None]:
+def _unpacked(present: str, tensors: Sequence[Tensor]) -> list[Any]:
     found = iter(tensors)
     # Tracers choose strides of their own
     return [next(found).contiguous() if there == "t" else None for there in present]
@@ -60,7 +61,7 @@ def _value(spec: str, tensors: list[Tensor], sizes: list[int]) -> list[Tensor]:
     """Results of the operation that ``spec`` names, then what it keeps."""
     key, present = _words(spec)
     results, kept = _operations[key].value(_operations[key].split(_unpacked(present, tensors), tuple(sizes)))
-    return [*results, *kept]
+    return [*results, *map(required, kept)]
 
 
 def _gradients(spec: str, tensors: list[Tensor]) -> list[Tensor]:
@@ -86,14 +87,14 @@ def _twice_in_place(spec: str, tensors: Sequence[Tensor]) -> Tensors:
     return _operations[key].twice(every[-count:], g, operands, [letter == "t" for letter in wanted])
 
 
-def _save_value(ctx: Any, inputs: tuple, output: list[Tensor]) -> None:
+def _save_value(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     ctx.spec, tensors, sizes = inputs
     results = _operations[_words(ctx.spec)[0]].num_results
     ctx.save_for_backward(*tensors, *output[results:])
     ctx.sized, ctx.like = bool(sizes), [t.shape for t in output[:results]]
 
 
-def _value_backward(ctx: Any, cotangents: list[Tensor | None]) -> tuple:
+def _value_backward(ctx: Any, cotangents: list[Tensor | None]) -> tuple[Any, ...]:
     key, present = _words(ctx.spec)
     operation, saved = _operations[key], ctx.saved_tensors
     count, dtype = present.count("t"), next(t for t in saved if t.is_floating_point())
@@ -115,13 +116,13 @@ def _value_backward(ctx: Any, cotangents: list[Tensor | None]) -> tuple:
     return None, [*gradients, *[None] * constants], None if ctx.sized else []
 
 
-def _save_gradients(ctx: Any, inputs: tuple, output: list[Tensor]) -> None:
+def _save_gradients(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     ctx.spec, tensors = inputs
     ctx.save_for_backward(*tensors)
     ctx.set_materialize_grads(False)
 
 
-def _gradients_backward(ctx: Any, cotangents: list[Tensor | None]) -> tuple:
+def _gradients_backward(ctx: Any, cotangents: list[Tensor | None]) -> tuple[Any, ...]:
     key, present, given, _ = _words(ctx.spec)
     saved = list(ctx.saved_tensors)
     with dry_run():

@@ -16,7 +16,7 @@ A third derivative is an error, not a wrong number; plain torch has it.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -41,10 +41,11 @@ class Operands(NamedTuple):
     ==========  ========================================================================
     """
 
-    inputs: Tensors
-    constants: Tensors
+    # Tensors, or None where the operation lets one be absent
+    inputs: Sequence[Any]
+    constants: Sequence[Any]
     sizes: Any = ()
-    kept: Tensors = ()
+    kept: Sequence[Any] = ()
 
 
 class Operation(ABC):
@@ -81,7 +82,10 @@ class Operation(ABC):
         lose their part through it without a word.
         """
         recorder = scope.recorder() if self.recordable else None
-        results = _Value.apply(self, sizes, *tensors) if recorder is None else recorder(self, sizes, tensors)
+        if recorder is None:
+            results = _Value.apply(self, sizes, *tensors)  # type: ignore[no-untyped-call]  # torch's
+        else:
+            results = recorder(self, sizes, tensors)
         return results[0] if self.num_results == 1 else results
 
     def split(self, tensors: Tensors, sizes: Any = ()) -> Operands:
@@ -123,8 +127,8 @@ class _Value(torch.autograd.Function):
         operation, (inputs, given) = ctx.operation, ctx.counts
         saved = ctx.saved_tensors
         wanted = operation.weighed(ctx.needs_input_grad[2 : 2 + inputs], saved[:inputs], ctx.next_functions)
-        g = [t.contiguous() for t in g]
-        found = _Gradients.apply(operation, ctx.sizes, given, wanted, *g, *saved)
+        cotangents = [t.contiguous() for t in g]
+        found = _Gradients.apply(operation, ctx.sizes, given, wanted, *cotangents, *saved)  # type: ignore[no-untyped-call]  # torch's
         return None, None, *found, *[None] * (given - inputs)
 
 
@@ -151,13 +155,15 @@ class _Gradients(torch.autograd.Function):
         # torch's ``once_differentiable`` raises only where ``.backward()`` reaches its outputs; ``autograd.grad`` with
         # named inputs passes it by and returns a number without that part (seen with torch 2.13). Here the outputs
         # stay joined to all that they depend on.
-        found = _Last.apply(compute, *[t for t in (*saved, *c) if t is not None])
+        found = _Last.apply(compute, *[t for t in (*saved, *c) if t is not None])  # type: ignore[no-untyped-call]  # torch's
         return None, None, None, None, *found, *rest
 
 
 class _Last(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, compute: Any, *inputs: Tensor) -> tuple[Tensor | None, ...]:
+    def forward(
+        ctx: Any, compute: Callable[[], tuple[Tensor | None, ...]], *inputs: Tensor
+    ) -> tuple[Tensor | None, ...]:
         return compute()
 
     @staticmethod
@@ -168,7 +174,7 @@ class _Last(torch.autograd.Function):
         )
 
 
-def parted(operation: Operation, tensors: Tensors, given: int, sizes: Any = ()) -> tuple[Tensors, Operands]:
+def parted(operation: Operation, tensors: Tensors, given: int, sizes: Any = ()) -> tuple[Sequence[Any], Operands]:
     """Cotangents and operands out of one list: cotangents, ``given`` inputs and constants, what was kept."""
     results, inputs = operation.num_results, operation.num_inputs
     g, rest = tensors[:results], tensors[results:]

@@ -37,7 +37,8 @@ class ProductKernel(Operation):
     def __call__(self, x: Tensor, y: Tensor) -> Tensor:
         nodes, channels = x.shape[0], self.channels
         check_operands(x.dtype, x.device, x=(x, (nodes, self.rows1, channels)), y=(y, (nodes, self.rows2, channels)))
-        return self.run(x.contiguous(), y.contiguous())
+        product: Tensor = self.run(x.contiguous(), y.contiguous())
+        return product
 
     def value(self, operands: Operands) -> tuple[tuple[Tensor, ...], Tensors]:
         x, y = operands.inputs
@@ -105,7 +106,8 @@ class OneBodyKernel(Operation):
         check_index(x.device, index=(index, (2, edges)))
         check_range("index[0] (sources)", index[0], x.shape[0])
         check_range("index[1] (targets)", index[1], num_targets)
-        return self.run(*[t.contiguous() for t in (x, harmonics, radial, weight, index)], sizes=(num_targets,))
+        total: Tensor = self.run(*[t.contiguous() for t in (x, harmonics, radial, weight, index)], sizes=(num_targets,))
+        return total
 
     def value(self, operands: Operands) -> tuple[tuple[Tensor, ...], Tensors]:
         x, (targets,) = operands.inputs[0], operands.sizes
@@ -158,7 +160,8 @@ class DensityKernel(Operation):
         check_operands(radial.dtype, radial.device, **given)
         check_index(radial.device, slot=(slot, (edges,)))
         check_range("slot (target * species + species of the source)", slot, num_targets * self.num_species)
-        return self.run(*[t.contiguous() for t in (harmonics, radial, slot)], sizes=(num_targets,))
+        density: Tensor = self.run(*[t.contiguous() for t in (harmonics, radial, slot)], sizes=(num_targets,))
+        return density
 
     def value(self, operands: Operands) -> tuple[tuple[Tensor, ...], Tensors]:
         (rows, basis), (targets,) = self.shape, operands.sizes

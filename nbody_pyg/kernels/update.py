@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -81,7 +82,8 @@ class UpdateKernel(Operation):
             check_index(device, species=(species, (nodes,)))
             check_range("species", species, self.num_species)
         tensors = (*inputs, scale, bias, *matrices, species)
-        return self.run(*[None if t is None else t.contiguous() for t in tensors])
+        states: Tensor = self.run(*[None if t is None else t.contiguous() for t in tensors])
+        return states
 
     def value(self, operands: Operands) -> tuple[tuple[Tensor, ...], Tensors]:
         u, first = self.update, operands.inputs[0]
@@ -118,7 +120,7 @@ class UpdateKernel(Operation):
         leading = (operands.constants[0], self._states(inputs), self._matrices(matrices), scale, bias, work)
         self.library.call(name, inputs[0].dtype, nodes, threads, *leading, *rest)
 
-    def _parts(self, tensors: Tensors) -> tuple[Tensors, Tensor | None, Tensor | None, Tensors]:
+    def _parts(self, tensors: Sequence[Any]) -> tuple[Sequence[Any], Any, Any, Sequence[Any]]:
         """Inputs, factors, constants and matrices out of one list."""
         count = len(self.update.inputs)
         return tensors[:count], tensors[count], tensors[count + 1], tensors[count + 2 :]
@@ -128,7 +130,7 @@ class UpdateKernel(Operation):
         nodes = next((t.shape[0] for t in tensors if t is not None), 0)
         return Several(tensors, [nodes * size for size in self.update.inputs])
 
-    def _matrices(self, tensors: Sequence[Tensor]) -> Several:
+    def _matrices(self, tensors: Sequence[Tensor | None]) -> Several:
         """One tensor per matrix, of its shape."""
         return Several(tensors, self._sizes)
 
@@ -145,7 +147,8 @@ class UpdateKernel(Operation):
         """The derivative of the backward pass, by differentiating plain torch."""
         (species,) = operands.constants
         with torch.enable_grad():
-            g, *tensors = (None if t is None else t.detach().requires_grad_(True) for t in (g, *operands.inputs))
+            g = g.detach().requires_grad_(True)
+            tensors: list[Any] = [None if t is None else t.detach().requires_grad_(True) for t in operands.inputs]
             inputs, scale, bias, matrices = self._parts(tensors)
             out = self.reference(inputs, species, matrices, scale, bias)
             given = [(t, cotangent) for t, cotangent in zip(tensors, c, strict=True) if cotangent is not None]

@@ -97,7 +97,8 @@ class DensityProgram(Operation):
         order = edge_order(index, species.shape[0], num_targets)
         if not species.is_cuda:  # on a GPU this would wait for the device; the network looks elements up in a table
             check_range("species", species, self.num_species)
-        return self.run(harmonics.contiguous(), radial.contiguous(), species.to(torch.int32), sizes=order)
+        density: Tensor = self.run(harmonics.contiguous(), radial.contiguous(), species.to(torch.int32), sizes=order)
+        return density
 
     def value(self, operands: Operands) -> tuple[tuple[Tensor, ...], Tensors]:
         return (self._sum(operands, *operands.inputs),), ()

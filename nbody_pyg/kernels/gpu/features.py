@@ -210,7 +210,8 @@ class FeatureProgram(Operation):
     def __call__(self, vec: Tensor, window: Tensor) -> tuple[Tensor, Tensor]:
         """(harmonics, window times radial functions) of each edge."""
         check_operands(vec.dtype, vec.device, vec=(vec, (vec.shape[0], 3)), window=(window, (vec.shape[0],)))
-        return self.run(vec.contiguous(), window.contiguous())
+        features: tuple[Tensor, Tensor] = self.run(vec.contiguous(), window.contiguous())
+        return features
 
     def value(self, operands: Operands) -> tuple[tuple[Tensor, ...], Tensors]:
         vec = operands.inputs[0]
@@ -239,7 +240,8 @@ class WindowProgram(Operation):
 
     def __call__(self, vec: Tensor) -> Tensor:
         check_operands(vec.dtype, vec.device, vec=(vec, (vec.shape[0], 3)))
-        return self.run(vec.contiguous())
+        window: Tensor = self.run(vec.contiguous())
+        return window
 
     def value(self, operands: Operands) -> tuple[tuple[Tensor, ...], Tensors]:
         (vec,) = operands.inputs

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor
 
@@ -52,7 +53,8 @@ class OneBodyProgram(Operation):
         )
         check_index(x.device, index=(index, (2, edges)))
         order = edge_order(index, x.shape[0], num_targets)
-        return self.run(*[t.contiguous() for t in (x, harmonics, radial, weight)], sizes=order)
+        total: Tensor = self.run(*[t.contiguous() for t in (x, harmonics, radial, weight)], sizes=order)
+        return total
 
     def value(self, operands: Operands) -> tuple[tuple[Tensor, ...], Tensors]:
         x = operands.inputs[0]  # the forward pass has no g: x stands in
@@ -69,7 +71,7 @@ class OneBodyProgram(Operation):
         return gg, *self._by_input(order, factors, cotangents, wanted[1:])
 
     def _by_input(
-        self, order: EdgeOrder, factors: Tensors, cotangents: Tensors, wanted: Sequence[bool]
+        self, order: EdgeOrder, factors: Sequence[Tensor], cotangents: Tensors, wanted: Sequence[bool]
     ) -> tuple[Tensor | None, ...]:
         gx = self._sources(order, factors, cotangents) if wanted[0] else None
         gy, gb = self._edges(order, factors, cotangents) if wanted[1] or wanted[2] else (None, None)
@@ -80,7 +82,7 @@ class OneBodyProgram(Operation):
         block = channel_block(self.channels, x.element_size())
         return {"C": self.channels, "CB": block, "HAS_U": int(u is not None), "num_warps": warps(block)}
 
-    def _launch(self, name: str, grid: tuple[int, int, int], given: tuple, constants: dict[str, int]) -> None:
+    def _launch(self, name: str, grid: tuple[int, int, int], given: tuple[Any, ...], constants: dict[str, int]) -> None:
         """All groups: in one launch, or in one each."""
         if not apart(self.groups):
             self.program.launch(name, grid, *given, **constants, GROUP=0)
@@ -88,7 +90,16 @@ class OneBodyProgram(Operation):
         for group in range(self.groups):
             self.program.launch(name, (*grid[:2], 1), *given, **constants, GROUP=group)
 
-    def _sum(self, name: str, order: EdgeOrder, end: int, out_rows: int, groups: int, factors, cotangents=()) -> Tensor:
+    def _sum(
+        self,
+        name: str,
+        order: EdgeOrder,
+        end: int,
+        out_rows: int,
+        groups: int,
+        factors: Sequence[Tensor],
+        cotangents: Tensors = (),
+    ) -> Tensor:
         """A function that sums over the edges at one end of theirs: (nodes, out_rows, channels)."""
         x, rows, nodes = factors[1], order.by(end), order.sizes[end]
         constants = self._constants(x, cotangents[3] if cotangents else None)
@@ -101,15 +112,15 @@ class OneBodyProgram(Operation):
         self._launch(name, (nodes * split, blocks, groups), given, constants)
         return out[0] if planes == 1 else out.sum(0)
 
-    def _targets(self, order: EdgeOrder, factors: Tensors, cotangents: Tensors = ()) -> Tensor:
+    def _targets(self, order: EdgeOrder, factors: Sequence[Tensor], cotangents: Tensors = ()) -> Tensor:
         name = "one_body_targets" + "_double" * bool(cotangents)
         return self._sum(name, order, 1, self.rows_out, self.groups, factors, cotangents)
 
-    def _sources(self, order: EdgeOrder, factors: Tensors, cotangents: Tensors = ()) -> Tensor:
+    def _sources(self, order: EdgeOrder, factors: Sequence[Tensor], cotangents: Tensors = ()) -> Tensor:
         name = "one_body_sources" + "_double" * bool(cotangents)
         return self._sum(name, order, 0, self.rows_in, 1, factors, cotangents)
 
-    def _edges(self, order: EdgeOrder, factors: Tensors, cotangents: Tensors = ()) -> tuple[Tensor, Tensor]:
+    def _edges(self, order: EdgeOrder, factors: Sequence[Tensor], cotangents: Tensors = ()) -> tuple[Tensor, Tensor]:
         """Gradients of the harmonics and of the radial functions."""
         x, rows, nodes = factors[1], order.by(1), order.sizes[1]
         constants = self._constants(x, cotangents[3] if cotangents else None)
@@ -122,7 +133,7 @@ class OneBodyProgram(Operation):
         total = planes[0] if len(planes) == 1 else planes.sum(0)
         return total[:, : self.harmonics].contiguous(), total[:, self.harmonics :].contiguous()
 
-    def _weights(self, order: EdgeOrder, factors: Tensors, cotangents: Tensors = ()) -> Tensor:
+    def _weights(self, order: EdgeOrder, factors: Sequence[Tensor], cotangents: Tensors = ()) -> Tensor:
         """Gradient of the radial weights."""
         x, rows = factors[1], order.by(1)
         constants, count = self._constants(x, None), len(rows.edge)

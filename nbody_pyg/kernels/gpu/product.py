@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -28,7 +28,7 @@ def product_source(terms: Sequence[Term], rows1: int, rows2: int, rows_out: int)
         by_row[term.row].append(term)
     used1, used2 = sorted({t.i for t in terms}), sorted({t.j for t in terms})
 
-    def load(name: str, pointer: str, rows, size: int) -> list[str]:
+    def load(name: str, pointer: str, rows: Iterable[int], size: int) -> list[str]:
         return [f"{name}{r} = tl.load({pointer} + n * ({size} * C) + {r} * C + c, mask=m, other=0.0)" for r in rows]
 
     def store(pointer: str, row: int, size: int, value: str) -> str:
@@ -84,7 +84,8 @@ class ProductProgram(Operation):
     def __call__(self, x: Tensor, y: Tensor) -> Tensor:
         nodes, channels = x.shape[0], self.channels
         check_operands(x.dtype, x.device, x=(x, (nodes, self.rows1, channels)), y=(y, (nodes, self.rows2, channels)))
-        return self.run(x.contiguous(), y.contiguous())
+        product: Tensor = self.run(x.contiguous(), y.contiguous())
+        return product
 
     def value(self, operands: Operands) -> tuple[tuple[Tensor, ...], Tensors]:
         x, y = operands.inputs
