@@ -27,6 +27,6 @@ def renamed(**names: str) -> Callable[[Function], Function]:
                     keywords[new] = keywords.pop(old)
             return function(*arguments, **keywords)
 
-        return call  # type: ignore[return-value]
+        return call  # type: ignore[return-value]  # of the same signature
 
     return decorate
