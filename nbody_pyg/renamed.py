@@ -27,7 +27,7 @@ def renamed(**names: str) -> Callable[[Function], Function]:
                     keywords[new] = keywords.pop(old)
             return function(*arguments, **keywords)
 
-        return call  # type: ignore[return-value]
+        return call  # type: ignore[return-value]  # of the same signature
 
     return decorate
 
@@ -40,4 +40,4 @@ def former(name: str, function: Function) -> Function:
         warnings.warn(f"{name} is now called {function.__name__}; it will go in 0.4", DeprecationWarning, stacklevel=2)
         return function(*arguments, **keywords)
 
-    return call  # type: ignore[return-value]
+    return call  # type: ignore[return-value]  # of the same signature

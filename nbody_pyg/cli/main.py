@@ -50,7 +50,7 @@ _PATHS = ("model", "data", "start", "frames", "file", "committee", "out", "json"
 class _Parser(argparse.ArgumentParser):
     """Names the nearest option when one is unknown."""
 
-    def parse_args(self, words: Sequence[str]) -> argparse.Namespace:  # type: ignore[override]
+    def parse_args(self, words: Sequence[str]) -> argparse.Namespace:  # type: ignore[override]  # of words only
         args, unknown = self.parse_known_args(words)
         if unknown:
             self.chosen(words).unknown(unknown)

@@ -157,7 +157,7 @@ def in_own_precision(forward: Function) -> Function:
             arguments, keywords = tree_map(widened, (arguments, keywords))
             return forward(self, *arguments, **keywords)
 
-    return wrapper  # type: ignore[return-value]
+    return wrapper  # type: ignore[return-value]  # of the same signature
 
 
 def constant_table(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:

@@ -40,7 +40,7 @@ def chain(atoms: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 def everything(potential: Potential, z: torch.Tensor, pos: torch.Tensor) -> list[torch.Tensor]:
     """Energy, forces, and the gradients of a loss with forces by all weights."""
-    result = potential(z, pos, training=True)
+    result = potential(z, pos, create_graph=True)
     loss = result["energy"].sum() + result["forces"].square().sum()
     weights = [p for p in potential.parameters() if p.requires_grad]
     found = torch.autograd.grad(loss, weights, materialize_grads=True)
