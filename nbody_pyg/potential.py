@@ -14,7 +14,7 @@ from torch_geometric.data import Data
 from nbody_pyg.energy import AtomicReference, Energies, EnergyParts, EnergyTerm, Structure
 from nbody_pyg.hierarchy import Scheme, Topology
 from nbody_pyg.kernels.scope import has_values, in_own_precision, opaque_to_compile
-from nbody_pyg.network import Lists, network_of
+from nbody_pyg.network import Lists, Network, network_of
 from nbody_pyg.nn.exact import Float64Buffers
 from nbody_pyg.nn.irreps import reset
 from nbody_pyg.nn.repulsion import ZBLRepulsion
@@ -96,7 +96,7 @@ class Potential(Float64Buffers):
         terms = list(terms)
         if wrong := [type(term).__name__ for term in terms if not isinstance(term, EnergyTerm)]:
             raise TypeError(f"terms must be of classes that derive from EnergyTerm, got {wrong[0]}")
-        self.model, self.network = model, network_of(model)
+        self.model, self._network = model, network_of(model)
         self.reference = reference
         self.repulsion = self._repulsion(repulsion)
         self.terms: Any = nn.ModuleList(terms)  # of EnergyTerm
@@ -120,6 +120,13 @@ class Potential(Float64Buffers):
         """Draw all weights anew. Reference energies, scale and repulsion are of the data, and stay."""
         for module in (self.model, *self.terms):
             reset(module)
+
+    @property
+    def network(self) -> Network:
+        """What is known of the model."""
+        if self._network.model is not self.model:  # somebody has put another one in its place
+            self._network = network_of(self.model)
+        return self._network
 
     @property
     def dtype(self) -> torch.dtype | None:

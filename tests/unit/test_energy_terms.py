@@ -292,6 +292,15 @@ def test_terms_work_with_any_model(ethanol):
     assert float(added) < -1e-3
 
 
+def test_another_model_can_take_the_place_of_the_first(ethanol):
+    model, other = potential(), factories.net(seed=5)
+    before = model(ethanol)["interaction_energy"]
+    model.model = other
+    assert model.network.model is other and model.scheme is other.scheme
+    torch.testing.assert_close(model(ethanol)["interaction_energy"], 0.7 * other(ethanol), rtol=0, atol=1e-10)
+    assert float((model(ethanol)["interaction_energy"] - before).abs()) > 1e-3
+
+
 def test_old_names_still_work(ethanol):
     model = potential()
     with pytest.warns(DeprecationWarning, match="training is now called create_graph"):
