@@ -165,9 +165,12 @@ def frames_of(
     frames: list[AtomicData] = []
     used_keys: dict[str, dict[str, None]] = {}
     odd: dict[int, str] = {}
+    misshapen: dict[str, str] = {}
+    optional = [label for label in ("dipole", "polarizability") if label not in given]
     for number, atoms in enumerate(systems):
         try:
-            frame, used = _frame(atoms, stores[number], keys, units, f"frame {number} of {Path(name).name}")
+            where = f"frame {number} of {Path(name).name}"
+            frame, used = _frame(atoms, stores[number], keys, units, where, optional, misshapen)
         except ValueError as error:
             odd[number] = str(error)
             continue
@@ -175,6 +178,7 @@ def frames_of(
         for label, key in used.items():
             used_keys.setdefault(label, {})[key] = None
     completed = complete_states(frames)
+    notes += [f"{message}; it is left out" for message in misshapen.values()]
     if note := _implausible(completed):
         notes.append(f"{Path(name).name}: {note}")
     numbers = [number for number in range(len(systems)) if number not in odd]
@@ -203,8 +207,10 @@ def _implausible(frames: Sequence[AtomicData]) -> str | None:
 
 
 def _frame(
-    atoms: Atoms, stores: Stores, keys: Mapping[str, tuple[str, ...]], units: Units, where: str
-) -> tuple[AtomicData, dict[str, str]]:
+    atoms: Atoms, stores: Stores, keys: Mapping[str, tuple[str, ...]], units: Units, where: str,
+    optional: Sequence[str], misshapen: dict[str, str],
+) -> tuple[AtomicData, dict[str, str]]:  # fmt: skip
+    """A frame, and where its labels stood. A label of ``optional`` of another shape is left out, and told once."""
     if len(atoms) == 0:
         raise ValueError(f"{where} has no atoms; remove the frame from the file")
     used: dict[str, str] = {}
@@ -218,10 +224,16 @@ def _frame(
             found = {store: values[key] for store, values in stores.items() if key in values}
             if not found:
                 continue
-            shaped = {
-                place: shaped_label(value, label, len(atoms), f"{where}, {place}[{key!r}]")
-                for place, value in found.items()
-            }
+            try:
+                shaped = {
+                    place: shaped_label(value, label, len(atoms), f"{where}, {place}[{key!r}]")
+                    for place, value in found.items()
+                }
+            except ValueError as error:
+                if label not in optional:
+                    raise
+                misshapen.setdefault(label, str(error))
+                continue
             store, value = next(iter(shaped.items()))
             for other, second in shaped.items():
                 if not torch.allclose(value, second, rtol=1e-12, atol=1e-9, equal_nan=True):

@@ -347,8 +347,8 @@ def config_parser() -> jsonargparse.ArgumentParser:
         prog="nbody train", usage="nbody train [CONFIG.yaml] [--SECTION.KEY VALUE ...]",
         exit_on_error=False, add_help=False,
         description="Every key of the YAML file is an option: training.lr in the file is --training.lr here. Radii and "
-        "exponent of NestedShells, lmax, channels, e0, weights of the loss, batch size and limits are chosen from the data "
-        "where they are not given; each is printed with its reason.",
+        "exponent of NestedShells, lmax, channels, e0, weights of the loss, batch size and limits are chosen from the "
+        "data where they are not given; each is printed with its reason.",
     )  # fmt: skip
     for section, kind in _SECTIONS.items():
         group = parser.add_argument_group(section, (kind.__doc__ or "").strip().splitlines()[0])

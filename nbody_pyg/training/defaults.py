@@ -23,12 +23,12 @@ from nbody_pyg.training.prepare import DataSets
 RADII = ((1.9, 3.5), (2.5, 5.0))
 #: Of the windows.
 EXPONENT = 3
-#: Degree and channels for periodic systems.
+#: Degree and channels where first neighbours are farther apart than bonds of organic molecules.
 DENSE = {"lmax": 3, "channels": 16}
 #: Directed edges of a step, those of both shells together; and the most frames of a step.
 EDGES_PER_STEP, MOST_FRAMES = 10_000, 5
 #: Weights for energies and stresses per atom, angstrom^-2.
-PER_ATOM_WEIGHT, STRESS_WEIGHT = 5.0, 1.0
+PER_ATOM_WEIGHT, STRESS_WEIGHT = 5.0, 0.1
 #: So many frames are measured, and neighbours are looked for up to this distance, angstrom.
 _MEASURED, _REACH = 200, 6.0
 
@@ -99,8 +99,9 @@ def choose_defaults(config: Config, data: DataSets) -> tuple[Config, tuple[Choic
 
     .. math:: R_1 = \max(1.9\, d,\; 3.5), \qquad R_2 = \max(2.5\, d,\; 5)
 
-    so that no first neighbour stands where the window has faded. Organic molecules have d below 1.8 angstrom and keep
-    3.5 and 5. Periodic systems get the degree 3 with 16 channels: their atoms have many neighbours, whose angles count.
+    so that no first neighbour stands where the window has faded. Organic molecules and water have d below 1.8
+    angstrom and keep 3.5 and 5. Beyond, as in metals and semiconductors, the network gets the degree 3 with 16
+    channels: atoms have many neighbours, whose angles count.
     Energies count per molecule where all frames are molecules of one size, and else per atom, since the energies of
     large cells would outweigh the forces. Stress is trained on where frames have one. E0 is that of isolated atoms
     where every element has a frame of one atom. A step takes as many frames as have 10,000 edges, and at most five.
@@ -177,9 +178,10 @@ def _radii(config: Config, found: FrameStatistics) -> list[Choice]:
 def _degree(config: Config, found: FrameStatistics) -> list[Choice]:
     """Angles between many neighbours need a higher degree, for which fewer channels pay."""
     keys = [f"model.{name}" for name in DENSE]
-    if not found.periodic or config.model.preset != "practical" or not config.given.isdisjoint(keys):
+    factor, least = RADII[0]
+    if factor * found.first_shell <= least or config.model.preset != "practical" or not config.given.isdisjoint(keys):
         return []
-    reason = "atoms of periodic systems have many neighbours, whose angles need a higher degree"
+    reason = "first neighbours are farther apart than bonds of organic molecules, so there are many; angles count"
     return [Choice(key, value, reason) for key, value in zip(keys, DENSE.values(), strict=True)]
 
 

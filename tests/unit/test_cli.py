@@ -562,7 +562,7 @@ def test_debug_may_stand_anywhere():
         (["--training.ema_decay", "1"], "ema_decay must lie between 0 and 1, got 1"),
         (["--training.max_steps", "2.5"], "training.max_steps must be a whole number, got 2.5"),
         (["--training.compile", "perhaps"], "training.compile must be true or false, got 'perhaps'"),
-        (["--data.train", "[a.xyz, b.xyz]"], "data.train must be one file, got the list ['a.xyz', 'b.xyz']"),
+        (["--data.root", "[a, b]"], "data.root must be one file, got the list ['a', 'b']"),
     ],
 )
 def test_wrong_values_are_found_before_the_data_are_read(words, message, capsys):

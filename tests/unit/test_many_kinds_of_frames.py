@@ -244,3 +244,17 @@ def test_the_format_of_a_file_whose_name_does_not_tell_it(here):
         main(["train", "--data.train", "frames.dat", "--data.file_format", "extxyz", "--data.num_val", "3", *TINY]) == 0
     )
     assert read_metadata("r/model.nbody")["metadata"]["num_frames"] == {"train": 20, "val": 3}
+
+
+def test_a_misshapen_label_that_nobody_asked_for_is_left_out_and_told(here):
+    frames = [atoms.copy() for atoms in KINDS.values()]
+    for atoms, old in zip(frames, KINDS.values(), strict=True):
+        atoms.calc = old.calc
+    frames[0].info["dipole"] = np.array([1.0, 2.0])
+    frames[1].info["dipole"] = np.array([1.0, 2.0, 3.0])
+    write("odd.xyz", frames)
+    found = read_frames("odd.xyz")
+    assert "dipole" not in found[0] and found[1].dipole.tolist() == [[1.0, 2.0, 3.0]] and len(found) == len(KINDS)
+    assert "frame 0 of odd.xyz, results['dipole']: dipole must have shape [1, 3]" in str(label_audit(found))
+    with pytest.raises(ValueError, match=r"dipole must have shape"):
+        read_frames("odd.xyz", dipole_key="dipole")

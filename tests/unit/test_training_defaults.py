@@ -114,6 +114,7 @@ def test_molecules_of_one_size_keep_their_defaults():
 def test_water_is_periodic_with_the_radii_of_molecules():
     found = chosen(water())
     assert found["model.scheme.radii"] == [3.5, 5.0] and found["training.energy_per"] == "atom"
+    assert "model.lmax" not in found
 
 
 def test_e0_of_single_atoms():
