@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from nbody_pyg.geometry import safe_norm
 from nbody_pyg.kernels.backend import backend
-from nbody_pyg.kernels.edges import compiled_window, window_library
-from nbody_pyg.kernels.gpu.features import gpu_window
+from nbody_pyg.kernels.edges import window_kernel
+from nbody_pyg.kernels.gpu.features import window_program
 
 #: Length (angstrom) below which distances are softened, see :func:`soften`.
 SOFT_LENGTH = 0.5
@@ -58,9 +58,11 @@ def check_exponent(exponent: int) -> int:
 
 def vector_window(vec: Float[Tensor, "edges 3"], cutoff: float, exponent: int = 6) -> Float[Tensor, " edges"]:
     """:func:`smooth_cutoff` of the length of some vectors, in one step where a compiled backend runs."""
-    which = "torch" if torch.compiler.is_dynamo_compiling() else backend(vec, window_library(exponent))
-    if which != "torch":
-        return (compiled_window if which == "c" else gpu_window)(vec, cutoff, exponent)
+    if not torch.compiler.is_dynamo_compiling():
+        kernel = window_kernel(cutoff, exponent)
+        which = backend(vec, kernel.library)
+        if which != "torch":
+            return kernel(vec) if which == "c" else window_program(cutoff, exponent)(vec)
     return smooth_cutoff(safe_norm(vec), cutoff, exponent)
 
 

@@ -122,9 +122,17 @@ def _machine() -> list[tuple[str, str]]:
         ("products", runs),
         ("backends", " ".join(available_backends())),
         ("compiler", "none" if found is None else shlex.join(found)),
+        ("threads", _threads(problem)),
         ("cache", cache),
     ]
     return rows if problem is None else [*rows, ("problem", printable(" ".join(problem.split())))]
+
+
+def _threads(problem: str | None) -> str:
+    """Threads of the compiled products."""
+    if problem is None and (reason := build.no_threads()):
+        return f"1: the compiler has no OpenMP ({printable(' '.join(reason.split()))})"
+    return str(torch.get_num_threads())
 
 
 def _short(value: object) -> str:

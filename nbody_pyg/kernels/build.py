@@ -41,6 +41,12 @@ _SHORT, _LONG = 30_000, 250_000
 #: Seconds after which a compiler counts as hanging: for a function of one line, and for any source.
 _PROBE_TIMEOUT, _TIMEOUT = 60.0, 900.0
 _PROBE = "int nbody_probe(void) { return 1; }"
+_OPENMP = "-fopenmp"
+_OPENMP_PROBE = """int nbody_sum(int n) {
+  int total = 0;
+  #pragma omp parallel for reduction(+ : total) num_threads(n)
+  for (int i = 0; i < n; i++) total += i;
+  return total; }"""
 
 _log = logging.getLogger("nbody_pyg")
 _libraries: dict[str, ctypes.CDLL | str] = {}  # by source: what was loaded, or why that failed
@@ -70,7 +76,8 @@ def one_at_a_time(function: Callable) -> Callable:
 
 def _flags(source: str) -> tuple[str, ...]:
     effort = "-O3" if len(source) < _SHORT else "-O2" if len(source) < _LONG else "-O1"
-    return (effort, *_FLAGS)
+    threads = source == _OPENMP_PROBE or (source != _PROBE and no_threads() is None)
+    return (effort, *_FLAGS, *([_OPENMP] if threads else []))
 
 
 @functools.lru_cache(maxsize=1)
@@ -204,6 +211,18 @@ def broken() -> str | None:
     return None
 
 
+def no_threads() -> str | None:
+    """Why compiled functions run in one thread here, found out with a function of one loop; None where they share work.
+
+    Some compilers have no OpenMP, or not its library.
+    """
+    try:
+        load(_OPENMP_PROBE)
+    except RuntimeError as error:
+        return str(error)
+    return None
+
+
 def forget() -> None:
     """Ask for compiler, folders and libraries anew, as in a new process; for tests."""
     with _lock:
@@ -225,10 +244,10 @@ def _load(source: str) -> ctypes.CDLL:
         problem = str(error)
     code = None if folder is None else _kept(folder, key)
     if code is None:
-        if source != _PROBE:
+        if source not in (_PROBE, _OPENMP_PROBE):
             load(_PROBE)  # whatever does not work is found out in a moment
             _announce(folder)
-        code = _compile(command, source, _PROBE_TIMEOUT if source == _PROBE else _TIMEOUT)
+        code = _compile(command, source, _PROBE_TIMEOUT if source in (_PROBE, _OPENMP_PROBE) else _TIMEOUT)
         if folder is not None:
             try:
                 _keep(folder, key, code)

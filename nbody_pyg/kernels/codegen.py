@@ -17,6 +17,9 @@ from __future__ import annotations
 from collections import defaultdict
 from typing import NamedTuple
 
+from nbody_pyg.kernels import threads
+from nbody_pyg.kernels.threads import Argument, in_blocks
+
 _PRELUDE = """
 #include <stdint.h>
 typedef {real} real;
@@ -39,9 +42,14 @@ class Term(NamedTuple):
     value: float
 
 
+#: Smallest blocks that threads take (:mod:`nbody_pyg.kernels.threads`): some ten microseconds of work.
+_NODES, _EDGES, _DENSITY_EDGES = 32, 512, 2048
+_CHANNELS = Argument("int64_t", "C")
+
+
 def prelude(dtype: str) -> str:
     """Types shared by all functions; ``dtype`` is "float" or "double"."""
-    return _PRELUDE.format(real=dtype)
+    return _PRELUDE.format(real=dtype) + threads.PRELUDE
 
 
 def _number(value: float) -> str:
@@ -104,10 +112,11 @@ def product_source(terms: list[Term], rows1: int, rows2: int, rows_out: int, tai
 
     def function(name: str, pointers: list[tuple[str, int]], outputs: set[str], body) -> str:
         arguments = ", ".join(f"{'' if p in outputs else 'const '}real* restrict {p}" for p, _ in pointers)
-        lines = [f"void {name}(int64_t N, int64_t C, {arguments}) {{", "  for (int64_t n = 0; n < N; n++) {"]
+        lines = [f"void {name}_rows(int64_t N, int64_t C, {arguments}) {{", "  for (int64_t n = 0; n < N; n++) {"]
         lines += _over_channels(body, tail)
         lines += ["    " + " ".join(f"{p} += {size} * C;" for p, size in pointers), "  }", "}"]
-        return "\n".join(lines)
+        arrays = [Argument("real*" if p in outputs else "const real*", p, f"{size} * C") for p, size in pointers]
+        return "\n".join(lines) + "\n" + in_blocks(name, "N", [_CHANNELS, *arrays], _NODES)
 
     x, y, g, out = ("x", rows1), ("y", rows2), ("g", rows_out), ("out", rows_out)
     gx, gy, gg, a, b = ("gx", rows1), ("gy", rows2), ("gg", rows_out), ("a", rows1), ("b", rows2)
@@ -202,10 +211,13 @@ def one_body_source(
             )
         return lines + [_store(kind, "gxe", i, f"p{i}", add=True) for i in used]
 
-    def function(name: str, arguments: str, setup: list[str], body, finish: list[str]) -> str:
-        lines = [f"void {name}(int64_t E, int64_t C, const int64_t* restrict source, const int64_t* restrict target,",
-                 f"    {arguments}) {{", "  for (int64_t e = 0; e < E; e++) {"] + setup  # fmt: skip
-        return "\n".join(lines + _over_channels(body, tail) + finish + ["  }", "}"])
+    def function(name: str, arguments: list[Argument], setup: list[str], body, finish: list[str]) -> str:
+        declared = ", ".join(f"{a.type} restrict {a.name}" for a in arguments)
+        lines = [f"static void {name}_rows(int64_t E, int64_t C, const int64_t* restrict source, ",
+                 f"    const int64_t* restrict target, {declared}) {{", "  for (int64_t e = 0; e < E; e++) {"] + setup  # fmt: skip
+        inner = "\n".join(lines + _over_channels(body, tail) + finish + ["  }", "}"])
+        ends = [Argument("const int64_t*", end, "1") for end in ("source", "target")]
+        return inner + "\n" + in_blocks(name, "E", [_CHANNELS, *ends, *arguments], _EDGES)
 
     size_in, size_out = f"{rows_in} * C", f"{rows_out} * C"
     state = [f"    const real *xe = x + source[e] * {size_in}, *Be = B + e * {basis}, *Ye = Y + e * {harmonics};"]
@@ -214,17 +226,25 @@ def one_body_source(
              "    " + " ".join(f"vec yv{m} = (vec){{0}}; real yr{m} = 0;" for m in range(harmonics))]  # fmt: skip
     finish = [f"    gY[e * {harmonics} + {m}] = vec_total(yv{m}) + yr{m};" for m in range(harmonics)]
     finish.append(f"    for (int b = 0; b < {basis}; b++) gB[e * {basis} + b] = vec_total(bv[b]) + br[b];")
-    common = "const real* restrict x, const real* restrict Y, const real* restrict B, const real* restrict W"
-    results = "real* restrict gx, real* restrict gY, real* restrict gB, real* restrict gW"
+
+    def given(*names: tuple[str, str]) -> list[Argument]:
+        return [Argument("const real*", name, step) for name, step in names]
+
+    per_edge = (("Y", str(harmonics)), ("B", str(basis)))
+    common = given(("x", ""), *per_edge, ("W", ""))
+    result = Argument("real*", "out", total=size_out, node="target[e]")
+    results = [Argument("real*", "gx", total=size_in, node="source[e]")]
+    results += [Argument("real*", f"g{name}", step) for name, step in per_edge]
+    results.append(Argument("real*", "gW", total=f"{basis * paths} * C"))
+    cotangents_given = given(("a", ""), ("n", str(harmonics)), ("d", str(basis)), ("U", ""))
     out = f"    real *oe = out + target[e] * {size_out};"
     cotangents = f"    const real *ae = a + source[e] * {size_in}, *Ne = n + e * {harmonics}, *De = d + e * {basis};"
     return "\n".join([
-        function("one_body_forward", f"{common}, real* restrict out", [*state, out, *matrix("M", "Ye")], forward, []),
-        function("one_body_backward", f"const real* restrict g, {common}, {results}",
+        function("one_body_forward", [*common, result], [*state, out, *matrix("M", "Ye")], forward, []),
+        function("one_body_backward", [*given(("g", "")), *common, *results],
                  state + grads + matrix("M", "Ye"), backward, finish),
         function("one_body_double",
-                 f"const real* restrict g, {common}, const real* restrict a, const real* restrict n, const real* restrict d, "
-                 f"const real* restrict U, real* restrict out, {results}",
+                 [*given(("g", "")), *common, *cotangents_given, result, *results],
                  state + grads + [out, cotangents] + matrix("M", "Ye") + matrix("N", "Ne"), double, finish),
     ])  # fmt: skip
 
@@ -241,16 +261,26 @@ def _harmonic_gradient(kind: str, entries, row: int, columns: list[int], forms: 
 
 def density_source(harmonics: int, basis: int, num_species: int) -> str:
     """Functions of the density: out[target, m, species, b] += Y[e, m] * B[e, b], slot = target * species + its number."""
+    slot, y, b = (Argument(f"const {kind}*", name, step) for kind, name, step in (
+        ("int64_t", "slot", "1"), ("real", "Y", "M"), ("real", "B", "K")))  # fmt: skip
+    g, a, d = (Argument("const real*", name, step) for name, step in (("g", ""), ("a", "M"), ("d", "K")))
+    out = Argument("real*", "out", total="M * Q", node="slot[e] / S")
+    edges = [Argument("real*", "gY", "M"), Argument("real*", "gB", "K")]
+    wrappers = [
+        in_blocks("density_forward", "E", [slot, y, b, out], _DENSITY_EDGES),
+        in_blocks("density_backward", "E", [slot, g, y, b, *edges], _DENSITY_EDGES),
+        in_blocks("density_double", "E", [slot, g, y, b, a, d, out, *edges], _DENSITY_EDGES),
+    ]
     return f"""
 enum {{ M = {harmonics}, K = {basis}, S = {num_species}, Q = S * K }};
 #define AT(slot) ((slot) / S * (M * Q) + (slot) % S * K)
-void density_forward(int64_t E, const int64_t* restrict slot, const real* restrict Y, const real* restrict B, real* restrict out) {{
+static void density_forward_rows(int64_t E, const int64_t* restrict slot, const real* restrict Y, const real* restrict B, real* restrict out) {{
   for (int64_t e = 0; e < E; e++) {{
     real* o = out + AT(slot[e]);
     for (int m = 0; m < M; m++) for (int b = 0; b < K; b++) o[m * Q + b] += Y[e * M + m] * B[e * K + b];
   }}
 }}
-void density_backward(int64_t E, const int64_t* restrict slot, const real* restrict g, const real* restrict Y, const real* restrict B,
+static void density_backward_rows(int64_t E, const int64_t* restrict slot, const real* restrict g, const real* restrict Y, const real* restrict B,
     real* restrict gY, real* restrict gB) {{
   for (int64_t e = 0; e < E; e++) {{
     const real* h = g + AT(slot[e]);
@@ -264,7 +294,7 @@ void density_backward(int64_t E, const int64_t* restrict slot, const real* restr
     for (int b = 0; b < K; b++) gB[e * K + b] = sum[b];
   }}
 }}
-void density_double(int64_t E, const int64_t* restrict slot, const real* restrict g, const real* restrict Y, const real* restrict B,
+static void density_double_rows(int64_t E, const int64_t* restrict slot, const real* restrict g, const real* restrict Y, const real* restrict B,
     const real* restrict a, const real* restrict d, real* restrict out, real* restrict gY, real* restrict gB) {{
   for (int64_t e = 0; e < E; e++) {{
     const real* h = g + AT(slot[e]);
@@ -283,4 +313,4 @@ void density_double(int64_t E, const int64_t* restrict slot, const real* restric
     for (int b = 0; b < K; b++) gB[e * K + b] = sum[b];
   }}
 }}
-"""
+{"".join(wrappers)}"""

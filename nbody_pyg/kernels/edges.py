@@ -17,11 +17,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from nbody_pyg.kernels.derivatives import last_derivative
 from nbody_pyg.kernels.library import Library
 from nbody_pyg.kernels.operands import check_operands
-from nbody_pyg.kernels.scope import apply
+from nbody_pyg.kernels.operation import Operands, Operation, Tensors, filled
+from nbody_pyg.kernels.threads import Argument, in_blocks
 
+#: Smallest block of edges that a thread takes.
+_GRAIN = 1024
 #: A polynomial in x, y, z: exponents to coefficient.
 Polynomial = dict[tuple[int, int, int], float]
 
@@ -56,14 +58,14 @@ static inline void radial(double rho, double* f, double* f1, double* f2) {{{radi
   (out)[0] = ((ux) - x * along) / rho + (ur) * x; (out)[1] = ((uy) - y * along) / rho + (ur) * y; \\
   (out)[2] = ((uz) - z * along) / rho + (ur) * z; }} while (0)
 {polynomials}
-void features_forward(int64_t E, const real* v, const real* window, real* H, real* R) {{
+static void features_forward_rows(int64_t E, const real* v, const real* window, real* H, real* R) {{
   for (int64_t e = 0; e < E; e++) {{ EDGE
     double h[M]; values(x, y, z, h);
     for (int m = 0; m < M; m++) H[e*M+m] = h[m];
     for (int b = 0; b < K; b++) R[e*K+b] = w * f[b];
   }}
 }}
-void features_backward(int64_t E, const real* v, const real* window, const real* gH, const real* gR, real* gv, real* gw) {{
+static void features_backward_rows(int64_t E, const real* v, const real* window, const real* gH, const real* gR, real* gv, real* gw) {{
   for (int64_t e = 0; e < E; e++) {{ EDGE
     double g[3], unused[3], slope = 0, value = 0;
     gradient(x, y, z, gH + e*M, 0, 0, 0, g, unused);
@@ -74,7 +76,7 @@ void features_backward(int64_t E, const real* v, const real* window, const real*
   }}
 }}
 /* cotangents: c of gv, d of gw */
-void features_double(int64_t E, const real* v, const real* window, const real* gH, const real* gR, const real* c, const real* d,
+static void features_double_rows(int64_t E, const real* v, const real* window, const real* gH, const real* gR, const real* c, const real* d,
     real* oH, real* oR, real* ov, real* ow) {{
   for (int64_t e = 0; e < E; e++) {{ EDGE
     const double cx = c[3*e], cy = c[3*e+1], cz = c[3*e+2], q = x * cx + y * cy + z * cz;
@@ -112,16 +114,16 @@ static inline double power(double x, int n) {
   const double X = v[3*e], Y = v[3*e+1], Z = v[3*e+2], r = sqrt(X*X + Y*Y + Z*Z), x = r / cutoff, i2 = 1 / (cutoff * cutoff); \\
   const double K = -0.5 * p * (p + 1) * (p + 2); (void)i2; (void)K;
 #define SLOPE (x < 1 ? K * power(x, p - 2) * (1 - x) * (1 - x) * i2 : 0)
-void window_forward(int64_t E, double cutoff, const real* v, real* f) {
+static void window_forward_rows(int64_t E, double cutoff, const real* v, real* f) {
   for (int64_t e = 0; e < E; e++) { EDGE
     f[e] = x < 1 ? 1 + power(x, p) * (x * p * (p + 2 - 0.5 * (p + 1) * x) - 0.5 * (p + 1) * (p + 2)) : 0; }
 }
-void window_backward(int64_t E, double cutoff, const real* v, const real* g, real* gv) {
+static void window_backward_rows(int64_t E, double cutoff, const real* v, const real* g, real* gv) {
   for (int64_t e = 0; e < E; e++) { EDGE
     const double s = g[e] * SLOPE;
     gv[3*e] = s * X; gv[3*e+1] = s * Y; gv[3*e+2] = s * Z; }
 }
-void window_double(int64_t E, double cutoff, const real* v, const real* g, const real* c, real* gg, real* gv) {
+static void window_double_rows(int64_t E, double cutoff, const real* v, const real* g, const real* c, real* gg, real* gv) {
   for (int64_t e = 0; e < E; e++) { EDGE
     const double s = SLOPE, q = X * c[3*e] + Y * c[3*e+1] + Z * c[3*e+2];
     /* at x = 0 what it is multiplied by vanishes faster */
@@ -131,6 +133,18 @@ void window_double(int64_t E, double cutoff, const real* v, const real* g, const
     gv[3*e+2] = g[e] * (s * c[3*e+2] + q * s1 * Z); }
 }
 """
+
+
+def _wrappers(name: str, leading: Sequence[Argument], *functions: str) -> str:
+    """The three functions of a feature; each argument is given as "name*numbers per edge", results in brackets."""
+    text = ""
+    for what, arguments in zip(("forward", "backward", "double"), functions, strict=True):
+        arrays = []
+        for word in arguments.split():
+            array, step = word.strip("()").split("*")
+            arrays.append(Argument("real*" if word.startswith("(") else "const real*", array, step))
+        text += in_blocks(f"{name}_{what}", "E", [*leading, *arrays], _GRAIN)
+    return text
 
 
 def monomial(exponents: tuple[int, int, int]) -> str:
@@ -198,7 +212,7 @@ static inline void gradient({arguments}, const real* g, double tx, double ty, do
 """
 
 
-class FeatureKernel:
+class FeatureKernel(Operation):
     """Edge vectors and windows to (harmonics, window times radial functions).
 
     Args:
@@ -208,6 +222,8 @@ class FeatureKernel:
         soft: softening length a, angstrom.
         scale, frequency: numbers of the basis.
     """
+
+    num_inputs = num_results = 2
 
     def __init__(
         self,
@@ -226,6 +242,13 @@ class FeatureKernel:
             radial=_BASES[basis].format(scale=scale, frequency=frequency),
             polynomials=harmonic_source(polynomials),
         )
+        source += _wrappers(
+            "features",
+            [],
+            "v*3 window*1 (H*M) (R*K)",
+            "v*3 window*1 gH*M gR*K (gv*3) (gw*1)",
+            "v*3 window*1 gH*M gR*K c*3 d*1 (oH*M) (oR*K) (ov*3) (ow*1)",
+        )
         inputs, results = "reals:3*E reals:E", f"reals:{self.rows}*E reals:{num_basis}*E"
         signatures = {
             "features_forward": f"E {inputs} {results}",
@@ -237,90 +260,74 @@ class FeatureKernel:
     def __call__(self, vec: Tensor, window: Tensor) -> tuple[Tensor, Tensor]:
         edges = vec.shape[0]
         check_operands(vec.dtype, vec.device, vec=(vec, (edges, 3)), window=(window, (edges,)))
-        return apply(_Features, vec.contiguous(), window.contiguous(), self)
+        return self.run(vec.contiguous(), window.contiguous())
+
+    def value(self, operands: Operands) -> tuple[tuple[Tensor, ...], Tensors]:
+        vec, edges = operands.inputs[0], operands.inputs[0].shape[0]
+        results = vec.new_empty(edges, self.rows), vec.new_empty(edges, self.num_basis)
+        self._call("features_forward", *operands.inputs, *results)
+        return results, ()
+
+    def gradients(self, g: Sequence[Tensor], operands: Operands, wanted: Sequence[bool]) -> Tensors:
+        found = [torch.empty_like(x) for x in operands.inputs]
+        self._call("features_backward", *operands.inputs, *g, *found)
+        return found
+
+    def twice(self, c: Tensors, g: Sequence[Tensor], operands: Operands, wanted: Sequence[bool]) -> Tensors:
+        found = [torch.empty_like(t) for t in (*g, *operands.inputs)]
+        self._call("features_double", *operands.inputs, *g, *filled(c, operands.inputs), *found)
+        return found
+
+    def _call(self, name: str, vec: Tensor, *tensors: Tensor) -> None:
+        self.library.call(name, vec.dtype, vec.shape[0], vec, *tensors)
 
 
-class _Features(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, vec: Tensor, window: Tensor, kernel: FeatureKernel):
-        ctx.save_for_backward(vec, window)
-        ctx.kernel = kernel
-        harmonics, radial = vec.new_empty(vec.shape[0], kernel.rows), vec.new_empty(vec.shape[0], kernel.num_basis)
-        kernel.library.call("features_forward", vec.dtype, vec.shape[0], vec, window, harmonics, radial)
-        return harmonics, radial
-
-    @staticmethod
-    def backward(ctx, gh: Tensor, gr: Tensor):
-        return *apply(_FeaturesBackward, *ctx.saved_tensors, gh, gr, ctx.kernel), None
-
-
-class _FeaturesBackward(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, vec, window, gh, gr, kernel: FeatureKernel):
-        gh, gr = gh.contiguous(), gr.contiguous()
-        ctx.save_for_backward(vec, window, gh, gr)
-        ctx.kernel = kernel
-        gv, gw = torch.empty_like(vec), torch.empty_like(window)
-        kernel.library.call("features_backward", vec.dtype, vec.shape[0], vec, window, gh, gr, gv, gw)
-        return gv, gw
-
-    @staticmethod
-    @last_derivative
-    def backward(ctx, c: Tensor, d: Tensor):
-        saved = ctx.saved_tensors
-        vec, window, gh, gr = saved
-        oh, orad, ov, ow = (torch.empty_like(t) for t in (gh, gr, vec, window))
-        tensors = (*saved, c.contiguous(), d.contiguous(), oh, orad, ov, ow)
-        ctx.kernel.library.call("features_double", vec.dtype, vec.shape[0], *tensors)
-        return ov, ow, oh, orad, None
-
-
-@functools.cache
-def window_library(exponent: int) -> Library:
-    """Compiled functions of the window."""
-    signatures = {
-        "window_forward": "E double reals:3*E reals:E",
-        "window_backward": "E double reals:3*E reals:E reals:3*E",
-        "window_double": "E double reals:3*E reals:E reals:3*E reals:E reals:3*E",
-    }
-    return Library(_WINDOW.replace("EXPONENT", str(exponent)), signatures)
-
-
-def compiled_window(vec: Tensor, cutoff: float, exponent: int = 6) -> Tensor:
+class WindowKernel(Operation):
     """The window of :func:`nbody_pyg.radial.smooth_cutoff` as a function of the vector."""
-    check_operands(vec.dtype, vec.device, vec=(vec, (vec.shape[0], 3)))
-    return apply(_Window, vec.contiguous(), cutoff, exponent)
 
+    num_inputs = 1
 
-class _Window(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, vec: Tensor, cutoff: float, exponent: int) -> Tensor:
-        ctx.save_for_backward(vec)
-        ctx.cutoff, ctx.exponent = cutoff, exponent
+    def __init__(self, cutoff: float, exponent: int = 6) -> None:
+        self.cutoff = float(cutoff)
+        signatures = {
+            "window_forward": "E double reals:3*E reals:E",
+            "window_backward": "E double reals:3*E reals:E reals:3*E",
+            "window_double": "E double reals:3*E reals:E reals:3*E reals:E reals:3*E",
+        }
+        source = _WINDOW.replace("EXPONENT", str(exponent)) + _wrappers(
+            "window",
+            [Argument("double", "cutoff")],
+            "v*3 (f*1)",
+            "v*3 g*1 (gv*3)",
+            "v*3 g*1 c*3 (gg*1) (gv*3)",
+        )
+        self.library = Library(source, signatures)
+
+    def __call__(self, vec: Tensor) -> Tensor:
+        check_operands(vec.dtype, vec.device, vec=(vec, (vec.shape[0], 3)))
+        return self.run(vec.contiguous())
+
+    def value(self, operands: Operands) -> tuple[tuple[Tensor, ...], Tensors]:
+        (vec,) = operands.inputs
         out = vec.new_empty(vec.shape[0])
-        window_library(exponent).call("window_forward", vec.dtype, vec.shape[0], cutoff, vec, out)
-        return out
+        self._call("window_forward", vec, out)
+        return (out,), ()
 
-    @staticmethod
-    def backward(ctx, g: Tensor):
-        return apply(_WindowBackward, *ctx.saved_tensors, g, ctx.cutoff, ctx.exponent), None, None
-
-
-class _WindowBackward(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, vec: Tensor, g: Tensor, cutoff: float, exponent: int) -> Tensor:
-        g = g.contiguous()
-        ctx.save_for_backward(vec, g)
-        ctx.cutoff, ctx.exponent = cutoff, exponent
+    def gradients(self, g: Sequence[Tensor], operands: Operands, wanted: Sequence[bool]) -> Tensors:
+        (vec,) = operands.inputs
         gv = torch.empty_like(vec)
-        window_library(exponent).call("window_backward", vec.dtype, vec.shape[0], cutoff, vec, g, gv)
-        return gv
+        self._call("window_backward", vec, *g, gv)
+        return (gv,)
 
-    @staticmethod
-    @last_derivative
-    def backward(ctx, c: Tensor):
-        vec, g = ctx.saved_tensors
-        gg, gv = torch.empty_like(g), torch.empty_like(vec)
-        tensors = (vec, g, c.contiguous(), gg, gv)
-        window_library(ctx.exponent).call("window_double", vec.dtype, vec.shape[0], ctx.cutoff, *tensors)
-        return gv, gg, None, None
+    def twice(self, c: Tensors, g: Sequence[Tensor], operands: Operands, wanted: Sequence[bool]) -> Tensors:
+        (vec,) = operands.inputs
+        found = torch.empty_like(g[0]), torch.empty_like(vec)
+        self._call("window_double", vec, *g, *filled(c, (vec,)), *found)
+        return found
+
+    def _call(self, name: str, vec: Tensor, *tensors: Tensor) -> None:
+        self.library.call(name, vec.dtype, vec.shape[0], self.cutoff, vec, *tensors)
+
+
+#: One window for each cutoff and exponent.
+window_kernel = functools.lru_cache(maxsize=None)(WindowKernel)

@@ -15,6 +15,7 @@ from nbody_pyg.kernels import build
 from nbody_pyg.kernels.codegen import prelude
 from nbody_pyg.kernels.operands import Several, addresses
 from nbody_pyg.kernels.scope import is_dry
+from nbody_pyg.kernels.threads import num_threads
 
 _C_NAMES = {torch.float32: "float", torch.float64: "double"}
 
@@ -72,7 +73,7 @@ class Library:
         signatures: for each function its arguments, in order: integers by name ("N"), "double", "reals:SIZE" and
             "longs:SIZE" for tensors with so many numbers, such as "reals:9*N*C", and "several" for arrays of addresses;
             with a question mark, as "reals?:9*N", None is a null pointer. Integers in brackets, "(T)", occur in sizes
-            only: the function does not take them.
+            only: the function does not take them. Functions that are called take the number of threads before these.
         links: functions of other libraries that this one calls, as (library, name). Their addresses are handed to the
             source's own ``link_functions(void* const*)`` after loading: what is shared is compiled once.
     """
@@ -110,7 +111,7 @@ class Library:
                 given[place] = (ctypes.c_void_p * len(pointers))(*pointers)
         for place in signature.unpassed:
             del given[place]
-        function(*given)
+        function(num_threads(), *given)
 
     def address(self, name: str, dtype: torch.dtype) -> int:
         """Where one of the functions lies."""
@@ -124,7 +125,7 @@ class Library:
         for name, signature in self._signatures.items():
             function = getattr(library, name)
             found = _Signature(signature, dtype)
-            function.argtypes, function.restype = found.c_types, None
+            function.argtypes, function.restype = [ctypes.c_int64, *found.c_types], None
             functions[name] = function, found
         if self._links:
             addresses = [library.address(name, dtype) for library, name in self._links]

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_map
 
-#: What takes the place of ``function.apply``; None where products run as they are.
+#: What runs in place of an operation; None where operations run as they are.
 _recorder: ContextVar[Callable[..., Any] | None] = ContextVar("recorder", default=None)
 _tracing: ContextVar[bool] = ContextVar("tracing", default=False)
 _dry: ContextVar[bool] = ContextVar("dry", default=False)
@@ -39,9 +39,9 @@ def tracing() -> contextlib.AbstractContextManager[None]:
 
 
 @contextlib.contextmanager
-def recording(recorder: Callable[..., Any]) -> Iterator[None]:
-    """Inside, ``recorder(function, *arguments)`` takes the place of ``function.apply(*arguments)``."""
-    with tracing(), _set(_recorder, recorder):
+def recording(instead: Callable[..., Any]) -> Iterator[None]:
+    """Inside, ``instead(operation, sizes, tensors)`` takes the place of an operation of compiled code."""
+    with tracing(), _set(_recorder, instead):
         yield
 
 
@@ -60,10 +60,9 @@ def is_dry() -> bool:
     return _dry.get()
 
 
-def apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
-    """``function.apply(*arguments)``, or what is recorded instead."""
-    recorder = _recorder.get()
-    return function.apply(*arguments) if recorder is None else recorder(function, *arguments)
+def recorder() -> Callable[..., Any] | None:
+    """What runs in place of an operation here, if anything does."""
+    return _recorder.get()
 
 
 def is_transformed() -> bool:

@@ -1,4 +1,4 @@
-"""Autograd around the compiled update of a part: one call forward, one backward, one for the derivative of that."""
+"""The compiled update of a part: one call forward, one backward, one for the derivative of that."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from nbody_pyg.kernels.derivatives import last_derivative
 from nbody_pyg.kernels.library import Library
 from nbody_pyg.kernels.operands import Several, check_index, check_matrices, check_operands, check_range
+from nbody_pyg.kernels.operation import Operands, Operation, Tensors
 from nbody_pyg.kernels.ops import ProductKernel
 from nbody_pyg.kernels.panels import LINKS
-from nbody_pyg.kernels.scope import apply, gradients_wanted
-from nbody_pyg.kernels.update_source import PRODUCT_FUNCTIONS, Update, update_source, workspace_size
+from nbody_pyg.kernels.threads import num_threads
+from nbody_pyg.kernels.update_source import PRODUCT_FUNCTIONS, Update, threads_of, update_source, workspace_size
 
 #: Result of the same update in plain torch, for derivatives that are not compiled.
 Reference = Callable[..., Tensor]
 
 
-class UpdateKernel:
+class UpdateKernel(Operation):
     """Compiled form of one :class:`~nbody_pyg.kernels.update_source.Update`.
 
     Args:
@@ -40,21 +40,25 @@ class UpdateKernel:
         kept, out = f"{max(len(update.products) - 1, 0)}*{state}", f"reals:{update.rows_out * update.channels}*N"
         optional = "?" * (not degrees), "?" * (not update.bias)
         leading = (
-            f"N longs{'?' * (not degrees and not update.bias)}:N several several "
-            f"reals{optional[0]}:{scale} reals{optional[1]}:{bias} reals:{workspace_size(update)} reals:{state} reals:{kept}"
+            f"N T longs{'?' * (not degrees and not update.bias)}:N several several "
+            f"reals{optional[0]}:{scale} reals{optional[1]}:{bias} reals:{workspace_size(update, num_species)}*T reals:{state} reals:{kept}"
         )
         signatures = {
             "update_forward": f"{leading} {out}",
             "update_backward": f"{leading} {out} several several? reals?:{scale} reals?:{bias}",
             "update_double": f"{leading} {out} several {out} several several reals:{scale}",
         }
-        links = [(p.library, f"product_{what}") for p in products for what in PRODUCT_FUNCTIONS]
-        self.library = Library(update_source(update), signatures, [*LINKS, *links])
+        links = [(p.library, f"product_{what}_rows") for p in products for what in PRODUCT_FUNCTIONS]
+        self.library = Library(update_source(update, num_species), signatures, [*LINKS, *links])
         self.shapes = update.shapes
         self.degrees = degrees
         self._sizes = [rows * columns for rows, columns in self.shapes]
-        self._workspace = workspace_size(update)
+        self._workspace = workspace_size(update, num_species)
         self._kept = max(len(update.products) - 1, 0)
+        #: Operands: inputs, then factors and constants (or None), then the matrices
+        count = len(update.inputs)
+        self.num_inputs = count + 2 + len(self.shapes)
+        self.weights = range(count, self.num_inputs)
 
     def __call__(
         self,
@@ -76,32 +80,59 @@ class UpdateKernel:
         if species is not None:
             check_index(device, species=(species, (nodes,)))
             check_range("species", species, self.num_species)
-            species = species.contiguous()
-        tensors = [t.contiguous() for t in (*inputs, *matrices)]
-        extra = [None if t is None else t.contiguous() for t in (scale, bias)]
-        return apply(_Update, self, species, *extra, *tensors)
+        tensors = (*inputs, scale, bias, *matrices, species)
+        return self.run(*[None if t is None else t.contiguous() for t in tensors])
 
-    def split(self, tensors: Sequence[Tensor]) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
-        """Inputs and matrices out of one list."""
+    def value(self, operands: Operands) -> tuple[tuple[Tensor, ...], Tensors]:
+        u, first = self.update, operands.inputs[0]
+        nodes = first.shape[0]
+        sums, kept = first.new_empty(nodes, u.rows, u.channels), first.new_empty(self._kept, nodes, u.rows, u.channels)
+        out = first.new_empty(nodes, u.rows_out, u.channels)
+        self._call("update_forward", operands, sums, kept, out)
+        return (out,), (sums, kept)
+
+    def gradients(self, g: Sequence[Tensor], operands: Operands, wanted: Sequence[bool]) -> Tensors:
+        inputs, scale, bias, matrices = self._parts(operands.inputs)
+        gradients, weigh = [torch.empty_like(x) for x in inputs], any(wanted[self.weights.start :])
+        gs, gb, gw = self._fresh_gradients(g[0]) if weigh else (None, None, [None] * len(matrices))
+        rest = (self._states(gradients), self._matrices(gw) if weigh else None, gs, gb)
+        self._call("update_backward", operands, *operands.kept, *g, *rest)
+        return *gradients, None if scale is None else gs, None if bias is None else gb, *gw
+
+    def twice(self, c: Tensors, g: Sequence[Tensor], operands: Operands, wanted: Sequence[bool]) -> Tensors:
+        inputs, scale, _, _ = self._parts(operands.inputs)
+        if any(t is not None for t in c[self.weights.start :]):
+            return self._in_torch(c, g[0], operands)
+        of_inputs = [None if t is None else t.contiguous() for t in c[: len(inputs)]]
+        gg, gradients = torch.empty_like(g[0]), [torch.empty_like(x) for x in inputs]
+        gs, _, gw = self._fresh_gradients(g[0])
+        rest = (self._states(of_inputs), gg, self._states(gradients), self._matrices(gw), gs)
+        self._call("update_double", operands, *operands.kept, *g, *rest)
+        return gg, *gradients, None if scale is None else gs, None, *gw
+
+    def _call(self, name: str, operands: Operands, *rest: Tensor | Several | None) -> None:
+        inputs, scale, bias, matrices = self._parts(operands.inputs)
+        nodes = inputs[0].shape[0]
+        threads = threads_of(num_threads(), nodes)
+        work = inputs[0].new_empty(threads * self._workspace)
+        leading = (operands.constants[0], self._states(inputs), self._matrices(matrices), scale, bias, work)
+        self.library.call(name, inputs[0].dtype, nodes, threads, *leading, *rest)
+
+    def _parts(self, tensors: Tensors) -> tuple[Tensors, Tensor | None, Tensor | None, Tensors]:
+        """Inputs, factors, constants and matrices out of one list."""
         count = len(self.update.inputs)
-        return tensors[:count], tensors[count:]
+        return tensors[:count], tensors[count], tensors[count + 1], tensors[count + 2 :]
 
-    def leading(self, species, scale, bias, tensors) -> list:
-        """The arguments that all three functions begin with, but for the number of nodes."""
-        inputs, matrices = self.split(tensors)
-        work = inputs[0].new_empty(self._workspace)
-        return [species, self.states(inputs), self.matrices(matrices), scale, bias, work]
-
-    def states(self, tensors: Sequence[Tensor | None]) -> Several:
+    def _states(self, tensors: Sequence[Tensor | None]) -> Several:
         """One tensor per input, of its shape."""
         nodes = next((t.shape[0] for t in tensors if t is not None), 0)
         return Several(tensors, [nodes * size for size in self.update.inputs])
 
-    def matrices(self, tensors: Sequence[Tensor]) -> Several:
+    def _matrices(self, tensors: Sequence[Tensor]) -> Several:
         """One tensor per matrix, of its shape."""
         return Several(tensors, self._sizes)
 
-    def fresh_gradients(self, like: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
+    def _fresh_gradients(self, like: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
         """Zeros for the gradients of factors, constants and matrices, in one piece of memory."""
         u = self.update
         shapes = [(self.num_species, self.degrees, u.channels), (self.num_species, u.channels), *self.shapes]
@@ -110,76 +141,17 @@ class UpdateKernel:
         views = [piece.view(shape) for piece, shape in zip(pieces, shapes, strict=True)]
         return views[0], views[1], views[2:]
 
-    def fresh_states(self, like: Tensor, nodes: int) -> tuple[Tensor, Tensor]:
-        """Room for the sums a and the products q_k."""
-        u = self.update
-        return like.new_empty(nodes, u.rows, u.channels), like.new_empty(self._kept, nodes, u.rows, u.channels)
-
-
-class _Update(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, kernel: UpdateKernel, species, scale, bias, *tensors: Tensor) -> Tensor:
-        first = tensors[0]
-        sums, kept = kernel.fresh_states(first, first.shape[0])
-        out = first.new_empty(first.shape[0], kernel.update.rows_out, kernel.update.channels)
-        leading = kernel.leading(species, scale, bias, tensors)
-        kernel.library.call("update_forward", first.dtype, first.shape[0], *leading, sums, kept, out)
-        ctx.kernel = kernel
-        ctx.save_for_backward(species, scale, bias, sums, kept, *tensors)
-        return out
-
-    @staticmethod
-    def backward(ctx, g: Tensor):
-        edges, count = ctx.next_functions, len(ctx.kernel.shapes)
-        # Not of the inputs, which stand between factors and constants and the matrices
-        weigh = gradients_wanted((*edges[: -count - len(ctx.kernel.update.inputs)], *edges[-count:]))
-        return None, None, *apply(_UpdateBackward, ctx.kernel, weigh, g.contiguous(), *ctx.saved_tensors)
-
-
-class _UpdateBackward(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, kernel: UpdateKernel, weigh: bool, g: Tensor, species, scale, bias, sums, kept, *tensors: Tensor):
-        ctx.kernel = kernel
-        ctx.save_for_backward(g, species, scale, bias, sums, kept, *tensors)
-        ctx.set_materialize_grads(False)
-        inputs, matrices = kernel.split(tensors)
-        gradients = [torch.empty_like(x) for x in inputs]
-        gs, gb, gw = kernel.fresh_gradients(g) if weigh else (None, None, None)
-        leading = kernel.leading(species, scale, bias, tensors)
-        rest = (sums, kept, g, kernel.states(gradients), kernel.matrices(gw) if weigh else None, gs, gb)
-        kernel.library.call("update_backward", g.dtype, g.shape[0], *leading, *rest)
-        if not weigh:
-            return None, None, *gradients, *[None] * len(matrices)
-        return None if scale is None else gs, None if bias is None else gb, *gradients, *gw
-
-    @staticmethod
-    @last_derivative
-    def backward(ctx, *cotangents: Tensor | None):
-        g, species, scale, bias, sums, kept, *tensors = ctx.saved_tensors
-        kernel, count = ctx.kernel, len(ctx.kernel.update.inputs)
-        of_inputs = [None if c is None else c.contiguous() for c in cotangents[2 : 2 + count]]
-        if any(c is not None for c in (*cotangents[:2], *cotangents[2 + count :])):
-            gg, *rest = _in_torch(kernel, g, species, scale, bias, tensors, cotangents)
-            return None, None, gg, None, *rest[:2], None, None, *rest[2:]
-        gg, gradients = torch.empty_like(g), [torch.empty_like(x) for x in tensors[:count]]
-        gs, _, gw = kernel.fresh_gradients(g)
-        leading = kernel.leading(species, scale, bias, tensors)
-        rest = (sums, kept, g, kernel.states(of_inputs), gg, kernel.states(gradients), kernel.matrices(gw), gs)
-        kernel.library.call("update_double", g.dtype, g.shape[0], *leading, *rest)
-        return None, None, gg, None, None if scale is None else gs, None, None, None, *gradients, *gw
-
-
-def _in_torch(kernel, g, species, scale, bias, tensors, cotangents) -> list[Tensor | None]:
-    """The derivative of the backward pass by g, scale, bias, inputs and matrices, by differentiating plain torch."""
-    with torch.enable_grad():
-        g, scale, bias, *tensors = (
-            None if t is None else t.detach().requires_grad_(True) for t in (g, scale, bias, *tensors)
-        )
-        inputs, matrices = kernel.split(tensors)
-        out = kernel.reference(inputs, species, matrices, scale, bias)
-        given = [(t, c) for t, c in zip((scale, bias, *tensors), cotangents, strict=True) if c is not None]
-        first = torch.autograd.grad(out, [t for t, _ in given], g, create_graph=True, materialize_grads=True)
-        leaves = [t for t in (g, scale, bias, *tensors) if t is not None]
-        found = torch.autograd.grad(first, leaves, [c for _, c in given], allow_unused=True, materialize_grads=True)
-    results = iter(found)
-    return [None if t is None else next(results) for t in (g, scale, bias, *tensors)]
+    def _in_torch(self, c: Tensors, g: Tensor, operands: Operands) -> Tensors:
+        """The derivative of the backward pass, by differentiating plain torch."""
+        (species,) = operands.constants
+        with torch.enable_grad():
+            g, *tensors = (None if t is None else t.detach().requires_grad_(True) for t in (g, *operands.inputs))
+            inputs, scale, bias, matrices = self._parts(tensors)
+            out = self.reference(inputs, species, matrices, scale, bias)
+            given = [(t, cotangent) for t, cotangent in zip(tensors, c, strict=True) if cotangent is not None]
+            first = torch.autograd.grad(out, [t for t, _ in given], g, create_graph=True, materialize_grads=True)
+            leaves = [t for t in (g, *tensors) if t is not None]
+            cotangents = [cotangent for _, cotangent in given]
+            found = torch.autograd.grad(first, leaves, cotangents, allow_unused=True, materialize_grads=True)
+        results = iter(found)
+        return [None if t is None else next(results) for t in (g, *tensors)]

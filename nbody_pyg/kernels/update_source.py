@@ -112,6 +112,8 @@ class Update:
         return max(1, min(32, 16384 // widest))
 
 
+#: Smallest block of parts that a thread takes.
+_GRAIN = 32
 #: Functions that the library of a product brings, with the number of their arrays.
 PRODUCT_FUNCTIONS = {"forward": 3, "backward": 5, "double": 8}
 
@@ -152,6 +154,23 @@ static void outer(int64_t nodes, int64_t count, const Block* block, real* const*
 }
 """
 
+_SUMS = """
+/* First part of a block. Blocks are whole tiles: the bits of a result depend on which parts go through together. */
+static int64_t start(int64_t b, int64_t blocks, int64_t N) {
+  const int64_t first = (N + TILE - 1) / TILE * b / blocks * TILE;
+  return first < N ? first : N;
+}
+/* Gradients of weights of one block of parts, in memory that starts at ``room``; returns what comes behind. */
+typedef struct { real* W[MATRICES]; real *s, *bias; } Sums;
+static real* fresh_sums(Sums* own, real* room) {
+  real* p = room;
+  for (int i = 0; i < MATRICES; i++) { own->W[i] = p; p += sizes[i]; }
+  own->s = p; p += SCALES; own->bias = p; p += BIASES;
+  clear(room, p - room);
+  return p;
+}
+"""
+
 _SCALE = """
 /* y += s_z x, for the species of each node */
 static void scale(int64_t nodes, const int64_t* species, const real* s, const real* x, real* y) {
@@ -166,14 +185,14 @@ static void scale_outer(int64_t nodes, const int64_t* species, real* s, const re
 """
 
 
-def update_source(update: Update) -> str:
+def update_source(update: Update, num_species: int) -> str:
     """Functions ``update_forward``, ``update_backward`` and ``update_double``, see the module's text."""
-    return _Writer(update).source()
+    return _Writer(update, num_species).source()
 
 
 class _Writer:
-    def __init__(self, update: Update) -> None:
-        self.u = update
+    def __init__(self, update: Update, num_species: int) -> None:
+        self.u, self.num_species = update, num_species
         self.last = len(update.products) + 1  # degree of the last product
         self.first_weight: dict[int, int] = {}
         count = 0
@@ -242,7 +261,9 @@ class _Writer:
         sizes = ", ".join(str(a * b) for a, b in u.shapes)
         head = [
             f"enum {{ R = {u.rows}, C = {u.channels}, A = R * C, O = {u.rows_out} * C, TILE = {u.tile}, "
-            f"DEGREES = {degrees}, LINKS = {2 + 3 * len(u.products)} }};",
+            f"DEGREES = {degrees}, LINKS = {2 + 3 * len(u.products)}, MATRICES = {self.num_matrices}, "
+            f"SCALES = {self.num_species * degrees} * C, BIASES = {self.num_species} * C, GRAIN = {_GRAIN}, "
+            f"WORK = {self.workspace()} }};",
             f"static const int64_t sizes[] = {{{sizes}}}, keep[] = {{{', '.join(map(str, u.keep))}}};",
             f"static const int64_t degree[] = {{{', '.join(map(str, u.degree_of_row)) or '0'}}};",
         ]
@@ -252,7 +273,7 @@ class _Writer:
             for n, (what, pointers) in enumerate(PRODUCT_FUNCTIONS.items())
         ]
         body = [self.prepare(), self.forward(), self.backward(), self.double()]
-        return "\n".join([*head, LINKED, *products, _TYPES, *tables, _SCALE if degrees else "", *body])
+        return "\n".join([*head, LINKED, *products, _TYPES, _SUMS, *tables, _SCALE if degrees else "", *body])
 
     def prepare(self) -> str:
         """a and n of a tile, and the transposed matrices."""
@@ -278,21 +299,58 @@ static void through_norm(int64_t nodes, const real* a, const real* rho, const re
   }}
 }}"""
 
-    def _function(self, name: str, arguments: str, buffers: dict[str, str], lines: list[str], turn: bool) -> str:
-        """One pass over tiles; ``buffers`` are cut off the workspace."""
+    def _function(self, name: str, arguments: list[str], buffers: dict[str, str], lines: list[str], turn: bool) -> str:
+        """One pass over tiles, shared among threads; ``buffers`` are cut off the workspace of each.
+
+        Gradients of weights are sums over parts: blocks of parts have sums of their own, which are added up in order.
+        """
         setup = ["  real* T[NUM]; work = turn(W, T, work);".replace("NUM", str(self.num_matrices))] if turn else []
         setup += [f"  real* {name} = work; work += TILE * {size};" for name, size in buffers.items()]
-        return "\n".join([
-            f"void {name}(int64_t N, const int64_t* all_species, const real* const* X, const real* const* W, const real* s, "
-            "const real* bias,",
-            f"    real* work, {arguments}) {{",
+        given = ["const int64_t* all_species", "const real* const* X", "const real* const* W", "const real* s",
+                 "const real* bias", "real* work", *arguments]  # fmt: skip
+        body = "\n".join([
+            f"static void {name}_rows(int64_t begin, int64_t end, int64_t N, {', '.join(given)}) {{",
             *setup,
-            "  for (int64_t first = 0; first < N; first += TILE) {",
-            "    const int64_t nodes = N - first < TILE ? N - first : TILE, *species = all_species + first;",
+            "  for (int64_t first = begin; first < end; first += TILE) {",
+            "    const int64_t nodes = end - first < TILE ? end - first : TILE, *species = all_species + first;",
             *[f"    const real* x{i} = X[{i}] + first * {size};" for i, size in enumerate(self.u.inputs)],
             *[f"    {line}" for line in lines],
             "  }", "}",
         ])  # fmt: skip
+        names = [text.rpartition(" ")[2].lstrip("*") for text in given]
+        sums = {"gW", "gs", "gbias"}.intersection(names)
+        weigh = "gW != 0" if sums else "0"
+        inside = [{"work": "mine", "gW": "own.W", "gs": "own.s", "gbias": "own.bias"}.get(n, n) for n in names]
+        add = "".join(
+            f" if ({n}) add_up({n}, own.{n[1:]}, {size});"
+            for n, size in (("gs", "SCALES"), ("gbias", "BIASES"))
+            if n in sums
+        )
+        return f"""{body}
+void {name}(int64_t threads, int64_t N, int64_t T, {", ".join(given)}) {{
+  const int64_t blocks = blocks_of(N, GRAIN), weigh = {weigh};
+  if (blocks < 2 || (T < 2 && !weigh)) {{ {name}_rows(0, N, N, {", ".join(names)}); return; }}
+  if (!weigh) {{
+    #pragma omp parallel for schedule(static) num_threads(team(T, blocks))
+    for (int64_t b = 0; b < blocks; b++) {{
+      real* mine = work + omp_get_thread_num() * WORK;
+      {name}_rows(start(b, blocks, N), start(b + 1, blocks, N), N, {", ".join("mine" if n == "work" else n for n in names)});
+    }}
+    return;
+  }}
+  {self._summed(name, inside, add) if sums else ""}
+}}"""
+
+    def _summed(self, name: str, arguments: list[str], add: str) -> str:
+        return f"""#pragma omp parallel for ordered schedule(static, 1) num_threads(team(T, blocks))
+  for (int64_t b = 0; b < blocks; b++) {{
+    real* mine = work + omp_get_thread_num() * WORK;
+    Sums own;
+    mine = fresh_sums(&own, mine);
+    {name}_rows(start(b, blocks, N), start(b + 1, blocks, N), N, {", ".join(arguments)});
+    #pragma omp ordered
+    {{ for (int i = 0; i < MATRICES; i++) add_up(gW[i], own.W[i], sizes[i]);{add} }}
+  }}"""
 
     @property
     def _wide(self) -> str:
@@ -318,7 +376,7 @@ static void through_norm(int64_t nodes, const real* a, const real* rho, const re
         if u.bias:
             lines.append("for (int64_t i = 0; i < nodes; i++) add(o + i * O, 1, bias + species[i] * C, C);")
         buffers = {"rho": "1", "a": "A", "n": "A", "p": self._wide}
-        return self._function("update_forward", "real* sums, real* Q, real* out", buffers, lines, turn=False)
+        return self._function("update_forward", ["real* sums", "real* Q", "real* out"], buffers, lines, turn=False)
 
     def _reverse(self, weights: bool) -> list[str]:
         """Cotangents of the plain forward pass: cn of n, cp_k of P_k, cq_k of q_k; with ``weights`` also of the M_k."""
@@ -370,7 +428,8 @@ static void through_norm(int64_t nodes, const real* a, const real* rho, const re
         if self.u.bias:
             lines.append("  for (int64_t i = 0; i < nodes; i++) add(gbias + species[i] * C, 1, g + i * O, C);")
         lines.append("}")
-        arguments = "const real* sums, const real* Q, const real* g_all, real* const* gX, real* const* gW, real* gs, real* gbias"
+        arguments = ["const real* sums", "const real* Q", "const real* g_all", "real* const* gX", "real* const* gW",
+                     "real* gs", "real* gbias"]  # fmt: skip
         return self._function("update_backward", arguments, self._reverse_buffers(), lines, turn=True)
 
     def double(self) -> str:
@@ -421,10 +480,8 @@ static void through_norm(int64_t nodes, const real* a, const real* rho, const re
         buffers = self._reverse_buffers() | dict.fromkeys(("tsum", "ta", "tn", "dn", "da", "dsum"), "A")
         for k in range(2, self.last):
             buffers |= {f"tq{k}": "A", f"dq{k}": "A"}
-        arguments = (
-            "const real* sums, const real* Q, const real* g_all, const real* const* U, real* gg, real* const* gX, "
-            "real* const* gW, real* gs"
-        )
+        arguments = ["const real* sums", "const real* Q", "const real* g_all", "const real* const* U", "real* gg",
+                     "real* const* gX", "real* const* gW", "real* gs"]  # fmt: skip
         return self._function("update_double", arguments, buffers, lines, turn=True)
 
     def _norm_twice(self) -> list[str]:
@@ -443,8 +500,12 @@ static void through_norm(int64_t nodes, const real* a, const real* rho, const re
         return [*lines, scaled if self.u.degree_of_row else "memcpy(dsum, da, nodes * A * sizeof(real));"]
 
     def workspace(self) -> int:
-        """Numbers that ``work`` must hold: those of ``update_double``, which needs the most."""
-        u, total = self.u, sum(a * b for a, b in self.u.shapes)
+        """Numbers that ``work`` must hold for each thread: those of ``update_double``, which needs the most.
+
+        These are the matrices, transposed, its tiles, and the gradients of the weights of a block.
+        """
+        u, total = self.u, 2 * sum(a * b for a, b in self.u.shapes)
+        total += self.num_species * (max(u.degree_of_row, default=-1) + 2) * u.channels
         sizes = self._reverse_buffers() | dict.fromkeys(("tsum", "ta", "tn", "dn", "da", "dsum"), "A")
         for k in range(2, self.last):
             sizes |= {f"tq{k}": "A", f"dq{k}": "A"}
@@ -453,6 +514,11 @@ static void through_norm(int64_t nodes, const real* a, const real* rho, const re
         return total + u.tile * sum(numbers[size] for size in sizes.values())
 
 
-def workspace_size(update: Update) -> int:
-    """Numbers of working memory that the functions of :func:`update_source` need, whatever the number of parts."""
-    return _Writer(update).workspace()
+def workspace_size(update: Update, num_species: int) -> int:
+    """Numbers of working memory that the functions of :func:`update_source` need for each thread."""
+    return _Writer(update, num_species).workspace()
+
+
+def threads_of(threads: int, nodes: int) -> int:
+    """How many threads these functions use for so many parts."""
+    return max(1, min(threads, nodes // _GRAIN))

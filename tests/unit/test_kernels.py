@@ -13,7 +13,7 @@ import torch
 
 from nbody_pyg import NBodyNet, NestedShells
 from nbody_pyg.kernels import available_backends, backend, build, set_backend
-from nbody_pyg.kernels.edges import compiled_window
+from nbody_pyg.kernels.edges import window_kernel
 from nbody_pyg.kernels.library import Library
 from nbody_pyg.kernels.linear import Block, LinearKernel
 from nbody_pyg.kernels.operands import Several
@@ -217,8 +217,8 @@ def test_no_gradients_of_weights_in_a_pass_for_forces(generator, monkeypatch):
     gate = ProductGate(irreps, irreps, 2).double()
     x = _randn(generator, 4, 4, 3)
     made, results = [], []
-    outer = LinearKernel.outer
-    monkeypatch.setattr(LinearKernel, "outer", lambda *arguments: made.append(1) or outer(*arguments))
+    outer = LinearKernel._outer
+    monkeypatch.setattr(LinearKernel, "_outer", lambda *arguments: made.append(1) or outer(*arguments))
     for name in ("torch", "c"):
         set_backend(name)
         leaf = x.clone().requires_grad_(True)
@@ -382,7 +382,7 @@ def test_positions_have_three_components(name, width, generator):
         with pytest.raises(ValueError, match=rf"vec must have shape \[4, 3\], got \[4, {width}\]"):
             kernel(pos, torch.ones(4))
         with pytest.raises(ValueError, match=rf"vec must have shape \[4, 3\], got \[4, {width}\]"):
-            compiled_window(pos, 5.0)
+            window_kernel(5.0, 6)(pos)
 
 
 @needs_c

@@ -243,7 +243,7 @@ def test_no_gradients_of_weights_in_a_pass_for_forces(generator, monkeypatch):
     set_backend("triton")
     x = _randn(generator, 4, 4, 3).requires_grad_(True)
     value = gate.gpu(x, edges.harmonics, edges.radial, gate.radial_weight, edges.index, 3).sum()
-    monkeypatch.setattr(gate.gpu, "weights", lambda *_: pytest.fail("nobody asked for gradients of weights"))
+    monkeypatch.setattr(gate.gpu, "_weights", lambda *_: pytest.fail("nobody asked for gradients of weights"))
     assert torch.autograd.grad(value, x)[0].abs().max() > 0
 
 

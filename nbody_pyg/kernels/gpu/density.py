@@ -1,14 +1,16 @@
-"""The density of bare atoms on a GPU: source, launches, autograd."""
+"""The density of bare atoms on a GPU: source and launches."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from nbody_pyg.kernels.derivatives import last_derivative
 from nbody_pyg.kernels.gpu.build import Program
 from nbody_pyg.kernels.gpu.order import EdgeOrder, edge_order
 from nbody_pyg.kernels.operands import check_index, check_operands, check_range
+from nbody_pyg.kernels.operation import Operands, Operation, Tensors, filled
 
 #: Sums one program keeps in registers, harmonics times slots of the radial functions.
 _TILE = 1024
@@ -73,11 +75,13 @@ def _power(number: int) -> int:
 program = Program(_density_source)
 
 
-class DensityProgram:
+class DensityProgram(Operation):
     """Harmonics times radial functions, summed at each target for every species of the sources.
 
     The work of :class:`nbody_pyg.kernels.ops.DensityKernel`; species and edges come apart instead of as slots.
     """
+
+    num_inputs, recordable = 2, False
 
     def __init__(self, harmonics: int, basis: int, num_species: int) -> None:
         self.rows, self.basis, self.num_species = harmonics, basis, num_species
@@ -93,56 +97,38 @@ class DensityProgram:
         order = edge_order(index, species.shape[0], num_targets)
         if not species.is_cuda:  # on a GPU this would wait for the device; the network looks elements up in a table
             check_range("species", species, self.num_species)
-        return _Density.apply(harmonics.contiguous(), radial.contiguous(), species.to(torch.int32), order, self)
+        return self.run(harmonics.contiguous(), radial.contiguous(), species.to(torch.int32), sizes=order)
+
+    def value(self, operands: Operands) -> tuple[tuple[Tensor, ...], Tensors]:
+        return (self._sum(operands, *operands.inputs),), ()
+
+    def gradients(self, g: Sequence[Tensor], operands: Operands, wanted: Sequence[bool]) -> Tensors:
+        return self._edges(operands, *g, *operands.inputs)
+
+    def twice(self, c: Tensors, g: Sequence[Tensor], operands: Operands, wanted: Sequence[bool]) -> Tensors:
+        c = filled(c, operands.inputs)
+        return self._sum(operands, *operands.inputs, *c), *self._edges(operands, *g, *c)
 
     def sizes(self) -> dict[str, int]:
         """Extents that its kernels are compiled for."""
         return {"M": self.rows, "K": self.basis, "Q": self.width, "MP": _power(self.rows)}
 
-    def sum(self, order: EdgeOrder, species: Tensor, harmonics: Tensor, radial: Tensor, *two: Tensor) -> Tensor:
+    def _sum(self, operands: Operands, harmonics: Tensor, radial: Tensor, *two: Tensor) -> Tensor:
+        order: EdgeOrder = operands.sizes
         sizes, targets = self.sizes(), order.sizes[1]
         block = min(_power(self.width), max(_TILE // sizes["MP"], 16))
         out = radial.new_empty(targets, self.rows, self.width)
         grid = (targets, -(-self.width // block))
         a, d = two or (harmonics, radial)
-        given = (out, harmonics, radial, a, d, *order.by(1), species)
+        given = (out, harmonics, radial, a, d, *order.by(1), *operands.constants)
         program.launch("density_sum", grid, *given, **sizes, QB=block, TWO=int(bool(two)), num_warps=1)
         return out
 
-    def edges(self, order: EdgeOrder, species: Tensor, g: Tensor, y: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    def _edges(self, operands: Operands, g: Tensor, y: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        order: EdgeOrder = operands.sizes
         count = y.shape[0]
         gy, gb = torch.empty_like(y), torch.empty_like(b)
-        given = (g, y, b, gy, gb, *order.ends, species, count)
+        given = (g, y, b, gy, gb, *order.ends, *operands.constants, count)
         constants = {**self.sizes(), "KP": _power(self.basis), "EB": _EDGES, "num_warps": 4}
         program.launch("density_edges", (-(-count // _EDGES),), *given, **constants)
         return gy, gb
-
-
-class _Density(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, harmonics, radial, species, order: EdgeOrder, kernel: DensityProgram) -> Tensor:
-        ctx.save_for_backward(harmonics, radial, species)
-        ctx.order, ctx.kernel = order, kernel
-        return kernel.sum(order, species, harmonics, radial)
-
-    @staticmethod
-    def backward(ctx, g: Tensor):
-        return *_DensityBackward.apply(g, *ctx.saved_tensors, ctx.order, ctx.kernel), None, None, None
-
-
-class _DensityBackward(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, g, harmonics, radial, species, order: EdgeOrder, kernel: DensityProgram):
-        g = g.contiguous()
-        ctx.save_for_backward(g, harmonics, radial, species)
-        ctx.order, ctx.kernel = order, kernel
-        return kernel.edges(order, species, g, harmonics, radial)
-
-    @staticmethod
-    @last_derivative
-    def backward(ctx, a: Tensor, d: Tensor):
-        g, harmonics, radial, species = ctx.saved_tensors
-        a, d = a.contiguous(), d.contiguous()
-        gg = ctx.kernel.sum(ctx.order, species, harmonics, radial, a, d)
-        gy, gb = ctx.kernel.edges(ctx.order, species, g, a, d)
-        return gg, gy, gb, None, None, None

@@ -6,15 +6,16 @@ tensors (double precision is slow on most GPUs).
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from nbody_pyg.kernels.derivatives import last_derivative
 from nbody_pyg.kernels.edges import Polynomial, derivative, expression, monomial
 from nbody_pyg.kernels.gpu.build import Program
 from nbody_pyg.kernels.operands import check_operands
+from nbody_pyg.kernels.operation import Operands, Operation, Tensors, filled
 
 _BLOCK, _WARPS = 128, 4
 
@@ -183,13 +184,16 @@ def _power(name: str, n: int) -> str:
     return product if n >= 0 else f"(1.0 / {product})"
 
 
-def _run(program: Program, name: str, *tensors: Tensor) -> None:
+def _launch(program: Program, name: str, *tensors: Tensor) -> None:
     count = tensors[0].shape[0]
     program.launch(name, (-(-count // _BLOCK),), *tensors, count, BLOCK=_BLOCK, num_warps=_WARPS)
 
 
-class FeatureProgram:
+class FeatureProgram(Operation):
     """The counterpart of :class:`nbody_pyg.kernels.edges.FeatureKernel`, with the same arguments."""
+
+    num_inputs = num_results = 2
+    recordable = False
 
     def __init__(
         self,
@@ -206,81 +210,55 @@ class FeatureProgram:
     def __call__(self, vec: Tensor, window: Tensor) -> tuple[Tensor, Tensor]:
         """(harmonics, window times radial functions) of each edge."""
         check_operands(vec.dtype, vec.device, vec=(vec, (vec.shape[0], 3)), window=(window, (vec.shape[0],)))
-        return _Features.apply(vec.contiguous(), window.contiguous(), self)
+        return self.run(vec.contiguous(), window.contiguous())
+
+    def value(self, operands: Operands) -> tuple[tuple[Tensor, ...], Tensors]:
+        vec = operands.inputs[0]
+        results = vec.new_empty(len(vec), self.rows), vec.new_empty(len(vec), self.num_basis)
+        _launch(self.program, "features_forward", *operands.inputs, *results)
+        return results, ()
+
+    def gradients(self, g: Sequence[Tensor], operands: Operands, wanted: Sequence[bool]) -> Tensors:
+        found = [torch.empty_like(x) for x in operands.inputs]
+        _launch(self.program, "features_backward", *operands.inputs, *g, *found)
+        return found
+
+    def twice(self, c: Tensors, g: Sequence[Tensor], operands: Operands, wanted: Sequence[bool]) -> Tensors:
+        found = [torch.empty_like(t) for t in (*g, *operands.inputs)]
+        _launch(self.program, "features_double", *operands.inputs, *g, *filled(c, operands.inputs), *found)
+        return found
 
 
-class _Features(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, vec: Tensor, window: Tensor, kernel: FeatureProgram):
-        ctx.save_for_backward(vec, window)
-        ctx.kernel = kernel
-        harmonics, radial = vec.new_empty(len(vec), kernel.rows), vec.new_empty(len(vec), kernel.num_basis)
-        _run(kernel.program, "features_forward", vec, window, harmonics, radial)
-        return harmonics, radial
+class WindowProgram(Operation):
+    """The counterpart of :class:`nbody_pyg.kernels.edges.WindowKernel`, with the same arguments."""
 
-    @staticmethod
-    def backward(ctx, gh: Tensor, gr: Tensor):
-        return *_FeaturesBackward.apply(*ctx.saved_tensors, gh, gr, ctx.kernel), None
+    num_inputs, recordable = 1, False
 
+    def __init__(self, cutoff: float, exponent: int = 6) -> None:
+        self.program = Program(window_source, cutoff, exponent)
 
-class _FeaturesBackward(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, vec, window, gh, gr, kernel: FeatureProgram):
-        gh, gr = gh.contiguous(), gr.contiguous()
-        ctx.save_for_backward(vec, window, gh, gr)
-        ctx.kernel = kernel
-        gv, gw = torch.empty_like(vec), torch.empty_like(window)
-        _run(kernel.program, "features_backward", vec, window, gh, gr, gv, gw)
-        return gv, gw
+    def __call__(self, vec: Tensor) -> Tensor:
+        check_operands(vec.dtype, vec.device, vec=(vec, (vec.shape[0], 3)))
+        return self.run(vec.contiguous())
 
-    @staticmethod
-    @last_derivative
-    def backward(ctx, c: Tensor, d: Tensor):
-        saved = ctx.saved_tensors
-        vec, window, gh, gr = saved
-        oh, orad, ov, ow = (torch.empty_like(t) for t in (gh, gr, vec, window))
-        _run(ctx.kernel.program, "features_double", *saved, c.contiguous(), d.contiguous(), oh, orad, ov, ow)
-        return ov, ow, oh, orad, None
-
-
-_windows: dict[tuple[float, int], Program] = {}
-
-
-def gpu_window(vec: Tensor, cutoff: float, exponent: int = 6) -> Tensor:
-    """The window of :func:`nbody_pyg.radial.smooth_cutoff` as a function of the vector."""
-    check_operands(vec.dtype, vec.device, vec=(vec, (vec.shape[0], 3)))
-    program = _windows.setdefault((cutoff, exponent), Program(window_source, cutoff, exponent))
-    return _Window.apply(vec.contiguous(), program)
-
-
-class _Window(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, vec: Tensor, program: Program) -> Tensor:
-        ctx.save_for_backward(vec)
-        ctx.program = program
+    def value(self, operands: Operands) -> tuple[tuple[Tensor, ...], Tensors]:
+        (vec,) = operands.inputs
         out = vec.new_empty(len(vec))
-        _run(program, "window_forward", vec, out)
-        return out
+        _launch(self.program, "window_forward", vec, out)
+        return (out,), ()
 
-    @staticmethod
-    def backward(ctx, g: Tensor):
-        return _WindowBackward.apply(*ctx.saved_tensors, g, ctx.program), None
-
-
-class _WindowBackward(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, vec: Tensor, g: Tensor, program: Program) -> Tensor:
-        g = g.contiguous()
-        ctx.save_for_backward(vec, g)
-        ctx.program = program
+    def gradients(self, g: Sequence[Tensor], operands: Operands, wanted: Sequence[bool]) -> Tensors:
+        (vec,) = operands.inputs
         gv = torch.empty_like(vec)
-        _run(program, "window_backward", vec, g, gv)
-        return gv
+        _launch(self.program, "window_backward", vec, *g, gv)
+        return (gv,)
 
-    @staticmethod
-    @last_derivative
-    def backward(ctx, c: Tensor):
-        vec, g = ctx.saved_tensors
-        gg, gv = torch.empty_like(g), torch.empty_like(vec)
-        _run(ctx.program, "window_double", vec, g, c.contiguous(), gg, gv)
-        return gv, gg, None
+    def twice(self, c: Tensors, g: Sequence[Tensor], operands: Operands, wanted: Sequence[bool]) -> Tensors:
+        (vec,) = operands.inputs
+        found = torch.empty_like(g[0]), torch.empty_like(vec)
+        _launch(self.program, "window_double", vec, *g, *filled(c, (vec,)), *found)
+        return found
+
+
+#: One window for each cutoff and exponent.
+window_program = functools.lru_cache(maxsize=None)(WindowProgram)

@@ -1,20 +1,18 @@
-"""The edge product on a GPU: launches, and autograd around them."""
+"""The edge product on a GPU."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from nbody_pyg.kernels.codegen import Term
-from nbody_pyg.kernels.derivatives import last_derivative
 from nbody_pyg.kernels.gpu.build import Program
 from nbody_pyg.kernels.gpu.edge_source import apart, groups_of, one_body_source
 from nbody_pyg.kernels.gpu.grid import channel_block, parts_of_a_node, warps
 from nbody_pyg.kernels.gpu.order import EdgeOrder, edge_order
 from nbody_pyg.kernels.operands import check_index, check_operands
-from nbody_pyg.kernels.scope import gradients_wanted
+from nbody_pyg.kernels.operation import Operands, Operation, Tensors, filled
 
 #: More coefficients than this (lmax 3 in both parities has 1,400) would take minutes to compile.
 MAX_TERMS = 2000
@@ -22,11 +20,13 @@ MAX_TERMS = 2000
 _CHUNKS, _SHORTEST = 512, 32
 
 
-class OneBodyProgram:
+class OneBodyProgram(Operation):
     """Edge product of source states, harmonics and radial functions for one coupling table.
 
     The counterpart of :class:`nbody_pyg.kernels.ops.OneBodyKernel`, with the same arguments and errors.
     """
+
+    num_inputs, weights, recordable = 4, range(3, 4), False
 
     def __init__(
         self, terms: Sequence[Term], rows_in: int, harmonics: int, rows_out: int, paths: int, basis: int, channels: int
@@ -52,8 +52,28 @@ class OneBodyProgram:
         )
         check_index(x.device, index=(index, (2, edges)))
         order = edge_order(index, x.shape[0], num_targets)
-        factors = [t.contiguous() for t in (x, harmonics, radial, weight)]
-        return _OneBody.apply(*factors, order, self)
+        return self.run(*[t.contiguous() for t in (x, harmonics, radial, weight)], sizes=order)
+
+    def value(self, operands: Operands) -> tuple[tuple[Tensor, ...], Tensors]:
+        x = operands.inputs[0]  # the forward pass has no g: x stands in
+        return (self._targets(operands.sizes, (x, *operands.inputs)),), ()
+
+    def gradients(self, g: Sequence[Tensor], operands: Operands, wanted: Sequence[bool]) -> Tensors:
+        return self._by_input(operands.sizes, (*g, *operands.inputs), (), wanted)
+
+    def twice(self, c: Tensors, g: Sequence[Tensor], operands: Operands, wanted: Sequence[bool]) -> Tensors:
+        of_weight = None if c[3] is None else c[3].contiguous()
+        order, factors = operands.sizes, (*g, *operands.inputs)
+        cotangents = (*filled(c[:3], operands.inputs[:3]), of_weight)
+        gg = self._targets(order, factors, cotangents) if wanted[0] else None
+        return gg, *self._by_input(order, factors, cotangents, wanted[1:])
+
+    def _by_input(
+        self, order: EdgeOrder, factors: Tensors, cotangents: Tensors, wanted: Sequence[bool]
+    ) -> tuple[Tensor | None, ...]:
+        gx = self._sources(order, factors, cotangents) if wanted[0] else None
+        gy, gb = self._edges(order, factors, cotangents) if wanted[1] or wanted[2] else (None, None)
+        return gx, gy, gb, self._weights(order, factors, cotangents) if wanted[3] else None
 
     # ------------------------------------------------------------------ launches
     def _constants(self, x: Tensor, u: Tensor | None) -> dict[str, int]:
@@ -81,15 +101,15 @@ class OneBodyProgram:
         self._launch(name, (nodes * split, blocks, groups), given, constants)
         return out[0] if planes == 1 else out.sum(0)
 
-    def targets(self, order: EdgeOrder, factors, cotangents=()) -> Tensor:
+    def _targets(self, order: EdgeOrder, factors: Tensors, cotangents: Tensors = ()) -> Tensor:
         name = "one_body_targets" + "_double" * bool(cotangents)
         return self._sum(name, order, 1, self.rows_out, self.groups, factors, cotangents)
 
-    def sources(self, order: EdgeOrder, factors, cotangents=()) -> Tensor:
+    def _sources(self, order: EdgeOrder, factors: Tensors, cotangents: Tensors = ()) -> Tensor:
         name = "one_body_sources" + "_double" * bool(cotangents)
         return self._sum(name, order, 0, self.rows_in, 1, factors, cotangents)
 
-    def edges(self, order: EdgeOrder, factors, cotangents=()) -> tuple[Tensor, Tensor]:
+    def _edges(self, order: EdgeOrder, factors: Tensors, cotangents: Tensors = ()) -> tuple[Tensor, Tensor]:
         """Gradients of the harmonics and of the radial functions."""
         x, rows, nodes = factors[1], order.by(1), order.sizes[1]
         constants = self._constants(x, cotangents[3] if cotangents else None)
@@ -102,7 +122,7 @@ class OneBodyProgram:
         total = planes[0] if len(planes) == 1 else planes.sum(0)
         return total[:, : self.harmonics].contiguous(), total[:, self.harmonics :].contiguous()
 
-    def weights(self, order: EdgeOrder, factors, cotangents=()) -> Tensor:
+    def _weights(self, order: EdgeOrder, factors: Tensors, cotangents: Tensors = ()) -> Tensor:
         """Gradient of the radial weights."""
         x, rows = factors[1], order.by(1)
         constants, count = self._constants(x, None), len(rows.edge)
@@ -114,46 +134,3 @@ class OneBodyProgram:
         name = "one_body_weights" + "_double" * bool(cotangents)
         self._launch(name, (chunks, blocks, self.groups), given, constants)
         return out[0] if chunks == 1 else out.sum(0)
-
-
-class _OneBody(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, harmonics, radial, weight, order: EdgeOrder, kernel: OneBodyProgram) -> Tensor:
-        ctx.save_for_backward(x, harmonics, radial, weight)
-        ctx.order, ctx.kernel = order, kernel
-        return kernel.targets(order, (x, x, harmonics, radial, weight))  # the forward pass has no g: x stands in
-
-    @staticmethod
-    def backward(ctx, g: Tensor):
-        weigh = gradients_wanted(ctx.next_functions[3:4])  # of the weight
-        wanted = (ctx.needs_input_grad[0], any(ctx.needs_input_grad[1:3]), weigh)
-        return *_OneBodyBackward.apply(g, *ctx.saved_tensors, wanted, ctx.order, ctx.kernel), None, None
-
-
-class _OneBodyBackward(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, g, x, harmonics, radial, weight, wanted: tuple[bool, ...], order, kernel: OneBodyProgram):
-        factors = (g.contiguous(), x, harmonics, radial, weight)
-        ctx.save_for_backward(*factors)
-        ctx.order, ctx.kernel = order, kernel
-        ctx.set_materialize_grads(False)
-        gx = kernel.sources(order, factors) if wanted[0] else None
-        gy, gb = kernel.edges(order, factors) if wanted[1] else (None, None)
-        gw = kernel.weights(order, factors) if wanted[2] else None
-        return gx, gy, gb, gw
-
-    @staticmethod
-    @last_derivative
-    def backward(ctx, *cotangents: Tensor | None):
-        factors, order, kernel = ctx.saved_tensors, ctx.order, ctx.kernel
-        filled = tuple(
-            torch.zeros_like(like) if given is None else given.contiguous()
-            for given, like in zip(cotangents[:3], factors[1:4], strict=True)
-        )
-        given = (*filled, None if cotangents[3] is None else cotangents[3].contiguous())
-        wanted = ctx.needs_input_grad
-        gg = kernel.targets(order, factors, given) if wanted[0] else None
-        gx = kernel.sources(order, factors, given) if wanted[1] else None
-        gy, gb = kernel.edges(order, factors, given) if wanted[2] or wanted[3] else (None, None)
-        gw = kernel.weights(order, factors, given) if wanted[4] else None
-        return gg, gx, gy, gb, gw, None, None, None

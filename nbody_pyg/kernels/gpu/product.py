@@ -1,4 +1,4 @@
-"""The channelwise product of node states on a GPU: source, launches, autograd."""
+"""The channelwise product of node states on a GPU: source and launches."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from nbody_pyg.kernels.codegen import Term
-from nbody_pyg.kernels.derivatives import last_derivative
 from nbody_pyg.kernels.gpu.build import Program
 from nbody_pyg.kernels.gpu.grid import channel_block, warps
 from nbody_pyg.kernels.operands import check_operands
+from nbody_pyg.kernels.operation import Operands, Operation, Tensors, filled
 
 #: More coefficients than this would take minutes to compile.
 MAX_TERMS = 2000
@@ -71,8 +71,10 @@ def product_source(terms: Sequence[Term], rows1: int, rows2: int, rows_out: int)
     ])  # fmt: skip
 
 
-class ProductProgram:
+class ProductProgram(Operation):
     """The counterpart of :class:`nbody_pyg.kernels.ops.ProductKernel`, with the same arguments and errors."""
+
+    num_inputs, recordable = 2, False
 
     def __init__(self, terms: Sequence[Term], rows1: int, rows2: int, rows_out: int, channels: int) -> None:
         self.rows1, self.rows2, self.rows_out, self.channels = rows1, rows2, rows_out, channels
@@ -82,42 +84,25 @@ class ProductProgram:
     def __call__(self, x: Tensor, y: Tensor) -> Tensor:
         nodes, channels = x.shape[0], self.channels
         check_operands(x.dtype, x.device, x=(x, (nodes, self.rows1, channels)), y=(y, (nodes, self.rows2, channels)))
-        return _Product.apply(x.contiguous(), y.contiguous(), self)
+        return self.run(x.contiguous(), y.contiguous())
 
-    def run(self, name: str, *tensors: Tensor) -> None:
+    def value(self, operands: Operands) -> tuple[tuple[Tensor, ...], Tensors]:
+        x, y = operands.inputs
+        out = x.new_empty(x.shape[0], self.rows_out, self.channels)
+        self._launch("product_forward", x, y, out)
+        return (out,), ()
+
+    def gradients(self, g: Sequence[Tensor], operands: Operands, wanted: Sequence[bool]) -> Tensors:
+        found = [torch.empty_like(x) for x in operands.inputs]
+        self._launch("product_backward", *g, *operands.inputs, *found)
+        return found
+
+    def twice(self, c: Tensors, g: Sequence[Tensor], operands: Operands, wanted: Sequence[bool]) -> Tensors:
+        found = [torch.empty_like(t) for t in (*g, *operands.inputs)]
+        self._launch("product_double", *g, *operands.inputs, *filled(c, operands.inputs), *found)
+        return found
+
+    def _launch(self, name: str, *tensors: Tensor) -> None:
         block = channel_block(self.channels, tensors[0].element_size())
         grid = (tensors[0].shape[0], -(-self.channels // block))
         self.program.launch(name, grid, *tensors, C=self.channels, CB=block, num_warps=warps(block))
-
-
-class _Product(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x: Tensor, y: Tensor, kernel: ProductProgram) -> Tensor:
-        ctx.save_for_backward(x, y)
-        ctx.kernel = kernel
-        out = x.new_empty(x.shape[0], kernel.rows_out, kernel.channels)
-        kernel.run("product_forward", x, y, out)
-        return out
-
-    @staticmethod
-    def backward(ctx, g: Tensor):
-        return *_ProductBackward.apply(g, *ctx.saved_tensors, ctx.kernel), None
-
-
-class _ProductBackward(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, g: Tensor, x: Tensor, y: Tensor, kernel: ProductProgram):
-        g = g.contiguous()
-        ctx.save_for_backward(g, x, y)
-        ctx.kernel = kernel
-        gx, gy = torch.empty_like(x), torch.empty_like(y)
-        kernel.run("product_backward", g, x, y, gx, gy)
-        return gx, gy
-
-    @staticmethod
-    @last_derivative
-    def backward(ctx, a: Tensor, b: Tensor):
-        saved = ctx.saved_tensors
-        results = [torch.empty_like(t) for t in saved]
-        ctx.kernel.run("product_double", *saved, a.contiguous(), b.contiguous(), *results)
-        return *results, None

@@ -1,0 +1,175 @@
+r"""One operation with two derivatives, each one call of compiled code, and the autograd that all of them share.
+
+With inputs x, results y and cotangents g of y, an operation brings three functions:
+
+=====================  =========================================================================================
+function               result
+=====================  =========================================================================================
+``value``              :math:`y(x)`
+``gradients``          :math:`\bar x = g\, \partial y / \partial x`
+``twice``              derivatives by g and x of :math:`\sum c \cdot \bar x`, where c are cotangents of the gradients
+=====================  =========================================================================================
+
+A third derivative is an error, not a wrong number; plain torch has it.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from nbody_pyg.kernels import scope
+
+#: Tensors of which some may be absent, in a fixed order.
+Tensors = Sequence[Tensor | None]
+
+
+class Operands(NamedTuple):
+    """What an operation is called with.
+
+    ==========  ========================================================================
+    field       meaning
+    ==========  ========================================================================
+    inputs      tensors of floating point, by which the results are differentiated
+    constants   indices
+    sizes       whole numbers that no tensor tells; only ``value`` needs them
+    kept        what ``value`` has kept for the derivatives
+    ==========  ========================================================================
+    """
+
+    inputs: Tensors
+    constants: Tensors
+    sizes: Any = ()
+    kept: Tensors = ()
+
+
+class Operation(ABC):
+    """One operation of compiled code, see the module's text.
+
+    Attributes:
+        num_inputs: how many of the tensors that it is called with are differentiated.
+        num_results: how many results it has.
+        weights: which of the inputs are weights: their gradients are computed only in passes that ask for them.
+        recordable: whether a tracer may see it as one operator (:mod:`nbody_pyg.kernels.opaque`).
+    """
+
+    num_inputs: int
+    num_results: int = 1
+    weights: range = range(0)
+    recordable: bool = True
+
+    @abstractmethod
+    def value(self, operands: Operands) -> tuple[tuple[Tensor, ...], Tensors]:
+        """The results, and what to keep for the derivatives."""
+
+    @abstractmethod
+    def gradients(self, g: Sequence[Tensor], operands: Operands, wanted: Sequence[bool]) -> Tensors:
+        """One gradient per input; None where it is not wanted and costs time."""
+
+    @abstractmethod
+    def twice(self, c: Tensors, g: Sequence[Tensor], operands: Operands, wanted: Sequence[bool]) -> Tensors:
+        """Derivatives by each g and each input; ``wanted`` says of which. Cotangents c may be None, for zero."""
+
+    def run(self, *tensors: Tensor | None, sizes: Any = ()) -> Any:
+        """The results for these inputs and constants. All tensors must be contiguous.
+
+        A copy made inside the autograd function and saved there would have no graph, and second derivatives would
+        lose their part through it without a word.
+        """
+        recorder = scope.recorder() if self.recordable else None
+        results = _Value.apply(self, sizes, *tensors) if recorder is None else recorder(self, sizes, tensors)
+        return results[0] if self.num_results == 1 else results
+
+    def split(self, tensors: Tensors, sizes: Any = ()) -> Operands:
+        """Operands out of one list: inputs, constants."""
+        return Operands(tensors[: self.num_inputs], tensors[self.num_inputs :], sizes)
+
+    def weighed(self, wanted: Sequence[bool], inputs: Tensors, edges: Sequence[Any]) -> tuple[bool, ...]:
+        """``wanted``, but False for all weights in a backward pass that uses none of their gradients.
+
+        Args:
+            wanted: ``ctx.needs_input_grad`` of the inputs.
+            inputs: the inputs.
+            edges: ``ctx.next_functions``, one for each tensor among the operands, inputs first.
+        """
+        if not self.weights:
+            return tuple(wanted)
+        first = sum(x is not None for x in inputs[: self.weights.start])
+        last = first + sum(x is not None for x in inputs[self.weights.start : self.weights.stop])
+        asked = scope.gradients_wanted(edges[first:last])
+        return tuple(want and (asked or n not in self.weights) for n, want in enumerate(wanted))
+
+
+def filled(cotangents: Tensors, inputs: Sequence[Tensor]) -> list[Tensor]:
+    """Cotangents without gaps in memory, zeros for None."""
+    return [torch.zeros_like(x) if c is None else c.contiguous() for c, x in zip(cotangents, inputs, strict=True)]
+
+
+class _Value(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, operation: Operation, sizes: Any, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+        operands = operation.split(tensors, sizes)
+        results, kept = operation.value(operands)
+        ctx.operation, ctx.sizes, ctx.counts = operation, sizes, (operation.num_inputs, len(tensors))
+        ctx.save_for_backward(*tensors, *kept)
+        return results
+
+    @staticmethod
+    def backward(ctx: Any, *g: Tensor) -> tuple[Tensor | None, ...]:
+        operation, (inputs, given) = ctx.operation, ctx.counts
+        saved = ctx.saved_tensors
+        wanted = operation.weighed(ctx.needs_input_grad[2 : 2 + inputs], saved[:inputs], ctx.next_functions)
+        g = [t.contiguous() for t in g]
+        found = _Gradients.apply(operation, ctx.sizes, given, wanted, *g, *saved)
+        return None, None, *found, *[None] * (given - inputs)
+
+
+class _Gradients(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, operation: Operation, sizes: Any, given: int, wanted: tuple[bool, ...], *tensors: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        ctx.operation, ctx.sizes, ctx.given = operation, sizes, given
+        ctx.save_for_backward(*tensors)
+        ctx.set_materialize_grads(False)
+        return tuple(operation.gradients(*parted(operation, tensors, given, sizes), wanted))
+
+    @staticmethod
+    def backward(ctx: Any, *c: Tensor | None) -> tuple[Tensor | None, ...]:
+        operation, saved, given, needs = ctx.operation, ctx.saved_tensors, ctx.given, ctx.needs_input_grad[4:]
+
+        def compute() -> tuple[Tensor | None, ...]:
+            return tuple(operation.twice(c, *parted(operation, saved, given, ctx.sizes), needs))
+
+        rest = [None] * (len(saved) - operation.num_results - operation.num_inputs)
+        if not torch.is_grad_enabled():
+            return None, None, None, None, *compute(), *rest
+        # torch's ``once_differentiable`` raises only where ``.backward()`` reaches its outputs; ``autograd.grad`` with
+        # named inputs passes it by and returns a number without that part (seen with torch 2.13). Here the outputs
+        # stay joined to all that they depend on.
+        found = _Last.apply(compute, *[t for t in (*saved, *c) if t is not None])
+        return None, None, None, None, *found, *rest
+
+
+class _Last(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, compute: Any, *inputs: Tensor) -> tuple[Tensor | None, ...]:
+        return compute()
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        raise RuntimeError(
+            "the compiled products have two derivatives, but a third was asked for; "
+            "call nbody_pyg.kernels.set_backend('torch') before the forward pass"
+        )
+
+
+def parted(operation: Operation, tensors: Tensors, given: int, sizes: Any = ()) -> tuple[Tensors, Operands]:
+    """Cotangents and operands out of one list: cotangents, ``given`` inputs and constants, what was kept."""
+    results, inputs = operation.num_results, operation.num_inputs
+    g, rest = tensors[:results], tensors[results:]
+    return g, Operands(rest[:inputs], rest[inputs:given], sizes, rest[given:])
