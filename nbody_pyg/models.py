@@ -217,7 +217,7 @@ class NBodyNet(Resettable):
         irreps: str | o3.Irreps | Mapping[str, str | o3.Irreps] | None,
     ) -> tuple[dict[int, o3.Irreps], dict[str, Any]]:
         """The type of every level that is visited, and the arguments that say so."""
-        symmetry, visited = self.options["symmetry"], sorted({step.level for step in self.steps})
+        symmetry, visited = self.options["symmetry"], sorted({step.level for step in self.steps}) or [0]
         if irreps is None:
             channels = _whole("channels", 32 if channels is None else channels)
             lmax = _whole("lmax", 2 if lmax is None else lmax)

@@ -21,8 +21,8 @@ class GateFactory(Protocol):
 
     It is called once for every step, with the type of the sources and the type that is asked for, each with one
     multiplicity. Where types have several, it is called for each group of channels of one multiplicity
-    (:func:`~nbody_pyg.nn.irreps.channel_groups`), and a group may have fewer degrees than the harmonics of the edges. The
-    gate is a module; its ``forward(x, edges)`` takes the states (sources, rows, channels) and the
+    (:func:`~nbody_pyg.nn.irreps.channel_groups`), and a group may have fewer degrees than the harmonics of the edges.
+    The gate is a module; its ``forward(x, edges)`` takes the states (sources, rows, channels) and the
     :class:`~nbody_pyg.nn.edges.EdgeFeatures` of the step, and returns (targets, rows, channels).
     """
 

@@ -141,7 +141,7 @@ def state_type(given: str | o3.Irreps, symmetry: str = "o3") -> o3.Irreps:
     except (ValueError, TypeError, AssertionError) as error:
         raise ValueError(f"irreps must be a type such as '32x0e + 16x1o', got {given!r}") from error
     irreps = o3.Irreps(sorted(irreps, key=lambda fragment: (fragment.ir.l, -fragment.ir.p)))
-    known = {ir for _, ir in hidden_irreps(1, max(irreps.ls, default=0), symmetry)}
+    known = {ir for _, ir in hidden_irreps(1, max((ir.l for _, ir in irreps), default=0), symmetry)}
     if strange := [str(ir) for _, ir in irreps if ir not in known]:
         raise ValueError(
             f"irreps must have fragments of symmetry {symmetry!r} ({', '.join(map(str, sorted(known)))}), got "

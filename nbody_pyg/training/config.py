@@ -159,6 +159,11 @@ _MODEL_KEYS = {
     "repulsion": "of nuclei nearer than a bond: zbl, none, or auto (zbl for the practical preset)",
     "scale": "factor of the network's output: forces (their root mean square) or a number",
 }
+_ARGUMENT_HELP = {
+    "channels": "multiplicity of every fragment of the states (32, unless irreps is given)",
+    "lmax": "highest degree of the states (2, unless irreps is given)",
+    "irreps": "type of the states, e.g. 48x0e + 32x1o + 16x2e, or one for each level by its name",
+}
 
 
 def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
@@ -363,7 +368,8 @@ def config_parser() -> jsonargparse.ArgumentParser:
         group.add_argument(f"--model.{name}", type=_MODEL_TYPES[name], default=default, help=_MODEL_KEYS[name])
     for name, default in model_arguments().items():
         # Types are the constructor's business: it knows its rules and words its errors.
-        group.add_argument(f"--model.{name}", type=Any, default=default, help="argument of NBodyNet")
+        help = _ARGUMENT_HELP.get(name, "argument of NBodyNet")
+        group.add_argument(f"--model.{name}", type=Any, default=default, help=help)
     return parser
 
 

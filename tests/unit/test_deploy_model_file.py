@@ -347,6 +347,31 @@ def test_a_small_file_takes_no_large_network(path, kind):
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300_000, "kB"
 
 
+@pytest.mark.parametrize(
+    "irreps",
+    [
+        "44x0e + 4x1o", "1000000000x0e", "4x0e + 4x1o + 4x2e", "4x0e + 2x1o", "4x0e + 4x11o", "4x0e + 1x99999999o",
+        "4x0e + " * 1000 + "4x1o", 3, {"shell 1": "5x0e + 4x1o"}, {"shell 1": None}, {"atoms": "4x0e + 4x1o"}, {},
+    ],
+)  # fmt: skip
+def test_a_small_file_takes_no_other_types(path, irreps, molecules):
+    def change(header):
+        config = header["model"]["config"]
+        del config["channels"], config["lmax"]
+        config["irreps"] = irreps
+
+    expected = load_model(path)(*molecules["methanol"])["energy"]
+    begin, good = time.process_time(), path.read_bytes()
+    rewrite(path, change)
+    with pytest.raises(ValueError, match=r"model\.nbody (holds no model|does not hold settings)"):
+        load_model(path)
+    assert time.process_time() - begin < 30, "CPU seconds"
+    path.write_bytes(good)
+    irreps = "4x0e + 4x1o"  # the right one
+    rewrite(path, change)
+    assert torch.equal(load_model(path)(*molecules["methanol"])["energy"], expected)
+
+
 def test_a_missing_entry(path):
     rewrite(path, lambda h: h.pop("scale"))
     with pytest.raises(ValueError, match="the entry scale is missing; get a fresh copy"):

@@ -28,6 +28,8 @@ from nbody_pyg.testing import (
     random_molecule,
 )
 from nbody_pyg.training import TrainingConfig, fit
+from nbody_pyg.training.config import load_config
+from nbody_pyg.training.prepare import explicit
 
 SPECIES = [1, 6, 8]
 SCHEMES = {
@@ -316,6 +318,23 @@ def test_train_save_load_and_run(ethanol, tmp_path):
     assert sum(".enter." in name for name in changed) >= 2 and sum(".keep." in name for name in changed) >= 2
     atoms.calc = NBodyCalculator(model)
     assert abs(atoms.get_forces()).max() > 1e-6
+
+
+def test_configurations():
+    words = ["--data.embedded", "ethanol", "--training.max_steps", "2", "--model.scheme", "{name: BondTree}"]
+    for given in (WIDE, TYPES["bonds"]):
+        config = load_config(overrides=[*words, "--model.irreps", str(given).replace("'", "")])
+        assert config.model.arguments == {"irreps": given}
+        written = explicit(config.model)
+        assert written.arguments["irreps"] == given and "channels" not in written.arguments
+    short = ["--model.channels", "8", "--model.lmax", "1"]
+    config = load_config(overrides=[*words, *short])
+    assert explicit(config.model).arguments["channels"] == 8 and "irreps" not in explicit(config.model).arguments
+    both = load_config(overrides=[*words, *short, "--model.irreps", WIDE])
+    with pytest.raises(ValueError, match="irreps must stand alone"):
+        explicit(both.model)
+    unset = ["--model.channels", "null", "--model.lmax", "null", "--model.irreps", WIDE]
+    assert explicit(load_config(overrides=[*words, *unset]).model).arguments["irreps"] == WIDE
 
 
 # ------------------------------------------------------------------ types
