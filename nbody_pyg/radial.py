@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from nbody_pyg.geometry import safe_norm
-from nbody_pyg.kernels.backend import backend
+from nbody_pyg.kernels.backend import dispatch
 from nbody_pyg.kernels.edges import window_kernel
 from nbody_pyg.kernels.gpu.features import window_program
 
@@ -58,12 +58,11 @@ def check_exponent(exponent: int) -> int:
 
 def vector_window(vec: Float[Tensor, "edges 3"], cutoff: float, exponent: int = 6) -> Float[Tensor, " edges"]:
     """:func:`smooth_cutoff` of the length of some vectors, in one step where a compiled backend runs."""
-    if not torch.compiler.is_dynamo_compiling():
-        kernel = window_kernel(cutoff, exponent)
-        which = backend(vec, kernel.library)
-        if which != "torch":
-            return kernel(vec) if which == "c" else window_program(cutoff, exponent)(vec)
-    return smooth_cutoff(safe_norm(vec), cutoff, exponent)
+    if torch.compiler.is_dynamo_compiling():
+        return smooth_cutoff(safe_norm(vec), cutoff, exponent)
+    compiled = window_kernel(cutoff, exponent), window_program(cutoff, exponent)
+    window: Tensor = dispatch((vec,), *compiled, lambda vec: smooth_cutoff(safe_norm(vec), cutoff, exponent))
+    return window
 
 
 def quintic_step(t: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:

@@ -11,7 +11,8 @@ to rounding.
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -80,3 +81,20 @@ def backend(tensor: Tensor | None = None, library: Library | None = None) -> str
         return "torch"
     runs = build.broken() is None if library is None or tensor is None else library.ready(tensor.dtype)
     return "c" if runs else "torch"
+
+
+def dispatch(arguments: tuple[Any, ...], c: Any, triton: Any, plain: Callable[..., Any]) -> Any:
+    """The result of an operation for these arguments, on the backend that runs for the first of them.
+
+    Args:
+        arguments: what each implementation is called with.
+        c: compiled operation with a ``library``, or None.
+        triton: its counterpart on a GPU, or None; one that is ``too_long`` is left out.
+        plain: the same in plain torch.
+    """
+    which = "torch" if c is None else backend(arguments[0], c.library)
+    if which == "c":
+        return c(*arguments)
+    if which == "triton" and triton is not None and not triton.too_long:
+        return triton(*arguments)
+    return plain(*arguments)

@@ -55,6 +55,7 @@ class Operation(ABC):
         num_inputs: how many of the tensors that it is called with are differentiated.
         num_results: how many results it has.
         weights: which of the inputs are weights: their gradients are computed only in passes that ask for them.
+        too_long: whether compiling would take minutes, so that plain torch runs instead.
         recordable: whether a tracer may see it as one operator (:mod:`nbody_pyg.kernels.opaque`).
     """
 
@@ -62,6 +63,7 @@ class Operation(ABC):
     num_results: int = 1
     weights: range = range(0)
     recordable: bool = True
+    too_long: bool = False
 
     @abstractmethod
     def value(self, operands: Operands) -> tuple[tuple[Tensor, ...], Tensors]:

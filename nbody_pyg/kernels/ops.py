@@ -153,14 +153,16 @@ class DensityKernel(Operation):
         }
         self.library = Library(codegen.density_source(harmonics, basis, num_species), signatures)
 
-    def __call__(self, harmonics: Tensor, radial: Tensor, slot: Tensor, num_targets: int) -> Tensor:
-        """Sum over edges, slot = target * species + species of the source: (targets, harmonics, species * basis)."""
-        edges, (rows, basis) = slot.shape[0], self.shape
+    def __call__(self, harmonics: Tensor, radial: Tensor, species: Tensor, index: Tensor, num_targets: int) -> Tensor:
+        """Sum over edges: (targets, harmonics, species * basis)."""
+        edges, (rows, basis) = index.shape[1], self.shape
         given = {"radial": (radial, (edges, basis)), "harmonics": (harmonics, (edges, rows))}
         check_operands(radial.dtype, radial.device, **given)
-        check_index(radial.device, slot=(slot, (edges,)))
+        check_index(radial.device, index=(index, (2, edges)), species=(species, (species.shape[0],)))
+        check_range("index[0] (sources)", index[0], species.shape[0])
+        slot = index[1] * self.num_species + species[index[0]]
         check_range("slot (target * species + species of the source)", slot, num_targets * self.num_species)
-        density: Tensor = self.run(*[t.contiguous() for t in (harmonics, radial, slot)], sizes=(num_targets,))
+        density: Tensor = self.run(harmonics.contiguous(), radial.contiguous(), slot, sizes=(num_targets,))
         return density
 
     def value(self, operands: Operands) -> tuple[tuple[Tensor, ...], Tensors]:

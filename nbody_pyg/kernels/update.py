@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nbody_pyg.kernels.backend import backend
 from nbody_pyg.kernels.library import Library
 from nbody_pyg.kernels.operands import Several, check_index, check_matrices, check_operands, check_range
 from nbody_pyg.kernels.operation import Operands, Operation, Tensors
@@ -84,6 +85,10 @@ class UpdateKernel(Operation):
         tensors = (*inputs, scale, bias, *matrices, species)
         states: Tensor = self.run(*[None if t is None else t.contiguous() for t in tensors])
         return states
+
+    def runs(self, like: Tensor) -> bool:
+        """Whether it can be called with tensors like this one."""
+        return backend(like, self.library) == "c"
 
     def value(self, operands: Operands) -> tuple[tuple[Tensor, ...], Tensors]:
         u, first = self.update, operands.inputs[0]

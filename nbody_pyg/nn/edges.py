@@ -7,14 +7,13 @@ from typing import Any, NamedTuple
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from nbody_pyg.kernels.backend import backend
+from nbody_pyg.kernels.backend import dispatch
 from nbody_pyg.kernels.edges import FeatureKernel
 from nbody_pyg.kernels.gpu.features import FeatureProgram
 from nbody_pyg.nn.as_written import AsWritten, written
 from nbody_pyg.nn.harmonics import SolidHarmonics
 from nbody_pyg.nn.irreps import Resettable
 from nbody_pyg.radial import SOFT_LENGTH, BesselBasis, InversePowers, soften
-from nbody_pyg.required import required
 
 
 class EdgeFeatures(NamedTuple):
@@ -66,12 +65,13 @@ class EdgeEmbedding(Resettable):
         window: Float[Tensor, " edges"],
         num_targets: int,
     ) -> EdgeFeatures:
-        which = "torch" if self.kernel is None else backend(vec, self.kernel.library)
-        if which != "torch" and self._as_written():
-            found = required(self.kernel)(vec, window) if which == "c" else required(self.gpu)(vec, window)
-            return EdgeFeatures(index, *found, num_targets)
+        compiled = (self.kernel, self.gpu) if self._as_written() else (None, None)
+        harmonics, radial = dispatch((vec, window), *compiled, self._plain)
+        return EdgeFeatures(index, harmonics, radial, num_targets)
+
+    def _plain(self, vec: Tensor, window: Tensor) -> tuple[Tensor, Tensor]:
         direction, rho = soften(vec)
-        return EdgeFeatures(index, self.harmonics(direction), self.radial(rho) * window.unsqueeze(-1), num_targets)
+        return self.harmonics(direction), self.radial(rho) * window.unsqueeze(-1)
 
 
 # What the compiled features know, as it is written

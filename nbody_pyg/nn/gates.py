@@ -17,7 +17,7 @@ from e3nn import o3
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from nbody_pyg.kernels.backend import backend
+from nbody_pyg.kernels.backend import dispatch
 from nbody_pyg.kernels.gpu.density import DensityProgram
 from nbody_pyg.kernels.gpu.one_body import OneBodyProgram
 from nbody_pyg.kernels.linear import LinearKernel
@@ -110,18 +110,16 @@ class DensityGate(Resettable):
 
     def collect(self, species: Int[Tensor, " sources"], edges: EdgeFeatures) -> Float[Tensor, "targets rows fan_in"]:
         """The inner sum, before W^l."""
-        source, target = edges.index
-        rows, basis = self.kernel.shape
-        harmonics, radial = edges.harmonics[:, :rows] * self.scale, edges.radial
-        which = backend(radial, self.kernel.library)
-        if which == "triton":
-            return self.gpu(harmonics, radial, species, edges.index, edges.num_targets)
-        slot = target * self.num_species + species[source]
-        if which == "c":
-            return self.kernel(harmonics, radial, slot, edges.num_targets)
+        harmonics = edges.harmonics[:, : self.kernel.shape[0]] * self.scale
+        arguments = (harmonics, edges.radial, species, edges.index, edges.num_targets)
+        collected: Tensor = dispatch(arguments, self.kernel, self.gpu, self._plain)
+        return collected
+
+    def _plain(self, harmonics: Tensor, radial: Tensor, species: Tensor, index: Tensor, num_targets: int) -> Tensor:
+        (source, target), (rows, basis) = index, self.kernel.shape
         outer = (harmonics.unsqueeze(2) * radial.unsqueeze(1)).flatten(1)
-        density = sum_into(outer, slot, edges.num_targets * self.num_species)
-        return density.view(edges.num_targets, self.num_species, rows, basis).transpose(1, 2).flatten(2)
+        density = sum_into(outer, target * self.num_species + species[source], num_targets * self.num_species)
+        return density.view(num_targets, self.num_species, rows, basis).transpose(1, 2).flatten(2)
 
     def extra_repr(self) -> str:
         return f"{self.num_species} species -> {self.irreps_out}"
@@ -202,21 +200,20 @@ class OneBodyGate(ConstantTables):
         self, x: Float[Tensor, "sources rows_in channels"], edges: EdgeFeatures
     ) -> Float[Tensor, "targets path_rows channels"]:
         """The sum over sources, path by path, before W^l."""
-        source, target = edges.index
-        which = backend(x, self.kernel.library)
         harmonics, weight = edges.harmonics[:, : self.num_harmonics], self.radial_weight * self.scale
-        if which == "c":
-            return self.kernel(x, harmonics, edges.radial, weight, edges.index, edges.num_targets)
-        if which == "triton" and not self.gpu.too_long:
-            return self.gpu(x, harmonics, edges.radial, weight, edges.index, edges.num_targets)
+        arguments = (x, harmonics, edges.radial, weight, edges.index, edges.num_targets)
+        collected: Tensor = dispatch(arguments, self.kernel, self.gpu, self._plain)
+        return collected
+
+    def _plain(
+        self, x: Tensor, harmonics: Tensor, radial: Tensor, _: Tensor, index: Tensor, num_targets: int
+    ) -> Tensor:
+        source, target = index
         if x.device.type != "cpu" or is_tracing():  # a number of pieces would become a part of a graph
-            messages = self.messages(x.index_select(0, source), edges.harmonics, edges.radial)
-            return sum_into(messages, target, edges.num_targets)
-        total = x.new_zeros(edges.num_targets, self.path_of_row.shape[0], self.channels)
-        pieces = (t.split(_EDGES_AT_ONCE) for t in (source, target, edges.harmonics, edges.radial))
-        for source_, target_, harmonics, radial in zip(*pieces, strict=True):
-            messages = self.messages(x.index_select(0, source_), harmonics, radial)
-            total.index_add_(0, target_, messages)
+            return sum_into(self.messages(x.index_select(0, source), harmonics, radial), target, num_targets)
+        total = x.new_zeros(num_targets, self.path_of_row.shape[0], self.channels)
+        for one in zip(*(t.split(_EDGES_AT_ONCE) for t in (source, target, harmonics, radial)), strict=True):
+            total.index_add_(0, one[1], self.messages(x.index_select(0, one[0]), *one[2:]))
         return total
 
     def messages(

@@ -11,7 +11,6 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from nbody_pyg.kernels.backend import backend
 from nbody_pyg.kernels.update import UpdateKernel
 from nbody_pyg.kernels.update_source import Map, Product, Update
 from nbody_pyg.nn.as_written import AsWritten, written
@@ -173,7 +172,7 @@ class Interaction(Resettable):
     # ------------------------------------------------------------------ the same in one compiled call
     def _is_fused(self, like: Tensor) -> bool:
         """Whether the compiled update stands for :meth:`forward`: the one place that decides it."""
-        return self.kernel is not None and backend(like, self.kernel.library) == "c" and self._as_written()
+        return self.kernel is not None and self.kernel.runs(like) and self._as_written()
 
     def _fused(
         self,

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from e3nn import o3
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from nbody_pyg.kernels.backend import backend
+from nbody_pyg.kernels.backend import dispatch
 from nbody_pyg.kernels.linear import LinearKernel
 from nbody_pyg.kernels.scope import opaque_to_compile
 from nbody_pyg.kernels.update_source import Block
@@ -117,9 +119,12 @@ class RowLinear(Resettable):
 def blockwise_linear(
     kernel: LinearKernel, x: Float[Tensor, "nodes rows_in channels"], *weights: Tensor
 ) -> Float[Tensor, "nodes rows_out channels_out"]:
-    """Multiply each block of rows by its own matrix, on the backend of the day; rows of no block become zero."""
-    if backend(x, kernel.library) == "c":
-        return kernel(x, *weights)
+    """Multiply each block of rows by its own matrix; rows of no block become zero."""
+    mixed: Tensor = dispatch((x, *weights), kernel, None, partial(_plain, kernel))
+    return mixed
+
+
+def _plain(kernel: LinearKernel, x: Tensor, *weights: Tensor) -> Tensor:
     nodes, channels = x.shape[0], x.shape[2]
     pieces, row = [], 0
     for block, weight in zip(kernel.blocks, weights, strict=True):

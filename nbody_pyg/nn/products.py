@@ -14,7 +14,7 @@ from e3nn import o3
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from nbody_pyg.kernels.backend import backend
+from nbody_pyg.kernels.backend import dispatch
 from nbody_pyg.kernels.codegen import Term
 from nbody_pyg.kernels.gpu.product import ProductProgram
 from nbody_pyg.kernels.linear import LinearKernel
@@ -91,13 +91,11 @@ class ChannelwiseProduct(ConstantTables):
         self, x: Float[Tensor, "nodes rows1 channels"], y: Float[Tensor, "nodes rows2 channels"]
     ) -> Float[Tensor, "nodes path_rows channels"]:
         """The product path by path, before W^l."""
-        which = backend(x, self.kernel.library)
-        if which == "c":
-            return self.kernel(x, y)
-        if which == "triton" and not self.gpu.too_long:
-            return self.gpu(x, y)
-        outer = (x.unsqueeze(2) * y.unsqueeze(1)).flatten(1, 2)
-        return torch.matmul(self.coupling, outer)
+        coupled: Tensor = dispatch((x, y), self.kernel, self.gpu, self._plain)
+        return coupled
+
+    def _plain(self, x: Tensor, y: Tensor) -> Tensor:
+        return torch.matmul(self.coupling, (x.unsqueeze(2) * y.unsqueeze(1)).flatten(1, 2))
 
     def extra_repr(self) -> str:
         return f"{self.irreps1} x {self.irreps2} -> {self.irreps_out}, {len(self.paths)} paths"

@@ -174,7 +174,7 @@ def test_first_and_second_derivatives_against_finite_differences(generator):
     gate = OneBodyGate(irreps, irreps, 1, 2).double()
     edges = _edges(generator, 3, 2, 4, 1, num_basis=2)
     density = DensityGate(2, 2, irreps).double().kernel
-    slot = torch.tensor([0, 3, 2, 3])
+    species = torch.tensor([0, 1, 1])
     linear = LinearKernel([Block(0, 3, 1, 2, 2), Block(1, 0, 3, 2, 2)], 4, 2, 4, 2)
     cases = [
         (lambda x, y: product(x, y), [(2, 4, 2), (2, 4, 2)]),
@@ -182,7 +182,7 @@ def test_first_and_second_derivatives_against_finite_differences(generator):
             lambda x, h, r, w: gate.kernel(x, h, r, w, edges.index, 2),
             [(3, 4, 2), (4, 4), (4, 2), tuple(gate.radial_weight.shape)],
         ),
-        (lambda h, r: density(h, r, slot, 2), [(4, 4), (4, 2)]),
+        (lambda h, r: density(h, r, species, edges.index, 2), [(4, 4), (4, 2)]),
         (lambda x, a, b: linear(x, a, b), [(2, 4, 2), (2, 2), (2, 2)]),
     ]  # fmt: skip
     for call, shapes in cases:
