@@ -41,6 +41,7 @@ from nbody_pyg.training.property_task import PropertyEvaluation, evaluate_proper
 from nbody_pyg.training.run import FIT_FILES, FitResult, fit_in, require_device, require_elements
 from nbody_pyg.training.settings import RESUMABLE
 from nbody_pyg.training.trainer import Trainer
+from nbody_pyg.training.upgrades import up_to_date
 
 # Atoms of a structure that is kept in the model file, as text.
 _LARGEST_SAMPLE = 1000
@@ -174,7 +175,7 @@ def _resumed(last: Path, config: Config) -> tuple[Config, Potential | PropertyMo
         raise ValueError(
             f"a resumed run must not change these settings: {words}; resume with the old ones, or start anew"
         )
-    return config, potential_from_config(checkpoint["hyper_parameters"]["potential"])
+    return config, potential_from_config(up_to_date(checkpoint["hyper_parameters"]["potential"]))
 
 
 def _as_built(config: ModelConfig, potential: Potential | PropertyModel) -> ModelConfig:

@@ -9,9 +9,10 @@ from nbody_pyg.deploy.committee import Committee, stop_on_uncertainty
 from nbody_pyg.deploy.energies import EnergyExplanation, explain_energy
 from nbody_pyg.deploy.energy_plot import plot_energy_parts
 from nbody_pyg.deploy.fingerprint import cg_fingerprint
-from nbody_pyg.deploy.model_file import FORMAT_VERSION, load_model, read_metadata, save_model
+from nbody_pyg.deploy.model_file import load_model, read_metadata, save_model
 from nbody_pyg.deploy.reference import reference_record, reference_topology, with_reference
 from nbody_pyg.deploy.relax import Relaxation, relax
+from nbody_pyg.training.upgrades import FORMAT_VERSION
 
 if TYPE_CHECKING:
     from nbody_pyg.deploy.dynamics import MDReport, run_md

@@ -28,12 +28,10 @@ from nbody_pyg.messages import printable, short
 from nbody_pyg.potential import Potential
 from nbody_pyg.properties import PropertyModel
 from nbody_pyg.system import DEFAULT_STATE
-from nbody_pyg.training.build import potential_config, potential_from_config, up_to_date
+from nbody_pyg.training.build import potential_config, potential_from_config
 from nbody_pyg.training.checkpoint import is_checkpoint
+from nbody_pyg.training.upgrades import FORMAT_VERSION, up_to_date
 
-#: 2 since potentials have a repulsion, which a reader of format 1 would leave out; 3 since windows have an exponent;
-#: 4 since the checksum covers the settings.
-FORMAT_VERSION = 4
 _KEY = "nbody_pyg"
 _PACKAGES = ("nbody_pyg", "torch", "torch_geometric", "e3nn")
 _DTYPES = {"float32": torch.float32, "float64": torch.float64}
@@ -116,13 +114,12 @@ def load_model(
             *(path, header["format_version"]),
         )
     try:
-        potential = potential_from_config(header, model)
+        described = up_to_date(header)
+        potential = potential_from_config(described, model)
         _check_weights(potential, tensors, foreign=model is not None)
         potential.load_state_dict(tensors)
         built = json.loads(json.dumps({**potential_config(potential), **_summary(potential)}))
-        given = {k: v for k, v in header.items() if k not in set(_ENTRIES) - set(built)}
-        if (config := header["model"]["config"]) is not None and header["format_version"] < FORMAT_VERSION:
-            given["model"] = header["model"] | {"config": up_to_date(config)}
+        given = {k: v for k, v in described.items() if k not in set(_ENTRIES) - set(built)}
         _check_same(given, built)
     except (ValueError, TypeError, KeyError, AttributeError, IndexError, RuntimeError, OverflowError) as error:
         raise ValueError(

@@ -8,7 +8,6 @@ import torch
 from torch import nn
 
 from nbody_pyg.energy import AtomicReference, build_terms, describe_terms
-from nbody_pyg.hierarchy import Scheme
 from nbody_pyg.models import NBodyNet
 from nbody_pyg.nn.repulsion import ZBLRepulsion
 from nbody_pyg.potential import Potential
@@ -64,8 +63,7 @@ def potential_from_config(config: dict[str, Any], model: nn.Module | None = None
         return PropertyModel.from_config(config["property"], model).to(_DTYPES[config["dtype"]])
     e0 = config["e0"]
     reference = None if e0 is None else AtomicReference({int(z): e for z, e in e0.items()})
-    # Files of the first format have no repulsion, and their networks were trained without one.
-    described = config.get("repulsion")
+    described = config["repulsion"]
     repulsion = None if described is None else ZBLRepulsion.from_config(described)
     terms = build_terms(config.get("terms") or ())
     return Potential(model, reference, config["scale"], repulsion, terms).to(_DTYPES[config["dtype"]])
@@ -77,23 +75,4 @@ def _build_model(described: dict[str, Any]) -> nn.Module:
             f"the file holds a {described['class']}, which nbody_pyg cannot build by itself; build the "
             "network as it was and pass it as model="
         )
-    return NBodyNet.from_config(up_to_date(described["config"]))
-
-
-def up_to_date(config: dict[str, Any]) -> dict[str, Any]:
-    """The configuration of a network with what files of older formats leave out as it was then.
-
-    Raises: ValueError: a network on :class:`SmoothSurvivors` thinned by the steeper steps of before.
-    """
-    name = config["scheme"].get("name")
-    if name == "SmoothSurvivors" and "width" not in config["scheme"]:
-        raise ValueError(
-            "the file holds a network on SmoothSurvivors without a width: it was trained when the thinning had steeper "
-            "steps, which this version does not have, and its energies would change; train it anew, or use the version "
-            "that wrote it"
-        )
-    if name == "NestedShells":
-        config = config | {"scheme": {"exponent": 6} | config["scheme"]}
-    if Scheme.from_config(config["scheme"]).levels[0].pair_radius is None:
-        config = config | {"num_layers": NBodyNet.DEFAULTS["num_layers"]}  # another number did nothing
-    return config
+    return NBodyNet.from_config(described["config"])

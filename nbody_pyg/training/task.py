@@ -13,12 +13,13 @@ from torch import Tensor, nn
 from nbody_pyg.accelerate import compile_potential
 from nbody_pyg.potential import Potential
 from nbody_pyg.properties import PropertyModel
-from nbody_pyg.training.build import potential_config, potential_from_config, up_to_date
+from nbody_pyg.training.build import potential_config, potential_from_config
 from nbody_pyg.training.checkpoint import changes, read_checkpoint
 from nbody_pyg.training.labels import aligned, has_stress
 from nbody_pyg.training.loss import EnergyForceLoss
 from nbody_pyg.training.metrics import ErrorMeter, Meter, RunningMeans
 from nbody_pyg.training.settings import TrainingConfig
+from nbody_pyg.training.upgrades import up_to_date
 
 
 class PotentialTask(nn.Module):
@@ -39,7 +40,7 @@ class PotentialTask(nn.Module):
         force_variance: float = 1.0,
     ):
         super().__init__()
-        self.potential = potential_from_config(potential) if isinstance(potential, dict) else potential
+        self.potential = potential_from_config(up_to_date(potential)) if isinstance(potential, dict) else potential
         self.settings = s = TrainingConfig(**settings) if isinstance(settings, dict) else settings
         self.potential.to(getattr(torch, s.dtype))
         self.loss = EnergyForceLoss(
@@ -138,9 +139,8 @@ class PotentialTask(nn.Module):
         if not isinstance(stored, Mapping):
             return
         mine, theirs = self.hparams["potential"], dict(stored)
-        network = theirs["model"]["config"]
-        if network is not None and mine["model"]["config"] is not None:
-            theirs["model"] = theirs["model"] | {"config": up_to_date(network)}
+        if mine["model"]["config"] is not None:
+            theirs = up_to_date(theirs)
         if words := changes(theirs, mine):
             words = words.replace("model.config.", "")
             raise ValueError(f"the checkpoint must be of the same network: {words}; resume with its settings")

@@ -36,9 +36,9 @@ from nbody_pyg.nn import (
 )
 from nbody_pyg.properties import Property, PropertyModel, Statistics, property_irreps
 from nbody_pyg.testing import assert_equivariant, rotate_features
-from nbody_pyg.training.build import up_to_date
 from nbody_pyg.training.config import ModelConfig
 from nbody_pyg.training.prepare import explicit
+from nbody_pyg.training.upgrades import up_to_date
 
 SCHEMES = [
     BondTree(4.0),
@@ -571,7 +571,12 @@ def test_options_without_a_meaning_are_refused():
             NBodyNet([1, 6], scheme, channels=2, num_layers=3)
         # Files may hold such a number from before
         config = NBodyNet([1, 6], scheme, channels=2).config()
-        assert NBodyNet.from_config(up_to_date(config | {"num_layers": 3})).config() == config
+        assert (
+            NBodyNet.from_config(
+                up_to_date({"model": {"config": config | {"num_layers": 3}}})["model"]["config"]
+            ).config()
+            == config
+        )
     for wrong in (0, 1.5, True):
         with pytest.raises(ValueError, match="num_layers must be a whole number, 1 or more"):
             NBodyNet([1, 6], BondTree(), channels=2, num_layers=wrong)
