@@ -61,7 +61,8 @@ def up_to_date(described: Described) -> Described:
 
 def _network(described: Described) -> dict[str, Any]:
     """The configuration of the network; empty for a model that is none of the library."""
-    return described["model"]["config"] or {}
+    model = described["model"]
+    return model["config"] or {} if model["class"] == NBodyNet.__name__ else {}
 
 
 def _with_network(described: Described, **changed: Any) -> Described:

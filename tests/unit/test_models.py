@@ -573,7 +573,7 @@ def test_options_without_a_meaning_are_refused():
         config = NBodyNet([1, 6], scheme, channels=2).config()
         assert (
             NBodyNet.from_config(
-                up_to_date({"model": {"config": config | {"num_layers": 3}}})["model"]["config"]
+                up_to_date({"model": {"class": "NBodyNet", "config": config | {"num_layers": 3}}})["model"]["config"]
             ).config()
             == config
         )
