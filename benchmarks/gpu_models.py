@@ -1,7 +1,7 @@
 """Edge features, whole models and training steps on a GPU: eager, and replayed from CUDA graphs where that works.
 
-``graphs`` does so through :mod:`nbody_pyg.graphs`, as a simulation and a training would; the other sections capture the
-bare call.
+``graphs`` does so through :mod:`nbody_pyg.cuda_graphs`, as a simulation and a training would; the other sections
+capture the bare call.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from systems import System, molecules, water
 from torch import Tensor
 from torch_geometric.data import Batch, Data
 
-from nbody_pyg.graphs import CapturedPotential, CapturedStep
+from nbody_pyg.cuda_graphs import CapturedPotential, CapturedStep
 from nbody_pyg.hierarchy import TopologyCache
 from nbody_pyg.hierarchy.topology import Topology
 from nbody_pyg.kernels import set_backend

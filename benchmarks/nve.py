@@ -19,14 +19,14 @@ from report import arguments, show, start, write
 
 from nbody_pyg.cli.md import plot_energies
 from nbody_pyg.data import AtomicData
-from nbody_pyg.datasets import embedded, read_npz
+from nbody_pyg.datasets import load_embedded, read_npz
 from nbody_pyg.deploy import MDReport, NBodyCalculator, run_md
 
 
 def structure(name: str) -> Atoms:
     """``embedded:ethanol`` (the first frame of its test set at 300 K), or the first frame of a file (npz, or ASE's)."""
     if name.startswith("embedded:"):
-        frame = embedded(name.removeprefix("embedded:"), "test_300K")[0]
+        frame = load_embedded(name.removeprefix("embedded:"), "test_300K")[0]
         return AtomicData(z=frame.z, pos=frame.pos).to_ase()
     if not Path(name).is_file():
         raise FileNotFoundError(f"no structure at {name}; give a file, or embedded:ethanol")

@@ -17,7 +17,7 @@ import torch
 from nbody_pyg.cli.tables import table
 from nbody_pyg.compare.measure import processor
 from nbody_pyg.kernels import available_backends
-from nbody_pyg.training.steady import steady_process
+from nbody_pyg.training.malloc_tuning import tuned_malloc
 
 _PACKAGES = ("nbody_pyg", "torch", "torch_geometric", "e3nn", "schnetpack", "nequip", "mace-torch")
 
@@ -34,7 +34,7 @@ def start() -> Any:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     print(*(f"{key}: {value}" for key, value in machine().items()), sep="\n", end="\n\n", flush=True)
-    return steady_process()
+    return tuned_malloc()
 
 
 def machine() -> dict[str, Any]:

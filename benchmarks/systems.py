@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from nbody_pyg.datasets import embedded
+from nbody_pyg.datasets import load_embedded
 
 CUTOFF = 5.0
 #: Edge of the cube that holds one molecule of water at 1 g/cm^3, angstrom.
@@ -29,7 +29,7 @@ class System(NamedTuple):
 
 def molecules(count: int, name: str = "alanine_dipeptide") -> System:
     """The first frames of an embedded data set (alanine dipeptide: 22 atoms)."""
-    frames = embedded(name, "test_300K")[:count]
+    frames = load_embedded(name, "test_300K")[:count]
     batch = torch.arange(count).repeat_interleave(torch.tensor([len(frame.z) for frame in frames]))
     return System(torch.cat([frame.z for frame in frames]), torch.cat([frame.pos for frame in frames]), batch, count)
 

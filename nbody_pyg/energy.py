@@ -13,7 +13,7 @@ from torch import Tensor
 
 from nbody_pyg.hierarchy.levels import Hierarchy
 from nbody_pyg.nn.custom import class_name, imported_class
-from nbody_pyg.nn.exact import Float64Buffers
+from nbody_pyg.nn.exact_buffers import Float64Buffers
 from nbody_pyg.nn.term import EnergyTerm, Structure
 
 __all__ = ["AtomicReference", "EnergyParts", "EnergyTerm", "Structure"]

@@ -16,7 +16,7 @@ from torch_geometric.data import Data
 
 from nbody_pyg.data import has_hierarchy, refuse_unstated, require_atoms
 from nbody_pyg.hierarchy import EdgeSet, Hierarchy, NestedShells, Scheme, Topology
-from nbody_pyg.kernels.scope import has_values, in_own_precision, is_tracing, opaque_to_compile
+from nbody_pyg.kernels.autograd_flags import has_values, in_own_precision, is_tracing, opaque_to_compile
 from nbody_pyg.messages import check_choice
 from nbody_pyg.nn.charges import (
     ElectronicEmbedding,
@@ -28,7 +28,7 @@ from nbody_pyg.nn.charges import (
 from nbody_pyg.nn.coulomb import LongRange
 from nbody_pyg.nn.custom import GateFactory, checked_state, gate_factories, gate_names
 from nbody_pyg.nn.edges import EdgeEmbedding, EdgeFeatures, sum_into
-from nbody_pyg.nn.interaction import ChannelGroups, Interaction, Recipe, SoftNorm, one_gate
+from nbody_pyg.nn.interaction import ChannelGroups, Interaction, InteractionConfig, SoftNorm, one_gate
 from nbody_pyg.nn.irreps import (
     Resettable,
     channel_groups,
@@ -333,7 +333,7 @@ class NBodyNet(Resettable):
         self, step: Step, types: dict[int, o3.Irreps], irreps: o3.Irreps, most: int, entered: o3.Irreps | None = None
     ) -> nn.Module:
         """The layer of a step for a type of one multiplicity."""
-        recipe = Recipe(
+        recipe = InteractionConfig(
             num_species=len(self.species),
             num_basis=self.options["num_basis"],
             body_order=self.body_order,
@@ -353,8 +353,8 @@ class NBodyNet(Resettable):
             types.get(step.level) if step.kind == "pair" else self._inherited(step, types),
             _up_to(most, irreps),
             entered=entered,
-            bare=self._centred(self._source(step)),
-            centred=self._centred(step.level),
+            source_has_species=self._centred(self._source(step)),
+            target_has_species=self._centred(step.level),
             avg_num_neighbors=degree,
             gate=gate,
         )
@@ -438,7 +438,7 @@ class NBodyNet(Resettable):
         if system.topology is None and not has_values(system.pos):
             raise RuntimeError(
                 "neighbours are found from values of positions, which tracers, torch.vmap, fake and meta tensors lack; "
-                "pass topology=net.scheme.topology(z, pos), or use nbody_pyg.accelerate.compile_potential"
+                "pass topology=net.scheme.topology(z, pos), or use nbody_pyg.compiled.compile_potential"
             )
         if not is_tracing():
             refuse_unused(self.used, self.assumed, {"charge": system.total_charge, "spin": system.spin})

@@ -13,9 +13,9 @@ from torch_geometric.data import Data
 
 from nbody_pyg.energy import AtomicReference, Energies, EnergyParts, EnergyTerm, Structure
 from nbody_pyg.hierarchy import Scheme, Topology
-from nbody_pyg.kernels.scope import has_values, in_own_precision, opaque_to_compile
+from nbody_pyg.kernels.autograd_flags import has_values, in_own_precision, opaque_to_compile
 from nbody_pyg.network import Lists, Network, network_of
-from nbody_pyg.nn.exact import Float64Buffers
+from nbody_pyg.nn.exact_buffers import Float64Buffers
 from nbody_pyg.nn.irreps import reset
 from nbody_pyg.nn.repulsion import ZBLRepulsion
 from nbody_pyg.renamed import renamed

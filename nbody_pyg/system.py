@@ -22,7 +22,7 @@ from nbody_pyg.geometry import (
     check_cell,
     neighbour_list,
 )
-from nbody_pyg.kernels.scope import has_values
+from nbody_pyg.kernels.autograd_flags import has_values
 
 #: What a system may be in beside its geometry, and what it is in where nobody says: a neutral singlet.
 DEFAULT_STATE: Mapping[str, float] = {"charge": 0.0, "spin": 1.0}

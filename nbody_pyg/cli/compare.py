@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from nbody_pyg.atomic_write import write_json, write_text
 from nbody_pyg.cli.arguments import require_device
 from nbody_pyg.compare.config import CompareConfig, load_compare
 from nbody_pyg.compare.contestants import contestants
@@ -26,7 +27,6 @@ from nbody_pyg.compare.report import (
     verdicts,
 )
 from nbody_pyg.compare.runner import Runner, Stopped
-from nbody_pyg.durable import write_json, write_text
 from nbody_pyg.messages import aligned
 from nbody_pyg.training.config import parse_config
 from nbody_pyg.training.prepare import explicit

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from nbody_pyg.atomic_write import save_figure
 from nbody_pyg.cli.frames import read_structures
 from nbody_pyg.cli.outputs import output_plot
 from nbody_pyg.cli.tables import table
@@ -15,7 +16,6 @@ from nbody_pyg.data import AtomicData
 from nbody_pyg.deploy import EnergyExplanation, explain_energy, plot_energy_parts, read_metadata
 from nbody_pyg.deploy.model_file import load_potential
 from nbody_pyg.deploy.reference import bond_changes, is_periodic, reference_topology
-from nbody_pyg.durable import save_figure
 from nbody_pyg.hierarchy import Scheme, Topology
 from nbody_pyg.system import System
 

@@ -19,18 +19,18 @@ from ase.io import write
 from ase.stress import full_3x3_to_voigt_6_stress
 from torch_geometric.data import Data
 
+from nbody_pyg.atomic_write import atomic_write
 from nbody_pyg.cli.arguments import require_device
 from nbody_pyg.cli.outputs import output_folder
 from nbody_pyg.cli.plots import parity_plot
 from nbody_pyg.cli.tables import error_table
 from nbody_pyg.data import AtomicData
-from nbody_pyg.datasets import embedded, label_audit, read_frames
+from nbody_pyg.datasets import label_audit, load_embedded, read_frames
 from nbody_pyg.datasets.frames import Frames, has_label
 from nbody_pyg.datasets.keys import levels_apart
 from nbody_pyg.datasets.readers import frames_of, without_labels
 from nbody_pyg.datasets.systems import named_units, read_systems
 from nbody_pyg.deploy import load_model, read_metadata, with_reference
-from nbody_pyg.durable import written_whole
 from nbody_pyg.network import frame_states
 from nbody_pyg.potential import Potential
 from nbody_pyg.properties import Property, PropertyModel
@@ -157,7 +157,7 @@ def _read(path: str, args: argparse.Namespace) -> EvaluationSet:
     keys = {label: key for label, key in keys.items() if key}
     if _is_embedded(path) or path.endswith(".npz"):
         if _is_embedded(path):
-            frames = embedded(*path.split(":", 1))
+            frames = load_embedded(*path.split(":", 1))
         else:
             frames = read_frames(path, units=args.units, **{f"{label}_key": key for label, key in keys.items()})
         return EvaluationSet(frames, len(frames))
@@ -256,7 +256,7 @@ class OutputFiles:
                 f"{path} is an input of this command and would be replaced; choose another folder by --out"
             )
         self.written.append(name)
-        return written_whole(path)
+        return atomic_write(path)
 
 
 # -- predictions ---------------------------------------------------------------------------------------------

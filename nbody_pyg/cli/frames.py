@@ -10,10 +10,10 @@ import torch
 from ase import Atoms
 from ase.io import write
 
+from nbody_pyg.atomic_write import atomic_write
 from nbody_pyg.data import AtomicData
-from nbody_pyg.datasets import embedded, read_frames
+from nbody_pyg.datasets import load_embedded, read_frames
 from nbody_pyg.datasets.systems import as_slice, read_systems
-from nbody_pyg.durable import written_whole
 
 
 def read_atoms(name: str, index: int | None = None) -> list[Atoms]:
@@ -32,7 +32,7 @@ def read_atoms(name: str, index: int | None = None) -> list[Atoms]:
         if not Path(name).exists() and ("." in name or "/" in name):
             what = "structures" if index is None else "structure"
             raise FileNotFoundError(f"no {what} at {name}; give a file that ASE reads, or an embedded set as ethanol")
-        frames = read_frames(name) if Path(name).exists() else embedded(*name.split(":", 1))
+        frames = read_frames(name) if Path(name).exists() else load_embedded(*name.split(":", 1))
         found = [frame.to_ase() for frame in (frames if index is None else frames[as_slice(index)])]
         if not found:
             raise ValueError(f"{name!r} holds no frame of index {index}; choose another index")
@@ -64,5 +64,5 @@ def sample_of(frame: AtomicData) -> dict[str, list[Any]]:
 
 def write_atoms(path: str | Path, structures: Sequence[Atoms]) -> None:
     """Extended xyz, whole or not at all, with the results of their calculators."""
-    with written_whole(path) as temporary:
+    with atomic_write(path) as temporary:
         write(temporary, list(structures), format="extxyz")

@@ -5,13 +5,13 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from nbody_pyg.atomic_write import save_figure
 from nbody_pyg.cli.frames import read_atoms
 from nbody_pyg.cli.outputs import output_plot
 from nbody_pyg.cli.tables import table
 from nbody_pyg.data import AtomicData
 from nbody_pyg.deploy import load_model, with_reference
 from nbody_pyg.deploy.reference import bond_changes
-from nbody_pyg.durable import save_figure
 from nbody_pyg.hierarchy import Scheme
 from nbody_pyg.models import NBodyNet
 from nbody_pyg.system import System

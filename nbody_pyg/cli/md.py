@@ -11,6 +11,7 @@ import torch
 from ase import Atoms
 from matplotlib.figure import Figure
 
+from nbody_pyg.atomic_write import save_figure
 from nbody_pyg.cli.arguments import require_device
 from nbody_pyg.cli.frames import read_atoms
 from nbody_pyg.cli.interrupt import interruptible
@@ -18,7 +19,6 @@ from nbody_pyg.cli.outputs import latest, output_folder
 from nbody_pyg.data import electronic_state_of
 from nbody_pyg.deploy import Committee, MDReport, NBodyCalculator, run_md, stop_on_uncertainty
 from nbody_pyg.deploy.dynamics import cut_to_whole_frames
-from nbody_pyg.durable import save_figure
 
 #: Exit status when the run was stopped: by the uncertainty, or because it has failed.
 STOPPED = 3

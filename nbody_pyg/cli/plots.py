@@ -11,8 +11,8 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from torch_geometric.data import Data
 
+from nbody_pyg.atomic_write import save_figure
 from nbody_pyg.datasets.frames import has_label
-from nbody_pyg.durable import save_figure
 from nbody_pyg.properties import Property
 from nbody_pyg.training.evaluation import Evaluation
 from nbody_pyg.training.property_task import PropertyEvaluation

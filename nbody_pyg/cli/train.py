@@ -16,13 +16,13 @@ import torch
 from ase.data import chemical_symbols
 from torch_geometric.data import Data
 
+from nbody_pyg.atomic_write import write_json, write_text
 from nbody_pyg.cli.frames import sample_of
 from nbody_pyg.cli.plots import parity_plot, property_plot
 from nbody_pyg.cli.tables import error_table
 from nbody_pyg.datasets import label_audit
 from nbody_pyg.datasets.splits import Split, read_split
 from nbody_pyg.deploy import read_metadata, reference_record, save_model
-from nbody_pyg.durable import write_json, write_text
 from nbody_pyg.network import frame_states
 from nbody_pyg.potential import Potential
 from nbody_pyg.properties import PropertyModel

@@ -9,8 +9,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter
 
+from nbody_pyg.atomic_write import save_figure
 from nbody_pyg.compare.report import Group, Row
-from nbody_pyg.durable import save_figure
 
 #: What plots name: error, words, unit.
 _ERRORS = {"forces_mae": ("force", "meV/Å"), "energy_mae": ("energy", "meV")}

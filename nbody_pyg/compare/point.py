@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch_geometric.data import Data
 
+from nbody_pyg.atomic_write import write_json
 from nbody_pyg.compare.curve import LearningCurve
 from nbody_pyg.compare.graph import CutoffGraph
 from nbody_pyg.compare.measure import latency, machine, peak_memory
@@ -25,7 +26,6 @@ from nbody_pyg.compare.peer import Facts
 from nbody_pyg.compare.registry import build_peer, version
 from nbody_pyg.datasets import fit_atomic_energies
 from nbody_pyg.datasets.readers import find_files
-from nbody_pyg.durable import write_json
 from nbody_pyg.energy import AtomicReference
 from nbody_pyg.models import edge_degrees
 from nbody_pyg.potential import Potential

@@ -17,10 +17,10 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from nbody_pyg.atomic_write import write_json
 from nbody_pyg.compare.peer import MissingPeer
 from nbody_pyg.compare.point import Point, WrongData, data_files, failed_record, run_point
 from nbody_pyg.compare.report import read_record
-from nbody_pyg.durable import write_json
 from nbody_pyg.required import required
 
 # Seconds that a process has to write its checkpoint when it is asked to end.

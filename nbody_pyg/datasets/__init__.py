@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from nbody_pyg.datasets.arrays import read_npz
 from nbody_pyg.datasets.audit import LabelTable, label_audit, require_labels
-from nbody_pyg.datasets.embedded import embedded, embedded_folder, embedded_manifest
+from nbody_pyg.datasets.embedded import embedded, embedded_folder, embedded_manifest, load_embedded
 from nbody_pyg.datasets.frames import Frames
 from nbody_pyg.datasets.md17 import load_md17, load_rmd17
 from nbody_pyg.datasets.pyg import from_pyg
@@ -24,6 +24,7 @@ __all__ = [
     "fit_atomic_energies",
     "from_pyg",
     "label_audit",
+    "load_embedded",
     "load_md17",
     "load_qm9",
     "load_qm9_dipoles",

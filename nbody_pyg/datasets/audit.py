@@ -98,8 +98,8 @@ def label_audit(
         uses: what labels are used for, for a column of their own.
 
     Example:
-        >>> from nbody_pyg.datasets import embedded, label_audit
-        >>> label_audit({"train": embedded("ethanol")}).count("forces")
+        >>> from nbody_pyg.datasets import load_embedded, label_audit
+        >>> label_audit({"train": load_embedded("ethanol")}).count("forces")
         (1000, 1000)
     """
     groups = frames if isinstance(frames, Mapping) else {_title(frames): frames}

@@ -10,6 +10,7 @@ from typing import Any
 from nbody_pyg.datasets.arrays import read_npz
 from nbody_pyg.datasets.frames import Frames
 from nbody_pyg.messages import nearest
+from nbody_pyg.renamed import former
 
 SPLITS = ("train", "test_300K", "test_600K")
 _CURE = (
@@ -38,7 +39,7 @@ def embedded_manifest() -> dict[str, Any]:
     return manifest
 
 
-def embedded(molecule: str, split: str = "train") -> Frames:
+def load_embedded(molecule: str, split: str = "train") -> Frames:
     """Frames of an embedded data set, float64, in eV and eV/angstrom.
 
     ====================  ==========================================================
@@ -59,8 +60,8 @@ def embedded(molecule: str, split: str = "train") -> Frames:
         FileNotFoundError: the files were not installed.
 
     Example:
-        >>> from nbody_pyg.datasets import embedded
-        >>> embedded("ethanol", "test_300K")[0].forces.shape
+        >>> from nbody_pyg.datasets import load_embedded
+        >>> load_embedded("ethanol", "test_300K")[0].forces.shape
         torch.Size([9, 3])
     """
     files = embedded_manifest()["files"]
@@ -79,3 +80,6 @@ def embedded(molecule: str, split: str = "train") -> Frames:
     frames = read_npz(path)
     frames.name = f"{molecule} {split}"
     return frames
+
+
+embedded = former("embedded", load_embedded)

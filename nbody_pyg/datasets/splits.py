@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch import Tensor
 
+from nbody_pyg.atomic_write import write_text
 from nbody_pyg.data import AtomicData
 from nbody_pyg.datasets.arrays import load_arrays
 from nbody_pyg.datasets.frames import Frames
-from nbody_pyg.durable import write_text
 from nbody_pyg.messages import short
 
 

@@ -18,14 +18,14 @@ from ase.data import chemical_symbols
 from ase.stress import full_3x3_to_voigt_6_stress
 from torch_geometric.data import Data
 
-from nbody_pyg.accelerate import compile_potential
+from nbody_pyg.compiled import compile_potential
+from nbody_pyg.cuda_graphs import CapturedPotential
 from nbody_pyg.data import electronic_state_of
 from nbody_pyg.deploy.model_file import load_potential, read_metadata, require_potential
 from nbody_pyg.deploy.reference import bond_changes, describe_bonds, parts_of_reference, reference_topology
-from nbody_pyg.graphs import CapturedPotential
 from nbody_pyg.hierarchy import BondTree, Topology, TopologyCache
 from nbody_pyg.hierarchy.skin import refuse_carry_on
-from nbody_pyg.kernels.scope import Lock, locked
+from nbody_pyg.kernels.autograd_flags import Lock, locked
 from nbody_pyg.potential import Potential
 from nbody_pyg.required import required
 from nbody_pyg.system import System
@@ -132,10 +132,10 @@ class NBodyCalculator(SharedCalculator):
         carry_on: without effect, as parts no longer depend on earlier calls; will be removed.
         skin: how much further than needed neighbours are searched (angstrom), to search again only when an atom has
             moved by half of it. Energies and forces do not depend on it; 0 searches at every step.
-        compile: run the model as one compiled program (:func:`~nbody_pyg.accelerate.compile_potential`): faster by far
+        compile: run the model as one compiled program (:func:`~nbody_pyg.compiled.compile_potential`): faster by far
             for small systems, after some seconds at the first step. NBodyNet only, and needs a C++ compiler.
-        cuda_graphs: replay steps on a GPU from CUDA graphs (:class:`~nbody_pyg.graphs.CapturedPotential`), for NBodyNet
-            only. Graphs last from one search for neighbours to the next, so take a larger ``skin``, such as 1.
+        cuda_graphs: replay steps on a GPU from CUDA graphs (:class:`~nbody_pyg.cuda_graphs.CapturedPotential`), for
+            NBodyNet only. Graphs last from one search for neighbours to the next, so take a larger ``skin``, such as 1.
         bonds: "each", "first", or a structure (ASE's Atoms, or Data with what the scheme reads), see above.
     Raises:
         ValueError: an element that the model does not know, an unknown dtype, ``cuda_graphs`` without a GPU or beside

@@ -13,7 +13,7 @@ from ase import Atoms
 from ase.calculators.calculator import PropertyNotImplementedError, all_changes
 
 from nbody_pyg.deploy.calculator import NBodyCalculator, SharedCalculator
-from nbody_pyg.kernels.scope import locked
+from nbody_pyg.kernels.autograd_flags import locked
 from nbody_pyg.potential import Potential
 from nbody_pyg.required import required
 

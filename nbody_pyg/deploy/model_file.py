@@ -21,9 +21,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from nbody_pyg.atomic_write import atomic_write
 from nbody_pyg.deploy.fingerprint import cg_fingerprint
 from nbody_pyg.deploy.sizes import check_sizes
-from nbody_pyg.durable import written_whole
 from nbody_pyg.messages import printable, short
 from nbody_pyg.potential import Potential
 from nbody_pyg.properties import PropertyModel
@@ -81,7 +81,7 @@ def save_model(
     header = json.loads(json.dumps(header))  # as a reader will see it
     header["sha256"] = checksum(header, tensors)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with written_whole(path) as temporary:
+    with atomic_write(path) as temporary:
         save_file(tensors, temporary, metadata={_KEY: json.dumps(header)})
 
 

@@ -8,7 +8,7 @@ from jaxtyping import Float, Int, Integer
 from torch import Tensor
 
 from nbody_pyg.hierarchy.topology import Topology
-from nbody_pyg.kernels.scope import constant_table
+from nbody_pyg.kernels.autograd_flags import constant_table
 from nbody_pyg.required import required
 from nbody_pyg.system import System
 

@@ -14,7 +14,7 @@ from torch_geometric.data import Data
 from nbody_pyg.data import is_topology_key
 from nbody_pyg.hierarchy.dag import levels_of_dag
 from nbody_pyg.hierarchy.validation import validate_parts
-from nbody_pyg.kernels.scope import is_transformed
+from nbody_pyg.kernels.autograd_flags import is_transformed
 from nbody_pyg.required import required
 
 

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from nbody_pyg.kernels import build
+from nbody_pyg.kernels.autograd_flags import is_recording, is_transformed
 from nbody_pyg.kernels.gpu.build import available, interpreted
-from nbody_pyg.kernels.scope import is_recording, is_transformed
 
 if TYPE_CHECKING:
     from nbody_pyg.kernels.library import Library

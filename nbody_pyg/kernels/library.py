@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from nbody_pyg.kernels import build
+from nbody_pyg.kernels.autograd_flags import is_dry
 from nbody_pyg.kernels.codegen import prelude
 from nbody_pyg.kernels.operands import Several, addresses
-from nbody_pyg.kernels.scope import is_dry
 from nbody_pyg.kernels.threads import num_threads
 from nbody_pyg.required import required
 

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nbody_pyg.kernels.autograd_flags import dry_run, recording
 from nbody_pyg.kernels.library import Library
 from nbody_pyg.kernels.operation import Operation, Tensors, parted
-from nbody_pyg.kernels.scope import dry_run, recording
 from nbody_pyg.required import required
 
 #: Operations that a graph refers to, by what they compute: a graph kept on disk must find the same one again.

@@ -12,7 +12,7 @@ from typing import NamedTuple, NoReturn
 import torch
 from torch import Tensor
 
-from nbody_pyg.kernels.scope import is_tracing
+from nbody_pyg.kernels.autograd_flags import is_tracing
 
 _PLAIN = (Tensor, torch.nn.Parameter)
 

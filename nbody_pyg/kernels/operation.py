@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from nbody_pyg.kernels import scope
+from nbody_pyg.kernels import autograd_flags
 
 #: Tensors of which some may be absent, in a fixed order.
 Tensors = Sequence[Tensor | None]
@@ -83,7 +83,7 @@ class Operation(ABC):
         A copy made inside the autograd function and saved there would have no graph, and second derivatives would
         lose their part through it without a word.
         """
-        recorder = scope.recorder() if self.recordable else None
+        recorder = autograd_flags.recorder() if self.recordable else None
         if recorder is None:
             results = _Value.apply(self, sizes, *tensors)  # type: ignore[no-untyped-call]  # torch's
         else:
@@ -106,7 +106,7 @@ class Operation(ABC):
             return tuple(wanted)
         first = sum(x is not None for x in inputs[: self.weights.start])
         last = first + sum(x is not None for x in inputs[self.weights.start : self.weights.stop])
-        asked = scope.gradients_wanted(edges[first:last])
+        asked = autograd_flags.gradients_wanted(edges[first:last])
         return tuple(want and (asked or n not in self.weights) for n, want in enumerate(wanted))
 
 

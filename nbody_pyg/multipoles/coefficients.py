@@ -15,7 +15,7 @@ from e3nn import o3
 from jaxtyping import Float
 from torch import Tensor
 
-from nbody_pyg.kernels.scope import constant_table
+from nbody_pyg.kernels.autograd_flags import constant_table
 
 #: Highest degree of multipoles and local fields.
 MAX_LMAX = 8

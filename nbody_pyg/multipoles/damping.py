@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from nbody_pyg.kernels.scope import is_tracing
+from nbody_pyg.kernels.autograd_flags import is_tracing
 
 
 def boys(t: Float[Tensor, "*shape"], order: int) -> Float[Tensor, "*shape orders"]:

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from nbody_pyg.kernels.scope import constant_table
+from nbody_pyg.kernels.autograd_flags import constant_table
 from nbody_pyg.multipoles.coefficients import MAX_LMAX, raising_table
 from nbody_pyg.multipoles.damping import gaussian_factors
 

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from nbody_pyg.kernels.scope import constant_table
+from nbody_pyg.kernels.autograd_flags import constant_table
 from nbody_pyg.multipoles import coefficients
 from nbody_pyg.multipoles.coefficients import check_lmax
 from nbody_pyg.multipoles.harmonics import irregular_harmonics, regular_harmonics

@@ -14,7 +14,7 @@ from torch_geometric.utils import is_sparse, to_edge_index
 
 from nbody_pyg.geometry import check_positions
 from nbody_pyg.hierarchy.positions import lattice_vectors
-from nbody_pyg.kernels.scope import in_own_precision, is_tracing, opaque_to_compile
+from nbody_pyg.kernels.autograd_flags import in_own_precision, is_tracing, opaque_to_compile
 from nbody_pyg.nn.edges import EdgeEmbedding
 from nbody_pyg.nn.gates import OneBodyGate, ProductGate
 from nbody_pyg.nn.irreps import Resettable, from_mul_ir, harmonic_irreps, require_reachable, to_mul_ir

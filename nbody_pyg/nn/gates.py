@@ -17,12 +17,12 @@ from e3nn import o3
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from nbody_pyg.kernels.autograd_flags import is_tracing
 from nbody_pyg.kernels.backend import dispatch
 from nbody_pyg.kernels.gpu.density import DensityProgram
 from nbody_pyg.kernels.gpu.one_body import OneBodyProgram
 from nbody_pyg.kernels.linear import LinearKernel
 from nbody_pyg.kernels.ops import DensityKernel, OneBodyKernel
-from nbody_pyg.kernels.scope import is_tracing
 from nbody_pyg.kernels.update_source import Block
 from nbody_pyg.nn.custom import checked_state
 from nbody_pyg.nn.edges import EdgeFeatures, sum_into

@@ -9,8 +9,8 @@ from e3nn import o3
 from jaxtyping import Float
 from torch import Tensor
 
+from nbody_pyg.kernels.autograd_flags import constant_table
 from nbody_pyg.kernels.edges import Polynomial
-from nbody_pyg.kernels.scope import constant_table
 from nbody_pyg.nn.irreps import ConstantTables, harmonic_irreps
 
 

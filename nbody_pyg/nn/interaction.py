@@ -54,7 +54,7 @@ class SoftNorm(nn.Module):
         return x * (1.0 + x.square().mean((1, 2), keepdim=True)).rsqrt()
 
 
-class Recipe(NamedTuple):
+class InteractionConfig(NamedTuple):
     """What all interactions of a network share.
 
     ============  ======================================================================================
@@ -84,20 +84,20 @@ class Interaction(Resettable):
               \psi'_i = W' \psi_i + \mathrm{ProductGate}(A_i) + b_{z_i}
 
     The gate is one-body; the products make it many-body, the old state of i being one more child. Factors g and
-    constants b (of the scalars) exist where the parts have an element at their centre. The strict recipe has
+    constants b (of the scalars) exist where the parts have an element at their centre. The strict preset has
     no :math:`W' \psi_i`: the old state enters through A alone.
 
     Args:
-        recipe: what all interactions of a network share.
+        config: what all interactions of a network share.
         irreps: type of the result, one multiplicity; with ``irreps_out`` only some of its fragments.
         irreps_source: type of the sources, or None where they have no state.
         irreps_target: type of the receiving parts before, or None where they have no state yet.
         irreps_out: fragments of ``irreps`` to return; None for all.
         entered: type of one multiplicity to which a linear map brings the states of the sources before the gate
             (:class:`~nbody_pyg.nn.gates.EnteredGate`); None: they have one, and go in as they are.
-        bare: the sources are (centred on) atoms, whose elements act as well: adds a :class:`DensityGate`.
+        source_has_species: the sources are (centred on) atoms, whose elements act as well: adds a :class:`DensityGate`.
         gate: makes the gate, in the place of the two of the library.
-        centred: the receiving parts have an element at their centre.
+        target_has_species: the receiving parts have an element at their centre.
         avg_num_neighbors: typical number of sources per target.
 
     Equivariance: O(3) or SO(3), permutation. Smoothness: that of the windows on the edges.
@@ -106,38 +106,40 @@ class Interaction(Resettable):
 
     def __init__(
         self,
-        recipe: Recipe,
+        config: InteractionConfig,
         irreps: o3.Irreps,
         irreps_source: o3.Irreps | None,
         irreps_target: o3.Irreps | None,
         irreps_out: o3.Irreps | None = None,
         *,
         entered: o3.Irreps | None = None,
-        bare: bool = False,
-        centred: bool = False,
+        source_has_species: bool = False,
+        target_has_species: bool = False,
         avg_num_neighbors: float = 1.0,
         gate: GateFactory | None = None,
     ) -> None:
         super().__init__()
-        if irreps_source is None and (gate is not None or not bare):
-            raise ValueError("irreps_source must be given unless bare is set: sources need a state or an element")
+        if irreps_source is None and (gate is not None or not source_has_species):
+            raise ValueError(
+                "irreps_source must be given unless source_has_species is set: sources need a state or an element"
+            )
         self.irreps, self.irreps_out = irreps, irreps if irreps_out is None else irreps_out
         self.density = self.keep = self.carry = self.scale = self.bias = None
         self.gate: Any = None
-        if bare and gate is None:
-            self.density = DensityGate(recipe.num_species, recipe.num_basis, irreps, avg_num_neighbors, recipe.symmetry)
+        if source_has_species and gate is None:
+            self.density = DensityGate(config.num_species, config.num_basis, irreps, avg_num_neighbors, config.symmetry)
         if irreps_source is not None:
-            self.gate = one_gate(recipe, irreps_source, irreps, avg_num_neighbors, gate, entered)
+            self.gate = one_gate(config, irreps_source, irreps, avg_num_neighbors, gate, entered)
         if irreps_target is not None:
             self.keep = RowLinear(irreps_target, irreps, partial=True)
-            self.carry = RowLinear(irreps_target, self.irreps_out, partial=True) if recipe.practical else None
-        if centred:
-            self.scale = SpeciesScale(recipe.num_species, irreps)
-            self.bias = nn.Parameter(torch.zeros(recipe.num_species, irreps[0].mul))
-        self.norm = SoftNorm() if recipe.practical else nn.Identity()
-        self.products = ProductGate(irreps, self.irreps_out, recipe.body_order, recipe.gain)
+            self.carry = RowLinear(irreps_target, self.irreps_out, partial=True) if config.practical else None
+        if target_has_species:
+            self.scale = SpeciesScale(config.num_species, irreps)
+            self.bias = nn.Parameter(torch.zeros(config.num_species, irreps[0].mul))
+        self.norm = SoftNorm() if config.practical else nn.Identity()
+        self.products = ProductGate(irreps, self.irreps_out, config.body_order, config.gain)
         self._as_written = AsWritten(self, _KNOWN)
-        self.kernel = self._kernel(recipe.num_species) if self._as_written() else None
+        self.kernel = self._kernel(config.num_species) if self._as_written() else None
 
     def forward(
         self,
@@ -260,7 +262,7 @@ class Interaction(Resettable):
 
 
 def one_gate(
-    recipe: Recipe,
+    config: InteractionConfig,
     irreps_source: o3.Irreps,
     irreps: o3.Irreps,
     avg_num_neighbors: float,
@@ -270,11 +272,11 @@ def one_gate(
     """A gate of the library or of somebody's own, arguments as for :class:`Interaction`."""
     taken = irreps_source if entered is None else entered
     if gate is not None:
-        made = gate(taken, irreps, num_basis=recipe.num_basis, avg_num_neighbors=avg_num_neighbors)
+        made = gate(taken, irreps, num_basis=config.num_basis, avg_num_neighbors=avg_num_neighbors)
     else:
         lmax = max(ir.l for _, ir in irreps)
         # Partial: states that are scalars only, from which atoms may start, do not reach every fragment
-        made = OneBodyGate(taken, irreps, lmax, recipe.num_basis, avg_num_neighbors, recipe.symmetry, partial=True)
+        made = OneBodyGate(taken, irreps, lmax, config.num_basis, avg_num_neighbors, config.symmetry, partial=True)
     return made if entered is None else EnteredGate(irreps_source, entered, irreps, made)
 
 

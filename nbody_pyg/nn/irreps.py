@@ -19,7 +19,7 @@ from e3nn import o3
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from nbody_pyg.kernels.scope import constant_table
+from nbody_pyg.kernels.autograd_flags import constant_table
 
 #: Symmetry of the fragments: "o3" carries natural parity (-1)^l, "o3-full" both parities of every degree,
 #: "so3" ignores reflections as the paper does (every fragment is written even).

@@ -14,12 +14,12 @@ from e3nn import o3
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from nbody_pyg.kernels.autograd_flags import opaque_to_compile
 from nbody_pyg.kernels.backend import dispatch
 from nbody_pyg.kernels.codegen import Term
 from nbody_pyg.kernels.gpu.product import ProductProgram
 from nbody_pyg.kernels.linear import LinearKernel
 from nbody_pyg.kernels.ops import ProductKernel
-from nbody_pyg.kernels.scope import opaque_to_compile
 from nbody_pyg.kernels.update_source import Block
 from nbody_pyg.nn.irreps import (
     ConstantTables,

@@ -14,8 +14,8 @@ from torch import Tensor
 from torch_geometric.data import Data
 
 from nbody_pyg.geometry import edge_vectors, neighbour_list
-from nbody_pyg.kernels.scope import has_values
-from nbody_pyg.nn.exact import Float64Buffers
+from nbody_pyg.kernels.autograd_flags import has_values
+from nbody_pyg.nn.exact_buffers import Float64Buffers
 from nbody_pyg.nn.term import EnergyTerm, Structure
 from nbody_pyg.radial import quintic_step
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from nbody_pyg.geometry import edge_vectors, neighbour_list
 from nbody_pyg.hierarchy import Hierarchy, Scheme
-from nbody_pyg.kernels.scope import has_values
+from nbody_pyg.kernels.autograd_flags import has_values
 from nbody_pyg.messages import symbols
 from nbody_pyg.required import required
 from nbody_pyg.system import System

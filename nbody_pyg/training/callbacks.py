@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from nbody_pyg.durable import written_whole
+from nbody_pyg.atomic_write import atomic_write
 
 if TYPE_CHECKING:
     from nbody_pyg.training.trainer import Trainer
@@ -73,7 +73,7 @@ class MetricsCSV(Callback):
                 ]
             rows = [row for row in whole if row["step"].isdecimal() and int(row["step"]) <= trainer.step]
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with written_whole(self.path) as temporary, temporary.open("w", newline="") as file:
+        with atomic_write(self.path) as temporary, temporary.open("w", newline="") as file:
             writer = csv.DictWriter(file, self.columns)
             writer.writeheader()
             writer.writerows(rows)

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from nbody_pyg.durable import written_whole
+from nbody_pyg.atomic_write import atomic_write
 
 # A checkpoint is a zip file, which ends in an empty comment; the checksum of all that stands before becomes the
 # comment, so that file and checksum are one file and torch.load reads it as before.
@@ -41,7 +41,7 @@ def seal(path: str | Path) -> None:
 
 def write_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
     """Write a checkpoint with its checksum, whole or not at all."""
-    with written_whole(path, path.with_name(f".{path.name}.tmp")) as temporary:
+    with atomic_write(path, path.with_name(f".{path.name}.tmp")) as temporary:
         torch.save(content, temporary)
         seal(temporary)
 

@@ -16,7 +16,7 @@ from typing import Any
 import jsonargparse
 import yaml
 
-from nbody_pyg.durable import write_text
+from nbody_pyg.atomic_write import write_text
 from nbody_pyg.messages import nearest
 from nbody_pyg.properties import Property
 from nbody_pyg.training.settings import TrainingConfig, setting

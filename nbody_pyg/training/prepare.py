@@ -18,8 +18,8 @@ from torch_geometric.data import Data
 
 from nbody_pyg.datasets import (
     Split,
-    embedded,
     fit_atomic_energies,
+    load_embedded,
     load_qm9,
     load_qm9_dipoles,
     load_rmd17,
@@ -144,8 +144,8 @@ def load_data(config: DataConfig, split: Split | None = None) -> DataSets:
                     "have labels and units of their own; leave it out"
                 )
     if config.embedded is not None:
-        warm = {name: embedded(config.embedded, f"test_{name}") for name in ("300K", "600K")}
-        return _split(embedded(config.embedded), None, warm, config, split)
+        warm = {name: load_embedded(config.embedded, f"test_{name}") for name in ("300K", "600K")}
+        return _split(load_embedded(config.embedded), None, warm, config, split)
     if config.rmd17 is not None:
         num_train, num_val = config.num_train or 950, 50 if config.num_val is None else config.num_val
         found = load_rmd17(required(config.root), config.rmd17, config.split, num_train=num_train, num_val=num_val)

@@ -23,10 +23,10 @@ from nbody_pyg.training.checkpoint import changes, read_checkpoint
 from nbody_pyg.training.folder import RunFolder
 from nbody_pyg.training.labels import NO_FORCES, deciding_metric, force_variance, targets
 from nbody_pyg.training.loader import FrameLoader
+from nbody_pyg.training.malloc_tuning import tuned_malloc
 from nbody_pyg.training.processes import is_first_process, together
 from nbody_pyg.training.property_task import PropertyTask
 from nbody_pyg.training.settings import RESUMABLE, TrainingConfig
-from nbody_pyg.training.steady import steady_process
 from nbody_pyg.training.task import PotentialTask
 from nbody_pyg.training.trainer import Trainer
 
@@ -202,7 +202,7 @@ def fit_in(
         progress = [RunProgress(log, settings.log_every)] if show_progress else []
         listening = [log, *progress, *callbacks]
         last = _last_step(settings, epoch)
-        with together(settings) as device, steady_process():
+        with together(settings) as device, tuned_malloc():
             trainer = Trainer(task, loader, evaluation, run.path, last, identity, listening, device)
             if checkpoint is not None:
                 trainer.load(checkpoint)

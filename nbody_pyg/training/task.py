@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nbody_pyg.accelerate import compile_potential
+from nbody_pyg.compiled import compile_potential
 from nbody_pyg.potential import Potential
 from nbody_pyg.properties import PropertyModel
 from nbody_pyg.training.build import potential_config, potential_from_config

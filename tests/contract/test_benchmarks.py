@@ -17,7 +17,7 @@ from ase.io import write
 from ase.units import kcal, mol
 
 from nbody_pyg import NBodyNet, NestedShells
-from nbody_pyg.datasets import embedded
+from nbody_pyg.datasets import load_embedded
 from nbody_pyg.deploy import save_model
 from nbody_pyg.potential import Potential
 
@@ -116,7 +116,7 @@ def dimers(tmp_path):
 @pytest.fixture
 def rmd17(tmp_path):
     """A folder with files of the form of rMD17: the embedded ethanol in kcal/mol."""
-    frames, unit = embedded("ethanol"), kcal / mol
+    frames, unit = load_embedded("ethanol"), kcal / mol
     for part, rows in (("train", frames[:8]), ("test", frames[8:13])):
         np.savez(
             tmp_path / f"rmd17_ethanol_{part}_01.npz",

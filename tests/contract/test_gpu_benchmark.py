@@ -84,7 +84,7 @@ def test_models_on_a_device_and_missing_peers(gpu, tmp_path, capsys):
 
 def test_graphs_of_the_library_are_compared_then_timed(gpu, tmp_path, monkeypatch, capsys):
     """With a stand-in that runs again what it recorded; the mutant gives forces of before."""
-    from nbody_pyg import graphs
+    from nbody_pyg import cuda_graphs
 
     words = ("--waters", "4", "--batches", "2", "--sections", "graphs")
     status, found = _run(gpu, tmp_path, *words)
@@ -96,7 +96,7 @@ def test_graphs_of_the_library_are_compared_then_timed(gpu, tmp_path, monkeypatc
         def capture(self, run, device):
             return run
 
-    monkeypatch.setattr(graphs, "CudaRecorder", Again)
+    monkeypatch.setattr(cuda_graphs, "CudaRecorder", Again)
     status, found = _run(gpu, tmp_path, *words)
     assert status == 0
     records = found["results"]["graphs"]

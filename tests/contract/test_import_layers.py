@@ -10,7 +10,7 @@ import pytest
 
 # A part may import from the parts above it in this list, never from those below
 LAYERS = [
-    "durable",
+    "atomic_write",
     "messages",
     "renamed",
     "required",
@@ -28,9 +28,9 @@ LAYERS = [
     "network",
     "energy",
     "potential",
-    "recording",
-    "accelerate",
-    "graphs",
+    "static_eval",
+    "compiled",
+    "cuda_graphs",
     "properties",
     "datasets",
     "training",

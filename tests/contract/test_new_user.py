@@ -10,7 +10,7 @@ import re
 import numpy as np
 import pytest
 
-from nbody_pyg.datasets import embedded
+from nbody_pyg.datasets import load_embedded
 from nbody_pyg.units import energy_factor
 
 MARK = "<!-- run by tests/contract/test_new_user.py"
@@ -19,7 +19,7 @@ MARK = "<!-- run by tests/contract/test_new_user.py"
 @pytest.fixture
 def in_a_folder_with_md17(tmp_path, monkeypatch):
     """The embedded ethanol frames in the exact form of revised MD17."""
-    frames, factor = embedded("ethanol")[:24], energy_factor("kcal/mol")
+    frames, factor = load_embedded("ethanol")[:24], energy_factor("kcal/mol")
     folder = tmp_path / "data" / "MD17" / "revised ethanol" / "raw" / "rmd17" / "npz_data"
     for place in (folder, tmp_path / "data" / "MD17" / "raw" / "rmd17" / "npz_data"):
         place.mkdir(parents=True)

@@ -10,11 +10,11 @@ from torch import nn
 from torch_geometric.data import Batch, Data
 
 from nbody_pyg import BondTree, FromAssignment, NBodyNet, NestedShells, Potential, SmoothSurvivors
-from nbody_pyg.accelerate import CompiledPotential
+from nbody_pyg.compiled import CompiledPotential
+from nbody_pyg.cuda_graphs import CapturedPotential, CapturedStep
 from nbody_pyg.data import AtomicData
 from nbody_pyg.deploy import Committee, NBodyCalculator, relax, run_md
 from nbody_pyg.geometry import rounded_positions
-from nbody_pyg.graphs import CapturedPotential, CapturedStep
 from nbody_pyg.nn.repulsion import ZBLRepulsion
 from nbody_pyg.properties import Property, PropertyModel, property_irreps
 

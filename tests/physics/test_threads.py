@@ -16,10 +16,10 @@ from ase.build import molecule
 from ase.mep import NEB
 
 from nbody_pyg import NBodyNet, NestedShells, Potential
-from nbody_pyg.accelerate import compile_potential
+from nbody_pyg.compiled import compile_potential
 from nbody_pyg.deploy import Committee, NBodyCalculator, save_model
 from nbody_pyg.deploy.model_file import load_potential
-from nbody_pyg.kernels import scope
+from nbody_pyg.kernels import autograd_flags
 from nbody_pyg.kernels.opaque import opaque_products
 
 
@@ -113,7 +113,7 @@ def stress(seconds: float, evaluators: int, folder, backend: str = "aot_eager") 
         assert np.array_equal(own.get_forces(), wanted["forces"].numpy())
 
     counts = run_together(seconds, *[evaluate] * evaluators, train, compile, load, calculate)
-    assert not scope.is_tracing() and not scope.is_dry() and not scope.is_recording()
+    assert not autograd_flags.is_tracing() and not autograd_flags.is_dry() and not autograd_flags.is_recording()
     return counts
 
 
@@ -151,8 +151,8 @@ def test_a_thread_that_traces_changes_no_other(tmp_path):
     inside, done = threading.Event(), threading.Event()
 
     def fail() -> None:
-        with opaque_products(), scope.dry_run():
-            assert scope.is_tracing() and scope.is_dry() and scope.is_recording()
+        with opaque_products(), autograd_flags.dry_run():
+            assert autograd_flags.is_tracing() and autograd_flags.is_dry() and autograd_flags.is_recording()
             inside.set()
             done.wait(60)
             raise RuntimeError("on purpose")
@@ -160,13 +160,13 @@ def test_a_thread_that_traces_changes_no_other(tmp_path):
     def trace() -> None:
         with pytest.raises(RuntimeError, match="on purpose"):
             fail()
-        assert not (scope.is_tracing() or scope.is_dry() or scope.is_recording())
+        assert not (autograd_flags.is_tracing() or autograd_flags.is_dry() or autograd_flags.is_recording())
 
     with ThreadPoolExecutor(1) as pool:
         tracing = pool.submit(trace)
         assert inside.wait(60)
         try:
-            assert not (scope.is_tracing() or scope.is_dry() or scope.is_recording())
+            assert not (autograd_flags.is_tracing() or autograd_flags.is_dry() or autograd_flags.is_recording())
             assert_same(list(shared(z, pos).values()), list(wanted.values()), "results")
             assert len(step(other, z, pos)) > 10
         finally:
@@ -178,7 +178,7 @@ def test_a_table_of_a_tracer_is_not_kept():
     """Also not one that was made on the caller's default device or in inference mode."""
     made = []
 
-    @scope.constant_table
+    @autograd_flags.constant_table
     def table(size: int) -> torch.Tensor:
         made.append(size)
         return torch.ones(size)

@@ -14,7 +14,7 @@ from nbody_pyg import AtomicData, NBodyNet, NestedShells, Potential
 from nbody_pyg.cli.frames import read_structures
 from nbody_pyg.cli.main import main
 from nbody_pyg.data import electronic_state_of
-from nbody_pyg.datasets import embedded, label_audit, read_frames
+from nbody_pyg.datasets import label_audit, load_embedded, read_frames
 from nbody_pyg.deploy import Committee, NBodyCalculator, explain_energy, load_model, relax, save_model
 from nbody_pyg.training import TrainingConfig, fit
 from nbody_pyg.training.config import parse_config
@@ -224,7 +224,7 @@ def test_the_cache_sees_charges_and_spins():
 def labelled(states, offset=lambda q, s: 9.0 * q + 2.0 * (s - 1)) -> list[Atoms]:
     """Ethanol with several charges and spins, whose energies differ by an offset, and forces by a factor."""
     out = []
-    for number, frame in enumerate(embedded("ethanol")[:12]):
+    for number, frame in enumerate(load_embedded("ethanol")[:12]):
         state = states[number % len(states)]
         atoms = frame.to_ase()
         energy, forces = atoms.get_potential_energy(), atoms.get_forces()
@@ -307,7 +307,7 @@ def test_fit_refuses_what_the_network_cannot_learn(tmp_path):
 
 
 def test_files_in_arrays(tmp_path):
-    frames = embedded("ethanol")[:3]
+    frames = load_embedded("ethanol")[:3]
     arrays = {"z": frames[0].z.numpy(), "R": np.stack([f.pos.numpy() for f in frames]), "E": np.zeros(3)}
     units = {"e_unit": "eV", "r_unit": "Ang"}
     np.savez(tmp_path / "a.npz", **arrays, **units, charge=np.array([0, 1, -1]), multiplicity=2)
@@ -344,7 +344,7 @@ def test_an_ion_is_no_isolated_atom(tmp_path):
 @pytest.mark.slow
 def test_two_charge_states_are_learned(tmp_path):
     """Energies that differ by 9 eV, and forces of which one state has half again as much."""
-    frames, source = [], embedded("ethanol")[:60]
+    frames, source = [], load_embedded("ethanol")[:60]
     mean = torch.cat([frame.energy for frame in source]).mean()
     for frame in source:
         for charge in (0, 1):

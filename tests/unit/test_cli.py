@@ -32,7 +32,7 @@ from nbody_pyg.cli.main import build_parser
 from nbody_pyg.cli.outputs import output_file, output_folder
 from nbody_pyg.cli.tables import error_table, table
 from nbody_pyg.data import AtomicData
-from nbody_pyg.datasets import embedded
+from nbody_pyg.datasets import load_embedded
 from nbody_pyg.deploy import FORMAT_VERSION, NBodyCalculator, load_model, read_metadata, save_model
 from nbody_pyg.kernels import backend
 from nbody_pyg.properties import Property, PropertyModel, property_irreps
@@ -95,7 +95,7 @@ def test_train_prints_audit_and_table(tmp_path, capsys):
 
 
 def test_train_from_a_file_and_resume(tmp_path, capsys):
-    frames = [frame.to_ase() for frame in embedded("ethanol")[:14]]
+    frames = [frame.to_ase() for frame in load_embedded("ethanol")[:14]]
     write(tmp_path / "frames.xyz", frames)
     (tmp_path / "c.yaml").write_text(
         f"data: {{train: {tmp_path}/frames.xyz, num_val: 4}}\n"
@@ -123,7 +123,7 @@ def test_evaluate_agrees_with_training_and_writes_predictions(folder, tmp_path, 
     assert found["forces_mae"] == pytest.approx(expected["forces_mae"], rel=1e-5) and found["forces_mae"] > 0
     assert "E/atom MAE meV" in capsys.readouterr().out
     atoms = read(tmp_path / "ethanol_test_300K_predictions.xyz", 0)
-    label = embedded("ethanol", "test_300K")[0]
+    label = load_embedded("ethanol", "test_300K")[0]
     assert atoms.info["REF_energy"] == pytest.approx(float(label.energy))
     potential = load_model(model)
     assert atoms.get_potential_energy() == pytest.approx(float(potential(label)["energy"]), abs=1e-4)
@@ -132,7 +132,7 @@ def test_evaluate_agrees_with_training_and_writes_predictions(folder, tmp_path, 
 
 def test_evaluate_two_models_and_frames_without_labels(folder, tmp_path, capsys):
     model = str(folder / "model.nbody")
-    atoms = embedded("ethanol")[0].to_ase()
+    atoms = load_embedded("ethanol")[0].to_ase()
     atoms.calc = None
     write(tmp_path / "bare.xyz", atoms)
     assert main(["evaluate", model, str(tmp_path / "bare.xyz"), "--out", str(tmp_path / "a")]) == 0
@@ -185,7 +185,7 @@ def test_info_about_this_machine(capsys, monkeypatch, tmp_path):
 
 
 def test_md(folder, tmp_path, capsys):
-    write(tmp_path / "start.xyz", embedded("ethanol")[0].to_ase())
+    write(tmp_path / "start.xyz", load_embedded("ethanol")[0].to_ase())
     words = ["--steps", "20", "--every", "5", "--out", str(tmp_path / "md"), "--dtype", "float64"]
     assert main(["md", str(folder / "model.nbody"), str(tmp_path / "start.xyz"), *words]) == 0
     assert "drift" in capsys.readouterr().out
@@ -233,7 +233,7 @@ def test_models_of_properties_are_no_potentials(words, capsys, tmp_path, monkeyp
     properties = [Property("gap", "intensive", "eV")]
     net = NBodyNet([1, 6, 8], NestedShells((3.0,)), channels=4, irreps_out=str(property_irreps(properties)))
     save_model(PropertyModel(net, properties), "gap.nbody")
-    write("ethanol.xyz", embedded("ethanol")[0].to_ase())
+    write("ethanol.xyz", load_embedded("ethanol")[0].to_ase())
     assert main([words[0], "gap.nbody", *words[1:]]) == 1
     error = capsys.readouterr().err
     assert error.startswith(f"nbody {words[0]}: error: potential must give energies and forces, got a PropertyModel")
@@ -264,7 +264,7 @@ def test_sigterm_ends_with_its_status_and_a_checkpoint_to_go_on_from(tmp_path):
 def test_a_trajectory_that_is_continued_is_not_erased(folder, tmp_path, monkeypatch, capsys):
     """The folder by default is a fresh one; one that is named must be free, or its fate be said."""
     monkeypatch.chdir(tmp_path)
-    write("m.xyz", embedded("ethanol")[0].to_ase())
+    write("m.xyz", load_embedded("ethanol")[0].to_ase())
     model = str(folder / "model.nbody")
     assert main(["md", model, "m.xyz", "--steps", "20"]) == 0
     before = Path("md/trajectory.xyz").read_bytes()
@@ -299,7 +299,7 @@ def test_a_trajectory_that_is_continued_is_not_erased(folder, tmp_path, monkeypa
 )
 def test_what_exists_is_replaced_only_when_that_is_said(folder, tmp_path, monkeypatch, capsys, words, path, option):
     monkeypatch.chdir(tmp_path)
-    write("m.xyz", embedded("ethanol")[0].to_ase())
+    write("m.xyz", load_embedded("ethanol")[0].to_ase())
     words = [str(folder / "model.nbody") if word == "MODEL" else word for word in words]
     Path(path).parent.mkdir(exist_ok=True)
     Path(path).write_text("mine")
@@ -332,7 +332,7 @@ def test_what_exists_is_replaced_only_when_that_is_said(folder, tmp_path, monkey
 )
 def test_options_of_dynamics_that_contradict_each_other(folder, tmp_path, monkeypatch, capsys, words, message):
     monkeypatch.chdir(tmp_path)
-    atoms = embedded("ethanol")[0].to_ase()
+    atoms = load_embedded("ethanol")[0].to_ase()
     atoms.info["constraints_left_out"] = "FixBondLengths"
     write("m.xyz", atoms)
     assert main(["md", str(folder / "model.nbody"), *words]) == 1
@@ -418,7 +418,7 @@ def test_paths_may_have_a_tilde_or_a_variable(folder, tmp_path, monkeypatch, cap
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(folder))
     assert main(["info", "~/model.nbody"]) == 0 and main(["info", "$HOME/model.nbody"]) == 0
-    write(folder / "h.xyz", embedded("ethanol")[0].to_ase())
+    write(folder / "h.xyz", load_embedded("ethanol")[0].to_ase())
     assert main(["hierarchy", "~/h.xyz", "--plot", "$HOME/h.png"]) == 0 and (folder / "h.png").exists()
     Path("~").mkdir()
     Path("~/h.xyz").write_bytes((folder / "h.xyz").read_bytes())
@@ -451,7 +451,7 @@ def test_structures_that_cannot_be_read(folder, tmp_path, monkeypatch, capsys, c
 @pytest.mark.parametrize(("index", "atoms"), [(None, [9, 9, 9]), (0, [9]), (-1, [9]), (3, []), (-4, [])])
 def test_every_command_reads_the_files_that_training_reads(tmp_path, name, index, atoms):
     """Also with a byte order mark and with @ in the name."""
-    path, frames = tmp_path / name, [frame.to_ase() for frame in embedded("ethanol")[:3]]
+    path, frames = tmp_path / name, [frame.to_ase() for frame in load_embedded("ethanol")[:3]]
     if name == "a.npz":
         pos = np.stack([a.positions for a in frames])
         np.savez(path, z=frames[0].numbers, R=pos, E=np.zeros(3), F=0 * pos, energy_unit="eV", length_unit="angstrom")
@@ -471,7 +471,7 @@ def test_every_command_reads_the_files_that_training_reads(tmp_path, name, index
 def test_labels_of_other_positions_do_not_stay(folder, tmp_path, monkeypatch):
     """A database has them in its rows, where they neither stop the writing nor pass for those of what is computed."""
     monkeypatch.chdir(tmp_path)
-    frame = embedded("ethanol")[0].to_ase()
+    frame = load_embedded("ethanol")[0].to_ase()
     energy, forces, frame.calc = frame.get_potential_energy(), frame.get_forces(), None
     with connect("a.db") as rows:
         rows.write(frame, REF_energy=energy, config_type="a", data={"energy": [energy], "forces": forces})
@@ -505,7 +505,7 @@ def test_ctrl_c_is_one_line(command, capsys, monkeypatch):
 
 def test_ctrl_c_keeps_the_run_so_far(folder, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    write("m.xyz", embedded("ethanol")[0].to_ase())
+    write("m.xyz", load_embedded("ethanol")[0].to_ase())
     timer = threading.Timer(0.0, lambda: None)
     before = signal.getsignal(signal.SIGINT)  # ignored where a shell has put the tests into the background
 
@@ -626,7 +626,7 @@ SHORT = ["--model.channels", "4", "--model.lmax", "1", "--model.scheme.radii", "
 
 
 def ethanol(count: int) -> list[Atoms]:
-    return [frame.to_ase() for frame in embedded("ethanol")[:count]]
+    return [frame.to_ase() for frame in load_embedded("ethanol")[:count]]
 
 
 def test_evaluate_files_and_models_of_the_same_name(folder, tmp_path, capsys):
@@ -657,7 +657,7 @@ def test_evaluate_files_and_models_of_the_same_name(folder, tmp_path, capsys):
 
 
 def test_evaluate_names_an_odd_charge_by_the_number_of_its_frame(folder, tmp_path, capsys):
-    frames = [frame.to_ase() for frame in embedded("ethanol")[:4]]
+    frames = [frame.to_ase() for frame in load_embedded("ethanol")[:4]]
     frames[2].info["charge"] = 1
     write(tmp_path / "a.xyz", frames)
     words = [

@@ -14,7 +14,7 @@ from ase.io import write
 
 from nbody_pyg.cli import main
 from nbody_pyg.cli import train as train_module
-from nbody_pyg.datasets import embedded
+from nbody_pyg.datasets import load_embedded
 from nbody_pyg.deploy import load_model, read_metadata
 from nbody_pyg.training.checkpoint import read_checkpoint
 from nbody_pyg.training.config import load_config
@@ -24,7 +24,7 @@ TINY = ["--model.channels", "2", "--model.lmax", "1", "--model.scheme.radii", "[
 
 
 def structures(count: int, first: int = 0) -> list:
-    return [frame.to_ase() for frame in embedded("ethanol")[first : first + count]]
+    return [frame.to_ase() for frame in load_embedded("ethanol")[first : first + count]]
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ from nbody_pyg.compare.peer import MissingPeer
 from nbody_pyg.compare.point import Point, WrongData, failed_record, run_point
 from nbody_pyg.compare.report import comparison_rows, groups, load_records
 from nbody_pyg.compare.runner import Runner, Stopped
-from nbody_pyg.datasets import embedded
+from nbody_pyg.datasets import load_embedded
 
 SMALL = (
     "--models nbody schnet --model.channels 4 --model.lmax 1 --batch_size 2 --points 3 "
@@ -37,7 +37,7 @@ def frames(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("frames")
     for name, split, count in (("train", "train", 13), ("test", "test_300K", 4)):
         atoms = []
-        for frame in embedded("ethanol", split)[:count]:
+        for frame in load_embedded("ethanol", split)[:count]:
             each = frame.to_ase()
             each.calc = SinglePointCalculator(each, energy=float(frame.energy), forces=frame.forces.numpy())
             atoms.append(each)

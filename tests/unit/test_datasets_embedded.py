@@ -10,8 +10,8 @@ import pytest
 import torch
 from ase.data import covalent_radii
 
-from nbody_pyg.datasets import embedded, embedded_folder, embedded_manifest, fit_atomic_energies, label_audit
-from nbody_pyg.datasets import embedded as function
+from nbody_pyg.datasets import embedded_folder, embedded_manifest, fit_atomic_energies, label_audit, load_embedded
+from nbody_pyg.datasets import load_embedded as function
 from nbody_pyg.datasets.splits import Split
 
 MOLECULES = {"ethanol": 9, "alanine_dipeptide": 22}
@@ -20,7 +20,7 @@ SPLITS = ("train", "test_300K", "test_600K")
 
 @pytest.mark.parametrize("molecule", MOLECULES)
 def test_counts_and_labels(molecule):
-    groups = {split: embedded(molecule, split) for split in SPLITS}
+    groups = {split: load_embedded(molecule, split) for split in SPLITS}
     assert [len(frames) for frames in groups.values()] == [1000, 250, 250]
     table = label_audit(groups)
     assert table.count("energy") == table.count("forces") == (1500, 1500)
@@ -34,7 +34,7 @@ def test_counts_and_labels(molecule):
 
 @pytest.mark.parametrize("molecule", MOLECULES)
 def test_no_frame_stands_twice(molecule):
-    energies = [f.energy.item() for split in SPLITS for f in embedded(molecule, split)]
+    energies = [f.energy.item() for split in SPLITS for f in load_embedded(molecule, split)]
     assert len(set(energies)) == len(energies)
     Split(range(1000), range(1000, 1250), range(1250, 1500))
 
@@ -42,7 +42,7 @@ def test_no_frame_stands_twice(molecule):
 @pytest.mark.parametrize("molecule", MOLECULES)
 @pytest.mark.parametrize("split", SPLITS)
 def test_bonds_and_balance_of_forces(molecule, split):
-    frames = embedded(molecule, split)
+    frames = load_embedded(molecule, split)
     radii = covalent_radii[frames[0].z.numpy()]
     graphs = set()
     for frame in frames:
@@ -58,7 +58,7 @@ def test_bonds_and_balance_of_forces(molecule, split):
 def test_the_labels_are_those_of_the_method(molecule):
     """A new calculation gives the stored labels, and central differences of its energy the stored forces."""
     calculator = pytest.importorskip("tblite.ase", reason="needs tblite, from the extra [data]").TBLite
-    frame = embedded(molecule, "test_600K")[17]
+    frame = load_embedded(molecule, "test_600K")[17]
     atoms = frame.to_ase()
     atoms.calc = calculator(method="GFN2-xTB", accuracy=0.01, verbosity=0)
     assert atoms.get_potential_energy() == pytest.approx(frame.energy.item(), abs=1e-5)
@@ -79,7 +79,7 @@ def test_the_card_is_true():
     assert set(manifest["files"]) == {f"{m}_{s}.npz" for m in MOLECULES for s in SPLITS}
     assert sum((folder / name).stat().st_size for name in manifest["files"]) < 5_000_000
     for name, entry in manifest["files"].items():
-        frames = embedded(entry["molecule"], entry["split"])
+        frames = load_embedded(entry["molecule"], entry["split"])
         assert (folder / name).stat().st_size == entry["bytes"]
         assert (len(frames), frames[0].num_nodes) == (entry["frames"], entry["atoms"])
         energies = torch.cat([f.energy for f in frames])
@@ -93,7 +93,7 @@ def test_the_card_is_true():
 
 def test_references_of_free_atoms():
     e0 = {int(z): e for z, e in embedded_manifest()["isolated_atoms_eV"].items()}
-    frames = embedded("ethanol", "test_300K")
+    frames = load_embedded("ethanol", "test_300K")
     assert fit_atomic_energies(frames, e0) == {z: e0[z] for z in (1, 6, 8)}
     atomization = frames[0].energy.item() - sum(e0[z] for z in frames[0].z.tolist())
     assert -50 < atomization < -25  # ethanol is bound by some 33 eV; GFN2-xTB overbinds
@@ -101,9 +101,9 @@ def test_references_of_free_atoms():
 
 def test_errors(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"molecule 'ethanole' is not embedded; did you mean ethanol\?"):
-        embedded("ethanole")
+        load_embedded("ethanole")
     with pytest.raises(ValueError, match=r"split 'test' does not exist; did you mean test_.00K\?"):
-        embedded("ethanol", "test")
+        load_embedded("ethanol", "test")
     import sys
 
     module = sys.modules[function.__module__]
@@ -113,10 +113,10 @@ def test_errors(tmp_path, monkeypatch):
     path = folder / "ethanol_train.npz"
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(ValueError, match="is damaged"):
-        embedded("ethanol")
+        load_embedded("ethanol")
     path.unlink()
     with pytest.raises(FileNotFoundError, match=r"reinstall the package.*make_embedded.py"):
-        embedded("ethanol")
+        load_embedded("ethanol")
     json.loads((folder / "manifest.json").read_text())
 
 

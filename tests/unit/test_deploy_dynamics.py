@@ -15,7 +15,7 @@ from ase.io import read
 
 from nbody_pyg import Potential
 from nbody_pyg.cli.outputs import latest
-from nbody_pyg.datasets import embedded
+from nbody_pyg.datasets import load_embedded
 from nbody_pyg.deploy import NBodyCalculator, run_md
 from nbody_pyg.deploy.dynamics import cut_to_whole_frames
 
@@ -36,7 +36,7 @@ class Springs(torch.nn.Module):
 
 
 def molecule(stiffness: float = 1.0) -> Atoms:
-    atoms = embedded("ethanol")[0].to_ase()
+    atoms = load_embedded("ethanol")[0].to_ase()
     net = Springs(torch.as_tensor(atoms.positions), stiffness)
     atoms.calc = NBodyCalculator(Potential(net), dtype="float64")
     return atoms

@@ -14,14 +14,14 @@ import factories
 from comparison import assert_same_results
 from factories import StandIn
 from nbody_pyg import BondTree, EnergyTerm, NestedShells, Potential
-from nbody_pyg.accelerate import compile_potential
+from nbody_pyg.compiled import compile_potential
+from nbody_pyg.cuda_graphs import CapturedPotential, CapturedStep
 from nbody_pyg.data import AtomicData
-from nbody_pyg.datasets import embedded, fit_atomic_energies, fit_reference
+from nbody_pyg.datasets import fit_atomic_energies, fit_reference, load_embedded
 from nbody_pyg.deploy import NBodyCalculator, explain_energy, load_model, relax, run_md, save_model
 from nbody_pyg.energy import Structure
 from nbody_pyg.geometry import neighbour_list
-from nbody_pyg.graphs import CapturedPotential, CapturedStep
-from nbody_pyg.kernels.scope import tracing
+from nbody_pyg.kernels.autograd_flags import tracing
 from nbody_pyg.nn.repulsion import ZBLRepulsion
 from nbody_pyg.potential import parameter_gradients
 from nbody_pyg.radial import smooth_cutoff
@@ -154,7 +154,7 @@ def test_terms_without_weights_need_no_second_derivative(squeezed):
 
 
 def test_trained_saved_loaded_and_run(tmp_path):
-    frames = embedded("ethanol")[:6]
+    frames = load_embedded("ethanol")[:6]
     model = potential(Dispersion(5.0))
     fit(model, frames, [], TrainingConfig(max_steps=3, batch_size=3, dtype="float64"), tmp_path / "run")
     assert abs(float(model.terms[0].c6.detach()) - 20.0) > 1e-6
@@ -200,7 +200,7 @@ def test_a_file_imports_nothing(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(("cutoff", "reach"), [(2.5, {"C-H": 1.4}), (6.0, {"C-C": 3.5})], ids=["edges", "lists"])
 def test_recorded_programs_hold_all_terms(cutoff, reach):
-    frames = embedded("ethanol")[:6]
+    frames = load_embedded("ethanol")[:6]
     model = potential(Dispersion(cutoff), Well(), repulsion=ZBLRepulsion([1, 6, 8], reach))
     scheme, wanted_numbers = model.scheme, list(model.parameters())
     compiled = {mode: compile_potential(model, mode, backend="eager") for mode in ("md", "training")}
@@ -306,8 +306,8 @@ def test_old_names_still_work(ethanol):
     with pytest.warns(DeprecationWarning, match="training is now called create_graph"):
         assert model(ethanol, training=True)["forces"].requires_grad
     with pytest.warns(DeprecationWarning, match="fit_reference is now called fit_atomic_energies"):
-        found = fit_reference(embedded("ethanol")[:6])
-    assert found == fit_atomic_energies(embedded("ethanol")[:6])
+        found = fit_reference(load_embedded("ethanol")[:6])
+    assert found == fit_atomic_energies(load_embedded("ethanol")[:6])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         model(ethanol, create_graph=True)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from nbody_pyg import NBodyNet, NestedShells, Potential
 from nbody_pyg.cli import main
-from nbody_pyg.datasets import embedded, read_frames, read_indices, read_npz, read_split
+from nbody_pyg.datasets import load_embedded, read_frames, read_indices, read_npz, read_split
 from nbody_pyg.deploy import load_model, save_model
 from nbody_pyg.training.config import load_config
 
@@ -107,7 +107,7 @@ def test_clear_messages_pass(said):
 def files(tmp_path_factory):
     """One good file of every kind."""
     folder = tmp_path_factory.mktemp("good")
-    frames = embedded("ethanol")[:3]
+    frames = load_embedded("ethanol")[:3]
     for frame in frames:
         frame.to_ase().write(folder / "frames.xyz", append=True)
     z, pos = frames[0].z.numpy(), np.stack([f.pos.numpy() for f in frames])

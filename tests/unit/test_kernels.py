@@ -20,7 +20,7 @@ from nbody_pyg.kernels.operands import Several
 from nbody_pyg.nn import NBodyConv
 from nbody_pyg.nn.edges import EdgeEmbedding, EdgeFeatures
 from nbody_pyg.nn.gates import DensityGate, OneBodyGate, ProductGate
-from nbody_pyg.nn.interaction import Interaction, Recipe
+from nbody_pyg.nn.interaction import Interaction, InteractionConfig
 from nbody_pyg.nn.irreps import hidden_irreps, num_rows
 from nbody_pyg.nn.linear import RowLinear, blockwise_linear
 from nbody_pyg.nn.products import ChannelwiseProduct
@@ -389,7 +389,9 @@ def test_positions_have_three_components(name, width, generator):
 def test_gradients_of_factors_and_constants_alone(generator):
     """Fine-tuning that freezes all matrices: nothing else asks for gradients of weights."""
     irreps = hidden_irreps(3, 1)
-    layer = Interaction(Recipe(2, 3, 2, "o3", True), irreps, irreps, irreps, centred=True).double()
+    layer = Interaction(
+        InteractionConfig(2, 3, 2, "o3", True), irreps, irreps, irreps, target_has_species=True
+    ).double()
     edges, x = _edges(generator, 4, 4, 7, 1), _randn(generator, 4, 4, 3)
     species, free = torch.tensor([0, 1, 1, 0]), [layer.scale.weight, layer.bias]
     for parameter in layer.parameters():

@@ -10,7 +10,7 @@ import torch
 
 from nbody_pyg.kernels import build, set_backend
 from nbody_pyg.nn.edges import EdgeFeatures
-from nbody_pyg.nn.interaction import Interaction, Recipe
+from nbody_pyg.nn.interaction import Interaction, InteractionConfig
 from nbody_pyg.nn.irreps import hidden_irreps, num_rows
 
 pytestmark = pytest.mark.skipif(build.compiler() is None, reason="no C compiler")
@@ -29,7 +29,7 @@ def _interaction(channels, lmax, body_order, symmetry="o3", practical=True, scal
     torch.manual_seed(3)
     irreps = hidden_irreps(channels, lmax, symmetry)
     irreps_out = hidden_irreps(channels, 0, symmetry) if scalars else irreps
-    recipe = Recipe(NUM_SPECIES, NUM_BASIS, body_order, symmetry, practical)
+    recipe = InteractionConfig(NUM_SPECIES, NUM_BASIS, body_order, symmetry, practical)
     layer = Interaction(recipe, irreps, irreps if state else None, irreps if state else None, irreps_out, **options)
     layer.double()
     with torch.no_grad():
@@ -87,12 +87,32 @@ def _worst(case: _Case, weights_too: bool) -> float:
 
 
 CASES = {
-    "first layer": {"channels": 5, "lmax": 1, "body_order": 3, "state": False, "bare": True, "centred": True},
-    "second layer": {"channels": 19, "lmax": 2, "body_order": 3, "bare": True, "centred": True},
-    "scalars out": {"channels": 16, "lmax": 1, "body_order": 3, "bare": True, "centred": True, "scalars": True},
-    "no product": {"channels": 5, "lmax": 1, "body_order": 1, "bare": True, "centred": True},
+    "first layer": {
+        "channels": 5,
+        "lmax": 1,
+        "body_order": 3,
+        "state": False,
+        "source_has_species": True,
+        "target_has_species": True,
+    },
+    "second layer": {
+        "channels": 19,
+        "lmax": 2,
+        "body_order": 3,
+        "source_has_species": True,
+        "target_has_species": True,
+    },
+    "scalars out": {
+        "channels": 16,
+        "lmax": 1,
+        "body_order": 3,
+        "source_has_species": True,
+        "target_has_species": True,
+        "scalars": True,
+    },
+    "no product": {"channels": 5, "lmax": 1, "body_order": 1, "source_has_species": True, "target_has_species": True},
     "one product": {"channels": 5, "lmax": 1, "body_order": 2},
-    "four bodies": {"channels": 3, "lmax": 1, "body_order": 4, "bare": True, "centred": True},
+    "four bodies": {"channels": 3, "lmax": 1, "body_order": 4, "source_has_species": True, "target_has_species": True},
     "strict": {"channels": 16, "lmax": 1, "body_order": 3, "practical": False},
     "rotations only": {
         "channels": 3,
@@ -102,7 +122,7 @@ CASES = {
         "symmetry": "so3",
         "scalars": True,
     },
-    "both parities": {"channels": 3, "lmax": 1, "body_order": 3, "bare": True, "symmetry": "o3-full"},
+    "both parities": {"channels": 3, "lmax": 1, "body_order": 3, "source_has_species": True, "symmetry": "o3-full"},
 }
 
 
@@ -115,7 +135,7 @@ def test_the_compiled_update_is_that_of_plain_torch(name, weights_too):
 
 @pytest.mark.parametrize("nodes", [0, 1, 33])
 def test_tiles_that_are_empty_short_or_more_than_one(nodes):
-    layer = _interaction(channels=16, lmax=1, body_order=3, bare=True, centred=True)
+    layer = _interaction(channels=16, lmax=1, body_order=3, source_has_species=True, target_has_species=True)
     assert _worst(_Case(layer, True, nodes, edges=4 if nodes else 0), weights_too=False) < 1e-10
 
 
@@ -142,7 +162,7 @@ def test_a_third_derivative_is_an_error():
 
 def test_wrong_operands_are_named():
     set_backend("c")
-    layer = _interaction(channels=3, lmax=1, body_order=2, bare=True, centred=True)
+    layer = _interaction(channels=3, lmax=1, body_order=2, source_has_species=True, target_has_species=True)
     case = _Case(layer, True)
     matrices = layer._matrices()
     inputs = [torch.randn(4, size, dtype=torch.float64) for size in layer.kernel.update.inputs]

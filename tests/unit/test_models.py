@@ -15,7 +15,7 @@ from torch_geometric.nn import SchNet
 import factories
 from nbody_pyg import BondTree, FromAssignment, NBodyNet, NestedShells, Potential
 from nbody_pyg.data import AtomicData
-from nbody_pyg.datasets import embedded
+from nbody_pyg.datasets import load_embedded
 from nbody_pyg.explain import ExplainableNet
 from nbody_pyg.hierarchy import SmoothSurvivors
 from nbody_pyg.models import edge_degrees
@@ -124,7 +124,7 @@ def test_presets():
 @pytest.mark.parametrize("scheme", [BondTree(), NestedShells()], ids=["tree", "shells"])
 def test_a_fresh_network_starts_in_range_however_deep_it_is(scheme):
     """Forces in the size of eV per angstrom: products of products, over ten steps of a tree, do not tower up."""
-    frame = scheme(embedded("alanine_dipeptide")[0])
+    frame = scheme(load_embedded("alanine_dipeptide")[0])
     for seed in range(3):
         torch.manual_seed(seed)
         potential = Potential(NBodyNet([1, 6, 7, 8], scheme, channels=16, degrees=edge_degrees(scheme, [frame])))
@@ -464,7 +464,7 @@ def test_cells_without_atoms(scheme, long_range, molecules):
 
 
 def test_a_property_of_nothing_is_its_mean():
-    frame = embedded("ethanol")[0]
+    frame = load_embedded("ethanol")[0]
     wanted = [Property("gap", "intensive"), Property("dipole", "dipole")]
     model = PropertyModel(_net(irreps_out=str(property_irreps(wanted))), wanted, {"gap": Statistics(mean=2.0)})
     empty = Data(z=frame.z[:0], pos=frame.pos[:0])

@@ -9,7 +9,7 @@ import torch
 from torch_geometric.data import Batch, Data
 
 from nbody_pyg import AtomicData, BondTree, FromAssignment, NBodyNet, NestedShells, Potential, SmoothSurvivors
-from nbody_pyg.accelerate import compile_potential
+from nbody_pyg.compiled import compile_potential
 from nbody_pyg.data import complete_states
 from nbody_pyg.deploy import load_model, save_model
 from nbody_pyg.explain import ExplainableNet

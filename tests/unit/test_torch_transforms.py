@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from nbody_pyg import BondTree, NBodyNet, NestedShells, Potential
 from nbody_pyg.hierarchy.positions import atomic_masses
-from nbody_pyg.kernels import available_backends, backend, operands, scope, set_backend
+from nbody_pyg.kernels import autograd_flags, available_backends, backend, operands, set_backend
 from nbody_pyg.nn import FullProduct, IrrepsLinear, NBodyConv, OneBodyGate
 from nbody_pyg.nn.edges import EdgeFeatures
 
@@ -248,8 +248,12 @@ def test_which_tensors_compiled_code_may_see():
     def mapped(row):
         with pytest.raises(TypeError, match="numbers in memory"):
             operands.addresses([row], [3], [torch.float32])
-        assert backend(row) == "torch" and not scope.has_values(row)
+        assert backend(row) == "torch" and not autograd_flags.has_values(row)
         return row
 
     torch.vmap(mapped)(x)
-    assert scope.has_values(x) and not scope.has_values(x.to("meta")) and not scope.is_transformed()
+    assert (
+        autograd_flags.has_values(x)
+        and not autograd_flags.has_values(x.to("meta"))
+        and not autograd_flags.is_transformed()
+    )

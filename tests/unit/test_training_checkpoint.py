@@ -10,7 +10,7 @@ import torch
 
 from nbody_pyg import NBodyNet, NestedShells, Potential
 from nbody_pyg.cli import main
-from nbody_pyg.datasets import embedded
+from nbody_pyg.datasets import load_embedded
 from nbody_pyg.deploy import load_model, save_model
 from nbody_pyg.training import PotentialTask, TrainingConfig, fit
 from nbody_pyg.training.checkpoint import changes, read_checkpoint, seal
@@ -22,7 +22,7 @@ def run(tmp_path_factory):
     path = tmp_path_factory.mktemp("run")
     torch.manual_seed(0)
     model = Potential(NBodyNet([1, 6, 8], NestedShells((3.0,)), channels=2, lmax=1))
-    frames = embedded("ethanol")[:6]
+    frames = load_embedded("ethanol")[:6]
     settings = TrainingConfig(max_steps=4, batch_size=3, validate_every=2)
     fit(model, frames, frames[:2], settings, path, show_progress=False)
     save_model(model, path / "model.nbody")

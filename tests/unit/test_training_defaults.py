@@ -14,7 +14,7 @@ from ase.io import write
 
 from nbody_pyg.cli import main
 from nbody_pyg.data import AtomicData
-from nbody_pyg.datasets import embedded
+from nbody_pyg.datasets import load_embedded
 from nbody_pyg.deploy import read_metadata
 from nbody_pyg.training.config import load_config
 from nbody_pyg.training.defaults import CHOSEN, FrameStatistics, choose_defaults, keep_choices
@@ -53,7 +53,7 @@ def water() -> list[Atoms]:
 
 
 def ethanol(count: int = 4) -> list[Atoms]:
-    return [frame.to_ase() for frame in embedded("ethanol")[:count]]
+    return [frame.to_ase() for frame in load_embedded("ethanol")[:count]]
 
 
 def data(systems: list[Atoms]) -> DataSets:

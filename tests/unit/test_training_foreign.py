@@ -7,7 +7,7 @@ import torch
 from torch_geometric.nn import SchNet
 
 from nbody_pyg import Potential
-from nbody_pyg.datasets import embedded, fit_atomic_energies
+from nbody_pyg.datasets import fit_atomic_energies, load_embedded
 from nbody_pyg.deploy import load_model, save_model
 from nbody_pyg.nn import InteractionGraph
 from nbody_pyg.testing import assert_conservative, assert_permutation_invariant
@@ -20,7 +20,7 @@ def schnet() -> SchNet:
 
 
 def test_schnet_learns_forces_and_is_saved(tmp_path):
-    frames = embedded("ethanol")[:24]
+    frames = load_embedded("ethanol")[:24]
     potential = Potential(schnet(), fit_atomic_energies(frames), force_variance(frames) ** 0.5)
     before = evaluate(potential, frames[:16]).errors["forces_mae"]
     settings = TrainingConfig(max_steps=150, batch_size=4, optimizer="adam", lr=5e-3, validate_every=75)

@@ -9,7 +9,7 @@ from e3nn import o3
 from torch import nn
 
 from nbody_pyg import BondTree, FromAssignment, NBodyNet, NestedShells, Potential, SmoothSurvivors
-from nbody_pyg.accelerate import compile_potential
+from nbody_pyg.compiled import compile_potential
 from nbody_pyg.data import AtomicData
 from nbody_pyg.deploy import NBodyCalculator, load_model, save_model
 from nbody_pyg.explain import ExplainableNet

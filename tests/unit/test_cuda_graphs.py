@@ -15,13 +15,13 @@ from torch_geometric.data import Batch, Data
 
 from comparison import assert_same_results
 from factories import StandIn
-from nbody_pyg import BondTree, NBodyNet, NestedShells, Potential, SmoothSurvivors, graphs
+from nbody_pyg import BondTree, NBodyNet, NestedShells, Potential, SmoothSurvivors, cuda_graphs
 from nbody_pyg.cli.main import main
-from nbody_pyg.datasets import embedded
+from nbody_pyg.cuda_graphs import CapturedPotential, CapturedStep
+from nbody_pyg.datasets import load_embedded
 from nbody_pyg.deploy import NBodyCalculator, save_model
-from nbody_pyg.graphs import CapturedPotential, CapturedStep
 from nbody_pyg.hierarchy import TopologyCache
-from nbody_pyg.kernels import scope, set_backend
+from nbody_pyg.kernels import autograd_flags, set_backend
 from nbody_pyg.kernels.gpu import build
 from nbody_pyg.kernels.gpu.order import EdgeOrder, edge_order, renew_orders
 from nbody_pyg.nn.repulsion import ZBLRepulsion
@@ -47,7 +47,7 @@ def network(scheme=SHELLS, **arguments) -> Potential:
 
 @pytest.fixture(scope="module")
 def frame():
-    return embedded("ethanol")[0]
+    return load_embedded("ethanol")[0]
 
 
 def moved(frame, step: int) -> dict[str, Tensor]:
@@ -75,18 +75,18 @@ def test_replays_are_the_potential(frame, scheme):
         assert_same_results(found, before)
     assert (kept[1][0]["forces"] - kept[5][0]["forces"]).abs().max() > 1e-3
     assert (captured.calls, captured.captures, captured.replays, captured.failure) == (6, 1, 5, None)
-    assert recorder.captured == 1 and recorder.replayed == 5 and not scope.is_tracing()
+    assert recorder.captured == 1 and recorder.replayed == 5 and not autograd_flags.is_tracing()
 
 
 def test_index_tensors_are_copied_only_when_they_are_others(frame, monkeypatch):
     copies: list[int] = []
-    call = graphs._Graph.__call__
+    call = cuda_graphs._Graph.__call__
 
     def counted(self, tensors, fresh):
         copies.append(len(fresh))
         return call(self, tensors, fresh)
 
-    monkeypatch.setattr(graphs._Graph, "__call__", counted)
+    monkeypatch.setattr(cuda_graphs._Graph, "__call__", counted)
     potential = network()
     captured = CapturedPotential(potential, recorder=StandIn())
     topology = SHELLS.topology(**moved(frame, 0))
@@ -233,8 +233,8 @@ def test_edges_that_are_not_copied_are_noticed(frame, monkeypatch):
     topology = SHELLS.topology(**moved(frame, 0))
     for step in range(4):
         captured(**moved(frame, step), topology=topology)
-    call = graphs._Graph.__call__
-    monkeypatch.setattr(graphs._Graph, "__call__", lambda self, t, fresh: call(self, t, fresh[:1]))
+    call = cuda_graphs._Graph.__call__
+    monkeypatch.setattr(cuda_graphs._Graph, "__call__", lambda self, t, fresh: call(self, t, fresh[:1]))
     order = torch.arange(len(frame.z)).flip(0)
     turned = {key: value[order] for key, value in moved(frame, 4).items()}
     with pytest.warns(RuntimeWarning, match="results differ from eager mode"):
@@ -289,7 +289,7 @@ def test_untrimmed_lists_give_the_same_energies(frame, scheme, periodic):
 
 @pytest.fixture
 def stand_in(monkeypatch):
-    monkeypatch.setattr(graphs, "CudaRecorder", StandIn)
+    monkeypatch.setattr(cuda_graphs, "CudaRecorder", StandIn)
 
 
 def test_dynamics_of_a_crystal(stand_in):
@@ -297,16 +297,16 @@ def test_dynamics_of_a_crystal(stand_in):
     atoms = bulk("C", "diamond", a=3.7, cubic=True)
     atoms.rattle(0.05, seed=1)
     results = {}
-    for cuda_graphs in (False, True):
+    for replays in (False, True):
         copy = atoms.copy()
-        copy.calc = calculator = NBodyCalculator(network(), skin=0.4, cuda_graphs=cuda_graphs)
+        copy.calc = calculator = NBodyCalculator(network(), skin=0.4, cuda_graphs=replays)
         steps, generator = [], np.random.default_rng(1)
         for step in range(12):
             copy.positions += 0.05 * generator.normal(size=copy.positions.shape)
             if step > 8:
                 copy.set_cell(copy.cell * 1.001, scale_atoms=True)
             steps.append((copy.get_potential_energy(), copy.get_forces(), copy.get_stress()))
-        results[cuda_graphs] = [np.array(column) for column in zip(*steps, strict=True)]
+        results[replays] = [np.array(column) for column in zip(*steps, strict=True)]
     captured = calculator._evaluate
     assert captured.failure is None and captured.captures >= 1 and captured.replays >= 6
     assert calculator.topologies.rebuilds > 1
@@ -334,7 +334,7 @@ def forces_and_energies(results: dict[str, Tensor], labels: dict[str, Tensor]) -
 
 def batches(scheme, count: int = 6):
     """Batches of three frames that share their numbers of edges: all atoms lie within the radii."""
-    frames = [scheme(frame) for frame in embedded("ethanol")[: 3 * count]]
+    frames = [scheme(frame) for frame in load_embedded("ethanol")[: 3 * count]]
     for start in range(0, len(frames), 3):
         batch = Batch.from_data_list(frames[start : start + 3])
         yield batch, {"forces": batch.forces, "energy": batch.energy}
@@ -415,7 +415,7 @@ def test_wrong_gradients_are_noticed(monkeypatch):
     given = list(batches(scheme, 4))
     step = CapturedStep(potential, forces_and_energies, recorder=StandIn())
     right = CapturedStep._gradient
-    wrong = lambda self, value: right(self, value) * (1.01 if scope.is_tracing() else 1.0)  # noqa: E731
+    wrong = lambda self, value: right(self, value) * (1.01 if autograd_flags.is_tracing() else 1.0)  # noqa: E731
     monkeypatch.setattr(CapturedStep, "_gradient", wrong)
     step(*given[0])
     with pytest.warns(RuntimeWarning, match="results differ from eager mode by 1.0e-02"):

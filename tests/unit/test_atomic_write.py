@@ -13,10 +13,10 @@ import pytest
 import torch
 
 from nbody_pyg import NBodyNet, NestedShells, Potential, durable
+from nbody_pyg.atomic_write import atomic_write, write_json, write_text
 from nbody_pyg.cli import main
-from nbody_pyg.datasets import embedded
+from nbody_pyg.datasets import load_embedded
 from nbody_pyg.deploy import load_model, model_file, save_model
-from nbody_pyg.durable import write_json, write_text, written_whole
 from nbody_pyg.training import TrainingConfig, fit
 
 
@@ -42,7 +42,7 @@ def test_a_full_disk_leaves_the_old_model_and_no_rest(tmp_path, monkeypatch):
 
 
 def test_a_full_disk_while_training_leaves_the_last_checkpoint(tmp_path, monkeypatch):
-    frames = embedded("ethanol")[:8]
+    frames = load_embedded("ethanol")[:8]
     settings = TrainingConfig(max_steps=2, batch_size=4, validate_every=2)
     fit(potential(), frames, frames[:2], settings, tmp_path, show_progress=False)
     before = (tmp_path / "last.ckpt").read_bytes()
@@ -60,7 +60,7 @@ def test_the_command_says_so_in_one_line(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(model_file, "save_file", lambda tensors, path, metadata: full_disk(path))
     words = ["--data.embedded", "ethanol", "--data.num_train", "4", "--data.num_val", "2", "--training.max_steps", "1"]
     words += ["--model.channels", "2", "--output.folder", str(tmp_path), "--output.plot", "false"]
-    monkeypatch.setattr("nbody_pyg.training.prepare.embedded", lambda *a: embedded("ethanol")[:8])
+    monkeypatch.setattr("nbody_pyg.training.prepare.embedded", lambda *a: load_embedded("ethanol")[:8])
     assert main(["train", *words]) == 1
     lines = capsys.readouterr().err.strip().splitlines()
     assert lines[-1].startswith("nbody train: error: ") and "No space left on device" in lines[-1]
@@ -74,7 +74,7 @@ def test_a_kill_while_saving_leaves_the_old_model(tmp_path):
     script = textwrap.dedent(f"""
         import os, runpy, signal
         durable = runpy.run_path({durable.__file__!r})  # without torch, whose import takes seconds
-        with durable["written_whole"]({str(path)!r}) as temporary:
+        with durable["atomic_write"]({str(path)!r}) as temporary:
             temporary.write_bytes(b"half of a model")
             os.kill(os.getpid(), signal.SIGKILL)
     """)
@@ -90,13 +90,13 @@ def test_a_kill_while_saving_leaves_the_old_model(tmp_path):
 def test_written_whole_replaces_and_cleans_up(tmp_path):
     path = tmp_path / "a.txt"
     for text in ("one", "two"):
-        with written_whole(path) as temporary:
+        with atomic_write(path) as temporary:
             temporary.write_text(text)
             assert temporary != path
         assert path.read_text() == text
 
     def interrupted():
-        with written_whole(path) as temporary:
+        with atomic_write(path) as temporary:
             temporary.write_text("three")
             raise KeyboardInterrupt
 
@@ -126,9 +126,9 @@ def test_links_are_followed_and_devices_written_to(tmp_path):
     assert (tmp_path / "link.json").is_symlink() and '"a"' in (tmp_path / "real" / "file.json").read_text("utf-8")
     write_text("/dev/null", "text")
     assert not os.path.isfile("/dev/null")
-    with written_whole(tmp_path / "plot.png") as temporary:
+    with atomic_write(tmp_path / "plot.png") as temporary:
         assert temporary.suffix == ".png" and temporary.parent == tmp_path, "writers add a suffix that is missing"
-        with written_whole(tmp_path / "plot.png") as other:
+        with atomic_write(tmp_path / "plot.png") as other:
             other.write_bytes(b"2")
         temporary.write_bytes(b"1")
     assert (tmp_path / "plot.png").read_bytes() == b"1" and len(list(tmp_path.iterdir())) == 3
@@ -137,6 +137,6 @@ def test_links_are_followed_and_devices_written_to(tmp_path):
 def test_an_error_of_the_system_names_the_file(tmp_path):
     """Not the temporary one, and also where the system names none, as for a full disk."""
     for name in (None, "temporary"):
-        with pytest.raises(OSError, match="No space left") as error, written_whole(tmp_path / "a.txt") as temporary:
+        with pytest.raises(OSError, match="No space left") as error, atomic_write(tmp_path / "a.txt") as temporary:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), name and str(temporary))
         assert error.value.filename == str(tmp_path / "a.txt") and not list(tmp_path.iterdir())

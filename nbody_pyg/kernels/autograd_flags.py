@@ -100,7 +100,7 @@ def has_values(tensor: torch.Tensor) -> bool:
 
 _REASON = (
     "nbody_pyg runs its own compiled kernels here, which torch.compile cannot look into; leave fullgraph off, or compile "
-    "the whole potential with nbody_pyg.accelerate.compile_potential"
+    "the whole potential with nbody_pyg.compiled.compile_potential"
 )
 
 
@@ -142,7 +142,7 @@ def in_own_precision(forward: Function) -> Function:
         if arguments and isinstance(arguments[0], torch.fx.Proxy):
             raise TypeError(
                 f"torch.fx.symbolic_trace cannot follow {type(self).__name__}, whose operations depend on its input; use "
-                "torch.export, or nbody_pyg.accelerate.compile_potential"
+                "torch.export, or nbody_pyg.compiled.compile_potential"
             )
         if not (torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")):
             return forward(self, *arguments, **keywords)

@@ -14,7 +14,7 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX, _LARGE = -1, -4, 2**31 - 1
 
 
 @contextlib.contextmanager
-def steady_process() -> Iterator[None]:
+def tuned_malloc() -> Iterator[None]:
     """Inside, what exists already is left out of garbage collection, and memory is kept for the next step.
 
     A full collection walks through everything that torch has loaded, which takes longer than a

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 @contextlib.contextmanager
-def written_whole(path: str | Path, temporary: str | Path | None = None) -> Iterator[Path]:
+def atomic_write(path: str | Path, temporary: str | Path | None = None) -> Iterator[Path]:
     """Give the name of a temporary file beside ``path`` to write to; then make it ``path``.
 
     The content is on the disk before it takes the name, and the name before this returns, so that at every moment
@@ -55,13 +55,13 @@ def written_whole(path: str | Path, temporary: str | Path | None = None) -> Iter
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write a text in UTF-8, whole or not at all; see :func:`written_whole`."""
-    with written_whole(path) as temporary:
+    """Write a text in UTF-8, whole or not at all; see :func:`atomic_write`."""
+    with atomic_write(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def write_json(path: str | Path, value: Any, **options: Any) -> None:
-    """Write a value as indented JSON, whole or not at all; see :func:`written_whole`.
+    """Write a value as indented JSON, whole or not at all; see :func:`atomic_write`.
 
     Args:
         options: further arguments of ``json.dumps``.
@@ -71,7 +71,7 @@ def write_json(path: str | Path, value: Any, **options: Any) -> None:
 
 def save_figure(figure: Figure, path: Path, **options: Any) -> Path:
     """Draw a matplotlib figure into a file, whole or not at all; returns its name."""
-    with written_whole(path) as temporary:
+    with atomic_write(path) as temporary:
         figure.savefig(temporary, format=path.suffix[1:], **options)
     return path
 

@@ -9,10 +9,10 @@ from torch_geometric.data import Batch
 
 from comparison import assert_same_results
 from nbody_pyg import BondTree, NBodyNet, NestedShells, Potential, SmoothSurvivors
-from nbody_pyg.accelerate import compile_potential
-from nbody_pyg.datasets import embedded
+from nbody_pyg.compiled import compile_potential
+from nbody_pyg.datasets import load_embedded
 from nbody_pyg.deploy import NBodyCalculator
-from nbody_pyg.kernels import scope
+from nbody_pyg.kernels import autograd_flags
 from nbody_pyg.nn.repulsion import ZBLRepulsion
 from nbody_pyg.potential import parameter_gradients
 from nbody_pyg.training import TrainingConfig, fit
@@ -28,7 +28,7 @@ def network(scheme=None, **arguments) -> Potential:
 
 @pytest.fixture(scope="module")
 def frames():
-    return embedded("ethanol")[:6]
+    return load_embedded("ethanol")[:6]
 
 
 def batch_of(frames, scheme, count: int) -> Batch:
@@ -76,7 +76,7 @@ def test_batches_of_another_kind_run_in_eager_mode(frames):
     with pytest.raises(ValueError, match="z must hold elements of this model"):
         compiled(bad)
     assert before == {k: v for k, v in vars(torch._dynamo.config).items() if isinstance(v, (bool, int))}
-    assert not scope.is_recording() and not scope.is_tracing() and not scope.is_dry()
+    assert not autograd_flags.is_recording() and not autograd_flags.is_tracing() and not autograd_flags.is_dry()
 
 
 @pytest.mark.parametrize("stored", [True, False], ids=["stored", "searched"])
@@ -116,7 +116,7 @@ def test_a_wrong_program_is_noticed(frames, monkeypatch):
     potential = network()
     compiled = compile_potential(potential, backend="eager")
     batch = batch_of(frames, potential.model.scheme, 4)
-    wrong = "nbody_pyg.accelerate._Program.__call__"
+    wrong = "nbody_pyg.compiled._Program.__call__"
     monkeypatch.setattr(wrong, lambda *_: potential(batch) | {"forces": 1.01 * potential(batch)["forces"]})
     with pytest.warns(RuntimeWarning, match=r"compiling the potential failed \(ArithmeticError: results differ"):
         assert_same_results(compiled(batch), potential(batch))
@@ -130,7 +130,7 @@ def test_a_compiler_that_fails_is_no_disaster(frames, monkeypatch):
     def fail(*_, **__):
         raise RuntimeError("no compiler here")
 
-    monkeypatch.setattr("nbody_pyg.accelerate._Program._trace", fail)
+    monkeypatch.setattr("nbody_pyg.compiled._Program._trace", fail)
     compiled = compile_potential(potential)
     batch = batch_of(frames, potential.model.scheme, 4)
     with pytest.warns(RuntimeWarning, match="no compiler here"):
