@@ -223,6 +223,11 @@ def _default(function: object, name: str) -> str:
 
 #: Defaults on pages and in sentences: where, the sentence with the value as its groups, and what it is in the code
 DERIVED = [
+    (
+        "docs/conventions.md",
+        r"`([\w+ ]+)` \(default\) \| \d+, \d+",
+        lambda: [" + ".join(f"{mul}x{ir}" for mul, ir in NBodyNet([1]).irreps)],
+    ),
     ("docs/conventions.md", r'`"([\w-]+)"` \(default\) \| 0e', lambda: [NBodyNet.DEFAULTS["symmetry"]]),
     (
         "docs/conventions.md",
