@@ -223,8 +223,10 @@ class Potential(Float64Buffers):
         if derivative:
             _refuse_modes()
         with torch.set_grad_enabled(derivative or (create_graph and torch.is_grad_enabled())):
-            # Terms without weights need a graph of their forces only where these are differentiated by positions
-            apart = derivative and create_graph and not (second or system.pos.requires_grad)
+            # Terms without weights need a graph only where the caller goes on to differentiate by what they depend on
+            given = (system.pos, system.cell, system.total_charge, system.formal_charges, system.spin)
+            followed = second or any(t is not None and t.requires_grad for t in given)
+            apart = derivative and create_graph and not followed
             if derivative and (second or not system.pos.requires_grad):
                 system = system.replace(pos=system.pos.detach().requires_grad_(True))
             inputs, moved = [system.pos], system
