@@ -31,6 +31,8 @@ LAYERS = [
     "static_eval",
     "compiled",
     "cuda_graphs",
+    "accelerate",
+    "graphs",
     "properties",
     "datasets",
     "training",
