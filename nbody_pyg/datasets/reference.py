@@ -138,9 +138,7 @@ def is_isolated_atom(frame: Data) -> bool:
     return neighbour_list(frame.pos, _ALONE, None, cell, pbc)[0].shape[1] == 0
 
 
-def _from_isolated(
-    energies: np.ndarray, counts: np.ndarray, species: Sequence[int], single: np.ndarray
-) -> np.ndarray:
+def _from_isolated(energies: np.ndarray, counts: np.ndarray, species: Sequence[int], single: np.ndarray) -> np.ndarray:
     values = []
     for column, z in enumerate(species):
         mine = energies[single & (counts[:, column] == 1)]
