@@ -104,9 +104,9 @@ def choose_defaults(config: Config, data: DataSets) -> tuple[Config, tuple[Choic
     angstrom and keep 3.5 and 5. Beyond, as in metals and semiconductors, the network gets the degree 3 with 16
     channels: atoms have many neighbours, whose angles count.
     Energies count per molecule where all frames are molecules of one size, and else per atom, since the energies of
-    large cells would outweigh the forces. Stress is trained on where frames have one. E0 is that of isolated atoms where
-    every element has a frame of one atom without images nearer than 6 angstrom. A step takes as many frames as have
-    10,000 edges, and at most five.
+    large cells would outweigh the forces. Stress is trained on where frames have one. E0 is that of isolated atoms
+    where every element has a frame of one atom without images nearer than 6 angstrom. A step takes as many frames as
+    have 10,000 edges, and at most five.
 
     What the user named stays as it is, so that a configuration read from the ``config.yaml`` of a run is not changed.
     """
