@@ -350,7 +350,7 @@ class Potential(Float64Buffers):
         if not has_values(system.pos):
             raise RuntimeError(
                 "a potential looks at values of positions and differentiates by them, which tracers, torch.vmap, fake "
-                "and meta tensors do not allow; trace its model with topology=..., or use accelerate.compile_potential"
+                "and meta tensors do not allow; trace its model with topology=..., or use compiled.compile_potential"
             )
         stated = isinstance(z, (System, Data)) or given.get("batch_size") is not None
         if system.num_graphs == 0 or (len(system.z) == 0 and not stated):
