@@ -223,8 +223,10 @@ class Potential(Float64Buffers):
         if derivative:
             _refuse_modes()
         with torch.set_grad_enabled(derivative or (create_graph and torch.is_grad_enabled())):
-            # Terms without weights need a graph of their forces only where these are differentiated by positions
-            apart = derivative and create_graph and not (second or system.pos.requires_grad)
+            # Terms without weights need a graph only where the caller goes on to differentiate by what they depend on
+            given = (system.pos, system.cell, system.total_charge, system.formal_charges, system.spin)
+            followed = second or any(t is not None and t.requires_grad for t in given)
+            apart = derivative and create_graph and not followed
             if derivative and (second or not system.pos.requires_grad):
                 system = system.replace(pos=system.pos.detach().requires_grad_(True))
             inputs, moved = [system.pos], system
@@ -348,7 +350,7 @@ class Potential(Float64Buffers):
         if not has_values(system.pos):
             raise RuntimeError(
                 "a potential looks at values of positions and differentiates by them, which tracers, torch.vmap, fake "
-                "and meta tensors do not allow; trace its model with topology=..., or use accelerate.compile_potential"
+                "and meta tensors do not allow; trace its model with topology=..., or use compiled.compile_potential"
             )
         stated = isinstance(z, (System, Data)) or given.get("batch_size") is not None
         if system.num_graphs == 0 or (len(system.z) == 0 and not stated):

@@ -104,14 +104,14 @@ def read_frames(
 
 
 def find_files(paths: str | Path | Sequence[str | Path]) -> list[Path]:
-    """The files that names, folders and patterns such as ``"run*/frames.xyz"`` stand for, each once.
+    """The files that names, folders and patterns such as ``"run*/frames.xyz"`` stand for, each once, however named.
 
     Names keep their order; the files of a folder and of a pattern are sorted by name, those that begin with a dot left
     out. A name that exists is no pattern.
 
     Raises: FileNotFoundError: a name that does not exist, or a pattern or folder without a file.
     """
-    found: dict[Path, None] = {}
+    found: dict[Path, Path] = {}
     for name in [paths] if isinstance(paths, (str, Path)) else paths:
         path = Path(name)
         if path.is_dir() and path.suffix not in _FOLDERS:
@@ -122,8 +122,9 @@ def find_files(paths: str | Path | Sequence[str | Path]) -> list[Path]:
             files = sorted(Path(p) for p in glob.glob(str(name), recursive=True) if os.path.isfile(p))
         if not files:
             raise FileNotFoundError(f"no file under {str(name)!r}; name a file, or a folder or pattern with files")
-        found |= dict.fromkeys(files)
-    return list(found)
+        for file in files:
+            found.setdefault(file.resolve(), file)
+    return list(found.values())
 
 
 def join_frames(parts: Sequence[Frames]) -> Frames:

@@ -9,15 +9,18 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import torch
 from ase.data import atomic_numbers, chemical_symbols
+from torch_geometric.data import Data
 
 from nbody_pyg.data import AtomicData
 from nbody_pyg.datasets.audit import require_labels
 from nbody_pyg.datasets.frames import has_label, listed, shaped_label
 from nbody_pyg.energy import Energies
+from nbody_pyg.geometry import neighbour_list
 from nbody_pyg.messages import symbols
 from nbody_pyg.renamed import former
 
 _LARGE = 50.0  # eV per atom; no chemical bond is that strong
+_ALONE = 6.0  # angstrom; no crystal has first neighbours that far apart
 logger = logging.getLogger(__name__)
 
 
@@ -39,7 +42,8 @@ def fit_atomic_energies(frames: Sequence[AtomicData], mode: str | Energies = "ls
             (one molecule only has one composition), the part that is not determined stays at the mean
             energy per atom: the fit is as good, and a log message says so.
             ``"mean"``: the mean energy per atom, for every element.
-            ``"isolated"``: the energies of the frames that are single atoms (the lowest one of each element).
+            ``"isolated"``: the energies of the frames that are isolated atoms (the lowest one of each element): one
+            atom, without periodic images nearer than 6 angstrom.
             A mapping from atomic number or symbol to eV: checked and completed to a plain dictionary.
 
     Frames without an energy (missing or NaN) do not count, and neither do those whose energy is far off all others.
@@ -64,7 +68,7 @@ def fit_atomic_energies(frames: Sequence[AtomicData], mode: str | Energies = "ls
     if isinstance(mode, Mapping):
         values = _from_mapping(mode, species)
     elif mode == "isolated":
-        values = _from_isolated(energies, counts, species)
+        values = _from_isolated(energies, counts, species, np.array([is_isolated_atom(frames[i]) for i in known]))
     elif mode in _FITS:
         usual = _usual(energies, counts)
         values = _FITS[mode](energies[usual], counts[usual], species)
@@ -124,14 +128,23 @@ def _from_mapping(given: Energies, species: Sequence[int]) -> np.ndarray:
     return values
 
 
-def _from_isolated(energies: np.ndarray, counts: np.ndarray, species: Sequence[int]) -> np.ndarray:
-    single = counts.sum(axis=1) == 1
+def is_isolated_atom(frame: Data) -> bool:
+    """Whether a frame is one atom on its own: a crystal may have a cell of one atom, a single atom a wide cell."""
+    if len(frame.z) != 1:
+        return False
+    cell, pbc = frame.get("cell"), frame.get("pbc")
+    if cell is None or (pbc is not None and not bool(torch.as_tensor(pbc).any())):
+        return True
+    return neighbour_list(frame.pos, _ALONE, None, cell, pbc)[0].shape[1] == 0
+
+
+def _from_isolated(energies: np.ndarray, counts: np.ndarray, species: Sequence[int], single: np.ndarray) -> np.ndarray:
     values = []
     for column, z in enumerate(species):
         mine = energies[single & (counts[:, column] == 1)]
         if mine.size == 0:
             raise ValueError(
-                f"mode 'isolated' needs a frame with a single atom of {chemical_symbols[z]}, there is none; "
+                f"mode 'isolated' needs a frame with an isolated atom of {chemical_symbols[z]}, there is none; "
                 f"add it, give a mapping, or use mode='lstsq'"
             )
         values.append(mine.min())

@@ -120,7 +120,9 @@ class EnergyTerm(nn.Module):
 
     A subclass writes ``forward(structure)``, which takes a :class:`Structure` and returns the energy of each atom.
     Forces, stress and Hessian products are derivatives of the sum of all terms. Parameters are trained with the
-    network. A model file holds the name of the class, its arguments (:meth:`config`) and its weights.
+    network. A model file holds the name of the class, its arguments (:meth:`config`) and its weights. Compiled programs
+    follow sizes that are taken from shapes (``structure.z.shape[0]``); ``len`` would make them constants, and such a
+    potential runs in eager mode, with a warning.
 
     Attributes:
         cutoff: distance (angstrom) of the pairs that ``forward`` asks for; None where it asks for none.

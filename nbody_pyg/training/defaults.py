@@ -13,6 +13,7 @@ from torch_geometric.data import Data
 
 from nbody_pyg.data import has_hierarchy
 from nbody_pyg.datasets.frames import has_label
+from nbody_pyg.datasets.reference import is_isolated_atom
 from nbody_pyg.geometry import edge_vectors, neighbour_list
 from nbody_pyg.hierarchy import Scheme
 from nbody_pyg.messages import symbols
@@ -52,7 +53,7 @@ class FrameStatistics:
     ===================  ==========================================================================================
     field                meaning, unit
     ===================  ==========================================================================================
-    ``sizes``            least and greatest number of atoms of a frame
+    ``sizes``            least and greatest number of atoms of a frame; isolated atoms, which only tell E0, do not count
     ``periodic``         whether any frame repeats in any direction
     ``first_shell``      distance between first neighbours, angstrom: for each element the median over its atoms of
                          the distance to the nearest atom, and of these the greatest; 0 where no atom has a neighbour
@@ -79,7 +80,7 @@ class FrameStatistics:
         medians = {number: float(values[values.isfinite()].median()) for number, values in known.items()
                    if bool(values.isfinite().any())}  # fmt: skip
         number = max(medians, key=lambda n: (medians[n], n), default=0)
-        counts = [len(frame.z) for frame in frames]
+        counts = [len(frame.z) for frame in frames if not is_isolated_atom(frame)] or [1]
         labels = (name for name in ("energy", "forces", "stress") if any(has_label(f, name) for f in frames))
         return cls(
             (min(counts), max(counts)), any(_is_periodic(frame) for frame in frames),
@@ -104,7 +105,8 @@ def choose_defaults(config: Config, data: DataSets) -> tuple[Config, tuple[Choic
     channels: atoms have many neighbours, whose angles count.
     Energies count per molecule where all frames are molecules of one size, and else per atom, since the energies of
     large cells would outweigh the forces. Stress is trained on where frames have one. E0 is that of isolated atoms
-    where every element has a frame of one atom. A step takes as many frames as have 10,000 edges, and at most five.
+    where every element has a frame of one atom without images nearer than 6 angstrom. A step takes as many frames as
+    have 10,000 edges, and at most five.
 
     What the user named stays as it is, so that a configuration read from the ``config.yaml`` of a run is not changed.
     """
@@ -149,14 +151,15 @@ def _reference(config: Config, data: DataSets) -> list[Choice]:
     if "data.e0" in config.given or config.target or config.data.qm9 is not None:
         return []
     frames = [frame for frames in data.named().values() for frame in frames]
-    single = {int(f.z[0]) for f in frames if len(f.z) == 1 and has_label(f, "energy") and not _charge(f)}
+    single = {int(f.z[0]) for f in frames if is_isolated_atom(f) and has_label(f, "energy") and not _charge(f)}
     if not single.issuperset(z for frame in data.train for z in frame.z.tolist()):
         return []
     return [Choice("data.e0", "isolated", f"frames hold single atoms of {symbols(sorted(single))}")]
 
 
 def _charge(frame: Data) -> float:
-    return float(frame.get("charge", torch.zeros(1)))
+    given = [frame.get(key) for key in ("charge", "charges")]
+    return next((float(torch.as_tensor(values).sum()) for values in given if values is not None), 0.0)
 
 
 def _radii(config: Config, found: FrameStatistics) -> list[Choice]:
@@ -179,7 +182,8 @@ def _degree(config: Config, found: FrameStatistics) -> list[Choice]:
     """Angles between many neighbours need a higher degree, for which fewer channels pay."""
     keys = [f"model.{name}" for name in DENSE]
     factor, least = RADII[0]
-    if factor * found.first_shell <= least or config.model.preset != "practical" or not config.given.isdisjoint(keys):
+    named = not config.given.isdisjoint([*keys, "model.irreps"])
+    if factor * found.first_shell <= least or config.model.preset != "practical" or named:
         return []
     reason = "first neighbours are farther apart than bonds of organic molecules, so there are many; angles count"
     return [Choice(key, value, reason) for key, value in zip(keys, DENSE.values(), strict=True)]

@@ -9,6 +9,7 @@ import typing
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
@@ -156,6 +157,7 @@ def load_data(config: DataConfig, split: Split | None = None) -> DataSets:
     paths = {"test": paths} if isinstance(paths, str) else paths
     if taken := {"train", "val"} & set(paths):
         raise ValueError(f"data.test must not name a set {taken.pop()!r}, which is another set of the run; rename it")
+    _warn_of_training_files(required(config.train), {**paths, **({} if config.val is None else {"val": config.val})})
     tests = {name: _read(path, config) for name, path in paths.items()}
     val = None if config.val is None else _read(config.val, config)
     train = _read(required(config.train), config)
@@ -213,6 +215,19 @@ def _read(paths: str | Sequence[str], config: DataConfig) -> Sequence[Data]:
         for path in find_files(paths)
     ]
     return found[0] if len(found) == 1 else join_frames(found)
+
+
+def _warn_of_training_files(train: str | Sequence[str], others: Mapping[str, str | Sequence[str]]) -> None:
+    """A folder or pattern of training files easily takes in those of validation or test."""
+    named = {Path(name).resolve() for name in ([train] if isinstance(train, str) else train)}
+    known = {path.resolve() for path in find_files(train)} - named  # who names a file twice wants it twice
+    for name, paths in others.items():
+        if twice := [str(path) for path in find_files(paths) if path.resolve() in known]:
+            warnings.warn(
+                f"the set {name!r} holds frames of {', '.join(twice)}, which data.train takes in too: errors on them "
+                "say nothing of other frames; leave them out of data.train",
+                stacklevel=3,
+            )
 
 
 def _split(

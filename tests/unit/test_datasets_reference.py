@@ -64,6 +64,9 @@ def test_isolated_and_mapping():
         frame([1], 3.0),
     ]  # the excited atom is not taken
     assert fit_atomic_energies(frames, "isolated") == pytest.approx(E0, abs=1e-12)
+    bound = frame([6], -7.0)  # a crystal with one atom per cell is lower than its atoms
+    bound.cell, bound.pbc = 2.5 * torch.eye(3, dtype=torch.float64).unsqueeze(0), torch.ones(1, 3, dtype=torch.bool)
+    assert fit_atomic_energies([*frames, bound], "isolated") == pytest.approx(E0, abs=1e-12)
     assert fit_atomic_energies(frames, {"H": E0[1], "C": E0[6], 8: E0[8], "N": 5.0}) == pytest.approx(E0, abs=1e-12)
 
 
@@ -77,7 +80,7 @@ def test_a_wrong_level_of_theory_warns():
     ("mode", "message"),
     [
         ("average", "mode must be 'lstsq', 'mean', 'isolated' or a mapping"),
-        ("isolated", "needs a frame with a single atom of H, there is none"),
+        ("isolated", "needs a frame with an isolated atom of H, there is none"),
         ({"O": -2041.0}, "mode gives no reference energy for H"),
         ({"O": -2041.0, "H": float("nan")}, "mode must hold finite energies"),
         ({"Ox": -2041.0}, "mode names 'Ox', which is no element symbol"),

@@ -153,6 +153,26 @@ def test_terms_without_weights_need_no_second_derivative(squeezed):
     assert float(results[0][1][-1].abs()) > 1e-6
 
 
+def test_terms_without_weights_are_differentiated_by_the_cell(squeezed):
+    cell = (7.0 * torch.eye(3, dtype=torch.float64)).unsqueeze(0).requires_grad_(True)
+    system = potential(Well()).system(squeezed.z, squeezed.pos, cell=cell, pbc=True)
+    assert system.cell.requires_grad
+
+    class Held(EnergyTerm):
+        def forward(self, structure: Structure) -> Tensor:
+            return structure.system.cell[0, 0, 0] * structure.z.double()
+
+    model = potential(Held())
+
+    def slope(forces: bool) -> Tensor:
+        energy = model.evaluate(system, forces=forces, create_graph=True)["energy"]
+        return torch.autograd.grad(energy.sum(), cell)[0]
+
+    expected = slope(False)
+    assert expected[0, 0, 0] > 0.5 * squeezed.z.sum()
+    torch.testing.assert_close(slope(True), expected, rtol=0, atol=1e-10)
+
+
 def test_trained_saved_loaded_and_run(tmp_path):
     frames = load_embedded("ethanol")[:6]
     model = potential(Dispersion(5.0))

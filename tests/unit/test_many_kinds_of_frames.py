@@ -226,7 +226,9 @@ def test_several_files_folders_and_patterns_are_one_set(here, capsys):
         joined = join_frames([read_frames(path) for path in find_files(names)])
         assert len(joined) == len(whole) and set(joined.sources) == set(whole.sources)
         assert all(torch.equal(a.pos, b.pos) for a, b in zip(joined, whole, strict=True))
-    assert main(["train", "--data.train", "[parts/a.xyz, 'parts/[bc].xyz']", "--data.val", "parts", *TINY]) == 0
+    assert len(find_files(["parts/a.xyz", Path("parts/a.xyz").resolve(), "./parts/*.xyz"])) == 3
+    with pytest.warns(UserWarning, match=r"the set 'val' holds frames of parts/b.xyz, parts/c.xyz, which data"):
+        assert main(["train", "--data.train", "[parts/a.xyz, 'parts/[bc].xyz']", "--data.val", "parts", *TINY]) == 0
     assert read_metadata("r/model.nbody")["metadata"]["num_frames"] == {"train": 23, "val": 23}
     capsys.readouterr()
     assert main(["train", "--data.train", "parts/*.traj", *TINY]) == 1

@@ -127,7 +127,25 @@ def test_e0_of_single_atoms():
     config = load_config(overrides=["--data.train", "a.xyz"])
     assert choose_defaults(config, sets)[0].data.e0 == "lstsq", "an ion is no atom"
     del ion.charge
+    ion.charges = torch.tensor([-1.0])
+    assert choose_defaults(config, sets)[0].data.e0 == "lstsq", "also where only its formal charge is known"
+    del ion.charges
     assert choose_defaults(config, sets)[0].data.e0 == "isolated", "wherever the split has put it"
+
+
+def test_a_crystal_of_one_atom_per_cell_is_no_isolated_atom():
+    copper = [labelled(bulk("Cu"), seed) for seed in range(2)]
+    assert "data.e0" not in chosen(copper)
+    wide = labelled(Atoms("Cu", cell=[12.0] * 3, pbc=True), 2)
+    assert chosen([*copper, wide])["data.e0"] == "isolated"
+
+
+def test_isolated_atoms_do_not_count_among_the_sizes():
+    lone = [labelled(Atoms(symbol), 1) for symbol in ("H", "C", "O")]
+    found = FrameStatistics.of(data([*ethanol(), *lone]).train)
+    assert found.sizes == (9, 9) and found.one_molecule_size
+    assert chosen([*ethanol(), *lone])["training.energy_per"] == "molecule"
+    assert FrameStatistics.of(data(lone).train).sizes == (1, 1)
 
 
 @pytest.mark.parametrize(
@@ -141,6 +159,7 @@ def test_e0_of_single_atoms():
         (["--training.batch_size", "5"], "training.batch_size"),
         (["--training.max_steps", "5"], "training.budget_seconds"),
         (["--model.scheme.name", "SmoothSurvivors"], "model.scheme.radii"),
+        (["--model.irreps", "8x0e + 4x1o"], "model.lmax"),
     ],
 )
 def test_what_the_user_names_stays(words, key):
