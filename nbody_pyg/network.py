@@ -101,8 +101,7 @@ class Network:
         return Structure(system, None, self.scheme, self.dtype, lists)
 
     def energy(self, structure: Structure) -> Float[Tensor, " graphs"]:
-        """Energy of each graph, the output of the model. Raises: ValueError: the output has another shape.
-        """
+        """Energy of each graph, the output of the model. Raises: ValueError: the output has another shape."""
         system, dtype = structure.system, self.dtype
         pos = system.pos if dtype is None else rounded_positions(system.pos, system.batch, dtype)
         numbers = {"cell": system.cell, "charge": system.total_charge, "charges": system.formal_charges,

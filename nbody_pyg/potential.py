@@ -364,8 +364,7 @@ class Potential(Float64Buffers):
 
 
 def _energies(term: EnergyTerm, structure: Structure) -> Float[Tensor, " atoms"]:
-    """The output of a term. Raises: ValueError: its shape is not one energy per atom.
-    """
+    """The output of a term. Raises: ValueError: its shape is not one energy per atom."""
     energies = term(structure)
     if not isinstance(energies, Tensor) or energies.shape != structure.z.shape:
         shape = list(energies.shape) if isinstance(energies, Tensor) else type(energies).__name__
