@@ -17,10 +17,12 @@ if TYPE_CHECKING:
 
 @contextlib.contextmanager
 def atomic_write(path: str | Path, temporary: str | Path | None = None) -> Iterator[Path]:
-    """Yield the name of a temporary file next to ``path`` to write to; then rename it to ``path``. Content and name are
-    flushed to disk in this order, so at every moment ``path`` is either the old or the new file. If writing fails, the
-    temporary file is removed and the old file is kept. The file gets the permissions of the one that it replaces, or
-    those of the umask. Links are followed; a path that is not a regular file (``/dev/stdout``) is written to directly.
+    """Yield the name of a temporary file next to ``path`` to write to; then rename it to ``path``.
+
+    Content and name are flushed to disk in this order, so at every moment ``path`` is either the old or the new file.
+    If writing fails, the temporary file is removed and the old file is kept. The file gets the permissions of the one
+    that it replaces, or those of the umask. Links are followed; a path that is not a regular file (``/dev/stdout``) is
+    written to directly.
 
     Args:
         path: the file to write.

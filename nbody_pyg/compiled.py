@@ -42,7 +42,7 @@ class CompiledPotential:
 
     Args:
         potential: the potential to compile; its model must be an :class:`~nbody_pyg.models.NBodyNet`. Its parameters
-        are read at every call, so training works.
+            are read at every call, so training works.
         mode: "md": no gradients of parameters; "training": results that a loss can be differentiated through. Calls
             with another value of ``create_graph`` run in eager mode.
         backend: of ``torch.compile``, e.g. "inductor" or "aot_eager".

@@ -70,8 +70,9 @@ class CudaRecorder:
 
 @contextlib.contextmanager
 def _waiting_is_an_error() -> Iterator[None]:
-    """Outside of a capture such an error does no harm; inside, it may leave the stream unusable. The setting belongs to
-    the process, so it is not changed while other threads run, which may synchronise.
+    """Outside of a capture such an error does no harm; inside, it may leave the stream unusable.
+
+    The setting belongs to the process, so it is not changed while other threads run, which may synchronise.
     """
     if threading.active_count() > 1:
         yield
@@ -254,7 +255,7 @@ class CapturedPotential(_Captured):
 
     Args:
         potential: its model must be an :class:`~nbody_pyg.models.NBodyNet`. Weights may be changed in place; if
-        parameters move in memory, graphs are captured again.
+            parameters move in memory, graphs are captured again.
         max_graphs: number of graphs that are kept, the last used ones; each needs the memory of one evaluation.
         recorder: what records; by default CUDA graphs of torch.
 
@@ -312,8 +313,8 @@ class CapturedStep(_Captured):
         potential: its model must be an :class:`~nbody_pyg.models.NBodyNet`. Gradients are those of the parameters that
             require one when the step is made.
         loss: ``loss(results, labels)``, a scalar, with the results of the potential for ``create_graph=True``. It must
-        not read values of tensors, and no shape may depend on them (so no mask of missing labels). Everything else that
-        it reads is fixed by the capture. Pass everything that varies in ``labels``.
+            not read values of tensors, and no shape may depend on them (so no mask of missing labels). Everything else
+            that it reads is fixed by the capture. Pass everything that varies in ``labels``.
         max_graphs: number of graphs that are kept, the last used ones; each needs the memory of one step.
         recorder: what records; by default CUDA graphs of torch.
 

@@ -93,16 +93,16 @@ class NBodyNet(Resettable):
         preset: "practical" or "strict".
         irreps_out: type of the target in e3nn's notation: "0e" energy, "1o" dipole, "0e + 2e" polarizability.
         target: "extensive" sums a value over the parts of all levels below the root; "intensive" uses the root only,
-        which is not additive.
+            which is not additive.
         gate: your class of gates for every step of the hierarchy, or a mapping from "pair", "up" and "down" to classes
-        (:class:`~nbody_pyg.nn.custom.GateFactory`; docs/extending.md). Atoms then start from a learned
+            (:class:`~nbody_pyg.nn.custom.GateFactory`; docs/extending.md). Atoms then start from a learned
             vector of their element. A model file holds the name of the class, which must be imported before loading.
         irreps: type of the states, instead of ``channels`` and ``lmax``: one for all levels, such as
             "48x0e + 32x1o + 16x2e", or a mapping from the names of the levels (those of ``scheme.levels``) to types. No
             fragment may have a larger multiplicity than the scalars. Channels with the same fragments form a group with
             its own products; the linear maps mix all groups (:class:`~nbody_pyg.nn.interaction.ChannelGroups`).
         options: further settings, see :attr:`DEFAULTS`: num_layers (layers on the atoms, if they have pairs; an
-        intensive target uses only the first),
+            intensive target uses only the first),
             num_basis (radial functions: 8, with the strict preset 4), symmetry ("o3", "o3-full", "so3"), sweeps ("up",
             or "up-down", allowed for extensive targets if atoms have pairs), degrees (typical number of
             sources per target, by edge set such as "pair_0" or "child_1"), long_range (energy of latent charges at any

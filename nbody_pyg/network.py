@@ -83,8 +83,9 @@ class Network:
         return System.from_data(data, topology, batch_size)
 
     def known(self, system: System) -> System:
-        """The system with the charge and spin that the model uses. Raises: ValueError: a value that the model has no
-        input for and that differs from its training data.
+        """The system with the charge and spin that the model uses.
+
+        Raises: ValueError: a value that the model has no input for and that differs from its training data.
         """
         charge, spin, used = system.total_charge, system.spin, self.used
         if charge is None and spin is None:
@@ -101,7 +102,10 @@ class Network:
         return Structure(system, None, self.scheme, self.dtype, lists)
 
     def energy(self, structure: Structure) -> Float[Tensor, " graphs"]:
-        """Energy of each graph, the output of the model. Raises: ValueError: the output has another shape."""
+        """Energy of each graph, the output of the model.
+
+        Raises: ValueError: the output has another shape.
+        """
         system, dtype = structure.system, self.dtype
         pos = system.pos if dtype is None else rounded_positions(system.pos, system.batch, dtype)
         numbers = {"cell": system.cell, "charge": system.total_charge, "charges": system.formal_charges,
@@ -178,8 +182,10 @@ def network_of(model: nn.Module) -> Network:
 
 
 def check_states(model: nn.Module, frames: Iterable[Data], name: str = "frames") -> None:
-    """Raise unless the model can use charge and spin of every frame. Raises: ValueError: an impossible value, or one
-    that the model has no input for and that differs from its training data; the message names the frame.
+    """Raise unless the model can use charge and spin of every frame.
+
+    Raises: ValueError: an impossible value, or one that the model has no input for and that differs from its training
+    data; the message names the frame.
     """
     network = network_of(model)
     for number, frame in enumerate(frames):
@@ -220,8 +226,9 @@ def _state_of(frame: Data) -> dict[str, Tensor | None]:
 
 
 def frame_states(frames: Iterable[Data]) -> dict[str, list[float]]:
-    """Charge and spin of every frame, each only if some frame has it; the others are neutral, or singlets. Raises:
-    ValueError: a wrong number of values, or an impossible value.
+    """Charge and spin of every frame, each only if some frame has it; the others are neutral, or singlets.
+
+    Raises: ValueError: a wrong number of values, or an impossible value.
     """
     found: dict[str, list[float]] = {}
     for number, frame in enumerate(frames):
@@ -241,8 +248,9 @@ def frame_states(frames: Iterable[Data]) -> dict[str, list[float]]:
 
 def learn_state(model: nn.Module, frames: Iterable[Data]) -> None:
     """Check that a model can be trained on the charges and spins of some frames. Common values that the model has no
-    input for are stored as ``model.assumed``. Raises: ValueError: frames differ in a value that the model has no input
-    for; the message names two.
+    input for are stored as ``model.assumed``.
+
+    Raises: ValueError: frames differ in a value that the model has no input for; the message names two.
     """
     network = network_of(model)
     used, assumed = network.used, dict(network.assumed)

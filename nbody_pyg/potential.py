@@ -179,7 +179,7 @@ class Potential(Float64Buffers):
             charges: formal charges of the atoms, e; models without this input use their sum.
             spin: multiplicity 2S + 1 of each graph; None: a singlet, or the value of the training data.
             batch_size: number of graphs, needed if the last ones have no atoms (a Batch has it). The energy of a graph
-            without atoms is 0.
+                without atoms is 0.
             compute_forces: add ``forces``.
             compute_stress: add ``stress``; needs a periodic cell.
             create_graph: keep the graph of every result, so that a loss on forces can be differentiated again.
@@ -208,8 +208,10 @@ class Potential(Float64Buffers):
         directions: Float[Tensor, "directions atoms 3"] | None = None,
         lists: Lists | None = None,
     ) -> dict[str, Tensor]:
-        """The energy of a system and its derivatives. All derivatives with respect to positions are computed here. It
-        reads no value of a tensor while a program is recorded, so nothing is checked then.
+        """The energy of a system and its derivatives.
+
+        All derivatives with respect to positions are computed here. It reads no value of a tensor while a program is
+        recorded, so nothing is checked then.
 
         Args:
             system: as :meth:`system` gives it.
@@ -364,7 +366,10 @@ class Potential(Float64Buffers):
 
 
 def _energies(term: EnergyTerm, structure: Structure) -> Float[Tensor, " atoms"]:
-    """The output of a term. Raises: ValueError: its shape is not one energy per atom."""
+    """The output of a term.
+
+    Raises: ValueError: its shape is not one energy per atom.
+    """
     energies = term(structure)
     if not isinstance(energies, Tensor) or energies.shape != structure.z.shape:
         shape = list(energies.shape) if isinstance(energies, Tensor) else type(energies).__name__

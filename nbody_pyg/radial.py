@@ -85,7 +85,8 @@ def plateau_window(r: Float[Tensor, " edges"], inner: float, outer: float) -> Fl
 
     Args:
         r: distances, angstrom.
-        inner: radius at which it starts to decay, angstrom. outer: radius at which it is 0, angstrom, > ``inner``.
+        inner: radius at which it starts to decay, angstrom.
+        outer: radius at which it is 0, angstrom, > ``inner``.
 
     Smoothness: C2. Raises: ValueError: not 0 <= ``inner`` < ``outer``.
     """

@@ -46,10 +46,11 @@ class Layout:
 def recordable(
     potential: Potential, stress: bool, z: Any, pos: Any = None, batch: Any = None, **keywords: Any
 ) -> System | None:
-    """The checked system of a call; None if a recorded program cannot compute its energy. This is so for charges,
-    spins, long range, and :class:`~nbody_pyg.hierarchy.SmoothSurvivors`, whose number of nonzero weights depends on the
-    positions. It is also so for a term that does not know all elements of the network, and for a stress without a cell,
-    for which eager mode raises the error.
+    """The checked system of a call; None if a recorded program cannot compute its energy.
+
+    This is so for charges, spins, long range, and :class:`~nbody_pyg.hierarchy.SmoothSurvivors`, whose number of
+    nonzero weights depends on the positions. It is also so for a term that does not know all elements of the network,
+    and for a stress without a cell, for which eager mode raises the error.
     """
     system = potential.system(z, pos, batch, **{key: keywords.get(key) for key in MODEL_INPUTS})
     # The scheme is checked too: if there is no topology yet, eager mode searches for one
@@ -87,8 +88,9 @@ def flatten(potential: Potential, system: System, stress: bool) -> tuple[list[Te
 
 
 def check_edges(topology: Topology) -> None:
-    """Check the indices of edges, because compiled code does not. Raises: ValueError: an edge that points outside of
-    its levels.
+    """Check the indices of edges, because compiled code does not.
+
+    Raises: ValueError: an edge that points outside of its levels.
     """
     for level in range(topology.num_levels):
         size, child, pair = topology.size(level), topology.child_index[level], topology.pair_index[level]

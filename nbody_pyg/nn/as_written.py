@@ -17,9 +17,11 @@ _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backw
 
 
 class AsWritten:
-    """Whether a module and all its submodules run unchanged. It is false if one of them is of a class that the compiled
-    call does not know (including parametrised ones), if its ``forward`` was replaced on the object or on the class, if
-    it has a forward or backward hook, or if a module was replaced by another.
+    """Whether a module and all its submodules run unchanged.
+
+    It is false if one of them is of a class that the compiled call does not know (including parametrised ones), if its
+    ``forward`` was replaced on the object or on the class, if it has a forward or backward hook, or if a module was
+    replaced by another.
 
     Args:
         module: the module that the compiled call replaces.

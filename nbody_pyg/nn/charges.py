@@ -35,13 +35,13 @@ class LongRangeSettings:
         channels: number of latent charges of each atom.
         dipoles: each atom has latent dipoles as well.
         elements: each element has a learned charge. The total charge of a system then follows from its composition, not
-        from its ``charge``.
+            from its ``charge``.
         transfers: atoms exchange charge with their neighbours.
         width: standard deviation of the Gaussian charge distributions, angstrom; it keeps r -> 0 finite.
         lmax: highest degree of the moments of parts, for "hierarchy".
         trained: train factors of the analytic translations, for "hierarchy".
         coulomb: fix the strength of the first channel, which has the given charges, to Coulomb's law: ions of known
-        charge then have the exact energy of point charges at large distance. Otherwise it is learned.
+            charge then have the exact energy of point charges at large distance. Otherwise it is learned.
     """
 
     method: str = "direct"
@@ -111,8 +111,8 @@ class LatentCharges(Resettable):
     Args:
         settings: channels, dipoles, elements, transfers.
         num_species: number of elements.
-        irreps: type of the states of the atoms, or None if they have none. num_basis: number of radial functions on the
-        edges, or 0 without edges.
+        irreps: type of the states of the atoms, or None if they have none.
+        num_basis: number of radial functions on the edges, or 0 without edges.
 
     Equivariance: O(3), permutation. Smoothness: that of the states and windows. Cost: O(edges basis channels).
     Raises: ValueError: dipoles from states without vectors.
@@ -312,8 +312,8 @@ def refuse_unused(
     """Raise if charge or spin of a system is not an input of the model and differs from its training data.
 
     Args:
-        used: those of "charge" and "spin" that are inputs of the model. assumed: the values of all its training frames;
-        by default a neutral singlet.
+        used: those of "charge" and "spin" that are inputs of the model.
+        assumed: the values of all its training frames; by default a neutral singlet.
         given: charge and spin of each graph.
 
     Raises: ValueError: naming the key, the graph and the cure.

@@ -17,9 +17,10 @@ KINDS = ("pair", "up", "down")
 
 
 class GateFactory(Protocol):
-    """A factory of the gates of a network, such as a class of gates. It is called once for every step, with the type of
-    the sources and the type of the result, each with one multiplicity. If types have several, it is called for each
-    group of channels of one multiplicity
+    """A factory of the gates of a network, such as a class of gates.
+
+    It is called once for every step, with the type of the sources and the type of the result, each with one
+    multiplicity. If types have several, it is called for each group of channels of one multiplicity
     (:func:`~nbody_pyg.nn.irreps.channel_groups`), and a group may have fewer degrees than the harmonics of the edges.
     The gate is a module; its ``forward(x, edges)`` takes the states (sources, rows, channels) and the
     :class:`~nbody_pyg.nn.edges.EdgeFeatures` of the step, and returns (targets, rows, channels).
@@ -31,8 +32,9 @@ class GateFactory(Protocol):
 
 
 def gate_factories(given: GateFactory | str | Mapping[str, GateFactory | str] | None) -> dict[str, GateFactory]:
-    """The factory of each kind of step that has one. Raises: ValueError: an unknown kind of step, or a name that is not
-    a class of modules. TypeError: not a factory.
+    """The factory of each kind of step that has one.
+
+    Raises: ValueError: an unknown kind of step, or a name that is not a class of modules. TypeError: not a factory.
     """
     if given is None:
         return {}

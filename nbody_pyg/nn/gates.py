@@ -64,7 +64,7 @@ class DensityGate(Resettable):
         num_species: number of elements.
         num_basis: number of radial functions on the edges.
         irreps_out: type of the result, one multiplicity, no degree above that of the harmonics. With symmetry "o3-full"
-        fragments of the other parity are allowed; they are zero, because bare atoms cannot produce them.
+            fragments of the other parity are allowed; they are zero, because bare atoms cannot produce them.
         avg_num_neighbors: typical number of neighbours, a constant: a count taken from the input would break
             extensivity.
 
@@ -237,7 +237,8 @@ class EnteredGate(Resettable):
 
     Args:
         irreps_in: type of the sources, any multiplicities.
-        irreps_gate: input type of the gate, one multiplicity. irreps_out: its output type.
+        irreps_gate: input type of the gate, one multiplicity.
+        irreps_out: its output type.
         gate: the gate.
 
     Shapes: x (sources, rows_in, channels), see :func:`~nbody_pyg.nn.irreps.state_shape`, edges ->

@@ -96,7 +96,7 @@ class Interaction(Resettable):
         entered: type of one multiplicity to which a linear map brings the states of the sources before the gate
             (:class:`~nbody_pyg.nn.gates.EnteredGate`); None: they have one multiplicity and enter unchanged.
         source_has_species: the sources are (centred on) atoms, so their elements are used too: adds a
-        :class:`DensityGate`.
+            :class:`DensityGate`.
         gate: factory of the gate, instead of the two of the library.
         target_has_species: the receiving parts have an element at their centre.
         avg_num_neighbors: typical number of sources per target.

@@ -232,8 +232,9 @@ def require_reachable(irreps_out: o3.Irreps, reachable: set[o3.Irrep], what: str
 
 
 class Resettable(nn.Module):
-    """Module with :meth:`reset_parameters`, which initialises it again. The values are those of a new module, built
-    from the stored arguments of the constructor.
+    """Module with :meth:`reset_parameters`, which initialises it again.
+
+    The values are those of a new module, built from the stored arguments of the constructor.
     """
 
     def __new__(cls, *args: Any, **keywords: Any) -> Any:

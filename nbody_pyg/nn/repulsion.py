@@ -47,8 +47,8 @@ class ZBLRepulsion(EnergyTerm, Float64Buffers):
 
     f is 1 up to 0.7 of the reach and decays to 0 in a quintic step from there. :math:`R_{12}` is shorter than the
     shortest bonds, so the repulsion does not act where there are data. With a window up to the sum of the covalent
-    radii, which is longer than multiple bonds, the forces of aspirin were a fifth less accurate. :meth:`from_frames` takes
-    the reach from data. There are no learned parameters.
+    radii, which is longer than multiple bonds, the forces of aspirin were a fifth less accurate. :meth:`from_frames`
+    takes the reach from data. There are no learned parameters.
 
     Source: Ziegler, Biersack, Littmark, *The Stopping and Range of Ions in Matter* (1985); covalent radii of
     Cordero et al. (2008), as ASE has them.
@@ -56,7 +56,7 @@ class ZBLRepulsion(EnergyTerm, Float64Buffers):
     Args:
         species: atomic numbers that may meet.
         reach: distance (angstrom) at which the repulsion of a pair ends, by symbols (``{"C-H": 1.07}``); other pairs
-        use 0.75 times the sum of their covalent radii, which is shorter than any known bond.
+            use 0.75 times the sum of their covalent radii, which is shorter than any known bond.
 
     Equivariance: invariant. Smoothness: C2 at the reach and at 0.7 of it, else C-infinity for r > 0.
     Cost: a comparison per edge of the list; more only for pairs within reach, which normal structures do not have.
@@ -117,6 +117,7 @@ class ZBLRepulsion(EnergyTerm, Float64Buffers):
     @classmethod
     def from_frames(cls, species: Sequence[int], frames: Sequence[Data]) -> ZBLRepulsion:
         """A repulsion that ends below the shortest distance of each pair in some frames, so that it is zero on them.
+
         The reach is 0.9 times that distance; pairs that do not come within 3 angstrom use the reach without data. At
         most 2,000 frames are used.
         """

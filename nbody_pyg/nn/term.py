@@ -72,8 +72,9 @@ class Structure:
         return self._pairs[cutoff]
 
     def slots(self, species: tuple[int, ...], numbers: Int[Tensor, " species"], of: str) -> Int[Tensor, " atoms"]:
-        """Index of the element of each atom among ascending atomic numbers, given as numbers and as a tensor. Raises:
-        ValueError: an element that is not among them; ``of`` names their owner in the message.
+        """Index of the element of each atom among ascending atomic numbers, given as numbers and as a tensor.
+
+        Raises: ValueError: an element that is not among them; ``of`` names their owner in the message.
         """
         if (known := self.system.index_among(species)) is not None:
             return known
@@ -122,8 +123,8 @@ class EnergyTerm(nn.Module):
     network. A model file holds the name of the class, its arguments (:meth:`config`) and its weights.
 
     Attributes:
-        cutoff: distance (angstrom) of the pairs that ``forward`` uses; None if it uses none. species: atomic numbers
-        that the term knows; None if it accepts all.
+        cutoff: distance (angstrom) of the pairs that ``forward`` uses; None if it uses none.
+        species: atomic numbers that the term knows; None if it accepts all.
 
     Equivariance: the energies must be invariant. Smoothness: the term must vanish at its cutoff.
     Example: see ``docs/extending.md``.
@@ -138,7 +139,9 @@ class EnergyTerm(nn.Module):
 
     def config(self) -> dict[str, Any]:
         """Arguments that build the same term, ready for JSON: the attributes with the names of the constructor's
-        arguments. Raises: ValueError: an argument that is not stored as an attribute.
+        arguments.
+
+        Raises: ValueError: an argument that is not stored as an attribute.
         """
         names = list(inspect.signature(type(self).__init__).parameters)[1:]
         if missing := [name for name in names if not hasattr(self, name)]:

@@ -44,7 +44,8 @@ class TranslationGate(Resettable):
 
     Args:
         function: :func:`~nbody_pyg.multipoles.m2m`, ``m2l`` or ``l2l``, which has the coefficients a.
-        lmax_in: highest degree of the input. lmax: highest degree of the result.
+        lmax_in: highest degree of the input.
+        lmax: highest degree of the result.
         trained: make the factors f parameters, which start at 1; else they are 1.
 
     Equivariance: O(3), permutation of the sources. Smoothness: that of the windows; M2L needs vectors that are not 0.
