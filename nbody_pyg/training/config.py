@@ -39,11 +39,11 @@ class DataConfig:
         "or a list of them"
     )  # fmt: skip
     val: list[str] | str | None = setting(  # noqa: RUF009
-        None, "validation frames, as for train; without it num_val are taken from train"
+        None, "validation frames, as for train; by default num_val frames of train"
     )  # fmt: skip
     test: dict[str, str] | str | None = setting(None, "test frames, or {name: file}")  # noqa: RUF009
-    file_format: str | None = setting(None, "ASE's name of the format of the files, where their names do not tell it")
-    num_train: int | None = setting(None, "number of training frames (default: all that are left)")
+    file_format: str | None = setting(None, "ASE's name of the file format, if the file names do not show it")
+    num_train: int | None = setting(None, "number of training frames (default: all remaining ones)")
     num_val: int | None = setting(None, "number of validation frames (default: 50, at most a tenth)")
     num_test: int | None = setting(None, "number of test molecules of QM9 (default: all of the split)")
     split_seed: int = setting(0, "seed of the random split into training and validation")
@@ -105,13 +105,13 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class OutputConfig:
-    """What a run leaves behind, and where."""
+    """Output of a run."""
 
     folder: str = setting(
         "runs/nbody", "folder of model.nbody, config.yaml, metrics.csv and checkpoints; earlier ones go to before-N"
     )  # fmt: skip
     resume: bool = setting(
-        False, "go on from last.ckpt in the folder; may change limits, intervals, lr, weight decay and output"
+        False, "resume from last.ckpt in the folder; may change limits, intervals, lr, weight decay and output"
     )  # fmt: skip
     weights: str = setting("best", "which weights to keep: best of the validation, or last")
     plot: bool = setting(True, "draw parity plots of the test sets")
@@ -156,7 +156,7 @@ _SECTIONS = {"data": DataConfig, "training": TrainingConfig, "output": OutputCon
 _MODEL_KEYS = {
     "preset": "practical (for potentials) or strict (polynomial, as in the paper)",
     "scheme": "composition scheme, e.g. {name: BondTree, cutoff: 5.0}; see --model.scheme.<argument>",
-    "repulsion": "of nuclei nearer than a bond: zbl, none, or auto (zbl for the practical preset)",
+    "repulsion": "repulsion of nuclei at short range: zbl, none, or auto (zbl for the practical preset)",
     "scale": "factor of the network's output: forces (their root mean square) or a number",
 }
 _ARGUMENT_HELP = {

@@ -52,7 +52,7 @@ class TrainingConfig:
     dtype: str = setting("float32", "precision of the model: float32 or float64")
     threads: int = setting(1, "CPU threads of a process")
     device: str = setting("cpu", "cpu, cuda or auto")
-    compile: bool = setting(False, "compile the model, which takes some of the time at first; needs a C++ compiler")
+    compile: bool = setting(False, "compile the model; the first steps are slow; needs a C++ compiler")
     processes: int = setting(1, "processes of distributed training (gloo on CPU, nccl on GPU)")
 
     def __post_init__(self) -> None:
