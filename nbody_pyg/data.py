@@ -84,14 +84,14 @@ def count_graphs(data: Data) -> int | None:
     return 1 if data.get("batch") is None else None
 
 
-# Keys that change what a model computes: one that is lost in a batch gives wrong numbers, where a lost label is missed.
+# Keys that change results: if one is lost in a batch the results are wrong, while a lost label raises an error.
 _INPUT_KEYS = ("charge", "charges", "spin", "cell", "pbc")
 
 
 def refuse_unstated(data: Data, inputs: Collection[str]) -> None:
     """Raise where a batch does not hold a key that a model depends on; of a single graph it is taken to be the default.
 
-    PyG takes the keys of the first graph, so that those of the others may be lost.
+    PyG uses the keys of the first graph, so keys of the others may be lost.
 
     Raises: ValueError: naming the key and the cure.
     """
@@ -359,7 +359,7 @@ class AtomicData(Data):  # type: ignore[misc]  # PyG has no py.typed
         return atoms
 
 
-#: Where the total charge and the multiplicity may stand in ``atoms.info``; all that are there must agree.
+#: Keys of the total charge and the multiplicity in ``atoms.info``; all that are present must agree.
 STATE_KEYS: dict[str, tuple[str, ...]] = {
     "charge": ("charge", "total_charge"),
     "spin": ("spin", "multiplicity", "spin_multiplicity", "total_spin"),
@@ -371,7 +371,7 @@ _ROUNDING = 0.05
 def electronic_state_of(atoms: Any, where: str = "atoms", sources: dict[str, str] | None = None) -> dict[str, Tensor]:
     """Total ``charge`` [1], formal ``charges`` [N] and ``spin`` multiplicity [1] of `ase.Atoms`, as far as it says.
 
-    The one place where they are read; see docs/conventions.md for the rules.
+    All reading of them is done here; see docs/conventions.md for the rules.
 
     Args:
         atoms: the structure.
@@ -430,7 +430,7 @@ def _number(value: Any, what: str) -> float:
 
 
 def _charges_of_atoms(atoms: Any, key: str, where: str) -> np.ndarray | None:
-    """Charges of an array; None where there is none, or initial charges that are all zero (ASE's default)."""
+    """Charges of an array; None if there is none, or for initial charges that are all zero (ASE's default)."""
     if not atoms.has(key):
         return None
     try:
@@ -465,7 +465,8 @@ def _total_of(charges: np.ndarray, formal: bool, total: float | None, what: str)
 
 
 def _check_computed(atoms: Any, total: float, where: str) -> None:
-    """Charges among the results of a calculator are results; they must not say what the structure itself does not."""
+    """Charges among the results of a calculator are results, not inputs; they must not be used as the structure's
+    charges."""
     charges = getattr(atoms.calc, "results", {}).get("charges")
     if charges is None:
         return

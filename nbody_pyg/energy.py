@@ -107,7 +107,7 @@ class EnergyParts(NamedTuple):
     ``levels``       {level: [num_parts]}, eV    interaction energy that the network reads off each part
     ``repulsion``    [num_atoms], eV             half of the repulsion of each of the atom's close pairs
     ``reference``    [num_atoms], eV             energy of the isolated atom
-    ``terms``        [num_atoms], eV             sum of the terms of one's own
+    ``terms``        [num_atoms], eV             sum of the user's terms
     ===============  ==========================  ============================================================
 
     float64. With a network in float64 the sum is exact to round-off; with one in float32 it differs by the

@@ -24,10 +24,10 @@ COINCIDENT = 1e-6
 # (measured on one core: about 200 atoms of a molecule, about 10 atoms of a crystal).
 _MAX_DENSE_OPEN = 40_000
 _MAX_DENSE_PERIODIC = 3_000
-# More candidates than this are never tried at once, whatever the backend (memory).
+# Largest number of candidates tested together, for any backend, to limit memory.
 _DENSE_CHUNK = 10_000_000
 _BIN_CHUNK = 2_000_000
-# More pairs than this (some 10 GB) are no structure but a mistake of units.
+# More pairs than this (about 10 GB) indicate wrong units.
 _MAX_PAIRS = 100_000_000
 # Inverse condition of a cell (volume over the product of edge lengths) under which it counts as singular.
 _SINGULAR = 1e-8
@@ -639,7 +639,7 @@ def rounded_positions(
 ) -> Float[Tensor, "atoms 3"]:
     """Positions in ``dtype``, with gradients; where digits are lost, from the mean of each graph.
 
-    For models that take positions and subtract them by themselves. Rounding a position keeps seven digits of its
+    For models that subtract positions themselves. Rounding a position keeps seven digits of its
     distance from the origin: a molecule that lies far away loses its shape.
     """
     if torch.finfo(dtype).eps <= torch.finfo(pos.dtype).eps:

@@ -1,4 +1,4 @@
-"""System: the atoms of one graph or of a batch, checked once, where they enter the library."""
+"""System: the atoms of one graph or of a batch, checked once, on entry to the library."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from nbody_pyg.geometry import (
 )
 from nbody_pyg.kernels.autograd_flags import has_values
 
-#: What a system may be in beside its geometry, and what it is in where nobody says: a neutral singlet.
+#: Charge and spin of a system, and their defaults: a neutral singlet.
 DEFAULT_STATE: Mapping[str, float] = {"charge": 0.0, "spin": 1.0}
 
 
@@ -53,7 +53,7 @@ class System:
     ``formal_charges``    [N] or None          e
     ``spin``              [B] or None          multiplicity 2S + 1
     ``given``                                  what a scheme reads beside the atoms, such as bonds or labels
-    ``topology``          Topology or None     parts and edges, where they are known already
+    ``topology``          Topology or None     parts and edges, if they are known already
     ``species``           Species or None      numbers of the elements among those of the model that asks
     ====================  ===================  ==============================================================
 
@@ -173,13 +173,13 @@ class System:
         return self.replace(pos=pos, cell=cell)
 
     def detached(self) -> System:
-        """The same numbers without gradients; itself where there are none."""
+        """The same system without gradients; itself if it has none."""
         if not (self.pos.requires_grad or (self.cell is not None and self.cell.requires_grad)):
             return self
         return self.replace(pos=self.pos.detach(), cell=None if self.cell is None else self.cell.detach())
 
     def select(self, graphs: Tensor) -> System:
-        """The graphs of a mask [B], numbered anew; without topology and given inputs, which number the atoms."""
+        """The graphs of a mask [B], renumbered; without topology and given inputs, which number the atoms."""
         atoms, number = graphs[self.batch], torch.cumsum(graphs, 0) - 1
 
         def among(mask: Tensor, value: Tensor | None) -> Tensor | None:
@@ -202,7 +202,7 @@ class System:
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         return self.replace(**{key: value.to(device) for key, value in values.items() if isinstance(value, Tensor)})
 
-    # ------------------------------------------------------------------ what is asked of it
+    # ------------------------------------------------------------------ properties
     @property
     def num_atoms(self) -> Int[Tensor, " graphs"]:
         """Atoms of each graph."""

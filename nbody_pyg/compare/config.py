@@ -45,9 +45,9 @@ class CompareConfig:
     Raises: ValueError: an unknown model, a value out of range, a limit given twice.
     """
 
-    models: list[str] = _list(f"what is compared: {', '.join(MODELS)}", "nbody", "schnet")
+    models: list[str] = _list(f"models to compare:  {', '.join(MODELS)}", "nbody", "schnet")
     budget: float | None = setting(None, "CPU seconds of training for each run (default: 60, without --steps)")
-    steps: int | None = setting(None, "optimizer steps of each run, in place of a budget")
+    steps: int | None = setting(None, "optimizer steps of each run, instead of a budget")
     seeds: list[int] = _list("one final run of each model for every seed", 0)
     optimizers: list[str] | None = setting(
         None, "train every model with each of these: adam, soap (default: both in a search, else the model's best)"
@@ -56,25 +56,25 @@ class CompareConfig:
     batch_size: int = setting(4, "molecules per step")
     search: list[float] | None = setting(None, "learning rates to try first, judged on the validation frames")
     search_seconds: float = setting(60.0, "CPU seconds of each run of the search")
-    search_steps: int | None = setting(None, "steps of each run of the search, in place of seconds")
+    search_steps: int | None = setting(None, "steps of each run of the search, instead of seconds")
     extend: int = setting(2, "further learning rates (by factors of 3) where the best lies at the edge of the search")
     search_on: str = setting("first", "search on the 'first' molecule and use the result for all, or on 'each'")
     finals: str = setting("best", "after a search, a final run for the 'best' optimizer, for 'each', or for 'none'")
-    cutoff: float = setting(5.0, "of the peers' neighbour lists, angstrom")
+    cutoff: float = setting(5.0, "cutoff of the peers' neighbour lists, angstrom")
     points: int = setting(12, "points of a learning curve")
     arguments: dict[str, dict[str, Any]] = field(
         default_factory=dict, metadata={"help": "arguments of a peer's adapter, e.g. {painn: {features: 64}}"}
     )
-    ablation: str | None = setting(None, "YAML file of variants of our network, compared in place of models")
-    variants: list[str] | None = setting(None, "some of the variants of the file (default: all)")
+    ablation: str | None = setting(None, "YAML file of variants of our network, compared instead of models")
+    variants: list[str] | None = setting(None, "variants of the file to run (default: all)")
     python: dict[str, str] = field(
-        default_factory=dict, metadata={"help": "the interpreter of a model's own environment, e.g. mace=PATH"}
+        default_factory=dict, metadata={"help": "Python of a model's separate environment, e.g. mace=PATH"}
     )
     out: str = setting("runs/compare", "folder of the results; finished runs found there are not run again")
-    report: bool = setting(False, "run nothing: tables and plots of what the folder holds")
-    isolate: bool = setting(True, "every run in a process of its own, so that no model can disturb another")
+    report: bool = setting(False, "run nothing; write tables and plots of the runs in the folder")
+    isolate: bool = setting(True, "run every model in a separate process, so that no model can disturb another")
     timeout: float | None = setting(
-        None, "seconds by the clock after which a run in a process of its own is ended as failed (default: 600 and 20 "
+        None, "wall-clock seconds after which a run in a separate process is stopped as failed (default: 600 and 20 "
         "times its budget; with steps a day)"
     )  # fmt: skip
     data: dict[str, Any] = field(default_factory=dict)
@@ -184,7 +184,7 @@ def compare_parser() -> jsonargparse.ArgumentParser:
     parser = jsonargparse.ArgumentParser(
         prog="nbody compare", usage="nbody compare [CONFIG.yaml] [--KEY VALUE ...] [--data.KEY VALUE ...]",
         exit_on_error=False, add_help=False,
-        description="Train models on the same frames for the same time, and say where ours wins and where it loses. "
+        description="Train models on the same frames for the same time, and report where ours is better or worse. "
         "Keys of data, training and model are those of nbody train, e.g. --data.rmd17 aspirin ethanol "
         "--data.root FOLDER, --training.energy_weight 0.05, --model.channels 48.",
     )  # fmt: skip

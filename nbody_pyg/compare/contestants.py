@@ -1,4 +1,4 @@
-"""Who takes part: models of the registry, or named variants of our own network."""
+"""Models of a comparison: from the registry, or named variants of our network."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Contestant:
         title: in words.
         model: name in the registry.
         arguments: of the model, see :class:`~nbody_pyg.compare.point.Point`.
-        training: settings of its own (of a variant), over those of the comparison.
+        training: settings of a variant, which override those of the comparison.
         group: what a variant is about.
     """
 

@@ -27,7 +27,7 @@ class MissingPeer(ImportError):
 
 @dataclass(frozen=True)
 class Facts:
-    """What a peer is told about the training frames before it is built.
+    """Statistics of the training frames that a peer gets before it is built.
 
     ``species`` are atomic numbers, ascending; ``cutoff`` is in angstrom; ``degree`` is the mean number of
     neighbours within it.

@@ -74,7 +74,7 @@ def pareto(group: Group, path: str | Path) -> Figure:
         points.append((1e3 * time, error))
         axes.plot(1e3 * time, error, marker, color=colour, ms=12 if row.ours else 8, zorder=zorder, label=row.label)
     if points:
-        # The front: nobody is faster and better at once.
+        # The Pareto front: no other model is both faster and more accurate.
         best, front = np.inf, []
         for time, error in sorted(points):
             if error < best:

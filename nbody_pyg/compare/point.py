@@ -266,7 +266,7 @@ def _curve_sets(data: DataSets) -> dict[str, Sequence[Data]]:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """``python -m nbody_pyg.compare.point FILE.json FOLDER``: one run in a process of its own.
+    """``python -m nbody_pyg.compare.point FILE.json FOLDER``: one run in a separate process.
 
     Writes ``FOLDER/record.json``. Exit status: 0 done or failed, 3 package missing, 4 no frames (the reason is the last
     line of the output), 128 + number stopped by a signal.

@@ -1,4 +1,4 @@
-"""Tables, and in plain words where our network wins and where it loses."""
+"""Tables, and sentences that state where our network is better or worse."""
 
 from __future__ import annotations
 

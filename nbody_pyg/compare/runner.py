@@ -1,4 +1,4 @@
-"""Carries points out: each in a process of its own, none twice."""
+"""Runs points: each in a separate process, none twice."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from nbody_pyg.compare.point import Point, WrongData, data_files, failed_record,
 from nbody_pyg.compare.report import read_record
 from nbody_pyg.required import required
 
-# Seconds that a process has to write its checkpoint when it is asked to end.
+# Seconds for a process to write its checkpoint after SIGTERM.
 _GRACE = 30.0
 # A peer's own environment may have an older Python, which knows no option against imports from the folder it is in.
 _START = (
@@ -32,7 +32,7 @@ _START = (
 
 
 class Stopped(Exception):
-    """A signal ended the comparison; ``status`` is the exit status that says so."""
+    """A signal ended the comparison; ``status`` is the exit status for it."""
 
     def __init__(self, status: int) -> None:
         super().__init__(
@@ -45,7 +45,7 @@ class Stopped(Exception):
 class Runner:
     """Point -> record, from the folder where it is already there.
 
-    A run that a signal stopped goes on from its checkpoint; one that was killed outright starts again. A run that ends
+    A run stopped by a signal resumes from its checkpoint; one that was killed starts again. A run that ends
     with an error, is killed, or takes longer than ``timeout`` has the status "failed" with the reason in its record;
     the next comparison tries it again.
 
@@ -118,7 +118,7 @@ class Runner:
             record = run_point(point, folder, self._indent)
         except (MissingPeer, WrongData):
             raise
-        except Exception as error:  # whatever a model of others does, the others shall run
+        except Exception as error:  # an error in one model must not stop the others
             (folder / "errors.txt").write_text(traceback.format_exc(), encoding="utf-8")
             return self._died(point, f"{type(error).__name__}: {error}", folder)
         if record["status"] == "interrupted":
@@ -205,7 +205,7 @@ class Runner:
                 if time.monotonic() > deadline and process.poll() is None:
                     in_time = False
                     _end(process)
-        except KeyboardInterrupt:  # the terminal has sent it to the process as well: let it write its checkpoint
+        except KeyboardInterrupt:  # the terminal sent it to the process too, which writes its checkpoint
             self._signalled = True
             _end(process, asked=True)
             raise Stopped(128 + signal.SIGINT) from None

@@ -40,7 +40,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> object:
-    """Dynamics are imported when first asked for: they bring all of ``ase.io`` and scipy, which forces do not need."""
+    """Dynamics are imported at their first use, because they load ``ase.io`` and scipy, which forces do not need."""
     if name not in {"MDReport", "run_md"}:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from nbody_pyg.deploy import dynamics

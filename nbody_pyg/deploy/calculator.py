@@ -30,16 +30,16 @@ from nbody_pyg.potential import Potential
 from nbody_pyg.required import required
 from nbody_pyg.system import System
 
-#: Words for where bonds come from.
+#: Descriptions of the source of the bonds.
 _BONDS = ("each", "first")
 _DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
 
 class SharedCalculator(Calculator):
-    """A calculator of this library: threads may share it, and its results depend on charge and spin.
+    """Base class of our calculators: threads may share it, and its results depend on charge and spin.
 
-    Threads take turns, and each gets the results of its own structure. ASE's cache does not look at charge and spin of
-    ``atoms.info``, so they are asked for here.
+    Threads take turns, and each gets the results of its own structure. ASE's cache ignores charge and spin in
+    ``atoms.info``, so they are compared here.
     """
 
     _state: dict[str, torch.Tensor] | None = None
@@ -64,7 +64,7 @@ class SharedCalculator(Calculator):
         return super().calculate_properties(atoms, properties)
 
     def check_state(self, atoms: Atoms, tol: float = 1e-15) -> list[str]:
-        """What has changed since the last calculation."""
+        """Changes since the last calculation."""
         changes = list(super().check_state(atoms, tol=tol))
         if not changes and not _same_state(self._state, electronic_state_of(atoms)):
             changes.append("initial_charges")
@@ -94,12 +94,13 @@ class NBodyCalculator(SharedCalculator):
     ``free_energy``  the same number: there is no electronic temperature
     ``forces``       minus the gradient of ``energy``
     ``stress``       Voigt order; periodic systems only
-    ``energies``     per atom, where every part of the hierarchy belongs to one atom (NestedShells)
+    ``energies``     per atom, if every part of the hierarchy belongs to one atom (NestedShells)
     ===============  ===============================================================================
 
-    Along a trajectory neighbour lists with a skin serve many steps (:class:`~nbody_pyg.hierarchy.TopologyCache`). The
-    energy of a structure does not depend on what was evaluated before. Where the scheme keeps parts, such as groups of
-    bonded atoms (BondTree), they are part of the definition of the energy, and come from the first of these that
+    Along a trajectory neighbour lists with a skin are used for many steps
+    (:class:`~nbody_pyg.hierarchy.TopologyCache`). The energy of a structure does not depend on earlier evaluations. If
+    the scheme keeps parts, such as groups of bonded atoms (BondTree), they are part of the definition of the energy.
+    They come from the first of these sources that
     applies:
 
     ==============================================  ===============================================================
@@ -113,33 +114,33 @@ class NBodyCalculator(SharedCalculator):
                                                     energy has a step, of which one warning tells
     ==============================================  ===============================================================
 
-    :func:`run_md` and :func:`relax` keep the bonds of their first structure, whatever ``bonds`` says;
-    :meth:`fixed_bonds` does so for other runs. The attribute ``bonds_from`` says where the last ones came from. One
-    warning tells of the first structure in which other bonds than those in use would be found.
+    :func:`run_md` and :func:`relax` keep the bonds of their first structure for any ``bonds``; :meth:`fixed_bonds` does
+    so for other runs. The attribute ``bonds_from`` is the source of the last bonds. One warning is given for the first
+    structure whose bonds, as found, differ from those in use.
 
-    Charges and spin are read from the atoms (docs/conventions.md), and a change of them is a change of the system.
+    Charges and spin are read from the atoms (docs/conventions.md), and changing them changes the system.
 
-    Threads may share a calculator: they take turns. Read results with ``atoms.get_forces()`` and the like, not from
-    ``results``, which is that of the last structure of any thread.
+    Threads may share a calculator; they take turns. Read results with ``atoms.get_forces()`` and the like, not from
+    ``results``, which belongs to the last structure of any thread.
 
-    The attribute ``topologies`` is that cache, with counts of its ``calls`` and ``rebuilds``; None for models without a
+    The attribute ``topologies`` is this cache, which counts its ``calls`` and ``rebuilds``; None for models without a
     scheme.
 
     Args:
         potential: a Potential, or the path of a model file.
-        device: where to compute.
+        device: device of the computation.
         dtype: "float32" or "float64"; by default that of the model.
         carry_on: without effect, as parts no longer depend on earlier calls; will be removed.
-        skin: how much further than needed neighbours are searched (angstrom), to search again only when an atom has
-            moved by half of it. Energies and forces do not depend on it; 0 searches at every step.
-        compile: run the model as one compiled program (:func:`~nbody_pyg.compiled.compile_potential`): faster by far
-            for small systems, after some seconds at the first step. NBodyNet only, and needs a C++ compiler.
+        skin: extra radius of the neighbour search (angstrom); a new search is needed only when an atom has moved by
+            half of it. Energies and forces do not depend on it; 0 searches at every step.
+        compile: run the model as one compiled program (:func:`~nbody_pyg.compiled.compile_potential`): much faster for
+            small systems; the first step takes some seconds. Only for NBodyNet; needs a C++ compiler.
         cuda_graphs: replay steps on a GPU from CUDA graphs (:class:`~nbody_pyg.cuda_graphs.CapturedPotential`), for
-            NBodyNet only. Graphs last from one search for neighbours to the next, so take a larger ``skin``, such as 1.
+            NBodyNet only. Graphs are valid from one neighbour search to the next, so use a larger ``skin``, such as 1.
         bonds: "each", "first", or a structure (ASE's Atoms, or Data with what the scheme reads), see above.
     Raises:
-        ValueError: an element that the model does not know, an unknown dtype, ``cuda_graphs`` without a GPU or beside
-            ``compile``, another word for ``bonds``, a structure with other atoms than that of ``bonds``.
+        ValueError: an element that the model does not know, an unknown dtype, ``cuda_graphs`` without a GPU or together
+        with ``compile``, an unknown value of ``bonds``, a structure with other atoms than that of ``bonds``.
         TypeError: ``compile`` or ``cuda_graphs`` with another model than NBodyNet.
     """
 
@@ -169,7 +170,7 @@ class NBodyCalculator(SharedCalculator):
             raise ValueError("compile and cuda_graphs must not both be True: a graph replays no compiled program")
         self.metadata: dict[str, Any] = {}
         if isinstance(potential, torch.nn.Module):
-            potential = copy.deepcopy(require_potential(potential))  # the caller's keeps its device and precision
+            potential = copy.deepcopy(require_potential(potential))  # do not change that of the caller
         else:
             self.metadata = read_metadata(potential)["metadata"]
             potential = load_potential(potential)
@@ -187,7 +188,7 @@ class NBodyCalculator(SharedCalculator):
         self._numbers: np.ndarray | None = None
         self.bonds = bonds
         self.bonds_from: str | None = None
-        # Atoms and parts of the run of each thread; those of the first structure; the bonds of the last structure
+        # Atoms and parts of the run of each thread, those of the first structure, and the bonds of the last structure
         self._fixed: dict[int, tuple[torch.Tensor, Topology]] = {}
         self._first: tuple[torch.Tensor, Topology] | None = None
         self._last: tuple[torch.Tensor, torch.Tensor] | None = None
@@ -195,16 +196,16 @@ class NBodyCalculator(SharedCalculator):
         self._warned = False
 
     def forget(self) -> None:
-        """Build the hierarchy anew at the next call. (ASE's own ``reset`` may be called at every step.)"""
+        """Build the hierarchy again at the next call. (ASE's own ``reset`` may be called at every step.)"""
         self._first = self._last = None
         if self.topologies is not None:
             self.topologies.forget()
 
     @contextlib.contextmanager
     def fixed_bonds(self, atoms: Atoms) -> Iterator[None]:
-        """While this lasts, parts (bonds) are those that a structure has now, as a run of many steps needs them.
+        """Context in which parts (bonds) are fixed to those that a structure has now, for a run of many steps.
 
-        This counts for structures of the same atoms, in the thread that calls it.
+        It applies to structures of the same atoms, in the calling thread.
         """
         if self.scheme is None or not self.scheme.keeps_parts:
             yield
@@ -218,7 +219,7 @@ class NBodyCalculator(SharedCalculator):
             yield
         finally:
             with self._lock:
-                # Energies of parts that were kept are not those of the structure on its own
+                # Energies with kept parts are not those of the structure by itself
                 stale = self.atoms is None or self.bond_changes(self.atoms) is not None
                 self._last = None
                 del self._fixed[thread]
@@ -240,14 +241,14 @@ class NBodyCalculator(SharedCalculator):
 
     @locked
     def bond_changes(self, atoms: Atoms) -> str | None:
-        """How the bonds found in a structure differ from those that its energy uses; None where they do not."""
+        """How the bonds found in a structure differ from those that its energy uses; None if they do not."""
         if not isinstance(self.scheme, BondTree):
             return None
         system = self._system(atoms)
         return bond_changes(self.scheme, self._parts(system.z, system.pbc), system)
 
     def _elements(self, atoms: Atoms) -> torch.Tensor:
-        """Atomic numbers, checked; the same tensor as long as they are the same: graphs need not copy it."""
+        """Atomic numbers, checked; the same tensor while they do not change, so that graphs need not copy it."""
         if self._numbers is None or not np.array_equal(atoms.numbers, self._numbers):
             self._check_species(atoms)
             self._numbers = atoms.numbers.copy()
@@ -318,7 +319,7 @@ class NBodyCalculator(SharedCalculator):
         return topology
 
     def _parts(self, z: torch.Tensor, pbc: torch.Tensor | None) -> Topology | None:
-        """Parts that these atoms have wherever they are; None where they are found in each structure."""
+        """Parts that these atoms have at all positions; None if they are found in each structure."""
         fixed = self._fixed.get(threading.get_ident())
         if fixed is not None and torch.equal(fixed[0], z):
             return fixed[1]
@@ -347,7 +348,7 @@ class NBodyCalculator(SharedCalculator):
             self._first = system.z, required(self.scheme).compose(system)
 
     def _watch(self, z: torch.Tensor, bonds: torch.Tensor) -> None:
-        """Warn where bonds that are found in each structure are others than in the previous one."""
+        """Warn if bonds that are found in each structure differ from those of the previous one."""
         last, self._last = self._last, (z, bonds)
         if last is None or last[0] is not z or last[1] is bonds or torch.equal(last[1], bonds):
             return
@@ -362,7 +363,7 @@ class NBodyCalculator(SharedCalculator):
         )
 
     def _tell(self, changes: str | None) -> None:
-        """Warn where bonds of a reference are in use that would not be found."""
+        """Warn if bonds of a reference are in use that would not be found."""
         if changes is None:
             return
         self._warned = True

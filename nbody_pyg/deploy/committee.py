@@ -1,4 +1,4 @@
-"""Committee: several models of one potential energy, and how far they disagree."""
+"""Committee: several models of one potential energy, and their standard deviation."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ class Committee(SharedCalculator):
     ``energy``            eV                    mean; likewise ``free_energy``, ``forces``, ``stress``
     ``energy_std``        eV                    standard deviation over the members
     ``forces_std``        [N], eV/A             :math:`\sigma_i` of each atom
-    ``stress_std``        [6], eV/A^3           only when the stress was asked for
+    ``stress_std``        [6], eV/A^3           only if the stress is computed
     ====================  ====================  ============================================================
 
-    The mean energy has the mean forces as its gradient, so that a committee conserves energy as its members do.
-    Members differ by their seed, or by the frames they were trained on; their disagreement is a warning, not an
+    The mean energy has the mean forces as its gradient, so a committee conserves energy as its members do. Members
+    differ in their seed or their training frames. Their standard deviation indicates unreliable forces, but is not an
     error bar.
 
     Args:
@@ -96,7 +96,7 @@ class Committee(SharedCalculator):
 
     @contextlib.contextmanager
     def fixed_bonds(self, atoms: Atoms) -> Iterator[None]:
-        """While this lasts, parts (bonds) are those that a structure has now; see :class:`NBodyCalculator`."""
+        """Context in which parts (bonds) are fixed to those that a structure has now; see :class:`NBodyCalculator`."""
         with contextlib.ExitStack() as stack:
             for member in self.members:
                 stack.enter_context(member.fixed_bonds(atoms))
@@ -107,16 +107,16 @@ class Committee(SharedCalculator):
                     self.reset()
 
     def bond_changes(self, atoms: Atoms) -> str | None:
-        """How the bonds found in a structure differ from those that some member uses; None where they do not."""
+        """How the bonds found in a structure differ from those that some member uses; None if they do not."""
         return next((text for member in self.members if (text := member.bond_changes(atoms))), None)
 
     @property
     def bonds_from(self) -> str | None:
-        """Where the bonds come from; see :class:`NBodyCalculator`."""
+        """Source of the bonds; see :class:`NBodyCalculator`."""
         return next((member.bonds_from for member in self.members if member.bonds_from), None)
 
     def forget(self) -> None:
-        """Build the hierarchies anew at the next call."""
+        """Build the hierarchies again at the next call."""
         for member in self.members:
             member.forget()
 
@@ -126,9 +126,9 @@ class Committee(SharedCalculator):
 
 
 def stop_on_uncertainty(limit: float) -> Callable[[Atoms], str | None]:
-    """For :func:`run_md`: says why to stop when the forces on some atom differ by more than ``limit`` (eV/A).
+    """A ``stop`` function for :func:`run_md`: stops when the ``forces_std`` of an atom exceeds ``limit`` (eV/A).
 
-    Raises: ValueError: limit not positive; when called, atoms that carry no committee.
+    Raises: ValueError: limit not positive; when called, atoms whose calculator is not a committee.
     """
     if not limit > 0:
         raise ValueError(f"limit of the standard deviation of forces must be positive (eV/angstrom), got {limit}")

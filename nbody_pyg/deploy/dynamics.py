@@ -1,4 +1,4 @@
-"""Molecular dynamics by ASE, with a report on how well the energy was conserved."""
+"""Molecular dynamics with ASE, with a report on the conservation of energy."""
 
 from __future__ import annotations
 
@@ -30,21 +30,21 @@ from nbody_pyg.messages import check_choice
 ENSEMBLES = ("nve", "langevin")
 VELOCITIES = ("auto", "given", "drawn")
 
-# A run whose temperature passes this has failed, K: 3/2 kT is 3.9 eV, as much for every atom as a bond holds.
+# A run above this temperature has failed, K: 3/2 kT is then 3.9 eV, the energy of a bond for every atom.
 _HOTTEST = 30_000.0
-# One atom may have so many times the mean kinetic energy at that temperature.
+# Largest kinetic energy of one atom, in units of the mean at that temperature.
 _FASTEST = 10.0
-# An atom that moves further in one step has passed through a bond, angstrom.
+# Largest plausible displacement of an atom in one step, angstrom.
 _LONGEST_MOVE = 1.0
-# An atom of an open system that is further from every other is no part of it any more, angstrom.
+# An atom of an open system that is further from every other atom has left it, angstrom.
 _LOST = 10.0
-# Of this many samples a straight line says something.
+# Smallest number of samples for a linear fit.
 _LEAST_SAMPLES = 3
 
 
 @dataclass(frozen=True)
 class MDReport:
-    """Samples of a run, and what they say about it.
+    """Samples of a run, and quantities computed from them.
 
     ========================  ==========================================================================
     field                     unit
@@ -54,17 +54,17 @@ class MDReport:
     ``temperature``           K
     ``drift``                 meV per atom per 10 ps: slope of the straight line through ``total``
     ``fluctuation``           meV per atom: standard deviation about that line
-    ``largest_jump``          meV per atom between two samples that follow each other
-    ``stopped``               why the run ended before its time; None when it did not
-    ``first_step``            number of the step at which it began: not 0 where a trajectory is continued
-    ``velocities``            where the first velocities came from, in words
-    ``bonds_from``            where the bonds that the energy uses come from; None where it uses none
+    ``largest_jump``          meV per atom between two consecutive samples
+    ``stopped``               why the run ended early; None if it did not
+    ``first_step``            number of its first step, not 0 if a trajectory is continued
+    ``velocities``            description of the source of the first velocities
+    ``bonds_from``            source of the bonds that the energy uses; None if it uses none
     ``bond_changes``          step and atoms of the first sample at which the bonds found are others than those
                               in use; None where they never were
     ========================  ==========================================================================
 
-    Drift and jumps tell about the potential only where the total energy is conserved (nve). A drift needs two samples;
-    of fewer it is NaN.
+    Drift and jumps are a measure of the potential only if the total energy is conserved (nve). With fewer than two
+    samples the drift is NaN.
     """
 
     time: np.ndarray
@@ -131,24 +131,24 @@ def run_md(
     restart: bool = False,
     stop_on_bond_change: bool = False,
 ) -> MDReport:
-    """Move ``atoms`` (in place) with the calculator they carry.
+    """Run molecular dynamics of ``atoms`` (in place) with their calculator.
 
-    Where velocities are drawn from the Maxwell-Boltzmann distribution, the total momentum is removed, for isolated
-    molecules also the angular momentum; not where constraints hold some atoms, which take up both. Constraints of the
-    atoms are ASE's business and are kept; the temperature counts the degrees of freedom that they leave.
+    If velocities are drawn from the Maxwell-Boltzmann distribution, the total momentum is removed, for isolated
+    molecules also the angular momentum; but not if constraints hold some atoms, which absorb both. ASE applies the
+    constraints of the atoms; the temperature counts the remaining degrees of freedom.
 
-    A run that has failed ends with the reason in ``stopped``: energy, forces or positions that are not finite, a
-    temperature above ``max_temperature``, an atom with ten times the kinetic energy that belongs to it, an atom that
-    would move by more than 1 angstrom in a step, or one that has left an open system (10 angstrom from every other).
-    A structure with numbers that are not finite is not written. The first structure, every ``sample_every``-th and the
-    last one are sampled and written, the last also where the steps are no multiple.
+    A run that fails ends with the reason in ``stopped``: energy, forces or positions that are not finite, a temperature
+    above ``max_temperature``, an atom with ten times the mean kinetic energy at that temperature, an atom that would
+    move by more than 1 angstrom in a step, or one that has left an open system (10 angstrom from every other). A
+    structure with numbers that are not finite is not written. The first structure, every ``sample_every``-th one and
+    the last one are sampled and written.
 
-    Bonds that the energy of an :class:`NBodyCalculator` uses are part of that energy, and are kept from the start to
-    the end of the run, also inside of ASE's sums and averages of calculators. At every sample they are compared with
-    those that would be found then; the first difference is told by a warning, in the log and in the report.
+    Bonds are part of the definition of the energy of an :class:`NBodyCalculator`, and are kept during the whole run,
+    also in ASE's sums and averages of calculators. At every sample they are compared with those that would be found
+    then; the first difference is reported by a warning, in the log and in the report.
 
     Args:
-        steps: to take; 0 evaluates the first structure.
+        steps: number of steps; 0 evaluates the first structure.
         ensemble: "nve" (velocity Verlet) or "langevin".
         timestep: fs.
         temperature: K, of the first velocities and of the thermostat.
@@ -157,18 +157,19 @@ def run_md(
         sample_every: steps between samples, log lines and frames.
         log: text file in ASE's MDLogger form.
         trajectory: frames with energies, forces and velocities: ASE's ``.traj``, or extxyz by any other name. The
-            number of the step and the time stand in ``atoms.info``.
+            number of the step and the time are in ``atoms.info``.
         report: called with the number of steps done at every sample.
-        stop: called with the atoms after every step; a text ends the run, and is kept in the report. The last structure
+        stop: called with the atoms after every step; a returned text ends the run, and is kept in the report. The last
+            structure
             is written too. See :func:`~nbody_pyg.deploy.stop_on_uncertainty`.
-        velocities: "given" takes those of the atoms, "drawn" draws them, "auto" takes those of the atoms where any is
-            not zero.
+        velocities: "given" uses those of the atoms, "drawn" draws them, "auto" uses those of the atoms if any is not
+            zero.
         max_temperature: K; by default 30,000 (3/2 kT is then 3.9 eV, a bond for every atom), at least ten times
             ``temperature``. ``math.inf`` goes on at any speed, with lost atoms too, as long as numbers are finite.
-        restart: go on from the last whole frame of ``trajectory`` with its positions, momenta and number of the step,
+        restart: continue from the last complete frame of ``trajectory`` with its positions, momenta and step number,
             and append to ``trajectory`` and ``log``. Positions and momenta are as exact as in the file: all digits in
-            ``.traj``, 8 decimals in extxyz. The random numbers of a thermostat begin anew, from the seed and the step.
-        stop_on_bond_change: end the run at the first sample whose bonds are others than those in use.
+            ``.traj``, 8 decimals in extxyz. The random numbers of a thermostat start again, from the seed and the step.
+        stop_on_bond_change: end the run at the first sample whose bonds differ from those in use.
     Raises: ValueError: no calculator, an unknown ensemble or choice of velocities, numbers out of range, atoms that
         cannot move, a trajectory that cannot be continued, or that of atoms with other charges or masses.
     """
@@ -193,9 +194,9 @@ def run_md(
     bonded = _with_bonds(atoms.calc)
     stopped = changes = None
     with contextlib.ExitStack() as kept:
-        if bonded:  # a continued run keeps the bonds that it began with
+        if bonded:  # a continued run keeps its bonds
             begun = _frame(str(trajectory), 0) if restart else atoms
-            if atoms.calc not in bonded:  # one of ASE's, whose cache knows nothing of bonds
+            if atoms.calc not in bonded:  # one of ASE's calculators, whose cache ignores bonds
                 kept.callback(atoms.calc.__dict__.update, atoms=None, results={})
             for calculator in bonded:
                 kept.enter_context(calculator.fixed_bonds(begun))
@@ -203,7 +204,7 @@ def run_md(
         atoms.get_forces()  # dyn computes none before the first step of a continued run
         if restart:
             _check_energy(atoms, str(trajectory))
-        record = _Record(atoms, dyn, log, trajectory, restart)  # after what may fail: it replaces files
+        record = _Record(atoms, dyn, log, trajectory, restart)  # last, because it replaces files
         kept.callback(record.close)
         for _ in dyn.irun(steps):
             done = dyn.nsteps - first
@@ -215,7 +216,7 @@ def run_md(
                     changes = _told(atoms, bonded, bonds_from, when, record.logger)
                     if changes is not None and stop_on_bond_change:
                         reason = reason or "bonds have changed, " + changes.partition(": ")[2]
-                record(write=done > 0 or not restart)  # the first of a continued run is there already
+                record(write=done > 0 or not restart)  # the first frame of a continued run exists already
                 if report is not None:
                     report(done)
             if reason:
@@ -226,7 +227,7 @@ def run_md(
 
 
 def _with_bonds(calculator: Any) -> list[Any]:
-    """The calculators that keep bonds: this one, or those that one of ASE's adds up."""
+    """The calculators that keep bonds: this one, or the members of one of ASE's combined calculators."""
     if hasattr(calculator, "fixed_bonds"):
         return [calculator]
     mixed = getattr(getattr(calculator, "mixer", None), "calcs", ())
@@ -250,12 +251,12 @@ def _check_numbers(
 
 
 def _set_velocities(atoms: Atoms, which: str, temperature: float, rng: np.random.Generator, seed: int) -> str:
-    """Give the atoms their first velocities; says in words where they come from."""
+    """Give the atoms their first velocities; returns a description of their source."""
     momenta = atoms.get_momenta()
     if not np.isfinite(momenta).all():
         raise ValueError("momenta of the atoms must be finite; draw new ones with velocities='drawn'")
     if which == "given" or (which == "auto" and momenta.any()):
-        atoms.set_momenta(momenta)  # once more, so that constraints see them
+        atoms.set_momenta(momenta)  # set again, so that constraints apply to them
         return f"those of the first structure ({atoms.get_temperature():.1f} K)"
     width = np.sqrt(units.kB * temperature * atoms.get_masses())
     atoms.set_momenta(width[:, None] * rng.standard_normal((len(atoms), 3)))
@@ -267,14 +268,14 @@ def _set_velocities(atoms: Atoms, which: str, temperature: float, rng: np.random
 
 
 def _not_kept(atoms: Atoms) -> list[str]:
-    """Names of the constraints that extended xyz has no room for."""
+    """Names of the constraints that extended xyz cannot store."""
     return [type(c).__name__ for c in atoms.constraints if not isinstance(c, (FixAtoms, FixCartesian))]
 
 
 def _continued(atoms: Atoms, trajectory: str | Path | None, timestep: float) -> int:
     """Give the atoms the state of the last whole frame of a trajectory; returns its step.
 
-    Raises: ValueError: no trajectory, other atoms, another time step, or a frame that does not tell its step.
+    Raises: ValueError: no trajectory, other atoms, another time step, or a frame without its step number.
     """
     if trajectory is None or not Path(trajectory).is_file():
         raise ValueError(f"restart needs the trajectory to go on from, got {trajectory}")
@@ -326,14 +327,14 @@ def _frame(path: str | Path, index: int) -> Atoms:
 
 
 def _state(atoms: Atoms) -> np.ndarray:
-    """Total charge, multiplicity, and charges of the atoms, as far as the atoms say them; 0, 1 and 0 elsewhere."""
+    """Total charge, multiplicity, and charges of the atoms, if the atoms have them; otherwise 0, 1 and 0."""
     found = {key: value.numpy() for key, value in electronic_state_of(atoms).items()}
     charges = found.get("charges", np.zeros(len(atoms)))
     return np.concatenate([found.get("charge", charges.sum(keepdims=True)), found.get("spin", np.ones(1)), charges])
 
 
 def _check_energy(atoms: Atoms, trajectory: str | Path) -> None:
-    """Warn where the last frame of a trajectory has another energy now: another model, or other bonds."""
+    """Warn if the energy of the last frame of a trajectory differs now, because of another model or other bonds."""
     last = _frame(trajectory, -1)
     before, now = getattr(last.calc, "results", {}).get("energy"), atoms.get_potential_energy()
     if before is not None and abs(now - before) > 1e-3 * len(atoms) + 1e-6 * abs(before):
@@ -357,7 +358,7 @@ class _Failure:
         return math.isfinite(self.hottest) and len(self.atoms) > 1 and not self.atoms.pbc.any()
 
     def _outermost(self) -> tuple[int, float]:
-        """The atom that is furthest from the middle, and its distance to its nearest neighbour."""
+        """The atom furthest from the centre, and the distance to its nearest neighbour."""
         pos = self.atoms.positions
         atom = int(np.linalg.norm(pos - pos.mean(axis=0), axis=1).argmax())
         return atom, float(np.partition(np.linalg.norm(pos - pos[atom], axis=1), 1)[1])
@@ -406,7 +407,7 @@ _CURE = "try a shorter time step, or a structure that is nearer to the training 
 
 
 class _Record:
-    """Samples, log and frames of a run, each structure once."""
+    """Writes samples, log and frames of a run, each structure once."""
 
     def __init__(
         self, atoms: Atoms, dyn: MolecularDynamics, log: str | Path | None, trajectory: str | Path | None, append: bool
@@ -442,7 +443,7 @@ class _Record:
 
 
 def _told(atoms: Atoms, bonded: list[Any], source: str | None, when: str, logger: MDLogger | None) -> str | None:
-    """When and how the bonds found now differ from those in use; says so in a warning and in the log."""
+    """When and how the bonds found now differ from those in use; reported by a warning and in the log."""
     found = next((text for calculator in bonded if (text := calculator.bond_changes(atoms))), None)
     if found is None:
         return None
@@ -453,7 +454,7 @@ def _told(atoms: Atoms, bonded: list[Any], source: str | None, when: str, logger
 
 
 class _ExtxyzWriter:
-    """Appends the atoms to an extxyz file, one frame by one call of the system, whole or not at all."""
+    """Appends the atoms to an extxyz file; each frame is one system call, complete or not written."""
 
     def __init__(self, path: Path, atoms: Atoms, append: bool):
         self.atoms, self.path = atoms, path
@@ -479,9 +480,9 @@ class _ExtxyzWriter:
 
 
 def cut_to_whole_frames(path: str | Path) -> int:
-    """Take away what a killed process has left of its last frame in an (ext)xyz file; returns the whole frames.
+    """Remove an incomplete last frame, left by a killed process, from an (ext)xyz file; returns the complete frames.
 
-    Raises: ValueError: not a single whole frame.
+    Raises: ValueError: no complete frame.
     """
     frames, end = 0, 0
     with open(path, "rb+") as file:

@@ -1,4 +1,4 @@
-"""explain_energy: which part of a molecule holds which part of its energy."""
+"""explain_energy: contribution of each part of a molecule to its energy."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ from nbody_pyg.required import required
 
 @dataclass(frozen=True)
 class EnergyExplanation:
-    r"""The energy of one structure, taken apart along its hierarchy.
+    r"""The energy of one structure, decomposed over its hierarchy.
 
     .. math:: E = \sum_i E_0(z_i) + \sum_k \sum_{P \in \mathrm{level}\ k} \epsilon_P + \sum_i V_i + \sum_i E_i
 
     ==================  ================================  ===================================================
     field               shape, unit                       meaning
     ==================  ================================  ===================================================
-    ``own``             {level: [parts]}, eV              :math:`\epsilon_P`, what the network reads off a part
+    ``own``             {level: [parts]}, eV              :math:`\epsilon_P`, the readout of a part
     ``repulsion``       [atoms], eV                       :math:`V_i`, half of that of each close pair
-    ``terms``           [atoms], eV                       sum of the terms of one's own
+    ``terms``           [atoms], eV                       sum of the user's terms
     ``reference``       [atoms], eV                       :math:`E_0(z_i)`
     ``total``           eV                                E: the sum of all of them, to round-off
     ==================  ================================  ===================================================
 
-    float64. How the network shares an energy out is learned, and not unique: two networks of the same errors may
-    do it differently. Differences between structures under one network are what to look at.
+    float64. The decomposition is learned and not unique: two networks with the same errors may decompose an energy
+    differently. Compare structures with one network only.
     """
 
     frame: AtomicData
@@ -50,7 +50,7 @@ class EnergyExplanation:
 
     @property
     def by_level(self) -> dict[str, float]:
-        """Sum over the parts of each level, by name, and of repulsion, terms of one's own and isolated atoms."""
+        """Sum over the parts of each level, by name, and of repulsion, user terms and isolated atoms."""
         rows = {self.names[k]: values for k, values in sorted(self.own.items())} | {"repulsion": self.repulsion}
         rows |= {"own terms": self.terms} if bool(self.terms.any()) else {}
         return {name: float(values.sum()) for name, values in (rows | {"isolated atoms": self.reference}).items()}
@@ -69,9 +69,10 @@ class EnergyExplanation:
         return total
 
     def within(self, level: int) -> Float[Tensor, " parts"]:
-        """Interaction energy of each part of a level with all that it is made of; not what lies above or between.
+        """Interaction energy of each part of a level including all its descendants, but not that of higher levels or
+        between parts.
 
-        Raises: ValueError: no such level, or parts that overlap, of which this would count some energies twice.
+        Raises: ValueError: no such level, or parts that overlap, for which energies would be counted twice.
         """
         if not 0 <= level < self.topology.num_levels:
             raise ValueError(f"level must lie in 0..{self.topology.num_levels - 1}, got {level}")
@@ -89,7 +90,7 @@ class EnergyExplanation:
         return total
 
     def minus(self, other: EnergyExplanation) -> EnergyExplanation:
-        """The difference to another structure of the same parts, part by part.
+        """The difference to another structure with the same parts, for each part.
 
         Raises: ValueError: another molecule or another hierarchy.
         """
@@ -107,13 +108,13 @@ class EnergyExplanation:
 
 
 def explain_energy(potential: Potential, frame: Data, topology: Topology | None = None) -> EnergyExplanation:
-    """Take the energy of one structure apart.
+    """Decompose the energy of one structure.
 
     Parts sum to the energy: to 1e-10 eV for a potential in float64 (``copy.deepcopy(potential).double()``).
 
     Args:
-        topology: the hierarchy to use, where it should not be built for these positions, nor read off the frame.
-    Raises: ValueError: a batch, or a model that does not tell energies of parts.
+        topology: the hierarchy to use, instead of one built for these positions or stored on the frame.
+    Raises: ValueError: a batch, or a model that does not provide energies of parts.
     """
     if frame.get("batch") is not None and int(frame.batch.max()) > 0:
         raise ValueError("frame must be a single structure, got a batch; pass batch.get_example(i)")

@@ -1,4 +1,4 @@
-"""A picture of the energy by parts: the molecule coloured by its parts, and one bar per level."""
+"""Plot of the energy by parts: the molecule coloured by its parts, and one bar per level."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ def plot_energy_parts(explanation: EnergyExplanation, level: int | None = None, 
 
     Args:
         explanation: from :func:`explain_energy`, or the difference of two.
-        level: whose parts are outlined, each with all that lies within it; None takes the finest level of a tree with
+        level: level whose parts are outlined, each including its descendants; None uses the finest level of a tree with
             2 to 12 parts above the atoms, and colours atoms where parts overlap.
         title: title of the figure.
 
-    Returns: a matplotlib Figure that no backend knows of.
+    Returns: a matplotlib Figure that is not attached to a backend.
     """
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize
@@ -82,7 +82,7 @@ def _draw_molecule(
     size = np.where(drawing.z == 1, 110.0, 240.0) * min(1.0, 14.0 / (4.0 + float(np.ptp(xy, axis=0).max()))) ** 2
     near = np.argsort(drawing.depth)
     fill = [drawing.element_colors[a] if level else colours.to_rgba(values[a]) for a in near]
-    for place, atom in enumerate(near):  # one by one, so that what lies in front hides what lies behind
+    for place, atom in enumerate(near):  # one by one, so that atoms in front hide those behind
         order = 12 + drawing.depth[atom] - 1e-3
         x, y = xy[atom]
         ax.scatter(x, y, s=size[atom], color=[fill[place]], edgecolors=_INK, linewidths=0.9, zorder=order)
@@ -98,7 +98,7 @@ def _free_place(outline: np.ndarray, centre: np.ndarray, taken: np.ndarray) -> n
     away = outline - centre
     points = outline + 0.45 * away / np.maximum(np.linalg.norm(away, axis=1, keepdims=True), 1e-6)
     room = np.linalg.norm(points[:, None] - taken[None], axis=-1).min(axis=1)
-    # Among points with room enough, one that does not wander off.
+    # Among points with enough room, one nearby.
     best: np.ndarray = points[int(np.argmax(np.minimum(room, 1.3) - 0.05 * np.linalg.norm(away, axis=1)))]
     return best
 

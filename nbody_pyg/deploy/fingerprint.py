@@ -1,4 +1,4 @@
-"""A number for the convention of the Clebsch-Gordan coefficients, so that weights are never mixed up."""
+"""Hash of the convention of the Clebsch-Gordan coefficients, so that weights are not used with another one."""
 
 from __future__ import annotations
 

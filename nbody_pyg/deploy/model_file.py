@@ -1,7 +1,7 @@
 """One file per model: safetensors for the weights, JSON for everything else; no pickle.
 
-The SHA-256 in the JSON covers all of it and the name, dtype, shape and bytes of every tensor. Nothing is built from a
-file, and nothing of it is printed as it stands, before it has been checked.
+The SHA-256 in the JSON covers the whole JSON and the name, dtype, shape and bytes of every tensor. A file is checked
+before anything is built from it or printed unescaped.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _PACKAGES = ("nbody_pyg", "torch", "torch_geometric", "e3nn")
 _DTYPES = {"float32": torch.float32, "float64": torch.float64}
 _NUMBER = (int, float)
 _UNITS = {"energy": "eV", "length": "angstrom", "forces": "eV/angstrom", "stress": "eV/angstrom^3"}
-#: Entries of every header and their types; what else there is describes the model.
+#: Entries of every header and their types; further entries describe the model.
 _ENTRIES: dict[str, type | tuple[type, ...]] = {
     "format_version": int,
     "model": dict,
@@ -58,11 +58,11 @@ _log = logging.getLogger("nbody_pyg")
 def save_model(
     potential: Potential | PropertyModel, path: str | Path, metadata: Mapping[str, Any] | None = None
 ) -> None:
-    """Write a potential (or a model of properties) into one file, whole or not at all (temporary file, then rename).
+    """Write a potential (or a model of properties) into one file, atomically (temporary file, then rename).
 
     Args:
-        metadata: what else to keep, JSON-able: training settings, data, errors. Numbers that are not finite, which JSON
-            does not have, become null.
+        metadata: further entries for JSON: training settings, data, errors. Numbers that are not finite become null,
+            because JSON does not have them.
     Raises: TypeError: metadata that JSON cannot hold. ValueError: weights that are not finite.
     """
     path = Path(path)
@@ -78,7 +78,7 @@ def save_model(
         "versions": {name: _version(name) for name in _PACKAGES} | {"python": platform.python_version()},
         "metadata": _without_infinity(dict(metadata or {})),
     }
-    header = json.loads(json.dumps(header))  # as a reader will see it
+    header = json.loads(json.dumps(header))  # as a reader gets it
     header["sha256"] = checksum(header, tensors)
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as temporary:
@@ -91,11 +91,11 @@ def load_model(
     """Read a potential, or a model of properties, ready for evaluation.
 
     Args:
-        model: the network, where it is not one of ours: built as it was when the file was written.
+        model: the network, if it is not one of ours, built as when the file was written.
     Raises:
         FileNotFoundError: no such file.
         ValueError: not a model file, truncated or damaged, written by a newer version, settings or weights that do not
-            make a network, or another convention of the Clebsch-Gordan coefficients.
+        match a network, or another convention of the Clebsch-Gordan coefficients.
     """
     path = Path(path)
     header, tensors = _read(path)
@@ -132,13 +132,13 @@ def load_model(
 def load_potential(path: str | Path, device: torch.device | str = "cpu") -> Potential:
     """Read a potential with :func:`load_model`.
 
-    Raises: ValueError: a model of other properties, or what :func:`load_model` refuses; FileNotFoundError.
+    Raises: ValueError: a model of other properties, or as :func:`load_model`; FileNotFoundError.
     """
     return require_potential(load_model(path, device=device), f" ({path})")
 
 
 def require_potential(model: nn.Module, origin: str = "") -> Potential:
-    """Return the model; ``origin`` is what the message adds to it.
+    """Return the model; ``origin`` is added to the message.
 
     Raises: ValueError: a model of other properties than energies.
     """
@@ -151,7 +151,7 @@ def require_potential(model: nn.Module, origin: str = "") -> Potential:
 
 
 def read_metadata(path: str | Path) -> dict[str, Any]:
-    """Everything in a model file but the weights, which are checked as in :func:`load_model`; no network is built.
+    """Everything in a model file except the weights, which are checked as in :func:`load_model`; no network is built.
 
     Raises: FileNotFoundError, ValueError: as :func:`load_model`.
     """
@@ -170,7 +170,7 @@ def checksum(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Header and tensors, checked as far as that goes without building the network."""
+    """Header and tensors, checked as far as possible without building the network."""
     if not path.is_file():
         inside = path / "model.nbody"
         hint = f"; the model of this run is {inside}" if inside.is_file() else ""
@@ -246,7 +246,7 @@ def _parsed(text: str, path: Path) -> dict[str, Any]:
             f"{path} has format version {short(version)}, this nbody_pyg {_version('nbody_pyg')} "
             f"reads up to {FORMAT_VERSION}; upgrade nbody_pyg"
         )
-    # NaN among the errors of a training was written before format 4
+    # Before format 4, errors of a training could be NaN
     checked = header if version >= 4 else {k: v for k, v in header.items() if k != "metadata"}
     if not _all_of(checked, lambda value: not isinstance(value, float) or math.isfinite(value)):
         raise ValueError(f"{path} holds NaN or infinite numbers in its settings; get a fresh copy")
@@ -282,7 +282,7 @@ def _check_header(header: Mapping[str, Any]) -> None:
 
 
 def _check_assumed(described: Mapping[str, Any]) -> None:
-    """Refuse a charge and spin of all training frames that no frame can have, or that are inputs of the network."""
+    """Reject a stored charge or spin of all training frames that is impossible, or that is an input of the network."""
     assumed, taken = described.get("assumed", {}), (described["config"] or {}).get("inputs") or ()
     known = isinstance(assumed, dict) and set(assumed) <= set(DEFAULT_STATE)
     if not known or not all(type(value) in _NUMBER and abs(value) < 1e6 for value in assumed.values()):
@@ -307,14 +307,14 @@ def _all_of(value: Any, holds: Callable[[Any], bool]) -> bool:
 
 
 def _check_finite(tensors: Mapping[str, Tensor], foreign: bool) -> None:
-    """Refuse weights that are not finite; networks of others may hold an infinite constant, such as a mask."""
+    """Reject weights that are not finite; foreign networks may have an infinite constant, such as a mask."""
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not bool((~tensor.isnan() if foreign else tensor.isfinite()).all()):
             raise ValueError(f"weights must be finite, but {printable(name)} holds NaN or infinite numbers")
 
 
 def _check_weights(potential: nn.Module, tensors: Mapping[str, Tensor], foreign: bool) -> None:
-    """Refuse tensors of other names, shapes or dtypes than the network has."""
+    """Reject tensors whose names, shapes or dtypes differ from those of the network."""
     expected = potential.state_dict()
     if missing := sorted(set(expected) - set(tensors)):
         raise ValueError(f"weights do not fit the network: missing {missing[:3]}")
@@ -331,7 +331,7 @@ def _check_weights(potential: nn.Module, tensors: Mapping[str, Tensor], foreign:
 
 
 def _check_same(given: Any, built: Any, where: str = "") -> None:
-    """Refuse what the model that was built from the settings does not say of itself: unknown keys, changed values."""
+    """Reject settings that differ from those of the model built from them: unknown keys, changed values."""
     if isinstance(given, dict) and isinstance(built, dict):
         for key, value in given.items():
             if key not in built:
@@ -350,7 +350,7 @@ def _without_infinity(value: Any) -> Any:
 
 
 def _said(error: Exception) -> str:
-    """What an error says, for a message: a key by name, and nothing that controls a terminal."""
+    """Text of an error for a message: a key by name, control characters escaped."""
     text = f"missing entry {error}" if isinstance(error, KeyError) else str(error)
     return printable(text.strip()[:500])
 

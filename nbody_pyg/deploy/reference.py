@@ -1,4 +1,4 @@
-"""Where the bonds of a deployed model come from: the molecule it was trained on, and how others compare with it."""
+"""Source of the bonds of a deployed model: the molecule it was trained on, and comparison with others."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ from nbody_pyg.deploy.model_file import read_metadata
 from nbody_pyg.hierarchy import BondTree, Scheme, Topology, share_topology
 from nbody_pyg.system import System
 
-#: So many bonds are named in a message.
+#: Number of bonds that a message lists.
 _MOST_NAMED = 4
 
 
 def reference_record(frame: Data) -> dict[str, Any]:
-    """What a model file keeps of the frame whose parts all training frames shared, for :func:`reference_topology`."""
+    """The record in a model file of the frame whose parts all training frames shared, for
+    :func:`reference_topology`."""
     return {key: None if frame.get(key) is None else frame[key].tolist() for key in ("z", "pos", "cell", "pbc")}
 
 
 def reference_topology(
     metadata: Mapping[str, Any], scheme: Scheme, z: Sequence[int], periodic: bool = False
 ) -> Topology | None:
-    """The topology that the model was trained with, where it knows one for atoms ``z`` in this order.
+    """The topology that the model was trained with, if it has one for atoms ``z`` in this order, else None.
 
-    A model trained on one molecule takes its bonds from one frame; a bond that is stretched beyond the usual
-    length must not change the hierarchy, and with it the energy. None as well where the scheme keeps no parts.
+    A model trained on one molecule uses the bonds of one frame; a stretched bond must not change the hierarchy, and
+    with it the energy. Also None if the scheme keeps no parts.
 
     Args:
-        periodic: the atoms lie in a cell. Files of earlier versions do not say whether their molecule did, and have no
-            topology for it.
+        periodic: the atoms are in a cell. Files of earlier versions do not record this, and have no topology for it.
     """
     found = metadata.get("reference")
     if found is None or not scheme.keeps_parts or list(found["z"]) != list(z) or (periodic and "pbc" not in found):
@@ -53,7 +53,7 @@ def is_periodic(pbc: Tensor | None) -> bool:
 
 
 def with_reference(frames: Sequence[Data], path: str | Path, scheme: Scheme | None) -> Sequence[Data]:
-    """Frames with hierarchies: shared with the training frames where these are the same molecule."""
+    """Frames with hierarchies, shared with the training frames if these are the same molecule."""
     if scheme is None:
         return frames
     metadata, out = read_metadata(path)["metadata"], []
@@ -79,7 +79,7 @@ def bond_changes(scheme: Scheme | None, topology: Topology | None, system: Syste
         return None
     try:
         broken, formed = scheme.bond_changes(topology, system)
-    except ValueError as error:  # bonds that go on for ever through the cell
+    except ValueError as error:  # an infinite network of bonds through the cell
         return str(error)
     return describe_bonds(system.z, broken, formed)
 

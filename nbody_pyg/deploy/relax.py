@@ -25,21 +25,21 @@ from nbody_pyg.potential import Potential
 from nbody_pyg.system import System
 
 _MEMORY = 30
-# The step of a structure without history: the inverse of a stiff bond, angstrom^2/eV.
+# Step of a structure without history: the inverse stiffness of a stiff bond, angstrom^2/eV.
 _FIRST_STEP = 1.0 / 70.0
 _SKIN = 0.3
-# Labels of the positions that were.
+# Labels of the previous positions.
 _STALE = frozenset({"energy", "energies", "forces", "stress", "dipole", "polarizability"})
 
 
 @dataclass(frozen=True)
 class Relaxation:
-    """Structures after relaxation, in the order in which they came.
+    """Structures after relaxation, in the order of the input.
 
     ================  ==========================  ==================================================
     field             shape, unit                 meaning
     ================  ==========================  ==================================================
-    ``frames``                                    as they came, with positions, energy and forces of the end
+    ``frames``                                    the input with final positions, energy and forces
     ``energy``        [structures], eV            at the end; ``start_energy`` at the start
     ``largest``       [structures], eV/A          length of the largest force at the end that may move an atom
     ``steps``         [structures]                steps taken
@@ -47,8 +47,8 @@ class Relaxation:
     ``bond_changes``  one text or None each       how the bonds found at the end differ from those used
     ================  ==========================  ==================================================
 
-    AtomicData keeps all keys but hierarchies and other labels; Atoms keep constraints, info and arrays, and carry
-    energy and forces in a SinglePointCalculator. Forces are those of the potential, also on atoms that are held.
+    AtomicData keeps all keys except hierarchies and other labels; Atoms keep constraints, info and arrays, and have
+    energy and forces in a SinglePointCalculator. Forces are those of the potential, also on fixed atoms.
     """
 
     frames: list[AtomicData | Atoms]
@@ -61,7 +61,7 @@ class Relaxation:
 
 
 class _LBFGS:
-    r"""Limited-memory BFGS for a batch: one history per structure, none of them knows of the others.
+    r"""Limited-memory BFGS for a batch: structures are independent, each with its own history.
 
     .. math:: p = -H g, \qquad s_k = r_{k+1} - r_k, \quad y_k = g_{k+1} - g_k, \quad \rho_k = 1 / (y_k \cdot s_k)
 
@@ -82,7 +82,7 @@ class _LBFGS:
         if self.last is not None:
             s, y = pos - self.last[0], self.last[1] - forces
             curvature = self._dot(s, y)
-            # A pair along which the energy curves downwards would turn the step uphill.
+            # A pair with negative curvature would turn the step uphill.
             useful = curvature > 1e-12
             rho = torch.where(useful, 1.0 / torch.where(useful, curvature, torch.ones_like(curvature)), 0.0)
             self.history = [*self.history[-_MEMORY + 1 :], (s, y, rho)]
@@ -100,7 +100,7 @@ class _LBFGS:
         return -z * (self.longest / longest.clamp(min=self.longest))[self.batch, None]
 
     def keep(self, atoms: Tensor, batch: Tensor, graphs: Tensor) -> None:
-        """Go on with some structures only: ``atoms`` and ``graphs`` are masks, ``batch`` numbers them anew."""
+        """Continue with some structures only: ``atoms`` and ``graphs`` are masks, ``batch`` renumbers them."""
         self.history = [(s[atoms], y[atoms], rho[graphs]) for s, y, rho in self.history]
         self.last = None if self.last is None else (self.last[0][atoms], self.last[1][atoms])
         self.batch, self.num_graphs = batch, int(graphs.sum())
@@ -118,7 +118,7 @@ class _Active:
     ) -> None:
         self.free = free
         self.potential, self.scheme = potential, potential.scheme
-        # The parts that a structure starts with stay its parts; they are independent of the other structures.
+        # A structure keeps its initial parts; they are independent of the other structures.
         self.parted = None
         if parts is not None:
             self.parted = [tree.store(copy.copy(frame)) for tree, frame in zip(parts, frames, strict=True)]
@@ -144,11 +144,11 @@ class _Active:
         return out["energy"], out["forces"].double()
 
     def move(self, pos: Tensor) -> None:
-        """Go on from other positions."""
+        """Continue from other positions."""
         self.system = self.system.replace(pos=pos)
 
     def keep(self, graphs: Tensor) -> Tensor:
-        """Drop structures; returns the mask of the atoms that stay."""
+        """Remove structures; returns the mask of the remaining atoms."""
         atoms = graphs[self.system.batch]
         self.system = self.system.select(graphs)
         self.free = None if self.free is None else self.free[atoms]
@@ -169,30 +169,30 @@ def relax(
     stop: Callable[[], bool] | None = None,
     reference: str | Path | None = None,
 ) -> Relaxation:
-    """Move every structure to a minimum of its energy; cells stay as they are.
+    """Move every structure to a minimum of its energy; cells are fixed.
 
-    L-BFGS with one history per structure, all of them evaluated as one batch: the steps of a structure are those
-    that it would take alone, and the same as those of ``ase.optimize.LBFGS``. What has converged leaves the batch, and
-    so does a structure whose energy or forces are not finite.
+    L-BFGS with one history per structure, all of them evaluated as one batch: the steps of a structure are the same as
+    alone, and the same as those of ``ase.optimize.LBFGS``. Structures that have converged leave the batch, and so do
+    those whose energy or forces are not finite.
 
-    Parts (bonds) are those at the start, from first to last: those that a scheme has stored on the frame
-    (:func:`~nbody_pyg.deploy.with_reference`), else those found there. Where others are found at the end, a warning
-    says so.
+    Parts (bonds) are those at the start, for all steps: those that a scheme has stored on the frame
+    (:func:`~nbody_pyg.deploy.with_reference`), else those found there. If others are found at the end, a warning is
+    given.
 
     Args:
         potential: in the precision in which to relax; float64 for forces below 1e-3.
         frames: structures with ``z`` and ``pos``, or ASE's Atoms; all periodic (with ``cell``) or all open. ``charge``,
-            ``charges`` and ``spin`` count where a structure has them; one without is a neutral singlet. Atoms are held
-            by their FixAtoms and FixCartesian, AtomicData by a key ``fixed``: bool, [atoms] or [atoms, 3]; convergence
-            is judged on what is left of the forces.
+            ``charges`` and ``spin`` are used if a structure has them; one without is a neutral singlet. Fixed
+            coordinates are given by FixAtoms and FixCartesian of Atoms, or by a key ``fixed`` of AtomicData: bool,
+            [atoms] or [atoms, 3]; convergence is judged on the forces on free coordinates.
         fmax: a structure has converged when no force is longer (eV/angstrom).
-        max_steps: of each structure.
-        longest_step: of any atom in one step, angstrom.
-        batch_size: structures at a time.
+        max_steps: largest number of steps of each structure.
+        longest_step: largest displacement of an atom in one step, angstrom.
+        batch_size: structures per batch.
         report: called with the numbers of converged and of all structures, after every step.
         reference: model file whose reference molecule gives the bonds of the structures that are this molecule.
-    Raises: ValueError: no structures, periodic beside open ones, positions that are not finite, a charge or spin that
-        the model does not know, a constraint that is not known here, or fmax, max_steps, longest_step or batch_size
+    Raises: ValueError: no structures, periodic together with open ones, positions that are not finite, a charge or spin
+    that the model cannot use, an unsupported constraint, or fmax, max_steps, longest_step or batch_size
         not positive.
     """
     numbers = {"fmax": fmax, "max_steps": max_steps, "longest_step": longest_step, "batch_size": batch_size}
@@ -205,7 +205,7 @@ def relax(
     _check_periodicity(data)
     if reference is not None:
         data = with_reference(data, reference, potential.scheme)
-    check_states(potential.model, data)  # in a batch no frame has its number
+    check_states(potential.model, data)  # frames of a batch do not have their number
     parts = []
     for i in range(0, len(data), batch_size):
         parts.append(_relax_batch(potential, data[i : i + batch_size], fmax, max_steps, longest_step, report, stop))
@@ -228,7 +228,7 @@ def relax(
 
 
 def as_data(frame: Data | Atoms, number: int) -> Data:
-    """A structure with what holds its atoms under ``fixed``, checked."""
+    """A checked structure, with its fixed coordinates under ``fixed``."""
     if isinstance(frame, Atoms):
         atoms, frame = frame, AtomicData.from_ase(frame, labels=False)
         if atoms.constraints or "constraints_left_out" in atoms.info:
@@ -245,14 +245,14 @@ def as_data(frame: Data | Atoms, number: int) -> Data:
 
 
 def _held(atoms: Atoms, number: int) -> Tensor:
-    """Which coordinates the constraints of the atoms hold, [atoms, 3]."""
+    """Mask of the coordinates that the constraints of the atoms fix, [atoms, 3]."""
     if left_out := atoms.info.get("constraints_left_out"):
         raise ValueError(
             f"structure {number} was written without its constraints ({left_out}), which extended xyz does not hold; "
             "take a file that has them, or remove constraints_left_out from it to go on without"
         )
     fixed = torch.zeros(len(atoms), 3, dtype=torch.bool)
-    if atoms.constraints:  # half a second of scipy, which no other structure needs
+    if atoms.constraints:  # imports scipy (half a second), which other structures do not need
         from ase.constraints import FixAtoms, FixCartesian
     for constraint in atoms.constraints:
         if not isinstance(constraint, (FixAtoms, FixCartesian)):
@@ -266,7 +266,7 @@ def _held(atoms: Atoms, number: int) -> Tensor:
 
 
 def as_it_came(frame: Data | Atoms, after: AtomicData) -> AtomicData | Atoms:
-    """The structure at its new positions, with all that was said of it and is still true."""
+    """The structure at its new positions, with all data that are still valid."""
     if isinstance(frame, Atoms):
         atoms = without_labels(frame)
         atoms.set_positions(after.pos.detach().cpu().numpy(), apply_constraint=False)

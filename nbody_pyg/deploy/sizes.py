@@ -1,4 +1,5 @@
-"""Whether weights can be those of a network, told from their shapes: a small file must not build a large network."""
+"""Check from their shapes whether weights can belong to a network, so that a small file cannot build a large
+network."""
 
 from __future__ import annotations
 
@@ -16,7 +17,7 @@ from nbody_pyg.nn.charges import LongRangeSettings
 from nbody_pyg.nn.irreps import channel_groups, check_symmetry, harmonic_parity, hidden_irreps, level_types
 
 Shapes = Mapping[str, tuple[int, ...]]
-#: Numbers in tables of coupling coefficients: that any file may ask for, and for each of its weights.
+#: Limits of the size of tables of coupling coefficients: for any file, and per weight.
 _TABLES, _TABLES_EACH = 50_000_000, 30_000
 #: Largest integer argument of a scheme.
 _MAX_ARGUMENT = 1000
@@ -25,8 +26,8 @@ _MAX_ARGUMENT = 1000
 def check_sizes(config: Mapping[str, Any], shapes: Shapes) -> None:
     """Raise ValueError unless weights of these shapes can be those of the network of a configuration.
 
-    Nothing is built, and it takes no longer than reading the names of the weights does. That the weights fit exactly is
-    for the network to say.
+    Nothing is built, and it takes no longer than reading the names of the weights. The network itself checks whether
+    the weights match exactly.
 
     Args:
         config: of an :class:`~nbody_pyg.NBodyNet`.
@@ -64,7 +65,7 @@ def check_sizes(config: Mapping[str, Any], shapes: Shapes) -> None:
     settings.least = min(mul for one in types.values() for group in channel_groups(one) for mul, _ in group)
     own = getattr(settings, "gate", None) or {}
     for number, step in enumerate(steps):
-        if step.kind in own:  # the weights of a gate of somebody's own are for the network to compare
+        if step.kind in own:  # the network compares the weights of a user's gate
             continue
         groups = channel_groups(types[step.level])
         for n, group in enumerate(groups):
@@ -75,9 +76,9 @@ def check_sizes(config: Mapping[str, Any], shapes: Shapes) -> None:
 
 
 def _short_types(given: Any, most: int) -> Any:
-    """Types that are no longer than those of a network with this number of weights.
+    """Types, if they are no longer than those of a network with this number of weights.
 
-    Raises: ValueError: they are.
+    Raises: ValueError: they are longer.
     """
     named = given if isinstance(given, dict) else {"": given}
     for one in named.values():
@@ -119,7 +120,7 @@ def _check_interaction(prefix: str, kind: str, irreps: o3.Irreps, settings: Simp
 
 
 def _check_tables(settings: SimpleNamespace, steps: int, shapes: Shapes) -> None:
-    """Refuse tables of coupling coefficients out of all proportion to the weights."""
+    """Reject tables of coupling coefficients that are too large for the number of weights."""
     both = settings.symmetry == "o3-full"
     rows, degrees = (settings.lmax + 1) ** 2 * (1 + both), range(settings.lmax + 1)
     # Rows of all products of two degrees

@@ -1,4 +1,4 @@
-"""Composition schemes: who is a part of whom, level by level."""
+"""Composition schemes: parts and their children, level by level."""
 
 from nbody_pyg.hierarchy.assignment import FromAssignment
 from nbody_pyg.hierarchy.bonds import BondTree

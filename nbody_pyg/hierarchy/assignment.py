@@ -19,7 +19,7 @@ from nbody_pyg.hierarchy.topology import Topology, sort_edges
 from nbody_pyg.required import required
 from nbody_pyg.system import System
 
-#: First length (angstrom) by which atoms of a part are linked in a cell, and the factor from one length to the next.
+#: First length (angstrom) at which atoms of a part are linked in a cell, and the factor to the next length.
 _FIRST_LINK, _LADDER = 1.0, 1.25
 
 
@@ -38,9 +38,9 @@ class FromAssignment(Scheme):
     energy jump when an atom changes its label, by tens of meV, and most such algorithms also break ties by
     the order of atoms.
 
-    Under periodic boundaries members are taken in the images in which the part holds together: its atoms are linked by
-    growing lengths until it is connected. A part that is then also linked to its own images, around the cell, is
-    refused. Neither the images that were given nor the choice of lattice vectors matters.
+    In a periodic system the images of the members are chosen so that the part is connected: its atoms are linked at
+    increasing lengths until they are. A part that is then also linked to its own images around the cell is rejected.
+    The result does not depend on the given images or the choice of lattice vectors.
 
     Args:
         labels_key: key of the labels on the data, read when neither ``labels`` nor ``parts`` is given.
@@ -52,8 +52,8 @@ class FromAssignment(Scheme):
 
     Symmetry: that of the labels. Continuity: C2 while the labels are frozen.
     Raises:
-        ValueError: labels missing, negative, of the wrong length, or not nested; an atom in no part; a part that does
-            not hold together in one place of the cell.
+        ValueError: labels missing, negative, of the wrong length, or not nested; an atom in no part; a part that is not
+        connected in one place of the cell.
 
     Example:
         >>> scheme = FromAssignment(labels=[0, 0, 1, 1])
@@ -85,7 +85,7 @@ class FromAssignment(Scheme):
         self.part_cutoffs = tuple(
             check_radius(f"part_cutoffs[{k}]", radius, optional=True) for k, radius in enumerate(part_cutoffs)
         )
-        # Typical extent of a part: it grows with each level, as the cutoffs of its pairs do.
+        # Typical size of a part; it grows with each level, like the cutoffs of its pairs.
         extents = [4.0 * 2.0**k if r is None else 0.5 * r for k, r in enumerate(self.part_cutoffs)]
         names = ["parts"] if len(extents) == 1 else [f"parts {k + 1}" for k in range(len(extents))]
         specs = map(LevelSpec, names, extents, self.part_cutoffs)
@@ -233,11 +233,11 @@ def _as_tuples(values: Sequence[Any] | Tensor) -> tuple[Any, ...]:
 
 
 def _linked_images(tree: Topology, atoms: System) -> tuple[Tensor | None, ...]:
-    """For each child the image in which its parent holds together.
+    """For each child the image in which its parent is connected.
 
-    The atoms of a part are linked up to the first length of a ladder at which it is connected. If these links also lead
-    around the cell, nothing says which images are meant, and the part is refused. Only distances enter: neither the
-    images that were given, nor the choice of lattice vectors, nor the order of atoms.
+    The atoms of a part are linked up to the first of a series of lengths at which it is connected. If these links also
+    lead around the cell, the images are ambiguous, and the part is rejected. Only distances are used, so the given
+    images, the choice of lattice vectors and the order of atoms do not matter.
     """
     shifts: list[Tensor | None] = [None]
     pos, cell, label = atoms.pos.double(), required(atoms.cell).double(), atoms.batch

@@ -1,4 +1,4 @@
-"""The bond graph: which atoms are bonded, its fragments, and molecules put together in a cell."""
+"""The bond graph: bonds, fragments, and unwrapping of molecules in a cell."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def covalent_bonds(atoms: System, factor: float = BOND_FACTOR) -> Tensor:
 
 
 def check_lengths(atoms: System, bonds: Tensor) -> None:
-    """Raise ValueError where a bond is far longer than any bond: its atoms were moved apart, or renumbered."""
+    """Raise ValueError for an impossibly long bond: its atoms were moved apart, or renumbered."""
     source, target = bonds
     vec = (atoms.pos[source] - atoms.pos[target]).double()
     if atoms.pbc is not None:
@@ -70,7 +70,7 @@ def _covalent_radii(z: Tensor) -> Tensor:
 
 
 def _one_bond_per_hydrogen(hydrogen: Tensor, source: Tensor, target: Tensor, ratio: Tensor) -> Tensor:
-    """Mask of the bonds that stay when hydrogens keep their shortest bond only."""
+    """Mask of the bonds that remain if hydrogens keep only their shortest bond."""
     num_atoms = hydrogen.shape[0]
     saturated = torch.zeros_like(hydrogen)  # hydrogens that have a heavy neighbour
     saturated[target[hydrogen[target] & ~hydrogen[source]]] = True
@@ -98,14 +98,14 @@ def components(num_nodes: int, source: np.ndarray, target: np.ndarray) -> np.nda
         low = label.copy()
         np.minimum.at(low, target, label[source])
         np.minimum.at(low, source, label[target])
-        low = low[low]  # pointer jumping: long chains settle in few rounds
+        low = low[low]  # pointer jumping: long chains converge in few rounds
         if np.array_equal(low, label):
             return np.unique(label, return_inverse=True)[1].reshape(num_nodes)
         label = low
 
 
 def bridges(num_nodes: int, source: np.ndarray, target: np.ndarray) -> np.ndarray:
-    """Mask of the edges that lie in no ring. Edges come in both directions, each once."""
+    """Mask of the edges that are in no ring. Edges are given in both directions, each once."""
     start = np.searchsorted(target, np.arange(num_nodes + 1)).tolist()
     neighbour = source.tolist()
     entered, low = [-1] * num_nodes, [0] * num_nodes
@@ -138,8 +138,8 @@ def bridges(num_nodes: int, source: np.ndarray, target: np.ndarray) -> np.ndarra
 def fragment_labels(z: np.ndarray, bonds: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Group, piece and molecule of each atom (see BondTree), each numbered by its smallest atom.
 
-    Only the bond graph and the atomic numbers enter, and each rule treats all its atoms alike, so the labels
-    commute with every automorphism of the bond graph.
+    The rules use only the bond graph and the atomic numbers, and treat all atoms alike, so the labels are equivariant
+    under automorphisms of the bond graph.
     """
     num_atoms, (source, target) = len(z), bonds
     hydrogen = z == 1
@@ -158,16 +158,16 @@ def fragment_labels(z: np.ndarray, bonds: np.ndarray) -> tuple[np.ndarray, np.nd
     return group, piece, components(num_atoms, source, target)
 
 
-#: No bond is this many times as long as the sum of its covalent radii.
+#: Bonds are shorter than this many times the sum of their covalent radii.
 _TORN = 2.0
-#: A bond is refused when its next image is less than this many times as long: nothing says which one is meant.
+#: A bond is ambiguous, and rejected, if its next image is less than this many times as long.
 _CLEAR = 1.05
 
 
 def unwrap(atoms: System, bonds: Tensor) -> Tensor:
     """Lattice image of each atom that puts its molecule together: ``pos + image @ cell`` is contiguous.
 
-    Every bond joins nearest images. The first atom of each molecule stays where it is.
+    Every bond joins nearest images. The first atom of each molecule is not moved.
 
     Raises:
         ValueError: two images of a bond are about equally long, or the bonds form an endless periodic network.
@@ -193,8 +193,8 @@ def unwrap(atoms: System, bonds: Tensor) -> Tensor:
 def follow_images(num_nodes: int, source: Tensor, target: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
     """Images of the nodes of a graph by ``image[source] = image[target] + step``, and the edges that disagree.
 
-    Edges come in both directions. The first node of each connected part has image 0; edges that disagree close a
-    way around the cell.
+    Edges are given in both directions. The first node of each connected part has image 0; edges that disagree close a
+    loop around the cell.
     """
     component = components(num_nodes, source.cpu().numpy(), target.cpu().numpy())
     known = torch.zeros(num_nodes, dtype=torch.bool, device=step.device)

@@ -1,4 +1,4 @@
-"""BondTree: atoms, groups, pieces, molecules, root; a tree read off the bond graph."""
+"""BondTree: atoms, groups, pieces, molecules, root; a tree from the bond graph."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from nbody_pyg.system import System
 
 @functional_transform("nbody_bond_tree")
 class BondTree(Scheme):
-    r"""The tree that chemists draw: every part is a set of bonded atoms.
+    r"""A tree of chemical groups: every part is a set of bonded atoms.
 
     =====  =============  ====================================================================================
     level  name           parts
@@ -31,28 +31,28 @@ class BondTree(Scheme):
     1      groups         a heavy atom with its hydrogens; pairs within ``group_cutoff``
     2      pieces         ring systems and rigid pieces: what remains when rotatable bonds are cut;
                           pairs within ``piece_cutoff``
-    3      molecules      connected components; no pairs (their pieces see each other)
+    3      molecules      connected components; no pairs (their pieces have pairs)
     4      root           the whole system, at its mass-weighted mean
     =====  =============  ====================================================================================
 
     A bond between groups is *rotatable* if it lies in no ring and each of its groups has another bond; bond
-    orders are not used. Every rule reads the bond graph only and treats equal atoms equally, so the tree of a
-    relabelled molecule is the relabelled tree, symmetric molecules included.
+    orders are not used. Every rule uses only the bond graph and treats equal atoms equally, so the tree of a relabelled
+    molecule is the relabelled tree, also for symmetric molecules.
 
     Bonds: those given on the data under the key ``bonds_key`` ([2, M], any direction), otherwise pairs nearer
     than 1.3 times the sum of their covalent radii (Cordero et al. 2008). A hydrogen bonded to several heavy
-    atoms keeps the relatively shortest bond; where two are equal (a bridge as in diborane) it keeps both and
-    is a group of its own. Ionic contacts within that distance count as bonds. Bonds that were given, and those of
-    a shared tree, stay where positions change after the transform; bonds that were found are found anew.
+    atoms keeps the relatively shortest bond; if two are equal (a bridge as in diborane) it keeps both and is a separate
+    group. Ionic contacts within that distance count as bonds. If positions change after the transform, given bonds and
+    those of a shared tree are kept; other bonds are searched again.
 
-    The tree is the definition of the energy function: at another tree the same network has another energy. A
-    bond that stretches past 1.3 radii in a hot frame would change it, so **give all frames of one trajectory
-    the tree of one reference frame**: :func:`~nbody_pyg.hierarchy.share_topology`. :meth:`update` keeps the
-    children and recomputes the pairs; molecular dynamics goes through it.
+    The tree is part of the definition of the energy: with another tree the same network gives another energy. A bond
+    that stretches past 1.3 radii in a hot frame would change it, so **give all frames of one trajectory
+    the tree of one reference frame**: :func:`~nbody_pyg.hierarchy.share_topology`. :meth:`update` keeps the children
+    and recomputes the pairs; molecular dynamics uses it.
 
-    Under periodic boundaries parts are put together along their bonds, each between nearest images: neither the images
-    that were given nor the choice of lattice vectors matters, and a molecule may be longer than the cell. Refused are
-    bonds of which two images are about equally long, and networks without end (diamond, polymers through the cell).
+    In a periodic system parts are unwrapped along their bonds, each between nearest images. The result does not depend
+    on the given images or the choice of lattice vectors, and a molecule may be longer than the cell. Bonds with two
+    images of about equal length are rejected, and so are infinite networks (diamond, polymers through the cell).
 
     Args:
         cutoff: radius of pairs of atoms, angstrom.
@@ -63,7 +63,7 @@ class BondTree(Scheme):
     Symmetry: E(3), permutations (automorphisms of the bond graph included).
     Continuity: C-infinity along child edges and C2 along pairs while the bonds are the same; a tree
     recomputed in every frame jumps when a bond forms or breaks.
-    Cost: O(N) besides the neighbour lists. Distant molecules never change each other's parts below the root.
+    Cost: O(N) besides the neighbour lists. Distant molecules do not change each other's parts below the root.
     Raises:
         ValueError: cutoff not positive, bonds out of range, an endless periodic network.
     """
@@ -93,7 +93,7 @@ class BondTree(Scheme):
     def inputs(self, data: Data) -> dict[str, Any]:
         bonds = data.get(self.bonds_key)
         if bonds is not None and self.bonds_key == "bonds":
-            # Bonds that a scheme has found and stored belong to the positions of then
+            # Bonds that a scheme found and stored belong to earlier positions
             found = found_bonds(data)
             if bool(found.all()):
                 return {}
@@ -111,7 +111,7 @@ class BondTree(Scheme):
         graph = atoms.batch.cpu().numpy()
         counts, owner = [np.bincount(graph, minlength=atoms.num_graphs)], graph
         for label in (*labels, graph):
-            # `label` says which part each atom is in; the level below says which part each child is in.
+            # `label` is the part of each atom; the level below gives the part of each child.
             first = np.unique(below, return_index=True)[1]
             parent = label[first]
             children.append(torch.from_numpy(np.stack([np.arange(len(parent)), parent])))
@@ -135,11 +135,12 @@ class BondTree(Scheme):
         return replace(nothing, bonds=nothing.child_index[1])
 
     def holds(self, topology: Topology, system: System) -> bool:
-        """Whether the bonds found at these positions are those of the topology."""
+        """Whether the bonds found at these positions equal those of the topology."""
         return torch.equal(covalent_bonds(system), required(topology.bonds))
 
     def bond_changes(self, topology: Topology, system: System) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
-        """Bonds of a topology that the covalent radii do not find at these positions, and those found beside them.
+        """Bonds of a topology that the covalent radii do not give at these positions, and bonds that they give in
+        addition.
 
         Each bond once, as the numbers of its atoms.
         """
@@ -161,10 +162,10 @@ class BondTree(Scheme):
 
 
 def child_shifts(tree: Topology, atoms: System) -> tuple[Tensor | None, ...]:
-    """Images that put each part of a tree together along its bonds; all None for open systems.
+    """Images that unwrap each part of a tree along its bonds; all None for open systems.
 
-    The position of a part is that of its first atom's image; atoms carry their image relative to it, and
-    parts above carry the difference between the images of their own and their parent's first atom.
+    A part is placed at the image of its first atom. Atoms have their image relative to it; parts above have the
+    difference between the images of their own and their parent's first atom.
     """
     if atoms.pbc is None:
         return (None,) * tree.num_levels
@@ -174,7 +175,7 @@ def child_shifts(tree: Topology, atoms: System) -> tuple[Tensor | None, ...]:
     for k in range(1, tree.num_levels):
         child, parent = required(tree.child_index[k])
         if k == tree.num_levels - 1:
-            shifts.append(torch.zeros_like(below)[child])  # the root takes the molecules as they are
+            shifts.append(torch.zeros_like(below)[child])  # the root does not move the molecules
             break
         # Children are sorted within each parent, so the first edge of a parent is its first child.
         first = torch.searchsorted(parent, torch.arange(tree.size(k), device=parent.device))

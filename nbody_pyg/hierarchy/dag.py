@@ -1,4 +1,4 @@
-"""Any user's DAG of parts, brought into levels."""
+"""Convert a user's DAG of parts into levels."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from torch import Tensor
 def levels_of_dag(
     edges: Int[Tensor, "2 edges"], num_atoms: int
 ) -> tuple[tuple[Int[Tensor, "1"], ...], tuple[Int[Tensor, "2 _"] | None, ...]]:
-    """Level a DAG of parts of one system.
+    """Assign levels to a DAG of parts of one system.
 
-    A node's level is the length of the longest path from an atom to it. Where an edge skips levels, one
-    pass-through node per skipped level carries the child up (shared by all its parents there): a part with
-    one child and the same atoms, so the composition scheme stays the same.
+    A node's level is the length of the longest path from an atom to it. Where an edge skips levels, one pass-through
+    node per skipped level represents the child there (shared by all its parents): a part with one child and the same
+    atoms, so the composition scheme stays the same.
 
     Args:
         edges: [2, E], row 0 the child, row 1 the parent; nodes 0 to ``num_atoms - 1`` are the atoms.

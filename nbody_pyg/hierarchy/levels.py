@@ -17,7 +17,7 @@ from nbody_pyg.system import System
 class EdgeSet(NamedTuple):
     """One set of edges of a hierarchy: from the children of a level to its parts, or between the pairs of a level.
 
-    As text it is the name under which the topology is stored on data and by which settings call it, e.g. "child_2".
+    Its text is the name used for stored topologies and in settings, e.g. "child_2".
     """
 
     kind: str
@@ -45,10 +45,10 @@ class Level:
     :math:`w_{ji}`    ``pair_weight``         [P]          window of the pair, in [0, 1]
     ================  ======================  ===========  ===============================================
 
-    Entries that a level does not have are None. Gates multiply each message by a weight; they have no cutoff of
-    their own. On the way up that is ``pool_weight``, where a level has one: :math:`g_c\, p_{cP} / g_P`, finite where
-    the parent vanishes. On the way down it is ``child_weight``, among pairs ``pair_weight`` (which holds the existence
-    of the source). Where all parts exist fully, ``pool_weight`` is None and ``child_weight`` serves both ways.
+    Entries that a level does not have are None. Gates multiply each message by a weight and have no other cutoff. On
+    the way up the weight is ``pool_weight``, if a level has one: :math:`g_c\, p_{cP} / g_P`, finite where the parent
+    vanishes. On the way down it is ``child_weight``, for pairs ``pair_weight`` (which includes the existence of the
+    source). If all parts exist fully, ``pool_weight`` is None and ``child_weight`` is used in both directions.
     """
 
     pos: Float[Tensor, "parts 3"]
@@ -78,8 +78,8 @@ class Hierarchy:
 
     Args:
         levels: one :class:`Level` each.
-        system: the atoms, with the cell and the state that they are in.
-        same: edge sets that are the same as an earlier one, in integers, vectors and weights; see
+        system: the atoms, with cell, charge and spin.
+        same: edge sets that equal an earlier one in indices, vectors and weights; see
             :attr:`~nbody_pyg.hierarchy.Scheme.same_edges`.
     """
 
@@ -137,7 +137,7 @@ class Hierarchy:
 
 
 def _check_tensors(k: int, level: Level) -> None:
-    """Raise unless the tensors of a level fit its integers, and are finite and in their range."""
+    """Raise unless the tensors of a level match its indices, are finite and in range."""
     num_children = None if level.child_index is None else level.child_index.shape[1]
     num_pairs = None if level.pair_index is None else level.pair_index.shape[1]
     wanted = {

@@ -1,4 +1,4 @@
-"""What a stored hierarchy was made for: a mark of atoms, positions, cell, bonds and labels, compared on reading."""
+"""Checksums of the atoms, positions, cell, bonds and labels of a stored hierarchy, compared on reading."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from torch_geometric.data import Data
 
 #: Key of the mark on the data.
 MARK = "hierarchy_mark"
-#: What a mark says of the parts: they follow from positions; they were given or shared, and stay; they follow from
-#: positions by bonds, which are stored as well.
+#: Kinds of parts in a mark: computed from positions; given or shared, and kept; computed from bonds, which are stored
+#: as well.
 FOUND, KEPT, FOUND_BONDS = 0, 1, 2
 #: Columns of a mark.
 ATOMS, PLACE, INPUTS, KIND = range(4)
@@ -19,9 +19,9 @@ _SPREAD = -7046029254386353131
 
 
 def mark_of(data: Data, kind: int | Tensor, atom_key: str | None = None) -> Int[Tensor, "graphs 4"]:
-    """A mark of each graph: numbers for its atoms in their order, for positions and cell, and for bonds and labels.
+    """A mark of each graph: checksums of its atoms in their order, of positions and cell, and of bonds and labels.
 
-    Sums of integers over the bits of all numbers: the same for a graph on its own and in a batch, on every device.
+    They are sums of integers over the bits of all numbers, the same for a single graph and in a batch, on every device.
 
     Args:
         kind: of the parts, the last column.
@@ -52,9 +52,9 @@ def mark_of(data: Data, kind: int | Tensor, atom_key: str | None = None) -> Int[
 
 
 def bonds_mark(data: Data) -> Int[Tensor, " graphs"]:
-    """A number for the stored bonds of each graph, whatever their order; 0 where there are none."""
+    """A checksum of the stored bonds of each graph, independent of their order; 0 if there are none."""
     bonds, batch, first = data.get("bonds"), data.get("batch"), _first(data)
-    if not isinstance(bonds, Tensor) or bonds.numel() == 0 or bonds.is_floating_point():  # or a key of somebody's own
+    if not isinstance(bonds, Tensor) or bonds.numel() == 0 or bonds.is_floating_point():  # or a user's key of this name
         return torch.zeros_like(first)
     graph = None if batch is None else batch[bonds[0].clamp(max=len(batch) - 1)]
     local = bonds if graph is None else bonds - first[graph]
@@ -64,7 +64,7 @@ def bonds_mark(data: Data) -> Int[Tensor, " graphs"]:
 def found_bonds(data: Data) -> Tensor:
     """Graphs whose stored bonds were found by a scheme, and not replaced since, [B] bool.
 
-    Bonds that point outside of their graph are what is left where atoms were removed, not bonds that somebody gave.
+    Bonds that point outside of their graph remain after atoms were removed; they do not count as given bonds.
     """
     mark, bonds, batch = data.get(MARK), data.get("bonds"), data.get("batch")
     if mark is None or not isinstance(bonds, Tensor):

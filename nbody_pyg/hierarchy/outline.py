@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-# Sharpness of the smooth minimum of distances (per angstrom): lower melts neighbouring atoms together more.
+# Sharpness of the smooth minimum of distances (per angstrom): lower values merge neighbouring atoms more.
 _SHARPNESS = 5.0
 _SPACING, _MAX_POINTS = 0.05, 160
 
@@ -14,8 +14,8 @@ _SPACING, _MAX_POINTS = 0.05, 160
 def outlines(xy: np.ndarray, atoms: Sequence[int], bonds: np.ndarray, margin: float) -> list[np.ndarray]:
     """Closed curves at about ``margin`` around some atoms and the bonds between them, without holes.
 
-    The level set of a smooth minimum of the distances to all atoms and bonds: rounded, and melting where
-    atoms are near each other.
+    The level set of a smooth minimum of the distances to all atoms and bonds: rounded, and merged where atoms are
+    close.
 
     Args:
         xy: places of all atoms in the drawing, [N, 2].

@@ -29,7 +29,7 @@ _INK = "#2B2F36"
 
 
 class Drawing:
-    """What both panels share: projected atoms, parts, and one colour for each part of each level."""
+    """Data of both panels: projected atoms, parts, and one colour for each part of each level."""
 
     def __init__(self, data: AtomicData, topology: Topology, names: list[str], focus: int | None) -> None:
         from ase.data import chemical_symbols
@@ -48,7 +48,7 @@ class Drawing:
         ends = self.xy[bonds.cpu().numpy()]
         self.bonds = bonds.cpu().numpy()[:, np.linalg.norm(ends[0] - ends[1], axis=-1) < 3.0]
         self.overlapping = any(sum(map(len, self.members[k])) > len(self.z) for k in range(1, self.num_levels))
-        # Many overlapping parts drawn at once would show nothing: then one of them stands for all
+        # Many overlapping parts together would be unreadable, so one is drawn as an example
         inner = [topology.size(k) for k in range(1, self.num_levels - 1)]
         self.dense = self.overlapping and max(inner, default=0) > len(_PALETTE)
         self.focus = self._choose_focus() if focus is None else focus
@@ -98,7 +98,7 @@ class Drawing:
 
 
 def _whole(data: AtomicData, topology: Topology) -> Tensor:
-    """Positions with the parts of a cell put together."""
+    """Positions with the parts of a cell unwrapped."""
     pos: Tensor = data.pos.detach().cpu().double()
     shift, atom = topology.part_shift(-2), topology.parts(-2)[0]
     if shift is None or atom.shape[0] != pos.shape[0]:
@@ -132,8 +132,8 @@ def plot_hierarchy(
 ) -> Figure:
     """Draw one molecule with its clusters (left) and its DAG, levels as rows (right).
 
-    A part has the same colour in both panels. Where many parts overlap (NestedShells), one of them
-    is drawn with what it is made of, on top of the whole DAG in grey: all at once would show nothing.
+    A part has the same colour in both panels. If many parts overlap (NestedShells), one of them is drawn with its
+    descendants, on top of the whole DAG in grey, because all together would be unreadable.
 
     Args:
         data: one graph with ``z`` and ``pos``, or the pair (z, pos).
@@ -143,7 +143,7 @@ def plot_hierarchy(
         figsize: width and height, inches.
 
     Returns:
-        A matplotlib Figure that no backend knows of: ``figure.savefig("hierarchy.png", dpi=200)``.
+        A matplotlib Figure that is not attached to a backend: ``figure.savefig("hierarchy.png", dpi=200)``.
 
     Raises:
         ValueError: more than one graph, neither a scheme nor a stored hierarchy, or no such part to focus on.
@@ -297,7 +297,7 @@ def _draw_dag(ax: Axes, drawing: Drawing) -> None:
 
 
 def _curve(x0: float, y0: int, x1: float, y1: int) -> np.ndarray:
-    """A line that leaves and arrives upright."""
+    """A line with vertical ends."""
     t = np.linspace(0, 1, 24)
     s = t * t * (3 - 2 * t)
     return np.stack([x0 + (x1 - x0) * s, y0 + (y1 - y0) * t], axis=1)

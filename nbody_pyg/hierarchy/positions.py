@@ -54,7 +54,7 @@ def child_vectors(
 
 
 def tree_positions(topology: Topology, system: System) -> list[Float[Tensor, "_ 3"]]:
-    r"""Mass-weighted means, level by level. Exact where every node has one parent.
+    r"""Mass-weighted means, level by level. Exact if every node has one parent.
 
     .. math:: m_P = \sum_c m_c, \qquad r_P = m_P^{-1} \sum_c m_c (r_c + n_{cP} C)
     """
@@ -73,7 +73,7 @@ def tree_positions(topology: Topology, system: System) -> list[Float[Tensor, "_ 
 
 
 def member_positions(topology: Topology, system: System) -> list[Float[Tensor, "_ 3"]]:
-    r"""Mass-weighted means over the unique atoms of each part: right for every DAG, also where parts overlap.
+    r"""Mass-weighted means over the unique atoms of each part: correct for every DAG, also if parts overlap.
 
     .. math:: r_P = \Big(\sum_{a \in P} m_a\Big)^{-1} \sum_{a \in P} m_a (r_a + n_{aP} C)
     """

@@ -1,4 +1,4 @@
-"""Scheme: what every composition scheme shares, from integers (topology) to smooth levels (hierarchy)."""
+"""Scheme: base class of composition schemes, from indices (topology) to smooth levels (hierarchy)."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ class LevelSpec:
 
     Args:
         name: what its parts are, e.g. ``"groups"``.
-        child_radius: reach of the edges to its children; None at level 0. A typical length, not a cutoff,
-            where the children are fixed by bonds or labels.
-        pair_radius: cutoff of the pairs on this level; None where it has none.
+        child_radius: reach of the edges to its children; None at level 0. A typical length, not a cutoff, if the
+            children are fixed by bonds or labels.
+        pair_radius: cutoff of the pairs on this level; None if it has none.
     """
 
     name: str
@@ -46,8 +46,8 @@ class LevelSpec:
 class Scheme(BaseTransform):  # type: ignore[misc]  # PyG has no py.typed
     """A composition scheme: builds the hierarchy of a system, as a PyG transform.
 
-    Two steps keep integers and gradients apart. :meth:`compose` decides who is a part of whom (no gradient;
-    also what the transform stores on the data); :meth:`place` computes positions, edge vectors and
+    Two steps separate indices from gradients. :meth:`compose` computes the parts and their children (no gradient; the
+    transform stores this on the data); :meth:`place` computes positions, edge vectors and
     windows from it, in every forward pass, with gradients. :meth:`topology`, :meth:`update` and :meth:`hierarchy` are
     the same for tensors.
 
@@ -55,9 +55,9 @@ class Scheme(BaseTransform):  # type: ignore[misc]  # PyG has no py.typed
     name, and writes :meth:`build`; positions and windows have defaults.
 
     Class attributes:
-        symmetry: under what the scheme commutes.
-        continuity: how smooth the energy of a smooth model is on it.
-        centred: every part below the root stands for one atom, in the order of the atoms.
+        symmetry: group under which the scheme is equivariant.
+        continuity: smoothness of the energy of a smooth model on it.
+        centred: every part below the root represents one atom, in the order of the atoms.
     """
 
     symmetry: ClassVar[str]
@@ -79,10 +79,10 @@ class Scheme(BaseTransform):  # type: ignore[misc]  # PyG has no py.typed
         pbc: Tensor | None = None,
         **given: Any,
     ) -> Topology:
-        """Who is a part of whom, for one graph or a batch (``batch`` sorted); no gradient flows through.
+        """The topology of one graph or a batch (``batch`` sorted); it has no gradient.
 
         Args:
-            given: what the scheme takes beside the atoms (bonds, labels), see :meth:`inputs`.
+            given: further inputs of the scheme (bonds, labels), see :meth:`inputs`.
         """
         return self.compose(System.from_tensors(z, pos, batch, cell, pbc, given=given).without_gaps())
 
@@ -107,7 +107,7 @@ class Scheme(BaseTransform):  # type: ignore[misc]  # PyG has no py.typed
         cell: Float[Tensor, "*graphs 3 3"] | None = None,
         dtype: torch.dtype | None = None,
     ) -> Hierarchy:
-        """As :meth:`place`, for tensors, of which nothing is checked."""
+        """As :meth:`place`, for tensors, which are not checked."""
         cell = None if cell is None else cell.reshape(-1, 3, 3)
         return self.place(topology, System(z, pos, topology.batch(0), topology.num_graphs, cell), dtype)
 
@@ -122,7 +122,7 @@ class Scheme(BaseTransform):  # type: ignore[misc]  # PyG has no py.typed
         return system.replace(given=self.inputs(data))
 
     def compose(self, system: System) -> Topology:
-        """Who is a part of whom; graphs that hold no atom have no part at any level. No gradient flows through."""
+        """The topology of a system; graphs without atoms have no parts at any level. It has no gradient."""
         system = system.detached()
         if system.num_graphs == 1 and len(system.z):
             return self.build(system, **system.given)
@@ -134,15 +134,15 @@ class Scheme(BaseTransform):  # type: ignore[misc]  # PyG has no py.typed
         return self.build(system.select(present), **system.given).among(present)
 
     def build(self, system: System, *_: Any, **given: Any) -> Topology:
-        """What a scheme writes: the topology of graphs that all hold atoms.
+        """The method that a scheme implements: the topology of graphs that all have atoms.
 
         Args:
-            given: what :meth:`inputs` reads from the data.
+            given: the result of :meth:`inputs`.
         """
         raise NotImplementedError
 
     def _without_atoms(self, num_graphs: int, like: Tensor, periodic: Tensor | None) -> Topology:
-        """The topology of graphs that hold nothing, with the entries that those of other graphs have."""
+        """The topology of graphs without atoms, with the same entries as that of other graphs."""
         none = torch.zeros(2, 0, dtype=torch.long, device=like.device)
         shift = None if periodic is None else like.new_zeros(0, 3)
         pairs = [none if spec.pair_radius is not None else None for spec in self.levels]
@@ -163,25 +163,25 @@ class Scheme(BaseTransform):  # type: ignore[misc]  # PyG has no py.typed
 
     @property
     def keeps_parts(self) -> bool:
-        """Whether :meth:`rebuild` keeps parts (groups of bonded atoms, labels) that other positions might not have."""
+        """Whether :meth:`rebuild` keeps parts (groups of bonded atoms, labels) that may differ at other positions."""
         return type(self).rebuild is not Scheme.rebuild
 
     def holds(self, topology: Topology, system: System) -> bool:
-        """Whether :meth:`build` would find the parts of ``topology`` at these positions, whatever the edges.
+        """Whether :meth:`build` would find the parts of ``topology`` at these positions; edges are not compared.
 
-        For parts that follow from positions by another rule than :meth:`list_radii`, such as bonds.
+        For parts that depend on positions by another rule than :meth:`list_radii`, such as bonds.
         """
         return True
 
     def list_radii(self) -> tuple[tuple[float | None, float | None], ...]:
-        """Radii (angstrom) by which the children and the pairs of every level are searched; None where they are not."""
+        """Radii (angstrom) for searching the children and the pairs of every level; None if they are not searched."""
         return tuple((None, spec.pair_radius) for spec in self.levels)
 
     def widened(self, skin: float) -> Scheme | None:
-        """A copy whose lists reach further by ``skin`` (angstrom), or None where lists cannot be kept.
+        """A copy whose lists reach further by ``skin`` (angstrom), or None if lists cannot be kept.
 
         With a copy, :class:`~nbody_pyg.hierarchy.TopologyCache` searches once for many steps of a trajectory. Only
-        schemes whose topology depends on positions through :meth:`list_radii` and :meth:`holds` alone may give one.
+        schemes whose topology depends on positions only through :meth:`list_radii` and :meth:`holds` may return one.
         """
         return None
 
@@ -194,9 +194,9 @@ class Scheme(BaseTransform):  # type: ignore[misc]  # PyG has no py.typed
 
     @property
     def same_edges(self) -> Mapping[EdgeSet, EdgeSet]:
-        """Edge sets that are the same as an earlier one, in integers, vectors and weights; by default none.
+        """Edge sets that equal an earlier one in indices, vectors and weights; by default none.
 
-        Whatever follows from edges alone is computed once for all that are the same.
+        Their features are computed only once.
         """
         return {}
 
@@ -213,7 +213,8 @@ class Scheme(BaseTransform):  # type: ignore[misc]  # PyG has no py.typed
         """Positions, vectors and weights of every level, differentiable in positions and cell of the system.
 
         Positions of parts and all differences are taken in float64, and vectors are rounded to ``dtype`` afterwards:
-        how far from the origin a system lies costs no digits. Positions keep the dtype of those of the system. Levels
+        the distance of a system from the origin does not reduce the precision. Positions keep the dtype of those of the
+        system. Levels
         that share positions and edges share vectors.
 
         The position of the root of a periodic graph has no meaning (it would depend on which image of an atom
@@ -256,7 +257,7 @@ class Scheme(BaseTransform):  # type: ignore[misc]  # PyG has no py.typed
         return Hierarchy(tuple(levels), system, same)
 
     def _check_levels(self, topology: Topology) -> None:
-        """Raise ValueError unless the topology has the levels and the pairs of this scheme."""
+        """Raise ValueError unless the topology has the levels and pairs of this scheme."""
         wanted = [spec.pair_radius is not None for spec in self.levels]
         if [index is not None for index in topology.pair_index] != wanted:
             raise ValueError(
@@ -281,7 +282,7 @@ class Scheme(BaseTransform):  # type: ignore[misc]  # PyG has no py.typed
 
     @property
     def atom_key(self) -> str | None:
-        """Key of labels of the atoms on the data from which parts follow; None where there are none."""
+        """Key of the labels of atoms on the data that determine parts, or None."""
         return None
 
     def inputs(self, data: Data) -> dict[str, Any]:
@@ -291,7 +292,7 @@ class Scheme(BaseTransform):  # type: ignore[misc]  # PyG has no py.typed
     def forward(self, data: Data) -> Data:
         """Transform: the data as :class:`AtomicData` with the topology stored on it. A Batch stays one.
 
-        Raises: ValueError, TypeError: no atoms to build from, or keys of one's own under the names of the topology.
+        Raises: ValueError, TypeError: no atoms to build from, or user keys with names that the topology uses.
         """
         require_atoms(data)
         fresh = not has_hierarchy(data)
@@ -316,7 +317,7 @@ class Scheme(BaseTransform):  # type: ignore[misc]  # PyG has no py.typed
         """Write ``topology`` on ``data`` in place, signed with the name and arguments of this scheme.
 
         Args:
-            kept: the parts were given (bonds, a reference frame), and are to stay where positions change.
+            kept: the parts were given (bonds, a reference frame) and are kept when positions change.
         """
         if bool(found_bonds(data).any()):
             del data["bonds"]  # those of earlier positions, or of another scheme
@@ -328,15 +329,16 @@ class Scheme(BaseTransform):  # type: ignore[misc]  # PyG has no py.typed
         return data
 
     def read(self, data: Data) -> Topology:
-        """The topology stored on ``data``, which must be of this very scheme; cheap, for every step.
+        """The topology stored on ``data``, which must belong to this scheme with these arguments; cheap, for every
+        step.
 
-        It belongs to the atoms, positions, cell, bonds and labels at which it was stored. Where these have changed
-        since, it is made anew, as :meth:`compose` would make it; parts that were given or shared are kept, and what
-        depends on positions is made anew (:meth:`rebuild`). Costs some 20 small operations on integers, O(atoms).
+        It belongs to the atoms, positions, cell, bonds and labels with which it was stored. If these have changed
+        since, it is built again by :meth:`compose`. Parts that were given or shared are kept, and only what depends on
+        positions is computed again (:meth:`rebuild`). Costs about 20 small integer operations, O(atoms).
 
         Raises:
-            ValueError: no hierarchy, or that of another scheme or of other radii (its windows would then cut
-                where the neighbour lists do not end, and the energy would jump); parts that were given or shared for
+            ValueError: no hierarchy, or that of another scheme or of other radii (its windows would not end where the
+            neighbour lists end, and the energy would jump); parts that were given or shared for
                 other atoms, or for atoms in another order.
         """
         signed = data.get("scheme")
@@ -357,12 +359,12 @@ class Scheme(BaseTransform):  # type: ignore[misc]  # PyG has no py.typed
             return Topology.from_data(data)
         now = mark_of(data, mark[:, KIND], self.atom_key)
         if self.atom_key is not None and data.get(self.atom_key) is None:
-            now[:, INPUTS] = mark[:, INPUTS]  # labels that were left out have not changed
+            now[:, INPUTS] = mark[:, INPUTS]  # missing labels count as unchanged
         return Topology.from_data(data) if torch.equal(now, mark) else self._renewed(data, mark, now)
 
     def _renewed(self, data: Data, mark: Tensor, now: Tensor) -> Topology:
-        """The topology of data on which something is no longer as it was when one was stored."""
-        stored_levels(data.to_dict())  # keys that were not batched rightly differ from their mark, too
+        """The topology of data that changed since their topology was stored."""
+        stored_levels(data.to_dict())  # keys that were batched wrongly also differ from their mark
         kept = mark[:, KIND] == KEPT
         other = (kept & (mark[:, ATOMS] != now[:, ATOMS])).nonzero().flatten().tolist()
         if other:
@@ -382,11 +384,11 @@ class Scheme(BaseTransform):  # type: ignore[misc]  # PyG has no py.typed
         return self.rebuild(topology, system)
 
     def check_kept(self, topology: Topology, system: System) -> None:
-        """Raise ValueError where parts that were kept can hardly be those of these positions; by default never."""
+        """Raise ValueError if kept parts are implausible at these positions; by default never."""
 
     @cached_property
     def signature(self) -> str:
-        """Name and arguments in one line, with which stored hierarchies are signed."""
+        """Name and arguments in one line, the signature of stored hierarchies."""
         arguments = {k: v for k, v in self.config().items() if k != "name"}
         return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in arguments.items())})"
 
@@ -416,7 +418,7 @@ class Scheme(BaseTransform):  # type: ignore[misc]  # PyG has no py.typed
 
 
 def adapt_overrides(cls: type[Scheme]) -> None:
-    """Let a scheme that was written for tensors, before 0.3, take systems; its class is told so once."""
+    """Adapt a scheme written for tensors, before 0.3, to systems; warns once per class."""
     for old, new in (("topology", "build"), ("update", "rebuild"), ("hierarchy", "place")):
         if old not in vars(cls) or new in vars(cls):
             continue
@@ -485,7 +487,7 @@ def check_radius(name: str, value: float | None) -> float: ...
 @overload
 def check_radius(name: str, value: float | None, optional: bool) -> float | None: ...
 def check_radius(name: str, value: float | None, optional: bool = False) -> float | None:
-    """A positive finite length, or None where the level may go without pairs."""
+    """A positive finite length, or None if the level may have no pairs."""
     if value is None and optional:
         return None
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):

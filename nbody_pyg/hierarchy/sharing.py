@@ -16,10 +16,10 @@ from nbody_pyg.system import System
 def share_topology(frames: Sequence[Data], scheme: Scheme, reference: int | Topology = 0) -> list[AtomicData]:
     """Store on all frames of one trajectory the parts of one reference frame.
 
-    The tree is part of the definition of the energy: where a hot frame stretches a bond past the limit of the
-    covalent radii, a tree of its own would put a step into the energy surface. Here every frame keeps the
-    children of the reference; only the lists that depend on positions (pairs, lattice images) are its own,
-    through :meth:`Scheme.rebuild`. For schemes without fixed children (NestedShells) it equals applying the
+    The tree is part of the definition of the energy. If a hot frame stretches a bond past the limit of the covalent
+    radii, a separate tree for it would make the energy discontinuous. Here every frame has the children of the
+    reference; only the lists that depend on positions (pairs, lattice images) are computed for each frame, by
+    :meth:`Scheme.rebuild`. For schemes without fixed children (NestedShells) it equals applying the
     scheme.
 
     Args:
@@ -30,7 +30,7 @@ def share_topology(frames: Sequence[Data], scheme: Scheme, reference: int | Topo
         reference: which frame's tree to take (an equilibrated or relaxed one is best), or a topology.
 
     Returns:
-        New AtomicData with the hierarchy stored; the frames are left as they are.
+        New AtomicData with the hierarchy stored; the frames are not changed.
 
     Raises:
         ValueError: a frame has other atoms than the reference; its number is in the message.

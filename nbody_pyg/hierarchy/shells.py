@@ -1,4 +1,4 @@
-"""NestedShells: atom-centred, overlapping neighbourhoods of growing size. No bonds, a true DAG, smooth."""
+"""NestedShells: atom-centred, overlapping neighbourhoods of growing size. No bonds, a DAG, smooth."""
 
 from __future__ import annotations
 
@@ -24,23 +24,23 @@ class NestedShells(Scheme):
 
     .. math:: \mathrm{children}(i, k) = \{(j, k - 1) : |r_j - r_i| < R_k\}, \qquad p_{ji} = f(|r_j - r_i|)
 
-    with the window f of :func:`~nbody_pyg.radial.smooth_cutoff`, which is 1 for j = i. Neighbours that fade early
-    (exponent 3) are learned from fewer frames than neighbours that stay whole up to the radius (exponent 6).
+    with the window f of :func:`~nbody_pyg.radial.smooth_cutoff`, which is 1 for j = i. Windows that decay early
+    (exponent 3) need fewer training frames than windows near 1 up to the radius (exponent 6).
     Level k >= 1 has as many parts as there are atoms, the last level is the root with all parts of the level
     below. With one radius per layer this is message passing: the composition scheme of flat networks is the
     special case.
 
-    The position of a part is that of its **central atom**, not the mean of its members: only so do parts
-    enter and leave without a jump. The root sits at the mass-weighted mean of all atoms (under periodic
+    The position of a part is that of its **central atom**, not the mean of its members: otherwise the energy would jump
+    when members enter or leave. The root is at the mass-weighted mean of all atoms (under periodic
     boundaries: of the atoms as given, and the vectors from it are zero). There are no pairs: neighbours are
     children.
 
     Source: neighbourhoods of growing radius, arXiv:1803.01588; departure: smooth membership.
 
     Args:
-        radii: one radius per level, angstrom. A narrow first shell learns from few frames, a wide one above it
-            brings the rest of the surroundings.
-        exponent: of the windows, from 3 (fade from the start) to 12 (whole nearly up to the radius).
+        radii: one radius per level, angstrom. A narrow first shell needs few training frames; a wide one above it adds
+            the rest of the environment.
+        exponent: of the windows, from 3 (decay from the start) to 12 (near 1 almost up to the radius).
 
     Symmetry: E(3) and permutations, exact. Continuity: C2 where an atom crosses a radius, else C-infinity.
     Cost: O(N) edges per level at fixed density. Periodic systems: mixed, any cell size.

@@ -19,7 +19,7 @@ from nbody_pyg.system import System
 
 
 class TopologyCache:
-    r"""The topology of a system that moves, searched anew only when it has to be.
+    r"""The topology of a moving system, searched again only when necessary.
 
     Lists are searched by :math:`R + s` with a skin s. They hold every pair nearer than R for as long as
 
@@ -27,34 +27,34 @@ class TopologyCache:
               \quad \sigma = \min(1, \sigma_\mathrm{min}(F))
 
     where :math:`r^0, C_0` are positions and cell of the search and R the largest radius: without a change of the
-    cell, until an atom has moved by s/2. Centres of parts are means of atoms, so they move no further. Of a kept list
-    each call returns the edges within R, in the order of a search, by one comparison of lengths: results are those
-    of a search at every step, to round-off.
+    cell, until an atom has moved by s/2. Centres of parts are means of atoms, so they do not move further. From a kept
+    list each call selects the edges within R by one comparison of lengths, in the order of a new search: results equal
+    those of a search at every step, to round-off.
 
     ======================  ==================================================================================
     since the last call     what happens
     ======================  ==================================================================================
     atoms within the skin   the kept lists are used
-    further, other parts    everything anew (:meth:`Scheme.compose`), or for the parts of ``start``
+    further, other parts    new search (:meth:`Scheme.compose`), or for the parts of ``start``
                             (:meth:`Scheme.rebuild`)
-    other atoms or pbc      likewise, and ``start`` is asked again
+    other atoms or pbc      likewise, and ``start`` is called again
     ======================  ==================================================================================
 
-    What was seen before changes no result. Without ``start`` the parts are those found at the positions at hand
-    (:meth:`Scheme.holds` says whether they are still the kept ones); with it they are those of ``start``, always.
-    Schemes that cannot widen their lists (:meth:`Scheme.widened` gives None) search at every call.
+    Results do not depend on earlier calls. Without ``start`` the parts are those found at the current positions
+    (:meth:`Scheme.holds` tests whether they equal the kept ones); with it they are always those of ``start``. Schemes
+    that cannot widen their lists (:meth:`Scheme.widened` returns None) search at every call.
 
     Args:
-        scheme: whose topology is wanted.
+        scheme: the scheme of the topology.
         skin: s, angstrom; 0 searches at every call.
         carry_on: without effect, as parts no longer depend on earlier calls; will be removed.
         start: called with ``z`` and ``pbc`` for new atoms: a topology whose parts are kept, or None for those that the
             scheme finds at each position.
-        trim: return the edges within R only. Without, the kept lists are returned as they are: the very same tensors
-            until the next search, with edges beyond R, whose windows are zero.
+        trim: return only the edges within R. Otherwise the kept lists are returned unchanged: the same tensors until
+            the next search, with edges beyond R, whose windows are zero.
 
-    The attributes ``calls`` and ``rebuilds`` count calls and searches; ``topology`` is what the last call returned,
-    ``parts`` what ``start`` gave for its atoms.
+    The attributes ``calls`` and ``rebuilds`` count calls and searches; ``topology`` is the result of the last call,
+    ``parts`` that of ``start`` for its atoms.
 
     Smoothness: that of the scheme. Cost: O(edges) for a kept list.
     Raises: ValueError: ``skin`` is negative or not finite.
@@ -79,7 +79,7 @@ class TopologyCache:
         self.forget()
 
     def forget(self) -> None:
-        """Build everything anew at the next call."""
+        """Build everything again at the next call."""
         self.topology: Topology | None = None
         self._kept: Topology | None = None
         self.parts: Topology | None = None
@@ -96,7 +96,7 @@ class TopologyCache:
             if not known:
                 self.parts = None if self._start is None else self._start(system.z, system.pbc)
             self._search(system)
-            # Copies: the caller may go on to change its tensors in place
+            # Copies, because the caller may change its tensors in place
             self._identity = tuple(None if t is None else t.clone() for t in identity)
             self._origin = (system.pos.clone(), None if system.cell is None else system.cell.clone())
         whole = self._wide is None or not self.trim
@@ -110,7 +110,7 @@ class TopologyCache:
         self._kept = scheme.compose(system) if self.parts is None else scheme.rebuild(self.parts, system)
 
     def _holds(self, system: System) -> bool:
-        """Whether the kept parts are still right, and the kept lists still hold every edge."""
+        """Whether the kept parts are still valid and the kept lists still have every edge."""
         if not self._within(system):
             return False
         return self.parts is not None or self.scheme.holds(required(self._kept), system)
@@ -151,7 +151,7 @@ def narrow(wide: Topology, scheme: Scheme, system: System) -> Topology:
 
 
 def refuse_carry_on(carry_on: float | None) -> None:
-    """Say that an argument of earlier versions does nothing."""
+    """Warn that an argument of earlier versions has no effect."""
     if carry_on is not None:
         warnings.warn(
             "carry_on has no effect, since parts no longer depend on earlier calls, and will be removed in version "

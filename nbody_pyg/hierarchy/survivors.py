@@ -24,7 +24,7 @@ from nbody_pyg.system import System
 #: Weights of element and crowd in the priority; ``width`` says which difference decides.
 _ELEMENT, _DENSITY = 100.0, 5.0
 _CENTRES = ("atom", "mean")
-#: Low-discrepancy sequence for the noise that labels give: neighbours in the list get distant values.
+#: Low-discrepancy sequence for the noise: neighbours in the list of atoms get distant values.
 _GOLDEN = 0.6180339887498949
 
 
@@ -33,26 +33,26 @@ class SmoothSurvivors(Scheme):
     r"""Coarse centres thinned out level by level, with weights that vanish smoothly.
 
     Level k holds those nodes of level k - 1 that survive a thinning by ``radii[k - 1]``: nearly every two of them are
-    further apart, and every other node lies within that radius of one. A survivor is centred on an atom and exists to
-    a degree :math:`g_A \in [0, 1]`; nodes divide themselves among the survivors near them,
+    further apart, and every other node lies within that radius of one. A survivor is centred on an atom and has an
+    existence weight :math:`g_A \in [0, 1]`; nodes are divided among the survivors near them,
 
     .. math:: \sum_A p_{jA} = 1, \qquad H_A = \sum_j p_{jA} H_j, \qquad H_A = g_A \psi_A, \qquad
               E = \sum_k \sum_A g_A\, \epsilon_k(\psi_A)
 
-    so that pooling conserves what is pooled exactly (charges, multipoles), and a centre comes and goes without a step:
-    its state :math:`\psi_A` stays finite, while all that it sends, pools and adds to the energy carries
-    :math:`g_A`. Formulas of the weights: :mod:`nbody_pyg.hierarchy.thinning`.
+    so pooling conserves charges and multipoles exactly, and a centre appears and vanishes smoothly: its state
+    :math:`\psi_A` stays finite, while its messages, pooled values and energy have the factor :math:`g_A`. Formulas of
+    the weights: :mod:`nbody_pyg.hierarchy.thinning`.
 
-    Who survives is decided by a **priority** of each atom. Hydrogens come last; among the others heavy elements and
-    crowded places come first,
+    Survivors are selected by a **priority** of each atom. It is lowest for hydrogens; among the others it is highest
+    for heavy elements in dense environments,
 
     .. math:: \pi_i = 100\, (1 - Z_i^{-1}) + 5 \sum_j (1 - 0.7\, Z_j^{-1})\, w(r_{ij}) + \eta\, \{\varphi\, n_i\}
 
-    with the window w of atoms that ends at ``cutoffs[0]``. Of two equal atoms neither wins: the atoms of benzene or of
-    a perfect crystal that symmetry relates survive all together or not at all. Such systems are then
-    not made coarser (no scheme with exact symmetry can do that), which is correct but slow; ``noise``
-    :math:`\eta` breaks the degeneracy by the position :math:`n_i` of the atom in its graph, at the price of exact
-    permutation symmetry and extensivity. Derive a class and override :meth:`priority` for another order.
+    with the window w of atoms that ends at ``cutoffs[0]``. Neither of two equal atoms wins: symmetry-equivalent atoms,
+    as in benzene or a perfect crystal, survive all together or not at all. Such systems are then not coarsened (no
+    scheme with exact symmetry can do that), which is correct but slow. ``noise`` :math:`\eta` breaks the degeneracy by
+    the index :math:`n_i` of the atom in its graph; permutation symmetry and extensivity are then no longer exact.
+    Derive a class and override :meth:`priority` for another order.
 
     ===========  ===========================================  =============================================
     level        nodes                                        pairs
@@ -62,25 +62,28 @@ class SmoothSurvivors(Scheme):
     K + 1        root                                         none
     ===========  ===========================================  =============================================
 
-    The lists of :meth:`build` hold what has weight at these positions, and nothing else is needed for energies,
-    forces and curvatures there. They are searched anew for other positions: integers have no gradient, weights do.
+    The lists of :meth:`build` have all nodes and edges with nonzero weight at these positions, which is sufficient for
+    energies, forces and second derivatives. They are searched again at other positions: indices have no gradient,
+    weights do.
 
     Args:
         radii: one radius of thinning per level of survivors, angstrom, growing (factors of 2 are typical).
         cutoffs: radius of pairs of atoms, then of the survivors of each level, angstrom; one more than ``radii``.
             ``cutoffs[k]`` is also the list in which the next level is thinned, so it must be 1.35 ``radii[k]`` or more.
-        centre: where a part sits: on its "atom", or at the mass-weighted "mean" of what it holds.
-        rounds: rounds of the thinning. More make the survivors even, but pass a near tie on along longer chains.
-        noise: :math:`\eta`, 0 for exact symmetry; 100 orders nearly all pairs of atoms, more all the more.
-        width: difference of priorities that decides; a larger one is gentler near ties, and leaves more parts.
+        centre: position of a part: on its "atom", or at the mass-weighted "mean" of its members.
+        rounds: rounds of the thinning. More rounds give evenly spaced survivors, but a near tie affects longer chains
+            of atoms.
+        noise: :math:`\eta`, 0 for exact symmetry; 100 orders nearly all pairs of atoms.
+        width: difference of priorities that decides completely; a larger one is smoother near ties and gives more
+            parts.
 
     Symmetry: E(3) and permutations, exact (without noise).
     Continuity: C2. The scale is that of the windows, 0.3 and 0.35 of each radius (radii below 2.5 give stiff forces),
-    and where two priorities cross a centre changes hands within some 0.2 angstrom.
+    and where two priorities cross, one centre replaces the other within about 0.2 angstrom.
     Range: an atom acts on the weights of level k within about ``rounds`` + 2 times ``radii[k - 1]``.
-    Separability: exact; parts that are further apart than that and than the cutoffs know nothing of each other.
-    Periodic systems: images compete and pool like other atoms, in any cell: as in the infinite system, exactly. What is
-    approximate is what lies beyond the last cutoff, as for every scheme with cutoffs.
+    Separability: exact; parts that are further apart than that and than the cutoffs do not affect each other.
+    Periodic systems: images compete and pool like other atoms, exactly as in the infinite system, for any cell. Only
+    interactions beyond the last cutoff are missing, as for every scheme with cutoffs.
     Cost: O(N) for disordered systems, about 1.4 N nodes; crystals keep all equivalent atoms at every level.
     Raises:
         ValueError: radii not growing, a cutoff too short for the thinning of the next level, unknown ``centre``.
@@ -137,11 +140,11 @@ class SmoothSurvivors(Scheme):
 
     # ------------------------------------------------------------------ integers
     def build(self, system: System, *, every: bool = False) -> Topology:
-        """Nodes and edges that have weight at these positions.
+        """Nodes and edges with nonzero weight at these positions.
 
         Args:
-            every: keep all candidates, weight or not: every node at every level, every node within reach as a child.
-                The energy is the same, the cost is not.
+            every: keep all candidates, also those of weight zero: every node at every level, every node within reach as
+                a child. The energy is the same at a higher cost.
         """
         with torch.no_grad():
             return self._topology(system, every)
@@ -202,7 +205,7 @@ class SmoothSurvivors(Scheme):
     def place(self, topology: Topology, system: System, dtype: torch.dtype | None = None) -> Hierarchy:
         """Positions, vectors and weights of every level, differentiable in positions and cell.
 
-        All is computed in float64 and then rounded to ``dtype`` (that of the positions where it is None): weights are
+        Everything is computed in float64 and then rounded to ``dtype`` (None: that of the positions): weights are
         ratios of small numbers where a part vanishes. At the root of a periodic graph vectors are zero, as in
         :meth:`Scheme.place`.
         """
@@ -248,7 +251,7 @@ class SmoothSurvivors(Scheme):
         pair_weight = None
         if vec is not None:
             pair_weight = vector_window(vec, required(self.cutoffs[k]))
-            if k > 0:  # what exists in part sends in part
+            if k > 0:  # messages are weighted by the existence of the source
                 pair_weight = pair_weight * nodes.existence.index_select(0, required(topology.pair_index[k])[0])
         child = () if edges is None else (edges.vec, edges.weight, edges.pooled)
         child_vec, weight, pooled = (value.to(dtype) for value in child) if child else (None, None, None)
@@ -344,7 +347,7 @@ class SmoothSurvivors(Scheme):
         share = edges.pooled * nodes.mass.index_select(0, child[0])
         mass = torch.zeros_like(existence).index_add(0, child[1], share)
         if self.centre == "mean":
-            # A part without weight has no mean; any position does.
+            # A part of weight zero has no mean; any position is valid.
             whole = torch.where(mass > 0, mass, torch.ones_like(mass)).unsqueeze(-1)
             pos = pos + torch.zeros_like(pos).index_add(0, child[1], share.unsqueeze(-1) * edges.vec) / whole
         return _Nodes(pos, existence, nodes.priority.index_select(0, centre), mass)
@@ -362,7 +365,7 @@ class _Nodes:
 
 @dataclass(frozen=True)
 class _Contest:
-    """Who of the nodes of a level survives, and how the others divide themselves."""
+    """Survivors of the nodes of a level, and the division of the others among them."""
 
     survival: Tensor
     share: Share

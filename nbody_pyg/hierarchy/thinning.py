@@ -1,4 +1,4 @@
-"""Smooth thinning of points, and the partition of unity that hands every point to the survivors near it."""
+"""Smooth thinning of points, and the partition of unity that divides every point among the survivors near it."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ from torch import Tensor
 
 from nbody_pyg.radial import plateau_window, quintic_step
 
-#: Part of the radius up to which a survivor excludes others completely.
+#: Fraction of the radius within which a survivor excludes others completely.
 PLATEAU = 0.7
-#: Sum of windows from which on a contest is lost. Below 1: each step grows steeper, and fewer parts have a tiny weight.
+#: Sum of windows from which on a node is excluded. With values below 1 each step is steeper, and fewer parts have a
+#: tiny weight.
 DECIDED = 0.8
-#: A survivor takes points in up to this multiple of the radius within which it suppresses others.
+#: Points belong to a survivor up to this multiple of the radius within which it suppresses others.
 REACH = 1.35
-#: Sum of windows from which on a point is taken over completely.
+#: Sum of windows from which on a point belongs to survivors completely.
 FILLED = 0.5
 
 
@@ -35,22 +36,22 @@ def thin(
               s_i \leftarrow s_i + (1 - s_i)\, u_i\, S\Big(1 - \frac{d_i}{D}\Big), \qquad
               u_i = g_i\, S\Big(1 - \frac1D \big(s_i + \textstyle\sum_k s_k w(r_{ik})\big)\Big), \qquad D = 0.8
 
-    In each round a node survives unless an undecided neighbour has the higher priority, and then takes the nodes near
-    it out of the contest. The window w is 1 up to 0.7 ``radius`` and 0 beyond ``radius``. A priority that is higher by
-    ``width`` wins completely; at equal priorities nobody does, so that equivalent atoms have equal weights: all of them
+    In each round a node survives unless an undecided neighbour has the higher priority, and then excludes the nodes
+    near it. The window w is 1 up to 0.7 ``radius`` and 0 beyond ``radius``. A priority that is higher by
+    ``width`` wins completely; at equal priorities neither does, so equivalent atoms have equal weights: all of them
     survive, or none does.
 
-    Every step multiplies slopes by up to 15/8, and each round and each level takes the steps of the one before, so that
-    nothing here is steeper than it must be. Steps that decide more (flat up to 0.1 and from 0.9 on, and once more for
+    Every step multiplies slopes by up to 15/8, and rounds and levels are composed, so the steps are chosen as flat as
+    possible. Steps that decide more (flat up to 0.1 and from 0.9 on, and once more for
     :math:`s_i`) leave a third fewer parts, whose weights change five to ten times as fast.
 
     Args:
         priority: :math:`\pi`; differences below ``width`` are partial.
-        existence: g, 1 for atoms; what exists in part survives in part at most.
+        existence: g, 1 for atoms; an upper bound of the survival.
         index: pairs in both directions, those beyond ``radius`` may be left out.
         r: their distances, angstrom.
         radius: angstrom.
-        rounds: after this many rounds chains of ever lower priorities stay undecided; see :func:`share_out`.
+        rounds: number of rounds; long chains of decreasing priorities stay undecided after them, see :func:`share_out`.
         width: :math:`\Delta`.
 
     Smoothness: C2. Cost: O(rounds x edges).
@@ -73,14 +74,14 @@ def thin(
 
 
 class Share(NamedTuple):
-    """How nodes divide themselves among survivors.
+    """Division of nodes among survivors.
 
     =============  ========  ===========================================================================
     field          shape     meaning
     =============  ========  ===========================================================================
     existence      [nodes]   g of the part that would be centred on each node
     fill           [nodes]   factor of the windows, :math:`S(Z_j / Z_0) / Z_j`
-    alone          [nodes]   what no survivor takes, :math:`1 - S(Z_j / Z_0)`: it stays a part of its own
+    alone          [nodes]   share without survivor, :math:`1 - S(Z_j / Z_0)`: it stays a separate part
     =============  ========  ===========================================================================
     """
 
@@ -131,8 +132,8 @@ def membership(
     .. math:: p_{jA} = s_A W(r_{jA}) \frac{S(Z_j / Z_0)}{Z_j} + \delta_{jA} \big(1 - S(Z_j / Z_0)\big), \qquad
               \sum_A p_{jA} = 1, \qquad \hat p_{jA} = g_j\, p_{jA} / g'_A
 
-    p says how much of the child goes where; :math:`\hat p` is its share of a parent that exists in part: it stays
-    finite where the parent vanishes, because :math:`s_A` cancels.
+    p is the fraction of the child in each parent; :math:`\hat p` is its share of a parent with partial existence. It
+    stays finite where the parent vanishes, because :math:`s_A` cancels.
     """
     window = plateau_window(r, radius, REACH * radius) * share.fill.index_select(0, child)
     alone = share.alone.index_select(0, child) * itself.to(r.dtype)

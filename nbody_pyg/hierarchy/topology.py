@@ -1,4 +1,4 @@
-"""Topology: who is a part of whom, level by level, in integers only."""
+"""Topology: parts and their children, level by level, as indices only."""
 
 from __future__ import annotations
 
@@ -37,8 +37,9 @@ class Topology:
     ``pair_shift``   [P, 3] or None       the same for pairs
     ===============  ===================  ===========================================================
 
-    These are tuples with one entry per level. Schemes whose parts sit on one of their children say on which:
-    ``centre``, [n_k] long or None, a node of level k - 1 for each part of level k. Two fields belong to the whole:
+    These are tuples with one entry per level. If parts are centred on one of their children, it is stored in
+    ``centre``: [n_k] long or None, a node of level k - 1 for each part of level k. Two fields belong to the whole
+    topology:
     ``bonds``, [2, M] or None, the covalent bonds in both directions where the scheme uses them; ``periodic``, [B] bool
     or None, the graphs with a periodic direction (None when there are none).
 
@@ -85,7 +86,7 @@ class Topology:
     def size(self, level: int) -> int:
         """Number of parts at a level, over all graphs."""
         if "sizes" not in self._cache:
-            # One transfer for all levels: this is the only synchronisation of a GPU batch.
+            # One transfer for all levels, the only synchronisation of a GPU batch.
             self._cache["sizes"] = torch.stack(self.num_parts).sum(dim=1).tolist()
         size: int = self._cache["sizes"][level]
         return size
@@ -97,18 +98,18 @@ class Topology:
         if value is None:
             graphs = torch.arange(self.num_graphs, device=self.device)
             value = torch.repeat_interleave(graphs, self.num_parts[level], output_size=self.size(level))
-            if not is_transformed():  # a tracer's tensor is not to be kept
+            if not is_transformed():  # tensors of a tracer are not cached
                 self._cache["batch", level] = value
         return value
 
     def parts(self, level: int) -> Int[Tensor, "2 members"]:
-        """Which atoms lie in which part: unique columns (atom, part), sorted by part, then atom."""
+        """Atoms of each part: unique columns (atom, part), sorted by part, then atom."""
         return self._members(level)[0]
 
     def part_shift(self, level: int) -> Float[Tensor, "members 3"] | None:
         """Lattice shift of each column of :meth:`parts`; None for open systems.
 
-        Where several paths lead from an atom to a part, the first in the order of the edges counts.
+        If several paths lead from an atom to a part, the first in the order of the edges is used.
         """
         return self._members(level)[1]
 
@@ -155,7 +156,7 @@ class Topology:
         child_shift: tuple[Float[Tensor, "_ 3"] | None, ...],
         pair_shift: tuple[Float[Tensor, "_ 3"] | None, ...],
     ) -> Topology:
-        """The same parts joined by other edges; what follows from the parts alone is not computed again."""
+        """The same parts with other edges; quantities that depend only on the parts are not computed again."""
         columns = (child_index, pair_index, child_shift, pair_shift)
         other = Topology(self.num_parts, *columns, self.bonds, self.periodic, self.centre)
         self.size(0)
@@ -165,13 +166,13 @@ class Topology:
         return other
 
     def assume(self, batches: Sequence[Int[Tensor, " parts"]]) -> Topology:
-        """Take the graph of each part of every level as given, and sizes from it, in place of computing them."""
+        """Use the given graph of each part of every level, and the sizes from it, instead of computing them."""
         self._cache["sizes"] = [batch.shape[0] for batch in batches]
         self._cache.update({("batch", level): batch for level, batch in enumerate(batches)})
         return self
 
     def among(self, present: Bool[Tensor, " all_graphs"]) -> Topology:
-        """The same parts, among graphs that have none: ``present`` says which graphs are those of this topology."""
+        """The same parts, with further graphs without parts; ``present`` marks the graphs of this topology."""
 
         def spread(values: Tensor) -> Tensor:
             return values.new_zeros(len(present)).masked_scatter(present, values)
@@ -252,7 +253,8 @@ class Topology:
 
     @classmethod
     def from_dag(cls, edges: Int[Tensor, "2 edges"], num_atoms: int) -> Topology:
-        """Level any user's DAG of parts, without pairs; see :func:`nbody_pyg.hierarchy.dag.levels_of_dag`."""
+        """Build a topology without pairs from a user's DAG of parts; see
+        :func:`nbody_pyg.hierarchy.dag.levels_of_dag`."""
         return cls(*levels_of_dag(edges, num_atoms)).validate()
 
     def __repr__(self) -> str:

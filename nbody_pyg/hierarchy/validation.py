@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-Edges = tuple[Tensor | None, Tensor | None]  # indices and lattice shifts, as far as there are any
+Edges = tuple[Tensor | None, Tensor | None]  # indices and optional lattice shifts
 
 
 def validate_parts(
@@ -22,8 +22,8 @@ def validate_parts(
     A DAG in levels whose leaves are the atoms, with one root per graph that holds all atoms (a graph without atoms
     has no part at any level), and :math:`P_c \subseteq P_P` along every child edge. Edges join neighbouring levels,
     so there are no cycles, parts grow along edges by construction, and a root that every node reaches holds all
-    atoms: what is left to check is that each node has a parent, each part a child, and that edges are in range and
-    within one graph.
+    atoms: it remains to check that each node has a parent and each part a child, and that edges are in range and within
+        one graph.
 
     Args:
         num_parts: number of parts of each graph, level by level.
@@ -63,7 +63,7 @@ def validate_parts(
 
 
 def _name(graphs: Sequence[Tensor], level: int, node: int) -> str:
-    """What to call a node: atom 3 (graph 0), part 2 of level 1 (graph 0)."""
+    """Name of a node: atom 3 (graph 0), part 2 of level 1 (graph 0)."""
     if level == 0:
         return f"atom {node} (graph {int(graphs[0][node])})"
     return f"part {node} of level {level} (graph {int(graphs[level][node])})"

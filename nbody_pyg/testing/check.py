@@ -37,7 +37,7 @@ from nbody_pyg.testing.systems import in_precision, open_cluster, prepare_system
 class Check:
     """One line of the verdict: what was measured, the figure, the bound, and whether it was kept.
 
-    ``passed`` is None where there is nothing to judge; ``note`` says why, or what a failure means.
+    ``passed`` is None if there is nothing to judge; ``note`` gives the reason, or the meaning of a failure.
     """
 
     name: str
@@ -199,7 +199,7 @@ class _Examiner:
 
     # ------------------------------------------------------------------ symmetry
     def _symmetry(self) -> Iterator[Check]:
-        # Of the elements that the model knows, so that symmetry is not tested on flat molecules only.
+        # Elements that the model knows, so that symmetry is not tested on planar molecules only.
         other = random_molecule(8, self.species[:4], self.seed)
         systems = [*self.systems[:2], other]
         given: dict[str, Any] = {"systems": systems, "tolerance": math.inf, "seed": self.seed}

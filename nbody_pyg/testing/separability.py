@@ -1,4 +1,4 @@
-"""Assertions that distant systems know nothing of each other, whatever their number and size."""
+"""Assertions that distant systems do not affect each other, for any number and size."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ class _Function(nn.Module):
 
 
 class Subject:
-    """Energies [B] and forces [N, 3] of whatever the user handed in."""
+    """Energies [B] and forces [N, 3] of the user's model or function."""
 
     def __init__(self, subject: Any, dtype: torch.dtype) -> None:
         if isinstance(subject, nn.Module):

@@ -212,7 +212,7 @@ def _bonds(systems: Sequence[System]) -> Tensor | None:
 
 
 def _states(systems: Sequence[System]) -> dict[str, Tensor]:
-    """Charges and spins of a batch, as far as some system says something."""
+    """Charges and spins of a batch, if some system has them."""
     like, keywords = systems[0].pos, {}
     if any(s.total_charge is not None for s in systems):
         keywords["charge"] = like.new_tensor([state_of(s)[0] for s in systems])

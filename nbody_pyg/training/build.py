@@ -1,4 +1,4 @@
-"""A potential as a plain dictionary and back: what checkpoints and model files store beside the weights."""
+"""Convert a potential to a plain dictionary and back, for checkpoints and model files."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def potential_from_config(config: dict[str, Any], model: nn.Module | None = None
     """Build the potential, or the model of properties, that :func:`potential_config` described, with fresh weights.
 
     Args:
-        model: the network, where it is not one of ours.
+        model: the network, if it is not one of ours.
     Raises: ValueError: a foreign model and none given, or a model of another class; a term of the energy whose class no
         imported module defines; unknown dtype.
     """

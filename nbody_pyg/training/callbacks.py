@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 
 
 class Callback:
-    """Told of the moments of a run; what is not overridden does nothing. Its state is kept in every checkpoint."""
+    """Base class with hooks of a run, which do nothing by default. Its state is stored in every checkpoint."""
 
     def on_start(self, trainer: Trainer) -> None:
-        """Before the first step, from wherever the run goes on."""
+        """Before the first step, also of a resumed run."""
 
     def on_step(self, trainer: Trainer) -> None:
         """After every step."""
@@ -42,11 +42,11 @@ class Callback:
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over what :meth:`state_dict` gave, where it gave anything."""
+        """Load the result of :meth:`state_dict`, if it is not empty."""
 
 
 class MetricsCSV(Callback):
-    """One row per ``log_every`` steps and per validation in ``metrics.csv``; a resumed run goes on.
+    """One row per ``log_every`` steps and per validation in ``metrics.csv``; a resumed run appends to it.
 
     Columns: kind (train or val), step, epoch, cpu_seconds (of training), wall_seconds, lr, loss, grad_norm,
     energy_mae (meV), energy_rmse, forces_mae (meV/angstrom), forces_rmse.
@@ -67,7 +67,7 @@ class MetricsCSV(Callback):
         rows = []
         if trainer.step and self.path.exists():
             with self.path.open(newline="") as file:
-                # A run that was killed may have left half a row.
+                # A killed run may have left an incomplete row.
                 whole = [
                     row for row in csv.DictReader(file) if set(row) == set(self.columns) and None not in row.values()
                 ]
@@ -149,10 +149,11 @@ class RunProgress(Callback):
 
 
 class GracefulStop:
-    """Inside, SIGTERM or Ctrl-C is noted, for the loop to end after its step. A second signal kills at once.
+    """Context in which SIGTERM or Ctrl-C is recorded, so that the loop ends after its step. A second signal kills at
+    once.
 
     ``received`` holds the number of the signal afterwards; the command line exits with 128 + that number
-    (143 for SIGTERM, 130 for Ctrl-C), as a shell reports a process that the signal ended.
+    (143 for SIGTERM, 130 for Ctrl-C), as a shell does for a process ended by the signal.
     """
 
     signals = (signal.SIGTERM, signal.SIGINT)
@@ -162,7 +163,7 @@ class GracefulStop:
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> GracefulStop:
-        # Python lets the main thread alone handle signals: a run in another thread ends when its limits are reached.
+        # Only the main thread can handle signals; a run in another thread ends when its limits are reached.
         if threading.current_thread() is threading.main_thread():
             self._before = {number: signal.signal(number, self._handle) for number in self.signals}
         return self

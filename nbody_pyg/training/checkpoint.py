@@ -1,4 +1,4 @@
-"""Checkpoint files: sealed with a checksum when they are written, verified before anything is taken from them."""
+"""Checkpoint files with a checksum, which is verified before anything is read from them."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ import torch
 
 from nbody_pyg.atomic_write import atomic_write
 
-# A checkpoint is a zip file, which ends in an empty comment; the checksum of all that stands before becomes the
-# comment, so that file and checksum are one file and torch.load reads it as before.
+# A checkpoint is a zip file, which ends with an empty comment. The checksum of everything before it is stored as the
+# comment, so torch.load can still read the file.
 _WORD = b"nbody_pyg sha256 "
 _SEAL = len(_WORD) + 64
 _ZIP, _ZIP_END = b"PK\x03\x04", b"PK\x05\x06"
@@ -40,7 +40,7 @@ def seal(path: str | Path) -> None:
 
 
 def write_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
-    """Write a checkpoint with its checksum, whole or not at all."""
+    """Write a checkpoint with its checksum atomically."""
     with atomic_write(path, path.with_name(f".{path.name}.tmp")) as temporary:
         torch.save(content, temporary)
         seal(temporary)
@@ -57,10 +57,10 @@ def _is_whole(content: bytes) -> bool:
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """The content of a checkpoint, on the CPU: tensors and plain values, nothing that runs code.
+    """The content of a checkpoint, on the CPU: tensors and plain values, no code.
 
-    Raises: FileNotFoundError: no such file; ValueError: a model file, a file that was cut or changed, or one of a
-        version that wrote no checksum.
+    Raises: FileNotFoundError: no such file; ValueError: a model file, a truncated or changed file, or one of a version
+    without checksums.
     """
     path = Path(path)
     if not path.is_file():
@@ -77,11 +77,11 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         raise ValueError(f"{path} {what}; {cure}start anew without output.resume")
     try:
         found = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    except Exception as error:  # torch's reader raises what pickles raise, of which there are many kinds
+    except Exception as error:  # unpickling can raise many kinds of errors
         raise ValueError(f"{path} holds more than tensors and plain values: no checkpoint of this library") from error
     if missing := _KEYS.difference(found if isinstance(found, dict) else ()):
         raise ValueError(f"{path} lacks {', '.join(sorted(missing))}: no checkpoint of this library")
-    # Lightning, which trained before, called our callbacks as one.
+    # Checkpoints of earlier versions, written with Lightning, have one entry for our callbacks.
     checkpoint: dict[str, Any] = found | {"callbacks": found["callbacks"].get("CallbackGroup", found["callbacks"])}
     return checkpoint
 
@@ -98,7 +98,7 @@ def random_state() -> dict[str, Any]:
 
 
 def set_random_state(state: Mapping[str, Any]) -> None:
-    """Go on from what :func:`random_state` gave."""
+    """Restore the result of :func:`random_state`."""
     torch.set_rng_state(state["torch"].cpu())
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))
@@ -107,10 +107,10 @@ def set_random_state(state: Mapping[str, Any]) -> None:
 
 
 def changes(stored: Mapping[str, Any], given: Mapping[str, Any], free: Collection[str] = (), prefix: str = "") -> str:
-    """What differs between two nested dictionaries, as ``a.b is 1 there, 2 here; ...``; empty where nothing does.
+    """Differences of two nested dictionaries, as ``a.b is 1 there, 2 here; ...``; empty if there are none.
 
     Args:
-        stored, given: the values of the checkpoint and those of now; a key that is missing counts as None.
+        stored, given: the values of the checkpoint and the present ones; a key that is missing counts as None.
         free: names of keys (dotted), or of their sections, that may differ.
     """
     words = []
@@ -132,5 +132,5 @@ def _equal(old: Any, new: Any) -> bool:
 
 
 def _plain(value: Any) -> str:
-    """A value as a file holds it, tuples as lists."""
+    """A value as in a file, tuples as lists."""
     return json.dumps(value, sort_keys=True, default=str)

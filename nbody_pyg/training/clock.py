@@ -1,4 +1,4 @@
-"""CPU time of the training process, with pauses: the currency in which budgets are counted."""
+"""CPU time of the training process, with pauses: the unit of budgets."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import time
 class ProcessClock:
     """Seconds of CPU time (all threads) that this process spent while the clock ran.
 
-    Waiting, other processes and paused stretches (validation, writing checkpoints) do not count. On a GPU
-    the process spins while it waits for kernels, so that there the figure is close to the wall time.
+    Waiting, other processes and paused stretches (validation, writing checkpoints) do not count. On a GPU the process
+    spins while it waits for kernels, so this is close to the wall time.
     """
 
     def __init__(self, elapsed: float = 0.0):

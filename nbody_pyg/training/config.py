@@ -39,11 +39,11 @@ class DataConfig:
         "or a list of them"
     )  # fmt: skip
     val: list[str] | str | None = setting(  # noqa: RUF009
-        None, "validation frames, as for train; without it num_val are taken from train"
+        None, "validation frames, as for train; by default num_val frames of train"
     )  # fmt: skip
     test: dict[str, str] | str | None = setting(None, "test frames, or {name: file}")  # noqa: RUF009
-    file_format: str | None = setting(None, "ASE's name of the format of the files, where their names do not tell it")
-    num_train: int | None = setting(None, "number of training frames (default: all that are left)")
+    file_format: str | None = setting(None, "ASE's name of the file format, if the file names do not show it")
+    num_train: int | None = setting(None, "number of training frames (default: all remaining ones)")
     num_val: int | None = setting(None, "number of validation frames (default: 50, at most a tenth)")
     num_test: int | None = setting(None, "number of test molecules of QM9 (default: all of the split)")
     split_seed: int = setting(0, "seed of the random split into training and validation")
@@ -75,12 +75,12 @@ class DataConfig:
 
     @property
     def shares_hierarchy(self) -> bool:
-        """Whether bonds are taken from the first frame, so that a stretched bond is no step in the energy."""
+        """Whether bonds are taken from the first frame, so that a stretched bond causes no step in the energy."""
         one = self.train is None and self.qm9 is None
         return one if self.one_molecule is None else self.one_molecule
 
 
-#: Limits of a run, and those of one whose user names none: CPU seconds, and passes over few frames.
+#: Limits of a run, and the default ones: CPU seconds, and passes over few frames.
 LIMIT_KEYS = frozenset(f"training.{name}" for name in ("budget_seconds", "max_epochs", "max_steps"))
 LIMITS = {"budget_seconds": 600.0, "max_epochs": 250}
 # Values in a YAML text.
@@ -90,7 +90,7 @@ REPULSIONS = ("auto", "zbl", "none")
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Preset, scheme and the arguments that go to the constructor of NBodyNet as they are."""
+    """Preset, scheme and the arguments that are passed to the constructor of NBodyNet."""
 
     preset: str = "practical"
     scheme: Mapping[str, Any] = dataclasses.field(default_factory=lambda: {"name": "NestedShells"})
@@ -105,13 +105,13 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class OutputConfig:
-    """What a run leaves behind, and where."""
+    """Output of a run."""
 
     folder: str = setting(
         "runs/nbody", "folder of model.nbody, config.yaml, metrics.csv and checkpoints; earlier ones go to before-N"
     )  # fmt: skip
     resume: bool = setting(
-        False, "go on from last.ckpt in the folder; may change limits, intervals, lr, weight decay and output"
+        False, "resume from last.ckpt in the folder; may change limits, intervals, lr, weight decay and output"
     )  # fmt: skip
     weights: str = setting("best", "which weights to keep: best of the validation, or last")
     plot: bool = setting(True, "draw parity plots of the test sets")
@@ -130,7 +130,7 @@ class Config:
     training: TrainingConfig
     output: OutputConfig
     target: tuple[Property, ...] = ()
-    #: Dotted keys that the user named; nbody_pyg.training.defaults chooses others from the data.
+    #: Dotted keys that the user set; nbody_pyg.training.defaults chooses others from the data.
     given: frozenset[str] = dataclasses.field(default=frozenset(), compare=False)
 
     def to_dict(self) -> dict[str, Any]:
@@ -148,7 +148,7 @@ class Config:
         return text
 
     def save(self, path: str | Path) -> None:
-        """Write the YAML file, whole or not at all."""
+        """Write the YAML file atomically."""
         write_text(path, self.text())
 
 
@@ -156,7 +156,7 @@ _SECTIONS = {"data": DataConfig, "training": TrainingConfig, "output": OutputCon
 _MODEL_KEYS = {
     "preset": "practical (for potentials) or strict (polynomial, as in the paper)",
     "scheme": "composition scheme, e.g. {name: BondTree, cutoff: 5.0}; see --model.scheme.<argument>",
-    "repulsion": "of nuclei nearer than a bond: zbl, none, or auto (zbl for the practical preset)",
+    "repulsion": "repulsion of nuclei at short range: zbl, none, or auto (zbl for the practical preset)",
     "scale": "factor of the network's output: forces (their root mean square) or a number",
 }
 _ARGUMENT_HELP = {
@@ -167,11 +167,11 @@ _ARGUMENT_HELP = {
 
 
 def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
-    """Read a YAML file and lay ``--section.key value`` overrides over it.
+    """Read a YAML file and apply ``--section.key value`` overrides.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: an unknown key (the message names the nearest one), a value of the wrong type, or
+        ValueError: an unknown key (the message suggests the nearest one), a value of the wrong type, or
             values that contradict each other.
     """
     tree: dict[str, Any] = {}
@@ -185,7 +185,7 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
 
 
 def switch_scheme(tree: dict[str, Any], overrides: Mapping[str, Any]) -> None:
-    """Another scheme that is named on the command line takes the place of the whole scheme of the file."""
+    """A scheme given on the command line replaces the whole scheme of the file."""
     model, name = tree.get("model"), overrides.get("model.scheme.name")
     scheme = model.get("scheme") if isinstance(model, dict) else None
     if name is not None and isinstance(scheme, Mapping) and scheme.get("name", "NestedShells") != name:
@@ -222,7 +222,7 @@ def parse_config(tree: Mapping[str, Any]) -> Config:
 
 
 def _limited(values: Mapping[str, Any], named: frozenset[str]) -> dict[str, Any]:
-    """The section ``training`` with the limits of a run whose user names none."""
+    """The section ``training`` with default limits if none are given."""
     return dict(values) | (LIMITS if named.isdisjoint(LIMIT_KEYS) else {})
 
 
@@ -236,7 +236,7 @@ def _named_keys(tree: Mapping[str, Any], prefix: str = "") -> frozenset[str]:
     return frozenset(found)
 
 
-#: Keys that name files or folders, in which ~ and $HOME are replaced.
+#: Keys of files or folders, in which ~ and $HOME are expanded.
 _FILE_KEYS = {"data": ("root", "train", "val", "test"), "output": ("folder",)}
 _MODEL_TYPES: dict[str, Any] = {"preset": str, "scheme": dict, "scale": float | str, "repulsion": str | None}
 _WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", dict: "keys and values",
@@ -244,7 +244,7 @@ _WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: 
 
 
 def expand_path(text: str) -> str:
-    """With ~ and variables such as $HOME replaced, unless a file has that very name."""
+    """The path with ~ and variables such as $HOME expanded, unless a file has that literal name."""
     return text if os.path.exists(text) else os.path.expandvars(os.path.expanduser(text))
 
 
@@ -259,11 +259,11 @@ def _hint(section: str, key: str) -> Any:
 
 
 def _typed_section(section: str, values: Any) -> Any:
-    """The values of a section with numbers as whole ones where such are wanted, names as text, and whole paths."""
+    """The values of a section, with integers and names converted and paths expanded."""
     if not isinstance(values, Mapping) or section not in (*_SECTIONS, "model"):
         return values
     whole = {name for name, default in model_arguments().items() if type(default) is int} if section == "model" else ()
-    whole = {*whole, "channels", "lmax"} if whole else whole  # None by default: a type may stand for them
+    whole = {*whole, "channels", "lmax"} if whole else whole  # None by default, because ``irreps`` may replace them
     out = {}
     for key, value in values.items():
         value = typed(value, int if key in whole else _hint(section, key))
@@ -285,7 +285,7 @@ def _typed_section(section: str, values: Any) -> Any:
 
 
 def typed(value: Any, hint: Any) -> Any:
-    """A value read as YAML in the type that is wanted: 1e4 as a whole number, 2024 as a name."""
+    """A value read as YAML, converted to the expected type: 1e4 to an integer, 2024 to a name."""
     admitted = _admits(hint)
     if int in admitted and bool not in admitted and isinstance(value, (str, float)):
         try:
@@ -299,7 +299,7 @@ def typed(value: Any, hint: Any) -> Any:
 
 
 def _typed_text(text: str, where: str, hint: Any) -> Any:
-    """A word of the command line: where a name is wanted, what YAML makes of it is not asked."""
+    """A value of the command line; it is not parsed as YAML if a name is expected."""
     admitted = _admits(hint)
     if str not in admitted:
         return parse_value(text, where)
@@ -318,7 +318,7 @@ def _by_name(files: Sequence[Any]) -> dict[str, str]:
 
 
 def _in_one_sentence(message: str, tree: Mapping[str, Any]) -> str:
-    """What jsonargparse says about a value of a wrong type, in our words."""
+    """Our message for jsonargparse's error about a wrong type."""
     found = re.search(r'"([\w.]+)"', message)
     section, _, key = (found.group(1) if found else "").partition(".")
     hint = _hint(section, key) if section in _SECTIONS else _MODEL_TYPES.get(key) if section == "model" else None
@@ -367,16 +367,16 @@ def config_parser() -> jsonargparse.ArgumentParser:
     for name, default in {"preset": "practical", "scheme": None, "scale": "forces", "repulsion": "auto"}.items():
         group.add_argument(f"--model.{name}", type=_MODEL_TYPES[name], default=default, help=_MODEL_KEYS[name])
     for name, default in model_arguments().items():
-        # Types are the constructor's business: it knows its rules and words its errors.
+        # The constructor checks types and raises the errors.
         help = _ARGUMENT_HELP.get(name, "argument of NBodyNet")
         group.add_argument(f"--model.{name}", type=Any, default=default, help=help)
     return parser
 
 
 def model_arguments() -> dict[str, Any]:
-    """Names and defaults of what may stand in the model section, read off NBodyNet itself.
+    """Names and defaults of the keys of the model section, taken from NBodyNet.
 
-    A gate of one's own is a class, which no configuration holds: use :func:`~nbody_pyg.training.fit`.
+    A user's gate is a class, which a configuration cannot hold: use :func:`~nbody_pyg.training.fit`.
     """
     from nbody_pyg.models import NBodyNet
 
@@ -403,7 +403,7 @@ def scheme_arguments(name: str) -> list[str]:
 
 
 def _check_keys(tree: Mapping[str, Any]) -> None:
-    """Refuse a key that nothing reads, and name the nearest one that exists."""
+    """Reject an unknown key, and suggest the nearest known one."""
     known = {name: [f.name for f in dataclasses.fields(kind)] for name, kind in _SECTIONS.items()}
     known["model"] = [*_MODEL_KEYS, *model_arguments()]
     for section, values in tree.items():
@@ -430,7 +430,8 @@ def _check_keys(tree: Mapping[str, Any]) -> None:
 
 
 def read_options(words: Sequence[str]) -> list[tuple[str, list[str]]]:
-    """``--a.b value value`` and ``--a.b=value`` as (key, words); first, under an empty key, what no option precedes."""
+    """``--a.b value value`` and ``--a.b=value`` as (key, words); first, under an empty key, the words before any
+    option."""
     found: list[tuple[str, list[str]]] = [("", [])]
     for word in words:
         if word.startswith("--"):
@@ -457,9 +458,9 @@ def _parse_overrides(words: Sequence[str]) -> list[tuple[str, Any]]:
 
 
 def read_tree(path: str | Path, holds: str) -> dict[str, Any]:
-    """The nested form of a YAML file; ``holds`` says what has to stand in it.
+    """The nested form of a YAML file; ``holds`` describes its content in messages.
 
-    Raises: FileNotFoundError: no such file; ValueError: no YAML, or no mapping.
+    Raises: FileNotFoundError: no such file; ValueError: not YAML, or not a mapping.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"no configuration file at {path}")
@@ -470,9 +471,9 @@ def read_tree(path: str | Path, holds: str) -> dict[str, Any]:
 
 
 def parse_value(text: str, where: str) -> Any:
-    """A value of the command line, read as YAML, which takes 1e-3 for a word: that is a number here.
+    """A value of the command line, read as YAML, except that 1e-3 is a number here.
 
-    Raises: ValueError: no YAML.
+    Raises: ValueError: not YAML.
     """
     value = parse_yaml(text, where)
     if isinstance(value, str):
@@ -484,10 +485,10 @@ def parse_value(text: str, where: str) -> Any:
 
 
 def parse_yaml(text: str | bytes, where: str) -> Any:
-    """What YAML text holds; ``where`` names its place in the message.
+    """The content of a YAML text; ``where`` is its place in messages.
 
-    Raises: ValueError: no YAML, in one line; a key that stands twice; aliases that refer to themselves or make a
-        small text large.
+    Raises: ValueError: not YAML, with a message of one line; a duplicate key; aliases that refer to themselves or
+    expand to many values.
     """
     loader = None
     try:
@@ -508,7 +509,7 @@ def parse_yaml(text: str | bytes, where: str) -> Any:
 
 
 def _check_size(node: yaml.Node, where: str, sizes: dict[int, int]) -> int:
-    """Values under a node, those that aliases repeat counted again; refuses keys that stand twice."""
+    """Number of values under a node, with aliases expanded; rejects duplicate keys."""
     if id(node) in sizes:
         size = sizes[id(node)]
         if not size:
@@ -537,7 +538,7 @@ def _check_size(node: yaml.Node, where: str, sizes: dict[int, int]) -> int:
 
 
 def insert(tree: dict[str, Any], key: str, value: Any) -> None:
-    """Put the value of ``section.key`` into the nested form, with the sections that it lacks."""
+    """Put the value of ``section.key`` into the nested form, and create missing sections."""
     *sections, last = key.split(".")
     for section in sections:
         if not isinstance(tree.get(section), dict):

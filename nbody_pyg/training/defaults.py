@@ -1,4 +1,4 @@
-"""Settings that follow from the training frames where the user names none: one rule for molecules and solids."""
+"""Settings chosen from the training frames if the user gives none: one rule for molecules and solids."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ from nbody_pyg.messages import symbols
 from nbody_pyg.training.config import LIMIT_KEYS, LIMITS, Config, insert, parse_config
 from nbody_pyg.training.prepare import DataSets
 
-#: Radii of the shells: multiples of the distance between first neighbours, and the least ones, angstrom.
+#: Radii of the shells: multiples of the distance between first neighbours, and minimum radii, angstrom.
 RADII = ((1.9, 3.5), (2.5, 5.0))
 #: Of the windows.
 EXPONENT = 3
-#: Degree and channels where first neighbours are farther apart than bonds of organic molecules.
+#: Degree and channels if first neighbours are farther apart than bonds of organic molecules.
 DENSE = {"lmax": 3, "channels": 16}
-#: Directed edges of a step, those of both shells together; and the most frames of a step.
+#: Directed edges of a step, in both shells together; and the largest number of frames of a step.
 EDGES_PER_STEP, MOST_FRAMES = 10_000, 5
 #: Weights for energies and stresses per atom, angstrom^-2.
 PER_ATOM_WEIGHT, STRESS_WEIGHT = 5.0, 0.1
-#: So many frames are measured, and neighbours are looked for up to this distance, angstrom.
+#: Number of frames that are measured, and largest distance of neighbours, angstrom.
 _MEASURED, _REACH = 200, 6.0
 
 
 @dataclass(frozen=True)
 class Choice:
-    """A setting that was chosen, by its dotted key, and why."""
+    """A chosen setting: its dotted key, value and reason."""
 
     key: str
     value: Any
@@ -48,7 +48,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class FrameStatistics:
-    """What the rule asks of training frames.
+    """Statistics of training frames that the rule uses.
 
     ===================  ==========================================================================================
     field                meaning, unit
@@ -70,7 +70,7 @@ class FrameStatistics:
 
     @classmethod
     def of(cls, frames: Sequence[Data]) -> FrameStatistics:
-        """Of frames; distances of very many frames are those of 200, taken evenly."""
+        """Statistics of frames; distances are measured on at most 200 of them, evenly spaced."""
         nearest: dict[int, list[torch.Tensor]] = {}
         for frame in _some(frames):
             shortest, z = _nearest(frame), frame.z
@@ -89,26 +89,27 @@ class FrameStatistics:
 
     @property
     def one_molecule_size(self) -> bool:
-        """Whether every frame is an open system of as many atoms."""
+        """Whether all frames are open systems with the same number of atoms."""
         return not self.periodic and self.sizes[0] == self.sizes[1]
 
 
 def choose_defaults(config: Config, data: DataSets) -> tuple[Config, tuple[Choice, ...]]:
-    r"""The configuration with what its user did not name chosen from the training frames, and the reasons.
+    r"""The configuration with settings that the user did not give chosen from the training frames, and the reasons.
 
     With the distance d between first neighbours (:class:`FrameStatistics`) the shells of ``NestedShells`` reach to
 
     .. math:: R_1 = \max(1.9\, d,\; 3.5), \qquad R_2 = \max(2.5\, d,\; 5)
 
-    so that no first neighbour stands where the window has faded. Organic molecules and water have d below 1.8
-    angstrom and keep 3.5 and 5. Beyond, as in metals and semiconductors, the network gets the degree 3 with 16
-    channels: atoms have many neighbours, whose angles count.
-    Energies count per molecule where all frames are molecules of one size, and else per atom, since the energies of
-    large cells would outweigh the forces. Stress is trained on where frames have one. E0 is that of isolated atoms
-    where every element has a frame of one atom without images nearer than 6 angstrom. A step takes as many frames as
-    have 10,000 edges, and at most five.
+    so that the window is not small at first neighbours. Organic molecules and water have d below 1.8 angstrom and keep
+    3.5 and 5.
+    For larger d, as in metals and semiconductors, the network gets degree 3 with 16 channels, because atoms have many
+    neighbours, whose angles matter.
+    Energy errors count per molecule if all frames are molecules of one size, otherwise per atom, because the energies
+    of large cells would outweigh the forces. Stress is trained if frames have it. E0 is that of isolated atoms if every
+    element has a frame of one atom without images nearer than 6 angstrom. A step has as many frames as have 10,000
+    edges together, and at most five.
 
-    What the user named stays as it is, so that a configuration read from the ``config.yaml`` of a run is not changed.
+    Settings given by the user are not changed, nor is a configuration read from the ``config.yaml`` of a run.
     """
     found = FrameStatistics.of(data.train)
     choices = [*_reference(config, data), *_radii(config, found), *_degree(config, found), *_loss(config, found)]
@@ -119,7 +120,7 @@ def choose_defaults(config: Config, data: DataSets) -> tuple[Config, tuple[Choic
 
 
 def keep_choices(config: Config, stored: Mapping[str, Any]) -> Config:
-    """The configuration of a resumed run with what its user did not name as it is stored, in the nested form."""
+    """The configuration of a resumed run; settings that the user did not give are those of the stored nested form."""
     kept = []
     for key in CHOSEN:
         section, _, name = key.rpartition(".")
@@ -133,7 +134,7 @@ def keep_choices(config: Config, stored: Mapping[str, Any]) -> Config:
     return _with(config, kept)
 
 
-#: Keys that are chosen where the user does not name them.
+#: Keys that are chosen if the user does not give them.
 CHOSEN = ("data.e0", "model.lmax", "model.channels", "model.scheme.radii", "model.scheme.exponent",
           "training.energy_per", "training.energy_weight", "training.stress_weight", "training.batch_size",
           *sorted(LIMIT_KEYS))  # fmt: skip
@@ -147,7 +148,7 @@ def _with(config: Config, choices: Sequence[Choice]) -> Config:
 
 
 def _reference(config: Config, data: DataSets) -> list[Choice]:
-    """Energies of isolated atoms, where every element has one, in whichever set."""
+    """Energies of isolated atoms, if every element has one, in any set."""
     if "data.e0" in config.given or config.target or config.data.qm9 is not None:
         return []
     frames = [frame for frames in data.named().values() for frame in frames]
@@ -190,7 +191,7 @@ def _degree(config: Config, found: FrameStatistics) -> list[Choice]:
 
 
 def _loss(config: Config, found: FrameStatistics) -> list[Choice]:
-    """How energies count, and the stress."""
+    """Normalisation of energy errors, and the stress weight."""
     if config.target or config.data.qm9 is not None:
         return []
     training, given, choices = config.training, config.given, []
@@ -209,7 +210,7 @@ def _loss(config: Config, found: FrameStatistics) -> list[Choice]:
 
 
 def _batch_size(config: Config, frames: Sequence[Data]) -> Choice:
-    """As many frames as have the edges of a step, and no more than there are."""
+    """Number of frames with the edges of a step together, at most all frames."""
     scheme = Scheme.from_config(dict(config.model.scheme))
     edges = [_num_edges(scheme, frame) for frame in _some(frames)]
     mean = sum(edges) / len(edges)
@@ -236,7 +237,7 @@ def _is_periodic(frame: Data) -> bool:
 
 
 def _nearest(frame: Data) -> torch.Tensor:
-    """Distance of each atom to the nearest one; infinite where there is none in reach."""
+    """Distance of each atom to the nearest one; infinite if there is none in reach."""
     cell, pbc = (frame.get("cell"), frame.get("pbc")) if _is_periodic(frame) else (None, None)
     index, shift = neighbour_list(frame.pos, _REACH, None, cell, pbc)
     length = edge_vectors(frame.pos, index, shift, cell).norm(dim=-1).double()

@@ -1,4 +1,4 @@
-"""Exponential moving average of the weights: what is validated, tested and saved."""
+"""Exponential moving average of the weights, which are validated, tested and saved."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class WeightEMA:
     The growing decay keeps the random initial weights out of short runs.
 
     Args:
-        flat: the weights; they begin as their own average.
+        flat: the weights; the average starts with them.
         decay: :math:`\beta` in [0, 1); with 0 the average is the weights themselves.
     Raises: ValueError: decay outside [0, 1).
     """
@@ -39,7 +39,7 @@ class WeightEMA:
 
     @contextlib.contextmanager
     def averaged(self) -> Iterator[None]:
-        """Inside, the module holds the averaged weights."""
+        """Context in which the module has the averaged weights."""
         kept = self.flat.values.clone()
         self.flat.values.copy_(self.average)
         try:

@@ -38,12 +38,13 @@ def evaluate(
     device: torch.device | str = "cpu",
     compute_forces: bool = True,
 ) -> Evaluation:
-    """Energies and forces of every frame; the stress where any frame carries a stress to compare with.
+    """Energies and forces of every frame; the stress if any frame has one to compare with.
 
-    Labels are optional: what has none, or NaN, is predicted and left out of the errors. Without ``compute_forces``
+    Labels are optional: frames without a label, or with NaN, are predicted and left out of the errors. Without
+    ``compute_forces``
     the list of forces is empty. Periodic and open frames may be mixed.
 
-    Raises: ValueError: a charge or spin that the model does not know, naming the frame.
+    Raises: ValueError: a charge or spin that the model cannot use; the message names the frame.
     """
     frames = model_frames(potential.model, frames, getattr(frames, "name", "") or "frames")
     meter, energy, forces, stress = ErrorMeter(device), [], [], []
@@ -65,7 +66,7 @@ def evaluate(
 
 
 def _has_volume(frame: Data) -> bool:
-    """Whether a stress has a meaning: a periodic system whose cell has a volume, unlike some slabs and wires."""
+    """Whether a stress is defined: a periodic system whose cell has a volume, unlike some slabs and wires."""
     cell, pbc = frame.get("cell"), frame.get("pbc")
     if cell is None or (pbc is not None and not bool(pbc.any())):
         return False

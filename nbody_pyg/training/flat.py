@@ -9,15 +9,15 @@ _ALIGN = 16  # entries; keeps every weight on a 64-byte boundary in float32
 
 
 class FlatParameters:
-    """Moves the trainable parameters of a module into one tensor; each becomes a view of its stretch.
+    """Moves the trainable parameters of a module into one tensor; each becomes a view of its slice.
 
     A network of this kind has dozens of small weights. Zeroing, clipping, Adam and averaging then cost a
     few microseconds *per weight* in dispatch alone, a millisecond per step together; on one tensor they
     cost a tenth of it. Element-wise optimizers give the same result on the flat tensor (:attr:`parameter`),
-    others can work on the parameters of the module, whose gradients are views as well. The gradient of a
-    parameter that took no part in a step is zero, not None.
+    others can work on the parameters of the module, whose gradients are views as well. The gradient of a parameter that
+    was not used in a step is zero, not None.
 
-    Moving the module to another device or precision afterwards tears the views off: do that before.
+    Moving the module to another device or precision afterwards breaks the views, so do that before.
 
     Raises: ValueError: no trainable parameter, or several dtypes or devices.
     """
@@ -64,14 +64,14 @@ class FlatParameters:
             p.grad = gradient
 
     def zero_grad(self) -> None:
-        """Gradients to zero; puts the views back where somebody set gradients to None."""
+        """Set gradients to zero; restores the views if gradients were set to None."""
         self.gradient.zero_()
         if self.members[0].grad is not self._gradients[0]:
             self.attach()
 
     @torch.no_grad()
     def clip_grad_norm(self, limit: float) -> Tensor:
-        """Scale the gradient down to norm ``limit`` where it is longer; returns the norm before."""
+        """Scale the gradient down to norm ``limit`` if it is larger; returns the norm before."""
         norm: Tensor = torch.linalg.vector_norm(self.gradient)
         self.gradient.mul_((limit / (norm + 1e-6)).clamp(max=1.0))
         return norm

@@ -18,11 +18,11 @@ except ImportError:  # Windows
 class RunFolder:
     """The folder of a run, locked while the object is entered.
 
-    The system frees the lock when its process ends, however that happens: no lock is left behind by a killed run.
-    Where there are no locks (Windows, some network file systems) the folder is used without one.
+    The system releases the lock when its process ends for any reason, so a killed run leaves no lock. Without lock
+    support (Windows, some network file systems) the folder is used without one.
 
     Args:
-        path: the folder; it is made on entering.
+        path: the folder; it is created on entering.
         active: whether this process writes; the further processes of a distributed run do not, and take no lock.
     Raises: ValueError: another run uses the folder.
     """
@@ -42,12 +42,12 @@ class RunFolder:
     def __exit__(self, *_: object) -> None:
         if self._lock is not None:
             with contextlib.suppress(OSError):
-                os.unlink(self._lock.name)  # before it is free: nobody else has it now
+                os.unlink(self._lock.name)  # before the lock is released, so that no other process uses it
             self._lock.close()
             self._lock = None
         if self._made:
             with contextlib.suppress(OSError):
-                os.rmdir(self.path)  # where nothing came of it: a folder with files stays
+                os.rmdir(self.path)  # only an empty folder; one with files stays
 
     def _take(self) -> IO[str] | None:
         path = self.path / ".lock"
@@ -65,7 +65,7 @@ class RunFolder:
             except OSError:  # a file system without locks
                 file.close()
                 return None
-            # Whoever had it may have removed the file between our opening and locking it.
+            # The previous owner may have removed the file between our opening and locking it.
             if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
                 file.truncate(0)
                 file.write(f"process {os.getpid()} on {socket.gethostname()}\n")

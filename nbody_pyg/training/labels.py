@@ -1,4 +1,4 @@
-"""Labels of the frames of a run: one shape, missing ones marked, which are learned, and the scale of the forces."""
+"""Labels of the frames of a run: shapes, missing labels, which labels are learned, and the scale of the forces."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ logger = logging.getLogger(__name__)
 NO_FORCES = 1e-6
 
 Shape = Sequence[int | str]
-#: What a potential learns, and the weight of the settings that switches it on.
+#: Labels that a potential learns, and the setting with the weight of each.
 WEIGHTS = {"forces": "force_weight", "energy": "energy_weight", "stress": "stress_weight"}
-# What a model computes with. All else is a label or an extra, and changes no prediction.
+# Inputs of models. All other keys are labels or extras, and change no prediction.
 _INPUTS = frozenset({"z", "pos", "bonds", "scheme", *MODEL_INPUTS})
 
 
@@ -42,9 +42,9 @@ def label_shapes(model: Potential | PropertyModel) -> dict[str, Shape]:
 
 
 def aligned(label: Tensor, like: Tensor, name: str) -> Tensor:
-    """The labels of a batch in the shape of the predictions, so that a difference never has more rows than both.
+    """The labels of a batch in the shape of the predictions, so that a difference is not broadcast.
 
-    Raises: ValueError: other numbers of them.
+    Raises: ValueError: the number of values differs.
     """
     if label.shape == like.shape:
         return label
@@ -70,14 +70,14 @@ def has_stress(batch: Data) -> bool:
 
 
 def uniform(frames: Sequence[Data], labels: Mapping[str, Shape]) -> Sequence[Data]:
-    """Frames with the same keys, as mini-batches need them; those given where they have them already.
+    """Frames with the same keys, as mini-batches need them; the given frames if they have them already.
 
-    A label that only some of the frames have is NaN in the others, one that none has is left out, and so are other
-    keys that are not for the model. Open systems among periodic ones get a cell that no direction repeats.
+    A label that only some of the frames have is NaN in the others. Labels that no frame has and other keys that the
+    model does not use are left out. Open systems among periodic ones get a cell without periodic directions.
 
     Args:
         frames: graphs with and without labels, cells and hierarchies.
-        labels: what may be missing, with its shape.
+        labels: labels that may be missing, with their shapes.
 
     Raises: ValueError: a label of another shape, or a hierarchy that only some of the frames have.
     """
@@ -117,7 +117,7 @@ def uniform(frames: Sequence[Data], labels: Mapping[str, Shape]) -> Sequence[Dat
 
 
 def _is_flat(frame: Data, found: Sequence[str]) -> bool:
-    """A slab or wire without a stress whose cell has no volume, beside frames with one."""
+    """A slab or wire without a stress whose cell has no volume, among frames with a stress."""
     if "stress" not in found or has_label(frame, "stress") or frame.get("cell") is None or frame.get("pbc") is None:
         return False
     return bool(torch.linalg.det(frame.cell.double()).abs() <= 1e-8)
@@ -132,7 +132,7 @@ def _label(frame: Data, label: str, shape: Shape, where: str) -> Tensor:
 
 
 def _filler(frame: Data, key: str, number: int) -> Tensor:
-    """What stands for an input that a frame lacks."""
+    """Default of an input that a frame does not have."""
     if key == "cell":
         return torch.eye(3, dtype=torch.float64, device=frame.pos.device).reshape(1, 3, 3)
     if key == "pbc":
@@ -148,9 +148,9 @@ def _filler(frame: Data, key: str, number: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Targets:
-    """Frames that a trainer can batch; ``shares`` of each label is the share of the training frames that know it.
+    """Frames that a trainer can batch; ``shares`` is the fraction of the training frames that have each label.
 
-    (Of forces it is the share of their atoms.)
+    (For forces it is the fraction of their atoms.)
     """
 
     train: Sequence[Data]
@@ -168,7 +168,7 @@ def learned_labels(model: Potential | PropertyModel, settings: TrainingConfig) -
 def targets(
     model: Potential | PropertyModel, train: Sequence[Data], val: Sequence[Data], settings: TrainingConfig
 ) -> Targets:
-    """Frames that a trainer can batch, with the labels that they know.
+    """Frames that a trainer can batch, with their labels.
 
     Raises: ValueError: a label with a positive weight that no training frame has, one of another shape, or infinite.
     """
@@ -190,10 +190,10 @@ def targets(
 
 
 def deciding_metric(model: Potential | PropertyModel, val: Sequence[Data], settings: TrainingConfig) -> str | None:
-    """The metric by which the best weights are chosen, by the labels that the validation frames have.
+    """The metric by which the best weights are chosen, from the labels of the validation frames, or None.
 
-    A log message says so where it is not the usual one, and where there is none, which gives None. Without validation
-    frames it is the usual one.
+    A log message reports if it is not the usual one, or if there is none. Without validation frames it is the usual
+    one.
     """
     learned = learned_labels(model, settings)
     known = [label for label in learned if not len(val) or any(has_label(frame, label) for frame in val)]
@@ -205,7 +205,7 @@ def deciding_metric(model: Potential | PropertyModel, val: Sequence[Data], setti
 
 
 def _share(frames: Sequence[Data], label: str) -> float:
-    """Share of the rows of a label that are known."""
+    """Fraction of the rows of a label that are known."""
     known = total = 0
     for place, frame in enumerate(frames):
         values = frame[label].reshape(len(frame[label]), -1)
@@ -219,10 +219,10 @@ def _share(frames: Sequence[Data], label: str) -> float:
 def force_variance(frames: Sequence[Data]) -> float:
     """Mean square of all known force components, (eV/angstrom)^2; 1 where the frames have no forces.
 
-    Outliers do not count: frames with a force beyond 50 eV/angstrom and 50 times what is usual.
+    Outliers are ignored: frames with a force above 50 eV/angstrom and 50 times the usual size.
 
     Raises: ValueError: infinite forces.
-    Warns: UserWarning: names the frames that do not count.
+    Warns: UserWarning: names the frames that are ignored.
     """
     known = {
         i: frame.forces.detach().double().flatten() for i, frame in enumerate(frames) if has_label(frame, "forces")

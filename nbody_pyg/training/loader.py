@@ -1,4 +1,4 @@
-"""Mini-batches by slicing: the frames are collated once, a batch costs a few views."""
+"""Mini-batches by slicing: the frames are collated once, and a batch is a few views."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from nbody_pyg.data import is_topology_key
 class _Column:
     """All values of one key, flat along its concatenation dimension.
 
-    ``start[f]:start[f+1]`` is the slice of frame f; ``increment[f]`` is what frame f adds to the indices of
-    the frames behind it (None where PyG adds nothing).
+    ``start[f]:start[f+1]`` is the slice of frame f; ``increment[f]`` is added by frame f to the indices of later frames
+    (None if PyG adds nothing).
     """
 
     values: Tensor
@@ -36,12 +36,12 @@ class _Column:
 
 
 class EpochSampler:
-    """Seeded order of the frames: a pure function of (seed, epoch), shared out over the processes.
+    """Seeded order of the frames: a pure function of (seed, epoch), divided among the processes.
 
-    Shuffled, for training, every process gets the same number of frames, since all take their steps together: the
-    tail is filled from the front of the same permutation, as torch's DistributedSampler does. In order, for errors,
-    every frame goes to one process; or all to every process where there are fewer frames than processes (a mean over
-    the processes stays what it is).
+    Shuffled, for training, every process gets the same number of frames, because all take their steps together: the
+    tail is filled from the front of the same permutation, as in torch's DistributedSampler. In order, for errors, every
+    frame goes to one process; if there are fewer frames than processes, all go to every process (a mean over the
+    processes does not change).
     """
 
     def __init__(self, num_frames: int, shuffle: bool, seed: int):
@@ -62,7 +62,7 @@ class EpochSampler:
             return order[rank::world] if self.num_frames >= world else order
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
         order = torch.randperm(self.num_frames, generator=generator)
-        whole = self.share(rank, world) * world  # some frames twice, so that all processes have as many
+        whole = self.share(rank, world) * world  # some frames twice, so that all processes have the same number
         return order.repeat(math.ceil(whole / self.num_frames))[:whole][rank::world]
 
     def __repr__(self) -> str:
@@ -72,9 +72,9 @@ class EpochSampler:
 class FrameLoader:
     r"""Iterates over mini-batches of graphs; each equals ``Batch.from_data_list`` of the same frames.
 
-    PyG collates key by key and graph by graph for every batch, which takes as long as a training step once
-    a graph carries a hierarchy. Here all frames become one flat tensor per key, once. A *chunk* of many
-    batches is then gathered in one vectorised step (with the increments of PyG's ``__inc__``), and a batch
+    PyG collates every key of every graph for every batch, which takes as long as a training step if graphs have a
+    hierarchy. Here all frames are flattened once into one tensor per key. A *chunk* of many batches is then gathered in
+    one vectorised step (with the increments of PyG's ``__inc__``), and a batch
     is a set of views into its chunk.
 
     Args:
@@ -82,7 +82,7 @@ class FrameLoader:
         batch_size: graphs per batch and process.
         shuffle: new order in every epoch, a pure function of ``seed`` and the epoch.
         drop_last: leave out an incomplete last batch.
-        device: where the flat tensors live.
+        device: device of the flat tensors.
         rank, world: share of this process; by default taken from torch.distributed when iteration starts.
         chunk: batches gathered at once.
     Cost: O(size of the frames) memory once, plus one chunk.
@@ -117,7 +117,7 @@ class FrameLoader:
         self._words = {key: [frame[key] for frame in frames] for key in words}
         self._columns = {key: _column(frames, key).to(device) for key in keys if key not in self._words}
         self._num_nodes = torch.tensor([frame.num_nodes for frame in frames], device=device)
-        # PyG writes num_nodes into a batch only where a frame carries it explicitly.
+        # PyG writes num_nodes into a batch only if a frame has it explicitly.
         self._explicit_num_nodes = "num_nodes" in frames[0]._store
         self.device = torch.device(device)
 
@@ -139,7 +139,7 @@ class FrameLoader:
         return share // self.batch_size if self.drop_last else math.ceil(share / self.batch_size)
 
     def digest(self, count: int | None = None) -> str:
-        """SHA-256 over everything that the first ``count`` frames hold (by default all), but their hierarchies."""
+        """SHA-256 over the first ``count`` frames (by default all), without their hierarchies."""
         count = self.num_frames if count is None else count
         found = hashlib.sha256(self._num_nodes[:count].numpy(force=True).tobytes())
         for key, words in self._words.items():
@@ -183,7 +183,7 @@ class FrameLoader:
         return next(self._gather(index, batch_size=len(index)))
 
     def _gather(self, order: Tensor, batch_size: int | None = None) -> Iterator[Batch]:
-        """Collate the frames ``order`` at once and hand them out in batches."""
+        """Collate the frames ``order`` together and yield them in batches."""
         size = batch_size or self.batch_size
         order = order.to(self.device)
         graphs = torch.arange(len(order), device=self.device)

@@ -17,7 +17,7 @@ def _mse(error: Tensor, width: float) -> Tensor:
 
 
 def _huber(error: Tensor, width: float) -> Tensor:
-    # 2 x PyTorch's Huber loss: equal to the square for small errors, so that weights keep their meaning.
+    # 2 x PyTorch's Huber loss: equal to the square for small errors, so that weights have the same meaning.
     return 2.0 * torch.nn.functional.huber_loss(error, torch.zeros_like(error), delta=width)
 
 
@@ -31,8 +31,8 @@ PENALTIES: dict[str, Callable[[Tensor, float], Tensor]] = {"mse": _mse, "huber":
 
 
 def penalized(error: Tensor, penalty: str, width: float) -> Float[Tensor, ""]:
-    """Penalty of the errors; 0 where there are none, since the mean of nothing is NaN."""
-    # The empty sum is differentiable: a batch without any label moves no weight, but can be stepped through.
+    """Penalty of the errors; 0 if there are none, because an empty mean is NaN."""
+    # The empty sum is differentiable, so a batch without labels is a valid step with zero gradients.
     return PENALTIES[penalty](error, width) if error.numel() else error.sum()
 
 
@@ -43,7 +43,7 @@ class EnergyForceLoss:
     .. math:: L = \frac{1}{\sigma_F^2} \Big[ w_F \langle d(F - F^*) \rangle + w_E \langle d(E - E^*) \rangle
               + w_S \langle d(\tfrac{V}{N} (\sigma - \sigma^*)) \rangle \Big], \qquad d(x) = x^2
 
-    E is the interaction energy: E0 is taken off the label in float64, before any cast.
+    E is the interaction energy: E0 is subtracted from the label in float64, before any cast.
 
     ======================  ==================  ==================================================
     symbol                  code                unit
@@ -92,11 +92,11 @@ class EnergyForceLoss:
     ) -> Float[Tensor, ""]:
         """Errors are prediction minus label; a NaN marks a missing label and has to be removed before.
 
-        A term of which no label is left counts 0.
+        A term without labels is 0.
 
         Args:
-            factors: of the means over ``energy``, ``forces`` and ``stress``, where labels are missing: the known
-                labels of this batch over those that a batch has on average; 1 by default.
+            factors: factors of the means over ``energy``, ``forces`` and ``stress`` if labels are missing: number of
+                known labels of this batch over their average number in a batch; 1 by default.
         """
         factors = factors or {}
         width = self.force_variance**0.5

@@ -17,8 +17,8 @@ _MILLI = 1000.0  # eV -> meV
 class RunningMeans:
     """Loss, errors and gradient norm since the last row of the log.
 
-    Sums stay on the device: nothing waits for a value until a row is due. Errors are looked at in every fifth
-    step only, which is enough for a log and spares a tenth of a millisecond in the others.
+    Sums stay on the device, so nothing waits for a value until a row is written. Errors are computed in every fifth
+    step only, which is enough for a log and saves a tenth of a millisecond in the others.
     """
 
     every = 5
@@ -46,7 +46,7 @@ class RunningMeans:
             self.forces += force_error.detach().abs().sum()
 
     def take(self) -> dict[str, float]:
-        """Means (MAE in meV per graph and meV/angstrom) of what had labels, and start anew."""
+        """Means over known labels (MAE in meV per graph and meV/angstrom); resets the sums."""
         count = max(self.count, 1)
         means = {"loss": float(self.loss) / count, "grad_norm": float(self.norm) / count}
         if self.energies_seen:
@@ -58,7 +58,7 @@ class RunningMeans:
 
 
 class Meter(Protocol):
-    """What sums up errors over batches and processes."""
+    """Base class of meters, which sum errors over batches and processes."""
 
     def update(self, result: dict[str, Tensor], batch: Any) -> None: ...
     def reduce(self) -> None: ...
@@ -90,7 +90,7 @@ class ErrorMeter:
         self.by_element = torch.zeros(len(chemical_symbols), 2, dtype=torch.float64, device=device)
 
     def _add(self, row: str, error: Tensor, label: Tensor) -> None:
-        known = ~label.isnan()  # by label: a prediction that is NaN has to show in the result
+        known = ~label.isnan()  # selected by label, so that a NaN prediction shows in the result
         error, label = error[known], label[known].double()
         count = error.new_tensor(float(error.numel()))
         self.sums[self._ROWS.index(row)] += torch.stack(

@@ -12,7 +12,7 @@ __all__ = ["Soap", "build_optimizer"]
 
 
 def optimizer_names() -> list[str]:
-    """What a configuration may name: those of torch, and the classes of this file."""
+    """Names allowed in a configuration: those of torch, and the classes of this file."""
     own = [k for k, v in globals().items() if isinstance(v, type) and issubclass(v, optim.Optimizer)]
     return sorted({"adam", "adamw", "soap", *own})
 
@@ -23,8 +23,8 @@ def build_optimizer(
     """The optimizer ``name`` over the trainable parameters of ``module``.
 
     ``soap`` is :class:`~nbody_pyg.training.soap.Soap`; ``adam`` (AMSGrad, fused) and ``adamw`` come from
-    torch; any other name is looked up in this file. A class that has to tell parameters apart offers
-    ``from_module(module, lr, weight_decay)``. The element-wise ones work on ``flat`` where it is given.
+    torch; any other name is looked up in this file. A class that distinguishes parameters has ``from_module(module, lr,
+    weight_decay)``. The element-wise ones work on ``flat`` if it is given.
 
     Raises: ValueError: unknown name, or nothing to train.
     """

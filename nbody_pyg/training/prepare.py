@@ -1,4 +1,4 @@
-"""From a configuration to frames and a fresh potential: data, split, E0, scale, typical degrees."""
+"""From a configuration to frames and an initial potential: data, split, E0, scale, mean numbers of neighbours."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ if typing.TYPE_CHECKING:
     from nbody_pyg.models import NBodyNet
 
 
-#: So many frames are looked at for bonds that differ.
+#: Number of frames that are searched for differing bonds.
 _LOOKED_AT = 200
 
 
@@ -59,7 +59,7 @@ _LOOKED_AT = 200
 class DataSets:
     """Frames for training, for validation (maybe none) and for any number of named tests.
 
-    ``split`` holds the rows that a random split of one set of frames has given them; None where there was none.
+    ``split`` has the rows of a random split of one set of frames; None if there was none.
     """
 
     train: Sequence[Data]
@@ -74,7 +74,7 @@ class DataSets:
         """The same frames with their hierarchies stored, so that training does not search for them.
 
         Args:
-            shared: every frame takes the parts of the first training frame (see share_topology).
+            shared: every frame has the parts of the first training frame (see share_topology).
         """
         if shared:
             tree = Topology.from_data(scheme(self.train[0]))
@@ -102,7 +102,7 @@ class DataSets:
 
 
 def _warn_of_odd_reference(scheme: Scheme, tree: Topology, frames: Sequence[Data]) -> None:
-    """Say so where the bonds that all frames are to share are found in few of them."""
+    """Report if the shared bonds are found in few of the frames."""
     odd = sum(not scheme.holds(tree, System.from_data(f)) for f in frames)
     if 2 * odd > len(frames):
         warnings.warn(
@@ -113,7 +113,7 @@ def _warn_of_odd_reference(scheme: Scheme, tree: Topology, frames: Sequence[Data
 
 
 def _warn_of_bonds_that_differ(scheme: Scheme, frames: Sequence[Data]) -> None:
-    """Say so where frames of one molecule have hierarchies of their own, and these differ."""
+    """Report if frames of one molecule have separate hierarchies that differ."""
     if not scheme.keeps_parts or any(not torch.equal(frame.z, frames[0].z) for frame in frames):
         return
     first = Topology.from_data(scheme(frames[0]))
@@ -129,13 +129,13 @@ def _warn_of_bonds_that_differ(scheme: Scheme, frames: Sequence[Data]) -> None:
 
 
 def load_data(config: DataConfig, split: Split | None = None) -> DataSets:
-    """Read and split what the configuration names.
+    """Read and split the data of the configuration.
 
     Args:
-        split: of an earlier run, which is used again instead of a new random one. Frames behind those that it knows
-            are for training, or where ``num_train`` is given for the test.
-    Raises: ValueError, FileNotFoundError: of the readers; more frames wanted than there are; a key or unit for data
-        that have their own; a test set of the name of another set; files with labels of two levels of theory.
+        split: of an earlier run, used instead of a new random one. Additional frames at the end are for training, or if
+            ``num_train`` is given for the test.
+    Raises: ValueError, FileNotFoundError: of the readers; more frames requested than there are; a key or unit for data
+    that have fixed ones; a test set with the name of another set; files with labels of two levels of theory.
     """
     if config.train is None:
         for name in ("units", "energy_key", "forces_key", "stress_key", "file_format"):
@@ -190,7 +190,7 @@ def _load_qm9(config: DataConfig, kept: Split | None) -> DataSets:
 
 
 def wanted_properties(config: Config) -> tuple[Property, ...]:
-    """What is learned beside energies and forces: the section ``target``, or what the target of QM9 asks for."""
+    """Properties to learn beside energies and forces: from the section ``target``, or from the target of QM9."""
     name = config.data.qm9
     if config.target or name is None:
         return config.target
@@ -202,7 +202,7 @@ def wanted_properties(config: Config) -> tuple[Property, ...]:
 
 
 def _read(paths: str | Sequence[str], config: DataConfig) -> Sequence[Data]:
-    """The frames of the files that are named, in the order of the names; of folders and patterns sorted by name."""
+    """The frames of the given files, in their order; those of folders and patterns sorted by name."""
     found = [
         read_frames(
             path,
@@ -249,12 +249,12 @@ def _split(
         split = Split([*kept.train.tolist(), *train], kept.val, [*kept.test.tolist(), *test])
     part = split.apply(frames)
     if not tests and config.num_train is not None and len(part.test):
-        tests = {"rest": part.test}  # frames that nobody asked to train on
+        tests = {"rest": part.test}  # frames that are not for training
     return DataSets(part.train, part.val if val is None else val, dict(tests), split)
 
 
 def build_potential(config: Config, data: DataSets) -> Potential | PropertyModel:
-    """A fresh network with E0, scale and typical degrees taken from the training frames.
+    """An initial network with E0, scale and mean numbers of neighbours from the training frames.
 
     A potential, or a model of the properties that the configuration names.
 
@@ -279,7 +279,7 @@ def build_potential(config: Config, data: DataSets) -> Potential | PropertyModel
         scale = _scale(data.train, reference)
     model = _network(config, data, inputs)
     if terms is not None and model.electrons is not None and model.electrons.offset is not None:
-        # A charge may be worth 10 eV, which would take many small steps
+        # A charge may contribute 10 eV, which would take many small steps
         with torch.no_grad():
             model.electrons.offset.copy_(terms.offset / float(scale))
     repulsion = _repulsion(config.model, model.species, data.train)
@@ -291,7 +291,7 @@ P = TypeVar("P", Potential, PropertyModel)
 
 
 def known_states(potential: P, data: DataSets) -> P:
-    """The same, after a look at charges and spins of all frames: none that is found only after the training."""
+    """The same, after checking charges and spins of all frames, so that errors are found before the training."""
     learn_state(potential.model, data.train)
     for name, frames in data.named().items():
         check_states(potential.model, frames, f"the {name} frames")
@@ -299,14 +299,15 @@ def known_states(potential: P, data: DataSets) -> P:
 
 
 def network_inputs(config: ModelConfig, frames: Sequence[Data]) -> list[str]:
-    """Which of charge and spin the network gets: what the configuration says, else what differs among the frames."""
+    """Which of charge and spin are inputs of the network: from the configuration, else those that differ among the
+    frames."""
     if (given := config.arguments.get("inputs")) is not None:
         return list(check_inputs(given)) if given else []
     return [key for key, values in frame_states(frames).items() if len(set(values)) > 1]
 
 
 def _scale(frames: Sequence[Data], reference: AtomicReference | None) -> float:
-    """Root mean square of the forces; where they vanish, spread of the interaction energy per atom; or else 1."""
+    """Root mean square of the forces; if they vanish, spread of the interaction energy per atom; else 1."""
     forces = force_variance(frames) ** 0.5
     if forces > NO_FORCES or reference is None:
         return forces if forces > NO_FORCES else 1.0
@@ -322,7 +323,7 @@ def _scale(frames: Sequence[Data], reference: AtomicReference | None) -> float:
 
 @dataclass(frozen=True)
 class StateTerms:
-    """What the energies of frames owe to their charges and spins: weights (as ``ElectronicEmbedding.offset``, eV), and
+    """Contribution of charges and spins to the energies of frames: weights (as ``ElectronicEmbedding.offset``, eV), and
     the term of each frame, eV."""
 
     offset: Tensor
@@ -330,7 +331,7 @@ class StateTerms:
 
 
 def state_terms(frames: Sequence[Data], inputs: Sequence[str]) -> StateTerms:
-    """By least squares over the frames with an energy, beside a value for each element, which is not used."""
+    """By least squares over the frames with an energy, together with a value for each element, which is not used."""
     states = frame_states(frames)
     species = torch.tensor(sorted({int(z) for frame in frames for z in frame.z.unique()}))
     counts = torch.stack([(frame.z[:, None] == species).sum(0) for frame in frames]).double()
@@ -355,8 +356,8 @@ def state_terms(frames: Sequence[Data], inputs: Sequence[str]) -> StateTerms:
 
 
 def _neutral(frames: Sequence[Data], e0: typing.Any, terms: StateTerms | None) -> Sequence[Data]:
-    """Frames from which the energies of isolated atoms are taken: without what charges and spins are worth."""
-    if e0 == "isolated" and (charges := frame_states(frames).get("charge")) is not None:  # an ion is no atom
+    """Frames for fitting the energies of isolated atoms, without the contribution of charges and spins."""
+    if e0 == "isolated" and (charges := frame_states(frames).get("charge")) is not None:  # an ion does not count
         return [frame for frame, charge in zip(frames, charges, strict=True) if charge == 0 or len(frame.z) > 1]
     if terms is None or e0 not in ("lstsq", "mean"):
         return frames
@@ -368,7 +369,7 @@ def _neutral(frames: Sequence[Data], e0: typing.Any, terms: StateTerms | None) -
 
 
 def _for_reference(data: DataSets, e0: typing.Any) -> Sequence[Data]:
-    """The frames that E0 is taken from: single atoms count wherever the split has put them."""
+    """The frames for E0, including single atoms of all sets."""
     if e0 != "isolated":
         return data.train
     others = [frame for frames in (data.val, *data.tests.values()) for frame in frames]
@@ -392,7 +393,7 @@ def _build_properties(config: Config, data: DataSets, properties: tuple[Property
 
 
 def explicit(config: ModelConfig) -> ModelConfig:
-    """The same network, with the defaults of scheme and preset that it relies on written out: they may change."""
+    """The same network, with the defaults of scheme and preset written out, because they may change."""
     with torch.random.fork_rng(devices=[]):
         model = _preset(config)([1], scheme=Scheme.from_config(dict(config.scheme)), **config.arguments)
     # Elements, degrees and the type of the target follow from the data
@@ -404,7 +405,7 @@ def explicit(config: ModelConfig) -> ModelConfig:
 
 
 def _network(config: Config, data: DataSets, inputs: Sequence[str], **given: str) -> NBodyNet:
-    """A fresh network for the elements of the training frames, with seeded weights."""
+    """An initial network for the elements of the training frames, with seeded weights."""
     from nbody_pyg.models import edge_degrees
 
     species = sorted({int(z) for frame in data.train for z in frame.z.unique()})
@@ -427,7 +428,7 @@ def _preset(config: ModelConfig) -> Callable[..., NBodyNet]:
 
 
 def _repulsion(config: ModelConfig, species: Sequence[int], frames: Sequence[Data]) -> ZBLRepulsion | None:
-    """Repulsion that ends below the shortest distances of the training frames, which it leaves alone."""
+    """Repulsion that ends below the shortest distances of the training frames, so that it is zero on them."""
     wanted = config.repulsion == "zbl" or (config.repulsion == "auto" and config.preset == "practical")
     return ZBLRepulsion.from_frames(species, frames) if wanted else None
 

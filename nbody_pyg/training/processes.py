@@ -17,23 +17,24 @@ import torch.distributed as dist
 
 from nbody_pyg.training.settings import TrainingConfig
 
-# Started by this process: they run its program from the top, and so come to every fit that it comes to.
+# Processes started by this one: they run its program from the start, and so reach every fit that it reaches.
 _children: list[subprocess.Popen[bytes]] = []
 _address = ""
 
 
 def is_first_process(settings: TrainingConfig | None) -> bool:
-    """Whether this is the process that speaks and writes, of those that train together."""
+    """Whether this is the process that prints and writes, of those that train together."""
     # A job may number its tasks; that concerns only runs of several processes.
     return settings is None or settings.processes == 1 or int(os.environ.get("RANK", 0)) == 0
 
 
 @contextlib.contextmanager
 def together(settings: TrainingConfig) -> Iterator[torch.device]:
-    """Inside, ``settings.processes`` processes are one group of torch.distributed; gives the device of this one.
+    """Context in which ``settings.processes`` processes are one group of torch.distributed; yields the device of this
+    one.
 
-    Under torchrun they are there already. All end together, and afterwards each is on its own again. The first process
-    speaks for all: where it fails it ends the others; where another one fails, that one says why.
+    Under torchrun they exist already. All end together, and afterwards each is independent again. The first process
+    reports for all. If it fails, it ends the others; if another one fails, that one reports the reason.
 
     Raises: ValueError: torchrun has started another number of processes, or there is no program to start again;
         ChildProcessError: another process has failed.
@@ -59,12 +60,12 @@ def together(settings: TrainingConfig) -> Iterator[torch.device]:
             "nccl" if on_gpu else "gloo", _address or "env://", rank=rank, world_size=settings.processes
         )
         yield device
-        dist.barrier()  # whoever comes to another fit meets a group that is over
+        dist.barrier()  # another fit would find the group ended
     except BaseException as error:
         if rank > 0:
-            time.sleep(2.0)  # mostly the first process fails of the same, says so, and ends this one
+            time.sleep(2.0)  # usually the first process fails with the same error, reports it, and ends this one
             raise
-        if isinstance(error, RuntimeError):  # maybe of a connection that another process has broken
+        if isinstance(error, RuntimeError):  # possibly because another process broke the connection
             for child in _children:
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     child.wait(10.0)
@@ -97,7 +98,7 @@ def _start(count: int) -> None:
 
 
 def _watch(over: threading.Event) -> None:
-    """End this process where it still waits for one that has failed: NCCL would wait for minutes."""
+    """End this process if it still waits for one that has failed, because NCCL would wait for minutes."""
     while not over.wait(1.0):
         if any(child.poll() for child in _children) and not over.wait(30.0):
             print("a process of the training has failed; it says why above", file=sys.stderr, flush=True)

@@ -84,14 +84,14 @@ class _PropertyMeans(RunningMeans):
 
 
 class PropertyTask(PotentialTask):
-    r"""Trains a :class:`~nbody_pyg.properties.PropertyModel`: all else is as for potentials.
+    r"""Trains a :class:`~nbody_pyg.properties.PropertyModel`: everything else is as for potentials.
 
     .. math:: L = \sum_p w_p \Big\langle d\Big(\frac{y_p - y_p^*}{s_p}\Big) \Big\rangle
 
     Args:
         potential: the model; or the dictionary that a checkpoint holds in its place.
         settings: a TrainingConfig; of its weights only ``penalty`` is used.
-        force_variance: not used; a checkpoint hands it over.
+        force_variance: not used; a checkpoint passes it.
     """
 
     potential: PropertyModel
@@ -139,7 +139,7 @@ class PropertyEvaluation:
 def evaluate_properties(
     model: PropertyModel, frames: Sequence[Data], batch_size: int = 100, device: torch.device | str = "cpu"
 ) -> PropertyEvaluation:
-    """The properties of every frame; what has no label is predicted and left out of the errors."""
+    """The properties of every frame; frames without a label are predicted and left out of the errors."""
     frames = model_frames(model.model, frames, getattr(frames, "name", "") or "frames")
     meter, found = PropertyMeter(model.properties, device), []
     with torch.no_grad():

@@ -33,14 +33,14 @@ from nbody_pyg.training.trainer import Trainer
 
 @dataclass(frozen=True)
 class FitResult:
-    """What a run left behind: the potential holds the averaged weights at the end of the run.
+    """Result of a run; the potential has the averaged weights of its end.
 
     ``interrupted`` is the number of the signal that ended the run, or None. ``best_score`` and ``best_step``
     describe ``best.ckpt``; infinite and -1 without validation frames. The score is the mean absolute error
     ``monitor``: of the first label that is both trained on and known of validation frames, of forces (meV/angstrom),
-    energy (meV), stress (meV/angstrom^3) and the properties, in their units; empty where there is none. ``run`` is
-    the identity that every checkpoint of the run carries, ``resumed`` the steps at which it went on, each with what
-    was changed then. ``already_finished``: it was resumed after its end, and nothing was done.
+    energy (meV), stress (meV/angstrom^3) and the properties, in their units; empty where there is none. ``run`` is the
+    identity of the run in all its checkpoints, ``resumed`` the steps at which it was resumed, each with the changed
+    settings. ``already_finished``: it was resumed after its end, and nothing was done.
     """
 
     potential: Potential | PropertyModel
@@ -62,7 +62,7 @@ class FitResult:
 
 
 def require_device(settings: TrainingConfig) -> None:
-    """Raise ValueError unless the device that the settings name is there."""
+    """Raise ValueError unless the device of the settings exists."""
     if settings.device != "cuda":
         return
     if not torch.cuda.is_available():
@@ -77,7 +77,7 @@ def require_device(settings: TrainingConfig) -> None:
 
 
 def require_elements(potential: Potential | PropertyModel, sets: Mapping[str, Sequence[Data]]) -> None:
-    """Raise ValueError where a frame holds an element that the model does not know; names set and frame."""
+    """Raise ValueError if a frame has an element that the model does not know; the message names set and frame."""
     known: Iterable[int] | None = potential.species
     if known is None:
         return
@@ -91,18 +91,18 @@ def require_elements(potential: Potential | PropertyModel, sets: Mapping[str, Se
 
 
 def steps_per_epoch(settings: TrainingConfig, num_frames: int) -> int:
-    """Steps of one pass over the training frames, shared out over the processes."""
+    """Steps of one pass over the training frames, divided among the processes."""
     return math.ceil(math.ceil(num_frames / settings.processes) / settings.batch_size)
 
 
 def _last_step(settings: TrainingConfig, epoch: int) -> int:
-    """The step at which the run ends, of ``epoch`` steps per epoch; -1 where only its time is limited."""
+    """The step at which the run ends, of ``epoch`` steps per epoch; -1 if only its time is limited."""
     limits = [settings.max_steps, None if settings.max_epochs is None else settings.max_epochs * epoch]
     return min((limit for limit in limits if limit is not None), default=-1)
 
 
 def is_finished(settings: TrainingConfig, checkpoint: Mapping[str, Any], epoch: int) -> bool:
-    """Whether a checkpoint stands at one of the limits of the settings."""
+    """Whether a checkpoint has reached one of the limits of the settings."""
     last, budget = _last_step(settings, epoch), settings.budget_seconds
     return 0 <= last <= checkpoint["global_step"] or (budget is not None and checkpoint["cpu_seconds"] >= budget)
 
@@ -123,19 +123,21 @@ def fit(
     every ``validate_every`` steps, with or without validation. The folder is locked meanwhile. Files of these names
     that an earlier run left there are moved into ``before-1``, ``before-2``, ... first.
 
-    A resumed run goes on as if it had never stopped. It may change its limits, intervals, ``threads``, ``device``
+    A resumed run gives the same result as one that was not stopped. It may change its limits, intervals, ``threads``,
+    ``device``
     and ``compile``, and ``lr``, ``weight_decay``, ``warmup_steps``, ``constant_fraction`` and ``clip_norm``, which are
-    used from there on; with another limit the schedule is that of the new one. Training frames may be added behind
-    the old ones. Everything else must be as it was. A run that is finished stays as it is.
+    used from there on; with another limit the schedule is that of the new one. Training frames may be appended.
+    Everything else must be unchanged. A finished run is not changed.
 
-    Charge and spin that all training frames have become what a model without these inputs knows: ``model.assumed``.
-    Frames need not have every label: what is missing, or NaN, is left out of the loss and of the errors. Periodic and
+    For a model without inputs for charge and spin, the common values of all training frames are stored as
+    ``model.assumed``. Frames need not have every label: missing labels and NaN are left out of the loss and of the
+    errors. Periodic and
     open frames may be mixed.
 
     Args:
-        train, val: frames with labels; where the model has a scheme, with its topology stored (apply the
-            scheme to every frame once), or else it is searched for anew at every step.
-        resume: a checkpoint from which to go on.
+        train, val: frames with labels. If the model has a scheme, store its topology on them (apply the scheme to every
+            frame once); otherwise it is searched again at every step.
+        resume: a checkpoint to resume from.
         callbacks: further ones, called after ours and before the checkpoint is written.
 
     Raises: ValueError: no frames, a label with a positive weight that none of them has, elements that the model does
@@ -161,7 +163,7 @@ def fit_in(
     callbacks: Sequence[Callback] = (),
     files: Sequence[str] = FIT_FILES,
 ) -> FitResult:
-    """:func:`fit` in a folder that is entered already; ``files`` are those of a run, moved away before a new one."""
+    """:func:`fit` in a folder that is already locked; ``files`` are those of a run, moved away before a new one."""
     settings = settings or TrainingConfig(max_epochs=100)
     require_device(settings)
     require_elements(potential, {"train": train, "val": val})
@@ -176,7 +178,7 @@ def fit_in(
         train, val = found.train, found.val
         if checkpoint is None:
             scale = _loss_scale(potential, train, settings)
-        else:  # that of before, whatever frames have come since
+        else:  # that of the first run, even if frames were added
             scale = checkpoint["hyper_parameters"]["force_variance"]
         kind: type[PotentialTask] = PropertyTask if isinstance(potential, PropertyModel) else PotentialTask
         task = kind(potential, settings, scale)
@@ -196,7 +198,7 @@ def fit_in(
             note(f"going on from step {step}{': ' if words else ''}{words}")
         same = resume is not None and Path(resume).resolve().parent == run.path.resolve()
         if not same and (target := run.move_away(files)) is not None:
-            print(f"the earlier run in {run.path} is now in {target}")  # whoever wants no progress wants to know this
+            print(f"the earlier run in {run.path} is now in {target}")  # reported also without progress output
         log = MetricsCSV(run.path / "metrics.csv", settings.log_every, epoch)
         log.columns = (*log.columns, *(metric for _, metric, _ in task.shown if metric not in log.columns))
         progress = [RunProgress(log, settings.log_every)] if show_progress else []
@@ -224,11 +226,11 @@ def fit_in(
 
 
 def _silent(text: str) -> None:
-    """Say nothing."""
+    """Print nothing."""
 
 
 def _going_on(checkpoint: Mapping[str, Any], settings: TrainingConfig, num_frames: int) -> dict[str, Any]:
-    """Identity of a run that goes on, with what is changed from here on."""
+    """Identity of a resumed run, with the changed settings."""
     before, step = checkpoint["run"], checkpoint["global_step"]
     words = changes(checkpoint["hyper_parameters"]["settings"], dataclasses.asdict(settings))
     if new := num_frames - before["frames"]["train"]["count"]:
@@ -237,7 +239,7 @@ def _going_on(checkpoint: Mapping[str, Any], settings: TrainingConfig, num_frame
 
 
 def _loss_scale(potential: Potential | PropertyModel, train: Sequence[Data], settings: TrainingConfig) -> float:
-    """By which the loss is divided, (eV/angstrom)^2: the variance of the forces, or of the output where they vanish."""
+    """Divisor of the loss, (eV/angstrom)^2: the variance of the forces, or of the output if they vanish."""
     if isinstance(potential, PropertyModel):
         return 1.0  # each property has its own scale
     variance = force_variance(train)
@@ -256,7 +258,7 @@ def _described(loader: FrameLoader | None) -> dict[str, Any]:
 
 
 def _require_same_settings(checkpoint: Mapping[str, Any], settings: TrainingConfig) -> None:
-    """Raise ValueError where a resumed run changes a setting that it must not change."""
+    """Raise ValueError if a resumed run changes a setting that must stay the same."""
     if words := changes(checkpoint["hyper_parameters"]["settings"], dataclasses.asdict(settings), RESUMABLE):
         raise ValueError(
             f"a resumed run must not change these settings: {words}; resume with the old ones, or start anew"
@@ -266,7 +268,7 @@ def _require_same_settings(checkpoint: Mapping[str, Any], settings: TrainingConf
 def _require_same(
     checkpoint: Mapping[str, Any], task: PotentialTask, frames: Mapping[str, Any], train: FrameLoader
 ) -> None:
-    """Raise ValueError where a resumed run differs from that of the checkpoint in what it must not change."""
+    """Raise ValueError if a resumed run differs from that of the checkpoint in anything that must stay the same."""
     task.require_same_network(checkpoint)
     old, new = checkpoint["run"]["frames"], frames
     count = old["train"]["count"]
@@ -284,7 +286,7 @@ def _require_same(
 
 
 def _as_it_was(checkpoint: Mapping[str, Any], task: PotentialTask, epoch: int) -> FitResult:
-    """The result of a run that was finished before: the averaged weights, in the potential."""
+    """The result of a run that had already finished; the potential gets the averaged weights."""
     task.load_state_dict(checkpoint["state_dict"])
     best = checkpoint["callbacks"]["Checkpoints"]
     steps = checkpoint["global_step"]

@@ -1,4 +1,4 @@
-"""Learning-rate factor as a function of steps taken and of progress, without a state of its own."""
+"""Learning-rate factor as a function of steps taken and of progress, without state."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""TrainingConfig: everything that decides how a potential is trained, in one frozen dataclass."""
+"""TrainingConfig: all settings of training, in one frozen dataclass."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ def setting(default: Any, text: str) -> Any:
     return dataclasses.field(default=default, metadata={"help": text})
 
 
-#: What a resumed run may change: its end, its log, where it computes, and the size of the steps from there on.
-#: All else (frames, model, loss, order of the frames) must be as it was.
+#: Settings that a resumed run may change: its limits, log, device, and the size of further steps. Everything else
+#: (frames, model, loss, order of the frames) must be unchanged.
 RESUMABLE = frozenset({
     "budget_seconds", "max_epochs", "max_steps", "validate_every", "log_every", "threads", "device", "compile",
     "lr", "weight_decay", "warmup_steps", "constant_fraction", "clip_norm",
@@ -52,7 +52,7 @@ class TrainingConfig:
     dtype: str = setting("float32", "precision of the model: float32 or float64")
     threads: int = setting(1, "CPU threads of a process")
     device: str = setting("cpu", "cpu, cuda or auto")
-    compile: bool = setting(False, "compile the model, which takes some of the time at first; needs a C++ compiler")
+    compile: bool = setting(False, "compile the model; the first steps are slow; needs a C++ compiler")
     processes: int = setting(1, "processes of distributed training (gloo on CPU, nccl on GPU)")
 
     def __post_init__(self) -> None:

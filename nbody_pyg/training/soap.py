@@ -15,18 +15,18 @@ _LARGEST = 2.0
 
 
 class Soap(Optimizer):
-    r"""Adam run in a slowly turning basis in which the gradient's rows and columns are uncorrelated.
+    r"""Adam in a slowly rotating basis in which the gradient's rows and columns are uncorrelated.
 
     .. math:: L \leftarrow \beta_s L + (1 - \beta_s) G G^T, \quad R \leftarrow \beta_s R + (1 - \beta_s) G^T G, \qquad
               W \leftarrow W - \eta\; Q_L\, \mathrm{Adam}(Q_L^T G Q_R)\, Q_R^T
 
     with :math:`Q` the eigenvectors of L and R, refreshed by one step of power iteration every ``frequency`` steps.
-    Source: Vyas et al., arXiv:2409.11321. The W^l of an N-body network are many small matrices, for which this costs
-    little (all of one shape go through one batched product) and takes about half the steps of Adam.
+    Source: Vyas et al., arXiv:2409.11321. The W^l of an N-body network are many small matrices, for which this is cheap
+    (all of one shape are batched in one product) and needs about half the steps of Adam.
 
-    A side longer than ``max_size`` is not turned (its basis costs the cube of its length); weights that are not
-    matrices, or have a side of one or no side to turn, are trained by plain Adam. A weight without a gradient stays as
-    it is in that step; its averages take the gradient as zero.
+    A side longer than ``max_size`` is not rotated (its basis costs the cube of its length). Weights that are not
+    matrices, have a side of length one, or have no side to rotate are trained by plain Adam. A weight without a
+    gradient does not change in that step; its averages use zero as the gradient.
 
     Args:
         params: parameters or groups.
@@ -34,7 +34,7 @@ class Soap(Optimizer):
         betas: decay of the mean and of the mean square.
         shampoo_beta: decay of L and R.
         frequency: steps between refreshes of the bases.
-        max_size: largest side that is turned.
+        max_size: largest side that is rotated.
         eps: added to the root of the mean square.
         weight_decay: decoupled decay.
 
@@ -76,7 +76,8 @@ class Soap(Optimizer):
             for p in group["params"]:
                 turned = p.dim() == 2 and 1 < min(p.shape) <= group["max_size"]
                 (matrices[tuple(p.shape)] if turned else others).append(p)
-            # Who belongs together never depends on who has a gradient today: the state is that of the batch.
+            # Batches must not depend on which weights have a gradient in a step, because the state belongs to the
+            # batch.
             for members in matrices.values():
                 if any(p.grad is not None for p in members):
                     self._step_matrices(members, group)
@@ -85,7 +86,7 @@ class Soap(Optimizer):
         return loss
 
     def _step_matrices(self, members: list[Tensor], group: dict[str, Any]) -> None:
-        # The state of a whole batch of equal shapes lives with its first member.
+        # The state of a batch of equal shapes is stored with its first member.
         grad, state = torch.stack([_gradient(p) for p in members]), self.state[members[0]]
         if not state:
             self._start(state, grad, group["max_size"])
@@ -93,7 +94,7 @@ class Soap(Optimizer):
         (beta1, beta2), step, keep = group["betas"], int(state["step"]), group["shampoo_beta"]
         for side in _sides(state):
             state[side].lerp_(_gram(grad, side), 1 - keep)
-        # The mean is kept in the turned basis, and turned along when the basis changes.
+        # The mean is kept in the rotated basis, and rotated when the basis changes.
         turned = _turn(state, grad, into=True)
         state["mean"].lerp_(turned, 1 - beta1)
         state["square"].mul_(beta2).addcmul_(turned, turned, value=1 - beta2)
@@ -138,7 +139,7 @@ class Soap(Optimizer):
 
 
 def _eigenvectors(gram: Tensor) -> Tensor:
-    """Of the first gradient alone the matrix has many eigenvalues of zero, on which LAPACK may fail in float32."""
+    """The matrix of the first gradient has many eigenvalues of zero, on which LAPACK may fail in float32."""
     try:
         basis: Tensor = torch.linalg.eigh(gram)[1]
     except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # torch does not list it
@@ -152,12 +153,12 @@ def _gram(grad: Tensor, side: str) -> Tensor:
 
 
 def _sides(state: dict[str, Any]) -> list[str]:
-    """The sides that are turned; which ones shows in what the state holds, and so outlives a checkpoint."""
+    """The sides that are rotated; they follow from the entries of the state, and so are kept in a checkpoint."""
     return [side for side in ("rows", "columns") if side in state]
 
 
 def _turn(state: dict[str, Any], x: Tensor, into: bool) -> Tensor:
-    """Into the bases of the sides that are turned, or out of them."""
+    """Transform into the bases of the rotated sides, or back."""
     if "rows" in state:
         basis = state["rows_basis"]
         x = (basis.mT if into else basis) @ x

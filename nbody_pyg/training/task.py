@@ -1,4 +1,4 @@
-"""PotentialTask: a potential, its loss and its errors, as the trainer takes them."""
+"""PotentialTask: a potential, its loss and its errors, for the trainer."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from nbody_pyg.training.upgrades import up_to_date
 
 
 class PotentialTask(nn.Module):
-    """Trains a potential on energies, forces and stress; works for any model that a Potential takes.
+    """Trains a potential on energies, forces and stress; works for any model in a Potential.
 
     Args:
-        potential: what is trained; or the dictionary that a checkpoint holds in its place.
+        potential: the potential to train; or its dictionary from a checkpoint.
         settings: a TrainingConfig, or its dictionary.
         force_variance: mean square of the components of the training forces, (eV/angstrom)^2.
     Raises:
-        ValueError: a batch without any label that the loss weighs.
+        ValueError: a batch without any label that the loss uses.
     """
 
     def __init__(
@@ -53,11 +53,11 @@ class PotentialTask(nn.Module):
         }
         known = self.potential
         self._compiled = compile_potential(known, "training") if s.compile and isinstance(known, Potential) else None
-        # What is shown of a run, (title, metric, unit), and the metric by which the best weights are chosen.
+        # Metrics shown during a run, (title, metric, unit), and the metric by which the best weights are chosen.
         self.shown: tuple[tuple[str, str, str], ...] = (("E", "energy_mae", "meV"), ("F", "forces_mae", "meV/A"))
         self.monitor: str | None = "forces_mae" if s.force_weight > 0 else "energy_mae"
         self.running = RunningMeans()
-        # Share of the training labels that are known, by label; `fit` sets what is below 1.
+        # Fraction of known training labels, by label; `fit` sets those below 1.
         self.shares: dict[str, float] = {}
 
     @classmethod
@@ -65,7 +65,7 @@ class PotentialTask(nn.Module):
         """The task of a checkpoint, with the averaged weights.
 
         Args:
-            potential: of the same network, where that is not one of ours.
+            potential: a potential with the same network, if that is not one of ours.
         Raises: ValueError: as :func:`read_checkpoint`, or a network that is neither ours nor given.
         """
         checkpoint = read_checkpoint(path)
@@ -100,10 +100,10 @@ class PotentialTask(nn.Module):
         return result, errors
 
     def _factors(self, errors: dict[str, Tensor], batch: Any) -> dict[str, float]:
-        """Known labels of this batch over those that a batch has on average; 1 where none is missing.
+        """Number of known labels of this batch over their average number in a batch; 1 if none is missing.
 
-        The mean over the known labels of a batch, times this, averages over all batches and processes to the mean over
-        all labels: a frame does not count more because its neighbours in the batch have no label.
+        With this factor, the mean over the known labels of a batch averages over all batches and processes to the mean
+        over all labels: a frame does not count more because others in its batch have no label.
         """
         if all(share == 1.0 for share in self.shares.values()):
             return {}
@@ -126,7 +126,7 @@ class PotentialTask(nn.Module):
         return loss
 
     def meter(self, device: torch.device | str = "cpu") -> Meter:
-        """What sums up the errors of a validation."""
+        """The meter of a validation."""
         return ErrorMeter(device)
 
     def validation_step(self, batch: Any, meter: Meter) -> None:
@@ -134,7 +134,7 @@ class PotentialTask(nn.Module):
         meter.update(self._errors(batch, training=False)[0], batch)
 
     def require_same_network(self, checkpoint: Mapping[str, Any]) -> None:
-        """Raise ValueError where a checkpoint is of another network, E0, scale, repulsion or precision."""
+        """Raise ValueError if a checkpoint has another network, E0, scale, repulsion or precision."""
         stored = checkpoint.get("hyper_parameters", {}).get("potential")
         if not isinstance(stored, Mapping):
             return
@@ -147,7 +147,7 @@ class PotentialTask(nn.Module):
 
 
 def _known(error: Tensor, label: Tensor) -> Tensor:
-    """Rows whose label is not missing (NaN). A prediction that is NaN stays, to be noticed."""
+    """Rows whose label is not missing (NaN). NaN predictions are kept, so that they are noticed."""
     missing = label.isnan()
     if not bool(missing.any()):
         return error

@@ -24,25 +24,25 @@ from nbody_pyg.training.task import PotentialTask
 
 
 class Trainer:
-    """Trains a task, and writes ``last.ckpt`` and ``best.ckpt``; in every process of torch.distributed, where it runs.
+    """Trains a task, and writes ``last.ckpt`` and ``best.ckpt``; in every process of torch.distributed, if it is used.
 
     The learning rate follows :class:`WarmupCosine` over the *progress* of the run: the larger of its shares of steps
-    and CPU time (whichever limits are set). When the budget is spent, training stops after the step at hand.
+    and CPU time (whichever limits are set). When the budget is spent, training stops after the current step.
 
     ``last.ckpt`` is written after every validation, or as often without, and at the end; ``best.ckpt`` when the error
-    ``task.monitor`` improves. Weights that are not finite are not written: what was there before is of more use.
+    ``task.monitor`` improves. Weights that are not finite are not written; the previous checkpoint is kept.
 
     Args:
-        task: what is trained.
+        task: the task to train.
         train, val: its batches, and those of validation, if any.
-        folder: where checkpoints go.
+        folder: folder of the checkpoints.
         last_step: the step at which the run ends; -1 where only its time is limited.
-        run: what every checkpoint keeps of the run that it belongs to.
+        run: record of the run, stored in every checkpoint.
         callbacks: called in this order.
 
     For callbacks: ``step`` (steps taken), ``progress`` in [0, 1], ``clock``, ``learning_rate``, ``first`` (whether this
     process writes), ``should_stop``, which they may set on all processes alike, and :meth:`averaged`.
-    Raises: FloatingPointError: the loss is not finite; names the step and what to try.
+    Raises: FloatingPointError: the loss is not finite; the message has the step and a remedy.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class Trainer:
         return self.should_stop or 0 <= self.last_step <= self.step
 
     def fit(self) -> None:
-        """Take all steps that are left; afterwards the task holds the averaged weights, on the CPU."""
+        """Take all remaining steps; afterwards the task has the averaged weights, on the CPU."""
         self.task.running.clear()
         if self.world > 1:
             for value in self.task.state_dict().values():
@@ -97,7 +97,7 @@ class Trainer:
                 self._agree()
                 self._tell("on_step")
                 if self.should_stop:
-                    self.save("last.ckpt")  # first make sure of the work done
+                    self.save("last.ckpt")  # save the finished steps first
                 if self.should_stop or self.step % every == 0:
                     self._validate()
         self._tell("on_end")
@@ -114,7 +114,7 @@ class Trainer:
             group["lr"] = group["initial_lr"] * factor
         self.flat.zero_grad()
         loss = self.task.training_step(batch if batch.pos.device == self.device else batch.to(self.device))
-        # On the CPU the value is at hand; on a GPU asking for it would stall every step.
+        # On the CPU reading the value is free; on a GPU it would synchronise every step.
         if self.device.type == "cpu" or self.step % s.log_every == 0:
             self._check_finite(loss.item())
         loss.backward()
@@ -138,7 +138,7 @@ class Trainer:
     def _agree(self) -> None:
         """Progress, and whether a signal or the budget ends the run: the same on every process.
 
-        Unequal learning rates would let the processes drift apart.
+        With unequal learning rates the processes would diverge.
         """
         budget, stop = self.settings.budget_seconds, self.stop.received is not None
         progress = self.step / self.last_step if self.last_step > 0 else 0.0
@@ -153,7 +153,7 @@ class Trainer:
 
     @contextlib.contextmanager
     def averaged(self) -> Iterator[None]:
-        """Inside, the task holds the averaged weights and is in evaluation mode, and the clock stands still."""
+        """Context in which the task has the averaged weights and is in evaluation mode, and the clock is paused."""
         self.clock.pause()  # it starts again with the next step
         training = [module for module in self.task.modules() if module.training]
         self.task.eval()
@@ -186,9 +186,9 @@ class Trainer:
     # -- checkpoints ---------------------------------------------------------------------------------------
     def save(self, name: str) -> None:
         """Write a checkpoint: the average as ``state_dict``, so that loading it gives the model that was validated, and
-        the weights of the optimizer as ``training_state``, from which training goes on."""
+        the weights of the optimizer as ``training_state``, for resuming."""
         self.clock.pause()
-        # On a GPU the loss is looked at now and then only, so the weights may be lost by now.
+        # On a GPU the loss is checked only now and then, so the weights may already be invalid.
         if not self.first or not bool(self.flat.values.isfinite().all()):
             return
         state = self.task.state_dict()
@@ -212,7 +212,8 @@ class Trainer:
         write_checkpoint(self.folder / name, checkpoint)
 
     def load(self, checkpoint: Mapping[str, Any]) -> None:
-        """Go on from a checkpoint. Raises: ValueError: it is of another network; weights alone would fit many."""
+        """Resume from a checkpoint. Raises: ValueError: it belongs to another network; matching weights are not
+        sufficient."""
         self.task.require_same_network(checkpoint)
         average, states = checkpoint["state_dict"], checkpoint["callbacks"]
         self.task.load_state_dict(checkpoint.get("training_state", average))
@@ -229,12 +230,12 @@ class Trainer:
             if found := states.get(type(callback).__name__):
                 callback.load_state_dict(found)
         own = states["Checkpoints"]
-        if own["best_step"] >= 0 and self._has_best(own["best_step"]):  # or else it is chosen anew from here on
+        if own["best_step"] >= 0 and self._has_best(own["best_step"]):  # otherwise it is chosen again from here on
             self.best_score, self.best_step = own["best_score"], own["best_step"]
         set_random_state(own)
 
     def _has_best(self, step: int) -> bool:
-        """Whether best.ckpt is that of this run and of the step that is known: it may be lost, or a step ahead."""
+        """Whether best.ckpt belongs to this run and to the recorded step; it may be missing, or later."""
         try:
             found = read_checkpoint(self.folder / "best.ckpt")
         except (OSError, ValueError):

@@ -1,4 +1,4 @@
-"""NequIP of the nequip package, in eager mode: its presets, or the network with settings of one's own."""
+"""NequIP of the nequip package, in eager mode: its presets, or the network with custom settings."""
 
 from __future__ import annotations
 
