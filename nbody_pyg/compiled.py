@@ -35,7 +35,8 @@ class CompiledPotential:
     changed. Threads may share a compiled potential; programs are compiled and run one at a time in a process.
 
     Call it as the potential itself. Batches that differ in kind from the first one (in their optional tensors, in sizes
-    that are 0 or 1, in sizes that are equal) run in eager mode. So do, without a warning, calls without forces,
+    that are 0 or 1, in sizes that are equal) run in eager mode, and so does a potential whose model or terms were
+    replaced. So do, without a warning, calls without forces,
     charges, terms that do not know all elements of the network, and networks with long range or on
     :class:`~nbody_pyg.hierarchy.SmoothSurvivors` (whose weights are sums of as many terms as differ from zero).
 
