@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
-from nbody_pyg.compiled import *  # noqa: F403
+from nbody_pyg import compiled
 
-warnings.warn(
-    "nbody_pyg.accelerate is now called nbody_pyg.compiled; it will go in 0.4", DeprecationWarning, stacklevel=2
-)
+
+def __getattr__(name: str) -> Any:
+    if name not in ("CompiledPotential", "compile_potential"):
+        raise AttributeError(name)
+    text = "nbody_pyg.accelerate is now called nbody_pyg.compiled; it will go in 0.4"
+    warnings.warn(text, DeprecationWarning, stacklevel=2)
+    return getattr(compiled, name)

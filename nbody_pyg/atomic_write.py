@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, also when the disk is full or the process is killed."""
+"""Atomic writing of files, also when the disk is full or the process is killed."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ if TYPE_CHECKING:
 
 @contextlib.contextmanager
 def atomic_write(path: str | Path, temporary: str | Path | None = None) -> Iterator[Path]:
-    """Give the name of a temporary file beside ``path`` to write to; then make it ``path``.
+    """Yield the name of a temporary file next to ``path`` to write to; then rename it to ``path``.
 
-    The content is on the disk before it takes the name, and the name before this returns, so that at every moment
-    ``path`` is either the old file or the new one. When writing fails, the temporary file goes and the old one stays.
-    The file has the permissions of the one that it replaces, or those that the umask gives, whatever wrote it. A link
-    is followed; what is no regular file (``/dev/stdout``) is written to directly.
+    Content and name are flushed to disk in this order, so at every moment ``path`` is either the old or the new file.
+    If writing fails, the temporary file is removed and the old file is kept. The file gets the permissions of the one
+    that it replaces, or those of the umask. Links are followed; a path that is not a regular file (``/dev/stdout``) is
+    written to directly.
 
     Args:
-        path: where the file shall be.
+        path: the file to write.
         temporary: name of the temporary file; by default a hidden one with the same suffix, new for each call.
     """
     path = Path(os.path.realpath(path))
@@ -41,27 +41,27 @@ def atomic_write(path: str | Path, temporary: str | Path | None = None) -> Itera
             mode = stat.S_IMODE(path.stat().st_mode)
         yield temporary
         _flush(temporary)
-        with contextlib.suppress(OSError):  # not every file system has permissions
+        with contextlib.suppress(OSError):  # some file systems have no permissions
             os.chmod(temporary, mode)
         os.replace(temporary, path)
     except BaseException as error:
         with contextlib.suppress(OSError):
             os.unlink(temporary)
         if isinstance(error, OSError) and error.errno is not None and error.filename in (None, str(temporary)):
-            error.filename = str(path)  # a full disk has no name, and nobody knows that of the temporary file
+            error.filename = str(path)  # name the file of the user, not the temporary one
         raise
-    with contextlib.suppress(OSError):  # not every system lets a folder be opened
+    with contextlib.suppress(OSError):  # some systems cannot open a folder
         _flush(path.parent)
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write a text in UTF-8, whole or not at all; see :func:`atomic_write`."""
+    """Write a text in UTF-8 atomically; see :func:`atomic_write`."""
     with atomic_write(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def write_json(path: str | Path, value: Any, **options: Any) -> None:
-    """Write a value as indented JSON, whole or not at all; see :func:`atomic_write`.
+    """Write a value as indented JSON atomically; see :func:`atomic_write`.
 
     Args:
         options: further arguments of ``json.dumps``.
@@ -70,14 +70,14 @@ def write_json(path: str | Path, value: Any, **options: Any) -> None:
 
 
 def save_figure(figure: Figure, path: Path, **options: Any) -> Path:
-    """Draw a matplotlib figure into a file, whole or not at all; returns its name."""
+    """Save a matplotlib figure atomically; returns the path."""
     with atomic_write(path) as temporary:
         figure.savefig(temporary, format=path.suffix[1:], **options)
     return path
 
 
 def _create(path: Path) -> int:
-    """Make an empty file as ``open`` would, and return its permissions: the umask cannot be asked for safely."""
+    """Create an empty file and return its permissions, because the umask cannot be read safely."""
     handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
     try:
         return stat.S_IMODE(os.fstat(handle).st_mode)

@@ -1,4 +1,4 @@
-"""compile_potential: the whole of energy and forces as one compiled program, opt-in and checked against eager mode."""
+"""compile_potential: energy and forces as one compiled program, opt-in and checked against eager mode."""
 
 from __future__ import annotations
 
@@ -20,29 +20,29 @@ from nbody_pyg.static_eval import Layout, check_edges, check_same, evaluate, fla
 from nbody_pyg.system import Species
 
 MODES = ("md", "training")
-#: torch marks the process while it records, and refuses to run compiled programs of other threads meanwhile.
+#: While torch records a program, compiled programs cannot run in other threads of the process.
 _COMPILER = Lock()
 
 
 class CompiledPotential:
-    r"""A potential whose evaluation is traced once, compiled by torch, and then run without Python in between.
+    r"""A potential whose evaluation is traced once, compiled by torch, and then run without Python.
 
     :meth:`Potential.evaluate <nbody_pyg.potential.Potential.evaluate>`, with all its terms, is recorded as one graph of
-    any number of atoms and edges (``make_fx``), in which the compiled products are single operators, and handed to
-    ``torch.compile``. Programs of the first batch and of the first one of another size are compared with eager mode:
-    energies, forces, stress, and in mode "training" the gradients of all parameters. Where tracing, compiling or the
-    comparison fails, one warning says why and everything runs in eager mode from then on. No global setting of torch is
-    changed. Threads may share a compiled potential; programs are compiled and run one at a time in a process.
+    any number of atoms and edges (``make_fx``), in which the compiled products are single operators, and compiled by
+    ``torch.compile``. For the first batch and the first batch of another size, the results are compared with eager
+    mode: energies, forces, stress, and in mode "training" the gradients of all parameters. If tracing, compiling or the
+    comparison fails, one warning gives the reason, and everything runs in eager mode from then on. No global setting of
+    torch is changed. Threads may share a compiled potential; a process compiles and runs one program at a time.
 
-    Call it as the potential itself. Batches that differ in kind from the first one (in their optional tensors, in sizes
+    It is called like the potential. Batches that differ in kind from the first one (in their optional tensors, in sizes
     that are 0 or 1, in sizes that are equal) run in eager mode, and so does a potential whose model or terms were
     replaced. So do, without a warning, calls without forces,
     charges, terms that do not know all elements of the network, and networks with long range or on
-    :class:`~nbody_pyg.hierarchy.SmoothSurvivors` (whose weights are sums of as many terms as differ from zero).
+    :class:`~nbody_pyg.hierarchy.SmoothSurvivors` (whose number of terms depends on the positions).
 
     Args:
-        potential: what is compiled: its model must be an :class:`~nbody_pyg.models.NBodyNet`. Its parameters are read
-            at every call, so that training goes on.
+        potential: the potential to compile; its model must be an :class:`~nbody_pyg.models.NBodyNet`. Its parameters
+            are read at every call, so training works.
         mode: "md": no gradients of parameters; "training": results that a loss can be differentiated through. Calls
             with another value of ``create_graph`` run in eager mode.
         backend: of ``torch.compile``, e.g. "inductor" or "aot_eager".
@@ -77,7 +77,7 @@ class CompiledPotential:
         system = recordable(self.potential, stress, *arguments, **keywords)
         if system is None:
             return eager()
-        # The program checks nothing, and takes the numbers of the elements as it finds them here
+        # The program checks nothing and uses the numbers of the elements from here
         model = self.potential.model
         assert isinstance(model, NBodyNet)
         system = system.replace(species=Species(model.species, model.check_species(system.z)))
@@ -88,13 +88,13 @@ class CompiledPotential:
             if program is not None:
                 try:
                     return self._run(program, tensors, eager)
-                except Exception as error:  # whatever a compiler may raise: eager mode is always there
+                except Exception as error:  # a compiler may raise any error; eager mode always works
                     self._give_up(reason_of(error))
         return eager()
 
     def _program(self, tensors: Sequence[Tensor], layout: Layout) -> _Program | None:
         sizes = [size for tensor in tensors for size in tensor.shape]
-        # Sizes of 0 and 1 broadcast, and equal sizes become one symbol: such a graph is right for its kind only.
+        # Sizes of 0 and 1 broadcast, and equal sizes become one symbol: such a graph is correct for its kind only.
         kind = tuple(size if size < 2 else 2 + sizes.index(size) for size in sizes)
         key = (layout, kind, tensors[0].dtype, tensors[0].device)
         if not self._programs:
@@ -106,14 +106,14 @@ class CompiledPotential:
     ) -> dict[str, Tensor]:
         sizes = [tuple(tensor.shape) for tensor in tensors]
         known = sizes == program.seen or program.checks == 2
-        # Eager mode first: a table that is made once and kept must not be made of a tracer's tensors
+        # Eager mode first, so that cached tables are not made of a tracer's tensors
         wanted = None if known else eager()
         results = program(tensors)
         if not known:
             trained = [p for p in self.potential.parameters() if p.requires_grad] if program.training else []
             check_same(results, required(wanted), trained, required(self.potential.dtype))
             program.seen, program.checks = sizes, program.checks + 1
-            # The comparison has used up the graph of the results
+            # The comparison freed the graph of the results
             results = program(tensors)
         self.compiled_calls += 1
         return results
@@ -134,7 +134,7 @@ def compile_potential(potential: Potential, mode: str = "md", backend: str = "in
 
 
 class _Program:
-    """One traced and compiled evaluation: a list of tensors to the results of the potential."""
+    """One traced and compiled evaluation: from a list of tensors to the results of the potential."""
 
     def __init__(self, potential: Potential, layout: Layout, training: bool, backend: str) -> None:
         self.potential, self.layout, self.training, self.backend = potential, layout, training, backend
@@ -154,7 +154,7 @@ class _Program:
         def run(*given: Tensor) -> list[Tensor]:
             return evaluate(self.potential, self.layout, self.training, given)
 
-        # Parameters stay what they are, constants of the graph with sizes of their own
+        # Parameters are constants of the graph; their sizes stay constant too
         with opaque_products():
             graph = make_fx(run, tracing_mode="symbolic", _allow_non_fake_inputs=True)(*tensors)
         _check_sizes_are_free(graph, tensors)
@@ -164,7 +164,7 @@ class _Program:
 
 
 def _check_sizes_are_free(graph: torch.fx.GraphModule, tensors: Sequence[Tensor]) -> None:
-    """A size that tracing took for a constant would make kernels write beyond the ends of other systems' tensors."""
+    """If tracing made a size constant, kernels would write past the end of the tensors of other systems."""
     from torch.fx.experimental.symbolic_shapes import is_concrete_int
 
     for number, (node, tensor) in enumerate(zip(graph.graph.find_nodes(op="placeholder"), tensors, strict=True)):

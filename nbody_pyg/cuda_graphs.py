@@ -1,4 +1,4 @@
-"""CUDA graphs: one launch replays a whole evaluation, or a loss and its gradients, of sizes that were seen before."""
+"""CUDA graphs: one launch replays an evaluation, or a loss and its gradients, for sizes that occurred before."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from nbody_pyg.required import required
 from nbody_pyg.static_eval import check_edges, check_same, evaluate, flatten, reason_of, recordable
 from nbody_pyg.system import System
 
-#: A graph is captured when its sizes are seen for this time; so many sizes are remembered.
+#: Number of times that sizes must occur before a graph is captured, and number of sizes that are remembered.
 _SIGHTINGS, _REMEMBERED = 2, 64
 #: Replays of a graph that are compared with eager mode, beside the first one with other edges.
 _CHECKS = 2
@@ -32,7 +32,7 @@ Run = Callable[[], list[Tensor]]
 
 
 class Recorder(Protocol):
-    """Records a function without arguments, to run it again on what its input tensors then hold."""
+    """Records a function without arguments, to run it again on the new contents of its input tensors."""
 
     device_type: str
 
@@ -42,7 +42,7 @@ class Recorder(Protocol):
 
 
 class CudaRecorder:
-    """Records CUDA graphs. Calls ``run`` a few times first, the last time where waiting for the GPU is an error."""
+    """Records CUDA graphs. Calls ``run`` a few times first; the last time, synchronising with the GPU is an error."""
 
     device_type = "cuda"
 
@@ -70,16 +70,16 @@ class CudaRecorder:
 
 @contextlib.contextmanager
 def _waiting_is_an_error() -> Iterator[None]:
-    """Outside of a capture such an error breaks nothing; inside, it may leave the stream unusable.
+    """Outside of a capture such an error does no harm; inside, it may leave the stream unusable.
 
-    The setting is that of the process, so it is left alone where other threads run, which may well wait.
+    The setting belongs to the process, so it is not changed while other threads run, which may synchronise.
     """
     if threading.active_count() > 1:
         yield
         return
     before = torch.cuda.get_sync_debug_mode()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch calls this mode a prototype
+        warnings.simplefilter("ignore")  # torch warns that this mode is a prototype
         torch.cuda.set_sync_debug_mode("error")
         try:
             yield
@@ -88,25 +88,25 @@ def _waiting_is_an_error() -> Iterator[None]:
 
 
 class _Graph:
-    """One captured function of some tensors: its own copies of them, and what these were last filled from."""
+    """One captured function of some tensors, with its own copies of them and their last sources."""
 
     def __init__(
         self, recorder: Recorder, tensors: Sequence[Tensor], run: Callable[[list[Tensor]], list[Tensor]], model: Any
     ) -> None:
         self._static = [tensor.detach().clone() for tensor in tensors]
         self._last = [_Content(tensor) for tensor in tensors]
-        # The graph knows weights by address; the second reference keeps that address from being given away
+        # The graph refers to weights by address; the reference keeps that memory from being reused
         self._weights = [(p, p.detach()) for p in (*model.parameters(), *model.buffers())]
         self._replay = recorder.capture(lambda: run(self._static), tensors[0].device)
         self.checks, self.checked_other_edges = 0, False
 
     def fresh(self, tensors: Sequence[Tensor]) -> list[int]:
-        """Numbers of the tensors that the last replay did not have, or that were changed since."""
+        """Numbers of the tensors that are new since the last replay, or were changed since."""
         pairs = enumerate(zip(self._last, tensors, strict=True))
         return [n for n, (last, tensor) in pairs if not last.is_that_of(tensor)]
 
     def outdated(self) -> bool:
-        """Whether a weight lies elsewhere now; weights that are changed in place are seen by the graph."""
+        """Whether a weight has moved in memory; the graph sees weights that are changed in place."""
         return any(p.data_ptr() != kept.data_ptr() for p, kept in self._weights)
 
     def __call__(self, tensors: Sequence[Tensor], fresh: Sequence[int]) -> list[Tensor]:
@@ -118,7 +118,7 @@ class _Graph:
 
 
 class _Content:
-    """What a tensor held at some time. Keeps the tensor, so that no other one can take its place in memory."""
+    """The content of a tensor at some time. Keeps the tensor, so that its memory is not reused."""
 
     def __init__(self, tensor: Tensor) -> None:
         # Inference tensors do not count their changes
@@ -153,7 +153,7 @@ class _Captured:
         here = system is not None and system.pos.device.type == self.recorder.device_type
         return system if here else None
 
-    @locked  # a graph has one set of tensors for everybody
+    @locked  # all threads share the tensors of a graph
     def _results(
         self,
         kind: Hashable,
@@ -163,7 +163,7 @@ class _Captured:
         finish: Callable[[list[Tensor]], dict[str, Tensor]],
         eager: Callable[[], dict[str, Tensor]],
     ) -> dict[str, Tensor] | None:
-        """``finish`` of what a graph of ``run`` gives; None where this has to run in eager mode."""
+        """``finish`` applied to the results of a graph of ``run``; None if this has to run in eager mode."""
         key = (kind, tensors[0].device, tuple((tensor.shape, tensor.dtype) for tensor in tensors))
         graph = self._graphs.get(key)
         if graph is None and not self._seen_often(key):
@@ -187,7 +187,7 @@ class _Captured:
                 graph = self._capture(key, tensors, run)
             self._graphs.move_to_end(key)
             found = graph(tensors, fresh)
-        except Exception as error:  # whatever a capture may raise: eager mode is always there
+        except Exception as error:  # a capture may raise any error; eager mode always works
             self._give_up(reason_of(error))
             return None
         results = finish(found)
@@ -215,7 +215,7 @@ class _Captured:
             self._sightings.pop(forgotten, None)
 
         def recorded(static: list[Tensor]) -> list[Tensor]:
-            with tracing():  # no value is looked at
+            with tracing():  # no value is read
                 return run(static)
 
         graph = self._graphs[key] = _Graph(self.recorder, tensors, recorded, self.potential)
@@ -237,29 +237,29 @@ class _Captured:
 
 
 class CapturedPotential(_Captured):
-    r"""A potential whose evaluations are captured as CUDA graphs: energy, forces and stress by one launch.
+    r"""A potential whose evaluations are captured as CUDA graphs: energy, forces and stress in one launch.
 
     Evaluations of one kind (shapes and types of all tensors, the optional ones that are there, stress or not) share a
-    graph, which is captured when a kind is seen for the second time. Later calls copy what is new into the tensors of
-    the graph, replay it, and return copies of its results; an index tensor that is the same object as in the last
+    graph, which is captured when a kind occurs for the second time. Later calls copy new values into the tensors of the
+    graph, replay it, and return copies of its results; an index tensor that is the same object as in the last
     replay is not copied. A :class:`~nbody_pyg.hierarchy.TopologyCache` with ``trim=False`` gives the same objects from
     one search for neighbours to the next. The first two replays of a graph, and the first with other edges, are
-    compared with eager mode. Where a capture or a comparison fails, one warning says why, and everything runs in eager
-    mode from then on.
+    compared with eager mode. If a capture or a comparison fails, one warning gives the reason, and everything runs in
+    eager mode from then on.
 
-    Call it as the potential itself. What runs in eager mode, without a warning: tensors on the CPU, ``create_graph``,
+    It is called like the potential. These run in eager mode without a warning: tensors on the CPU, ``create_graph``,
     no forces, charges, terms that do not know all elements of the network, and networks with long range or on
-    :class:`~nbody_pyg.hierarchy.SmoothSurvivors` (whose weights are sums of as many terms as differ from zero).
+    :class:`~nbody_pyg.hierarchy.SmoothSurvivors` (whose number of terms depends on the positions).
 
-    ``calls``, ``replays`` and ``captures`` count; ``failure`` says why graphs were given up, or is None.
+    ``calls``, ``replays`` and ``captures`` are counters; ``failure`` is the reason why graphs were given up, or None.
 
     Args:
-        potential: its model must be an :class:`~nbody_pyg.models.NBodyNet`. Weights that are changed in place are seen;
-            where parameters were given other memory, graphs are captured anew.
-        max_graphs: graphs that are kept, those last used; each holds the memory of one evaluation.
+        potential: its model must be an :class:`~nbody_pyg.models.NBodyNet`. Weights may be changed in place; if
+            parameters move in memory, graphs are captured again.
+        max_graphs: number of graphs that are kept, the last used ones; each needs the memory of one evaluation.
         recorder: what records; by default CUDA graphs of torch.
 
-    Smoothness: that of the potential. Cost: a capture costs as much as some five evaluations.
+    Smoothness: that of the potential. Cost: a capture costs about five evaluations.
     Raises: ValueError: ``max_graphs`` below 1. TypeError: another model than NBodyNet.
     """
 
@@ -291,13 +291,13 @@ class CapturedPotential(_Captured):
 
 
 class CapturedStep(_Captured):
-    r"""Evaluation, loss, and its gradients by all parameters, captured as CUDA graphs, for batches of fixed sizes.
+    r"""Evaluation, loss and its gradients for all parameters, captured as CUDA graphs for batches of fixed sizes.
 
     .. math:: L(\theta) = \mathrm{loss}(E_\theta, F_\theta, \sigma_\theta;\ \mathrm{labels}), \qquad
               g = \partial L / \partial \theta
 
-    A call returns the loss; ``backward()`` on it hands the gradients to the parameters as usual, so that optimizers,
-    clipping and several losses in a row work as ever::
+    A call returns the loss; ``backward()`` on it accumulates the gradients in the parameters as usual, so optimizers,
+    clipping and several losses in a row work::
 
         step = CapturedStep(potential, lambda found, labels: (found["forces"] - labels["forces"]).square().mean())
         for batch in loader:
@@ -305,7 +305,7 @@ class CapturedStep(_Captured):
             step(batch, {"forces": batch.forces}).backward()
             optimizer.step()
 
-    Graphs are captured, compared with eager mode (losses and gradients), kept and given up as by
+    Graphs are captured, compared with eager mode (losses and gradients), kept and given up as in
     :class:`CapturedPotential`. Batches must have the same numbers of atoms, parts and edges to share a graph: molecules
     of one kind that lie within the radii of the hierarchy do.
 
@@ -313,14 +313,14 @@ class CapturedStep(_Captured):
         potential: its model must be an :class:`~nbody_pyg.models.NBodyNet`. Gradients are those of the parameters that
             require one when the step is made.
         loss: ``loss(results, labels)``, a scalar, with the results of the potential for ``create_graph=True``. It must
-            not ask for values of tensors, and no shape may depend on them (so no mask of missing labels). What else it
-            reads is fixed by the capture. Pass everything that varies in ``labels``.
-        max_graphs: graphs that are kept, those last used; each holds the memory of one step.
+            not read values of tensors, and no shape may depend on them (so no mask of missing labels). Everything else
+            that it reads is fixed by the capture. Pass everything that varies in ``labels``.
+        max_graphs: number of graphs that are kept, the last used ones; each needs the memory of one step.
         recorder: what records; by default CUDA graphs of torch.
 
-    Smoothness: that of the potential. Cost: a capture costs as much as some five steps.
-    Raises: ValueError: ``max_graphs`` below 1, no parameter to train, a loss that is no scalar. TypeError: another
-        model than NBodyNet, a label that is no tensor.
+    Smoothness: that of the potential. Cost: a capture costs about five steps.
+    Raises: ValueError: ``max_graphs`` below 1, no parameter to train, a loss that is not a scalar. TypeError: another
+    model than NBodyNet, a label that is not a tensor.
     """
 
     def __init__(
@@ -370,7 +370,7 @@ class CapturedStep(_Captured):
         return loss
 
     def _compare(self, found: dict[str, Tensor], wanted: dict[str, Tensor], dtype: torch.dtype) -> None:
-        """Parameter by parameter: the gradients of some are small."""
+        """Compared for each parameter, because the gradients of some are small."""
         shapes = [parameter.shape for parameter in self._parameters]
         first, second = (
             {"loss": results["loss"]} | {str(n): g for n, g in enumerate(_pieces(results["gradient"], shapes))}
@@ -394,7 +394,7 @@ class CapturedStep(_Captured):
 
 
 class _Loss(torch.autograd.Function):
-    """A loss whose gradients are known already."""
+    """A loss whose gradients are already computed."""
 
     @staticmethod
     def forward(ctx: Any, value: Tensor, gradient: Tensor, *parameters: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Explanations: which atoms, parts and memberships a network's value rests on, by ``torch_geometric.explain``."""
+"""Explanations with ``torch_geometric.explain``: which atoms, parts and memberships determine a value."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from nbody_pyg.models import NBodyNet
 
 
 class Membership(MessagePassing):  # type: ignore[misc]  # PyG has no py.typed
-    """The weights of one set of edges of a hierarchy, as something that an explainer may mask."""
+    """The weights of one edge set of a hierarchy, in a form that an explainer can mask."""
 
     def __init__(self) -> None:
         super().__init__(aggr="sum", node_dim=0)
@@ -37,8 +37,8 @@ class ExplainableNet(nn.Module):
     .. math:: g_i \leftarrow x_i\, g_i, \qquad p_{cP} \leftarrow m_{cP}\, x_c\, p_{cP}, \qquad
               w_{ji} \leftarrow m_{ji}\, x_j\, w_{ji}
 
-    so that a node mask says how much a part counts, and an edge mask how much a part counts *for another*. Weights of
-    the way up (``pool_weight``), where a level has them, take the same factor as p. With x = 1 and no mask the value is
+    A node mask is the importance of a part, an edge mask the importance of a part *for another*. Weights of the way up
+    (``pool_weight``), if a level has them, are multiplied by the same factor as p. With x = 1 and no mask the value is
     that of the network.
 
     Args:
@@ -59,7 +59,7 @@ class ExplainableNet(nn.Module):
         self.memberships = nn.ModuleDict({str(edges): Membership() for edges in model.scheme.edge_sets})
 
     def reset_parameters(self) -> None:
-        """Draw the weights of the network anew."""
+        """Initialise the weights of the network again."""
         self.model.reset_parameters()
 
     def graph(self, data: Data) -> tuple[Tensor, Tensor]:
@@ -97,7 +97,7 @@ class ExplainableNet(nn.Module):
         levels: tuple[Level, ...] = tuple(
             dataclasses.replace(level, **new) for level, new in zip(hierarchy, changed, strict=True)
         )
-        # No edge sets are the same: shells of one radius have masks of their own.
+        # No edge sets are shared: shells of equal radius have separate masks.
         total: Tensor = self.model.total(Hierarchy(levels, hierarchy.system))
         return total.unsqueeze(-1).flatten(1)
 

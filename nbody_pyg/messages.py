@@ -1,4 +1,4 @@
-"""What error messages share: choices, the nearest known word, elements, and text from files."""
+"""Helpers for messages: choices, the nearest known word, elements, and text from files."""
 
 from __future__ import annotations
 
@@ -7,21 +7,22 @@ from collections.abc import Container, Iterable, Sequence
 
 
 def closest(word: object, known: Iterable[str]) -> str | None:
-    """The known word nearest to ``word``, whatever the case; None where none is near."""
+    """The known word nearest to ``word``, ignoring case; None if none is near."""
     plain = {name.lower(): name for name in known}
     near = difflib.get_close_matches(str(word).lower(), plain, n=1, cutoff=0.5)
     return plain[near[0]] if near else None
 
 
 def nearest(word: object, known: Iterable[str], prefix: str = "") -> str:
-    """A hint that names the known word nearest to ``word``, or lists all of them; ``prefix`` stands before the word."""
+    """A hint that names the known word nearest to ``word``, or lists all of them; ``prefix`` is put before the word."""
     known = list(known)
     near = closest(word, known)
     return f"did you mean {prefix}{near}?" if near else f"there are {', '.join(known) or 'no others'}"
 
 
 def check_choice(name: str, value: str, choices: Iterable[str]) -> str:
-    """The value. Raises: ValueError: it is none of the choices; the message has the nearest one, or else the first."""
+    """The value. Raises: ValueError: it is not one of the choices; the message suggests the nearest one, or the
+    first."""
     choices = list(choices)
     if value not in choices:
         near = closest(value, choices)
@@ -31,14 +32,14 @@ def check_choice(name: str, value: str, choices: Iterable[str]) -> str:
 
 
 def symbols(numbers: Iterable[int]) -> str:
-    """Elements by their symbols: "H, C, O"; numbers that belong to no element as they are."""
-    from ase.data import chemical_symbols  # with numpy, which a command that shows its help does without
+    """Elements by their symbols: "H, C, O"; numbers that are not elements are kept."""
+    from ase.data import chemical_symbols  # imports numpy, which --help must not
 
     return ", ".join(chemical_symbols[n] if 0 < n < len(chemical_symbols) else f"element {n}" for n in numbers)
 
 
 def printable(text: object) -> str:
-    """Text with escapes in place of characters that control a terminal: files and their names may be anybody's."""
+    """Text with control characters escaped, because files and their names are not trusted."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
 
 

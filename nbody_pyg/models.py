@@ -43,10 +43,10 @@ from nbody_pyg.radial import BesselBasis, InversePowers
 from nbody_pyg.required import required
 from nbody_pyg.system import Species, System
 
-#: Presets, with the options that they start from: the powers s = 0 .. 3 of the paper, higher ones leave the range.
+#: Presets and their options. Strict uses the powers s = 0 .. 3 of the paper; higher ones overflow.
 PRESETS: Mapping[str, Mapping[str, Any]] = {"practical": {}, "strict": {"num_basis": 4}}
 SWEEPS = ("up", "up-down")
-#: Typical number of sources per target where the caller gives none.
+#: Typical number of sources per target if the caller gives none.
 _DEFAULT_DEGREE = {"pair": 12.0, "child": 3.0}
 
 
@@ -58,7 +58,7 @@ class Step(NamedTuple):
 
     @property
     def edges(self) -> EdgeSet:
-        """The edge set that the step uses: children belong to the level of their parents, which a step down leaves."""
+        """The edge set of the step; child edges are numbered by the level of the parents."""
         return EdgeSet("pair" if self.kind == "pair" else "child", self.level + (self.kind == "down"))
 
 
@@ -68,13 +68,13 @@ class NBodyNet(Resettable):
     .. math:: \psi_i = \Phi\big(\{\psi_c, \mathbf r_c - \mathbf r_i\}_{c \in \mathrm{children}(i)}\big), \qquad
               E = \sum_{k} \sum_{i \in \mathrm{level}\ k} g_i\, \epsilon_k(\psi_i)
 
-    Every part of every level carries a covariant state; states meet only in products that are decomposed by
-    Clebsch-Gordan and mixed within each degree (:mod:`nbody_pyg.nn.gates`). The network goes up the levels,
-    exchanges states between neighbours of one level where the scheme has pairs, comes down again, and reads
-    a value off every part. Two presets of the one architecture:
+    Every part of every level has a covariant state. States are combined in products, decomposed with Clebsch-Gordan
+    coefficients, and mixed within each degree (:mod:`nbody_pyg.nn.gates`). The network passes messages up the levels,
+    between neighbours within a level if the scheme has pairs, and down again; a readout gives a value for every part.
+    There are two presets:
 
     * ``practical``: Bessel radial functions, a small network on the scalars of the readout, residual states;
-    * ``strict``: polynomial in the states with softened inverse powers of the distance; no activation anywhere.
+    * ``strict``: polynomial in the states, with softened inverse powers of the distance and no activation.
 
     ===================  ===========================  ==========================================
     symbol               code                         shape, unit
@@ -91,33 +91,33 @@ class NBodyNet(Resettable):
         lmax: highest degree; None: 2, unless ``irreps`` is given.
         body_order: highest power of a summed state in one interaction.
         preset: "practical" or "strict".
-        irreps_out: type of the target, in e3nn's words: "0e" energy, "1o" dipole, "0e + 2e" polarizability.
-        target: "extensive" sums a value over the parts of all levels below the root; "intensive" reads the
-            root, which is not additive.
-        gate: a class of gates of one's own for every step of the hierarchy, or a mapping from "pair", "up" and "down"
-            to one (:class:`~nbody_pyg.nn.custom.GateFactory`; docs/extending.md). Atoms then start from a learned
+        irreps_out: type of the target in e3nn's notation: "0e" energy, "1o" dipole, "0e + 2e" polarizability.
+        target: "extensive" sums a value over the parts of all levels below the root; "intensive" uses the root only,
+            which is not additive.
+        gate: your class of gates for every step of the hierarchy, or a mapping from "pair", "up" and "down" to classes
+            (:class:`~nbody_pyg.nn.custom.GateFactory`; docs/extending.md). Atoms then start from a learned
             vector of their element. A model file holds the name of the class, which must be imported before loading.
-        irreps: type of the states, in the place of ``channels`` and ``lmax``: one for all levels, such as
+        irreps: type of the states, instead of ``channels`` and ``lmax``: one for all levels, such as
             "48x0e + 32x1o + 16x2e", or a mapping from the names of the levels (those of ``scheme.levels``) to types. No
-            fragment may be more numerous than the scalars. Channels that hold the same fragments are a group with
-            products of its own, and the linear maps mix all groups (:class:`~nbody_pyg.nn.interaction.ChannelGroups`).
-        options: further settings, see :attr:`DEFAULTS`: num_layers (visits of the atoms, where they have pairs;
-            an intensive target reads none but the first),
+            fragment may have a larger multiplicity than the scalars. Channels with the same fragments form a group with
+            its own products; the linear maps mix all groups (:class:`~nbody_pyg.nn.interaction.ChannelGroups`).
+        options: further settings, see :attr:`DEFAULTS`: num_layers (layers on the atoms, if they have pairs; an
+            intensive target uses only the first),
             num_basis (radial functions: 8, with the strict preset 4), symmetry ("o3", "o3-full", "so3"), sweeps ("up",
-            or "up-down", which has a meaning for extensive targets where atoms have pairs), degrees (typical number of
-            sources per target, by edge set such as "pair_0" or "child_1"), long_range (energy of latent charges beyond
-            every cutoff: None, or the name of a method, or settings as in
-            :class:`~nbody_pyg.nn.charges.LongRangeSettings`), inputs (what the value depends on beside the atoms:
-            some of "charge", the total charge, and "spin", the multiplicity;
+            or "up-down", allowed for extensive targets if atoms have pairs), degrees (typical number of
+            sources per target, by edge set such as "pair_0" or "child_1"), long_range (energy of latent charges at any
+            distance: None, the name of a method, or settings as in
+            :class:`~nbody_pyg.nn.charges.LongRangeSettings`), inputs (further inputs: "charge", the total charge, and
+            "spin", the multiplicity;
             :class:`~nbody_pyg.nn.charges.ElectronicEmbedding`).
 
-    The attribute ``assumed`` holds charge and spin that a network without these inputs was trained at, where that is
-    no neutral singlet; training sets it.
+    The attribute ``assumed`` holds charge and spin of the training data of a network without these inputs, unless it is
+    a neutral singlet; training sets it.
 
     Equivariance: O(3) (with symmetry "so3" only rotations), translation, permutation.
     Smoothness: that of the scheme. Cost: linear in the number of edges.
-    Raises: ValueError: unknown preset, option or symmetry, a target that no path reaches, ``irreps`` beside
-        ``channels`` or ``lmax``; in forward: an unknown element, a charge or spin that the network has no input for.
+    Raises: ValueError: unknown preset, option or symmetry, a target that no path reaches, ``irreps`` together with
+    ``channels`` or ``lmax``; in forward: an unknown element, a charge or spin without an input for it.
 
     Example:
         >>> NBodyNet([1, 6, 8], channels=8)
@@ -168,7 +168,7 @@ class NBodyNet(Resettable):
         check_symmetry(self.options["symmetry"])
         if self.options["long_range"] is not None:
             self.options["long_range"] = LongRangeSettings.parse(self.options["long_range"]).to_dict()
-        # Files of networks without inputs know no such key
+        # Files of networks without inputs do not have this key
         self.options["inputs"] = list(check_inputs(self.options["inputs"])) if self.options["inputs"] else None
         self.assumed: dict[str, float] = {}
         check_choice("sweeps", self.options["sweeps"], SWEEPS)
@@ -184,14 +184,14 @@ class NBodyNet(Resettable):
             raise ValueError(f"irreps_out must name at least one component, got {str(irreps_out)!r}; try '0e'")
         for one in self.level_types.values():
             require_reachable(self.irreps_out, {ir for _, ir in one}, f"a network of type {one}")
-        table = torch.full((120,), -1, dtype=torch.long)  # the last for all that is no element
+        table = torch.full((120,), -1, dtype=torch.long)  # the last entry is for numbers that are not elements
         table[torch.tensor(self.species)] = torch.arange(len(self.species))
         self.register_buffer("species_of", table, persistent=False)
         self._build()
 
     # ------------------------------------------------------------------ construction
     def _check_options(self) -> None:
-        """Raise where an option has no meaning for this scheme and target."""
+        """Raise if an option does not apply to this scheme and target."""
         layers, degrees = self.options["num_layers"], self.options["degrees"] or {}
         if isinstance(layers, bool) or not isinstance(layers, int) or layers < 1:
             raise ValueError(f"num_layers must be a whole number, 1 or more, got {layers!r}; try 2")
@@ -216,7 +216,7 @@ class NBodyNet(Resettable):
         lmax: int | None,
         irreps: str | o3.Irreps | Mapping[str, str | o3.Irreps] | None,
     ) -> tuple[dict[int, o3.Irreps], dict[str, Any]]:
-        """The type of every level that is visited, and the arguments that say so."""
+        """The type of every level in use, and the arguments that describe it."""
         symmetry, visited = self.options["symmetry"], sorted({step.level for step in self.steps}) or [0]
         if irreps is None:
             channels = _whole("channels", 32 if channels is None else channels)
@@ -235,7 +235,7 @@ class NBodyNet(Resettable):
 
     @property
     def irreps(self) -> o3.Irreps:
-        """Type of the lowest level, and of all where they have one type; see ``level_types`` for the others."""
+        """Type of the lowest level, and of all levels if they have one type; otherwise see ``level_types``."""
         return self.level_types[min(self.level_types)]
 
     def _build(self) -> None:
@@ -254,12 +254,12 @@ class NBodyNet(Resettable):
         self.elements = None
         self.bound = None
         if "down" in self.gates:
-            # A gate of somebody's own may be of any degree in the states, and steps down follow each other
+            # A user's gate may be of any degree in the states, and steps down follow each other
             self.bound = SoftNorm() if self.preset == "practical" else nn.Identity()
         if self.gates:
             self.elements = nn.Parameter(torch.randn(len(self.species), start))
         if self.options["inputs"] or self.gates:
-            types[0] = o3.Irreps([(start, (0, 1))])  # what atoms start from
+            types[0] = o3.Irreps([(start, (0, 1))])  # initial states of the atoms
         for n, step in enumerate(self.steps):
             if (name := str(step.edges)) not in self.embeddings:
                 radius = radii[step.edges]
@@ -296,7 +296,7 @@ class NBodyNet(Resettable):
         return LongRangeSettings.parse(self.options["long_range"])
 
     def _between_atoms(self, step: Step) -> bool:
-        """Whether the edges of a step join parts that stand for one atom each, in both directions."""
+        """Whether the edges of a step join parts that each represent one atom, in both directions."""
         return step.kind != "down" and self._centred(step.level) and self._centred(self._source(step))
 
     def _plan(self) -> list[Step]:
@@ -307,7 +307,7 @@ class NBodyNet(Resettable):
         steps = [Step("pair", 0)] if pairs[0] else []
         for k in range(1, top + 1):
             steps += [Step("up", k)] + ([Step("pair", k)] if pairs[k] else [])
-        # Shells have nothing to send down to: their lower levels are the same atoms with less context.
+        # Shells need no way down: their lower levels are the same atoms with less context.
         if self.options["sweeps"] == "up-down" and pairs[0] and self.target == "extensive":
             steps += [Step("down", k) for k in range(top - 1, -1, -1)]
         return steps + [Step("pair", 0)] * passes
@@ -360,12 +360,12 @@ class NBodyNet(Resettable):
         )
 
     def _gain(self) -> float:
-        """Size of products at the start: a tower of them must stay in range, the strict one without any norm."""
+        """Initial size of products: repeated products must not overflow, in the strict preset without any norm."""
         depth = sum(step.kind != "down" for step in self.steps)
         return (1.0 if self.preset == "practical" else 0.01) * 2.0 / max(depth, 2)
 
     def _centred(self, level: int) -> bool:
-        """Whether each part of a level stands for one atom, in the order of the atoms."""
+        """Whether each part of a level represents one atom, in the order of the atoms."""
         return level == 0 or (self.scheme.centred and level < len(self.scheme.levels) - 1)
 
     def _inherited(self, step: Step, types: dict[int, o3.Irreps]) -> o3.Irreps | None:
@@ -395,12 +395,12 @@ class NBodyNet(Resettable):
     ) -> Float[Tensor, " graphs *dim"]:
         """Value of each system: energies without those of isolated atoms, eV, or the target of ``irreps_out``.
 
-        A ``Data`` or ``Batch`` may stand in the first place, or a :class:`~nbody_pyg.system.System`, or what
-        :meth:`hierarchy` gave. The topology is read off the data where a transform has stored it, and built otherwise.
+        The first argument may also be a ``Data``, a ``Batch``, a :class:`~nbody_pyg.system.System`, or the result of
+        :meth:`hierarchy`. A topology that a transform stored on the data is used; otherwise it is built.
         ``charge`` is the total charge of each graph, e (0 if it is not
         given), ``charges`` the formal charges of the atoms, if they are known, and ``spin`` the multiplicity 2S + 1 of
-        each graph (1 if it is not given). ``batch_size`` is the number of graphs, where the last ones may hold no atom
-        (a Batch knows it); the value of a graph without atoms is 0.
+        each graph (1 if it is not given). ``batch_size`` is the number of graphs, needed if the last ones have no atoms
+        (a Batch has it); the value of a graph without atoms is 0.
         """
         if isinstance(z, Hierarchy):
             return self.total(z)
@@ -410,7 +410,7 @@ class NBodyNet(Resettable):
 
     @property
     def inputs(self) -> tuple[str, ...]:
-        """Which of charge and spin the network was told to take."""
+        """Which of charge and spin are inputs of the network."""
         return tuple(self.options["inputs"] or ())
 
     @property
@@ -442,13 +442,13 @@ class NBodyNet(Resettable):
             )
         if not is_tracing():
             refuse_unused(self.used, self.assumed, {"charge": system.total_charge, "spin": system.spin})
-        # It names an unknown element before its mass is looked up
+        # Reports an unknown element before its mass is looked up
         system = system.replace(species=Species(self.species, self._species_index(system)))
         topology = self.scheme.compose(system) if system.topology is None else system.topology
         return self.scheme.place(topology, system.replace(pos=system.pos.double()), dtype=self.dtype)
 
     def read(self, data: Data, topology: Topology | None = None, batch_size: int | None = None) -> System:
-        """The checked system of a Data or Batch, as the network takes it."""
+        """The checked system of a Data or Batch, in the form that the network uses."""
         require_atoms(data)
         refuse_unstated(data, self.inputs)
         return self.scheme.system(data, topology, batch_size)
@@ -462,7 +462,7 @@ class NBodyNet(Resettable):
         return self._states(hierarchy, species, {}, self._shares(hierarchy, species))
 
     def _shares(self, hierarchy: Hierarchy, species: Int[Tensor, " atoms"]) -> Float[Tensor, "atoms inputs"] | None:
-        """Shares of the atoms in the inputs of the network, where it has some."""
+        """Shares of the atoms in charge and spin, if the network has these inputs."""
         if self.electrons is None:
             return None
         system = hierarchy.system
@@ -514,7 +514,7 @@ class NBodyNet(Resettable):
     def values(self, hierarchy: Hierarchy) -> dict[int, Float[Tensor, "parts dim"]]:
         """Value of every part of every level that has a readout, of type ``irreps_out``, weighted by g.
 
-        With ``long_range`` the energy of the latent charges is among the values of the atoms. Charges, spins and
+        With ``long_range`` the values of the atoms include the energy of the latent charges. Charges, spins and
         periodic images are those of the system of the hierarchy.
         """
         species = self._species_index(hierarchy.system)
@@ -533,7 +533,7 @@ class NBodyNet(Resettable):
         if self.long_range is not None:
             x = None if self._atom_level is None else states[self._atom_level]
             edges = None if self._atom_step is None else self._edges(self._atom_step, hierarchy, features)
-            # One rule for both: the weights of the elements, where the network has learned some
+            # Both use the learned weights of the elements, if there are any
             weight = None
             if self.electrons is not None and "charge" in self.electrons.inputs:
                 weight = self.electrons.weight(species)[:, 0]
@@ -546,7 +546,7 @@ class NBodyNet(Resettable):
     def _edges(
         self, step: Step, hierarchy: Hierarchy, features: dict[tuple[EdgeSet, bool], EdgeFeatures]
     ) -> EdgeFeatures:
-        """Edge features, computed once for edge sets that are the same; the way down reverses those of the way up."""
+        """Edge features, computed once for equal edge sets; the way down reverses those of the way up."""
         edges = hierarchy.same.get(step.edges, step.edges)
         key = (edges, step.kind == "down")
         if key not in features:
@@ -563,11 +563,11 @@ class NBodyNet(Resettable):
         return features[key]
 
     def check_species(self, z: Integer[Tensor, " atoms"]) -> Int[Tensor, " atoms"]:
-        """Number of the element of each atom. Raises ValueError where an element is not one of this network's."""
+        """Number of the element of each atom. Raises ValueError for an element that the network does not know."""
         return self._number(z)
 
     def _species_index(self, system: System) -> Int[Tensor, " atoms"]:
-        """Number of the element of each atom, looked up unless the system brings it."""
+        """Number of the element of each atom, looked up unless the system has it."""
         known = system.index_among(self.species)
         return self._number(system.z) if known is None else known
 
@@ -644,7 +644,7 @@ def _up_to(lmax: int, irreps: o3.Irreps) -> o3.Irreps:
 
 
 def _whole(name: str, value: Any) -> int:
-    """An argument that counts something. Raises: ValueError: it is no whole number."""
+    """An argument that is a count. Raises: ValueError: it is not a whole number."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise ValueError(f"{name} must be a whole number, got {value!r}")
     return int(value)

@@ -1,4 +1,5 @@
-"""What a potential knows of its model: an NBodyNet says it, of any other model its signature and attributes do."""
+"""What a potential knows about its model: from NBodyNet itself, or from the signature and attributes of another
+model."""
 
 from __future__ import annotations
 
@@ -30,8 +31,9 @@ Lists = Mapping[float, tuple[Tensor, Tensor | None]]
 class Network:
     """A model of any kind, ``model(z, pos, batch, **inputs)``, as a potential and a model of properties use it.
 
-    Optional attributes of the model are looked up here, once: ``scheme`` (what makes its topology), ``species`` (the
-    elements that it knows), ``config()`` (its arguments). ``assumed`` is charge and spin of all its training frames.
+    Optional attributes of the model are looked up here, once: ``scheme`` (builds its topology), ``species`` (the
+    elements that it knows), ``config()`` (its arguments). ``assumed`` holds the charge and spin of all its training
+    frames.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -49,7 +51,7 @@ class Network:
 
     @property
     def dtype(self) -> torch.dtype | None:
-        """Floating dtype of the weights (or buffers); None where there are neither."""
+        """Floating dtype of the weights (or buffers); None if there are none."""
         for tensors in (self.model.parameters, self.model.buffers):  # the first weight decides, at every step
             for tensor in tensors():
                 if tensor.is_floating_point():
@@ -63,27 +65,27 @@ class Network:
 
     @property
     def assumed(self) -> Mapping[str, float]:
-        """Charge and spin of all frames that the model was trained on, where it has no input for them."""
+        """Charge and spin of all training frames, for a model without inputs for them."""
         return getattr(self.model, "assumed", {})
 
     def config(self) -> dict[str, Any] | None:
-        """Arguments that make the same model, where it tells them."""
+        """Arguments that build the same model, if it provides them."""
         config = getattr(self.model, "config", None)
         return config() if callable(config) else None
 
     def read(self, data: Data, topology: Topology | None = None, batch_size: int | None = None) -> System:
-        """The checked system of a Data, with the topology stored there where the model takes one."""
+        """The checked system of a Data, with the topology stored there if the model uses one."""
         if topology is None and "topology" in self.keywords:
-            if self.scheme is not None:  # it refuses what another scheme has stored
+            if self.scheme is not None:  # rejects a topology that another scheme stored
                 return self.scheme.system(data, None, batch_size)
             require_atoms(data)
             topology = Topology.from_data(data) if has_hierarchy(data) else None
         return System.from_data(data, topology, batch_size)
 
     def known(self, system: System) -> System:
-        """The system with what the model uses of its charge and spin.
+        """The system with the charge and spin that the model uses.
 
-        Raises: ValueError: a state that the model cannot use and was not trained at.
+        Raises: ValueError: a value that the model has no input for and that differs from its training data.
         """
         charge, spin, used = system.total_charge, system.spin, self.used
         if charge is None and spin is None:
@@ -96,13 +98,13 @@ class Network:
         )
 
     def structure(self, system: System, lists: Lists | None = None) -> Structure:
-        """What the energy of a system is computed from."""
+        """The input from which the energy of a system is computed."""
         return Structure(system, None, self.scheme, self.dtype, lists)
 
     def energy(self, structure: Structure) -> Float[Tensor, " graphs"]:
-        """Energy of each graph, as the model gives it.
+        """Energy of each graph, the output of the model.
 
-        Raises: ValueError: an output of another shape.
+        Raises: ValueError: the output has another shape.
         """
         system, dtype = structure.system, self.dtype
         pos = system.pos if dtype is None else rounded_positions(system.pos, system.batch, dtype)
@@ -116,7 +118,7 @@ class Network:
     def parts(self, structure: Structure) -> dict[int, Tensor]:
         """Energy of each part, by level.
 
-        Raises: ValueError: a model that does not tell.
+        Raises: ValueError: the model does not provide it.
         """
         raise ValueError(
             f"{type(self.model).__name__} gives one energy per system and nothing below it; energies of parts "
@@ -129,7 +131,7 @@ class Network:
             output = output[0]
         short = isinstance(output, Tensor) and output.dim() > 0 and output.shape[0] < num_graphs
         if short and output.shape[0] == (int(system.batch[-1]) + 1 if len(system.batch) else 0):
-            # Other models see no graph beyond that of the last atom
+            # Other models do not know graphs after that of the last atom
             output = torch.cat([output, output.new_zeros(num_graphs - output.shape[0], *output.shape[1:])])
         if not isinstance(output, Tensor) or output.shape not in ((num_graphs,), (num_graphs, 1)):
             shape = list(output.shape) if isinstance(output, Tensor) else type(output).__name__
@@ -141,7 +143,8 @@ class Network:
 
 
 class OwnNetwork(Network):
-    """An :class:`~nbody_pyg.models.NBodyNet`, which subtracts positions in float64 and tells the energies of parts."""
+    """An :class:`~nbody_pyg.models.NBodyNet`, which subtracts positions in float64 and provides the energies of
+    parts."""
 
     model: NBodyNet
 
@@ -179,9 +182,10 @@ def network_of(model: nn.Module) -> Network:
 
 
 def check_states(model: nn.Module, frames: Iterable[Data], name: str = "frames") -> None:
-    """Raise unless the model knows charge and spin of every frame.
+    """Raise unless the model can use charge and spin of every frame.
 
-    Raises: ValueError: a state that cannot be, or that the model cannot use and was not trained at, naming the frame.
+    Raises: ValueError: an impossible value, or one that the model has no input for and that differs from its training
+    data; the message names the frame.
     """
     network = network_of(model)
     for number, frame in enumerate(frames):
@@ -192,7 +196,8 @@ def check_states(model: nn.Module, frames: Iterable[Data], name: str = "frames")
 
 
 def model_frames(model: nn.Module, frames: Sequence[Data], name: str = "frames") -> Sequence[Data]:
-    """The frames with those of the keys ``charge``, ``charges`` and ``spin`` that the model uses, in all or in none.
+    """The frames with those of the keys ``charge``, ``charges`` and ``spin`` that the model uses, in all frames or in
+    none.
 
     Raises: ValueError: as for :func:`check_states`.
     """
@@ -209,21 +214,21 @@ def model_frames(model: nn.Module, frames: Sequence[Data], name: str = "frames")
                 if key in frame:
                     del frame[key]
     frames = complete_states(frames, network.inputs)
-    # Frames of a file stay so: messages name the file and the numbers in it
+    # Keep Frames, because messages name the file and the numbers in it
     return given.replaced(frames) if frames is not given and hasattr(given, "replaced") else frames
 
 
 def _state_of(frame: Data) -> dict[str, Tensor | None]:
-    """Charge and spin of one frame, checked, float64; None for what it does not say."""
+    """Charge and spin of one frame, checked, float64; None for what it does not have."""
     charge, charges, spin = (frame.get(key) for key in ("charge", "charges", "spin"))
     like, batch = torch.zeros(0, dtype=torch.float64), torch.zeros(len(frame.z), dtype=torch.long)
     return {"charge": total_charge(batch, 1, charge, charges, like), "spin": spin_multiplicity(spin, 1, like)}
 
 
 def frame_states(frames: Iterable[Data]) -> dict[str, list[float]]:
-    """Charge and spin of every frame, each only where some frame says it; the others are neutral, or singlets.
+    """Charge and spin of every frame, each only if some frame has it; the others are neutral, or singlets.
 
-    Raises: ValueError: a wrong number of values, or one that cannot be.
+    Raises: ValueError: a wrong number of values, or an impossible value.
     """
     found: dict[str, list[float]] = {}
     for number, frame in enumerate(frames):
@@ -233,7 +238,7 @@ def frame_states(frames: Iterable[Data]) -> dict[str, list[float]]:
             raise ValueError(f"frame {number}: {error}") from None
         for key, value in state.items():
             if value is not None:
-                # A sum of thirds is whole
+                # A sum of thirds may be a whole number
                 found.setdefault(key, [DEFAULT_STATE[key]] * number).append(round(float(value), 6))
         for key, values in found.items():
             if len(values) == number:
@@ -242,10 +247,10 @@ def frame_states(frames: Iterable[Data]) -> dict[str, list[float]]:
 
 
 def learn_state(model: nn.Module, frames: Iterable[Data]) -> None:
-    """Check that a model can be trained on the charges and spins of some frames, and keep as ``model.assumed`` what all
-    of them have and the model has no input for.
+    """Check that a model can be trained on the charges and spins of some frames. Common values that the model has no
+    input for are stored as ``model.assumed``.
 
-    Raises: ValueError: frames that differ in what the model has no input for, naming two of them.
+    Raises: ValueError: frames differ in a value that the model has no input for; the message names two.
     """
     network = network_of(model)
     used, assumed = network.used, dict(network.assumed)

@@ -35,8 +35,8 @@ class Potential(Float64Buffers):
             \Big[\frac{\partial}{\partial \epsilon} E(r(1+\epsilon), C(1+\epsilon))\Big]_{\epsilon=0}
 
     with a symmetric strain; the sign of the stress is ASE's (positive when the system pulls inwards). V is the
-    repulsion of nuclei nearer than a bond, :class:`~nbody_pyg.nn.repulsion.ZBLRepulsion`. :math:`E_t` are terms of your
-    own. :meth:`evaluate` sums all terms, and is the only place that differentiates the energy.
+    repulsion of nuclei nearer than a bond, :class:`~nbody_pyg.nn.repulsion.ZBLRepulsion`. :math:`E_t` are your terms.
+    :meth:`evaluate` sums all terms and is the only place that differentiates the energy.
 
     ========================  =======================  =====================================================
     key of the result         shape, unit              dtype
@@ -53,18 +53,18 @@ class Potential(Float64Buffers):
             it, as PyG's SchNet, DimeNet++ and ViSNet do. Arguments named ``cell``, ``pbc``,
             ``topology``, ``charge``, ``charges`` and ``spin`` are filled when the model's forward has them.
         reference: energies of the isolated atoms, as a module or as the dict that makes one, or None.
-        scale: multiplies the output of the model.
-        repulsion: "zbl", a repulsion of one's own, or None; "auto" is "zbl" for an :class:`NBodyNet` of the
-            practical preset that gives energies, and None for every other model. Training takes the reach of the
+        scale: factor of the output of the model.
+        repulsion: "zbl", your own repulsion module, or None; "auto" is "zbl" for an :class:`NBodyNet` of the
+            practical preset that gives energies, and None for every other model. Training sets the range of the
             repulsion from its frames: ``ZBLRepulsion.from_frames``.
         terms: further terms of the energy, each an :class:`~nbody_pyg.energy.EnergyTerm` (docs/extending.md).
 
-    Positions come in any floating dtype. An :class:`NBodyNet` subtracts them in float64 and rounds the vectors, so that
-    its results do not depend on where a system lies. Any other model subtracts by itself: where its weights are
-    narrower than the positions it is given them from the mean of each graph, which changes nothing for a model that
-    knows no place in space.
+    Positions may have any floating dtype. An :class:`NBodyNet` subtracts them in float64 and rounds the vectors, so its
+    results do not depend on the origin. Any other model subtracts positions itself. If its weights have a lower
+    precision than the positions, it gets positions relative to the mean of each graph; this does not change a
+    translation-invariant model.
 
-    Smoothness: that of the model; the repulsion has two continuous derivatives where it ends.
+    Smoothness: that of the model; the repulsion has two continuous derivatives at its end.
     Cost: one forward and one backward pass of the model; forces and stress share the backward pass.
 
     Raises:
@@ -117,14 +117,14 @@ class Potential(Float64Buffers):
         return repulsion
 
     def reset_parameters(self) -> None:
-        """Draw all weights anew. Reference energies, scale and repulsion are of the data, and stay."""
+        """Initialise all weights again. Reference energies, scale and repulsion belong to the data and are kept."""
         for module in (self.model, *self.terms):
             reset(module)
 
     @property
     def network(self) -> Network:
-        """What is known of the model."""
-        if self._network.model is not self.model:  # somebody has put another one in its place
+        """The model with its optional attributes."""
+        if self._network.model is not self.model:  # the model was replaced
             self._network = network_of(self.model)
         return self._network
 
@@ -135,17 +135,17 @@ class Potential(Float64Buffers):
 
     @property
     def scheme(self) -> Scheme | None:
-        """The scheme of the model, where it has one."""
+        """The scheme of the model, or None."""
         return self.network.scheme
 
     @property
     def species(self) -> tuple[int, ...] | None:
-        """Atomic numbers that the model knows, else those with a reference energy; None where neither names them."""
+        """Atomic numbers that the model knows, else those with a reference energy, else None."""
         known = self.network.species
         return self.reference.species if known is None and self.reference is not None else known
 
     def interactions(self) -> Iterator[EnergyTerm]:
-        """The terms beside the network that depend on positions: the repulsion, and those of one's own."""
+        """The terms beside the network that depend on positions: the repulsion and the user's terms."""
         if self.repulsion is not None:
             yield self.repulsion
         yield from self.terms
@@ -175,10 +175,10 @@ class Potential(Float64Buffers):
         Works inside ``torch.no_grad()``. A topology that the model's scheme stored on the data is used.
 
         Args:
-            charge: total charge of each graph, e; None is neutral, or what the model was trained at.
-            charges: formal charges of the atoms, e; of models that take none only their sum counts.
-            spin: multiplicity 2S + 1 of each graph; None is a singlet, or what the model was trained at.
-            batch_size: number of graphs, where the last ones may hold no atom (a Batch knows it). The energy of a graph
+            charge: total charge of each graph, e; None: neutral, or the value of the training data.
+            charges: formal charges of the atoms, e; models without this input use their sum.
+            spin: multiplicity 2S + 1 of each graph; None: a singlet, or the value of the training data.
+            batch_size: number of graphs, needed if the last ones have no atoms (a Batch has it). The energy of a graph
                 without atoms is 0.
             compute_forces: add ``forces``.
             compute_stress: add ``stress``; needs a periodic cell.
@@ -186,7 +186,7 @@ class Potential(Float64Buffers):
                 Without it, results are detached and memory is that of one backward pass.
 
         Raises:
-            TypeError: z or batch not integer, pos not floating, pos given beside a Data.
+            TypeError: z or batch not integer, pos not floating, pos given together with a Data.
             ValueError: wrong shapes, lengths that differ, NaN positions, batch not sorted, an element without
                 a reference energy, a periodic cell with a model that has no ``cell`` argument, a charge or spin that
                 the model cannot use, stress without a cell, an output that is not one energy per graph.
@@ -208,15 +208,16 @@ class Potential(Float64Buffers):
         directions: Float[Tensor, "directions atoms 3"] | None = None,
         lists: Lists | None = None,
     ) -> dict[str, Tensor]:
-        """The energy of a system and its derivatives; what else differentiates by positions calls this.
+        """The energy of a system and its derivatives.
 
-        It asks for no value where a program is recorded: nothing is checked there.
+        All derivatives with respect to positions are computed here. It reads no value of a tensor while a program is
+        recorded, so nothing is checked then.
 
         Args:
             system: as :meth:`system` gives it.
             forces, stress, create_graph: as for :meth:`forward`.
-            directions: add ``hessian_products``, [directions, atoms, 3]: products of the Hessian with these.
-            lists: neighbour lists of terms that are known already, by cutoff.
+            directions: add ``hessian_products``, [directions, atoms, 3]: products of the Hessian with these vectors.
+            lists: neighbour lists of terms that exist already, by cutoff.
         """
         dtype, second = self.dtype or system.pos.dtype, directions is not None
         derivative = forces or stress or second
@@ -270,12 +271,12 @@ class Potential(Float64Buffers):
         batch: Int[Tensor, " atoms"] | None = None,
         **given: Any,
     ) -> EnergyParts:
-        """What each part of the hierarchy contributes to the energy; see :class:`EnergyParts`.
+        """Contribution of each part of the hierarchy to the energy; see :class:`EnergyParts`.
 
         Args:
             given: cell, pbc, topology, charge, charges, spin and batch_size, as for :meth:`forward`.
 
-        Raises: ValueError: a model that does not say, such as one that is not an :class:`NBodyNet`.
+        Raises: ValueError: the model does not provide them, for example because it is not an :class:`NBodyNet`.
         """
         structure = self.network.structure(self.system(z, pos, batch, **given))
         parts = self.network.parts(structure)
@@ -305,7 +306,7 @@ class Potential(Float64Buffers):
 
         .. math:: (H v)_i = \sum_j \frac{\partial^2 E}{\partial r_i \partial r_j} v_j
 
-        Costs about two evaluations of the forces, whatever the number of atoms. Unit: eV/A^2 times that of
+        Costs about two evaluations of the forces, for any number of atoms. Unit: eV/A^2 times that of
         ``vector``.
 
         Args:
@@ -322,7 +323,7 @@ class Potential(Float64Buffers):
     ) -> Float[Tensor, "coordinates coordinates"]:
         """Second derivatives of the energy of one system, [3 num_atoms, 3 num_atoms], eV/A^2.
 
-        Built row by row from one graph: memory of a force evaluation with its graph, not of 3N of them.
+        Built row by row from one graph: it needs the memory of one force evaluation with its graph, not of 3N.
 
         Args:
             given: cell, pbc, topology, charge, charges and spin, as for :meth:`forward`.
@@ -341,7 +342,7 @@ class Potential(Float64Buffers):
     def system(
         self, z: Tensor | Data | System, pos: Tensor | None = None, batch: Tensor | None = None, **given: Any
     ) -> System:
-        """The checked system of a call, with what the model uses of charge and spin; nothing is differentiated here.
+        """The checked system of a call, with the charge and spin that the model uses; nothing is differentiated here.
 
         Args:
             given: cell, pbc, topology, charge, charges, spin and batch_size, as for :meth:`forward`.
@@ -367,9 +368,9 @@ class Potential(Float64Buffers):
 
 
 def _energies(term: EnergyTerm, structure: Structure) -> Float[Tensor, " atoms"]:
-    """What a term gives.
+    """The output of a term.
 
-    Raises: ValueError: another shape than one energy per atom.
+    Raises: ValueError: its shape is not one energy per atom.
     """
     energies = term(structure)
     if not isinstance(energies, Tensor) or energies.shape != structure.z.shape:
@@ -384,7 +385,7 @@ def _energies(term: EnergyTerm, structure: Structure) -> Float[Tensor, " atoms"]
 def _volume(system: System) -> Float[Tensor, " graphs"]:
     """Volume of each cell.
 
-    Raises: ValueError: a system without a cell, or one without a volume.
+    Raises: ValueError: a system without a cell, or a cell without volume.
     """
     volume: Tensor | None = None
     if system.cell is not None:
@@ -400,14 +401,14 @@ def _volume(system: System) -> Float[Tensor, " graphs"]:
 
 
 def parameter_gradients(loss: Tensor, parameters: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Gradients of a loss; unlike ``loss.backward()`` it leaves ``.grad`` alone and calls no hook."""
+    """Gradients of a loss; unlike ``loss.backward()`` it does not change ``.grad`` and calls no hooks."""
     return torch.autograd.grad(loss, list(parameters), allow_unused=True, materialize_grads=True)
 
 
 def _gradient(
     value: Tensor, inputs: list[Tensor], create_graph: bool = False, retain_graph: bool = False
 ) -> Sequence[Tensor]:
-    """Derivative of a scalar; zeros, not None, where it does not depend on an input (an atom on its own)."""
+    """Derivative of a scalar; zeros, not None, where it does not depend on an input (an isolated atom)."""
     if not value.requires_grad:
         return tuple(torch.zeros_like(x) for x in inputs)
     return torch.autograd.grad(

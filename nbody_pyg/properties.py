@@ -1,4 +1,4 @@
-"""Properties beside energies: scalars, dipoles, polarizabilities, read off a network in the right way for each."""
+"""Properties beside energies: scalars, dipoles and polarizabilities, each with its own readout."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from nbody_pyg.nn.edges import sum_into
 from nbody_pyg.nn.irreps import clebsch_gordan, reset
 from nbody_pyg.system import System
 
-#: Readout -> (scalars, vectors, tensors of degree 2) that it takes from every part, and the shape of its value.
+#: Readout -> (scalars, vectors, tensors of degree 2) that it uses from every part, and the shape of its value.
 READOUTS: Mapping[str, tuple[tuple[int, int, int], tuple[int, ...]]] = {
     "extensive": ((1, 0, 0), ()),
     "intensive": ((1, 0, 0), ()),
@@ -34,10 +34,10 @@ READOUTS: Mapping[str, tuple[tuple[int, int, int], tuple[int, ...]]] = {
 
 @dataclass(frozen=True)
 class Property:
-    r"""What is learned: the key of the label, how it is read off the parts, its unit, its weight in the loss.
+    r"""A property to learn: key of the label, readout, unit, and weight in the loss.
 
     ====================  ==============================================================  ==============
-    ``readout``           value, from what each part i gives                              type of a part
+    ``readout``           value, from the outputs of part i                                 type of a part
     ====================  ==============================================================  ==============
     ``extensive``         :math:`\sum_i a_i`                                              0e
     ``intensive``         :math:`\frac1N \sum_i a_i`, the mean over the atoms             0e
@@ -54,7 +54,7 @@ class Property:
         name: key of the label on the frames, of shape [1], [1, 3] or [1, 3, 3].
         readout: one of the table.
         unit: of the label, for tables; nothing is converted.
-        weight: in the loss, where several properties are learned at once.
+        weight: in the loss, if several properties are learned together.
 
     Raises: ValueError: unknown readout, a weight that is not positive.
     """
@@ -77,7 +77,7 @@ class Property:
 
 
 def property_irreps(properties: Sequence[Property]) -> o3.Irreps:
-    """The ``irreps_out`` of a network that gives what all these readouts need.
+    """The ``irreps_out`` of a network that provides the inputs of all these readouts.
 
     >>> property_irreps([Property("dipole", "dipole"), Property("alpha")])
     2x0e+1x1o
@@ -88,7 +88,7 @@ def property_irreps(properties: Sequence[Property]) -> o3.Irreps:
 
 @dataclass(frozen=True)
 class Statistics:
-    """What is taken off a label before it is learned: a mean, a value per element, and the scale of the rest.
+    """What is subtracted from a label before it is learned (a mean, a value per element), and the scale of the rest.
 
     ``spread`` (for "r2") is a value per element for each squared distance from the centre of mass.
     """
@@ -110,11 +110,11 @@ class PropertyModel(nn.Module):
         model: an :class:`~nbody_pyg.models.NBodyNet` of type :func:`property_irreps`; or any
             ``model(z, pos, batch)`` that returns one number per graph, for one scalar property.
         properties: what it learns.
-        statistics: by the name of the property; none for what is learned as it is.
+        statistics: by the name of the property; none if its label is learned unchanged.
 
-    Raises: ValueError: a network of another type, two properties of one name, a readout that the model cannot
-        give, in forward: a periodic system where distances from the centre of mass are needed, a charge or spin that
-        the model cannot use.
+    Raises: ValueError: a network of another type, two properties of one name, a readout that the model cannot provide;
+    in forward: a periodic system for a readout with distances from the centre of mass, a charge or spin that the model
+    cannot use.
 
     Example:
         >>> wanted = [Property("dipole", "dipole", "e*angstrom")]
@@ -151,7 +151,7 @@ class PropertyModel(nn.Module):
             )
 
     def reset_parameters(self) -> None:
-        """Draw the weights of the network anew. The statistics are of the data, and stay."""
+        """Initialise the weights of the network again. The statistics belong to the data and are kept."""
         reset(self.model)
 
     @property
@@ -161,12 +161,12 @@ class PropertyModel(nn.Module):
 
     @property
     def species(self) -> tuple[int, ...] | None:
-        """Atomic numbers that the network knows, where it says so."""
+        """Atomic numbers that the network knows, or None."""
         return self.network.species
 
     @property
     def scheme(self) -> Scheme | None:
-        """The scheme of the network, where it has one."""
+        """The scheme of the network, or None."""
         return self.network.scheme
 
     def forward(self, data: Data) -> dict[str, Tensor]:
@@ -233,7 +233,7 @@ class PropertyModel(nn.Module):
         mass = atomic_masses(system.z, torch.float64).unsqueeze(-1)
         total = sum_into(mass * system.pos.double(), system.batch, system.num_graphs)
         whole = sum_into(mass, system.batch, system.num_graphs)
-        return total / torch.where(whole > 0, whole, torch.ones_like(whole))  # a graph may hold no atom
+        return total / torch.where(whole > 0, whole, torch.ones_like(whole))  # a graph may have no atoms
 
     def _restored(self, p: Property, raw: Tensor, system: System, centre: Tensor) -> Tensor:
         """Scale, mean and the values of the elements, in float64."""
@@ -312,7 +312,7 @@ def fit_statistics(frames: Sequence[Data], wanted: Property) -> Statistics:
             row.append((which * arm.square().sum(-1, keepdim=True)).sum(0))
         rows.append(torch.cat(row))
     design = torch.stack(rows)
-    # Least norm, so that compositions that leave elements open get no wild values.
+    # Least norm, so that elements that the compositions do not determine get moderate values.
     solution = torch.linalg.lstsq(design, label.unsqueeze(-1), driver="gelsd").solution.squeeze(-1)
     scale = float((label - design @ solution).std(correction=0)) or 1.0
     parts = solution.split(len(species))

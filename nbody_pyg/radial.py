@@ -1,7 +1,7 @@
 """Radial functions: smooth windows and bases of functions of a distance.
 
-Windows live in the hierarchy (it owns every cutoff); the bases here only have a length scale, so that a
-gate can be moved between edge sets without changing where its messages end.
+The hierarchy applies the windows, because all cutoffs belong to it. A basis only has a length scale, so a gate can be
+used on another edge set without changing the cutoff of its messages.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ EXPONENTS = range(3, 13)
 
 
 def smooth_cutoff(r: Float[Tensor, " edges"], cutoff: float, exponent: int = 6) -> Float[Tensor, " edges"]:
-    r"""Polynomial window that is 1 at 0 and leaves with two continuous derivatives at ``cutoff``.
+    r"""Polynomial window that is 1 at 0 and goes to 0 at ``cutoff`` with two continuous derivatives.
 
     .. math:: f(x) = 1 - \tfrac{(p+1)(p+2)}{2} x^p + p (p+2)\, x^{p+1} - \tfrac{p (p+1)}{2} x^{p+2}, \quad
               x = r / r_c, \quad f(x \ge 1) = 0
 
-    Source: the envelope of DimeNet (arXiv:2003.03123). A large p keeps neighbours whole nearly up to the cutoff; p = 3,
-    which is 1 minus the quintic step, lets them fade from the start: near atoms weigh more in all that is learned.
+    Source: the envelope of DimeNet (arXiv:2003.03123). A large p keeps the weight of neighbours near 1 almost up to the
+    cutoff. p = 3, which is 1 minus the quintic step, decays from the start, so near atoms have a larger weight.
 
     Args:
         r: distances, angstrom.
@@ -70,7 +70,7 @@ def quintic_step(t: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
 
     .. math:: S(t) = t^3 (10 - 15 t + 6 t^2), \qquad 1 - S(t) = S(1 - t)
 
-    Take :math:`S(1 - t)` for a step downwards: it keeps its full relative precision where it vanishes.
+    Use :math:`S(1 - t)` for a step downwards: it has full relative precision where it vanishes.
     """
     t = t.clamp(0.0, 1.0)
     return t * t * t * (10.0 + t * (6.0 * t - 15.0))
@@ -85,8 +85,8 @@ def plateau_window(r: Float[Tensor, " edges"], inner: float, outer: float) -> Fl
 
     Args:
         r: distances, angstrom.
-        inner: where it begins to fall, angstrom.
-        outer: where it ends, angstrom, > ``inner``.
+        inner: radius at which it starts to decay, angstrom.
+        outer: radius at which it is 0, angstrom, > ``inner``.
 
     Smoothness: C2. Raises: ValueError: not 0 <= ``inner`` < ``outer``.
     """

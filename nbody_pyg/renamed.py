@@ -11,7 +11,7 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def renamed(**names: str) -> Callable[[Function], Function]:
-    """Take arguments by their old names too, as in ``@renamed(degree="avg_num_neighbors")``.
+    """Accept arguments by their old names too, as in ``@renamed(degree="avg_num_neighbors")``.
 
     Raises: TypeError: both names in one call.
     """

@@ -1,4 +1,4 @@
-"""required: a value that the caller knows to be there."""
+"""required: a value that the caller knows is not None."""
 
 from __future__ import annotations
 

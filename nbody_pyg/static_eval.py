@@ -1,4 +1,4 @@
-"""What compiled programs and CUDA graphs share: a system as a list of tensors, and its evaluation without a check."""
+"""Shared by compiled programs and CUDA graphs: a system as a list of tensors, and evaluation without checks."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ TOLERANCE = {torch.float32: 2e-4, torch.float64: 1e-9}
 
 @dataclass(frozen=True)
 class Layout:
-    """How a list of tensors stands for a system: for each field the number of its tensor, or None.
+    """How a list of tensors represents a system: for each field the number of its tensor, or None.
 
     ``fields``: z, batch, cell, pbc, numbers of the elements, periodic, then num_parts, batch, child_index, child_shift,
     pair_index, pair_shift level by level, then index and shift of each list of ``cutoffs``. Fields that share a tensor
@@ -48,14 +48,14 @@ class Layout:
 def recordable(
     potential: Potential, stress: bool, z: Any, pos: Any = None, batch: Any = None, **keywords: Any
 ) -> System | None:
-    """The checked system of a call; None where a recorded program cannot follow its energy.
+    """The checked system of a call; None if a recorded program cannot compute its energy.
 
-    That is charges, spins, long range and survivors: the weights of :class:`~nbody_pyg.hierarchy.SmoothSurvivors` leave
-    out what is zero at these positions, so that the number of their terms is a value. It is also a term that does not
-    know all elements of the network, and a stress without a cell, of which eager mode tells.
+    This is so for charges, spins, long range, and :class:`~nbody_pyg.hierarchy.SmoothSurvivors`, whose number of
+    nonzero weights depends on the positions. It is also so for a term that does not know all elements of the network,
+    and for a stress without a cell, for which eager mode raises the error.
     """
     system = potential.system(z, pos, batch, **{key: keywords.get(key) for key in MODEL_INPUTS})
-    # By the scheme as well: where there is no topology yet, the search for one is left to eager mode
+    # The scheme is checked too: if there is no topology yet, eager mode searches for one
     centre = () if system.topology is None else system.topology.centre
     survivors = isinstance(potential.scheme, SmoothSurvivors) or any(index is not None for index in centre)
     charged = any(value is not None for value in (system.total_charge, system.formal_charges, system.spin))
@@ -91,7 +91,7 @@ def flatten(potential: Potential, system: System, stress: bool) -> tuple[list[Te
 
 
 def check_edges(topology: Topology) -> None:
-    """Compiled code follows edges wherever they lead.
+    """Check the indices of edges, because compiled code does not.
 
     Raises: ValueError: an edge that points outside of its levels.
     """
@@ -105,7 +105,7 @@ def check_edges(topology: Topology) -> None:
 
 
 def evaluate(potential: Potential, layout: Layout, create_graph: bool, tensors: Sequence[Tensor]) -> list[Tensor]:
-    """The results of the potential, as ``layout.results`` names them. No value is looked at: no wait for a GPU."""
+    """The results of the potential, as ``layout.results`` names them. No value is read, so nothing waits for a GPU."""
     count, tail = layout.levels, -2 * len(layout.cutoffs) or None
     values: list[Any] = [None if n is None else tensors[n] for n in layout.fields]
     z, batch, cell, pbc, index, periodic, *fields = values
@@ -127,16 +127,16 @@ def check_same(
 ) -> None:
     """Compare results with those of eager mode, and the gradients of a loss on them by some parameters.
 
-    The comparison of gradients uses up the graphs of both.
+    The comparison of gradients frees the graphs of both.
 
     Raises: ArithmeticError: a relative difference above :data:`TOLERANCE`.
     """
-    names = [name for name in found if name != "energy"]  # that holds constants, beside which errors look small
+    names = [name for name in found if name != "energy"]  # it includes constants, relative to which errors look small
     pairs = [(found[name], wanted[name]) for name in names]
     if parameters:
         losses = [sum(value.square().sum() for value in column) for column in zip(*pairs, strict=True)]
         pairs += zip(*(parameter_gradients(loss, parameters) for loss in losses), strict=True)
-    # As a tensor, in which NaN stays NaN
+    # As a tensor, so that NaN is kept
     error = float(torch.tensor([_relative(a.detach(), b.detach()) for a, b in pairs]).max())
     if not error <= TOLERANCE[dtype]:
         raise ArithmeticError(f"results differ from eager mode by {error:.1e} of their largest number")

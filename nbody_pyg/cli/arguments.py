@@ -1,4 +1,4 @@
-"""Words of the command line as checked values."""
+"""Parse and check values of the command line."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-#: Exit status of wrong arguments, as argparse has it.
+#: Exit status of wrong arguments, the same as argparse's.
 WRONG = 2
 
 
 class WrongArgument(ValueError):
-    """A value that this machine or this command does not know; ends with the exit status of wrong arguments."""
+    """An argument that this machine or this command does not support; the exit status is ``WRONG``."""
 
 
 def whole(text: str) -> int:
-    """A whole number, also as 1e4."""
+    """A whole number; 1e4 is allowed."""
     try:
         value = float(text)
         if value.is_integer():
@@ -38,7 +38,7 @@ def _number(text: str) -> float:
 
 def _bounded(read: Callable[[str], Any], zero: bool) -> Callable[[str], Any]:
     def check(text: str) -> Any:
-        """The number, if it is not below 0; 0 itself only where it is allowed."""
+        """The number, if it is positive, or zero where that is allowed."""
         if (value := read(text)) < 0 or (value == 0 and not zero):
             raise argparse.ArgumentTypeError(f"must be {'zero or ' if zero else ''}positive, got {text}")
         return value
@@ -51,9 +51,9 @@ positive_number, number_not_negative = _bounded(_number, False), _bounded(_numbe
 
 
 def require_device(name: Any) -> None:
-    """Say at once when a device is not there, before anything is read.
+    """Check that a device exists before anything is read.
 
-    Raises: WrongArgument: with those that are.
+    Raises: WrongArgument: it does not; the message lists those that do.
     """
     import torch
 

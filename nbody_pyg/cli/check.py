@@ -1,4 +1,4 @@
-"""nbody check: the physics of a trained model, line by line, with a verdict."""
+"""nbody check: test the physics of a trained model."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from nbody_pyg.deploy import read_metadata
 from nbody_pyg.deploy.model_file import load_potential
 from nbody_pyg.testing import Check, check_potential
 
-#: Exit status when a check failed; 1 and 2 are errors of the input and of the arguments.
+#: Exit status when a check failed; 1 is an error in the input, 2 wrong arguments.
 FAILED = 3
 
 
@@ -54,14 +54,14 @@ def _line(line: Check) -> None:
 
 
 def _frames(args: argparse.Namespace, metadata: dict[str, Any]) -> tuple[list[AtomicData] | None, str]:
-    """Structures to test on: those named, else the one that training left in the file, else none."""
+    """Structures to test on: those given, else the one stored in the model file, else None."""
     if args.frames is not None:
         frames = read_structures(args.frames)
         step = max(1, len(frames) // 3)
         return frames[::step][:3], f"{args.frames} (every {step}th of {len(frames)})"
     sample = metadata.get("sample") or metadata.get("reference")
     if sample is None:
-        return None, "random molecules; name some with --frames for tests where the model will be used"
+        return None, "random molecules; give structures of your application with --frames"
     frame = AtomicData(z=torch.tensor(sample["z"]), pos=torch.tensor(sample["pos"], dtype=torch.float64))
     if sample.get("cell") is not None:
         frame.cell = torch.tensor(sample["cell"], dtype=torch.float64).reshape(1, 3, 3)
@@ -69,4 +69,4 @@ def _frames(args: argparse.Namespace, metadata: dict[str, Any]) -> tuple[list[At
     for key in ("charge", "charges", "spin"):
         if key in sample:
             frame[key] = torch.tensor(sample[key], dtype=torch.float64)
-    return [frame], "the training frame that the model file holds; others by --frames"
+    return [frame], "the training frame stored in the model file; choose others with --frames"

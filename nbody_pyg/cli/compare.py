@@ -1,4 +1,4 @@
-"""nbody compare: our network and its peers, or variants of it, under one protocol."""
+"""nbody compare: train our network and other models, or variants of it, under one protocol."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def compare(path: str | None, words: Sequence[str] = ()) -> int:
     if config.report:
         records = load_records(out)
         if not records:
-            raise FileNotFoundError(f"no finished run in {out}; leave --report away to run the comparison")
+            raise FileNotFoundError(f"no finished run in {out}; leave --report out to run the comparison")
         return _show(Outcome([r for r in records if _is(r, "search")], [r for r in records if _is(r, "final")]), out)
     _check(config)
     runner = Runner(out, config.python, config.isolate, lambda line: print(line, flush=True), config.timeout)
@@ -55,7 +55,7 @@ def compare(path: str | None, words: Sequence[str] = ()) -> int:
 
 
 def _check(config: CompareConfig) -> None:
-    """Find mistakes before the first run, not when the turn of a model comes."""
+    """Find mistakes in the settings of all models before the first run."""
     if (device := config.training.get("device")) not in (None, "auto"):
         require_device(device)
     for name, python in config.python.items():
@@ -73,7 +73,7 @@ def _is(record: dict[str, Any], purpose: str) -> bool:
 
 
 def _show(outcome: Outcome, out: Path) -> int:
-    """Print the tables, write them with the records and plots."""
+    """Print the tables; write them, the records and the plots."""
     out.mkdir(parents=True, exist_ok=True)
     records = {"searches": outcome.searches, "finals": outcome.finals, "missing": outcome.missing}
     _keep_others(records, out)
@@ -81,14 +81,14 @@ def _show(outcome: Outcome, out: Path) -> int:
     plots: list[str] = []
     if outcome.searches:
         head, rows = search_rows(outcome.searches)
-        title = "Search: MAE on the validation frames, of forces (meV/A) where nothing else is said"
+        title = "Search: MAE on the validation frames, of forces (meV/A) unless stated"
         print(f"\n{title}\n{aligned(head, rows, range(2, len(head)))}")
         page += [f"### {title}", markdown(head, rows)]
     for group in groups(outcome.finals):
         head, rows = comparison_rows(group)
         lines = verdicts(group)
         if not group.tests and any(record["status"] != "failed" for row in group.rows for record in row.records):
-            lines.append("no test frames, and so no errors: name some with data.test, or set data.num_train")
+            lines.append("no test frames, so no errors: give some with data.test, or set data.num_train")
         print(f"\n{group.title}\n{aligned(head, rows, range(2, len(head)))}\n")
         print(*(f"  {line}" for line in lines), sep="\n")
         page += [f"### {group.title}", markdown(head, rows), *(f"- {line}" for line in lines)]
@@ -108,7 +108,7 @@ def _show(outcome: Outcome, out: Path) -> int:
 
 
 def _keep_others(records: dict[str, Any], out: Path) -> None:
-    """Tables of runs that are not among these keep their place under another name."""
+    """Rename earlier tables if they hold runs that are not among these."""
 
     def runs(found: Any) -> set[str]:
         each = [*found["searches"], *found["finals"]]
@@ -118,7 +118,7 @@ def _keep_others(records: dict[str, Any], out: Path) -> None:
         before = runs(json.loads((out / "results.json").read_text(encoding="utf-8")))
     except FileNotFoundError:
         return
-    except (ValueError, KeyError, TypeError):  # damaged, or somebody else's
+    except (ValueError, KeyError, TypeError):  # damaged, or written by another program
         before = {"unknown"}
     if before <= runs(json.loads(json.dumps(records, default=float))):
         return
@@ -132,7 +132,7 @@ def _keep_others(records: dict[str, Any], out: Path) -> None:
 
 def _draw(group: Group, out: Path, taken: Sequence[str]) -> list[str]:
     stem = f"{group.dataset}-{group.limit}".replace(" ", "")
-    # Two groups may have the same frames and limit by name
+    # Two groups may have the same names of frames and limit
     ends = itertools.chain([""], (f"-{n}" for n in itertools.count(1)))
     end = next(e for e in ends if f"curves-{stem}{e}.png" not in taken)
     names = [f"{kind}-{stem}{end}.png" for kind in ("curves", "pareto")]

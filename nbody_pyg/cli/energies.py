@@ -1,4 +1,4 @@
-"""nbody energies: the energy of a structure by the parts of its hierarchy."""
+"""nbody energies: energy of each part of the hierarchy of a structure."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def energies(args: argparse.Namespace) -> int:
         if not -len(frames) <= index < len(frames):
             raise ValueError(f"index must lie in 0..{len(frames) - 1} ({args.file}), got {index}")
         frame = frames[index]
-        # The first frame's parts for both, so that they can be compared.
+        # Both frames use the parts of the first, so that they can be compared.
         first = frames[args.index]
         if not torch.equal(first.z, frame.z):
             raise ValueError(
@@ -62,7 +62,7 @@ def energies(args: argparse.Namespace) -> int:
 
 
 def _tree(scheme: Scheme, metadata: dict[str, Any], first: AtomicData, frame: AtomicData) -> Topology:
-    """Parts of the training molecule where the model has one, else those of the first frame, at the positions here."""
+    """Parts of the reference molecule if the model has one, else of ``first``, at the positions of ``frame``."""
     tree = reference_topology(metadata, scheme, frame.z.tolist(), is_periodic(frame.get("pbc")))
     if tree is None:
         tree = scheme.compose(System.from_data(first))

@@ -1,4 +1,4 @@
-"""nbody evaluate: errors of one or several models, parity plots and predictions."""
+"""nbody evaluate: errors, parity plots and predictions of one or several models."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ Found = TypeVar("Found", Evaluation, PropertyEvaluation)
 
 @dataclass
 class EvaluationSet:
-    """The frames of a file that could be read; ``odd`` says of the others, by number, what is wrong with them."""
+    """The frames of a file that could be read; ``odd`` maps the numbers of the others to their errors."""
 
     frames: Frames
     total: int
@@ -55,7 +55,7 @@ class EvaluationSet:
 
 @dataclass
 class Result:
-    """What a model made of a set: predictions for ``frames``, and why the ``odd`` ones have none."""
+    """Predictions of a model for ``frames``; ``odd`` maps the numbers of the other frames to their errors."""
 
     frames: Frames
     found: Evaluation | PropertyEvaluation
@@ -129,7 +129,7 @@ def _known(result: Result) -> bool:
 
 
 def _tell(name: str, data: EvaluationSet, result: Result, model: str) -> None:
-    """Every frame that was left out, with its reason."""
+    """Report every frame that was left out, with its reason."""
     for number, reason in sorted(result.odd.items()):
         where = "" if reason.startswith("frame ") else f"frame {number} of {Path(data.frames.name).name or name}: "
         print(f"left out{f' for {model}' if model else ''}: {where}{reason}", file=sys.stderr)
@@ -138,7 +138,7 @@ def _tell(name: str, data: EvaluationSet, result: Result, model: str) -> None:
 
 
 def _uses(models: Sequence[str], sets: Mapping[str, Sequence[Data]]) -> dict[str, str]:
-    """What the models do with the charges and spins that the frames have; none where they have none."""
+    """How the models use the charges and spins of the frames."""
     told = {key for frames in sets.values() for key in frame_states(frames)}
     configs = [read_metadata(path)["model"].get("config") or {} for path in models]
     taken = [{*(c.get("inputs") or ()), *(["charge"] if c.get("long_range") else [])} for c in configs]
@@ -169,7 +169,7 @@ def _read(path: str, args: argparse.Namespace) -> EvaluationSet:
 
 
 def _evaluate(potential: Potential | PropertyModel, data: EvaluationSet, path: str, args: argparse.Namespace) -> Result:
-    """Predictions for all frames that the model takes."""
+    """Predictions for all frames that the model accepts."""
 
     def run(frames: Frames) -> Evaluation | PropertyEvaluation:
         frames = frames.replaced(with_reference(frames, path, potential.scheme))
@@ -182,7 +182,7 @@ def _evaluate(potential: Potential | PropertyModel, data: EvaluationSet, path: s
 
 
 def _without_odd(frames: Frames, run: Callable[[Frames], Any]) -> tuple[Frames, Any, dict[int, str]]:
-    """What ``run`` gives for the frames that it takes one by one, and the reasons why not for the others."""
+    """Result of ``run`` for the frames that it accepts, and the errors of the others."""
     try:
         return frames, run(frames), {}
     except ValueError as error:
@@ -195,7 +195,7 @@ def _without_odd(frames: Frames, run: Callable[[Frames], Any]) -> tuple[Frames, 
             good.append(place)
         except ValueError as error:
             odd[number] = str(error).removeprefix(f"frame 0 of {frames.name or 'frames'}: ")  # 0 of one frame
-    if not good or not odd:  # all of them, or none by itself: the fault is not in single frames
+    if not good or not odd:  # all frames fail, or none alone: the error does not belong to single frames
         raise whole
     chosen = frames.select(good)
     return chosen, run(chosen), odd
@@ -203,14 +203,14 @@ def _without_odd(frames: Frames, run: Callable[[Frames], Any]) -> tuple[Frames, 
 
 # -- names ---------------------------------------------------------------------------------------------------
 def distinct_names(paths: Sequence[str]) -> dict[str, str]:
-    """A short name for each path: the file without its ending, with as many folders as tell it from the others.
+    """A short name for each path: the file name without suffix, with as many parent folders as make it unique.
 
-    Raises: ValueError: one file twice.
+    Raises: ValueError: a file is given twice.
     """
     whole = {path: path if _is_embedded(path) else os.path.normpath(os.path.abspath(path)) for path in paths}
     for number, path in enumerate(paths):
         if whole[path] in [whole[other] for other in paths[:number]]:
-            raise ValueError(f"{path} is named twice; name each file once")
+            raise ValueError(f"{path} is given twice; give each file once")
     forms = {path: _forms(path, whole[path]) for path in paths}
     names = {path: forms[path][0] for path in paths}
     for step in range(1, max(map(len, forms.values()))):
@@ -231,7 +231,7 @@ def _forms(path: str, whole: str) -> list[str]:
 
 
 class OutputFiles:
-    """The files that a command writes into its folder: each whole, none twice, none over an input."""
+    """The files that a command writes into its folder: atomically, under distinct names, never over an input."""
 
     def __init__(self, folder: Path, inputs: Sequence[str]) -> None:
         self.folder = folder
@@ -239,11 +239,11 @@ class OutputFiles:
         self._inputs = {os.path.realpath(path) for path in inputs}
 
     def open(self, *words: str) -> Any:
-        """A file named after the words, which is there when the context ends.
+        """Context manager of a file named after the words; it appears when the context ends.
 
-        Raises: ValueError: it would take the place of an input of this command.
+        Raises: ValueError: it would replace an input of this command.
         """
-        # Folders of a name must lead nowhere.
+        # A name must not lead into another folder.
         plain = "_".join(re.sub(r"[^\w.@+=,-]+", "_", word) for word in words if word).lstrip(".")
         stem, ending = plain.rsplit(".", 1)
         name, number = plain, 1
@@ -253,7 +253,7 @@ class OutputFiles:
         path = self.folder / name
         if os.path.realpath(path) in self._inputs:
             raise ValueError(
-                f"{path} is an input of this command and would be replaced; choose another folder by --out"
+                f"{path} is an input of this command and would be replaced; choose another folder with --out"
             )
         self.written.append(name)
         return atomic_write(path)
@@ -261,21 +261,21 @@ class OutputFiles:
 
 # -- predictions ---------------------------------------------------------------------------------------------
 def _write_arrays(data: EvaluationSet, frames: Frames, found: PropertyEvaluation, path: Path) -> None:
-    """An array of each property with one row per frame of the file; NaN for those that were left out."""
+    """An array of each property with one row per frame of the file; NaN for frames that were left out."""
     rows = list(frames.numbers)
     arrays: dict[str, Any] = {}
     for key, value in found.values.items():
         arrays[key] = np.full((data.total, *value.shape[1:]), np.nan)
         arrays[key][rows] = value.numpy()
-    with path.open("wb") as file:  # numpy would put an ending behind a name
+    with path.open("wb") as file:  # numpy would append a suffix to a path
         np.savez(file, **arrays)
 
 
 def _write_systems(data: EvaluationSet, result: Result, found: Evaluation, path: Path) -> None:
-    """Extended xyz of every frame of the file, in its order and with all that it held.
+    """Extended xyz of every frame of the file, in its order, with all its other data.
 
     Predictions are the results energy, forces and stress; labels are REF_energy, REF_forces and REF_stress. A frame
-    that was left out has no results, but its reason under ``left_out``.
+    that was left out has no results; ``left_out`` holds the reason.
     """
     place_of = {number: place for place, number in enumerate(result.frames.numbers)}
     frame_of = dict(zip(data.frames.numbers, data.frames, strict=True))
@@ -301,7 +301,7 @@ def _write_systems(data: EvaluationSet, result: Result, found: Evaluation, path:
 
 
 def _system(given: Atoms | None, frame: AtomicData | None) -> Atoms:
-    """The system of the file without its labels, in our units; or one made of the frame."""
+    """The system of the file without its labels, in our units; or one made from the frame."""
     if given is None:
         inputs = ("z", "pos", "cell", "pbc", "charge", "charges", "spin")
         known = {key: value for key, value in required(frame).to_dict().items() if key in inputs}

@@ -1,4 +1,4 @@
-"""Structures named on the command line: a file, or an embedded set."""
+"""Read structures given on the command line: a file or an embedded set."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from nbody_pyg.datasets.systems import as_slice, read_systems
 
 
 def read_atoms(name: str, index: int | None = None) -> list[Atoms]:
-    """All structures of a file, or the one of this index: an npz, what ASE reads, or an embedded set.
+    """All structures, or the one of this index, of an npz file, a file that ASE reads, or an embedded set.
 
     An embedded set is ``ethanol`` or ``ethanol:test_300K``.
 
-    Raises: FileNotFoundError: neither a file nor an embedded set; ValueError: a file that cannot be read, a structure
-        without atoms, or none of this index.
+    Raises: FileNotFoundError: neither a file nor an embedded set. ValueError: a file that cannot be read, a structure
+        without atoms, or no structure of this index.
     """
     if Path(name).is_dir():
         raise IsADirectoryError(f"{name} is a folder; name a file with structures")
@@ -31,7 +31,7 @@ def read_atoms(name: str, index: int | None = None) -> list[Atoms]:
     else:
         if not Path(name).exists() and ("." in name or "/" in name):
             what = "structures" if index is None else "structure"
-            raise FileNotFoundError(f"no {what} at {name}; give a file that ASE reads, or an embedded set as ethanol")
+            raise FileNotFoundError(f"no {what} at {name}; give a file that ASE reads, or an embedded set like ethanol")
         frames = read_frames(name) if Path(name).exists() else load_embedded(*name.split(":", 1))
         found = [frame.to_ase() for frame in (frames if index is None else frames[as_slice(index)])]
         if not found:
@@ -44,7 +44,7 @@ def read_atoms(name: str, index: int | None = None) -> list[Atoms]:
 def read_structures(name: str) -> list[AtomicData]:
     """All structures of a file that ASE reads, or of an embedded set: ``ethanol`` or ``ethanol:test_300K``.
 
-    Charges and spins come along from where the calculator reads them.
+    Charges and spins are read from the same places as by the calculator.
 
     Raises: see :func:`read_atoms`.
     """
@@ -54,7 +54,7 @@ def read_structures(name: str) -> list[AtomicData]:
 
 
 def sample_of(frame: AtomicData) -> dict[str, list[Any]]:
-    """A structure in plain lists, for the model file."""
+    """A structure as plain lists, for the model file."""
     out = {"z": frame.z.tolist(), "pos": frame.pos.double().tolist()}
     if frame.get("pbc") is not None and bool(torch.as_tensor(frame.pbc).any()):
         out["cell"], out["pbc"] = frame.cell.reshape(3, 3).tolist(), frame.pbc.reshape(3).tolist()
@@ -63,6 +63,6 @@ def sample_of(frame: AtomicData) -> dict[str, list[Any]]:
 
 
 def write_atoms(path: str | Path, structures: Sequence[Atoms]) -> None:
-    """Extended xyz, whole or not at all, with the results of their calculators."""
+    """Write extended xyz atomically, with the results of the calculators."""
     with atomic_write(path) as temporary:
         write(temporary, list(structures), format="extxyz")

@@ -21,7 +21,7 @@ from nbody_pyg.training.config import parse_yaml, scheme_arguments
 def hierarchy(args: argparse.Namespace) -> int:
     """Run the command; returns the exit status."""
     if args.model and (args.scheme or args.set):
-        raise ValueError("--model brings its own scheme; leave --scheme and --set out")
+        raise ValueError("--model uses the scheme of the model file; leave --scheme and --set out")
     plot = output_plot(args.plot, args.overwrite, [args.file, args.model])
     frame = AtomicData.from_ase(read_atoms(args.file, args.index)[0], labels=False)
     if args.model:
@@ -31,7 +31,7 @@ def hierarchy(args: argparse.Namespace) -> int:
         frame = with_reference([frame], args.model, scheme)[0]
         topology = scheme.read(frame).validate()
         if (changes := bond_changes(scheme, topology, System.from_data(frame))) is not None:
-            print(f"bonds are those of the reference molecule of the model; others would be found here: {changes}\n")
+            print(f"bonds are those of the model's reference molecule; those found here differ: {changes}\n")
     else:
         scheme = _scheme(args)
         topology = scheme.read(scheme(frame)).validate()

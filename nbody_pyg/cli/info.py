@@ -1,4 +1,4 @@
-"""nbody info: the contents of a model file, and what this machine runs it with."""
+"""nbody info: contents of a model file, and the backends of this machine."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def info(args: argparse.Namespace) -> int:
     try:
         _show(args.model, _shown(header))
     except (KeyError, TypeError, AttributeError, IndexError) as error:
-        raise ValueError(f"{args.model} holds entries of another form than this version writes; see --json") from error
+        raise ValueError(f"{args.model} holds entries in a form that this version does not know; see --json") from error
     return 0
 
 
@@ -80,7 +80,7 @@ def _show(path: str, header: dict[str, Any]) -> None:
 
 
 def _shown(value: Any) -> Any:
-    """The same with every text in a form that does not control a terminal."""
+    """The same with control characters in texts escaped."""
     if isinstance(value, dict):
         return {printable(key): _shown(inner) for key, inner in value.items()}
     if isinstance(value, list):
@@ -89,7 +89,7 @@ def _shown(value: Any) -> Any:
 
 
 def _scales(header: dict[str, Any]) -> list[tuple[str, str]]:
-    """The scale of a potential, or what is known of each property."""
+    """The scale of a potential, or the statistics of each property."""
     described = header.get("property")
     if described is None:
         return [("scale", f"{header['scale']:.6g}")]
@@ -108,16 +108,16 @@ def _repulsion(described: dict[str, Any] | None) -> str:
 
 
 def _machine() -> list[tuple[str, str]]:
-    """Which implementation of the products runs on this machine, and what it needs."""
+    """The backend that runs on this machine, its compiler, threads and cache."""
     problem, found = build.broken(), build.compiler()
     runs = backend() if problem is None else "torch (several times slower than c)"
     if torch.cuda.is_available():
         runs += f"; on the GPU {backend(torch.empty(0, device='cuda'))}"
     try:
         folder = build.own_cache()
-        cache = f"{folder} ({'used' if os.access(folder, os.W_OK) else 'cannot be written, so that nothing is kept'})"
+        cache = f"{folder} ({'used' if os.access(folder, os.W_OK) else 'not writable, so nothing is cached'})"
     except (RuntimeError, OSError) as error:
-        cache = f"not used, so that every process compiles anew: {error}"
+        cache = f"not used, so every process compiles again: {error}"
     rows = [
         ("products", runs),
         ("backends", " ".join(available_backends())),

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as a question that a long command asks, so that it keeps what it has."""
+"""Record Ctrl-C and SIGTERM, so that a long command can stop and keep its results."""
 
 from __future__ import annotations
 
@@ -9,26 +9,26 @@ from types import FrameType
 
 
 class Interrupt:
-    """Which signal came; ``number`` is None while there was none."""
+    """The signal received; ``number`` is None if there was none."""
 
     number: int | None = None
 
     @property
     def reason(self) -> str | None:
-        """In words."""
+        """The signal in words."""
         if self.number is None:
             return None
         return "by Ctrl-C" if self.number == signal.SIGINT else f"by signal {self.number}"
 
     @property
     def status(self) -> int | None:
-        """Exit status that says so."""
+        """Exit status for this signal."""
         return None if self.number is None else 128 + self.number
 
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[Interrupt]:
-    """Note the first Ctrl-C or SIGTERM; a second one ends the command at once."""
+    """Record the first Ctrl-C or SIGTERM; a second one ends the command."""
     found = Interrupt()
 
     def note(number: int, frame: FrameType | None) -> None:

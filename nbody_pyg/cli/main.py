@@ -1,4 +1,4 @@
-"""Entry point: parses the command, runs it, and turns user errors into one clear line."""
+"""Entry point: parse the command, run it, and report a user error in one line."""
 
 from __future__ import annotations
 
@@ -25,30 +25,34 @@ from nbody_pyg.messages import closest, nearest, printable
 _DESCRIPTION = """\
 Covariant hierarchical N-body networks for atoms.
 
-  nbody train configs/embedded.yaml                 train a potential, test it, keep it in one file
+  nbody train configs/embedded.yaml                 train and test a potential, write one model file
   nbody evaluate runs/embedded/model.nbody my.xyz   errors, parity plot, predictions
-  nbody info runs/embedded/model.nbody              what is in a model file
-  nbody check runs/embedded/model.nbody             is its physics right? a table and a verdict
+  nbody info runs/embedded/model.nbody              show the contents of a model file
+  nbody check runs/embedded/model.nbody             test the physics of a model
   nbody md runs/embedded/model.nbody start.xyz      molecular dynamics
-  nbody relax runs/embedded/model.nbody my.xyz      minima of many structures at once
-  nbody energies runs/embedded/model.nbody my.xyz   which part of a molecule holds which energy
+  nbody relax runs/embedded/model.nbody my.xyz      relax many structures at once
+  nbody energies runs/embedded/model.nbody my.xyz   energy of each part of a molecule
   nbody hierarchy molecule.xyz --scheme BondTree    build, check and draw a hierarchy
-  nbody compare --models nbody painn --budget 300   the same training for other models, one table
+  nbody compare --models nbody painn --budget 300   compare with other models
 
 Units: eV, angstrom, fs; tables in meV and meV/A."""
 
 _EXIT = """\
-exit status: 0 done; 1 error in the input; 2 wrong arguments; 3 done, but a check failed, the dynamics were
-stopped, structures did not converge, frames were left out, or models of a comparison failed; 130 or 143
-stopped by Ctrl-C or SIGTERM (results so far are kept; training goes on with --output.resume true); 141 the
-reader of a pipe has gone"""
+exit status:
+  0    success
+  1    error in the input
+  2    wrong arguments
+  3    finished, but a check failed, the dynamics were stopped, structures did not converge, frames were left
+       out, or models of a comparison failed
+  130  stopped by Ctrl-C, 143 by SIGTERM: results so far are kept; resume training with --output.resume true
+  141  the pipe was closed by its reader"""
 
-#: Words that name files or folders, of every command: ~ and $HOME are replaced.
+#: Arguments of any command that name files or folders; ~ and $HOME in them are expanded.
 _PATHS = ("model", "data", "start", "frames", "file", "committee", "out", "json", "plot")
 
 
 class _Parser(argparse.ArgumentParser):
-    """Names the nearest option when one is unknown."""
+    """Suggests the nearest option when one is unknown."""
 
     def parse_args(self, words: Sequence[str]) -> argparse.Namespace:  # type: ignore[override]  # of words only
         args, unknown = self.parse_known_args(words)
@@ -57,7 +61,7 @@ class _Parser(argparse.ArgumentParser):
         return args
 
     def chosen(self, words: Sequence[str]) -> _Parser:
-        """The parser of the command among the words."""
+        """The parser of the command among the arguments."""
         commands = self.commands
         return next((commands[word] for word in words if word in commands), self)
 
@@ -83,24 +87,24 @@ def build_parser() -> _Parser:
     parser.add_argument("--version", action="store_true", help="print the version")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    # Its words are keys of the configuration, which argparse does not know: see _train_words.
+    # Its options are keys of the configuration, which argparse does not know: see _train_words.
     train = commands.add_parser("train", add_help=False, help="train a potential from a YAML file")
     train.add_argument("words", nargs=argparse.REMAINDER)
 
-    compare = commands.add_parser("compare", add_help=False, help="our network beside its peers, or its variants")
+    compare = commands.add_parser("compare", add_help=False, help="compare our network with other models or variants")
     compare.add_argument("words", nargs=argparse.REMAINDER)
 
     evaluate = commands.add_parser("evaluate", help="errors of models on labelled frames")
     evaluate.add_argument("model", help="model file")
     evaluate.add_argument(
         "data", nargs="+",
-        help="files of frames, embedded sets as ethanol:test_300K, or more model files (*.nbody) to compare",
+        help="files of frames, embedded sets such as ethanol:test_300K, or further model files (*.nbody) to compare",
     )  # fmt: skip
     _add_out(
-        evaluate, "folder for parity.png, predictions and errors.json (default: evaluate beside the model, with a "
-        "number where that holds results)",
+        evaluate, "folder for parity.png, predictions and errors.json (default: evaluate beside the model file; a "
+        "number is added if it holds results)",
     )  # fmt: skip
-    evaluate.add_argument("--batch-size", type=positive, default=20, help="frames at a time (default: 20)")
+    evaluate.add_argument("--batch-size", type=positive, default=20, help="frames per batch (default: 20)")
     evaluate.add_argument("--units", default=None, help="units of the files, e.g. 'kcal/mol' or 'eV, angstrom, kbar'")
     evaluate.add_argument("--energy-key", default=None, help="key of the energy in the files")
     evaluate.add_argument("--forces-key", default=None, help="key of the forces in the files")
@@ -108,14 +112,14 @@ def build_parser() -> _Parser:
     evaluate.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
     evaluate.add_argument("--no-plot", action="store_true", help="no parity plot")
 
-    info = commands.add_parser("info", help="what is in a model file")
-    info.add_argument("model", nargs="?", help="model file; without it, what this machine runs models with")
-    info.add_argument("--json", action="store_true", help="everything, as JSON")
+    info = commands.add_parser("info", help="show the contents of a model file")
+    info.add_argument("model", nargs="?", help="model file; without it, show the backends of this machine")
+    info.add_argument("--json", action="store_true", help="print everything as JSON")
 
     check = commands.add_parser("check", help="test the physics of a trained model")
     check.add_argument("model", help="model file")
     check.add_argument(
-        "--frames", default=None, help="structures: a file, or an embedded set (default: the model's own)"
+        "--frames", default=None, help="structures: a file or an embedded set (default: the one in the model file)"
     )
     check.add_argument(
         "--nve-steps", type=not_negative, default=1000, help="steps of the NVE test, 0 skips it (default: 1000)"
@@ -124,69 +128,79 @@ def build_parser() -> _Parser:
         "--only", nargs="+", default=[], metavar="SECTION",
         help="symmetry, derivatives, additivity, smoothness, short_range, precision, dynamics (default: all)",
     )  # fmt: skip
-    check.add_argument("--timestep", type=positive_number, default=0.5, help="fs (default: 0.5)")
-    check.add_argument("--temperature", type=number_not_negative, default=300.0, help="K (default: 300)")
+    check.add_argument("--timestep", type=positive_number, default=0.5, help="time step, fs (default: 0.5)")
+    check.add_argument(
+        "--temperature", type=number_not_negative, default=300.0, help="of the NVE test, K (default: 300)"
+    )
     check.add_argument("--seed", type=not_negative, default=0, help="of rotations, samples and velocities (default: 0)")
-    check.add_argument("--json", default=None, metavar="FILE", help="write every line there too")
+    check.add_argument("--json", default=None, metavar="FILE", help="also write the results to this file")
     _add_overwrite(check)
 
     md = commands.add_parser("md", help="molecular dynamics with ASE")
     md.add_argument("model", help="model file")
     md.add_argument(
         "start", nargs="?", default=None,
-        help="first structure: any file that ASE reads (the last frame is taken); may be left out with --restart",
+        help="start structure: the last frame of any file that ASE reads; optional with --restart",
     )  # fmt: skip
-    md.add_argument("--ensemble", choices=("nve", "langevin"), default="nve", help="default: nve")
+    md.add_argument("--ensemble", choices=("nve", "langevin"), default="nve", help="(default: nve)")
     md.add_argument(
-        "--steps", type=not_negative, default=2000, help="to take; of a restart, further ones (default: 2000)"
+        "--steps", type=not_negative, default=2000, help="number of steps; with --restart, further ones (default: 2000)"
     )
-    md.add_argument("--timestep", type=positive_number, default=0.5, help="fs (default: 0.5)")
-    md.add_argument("--temperature", type=number_not_negative, default=300.0, help="K (default: 300)")
-    md.add_argument("--friction", type=number_not_negative, default=None, help="1/fs, Langevin only (default: 0.01)")
+    md.add_argument("--timestep", type=positive_number, default=0.5, help="time step, fs (default: 0.5)")
+    md.add_argument(
+        "--temperature", type=number_not_negative, default=300.0,
+        help="of the thermostat and of drawn velocities, K (default: 300)",
+    )  # fmt: skip
+    md.add_argument(
+        "--friction", type=number_not_negative, default=None,
+        help="1/fs, only with --ensemble langevin (default: 0.01)",
+    )  # fmt: skip
     md.add_argument("--velocities", choices=("auto", "given", "drawn"), default="auto",
-                    help="given: those of the first structure; drawn: from --temperature and --seed; auto: those of "
-                    "the first structure where it has some (default: auto)")  # fmt: skip
+                    help="given: those of the start structure; drawn: random, from --temperature and --seed; auto: "
+                    "given if the start structure has velocities, else drawn (default: auto)")  # fmt: skip
     md.add_argument("--max-temperature", type=float, default=None, metavar="K",
-                    help="stop a hotter run; inf: never (default: 30000, or ten times --temperature)")  # fmt: skip
+                    help="stop when hotter; inf: never (default: 30000, or ten times --temperature)")  # fmt: skip
     md.add_argument("--every", type=positive, default=10, help="steps between samples (default: 10)")
-    md.add_argument("--seed", type=not_negative, default=0, help="of velocities and thermostat (default: 0)")
-    md.add_argument("--dtype", choices=("float32", "float64"), default=None, help="default: the model's")
+    md.add_argument("--seed", type=not_negative, default=0, help="for velocities and thermostat (default: 0)")
+    md.add_argument("--dtype", choices=("float32", "float64"), default=None, help="(default: the model's)")
     md.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
-    md.add_argument("--compile", action="store_true", help="compile the model at the first step: faster small systems")
-    md.add_argument("--cuda-graphs", action="store_true", help="replay steps from CUDA graphs; needs --device cuda")
-    md.add_argument("--committee", nargs="+", default=[], metavar="MODEL", help="further models: forces are their mean")
+    md.add_argument("--compile", action="store_true", help="compile the model at the first step; for small systems")
+    md.add_argument("--cuda-graphs", action="store_true", help="replay steps as CUDA graphs; needs --device cuda")
+    md.add_argument("--committee", nargs="+", default=[], metavar="MODEL",
+                    help="further models; forces are the mean over all models")  # fmt: skip
     md.add_argument("--max-forces-std", type=positive_number, default=None, metavar="EV_PER_A",
-                    help="stop when the committee disagrees by more on the force on an atom, eV/A")  # fmt: skip
+                    help="stop when the standard deviation of the force on an atom over the committee is "
+                    "larger, eV/A")  # fmt: skip
     md.add_argument("--restart", action="store_true",
-                    help="go on with the trajectory in the folder: positions, velocities, step; frames and log lines "
-                    "are appended")  # fmt: skip
+                    help="continue the trajectory in the folder from its last positions, velocities and step; frames "
+                    "and log lines are appended")  # fmt: skip
     md.add_argument("--stop-on-bond-change", action="store_true",
                     help="stop at the first sample whose bonds differ from those in use (BondTree)")  # fmt: skip
-    _add_out(md, "folder for md.log, trajectory.xyz, energy.png (default: md, with a number where that holds a run)")
+    _add_out(md, "folder for md.log, trajectory.xyz, energy.png (default: md; a number is added if it holds a run)")
 
     relax = commands.add_parser("relax", help="relax many structures at once")
     relax.add_argument("model", help="model file")
-    relax.add_argument("frames", help="any file that ASE reads, or an embedded set as ethanol:test_300K")
+    relax.add_argument("frames", help="any file that ASE reads, or an embedded set such as ethanol:test_300K")
     relax.add_argument(
-        "--fmax", type=positive_number, default=0.01, help="largest force at the end, eV/A (default: 0.01)"
+        "--fmax", type=positive_number, default=0.01, help="largest force allowed at the end, eV/A (default: 0.01)"
     )
-    relax.add_argument("--steps", type=positive, default=500, help="at most, of each structure (default: 500)")
-    relax.add_argument("--batch-size", type=positive, default=64, help="structures at a time (default: 64)")
-    relax.add_argument("--dtype", choices=("float32", "float64"), default="float64", help="default: float64")
-    _add_out(relax, "extended xyz (default: relaxed.xyz, with a number where that exists)")
+    relax.add_argument("--steps", type=positive, default=500, help="largest number of steps of each (default: 500)")
+    relax.add_argument("--batch-size", type=positive, default=64, help="structures per batch (default: 64)")
+    relax.add_argument("--dtype", choices=("float32", "float64"), default="float64", help="(default: float64)")
+    _add_out(relax, "extended xyz file (default: relaxed.xyz; a number is added if it exists)")
 
     energies = commands.add_parser("energies", help="energy of each part of the hierarchy of a structure")
     energies.add_argument("model", help="model file")
-    energies.add_argument("file", help="any file that ASE reads, or an embedded set as ethanol")
+    energies.add_argument("file", help="any file that ASE reads, or an embedded set such as ethanol")
     energies.add_argument("--index", type=whole, default=0, help="frame of the file (default: 0)")
-    energies.add_argument("--minus", type=whole, default=None, metavar="INDEX", help="show differences to this frame")
-    energies.add_argument("--level", default=None, help="name or number of the level to list and to draw")
-    energies.add_argument("--plot", default=None, metavar="PNG", help="draw it into this file")
+    energies.add_argument("--minus", type=whole, default=None, metavar="INDEX", help="subtract energies of this frame")
+    energies.add_argument("--level", default=None, help="name or number of the level to list and draw")
+    energies.add_argument("--plot", default=None, metavar="PNG", help="draw it to this file")
     _add_overwrite(energies)
 
     hierarchy = commands.add_parser("hierarchy", help="build, check and draw the hierarchy of a structure")
     hierarchy.add_argument("file", help="any file that ASE reads, or a molecule of the embedded sets")
-    hierarchy.add_argument("--scheme", default=None, help="name of a scheme (default: BondTree)")
+    hierarchy.add_argument("--scheme", default=None, help="composition scheme (default: BondTree)")
     hierarchy.add_argument(
         "--set",
         action="append",
@@ -194,9 +208,9 @@ def build_parser() -> _Parser:
         metavar="KEY=VALUE",
         help="argument of the scheme, e.g. cutoff=4",
     )
-    hierarchy.add_argument("--model", default=None, help="take the scheme of this model file")
+    hierarchy.add_argument("--model", default=None, help="use the scheme of this model file")
     hierarchy.add_argument("--index", type=whole, default=0, help="frame of the file (default: 0)")
-    hierarchy.add_argument("--plot", default=None, metavar="PNG", help="draw it into this file")
+    hierarchy.add_argument("--plot", default=None, metavar="PNG", help="draw it to this file")
     _add_overwrite(hierarchy)
     return parser
 
@@ -207,13 +221,13 @@ def _add_out(parser: argparse.ArgumentParser, text: str) -> None:
 
 
 def _add_overwrite(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--overwrite", action="store_true", help="replace results that are there already")
+    parser.add_argument("--overwrite", action="store_true", help="replace existing results")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
     if argv is None:
-        for stream in (sys.stdout, sys.stderr):  # a terminal that knows few letters is no reason to end
+        for stream in (sys.stdout, sys.stderr):  # a character that the terminal cannot show must not end the program
             if hasattr(stream, "reconfigure"):
                 stream.reconfigure(errors="backslashreplace")
     words = list(sys.argv[1:] if argv is None else argv)
@@ -221,12 +235,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         status = _main(words, command)
         if sys.stdout is not None:
-            sys.stdout.flush()  # here, where a broken pipe is still ours
+            sys.stdout.flush()  # here, so that a broken pipe is handled below
         return status
     except KeyboardInterrupt:
         print(f"\nnbody {command}: stopped by Ctrl-C", file=sys.stderr)
         return 128 + signal.SIGINT
-    except BrokenPipeError:  # the reader of a pipe has seen enough; Python would complain again at its end
+    except BrokenPipeError:  # stdout is redirected, because Python would fail again when it flushes at exit
         if argv is None:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + getattr(signal, "SIGPIPE", 13)
@@ -255,7 +269,7 @@ def _main(words: list[str], command: str | None) -> int:
         return _run(args, words[place + 1 :])
     except BrokenPipeError:
         raise
-    # A value of a wrong kind, no space left, no permission, a loss that is not finite
+    # For example a wrong value, a full disk, missing permission, or a loss that is not finite
     except (ValueError, TypeError, OSError, FloatingPointError) as error:
         if debug:
             raise
@@ -282,9 +296,9 @@ def _train_words(words: Sequence[str]) -> tuple[str | None, list[str]]:
 
 
 def _run(args: argparse.Namespace, rest: list[str]) -> int:
-    # Imported when needed: torch takes seconds, --help should not.
+    # Imported when needed, because torch takes seconds and --help should not.
     if args.command in ("train", "compare") and {"-h", "--help"} & set(rest):
-        # Made by tests/contract/test_cli_help.py, which also sees to it that it is true
+        # Written and checked by tests/contract/test_cli_help.py
         print(Path(__file__).with_name(f"{args.command}_help.txt").read_text(encoding="utf-8"), end="")
         return 0
     from nbody_pyg.training.config import expand_path
@@ -300,7 +314,7 @@ def _run(args: argparse.Namespace, rest: list[str]) -> int:
     if args.command == "compare":
         from nbody_pyg.cli.compare import compare
 
-        # A list may follow an option, so that only the first word can be the file.
+        # A list may follow an option, so only the first word can be the file.
         path = expand_path(rest.pop(0)) if rest and not rest[0].startswith("-") else None
         return compare(path, rest)
     status: int = getattr(importlib.import_module(f"nbody_pyg.cli.{args.command}"), args.command)(args)

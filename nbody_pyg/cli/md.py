@@ -20,7 +20,7 @@ from nbody_pyg.data import electronic_state_of
 from nbody_pyg.deploy import Committee, MDReport, NBodyCalculator, run_md, stop_on_uncertainty
 from nbody_pyg.deploy.dynamics import cut_to_whole_frames
 
-#: Exit status when the run was stopped: by the uncertainty, or because it has failed.
+#: Exit status when the run was stopped, by the uncertainty or because it failed.
 STOPPED = 3
 _TRAJECTORY = "trajectory.xyz"
 
@@ -31,16 +31,16 @@ def md(args: argparse.Namespace) -> int:
     require_device(args.device)
     members = list(dict.fromkeys([args.model, *args.committee]))
     if len(members) == 1 and args.max_forces_std is not None:
-        raise ValueError("--max-forces-std needs further models to compare with; name them with --committee")
+        raise ValueError("--max-forces-std needs further models; give them with --committee")
     if args.friction is not None and args.ensemble != "langevin":
-        raise ValueError("--friction belongs to --ensemble langevin; leave it out, or choose that")
+        raise ValueError("--friction needs --ensemble langevin; leave it out, or choose that ensemble")
     folder, atoms = _begin(args)
-    electronic_state_of(atoms, args.start or "the first structure")  # a contradiction is found before the model is read
+    electronic_state_of(atoms, args.start or "the first structure")  # finds contradictions before the model is read
     options = {"device": args.device, "dtype": args.dtype, "compile": args.compile, "cuda_graphs": args.cuda_graphs}
     atoms.calc = Committee(members, **options) if len(members) > 1 else NBodyCalculator(args.model, **options)
     folder.mkdir(parents=True, exist_ok=True)
     formula = atoms.get_chemical_formula()
-    goal = f"{'goes on in' if args.restart else 'written to'} {folder}"
+    goal = f"{'continued in' if args.restart else 'written to'} {folder}"
     print(
         f"{formula}: {len(atoms)} atoms, {args.ensemble}, {args.steps} steps of {args.timestep} fs; {goal}",
         flush=True,
@@ -70,22 +70,22 @@ def md(args: argparse.Namespace) -> int:
             stop_on_bond_change=args.stop_on_bond_change,
         )
     for path in folder.glob("energy-*.png") if args.overwrite else ():
-        path.unlink()  # of a run whose trajectory is gone
+        path.unlink()  # of a run whose trajectory is replaced
     print(f"velocities: {result.velocities}")
     if result.bonds_from is not None:
         print(f"bonds: {result.bonds_from}, kept for the whole run")
     if result.bond_changes is not None:
-        print(f"bonds as found differ from those in use: first at {result.bond_changes}")
+        print(f"bonds found differ from those in use, first at {result.bond_changes}")
     print(result)
     if len(members) > 1:
         atoms.get_forces()
         spread = max(atoms.calc.results["forces_std"])
         print(f"committee of {len(members)}: forces differ by {spread:.3f} eV/A at the end")
     if args.ensemble == "langevin":
-        print("(a thermostat exchanges energy: drift and jumps are no measure of the potential here)")
+        print("(the thermostat exchanges energy: drift and jumps say nothing about the potential here)")
     written = ["md.log", _TRAJECTORY]
     if len(result.time):
-        # The picture of what a restart goes on from stays
+        # The plot of the run that is continued stays
         name = f"energy-{result.first_step}.png" if args.restart else "energy.png"
         plot_energies(result, folder / name, f"{formula}, {args.ensemble}, {args.timestep} fs")
         written.append(name)
@@ -101,23 +101,23 @@ def _begin(args: argparse.Namespace) -> tuple[Path, Atoms]:
     start = None if args.start is None else read_atoms(args.start, index=-1)[0]
     if not args.restart:
         if start is None:
-            raise ValueError("START is missing: name a file with the first structure, or go on with --restart")
+            raise ValueError("START is missing: give a file with the start structure, or continue a run with --restart")
         names = ("md.log", _TRAJECTORY, "energy*.png")
-        cure = "go on with it by --restart, replace it with --overwrite, or name another folder with --out"
+        cure = "continue it with --restart, replace it with --overwrite, or choose another folder with --out"
         if left_out := start.info.get("constraints_left_out"):
             raise ValueError(
                 f"{args.start} was written without its constraints ({left_out}), which extended xyz does not hold; "
-                "start from a file that has them (.traj), or remove constraints_left_out from it to go on without"
+                "start from a file that has them (.traj), or remove constraints_left_out from it to run without them"
             )
         inputs = [args.model, args.start, *args.committee]
         return output_folder(args.out, "md", args.overwrite, inputs, names, cure), start
     if args.overwrite:
-        raise ValueError("--restart and --overwrite contradict each other; give one of them")
+        raise ValueError("--restart and --overwrite exclude each other; give one of them")
     if args.velocities != "auto":
         raise ValueError("--restart takes the velocities of the trajectory; leave --velocities out")
     folder = latest("md", _TRAJECTORY) if args.out is None else Path(args.out)
     if not (folder / _TRAJECTORY).is_file():
-        raise FileNotFoundError(f"nothing to go on with: there is no {folder / _TRAJECTORY}")
+        raise FileNotFoundError(f"nothing to continue: there is no {folder / _TRAJECTORY}")
     cut_to_whole_frames(folder / _TRAJECTORY)
     return folder, read_atoms(str(folder / _TRAJECTORY), index=0)[0] if start is None else start
 

@@ -1,4 +1,4 @@
-"""Where a command may write: never over results of a person who has not said so, and never over what it reads."""
+"""Where a command may write: over results only with ``--overwrite``, and never over its inputs."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ def output_file(
     """The file to write to.
 
     Args:
-        given: what the command line names. Where it names nothing, ``default``, or that with a number if it exists.
-        overwrite: a file that exists may be replaced.
-        inputs: names of what the command reads; those that are no files are passed over.
-        option: by which the file is named.
-    Raises: ValueError: the file exists, or is read by the same command; it is a folder. PermissionError: nothing can be
-        written there.
+        given: path from the command line. If None, ``default``; a number is added if that exists.
+        overwrite: an existing file may be replaced.
+        inputs: paths that the command reads; those that are not files are ignored.
+        option: command line option of the file, for messages.
+    Raises: ValueError: the file exists, is read by the same command, or is a folder. PermissionError: it cannot be
+        written.
     """
     path = Path(given if given is not None else required(default))
     if given is None and not overwrite:
@@ -38,19 +38,19 @@ def output_file(
     if path.is_dir():
         raise ValueError(f"{option} must be a file, got the folder {path}")
     if any(_same(path, name) for name in inputs):
-        raise ValueError(f"{option} must not be a file that is read, got {path}; name another file")
+        raise ValueError(f"{option} must not be an input of this command, got {path}; choose another file")
     if path.exists() and not overwrite:
-        raise ValueError(f"{path} exists; replace it with --overwrite, or name another file with {option}")
+        raise ValueError(f"{path} exists; replace it with --overwrite, or choose another file with {option}")
     path.parent.mkdir(parents=True, exist_ok=True)
     if not os.access(path if path.exists() and not path.is_file() else path.parent, os.W_OK):
-        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))  # now, not after the work
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))  # now rather than after the work
     return path
 
 
 def output_plot(given: str | None, overwrite: bool, inputs: Iterable[str | None]) -> Path | None:
-    """The file of ``--plot``, a png where its name does not say what; None where none is wanted.
+    """The file of ``--plot``, PNG if it has no suffix; None if it is not given.
 
-    Raises: ValueError: see :func:`output_file`; a kind of picture that cannot be written.
+    Raises: ValueError: see :func:`output_file`; an unsupported format.
     """
     if given is None:
         return None
@@ -62,18 +62,17 @@ def output_plot(given: str | None, overwrite: bool, inputs: Iterable[str | None]
 
 def output_folder(
     given: str | None, default: str, overwrite: bool, inputs: Iterable[str | None], names: Sequence[str],
-    cure: str = "replace it with --overwrite, or name another folder with --out",
+    cure: str = "replace it with --overwrite, or choose another folder with --out",
 ) -> Path:  # fmt: skip
-    """The folder to write into; other files in it are left alone.
+    """The folder to write into; other files in it are not touched.
 
     Args:
-        given: what the command line names. Where it names nothing, ``default``, or that with a number if it holds
-            results.
+        given: path from the command line. If None, ``default``; a number is added if that holds results.
         overwrite: results may be replaced.
-        inputs: names of what the command reads.
-        names: of the files that will be written, as patterns.
-        cure: what to do where there are results.
-    Raises: ValueError: the folder holds results, or what the command reads; it is a file.
+        inputs: paths that the command reads.
+        names: patterns of the files that will be written.
+        cure: advice in the message if there are results.
+    Raises: ValueError: the folder holds results or inputs of the command, or is a file.
     """
     path = Path(given) if given is not None else Path(default)
     if given is None and not overwrite:
@@ -84,14 +83,14 @@ def output_folder(
         file = Path(name or "")
         inside = file.is_file() and file.parent.resolve() == path.resolve()
         if inside and any(fnmatch.fnmatch(file.name, pattern) for pattern in names):
-            raise ValueError(f"--out must not hold {file}, which is read and would be replaced; name another folder")
+            raise ValueError(f"--out must not hold {file}, an input that would be replaced; choose another folder")
     if not overwrite and (held := _held(path, names)) is not None:
         raise ValueError(f"{held} exists; {cure}")
     return path
 
 
 def latest(default: str, name: str) -> Path:
-    """Of a default folder and those with a number, that whose file of this name was written last; else the default."""
+    """Of the default folder and its numbered siblings, that whose file of this name is newest; else the default."""
     numbered = re.compile(rf"{re.escape(default)}(-[1-9]\d*)?")
     found = [folder / name for folder in Path().glob(f"{default}*") if numbered.fullmatch(folder.name)]
     found = [file for file in found if file.is_file()]

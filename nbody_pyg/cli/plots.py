@@ -1,4 +1,4 @@
-"""Parity plots: prediction against label, with the errors written in."""
+"""Parity plots: prediction against label, with the errors in the legend."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _COLOURS = ("#1f5fa8", "#c4501b", "#2e8b57", "#7a4fa3", "#8c6d1f")
 
 
 def parity_plot(results: Mapping[str, tuple[Sequence[Data], Evaluation]], path: str | Path, title: str = "") -> None:
-    """Energies (mean taken off, eV per molecule) and force components of every set, in one PNG.
+    """Energies (mean subtracted, eV per molecule) and force components of every set, in one PNG.
 
     Raises: ValueError: no set has labels.
     """
@@ -70,9 +70,9 @@ def _panel(
     sets: Mapping[str, tuple[np.ndarray, np.ndarray]],
     milli_factor: float = 1000.0,
 ) -> None:
-    """``milli`` is the unit of the errors, ``milli_factor`` how many of it make one ``unit``."""
+    """``milli`` is the unit of the errors; one ``unit`` is ``milli_factor`` times ``milli``."""
     centre = np.concatenate([label for label, _ in sets.values()]).mean() if name == "energy" else 0.0
-    # The widest set lies at the bottom, so that it does not hide the others.
+    # The widest set is drawn first, so that it does not hide the others.
     order = sorted(sets, key=lambda key: -np.ptp(sets[key][0]))
     colours = dict(zip(sets, _COLOURS * len(sets), strict=False))
     for key in order:
@@ -97,7 +97,7 @@ def _panel(
 
 
 def _pairs(labels: Sequence[Tensor], found: Sequence[Tensor]) -> tuple[np.ndarray, np.ndarray]:
-    """Known components of the labels, and the predictions of the same."""
+    """Known components of the labels, and their predictions."""
     label = np.concatenate([value.detach().double().cpu().numpy().reshape(-1) for value in labels])
     other = np.concatenate([value.detach().double().cpu().numpy().reshape(-1) for value in found])
     known = ~np.isnan(label)

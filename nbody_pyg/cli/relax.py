@@ -1,4 +1,4 @@
-"""nbody relax: minima of many structures at once."""
+"""nbody relax: relax many structures at once."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Plain, aligned tables for the terminal."""
+"""Aligned tables for the terminal."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from nbody_pyg.properties import Property
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """Columns of words to the left, of numbers to the right; two spaces between."""
+    """Columns of text aligned left, of numbers right; two spaces between columns."""
     cells = [[_cell(value) for value in row] for row in rows]
     right = {i for i in range(len(head)) if rows and all(_is_number(row[i]) for row in rows)}
     return aligned(head, cells, right)
 
 
 def error_table(errors: Mapping[tuple[str, str], Mapping[str, float]], properties: Sequence[Property] = ()) -> str:
-    """One row per (model, set): errors of energy, forces and, where there is one, stress; or of properties."""
+    """One row per (model, set): errors of energy, forces and stress (if any), or of properties."""
     if properties:
         columns = [(f"{p.name} {kind.upper()}", f"{p.name}_{kind}", "" if kind == "r2" else p.unit)
                    for p in properties for kind in ("mae", "rmse", "r2")]  # fmt: skip
@@ -34,7 +34,7 @@ def error_table(errors: Mapping[tuple[str, str], Mapping[str, float]], propertie
         columns += [(f"F MAE {key.removeprefix(start)}", key, "meV/A") for key in elements]
     head = ["model", "set", *(f"{title} {unit}".strip() for title, _, unit in columns)]
     rows = [[*name, *(found.get(key) for _, key, _ in columns)] for name, found in errors.items()]
-    if properties:  # of any size: five digits
+    if properties:  # values may have any magnitude: five digits
         rows = [[value if isinstance(value, str) else _cell(value, ".5g") for value in row] for row in rows]
     if len({name for name, _ in errors}) == 1:
         head, rows = head[1:], [row[1:] for row in rows]

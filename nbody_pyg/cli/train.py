@@ -1,4 +1,4 @@
-"""nbody train: data, label audit, training, test, model file."""
+"""nbody train: read data, check labels, train, test, and write the model file."""
 
 from __future__ import annotations
 
@@ -43,14 +43,14 @@ from nbody_pyg.training.settings import RESUMABLE
 from nbody_pyg.training.trainer import Trainer
 from nbody_pyg.training.upgrades import up_to_date
 
-# Atoms of a structure that is kept in the model file, as text.
+# Largest structure that is stored in the model file as a sample, in atoms.
 _LARGEST_SAMPLE = 1000
 
 
-#: Files of a run. ``config.yaml`` is among them where it is as we wrote it.
+#: Files of a run. ``config.yaml`` is one of them if this command wrote it and nobody edited it.
 _FILES = (*FIT_FILES, "model.nbody", "errors.json", "parity.png", "split.json", "config.used.yaml")
 
-# What a resumed run may change: how far it goes, where files lie (what is in the frames is compared), and its output.
+# Settings that a resumed run may change: limits, paths of data (their contents are compared), and output.
 _FREE = frozenset({f"training.{name}" for name in RESUMABLE} | {
     "data.root", "data.train", "data.val", "data.test", "data.num_test",
     *(f"output.{field.name}" for field in dataclasses.fields(OutputConfig)),
@@ -63,16 +63,16 @@ def train(path: str | None, overrides: Sequence[str] = ()) -> int:
     require_device(config.training)
     first = is_first_process(config.training)
     with contextlib.ExitStack() as stack:
-        if not first:  # one process of several speaks
+        if not first:  # only the first process prints
             stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
         return _train(config, stack.enter_context(RunFolder(config.output.folder, first)))
 
 
 class KeptConfig(Callback):
-    """Writes configuration and split when training begins, and keeps the configuration in every checkpoint.
+    """Writes configuration and split when training begins, and the configuration into every checkpoint.
 
-    A checkpoint that is refused leaves those of its run as they were, and a ``config.yaml`` that is not as we wrote
-    it is somebody else's: it stays, and ours is ``config.used.yaml``.
+    If a checkpoint is rejected, the files of its run are unchanged. A ``config.yaml`` that this command did not write,
+    or that was edited, is kept; ours is then ``config.used.yaml``.
     """
 
     def __init__(self, config: Config, split: Split | None, folder: Path):
@@ -101,7 +101,7 @@ def _headed(text: str, run: str) -> str:
 
 
 def _writer(path: Path) -> str | None:
-    """The run that a configuration file belongs to, if it is as this command wrote it."""
+    """The run of a configuration file, if this command wrote it and it was not edited."""
     found = _HEAD.fullmatch(path.read_text(encoding="utf-8", errors="replace")) if path.is_file() else None
     return found[1] if found and hashlib.sha256(found[3].encode()).hexdigest() == found[2] else None
 
@@ -113,9 +113,9 @@ def _train(config: Config, run: RunFolder) -> int:
     choices: tuple[Choice, ...] = ()
     if config.output.resume:
         last, split = _checkpoint(folder), _split(folder / "split.json")
-        # With the degrees, E0 and scale that it was trained with, whatever frames have come since
+        # With the degrees, E0 and scale of the first run, even if frames were added since
         config, potential = _resumed(last, config)
-    explicit(config.model)  # a wrong argument of the network is found before the data are read
+    explicit(config.model)  # finds wrong arguments of the network before the data are read
     data = load_data(config.data, split)
     print(label_audit(data.named(), _uses(config, data)), "\n")
     if potential is None:
@@ -132,61 +132,61 @@ def _train(config: Config, run: RunFolder) -> int:
         callbacks=[KeptConfig(config, data.split, folder)], files=files,
     )  # fmt: skip
     if not run.active:
-        return 0  # the first process tests and saves, and tells how it ended
+        return 0  # only the first process tests, saves and reports
     if result.interrupted is not None:
         print(
-            f"stopped by signal {result.interrupted} after step {result.steps}; go on with the same command "
+            f"stopped by signal {result.interrupted} after step {result.steps}; continue with the same command "
             "and --output.resume true"
         )
         return 128 + result.interrupted
     if result.already_finished and _is_complete(folder / "model.nbody", result, config):
-        print(f"model      {folder / 'model.nbody'}: as it was")
+        print(f"model      {folder / 'model.nbody'}: unchanged")
         return 0
     _finish(potential, data, config, result, folder)
     return 0
 
 
 def _split(path: Path) -> Split | None:
-    """The rows of an earlier run; None where it kept none."""
+    """The split of an earlier run, or None."""
     try:
         return read_split(path) if path.is_file() else None
     except (ValueError, TypeError) as error:
-        raise ValueError(f"{path} is damaged ({error}); remove it to make the split anew by its seed") from error
+        raise ValueError(f"{path} is damaged ({error}); remove it to draw the split again from its seed") from error
 
 
 def _resumed(last: Path, config: Config) -> tuple[Config, Potential | PropertyModel]:
-    """The configuration with what was chosen for the run of a checkpoint, and its model, with fresh weights.
+    """The configuration with the values chosen in the run of a checkpoint, and its model with initial weights.
 
-    Raises: ValueError: the configuration changes what it must not.
+    Raises: ValueError: the configuration changes a setting that a resumed run must keep.
     """
     checkpoint = read_checkpoint(last)
     if _writer(last.with_name("config.yaml")) not in (None, checkpoint["run"]["id"]):
         raise ValueError(
-            f"{last} is of another run than the other files of {last.parent}; go on in a folder of its own"
+            f"{last} belongs to another run than the other files of {last.parent}; resume it in a separate folder"
         )
     stored = checkpoint.get("config")
     if stored is None:
-        raise ValueError(f"{last} was not written by nbody train; go on with fit(resume=...), as it was begun")
+        raise ValueError(f"{last} was not written by nbody train; resume it with fit(resume=...)")
     config = keep_choices(config, stored)
     given = dataclasses.replace(config, model=explicit(config.model)).to_dict()
-    # Where none are given they follow from the frames of the first run.
+    # If not given, they are computed from the frames of the first run.
     free = _FREE if config.model.arguments.get("degrees") is not None else _FREE | {"model.degrees"}
     if words := changes(stored, given, free):
         raise ValueError(
-            f"a resumed run must not change these settings: {words}; resume with the old ones, or start anew"
+            f"a resumed run must not change these settings: {words}; resume with the old values, or start a new run"
         )
     return config, potential_from_config(up_to_date(checkpoint["hyper_parameters"]["potential"]))
 
 
 def _as_built(config: ModelConfig, potential: Potential | PropertyModel) -> ModelConfig:
-    """The section with all defaults written out, and with the degrees that were counted."""
+    """The section with all defaults and with the computed degrees."""
     config = explicit(config)
     degrees = (potential.network.config() or {}).get("degrees")
     return dataclasses.replace(config, arguments={**config.arguments, **({"degrees": degrees} if degrees else {})})
 
 
 def _is_complete(path: Path, result: FitResult, config: Config) -> bool:
-    """Whether a model file is that of a run at its end, with the weights and tests that are asked for."""
+    """Whether a model file belongs to the finished run, with the requested weights and tests."""
     try:
         found = read_metadata(path)["metadata"]
         asked = found["config"]["output"]["weights"], found["config"]["data"]["test"]
@@ -197,7 +197,7 @@ def _is_complete(path: Path, result: FitResult, config: Config) -> bool:
 
 
 def _uses(config: Config, data: DataSets) -> dict[str, str]:
-    """What the network does with charges and spins, for the table of labels; none where there are no such labels."""
+    """How the network uses the charges and spins of the frames, for the table of labels."""
     states = frame_states(data.train)
     inputs = network_inputs(config.model, data.train)
     held = {
@@ -226,7 +226,7 @@ def _describe(potential: Potential | PropertyModel, config: Config, choices: Seq
     for key in sorted(potential.network.used):
         print(f"input   {key}{' (spin multiplicity 2S + 1)' if key == 'spin' else ''}")
     for key, value in potential.network.assumed.items():
-        print(f"fixed   {key} {value:g}: that of all training frames, and the only one that the model knows")
+        print(f"fixed   {key} {value:g}: the value of all training frames, and the only one that the model accepts")
     limits = {
         "CPU s": config.training.budget_seconds,
         "epochs": config.training.max_epochs,
@@ -239,8 +239,8 @@ def _describe(potential: Potential | PropertyModel, config: Config, choices: Seq
         print(f"batch   {t.batch_size} x {t.processes} processes = {t.batch_size * t.processes} frames per step")
     elif int(os.environ.get("SLURM_NTASKS") or 1) > 1:
         print(
-            f"note: SLURM has {os.environ['SLURM_NTASKS']} tasks for this job, this run is one process; it starts more "
-            "by itself with training.processes (start the command once, not by srun in every task)"
+            f"note: SLURM has {os.environ['SLURM_NTASKS']} tasks for this job, this run is one process; set "
+            "training.processes to start more (start the command once, not with srun in every task)"
         )
     print(flush=True)
 
@@ -256,7 +256,7 @@ def _print_elements(
 def _checkpoint(folder: Path) -> Path:
     path = folder / "last.ckpt"
     if not path.is_file():
-        raise FileNotFoundError(f"output.resume is set, but there is no {path} to go on from")
+        raise FileNotFoundError(f"output.resume is set, but there is no {path} to resume from")
     return path
 
 
@@ -279,13 +279,13 @@ def _finish(
     if config.data.shares_hierarchy:
         record["reference"] = reference_record(data.train[0])
     if len(data.train[0].z) <= _LARGEST_SAMPLE:
-        record["sample"] = sample_of(data.train[0])  # on which `nbody check` can test the model
-    save_model(potential, folder / "model.nbody", record)  # before anything can go wrong with the tests
+        record["sample"] = sample_of(data.train[0])  # `nbody check` tests the model on it
+    save_model(potential, folder / "model.nbody", record)  # first, so that an error in the tests does not lose it
     sets = {**({"val": data.val} if len(data.val) else {}), **data.tests} or {"train": data.train}
     try:
         found = {name: _evaluate(potential, frames) for name, frames in sets.items()}
     except Exception:
-        print(f"\nthe tests have failed; the trained model is in {folder / 'model.nbody'}", file=sys.stderr)
+        print(f"\nthe tests failed; the trained model is in {folder / 'model.nbody'}", file=sys.stderr)
         raise
     errors = {name: evaluation.errors for name, evaluation in found.items()}
     print(
@@ -305,7 +305,7 @@ def _finish(
 def _evaluate(potential: Potential | PropertyModel, frames: Sequence[Data]) -> Evaluation | PropertyEvaluation:
     if isinstance(potential, PropertyModel):
         return evaluate_properties(potential, frames)
-    # Forces cost as much again as energies: not for thousands of molecules without a label for them.
+    # Forces cost as much as energies: skip them for frames without force labels.
     return evaluate(potential, frames, compute_forces=any("forces" in frame for frame in frames))
 
 
@@ -330,7 +330,7 @@ def _plot(
 def _choose_weights(
     potential: Potential | PropertyModel, data: DataSets, config: Config, result: FitResult, folder: Path
 ) -> str:
-    """Leave the last weights in place, or those of best.ckpt where their validation error is smaller."""
+    """Keep the last weights, or load those of best.ckpt if their validation error is smaller."""
     best = folder / "best.ckpt"
     if config.output.weights == "last" or not len(data.val) or result.best_step < 0 or not best.is_file():
         return f"last (step {result.steps})"
@@ -343,7 +343,7 @@ def _choose_weights(
         print(f"\n{error}")
         return f"last (step {result.steps}); best.ckpt cannot be read"
     if checkpoint.get("run", {}).get("id") != result.run or checkpoint["global_step"] != result.best_step:
-        return f"last (step {result.steps}); best.ckpt is of another run"
+        return f"last (step {result.steps}); best.ckpt belongs to another run"
     state = checkpoint["state_dict"]
     prefix = "potential."
     potential.load_state_dict({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})

@@ -1,7 +1,7 @@
-"""What goes on in this thread now, and which gradients a backward pass is for.
+"""Flags for custom autograd functions: whether this thread records a graph, and which gradients are needed.
 
-Nothing here is shared between threads: what a caller says counts in its own context, and what a derivative is for is
-asked of the engine that computes it.
+Nothing is shared between threads: flags belong to the context of the caller, and the autograd engine is asked which
+gradients it needs.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import torch
 from torch.utils._pytree import tree_map
 
-#: What runs in place of an operation; None where operations run as they are.
+#: Replacement of operations; None if they run unchanged.
 _recorder: ContextVar[Callable[..., Any] | None] = ContextVar("recorder", default=None)
 _tracing: ContextVar[bool] = ContextVar("tracing", default=False)
 _dry: ContextVar[bool] = ContextVar("dry", default=False)
@@ -37,13 +37,13 @@ def _set(variable: ContextVar[Any], value: Any) -> Iterator[None]:
 
 
 def tracing() -> contextlib.AbstractContextManager[None]:
-    """Inside, a graph is recorded: values of tensors must not be asked for."""
+    """Context in which a graph is recorded: values of tensors must not be read."""
     return _set(_tracing, True)
 
 
 @contextlib.contextmanager
 def recording(instead: Callable[..., Any]) -> Iterator[None]:
-    """Inside, ``instead(operation, sizes, tensors)`` takes the place of an operation of compiled code."""
+    """Context in which ``instead(operation, sizes, tensors)`` replaces an operation of compiled code."""
     with tracing(), _set(_recorder, instead):
         yield
 
@@ -54,26 +54,26 @@ def is_recording() -> bool:
 
 
 def dry_run() -> contextlib.AbstractContextManager[None]:
-    """Inside, compiled functions are not called: what remains of a product is the shapes of its results."""
+    """Context in which compiled functions are not called, so that a product only gives the shapes of its results."""
     return _set(_dry, True)
 
 
 def is_dry() -> bool:
-    """Whether compiled functions are left out now."""
+    """Whether compiled functions are skipped now."""
     return _dry.get()
 
 
 def recorder() -> Callable[..., Any] | None:
-    """What runs in place of an operation here, if anything does."""
+    """Replacement of operations in this context, or None."""
     return _recorder.get()
 
 
 def is_transformed() -> bool:
-    """Whether torch or the caller takes part in every operation of this thread: it traces, batches or counts.
+    """Whether torch or the caller intercepts every operation of this thread, to trace, batch or count it.
 
-    Compiled code would be invisible to it. (``torch.compiler.is_compiling()`` tells of other threads, too.)
+    It would not see compiled code. (``torch.compiler.is_compiling()`` is also true for other threads.)
     """
-    if torch.compiler.is_dynamo_compiling():  # first: it cannot follow what comes next
+    if torch.compiler.is_dynamo_compiling():  # checked first, because dynamo cannot trace the next lines
         return True
     return _recorder.get() is None and (
         torch._C._len_torch_dispatch_stack() > 0
@@ -83,12 +83,12 @@ def is_transformed() -> bool:
 
 
 def is_tracing() -> bool:
-    """Whether values of tensors must not be asked for, because a graph is recorded by us or by torch."""
+    """Whether values of tensors must not be read, because this library or torch records a graph."""
     return is_transformed() or _tracing.get()
 
 
 def has_values(tensor: torch.Tensor) -> bool:
-    """Whether the numbers of a tensor may be looked at: it is no tracer's, no fake and none of ``torch.vmap``."""
+    """Whether the values of a tensor can be read: it is not a tracer's or fake tensor, nor one of ``torch.vmap``."""
     if torch.compiler.is_dynamo_compiling() or _tracing.get() or tensor.is_meta:
         return False
     if not is_transformed():
@@ -105,18 +105,18 @@ _REASON = (
 
 
 def opaque_to_compile(function: Function) -> Function:
-    """Decorate what ``torch.compile`` leaves as it is: it breaks its graph there and goes on behind it."""
+    """Decorate a function that ``torch.compile`` does not trace: it breaks its graph there and continues after it."""
     known = inspect.signature(torch.compiler.disable).parameters
     opaque: Function = torch.compiler.disable(function, **({"reason": _REASON} if "reason" in known else {}))
     return opaque
 
 
-# Not part of torch's interface: where it is missing all gradients are computed, which takes longer and is never wrong
+# Not part of torch's interface. Without it all gradients are computed, which is slower but correct
 _will_execute = getattr(torch._C, "_will_engine_execute_node", lambda node: True)
 
 
 def gradients_wanted(edges: Iterable[tuple[Any, int]]) -> bool:
-    """Whether the backward pass that runs now uses a gradient that goes along one of these edges of its graph.
+    """Whether the current backward pass needs a gradient along one of these edges of its graph.
 
     Edges are some of ``ctx.next_functions``: one for each tensor that a function was called with, in that order.
     ``ctx.needs_input_grad`` says only that a tensor requires a gradient, as weights do also in a pass for forces alone.
@@ -126,7 +126,7 @@ def gradients_wanted(edges: Iterable[tuple[Any, int]]) -> bool:
             try:
                 if _will_execute(node):
                     return True
-            except RuntimeError:  # a leaf that was named in autograd.grad: of those the engine does not say
+            except RuntimeError:  # a leaf passed to autograd.grad, for which the engine gives no answer
                 return True
     return False
 
@@ -149,7 +149,7 @@ def in_own_precision(forward: Function) -> Function:
         dtype = next((p.dtype for p in self.parameters()), torch.float32)
 
         def widened(value: Any) -> Any:
-            """What other layers have made of lower precision."""
+            """Tensors that other layers computed in lower precision."""
             low = isinstance(value, torch.Tensor) and value.dtype in (torch.float16, torch.bfloat16)
             return value.to(dtype) if low else value
 
@@ -161,10 +161,10 @@ def in_own_precision(forward: Function) -> Function:
 
 
 def constant_table(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    """Decorate a function that makes a table of constants: it is made once and kept.
+    """Decorate a function that computes a table of constants, to cache its result.
 
-    What is made while a tracer or a mode takes part holds its tensors; it is made for that call alone. What is kept
-    does not depend on the caller's default device, ``inference_mode`` or gradients.
+    A table computed under a tracer or a mode holds its tensors and is not cached. Cached tables do not depend on the
+    caller's default device, ``inference_mode`` or gradients.
     """
     kept: dict[tuple[Any, ...], torch.Tensor] = {}
 
@@ -183,7 +183,7 @@ def constant_table(function: Callable[..., torch.Tensor]) -> Callable[..., torch
 
 
 class Lock:
-    """A re-entrant lock, free in a copy, after pickling, and in a process that was forked while it was held."""
+    """A re-entrant lock that is released in a copy, after pickling, and in a process forked while it was held."""
 
     def __init__(self) -> None:
         self._process, self._lock = os.getpid(), threading.RLock()

@@ -1,11 +1,11 @@
-"""The one place that decides which implementation of the products runs.
+"""Choice of the implementation of the products; nothing else decides it.
 
 "c": generated C (CPU, float32 and float64, where a C compiler exists). "triton": generated Triton (CUDA tensors in
 float32 and float64, where Triton is installed, as it is with torch for CUDA on Linux). "torch": plain torch, any device,
-any order of derivative. Automatic is triton for CUDA tensors, c for CPU tensors, torch where that one cannot run (with a
-warning that says why), unless the environment's NBODY_BACKEND or :func:`set_backend` says otherwise; a forced backend
-that cannot take a tensor leaves it to plain torch. All three read the same coupling tables and have the same numbers up
-to rounding.
+any order of derivative. By default triton runs for CUDA tensors and c for CPU tensors; torch runs if that backend
+cannot (a warning gives the reason). The environment variable NBODY_BACKEND or :func:`set_backend` forces a backend; if
+it cannot process a tensor, plain torch does. All three use the same coupling tables and give the same numbers up to
+rounding.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 _BACKENDS = ("auto", "c", "triton", "torch")
 _DTYPES = (torch.float32, torch.float64)
 _PLAIN = (Tensor, torch.nn.Parameter)
-_forced: str | None = None  # None: as the environment says, which is read at the first use
+_forced: str | None = None  # None: from the environment, which is read at the first use
 
 
 def available_backends() -> list[str]:
@@ -39,9 +39,9 @@ def available_backends() -> list[str]:
 def set_backend(name: str) -> None:
     """Force a backend ("c", "triton", "torch") or let the library choose ("auto"), in all threads of this process.
 
-    Every product reads the choice when it is called; its derivatives run on the backend that its value came from.
+    A product uses the backend selected when it is called; its derivatives run on the same backend.
 
-    Raises: ValueError: unknown name, "c" where no C can be compiled and loaded, or "triton" without Triton.
+    Raises: ValueError: unknown name, "c" if no C can be compiled and loaded, or "triton" without Triton.
     """
     global _forced
     _forced = _checked(name, "backend")
@@ -61,15 +61,16 @@ def backend(tensor: Tensor | None = None, library: Library | None = None) -> str
     """The backend that runs for this tensor (by default one in float32 on the CPU).
 
     Args:
-        library: what would be called with it; compiled now where it is not yet, and plain torch runs where that fails.
-    Raises: ValueError: NBODY_BACKEND is no backend, or one that cannot run here.
+        library: compiled functions that would be called with it. They are compiled now if needed; if that fails, plain
+            torch runs.
+    Raises: ValueError: NBODY_BACKEND is not a backend, or one that cannot run here.
     """
     global _forced
     if _forced is None:
         _forced = _checked(os.environ.get("NBODY_BACKEND") or "auto", "NBODY_BACKEND")
     if _forced == "torch" or (tensor is not None and tensor.dtype not in _DTYPES):
         return "torch"
-    # What others trace, batch or count must be made of operations that they see
+    # Tracers and modes must see every operation
     if is_transformed() or (tensor is not None and type(tensor) not in _PLAIN and not is_recording()):
         return "torch"
     device = "cpu" if tensor is None else tensor.device.type
@@ -84,12 +85,12 @@ def backend(tensor: Tensor | None = None, library: Library | None = None) -> str
 
 
 def dispatch(arguments: tuple[Any, ...], c: Any, triton: Any, plain: Callable[..., Any]) -> Any:
-    """The result of an operation for these arguments, on the backend that runs for the first of them.
+    """The result of an operation for these arguments, on the backend for the first of them.
 
     Args:
-        arguments: what each implementation is called with.
+        arguments: arguments of each implementation.
         c: compiled operation with a ``library``, or None.
-        triton: its counterpart on a GPU, or None; one that is ``too_long`` is left out.
+        triton: its counterpart on a GPU, or None; one that is ``too_long`` is not used.
         plain: the same in plain torch.
     """
     which = "torch" if c is None else backend(arguments[0], c.library)

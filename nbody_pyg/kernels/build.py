@@ -1,8 +1,9 @@
-"""Compile generated C once, keep it, load it through ctypes: a plain C interface, no headers of torch or Python.
+"""Compile generated C once, cache it, load it with ctypes: a plain C interface without headers of torch or Python.
 
-What is loaded is code, so it must be the user's own. Libraries are kept in a folder that nobody else can write to, under
-a name that holds the SHA-256 of the file; a file that does not match its name (cut, damaged, foreign) is built anew and
-never loaded. Where there is no such folder, libraries are built in a private temporary folder of each process.
+Loading a library runs code, so only files of the user are loaded. Libraries are cached in a folder that no other user
+can write to, and their names contain the SHA-256 of the file. A file that does not match its name (cut, damaged,
+foreign) is never loaded but built again. Without such a folder, each process builds libraries in a private temporary
+folder.
 """
 
 from __future__ import annotations
@@ -39,10 +40,10 @@ _FLAGS = (
     "-w",
 )
 
-#: Short sources hold loops, which only full effort unrolls into registers; long ones are straight lines already,
-#: and the longest would take minutes.
+#: Short sources have loops, which only the highest optimisation level unrolls into registers. Long ones are already
+#: unrolled, and the longest would take minutes.
 _SHORT, _LONG = 30_000, 250_000
-#: Seconds after which a compiler counts as hanging: for a function of one line, and for any source.
+#: Timeouts of the compiler, seconds: for a function of one line, and for any source.
 _PROBE_TIMEOUT, _TIMEOUT = 60.0, 900.0
 _PROBE = "int nbody_probe(void) { return 1; }"
 _OPENMP = "-fopenmp"
@@ -53,7 +54,7 @@ _OPENMP_PROBE = """int nbody_sum(int n) {
   return total; }"""
 
 _log = logging.getLogger("nbody_pyg")
-_libraries: dict[str, ctypes.CDLL | str] = {}  # by source: what was loaded, or why that failed
+_libraries: dict[str, ctypes.CDLL | str] = {}  # by source: the loaded library, or the error
 _said: set[str] = set()
 _lock = threading.RLock()  # held while something is compiled or loaded
 
@@ -63,7 +64,7 @@ def _fresh_lock() -> None:
     _lock = threading.RLock()
 
 
-if hasattr(os, "register_at_fork"):  # a child that is forked while another thread compiles must not wait for it
+if hasattr(os, "register_at_fork"):  # a child forked while another thread compiles must not wait for it
     os.register_at_fork(after_in_child=_fresh_lock)
 
 
@@ -86,10 +87,10 @@ def _flags(source: str) -> tuple[str, ...]:
 
 @functools.lru_cache(maxsize=1)
 def compiler() -> tuple[str, ...] | None:
-    """The C compiler and its arguments: the environment's CC, or the first of cc, gcc, clang; None where there is none."""
+    """The C compiler and its arguments: the environment's CC, or the first of cc, gcc, clang; None if there is none."""
     candidates = [os.environ["CC"]] if os.environ.get("CC", "").strip() else ["cc", "gcc", "clang"]
     for candidate in candidates:
-        with contextlib.suppress(ValueError):  # a quotation that does not end
+        with contextlib.suppress(ValueError):  # an unclosed quotation mark
             program, *arguments = shlex.split(candidate)
             if found := shutil.which(program):
                 return (os.path.abspath(found), *arguments)
@@ -97,7 +98,7 @@ def compiler() -> tuple[str, ...] | None:
 
 
 def cache_folder() -> Path:
-    """Where compiled products are kept: NBODY_CACHE, else the user's cache folder.
+    """Cache folder of compiled products: NBODY_CACHE, else in the user's cache folder.
 
     Raises: RuntimeError: neither is set, and the user has no home folder.
     """
@@ -111,12 +112,12 @@ def cache_folder() -> Path:
 
 
 def trusted(path: Path) -> str | None:
-    """Why code must not be loaded from a file or folder: somebody else could have put it there. None where all is well.
+    """Reason why code must not be loaded from a file or folder, because another user could have written it; or None.
 
-    It and every folder above it must belong to the user or to root, and must not be writable for others, unless, as in
-    /tmp, others cannot rename or remove what is in there.
+    It and every folder above it must belong to the user or to root and must not be writable for others, unless others
+    cannot rename or remove its files, as in /tmp.
     """
-    if not hasattr(os, "getuid"):  # permissions are not those of Unix
+    if not hasattr(os, "getuid"):  # no Unix permissions
         return None
     path = Path(os.path.realpath(path))
     for place in (path, *path.parents):
@@ -131,7 +132,7 @@ def trusted(path: Path) -> str | None:
 
 @functools.cache
 def _unknown_owner() -> int | None:
-    """What a container shows as the owner of files whose owner it does not know, such as root of the host."""
+    """The owner that a container shows for files of unknown owners, such as root of the host."""
     try:
         everybody = int(Path("/proc/self/uid_map").read_text().split()[2]) >= 2**32 - 1
         return None if everybody else int(Path("/proc/sys/kernel/overflowuid").read_text())
@@ -141,7 +142,7 @@ def _unknown_owner() -> int | None:
 
 @functools.cache
 def _own_group(number: int) -> bool:
-    """Whether a group is the private one of the user, of whom it has the name and no other member."""
+    """Whether a group is the private group of the user: it has the user's name and no other member."""
     import grp
     import pwd
 
@@ -153,9 +154,9 @@ def _own_group(number: int) -> bool:
 
 
 def own_cache() -> Path:
-    """The cache folder, made where it was missing, if it can be trusted.
+    """The cache folder, created if missing, if it is safe.
 
-    Raises: RuntimeError, OSError: it cannot; the message says why.
+    Raises: RuntimeError, OSError: it is not; the message gives the reason.
     """
     folder = Path(os.path.realpath(cache_folder()))
     missing = [place for place in (folder, *folder.parents) if not place.exists()]
@@ -169,7 +170,7 @@ def own_cache() -> Path:
 
 
 def warn_once(about: str, text: str) -> None:
-    """A RuntimeWarning, once per process for each thing that it is about."""
+    """A RuntimeWarning, once per process for each subject."""
     if about not in _said:
         _said.add(about)
         warnings.warn(text, RuntimeWarning, stacklevel=3)
@@ -177,7 +178,7 @@ def warn_once(about: str, text: str) -> None:
 
 @functools.lru_cache(maxsize=1)
 def _machine() -> str:
-    """What -march=native depends on, so that a cache shared between machines is never wrong."""
+    """Everything that -march=native depends on, so that machines can share a cache."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         return next(line for line in lines if line.startswith(("flags", "Features")))
@@ -186,7 +187,7 @@ def _machine() -> str:
 
 
 def load(source: str) -> ctypes.CDLL:
-    """Shared library of a C source, compiled at the first use; threads and processes may ask for it at once.
+    """Shared library of a C source, compiled at the first use; safe for concurrent threads and processes.
 
     Raises: RuntimeError: no compiler, the compiler failed (its message is included), or there is no folder from which
         libraries can be loaded. It is not tried again.
@@ -207,7 +208,7 @@ def load(source: str) -> ctypes.CDLL:
 
 
 def broken() -> str | None:
-    """Why nothing can be compiled and loaded here, found out with a function of one line; None where it can."""
+    """Reason why nothing can be compiled and loaded here, tested with a function of one line, or None."""
     try:
         load(_PROBE)
     except RuntimeError as error:
@@ -216,9 +217,9 @@ def broken() -> str | None:
 
 
 def no_threads() -> str | None:
-    """Why compiled functions run in one thread here, found out with a function of one loop; None where they share work.
+    """Reason why compiled functions run in one thread here, tested with a function of one loop, or None.
 
-    Some compilers have no OpenMP, or not its library.
+    Some compilers do not have OpenMP, or its library.
     """
     try:
         load(_OPENMP_PROBE)
@@ -228,7 +229,7 @@ def no_threads() -> str | None:
 
 
 def forget() -> None:
-    """Ask for compiler, folders and libraries anew, as in a new process; for tests."""
+    """Forget compiler, folders and libraries, as in a new process; for tests."""
     with _lock:
         compiler.cache_clear()
         _libraries.clear()
@@ -249,7 +250,7 @@ def _load(source: str) -> ctypes.CDLL:
     code = None if folder is None else _kept(folder, key)
     if code is None:
         if source not in (_PROBE, _OPENMP_PROBE):
-            load(_PROBE)  # whatever does not work is found out in a moment
+            load(_PROBE)  # the next lines find out whether it works
             _announce(folder)
         code = _compile(command, source, _PROBE_TIMEOUT if source in (_PROBE, _OPENMP_PROBE) else _TIMEOUT)
         if folder is not None:
@@ -260,7 +261,7 @@ def _load(source: str) -> ctypes.CDLL:
     if problem is None:
         try:
             return ctypes.CDLL(str(_path(required(folder), key, code)))
-        except OSError as error:  # for example a file system from which no programs may be run
+        except OSError as error:  # for example a file system mounted noexec
             problem = str(error)
     library = _load_once(code, problem)
     warn_once(
@@ -284,10 +285,10 @@ def _path(folder: Path, key: str, code: bytes) -> Path:
 
 
 def _kept(folder: Path, key: str) -> bytes | None:
-    """Content of the library with this key, if there is one that is what its name says."""
+    """Content of the cached library with this key, if it matches its name; else None."""
     for path in folder.glob(f"{key}-*.so"):
         with contextlib.suppress(OSError):
-            # No pipe, which would be read for ever
+            # Not a pipe, whose reading would not end
             if path.is_file() and trusted(path) is None and path == _path(folder, key, code := path.read_bytes()):
                 return code
             path.unlink()
@@ -295,7 +296,7 @@ def _kept(folder: Path, key: str) -> bytes | None:
 
 
 def _keep(folder: Path, key: str, code: bytes) -> None:
-    """Write a library under its name, whole: several processes may do so at once."""
+    """Write a library atomically: several processes may do so at once."""
     handle, name = tempfile.mkstemp(dir=folder, prefix=".", suffix=".tmp")
     try:
         with os.fdopen(handle, "wb") as file:
@@ -312,7 +313,7 @@ def _keep(folder: Path, key: str, code: bytes) -> None:
 
 @contextlib.contextmanager
 def _private_folder() -> Iterator[Path]:
-    """A temporary folder of the user's own; in the cache folder where there is none for temporary files."""
+    """A private temporary folder; in the cache folder if there is no folder for temporary files."""
     problems = []
     for parent in (tempfile.gettempdir, own_cache):
         try:
@@ -333,7 +334,7 @@ def _private_folder() -> Iterator[Path]:
 
 
 def _load_once(code: bytes, problem: str) -> ctypes.CDLL:
-    """Load a library that is not kept: once it is loaded its file may go."""
+    """Load a library that is not cached: its file can be removed after loading."""
     try:
         with _private_folder() as folder:
             path = folder / "kernel.so"
@@ -354,7 +355,7 @@ def _compile(command: tuple[str, ...], source: str, timeout: float) -> bytes:
         words = [*command, *_flags(source), str(code), "-o", str(built), "-lm"]
         cure = "set CC to a working C compiler, or use set_backend('torch')"
         try:
-            # Into a file, as the end of a pipe would stay open in what a stopped compiler has started.
+            # Into a file, because children of a killed compiler would keep a pipe open.
             with log.open("wb") as errors:
                 process = subprocess.Popen(
                     words, stdin=subprocess.DEVNULL, stdout=errors, stderr=errors, start_new_session=True,

@@ -1,7 +1,7 @@
 r"""C source of the three products and their derivatives, written out term by term from a coupling table.
 
-Every product is linear in each factor, so its derivatives are sums of products of the same kind; each function
-below does all that one autograd node needs in a single pass. Channels are the vector lanes. The functions are:
+Every product is linear in each factor, so its derivatives are sums of products of the same kind; each function below
+computes everything for one autograd node in a single pass. Channels are the vector lanes. The functions are:
 
 ================  ===========================================================================================
 product_*         channelwise product of two node states: out_r = sum c x_i y_j
@@ -33,7 +33,7 @@ static inline real real_total(real v) {{ return v; }}
 """
 
 
-#: Lines of code for one kind of number, of vectors or reals.
+#: Lines of code for one kind of number: vectors or reals.
 Body = Callable[[str], list[str]]
 
 
@@ -47,7 +47,7 @@ class Term(NamedTuple):
     value: float
 
 
-#: Smallest blocks that threads take (:mod:`nbody_pyg.kernels.threads`): some ten microseconds of work.
+#: Smallest blocks for a thread (:mod:`nbody_pyg.kernels.threads`): about ten microseconds of work.
 _NODES, _EDGES, _DENSITY_EDGES = 32, 512, 2048
 _CHANNELS = Argument("int64_t", "C")
 
@@ -66,7 +66,7 @@ def _weighted(pairs: list[tuple[float, str]]) -> str:
 
 
 def _over_channels(body: Body, tail: bool) -> list[str]:
-    """The body over whole vectors of channels; with ``tail`` once more, one by one, over the rest."""
+    """Loop over whole vectors of channels; with ``tail`` also a scalar loop over the rest."""
     lines = ["    int64_t c = 0;", "    for (; c + WIDTH <= C; c += WIDTH) {", *body("vec"), "    }"]
     return [*lines, "    for (; c < C; c++) {", *body("real"), "    }"] if tail else lines
 
@@ -137,8 +137,8 @@ def one_body_source(
 ) -> str:
     """Functions of the edge product; in ``terms`` i counts source rows and j harmonics.
 
-    The radial weight of a path and channel is made from the ``basis`` functions of the edge where it is needed:
-    written to memory it would be most of the traffic of the whole product.
+    The radial weight of a path and channel is computed from the ``basis`` functions of the edge where it is needed.
+    Stored in memory, it would be most of the memory traffic of the product.
     """
     entries: dict[tuple[int, int], list[Term]] = defaultdict(list)
     for term in terms:

@@ -1,12 +1,12 @@
 r"""Compiled features of edges: solid harmonics, radial functions and windows with two derivatives.
 
-A feature is a function of one vector, so the backward pass and its derivative are written down once, by hand:
+A feature is a function of one vector, so the backward pass and its derivative are written by hand once:
 with :math:`\rho = \sqrt{r^2 + a^2}`, :math:`u = \mathbf r / \rho`, any function f(u, rho) has
 
 .. math:: \partial f / \partial \mathbf r = (f_u - u\,(u \cdot f_u)) / \rho + f_\rho\, u
 
-The harmonics are polynomials in u, whose derivatives are polynomials again. All arithmetic of one edge is done in
-double precision, whatever the tensors hold: it costs next to nothing there.
+The harmonics are polynomials in u, whose derivatives are polynomials again. All arithmetic of one edge is in double
+precision for any dtype of the tensors; the extra cost is negligible.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from nbody_pyg.kernels.operands import check_operands
 from nbody_pyg.kernels.operation import Operands, Operation, Tensors, filled
 from nbody_pyg.kernels.threads import Argument, in_blocks
 
-#: Smallest block of edges that a thread takes.
+#: Smallest block of edges for a thread.
 _GRAIN = 1024
 #: A polynomial in x, y, z: exponents to coefficient.
 Polynomial = dict[tuple[int, int, int], float]
@@ -154,7 +154,7 @@ def monomial(exponents: tuple[int, int, int]) -> str:
 
 
 def derivative(polynomial: Polynomial, axis: int) -> Polynomial:
-    """Derivative by x (0), y (1) or z (2)."""
+    """Derivative with respect to x (0), y (1) or z (2)."""
     result: Polynomial = {}
     for powers, value in polynomial.items():
         if powers[axis]:
@@ -164,7 +164,7 @@ def derivative(polynomial: Polynomial, axis: int) -> Polynomial:
 
 
 def expression(polynomial: Polynomial, names: dict[tuple[int, int, int], str]) -> str:
-    """Text of a polynomial, its monomials under these names."""
+    """Text of a polynomial; its monomials have these names."""
     return " + ".join(f"{value!r} * {names[powers]}" for powers, value in sorted(polynomial.items())) or "0"
 
 
@@ -181,7 +181,7 @@ def harmonic_source(polynomials: Sequence[Polynomial]) -> str:
         + ";"
         for k, poly in enumerate(polynomials)
     )
-    # Combine all harmonics into one polynomial with coefficients G first: its derivatives are then taken once.
+    # First combine all harmonics into one polynomial with coefficients G, so that it is differentiated only once.
     combine = " ".join(
         f"const double G{n} = "
         + " + ".join(f"{poly[p]!r} * g[{k}]" for k, poly in enumerate(polynomials) if p in poly)

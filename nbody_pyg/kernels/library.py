@@ -27,7 +27,8 @@ class _Signature:
     def __init__(self, text: str, dtype: torch.dtype) -> None:
         words = text.split()
         self.c_types = [_c_type(word) for word in words if not word.startswith("(")]
-        # Places of tensors, of arrays of tensors, of what must not be None, and (from the end) of what is not passed on
+        # Positions of tensors, of arrays of tensors, of arguments that must not be None, and (from the end) of
+        # arguments that are not passed on
         self.tensors = [n for n, word in enumerate(words) if ":" in word]
         self.dtypes = [torch.int64 if words[n].startswith("longs") else dtype for n in self.tensors]
         self.arrays = [n for n, word in enumerate(words) if word.startswith("several")]
@@ -43,7 +44,7 @@ class _Signature:
         self._known: dict[tuple[int, ...], list[int]] = {}
 
     def sizes(self, arguments: Sequence[Any]) -> list[int]:
-        """How many numbers each tensor holds."""
+        """Number of elements of each tensor."""
         integers = tuple([arguments[place] for place in self._places])
         sizes = self._known.get(integers)
         if sizes is None:
@@ -60,7 +61,7 @@ def _c_type(word: str) -> Any:
     return ctypes.c_void_p if ":" in word or word.startswith("several") else ctypes.c_int64
 
 
-#: Sets of sizes that a function remembers.
+#: Number of sets of sizes that a function caches.
 _REMEMBERED = 256
 #: Longest source (characters) that is worth compiling.
 MAX_SOURCE = 800_000
@@ -75,8 +76,8 @@ class Library:
             "longs:SIZE" for tensors with so many numbers, such as "reals:9*N*C", and "several" for arrays of addresses;
             with a question mark, as "reals?:9*N", None is a null pointer. Integers in brackets, "(T)", occur in sizes
             only: the function does not take them. Functions that are called take the number of threads before these.
-        links: functions of other libraries that this one calls, as (library, name). Their addresses are handed to the
-            source's own ``link_functions(void* const*)`` after loading: what is shared is compiled once.
+        links: functions of other libraries that this one calls, as (library, name). Their addresses are passed to
+            ``link_functions(void* const*)`` of the source after loading, so that shared code is compiled once.
     """
 
     def __init__(self, source: str, signatures: dict[str, str], links: Sequence[tuple[Library, str]] = ()) -> None:
@@ -90,7 +91,8 @@ class Library:
 
     @property
     def too_long(self) -> bool:
-        """Whether compiling would take minutes: high degrees in both parities. Such products run on plain torch."""
+        """Whether compiling would take minutes, as for high degrees in both parities. Such products run in plain
+        torch."""
         return len(self._source) > MAX_SOURCE or any(library.too_long for library, _ in self._links)
 
     def call(self, name: str, dtype: torch.dtype, *arguments: Tensor | Several | float | int | None) -> None:
@@ -116,11 +118,11 @@ class Library:
         function(num_threads(), *given)
 
     def address(self, name: str, dtype: torch.dtype) -> int:
-        """Where one of the functions lies."""
+        """Address of one of the functions."""
         functions = self._loaded.get(dtype) or self._load(dtype)
         return required(ctypes.cast(functions[name][0], ctypes.c_void_p).value)
 
-    @build.one_at_a_time  # nobody may call a function before it is linked
+    @build.one_at_a_time  # a function must not be called before it is linked
     def _load(self, dtype: torch.dtype) -> dict[str, tuple[Any, _Signature]]:
         library = build.load(prelude(_C_NAMES[dtype]) + self._source)
         functions = {}
@@ -136,9 +138,9 @@ class Library:
         return functions
 
     def ready(self, dtype: torch.dtype) -> bool:
-        """Whether the functions can be called; they are compiled now where they are not yet.
+        """Whether the functions can be called; they are compiled now if needed.
 
-        Where that fails a warning says why, once per process, and it is not tried again.
+        If that fails, one warning per process gives the reason, and it is not tried again.
         """
         if dtype not in self._loaded and not self.too_long:
             try:

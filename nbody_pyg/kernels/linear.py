@@ -1,7 +1,7 @@
 r"""The blockwise linear map W^l of node states, compiled.
 
 A state (nodes, rows, channels) is cut into one block of rows per degree; block l, read as a matrix with one row per
-node and component, is multiplied by its own matrix. The map is bilinear, so that all derivatives are made of three
+node and component, is multiplied by its own matrix. The map is bilinear, so all derivatives consist of three
 contractions:
 
 .. math:: Z = X W, \qquad X' = Z' W^T, \qquad W' = X^T Z'
@@ -20,7 +20,7 @@ from nbody_pyg.kernels.operation import Operands, Operation, Tensors
 from nbody_pyg.kernels.panels import LINKED, LINKS
 from nbody_pyg.kernels.update_source import Block, Map
 
-#: Nodes that are worked on at once: their rows of one degree stay in the nearest cache.
+#: Nodes processed together, so that their rows of one degree stay in the L1 cache.
 _SOURCE = """
 enum { TILE = 32 };
 typedef struct { int64_t start_in, start_out, dim, K, D; } Block;  /* starts and sizes in numbers of reals */
@@ -81,7 +81,7 @@ class LinearKernel(Operation):
 
     @property
     def library(self) -> Library:
-        """The compiled functions, which all maps share."""
+        """The compiled functions, shared by all maps."""
         return _library
 
     @property

@@ -1,7 +1,8 @@
 """The compiled operations as opaque operators of torch, for tracing: one node of a graph each, with derivatives.
 
-In eager mode an operation is an ``autograd.Function`` around calls into C, which costs least. A tracer cannot look into
-these calls, so inside :func:`opaque_products` each operation becomes one call of an operator that tracers know by its
+In eager mode an operation is an ``autograd.Function`` around calls into C, which has the least overhead. A tracer
+cannot see these calls, so inside :func:`opaque_products` each operation becomes one call of an operator that tracers
+know by its
 schema, by shapes (its own functions with the C call left out), and by its derivative.
 """
 
@@ -21,7 +22,7 @@ from nbody_pyg.kernels.library import Library
 from nbody_pyg.kernels.operation import Operation, Tensors, parted
 from nbody_pyg.required import required
 
-#: Operations that a graph refers to, by what they compute: a graph kept on disk must find the same one again.
+#: Operations that a graph refers to, by a hash of what they compute, so that a graph from disk finds the same one.
 _operations: dict[str, Operation] = {}
 
 
@@ -38,9 +39,9 @@ def _key(operation: Operation) -> str:
 
 
 def _packed(tensors: Tensors) -> tuple[str, list[Tensor]]:
-    """Tensors of which some are None as (which are there, those).
+    """Optional tensors as (mask of those present, those present).
 
-    A list of optional tensors that begins with None counts to torch as one without gradients.
+    torch treats a list of optional tensors that begins with None as one without gradients.
     """
     return "".join("-t"[t is not None] for t in tensors), [t for t in tensors if t is not None]
 
@@ -58,14 +59,14 @@ def _words(spec: str) -> list[str]:
 
 # -- the operators ---------------------------------------------------------------------------------------
 def _value(spec: str, tensors: list[Tensor], sizes: list[int]) -> list[Tensor]:
-    """Results of the operation that ``spec`` names, then what it keeps."""
+    """Results of the operation named by ``spec``, then the tensors that it saves."""
     key, present = _words(spec)
     results, kept = _operations[key].value(_operations[key].split(_unpacked(present, tensors), tuple(sizes)))
     return [*results, *map(required, kept)]
 
 
 def _gradients(spec: str, tensors: list[Tensor]) -> list[Tensor]:
-    """Those of its gradients that are wanted; tensors are cotangents and operands."""
+    """Its required gradients; ``tensors`` are cotangents and operands."""
     return _packed(_gradients_in_place(spec, tensors))[1]
 
 
@@ -142,7 +143,7 @@ def _gradients_backward(ctx: Any, cotangents: list[Tensor | None]) -> tuple[Any,
 
 
 def _call(operation: Operation, sizes: Sequence[int], tensors: Tensors) -> tuple[Tensor, ...]:
-    """What :meth:`Operation.run` calls while tracing."""
+    """Called by :meth:`Operation.run` while tracing."""
     present, given = _packed(tensors)
     return tuple(torch.ops.nbody_pyg.value(f"{_key(operation)} {present}", given, list(sizes))[: operation.num_results])
 
@@ -174,5 +175,5 @@ torch.library.register_autograd(
 
 
 def opaque_products() -> contextlib.AbstractContextManager[None]:
-    """Inside, products are operators that a tracer can record; outside, they cost less as they are."""
+    """Context in which products are operators that a tracer can record; without it they have less overhead."""
     return recording(_call)

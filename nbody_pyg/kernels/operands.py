@@ -1,7 +1,7 @@
-"""What compiled code is told about its operands must be true: it reads memory by shape and type and cannot tell.
+"""Check dtypes, shapes and devices before calling compiled code, which reads memory without checks.
 
-Operands that users have a hand in are checked by name before (:func:`check_operands`, :func:`check_range`). All
-operands of all calls, those of backward passes too, go through :func:`addresses`.
+Operands that come from users are checked by name first (:func:`check_operands`, :func:`check_range`). All operands of
+all calls, including backward passes, go through :func:`addresses`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def check_operands(dtype: torch.dtype, device: torch.device, **operands: tuple[Tensor, tuple[int, ...]]) -> None:
-    """Raise unless every operand has this dtype, lies on this device and has the shape that stands beside it.
+    """Raise unless every operand has this dtype, is on this device and has the given shape.
 
     Raises: TypeError: another dtype. ValueError: another shape or device.
     """
@@ -59,7 +59,7 @@ def check_index(device: torch.device, **operands: tuple[Tensor, tuple[int, ...]]
 
 
 def check_range(name: str, index: Tensor, size: int) -> None:
-    """Raise unless all entries of an index count something out of ``size``.
+    """Raise unless all entries of an index are in 0 .. ``size`` - 1.
 
     Raises: ValueError: an entry below 0 or not below ``size``.
     """
@@ -76,17 +76,17 @@ def check_range(name: str, index: Tensor, size: int) -> None:
 def addresses(
     tensors: Sequence[Tensor | None], sizes: Sequence[int], dtypes: Iterable[torch.dtype]
 ) -> list[int | None]:
-    """Where the numbers of each tensor lie, for compiled code; None for None.
+    """Addresses of the data of tensors, for compiled code; None for None.
 
-    One loop without further calls of Python: every product asks for a dozen.
+    One loop without further Python calls, because every product needs about a dozen.
 
-    Raises: TypeError: a tensor without memory of its own, as tracers, ``vmap`` and the meta device make them.
-        ValueError: another dtype, size or device than the compiled code takes, or gaps between the numbers.
+    Raises: TypeError: a tensor without memory, as in tracers, ``vmap`` and on the meta device.
+        ValueError: a dtype, size or device that the compiled code does not accept, or a tensor that is not contiguous.
     """
     if len(tensors) != len(sizes):
         raise ValueError(f"compiled products take {len(sizes)} tensors here, got {len(tensors)}; pass one for each")
     found: list[int | None] = [None] * len(sizes)
-    for place, (tensor, size, dtype) in enumerate(zip(tensors, sizes, dtypes, strict=False)):  # dtypes may be endless
+    for place, (tensor, size, dtype) in enumerate(zip(tensors, sizes, dtypes, strict=False)):  # dtypes may be infinite
         if tensor is None:
             continue
         try:
@@ -98,7 +98,7 @@ def addresses(
                 and tensor.is_contiguous()
             )
             pointer = tensor.data_ptr() if fits else 0
-        except RuntimeError:  # tensors of vmap and the like have no address
+        except RuntimeError:  # tensors of vmap have no address
             fits, pointer = False, 0
         if not pointer and not (fits and size == 0):
             _refuse(tensor, dtype, size)
@@ -107,7 +107,7 @@ def addresses(
 
 
 def check_launch(tensors: Sequence[Tensor]) -> Tensor:
-    """The first of the tensors that a kernel on a GPU is given, all of which must lie there, and without gaps.
+    """The first of the tensors of a GPU kernel; all must be on that device and contiguous.
 
     Raises: as :func:`addresses`.
     """

@@ -1,6 +1,6 @@
-r"""One operation with two derivatives, each one call of compiled code, and the autograd that all of them share.
+r"""One operation with two derivatives, each one call of compiled code, and the autograd code shared by all operations.
 
-With inputs x, results y and cotangents g of y, an operation brings three functions:
+With inputs x, results y and cotangents g of y, an operation has three functions:
 
 =====================  =========================================================================================
 function               result
@@ -10,7 +10,7 @@ function               result
 ``twice``              derivatives by g and x of :math:`\sum c \cdot \bar x`, where c are cotangents of the gradients
 =====================  =========================================================================================
 
-A third derivative is an error, not a wrong number; plain torch has it.
+A third derivative raises an error; plain torch can compute it.
 """
 
 from __future__ import annotations
@@ -24,24 +24,24 @@ from torch import Tensor
 
 from nbody_pyg.kernels import autograd_flags
 
-#: Tensors of which some may be absent, in a fixed order.
+#: Tensors in a fixed order; some may be None.
 Tensors = Sequence[Tensor | None]
 
 
 class Operands(NamedTuple):
-    """What an operation is called with.
+    """The arguments of an operation.
 
     ==========  ========================================================================
     field       meaning
     ==========  ========================================================================
-    inputs      tensors of floating point, by which the results are differentiated
+    inputs      floating-point tensors with respect to which the results are differentiated
     constants   indices
-    sizes       whole numbers that no tensor tells; only ``value`` needs them
-    kept        what ``value`` has kept for the derivatives
+    sizes       integers that do not follow from the tensors; only ``value`` needs them
+    kept        tensors that ``value`` saved for the derivatives
     ==========  ========================================================================
     """
 
-    # Tensors, or None where the operation lets one be absent
+    # Tensors, or None for optional ones
     inputs: Sequence[Any]
     constants: Sequence[Any]
     sizes: Any = ()
@@ -49,12 +49,12 @@ class Operands(NamedTuple):
 
 
 class Operation(ABC):
-    """One operation of compiled code, see the module's text.
+    """One operation of compiled code, see the module docstring.
 
     Attributes:
-        num_inputs: how many of the tensors that it is called with are differentiated.
-        num_results: how many results it has.
-        weights: which of the inputs are weights: their gradients are computed only in passes that ask for them.
+        num_inputs: number of its tensor arguments that are differentiated.
+        num_results: number of its results.
+        weights: which of the inputs are weights; their gradients are computed only in passes that need them.
         too_long: whether compiling would take minutes, so that plain torch runs instead.
         recordable: whether a tracer may see it as one operator (:mod:`nbody_pyg.kernels.opaque`).
     """
@@ -67,21 +67,22 @@ class Operation(ABC):
 
     @abstractmethod
     def value(self, operands: Operands) -> tuple[tuple[Tensor, ...], Tensors]:
-        """The results, and what to keep for the derivatives."""
+        """The results, and the tensors to save for the derivatives."""
 
     @abstractmethod
     def gradients(self, g: Sequence[Tensor], operands: Operands, wanted: Sequence[bool]) -> Tensors:
-        """One gradient per input; None where it is not wanted and costs time."""
+        """One gradient per input; None for one that is not needed and would cost time."""
 
     @abstractmethod
     def twice(self, c: Tensors, g: Sequence[Tensor], operands: Operands, wanted: Sequence[bool]) -> Tensors:
-        """Derivatives by each g and each input; ``wanted`` says of which. Cotangents c may be None, for zero."""
+        """Derivatives with respect to each g and each input, as selected by ``wanted``. Cotangents c may be None, for
+        zero."""
 
     def run(self, *tensors: Tensor | None, sizes: Any = ()) -> Any:
         """The results for these inputs and constants. All tensors must be contiguous.
 
-        A copy made inside the autograd function and saved there would have no graph, and second derivatives would
-        lose their part through it without a word.
+        A copy made and saved inside the autograd function would have no graph, and second derivatives would silently
+        lose their part through it.
         """
         recorder = autograd_flags.recorder() if self.recordable else None
         if recorder is None:
@@ -111,7 +112,7 @@ class Operation(ABC):
 
 
 def filled(cotangents: Tensors, inputs: Sequence[Tensor]) -> list[Tensor]:
-    """Cotangents without gaps in memory, zeros for None."""
+    """Contiguous cotangents, zeros for None."""
     return [torch.zeros_like(x) if c is None else c.contiguous() for c, x in zip(cotangents, inputs, strict=True)]
 
 
@@ -154,9 +155,9 @@ class _Gradients(torch.autograd.Function):
         rest = [None] * (len(saved) - operation.num_results - operation.num_inputs)
         if not torch.is_grad_enabled():
             return None, None, None, None, *compute(), *rest
-        # torch's ``once_differentiable`` raises only where ``.backward()`` reaches its outputs; ``autograd.grad`` with
-        # named inputs passes it by and returns a number without that part (seen with torch 2.13). Here the outputs
-        # stay joined to all that they depend on.
+        # torch's ``once_differentiable`` raises only if ``.backward()`` reaches its outputs; ``autograd.grad`` with
+        # given inputs ignores it and returns a number without that part (torch 2.13). Here the outputs stay connected
+        # to everything that they depend on.
         found = _Last.apply(compute, *[t for t in (*saved, *c) if t is not None])  # type: ignore[no-untyped-call]  # torch's
         return None, None, None, None, *found, *rest
 

@@ -1,7 +1,7 @@
-r"""C source of small matrix products between rows that lie apart in memory, with accumulators in registers.
+r"""C source of small matrix products between strided rows, with accumulators in registers.
 
 The blocks of W^l are a few dozen numbers wide, and their rows (one per node and component) are strided views of
-states: too small and too scattered for a BLAS call each. All three contractions add to what is there:
+states: too small and too scattered for a BLAS call each. All three contractions add to the result:
 
 =======================  ==================================================
 function                 result
@@ -18,8 +18,8 @@ from nbody_pyg.kernels.library import Library
 
 #: Rows of accumulators in a panel.
 _ROWS = 6
-#: Columns of a panel: so many vectors of this type, which is that part of the full width. 6 x 4 full vectors fill the
-#: registers of AVX-512; the narrow ones are for what is left over.
+#: Columns of a panel: number of vectors, their type, and its fraction of the full width. 6 x 4 full vectors fill the
+#: registers of AVX-512; the narrow ones are for the remaining columns.
 _COLUMNS = ((4, "vec", 1), (2, "vec", 1), (1, "vec", 1), (1, "half", 2), (1, "quarter", 4))
 
 
@@ -97,7 +97,7 @@ void rows_outer(int64_t R, int64_t K, int64_t D, const real* const* in, const re
 """
 
 
-#: Calls of the functions of this module from another library, and what goes with them.
+#: Declarations for calling the functions of this module from another library.
 LINKED = """
 static void* linked[LINKS];
 void link_functions(void* const* addresses) { for (int i = 0; i < LINKS; i++) linked[i] = addresses[i]; }

@@ -1,8 +1,8 @@
-"""C source that shares the work of a function among threads, and how many of them there may be.
+"""C source that divides the work of a function among threads, and the number of threads.
 
-Items (edges, parts) are cut into blocks, of which each thread takes some. The number of blocks depends on the number of
-items alone. Where several blocks add to one place each block has sums of its own, which are added up in the order of
-the blocks: results have the same bits for any number of threads, and without OpenMP.
+Items (edges, parts) are divided into blocks, which are distributed over the threads. The number of blocks depends only
+on the number of items. If several blocks add to the same result, each block has separate sums, which are added in the
+order of the blocks. So results have the same bits for any number of threads, and without OpenMP.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ static inline int team(int64_t threads, int64_t blocks) { return (int)(threads <
 static inline void add_up(real* restrict y, const real* restrict x, int64_t n) { for (int64_t i = 0; i < n; i++) y[i] += x[i]; }
 """
 
-_alone = False  # whether this process was forked: its threads are those of the parent, which are not here
+_alone = False  # whether this process was forked: the threads of the parent do not exist in it
 
 
 def _forked() -> None:
@@ -43,7 +43,7 @@ if hasattr(os, "register_at_fork"):
 def num_threads() -> int:
     """Threads of compiled functions: torch's number, ``torch.set_num_threads``; one in a process that was forked.
 
-    OpenMP waits for ever in the child of a process in which it has started threads.
+    OpenMP hangs in the child of a process in which it has started threads.
     """
     return 1 if _alone else torch.get_num_threads()
 
@@ -115,7 +115,7 @@ def in_blocks(name: str, items: str, arguments: Sequence[Argument], grain: int) 
         add.append(f"if ({a.name}) add_up({at}, {own}, {size});")
         free.append(f"free({own});")
     lines = "\n    ".join(make)
-    # Where memory runs out a block adds to the results themselves when its turn has come
+    # If memory runs out, a block adds directly to the results, in the order of the blocks
     return f"""{head}
   if (blocks < 2) {{ {whole} return; }}
   #pragma omp parallel for ordered schedule(static, 1) {loop}

@@ -1,4 +1,4 @@
-"""The compiled update of a part: one call forward, one backward, one for the derivative of that."""
+"""The compiled update of a part: one call each for the value, its gradients, and their derivative."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ class UpdateKernel(Operation):
         update: what is computed.
         products: the compiled products of ``update.products``.
         num_species: rows of the tables of factors and constants.
-        reference: ``reference(inputs, species, matrices, scale, bias)`` in plain torch. Used only where something
-            depends on the gradient of a weight (as in learning to learn), which the compiled code does not follow.
+        reference: ``reference(inputs, species, matrices, scale, bias)`` in plain torch. Used only if something depends
+            on the gradient of a weight (as in meta-learning), for which there is no compiled code.
     """
 
     def __init__(
@@ -140,7 +140,7 @@ class UpdateKernel(Operation):
         return Several(tensors, self._sizes)
 
     def _fresh_gradients(self, like: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """Zeros for the gradients of factors, constants and matrices, in one piece of memory."""
+        """Zeros for the gradients of factors, constants and matrices, in one allocation."""
         u = self.update
         shapes = [(self.num_species, self.degrees, u.channels), (self.num_species, u.channels), *self.shapes]
         sizes = [torch.Size(shape).numel() for shape in shapes]

@@ -8,10 +8,11 @@ With :math:`x_i` the inputs of a part (density, messages, old state), all maps W
     q_1 = n, \quad q_k = M_k P_k(q_{k-1}, n), \qquad
     o = L n + \sum_{k \ge 2} q_k + \sum_i V_i x_i + b_z
 
-The derivative of the backward pass by its inputs is the derivative of :math:`\langle g, \dot o \rangle`, where
+The derivative of the backward pass with respect to its inputs is the derivative of :math:`\langle g, \dot o \rangle`,
+where
 :math:`\dot o` is the change of the result along the cotangents :math:`\dot x_i` (a forward pass of tangents), taken
 in reverse. In the code a dot over a symbol is written ``t``, a bar (cotangent) ``c``, and the derivative of that scalar
-by a variable ``d``. Parts go through in tiles that fit into the cache.
+with respect to a variable ``d``. Parts are processed in tiles that fit into the cache.
 """
 
 from __future__ import annotations
@@ -76,7 +77,7 @@ class Update:
     carry            one map V_i per input, or None
     linear           L
     products         P_k and M_k, k = 2, 3, ...; all but the last map into ``rows``, the last into ``rows_out``
-    keep             rows of the state that the result has
+    keep             rows of the state that are in the result
     degree_of_row    block of ``rows`` that a row belongs to, where there are factors s_z; empty: none
     norm, bias       whether there are a norm and constants b_z
     ===============  ==========================================================================================
@@ -112,9 +113,9 @@ class Update:
         return max(1, min(32, 16384 // widest))
 
 
-#: Smallest block of parts that a thread takes.
+#: Smallest block of parts for a thread.
 _GRAIN = 32
-#: Functions that the library of a product brings, with the number of their arrays.
+#: Functions from the library of a product, with the number of their arrays.
 PRODUCT_FUNCTIONS = {"forward": 3, "backward": 5, "double": 8}
 
 _TYPES = """
@@ -186,7 +187,7 @@ static void scale_outer(int64_t nodes, const int64_t* species, real* s, const re
 
 
 def update_source(update: Update, num_species: int) -> str:
-    """Functions ``update_forward``, ``update_backward`` and ``update_double``, see the module's text."""
+    """Functions ``update_forward``, ``update_backward`` and ``update_double``, see the module docstring."""
     return _Writer(update, num_species).source()
 
 
@@ -300,9 +301,9 @@ static void through_norm(int64_t nodes, const real* a, const real* rho, const re
 }}"""
 
     def _function(self, name: str, arguments: list[str], buffers: dict[str, str], lines: list[str], turn: bool) -> str:
-        """One pass over tiles, shared among threads; ``buffers`` are cut off the workspace of each.
+        """One pass over tiles, divided among threads; ``buffers`` are parts of the workspace of each.
 
-        Gradients of weights are sums over parts: blocks of parts have sums of their own, which are added up in order.
+        Gradients of weights are sums over parts: blocks of parts have separate sums, which are added in order.
         """
         setup = ["  real* T[NUM]; work = turn(W, T, work);".replace("NUM", str(self.num_matrices))] if turn else []
         setup += [f"  real* {name} = work; work += TILE * {size};" for name, size in buffers.items()]
@@ -500,7 +501,7 @@ void {name}(int64_t threads, int64_t N, int64_t T, {", ".join(given)}) {{
         return [*lines, scaled if self.u.degree_of_row else "memcpy(dsum, da, nodes * A * sizeof(real));"]
 
     def workspace(self) -> int:
-        """Numbers that ``work`` must hold for each thread: those of ``update_double``, which needs the most.
+        """Size of ``work`` for each thread: that of ``update_double``, which needs the most.
 
         These are the matrices, transposed, its tiles, and the gradients of the weights of a block.
         """

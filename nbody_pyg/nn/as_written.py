@@ -1,4 +1,4 @@
-"""Where one compiled call may stand for a whole module: as long as nothing in it was subclassed, replaced or hooked."""
+"""Decide when one compiled call may replace a module: if nothing in it was subclassed, replaced or hooked."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-# Hooks on all modules of a process, such as those of profilers
+# Global module hooks, such as those of profilers
 _EVERYWHERE: tuple[Mapping[Any, Any], ...] = tuple(
     getattr(torch.nn.modules.module, f"_global_{kind}_hooks", {})
     for kind in ("forward_pre", "forward", "backward_pre", "backward")
@@ -17,15 +17,15 @@ _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backw
 
 
 class AsWritten:
-    """Whether a module and all modules in it run as they were written.
+    """Whether a module and all its submodules run unchanged.
 
-    It is false where one of them is of a class that the compiled call does not know (also a parametrised one), where
-    its ``forward`` was replaced, on the object or on the class, where it has a forward or backward hook, and where a
-    module was put in the place of another.
+    It is false if one of them is of a class that the compiled call does not know (including parametrised ones), if its
+    ``forward`` was replaced on the object or on the class, if it has a forward or backward hook, or if a module was
+    replaced by another.
 
     Args:
-        module: what the compiled call does.
-        known: the classes that it knows.
+        module: the module that the compiled call replaces.
+        known: the classes that the compiled call knows.
     """
 
     def __init__(self, module: nn.Module, known: Mapping[type[nn.Module], Any]) -> None:
@@ -36,7 +36,7 @@ class AsWritten:
         self._hooks = [getattr(m, name) for m in everything for name in _HOOKS]
 
     def __call__(self) -> bool:
-        """As of now."""
+        """Whether the module runs unchanged now."""
         if not self._known or any(self._hooks) or any(_EVERYWHERE):
             return False
         for module, kind, forward in self._forwards:

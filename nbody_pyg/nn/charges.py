@@ -20,13 +20,13 @@ from nbody_pyg.required import required
 from nbody_pyg.system import DEFAULT_STATE
 
 METHODS = ("direct", "hierarchy", "ewald")
-# A charge of one, shared by ten atoms, is of size one to the network.
+# A charge of 1 e shared by ten atoms gives the network a value of about one.
 _SHARE = 10.0
 
 
 @dataclass(frozen=True)
 class LongRangeSettings:
-    """What ``long_range=`` of :class:`~nbody_pyg.NBodyNet` may hold.
+    """Settings for ``long_range=`` of :class:`~nbody_pyg.NBodyNet`.
 
     Args:
         method: "direct" sums over all pairs of atoms (exact, O(N^2), open systems); "hierarchy" is a fast multipole
@@ -34,14 +34,14 @@ class LongRangeSettings:
             needs torch-pme.
         channels: number of latent charges of each atom.
         dipoles: each atom has latent dipoles as well.
-        elements: each element brings a learned charge of its own. The total charge of a system is then what its
-            composition says, not what it is told to be.
+        elements: each element has a learned charge. The total charge of a system then follows from its composition, not
+            from its ``charge``.
         transfers: atoms exchange charge with their neighbours.
-        width: standard deviation of the Gaussian over which a charge is smeared, angstrom; it keeps r -> 0 finite.
+        width: standard deviation of the Gaussian charge distributions, angstrom; it keeps r -> 0 finite.
         lmax: highest degree of the moments of parts, for "hierarchy".
         trained: train factors of the analytic translations, for "hierarchy".
-        coulomb: hold the strength of the first channel, which carries the charges that are given, at Coulomb's law:
-            ions of known charge have the exact energy of point charges at large distance. Otherwise it is learned.
+        coulomb: fix the strength of the first channel, which has the given charges, to Coulomb's law: ions of known
+            charge then have the exact energy of point charges at large distance. Otherwise it is learned.
     """
 
     method: str = "direct"
@@ -93,9 +93,9 @@ class LatentCharges(Resettable):
               p_{ij} = -p_{ji} = \sum_b w_{ij} B_b(r_{ij}) (u_{b i} v_j - u_{b j} v_i), \qquad
               \boldsymbol\mu_i = W \psi_i^1
 
-    The transfers p are antisymmetric and end with the window w of the edges, so charge is conserved to rounding and
-    moves only between neighbours: the charges of a molecule do not know of another one far away. :math:`Q_i` is the
-    share of the total charge that the atom starts from. It enters the first channel; the others start neutral. With
+    The transfers p are antisymmetric and vanish with the window w of the edges, so charge is conserved to rounding and
+    moves only between neighbours: the charges of a molecule do not depend on a distant one. :math:`Q_i` is the
+    initial share of the total charge on the atom. It enters the first channel; the others start neutral. With
     ``elements`` a learned charge of its element is added to every channel. u and v are linear in the scalars of the
     atom, plus a constant of its element.
 
@@ -111,8 +111,8 @@ class LatentCharges(Resettable):
     Args:
         settings: channels, dipoles, elements, transfers.
         num_species: number of elements.
-        irreps: type of the states of the atoms, or None where they have none.
-        num_basis: number of radial functions on the edges, or 0 where there are none.
+        irreps: type of the states of the atoms, or None if they have none.
+        num_basis: number of radial functions on the edges, or 0 without edges.
 
     Equivariance: O(3), permutation. Smoothness: that of the states and windows. Cost: O(edges basis channels).
     Raises: ValueError: dipoles from states without vectors.
@@ -172,7 +172,7 @@ class LatentCharges(Resettable):
         if self.scalars is not None:
             features = features + self.scalars(block_of(required(x), self.irreps, 0)[:, 0])
         u, v = features[:, :-channels].view(-1, self.num_basis, channels), features[:, -channels:]
-        # Sum over the basis first: what is left on an edge is one number for each channel
+        # Sum over the basis first: this leaves one number per edge and channel
         radial = edges.radial.unsqueeze(1)
         given = torch.bmm(radial, u.index_select(0, target)).squeeze(1) * v.index_select(0, source)
         taken = torch.bmm(radial, u.index_select(0, source)).squeeze(1) * v.index_select(0, target)
@@ -189,12 +189,12 @@ def charge_shares(
     like: Tensor,
     weight: Float[Tensor, " atoms"] | None = None,
 ) -> Float[Tensor, " atoms"]:
-    r"""What every atom has of the total charge before transfers.
+    r"""Share of every atom in the total charge, before transfers.
 
     .. math:: s_i = Q\, w_i \Big/ \sum_j w_j
 
-    ``formal`` charges of the atoms enter where they are, which keeps fragments independent of each other; without them
-    ``charge`` is spread over the atoms of its graph by ``weight`` (evenly without it), and without both there is none.
+    ``formal`` charges stay on their atoms, which keeps fragments independent of each other. Without them, ``charge`` is
+    distributed over the atoms of its graph by ``weight`` (evenly without it). Without both, all shares are zero.
     """
     if formal is not None:
         return formal.to(like)
@@ -204,9 +204,9 @@ def charge_shares(
 
 
 def _spread(total: Tensor, batch: Tensor, weight: Tensor) -> Tensor:
-    """Shares of the atoms in a total of each graph, which they add up to."""
+    """Shares of the atoms in a total of each graph; they sum to it."""
     whole = torch.zeros_like(total).index_add(0, batch, weight)
-    # A graph without atoms has nothing to share
+    # A graph without atoms has no shares
     return weight * (total / (whole + (whole == 0))).index_select(0, batch)
 
 
@@ -217,12 +217,13 @@ class ElectronicEmbedding(nn.Module):
               \psi_i^0 = V_{z_i} u_i + V'_{z_i} u_i^2, \quad u_i = \mathrm{arsinh}(10\, s_i), \qquad
               \epsilon_i = a_{z_i} s_i + b_{z_i} s_i^2
 
-    and the same, with weights of their own, for the 2S unpaired electrons. The states :math:`\psi` are what atoms start
-    from, before all interactions. Everything is zero for a neutral singlet.
+    and the same, with separate weights, for the 2S unpaired electrons. :math:`\psi` are initial states of the atoms,
+    before all interactions. Everything is zero for a neutral singlet.
 
-    A total is a property of the whole system, so that its shares are not local: the charge of two distant fragments is
-    shared by their elements, whatever charge each of them has. What holds is this: n copies of a system with n times
-    its charge and n times its unpaired electrons have the shares, and with them the energy, of the system n times.
+    A total is a property of the whole system, so its shares are not local: the total charge of two distant fragments is
+    distributed by their elements, regardless of the charge of each fragment. The energy is extensive for copies: n
+    copies of a system with n times its charge and n times its unpaired electrons have the same shares and n times the
+    energy.
 
     ================  ==============  ===============================
     symbol            code            shape, unit
@@ -239,7 +240,7 @@ class ElectronicEmbedding(nn.Module):
         offset: add the term of the energy.
 
     Equivariance: invariant; permutation. Smoothness: does not depend on positions.
-    Raises: ValueError: no input, or one that is not known.
+    Raises: ValueError: no input, or an unknown one.
     """
 
     def __init__(self, inputs: Sequence[str], num_species: int, channels: int, offset: bool = True) -> None:
@@ -259,7 +260,7 @@ class ElectronicEmbedding(nn.Module):
             nn.init.zeros_(self.offset)
 
     def weight(self, species: Int[Tensor, " atoms"]) -> Float[Tensor, "atoms inputs"]:
-        """By which a total is shared: a positive number of the element."""
+        """Weight by which a total is distributed: a positive number of the element."""
         return self.spread.exp().index_select(0, species)
 
     def shares(
@@ -269,7 +270,7 @@ class ElectronicEmbedding(nn.Module):
         charge: Float[Tensor, " graphs"] | None,
         spin: Float[Tensor, " graphs"] | None,
     ) -> Float[Tensor, "atoms inputs"]:
-        """What each atom has of the total charge, and of the unpaired electrons."""
+        """Share of each atom in the total charge and in the unpaired electrons."""
         weight, columns = self.weight(species), []
         for number, name in enumerate(self.inputs):
             total = charge if name == "charge" else None if spin is None else spin - 1.0
@@ -280,7 +281,7 @@ class ElectronicEmbedding(nn.Module):
     def forward(
         self, shares: Float[Tensor, "atoms inputs"], species: Int[Tensor, " atoms"]
     ) -> Float[Tensor, "atoms 1 channels"]:
-        # arsinh: the shares of large systems are small, those of single ions must not grow into a tower of powers
+        # arsinh: shares are small in large systems, and must not grow too large in repeated products for single ions
         u = torch.asinh(_SHARE * shares)
         powers = torch.cat([u, u.square()], dim=1)
         vectors = self.vectors.index_select(1, species)
@@ -308,11 +309,11 @@ def check_inputs(inputs: Sequence[str]) -> tuple[str, ...]:
 def refuse_unused(
     used: Collection[str], assumed: Mapping[str, float], given: Mapping[str, Float[Tensor, " graphs"] | None]
 ) -> None:
-    """Raise where a system is in another state than the one that a model without this input knows.
+    """Raise if charge or spin of a system is not an input of the model and differs from its training data.
 
     Args:
-        used: "charge" and "spin" where the model takes them.
-        assumed: what all its training frames had; a neutral singlet where it does not say.
+        used: those of "charge" and "spin" that are inputs of the model.
+        assumed: the values of all its training frames; by default a neutral singlet.
         given: charge and spin of each graph.
 
     Raises: ValueError: naming the key, the graph and the cure.

@@ -1,4 +1,4 @@
-"""NBodyConv: the one-body gate as a message passing layer for anybody's network."""
+"""NBodyConv: the one-body gate as a message passing layer for any PyG network."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from nbody_pyg.nn.linear import IrrepsLinear
 from nbody_pyg.radial import BesselBasis, vector_window
 from nbody_pyg.renamed import renamed
 
-#: Where PyG keeps hooks on a step of message passing.
+#: Attributes in which PyG keeps the hooks of message passing.
 _HOOKS = tuple(f"_{step}_forward{pre}_hooks" for step in ("propagate", "message", "aggregate") for pre in ("", "_pre"))
 
 
@@ -45,9 +45,9 @@ class NBodyConv(Resettable, MessagePassing):  # type: ignore[misc]  # PyG has no
     ``(x_children, None)`` and ``(pos_children, pos_parts)`` it takes children to their parents.
 
     Args:
-        irreps_in: type of the nodes; the sources' where there are two kinds.
+        irreps_in: type of the nodes; of the sources if there are two kinds.
         irreps_out: type of the result.
-        cutoff: radius at which the window f ends, angstrom; longer edges carry nothing.
+        cutoff: radius at which the window f ends, angstrom; longer edges have no effect.
         channels: multiplicity inside; by default the largest of ``irreps_out``.
         order: highest degree of the harmonics.
         num_basis: number of Bessel functions.
@@ -56,9 +56,9 @@ class NBodyConv(Resettable, MessagePassing):  # type: ignore[misc]  # PyG has no
         symmetry: "o3" or "so3".
 
     Equivariance: O(3) (or SO(3)), translation, permutation. Smoothness: C2 where an edge passes the cutoff.
-    Cost: O(edges paths channels). Messages go one by one through plain torch where somebody has to see them
-    (``torch_geometric.explain``, hooks on propagate, message or aggregate, a subclass with a ``message`` of its own);
-    otherwise the compiled kernels run, in the precision of the weights, also inside ``torch.autocast``.
+    Cost: O(edges paths channels). Messages are computed edge by edge in plain torch if they must be visible
+    (``torch_geometric.explain``, hooks on propagate, message or aggregate, a subclass that overrides ``message``).
+    Otherwise the compiled kernels run, in the precision of the weights, also inside ``torch.autocast``.
     Raises: ValueError: a fragment of ``irreps_out`` that no path reaches. In forward, ValueError and TypeError: states,
         positions or edges of another type, shape, dtype or device. NotImplementedError: other hooks.
 
@@ -126,7 +126,7 @@ class NBodyConv(Resettable, MessagePassing):  # type: ignore[misc]  # PyG has no
             shift: lattice shifts of the edges, as :func:`~nbody_pyg.geometry.neighbour_list` gives them.
             cell: lattice vectors (graphs, 3, 3), with ``shift``.
             batch: graph of each target, with ``cell`` of several graphs.
-            size: numbers of sources and targets, for those who give them; they must be those of ``pos``.
+            size: numbers of sources and targets; if given, they must match ``pos``.
         """
         states, places = _both("x", x), _both("pos", pos)
         self._check_nodes(states, places, size)
@@ -153,7 +153,7 @@ class NBodyConv(Resettable, MessagePassing):  # type: ignore[misc]  # PyG has no
         return out
 
     def _shows_messages(self) -> bool:
-        """Whether somebody has to see the messages one by one: an explainer, a hook, a subclass with its own."""
+        """Whether messages must be visible: to an explainer, a hook, or a subclass that overrides ``message``."""
         own = any(
             getattr(type(self), name) is not getattr(NBodyConv, name) for name in ("message", "aggregate", "update")
         )
@@ -171,7 +171,7 @@ class NBodyConv(Resettable, MessagePassing):  # type: ignore[misc]  # PyG has no
     def _check_nodes(
         self, states: tuple[Tensor, Tensor | None], places: tuple[Tensor, ...], size: tuple[int, int] | None
     ) -> None:
-        """Raise unless states and positions fit each other and the weights; nothing is computed before."""
+        """Raise unless states and positions match each other and the weights."""
         weight = self.gate.radial_weight
         for pos in places[: 1 if places[0] is places[1] else 2]:
             if not isinstance(pos, Tensor):
@@ -224,7 +224,7 @@ class NBodyConv(Resettable, MessagePassing):  # type: ignore[misc]  # PyG has no
         return self.gate.messages(x_j, harmonics, radial)
 
     def _add_own(self, out: Tensor, own: Tensor) -> Tensor:
-        """Add to the blocks of the result that the input has, too."""
+        """Add to the blocks of the result that the input has as well."""
         if self._own == self.irreps_out:
             return out + own
         start, blocks = 0, []
@@ -244,7 +244,7 @@ class NBodyConv(Resettable, MessagePassing):  # type: ignore[misc]  # PyG has no
 
 
 def _both(name: str, value: Any) -> tuple[Any, Any]:
-    """What belongs to sources and to targets."""
+    """The values of sources and of targets."""
     if not isinstance(value, (tuple, list)):
         return value, value
     if len(value) != 2:

@@ -1,4 +1,4 @@
-"""Energy of latent charges: over all pairs, through the hierarchy, or by Ewald sums."""
+"""Energy of latent charges: by a sum over all pairs, through the hierarchy, or by Ewald sums."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from nbody_pyg.radial import plateau_window
 from nbody_pyg.required import required
 from nbody_pyg.units import COULOMB
 
-#: Factor of the strengths: full steps of an optimizer would shake an energy that sums over all pairs.
+#: Factor of the strengths: full optimizer steps are too large for an energy that sums over all pairs.
 _SLOW = 0.1
-#: Share of a pair radius up to which parts leave all to their children.
+#: Fraction of the pair radius within which the interaction of two parts is left to their children.
 _PLATEAU = 0.7
 
 
@@ -59,20 +59,20 @@ class HierarchyField(Resettable):
     .. math:: E = \sum_k \sum_{A<B} \big(n^k_{AB} - w_k(R_{AB})\big) V_{AB}, \qquad
               n^{k}_{ij} = \sum_{AB} p_{iA}\, p_{jB}\, w_{k+1}(R_{AB}), \quad w_k(0) = 1, \; w_0 = 0
 
-    A pair of parts within the window of its level leaves its interaction to the children, smoothly: w is 1 up to 0.7
-    of the ``pair_radius`` of the level and 0 beyond it. What a level hands down its children take up exactly, so every
-    pair of atoms counts once; the energy differs from the direct sum only by the moments above ``lmax``. On the
-    highest level with pairs all parts see each other. Levels above it, and without pairs, take no part.
+    A pair of parts within the window of its level leaves its interaction to the children, smoothly: w is 1 up to 0.7 of
+    the ``pair_radius`` of the level and 0 beyond it. The children take over exactly what a level leaves to them, so
+    every pair of atoms counts once. The energy differs from the direct sum only by the moments above ``lmax``. On the
+    highest level with pairs all parts interact. Levels above it, and levels without pairs, are not used.
 
-    The error is that of parts that are wide compared with 0.7 ``pair_radius``: choose pair radii of three times
-    the radius of the parts or more. Parts that overlap must not meet as multipoles at all, so the cutoffs of
+    The error comes from parts that are wide compared with 0.7 ``pair_radius``: choose pair radii of at least three
+    times the radius of the parts. Overlapping parts must not interact as multipoles, so the cutoffs of
     ``SmoothSurvivors`` have to be at least 3.9 times its radii (5.8 times with parts at means).
 
     Args:
-        scheme: composition scheme, of whose levels those with pairs are used.
+        scheme: composition scheme; its levels with pairs are used.
         lmax_atoms: 0 for charges, 1 for charges and dipoles.
         lmax: highest degree of the moments and fields of parts.
-        width: smearing of the charges of atoms, angstrom; parts see each other bare.
+        width: smearing of the charges of atoms, angstrom; parts interact as point multipoles.
         trained: train a factor for each path of the translations.
 
     Shapes: (atoms, rows, channels) -> the same. Cost: O(N) pairs at fixed density up to the highest level with pairs.
@@ -118,7 +118,7 @@ class HierarchyField(Resettable):
         return required(field) + m2l(moments, vec, index, moments.shape[0], self.lmax_atoms, weight, self.width)
 
     def _handed(self, level: Level, near: tuple[Tensor, Tensor], window: Tensor) -> Translation:
-        """Pairs that this level takes up less what it hands down; those with nothing left are dropped."""
+        """Weights of the pairs of this level minus what is left to the children; pairs of weight zero are dropped."""
         index, weight = near
         index = torch.cat([index, required(level.pair_index)], dim=1)
         index, weight = merge_pairs(index, torch.cat([weight, -window]), level.num_parts)
@@ -140,7 +140,7 @@ class HierarchyField(Resettable):
 
 
 def _far_radii(scheme: Scheme) -> list[float]:
-    """Pair radii of the levels of parts that take part: from the first one up to the last that has pairs."""
+    """Pair radii of the levels that are used: from the first level of parts to the last with pairs."""
     radii: list[float] = []
     for spec in scheme.levels[1:-1]:
         if spec.pair_radius is None:
@@ -172,8 +172,8 @@ class LongRange(Resettable):
 
     with the latent moments M of :class:`~nbody_pyg.nn.charges.LatentCharges`, the local field L of all other atoms, a
     learned strength and sign :math:`s_c` of each channel (1, -1, 1, ... at the start; with ``coulomb`` the first one
-    stays 1), and a local term that is linear in the scalars of the atom and zero at the start. The only term that sees
-    far is bilinear, so energies of distant neutral systems add up. Charges are in e if the energy is not scaled
+    stays 1), and a local term that is linear in the scalars of the atom and zero at the start. The only long-range term
+    is bilinear, so energies of distant neutral systems are additive. Charges are in e if the energy is not scaled
     afterwards.
 
     Args:

@@ -1,4 +1,4 @@
-"""Gates of one's own in a network: which step of the hierarchy gets which, and their names in a model file."""
+"""User-defined gates in a network: the gate of each kind of step, and the names of classes in a model file."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from torch import Tensor, nn
 from nbody_pyg.messages import short
 from nbody_pyg.nn.irreps import state_shape
 
-#: Kinds of steps of a network: along the pairs of a level, from parts to what they are parts of, and back.
+#: Kinds of steps of a network: along the pairs of a level, from children to parents, and back.
 KINDS = ("pair", "up", "down")
 
 
 class GateFactory(Protocol):
-    """What makes the gates of a network, such as a class of gates.
+    """A factory of the gates of a network, such as a class of gates.
 
-    It is called once for every step, with the type of the sources and the type that is asked for, each with one
-    multiplicity. Where types have several, it is called for each group of channels of one multiplicity
+    It is called once for every step, with the type of the sources and the type of the result, each with one
+    multiplicity. If types have several, it is called for each group of channels of one multiplicity
     (:func:`~nbody_pyg.nn.irreps.channel_groups`), and a group may have fewer degrees than the harmonics of the edges.
     The gate is a module; its ``forward(x, edges)`` takes the states (sources, rows, channels) and the
     :class:`~nbody_pyg.nn.edges.EdgeFeatures` of the step, and returns (targets, rows, channels).
@@ -34,7 +34,7 @@ class GateFactory(Protocol):
 def gate_factories(given: GateFactory | str | Mapping[str, GateFactory | str] | None) -> dict[str, GateFactory]:
     """The factory of each kind of step that has one.
 
-    Raises: ValueError: an unknown kind of step, or a name that leads to no class of modules. TypeError: no factory.
+    Raises: ValueError: an unknown kind of step, or a name that is not a class of modules. TypeError: not a factory.
     """
     if given is None:
         return {}
@@ -94,13 +94,13 @@ def _callable(factory: Any) -> GateFactory:
 
 
 def _found(name: str) -> Any:
-    """What a loaded module has under a name; None where there is none."""
+    """The attribute of this name of a loaded module, or None."""
     module, _, attribute = name.partition(":")
     return getattr(sys.modules.get(module), attribute, None) if attribute else None
 
 
 def imported_class(name: str, base: type[nn.Module], what: str) -> type:
-    """The class of this name. Nothing is imported: a model file must not run code.
+    """The class of this name. Nothing is imported, because a model file must not run code.
 
     Raises: ValueError: no loaded module defines such a class.
     """

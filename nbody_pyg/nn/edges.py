@@ -17,7 +17,7 @@ from nbody_pyg.radial import SOFT_LENGTH, BesselBasis, InversePowers, soften
 
 
 class EdgeFeatures(NamedTuple):
-    """What gates need to know of a set of edges.
+    """Features of an edge set for the gates on it.
 
     ==============  =====================================================================
     field           shape
@@ -51,7 +51,7 @@ class EdgeEmbedding(Resettable):
         self._as_written = AsWritten(self, _KNOWN)
         self.kernel: FeatureKernel | None = None
         self.gpu: FeatureProgram | None = None
-        # A user's own basis is not known to the compiled backends
+        # Compiled backends do not know a user's basis
         if self._as_written() and isinstance(radial, (BesselBasis, InversePowers)):
             known: dict[str, Any] = radial.compiled()
             polynomials = self.harmonics.polynomials()
@@ -74,7 +74,7 @@ class EdgeEmbedding(Resettable):
         return self.harmonics(direction), self.radial(rho) * window.unsqueeze(-1)
 
 
-# What the compiled features know, as it is written
+# Classes that the compiled features replace
 _KNOWN = written(EdgeEmbedding, SolidHarmonics, BesselBasis, InversePowers)
 
 

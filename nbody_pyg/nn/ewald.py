@@ -1,4 +1,4 @@
-"""Periodic tails: potentials of latent charges by Ewald sums, with torch-pme for the reciprocal part."""
+"""Potentials of latent charges in periodic systems by Ewald sums, with torch-pme for the reciprocal part."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from nbody_pyg.geometry import edge_vectors, neighbour_list
 from nbody_pyg.hierarchy import Hierarchy
 from nbody_pyg.multipoles import gaussian_factors
 
-#: Gaussian of the split (angstrom), and where sums in real and reciprocal space end in units of it.
+#: Width of the Gaussian (angstrom), and cutoffs of the sums in real and reciprocal space in units of it.
 _SPLIT, _REACH = 1.0, 6.0
 
 
 class EwaldField(nn.Module):
-    r"""Potential of all other charges and of all their images in a periodic cell.
+    r"""Potential of all other charges and all images in a periodic cell.
 
     .. math:: \phi_i = \sum_{j, n}{}' \frac{q_j}{r_{ijn}} \Big(\operatorname{erf} \frac{r_{ijn}}{2 w}
               - \operatorname{erf} \frac{r_{ijn}}{\sqrt2 \sigma}\Big)
               + \frac{4\pi}{V} \sum_{k \ne 0} \frac{e^{-\sigma^2 k^2 / 2}}{k^2} S(k)\, e^{i k r_i}
               - \sqrt{\tfrac{2}{\pi}}\, \frac{q_i}{\sigma}
 
-    The same smeared charges as in an open system, :math:`w` their width; the second sum is that of torch-pme.
-    Both sums end where their terms are 1e-8 of the first. Approximate beyond that are three things: a net charge is
-    compensated by a uniform background; the surroundings conduct (no surface term); and the list of wave vectors
-    changes with the cell, by steps of that size. Only fully periodic systems, and charges without dipoles.
+    The charges are smeared as in an open system, with width :math:`w`; torch-pme computes the second sum. Both sums end
+    where their terms are 1e-8 of the first. Further approximations: a net charge is compensated by a uniform
+    background; the surrounding medium conducts (no surface term); and the list of wave vectors changes with the cell,
+    by steps of that size. Only for fully periodic systems and charges without dipoles.
 
     Args:
         width: smearing of the charges, angstrom, below 0.7.
@@ -72,7 +72,7 @@ class EwaldField(nn.Module):
         far = [
             self.reciprocal(charges[part], cell[graph], pos[part], *_no_neighbours(index, pos))
             for graph, part in enumerate(_slices(batch, hierarchy.num_graphs))
-            if part.start < part.stop  # torch-pme takes no graph without atoms
+            if part.start < part.stop  # torch-pme does not accept a graph without atoms
         ]
         # torch-pme counts each pair half at both of its ends
         return (field + 2.0 * torch.cat(far)).unsqueeze(1)
@@ -87,7 +87,7 @@ def _slices(batch: Tensor, num_graphs: int) -> list[slice]:
 
 
 def _inside(pos: Tensor, batch: Tensor, cell: Tensor) -> Tensor:
-    """Positions from the first atom of each graph, moved into the cell: phases of waves keep their digits."""
+    """Positions relative to the first atom of each graph, wrapped into the cell, to keep the precision of phases."""
     first = torch.searchsorted(batch, batch)
     pos, own = pos - pos[first], cell[batch]
     fraction = torch.linalg.solve(own.detach().mT, pos.detach().unsqueeze(-1)).squeeze(-1)
@@ -95,5 +95,5 @@ def _inside(pos: Tensor, batch: Tensor, cell: Tensor) -> Tensor:
 
 
 def _no_neighbours(index: Tensor, pos: Tensor) -> tuple[Tensor, Tensor]:
-    """The sum in real space is done here, by smooth factors; torch-pme gets no pairs."""
+    """The real-space sum is computed here with smooth factors; torch-pme gets no pairs."""
     return index.new_zeros(0, 2), pos.new_zeros(0)

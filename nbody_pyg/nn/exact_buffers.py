@@ -1,4 +1,4 @@
-"""Buffers that stay in double precision whatever the precision of the module."""
+"""Buffers that stay in double precision for any precision of the module."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from nbody_pyg.required import required
 class Float64Buffers(nn.Module):
     """Keeps the buffers named in ``_float64`` in double precision through ``.float()`` and ``.to(dtype)``.
 
-    Total energies are of the order of 1e4 eV: a cast to float32 and back would lose about 1 meV for good.
+    Total energies are of the order of 1e4 eV: a cast to float32 and back would lose about 1 meV.
     """
 
     _float64: tuple[str, ...] = ()
@@ -24,7 +24,7 @@ class Float64Buffers(nn.Module):
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # of torch
         for name, before in exact.items():
             after = required(self._buffers[name])
-            # Storage without data (the meta device) has nothing to preserve.
+            # The meta device has no data to preserve.
             source = after if before.is_meta else before
             self._buffers[name] = source.to(device=after.device, dtype=torch.float64)
         return self

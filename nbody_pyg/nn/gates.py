@@ -1,7 +1,7 @@
-r"""Interaction gates: how the states of some parts make the state of another.
+r"""Interaction gates: the state of a part from the states of others.
 
 The order (P, Q, S) of a gate bounds its degree in relative vectors, in states and in inverse distances. "k-th order"
-has two readings in use: the degree k of the solid harmonics of a direction, and the number k of states that interact.
+has two meanings in use: the degree k of the solid harmonics of a direction, and the number k of states that interact.
 :class:`OneBodyGate` has the first as its argument ``order``; :class:`ProductGate` the second as ``body_order``.
 Aggregate first, multiply after: the sum over children is linear in each child, so products of sums hold every
 product of children that share weights, at the cost of a node instead of a pair.
@@ -47,7 +47,7 @@ from nbody_pyg.nn.products import (
 )
 from nbody_pyg.renamed import renamed
 
-#: Edges that plain torch takes at once on a CPU, so that what they carry stays in the cache.
+#: Number of edges that plain torch processes together on a CPU, so that messages stay in the cache.
 _EDGES_AT_ONCE = 256
 
 
@@ -63,14 +63,14 @@ class DensityGate(Resettable):
     Args:
         num_species: number of elements.
         num_basis: number of radial functions on the edges.
-        irreps_out: type of the result, one multiplicity, no degree above the harmonics'. With symmetry "o3-full" it
-            may hold fragments of the other parity, which bare atoms cannot make: they are zero.
+        irreps_out: type of the result, one multiplicity, no degree above that of the harmonics. With symmetry "o3-full"
+            fragments of the other parity are allowed; they are zero, because bare atoms cannot produce them.
         avg_num_neighbors: typical number of neighbours, a constant: a count taken from the input would break
             extensivity.
 
     Shapes: species (sources,) in 0 .. num_species - 1, edges -> (targets, rows, channels).
     Equivariance: O(3), permutation. Cost: O(edges basis rows + nodes species basis rows channels).
-    Smoothness: that of the window. Raises: ValueError: ``irreps_out`` asks for what no harmonic gives.
+    Smoothness: that of the window. Raises: ValueError: a fragment of ``irreps_out`` that no harmonic provides.
     """
 
     @renamed(degree="avg_num_neighbors")
@@ -150,7 +150,7 @@ class OneBodyGate(ConstantTables):
         num_basis: number of radial functions on the edges.
         avg_num_neighbors: typical number of sources per target, a constant.
         symmetry: "o3", "o3-full" or "so3".
-        partial: fragments of ``irreps_out`` that no path leads to are zero, and no error.
+        partial: fragments of ``irreps_out`` that no path reaches are zero instead of an error.
 
     Equivariance: O(3) or SO(3), permutation of the sources. Smoothness: that of the window.
     Cost: O(edges paths (2l+1)^2 channels).
@@ -209,7 +209,7 @@ class OneBodyGate(ConstantTables):
         self, x: Tensor, harmonics: Tensor, radial: Tensor, _: Tensor, index: Tensor, num_targets: int
     ) -> Tensor:
         source, target = index
-        if x.device.type != "cpu" or is_tracing():  # a number of pieces would become a part of a graph
+        if x.device.type != "cpu" or is_tracing():  # a loop over pieces would become part of a traced graph
             return sum_into(self.messages(x.index_select(0, source), harmonics, radial), target, num_targets)
         total = x.new_zeros(num_targets, self.path_of_row.shape[0], self.channels)
         for one in zip(*(t.split(_EDGES_AT_ONCE) for t in (source, target, harmonics, radial)), strict=True):
@@ -219,7 +219,7 @@ class OneBodyGate(ConstantTables):
     def messages(
         self, x: Float[Tensor, "edges rows_in channels"], harmonics: Tensor, radial: Tensor
     ) -> Float[Tensor, "edges path_rows channels"]:
-        """What each edge carries, from the state of its source; W^l (``mix``) follows after the sum."""
+        """Message of each edge from the state of its source; W^l (``mix``) follows after the sum."""
         num_edges = x.shape[0]
         radial = (radial @ (self.radial_weight * self.scale)).view(num_edges, len(self.paths), self.channels)
         matrices = harmonics[:, : self.num_harmonics] @ self.coupling
@@ -231,14 +231,14 @@ class OneBodyGate(ConstantTables):
 
 
 class EnteredGate(Resettable):
-    r"""A gate behind a linear map, by which sources of any type come to the type that the gate takes.
+    r"""A linear map to the input type of a gate, then the gate, so that sources may have any type.
 
     .. math:: A_i = \mathrm{gate}(\{W \psi_j\})
 
     Args:
         irreps_in: type of the sources, any multiplicities.
-        irreps_gate: type that the gate takes, one multiplicity.
-        irreps_out: type that it gives.
+        irreps_gate: input type of the gate, one multiplicity.
+        irreps_out: its output type.
         gate: the gate.
 
     Shapes: x (sources, rows_in, channels), see :func:`~nbody_pyg.nn.irreps.state_shape`, edges ->
@@ -259,7 +259,7 @@ class EnteredGate(Resettable):
     def collect(
         self, x: Float[Tensor, "sources rows_in channels"], edges: EdgeFeatures
     ) -> Float[Tensor, "targets path_rows channels"]:
-        """The sum over sources before W^l, of a gate that has one."""
+        """The sum over sources before W^l, if the gate has one."""
         total: Tensor = self.gate.collect(self.enter(x), edges)
         return total
 
@@ -275,18 +275,18 @@ class ProductGate(Resettable):
 
     .. math:: B = W_1 A + W_2\,CG(A \otimes A) + W_3\,CG\big(W_2\,CG(A \otimes A) \otimes A\big) + \dots
 
-    With A a sum over children, the term of degree k holds every k-fold product of children (P8, the second reading of
-    "k-th order"), each reduced by W^l before the next product (P11).
+    With A a sum over children, the term of degree k contains every k-fold product of children (P8, the second meaning
+    of "k-th order"), each reduced by W^l before the next product (P11).
 
     Args:
         irreps_in: type of ``A``, one multiplicity.
         irreps_out: type of the result with the same multiplicity, a subset of the fragments of ``irreps_in``.
         body_order: highest degree in A, >= 1.
-        gain: size of each product at the start, relative to unit variance.
+        gain: initial size of each product, relative to unit variance.
 
     Shapes: (nodes, rows_in, channels) -> (nodes, rows_out, channels).
     Equivariance: O(3), SO(3). Smoothness: polynomial.
-    Raises: ValueError: ``body_order`` < 1, or ``irreps_out`` is no subset of ``irreps_in``.
+    Raises: ValueError: ``body_order`` < 1, or ``irreps_out`` is not a subset of ``irreps_in``.
     """
 
     def __init__(self, irreps_in: o3.Irreps, irreps_out: o3.Irreps, body_order: int = 3, gain: float = 1.0) -> None:
@@ -337,7 +337,7 @@ class PairGate(Resettable):
     .. math:: \psi'^{\,\ell}_i = W^\ell\, CG\Big(\psi_i \otimes \sum_j w_{ij} R(r_{ij})\,
               CG(\psi_j \otimes Y(\mathbf r_{ij}))\Big)^\ell
 
-    The state of i does not depend on j, so it stands outside the sum: the pairwise products of the paper at the cost
+    The state of i does not depend on j, so it is outside the sum: the pairwise products of the paper at the cost
     of one product per part. Order (P, 2, S) (P7 for order 0, P8 for order 1).
 
     Args: as for :class:`OneBodyGate`.
@@ -371,7 +371,7 @@ class FullGate(Resettable):
 
     .. math:: \psi^{\ell}_i = W^\ell \sum_j w_{ij} \bigoplus_{b} B_b(r_{ij})\, CG(\psi_j \otimes Y(\mathbf r_{ij}))^\ell
 
-    The literal form of P8 for any types (multiplicities may differ). For small types, and as the yardstick of
+    The literal form of P8 for any types (multiplicities may differ). For small types, and as a reference for
     :class:`OneBodyGate`.
 
     Args: as for :class:`OneBodyGate`; multiplicities are free.

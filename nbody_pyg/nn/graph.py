@@ -1,4 +1,4 @@
-"""InteractionGraph: our complete neighbour list where a PyG model wants a graph of its own."""
+"""InteractionGraph: our complete neighbour list for PyG models that take an interaction graph."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from nbody_pyg.nn.irreps import Resettable
 class InteractionGraph(Resettable):
     r"""Neighbours within a cutoff and their distances, for ``SchNet(interaction_graph=...)`` and the like.
 
-    PyG's own graphs need pyg-lib, and keep 32 neighbours without a word. This one needs nothing and is complete.
+    PyG's own graphs need pyg-lib and silently keep at most 32 neighbours. This one needs no extra package and is
+    complete.
 
     ==============  ===============  ================================================
     symbol          code             shape, unit
@@ -24,7 +25,7 @@ class InteractionGraph(Resettable):
     Args:
         cutoff: angstrom.
 
-    Smoothness: edges come and go at the cutoff; the model has to fade them out. (SchNet does.)
+    Smoothness: edges appear and vanish at the cutoff; the model needs a smooth cutoff function, as SchNet has.
     Raises: ValueError: a cutoff that is not positive, coincident atoms, a batch that is not sorted.
 
     Example:

@@ -1,4 +1,4 @@
-"""Interactions: a gate along edges, then products at the receiving part, then what becomes of its old state."""
+"""Interactions: a gate along edges, products at the receiving part, and a residual update."""
 
 from __future__ import annotations
 
@@ -42,11 +42,11 @@ class SpeciesScale(Resettable):
 
 
 class SoftNorm(nn.Module):
-    r"""Bound the size of a state without touching its direction or small values.
+    r"""Bound the size of a state; its direction and small values do not change.
 
     .. math:: x' = x \,/ \sqrt{1 + \mathrm{mean}(x^2)}
 
-    Products of products grow as a tower of powers; this keeps ten of them in range. Local to one part (so the
+    Repeated products grow very fast; this keeps ten of them in range. Local to one part (so the
     energy stays extensive), smooth everywhere, identity at zero. An extension of the paper (practical preset only).
     """
 
@@ -64,8 +64,8 @@ class InteractionConfig(NamedTuple):
     num_basis     number of radial functions on the edges
     body_order    highest power of a summed state
     symmetry      "o3", "o3-full" or "so3"
-    practical     keep the old state beside the new one and bound sums (:class:`SoftNorm`)
-    gain          size of products at the start
+    practical     add the old state to the new one and bound sums (:class:`SoftNorm`)
+    gain          initial size of products
     ============  ======================================================================================
     """
 
@@ -83,20 +83,21 @@ class Interaction(Resettable):
     .. math:: A_i = g_{z_i} \big(\mathrm{gate}(\{\psi_j\}) + W \psi_i\big), \qquad
               \psi'_i = W' \psi_i + \mathrm{ProductGate}(A_i) + b_{z_i}
 
-    The gate is one-body; the products make it many-body, the old state of i being one more child. Factors g and
+    The gate is one-body; the products make it many-body. The old state of i counts as one more child. Factors g and
     constants b (of the scalars) exist where the parts have an element at their centre. The strict preset has
     no :math:`W' \psi_i`: the old state enters through A alone.
 
     Args:
         config: what all interactions of a network share.
         irreps: type of the result, one multiplicity; with ``irreps_out`` only some of its fragments.
-        irreps_source: type of the sources, or None where they have no state.
-        irreps_target: type of the receiving parts before, or None where they have no state yet.
+        irreps_source: type of the sources, or None if they have no state.
+        irreps_target: type of the receiving parts before, or None if they have no state yet.
         irreps_out: fragments of ``irreps`` to return; None for all.
         entered: type of one multiplicity to which a linear map brings the states of the sources before the gate
-            (:class:`~nbody_pyg.nn.gates.EnteredGate`); None: they have one, and go in as they are.
-        source_has_species: the sources are (centred on) atoms, whose elements act as well: adds a :class:`DensityGate`.
-        gate: makes the gate, in the place of the two of the library.
+            (:class:`~nbody_pyg.nn.gates.EnteredGate`); None: they have one multiplicity and enter unchanged.
+        source_has_species: the sources are (centred on) atoms, so their elements are used too: adds a
+            :class:`DensityGate`.
+        gate: factory of the gate, instead of the two of the library.
         target_has_species: the receiving parts have an element at their centre.
         avg_num_neighbors: typical number of sources per target.
 
@@ -163,7 +164,7 @@ class Interaction(Resettable):
     def _update(
         self, a: Float[Tensor, "targets rows channels"], target: Tensor | None, species: Tensor | None
     ) -> Float[Tensor, "targets rows_out channels"]:
-        """New states from the sum of all that the parts were given."""
+        """New states from the summed messages."""
         if self.scale is not None:
             a = self.scale(a, species)
         new = self.products(self.norm(a))
@@ -173,7 +174,7 @@ class Interaction(Resettable):
 
     # ------------------------------------------------------------------ the same in one compiled call
     def _is_fused(self, like: Tensor) -> bool:
-        """Whether the compiled update stands for :meth:`forward`: the one place that decides it."""
+        """Whether the compiled update replaces :meth:`forward`; only this property decides it."""
         return self.kernel is not None and self.kernel.runs(like) and self._as_written()
 
     def _fused(
@@ -210,7 +211,7 @@ class Interaction(Resettable):
         scale: Tensor | None,
         bias: Tensor | None,
     ) -> Tensor:
-        """The modules of :meth:`forward` with other weights, for derivatives that the compiled update lacks."""
+        """The modules of :meth:`forward` with other weights, for derivatives that the compiled update does not have."""
         names = {id(weight): name for name, weight in self.named_parameters()}
         weights = {names[id(own)]: given for own, given in zip(self._matrices(), matrices, strict=True)}
         if scale is not None:
@@ -269,13 +270,13 @@ def one_gate(
     gate: GateFactory | None = None,
     entered: o3.Irreps | None = None,
 ) -> nn.Module:
-    """A gate of the library or of somebody's own, arguments as for :class:`Interaction`."""
+    """A gate of the library or of the user; arguments as for :class:`Interaction`."""
     taken = irreps_source if entered is None else entered
     if gate is not None:
         made = gate(taken, irreps, num_basis=config.num_basis, avg_num_neighbors=avg_num_neighbors)
     else:
         lmax = max(ir.l for _, ir in irreps)
-        # Partial: states that are scalars only, from which atoms may start, do not reach every fragment
+        # Partial, because initial states may be scalars only and then do not reach every fragment
         made = OneBodyGate(taken, irreps, lmax, config.num_basis, avg_num_neighbors, config.symmetry, partial=True)
     return made if entered is None else EnteredGate(irreps_source, entered, irreps, made)
 
@@ -283,9 +284,9 @@ def one_gate(
 class ChannelGroups(ConstantTables):
     """States of several multiplicities, made group by group: each layer gives the channels of one multiplicity.
 
-    A product of equal channels takes what both factors have. So channels that hold the same fragments form a group
-    (:func:`~nbody_pyg.nn.irreps.channel_groups`) with a layer of its own: its gate, its products. The linear maps by
-    which every layer begins take the whole states, and so mix the channels of all groups.
+    A product of equal channels needs fragments that both factors have. So channels with the same fragments form a group
+    (:func:`~nbody_pyg.nn.irreps.channel_groups`) with its own layer, gate and products. The linear maps at the start of
+    every layer act on the whole states, and so mix the channels of all groups.
 
     Args:
         layers: one for each group, of one signature.
@@ -324,7 +325,7 @@ def add_to_scalars(
     return x + nn.functional.pad(scalars.unsqueeze(1), (0, 0, 0, x.shape[1] - 1))
 
 
-# What the compiled update knows, as it is written
+# Classes that the compiled update replaces
 _KNOWN = written(
     Interaction, DensityGate, EnteredGate, OneBodyGate, PathLinear, RowLinear, SpeciesScale, SoftNorm, nn.Identity,
     ProductGate, ChannelwiseProduct,

@@ -1,9 +1,9 @@
-r"""Algebra of types: which fragments a state has, how it is laid out, what couples to what.
+r"""Algebra of types: fragments of a state, their layout, and their couplings.
 
 A state of type :math:`\tau` is one flat tensor in the *ir_mul* layout: block l is the matrix
 :math:`F_l` of shape (2l+1, tau_l), channels contiguous, so that the covariant linear map of Proposition 1 is the
 plain matrix product ``F_l @ W_l``. e3nn stores the transpose (*mul_ir*); two functions convert.
-Where all fragments have the same multiplicity the flat tensor is viewed as (nodes, rows, channels); a state of another
+If all fragments have the same multiplicity, the flat tensor is viewed as (nodes, rows, channels); a state of another
 type as (nodes, dim, 1), see :func:`state_shape`.
 """
 
@@ -53,7 +53,7 @@ def check_symmetry(symmetry: str) -> None:
 
 
 def harmonic_parity(l: int, symmetry: str) -> int:
-    """Parity that a solid harmonic of degree l is given: (-1)^l, or +1 where reflections are ignored."""
+    """Parity of a solid harmonic of degree l: (-1)^l, or +1 if reflections are ignored."""
     return 1 if symmetry == "so3" else (-1) ** l
 
 
@@ -68,13 +68,13 @@ def num_rows(irreps: o3.Irreps) -> int:
 
 
 def row_slices(irreps: o3.Irreps) -> list[slice]:
-    """Where each fragment's components stand among the rows of an equal-multiplicity state."""
+    """Positions of the components of each fragment among the rows of an equal-multiplicity state."""
     stops = torch.tensor([0, *(ir.dim for _, ir in irreps)]).cumsum(0).tolist()
     return [slice(a, b) for a, b in itertools.pairwise(stops)]
 
 
 def equal_multiplicity(irreps: o3.Irreps) -> int:
-    """The common multiplicity of a type. Raises ValueError where the fragments differ."""
+    """The common multiplicity of a type. Raises ValueError if the fragments differ."""
     found = {mul for mul, _ in irreps}
     if len(found) != 1:
         raise ValueError(
@@ -101,7 +101,7 @@ def block_of(x: Float[Tensor, "nodes rows channels"], irreps: o3.Irreps, number:
 
 
 def channel_groups(irreps: o3.Irreps) -> list[o3.Irreps]:
-    """A type cut into groups of channels, each with one multiplicity and all fragments that have so many channels.
+    """A type split into groups of channels, each with one multiplicity and all fragments that have these channels.
 
     >>> channel_groups(o3.Irreps("48x0e + 32x1o + 16x2e"))
     [16x0e+16x1o+16x2e, 16x0e+16x1o, 16x0e]
@@ -120,7 +120,7 @@ def level_types(
     >>> level_types({"atoms": "8x0e + 4x1o", "groups": "4x0e"}, {0: "atoms", 1: "groups"})
     {0: 8x0e+4x1o, 1: 4x0e}
 
-    Raises: ValueError: a level without type, another name, or what is no type of states (:func:`state_type`).
+    Raises: ValueError: a level without type, an unknown name, or an invalid type of states (:func:`state_type`).
     """
     if not isinstance(given, Mapping):
         return dict.fromkeys(levels, state_type(given, symmetry))
@@ -134,7 +134,7 @@ def level_types(
 def state_type(given: str | o3.Irreps, symmetry: str = "o3") -> o3.Irreps:
     """A type of states, ordered by degree.
 
-    Raises: ValueError: no type, fragments that the symmetry does not have, or more of one fragment than scalars.
+    Raises: ValueError: not a type, fragments that the symmetry does not have, or more of one fragment than scalars.
     """
     try:
         irreps = o3.Irreps(given).regroup()
@@ -156,12 +156,12 @@ def state_type(given: str | o3.Irreps, symmetry: str = "o3") -> o3.Irreps:
 
 
 def to_mul_ir(x: Float[Tensor, "*batch dim"], irreps: o3.Irreps) -> Float[Tensor, "*batch dim"]:
-    """From the layout inside (channels last in each block) to e3nn's mul_ir layout."""
+    """From the internal layout (channels last in each block) to e3nn's mul_ir layout."""
     return _transpose_blocks(x, irreps, mul_last=True)
 
 
 def from_mul_ir(x: Float[Tensor, "*batch dim"], irreps: o3.Irreps) -> Float[Tensor, "*batch dim"]:
-    """From e3nn's mul_ir layout to the layout inside (channels last in each block)."""
+    """From e3nn's mul_ir layout to the internal layout (channels last in each block)."""
     return _transpose_blocks(x, irreps, mul_last=False)
 
 
@@ -181,7 +181,7 @@ def _transpose_blocks(x: Tensor, irreps: o3.Irreps, mul_last: bool) -> Tensor:
 
 
 def has_two_orders(irreps: o3.Irreps) -> bool:
-    """Whether mul_ir and ir_mul differ: where a fragment that is no scalar occurs more than once."""
+    """Whether mul_ir and ir_mul differ: if a fragment that is not a scalar occurs more than once."""
     return any(mul > 1 and ir.l > 0 for mul, ir in irreps)
 
 
@@ -221,7 +221,7 @@ def coupling_paths(irreps1: o3.Irreps, irreps2: o3.Irreps, keep: o3.Irreps, symm
 
 
 def require_reachable(irreps_out: o3.Irreps, reachable: set[o3.Irrep], what: str) -> None:
-    """Raise ValueError naming the fragments of ``irreps_out`` that no path leads to."""
+    """Raise ValueError naming the fragments of ``irreps_out`` that no path reaches."""
     missing = sorted({str(ir) for _, ir in irreps_out if ir not in reachable})
     if missing:
         have = ", ".join(sorted(str(ir) for ir in reachable)) or "nothing"
@@ -232,28 +232,28 @@ def require_reachable(irreps_out: o3.Irreps, reachable: set[o3.Irrep], what: str
 
 
 class Resettable(nn.Module):
-    """Module that can start anew: :meth:`reset_parameters` gives it the values of a fresh one.
+    """Module with :meth:`reset_parameters`, which initialises it again.
 
-    The fresh one is built from the arguments of the construction, which are kept for that.
+    The values are those of a new module, built from the stored arguments of the constructor.
     """
 
     def __new__(cls, *args: Any, **keywords: Any) -> Any:
         module = super().__new__(cls)
-        if args or keywords:  # a copy is made without them and brings its own
+        if args or keywords:  # a copy has its own arguments
             object.__setattr__(module, "_arguments", (args, keywords))
         return module
 
     def reset_parameters(self) -> None:
-        """Draw all weights anew: with one seed the values of a module that is built now. Settings stay."""
+        """Initialise all weights again; with the same seed, the values of a newly built module. Settings are kept."""
         args, keywords = self.__dict__.get("_arguments", ((), {}))
         for given in (*args, *keywords.values()):
-            if isinstance(given, nn.Module):  # the fresh one would hold the very same
+            if isinstance(given, nn.Module):  # a new module would share it
                 reset(given)
         self.load_state_dict(type(self)(*args, **keywords).state_dict())
 
 
 def reset(module: nn.Module) -> None:
-    """Reset a module, or the modules that it is made of.
+    """Reset a module, or its submodules.
 
     Raises: TypeError: a weight in a module that has no ``reset_parameters``.
     """
@@ -273,7 +273,7 @@ class ConstantTables(Resettable):
     """Module whose constants stay exact when its dtype changes.
 
     A buffer built in float32 and cast to float64 keeps float32's rounding; the tables here are kept in float64
-    beside the module and cast afresh after every move. They are not part of the state dict.
+    beside the module and cast again after every move. They are not part of the state dict.
     """
 
     def __init__(self) -> None:

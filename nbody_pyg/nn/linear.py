@@ -17,7 +17,7 @@ from nbody_pyg.nn.irreps import Resettable, equal_multiplicity, require_reachabl
 
 
 class IrrepsLinear(Resettable):
-    r"""Mix fragments of equal degree and parity; nothing else is covariant.
+    r"""Mix fragments of equal degree and parity, the only covariant linear map.
 
     .. math:: F'_\ell = F_\ell W^\ell, \qquad \#\text{weights} = \sum_\ell \tau_\ell \tau'_\ell
 
@@ -32,7 +32,7 @@ class IrrepsLinear(Resettable):
     ===============  ==========  =================================
 
     Args:
-        irreps_in: type of the input; fragments of one irrep may stand in several blocks.
+        irreps_in: type of the input; fragments of one irrep may be in several blocks.
         irreps_out: type of the result.
         bias: add a learned constant to the 0e fragments of the result (the only ones that may have one).
 

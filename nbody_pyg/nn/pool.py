@@ -1,4 +1,4 @@
-"""Select, reduce, connect: one level of a hierarchy as pooling in anybody's network."""
+"""Select, reduce, connect: one level of a hierarchy as a pooling layer for any PyG network."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ from nbody_pyg.system import System
 class NBodySelect(Select):  # type: ignore[misc]  # PyG has no py.typed
     r"""Which nodes of one level belong to which part of the next, as PyG's ``SelectOutput``.
 
-    Parts may overlap: a node of two parts stands twice in ``node_index``. The weight is the membership of the
-    scheme, smooth where the scheme is, with gradients in ``pos``.
+    Parts may overlap: a node of two parts occurs twice in ``node_index``. The weight is the membership of the scheme,
+    as smooth as the scheme, with gradients with respect to ``pos``.
 
     ==================  ===========================  ========================================
     symbol              code                         shape
@@ -88,7 +88,7 @@ class PlacedSelect(NamedTuple):
 
 
 class NBodyReduce(Resettable):
-    r"""States of the parts from those of their members: multipoles of what the members carry, then W^l.
+    r"""States of the parts from those of their members: multipoles of the states of the members, then W^l.
 
     .. math:: M_P^{\ell} = \sum_{c} p_{cP} \bigoplus_{k \le K} CG\Big(x_c \otimes
               Y_k\big(\tfrac{\mathbf r_c - \mathbf r_P}{a}\big)\Big)^{\ell}, \qquad x_P^\ell = W^\ell M_P^\ell
@@ -155,7 +155,7 @@ class NBodyConnect(Connect):  # type: ignore[misc]  # PyG has no py.typed
     Edges that exist only because of a shared member have features zero.
 
     Args:
-        shared: join parts that share a member, too.
+        shared: also join parts that share a member.
 
     Cost: O(edges times the parts of their two ends).
     """
@@ -171,7 +171,7 @@ class NBodyConnect(Connect):  # type: ignore[misc]  # PyG has no py.typed
         edge_attr: Tensor | None = None,
         batch: Tensor | None = None,
     ) -> ConnectOutput:
-        """The graph of the parts; ``batch`` is that of the nodes, and becomes that of the parts."""
+        """The graph of the parts; ``batch`` is that of the nodes; the result has that of the parts."""
         pairs, weight, rows = _joined(select_output, edge_index)
         if self.shared:
             itself = torch.arange(select_output.num_nodes, device=edge_index.device).expand(2, -1)
@@ -221,7 +221,7 @@ def _joined(select: SelectOutput, edge_index: Tensor) -> tuple[Tensor, Tensor, T
 
 
 class PooledGraph(NamedTuple):
-    """The graph of the parts: what a layer needs to go on, and ``select`` to come back."""
+    """The graph of the parts, the input of the next layer; ``select`` maps back to the nodes."""
 
     x: Tensor
     edge_index: Tensor
@@ -278,7 +278,7 @@ class NBodyPooling(Resettable):
             batch: graph of each atom.
             z: atomic numbers; or a ``Data`` or ``Batch`` of the atoms, in place of ``z``, ``pos`` and ``batch``.
             pos: positions of the atoms.
-            topology: hierarchy of the atoms, where it is known.
+            topology: hierarchy of the atoms, if known.
         """
         if z is None:
             raise TypeError("z must be given by name: pool(x, edge_index, edge_attr, batch, z=z, pos=pos) or z=data")

@@ -1,8 +1,8 @@
 r"""Tensor products followed by the Clebsch-Gordan decomposition: the only nonlinearity of an N-body network.
 
 Two products: :class:`FullProduct` couples every fragment of one state with every fragment of the other, as the
-paper does; :class:`ChannelwiseProduct` couples equal channels only, and gains the full product back (as a
-decomposition of its weights into rank-one terms) when linear maps stand before and after it.
+paper does; :class:`ChannelwiseProduct` couples equal channels only. With linear maps before and after it, it represents
+the full product, with its weights decomposed into rank-one terms.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from nbody_pyg.nn.irreps import Resettable, has_two_orders, to_mul_ir
 from nbody_pyg.nn.linear import IrrepsLinear
 
-#: Size of a value at the start, relative to unit variance: dozens of parts add up to one energy.
+#: Initial size of a value, relative to unit variance: dozens of parts add up to one energy.
 _START = 0.1
 
 
@@ -59,7 +59,7 @@ class MLPReadout(LinearReadout):
         scalars = [part for part, (_, ir) in zip(irreps_out.slices(), irreps_out, strict=True) if ir == o3.Irrep("0e")]
         self.channels, num_scalars = o3.Irreps(irreps_in)[0].mul, irreps_out.count(o3.Irrep("0e"))
         self.num_scalars = num_scalars
-        # Where the scalars stand among the components; leading ones, the usual case, are padded
+        # Positions of the scalars among the components; leading ones, the usual case, are padded
         columns = [column for part in scalars for column in range(part.start, part.stop)]
         self._columns = None if columns == list(range(num_scalars)) else columns
         self.network = None

@@ -1,4 +1,4 @@
-"""Repulsion of nuclei at short range, where no training set has data."""
+"""Repulsion of nuclei at short range, where training sets have no data."""
 
 from __future__ import annotations
 
@@ -29,36 +29,37 @@ SCREEN_LENGTH = 0.8854 * 0.529177210903
 SCREEN_POWER = 0.23
 #: Reach without data, in sums of covalent radii; the shortest bonds (in N2, CO, acetylene) are 0.77 of theirs.
 REACH_FACTOR = 0.75
-#: Reach with data, in shortest distances: some way into where the network extrapolates well.
+#: Reach with data, in units of the shortest distance; the network extrapolates well to slightly shorter distances.
 SEEN_FACTOR = 0.9
-#: Part of the reach up to which the repulsion is whole. A slow fade lets a network pull two atoms through it.
+#: Fraction of the reach up to which the repulsion is unscaled. With a slower decay a network can pull two atoms through
+#: it.
 FADE_FROM = 0.7
-#: Distances (angstrom) that count as seen, and the largest number of frames looked at.
+#: Largest distance (angstrom) that counts as observed, and largest number of frames that are used.
 _SEEN_WITHIN, _MAX_FRAMES = 3.0, 2000
 
 
 class ZBLRepulsion(EnergyTerm, Float64Buffers):
-    r"""Screened Coulomb repulsion between nuclei, faded out before bonds begin.
+    r"""Screened Coulomb repulsion between nuclei, zero from below bond lengths on.
 
     .. math::
         V(r) = \frac{e^2}{4 \pi \epsilon_0} \frac{Z_1 Z_2}{r} \phi(r / a)\, f(r / R_{12}), \quad
         \phi(x) = \sum_{k=1}^4 c_k e^{-d_k x}, \quad a = \frac{0.8854\, a_0}{Z_1^{0.23} + Z_2^{0.23}}
 
-    f is 1 up to 0.7 of the reach and falls to 0 in a quintic step from there. :math:`R_{12}` lies below the shortest
-    bonds, so that the network is left alone where there are data: a window up to the sum of the covalent radii, which
-    multiple bonds are shorter than, cost a fifth of the accuracy of aspirin's forces. :meth:`from_frames` takes the
-    reach from data. Nothing is learned here.
+    f is 1 up to 0.7 of the reach and decays to 0 in a quintic step from there. :math:`R_{12}` is shorter than the
+    shortest bonds, so the repulsion does not act where there are data. With a window up to the sum of the covalent
+    radii, which is longer than multiple bonds, the forces of aspirin were a fifth less accurate. :meth:`from_frames`
+    takes the reach from data. There are no learned parameters.
 
     Source: Ziegler, Biersack, Littmark, *The Stopping and Range of Ions in Matter* (1985); covalent radii of
     Cordero et al. (2008), as ASE has them.
 
     Args:
         species: atomic numbers that may meet.
-        reach: distance (angstrom) at which the repulsion of a pair ends, by symbols (``{"C-H": 1.07}``); pairs that
-            are not named take 0.75 times the sum of their covalent radii, which no known bond is shorter than.
+        reach: distance (angstrom) at which the repulsion of a pair ends, by symbols (``{"C-H": 1.07}``); other pairs
+            use 0.75 times the sum of their covalent radii, which is shorter than any known bond.
 
     Equivariance: invariant. Smoothness: C2 at the reach and at 0.7 of it, else C-infinity for r > 0.
-    Cost: a comparison per edge of the list; more only for pairs within reach, of which normal structures have none.
+    Cost: a comparison per edge of the list; more only for pairs within reach, which normal structures do not have.
     Raises: ValueError: no or unknown species, a reach for an unknown pair or not positive.
 
     Example:
@@ -117,8 +118,8 @@ class ZBLRepulsion(EnergyTerm, Float64Buffers):
     def from_frames(cls, species: Sequence[int], frames: Sequence[Data]) -> ZBLRepulsion:
         """A repulsion that ends below the shortest distance of each pair in some frames, so that it is zero on them.
 
-        The reach is 0.9 times that distance; pairs that do not come within 3 angstrom take the reach without data.
-        Of very many frames 2,000 are looked at.
+        The reach is 0.9 times that distance; pairs that do not come within 3 angstrom use the reach without data. At
+        most 2,000 frames are used.
         """
         shortest: dict[str, float] = {}
         for frame in frames[:: max(1, len(frames) // _MAX_FRAMES)]:
@@ -147,7 +148,7 @@ class ZBLRepulsion(EnergyTerm, Float64Buffers):
         return energy.index_add(0, index[1], 0.5 * self._pair(square, kind))
 
     def _pair(self, square: Tensor, kind: Tensor) -> Tensor:
-        """V of pairs at a squared distance, each with the number of its kind; zero beyond their reach."""
+        """V of pairs at a squared distance, with the number of the kind of each pair; zero beyond their reach."""
         charge, rate, end = (t.flatten()[kind].to(square.dtype) for t in (self.charge, self.inverse_length, self.end))
         r = torch.minimum(square, end * end).sqrt()
         weights, exponents = self.screen.to(square.dtype)

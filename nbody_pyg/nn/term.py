@@ -1,4 +1,4 @@
-"""EnergyTerm: one summand of the energy, and what it is computed from."""
+"""EnergyTerm: one summand of the energy, and its input."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from nbody_pyg.system import System
 
 
 class Structure:
-    r"""The atoms of one evaluation, with gradients, and what the terms of the energy share.
+    r"""The atoms of one evaluation, with gradients, and data shared by the terms of the energy.
 
     ==============  ======================  ============================================================
     attribute       shape, unit             meaning
@@ -35,7 +35,7 @@ class Structure:
     Args:
         scheme: that of the hierarchy, or of the topology of the system.
         dtype: of the vectors of pairs; None for that of the positions.
-        lists: neighbour lists (index, shift) that are known already, by their cutoff.
+        lists: neighbour lists (index, shift) that exist already, by their cutoff.
     """
 
     def __init__(
@@ -55,9 +55,9 @@ class Structure:
         """Source and target of all pairs of atoms nearer than ``cutoff``, each in both orders, and the vectors from
         target to source (angstrom, periodic images included).
 
-        Edges of the hierarchy serve where they reach that far; else neighbours are searched, once for all terms. The
-        number of pairs in a compiled program does not depend on distances: what lies beyond the cutoff stands there at
-        the cutoff, where a smooth term is zero.
+        Edges of the hierarchy are used if they reach that far; otherwise neighbours are searched once for all terms. In
+        a compiled program the number of pairs does not depend on distances: pairs beyond the cutoff are placed at the
+        cutoff, where a smooth term is zero.
         """
         if cutoff not in self._pairs:
             index, vec = self._edges(cutoff)
@@ -72,9 +72,9 @@ class Structure:
         return self._pairs[cutoff]
 
     def slots(self, species: tuple[int, ...], numbers: Int[Tensor, " species"], of: str) -> Int[Tensor, " atoms"]:
-        """Place of the element of each atom among ascending atomic numbers, given as numbers and as a tensor.
+        """Index of the element of each atom among ascending atomic numbers, given as numbers and as a tensor.
 
-        Raises: ValueError: an element that is not among them; ``of`` says what knows them.
+        Raises: ValueError: an element that is not among them; ``of`` names their owner in the message.
         """
         if (known := self.system.index_among(species)) is not None:
             return known
@@ -125,8 +125,8 @@ class EnergyTerm(nn.Module):
     potential runs in eager mode, with a warning.
 
     Attributes:
-        cutoff: distance (angstrom) of the pairs that ``forward`` asks for; None where it asks for none.
-        species: atomic numbers that the term knows; None where it takes all.
+        cutoff: distance (angstrom) of the pairs that ``forward`` uses; None if it uses none.
+        species: atomic numbers that the term knows; None if it accepts all.
 
     Equivariance: the energies must be invariant. Smoothness: the term must vanish at its cutoff.
     Example: see ``docs/extending.md``.
@@ -140,9 +140,10 @@ class EnergyTerm(nn.Module):
         raise NotImplementedError(f"{type(self).__name__} must define forward(structure)")
 
     def config(self) -> dict[str, Any]:
-        """Arguments that make the same term, ready for JSON: attributes with the names of those of the constructor.
+        """Arguments that build the same term, ready for JSON: the attributes with the names of the constructor's
+        arguments.
 
-        Raises: ValueError: an argument that is not kept as an attribute.
+        Raises: ValueError: an argument that is not stored as an attribute.
         """
         names = list(inspect.signature(type(self).__init__).parameters)[1:]
         if missing := [name for name in names if not hasattr(self, name)]:
@@ -160,7 +161,7 @@ def search(system: System, cutoff: float) -> tuple[Tensor, Tensor | None]:
 
 
 def covering_edges(scheme: Scheme | None, reach: float) -> tuple[str, int] | None:
-    """Which edges of a hierarchy, ("child" or "pair", level), join all atoms nearer than ``reach``; None for none."""
+    """Edge set of a hierarchy, ("child" or "pair", level), that joins all atoms nearer than ``reach``, or None."""
     if scheme is None:
         return None
     first = scheme.levels[0].pair_radius

@@ -1,4 +1,4 @@
-r"""What the fast multipole method of latent charges is made of: translations with factors, and pairs handed down."""
+r"""Parts of the fast multipole method of latent charges: translations with factors, and pairs of children."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from nbody_pyg.nn.irreps import Resettable
 
 
 class Translation(NamedTuple):
-    """Edges of a translation with their bare vectors, which the features of gates have softened.
+    """Edges of a translation with their vectors; those in the features of gates are softened.
 
     ==============  =======================================================================
     field           shape
@@ -44,8 +44,8 @@ class TranslationGate(Resettable):
 
     Args:
         function: :func:`~nbody_pyg.multipoles.m2m`, ``m2l`` or ``l2l``, which has the coefficients a.
-        lmax_in: highest degree that the gate receives.
-        lmax: highest degree that it makes.
+        lmax_in: highest degree of the input.
+        lmax: highest degree of the result.
         trained: make the factors f parameters, which start at 1; else they are 1.
 
     Equivariance: O(3), permutation of the sources. Smoothness: that of the windows; M2L needs vectors that are not 0.
@@ -81,11 +81,11 @@ def join_pairs(
 ) -> tuple[Int[Tensor, "2 _"], Float[Tensor, " _"]]:
     r"""Pairs of children of pairs of parents: :math:`n_{ij} = \sum_{AB} p_{iA}\, p_{jB}\, w_{AB}`, each pair once.
 
-    One side after the other, with sums in between: children that share several parents would otherwise make a term
-    for each pair of them.
+    The two sides are summed one after the other; otherwise children that share several parents would give a term for
+    each pair of parents.
 
     Args:
-        pairs: parents, source and target; with (A, A) if children of one parent shall meet.
+        pairs: parents, source and target; with (A, A) if children of one parent interact.
         weight: w of each pair.
         child_index: child in row 0, parent in row 1.
         child_weight: memberships p.

@@ -14,7 +14,7 @@ Described = dict[str, Any]
 
 def _from_1(described: Described) -> Described:
     """Potentials have a repulsion; those of before were trained without one."""
-    return {"repulsion": None} | described
+    return described if described.get("property") else {"repulsion": None} | described
 
 
 def _from_2(described: Described) -> Described:

@@ -223,7 +223,17 @@ def _default(function: object, name: str) -> str:
 
 #: Defaults on pages and in sentences: where, the sentence with the value as its groups, and what it is in the code
 DERIVED = [
+    (
+        "docs/conventions.md",
+        r"`([\w+ ]+)` \(default\) \| \d+, \d+",
+        lambda: [" + ".join(f"{mul}x{ir}" for mul, ir in NBodyNet([1]).irreps)],
+    ),
     ("docs/conventions.md", r'`"([\w-]+)"` \(default\) \| 0e', lambda: [NBodyNet.DEFAULTS["symmetry"]]),
+    (
+        "docs/conventions.md",
+        r"`([\w +]+)` \(default\) \| 7685",
+        lambda: [str(NBodyNet([1]).irreps).replace("+", " + ")],
+    ),
     (
         "docs/conventions.md",
         r"exponent p as an argument, (\d+) by default",

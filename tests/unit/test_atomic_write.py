@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import inspect
 import os
 import signal
 import subprocess
@@ -12,7 +13,7 @@ import textwrap
 import pytest
 import torch
 
-from nbody_pyg import NBodyNet, NestedShells, Potential, durable
+from nbody_pyg import NBodyNet, NestedShells, Potential
 from nbody_pyg.atomic_write import atomic_write, write_json, write_text
 from nbody_pyg.cli import main
 from nbody_pyg.datasets import load_embedded
@@ -60,7 +61,7 @@ def test_the_command_says_so_in_one_line(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(model_file, "save_file", lambda tensors, path, metadata: full_disk(path))
     words = ["--data.embedded", "ethanol", "--data.num_train", "4", "--data.num_val", "2", "--training.max_steps", "1"]
     words += ["--model.channels", "2", "--output.folder", str(tmp_path), "--output.plot", "false"]
-    monkeypatch.setattr("nbody_pyg.training.prepare.embedded", lambda *a: load_embedded("ethanol")[:8])
+    monkeypatch.setattr("nbody_pyg.training.prepare.load_embedded", lambda *a: load_embedded("ethanol")[:8])
     assert main(["train", *words]) == 1
     lines = capsys.readouterr().err.strip().splitlines()
     assert lines[-1].startswith("nbody train: error: ") and "No space left on device" in lines[-1]
@@ -73,8 +74,8 @@ def test_a_kill_while_saving_leaves_the_old_model(tmp_path):
     before = path.read_bytes()
     script = textwrap.dedent(f"""
         import os, runpy, signal
-        durable = runpy.run_path({durable.__file__!r})  # without torch, whose import takes seconds
-        with durable["atomic_write"]({str(path)!r}) as temporary:
+        module = runpy.run_path({inspect.getfile(write_text)!r})  # without torch, whose import takes seconds
+        with module["atomic_write"]({str(path)!r}) as temporary:
             temporary.write_bytes(b"half of a model")
             os.kill(os.getpid(), signal.SIGKILL)
     """)

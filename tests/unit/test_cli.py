@@ -166,7 +166,7 @@ def test_info_verifies_and_controls_no_terminal(folder, tmp_path, capsys):
     assert all(c.isprintable() or c == "\n" for c in out)
     save_model(load_model(folder / "model.nbody"), tmp_path / "m.nbody", {"errors": [1, 2]})
     assert main(["info", str(tmp_path / "m.nbody")]) == 1
-    assert "entries of another form than this version writes; see --json" in capsys.readouterr().err
+    assert "entries in a form that this version does not know; see --json" in capsys.readouterr().err
     data = (tmp_path / "m.nbody").read_bytes()
     (tmp_path / "m.nbody").write_bytes(data.replace(b"forces", b"forceS", 1))
     assert main(["info", str(tmp_path / "m.nbody")]) == 1
@@ -181,7 +181,7 @@ def test_info_about_this_machine(capsys, monkeypatch, tmp_path):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("NBODY_CACHE", str(tmp_path / "file"))
     assert main(["info", "--json"]) == 0
-    assert "every process compiles anew" in json.loads(capsys.readouterr().out)["cache"]
+    assert "every process compiles again" in json.loads(capsys.readouterr().out)["cache"]
 
 
 def test_md(folder, tmp_path, capsys):
@@ -275,9 +275,9 @@ def test_a_trajectory_that_is_continued_is_not_erased(folder, tmp_path, monkeypa
     assert np.allclose(read("md-1/trajectory.xyz", 0).get_momenta(), read("md/trajectory.xyz", -1).get_momenta())
     assert "those of the first structure" in capsys.readouterr().out
     assert main(["md", model, "m.xyz", "--steps", "5", "--out", "md"]) == 1
-    assert "md/md.log exists; go on with it by --restart" in capsys.readouterr().err
+    assert "md/md.log exists; continue it with --restart" in capsys.readouterr().err
     assert main(["md", model, "md/trajectory.xyz", "--out", "md", "--overwrite"]) == 1
-    assert "which is read and would be replaced" in capsys.readouterr().err
+    assert "an input that would be replaced" in capsys.readouterr().err
     assert Path("md/trajectory.xyz").read_bytes() == before
     assert main(["md", model, "--steps", "5", "--out", "md", "--restart"]) == 0
     assert Path("md/trajectory.xyz").read_bytes().startswith(before)
@@ -315,17 +315,17 @@ def test_what_exists_is_replaced_only_when_that_is_said(folder, tmp_path, monkey
         before = {p: p.read_bytes() for p in tmp_path.iterdir() if p.is_file()}
         assert main([*own, "--overwrite"]) in (0, 1)
         if option == "--plot":
-            assert "--plot must not be a file that is read, got m.png" in capsys.readouterr().err
+            assert "--plot must not be an input of this command, got m.png" in capsys.readouterr().err
             assert source.read_bytes() == before[tmp_path / "m.png"]
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([], "START is missing: name a file with the first structure, or go on with --restart"),
-        (["m.xyz", "--friction", "0.1"], "--friction belongs to --ensemble langevin"),
-        (["--restart"], "nothing to go on with: there is no md/trajectory.xyz"),
-        (["--restart", "--overwrite"], "--restart and --overwrite contradict each other"),
+        ([], "START is missing: give a file with the start structure, or continue a run with --restart"),
+        (["m.xyz", "--friction", "0.1"], "--friction needs --ensemble langevin"),
+        (["--restart"], "nothing to continue: there is no md/trajectory.xyz"),
+        (["--restart", "--overwrite"], "--restart and --overwrite exclude each other"),
         (["--restart", "--velocities", "drawn"], "--restart takes the velocities of the trajectory"),
         (["m.xyz"], "m.xyz was written without its constraints (FixBondLengths)"),
     ],
@@ -653,7 +653,7 @@ def test_evaluate_files_and_models_of_the_same_name(folder, tmp_path, capsys):
         assert len(read(tmp_path / "out" / r["predictions"], ":")) == r["frames"]
     assert "300K/test" in capsys.readouterr().out
     assert main(["evaluate", str(models[0]), paths[0], paths[0], "--out", str(tmp_path / "twice")]) == 1
-    assert "is named twice" in capsys.readouterr().err
+    assert "is given twice" in capsys.readouterr().err
 
 
 def test_evaluate_names_an_odd_charge_by_the_number_of_its_frame(folder, tmp_path, capsys):

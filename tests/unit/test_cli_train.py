@@ -176,7 +176,7 @@ def test_a_checkpoint_of_another_run_and_a_damaged_split_are_refused(here, capsy
     Path("r/last.ckpt").write_bytes(Path("first/last.ckpt").read_bytes())
     before = contents()
     assert train(*OWN, *RESUME, steps=6) == 1
-    assert "r/last.ckpt is of another run than the other files of r" in capsys.readouterr().err
+    assert "r/last.ckpt belongs to another run than the other files of r" in capsys.readouterr().err
     assert contents() == before
     Path("first/split.json").write_text('{"train": [0, 1')
     assert train(*OWN, *RESUME, "--output.folder", "first", steps=6) == 1
@@ -211,7 +211,7 @@ def test_the_model_is_saved_before_it_is_tested(here, capsys, monkeypatch):
     monkeypatch.setattr(train_module, "evaluate", fails)
     assert train("--data.train", "m.xyz", "--data.num_val", "0") == 1
     error = capsys.readouterr().err
-    assert "the tests have failed; the trained model is in r/model.nbody" in error and "cannot be evaluated" in error
+    assert "the tests failed; the trained model is in r/model.nbody" in error and "cannot be evaluated" in error
     monkeypatch.undo()
     os.chdir(here)
     assert read_metadata("r/model.nbody")["metadata"]["steps"] == 4

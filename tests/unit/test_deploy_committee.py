@@ -124,7 +124,7 @@ def test_command(members, ethanol, tmp_path, capsys):
     assert "committee of 2" in out and "the structure is unlike the training data" in out
     assert len(read(tmp_path / "md" / "trajectory.xyz", index=":")) == 1
     assert main([*words, "--committee", *paths]) == 1
-    assert "md.log exists; go on with it by --restart, replace it with --overwrite" in capsys.readouterr().err
+    assert "md.log exists; continue it with --restart, replace it with --overwrite" in capsys.readouterr().err
     assert main([*words, "--committee", *paths, "--overwrite"]) == 0
     assert main([*words, "--max-forces-std", "0.5"]) == 1
     assert "--max-forces-std needs further models" in capsys.readouterr().err

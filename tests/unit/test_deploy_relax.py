@@ -347,7 +347,7 @@ def test_command(frames, tmp_path, capsys):
     before = out.read_bytes()
     assert main(words) == 1 and "out.xyz exists; replace it with --overwrite" in capsys.readouterr().err
     assert main([*words[:-1], words[2], "--overwrite"]) == 1, "its own input"
-    assert "--out must not be a file that is read" in capsys.readouterr().err
+    assert "--out must not be an input of this command" in capsys.readouterr().err
     assert out.read_bytes() == before and len(read(words[2], ":")) == 3
     assert main([*words, "--overwrite", "--steps", "1"]) == 3
     assert "not converged: 0, 1, 2" in capsys.readouterr().out

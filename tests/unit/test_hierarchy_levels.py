@@ -52,7 +52,7 @@ def test_every_level_has_a_say(name, frames):
     for step in model.steps:
         spec = scheme.levels[step.level + (step.kind == "down")]
         radius = spec.pair_radius if step.kind == "pair" else spec.child_radius
-        assert float(model.embeddings[step.edges].radial.radius) == radius
+        assert float(model.embeddings[str(step.edges)].radial.radius) == radius
     hierarchy = model.hierarchy(frames[0])
     values = model.values(hierarchy)
     assert model(frames[0]).abs() > 1e-8 and max(values) >= LEVELS
@@ -120,4 +120,4 @@ def test_long_range_over_twelve_levels(frames):
 
 
 def test_few_levels_as_before():
-    assert [step.edges for step in net(BondTree()).steps][:4] == ["pair_0", "child_1", "pair_1", "child_2"]
+    assert [str(step.edges) for step in net(BondTree()).steps][:4] == ["pair_0", "child_1", "pair_1", "child_2"]

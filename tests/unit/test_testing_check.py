@@ -161,7 +161,7 @@ def test_command(net, molecules, tmp_path, capsys):
     words = ["check", str(tmp_path / "good.nbody"), "--only", "symmetry", "--json", str(json_file)]
     assert main(words) == 0
     out = capsys.readouterr().out
-    assert "PASS:" in out and "the training frame that the model file holds" in out
+    assert "PASS:" in out and "the training frame stored in the model file" in out
     assert json.loads(json_file.read_text())["checks"][0]["name"] == "rotations"
     save_model(Potential(net, scale=30.0, repulsion=None), tmp_path / "bad.nbody")
     assert (

@@ -17,7 +17,7 @@ from nbody_pyg.nn import FullProduct, IrrepsLinear, NBodyConv, OneBodyGate
 from nbody_pyg.nn.edges import EdgeFeatures
 
 EXACT = {"rtol": 0, "atol": 1e-10}
-NEIGHBOURS = r"neighbours are found from values .*; pass topology=net.scheme.topology\(z, pos\), or use .*accelerate"
+NEIGHBOURS = r"neighbours are found from values .*; pass topology=net.scheme.topology\(z, pos\), or use .*compiled"
 POTENTIAL = "a potential looks at values of positions .*; trace its model with topology=..., or use .*compile_potential"
 Z = torch.tensor([6, 8, 1, 1, 1])
 POS = torch.tensor(

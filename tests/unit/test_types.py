@@ -183,7 +183,7 @@ def test_the_compiled_layer_is_the_forward_with_both_derivatives(scheme, preset,
             for layer in layers:
                 layer.norm.register_forward_hook(lambda *_: None)
             assert not any(layer._is_fused(ethanol.pos) for layer in layers)
-        found = model(ethanol, training=True)
+        found = model(ethanol, create_graph=True)
         (found["forces"].square().sum() + found["energy"].sum()).backward()
         results.append([found["energy"], found["forces"], *(p.grad for p in model.parameters() if p.grad is not None)])
     fused, plain = results

@@ -1,7 +1,7 @@
-"""Compile generated Triton code as a Python module, launch it.
+"""Compile generated Triton code as a Python module, and launch kernels.
 
-Triton reads the source of a function where the standard library keeps lines of files; the lines are put there, so that
-no code lies in a file that somebody else could write. Triton keeps its own cache of what it compiles from it.
+Triton reads the source of a function from ``linecache``. The lines are put there, so no code is in a file that another
+user could write. Triton has its own cache of compiled code.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def load(source: str) -> ModuleType:
     linecache.cache[path] = (len(text), None, text.splitlines(keepends=True), path)
     module = ModuleType(name)
     module.__file__ = path
-    sys.modules[name] = module  # Triton looks the module of a function up
+    sys.modules[name] = module  # Triton looks up the module of a function
     exec(compile(text, path, "exec"), vars(module))
     if interpreted():
         vars(module)["range"] = _interpreted_range
@@ -62,7 +62,8 @@ def load(source: str) -> ModuleType:
 
 
 def _interpreted_range(*bounds: Any) -> range:
-    """``range`` for Triton's interpreter, whose numbers are arrays of one element: numpy 2.4 takes none for a number."""
+    """``range`` for Triton's interpreter, whose numbers are arrays of one element, which numpy 2.4 does not accept as
+    numbers."""
     return range(*(bound if isinstance(bound, int) else int(bound.handle.data.item()) for bound in bounds))
 
 
@@ -70,8 +71,8 @@ class Program:
     """Kernels of one generated source; compiled when the first of them is launched.
 
     Args:
-        emit: a function of a module that returns the source; whoever has no GPU never calls it.
-        arguments: what it is called with.
+        emit: a function of a module that returns the source; it is not called without a GPU.
+        arguments: its arguments.
     """
 
     def __init__(self, emit: Callable[..., str], *arguments: Any) -> None:
@@ -83,13 +84,13 @@ class Program:
         return self._emit(*self._arguments)
 
     def kernel(self, name: str) -> Any:
-        """One function, as Triton holds it."""
+        """One function, as a Triton object."""
         if name not in self._kernels:
             self._kernels[name] = getattr(load(self.source), name)
         return self._kernels[name]
 
     def launch(self, name: str, grid: tuple[int, ...], *arguments: Tensor | int | None, **constants: int) -> None:
-        """Run one kernel on the device of its tensors; nothing is run where the grid is empty.
+        """Run one kernel on the device of its tensors; nothing runs if the grid is empty.
 
         Raises: see :func:`~nbody_pyg.kernels.operands.check_launch`.
         """

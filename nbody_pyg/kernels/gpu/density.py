@@ -12,7 +12,7 @@ from nbody_pyg.kernels.gpu.order import EdgeOrder, edge_order
 from nbody_pyg.kernels.operands import check_index, check_operands, check_range
 from nbody_pyg.kernels.operation import Operands, Operation, Tensors, filled
 
-#: Sums one program keeps in registers, harmonics times slots of the radial functions.
+#: Sums that one program keeps in registers: harmonics times slots of the radial functions.
 _TILE = 1024
 #: Edges of one program of the backward pass.
 _EDGES = 8
@@ -68,7 +68,7 @@ def _density_source() -> str:
 
 
 def _power(number: int) -> int:
-    """The next power of two: extents of tiles are such."""
+    """The next power of two, as extents of tiles must be."""
     return 1 << (number - 1).bit_length()
 
 
@@ -78,7 +78,7 @@ program = Program(_density_source)
 class DensityProgram(Operation):
     """Harmonics times radial functions, summed at each target for every species of the sources.
 
-    The work of :class:`nbody_pyg.kernels.ops.DensityKernel`; species and edges come apart instead of as slots.
+    Same result as :class:`nbody_pyg.kernels.ops.DensityKernel`; species and edges are separate instead of slots.
     """
 
     num_inputs, recordable = 2, False
@@ -95,7 +95,7 @@ class DensityProgram(Operation):
         )
         check_index(radial.device, index=(index, (2, edges)), species=(species, (species.shape[0],)))
         order = edge_order(index, species.shape[0], num_targets)
-        if not species.is_cuda:  # on a GPU this would wait for the device; the network looks elements up in a table
+        if not species.is_cuda:  # on a GPU this would synchronise; the network looks up elements in a table
             check_range("species", species, self.num_species)
         density: Tensor = self.run(harmonics.contiguous(), radial.contiguous(), species.to(torch.int32), sizes=order)
         return density
@@ -111,7 +111,7 @@ class DensityProgram(Operation):
         return self._sum(operands, *operands.inputs, *c), *self._edges(operands, *g, *c)
 
     def sizes(self) -> dict[str, int]:
-        """Extents that its kernels are compiled for."""
+        """Extents for which its kernels are compiled."""
         return {"M": self.rows, "K": self.basis, "Q": self.width, "MP": _power(self.rows)}
 
     def _sum(self, operands: Operands, harmonics: Tensor, radial: Tensor, *two: Tensor) -> Tensor:

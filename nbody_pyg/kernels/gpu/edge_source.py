@@ -3,7 +3,7 @@ r"""Triton source of the edge product and its derivatives.
 .. math:: T = \sum_e \sum_r g_{t(e) r}\, w_{p(r)} \sum_i M_{ri}\, x_{s(e) i}, \qquad
           M_{ri} = \sum_j c_{rij} Y_{ej}, \quad w_p = \sum_b B_{eb} W_{bp}
 
-is linear in g, x, Y, B and W; a cotangent of a derivative takes the place of that factor: a for x, n for Y, d for B,
+is linear in g, x, Y, B and W; a cotangent of a derivative replaces that factor: a for x, n for Y, d for B,
 u for W. With N made from n as M from Y, and k = d W + B u, the functions below, plain or ``double`` (DOUBLE = 1) are
 
 ===================  =======================================  ==============================================
@@ -15,7 +15,7 @@ one_body_edges       channels: of the harmonics and radial    the same with a an
 one_body_weights     edges of a chunk: B g M x                B g (M a + N x) + d g M x
 ===================  =======================================  ==============================================
 
-One program is one warp with a block of channels of one node. Registers are the scarce thing: rows are done in groups
+One program is one warp with a block of channels of one node. Registers are the limit: rows are computed in groups
 (paths that lead to one degree), and a group's radial weights stay in registers over the loop over edges.
 """
 
@@ -28,7 +28,7 @@ from nbody_pyg.kernels.codegen import Term
 
 #: Most radial weights, and most rows, of one group.
 MAX_WEIGHTS, MAX_ROWS = 32, 24
-#: Most groups in one kernel; with more, each group is a kernel of its own. Compiling takes longer than in proportion.
+#: Most groups in one kernel; with more, each group is a separate kernel. Compile time grows faster than linearly.
 MAX_TOGETHER = 3
 
 
@@ -51,7 +51,7 @@ def groups_of(terms: Sequence[Term], basis: int) -> list[list[int]]:
 
 
 def apart(groups: int) -> bool:
-    """Whether every group is a kernel of its own, chosen by the constant GROUP, instead of a branch at run time."""
+    """Whether every group is a separate kernel, chosen by the constant GROUP, instead of a branch at run time."""
     return groups > MAX_TOGETHER
 
 
@@ -273,7 +273,7 @@ def _zeros(name: str, keys: Iterable[object]) -> list[str]:
 
 
 def _loop(end: str, body: list[str]) -> list[str]:
-    """A loop over the edges of this node; ``node`` is the other end. The next edge is looked up one round early."""
+    """A loop over the edges of this node; ``node`` is the other end. The next edge is loaded one iteration early."""
     lookup = "tl.load({} + {}, mask={}, other=0)"
     return [
         f"e_next = {lookup.format('edge', 'begin', 'begin < end')}",

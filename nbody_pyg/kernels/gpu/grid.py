@@ -1,10 +1,10 @@
-"""How the work is cut into programs: the numbers that decide speed and no result."""
+"""How the work is divided into programs; this affects speed, not results."""
 
 from __future__ import annotations
 
-#: Programs that keep a large GPU busy (132 multiprocessors, some eight warps each).
+#: Number of programs that fills a large GPU (132 multiprocessors, about eight warps each).
 ENOUGH = 1024
-#: Most programs among which the edges of one node are shared.
+#: Largest number of programs that share the edges of one node.
 MOST_PARTS = 8
 #: Channels of one program: one or two per lane of a warp. More would need more registers than a thread has.
 LANES = 32
@@ -21,7 +21,7 @@ def warps(block: int) -> int:
 
 
 def parts_of_a_node(nodes: int, programs_per_node: int, edges: int) -> int:
-    """Among how many programs the edges of each node are shared: small systems would leave most of the GPU idle.
+    """Number of programs that share the edges of each node, because small systems would leave most of the GPU idle.
 
     A power of two; every part writes its own sum, and the sums are added in a fixed order.
     """

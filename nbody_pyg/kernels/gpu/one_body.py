@@ -17,7 +17,7 @@ from nbody_pyg.kernels.operation import Operands, Operation, Tensors, filled
 
 #: More coefficients than this (lmax 3 in both parities has 1,400) would take minutes to compile.
 MAX_TERMS = 2000
-#: Edges that one program sums up for the gradient of the weights; fewer where the result would not fill the GPU.
+#: Edges that one program sums up for the gradient of the weights; fewer if the result would not fill the GPU.
 _CHUNKS, _SHORTEST = 512, 32
 
 
@@ -57,7 +57,7 @@ class OneBodyProgram(Operation):
         return total
 
     def value(self, operands: Operands) -> tuple[tuple[Tensor, ...], Tensors]:
-        x = operands.inputs[0]  # the forward pass has no g: x stands in
+        x = operands.inputs[0]  # the forward pass has no g; x is passed instead
         return (self._targets(operands.sizes, (x, *operands.inputs)),), ()
 
     def gradients(self, g: Sequence[Tensor], operands: Operands, wanted: Sequence[bool]) -> Tensors:
@@ -100,12 +100,12 @@ class OneBodyProgram(Operation):
         factors: Sequence[Tensor],
         cotangents: Tensors = (),
     ) -> Tensor:
-        """A function that sums over the edges at one end of theirs: (nodes, out_rows, channels)."""
+        """A function that sums over edges at one of their ends: (nodes, out_rows, channels)."""
         x, rows, nodes = factors[1], order.by(end), order.sizes[end]
         constants = self._constants(x, cotangents[3] if cotangents else None)
         blocks = -(-self.channels // constants["CB"])
         split = parts_of_a_node(nodes, blocks * (1 if end == 0 else self.together), len(rows.edge))
-        # The sum over the edges of a source takes all groups: kernels of one group each write a sum of their own
+        # The sum over the edges of a source includes all groups: kernels of one group write separate sums
         planes = split * (self.groups if end == 0 and apart(self.groups) else 1)
         out = x.new_empty(planes, nodes, out_rows, self.channels)
         given = (out, *factors, *cotangents, *rows, nodes, split)

@@ -11,7 +11,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from nbody_pyg.kernels.operands import check_range
 
-#: Edge numbers and node numbers are kept in 32 bits, half the traffic; kernels compute addresses in 64.
+#: Edge and node numbers have 32 bits, for half the memory traffic; kernels compute addresses in 64.
 LARGEST = 2**31 - 1
 
 
@@ -35,7 +35,7 @@ class Rows(NamedTuple):
 
 
 class EdgeOrder:
-    """Both orders of one set of edges, each made when it is first asked for.
+    """Both orders of one edge set, each computed at its first use.
 
     Args:
         index: (2, edges), int64: source, target.
@@ -61,7 +61,8 @@ class EdgeOrder:
         return found
 
     def renew(self, index: Tensor) -> None:
-        """The orders of other edges, as many as before, in the tensors that hold those of now: a CUDA graph reads them."""
+        """Write the orders of other edges, as many as before, into the present tensors, because a CUDA graph reads
+        them."""
         for kept, new in zip(self.ends, index, strict=True):
             kept.copy_(new)
         for end, rows in enumerate(self._rows):
@@ -78,23 +79,23 @@ class EdgeOrder:
 
 @dataclass
 class _Orders:
-    """What is known of one index: its orders by (num_sources, num_targets), true for one version of its entries."""
+    """Cached orders of one index by (num_sources, num_targets), valid for one version of its entries."""
 
     version: int
     by_size: dict[tuple[int, int], EdgeOrder] = field(default_factory=dict)
 
 
-# A weak reference, not an address: the entry goes when its tensor goes
+# A weak reference, not an address: the entry is removed with its tensor
 _known: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 def edge_order(index: Tensor, num_sources: int, num_targets: int) -> EdgeOrder:
-    """The order of these edges, made once for each index tensor and kept as long as that tensor lives.
+    """The order of these edges, computed once for each index tensor and cached as long as the tensor exists.
 
-    The topology owns the index of its edges, so sorting and checking are done once for all steps on it.
+    The topology owns the index of its edges, so they are sorted and checked once for all steps on it.
     """
     held = _known.get(index)
-    # An index that was changed in place is another one
+    # An index changed in place counts as a new one
     if held is None or held.version != _version(index):
         held = _known[index] = _Orders(_version(index))
     order: EdgeOrder | None = held.by_size.get((num_sources, num_targets))
@@ -104,7 +105,7 @@ def edge_order(index: Tensor, num_sources: int, num_targets: int) -> EdgeOrder:
 
 
 def renew_orders(index: Tensor) -> None:
-    """Bring the orders that are known of an index up to date, in place, after it was changed in place."""
+    """Update the cached orders of an index in place, after it was changed in place."""
     held = _known.get(index)
     if held is not None:
         held.version = _version(index)

@@ -21,7 +21,8 @@ MAX_TERMS = 2000
 def product_source(terms: Sequence[Term], rows1: int, rows2: int, rows_out: int) -> str:
     """out_r = sum c x_i y_j, its two gradients, and the derivative of those; one program is one node.
 
-    Memory decides here, so rows of the result are made one after the other and nothing is kept for long.
+    Memory bandwidth is the limit, so rows of the result are computed one after the other and little is kept in
+    registers.
     """
     by_row: dict[int, list[Term]] = defaultdict(list)
     for term in terms:
