@@ -32,11 +32,11 @@ class CompiledPotential:
     ``torch.compile``. For the first batch and the first batch of another size, the results are compared with eager
     mode: energies, forces, stress, and in mode "training" the gradients of all parameters. If tracing, compiling or the
     comparison fails, one warning gives the reason, and everything runs in eager mode from then on. No global setting of
-    torch is
-    changed. Threads may share a compiled potential; a process compiles and runs one program at a time.
+    torch is changed. Threads may share a compiled potential; a process compiles and runs one program at a time.
 
     It is called like the potential. Batches that differ in kind from the first one (in their optional tensors, in sizes
-    that are 0 or 1, in sizes that are equal) run in eager mode. So do, without a warning, calls without forces,
+    that are 0 or 1, in sizes that are equal) run in eager mode, and so does a potential whose model or terms were
+    replaced. So do, without a warning, calls without forces,
     charges, terms that do not know all elements of the network, and networks with long range or on
     :class:`~nbody_pyg.hierarchy.SmoothSurvivors` (whose number of terms depends on the positions).
 

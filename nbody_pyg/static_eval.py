@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from nbody_pyg.hierarchy.survivors import SmoothSurvivors
 from nbody_pyg.hierarchy.topology import Topology
@@ -29,13 +29,15 @@ class Layout:
 
     ``fields``: z, batch, cell, pbc, numbers of the elements, periodic, then num_parts, batch, child_index, child_shift,
     pair_index, pair_shift level by level, then index and shift of each list of ``cutoffs``. Fields that share a tensor
-    share a number (shells of one radius compute their features once).
+    share a number (shells of one radius compute their features once). ``modules`` are the network and the terms: a
+    program knows those of the time when it was recorded, and is none for a potential that has got others.
     """
 
     fields: tuple[int | None, ...]
     levels: int
     stress: bool
     cutoffs: tuple[float, ...]
+    modules: tuple[nn.Module | None, ...]
 
     @property
     def results(self) -> tuple[str, ...]:
@@ -84,7 +86,8 @@ def flatten(potential: Potential, system: System, stress: bool) -> tuple[list[Te
             numbers[id(value)] = len(tensors)
             tensors.append(value.detach() if value.requires_grad else value)
     fields = tuple(None if value is None else numbers[id(value)] for value in values)
-    return tensors, Layout(fields, count, stress, cutoffs)
+    modules = (potential.model, potential.reference, *potential.interactions())
+    return tensors, Layout(fields, count, stress, cutoffs, modules)
 
 
 def check_edges(topology: Topology) -> None:

@@ -132,10 +132,8 @@ def is_isolated_atom(frame: Data) -> bool:
     """Whether a frame is one atom on its own: a crystal may have a cell of one atom, a single atom a wide cell."""
     if len(frame.z) != 1:
         return False
-    cell, pbc = frame.get("cell"), frame.get("pbc")
-    if cell is None or (pbc is not None and not bool(torch.as_tensor(pbc).any())):
-        return True
-    return neighbour_list(frame.pos, _ALONE, None, cell, pbc)[0].shape[1] == 0
+    index, _ = neighbour_list(frame.pos, _ALONE, None, frame.get("cell"), frame.get("pbc"))
+    return index.shape[1] == 0
 
 
 def _from_isolated(energies: np.ndarray, counts: np.ndarray, species: Sequence[int], single: np.ndarray) -> np.ndarray:

@@ -313,7 +313,7 @@ def refuse_unused(
 
     Args:
         used: those of "charge" and "spin" that are inputs of the model.
-        assumed: the values of all its training frames; by default a neutral singlet.
+        assumed: the values of all its training frames; a key that is missing stands for a neutral singlet.
         given: charge and spin of each graph.
 
     Raises: ValueError: naming the key, the graph and the cure.

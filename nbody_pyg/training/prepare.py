@@ -34,6 +34,7 @@ from nbody_pyg.datasets.frames import Frames, has_label
 from nbody_pyg.datasets.keys import levels_apart
 from nbody_pyg.datasets.qm9 import TARGETS, TOTAL_ENERGIES
 from nbody_pyg.datasets.readers import find_files, join_frames
+from nbody_pyg.datasets.reference import is_isolated_atom
 from nbody_pyg.energy import AtomicReference
 from nbody_pyg.hierarchy import Scheme, Topology, share_topology
 from nbody_pyg.messages import check_choice
@@ -374,7 +375,7 @@ def _for_reference(data: DataSets, e0: typing.Any) -> Sequence[Data]:
         return data.train
     others = [frame for frames in (data.val, *data.tests.values()) for frame in frames]
     known = {int(z) for frame in data.train for z in frame.z.unique()}
-    return [*data.train, *(f for f in others if len(f.z) == 1 and int(f.z) in known and has_label(f, "energy"))]
+    return [*data.train, *(f for f in others if is_isolated_atom(f) and int(f.z) in known and has_label(f, "energy"))]
 
 
 def _build_properties(config: Config, data: DataSets, properties: tuple[Property, ...]) -> PropertyModel:

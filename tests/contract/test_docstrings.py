@@ -231,6 +231,11 @@ DERIVED = [
     ("docs/conventions.md", r'`"([\w-]+)"` \(default\) \| 0e', lambda: [NBodyNet.DEFAULTS["symmetry"]]),
     (
         "docs/conventions.md",
+        r"`([\w +]+)` \(default\) \| 7685",
+        lambda: [str(NBodyNet([1]).irreps).replace("+", " + ")],
+    ),
+    (
+        "docs/conventions.md",
         r"exponent p as an argument, (\d+) by default",
         lambda: [_default(NestedShells, "exponent")],
     ),

@@ -15,7 +15,7 @@ from torch_geometric.data import Batch, Data
 
 from comparison import assert_same_results
 from factories import StandIn
-from nbody_pyg import BondTree, NBodyNet, NestedShells, Potential, SmoothSurvivors, cuda_graphs
+from nbody_pyg import AtomicReference, BondTree, NBodyNet, NestedShells, Potential, SmoothSurvivors, cuda_graphs
 from nbody_pyg.cli.main import main
 from nbody_pyg.cuda_graphs import CapturedPotential, CapturedStep
 from nbody_pyg.datasets import load_embedded
@@ -76,6 +76,25 @@ def test_replays_are_the_potential(frame, scheme):
     assert (kept[1][0]["forces"] - kept[5][0]["forces"]).abs().max() > 1e-3
     assert (captured.calls, captured.captures, captured.replays, captured.failure) == (6, 1, 5, None)
     assert recorder.captured == 1 and recorder.replayed == 5 and not autograd_flags.is_tracing()
+
+
+@pytest.mark.parametrize("change", ["reference", "repulsion", "model"])
+def test_other_modules_in_a_potential_are_seen(frame, change):
+    potential = network()
+    captured = CapturedPotential(potential, recorder=StandIn())
+    topology = SHELLS.topology(**moved(frame, 0))
+    before = [captured(**moved(frame, 0), topology=topology)["energy"] for _ in range(3)][-1]
+    other = {
+        "reference": AtomicReference({1: -1.0, 6: -2.0, 8: -3.0}),
+        "repulsion": ZBLRepulsion([1, 6, 8], {"C-H": 1.8}),
+        "model": NBodyNet([1, 6, 8], SHELLS, channels=4, lmax=1).double(),
+    }
+    setattr(potential, change, other[change])
+    for _ in range(3):
+        found = captured(**moved(frame, 0), topology=topology)
+        assert_same_results(found, potential(**moved(frame, 0), topology=topology))
+        assert (found["energy"] - before).abs() > 1e-4
+    assert (captured.captures, captured.failure) == (2, None)
 
 
 def test_index_tensors_are_copied_only_when_they_are_others(frame, monkeypatch):
