@@ -27,7 +27,7 @@ _COMPILER = Lock()
 class CompiledPotential:
     r"""A potential whose evaluation is traced once, compiled by torch, and then run without Python.
 
-    :meth:`Potential.evaluate <nbody_pyg.potential.Potential.evaluate>`, with all its terms, is recorded as one graph of
+    :meth:`~nbody_pyg.potential.Potential.evaluate`, with all its terms, is recorded as one graph of
     any number of atoms and edges (``make_fx``), in which the compiled products are single operators, and compiled by
     ``torch.compile``. For the first batch and the first batch of another size, the results are compared with eager
     mode: energies, forces, stress, and in mode "training" the gradients of all parameters. If tracing, compiling or the

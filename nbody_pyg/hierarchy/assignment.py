@@ -103,8 +103,7 @@ class FromAssignment(Scheme):
 
         Raises:
             ValueError: nodes were dropped, or memberships have weights other than 1 (positions and windows
-            would
-                need a scheme of their own).
+                would need a scheme of their own).
         """
         weight = select.weight
         if weight is not None and not bool(torch.all(weight == 1)):

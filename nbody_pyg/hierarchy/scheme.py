@@ -338,7 +338,7 @@ class Scheme(BaseTransform):  # type: ignore[misc]  # PyG has no py.typed
 
         Raises:
             ValueError: no hierarchy, or that of another scheme or of other radii (its windows would not end where the
-            neighbour lists end, and the energy would jump); parts that were given or shared for
+                neighbour lists end, and the energy would jump); parts that were given or shared for
                 other atoms, or for atoms in another order.
         """
         signed = data.get("scheme")
