@@ -15,7 +15,7 @@ from nbody_pyg.geometry import rounded_positions, safe_norm
 from nbody_pyg.hierarchy import Hierarchy, Scheme
 from nbody_pyg.hierarchy.positions import atomic_masses
 from nbody_pyg.models import NBodyNet
-from nbody_pyg.network import network_of
+from nbody_pyg.network import Network, network_of
 from nbody_pyg.nn.edges import sum_into
 from nbody_pyg.nn.irreps import clebsch_gordan, reset
 from nbody_pyg.system import System
@@ -132,7 +132,6 @@ class PropertyModel(nn.Module):
         names = [p.name for p in self.properties]
         if not names or len(set(names)) < len(names):
             raise ValueError(f"properties must have names of their own, got {names or 'none'}")
-        self.network = network_of(model)
         self.statistics = {name: (statistics or {}).get(name, Statistics()) for name in names}
         if isinstance(model, NBodyNet):
             wanted = property_irreps(self.properties)
@@ -158,6 +157,11 @@ class PropertyModel(nn.Module):
     def dtype(self) -> torch.dtype:
         """Floating dtype of the weights."""
         return next(p.dtype for p in self.model.parameters() if p.is_floating_point())
+
+    @property
+    def network(self) -> Network:
+        """The model with its optional attributes."""
+        return network_of(self.model)
 
     @property
     def species(self) -> tuple[int, ...] | None:

@@ -10,6 +10,7 @@ import torch
 from torch_geometric.data import Batch, Data
 from torch_geometric.loader import DataLoader
 
+from nbody_pyg import NBodyNet
 from nbody_pyg.data import AtomicData
 from nbody_pyg.hierarchy import BondTree, FromAssignment, LevelSpec, NestedShells, Scheme, Topology
 from nbody_pyg.radial import smooth_cutoff
@@ -389,3 +390,22 @@ def test_a_scheme_of_ones_own_works_and_is_found_by_name(molecule):
     assert len(scheme.hierarchy(Topology.from_data(frame).validate(), *molecule).validate()) == 2
     with pytest.raises(ValueError, match=r"name must be one of the schemes.*'Nothing'"):
         Scheme.from_config({"name": "Nothing"})
+
+
+class DifferentWindows(NestedShells):
+    """A subclass with a window for each shell, as users may write it."""
+
+    def child_weight(self, level, vec):
+        return super().child_weight(level, vec) * level
+
+
+def test_windows_of_a_subclass_count_for_shells_of_one_radius(generator):
+    z, pos = torch.tensor([6, 1, 8, 1, 6]), 1.5 * torch.randn(5, 3, dtype=torch.float64, generator=generator)
+    assert NestedShells((4.0, 4.0)).same_edges and not DifferentWindows((4.0, 4.0)).same_edges
+    torch.manual_seed(0)
+    nets = [
+        NBodyNet([1, 6, 8], kind((4.0, 4.0)), channels=4, lmax=1).double() for kind in (NestedShells, DifferentWindows)
+    ]
+    nets[1].load_state_dict(nets[0].state_dict())
+    values = [net(z, pos).detach() for net in nets]
+    assert (values[0] - values[1]).abs() > 1e-6
