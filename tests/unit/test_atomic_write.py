@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import inspect
 import os
 import signal
 import subprocess
@@ -72,9 +71,10 @@ def test_a_kill_while_saving_leaves_the_old_model(tmp_path):
     path = tmp_path / "m.nbody"
     save_model(potential(0), path)
     before = path.read_bytes()
+    file = sys.modules["nbody_pyg.atomic_write"].__file__
     script = textwrap.dedent(f"""
         import os, runpy, signal
-        module = runpy.run_path({inspect.getfile(write_text)!r})  # without torch, whose import takes seconds
+        module = runpy.run_path({file!r})  # without torch, whose import takes seconds
         with module["atomic_write"]({str(path)!r}) as temporary:
             temporary.write_bytes(b"half of a model")
             os.kill(os.getpid(), signal.SIGKILL)
