@@ -63,5 +63,6 @@ def record(function: Callable) -> Callable:
 @atexit.register
 def _report() -> None:
     if path := os.environ.get("SHAPE_REPORT"):
-        with open(path, "w", encoding="utf-8") as file:
-            file.writelines(json.dumps(f"{key}\n    {text}") + "\n" for key, text in sorted(_findings.items()))
+        lines = [json.dumps(f"{key}\n    {text}") + "\n" for key, text in sorted(_findings.items())]
+        with open(path, "a", encoding="utf-8") as file:  # each process of the run adds its own
+            file.write("".join(lines))

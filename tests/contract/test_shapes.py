@@ -18,7 +18,7 @@ pytest.importorskip("beartype", reason="checking shapes needs beartype, from the
 @pytest.mark.slow
 def test_annotations_hold_in_every_unit_test(root, tmp_path):
     report = tmp_path / "violations.txt"
-    options = ["-q", "--no-header", "-p", "no:cacheprovider"]
+    options = ["-q", "--no-header", "-p", "no:cacheprovider", "-n", "2"]
     hook = "--jaxtyping-packages=nbody_pyg,shape_recorder.record"
     command = [sys.executable, "-m", "pytest", "tests/unit", *options, hook]
     run = subprocess.run(command, cwd=root, env=_environment(root, report), capture_output=True, text=True, check=False)
@@ -56,4 +56,4 @@ def _environment(root, report) -> dict[str, str]:
 
 
 def _violations(report) -> list[str]:
-    return [json.loads(line) for line in report.read_text(encoding="utf-8").splitlines()]
+    return sorted({json.loads(line) for line in report.read_text(encoding="utf-8").splitlines()})
