@@ -258,7 +258,7 @@ class EnteredGate(Resettable):
 
     def collect(
         self, x: Float[Tensor, "sources rows_in channels"], edges: EdgeFeatures
-    ) -> Float[Tensor, "targets path_rows channels"]:
+    ) -> Float[Tensor, "targets path_rows channels_out"]:
         """The sum over sources before W^l, if the gate has one."""
         total: Tensor = self.gate.collect(self.enter(x), edges)
         return total

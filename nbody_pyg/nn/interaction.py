@@ -144,8 +144,8 @@ class Interaction(Resettable):
 
     def forward(
         self,
-        source: Float[Tensor, "sources rows channels"] | None,
-        target: Float[Tensor, "targets rows channels"] | None,
+        source: Float[Tensor, "sources rows_source channels_source"] | None,
+        target: Float[Tensor, "targets rows_target channels_target"] | None,
         edges: EdgeFeatures,
         source_species: Int[Tensor, " sources"] | None,
         target_species: Int[Tensor, " targets"] | None,
