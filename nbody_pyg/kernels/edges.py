@@ -12,6 +12,7 @@ precision for any dtype of the tensors; the extra cost is negligible.
 from __future__ import annotations
 
 import functools
+from abc import abstractmethod
 from collections.abc import Sequence
 
 import torch
@@ -212,50 +213,13 @@ static inline void gradient({arguments}, const real* g, double tx, double ty, do
 """
 
 
-class FeatureKernel(Operation):
-    """Edge vectors and windows to (harmonics, window times radial functions).
-
-    Args:
-        polynomials: the harmonics as polynomials of the softened direction.
-        basis: "bessel" (scale sin(n frequency rho) / rho) or "powers" (scale rho^-s).
-        num_basis: number of radial functions.
-        soft: softening length a, angstrom.
-        scale, frequency: numbers of the basis.
-    """
+class FeatureOperation(Operation):
+    """Edge vectors and windows to (harmonics, window times radial functions); backends bring :meth:`_call`."""
 
     num_inputs = num_results = 2
 
-    def __init__(
-        self,
-        polynomials: Sequence[Polynomial],
-        basis: str,
-        num_basis: int,
-        soft: float,
-        scale: float,
-        frequency: float = 0.0,
-    ) -> None:
-        self.rows, self.num_basis = len(polynomials), num_basis
-        source = _FEATURES.format(
-            rows=self.rows,
-            basis=num_basis,
-            soft2=soft * soft,
-            radial=_BASES[basis].format(scale=scale, frequency=frequency),
-            polynomials=harmonic_source(polynomials),
-        )
-        source += _wrappers(
-            "features",
-            [],
-            "v*3 window*1 (H*M) (R*K)",
-            "v*3 window*1 gH*M gR*K (gv*3) (gw*1)",
-            "v*3 window*1 gH*M gR*K c*3 d*1 (oH*M) (oR*K) (ov*3) (ow*1)",
-        )
-        inputs, results = "reals:3*E reals:E", f"reals:{self.rows}*E reals:{num_basis}*E"
-        signatures = {
-            "features_forward": f"E {inputs} {results}",
-            "features_backward": f"E {inputs} {results} {inputs}",
-            "features_double": f"E {inputs} {results} {inputs} {results} {inputs}",
-        }
-        self.library = Library(source, signatures)
+    def __init__(self, rows: int, num_basis: int) -> None:
+        self.rows, self.num_basis = rows, num_basis
 
     def __call__(self, vec: Tensor, window: Tensor) -> tuple[Tensor, Tensor]:
         edges = vec.shape[0]
@@ -279,30 +243,62 @@ class FeatureKernel(Operation):
         self._call("features_double", *operands.inputs, *g, *filled(c, operands.inputs), *found)
         return found
 
-    def _call(self, name: str, vec: Tensor, *tensors: Tensor) -> None:
-        self.library.call(name, vec.dtype, vec.shape[0], vec, *tensors)
+    @abstractmethod
+    def _call(self, name: str, *tensors: Tensor) -> None:
+        """Run the compiled function of this name."""
 
 
-class WindowKernel(Operation):
-    """The window of :func:`nbody_pyg.radial.smooth_cutoff` as a function of the vector."""
+class FeatureKernel(FeatureOperation):
+    """Edge vectors and windows to (harmonics, window times radial functions).
+
+    Args:
+        polynomials: the harmonics as polynomials of the softened direction.
+        basis: "bessel" (scale sin(n frequency rho) / rho) or "powers" (scale rho^-s).
+        num_basis: number of radial functions.
+        soft: softening length a, angstrom.
+        scale, frequency: numbers of the basis.
+    """
+
+    def __init__(
+        self,
+        polynomials: Sequence[Polynomial],
+        basis: str,
+        num_basis: int,
+        soft: float,
+        scale: float,
+        frequency: float = 0.0,
+    ) -> None:
+        super().__init__(len(polynomials), num_basis)
+        source = _FEATURES.format(
+            rows=self.rows,
+            basis=num_basis,
+            soft2=soft * soft,
+            radial=_BASES[basis].format(scale=scale, frequency=frequency),
+            polynomials=harmonic_source(polynomials),
+        )
+        source += _wrappers(
+            "features",
+            [],
+            "v*3 window*1 (H*M) (R*K)",
+            "v*3 window*1 gH*M gR*K (gv*3) (gw*1)",
+            "v*3 window*1 gH*M gR*K c*3 d*1 (oH*M) (oR*K) (ov*3) (ow*1)",
+        )
+        inputs, results = "reals:3*E reals:E", f"reals:{self.rows}*E reals:{num_basis}*E"
+        signatures = {
+            "features_forward": f"E {inputs} {results}",
+            "features_backward": f"E {inputs} {results} {inputs}",
+            "features_double": f"E {inputs} {results} {inputs} {results} {inputs}",
+        }
+        self.library = Library(source, signatures)
+
+    def _call(self, name: str, *tensors: Tensor) -> None:
+        self.library.call(name, tensors[0].dtype, tensors[0].shape[0], *tensors)
+
+
+class WindowOperation(Operation):
+    """The window of :func:`nbody_pyg.radial.smooth_cutoff` as a function of the vector; backends bring :meth:`_call`."""
 
     num_inputs = 1
-
-    def __init__(self, cutoff: float, exponent: int = 6) -> None:
-        self.cutoff = float(cutoff)
-        signatures = {
-            "window_forward": "E double reals:3*E reals:E",
-            "window_backward": "E double reals:3*E reals:E reals:3*E",
-            "window_double": "E double reals:3*E reals:E reals:3*E reals:E reals:3*E",
-        }
-        source = _WINDOW.replace("EXPONENT", str(exponent)) + _wrappers(
-            "window",
-            [Argument("double", "cutoff")],
-            "v*3 (f*1)",
-            "v*3 g*1 (gv*3)",
-            "v*3 g*1 c*3 (gg*1) (gv*3)",
-        )
-        self.library = Library(source, signatures)
 
     def __call__(self, vec: Tensor) -> Tensor:
         check_operands(vec.dtype, vec.device, vec=(vec, (vec.shape[0], 3)))
@@ -327,9 +323,33 @@ class WindowKernel(Operation):
         self._call("window_double", vec, *g, *filled(c, (vec,)), *found)
         return found
 
-    def _call(self, name: str, vec: Tensor, *tensors: Tensor) -> None:
-        self.library.call(name, vec.dtype, vec.shape[0], self.cutoff, vec, *tensors)
+    @abstractmethod
+    def _call(self, name: str, *tensors: Tensor) -> None:
+        """Run the compiled function of this name."""
+
+
+class WindowKernel(WindowOperation):
+    """The window in C."""
+
+    def __init__(self, cutoff: float, exponent: int = 6) -> None:
+        self.cutoff = float(cutoff)
+        signatures = {
+            "window_forward": "E double reals:3*E reals:E",
+            "window_backward": "E double reals:3*E reals:E reals:3*E",
+            "window_double": "E double reals:3*E reals:E reals:3*E reals:E reals:3*E",
+        }
+        source = _WINDOW.replace("EXPONENT", str(exponent)) + _wrappers(
+            "window",
+            [Argument("double", "cutoff")],
+            "v*3 (f*1)",
+            "v*3 g*1 (gv*3)",
+            "v*3 g*1 c*3 (gg*1) (gv*3)",
+        )
+        self.library = Library(source, signatures)
+
+    def _call(self, name: str, *tensors: Tensor) -> None:
+        self.library.call(name, tensors[0].dtype, tensors[0].shape[0], self.cutoff, *tensors)
 
 
 #: One window for each cutoff and exponent.
-window_kernel = functools.lru_cache(maxsize=None)(WindowKernel)
+window_kernel = functools.lru_cache(maxsize=256)(WindowKernel)

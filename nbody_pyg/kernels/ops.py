@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
 
 import torch
@@ -17,22 +18,13 @@ from nbody_pyg.kernels.operation import Operands, Operation, Tensors, filled
 LANES = 16
 
 
-class ProductKernel(Operation):
-    """Channelwise product of node states for one coupling table, see :func:`codegen.product_source`."""
+class ProductOperation(Operation):
+    """Channelwise product of node states for one coupling table; backends bring :meth:`_call`."""
 
     num_inputs = 2
 
-    def __init__(self, terms: list[Term], rows1: int, rows2: int, rows_out: int, channels: int) -> None:
+    def __init__(self, rows1: int, rows2: int, rows_out: int, channels: int) -> None:
         self.rows1, self.rows2, self.rows_out, self.channels = rows1, rows2, rows_out, channels
-        tail = channels % LANES != 0
-        x, y, out = (f"reals:{rows}*N*C" for rows in (rows1, rows2, rows_out))
-        signatures = {
-            "product_forward": f"N C {x} {y} {out}",
-            "product_backward": f"N C {out} {x} {y} {x} {y}",
-            "product_double": f"N C {out} {x} {y} {x} {y} {out} {x} {y}",
-        }
-        signatures |= {f"{name}_rows": "" for name in signatures}  # for other kernels, by address
-        self.library = Library(codegen.product_source(terms, rows1, rows2, rows_out, tail), signatures)
 
     def __call__(self, x: Tensor, y: Tensor) -> Tensor:
         nodes, channels = x.shape[0], self.channels
@@ -55,6 +47,26 @@ class ProductKernel(Operation):
         found = [torch.empty_like(t) for t in (*g, *operands.inputs)]
         self._call("product_double", *g, *operands.inputs, *filled(c, operands.inputs), *found)
         return found
+
+    @abstractmethod
+    def _call(self, name: str, *tensors: Tensor) -> None:
+        """Run the compiled function of this name."""
+
+
+class ProductKernel(ProductOperation):
+    """The product in C, see :func:`codegen.product_source`."""
+
+    def __init__(self, terms: list[Term], rows1: int, rows2: int, rows_out: int, channels: int) -> None:
+        super().__init__(rows1, rows2, rows_out, channels)
+        tail = channels % LANES != 0
+        x, y, out = (f"reals:{rows}*N*C" for rows in (rows1, rows2, rows_out))
+        signatures = {
+            "product_forward": f"N C {x} {y} {out}",
+            "product_backward": f"N C {out} {x} {y} {x} {y}",
+            "product_double": f"N C {out} {x} {y} {x} {y} {out} {x} {y}",
+        }
+        signatures |= {f"{name}_rows": "" for name in signatures}  # for other kernels, by address
+        self.library = Library(codegen.product_source(terms, rows1, rows2, rows_out, tail), signatures)
 
     def _call(self, name: str, *tensors: Tensor) -> None:
         self.library.call(name, tensors[0].dtype, tensors[0].shape[0], self.channels, *tensors)

@@ -9,13 +9,17 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
-from nbody_pyg.kernels.edges import Polynomial, derivative, expression, monomial
+from nbody_pyg.kernels.edges import (
+    FeatureOperation,
+    Polynomial,
+    WindowOperation,
+    derivative,
+    expression,
+    monomial,
+)
 from nbody_pyg.kernels.gpu.build import Program
-from nbody_pyg.kernels.operands import check_operands
-from nbody_pyg.kernels.operation import Operands, Operation, Tensors, filled
 
 _BLOCK, _WARPS = 128, 4
 
@@ -184,15 +188,14 @@ def _power(name: str, n: int) -> str:
     return product if n >= 0 else f"(1.0 / {product})"
 
 
-def _launch(program: Program, name: str, *tensors: Tensor) -> None:
+def _launch(program: Program, name: str, tensors: Sequence[Tensor]) -> None:
     count = tensors[0].shape[0]
     program.launch(name, (-(-count // _BLOCK),), *tensors, count, BLOCK=_BLOCK, num_warps=_WARPS)
 
 
-class FeatureProgram(Operation):
-    """The counterpart of :class:`nbody_pyg.kernels.edges.FeatureKernel`, with the same arguments."""
+class FeatureProgram(FeatureOperation):
+    """The features in Triton, with the arguments of :class:`nbody_pyg.kernels.edges.FeatureKernel`."""
 
-    num_inputs = num_results = 2
     recordable = False
 
     def __init__(
@@ -204,63 +207,24 @@ class FeatureProgram(Operation):
         scale: float,
         frequency: float = 0.0,
     ) -> None:
-        self.rows, self.num_basis = len(polynomials), num_basis
+        super().__init__(len(polynomials), num_basis)
         self.program = Program(feature_source, polynomials, basis, num_basis, soft, scale, frequency)
 
-    def __call__(self, vec: Tensor, window: Tensor) -> tuple[Tensor, Tensor]:
-        """(harmonics, window times radial functions) of each edge."""
-        check_operands(vec.dtype, vec.device, vec=(vec, (vec.shape[0], 3)), window=(window, (vec.shape[0],)))
-        features: tuple[Tensor, Tensor] = self.run(vec.contiguous(), window.contiguous())
-        return features
-
-    def value(self, operands: Operands) -> tuple[tuple[Tensor, ...], Tensors]:
-        vec = operands.inputs[0]
-        results = vec.new_empty(len(vec), self.rows), vec.new_empty(len(vec), self.num_basis)
-        _launch(self.program, "features_forward", *operands.inputs, *results)
-        return results, ()
-
-    def gradients(self, g: Sequence[Tensor], operands: Operands, wanted: Sequence[bool]) -> Tensors:
-        found = [torch.empty_like(x) for x in operands.inputs]
-        _launch(self.program, "features_backward", *operands.inputs, *g, *found)
-        return found
-
-    def twice(self, c: Tensors, g: Sequence[Tensor], operands: Operands, wanted: Sequence[bool]) -> Tensors:
-        found = [torch.empty_like(t) for t in (*g, *operands.inputs)]
-        _launch(self.program, "features_double", *operands.inputs, *g, *filled(c, operands.inputs), *found)
-        return found
+    def _call(self, name: str, *tensors: Tensor) -> None:
+        _launch(self.program, name, tensors)
 
 
-class WindowProgram(Operation):
-    """The counterpart of :class:`nbody_pyg.kernels.edges.WindowKernel`, with the same arguments."""
+class WindowProgram(WindowOperation):
+    """The window in Triton, with the arguments of :class:`nbody_pyg.kernels.edges.WindowKernel`."""
 
-    num_inputs, recordable = 1, False
+    recordable = False
 
     def __init__(self, cutoff: float, exponent: int = 6) -> None:
         self.program = Program(window_source, cutoff, exponent)
 
-    def __call__(self, vec: Tensor) -> Tensor:
-        check_operands(vec.dtype, vec.device, vec=(vec, (vec.shape[0], 3)))
-        window: Tensor = self.run(vec.contiguous())
-        return window
-
-    def value(self, operands: Operands) -> tuple[tuple[Tensor, ...], Tensors]:
-        (vec,) = operands.inputs
-        out = vec.new_empty(len(vec))
-        _launch(self.program, "window_forward", vec, out)
-        return (out,), ()
-
-    def gradients(self, g: Sequence[Tensor], operands: Operands, wanted: Sequence[bool]) -> Tensors:
-        (vec,) = operands.inputs
-        gv = torch.empty_like(vec)
-        _launch(self.program, "window_backward", vec, *g, gv)
-        return (gv,)
-
-    def twice(self, c: Tensors, g: Sequence[Tensor], operands: Operands, wanted: Sequence[bool]) -> Tensors:
-        (vec,) = operands.inputs
-        found = torch.empty_like(g[0]), torch.empty_like(vec)
-        _launch(self.program, "window_double", vec, *g, *filled(c, (vec,)), *found)
-        return found
+    def _call(self, name: str, *tensors: Tensor) -> None:
+        _launch(self.program, name, tensors)
 
 
 #: One window for each cutoff and exponent.
-window_program = functools.lru_cache(maxsize=None)(WindowProgram)
+window_program = functools.lru_cache(maxsize=256)(WindowProgram)

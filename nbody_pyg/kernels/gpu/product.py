@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
-import torch
 from torch import Tensor
 
 from nbody_pyg.kernels.codegen import Term
 from nbody_pyg.kernels.gpu.build import Program
 from nbody_pyg.kernels.gpu.grid import channel_block, warps
-from nbody_pyg.kernels.operands import check_operands
-from nbody_pyg.kernels.operation import Operands, Operation, Tensors, filled
+from nbody_pyg.kernels.ops import ProductOperation
 
 #: More coefficients than this would take minutes to compile.
 MAX_TERMS = 2000
@@ -72,39 +70,17 @@ def product_source(terms: Sequence[Term], rows1: int, rows2: int, rows_out: int)
     ])  # fmt: skip
 
 
-class ProductProgram(Operation):
-    """The counterpart of :class:`nbody_pyg.kernels.ops.ProductKernel`, with the same arguments and errors."""
+class ProductProgram(ProductOperation):
+    """The product in Triton, with the arguments of :class:`nbody_pyg.kernels.ops.ProductKernel`."""
 
-    num_inputs, recordable = 2, False
+    recordable = False
 
     def __init__(self, terms: Sequence[Term], rows1: int, rows2: int, rows_out: int, channels: int) -> None:
-        self.rows1, self.rows2, self.rows_out, self.channels = rows1, rows2, rows_out, channels
+        super().__init__(rows1, rows2, rows_out, channels)
         self.too_long = len(terms) > MAX_TERMS
         self.program = Program(product_source, terms, rows1, rows2, rows_out)
 
-    def __call__(self, x: Tensor, y: Tensor) -> Tensor:
-        nodes, channels = x.shape[0], self.channels
-        check_operands(x.dtype, x.device, x=(x, (nodes, self.rows1, channels)), y=(y, (nodes, self.rows2, channels)))
-        product: Tensor = self.run(x.contiguous(), y.contiguous())
-        return product
-
-    def value(self, operands: Operands) -> tuple[tuple[Tensor, ...], Tensors]:
-        x, y = operands.inputs
-        out = x.new_empty(x.shape[0], self.rows_out, self.channels)
-        self._launch("product_forward", x, y, out)
-        return (out,), ()
-
-    def gradients(self, g: Sequence[Tensor], operands: Operands, wanted: Sequence[bool]) -> Tensors:
-        found = [torch.empty_like(x) for x in operands.inputs]
-        self._launch("product_backward", *g, *operands.inputs, *found)
-        return found
-
-    def twice(self, c: Tensors, g: Sequence[Tensor], operands: Operands, wanted: Sequence[bool]) -> Tensors:
-        found = [torch.empty_like(t) for t in (*g, *operands.inputs)]
-        self._launch("product_double", *g, *operands.inputs, *filled(c, operands.inputs), *found)
-        return found
-
-    def _launch(self, name: str, *tensors: Tensor) -> None:
+    def _call(self, name: str, *tensors: Tensor) -> None:
         block = channel_block(self.channels, tensors[0].element_size())
         grid = (tensors[0].shape[0], -(-self.channels // block))
         self.program.launch(name, grid, *tensors, C=self.channels, CB=block, num_warps=warps(block))
