@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
+from comparison import assert_fused_is_forward
 from nbody_pyg import BondTree, NBodyNet, NestedShells, Potential, SmoothSurvivors
 from nbody_pyg.kernels import available_backends
 from nbody_pyg.nn.edges import EdgeEmbedding
@@ -161,23 +162,10 @@ def test_parametrised_weights_count(ethanol):
 @pytest.mark.parametrize("preset", ["practical", "strict"])
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_the_compiled_layer_is_the_forward_with_both_derivatives(scheme, preset, ethanol):
-    results = []
-    for plain in (False, True):
-        model = Potential(network(scheme, preset=preset), {1: -1.0, 6: -2.0, 8: -3.0}).double()
-        layers = [layer for layer in model.modules() if isinstance(layer, Interaction)]
-        assert layers and all(layer._is_fused(ethanol[1]) for layer in layers)
-        if plain:
-            for layer in layers:
-                layer.norm.register_forward_hook(lambda *_: None)
-            assert not any(layer._is_fused(ethanol[1]) for layer in layers)
-        found = model(*ethanol, create_graph=True)
-        (found["forces"].square().sum() + found["energy"].sum()).backward()
-        results.append([found["energy"], found["forces"], *(p.grad for p in model.parameters() if p.grad is not None)])
-    fused, plain = results
-    assert len(fused) == len(plain) > 20
-    for a, b in zip(fused, plain, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
-    assert fused[1].abs().max() > 1e-6
+    def make() -> Potential:
+        return Potential(network(scheme, preset=preset), {1: -1.0, 6: -2.0, 8: -3.0}).double()
+
+    assert_fused_is_forward(make, 1, *ethanol)
 
 
 @pytest.mark.parametrize("how", [copy.deepcopy, lambda net: pickle.loads(pickle.dumps(net))], ids=["copy", "pickle"])

@@ -8,9 +8,11 @@ import pytest
 import torch
 
 import factories
-from comparison import assert_same_results
+from comparison import assert_fused_is_forward, assert_physics, assert_same_results
 from loading import load_script
-from nbody_pyg import NestedShells
+from nbody_pyg import NestedShells, Potential
+from nbody_pyg.energy import EnergyTerm
+from nbody_pyg.nn.interaction import Interaction
 
 
 @pytest.fixture
@@ -29,6 +31,33 @@ def test_results_that_differ_are_rejected(wanted):
     nothing = {key: torch.zeros_like(value) for key, value in wanted.items()}
     with pytest.raises(AssertionError):
         assert_same_results(nothing, nothing)
+
+
+class Wall(EnergyTerm):
+    """A mutant: energy that depends on where a system lies."""
+
+    def forward(self, structure):
+        return 0.1 * structure.pos[:, 0].square()
+
+
+def test_an_energy_that_depends_on_the_place_is_rejected():
+    potential = factories.potential(NestedShells((3.0,)))
+    assert_physics(potential)
+    with pytest.raises(AssertionError):
+        assert_physics(Potential(potential.model, potential.reference, terms=[Wall()]))
+
+
+def test_a_compiled_layer_that_differs_is_rejected(molecules, monkeypatch):
+    def make() -> Potential:
+        return factories.potential(NestedShells((3.0, 4.0)))
+
+    assert_fused_is_forward(make, 1, *molecules["ethanol"])
+    with pytest.raises(AssertionError):
+        assert_fused_is_forward(make, 9, *molecules["ethanol"])
+    right = Interaction._fused
+    monkeypatch.setattr(Interaction, "_fused", lambda *given: right(*given) * (1 + 1e-7))
+    with pytest.raises(AssertionError, match="not close"):
+        assert_fused_is_forward(make, 1, *molecules["ethanol"])
 
 
 def test_the_seed_decides_on_the_weights():

@@ -8,6 +8,7 @@ from ase import Atoms
 from e3nn import o3
 from torch import nn
 
+from comparison import assert_fused_is_forward, assert_physics
 from nbody_pyg import BondTree, FromAssignment, NBodyNet, NestedShells, Potential, SmoothSurvivors
 from nbody_pyg.compiled import compile_potential
 from nbody_pyg.data import AtomicData
@@ -20,11 +21,8 @@ from nbody_pyg.nn.interaction import ChannelGroups, Interaction, SoftNorm
 from nbody_pyg.nn.irreps import channel_groups, level_types, state_shape, state_type
 from nbody_pyg.nn.linear import IrrepsLinear, RowLinear
 from nbody_pyg.testing import (
-    assert_batch_independent,
     assert_conservative,
     assert_equivariant,
-    assert_extensive,
-    assert_permutation_invariant,
     random_molecule,
 )
 from nbody_pyg.training import TrainingConfig, fit
@@ -112,12 +110,7 @@ def test_symmetries(symmetry, irreps, target):
 
 @pytest.mark.parametrize("scheme", ["shells", "bonds", "survivors"])
 def test_physics(scheme):
-    model = potential(scheme)
-    assert assert_equivariant(model) < 1e-10
-    assert_permutation_invariant(model)
-    assert_conservative(model, step=2e-4)
-    assert_extensive(model)
-    assert_batch_independent(model)
+    assert_physics(potential(scheme), step=2e-4)
 
 
 # ------------------------------------------------------------------ weights
@@ -174,23 +167,8 @@ def test_one_multiplicity_is_the_short_form(ethanol):
 @pytest.mark.parametrize("preset", ["practical", "strict"])
 @pytest.mark.parametrize("scheme", ["shells", "bonds", "survivors"])
 def test_the_compiled_layer_is_the_forward_with_both_derivatives(scheme, preset, ethanol):
-    results = []
-    for plain in (False, True):
-        model = potential(scheme, preset=preset)
-        layers = [layer for layer in model.modules() if isinstance(layer, Interaction)]
-        assert len(layers) > len(model.model.steps) - 4 and all(layer._is_fused(ethanol.pos) for layer in layers)
-        if plain:
-            for layer in layers:
-                layer.norm.register_forward_hook(lambda *_: None)
-            assert not any(layer._is_fused(ethanol.pos) for layer in layers)
-        found = model(ethanol, create_graph=True)
-        (found["forces"].square().sum() + found["energy"].sum()).backward()
-        results.append([found["energy"], found["forces"], *(p.grad for p in model.parameters() if p.grad is not None)])
-    fused, plain = results
-    assert len(fused) == len(plain) > 20
-    for a, b in zip(fused, plain, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
-    assert fused[1].abs().max() > 1e-6
+    least = len(network(scheme).steps) - 3  # steps down are gates, not layers
+    assert_fused_is_forward(lambda: potential(scheme, preset=preset), least, ethanol)
 
 
 @pytest.mark.parametrize("scheme", ["shells", "bonds", "survivors"])
