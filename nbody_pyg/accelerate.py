@@ -2,15 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
-from typing import Any
-
 from nbody_pyg import compiled
+from nbody_pyg.renamed import former_module
 
-
-def __getattr__(name: str) -> Any:
-    if name not in ("CompiledPotential", "compile_potential"):
-        raise AttributeError(name)
-    text = "nbody_pyg.accelerate is now called nbody_pyg.compiled; it will go in 0.4"
-    warnings.warn(text, DeprecationWarning, stacklevel=2)
-    return getattr(compiled, name)
+__getattr__ = former_module(__name__, compiled, ("CompiledPotential", "compile_potential"))

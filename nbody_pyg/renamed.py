@@ -1,10 +1,11 @@
-"""Old names of arguments and functions are accepted with a warning."""
+"""Old names of arguments, functions and modules are accepted with a warning."""
 
 from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from types import ModuleType
 from typing import Any, TypeVar
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -41,3 +42,15 @@ def former(name: str, function: Function) -> Function:
         return function(*arguments, **keywords)
 
     return call  # type: ignore[return-value]  # of the same signature
+
+
+def former_module(name: str, module: ModuleType, names: Collection[str]) -> Callable[[str], Any]:
+    """``__getattr__`` of a module that has another name now: it hands these public names on, with a warning."""
+
+    def find(wanted: str) -> Any:
+        if wanted not in names:
+            raise AttributeError(f"module {name!r} has no attribute {wanted!r}")
+        warnings.warn(f"{name} is now called {module.__name__}; it will go in 0.4", DeprecationWarning, stacklevel=2)
+        return getattr(module, wanted)
+
+    return find
