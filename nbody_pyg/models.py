@@ -551,12 +551,9 @@ class NBodyNet(Resettable):
         key = (edges, step.kind == "down")
         if key not in features:
             level = hierarchy[edges.level]
-            if edges.kind == "pair":
-                index, vec, window = level.pair_index, level.pair_vec, level.pair_weight
-            else:
-                index, vec, window = level.child_index, level.child_vec, level.child_weight
-                if step.kind == "up" and level.pool_weight is not None:
-                    window = level.pool_weight
+            index, vec, window = level.edges(edges.kind)
+            if step.kind == "up" and level.pool_weight is not None:
+                window = level.pool_weight
             if step.kind == "down":
                 index, vec = required(index).flip(0), -required(vec)
             features[key] = self.embeddings[str(step.edges)](index, vec, window, hierarchy[step.level].num_parts)
@@ -630,7 +627,8 @@ def edge_degrees(scheme: Scheme, frames: Iterable[Data]) -> dict[str, float]:
     for frame in frames:
         topology = scheme.read(frame if has_hierarchy(frame) else scheme(frame))
         for k in range(topology.num_levels):
-            for kind, index in (("child", topology.child_index[k]), ("pair", topology.pair_index[k])):
+            for kind in ("child", "pair"):
+                index, _ = topology.edges(kind, k)
                 if index is not None:
                     name = str(EdgeSet(kind, k))
                     edges[name] = edges.get(name, 0) + index.shape[1]

@@ -66,6 +66,12 @@ class Level:
     def num_parts(self) -> int:
         return self.pos.shape[0]
 
+    def edges(self, kind: str) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Index, vectors and weights of the edge set of this kind, "child" or "pair"."""
+        if kind == "pair":
+            return self.pair_index, self.pair_vec, self.pair_weight
+        return self.child_index, self.child_vec, self.child_weight
+
     def __repr__(self) -> str:
         edges = 0 if self.child_index is None else self.child_index.shape[1]
         pairs = 0 if self.pair_index is None else self.pair_index.shape[1]

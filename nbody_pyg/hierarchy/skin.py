@@ -135,7 +135,7 @@ def narrow(wide: Topology, scheme: Scheme, system: System) -> Topology:
         done: dict[EdgeSet, tuple[Tensor, Tensor | None]] = {}
         for k, radii in enumerate(scheme.list_radii()):
             for kind, radius in zip(lists, radii, strict=True):
-                index, shift = getattr(wide, f"{kind}_index")[k], getattr(wide, f"{kind}_shift")[k]
+                index, shift = wide.edges(kind, k)
                 if radius is None or index is None:
                     lists[kind].append((index, shift))
                     continue

@@ -83,6 +83,12 @@ class Topology:
     def device(self) -> torch.device:
         return self.num_parts[0].device
 
+    def edges(self, kind: str, level: int) -> tuple[Tensor | None, Tensor | None]:
+        """Index and lattice shifts of the edge set of this kind, "child" or "pair", of a level."""
+        if kind == "pair":
+            return self.pair_index[level], self.pair_shift[level]
+        return self.child_index[level], self.child_shift[level]
+
     def size(self, level: int) -> int:
         """Number of parts at a level, over all graphs."""
         if "sizes" not in self._cache:
@@ -201,9 +207,10 @@ class Topology:
             if (centre := self.centre[level]) is not None:
                 data[f"centre_{level}"] = centre
             for name in ("child", "pair"):
-                if (index := getattr(self, f"{name}_index")[level]) is not None:
+                index, shift = self.edges(name, level)
+                if index is not None:
                     data[f"{name}_{level}"] = index
-                if (shift := getattr(self, f"{name}_shift")[level]) is not None:
+                if shift is not None:
                     data[f"{name}_shift_{level}"] = shift
         if self.bonds is not None:
             data["bonds"] = self.bonds

@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from nbody_pyg.geometry import edge_vectors, neighbour_list
-from nbody_pyg.hierarchy import Hierarchy, Scheme
+from nbody_pyg.hierarchy import EdgeSet, Hierarchy, Scheme
 from nbody_pyg.kernels.autograd_flags import has_values
 from nbody_pyg.messages import symbols
 from nbody_pyg.required import required
@@ -95,16 +95,13 @@ class Structure:
     def _edges(self, cutoff: float) -> tuple[Tensor, Tensor]:
         held, topology = covering_edges(self.scheme, cutoff), self.system.topology
         if held is not None and self.hierarchy is not None:
-            kind, level = held
-            here = self.hierarchy[level]
-            index, vec = (here.pair_index, here.pair_vec) if kind == "pair" else (here.child_index, here.child_vec)
+            index, vec, _ = self.hierarchy[held.level].edges(held.kind)
             return required(index), required(vec)
         if cutoff in self._lists:
             index, shift = self._lists[cutoff]
         elif held is not None and topology is not None:
-            kind, level = held
-            lists = (topology.pair_index, topology.pair_shift, topology.child_index, topology.child_shift)
-            index, shift = (column[level] for column in (lists[:2] if kind == "pair" else lists[2:]))
+            found, shift = topology.edges(held.kind, held.level)
+            index = required(found)
         elif not has_values(self.pos):
             raise RuntimeError(f"a term asks for pairs within {cutoff:g}, which must be its attribute 'cutoff'")
         else:
@@ -160,14 +157,14 @@ def search(system: System, cutoff: float) -> tuple[Tensor, Tensor | None]:
     return neighbour_list(still.pos, cutoff, still.batch, still.cell, still.pbc)
 
 
-def covering_edges(scheme: Scheme | None, reach: float) -> tuple[str, int] | None:
-    """Edge set of a hierarchy, ("child" or "pair", level), that joins all atoms nearer than ``reach``, or None."""
+def covering_edges(scheme: Scheme | None, reach: float) -> EdgeSet | None:
+    """Edge set of a hierarchy that joins all atoms nearer than ``reach``, or None."""
     if scheme is None:
         return None
     first = scheme.levels[0].pair_radius
     if first is not None and first >= reach:
-        return "pair", 0
+        return EdgeSet("pair", 0)
     shell = scheme.levels[1].child_radius
     if scheme.centred and len(scheme.levels) > 2 and shell is not None and shell >= reach:
-        return "child", 1
+        return EdgeSet("child", 1)
     return None
