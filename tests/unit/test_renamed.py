@@ -11,6 +11,7 @@ from nbody_pyg import datasets
 MODULES = {
     "accelerate": ("compiled", ("CompiledPotential", "compile_potential")),
     "graphs": ("cuda_graphs", ("CapturedPotential", "CapturedStep")),
+    "kernels.scope": ("kernels.autograd_flags", ("is_tracing", "dry_run")),
 }
 
 
