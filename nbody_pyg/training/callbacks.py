@@ -139,7 +139,8 @@ class RunProgress(Callback):
             self._bar.set_postfix_str(f"step {trainer.step}{self._errors(trainer)}{self._scores}", refresh=False)
             self._bar.update(100.0 * trainer.progress - self._bar.n)
         elif self._bar is None and trainer.first and time.monotonic() - self._spoke >= self.seconds:
-            if trainer.val is None or trainer.step % trainer.settings.validate_every:  # a validation speaks by itself
+            validated = trainer.val is not None and trainer.step % trainer.settings.validate_every == 0
+            if not validated:  # a validation has a line of its own
                 self._speak(trainer, self._errors(trainer).removeprefix(", "))
 
     def _errors(self, trainer: Trainer) -> str:

@@ -7,6 +7,7 @@ import itertools
 import json
 import sys
 from types import ModuleType
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -186,7 +187,7 @@ def test_the_commands_report(tmp_path, monkeypatch, capsys):
 class Board:
     """Stands in for a session of W&B and for a writer of TensorBoard."""
 
-    made: list[Board] = []
+    made: ClassVar[list[Board]] = []
 
     def __init__(self, *arguments, **settings):
         self.settings, self.rows, self.closed = settings, [], False
@@ -228,7 +229,7 @@ def test_further_logs_have_the_values_of_the_run(name, tmp_path, monkeypatch):
 
 def test_a_log_that_is_not_installed_or_unknown(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(ImportError, match="output.logger 'wandb' needs the package wandb; pip install wandb"):
+    with pytest.raises(ImportError, match=r"output\.logger 'wandb' needs the package wandb; pip install wandb"):
         run_log("wandb", tmp_path, {}, 1)
     monkeypatch.chdir(tmp_path)
     write_solids("t.xyz")
