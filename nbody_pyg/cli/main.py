@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
+from nbody_pyg.active.settings import LearnConfig
 from nbody_pyg.cli.arguments import (
     WRONG,
     WrongArgument,
@@ -31,6 +33,7 @@ Covariant hierarchical N-body networks for atoms.
   nbody check runs/embedded/model.nbody             test the physics of a model
   nbody md runs/embedded/model.nbody start.xyz      molecular dynamics
   nbody relax runs/embedded/model.nbody my.xyz      relax many structures at once
+  nbody learn CCO --label gfn2                      active learning: a potential from few labels
   nbody solid runs/si/model.nbody si.cif            cell, bulk modulus and elastic constants of a crystal
   nbody energies runs/embedded/model.nbody my.xyz   energy of each part of a molecule
   nbody hierarchy molecule.xyz --scheme BondTree    build, check and draw a hierarchy
@@ -76,6 +79,20 @@ class _Parser(argparse.ArgumentParser):
         known = [option for action in self._actions for option in action.option_strings]
         near = closest(words[0].split("=")[0], known)
         self.error(f"unrecognized arguments: {' '.join(words)}" + (f"; did you mean {near}?" if near else ""))
+
+
+def _add_settings(parser: argparse.ArgumentParser) -> None:
+    """An option for each setting of active learning."""
+    kinds: dict[str, Callable[[str], Any]] = {
+        "str": str,
+        "int": whole,
+        "float": positive_number,
+        "float | None": positive_number,
+    }
+    for field in dataclasses.fields(LearnConfig):
+        shown = "" if field.default is None else f" (default: {field.default})"
+        kind, option = kinds.get(str(field.type), positive_number), f"--{field.name.replace('_', '-')}"
+        parser.add_argument(option, type=kind, default=field.default, help=field.metadata["help"] + shown)
 
 
 def build_parser() -> _Parser:
@@ -204,6 +221,12 @@ def build_parser() -> _Parser:
     solid.add_argument("--range", type=positive_number, default=0.06, help="largest change of volume (default: 0.06)")
     solid.add_argument("--strain", type=positive_number, default=0.005, help="of elastic constants (default: 0.005)")
     _add_out(solid, "folder (default: solid; a number is added if it holds results)")
+
+    learn = commands.add_parser("learn", help="active learning: a potential from few labels")
+    learn.add_argument("start", help="structures of one molecule or crystal, or a SMILES string")
+    _add_settings(learn)
+    learn.add_argument("--out", default="learned", help="folder (default: learned)")
+    learn.add_argument("--resume", action="store_true", help="continue the run in the folder")
 
     energies = commands.add_parser("energies", help="energy of each part of the hierarchy of a structure")
     energies.add_argument("model", help="model file")

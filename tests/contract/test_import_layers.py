@@ -38,6 +38,7 @@ LAYERS = [
     "training",
     "compare",
     "deploy",
+    "active",
     "testing",
     "cli",
     "__main__",
