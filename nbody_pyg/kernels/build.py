@@ -79,8 +79,8 @@ def one_at_a_time(function: Callable[..., R]) -> Callable[..., R]:
     return alone
 
 
-def _flags(source: str) -> tuple[str, ...]:
-    effort = "-O3" if len(source) < _SHORT else "-O2" if len(source) < _LONG else "-O1"
+def _flags(source: str, effort: str | None = None) -> tuple[str, ...]:
+    effort = effort or ("-O3" if len(source) < _SHORT else "-O2" if len(source) < _LONG else "-O1")
     threads = source == _OPENMP_PROBE or (source != _PROBE and no_threads() is None)
     return (effort, *_FLAGS, *([_OPENMP] if threads else []))
 
@@ -186,9 +186,11 @@ def _machine() -> str:
         return "unknown"
 
 
-def load(source: str) -> ctypes.CDLL:
+def load(source: str, effort: str | None = None) -> ctypes.CDLL:
     """Shared library of a C source, compiled at the first use; safe for concurrent threads and processes.
 
+    Args:
+        effort: optimisation level such as "-O3"; None: by the length of the source.
     Raises: RuntimeError: no compiler, the compiler failed (its message is included), or there is no folder from which
         libraries can be loaded. It is not tried again.
     """
@@ -198,7 +200,7 @@ def load(source: str) -> ctypes.CDLL:
             found = _libraries.get(source)
             if found is None:
                 try:
-                    found = _load(source)
+                    found = _load(source, effort)
                 except (RuntimeError, OSError) as error:
                     found = str(error)
                 _libraries[source] = found
@@ -236,12 +238,12 @@ def forget() -> None:
         _said.clear()
 
 
-def _load(source: str) -> ctypes.CDLL:
+def _load(source: str, effort: str | None) -> ctypes.CDLL:
     command = compiler()
     if command is None:
         given = f"CC={os.environ['CC']} is no program" if os.environ.get("CC") else "no C compiler was found"
         raise RuntimeError(f"{given}; install gcc or clang, set CC, or use set_backend('torch')")
-    key = hashlib.sha256("\0".join([source, *command, _machine(), *_flags(source)]).encode()).hexdigest()[:24]
+    key = hashlib.sha256("\0".join([source, *command, _machine(), *_flags(source, effort)]).encode()).hexdigest()[:24]
     folder, problem = None, None
     try:
         folder = own_cache()
@@ -252,7 +254,8 @@ def _load(source: str) -> ctypes.CDLL:
         if source not in (_PROBE, _OPENMP_PROBE):
             load(_PROBE)  # the next lines find out whether it works
             _announce(folder)
-        code = _compile(command, source, _PROBE_TIMEOUT if source in (_PROBE, _OPENMP_PROBE) else _TIMEOUT)
+        timeout = _PROBE_TIMEOUT if source in (_PROBE, _OPENMP_PROBE) else _TIMEOUT
+        code = _compile(command, source, timeout, effort)
         if folder is not None:
             try:
                 _keep(folder, key, code)
@@ -348,11 +351,11 @@ def _load_once(code: bytes, problem: str) -> ctypes.CDLL:
         ) from error
 
 
-def _compile(command: tuple[str, ...], source: str, timeout: float) -> bytes:
+def _compile(command: tuple[str, ...], source: str, timeout: float, effort: str | None = None) -> bytes:
     with _private_folder() as folder:
         code, built, log = folder / "kernel.c", folder / "kernel.so", folder / "errors.txt"
         code.write_text(source)
-        words = [*command, *_flags(source), str(code), "-o", str(built), "-lm"]
+        words = [*command, *_flags(source, effort), str(code), "-o", str(built), "-lm"]
         cure = "set CC to a working C compiler, or use set_backend('torch')"
         try:
             # Into a file, because children of a killed compiler would keep a pipe open.

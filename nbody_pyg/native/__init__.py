@@ -9,9 +9,10 @@
 
 from nbody_pyg.native.binding import CompiledModel, Edges, Result
 from nbody_pyg.native.evaluator import NativeEvaluator
+from nbody_pyg.native.export import export_c
 from nbody_pyg.native.program import Program, write_program
 from nbody_pyg.native.support import why_not, why_not_here
 
 __all__ = [
-    "CompiledModel", "Edges", "NativeEvaluator", "Program", "Result", "why_not", "why_not_here", "write_program",
+    "CompiledModel", "Edges", "NativeEvaluator", "Program", "Result", "export_c", "why_not", "why_not_here", "write_program",
 ]  # fmt: skip

@@ -22,7 +22,7 @@ from nbody_pyg.potential import Potential
 from nbody_pyg.radial import BesselBasis, InversePowers
 
 #: Classes whose computation the generated program holds.
-_KNOWN = written(
+KNOWN = written(
     Potential, NBodyNet, EdgeEmbedding, SolidHarmonics, BesselBasis, InversePowers, Interaction, DensityGate,
     OneBodyGate, ProductGate, ChannelwiseProduct, PathLinear, RowLinear, SpeciesScale, SoftNorm, nn.Identity,
     LinearReadout, MLPReadout, IrrepsLinear, nn.Sequential, nn.Linear, nn.SiLU, ZBLRepulsion, AtomicReference,
@@ -95,7 +95,7 @@ def _of_modules(potential: Potential) -> str | None:
     layers = list(potential.model.interactions)
     if any(type(layer) is not Interaction or not layer._as_written() for layer in layers):
         return "a layer was replaced, changed or hooked"
-    if not AsWritten(potential, _KNOWN)():
+    if not AsWritten(potential, KNOWN)():
         return "a module was replaced, changed or hooked"
     for (kind, name), method in _WRITTEN.items():
         if getattr(kind, name) is not method:
