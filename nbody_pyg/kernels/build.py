@@ -55,6 +55,7 @@ _OPENMP_PROBE = """int nbody_sum(int n) {
 
 _log = logging.getLogger("nbody_pyg")
 _libraries: dict[str, ctypes.CDLL | str] = {}  # by source: the loaded library, or the error
+_efforts: dict[str, str] = {}  # by source: the optimisation level that the caller chose
 _said: set[str] = set()
 _lock = threading.RLock()  # held while something is compiled or loaded
 
@@ -79,10 +80,10 @@ def one_at_a_time(function: Callable[..., R]) -> Callable[..., R]:
     return alone
 
 
-def _flags(source: str, effort: str | None = None) -> tuple[str, ...]:
-    effort = effort or ("-O3" if len(source) < _SHORT else "-O2" if len(source) < _LONG else "-O1")
+def _flags(source: str) -> tuple[str, ...]:
+    by_length = "-O3" if len(source) < _SHORT else "-O2" if len(source) < _LONG else "-O1"
     threads = source == _OPENMP_PROBE or (source != _PROBE and no_threads() is None)
-    return (effort, *_FLAGS, *([_OPENMP] if threads else []))
+    return (_efforts.get(source, by_length), *_FLAGS, *([_OPENMP] if threads else []))
 
 
 @functools.lru_cache(maxsize=1)
@@ -190,7 +191,7 @@ def load(source: str, effort: str | None = None) -> ctypes.CDLL:
     """Shared library of a C source, compiled at the first use; safe for concurrent threads and processes.
 
     Args:
-        effort: optimisation level such as "-O3"; None: by the length of the source.
+        effort: optimisation level such as "-O3"; None: one that depends on the length of the source.
     Raises: RuntimeError: no compiler, the compiler failed (its message is included), or there is no folder from which
         libraries can be loaded. It is not tried again.
     """
@@ -199,8 +200,10 @@ def load(source: str, effort: str | None = None) -> ctypes.CDLL:
         with _lock:
             found = _libraries.get(source)
             if found is None:
+                if effort is not None:
+                    _efforts[source] = effort
                 try:
-                    found = _load(source, effort)
+                    found = _load(source)
                 except (RuntimeError, OSError) as error:
                     found = str(error)
                 _libraries[source] = found
@@ -238,12 +241,12 @@ def forget() -> None:
         _said.clear()
 
 
-def _load(source: str, effort: str | None) -> ctypes.CDLL:
+def _load(source: str) -> ctypes.CDLL:
     command = compiler()
     if command is None:
         given = f"CC={os.environ['CC']} is no program" if os.environ.get("CC") else "no C compiler was found"
         raise RuntimeError(f"{given}; install gcc or clang, set CC, or use set_backend('torch')")
-    key = hashlib.sha256("\0".join([source, *command, _machine(), *_flags(source, effort)]).encode()).hexdigest()[:24]
+    key = hashlib.sha256("\0".join([source, *command, _machine(), *_flags(source)]).encode()).hexdigest()[:24]
     folder, problem = None, None
     try:
         folder = own_cache()
@@ -254,8 +257,7 @@ def _load(source: str, effort: str | None) -> ctypes.CDLL:
         if source not in (_PROBE, _OPENMP_PROBE):
             load(_PROBE)  # the next lines find out whether it works
             _announce(folder)
-        timeout = _PROBE_TIMEOUT if source in (_PROBE, _OPENMP_PROBE) else _TIMEOUT
-        code = _compile(command, source, timeout, effort)
+        code = _compile(command, source, _PROBE_TIMEOUT if source in (_PROBE, _OPENMP_PROBE) else _TIMEOUT)
         if folder is not None:
             try:
                 _keep(folder, key, code)
@@ -351,11 +353,11 @@ def _load_once(code: bytes, problem: str) -> ctypes.CDLL:
         ) from error
 
 
-def _compile(command: tuple[str, ...], source: str, timeout: float, effort: str | None = None) -> bytes:
+def _compile(command: tuple[str, ...], source: str, timeout: float) -> bytes:
     with _private_folder() as folder:
         code, built, log = folder / "kernel.c", folder / "kernel.so", folder / "errors.txt"
         code.write_text(source)
-        words = [*command, *_flags(source, effort), str(code), "-o", str(built), "-lm"]
+        words = [*command, *_flags(source), str(code), "-o", str(built), "-lm"]
         cure = "set CC to a working C compiler, or use set_backend('torch')"
         try:
             # Into a file, because children of a killed compiler would keep a pipe open.
