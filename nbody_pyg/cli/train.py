@@ -113,7 +113,7 @@ def _train(config: Config, run: RunFolder) -> int:
     choices: tuple[Choice, ...] = ()
     if config.output.resume:
         last, split = _checkpoint(folder), _split(folder / "split.json")
-        # With the degrees, E0 and scale of the first run, even if frames were added since
+        # With the numbers of neighbours, E0 and scale of the first run, even if frames were added since
         config, potential = _resumed(last, config)
     explicit(config.model)  # finds wrong arguments of the network before the data are read
     data = load_data(config.data, split)
@@ -170,7 +170,7 @@ def _resumed(last: Path, config: Config) -> tuple[Config, Potential | PropertyMo
     config = keep_choices(config, stored)
     given = dataclasses.replace(config, model=explicit(config.model)).to_dict()
     # If not given, they are computed from the frames of the first run.
-    free = _FREE if config.model.arguments.get("degrees") is not None else _FREE | {"model.degrees"}
+    free = _FREE if config.model.arguments.get("avg_num_neighbors") else _FREE | {"model.avg_num_neighbors"}
     if words := changes(stored, given, free):
         raise ValueError(
             f"a resumed run must not change these settings: {words}; resume with the old values, or start a new run"
@@ -179,10 +179,11 @@ def _resumed(last: Path, config: Config) -> tuple[Config, Potential | PropertyMo
 
 
 def _as_built(config: ModelConfig, potential: Potential | PropertyModel) -> ModelConfig:
-    """The section with all defaults and with the computed degrees."""
+    """The section with all defaults and with the computed numbers of neighbours."""
     config = explicit(config)
-    degrees = (potential.network.config() or {}).get("degrees")
-    return dataclasses.replace(config, arguments={**config.arguments, **({"degrees": degrees} if degrees else {})})
+    known = (potential.network.config() or {}).get("avg_num_neighbors")
+    found = {"avg_num_neighbors": known} if known else {}
+    return dataclasses.replace(config, arguments={**config.arguments, **found})
 
 
 def _is_complete(path: Path, result: FitResult, config: Config) -> bool:

@@ -22,7 +22,7 @@ from nbody_pyg.data import AtomicData
 from nbody_pyg.deploy import NBodyCalculator, relax, save_model
 from nbody_pyg.deploy.relax import _held
 
-potential = functools.partial(factories.potential, scale=3.0, seed=1, body_order=3)
+potential = functools.partial(factories.potential, scale=3.0, seed=1, correlation=3)
 
 
 def charged_potential() -> Potential:

@@ -97,7 +97,7 @@ def test_a_checkpoint_of_another_network_is_refused(tmp_path):
     """Windows have no weights, so that weights alone would load, and give other energies."""
     settings = TrainingConfig(max_epochs=1, **COMMON)
     ours, other = (
-        Potential(NBodyNet([1, 6, 8], NestedShells((4.0,), p), channels=4, lmax=1, body_order=2)) for p in (3, 5)
+        Potential(NBodyNet([1, 6, 8], NestedShells((4.0,), p), channels=4, lmax=1, correlation=2)) for p in (3, 5)
     )
     data = [ours.model.scheme(frame) for frame in frames(3)]
     fit(ours, data, (), settings, tmp_path)
