@@ -14,5 +14,13 @@ from nbody_pyg.native.program import Program, write_program
 from nbody_pyg.native.support import why_not, why_not_here
 
 __all__ = [
-    "CompiledModel", "Edges", "NativeEvaluator", "Program", "Result", "export_c", "why_not", "why_not_here", "write_program",
-]  # fmt: skip
+    "CompiledModel",
+    "Edges",
+    "NativeEvaluator",
+    "Program",
+    "Result",
+    "export_c",
+    "why_not",
+    "why_not_here",
+    "write_program",
+]

@@ -88,9 +88,7 @@ class CompiledModel:
         if not self._model:
             raise RuntimeError(f"the native model could not be made: {self._problem()}")
 
-    def compute(
-        self, z: Integers, edges: Sequence[Edges], num_local: int | None = None, forces: bool = True
-    ) -> Result:
+    def compute(self, z: Integers, edges: Sequence[Edges], num_local: int | None = None, forces: bool = True) -> Result:
         """Energies, forces and virial of atoms whose edges are given.
 
         Args:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import itertools
 import struct
 from pathlib import Path
+from string import Template
 
 import numpy as np
 import torch
 
 from nbody_pyg.atomic_write import atomic_write, write_text
-from nbody_pyg.native.driver import HEADER
-from nbody_pyg.native.program import Program, write_program
+from nbody_pyg.native.program import Program, c_text, write_program
 from nbody_pyg.potential import Potential
 from nbody_pyg.required import required
 
@@ -20,47 +20,6 @@ FILES = ("nbody_model.c", "nbody_model.h", "nbody_model.weights", "example.c")
 _MAGIC = b"NBODYW1\0"
 #: Positions of the example, angstrom: no symmetry, distances of bonds.
 _EXAMPLE = ((0.0, 0.0, 0.0), (1.1, 0.1, -0.2), (-0.4, 1.2, 0.3), (0.2, -0.5, 1.3), (-0.9, -0.8, -0.7))
-
-_EXAMPLE_C = """\
-/* Energy of five atoms. Compile and run:
-   cc -O3 -march=native -fopenmp -w example.c nbody_model.c -lm -o example && ./example */
-#include <stdio.h>
-#include "nbody_model.h"
-
-enum {{ N = {count} }};
-
-int main(void) {{
-  const int64_t z[N] = {{{numbers}}};
-  const double positions[3 * N] = {{{positions}}};
-  int64_t receiver[N * N], source[N * N], count = 0;
-  double vector[3 * N * N], energies[N], forces[3 * N], virial[9], total = 0;
-
-  /* The edges: all pairs in both directions, in one list for all shells. The program leaves out what is too long. */
-  for (int i = 0; i < N; i++)
-    for (int j = 0; j < N; j++)
-      if (i != j) {{
-        receiver[count] = i;
-        source[count++] = j;
-      }}
-  nbody_vectors(count, receiver, source, positions, 0, 0, vector);
-  nbody_edges shells[{shells}];
-  for (int k = 0; k < nbody_num_shells(); k++) shells[k] = (nbody_edges){{count, receiver, source, vector}};
-
-  nbody_model* model = nbody_load("nbody_model.weights");
-  if (!model || nbody_compute(model, N, N, z, shells, energies, forces, virial)) {{
-    fprintf(stderr, "%s\\n", nbody_error());
-    return 1;
-  }}
-  for (int i = 0; i < N; i++) {{
-    total += energies[i];
-    printf("atom %d: %14.8f eV, force %12.6f %12.6f %12.6f eV/A\\n", i, energies[i], forces[3 * i], forces[3 * i + 1],
-           forces[3 * i + 2]);
-  }}
-  printf("energy %.10f eV\\n", total);
-  nbody_free(model);
-  return 0;
-}}
-"""
 
 
 def export_c(potential: Potential, folder: str | Path, dtype: torch.dtype | None = None) -> list[Path]:
@@ -79,7 +38,7 @@ def export_c(potential: Potential, folder: str | Path, dtype: torch.dtype | None
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / name for name in FILES]
     write_text(paths[0], program.source)
-    write_text(paths[1], HEADER)
+    write_text(paths[1], c_text("nbody_model.h"))
     with atomic_write(paths[2]) as temporary:
         temporary.write_bytes(weight_bytes(program))
     write_text(paths[3], _example(potential, program))
@@ -93,7 +52,7 @@ def example_atoms(potential: Potential) -> tuple[list[int], list[tuple[float, fl
 
 
 def weight_bytes(program: Program) -> bytes:
-    """The file of weights: a mark, the fingerprint of the program, count, checksum, numbers (float64, little endian)."""
+    """The file of weights: a mark, the fingerprint of the program, count, checksum, numbers (float64)."""
     values = np.ascontiguousarray(program.numbers.numpy(), dtype="<f8").tobytes()
     return _MAGIC + program.fingerprint.encode() + struct.pack("<qQ", len(values) // 8, _checksum(values)) + values
 
@@ -108,7 +67,7 @@ def _checksum(values: bytes) -> int:
 
 def _example(potential: Potential, program: Program) -> str:
     numbers, positions = example_atoms(potential)
-    return _EXAMPLE_C.format(
+    return Template(c_text("example.c")).substitute(
         count=len(numbers),
         numbers=", ".join(map(str, numbers)),
         positions=", ".join(f"{x!r}" for row in positions for x in row),

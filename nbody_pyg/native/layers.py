@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor
 
+from nbody_pyg.hierarchy import NestedShells
 from nbody_pyg.kernels import codegen
 from nbody_pyg.kernels.edges import feature_source, window_source
 from nbody_pyg.kernels.ops import LANES
@@ -32,13 +34,12 @@ class Shell:
     ``number``      1 for the first shell
     ``radius``      angstrom
     ``exponent``    of the window
-    ``radial``      arguments of the basis for
-                    :func:`~nbody_pyg.kernels.edges.feature_source`
-    ``harmonics``   number of harmonics
-    ``layer``       :class:`~nbody_pyg.nn.interaction.Interaction`
-    ``readout``     that of the level
+    ``radial``      arguments that describe the basis of radial functions
+    ``polynomials`` the harmonics, as polynomials of the direction
+    ``layer``       from the states of the shell below to those of this one
+    ``readout``     from these states to energies
     ``species``     number of elements
-    ``symmetry``    of the network
+    ``parity``      of the network
     ==============  ============================================================
     """
 
@@ -50,7 +51,7 @@ class Shell:
     layer: Interaction
     readout: LinearReadout
     species: int
-    symmetry: str
+    parity: str
 
     @property
     def update(self) -> Update:
@@ -64,7 +65,8 @@ class Shell:
     @property
     def hidden(self) -> int:
         """Width of the network of the readout; 0 if it has none."""
-        return int(required(self.readout.network)[0].out_features) if isinstance(self.readout, MLPReadout) else 0
+        network: Any = self.readout.network if isinstance(self.readout, MLPReadout) else None
+        return 0 if network is None else int(network[0].out_features)
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -76,12 +78,16 @@ class Shell:
             "basis": self.basis,
             "density": update.inputs[0],
             "message": 0 if gate is None else update.inputs[1],
-            "before": update.inputs[-1] if self.layer.keep is not None else 0,
+            "before": update.inputs[-1] if self.layer.self_linear is not None else 0,
             "sums": state,
             "kept": max(len(update.products) - 1, 0) * state,
             "state": update.rows_out * update.channels,
-            "work": workspace_size(update, self.species),
         }
+
+    @property
+    def workspace(self) -> int:
+        """Numbers that the update needs for each thread."""
+        return workspace_size(self.update, self.species)
 
     def functions(self, pieces: Pieces) -> dict[str, int]:
         """Add the functions of this shell; returns the number of the piece of each kind."""
@@ -94,10 +100,10 @@ class Shell:
             ),
         }
         if layer.gate is not None:
-            found["one_body"] = pieces.add(_one_body(layer.gate, self.basis, self.symmetry))
+            found["one_body"] = pieces.add(_one_body(layer.gate, self.basis, self.parity))
         calls = [
             f"#define product{k}_{what} product_{what}_rows_{pieces.add(_product(product))}\n"
-            for k, product in enumerate(layer.products.products, start=2)
+            for k, product in enumerate(_products(layer), start=2)
             for what in ("forward", "backward")
         ]
         update = update_source(self.update, self.species, linked=False, second=False)
@@ -108,7 +114,12 @@ class Shell:
         """Weights by kind, in the order of the program; the constant factors of the gates are multiplied in."""
         layer, density, gate = self.layer, required(self.layer.density), self.layer.gate
         matrices = [w.double() * density.scale for w in density.weights]
-        maps: list[Any] = [None if gate is None else gate.mix, layer.keep, layer.carry, layer.products.linear]
+        maps: list[Any] = [
+            None if gate is None else gate.mix,
+            layer.self_linear,
+            layer.residual_linear,
+            layer.products.linear,
+        ]
         maps += [product.mix for product in layer.products.products]
         matrices += [w.double() for m in maps if m is not None for w in m.weights]
         found = {
@@ -118,33 +129,41 @@ class Shell:
             "bias": [] if layer.bias is None else [layer.bias.double()],
             "readout": [self.readout.linear.weights[0].double()],
         }
-        if isinstance(self.readout, MLPReadout):
-            first, last = required(self.readout.network)[0], required(self.readout.network)[2]
+        if self.hidden:
+            first, _, last = cast(Any, self.readout).network
             found["readout"] += [first.weight.double().t(), first.bias.double(), last.weight.double()]
         return found
 
 
 def shells_of(model: NBodyNet) -> list[Shell]:
     """The shells of a network, from the smallest neighbourhood on."""
-    found = []
-    for step, layer in zip(model.steps, model.interactions, strict=True):
-        embedding = model.embeddings[str(step.edges)]
+    found, scheme = [], cast(NestedShells, model.scheme)
+    layers: Iterable[Any] = model.interactions
+    embeddings: Any = model.embeddings
+    readouts: Any = model.readouts
+    for step, layer in zip(model.steps, layers, strict=True):
+        embedding = embeddings[str(step.edges)]
         degree = max(ir.l for _, ir in layer.irreps)
         polynomials = embedding.harmonics.polynomials()[: (degree + 1) ** 2]
         found.append(
             Shell(
                 number=step.level,
-                radius=model.scheme.radii[step.level - 1],
-                exponent=model.scheme.exponent,
+                radius=scheme.radii[step.level - 1],
+                exponent=scheme.exponent,
                 radial=embedding.radial.compiled(),
                 polynomials=tuple(polynomials),
                 layer=layer,
-                readout=model.readouts[str(step.level)],
+                readout=readouts[str(step.level)],
                 species=len(model.species),
-                symmetry=model.options["symmetry"],
+                parity=model.parity,
             )
         )
     return found
+
+
+def _products(layer: Interaction) -> list[ChannelwiseProduct]:
+    products: Any = layer.products.products
+    return list(products)
 
 
 def _product(product: ChannelwiseProduct) -> str:
@@ -154,8 +173,8 @@ def _product(product: ChannelwiseProduct) -> str:
     return codegen.product_source(terms, rows1, rows2, table.shape[0], tail, second=False)
 
 
-def _one_body(gate: OneBodyGate, basis: int, symmetry: str) -> str:
-    harmonics = harmonic_irreps(gate.order, symmetry)
+def _one_body(gate: OneBodyGate, basis: int, parity: str) -> str:
+    harmonics = harmonic_irreps(gate.order, parity)
     table = coupling_table(gate.irreps_in, harmonics, gate.paths)
     terms, tail = table_terms(table, gate.paths, num_rows(harmonics)), gate.channels % LANES != 0
     sizes = (gate.rows_in, gate.num_harmonics, table.shape[0], len(gate.paths), basis)

@@ -40,15 +40,15 @@ _DTYPES = (torch.float32, torch.float64)
 def why_not(potential: nn.Module) -> str | None:
     """Reason why the native evaluator cannot compute this potential, or None if it can.
 
-    It computes an :class:`~nbody_pyg.models.NBodyNet` of energies on :class:`~nbody_pyg.hierarchy.NestedShells` with one
-    multiplicity per level, the repulsion of nuclei, and the energies of isolated atoms.
+    It computes an :class:`~nbody_pyg.models.NBodyNet` of energies on :class:`~nbody_pyg.hierarchy.NestedShells` with
+    one multiplicity per level, the repulsion of nuclei, and the energies of isolated atoms.
     """
     if type(potential) is not Potential:
         return f"the potential is a {type(potential).__name__}"
     model = potential.model
     if type(model) is not NBodyNet:
         return f"the model is a {type(model).__name__}, not an NBodyNet"
-    return _of_network(model) or _of_terms(potential) or _of_modules(potential)
+    return _of_network(model) or _of_terms(potential, model) or _of_modules(potential, model)
 
 
 def why_not_here() -> str | None:
@@ -57,6 +57,11 @@ def why_not_here() -> str | None:
         return problem
     chosen = backend()
     return None if chosen == "c" else f"the backend of the products is {chosen!r}"
+
+
+def radii_of(model: NBodyNet) -> tuple[float, ...]:
+    """Radii of the shells of a network, angstrom."""
+    return model.scheme.radii if isinstance(model.scheme, NestedShells) else ()
 
 
 def _of_network(model: NBodyNet) -> str | None:
@@ -68,8 +73,8 @@ def _of_network(model: NBodyNet) -> str | None:
         return "the network has long-range energies"
     if model.inputs:
         return f"the network has the inputs {', '.join(model.inputs)}"
-    if str(model.irreps_out) != "1x0e" or model.target != "extensive":
-        return f"the network gives {model.irreps_out} ({model.target}), not an energy"
+    if str(model.irreps_out) != "1x0e" or model.readout != "sum":
+        return f"the network gives {model.irreps_out} (readout {model.readout!r}), not an energy"
     if model.dtype not in _DTYPES:
         return f"the weights are in {model.dtype}"
     if wide := [str(one) for one in model.level_types.values() if len({mul for mul, _ in one}) > 1]:
@@ -77,22 +82,22 @@ def _of_network(model: NBodyNet) -> str | None:
     return None
 
 
-def _of_terms(potential: Potential) -> str | None:
-    model, repulsion, reference = potential.model, potential.repulsion, potential.reference
+def _of_terms(potential: Potential, model: NBodyNet) -> str | None:
+    repulsion, reference = potential.repulsion, potential.reference
     if len(potential.terms):
         return f"the energy has a term of its own, {type(potential.terms[0]).__name__}"
     if repulsion is not None:
         if not set(model.species) <= set(repulsion.species):
             return "the repulsion does not know all elements of the network"
-        if repulsion.cutoff > max(model.scheme.radii):
+        if repulsion.cutoff > max(radii_of(model)):
             return f"the repulsion reaches {repulsion.cutoff:g} angstrom, beyond the shells"
     if reference is not None and not set(model.species) <= set(reference.species):
         return "energies of isolated atoms do not hold all elements of the network"
     return None
 
 
-def _of_modules(potential: Potential) -> str | None:
-    layers = list(potential.model.interactions)
+def _of_modules(potential: Potential, model: NBodyNet) -> str | None:
+    layers = list(model.interactions)
     if any(type(layer) is not Interaction or not layer._as_written() for layer in layers):
         return "a layer was replaced, changed or hooked"
     if not AsWritten(potential, KNOWN)():
