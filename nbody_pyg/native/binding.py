@@ -73,7 +73,7 @@ class CompiledModel:
     """
 
     def __init__(self, program: Program, dtype: torch.dtype) -> None:
-        self._library: Any = build.load(f"#define NBODY_REAL {REALS[dtype]}\n{program.source}", "-O3")
+        self._library: Any = build.load(f"#define NBODY_REAL {REALS[dtype]}\n{program.source}", "-O2")
         library, pointer = self._library, ctypes.c_void_p
         library.nbody_create.argtypes, library.nbody_create.restype = [ctypes.c_int64, pointer], pointer
         library.nbody_free.argtypes, library.nbody_free.restype = [pointer], None

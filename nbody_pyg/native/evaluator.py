@@ -12,7 +12,7 @@ from nbody_pyg.hierarchy import Topology
 from nbody_pyg.kernels.autograd_flags import Lock
 from nbody_pyg.native.binding import CompiledModel, Edges, Result
 from nbody_pyg.native.program import write_program
-from nbody_pyg.native.support import KNOWN, why_not
+from nbody_pyg.native.support import KNOWN, why_no_longer, why_not
 from nbody_pyg.nn.as_written import AsWritten
 from nbody_pyg.potential import Potential
 from nbody_pyg.required import required
@@ -58,21 +58,26 @@ class NativeEvaluator:
         self._model: CompiledModel | None = None
         self._unchanged = AsWritten(potential, KNOWN)
         self._tensors = [*potential.parameters(), *potential.buffers()]
-        self._seen: tuple[Any, ...] = ()
+        self._seen: list[tuple[int, int]] = []
 
     def changed(self) -> str | None:
         """Reason why the potential can no longer be evaluated here, such as a new hook, or None."""
-        return None if self._unchanged() else why_not(self.potential) or "a module was replaced"
+        if self._unchanged():
+            return why_no_longer(self.potential)
+        return why_not(self.potential) or "a module was replaced"
 
     def model(self) -> CompiledModel:
         """The compiled program with the present weights."""
-        seen = tuple([(t.data_ptr(), t._version) for t in self._tensors])
-        if self._model is None or seen != self._seen:
+        if self._model is None or self._state() != self._seen:
             self._tensors = [*self.potential.parameters(), *self.potential.buffers()]
             dtype = self.dtype or required(self.potential.dtype)
             self._model = CompiledModel(write_program(self.potential, dtype), dtype)
-            self._seen = tuple([(t.data_ptr(), t._version) for t in self._tensors])
+            self._seen = self._state()
         return self._model
+
+    def _state(self) -> list[tuple[int, int]]:
+        """What changes with the weights."""
+        return [(t.data_ptr(), t._version) for t in (*self._tensors, self.potential.scale)]
 
     def __call__(
         self, *atoms: Any, compute_forces: bool = True, compute_stress: bool = False, **given: Any

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import nn
 
@@ -96,15 +98,25 @@ def _of_terms(potential: Potential, model: NBodyNet) -> str | None:
     return None
 
 
+def why_no_longer(potential: Potential) -> str | None:
+    """Quick form of :func:`why_not` for a potential that had no reason: what modules and hooks do not show."""
+    return _of_terms(potential, cast(NBodyNet, potential.model)) or _of_methods(potential)
+
+
 def _of_modules(potential: Potential, model: NBodyNet) -> str | None:
     layers = list(model.interactions)
     if any(type(layer) is not Interaction or not layer._as_written() for layer in layers):
         return "a layer was replaced, changed or hooked"
     if not AsWritten(potential, KNOWN)():
         return "a module was replaced, changed or hooked"
+    return _of_methods(potential)
+
+
+def _of_methods(potential: Potential) -> str | None:
     for (kind, name), method in _WRITTEN.items():
         if getattr(kind, name) is not method:
             return f"{kind.__name__}.{name} was replaced"
-    if any(name in vars(m) for m in potential.modules() for name in _STEPS.get(type(m), ())):
-        return "a method of the potential was replaced"
+    for module in (potential, potential.model, potential.repulsion):
+        if any(name in vars(module) for name in _STEPS.get(type(module), ())):
+            return "a method of the potential was replaced"
     return None

@@ -471,6 +471,27 @@ def test_changes_of_the_potential_have_their_effect():
         results_of(atoms, strict)
 
 
+@pytest.mark.parametrize("change", ["a term", "a method", "no repulsion", "another scale"])
+def test_changes_beside_the_weights(change):
+    calculator, atoms = NBodyCalculator(potential()), ethanol()
+    atoms.positions[3] = atoms.positions[0] + [0.4, -0.3, 0.35]  # where the repulsion acts
+    before, model = results_of(atoms, calculator), calculator.potential
+    if change == "a term":
+        model.terms.append(Spring())
+    elif change == "a method":
+        model.evaluate = lambda system, **given: Potential.evaluate(
+            model, system.replace(pos=system.pos * 0.9), **given
+        )
+    elif change == "no repulsion":
+        model.repulsion = None
+    else:
+        model.scale = model.scale * 2
+    calculator.reset()
+    atoms.calc = calculator
+    assert calculator.engine == "native" and abs(atoms.get_potential_energy() - float(before["energy"])) > 1e-3
+    assert calculator.engine == ("native" if change == "another scale" else "torch")
+
+
 def test_torch_runs_where_the_program_does_not_compile(monkeypatch):
     def broken(*_):
         raise RuntimeError("no such instruction")
