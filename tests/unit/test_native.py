@@ -77,13 +77,16 @@ def torch_results(model: Potential, system: System) -> dict[str, Tensor]:
 def assert_same(
     found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], least: float = 1e-2, tolerance=1e-10
 ) -> None:
-    """Equal results; ``least`` is the size that the largest force and stress of an interacting structure have."""
+    """Equal results, relative to the largest number of a kind if that is above 1.
+
+    ``least`` is the size that the largest force and stress of an interacting structure have.
+    """
     assert set(found) == set(wanted) and {"energy", "energies", "forces"} <= set(wanted)
     assert wanted["energy"].abs().min() > 1e-2
     for key in {"forces", "stress"} & set(wanted):
         assert wanted[key].abs().max() > least or least == 0, key
     for key, value in wanted.items():
-        bound = tolerance * max(1.0, float(value.abs().max())) if key in ("energy", "energies") else tolerance
+        bound = tolerance * max(1.0, float(value.abs().max()))
         torch.testing.assert_close(found[key], value, rtol=0, atol=bound, msg=lambda text, key=key: f"{key}: {text}")
 
 
