@@ -79,6 +79,7 @@ class CompiledModel:
         library.nbody_free.argtypes, library.nbody_free.restype = [pointer], None
         library.nbody_error.restype = ctypes.c_char_p
         library.nbody_set_threads.argtypes = [pointer, ctypes.c_int]
+        library.nbody_memory.argtypes, library.nbody_memory.restype = [pointer], ctypes.c_int64
         counts = [ctypes.c_int64, ctypes.c_int64]
         library.nbody_compute.argtypes = [pointer, *counts, *[pointer] * 5]
         library.nbody_vectors.argtypes, library.nbody_vectors.restype = [ctypes.c_int64, *[pointer] * 6], None
@@ -130,6 +131,12 @@ class CompiledModel:
             cell.ctypes.data if cell is not None and periodic else None, vector.ctypes.data,
         )  # fmt: skip
         return vector
+
+    @property
+    def memory(self) -> int:
+        """Bytes that the program holds; they grow with the number of edges of the largest structure."""
+        held: int = self._library.nbody_memory(self._model)
+        return held
 
     def _checked(self, edges: Edges) -> Edges:
         receiver, source = (np.ascontiguousarray(x, dtype=np.int64) for x in edges[:2])

@@ -263,6 +263,21 @@ def test_threads_give_the_same_bits():
     assert_same(results[0], torch_results(model, system), tolerance=1e-9)
 
 
+def test_memory_is_linear_in_the_edges():
+    """Chains of twice the atoms need twice the memory beside the weights, and less needs no more."""
+    model, held = potential(), []
+    program = CompiledModel(write_program(model), torch.float64)
+    empty = program.memory
+    for count in (500, 1000, 2000, 100):
+        positions = np.zeros((count, 3))
+        positions[:, 0] = 1.5 * np.arange(count)
+        near = [(i, i + k) for k in (-2, -1, 1, 2) for i in range(count) if 0 <= i + k < count]
+        receiver, source = np.array(near).T
+        program.compute(np.full(count, 6), [Edges(receiver, source, positions[source] - positions[receiver])] * 2)
+        held.append(program.memory - empty)
+    assert 1.9 < held[1] / held[0] < 2.1 and 1.9 < held[2] / held[1] < 2.1 and held[3] == held[2]
+
+
 # ---------------------------------------------------------------------- edges
 def all_pairs(positions: np.ndarray) -> Edges:
     """Edges between all atoms, in a random order."""

@@ -95,6 +95,10 @@ int nbody_set_threads(nbody_model* m, int threads) {
   if (!m->work) problem = "out of memory";
   return !m->work;
 }
+int64_t nbody_memory(const nbody_model* m) {
+  const int64_t weights = NUMBERS * (sizeof(double) + sizeof(real)), work = m->threads * (int64_t)WORK * sizeof(real);
+  return sizeof(nbody_model) + weights + work + m->atoms_size + m->edges_size;
+}
 int nbody_num_shells(void) { return SHELLS; }
 double nbody_cutoff(int shell) { return shell >= 0 && shell < SHELLS ? sizes[shell].cutoff : 0; }
 double nbody_reach(void) { double sum = 0; for (int k = 0; k < SHELLS; k++) sum += sizes[k].cutoff; return sum; }

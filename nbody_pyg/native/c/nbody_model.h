@@ -35,6 +35,8 @@ const char* nbody_fingerprint(void); /* of this program; a file of weights names
 
 /* Threads of nbody_compute, 1 at the start; results have the same bits for any number. */
 int nbody_set_threads(nbody_model* model, int threads);
+/* Bytes that a model holds; they grow with the number of edges of the largest structure. */
+int64_t nbody_memory(const nbody_model* model);
 
 /* Energies of the atoms 0 .. num_local - 1, and minus the gradient of their sum.
 
