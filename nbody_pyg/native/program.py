@@ -67,7 +67,7 @@ def write_program(potential: Potential, dtype: torch.dtype | None = None) -> Pro
     functions = [_functions(*one, pieces) for one in zip(shells, weights, offsets, strict=False)]
     values = torch.cat([w.detach().double().cpu() for w in numbers])
     body = "\n".join([
-        c_text("nbody_model.h"), _tables(potential, shells, offsets, len(values)), prelude("NBODY_REAL"),
+        c_text("nbody_model.h"), _tables(potential, shells, offsets[-1]["end"], len(values)), prelude("NBODY_REAL"),
         panels_source().replace("\nvoid ", "\nstatic void "), pieces.source(), c_text("memory.c"), *functions,
         _lists(shells), c_text("compute.c"),
     ])  # fmt: skip
@@ -106,8 +106,8 @@ def _offsets(weights: list[dict[str, list[Tensor]]]) -> list[dict[str, int]]:
     return [*found, {"end": at}]
 
 
-def _tables(potential: Potential, shells: list[Shell], offsets: list[dict[str, int]], numbers: int) -> str:
-    """Constants of the program."""
+def _tables(potential: Potential, shells: list[Shell], constants_from: int, numbers: int) -> str:
+    """Constants of the program; the numbers that belong to no shell start at ``constants_from``."""
     species = required(potential.species)
     radii = [shell.radius for shell in shells]
     constants = {
@@ -117,13 +117,10 @@ def _tables(potential: Potential, shells: list[Shell], offsets: list[dict[str, i
         "BASIS": max(shell.basis for shell in shells),
         "WORK": max(shell.workspace for shell in shells),
         "WIDEST": radii.index(max(radii)),
-        "GLOBAL": offsets[-1]["end"],
+        "GLOBAL": constants_from,
         "NUMBERS": numbers,
     }
-    rows = [
-        [*shell.sizes.values(), starts["readout"], shell.update.channels, shell.hidden, shell.radius]
-        for shell, starts in zip(shells, offsets, strict=False)
-    ]
+    rows = [[*shell.sizes.values(), shell.radius] for shell in shells]
     table = ", ".join(f"{{{', '.join(map(repr, row))}}}" for row in rows)
     lines = [
         f"enum {{ {', '.join(f'{name} = {value}' for name, value in constants.items())} }};",
@@ -169,6 +166,9 @@ def _functions(shell: Shell, weights: dict[str, list[Tensor]], starts: dict[str,
         messages="\n  ".join(messages),
         gradients="\n  ".join(gradients),
         scale="0" if layer.scale is None else f"m->weights + {starts['scale']}",
+        channels=shell.update.channels,
+        hidden=shell.hidden,
+        readout=starts["readout"],
         bias="0" if layer.bias is None else f"m->weights + {starts['bias']}",
         **{kind: str(number) for kind, number in numbers.items() if kind != "one_body"},
     )
@@ -176,10 +176,12 @@ def _functions(shell: Shell, weights: dict[str, list[Tensor]], starts: dict[str,
 
 def _lists(shells: list[Shell]) -> str:
     """Tables of the functions of all shells."""
-    return "\n".join(
-        f"static void (*const {kind}[SHELLS])(nbody_model*) = {{{', '.join(f'{kind}_{s.number}' for s in shells)}}};"
-        for kind in ("forward", "backward")
-    )
+    kinds = {"forward": "", "backward": "", "read_out": ", int64_t, double, double*, int"}
+    lines = []
+    for kind, more in kinds.items():
+        names = ", ".join(f"{kind}_{shell.number}" for shell in shells)
+        lines.append(f"static void (*const {kind}[SHELLS])(nbody_model*{more}) = {{{names}}};")
+    return "\n".join(lines)
 
 
 @functools.cache

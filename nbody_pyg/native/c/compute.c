@@ -116,33 +116,6 @@ static void repel(const nbody_model* m, int64_t num_local, const int64_t* atom_o
   }
 }
 #endif
-/* Energies of the local atoms from their states in shell k, and the gradient by these states. */
-static void read_out(nbody_model* m, int k, int64_t num_local, double scale, double* energies, int slopes) {
-  const Shell* s = m->shell + k;
-  const Sizes q = sizes[k];
-  const int64_t C = q.channels, U = q.hidden;
-  const real *linear = m->weights + q.readout, *first = linear + C, *bias = first + C * U, *last = bias + U;
-  #pragma omp parallel for schedule(static) num_threads(team(m->threads, num_local / 32 + 1))
-  for (int64_t i = 0; i < num_local; i++) {
-    const real* x = s->state + i * q.state;
-    real *g = s->gradient + i * q.state, u[U + 1], d[U + 1];
-    double sum = 0;
-    for (int64_t c = 0; c < C; c++) sum += (double)linear[c] * x[c];
-    for (int64_t h = 0; h < U; h++) u[h] = bias[h];
-    for (int64_t c = 0; c < C; c++) for (int64_t h = 0; h < U; h++) u[h] += x[c] * first[c * U + h];
-    for (int64_t h = 0; h < U; h++) {
-      const double p = 1 / (1 + exp(-(double)u[h]));
-      sum += last[h] * u[h] * p;
-      d[h] = (real)(scale * last[h] * p * (1 + u[h] * (1 - p)));
-    }
-    energies[i] += scale * sum;
-    if (slopes) for (int64_t c = 0; c < C; c++) {
-      real slope = (real)scale * linear[c];
-      for (int64_t h = 0; h < U; h++) slope += d[h] * first[c * U + h];
-      g[c] += slope;
-    }
-  }
-}
 int nbody_compute(nbody_model* m, int64_t num_atoms, int64_t num_local, const int64_t* z, const nbody_edges* shells,
                   double* energies, double* forces, double* virial) {
   const int64_t* atom_of; double unused[9];
@@ -155,7 +128,7 @@ int nbody_compute(nbody_model* m, int64_t num_atoms, int64_t num_local, const in
   for (int64_t i = 0; i < num_local; i++) energies[i] = scale * shift[m->species[i]];
   for (int k = 0; k < SHELLS; k++) {
     memset(m->shell[k].gradient, 0, m->shell[k].atoms * sizes[k].state * sizeof(real));
-    read_out(m, k, num_local, scale, energies, forces != 0);
+    read_out[k](m, num_local, scale, energies, forces != 0);
   }
 #ifdef REPULSION
   repel(m, num_local, atom_of, energies, forces, virial);

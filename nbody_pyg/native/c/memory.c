@@ -1,6 +1,6 @@
-/* Of one shell: numbers per edge or atom of its arrays, its readout (start of its weights, channels, hidden units). */
+/* Numbers per edge or atom of the arrays of one shell, and its radius. */
 typedef struct {
-  int64_t harmonics, basis, density, message, before, sums, kept, state, readout, channels, hidden;
+  int64_t harmonics, basis, density, message, before, sums, kept, state;
   double cutoff;
 } Sizes;
 static const Sizes sizes[SHELLS] = SIZES;
