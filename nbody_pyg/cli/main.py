@@ -34,6 +34,7 @@ Covariant hierarchical N-body networks for atoms.
   nbody md runs/embedded/model.nbody start.xyz      molecular dynamics
   nbody relax runs/embedded/model.nbody my.xyz      relax many structures at once
   nbody learn CCO --label gfn2                      active learning: a potential from few labels
+  nbody export runs/embedded/model.nbody --to c     source code for programs without Python
   nbody solid runs/si/model.nbody si.cif            cell, bulk modulus and elastic constants of a crystal
   nbody energies runs/embedded/model.nbody my.xyz   energy of each part of a molecule
   nbody hierarchy molecule.xyz --scheme BondTree    build, check and draw a hierarchy
@@ -182,6 +183,9 @@ def build_parser() -> _Parser:
     md.add_argument("--seed", type=not_negative, default=0, help="for velocities and thermostat (default: 0)")
     md.add_argument("--dtype", choices=("float32", "float64"), default=None, help="(default: the model's)")
     md.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
+    md.add_argument("--engine", choices=("auto", "native", "torch"), default="auto",
+                    help="native: a generated C program; auto: native where it can compute the model, else torch "
+                    "(default: auto)")  # fmt: skip
     md.add_argument("--compile", action="store_true", help="compile the model at the first step; for small systems")
     md.add_argument("--cuda-graphs", action="store_true", help="replay steps as CUDA graphs; needs --device cuda")
     md.add_argument("--committee", nargs="+", default=[], metavar="MODEL",
@@ -195,6 +199,13 @@ def build_parser() -> _Parser:
     md.add_argument("--stop-on-bond-change", action="store_true",
                     help="stop at the first sample whose bonds differ from those in use (BondTree)")  # fmt: skip
     _add_out(md, "folder for md.log, trajectory.xyz, energy.png (default: md; a number is added if it holds a run)")
+
+    export = commands.add_parser("export", help="write a model as source code for programs without Python")
+    export.add_argument("model", help="model file")
+    export.add_argument("--to", choices=("c",), default="c", help="language: c (default: c)")
+    export.add_argument("--dtype", choices=("float32", "float64"), default=None, help="(default: the model's)")
+    _add_out(export, "folder of the source, header, weights and example (default: exported; a number is added if it "
+             "holds an export)")  # fmt: skip
 
     relax = commands.add_parser("relax", help="relax many structures at once")
     relax.add_argument("model", help="model file")

@@ -37,6 +37,7 @@ def md(args: argparse.Namespace) -> int:
     folder, atoms = _begin(args)
     electronic_state_of(atoms, args.start or "the first structure")  # finds contradictions before the model is read
     options = {"device": args.device, "dtype": args.dtype, "compile": args.compile, "cuda_graphs": args.cuda_graphs}
+    options["engine"] = args.engine
     atoms.calc = Committee(members, **options) if len(members) > 1 else NBodyCalculator(args.model, **options)
     folder.mkdir(parents=True, exist_ok=True)
     formula = atoms.get_chemical_formula()
@@ -45,6 +46,9 @@ def md(args: argparse.Namespace) -> int:
         f"{formula}: {len(atoms)} atoms, {args.ensemble}, {args.steps} steps of {args.timestep} fs; {goal}",
         flush=True,
     )
+    for calculator in getattr(atoms.calc, "members", [atoms.calc])[:1]:
+        reason = calculator.engine_reason
+        print(f"engine: {calculator.engine}{'' if reason is None else f' ({reason})'}", flush=True)
     uncertain = None if args.max_forces_std is None else stop_on_uncertainty(args.max_forces_std)
     with interruptible() as interrupt:
 

@@ -31,6 +31,7 @@ LAYERS = [
     "static_eval",
     "compiled",
     "cuda_graphs",
+    "native",
     "accelerate",
     "graphs",
     "properties",
