@@ -38,6 +38,7 @@ LAYERS = [
     "training",
     "compare",
     "deploy",
+    "engines",
     "testing",
     "cli",
     "__main__",
