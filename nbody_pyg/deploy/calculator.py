@@ -147,6 +147,8 @@ class NBodyCalculator(SharedCalculator):
     implemented_properties: ClassVar[list[str]] = [  # type: ignore[misc]  # ASE has no ClassVar there
         "energy", "free_energy", "forces", "stress", "energies",
     ]  # fmt: skip
+    #: Compute the stress of periodic systems with every evaluation, for runs that ask for it after the forces.
+    always_stress = False
 
     def __init__(
         self,
@@ -274,6 +276,8 @@ class NBodyCalculator(SharedCalculator):
     ) -> None:
         super().calculate(atoms, properties, system_changes)
         atoms = required(self.atoms)
+        if self.always_stress and atoms.pbc.any():
+            properties = [*properties, "stress"]
         if "stress" in properties and not atoms.pbc.any():
             raise PropertyNotImplementedError("stress needs a periodic cell; this system has none")
         system = self._system(atoms, **{key: value.to(self.device) for key, value in required(self._state).items()})
