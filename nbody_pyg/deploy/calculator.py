@@ -43,6 +43,8 @@ class SharedCalculator(Calculator):
     """
 
     _state: dict[str, torch.Tensor] | None = None
+    #: Compute the stress of periodic systems with every evaluation, for runs that ask for it after the forces.
+    always_stress = False
 
     def __init__(self, **kwargs: Any):
         super().__init__(**kwargs)
@@ -147,8 +149,6 @@ class NBodyCalculator(SharedCalculator):
     implemented_properties: ClassVar[list[str]] = [  # type: ignore[misc]  # ASE has no ClassVar there
         "energy", "free_energy", "forces", "stress", "energies",
     ]  # fmt: skip
-    #: Compute the stress of periodic systems with every evaluation, for runs that ask for it after the forces.
-    always_stress = False
 
     def __init__(
         self,

@@ -74,7 +74,7 @@ class Committee(SharedCalculator):
     ) -> None:
         super().calculate(atoms, properties, system_changes)
         periodic = bool(required(self.atoms).pbc.any())
-        wants_stress = any(name.startswith("stress") for name in properties)
+        wants_stress = any(name.startswith("stress") for name in properties) or (self.always_stress and periodic)
         if wants_stress and not periodic:
             raise PropertyNotImplementedError("stress needs a periodic cell; this system has none")
         found = []

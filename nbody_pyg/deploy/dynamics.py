@@ -251,12 +251,12 @@ def run_md(
                     if changes is not None and stop_on_bond_change:
                         reason = reason or "bonds have changed, " + changes.partition(": ")[2]
                 record(write=dyn.nsteps > written)  # the first frames of a continued run exist already
+                if report is not None:
+                    report(done)
                 now = clock.monotonic()
                 if checkpoint is not None and (done == steps or reason or now - saved >= _CHECKPOINT_SECONDS):
                     saved = now
                     _state_of_run(atoms, dyn, kind, timestep, begun, rng).save(checkpoint)
-                if report is not None:
-                    report(done)
             if reason:
                 stopped = f"stopped after step {dyn.nsteps} ({dyn.get_time() / units.fs:.2f} fs): {reason}"
                 break
@@ -317,17 +317,12 @@ def _state_of_run(
 
 
 def _switch_stress(calculator: Any) -> Callable[[], None]:
-    """Let our calculators find stress and forces in one evaluation; returns what switches it off."""
-    ours = [one for one in (calculator, *getattr(calculator, "members", ())) if hasattr(one, "always_stress")]
-    before = [one.always_stress for one in ours]
-    for one in ours:
-        one.always_stress = True
-
-    def back() -> None:
-        for one, value in zip(ours, before, strict=True):
-            one.always_stress = value
-
-    return back
+    """Let one of our calculators find stress and forces in one evaluation; returns what switches it off."""
+    before = getattr(calculator, "always_stress", None)
+    if before is None:
+        return lambda: None
+    calculator.always_stress = True
+    return lambda: setattr(calculator, "always_stress", before)
 
 
 def _with_bonds(calculator: Any) -> list[Any]:
