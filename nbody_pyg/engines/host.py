@@ -10,7 +10,7 @@ from ase import Atoms
 from ase.calculators.calculator import BaseCalculator
 from ase.stress import voigt_6_to_full_3x3_stress
 
-from nbody_pyg.deploy.calculator import NBodyCalculator
+from nbody_pyg.deploy.calculator import NBodyCalculator, SharedCalculator
 from nbody_pyg.potential import Potential
 
 #: What an engine takes as a model.
@@ -65,6 +65,10 @@ class HostAtoms:
         atoms.positions[:] = positions
         if cell is not None:
             atoms.cell[:] = cell
-        # The stress first: our calculators then find energy and forces in the same evaluation
-        found = voigt_6_to_full_3x3_stress(atoms.get_stress()) if stress else None
-        return float(atoms.get_potential_energy()), atoms.get_forces(), found
+        if isinstance(atoms.calc, SharedCalculator):
+            energy, forces, found = atoms.calc.evaluate(atoms, stress)
+        else:
+            # The stress first: many calculators then find energy and forces in the same evaluation
+            found = atoms.get_stress() if stress else None
+            energy, forces = float(atoms.get_potential_energy()), atoms.get_forces()
+        return energy, forces, None if found is None else voigt_6_to_full_3x3_stress(found)

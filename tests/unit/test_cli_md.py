@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
 import shutil
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -60,7 +62,14 @@ def test_an_interrupted_command_goes_on_bit_for_bit(model, capsys, ensemble, wor
     assert ("volume: mean" in out) == (ensemble == "npt")
 
 
-def test_a_stop_file_ends_a_run_that_can_go_on(model, capsys, monkeypatch):
+@pytest.mark.parametrize(
+    ("stop", "status", "reason"),
+    [
+        (lambda: Path("md/STOP").touch(), 0, "by the file md/STOP"),
+        (lambda: os.kill(os.getpid(), signal.SIGTERM), 143, "by signal 15"),
+    ],
+)
+def test_a_stopped_run_goes_on_bit_for_bit(model, capsys, monkeypatch, stop, status, reason):
     words = ["--every", "5", "--dtype", "float64"]
     assert main(["md", model, "ethanol.xyz", "--steps", "30", "--out", "whole", *words]) == 0
     real = NBodyCalculator.calculate
@@ -69,12 +78,12 @@ def test_a_stop_file_ends_a_run_that_can_go_on(model, capsys, monkeypatch):
         real(self, *args)
         self.count = getattr(self, "count", 0) + 1
         if self.count == 8:
-            Path("md/STOP").touch()
+            stop()
 
     with monkeypatch.context() as patched:
         patched.setattr(NBodyCalculator, "calculate", calculate)
-        assert main(["md", model, "ethanol.xyz", "--steps", "30", *words]) == 0
-    assert re.search(r"stopped after step 7 \(3.50 fs\): by the file md/STOP", capsys.readouterr().out)
+        assert main(["md", model, "ethanol.xyz", "--steps", "30", *words]) == status
+    assert f"stopped after step 7 (3.50 fs): {reason}" in capsys.readouterr().out
     assert not Path("md/STOP").exists()
     assert main(["md", model, "--restart", "--steps", "23", "--out", "md", *words]) == 0
     assert [f.info["step"] for f in read("md/trajectory.xyz", ":")] == [0, 5, 7, 12, 17, 22, 27, 30]
