@@ -10,7 +10,7 @@ from nbody_pyg.engines.ipi import ffdirect
 
 model, structure, steps = sys.argv[1:]
 atoms, beads = read(structure), 8
-if not atoms.cell.rank == 3:
+if atoms.cell.rank < 3:
     atoms.center(vacuum=20.0)  # i-PI needs a cell; it is ignored unless the structure is periodic
 write("template.xyz", atoms)
 cell, turn = atoms.cell.standard_form()  # i-PI wants a triangular cell

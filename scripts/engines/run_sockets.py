@@ -1,4 +1,4 @@
-"""ASE's sockets: a server drives the dynamics, a client has the model: python run_sockets.py model.nbody start.xyz 10"""
+"""Sockets of ASE: a server runs the dynamics, a client has the model: python run_sockets.py model.nbody start.xyz 10"""
 
 import subprocess
 import sys
