@@ -60,7 +60,7 @@ def integrator(
         temperature: K.
         friction: 1/fs, of "langevin".
         pressure: bar, of "npt" and "npt-full".
-        thermostat_time, barostat_time: relaxation times, fs; by default 100 and 1000 time steps.
+        thermostat_time, barostat_time: relaxation times, fs; None: 100 and 1000 time steps.
         rng: of "langevin" and "bussi".
     Raises: ValueError: an unknown ensemble; constraints, where ASE's thermostat counts all degrees of freedom; no
         periodic cell for a pressure; a relaxation time shorter than a time step. ImportError: an ASE without it.

