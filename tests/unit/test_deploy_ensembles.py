@@ -12,6 +12,7 @@ from ase.build import bulk, molecule
 from ase.calculators.calculator import Calculator, all_changes
 from ase.constraints import FixAtoms
 from ase.io import read
+from ase.md import nose_hoover_chain
 from ase.neighborlist import neighbor_list
 from ase.stress import full_3x3_to_voigt_6_stress
 
@@ -25,6 +26,21 @@ with_mdtraj = pytest.mark.skipif(
     importlib.util.find_spec("mdtraj") is None,
     reason="mdtraj is not installed: pip install 'nbody_pyg[trajectories]'",
 )
+
+
+#: Classes of ``ase.md.nose_hoover_chain`` that the oldest ASE does not have.
+NEWER = {"npt": "IsotropicMTKNPT", "npt-full": "MTKNPT"}
+
+
+def available(ensemble: str) -> bool:
+    return ensemble not in NEWER or hasattr(nose_hoover_chain, NEWER[ensemble])
+
+
+@pytest.fixture(autouse=True)
+def skip_what_ase_lacks(request):
+    ensemble = getattr(request.node, "callspec", None) and request.node.callspec.params.get("ensemble")
+    if ensemble and not available(ensemble):
+        pytest.skip(f"this ASE has no {NEWER[ensemble]}")
 
 
 @pytest.fixture(scope="module")
@@ -224,20 +240,20 @@ def test_thermostats_reach_their_temperature(ensemble):
     atoms = bulk("Ar", "fcc", a=5.0, cubic=True) * (2, 2, 2)
     atoms.calc = Springs(atoms)
     settings = {"thermostat_time": 100.0, "barostat_time": 300.0, "friction": 0.01, "timestep": 5.0, "pressure": 100.0}
-    run_md(atoms, 400, ensemble="langevin", temperature=200.0, seed=1, timestep=5.0, friction=0.02)
-    report = run_md(atoms, 1000, ensemble=ensemble, temperature=200.0, seed=2, sample_every=2, **settings)
+    run_md(atoms, 300, ensemble="langevin", temperature=200.0, seed=1, timestep=5.0, friction=0.02)
+    report = run_md(atoms, 600, ensemble=ensemble, temperature=200.0, seed=2, sample_every=2, **settings)
     spread = 200.0 * np.sqrt(2 / 96)  # of one sample
     assert abs(report.temperature.mean() - 200.0) < spread
     assert 0.4 * spread < report.temperature.std() < 2.5 * spread
     if ensemble.startswith("npt"):
-        assert len(report.volume) == 501
+        assert len(report.volume) == 301
         assert 1.005 < report.volume.max() / report.volume.min() < 1.5
         assert (np.abs(atoms.cell.angles() - 90).max() > 1e-3) == (ensemble == "npt-full")
 
 
 def test_bussi_and_nose_hoover_change_the_energy_of_nve(potential):
     ends = {}
-    for ensemble in ENSEMBLES:
+    for ensemble in filter(available, ENSEMBLES):
         atoms = structure(potential)
         run_md(atoms, 10, ensemble=ensemble, **OPTIONS)
         ends[ensemble] = atoms.get_total_energy()
@@ -245,6 +261,7 @@ def test_bussi_and_nose_hoover_change_the_energy_of_nve(potential):
     assert min(np.diff(values)) > 1e-8, ends
 
 
+@pytest.mark.skipif(not available("npt"), reason="this ASE has no IsotropicMTKNPT")
 def test_the_pressure_is_in_bar(potential):
     """At its own pressure the cell stays, at another it changes in that direction; half a step is one evaluation."""
     volumes = []
@@ -263,7 +280,7 @@ def test_the_pressure_is_in_bar(potential):
 def test_what_an_ensemble_cannot_do_is_said(potential):
     held = structure(potential)
     held.set_constraint(FixAtoms([0]))
-    for ensemble in ("nose-hoover", "npt", "npt-full"):
+    for ensemble in ("nose-hoover", "npt", "npt-full"):  # said before ASE is asked
         with pytest.raises(ValueError, match=f"ensemble '{ensemble}' must have no constraints.*'langevin' or 'bussi'"):
             run_md(held, 1, ensemble=ensemble)
     run_md(held, 2, ensemble="bussi")
