@@ -166,7 +166,7 @@ def run_md(
         friction: 1/fs, of the Langevin thermostat.
         seed: of the velocities and of the thermostat.
         sample_every: steps between samples, log lines and frames.
-        log: text file in ASE's MDLogger form.
+        log: text file in ASE's MDLogger form, with the stress (GPa) of "npt" and "npt-full".
         trajectory: ``.dcd`` or ``.xtc`` (positions and cells only; by mdtraj), ASE's ``.traj``, or extxyz by any other
             name. The last two have energies, forces and velocities, and step and time in ``atoms.info``.
         report: called with the number of steps done at every sample.
@@ -189,7 +189,7 @@ def run_md(
             samples, at most every 10 s, and at the end. A restart from it repeats all numbers of an uninterrupted
             run on the same machine: positions, velocities, random numbers, thermostat and barostat.
             It needs the same ensemble and settings; with others they begin anew. Frames of a killed run that are
-            later than the checkpoint are computed again and not written twice.
+            later than the checkpoint are computed again, not written twice, and not counted as ``steps``.
     Raises: ValueError: no calculator, an unknown ensemble or choice of velocities, numbers out of range, atoms that
         cannot move, a trajectory that cannot be continued, or that of atoms with other charges or masses.
     """
@@ -203,6 +203,8 @@ def run_md(
     # Last step that is written already, and the state to go on from where there is one
     written, state = _resumed(atoms, trajectory, timestep, checkpoint) if restart else (-1, None)
     first = max(written, 0) if state is None else state.step
+    repeated = max(written - first, 0)  # steps of a killed run that are later than its checkpoint
+    steps += repeated
     rng = np.random.default_rng([seed, first] if first else seed)
     origin = _set_velocities(atoms, "given" if restart else velocities, temperature, rng, seed)
     if state is not None:
@@ -237,7 +239,8 @@ def run_md(
         atoms.get_forces()  # dyn computes none before the first step of a continued run
         if restart and Path(str(trajectory)).suffix not in LIBRARY_FORMATS and written == first:
             _check_energy(atoms, str(trajectory))
-        record = _Record(atoms, dyn, log, trajectory, written if restart else None)  # last, because it replaces files
+        stress = has_pressure(ensemble)
+        record = _Record(atoms, dyn, log, trajectory, written if restart else None, stress)  # last: it replaces files
         kept.callback(record.close)
         saved = -math.inf
         for _ in dyn.irun(steps):
@@ -251,8 +254,8 @@ def run_md(
                     if changes is not None and stop_on_bond_change:
                         reason = reason or "bonds have changed, " + changes.partition(": ")[2]
                 record(write=dyn.nsteps > written)  # the first frames of a continued run exist already
-                if report is not None:
-                    report(done)
+                if report is not None and done >= repeated:
+                    report(done - repeated)
                 now = clock.monotonic()
                 if checkpoint is not None and (done == steps or reason or now - saved >= _CHECKPOINT_SECONDS):
                     saved = now
@@ -515,6 +518,7 @@ class _Record:
         log: str | Path | None,
         trajectory: str | Path | None,
         continued: int | None,
+        stress: bool,
     ):
         self.atoms, self.dyn, append = atoms, dyn, continued is not None
         self.samples: list[tuple[float, float, float, float]] = []
@@ -530,7 +534,7 @@ class _Record:
         if log is not None:
             append = append and Path(log).is_file()
             mode = "a" if append else "w"
-            self.logger = MDLogger(dyn, atoms, str(log), header=not append, peratom=False, mode=mode)
+            self.logger = MDLogger(dyn, atoms, str(log), header=not append, stress=stress, peratom=False, mode=mode)
 
     def __call__(self, write: bool) -> None:
         atoms, fs = self.atoms, self.dyn.get_time() / units.fs

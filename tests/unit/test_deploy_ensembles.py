@@ -144,8 +144,9 @@ def test_a_killed_run_writes_no_frame_twice(potential, tmp_path, monkeypatch):
     assert MDState.load(files["checkpoint"]).step == 0
     before = files["trajectory"].read_bytes()
     assert len(read(files["trajectory"], ":")) == 5
-    report = run_md(again, 30, restart=True, **options, **files)
-    assert report.first_step == 0 and same(whole, again)
+    told = []
+    report = run_md(again, 10, restart=True, report=told.append, **options, **files)
+    assert report.first_step == 0 and same(whole, again) and told == [0, 5, 10]
     assert files["trajectory"].read_bytes().startswith(before)
     frames = read(files["trajectory"], ":")
     assert [f.info["step"] for f in frames] == [0, 5, 10, 15, 20, 25, 30]
@@ -262,7 +263,7 @@ def test_bussi_and_nose_hoover_change_the_energy_of_nve(potential):
 
 
 @pytest.mark.skipif(not available("npt"), reason="this ASE has no IsotropicMTKNPT")
-def test_the_pressure_is_in_bar(potential):
+def test_the_pressure_is_in_bar(potential, tmp_path):
     """At its own pressure the cell stays, at another it changes in that direction; half a step is one evaluation."""
     volumes = []
     for factor in (0.5, 2.0):
@@ -270,10 +271,11 @@ def test_the_pressure_is_in_bar(potential):
         own = -atoms.get_stress()[:3].mean() / (1e-4 * units.GPa)
         calls = atoms.calc.topologies.calls
         options = OPTIONS | {"pressure": factor * own, "temperature": 1.0, "barostat_time": 500.0}
-        report = run_md(atoms, 20, ensemble="npt", **options)
+        report = run_md(atoms, 20, ensemble="npt", log=tmp_path / "l", **options)
         volumes.append(report.volume[-1] / report.volume[0])
         assert atoms.calc.topologies.calls - calls <= 22
         assert not atoms.calc.always_stress
+    assert "stress" in (tmp_path / "l").read_text().splitlines()[0]
     assert own > 0 and volumes[0] > 1.0001 and volumes[1] < 0.9999
 
 
