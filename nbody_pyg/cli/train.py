@@ -18,8 +18,8 @@ from torch_geometric.data import Data
 
 from nbody_pyg.atomic_write import write_json, write_text
 from nbody_pyg.cli.frames import sample_of
-from nbody_pyg.cli.plots import parity_plot, property_plot
-from nbody_pyg.cli.tables import error_table
+from nbody_pyg.cli.plots import error_plot, learning_curve, parity_plot, property_plot
+from nbody_pyg.cli.tables import element_table, error_table, report
 from nbody_pyg.datasets import label_audit
 from nbody_pyg.datasets.splits import Split, read_split
 from nbody_pyg.deploy import read_metadata, reference_record, save_model
@@ -35,6 +35,7 @@ from nbody_pyg.training.config import Config, ModelConfig, OutputConfig, load_co
 from nbody_pyg.training.defaults import Choice, choose_defaults, keep_choices
 from nbody_pyg.training.evaluation import Evaluation, evaluate
 from nbody_pyg.training.folder import RunFolder
+from nbody_pyg.training.loggers import run_log
 from nbody_pyg.training.prepare import DataSets, build_potential, explicit, load_data, network_inputs
 from nbody_pyg.training.processes import is_first_process
 from nbody_pyg.training.property_task import PropertyEvaluation, evaluate_properties
@@ -48,7 +49,16 @@ _LARGEST_SAMPLE = 1000
 
 
 #: Files of a run. ``config.yaml`` is one of them if this command wrote it and nobody edited it.
-_FILES = (*FIT_FILES, "model.nbody", "errors.json", "parity.png", "split.json", "config.used.yaml")
+_FILES = (
+    *FIT_FILES,
+    "model.nbody",
+    "errors.json",
+    "parity.png",
+    "histogram.png",
+    "curve.png",
+    "split.json",
+    "config.used.yaml",
+)
 
 # Settings that a resumed run may change: limits, paths of data (their contents are compared), and output.
 _FREE = frozenset({f"training.{name}" for name in RESUMABLE} | {
@@ -127,9 +137,12 @@ def _train(config: Config, run: RunFolder) -> int:
     data = data.with_topology(required(potential.network.scheme), shared)
     config = dataclasses.replace(config, model=_as_built(config.model, potential))
     files = _FILES if _writer(folder / "config.yaml") is None else (*_FILES, "config.yaml")
+    logs = []
+    if config.output.logger is not None:
+        logs.append(run_log(config.output.logger, folder, config.to_dict(), config.training.log_every))
     result = fit_in(
         run, potential, data.train, data.val, config.training, last,
-        callbacks=[KeptConfig(config, data.split, folder)], files=files,
+        callbacks=[KeptConfig(config, data.split, folder), *logs], files=files,
     )  # fmt: skip
     if not run.active:
         return 0  # only the first process tests, saves and reports
@@ -230,6 +243,7 @@ def _describe(potential: Potential | PropertyModel, config: Config, choices: Seq
         print(f"fixed   {key} {value:g}: the value of all training frames, and the only one that the model accepts")
     limits = {
         "CPU s": config.training.budget_seconds,
+        "s of wall-clock time": config.training.wall_seconds,
         "epochs": config.training.max_epochs,
         "steps": config.training.max_steps,
     }
@@ -293,13 +307,20 @@ def _finish(
         f"\n{result.steps} steps, {result.epochs} epochs, {result.cpu_seconds:.1f} CPU s "
         f"({1000 * result.cpu_seconds / max(result.steps, 1):.1f} ms per step); weights: {kept}\n"
     )
-    print(error_table({("", name): values for name, values in errors.items()}, properties), "\n")
+    totals = {("", name): values for name, values in errors.items()}
+    print(error_table(totals, properties), "\n")
+    energies = {name: (sets[name], one) for name, one in found.items() if isinstance(one, Evaluation)}
+    for text in (element_table(totals), report({name: energies[name] for name in data.tests or energies if energies})):
+        if text:
+            print(text, "\n")
     record["errors"] = errors
     record["errors_unit"] = {p.name: p.unit for p in properties} or "meV and meV/angstrom"
     save_model(potential, folder / "model.nbody", record)
     write_json(folder / "errors.json", errors)
     print(f"model      {folder / 'model.nbody'}\nlog        {folder / 'metrics.csv'}")
     if config.output.plot:
+        learning_curve(folder / "metrics.csv", folder / "curve.png")
+        print(f"curve      {folder / 'curve.png'}")
         _plot(potential, sets, found, data, folder)
 
 
@@ -325,6 +346,8 @@ def _plot(
         property_plot(results, potential.properties, folder / "parity.png")
     else:
         parity_plot(results, folder / "parity.png")
+        error_plot(results, folder / "histogram.png")
+        print(f"histogram  {folder / 'histogram.png'}")
     print(f"parity     {folder / 'parity.png'}")
 
 

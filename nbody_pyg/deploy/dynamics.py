@@ -235,7 +235,7 @@ def run_md(
                 kept.enter_context(calculator.fixed_bonds(begun))
         bonds_from = next((c.bonds_from for c in bonded if c.bonds_from), None)
         if has_pressure(ensemble):
-            kept.callback(_switch_stress(atoms.calc))
+            atoms.get_stress()  # our calculators then compute it with the forces
         atoms.get_forces()  # dyn computes none before the first step of a continued run
         if restart and Path(str(trajectory)).suffix not in LIBRARY_FORMATS and written == first:
             _check_energy(atoms, str(trajectory))
@@ -317,15 +317,6 @@ def _state_of_run(
         random=dict(rng.bit_generator.state),
         variables=variables(dyn),
     )
-
-
-def _switch_stress(calculator: Any) -> Callable[[], None]:
-    """Let one of our calculators find stress and forces in one evaluation; returns what switches it off."""
-    before = getattr(calculator, "always_stress", None)
-    if before is None:
-        return lambda: None
-    calculator.always_stress = True
-    return lambda: setattr(calculator, "always_stress", before)
 
 
 def _with_bonds(calculator: Any) -> list[Any]:

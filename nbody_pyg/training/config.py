@@ -17,9 +17,10 @@ import jsonargparse
 import yaml
 
 from nbody_pyg.atomic_write import write_text
-from nbody_pyg.messages import nearest
+from nbody_pyg.messages import check_choice, nearest
 from nbody_pyg.properties import Property
 from nbody_pyg.renamed import FORMER_ARGUMENTS, present_names
+from nbody_pyg.training.loggers import LOGGERS
 from nbody_pyg.training.settings import TrainingConfig, setting
 
 
@@ -82,7 +83,7 @@ class DataConfig:
 
 
 #: Limits of a run, and the default ones: CPU seconds, and passes over few frames.
-LIMIT_KEYS = frozenset(f"training.{name}" for name in ("budget_seconds", "max_epochs", "max_steps"))
+LIMIT_KEYS = frozenset(f"training.{name}" for name in ("budget_seconds", "wall_seconds", "max_epochs", "max_steps"))
 LIMITS = {"budget_seconds": 600.0, "max_epochs": 250}
 # Values in a YAML text.
 _LARGEST_YAML = 100_000
@@ -115,11 +116,14 @@ class OutputConfig:
         False, "resume from last.ckpt in the folder; may change limits, intervals, lr, weight decay and output"
     )  # fmt: skip
     weights: str = setting("best", "which weights to keep: best of the validation, or last")
-    plot: bool = setting(True, "draw parity plots of the test sets")
+    plot: bool = setting(True, "draw parity plots of the test sets, their errors, and the learning curve")
+    logger: str | None = setting(None, "further log: tensorboard (in the folder) or wandb")
 
     def __post_init__(self) -> None:
         if self.weights not in ("best", "last"):
             raise ValueError(f"output.weights must be 'best' or 'last', got {self.weights!r}")
+        if self.logger is not None:
+            check_choice("output.logger", self.logger, LOGGERS)
 
 
 @dataclass(frozen=True)

@@ -7,12 +7,13 @@ import copy
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
 from nbody_pyg import NBodyNet, NestedShells
-from nbody_pyg.kernels import available_backends, backend, build, set_backend
+from nbody_pyg.kernels import available_backends, backend, build, set_backend, use_backend
 from nbody_pyg.kernels.edges import window_kernel
 from nbody_pyg.kernels.library import Library
 from nbody_pyg.kernels.linear import Block, LinearKernel
@@ -416,6 +417,22 @@ def test_which_backend_runs():
     assert backend(torch.zeros(1, device="meta")) == "torch"
     with pytest.raises(ValueError, match="backend must be one of auto, c, triton, torch, got 'cuda'; try 'auto'"):
         set_backend("cuda")
+
+
+def test_the_choice_of_a_backend_ends_with_its_block_and_stays_in_its_thread():
+    outside = backend()
+    with use_backend("torch"):
+        assert backend() == "torch"
+        with ThreadPoolExecutor(1) as other:
+            assert other.submit(backend).result() == available_backends()[0]
+            other.submit(set_backend, "torch").result()
+        with use_backend("auto"):
+            assert backend() == available_backends()[0]
+        assert backend() == "torch"
+    assert backend() == outside == available_backends()[0]
+    match = "backend must be one of auto, c, triton, torch, got 'cuda'"
+    with pytest.raises(ValueError, match=match), use_backend("cuda"):
+        pass
 
 
 def test_the_environment_chooses_the_backend():
