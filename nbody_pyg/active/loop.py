@@ -340,7 +340,7 @@ def _compare(models: Sequence[str], labelled: Sequence[Atoms]) -> tuple[np.ndarr
 def _spearman(a: np.ndarray, b: np.ndarray) -> float:
     """Rank correlation; values without equals."""
     ranks = [np.argsort(np.argsort(values)) for values in (a, b)]
-    return float(np.corrcoef(*ranks)[0, 1])
+    return float(np.corrcoef(np.stack(ranks))[0, 1])
 
 
 @contextmanager

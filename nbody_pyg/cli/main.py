@@ -161,7 +161,11 @@ def build_parser() -> _Parser:
         "start", nargs="?", default=None,
         help="start structure: the last frame of any file that ASE reads; optional with --restart",
     )  # fmt: skip
-    md.add_argument("--ensemble", choices=("nve", "langevin"), default="nve", help="(default: nve)")
+    md.add_argument(
+        "--ensemble", choices=("nve", "langevin", "bussi", "nose-hoover", "npt", "npt-full"), default="nve",
+        help="constant energy (nve), temperature (langevin, bussi, nose-hoover), or temperature and pressure with "
+        "isotropic changes of the cell (npt) or changes of its shape (npt-full) (default: nve)",
+    )  # fmt: skip
     md.add_argument(
         "--steps", type=not_negative, default=2000, help="number of steps; with --restart, further ones (default: 2000)"
     )
@@ -174,12 +178,22 @@ def build_parser() -> _Parser:
         "--friction", type=number_not_negative, default=None,
         help="1/fs, only with --ensemble langevin (default: 0.01)",
     )  # fmt: skip
+    md.add_argument("--pressure", type=float, default=None, metavar="BAR",
+                    help="of npt and npt-full, bar (default: 1)")  # fmt: skip
+    md.add_argument("--thermostat-time", type=positive_number, default=None, metavar="FS",
+                    help="relaxation time of bussi, nose-hoover, npt and npt-full, fs (default: 100 time "
+                    "steps)")  # fmt: skip
+    md.add_argument("--barostat-time", type=positive_number, default=None, metavar="FS",
+                    help="relaxation time of the cell, fs (default: 1000 time steps)")  # fmt: skip
     md.add_argument("--velocities", choices=("auto", "given", "drawn"), default="auto",
                     help="given: those of the start structure; drawn: random, from --temperature and --seed; auto: "
                     "given if the start structure has velocities, else drawn (default: auto)")  # fmt: skip
     md.add_argument("--max-temperature", type=float, default=None, metavar="K",
                     help="stop when hotter; inf: never (default: 30000, or ten times --temperature)")  # fmt: skip
     md.add_argument("--every", type=positive, default=10, help="steps between samples (default: 10)")
+    md.add_argument("--format", choices=("extxyz", "traj", "dcd", "xtc"), default=None,
+                    help="of the trajectory; dcd and xtc have positions and cells only and need mdtraj (default: "
+                    "extxyz)")  # fmt: skip
     md.add_argument("--seed", type=not_negative, default=0, help="for velocities and thermostat (default: 0)")
     md.add_argument("--dtype", choices=("float32", "float64"), default=None, help="(default: the model's)")
     md.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
@@ -194,11 +208,15 @@ def build_parser() -> _Parser:
                     help="stop when the standard deviation of the force on an atom over the committee is "
                     "larger, eV/A")  # fmt: skip
     md.add_argument("--restart", action="store_true",
-                    help="continue the trajectory in the folder from its last positions, velocities and step; frames "
-                    "and log lines are appended")  # fmt: skip
+                    help="continue the run in the folder from its checkpoint, or without one from the last frame; "
+                    "frames and log lines are appended")  # fmt: skip
     md.add_argument("--stop-on-bond-change", action="store_true",
                     help="stop at the first sample whose bonds differ from those in use (BondTree)")  # fmt: skip
-    _add_out(md, "folder for md.log, trajectory.xyz, energy.png (default: md; a number is added if it holds a run)")
+    _add_out(
+        md,
+        "folder for md.log, trajectory.xyz, checkpoint.npz, energy.png (default: md; a number is added if it holds a "
+        "run); a file STOP in it ends the run",
+    )
 
     export = commands.add_parser("export", help="write a model as source code for programs without Python")
     export.add_argument("model", help="model file")

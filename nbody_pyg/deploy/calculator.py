@@ -71,6 +71,16 @@ class SharedCalculator(Calculator):
         """As ASE's; threads take turns."""
         return super().calculate_properties(atoms, properties)
 
+    @locked
+    def evaluate(self, atoms: Atoms, stress: bool = False) -> tuple[float, np.ndarray, np.ndarray | None]:
+        """Energy (eV), forces [N, 3] (eV/angstrom) and stress [6] (eV/angstrom^3; None if not wanted).
+
+        One evaluation, without ASE's comparison with the structure before: for hosts that move all atoms at every step.
+        """
+        self.calculate(atoms, ["energy", "forces", *(["stress"] if stress else [])], all_changes)
+        found = self.results
+        return float(found["energy"]), found["forces"], found["stress"] if stress else None
+
     def check_state(self, atoms: Atoms, tol: float = 1e-15) -> list[str]:
         """Changes since the last calculation."""
         changes = list(super().check_state(atoms, tol=tol))

@@ -40,6 +40,7 @@ LAYERS = [
     "compare",
     "deploy",
     "active",
+    "engines",
     "testing",
     "cli",
     "__main__",

