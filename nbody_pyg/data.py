@@ -75,6 +75,14 @@ def require_atoms(data: Any) -> None:
         )
 
 
+def points(data: Any) -> Any:
+    """Data whose points are no atoms: a shallow copy with ``z`` = 0 where there is none; anything else as it is."""
+    if isinstance(data, Data) and data.get("z") is None and isinstance(data.get("pos"), Tensor):
+        data = copy.copy(data)
+        data.z = torch.zeros(data.pos.shape[:1], dtype=torch.long, device=data.pos.device)
+    return data
+
+
 def count_graphs(data: Data) -> int | None:
     """Graphs of a Data or Batch, those without atoms too; None where only ``batch`` tells."""
     if isinstance(data, Batch):

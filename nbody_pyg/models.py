@@ -15,7 +15,7 @@ from jaxtyping import Float, Int, Integer
 from torch import Tensor, nn
 from torch_geometric.data import Data
 
-from nbody_pyg.data import has_hierarchy, refuse_unstated, require_atoms
+from nbody_pyg.data import has_hierarchy, points, refuse_unstated, require_atoms
 from nbody_pyg.hierarchy import EdgeSet, Hierarchy, NestedShells, Scheme, Topology
 from nbody_pyg.kernels.autograd_flags import has_values, in_own_precision, is_tracing, opaque_to_compile
 from nbody_pyg.messages import check_choice
@@ -29,18 +29,21 @@ from nbody_pyg.nn.charges import (
 from nbody_pyg.nn.coulomb import LongRange
 from nbody_pyg.nn.custom import GateFactory, checked_state, gate_factories, gate_names
 from nbody_pyg.nn.edges import EdgeEmbedding, EdgeFeatures, sum_into
-from nbody_pyg.nn.interaction import ChannelGroups, Interaction, InteractionConfig, SoftNorm, one_gate
+from nbody_pyg.nn.interaction import ChannelGroups, Interaction, InteractionConfig, SoftNorm, add_to_scalars, one_gate
 from nbody_pyg.nn.irreps import (
     PARITIES,
     Resettable,
     channel_groups,
+    from_mul_ir,
+    harmonic_irreps,
     hidden_irreps,
     level_types,
     require_reachable,
     to_mul_ir,
 )
+from nbody_pyg.nn.linear import IrrepsLinear
 from nbody_pyg.nn.readout import LinearReadout, MLPReadout
-from nbody_pyg.radial import BesselBasis, InversePowers
+from nbody_pyg.radial import SOFT_LENGTH, BesselBasis, InversePowers, check_softening
 from nbody_pyg.renamed import FORMER_ARGUMENTS, former, renamed
 from nbody_pyg.required import required
 from nbody_pyg.system import Species, System
@@ -48,7 +51,7 @@ from nbody_pyg.system import Species, System
 #: Presets and their numbers of radial functions. Strict has the powers s = 0 .. 3 of the paper; higher ones overflow.
 PRESETS: Mapping[str, int] = {"practical": 8, "strict": 4}
 SWEEPS = ("up", "up-down")
-READOUTS = ("sum", "root")
+READOUTS = ("sum", "root", "nodes")
 #: Layers on the atoms.
 NUM_LAYERS = 2
 #: Typical number of sources per target if the caller gives none.
@@ -86,11 +89,13 @@ class NBodyNet(Resettable):
     ===================  ===========================  ==========================================
     z                    ``z``                        (atoms,) atomic numbers
     r                    ``pos``                      (atoms, 3) angstrom
+    x                    ``x``                        (atoms, node_inputs.dim), with ``node_inputs`` only
     E                    result                       (graphs,) for a scalar target; else (graphs, dim)
     ===================  ===========================  ==========================================
 
     Args:
-        species: atomic numbers that the network knows.
+        species: atomic numbers that the network knows. 0 is the number of points that are no atoms; None: all points
+            are such, and ``z`` may be left out.
         scheme: composition scheme; the default is two nested shells, of 3.5 and 5 angstrom.
         channels: multiplicity of every fragment; None: 32, unless ``irreps`` is given.
         lmax: highest degree; None: 2, unless ``irreps`` is given.
@@ -98,7 +103,7 @@ class NBodyNet(Resettable):
         preset: "practical" or "strict".
         irreps_out: type of the target in e3nn's notation: "0e" energy, "1o" dipole, "0e + 2e" polarizability.
         readout: "sum" adds up a value over the parts of all levels below the root, so it is extensive; "root" reads the
-            root only, which is not additive.
+            root only, which is not additive; "nodes" gives a value for every atom, (atoms,) or (atoms, dim).
         gate: your class of gates for every step of the hierarchy, or a mapping from "pair", "up" and "down" to classes
             (:class:`~nbody_pyg.nn.custom.GateFactory`; docs/extending.md). Atoms then start from a learned
             vector of their element. A model file holds the name of the class, which must be imported before loading.
@@ -116,6 +121,10 @@ class NBodyNet(Resettable):
             (:class:`~nbody_pyg.nn.charges.LongRangeSettings`).
         inputs: further inputs: "charge", the total charge, and "spin", the multiplicity
             (:class:`~nbody_pyg.nn.charges.ElectronicEmbedding`).
+        node_inputs: type of further inputs of every atom, such as "0e + 1o" for a charge and a velocity. They are
+            ``data.x`` in e3nn's mul_ir order.
+        softening: length below which distances are softened, in the unit of the positions
+            (:func:`~nbody_pyg.radial.soften`).
 
     The attribute ``assumed`` holds charge and spin of the training data of a network without these inputs, unless it is
     a neutral singlet; training sets it.
@@ -123,7 +132,8 @@ class NBodyNet(Resettable):
     Equivariance: O(3) (with parity "ignored" only rotations), translation, permutation.
     Smoothness: that of the scheme. Cost: linear in the number of edges.
     Raises: ValueError: unknown preset, readout or parity, a type that no path reaches, ``irreps`` together with
-    ``channels`` or ``lmax``; in forward: an unknown element, a charge or spin without an input for it.
+    ``channels`` or ``lmax``, node inputs without effect, a scheme with no way down to the atoms for readout "nodes"; in
+    forward: an unknown element, a charge or spin without an input for it, ``x`` missing or of another shape.
 
     Example:
         >>> NBodyNet([1, 6, 8], channels=8)
@@ -135,7 +145,7 @@ class NBodyNet(Resettable):
     @renamed(**FORMER_ARGUMENTS)
     def __init__(
         self,
-        species: Sequence[int],
+        species: Sequence[int] | None,
         scheme: Scheme | None = None,
         channels: int | None = None,
         lmax: int | None = None,
@@ -153,12 +163,14 @@ class NBodyNet(Resettable):
         avg_num_neighbors: Mapping[str, float] | None = None,
         long_range: str | Mapping[str, Any] | LongRangeSettings | None = None,
         inputs: str | Sequence[str] | None = None,
+        node_inputs: str | o3.Irreps | None = None,
+        softening: float = SOFT_LENGTH,
     ) -> None:
         super().__init__()
         self.scheme = NestedShells() if scheme is None else scheme
         if not isinstance(self.scheme, Scheme):
             raise TypeError(f"scheme must be a composition scheme such as BondTree(), got {scheme!r}")
-        self.species = _check_species(species)
+        self.species = (0,) if species is None else _check_species(species)
         self.preset = check_choice("preset", preset, tuple(PRESETS))
         self.readout = check_choice("readout", readout, READOUTS)
         self.gates = gate_factories(gate)
@@ -168,6 +180,8 @@ class NBodyNet(Resettable):
         #: Which of charge and spin are inputs of the network.
         self.inputs = check_inputs(inputs) if inputs else ()
         self.assumed: dict[str, float] = {}
+        self.softening = check_softening(softening)
+        self._check_way_down()
         self.num_layers = self._check_layers(num_layers)
         self.avg_num_neighbors = self._check_neighbors(avg_num_neighbors)
         self.correlation = _whole("correlation", correlation)
@@ -181,6 +195,7 @@ class NBodyNet(Resettable):
             raise ValueError(f"irreps_out must name at least one component, got {str(irreps_out)!r}; try '0e'")
         for one in self.level_types.values():
             require_reachable(self.irreps_out, {ir for _, ir in one}, f"a network of type {one}")
+        self.node_inputs = None if node_inputs is None else self._check_node_inputs(node_inputs)
         table = torch.full((120,), -1, dtype=torch.long)  # the last entry is for numbers that are not elements
         table[torch.tensor(self.species)] = torch.arange(len(self.species))
         self.register_buffer("species_of", table, persistent=False)
@@ -198,6 +213,30 @@ class NBodyNet(Resettable):
                 "scheme, e.g. NestedShells((3.5, 5.0, 5.0))"
             )
         return layers
+
+    def _check_way_down(self) -> None:
+        """Raise ValueError if the value of an atom could not depend on the levels above it."""
+        pairs = self.scheme.levels[0].pair_radius is not None
+        if self.readout == "nodes" and not self.scheme.centred and not (pairs and self.sweeps == "up-down"):
+            raise ValueError(
+                f"readout 'nodes' needs a way down to the atoms, which {self.scheme!r} with sweeps {self.sweeps!r} has "
+                "not; give the scheme pairs of atoms and leave sweeps out, or use NestedShells"
+            )
+
+    def _check_node_inputs(self, given: str | o3.Irreps) -> o3.Irreps:
+        """The type of the node inputs. Raises: ValueError: a fragment that cannot change any state."""
+        irreps = o3.Irreps(given)
+        known = {ir for one in self.level_types.values() for _, ir in one}
+        for _, ir in irreps:
+            made = {end for _, harmonic in harmonic_irreps(self.lmax, self.parity) for end in ir * harmonic}
+            if not made & known:
+                raise ValueError(
+                    f"node_inputs must have fragments that change states of type {self.irreps}, got {ir} in {irreps}; "
+                    "take parity='both' for inputs of any parity (with 'ignored' all are written even)"
+                )
+        if irreps.dim == 0:
+            raise ValueError(f"node_inputs must name at least one component, got {str(given)!r}; try '0e + 1o'")
+        return irreps
 
     def _check_neighbors(self, given: Mapping[str, float] | None) -> dict[str, float]:
         """Numbers of neighbours by edge set. Raises: ValueError: unknown sets, or numbers that are not positive."""
@@ -266,17 +305,23 @@ class NBodyNet(Resettable):
         if "down" in self.gates:
             # A user's gate may be of any degree in the states, and steps down follow each other
             self.bound = SoftNorm() if self.preset == "practical" else nn.Identity()
-        if self.gates:
+        self.embed_nodes = None
+        if self.gates or self.node_inputs is not None:
             self.elements = nn.Parameter(torch.randn(len(self.species), start))
-        if self.inputs or self.gates:
-            types[0] = o3.Irreps([(start, (0, 1))])  # initial states of the atoms
+        if self.inputs or self.gates or self.node_inputs is not None:
+            given = {o3.Irrep("0e")} | {ir for _, ir in self.node_inputs or ()}
+            types[0] = o3.Irreps([(start, ir) for ir in sorted(given, key=lambda ir: (ir.l, -ir.p))])  # initial states
+        if self.node_inputs is not None:
+            taken = {ir for _, ir in self.node_inputs}
+            self.embed_nodes = IrrepsLinear(self.node_inputs, o3.Irreps([(m, ir) for m, ir in types[0] if ir in taken]))
+            self._starts_with_scalars = o3.Irrep("0e") in taken
         for n, step in enumerate(self.steps):
             if (name := str(step.edges)) not in self.embeddings:
                 radius = radii[step.edges]
                 basis = (
                     InversePowers(num_basis - 1, radius) if self.preset == "strict" else BesselBasis(num_basis, radius)
                 )
-                self.embeddings[name] = EdgeEmbedding(self.lmax, basis, self.parity)
+                self.embeddings[name] = EdgeEmbedding(self.lmax, basis, self.parity, self.softening)
             sends_again = any(self._source(later) == step.level for later in self.steps[n + 1 :])
             final = last_visit[step.level] == n and not sends_again
             most = highest if final and step.kind != "down" else self.lmax
@@ -309,7 +354,7 @@ class NBodyNet(Resettable):
         for k in range(1, top + 1):
             steps += [Step("up", k)] + ([Step("pair", k)] if pairs[k] else [])
         # Shells need no way down: their lower levels are the same atoms with less context.
-        if self.sweeps == "up-down" and pairs[0] and self.readout == "sum":
+        if self.sweeps == "up-down" and pairs[0] and self.readout != "root":
             steps += [Step("down", k) for k in range(top - 1, -1, -1)]
         return steps + [Step("pair", 0)] * passes
 
@@ -373,7 +418,9 @@ class NBodyNet(Resettable):
         return types.get(step.level - 1) if self._centred(step.level) else None
 
     def _read_levels(self) -> list[int]:
-        return [len(self.scheme.levels) - 1] if self.readout == "root" else sorted(self._types)
+        if self.readout == "root":
+            return [len(self.scheme.levels) - 1]
+        return [k for k in sorted(self._types) if self.readout == "sum" or self._centred(k)]
 
     def _shifts(self) -> bool:
         return self.readout == "sum" and self.irreps_out.count(o3.Irrep("0e")) == self.irreps_out.dim
@@ -381,7 +428,7 @@ class NBodyNet(Resettable):
     # ------------------------------------------------------------------ evaluation
     def forward(
         self,
-        z: Integer[Tensor, " atoms"] | Data | System | Hierarchy,
+        z: Integer[Tensor, " atoms"] | Data | System | Hierarchy | None,
         pos: Float[Tensor, "atoms 3"] | None = None,
         batch: Int[Tensor, " atoms"] | None = None,
         *,
@@ -392,20 +439,23 @@ class NBodyNet(Resettable):
         charges: Float[Tensor, " atoms"] | None = None,
         spin: Tensor | None = None,
         batch_size: int | None = None,
+        x: Float[Tensor, "atoms dim"] | None = None,
     ) -> Float[Tensor, " graphs *dim"]:
         """Value of each system: energies without those of isolated atoms, eV, or the target of ``irreps_out``.
+
+        With the readout "nodes" it is the value of each atom, (atoms, dim).
 
         The first argument may also be a ``Data``, a ``Batch``, a :class:`~nbody_pyg.system.System`, or the result of
         :meth:`hierarchy`. A topology that a transform stored on the data is used; otherwise it is built.
         ``charge`` is the total charge of each graph, e (0 if it is not
         given), ``charges`` the formal charges of the atoms, if they are known, and ``spin`` the multiplicity 2S + 1 of
         each graph (1 if it is not given). ``batch_size`` is the number of graphs, needed if the last ones have no atoms
-        (a Batch has it); the value of a graph without atoms is 0.
+        (a Batch has it); the value of a graph without atoms is 0. ``x`` are the node inputs, if the network has them.
         """
         if isinstance(z, Hierarchy):
             return self.total(z)
         state = {"charge": charge, "charges": charges, "spin": spin}
-        given = {"cell": cell, "pbc": pbc, "topology": topology, "batch_size": batch_size, **state}
+        given = {"cell": cell, "pbc": pbc, "topology": topology, "batch_size": batch_size, "x": x, **state}
         return self.total(self.hierarchy(z, pos, batch, **given))
 
     @property
@@ -416,20 +466,35 @@ class NBodyNet(Resettable):
     @opaque_to_compile
     @in_own_precision
     def total(self, hierarchy: Hierarchy) -> Float[Tensor, " graphs *dim"]:
-        """Value of each system of a hierarchy: the sum of those of its parts; see :meth:`values`."""
-        values = self.values(hierarchy).items()
-        total = reduce(torch.add, (sum_into(v, hierarchy[k].batch, hierarchy.num_graphs) for k, v in values))
+        """Value of each system of a hierarchy: the sum of those of its parts; see :meth:`values`.
+
+        With the readout "nodes" the value of each atom: the sum over the levels.
+        """
+        values = self.values(hierarchy)
+        if self.readout == "nodes":
+            total = reduce(torch.add, values.values())
+        else:
+            sums = (sum_into(v, hierarchy[k].batch, hierarchy.num_graphs) for k, v in values.items())
+            total = reduce(torch.add, sums)
         return total.squeeze(-1) if self.irreps_out.dim == 1 else total
 
     @opaque_to_compile
     @in_own_precision
     def hierarchy(
-        self, z: Tensor | Data | System, pos: Tensor | None = None, batch: Tensor | None = None, **given: Any
+        self,
+        z: Tensor | Data | System | None,
+        pos: Tensor | None = None,
+        batch: Tensor | None = None,
+        x: Tensor | None = None,
+        **given: Any,
     ) -> Hierarchy:
         """The hierarchy that :meth:`forward` would use for these atoms; arguments as there."""
         if isinstance(pos, torch.fx.Proxy):
             raise TypeError("pos must be a tensor; torch.fx.symbolic_trace cannot follow a network, torch.export can")
-        system = System.of(z, pos, batch, read=self.read, **given)
+        if z is None and self.species == (0,) and isinstance(pos, Tensor):
+            z = torch.zeros(pos.shape[:1], dtype=torch.long, device=pos.device)
+        system = System.of(z, pos, batch, read=self.read, **given)  # type: ignore[arg-type]  # it refuses None
+        system = self._with_node_inputs(system, system.x if x is None else x)
         if system.topology is None and not has_values(system.pos):
             raise RuntimeError(
                 "neighbours are found from values of positions, which tracers, torch.vmap, fake and meta tensors lack; "
@@ -444,9 +509,29 @@ class NBodyNet(Resettable):
 
     def read(self, data: Data, topology: Topology | None = None, batch_size: int | None = None) -> System:
         """The checked system of a Data or Batch, in the form that the network uses."""
+        data = points(data) if self.species == (0,) else data
         require_atoms(data)
         refuse_unstated(data, self.inputs)
-        return self.scheme.system(data, topology, batch_size)
+        system = self.scheme.system(data, topology, batch_size)
+        return system if self.node_inputs is None else system.replace(x=data.get("x"))
+
+    def _with_node_inputs(self, system: System, x: Any) -> System:
+        """The system with its node inputs in the precision of the network.
+
+        Raises: ValueError: inputs that are missing, of another shape, or that the network does not have.
+        """
+        if self.node_inputs is None:
+            if x is not None:
+                raise ValueError("x must be left out, since the network has no node_inputs; build one with node_inputs")
+            return system
+        wanted = (system.pos.shape[0], self.node_inputs.dim)
+        if not isinstance(x, Tensor) or tuple(x.shape) != wanted or not x.is_floating_point():
+            found = f"{list(x.shape)} of {x.dtype}" if isinstance(x, Tensor) else type(x).__name__
+            raise ValueError(
+                f"x must be a floating tensor {list(wanted)}, the node inputs {self.node_inputs} of each atom in mul_ir "
+                f"order, got {found}; set data.x, or pass x="
+            )
+        return system.replace(x=x.to(self.dtype))
 
     def states(self, hierarchy: Hierarchy) -> dict[int, Float[Tensor, "parts rows channels"]]:
         """State of every part, by level; levels that the network does not use are left out.
@@ -476,6 +561,13 @@ class NBodyNet(Resettable):
         if self.elements is not None:
             start = self.elements.index_select(0, species).unsqueeze(1)
             states[0] = states[0] + start if 0 in states else start
+        if self.embed_nodes is not None:
+            x = from_mul_ir(required(hierarchy.system.x), required(self.node_inputs))
+            x = self.embed_nodes(x).view(x.shape[0], -1, states[0].shape[2])
+            if self._starts_with_scalars:
+                states[0] = add_to_scalars(x, states[0].squeeze(1))
+            else:
+                states[0] = torch.cat([states[0], x], dim=1)
         for step, interaction in zip(self.steps, self.interactions, strict=True):
             edges = self._edges(step, hierarchy, features)
             source = states.get(self._source(step))
@@ -606,6 +698,8 @@ class NBodyNet(Resettable):
             "avg_num_neighbors": self.avg_num_neighbors or None,
             "long_range": None if self.long_range_settings is None else self.long_range_settings.to_dict(),
             "inputs": list(self.inputs) or None,
+            **({} if self.node_inputs is None else {"node_inputs": str(self.node_inputs)}),
+            **({} if self.softening == SOFT_LENGTH else {"softening": self.softening}),
         }
 
     @classmethod
@@ -663,6 +757,8 @@ def _whole(name: str, value: Any) -> int:
 
 def _check_species(species: Sequence[int]) -> tuple[int, ...]:
     found = tuple(sorted({int(n) for n in species}))
-    if not found or found[0] < 1 or found[-1] > 118:
-        raise ValueError(f"species must be atomic numbers between 1 and 118, got {list(species)}; e.g. [1, 6, 8]")
+    if not found or found[0] < 0 or found[-1] > 118:
+        raise ValueError(
+            f"species must be atomic numbers between 1 and 118 (or 0 for points), got {list(species)}; e.g. [1, 6, 8]"
+        )
     return found

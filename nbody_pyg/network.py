@@ -152,7 +152,7 @@ class OwnNetwork(Network):
         super().__init__(model)
         self.inputs, self.long_range = model.inputs, model.long_range is not None
         energies = str(model.irreps_out) == "1x0e" and model.readout == "sum"
-        self.wants_repulsion = energies and model.preset == "practical"
+        self.wants_repulsion = energies and model.preset == "practical" and 0 not in model.species
 
     @property
     def used(self) -> frozenset[str]:

@@ -137,6 +137,11 @@ class PropertyModel(nn.Module):
             wanted = property_irreps(self.properties)
             if model.irreps_out != wanted:
                 raise ValueError(f"model must have irreps_out={str(wanted)!r} for {names}, got {model.irreps_out}")
+            if model.readout == "nodes":
+                raise ValueError(
+                    "model must have the readout 'sum' or 'root' for properties of whole systems, got 'nodes'; train a "
+                    "network of node values in a loop of your own (docs/pyg.md)"
+                )
             roots = {p.readout == "root" for p in self.properties}
             if roots != {model.readout == "root"}:
                 raise ValueError(

@@ -17,7 +17,7 @@ from nbody_pyg.kernels.backend import dispatch
 from nbody_pyg.kernels.edges import window_kernel
 from nbody_pyg.kernels.gpu.features import window_program
 
-#: Length (angstrom) below which distances are softened, see :func:`soften`.
+#: Default length (angstrom) below which distances are softened, see :func:`soften`.
 SOFT_LENGTH = 0.5
 
 
@@ -95,18 +95,33 @@ def plateau_window(r: Float[Tensor, " edges"], inner: float, outer: float) -> Fl
     return quintic_step((outer - r) / (outer - inner))
 
 
-def soften(vec: Float[Tensor, "edges 3"]) -> tuple[Float[Tensor, "edges 3"], Float[Tensor, " edges"]]:
+def check_softening(length: float) -> float:
+    """The length a of :func:`soften`. Raises: ValueError: it is not positive and finite."""
+    if isinstance(length, bool) or not isinstance(length, (int, float)) or not 0 < length < math.inf:
+        raise ValueError(
+            f"softening must be a positive finite length in the unit of the positions, got {length!r}; take a tenth "
+            "of a typical distance of neighbours"
+        )
+    return float(length)
+
+
+def soften(
+    vec: Float[Tensor, "edges 3"], length: float = SOFT_LENGTH
+) -> tuple[Float[Tensor, "edges 3"], Float[Tensor, " edges"]]:
     r"""Softened direction and distance of edge vectors, smooth everywhere including coincident points.
 
-    .. math:: \rho = \sqrt{r^2 + a^2}, \qquad u = \mathbf r / \rho, \qquad a = 0.5\ \text{angstrom}
+    .. math:: \rho = \sqrt{r^2 + a^2}, \qquad u = \mathbf r / \rho
 
     A part may sit exactly on its parent (a group with one atom, the centre of a ring), where :math:`\mathbf r/r`
     has no value. Solid harmonics of :math:`u` vanish there for every degree above 0, as they must.
 
+    Args:
+        length: a, in the unit of ``vec``; 0.5 angstrom by default.
+
     Returns: (u, rho).
     Smoothness: C-infinity. Equivariance: u turns with the vector, rho is invariant.
     """
-    rho = (vec.square().sum(-1) + SOFT_LENGTH**2).sqrt()
+    rho = (vec.square().sum(-1) + length**2).sqrt()
     return vec / rho.unsqueeze(-1), rho
 
 

@@ -55,6 +55,7 @@ class System:
     ``given``                                  what a scheme reads beside the atoms, such as bonds or labels
     ``topology``          Topology or None     parts and edges, if they are known already
     ``species``           Species or None      numbers of the elements among those of the model that asks
+    ``x``                 [N, dim] or None     inputs of the atoms in e3nn's mul_ir order, for networks with node inputs
     ====================  ===================  ==============================================================
 
     The constructor checks nothing: it is for what is computed from a checked system. The border is :meth:`from_data`,
@@ -73,6 +74,7 @@ class System:
     given: Mapping[str, Any] = field(default_factory=dict)
     topology: Any = None
     species: Species | None = None
+    x: Float[Tensor, "atoms dim"] | None = None
 
     # ------------------------------------------------------------------ the border
     @classmethod
@@ -195,6 +197,7 @@ class System:
             among(graphs, self.total_charge),
             among(atoms, self.formal_charges),
             among(graphs, self.spin),
+            x=among(atoms, self.x),
         )
 
     def to(self, device: torch.device | str) -> System:

@@ -271,8 +271,8 @@ def _check_header(header: Mapping[str, Any]) -> None:
     if header["dtype"] not in _DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(_DTYPES)}, got {short(header['dtype'])}")
     elements = [*(header["species"] or []), *map(_element, header["e0"] or {})]
-    if not all(type(number) is int and 0 < number < 119 for number in elements):
-        raise ValueError(f"elements must be atomic numbers between 1 and 118, got {short(elements)}")
+    if not all(type(number) is int and 0 <= number < 119 for number in elements):
+        raise ValueError(f"elements must be atomic numbers between 0 and 118, got {short(elements)}")
     if not all(type(value) in _NUMBER for value in (header["e0"] or {}).values()):
         raise ValueError(f"e0 must hold numbers, got {short(header['e0'])}")
     if header["units"] != _UNITS:

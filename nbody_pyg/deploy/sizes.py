@@ -39,10 +39,10 @@ def check_sizes(config: Mapping[str, Any], shapes: Shapes) -> None:
     for name, least in counts.items():
         _integer(name, getattr(settings, name, None), least)
     species = settings.species
-    if not isinstance(species, list) or not 0 < len(species) <= 118:
-        raise ValueError(f"species must list atomic numbers between 1 and 118, got {short(species)}")
+    if not isinstance(species, list) or not 0 < len(species) <= 119:
+        raise ValueError(f"species must list atomic numbers between 0 and 118, got {short(species)}")
     for number in species:
-        _integer("species", number, 1)
+        _integer("species", number, 0)
     check_parity(settings.parity)
     interactions = 1 + max((int(n.split(".")[1]) for n in shapes if _is_numbered(n)), default=-1)
     scheme = _scheme(settings.scheme, interactions)

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch_geometric.data import Batch, Data
 from torch_geometric.transforms import BaseTransform
 
-from nbody_pyg.data import AtomicData, has_hierarchy, is_topology_key, require_atoms
+from nbody_pyg.data import AtomicData, has_hierarchy, is_topology_key, points, require_atoms
 from nbody_pyg.geometry import edge_vectors
 from nbody_pyg.hierarchy.levels import EdgeSet, Hierarchy, Level
 from nbody_pyg.hierarchy.mark import ATOMS, FOUND, FOUND_BONDS, INPUTS, KEPT, KIND, MARK, found_bonds, mark_of
@@ -292,8 +292,11 @@ class Scheme(BaseTransform):  # type: ignore[misc]  # PyG has no py.typed
     def forward(self, data: Data) -> Data:
         """Transform: the data as :class:`AtomicData` with the topology stored on it. A Batch stays one.
 
+        Points without ``z`` are no atoms; they get the number 0.
+
         Raises: ValueError, TypeError: no atoms to build from, or user keys with names that the topology uses.
         """
+        data = points(data)
         require_atoms(data)
         fresh = not has_hierarchy(data)
         if fresh:

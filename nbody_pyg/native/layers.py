@@ -20,7 +20,6 @@ from nbody_pyg.nn.interaction import Interaction
 from nbody_pyg.nn.irreps import harmonic_irreps, num_rows
 from nbody_pyg.nn.products import ChannelwiseProduct, coupling_table, table_terms
 from nbody_pyg.nn.readout import LinearReadout, MLPReadout
-from nbody_pyg.radial import SOFT_LENGTH
 from nbody_pyg.required import required
 
 
@@ -40,6 +39,7 @@ class Shell:
     ``readout``     from these states to energies
     ``species``     number of elements
     ``parity``      of the network
+    ``softening``   length below which distances are softened, angstrom
     ==============  ============================================================
     """
 
@@ -52,6 +52,7 @@ class Shell:
     readout: LinearReadout
     species: int
     parity: str
+    softening: float
 
     @property
     def update(self) -> Update:
@@ -94,7 +95,7 @@ class Shell:
         layer = self.layer
         found = {
             "window": pieces.add(window_source(self.exponent, second=False)),
-            "features": pieces.add(feature_source(self.polynomials, soft=SOFT_LENGTH, second=False, **self.radial)),
+            "features": pieces.add(feature_source(self.polynomials, soft=self.softening, second=False, **self.radial)),
             "density": pieces.add(
                 codegen.density_source(len(self.polynomials), self.basis, self.species, second=False)
             ),
@@ -156,6 +157,7 @@ def shells_of(model: NBodyNet) -> list[Shell]:
                 readout=readouts[str(step.level)],
                 species=len(model.species),
                 parity=model.parity,
+                softening=embedding.softening,
             )
         )
     return found

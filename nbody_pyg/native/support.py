@@ -75,6 +75,8 @@ def _of_network(model: NBodyNet) -> str | None:
         return "the network has long-range energies"
     if model.inputs:
         return f"the network has the inputs {', '.join(model.inputs)}"
+    if model.node_inputs is not None:
+        return f"the network has the node inputs {model.node_inputs}"
     if str(model.irreps_out) != "1x0e" or model.readout != "sum":
         return f"the network gives {model.irreps_out} (readout {model.readout!r}), not an energy"
     if model.dtype not in _DTYPES:

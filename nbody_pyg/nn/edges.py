@@ -13,7 +13,7 @@ from nbody_pyg.kernels.gpu.features import FeatureProgram
 from nbody_pyg.nn.as_written import AsWritten, written
 from nbody_pyg.nn.harmonics import SolidHarmonics
 from nbody_pyg.nn.irreps import Resettable
-from nbody_pyg.radial import SOFT_LENGTH, BesselBasis, InversePowers, soften
+from nbody_pyg.radial import SOFT_LENGTH, BesselBasis, InversePowers, check_softening, soften
 
 
 class EdgeFeatures(NamedTuple):
@@ -42,10 +42,14 @@ class EdgeEmbedding(Resettable):
         lmax: highest degree of the harmonics.
         radial: basis of functions of the distance (:mod:`nbody_pyg.radial`).
         parity: "natural", "both" or "ignored".
+        softening: length below which distances are softened, angstrom (:func:`~nbody_pyg.radial.soften`).
     """
 
-    def __init__(self, lmax: int, radial: nn.Module, parity: str = "natural") -> None:
+    def __init__(
+        self, lmax: int, radial: nn.Module, parity: str = "natural", softening: float = SOFT_LENGTH
+    ) -> None:
         super().__init__()
+        self.softening = check_softening(softening)
         self.harmonics = SolidHarmonics(lmax, parity)
         self.radial = radial
         self._as_written = AsWritten(self, _KNOWN)
@@ -55,8 +59,8 @@ class EdgeEmbedding(Resettable):
         if self._as_written() and isinstance(radial, (BesselBasis, InversePowers)):
             known: dict[str, Any] = radial.compiled()
             polynomials = self.harmonics.polynomials()
-            self.kernel = FeatureKernel(polynomials, soft=SOFT_LENGTH, **known)
-            self.gpu = FeatureProgram(polynomials, soft=SOFT_LENGTH, **known)
+            self.kernel = FeatureKernel(polynomials, soft=self.softening, **known)
+            self.gpu = FeatureProgram(polynomials, soft=self.softening, **known)
 
     def forward(
         self,
@@ -70,7 +74,7 @@ class EdgeEmbedding(Resettable):
         return EdgeFeatures(index, harmonics, radial, num_targets)
 
     def _plain(self, vec: Tensor, window: Tensor) -> tuple[Tensor, Tensor]:
-        direction, rho = soften(vec)
+        direction, rho = soften(vec, self.softening)
         return self.harmonics(direction), self.radial(rho) * window.unsqueeze(-1)
 
 

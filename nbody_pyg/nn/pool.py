@@ -12,6 +12,7 @@ from torch_geometric.nn.pool.connect import Connect, ConnectOutput
 from torch_geometric.nn.pool.select import Select, SelectOutput
 from torch_geometric.utils import coalesce, remove_self_loops
 
+from nbody_pyg.data import points
 from nbody_pyg.geometry import ragged
 from nbody_pyg.hierarchy import Scheme, Topology
 from nbody_pyg.nn.edges import sum_into
@@ -57,14 +58,24 @@ class NBodySelect(Select):  # type: ignore[misc]  # PyG has no py.typed
         self.scheme, self.level = scheme, level
 
     def forward(
-        self, z: Tensor | Data | System, pos: Tensor | None = None, batch: Tensor | None = None, **given: Any
+        self, z: Tensor | Data | System | None, pos: Tensor | None = None, batch: Tensor | None = None, **given: Any
     ) -> SelectOutput:
         """Memberships for some atoms, or for a ``Data`` or ``Batch`` (whose stored hierarchy is used).
+
+        Points that are no atoms need no atomic numbers: ``z`` may be None, or missing in the data.
 
         Args:
             given: cell, pbc and topology, as for networks.
         """
-        return self.place(System.of(z, pos, batch, read=self.scheme.system, **given)).select
+        return self.place(self.system(z, pos, batch, **given)).select
+
+    def system(
+        self, z: Tensor | Data | System | None, pos: Tensor | None = None, batch: Tensor | None = None, **given: Any
+    ) -> System:
+        """The checked system of some atoms or points; arguments as for :meth:`forward`."""
+        if z is None and isinstance(pos, Tensor):
+            z = torch.zeros(pos.shape[:1], dtype=torch.long, device=pos.device)
+        return System.of(points(z), pos, batch, read=self.scheme.system, **given)
 
     def place(self, system: System) -> PlacedSelect:
         """Memberships together with the positions of children and parts, and the graph of each part."""
@@ -278,13 +289,17 @@ class NBodyPooling(Resettable):
             edge_index: edges between these nodes.
             edge_attr: features of these edges.
             batch: graph of each atom.
-            z: atomic numbers; or a ``Data`` or ``Batch`` of the atoms, in place of ``z``, ``pos`` and ``batch``.
+            z: atomic numbers, None for points that are no atoms; or a ``Data`` or ``Batch``, in place of ``z``, ``pos``
+                and ``batch``.
             pos: positions of the atoms.
             topology: hierarchy of the atoms, if known.
         """
-        if z is None:
-            raise TypeError("z must be given by name: pool(x, edge_index, edge_attr, batch, z=z, pos=pos) or z=data")
-        system = System.of(z, pos, batch, read=self.select.scheme.system, topology=topology)
+        if z is None and pos is None:
+            raise TypeError(
+                "pos must be given by name: pool(x, edge_index, edge_attr, batch, z=z, pos=pos), without z for points, or "
+                "z=data"
+            )
+        system = self.select.system(z, pos, batch, topology=topology)
         select, vec, place, graph = self.select.place(system)
         if x.dim() != 2 or x.shape[0] != select.num_nodes:
             raise ValueError(

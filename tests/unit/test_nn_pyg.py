@@ -377,7 +377,7 @@ def test_pooling_takes_its_arguments_in_the_order_of_pyg(molecules):
     assert x_out.shape == (3, 5) and edge_attr.shape == (edge_index.shape[1],) and batch.tolist() == [0, 0, 0]
     assert found._fields[:4] == ("x", "edge_index", "edge_attr", "batch") and x_out.dtype == torch.float32
     torch.testing.assert_close(pool(x, edges, z=Data(z=z, pos=pos)).x, x_out, rtol=0, atol=0)
-    with pytest.raises(TypeError, match="z must be given by name"):
+    with pytest.raises(TypeError, match="pos must be given by name"):
         pool(x, edges, z, pos)
     with pytest.raises(TypeError, match="pos, batch, cell and pbc come from the Data"):
         pool(x, edges, batch=torch.zeros_like(z), z=Data(z=z, pos=pos))
