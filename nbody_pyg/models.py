@@ -455,8 +455,8 @@ class NBodyNet(Resettable):
         if isinstance(z, Hierarchy):
             return self.total(z)
         state = {"charge": charge, "charges": charges, "spin": spin}
-        given = {"cell": cell, "pbc": pbc, "topology": topology, "batch_size": batch_size, "x": x, **state}
-        return self.total(self.hierarchy(z, pos, batch, **given))
+        given = {"cell": cell, "pbc": pbc, "topology": topology, "batch_size": batch_size, **state}
+        return self.total(self.hierarchy(z, pos, batch, x=x, **given))
 
     @property
     def used(self) -> frozenset[str]:
@@ -485,7 +485,6 @@ class NBodyNet(Resettable):
         z: Tensor | Data | System | None,
         pos: Tensor | None = None,
         batch: Tensor | None = None,
-        x: Tensor | None = None,
         **given: Any,
     ) -> Hierarchy:
         """The hierarchy that :meth:`forward` would use for these atoms; arguments as there."""
@@ -493,7 +492,8 @@ class NBodyNet(Resettable):
             raise TypeError("pos must be a tensor; torch.fx.symbolic_trace cannot follow a network, torch.export can")
         if z is None and self.species == (0,) and isinstance(pos, Tensor):
             z = torch.zeros(pos.shape[:1], dtype=torch.long, device=pos.device)
-        system = System.of(z, pos, batch, read=self.read, **given)  # type: ignore[arg-type]  # it refuses None
+        x = given.pop("x", None)
+        system = System.of(z, pos, batch, read=self.read, **given)
         system = self._with_node_inputs(system, system.x if x is None else x)
         if system.topology is None and not has_values(system.pos):
             raise RuntimeError(
@@ -528,8 +528,8 @@ class NBodyNet(Resettable):
         if not isinstance(x, Tensor) or tuple(x.shape) != wanted or not x.is_floating_point():
             found = f"{list(x.shape)} of {x.dtype}" if isinstance(x, Tensor) else type(x).__name__
             raise ValueError(
-                f"x must be a floating tensor {list(wanted)}, the node inputs {self.node_inputs} of each atom in mul_ir "
-                f"order, got {found}; set data.x, or pass x="
+                f"x must be a floating tensor {list(wanted)}, the node inputs {self.node_inputs} of each atom in "
+                f"mul_ir order, got {found}; set data.x, or pass x="
             )
         return system.replace(x=x.to(self.dtype))
 

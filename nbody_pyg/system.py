@@ -143,7 +143,7 @@ class System:
     @classmethod
     def of(
         cls,
-        z: System | Data | Tensor,
+        z: System | Data | Tensor | None,
         pos: Tensor | None = None,
         batch: Tensor | None = None,
         *,

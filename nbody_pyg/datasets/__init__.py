@@ -7,6 +7,7 @@ from nbody_pyg.datasets.audit import LabelTable, label_audit, require_labels
 from nbody_pyg.datasets.embedded import embedded, embedded_folder, embedded_manifest, load_embedded
 from nbody_pyg.datasets.frames import Frames
 from nbody_pyg.datasets.md17 import load_md17, load_rmd17
+from nbody_pyg.datasets.particles import charged_particles
 from nbody_pyg.datasets.pyg import from_pyg
 from nbody_pyg.datasets.qm9 import load_qm9, load_qm9_dipoles, qm9_atomref, qm9_split
 from nbody_pyg.datasets.readers import read_frames
@@ -18,6 +19,7 @@ __all__ = [
     "Frames",
     "LabelTable",
     "Split",
+    "charged_particles",
     "embedded",
     "embedded_folder",
     "embedded_manifest",

@@ -26,8 +26,8 @@ def charged_particles(
 ) -> list[AtomicData]:
     r"""Positions, velocities and charges of particles, and their positions some steps later.
 
-    .. math:: \ddot{\mathbf r}_i = \sum_{j \ne i} q_i q_j \frac{\mathbf r_i - \mathbf r_j}{|\mathbf r_i - \mathbf r_j|^3},
-              \qquad q_i = \pm 1
+    .. math:: \ddot{\mathbf r}_i = \sum_{j \ne i} q_i q_j\, \mathbf r_{ij}\, |\mathbf r_{ij}|^{-3}, \qquad
+              \mathbf r_{ij} = \mathbf r_i - \mathbf r_j, \quad q_i = \pm 1
 
     Without units, in free space, by the leapfrog method with steps of 0.001. Positions start normally distributed, with
     standard deviation (particles / 5)^(1/3), velocities with length 0.5 in random directions. Components of forces are
@@ -50,13 +50,16 @@ def charged_particles(
         steps_before: steps before the input.
         steps_between: steps from the input to the target.
 
-    Raises: ValueError: a number below 1, or negative ``steps_before``.
+    Raises: ValueError: a number below 1, or a negative ``steps_before``.
     """
-    counts = {"num_samples": num_samples, "num_particles": num_particles, "num_clusters": num_clusters,
-              "steps_between": steps_between, "steps_before": steps_before + 1}  # fmt: skip
-    for name, count in counts.items():
+    counts = {"num_samples": num_samples, "num_particles": num_particles, "num_clusters": num_clusters}
+    for name, count in (counts | {"steps_between": steps_between}).items():
         if count < 1:
-            raise ValueError(f"{name} must be at least {int(name != 'steps_before')}, got {count - (name == 'steps_before')}")
+            raise ValueError(f"{name} must be at least 1, got {count}")
+    if steps_before < 0:
+        raise ValueError(
+            f"steps_before must not be negative, got {steps_before}; 0 takes the first positions as inputs"
+        )
     drawn = [_start(np.random.default_rng([seed, n]), num_particles, num_clusters) for n in range(num_samples)]
     frames = []
     for first in range(0, num_samples, _TOGETHER):
@@ -107,4 +110,5 @@ class _Simulation:
         square = np.einsum("pxs,pxs->ps", vec, vec)
         pull = (self.q / (square * np.sqrt(square)))[:, None] * vec
         total = (self.pairs.T @ pull.reshape(len(pull), -1)).reshape(self.r.shape)
-        return np.clip(total, -_MAX_FORCE, _MAX_FORCE)
+        limited: np.ndarray = np.clip(total, -_MAX_FORCE, _MAX_FORCE)
+        return limited

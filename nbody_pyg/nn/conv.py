@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from e3nn import o3
-from torch import Tensor
+from torch import Tensor, nn
 from torch_geometric import EdgeIndex
 from torch_geometric.nn import MessagePassing
 from torch_geometric.utils import is_sparse, to_edge_index
@@ -17,9 +17,10 @@ from nbody_pyg.hierarchy.positions import lattice_vectors
 from nbody_pyg.kernels.autograd_flags import in_own_precision, is_tracing, opaque_to_compile
 from nbody_pyg.nn.edges import EdgeEmbedding
 from nbody_pyg.nn.gates import OneBodyGate, ProductGate
+from nbody_pyg.nn.interaction import SoftNorm
 from nbody_pyg.nn.irreps import Resettable, from_mul_ir, harmonic_irreps, require_reachable, to_mul_ir
 from nbody_pyg.nn.linear import IrrepsLinear
-from nbody_pyg.radial import BesselBasis, vector_window
+from nbody_pyg.radial import SOFT_LENGTH, BesselBasis, vector_window
 from nbody_pyg.renamed import FORMER_PARITY, renamed
 
 #: Attributes in which PyG keeps the hooks of message passing.
@@ -30,7 +31,10 @@ class NBodyConv(Resettable, MessagePassing):  # type: ignore[misc]  # PyG has no
     r"""One-body gate and products on any graph with positions: a PyG layer from and to irreps in e3nn's order.
 
     .. math:: A_i = \bar n^{-1/2} \sum_{j \to i} f(r_{ij})\, R(r_{ij})\, CG\big(W x_j \otimes Y(\mathbf r_{ij})\big),
-              \qquad x'_i = W' \big[A_i + A_i^2 + \dots\big] + W'' x_i
+              \qquad x'_i = W' \big[\hat A_i + \hat A_i^2 + \dots\big] + W'' x_i
+
+    Where there are products (``correlation`` > 1), :math:`\hat A` is A bounded by
+    :class:`~nbody_pyg.nn.interaction.SoftNorm`, so that states keep their size in a stack of layers; otherwise it is A.
 
     ==============  =================  ==================================================================
     symbol          code               shape, unit
@@ -54,6 +58,8 @@ class NBodyConv(Resettable, MessagePassing):  # type: ignore[misc]  # PyG has no
         correlation: highest power of the sum A, >= 1.
         avg_num_neighbors: typical number of sources per target, a constant.
         parity: "natural" or "ignored".
+        softening: length below which distances are softened, in the unit of ``pos``
+            (:func:`~nbody_pyg.radial.soften`).
 
     Equivariance: O(3) (or SO(3)), translation, permutation. Smoothness: C2 where an edge passes the cutoff.
     Cost: O(edges paths channels). Messages are computed edge by edge in plain torch if they must be visible
@@ -81,6 +87,7 @@ class NBodyConv(Resettable, MessagePassing):  # type: ignore[misc]  # PyG has no
         correlation: int = 1,
         avg_num_neighbors: float = 12.0,
         parity: str = "natural",
+        softening: float = SOFT_LENGTH,
     ) -> None:
         super().__init__(aggr="sum", node_dim=0)
         self.irreps_in, self.irreps_out = o3.Irreps(irreps_in), o3.Irreps(irreps_out)
@@ -95,10 +102,11 @@ class NBodyConv(Resettable, MessagePassing):  # type: ignore[misc]  # PyG has no
         summed = reached if correlation > 1 else wanted
         hidden = o3.Irreps([(channels, ir) for ir in sorted(summed) if ir.l <= max(lmax, order)])
         self._rows, self._channels = sum(ir.dim for _, ir in hidden_in), channels
-        self.embedding = EdgeEmbedding(order, BesselBasis(num_basis, self.cutoff), parity)
+        self.embedding = EdgeEmbedding(order, BesselBasis(num_basis, self.cutoff), parity, softening)
         self.lin_in = IrrepsLinear(self.irreps_in, hidden_in)
         self.gate = OneBodyGate(hidden_in, hidden, order, num_basis, avg_num_neighbors, parity)
         kept = o3.Irreps([(channels, ir) for ir in sorted(wanted)])
+        self.norm = SoftNorm() if correlation > 1 else nn.Identity()
         self.products = ProductGate(hidden, kept, correlation)
         self.lin_out = IrrepsLinear(kept, self.irreps_out, bias=True)
         shared = {ir for _, ir in self.irreps_in} & wanted
@@ -147,7 +155,7 @@ class NBodyConv(Resettable, MessagePassing):  # type: ignore[misc]  # PyG has no
             total = self.gate.mix(total)
         else:
             total = self.gate(state, edges)
-        out = to_mul_ir(self.lin_out(self.products(total).flatten(1)), self.irreps_out)
+        out = to_mul_ir(self.lin_out(self.products(self.norm(total)).flatten(1)), self.irreps_out)
         if self.lin_self is not None and target is not None:
             out = self._add_own(out, to_mul_ir(self.lin_self(from_mul_ir(target, self.irreps_in)), self._own))
         return out

@@ -45,9 +45,7 @@ class EdgeEmbedding(Resettable):
         softening: length below which distances are softened, angstrom (:func:`~nbody_pyg.radial.soften`).
     """
 
-    def __init__(
-        self, lmax: int, radial: nn.Module, parity: str = "natural", softening: float = SOFT_LENGTH
-    ) -> None:
+    def __init__(self, lmax: int, radial: nn.Module, parity: str = "natural", softening: float = SOFT_LENGTH) -> None:
         super().__init__()
         self.softening = check_softening(softening)
         self.harmonics = SolidHarmonics(lmax, parity)

@@ -48,10 +48,13 @@ class SoftNorm(nn.Module):
 
     Repeated products grow very fast; this keeps ten of them in range. Local to one part (so the
     energy stays extensive), smooth everywhere, identity at zero. An extension of the paper (practical preset only).
+
+    Shapes: (nodes, *components) -> the same, the mean being over all components of a node. Equivariance: O(3), in every
+    layout. In a network of your own it stands before products, or between layers.
     """
 
-    def forward(self, x: Float[Tensor, "nodes rows channels"]) -> Float[Tensor, "nodes rows channels"]:
-        return x * (1.0 + x.square().mean((1, 2), keepdim=True)).rsqrt()
+    def forward(self, x: Float[Tensor, " nodes *shape"]) -> Float[Tensor, " nodes *shape"]:
+        return x * (1.0 + x.square().mean(tuple(range(1, x.dim())), keepdim=True)).rsqrt()
 
 
 class InteractionConfig(NamedTuple):

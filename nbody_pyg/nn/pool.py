@@ -296,8 +296,8 @@ class NBodyPooling(Resettable):
         """
         if z is None and pos is None:
             raise TypeError(
-                "pos must be given by name: pool(x, edge_index, edge_attr, batch, z=z, pos=pos), without z for points, or "
-                "z=data"
+                "pos must be given by name: pool(x, edge_index, edge_attr, batch, z=z, pos=pos), or z=data; points "
+                "that are no atoms need no z"
             )
         system = self.select.system(z, pos, batch, topology=topology)
         select, vec, place, graph = self.select.place(system)
