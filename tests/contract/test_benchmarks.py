@@ -16,6 +16,7 @@ from ase import Atoms
 from ase.io import write
 from ase.units import kcal, mol
 
+from loading import load_script
 from nbody_pyg import NBodyNet, NestedShells
 from nbody_pyg.datasets import load_embedded
 from nbody_pyg.deploy import save_model
@@ -30,6 +31,7 @@ TINY = {
     "smoothness": "--atoms 16 --length 0.3 --channels 2 --seeds 0 1",
     "hierarchy": "--waters 4 6 --all-pairs 3 4 --channels 2 --seconds 0.02",
     "sapt": "--data {dimers} --seconds 0.2 --batch 3",
+    "particles": "--data {particles} --seconds 0.1 --channels 2 --lmax 1 --correlation 2 --plain",
     "few_frames": "--data {rmd17} --molecules ethanol --members 2 --set training.max_steps=2 model.lmax=1 "
     "model.channels=16 data.num_train=6 data.num_val=2",
 }
@@ -42,6 +44,7 @@ SHOWN = {
     "md": ["E\\+F alone", "no skin", "skin 0.5"],
     "smoothness": [r"max \|d2E\|/h\^2", "survivors", "hard"],
     "hierarchy": ["of it topology ms", r"all pairs: time ~ N\^"],
+    "particles": ["EGNN", "SEGNN", "NBodyNet, pairs, plain"],
     "few_frames": [r"ethanol +1 ", r"ethanol +2 ", "MACE's F"],
     "sapt": ["MAE of Elst, meV", "beyond, ion pairs", "k q q / R", "Share of k q q / R"],
 }
@@ -55,6 +58,7 @@ HELPERS = (
     "hierarchy",
     "sapt",
     "few_frames",
+    "particles",
     "timing",
     "report",
     "systems",
@@ -129,10 +133,19 @@ def rmd17(tmp_path):
     return tmp_path
 
 
+@pytest.fixture
+def particles(root, tmp_path):
+    """A folder with a small set of charged particles."""
+    make = load_script(root / "datasets" / "make_particles.py")
+    assert make.main(["--out", str(tmp_path), "--particles", "3", "--systems", "100", "4", "4"]) == 0
+    return tmp_path
+
+
 @pytest.mark.parametrize("name", sorted(TINY))
-def test_script_prints_a_table_and_writes_json(name, script, model, dimers, rmd17, tmp_path, capsys):
+def test_script_prints_a_table_and_writes_json(name, script, model, dimers, rmd17, request, tmp_path, capsys):
     out = tmp_path / "result" / f"{name}.json"
-    arguments = TINY[name].format(model=model, dimers=dimers, rmd17=rmd17).split()
+    folders = {"particles": request.getfixturevalue("particles")} if name == "particles" else {}
+    arguments = TINY[name].format(model=model, dimers=dimers, rmd17=rmd17, **folders).split()
     assert script(name).main([*arguments, "--out", str(out)]) == 0
     printed = capsys.readouterr().out
     for words in SHOWN[name]:
@@ -146,7 +159,7 @@ def test_script_prints_a_table_and_writes_json(name, script, model, dimers, rmd1
     check = {
         "kernels": _kernels, "models": _models, "scaling": _scaling, "nve": _nve,
         "md": _md, "smoothness": _smoothness, "hierarchy": _hierarchy, "sapt": _sapt,
-        "few_frames": _few_frames,
+        "few_frames": _few_frames, "particles": _particles,
     }  # fmt: skip
     check[name](found, out)
 
@@ -191,6 +204,11 @@ def _few_frames(found, out):
     # The mean is never worse than the mean of the errors.
     for key in ("energy_mae", "forces_mae"):
         assert 0 < two[key] <= (one[key] + two["last_member"][key]) / 2 * (1 + 1e-6)
+
+
+def _particles(found, out):
+    (record,) = found["results"]
+    assert record["seed"] == 0 and record["epochs"] >= 1 and 0 < record["val"] < 10 and 0 < record["test"] < 10
 
 
 def _smoothness(found, out):
