@@ -171,6 +171,11 @@ class NBodyNet(Resettable):
         if not isinstance(self.scheme, Scheme):
             raise TypeError(f"scheme must be a composition scheme such as BondTree(), got {scheme!r}")
         self.species = (0,) if species is None else _check_species(species)
+        if 0 in self.species and self.scheme.reads_elements:
+            raise ValueError(
+                f"scheme must not need elements where points are no atoms (species None or 0), got {self.scheme!r}; "
+                "use NestedShells, SmoothSurvivors or FromAssignment"
+            )
         self.preset = check_choice("preset", preset, tuple(PRESETS))
         self.readout = check_choice("readout", readout, READOUTS)
         self.gates = gate_factories(gate)

@@ -116,7 +116,7 @@ def soften(
     has no value. Solid harmonics of :math:`u` vanish there for every degree above 0, as they must.
 
     Args:
-        length: a, in the unit of ``vec``; 0.5 angstrom by default.
+        length: a, in the unit of ``vec``; 0.5 by default.
 
     Returns: (u, rho).
     Smoothness: C-infinity. Equivariance: u turns with the vector, rho is invariant.

@@ -68,6 +68,7 @@ class BondTree(Scheme):
         ValueError: cutoff not positive, bonds out of range, an endless periodic network.
     """
 
+    reads_elements = True
     symmetry = "E(3), permutations, automorphisms of the bond graph"
     continuity = "C2 while the bonds are the same; share_topology keeps them the same along a trajectory"
 

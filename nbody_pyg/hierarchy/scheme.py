@@ -58,11 +58,13 @@ class Scheme(BaseTransform):  # type: ignore[misc]  # PyG has no py.typed
         symmetry: group under which the scheme is equivariant.
         continuity: smoothness of the energy of a smooth model on it.
         centred: every part below the root represents one atom, in the order of the atoms.
+        reads_elements: the parts follow from the elements, so points that are no atoms have none.
     """
 
     symmetry: ClassVar[str]
     continuity: ClassVar[str]
     centred: ClassVar[bool] = False
+    reads_elements: ClassVar[bool] = False
     levels: tuple[LevelSpec, ...]
 
     def __init_subclass__(cls, **keywords: Any) -> None:
@@ -292,11 +294,11 @@ class Scheme(BaseTransform):  # type: ignore[misc]  # PyG has no py.typed
     def forward(self, data: Data) -> Data:
         """Transform: the data as :class:`AtomicData` with the topology stored on it. A Batch stays one.
 
-        Points without ``z`` are no atoms; they get the number 0.
+        Points without ``z`` are no atoms; they get the number 0, unless the scheme needs elements.
 
         Raises: ValueError, TypeError: no atoms to build from, or user keys with names that the topology uses.
         """
-        data = points(data)
+        data = data if self.reads_elements else points(data)
         require_atoms(data)
         fresh = not has_hierarchy(data)
         if fresh:

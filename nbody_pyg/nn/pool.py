@@ -73,9 +73,11 @@ class NBodySelect(Select):  # type: ignore[misc]  # PyG has no py.typed
         self, z: Tensor | Data | System | None, pos: Tensor | None = None, batch: Tensor | None = None, **given: Any
     ) -> System:
         """The checked system of some atoms or points; arguments as for :meth:`forward`."""
-        if z is None and isinstance(pos, Tensor):
-            z = torch.zeros(pos.shape[:1], dtype=torch.long, device=pos.device)
-        return System.of(points(z), pos, batch, read=self.scheme.system, **given)
+        if not self.scheme.reads_elements:
+            if z is None and isinstance(pos, Tensor):
+                z = torch.zeros(pos.shape[:1], dtype=torch.long, device=pos.device)
+            z = points(z)
+        return System.of(z, pos, batch, read=self.scheme.system, **given)
 
     def place(self, system: System) -> PlacedSelect:
         """Memberships together with the positions of children and parts, and the graph of each part."""

@@ -187,10 +187,10 @@ def test_species_are_sorted_and_unknown_ones_named(molecules):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"species": []}, "species must be atomic numbers between 1 and 118, got"),
-        ({"species": [0, 6]}, "species must be atomic numbers between 1 and 118, got"),
+        ({"species": []}, r"species must be atomic numbers between 1 and 118 \(or 0 for points\), got"),
+        ({"species": [-1, 6]}, r"species must be atomic numbers between 1 and 118 \(or 0 for points\), got"),
         ({"preset": "fast"}, "preset must be one of practical, strict, got 'fast'; try 'practical'"),
-        ({"readout": "both"}, "readout must be one of sum, root, got 'both'; did you mean root?"),
+        ({"readout": "both"}, "readout must be one of sum, root, nodes, got 'both'; did you mean root?"),
         ({"parity": "e3"}, "parity must be one of natural, both, ignored, got 'e3'; try 'natural'"),
         ({"sweeps": "down"}, "sweeps must be one of up, up-down, got 'down'; did you mean up-down"),
         ({"irreps_out": "1e"}, "irreps_out must be reachable: .* no path leads to 1e; raise lmax"),

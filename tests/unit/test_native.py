@@ -177,6 +177,10 @@ def test_shells(radii, exponent):
     assert_native_is_torch(model, crystal())
 
 
+def test_softening():
+    assert_native_is_torch(potential(softening=0.2), ethanol())
+
+
 def test_a_type_for_each_level():
     types = {"shell 1": "3x0e + 3x1o", "shell 2": "5x0e"}
     torch.manual_seed(0)
@@ -390,6 +394,7 @@ REFUSED = {
     "the scheme is OwnShells": lambda: potential(OwnShells((3.0,))),
     "the network has long-range energies": lambda: potential(long_range="direct"),
     "the network has the inputs charge": lambda: potential(inputs=["charge"]),
+    "the network has the node inputs 1x1o": lambda: Potential(NBodyNet(SPECIES, channels=4, lmax=1, node_inputs="1o")),
     "the network gives 1x1o": lambda: Potential(NBodyNet(SPECIES, channels=4, lmax=1, irreps_out="1o")),
     r"readout 'root'": lambda: Potential(NBodyNet(SPECIES, channels=4, lmax=1, readout="root")),
     "states have several multiplicities": lambda: Potential(NBodyNet(SPECIES, irreps="4x0e + 2x1o")),

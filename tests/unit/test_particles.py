@@ -13,7 +13,7 @@ from e3nn.nn import Gate
 from torch import nn
 from torch_geometric.data import Batch, Data
 
-from nbody_pyg import FromAssignment, NBodyNet, NestedShells, Potential, SmoothSurvivors
+from nbody_pyg import BondTree, FromAssignment, NBodyNet, NestedShells, Potential, SmoothSurvivors
 from nbody_pyg.datasets import charged_particles
 from nbody_pyg.deploy import load_model, save_model
 from nbody_pyg.geometry import neighbour_list
@@ -118,6 +118,7 @@ def test_softening_is_the_same_on_every_backend_and_changes_near_points(frames):
         ({"node_inputs": "1o", "parity": "ignored", "irreps_out": "1e"}, "all are written even"),
         ({"node_inputs": "0x0e"}, "at least one component"),
         ({"softening": 0.0}, "softening must be a positive"),
+        ({"scheme": BondTree()}, "scheme must not need elements"),
         ({"scheme": PAIRS, "sweeps": "up"}, "way down to the atoms"),
         ({"scheme": FromAssignment(parts=[[0, 1, 2, 3, 4]], cutoff=None)}, "way down to the atoms"),
     ],
