@@ -723,10 +723,12 @@ class NBodyNet(Resettable):
 def network_arguments() -> dict[str, Any]:
     """Arguments of :class:`NBodyNet` below its presets, and their defaults.
 
-    A user's gate is a class, which a configuration cannot hold, and not among them.
+    A user's gate is a class, which a configuration cannot hold, and not among them; neither are node inputs, which
+    frames of atoms do not have.
     """
+    hidden = {"species", "scheme", "preset", "gate", "node_inputs"}
     known = list(inspect.signature(NBodyNet.__init__).parameters.values())[1:]
-    return {one.name: one.default for one in known if one.name not in ("species", "scheme", "preset", "gate")}
+    return {one.name: one.default for one in known if one.name not in hidden}
 
 
 def compute_avg_num_neighbors(scheme: Scheme, frames: Iterable[Data]) -> dict[str, float]:

@@ -208,3 +208,24 @@ def test_particles_follow_their_equations():
     assert wide.pos.shape == (20, 3) and float(wide.pos.std()) > 2 * float(first.pos.std())
     with pytest.raises(ValueError, match="steps_before must not be negative, got -1"):
         charged_particles(1, seed=0, steps_before=-1)
+
+
+def test_networks_of_points_are_compiled_exported_and_differentiated_by_their_inputs(frames):
+    net, data = _net(NestedShells((9.0,))), frames[0]
+    z = torch.zeros(5, dtype=torch.long)
+    topology = net.scheme.topology(z, data.pos)
+    wanted = net(z, data.pos, topology=topology, x=data.x)
+
+    class Alone(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = net
+
+        def forward(self, pos, x):
+            return self.net(z, pos, topology=topology, x=x)
+
+    exported = torch.export.export(Alone(), (data.pos, data.x)).module()
+    torch.testing.assert_close(exported(data.pos, data.x), wanted, rtol=0, atol=1e-12)
+    torch.testing.assert_close(torch.compile(net)(data), wanted, rtol=0, atol=1e-12)
+    slopes = torch.func.jacrev(lambda x: net(z, data.pos, topology=topology, x=x))(data.x)
+    assert slopes.shape == (5, 3, 5, 4) and float(slopes.abs().amax((0, 1)).min()) > 1e-6
