@@ -9,7 +9,7 @@ from nbody_pyg.deploy.committee import Committee, stop_on_uncertainty
 from nbody_pyg.deploy.energies import EnergyExplanation, explain_energy
 from nbody_pyg.deploy.energy_plot import plot_energy_parts
 from nbody_pyg.deploy.fingerprint import cg_fingerprint
-from nbody_pyg.deploy.model_file import load_model, read_metadata, save_model
+from nbody_pyg.deploy.model_file import find_model, load_model, read_metadata, save_model, shipped_models
 from nbody_pyg.deploy.reference import reference_record, reference_topology, with_reference
 from nbody_pyg.deploy.relax import Relaxation, relax
 from nbody_pyg.training.upgrades import FORMAT_VERSION
@@ -26,6 +26,7 @@ __all__ = [
     "Relaxation",
     "cg_fingerprint",
     "explain_energy",
+    "find_model",
     "load_model",
     "plot_energy_parts",
     "read_metadata",
@@ -34,6 +35,7 @@ __all__ = [
     "relax",
     "run_md",
     "save_model",
+    "shipped_models",
     "stop_on_uncertainty",
     "with_reference",
 ]
