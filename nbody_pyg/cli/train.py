@@ -21,8 +21,9 @@ from nbody_pyg.cli.frames import sample_of
 from nbody_pyg.cli.plots import parity_plot, property_plot
 from nbody_pyg.cli.tables import error_table
 from nbody_pyg.datasets import label_audit
+from nbody_pyg.datasets.qm9 import qm9_atomref
 from nbody_pyg.datasets.splits import Split, read_split
-from nbody_pyg.deploy import read_metadata, reference_record, save_model
+from nbody_pyg.deploy import load_model, read_metadata, reference_record, save_model
 from nbody_pyg.network import frame_states
 from nbody_pyg.potential import Potential
 from nbody_pyg.properties import PropertyModel
@@ -34,8 +35,18 @@ from nbody_pyg.training.checkpoint import changes, read_checkpoint
 from nbody_pyg.training.config import Config, ModelConfig, OutputConfig, load_config
 from nbody_pyg.training.defaults import Choice, choose_defaults, keep_choices
 from nbody_pyg.training.evaluation import Evaluation, evaluate
+from nbody_pyg.training.finetune import Inheritance, ancestor_of, replayed, tuned_model
 from nbody_pyg.training.folder import RunFolder
-from nbody_pyg.training.prepare import DataSets, build_potential, explicit, load_data, network_inputs
+from nbody_pyg.training.inherited import with_architecture
+from nbody_pyg.training.prepare import (
+    DataSets,
+    build_potential,
+    explicit,
+    known_states,
+    load_data,
+    network_inputs,
+    read_files,
+)
 from nbody_pyg.training.processes import is_first_process
 from nbody_pyg.training.property_task import PropertyEvaluation, evaluate_properties
 from nbody_pyg.training.run import FIT_FILES, FitResult, fit_in, require_device, require_elements
@@ -53,7 +64,7 @@ _FILES = (*FIT_FILES, "model.nbody", "errors.json", "parity.png", "split.json", 
 # Settings that a resumed run may change: limits, paths of data (their contents are compared), and output.
 _FREE = frozenset({f"training.{name}" for name in RESUMABLE} | {
     "data.root", "data.train", "data.val", "data.test", "data.num_test",
-    *(f"output.{field.name}" for field in dataclasses.fields(OutputConfig)),
+    "finetune.init", "finetune.replay", *(f"output.{field.name}" for field in dataclasses.fields(OutputConfig)),
 })  # fmt: skip
 
 
@@ -111,25 +122,37 @@ def _train(config: Config, run: RunFolder) -> int:
     folder = run.path
     last, split, potential = None, None, None
     choices: tuple[Choice, ...] = ()
+    init = None if config.finetune.init is None else load_model(config.finetune.init)
+    heirs: Inheritance | None = None
+    if init is not None:
+        config = with_architecture(config, init)
     if config.output.resume:
         last, split = _checkpoint(folder), _split(folder / "split.json")
         # With the degrees, E0 and scale of the first run, even if frames were added since
         config, potential = _resumed(last, config)
+        potential.ancestor = None if init is None else ancestor_of(init)
     explicit(config.model)  # finds wrong arguments of the network before the data are read
     data = load_data(config.data, split)
     print(label_audit(data.named(), _uses(config, data)), "\n")
     if potential is None:
         config, choices = choose_defaults(config, data)
-        potential = build_potential(config, data)
+        if init is None:
+            potential = build_potential(config, data)
+        else:
+            e0 = qm9_atomref(required(config.data.qm9)) if config.data.e0 == "atomref" else config.data.e0
+            tuned, heirs = tuned_model(init, data.train, e0, config.finetune.keep_elements)
+            potential = known_states(tuned.to(getattr(torch, config.training.dtype)), data)
     require_elements(potential, data.named())
-    _describe(potential, config, choices)
-    shared = config.data.shares_hierarchy
-    data = data.with_topology(required(potential.network.scheme), shared)
+    _describe(potential, config, choices, heirs)
+    shared, scheme = config.data.shares_hierarchy, required(potential.network.scheme)
+    data = data.with_topology(scheme, shared)
+    again = [] if init is None else [scheme(frame) for frame in _replayed(potential, init, config, len(data.train))]
     config = dataclasses.replace(config, model=_as_built(config.model, potential))
     files = _FILES if _writer(folder / "config.yaml") is None else (*_FILES, "config.yaml")
     result = fit_in(
-        run, potential, data.train, data.val, config.training, last,
+        run, potential, [*again, *data.train] if again else data.train, data.val, config.training, last,
         callbacks=[KeptConfig(config, data.split, folder)], files=files,
+        finetune=None if init is None else config.finetune,
     )  # fmt: skip
     if not run.active:
         return 0  # only the first process tests, saves and reports
@@ -144,6 +167,21 @@ def _train(config: Config, run: RunFolder) -> int:
         return 0
     _finish(potential, data, config, result, folder)
     return 0
+
+
+def _replayed(
+    potential: Potential | PropertyModel, init: Potential | PropertyModel, config: Config, num_train: int
+) -> list[Data]:
+    """Frames of the first training, with energies that have the E0 of the new model."""
+    given = config.finetune
+    if given.replay is None:
+        return []
+    if not isinstance(potential, Potential) or not isinstance(init, Potential):
+        raise ValueError("finetune.replay is for potentials, whose E0 is known; leave it out for properties")
+    frames = read_files(given.replay, dataclasses.replace(config.data, energy_key=None, forces_key=None))
+    out = replayed(potential, init, frames, given.replay_frames or num_train, config.training.seed)
+    print(f"replay  {len(out)} of {len(frames)} frames of the first training, with the new E0\n")
+    return out
 
 
 def _split(path: Path) -> Split | None:
@@ -210,9 +248,16 @@ def _uses(config: Config, data: DataSets) -> dict[str, str]:
     return held | ({"charges": "input" if config.model.arguments.get("long_range") else "their sum"} if charges else {})
 
 
-def _describe(potential: Potential | PropertyModel, config: Config, choices: Sequence[Choice] = ()) -> None:
+def _describe(
+    potential: Potential | PropertyModel,
+    config: Config,
+    choices: Sequence[Choice] = (),
+    heirs: Inheritance | None = None,
+) -> None:
     for choice in choices:
         print(f"chosen  {choice}")
+    for line in [] if heirs is None else heirs.lines():
+        print(line)
     print(f"model   {potential.model!r}")
     if isinstance(potential, PropertyModel):
         for p in potential.properties:

@@ -19,7 +19,7 @@ import yaml
 from nbody_pyg.atomic_write import write_text
 from nbody_pyg.messages import nearest
 from nbody_pyg.properties import Property
-from nbody_pyg.training.settings import TrainingConfig, setting
+from nbody_pyg.training.settings import FineTuneConfig, TrainingConfig, setting
 
 
 @dataclass(frozen=True)
@@ -130,6 +130,7 @@ class Config:
     training: TrainingConfig
     output: OutputConfig
     target: tuple[Property, ...] = ()
+    finetune: FineTuneConfig = dataclasses.field(default_factory=FineTuneConfig)
     #: Dotted keys that the user set; nbody_pyg.training.defaults chooses others from the data.
     given: frozenset[str] = dataclasses.field(default=frozenset(), compare=False)
 
@@ -140,7 +141,9 @@ class Config:
         model["repulsion"] = self.model.repulsion
         target = {p.name: {"readout": p.readout, "unit": p.unit, "weight": p.weight} for p in self.target}
         whole = {"data": out["data"], "model": {**model, **self.model.arguments}, **out}
-        return whole | ({"target": target} if target else {})
+        whole |= {"target": target} if target else {}
+        # Runs that start from random weights have no such section, as those of earlier versions
+        return whole | ({"finetune": dataclasses.asdict(self.finetune)} if self.finetune.init is not None else {})
 
     def text(self) -> str:
         """The YAML file."""
@@ -152,7 +155,7 @@ class Config:
         write_text(path, self.text())
 
 
-_SECTIONS = {"data": DataConfig, "training": TrainingConfig, "output": OutputConfig}
+_SECTIONS = {"data": DataConfig, "training": TrainingConfig, "output": OutputConfig, "finetune": FineTuneConfig}
 _MODEL_KEYS = {
     "preset": "practical (for potentials) or strict (polynomial, as in the paper)",
     "scheme": "composition scheme, e.g. {name: BondTree, cutoff: 5.0}; see --model.scheme.<argument>",
@@ -217,6 +220,7 @@ def parse_config(tree: Mapping[str, Any]) -> Config:
         training=TrainingConfig(**_limited(values["training"], named)),
         output=OutputConfig(**values["output"]),
         target=target,
+        finetune=_finetune(values["finetune"], named),
         given=named,
     )
 
@@ -224,6 +228,14 @@ def parse_config(tree: Mapping[str, Any]) -> Config:
 def _limited(values: Mapping[str, Any], named: frozenset[str]) -> dict[str, Any]:
     """The section ``training`` with default limits if none are given."""
     return dict(values) | (LIMITS if named.isdisjoint(LIMIT_KEYS) else {})
+
+
+def _finetune(values: Mapping[str, Any], named: frozenset[str]) -> FineTuneConfig:
+    if values["init"] is None and (lost := sorted(key for key in named if key.startswith("finetune."))):
+        others = [key for key in lost if key != "finetune.init"]
+        if others:
+            raise ValueError(f"{others[0]} is for a run that starts from a model; give it by --init, or leave it out")
+    return FineTuneConfig(**values)
 
 
 def _named_keys(tree: Mapping[str, Any], prefix: str = "") -> frozenset[str]:
@@ -237,7 +249,7 @@ def _named_keys(tree: Mapping[str, Any], prefix: str = "") -> frozenset[str]:
 
 
 #: Keys of files or folders, in which ~ and $HOME are expanded.
-_FILE_KEYS = {"data": ("root", "train", "val", "test"), "output": ("folder",)}
+_FILE_KEYS = {"data": ("root", "train", "val", "test"), "output": ("folder",), "finetune": ("init", "replay")}
 _MODEL_TYPES: dict[str, Any] = {"preset": str, "scheme": dict, "scale": float | str, "repulsion": str | None}
 _WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", dict: "keys and values",
           list: "a list"}  # fmt: skip
@@ -272,7 +284,7 @@ def _typed_section(section: str, values: Any) -> Any:
         elif (
             isinstance(value, list) and list not in _admits(_hint(section, key)) and str in _admits(_hint(section, key))
         ):
-            what = "file" if key in _FILE_KEYS.get("data", ()) else "name"
+            what = "file" if section != "output" and key in _FILE_KEYS.get(section, ()) else "name"
             raise ValueError(f"{section}.{key} must be one {what}, got the list {value}; give one, or join the files")
         if key in _FILE_KEYS.get(section, ()) and value is not None:
             named = isinstance(value, Mapping)
@@ -447,6 +459,7 @@ def _parse_overrides(words: Sequence[str]) -> list[tuple[str, Any]]:
     (_, loose), *options = read_options(words)
     out = []
     for key, texts in options:
+        key = "finetune.init" if key == "init" else key
         section, dot, name = key.partition(".")
         loose += texts[1:] if dot else [f"--{key}"]
         if dot and not texts:

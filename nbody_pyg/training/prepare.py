@@ -159,9 +159,9 @@ def load_data(config: DataConfig, split: Split | None = None) -> DataSets:
     if taken := {"train", "val"} & set(paths):
         raise ValueError(f"data.test must not name a set {taken.pop()!r}, which is another set of the run; rename it")
     _warn_of_training_files(required(config.train), {**paths, **({} if config.val is None else {"val": config.val})})
-    tests = {name: _read(path, config) for name, path in paths.items()}
-    val = None if config.val is None else _read(config.val, config)
-    train = _read(required(config.train), config)
+    tests = {name: read_files(path, config) for name, path in paths.items()}
+    val = None if config.val is None else read_files(config.val, config)
+    train = read_files(required(config.train), config)
     sets = {"train": train, **({} if val is None else {"val": val}), **tests}
     if wrong := levels_apart({title: getattr(frames, "sources", {}) for title, frames in sets.items()}):
         raise ValueError(wrong)
@@ -202,7 +202,7 @@ def wanted_properties(config: Config) -> tuple[Property, ...]:
     return ()
 
 
-def _read(paths: str | Sequence[str], config: DataConfig) -> Sequence[Data]:
+def read_files(paths: str | Sequence[str], config: DataConfig) -> Sequence[Data]:
     """The frames of the given files, in their order; those of folders and patterns sorted by name."""
     found = [
         read_frames(
@@ -288,7 +288,7 @@ def build_potential(config: Config, data: DataSets) -> Potential | PropertyModel
     return known_states(potential, data)
 
 
-P = TypeVar("P", Potential, PropertyModel)
+P = TypeVar("P", bound=Potential | PropertyModel)
 
 
 def known_states(potential: P, data: DataSets) -> P:

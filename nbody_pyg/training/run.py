@@ -14,21 +14,25 @@ from typing import Any
 import torch
 from torch_geometric.data import Data
 
+from nbody_pyg.energy import AtomicReference
 from nbody_pyg.messages import symbols
 from nbody_pyg.network import learn_state, model_frames
 from nbody_pyg.potential import Potential
 from nbody_pyg.properties import PropertyModel
 from nbody_pyg.training.callbacks import Callback, MetricsCSV, RunProgress
 from nbody_pyg.training.checkpoint import changes, read_checkpoint
+from nbody_pyg.training.finetune import inherit
 from nbody_pyg.training.folder import RunFolder
 from nbody_pyg.training.labels import NO_FORCES, deciding_metric, force_variance, targets
 from nbody_pyg.training.loader import FrameLoader
 from nbody_pyg.training.malloc_tuning import tuned_malloc
+from nbody_pyg.training.parts import parts_restored
 from nbody_pyg.training.processes import is_first_process, together
 from nbody_pyg.training.property_task import PropertyTask
-from nbody_pyg.training.settings import RESUMABLE, TrainingConfig
+from nbody_pyg.training.settings import RESUMABLE, FineTuneConfig, TrainingConfig
 from nbody_pyg.training.task import PotentialTask
 from nbody_pyg.training.trainer import Trainer
+from nbody_pyg.training.upgrades import up_to_date
 
 
 @dataclass(frozen=True)
@@ -116,6 +120,8 @@ def fit(
     resume: str | Path | None = None,
     show_progress: bool = True,
     callbacks: Sequence[Callback] = (),
+    init: Potential | PropertyModel | None = None,
+    finetune: FineTuneConfig | None = None,
 ) -> FitResult:
     """Train a potential, or a model of properties, in place.
 
@@ -134,18 +140,45 @@ def fit(
     errors. Periodic and
     open frames may be mixed.
 
+    To fine-tune a trained model, give it as ``init``: the potential gets its weights and its scale, and E0 is fitted to
+    what the network leaves over (:func:`~nbody_pyg.training.finetune.inherit`; a potential to start with is
+    :func:`~nbody_pyg.training.finetune.tuned_model`). ``finetune`` chooses what is trained, the rank of adapters and
+    the anchor; its files are for ``nbody train``. The result remembers name and fingerprint as ``potential.ancestor``.
+
     Args:
         train, val: frames with labels. If the model has a scheme, store its topology on them (apply the scheme to every
             frame once); otherwise it is searched again at every step.
         resume: a checkpoint to resume from.
         callbacks: further ones, called after ours and before the checkpoint is written.
+        init: the model to start from, such as :func:`nbody_pyg.deploy.load_model` gives it.
+        finetune: how to start from it; by default all parameters are trained.
 
-    Raises: ValueError: no frames, a label with a positive weight that none of them has, elements that the model does
-        not know, frames that differ in charge or spin for a model without this input, a folder in use, a damaged
-        checkpoint, or one of another run (the message names what differs); FloatingPointError: see the task.
+    Raises: ValueError: a network of another scheme, type or cutoff than that of ``init``, no frames, a label with a
+        positive weight that none of them has, elements that the model does not know, frames that differ in charge or
+        spin for a model without this input, a folder in use, a damaged checkpoint, or one of another run (the message
+        names what differs); FloatingPointError: see the task.
     """
+    if init is None and finetune is not None:
+        raise ValueError(f"finetune needs the model to start from, got {finetune!r} without init; give init=")
+    if init is not None:
+        finetune = finetune or FineTuneConfig()
+        heirs = inherit(potential, init, train)
+        if resume is not None:  # as fitted by the first run, even if frames were added
+            _restore_reference(potential, read_checkpoint(resume))
+        if show_progress and is_first_process(settings):
+            print("\n".join(heirs.lines()))
     with RunFolder(folder, is_first_process(settings)) as run:
-        return fit_in(run, potential, train, val, settings, resume, show_progress, callbacks)
+        return fit_in(run, potential, train, val, settings, resume, show_progress, callbacks, finetune=finetune)
+
+
+def _restore_reference(potential: Potential | PropertyModel, checkpoint: Mapping[str, Any]) -> None:
+    """Give a model E0, or the statistics of its properties, from a checkpoint of its run."""
+    stored = up_to_date(checkpoint["hyper_parameters"]["potential"])
+    if isinstance(potential, PropertyModel):
+        potential.statistics = PropertyModel.from_config(stored["property"], potential.model).statistics
+    else:
+        e0 = stored["e0"]
+        potential.reference = None if e0 is None else AtomicReference({int(z): e for z, e in e0.items()})
 
 
 #: Files that :func:`fit` writes.
@@ -162,8 +195,11 @@ def fit_in(
     show_progress: bool = True,
     callbacks: Sequence[Callback] = (),
     files: Sequence[str] = FIT_FILES,
+    finetune: FineTuneConfig | None = None,
 ) -> FitResult:
-    """:func:`fit` in a folder that is already locked; ``files`` are those of a run, moved away before a new one."""
+    """:func:`fit` in a folder that is already locked; ``files`` are those of a run, moved away before a new one.
+
+    A potential to fine-tune already has its weights and E0."""
     settings = settings or TrainingConfig(max_epochs=100)
     require_device(settings)
     require_elements(potential, {"train": train, "val": val})
@@ -172,8 +208,8 @@ def fit_in(
     note = print if show_progress and run.active else _silent
     checkpoint = None if resume is None else read_checkpoint(resume)
     if checkpoint is not None:
-        _require_same_settings(checkpoint, settings)
-    with _threads(settings.threads):
+        _require_same_settings(checkpoint, settings, finetune, potential.ancestor)
+    with _threads(settings.threads), parts_restored(potential):
         found = targets(potential, train, val, settings)
         train, val = found.train, found.val
         if checkpoint is None:
@@ -181,13 +217,15 @@ def fit_in(
         else:  # that of the first run, even if frames were added
             scale = checkpoint["hyper_parameters"]["force_variance"]
         kind: type[PotentialTask] = PropertyTask if isinstance(potential, PropertyModel) else PotentialTask
-        task = kind(potential, settings, scale)
+        task = kind(potential, settings, scale, finetune)
         task.shares, task.monitor = found.shares, deciding_metric(potential, val, settings)
         epoch = steps_per_epoch(settings, len(train))
         loader = FrameLoader(train, settings.batch_size, shuffle=True, seed=settings.seed)
         evaluation = FrameLoader(val, 4 * settings.batch_size) if len(val) else None
         identity: dict[str, Any] = {"id": uuid.uuid4().hex, "resumed": []}
         identity["frames"] = {"train": _described(loader), "val": _described(evaluation)}
+        if potential.ancestor is not None:
+            identity["ancestor"] = dict(potential.ancestor)
         if checkpoint is not None:
             _require_same(checkpoint, task, identity["frames"], loader)
             if is_finished(settings, checkpoint, epoch):
@@ -205,7 +243,8 @@ def fit_in(
         listening = [log, *progress, *callbacks]
         last = _last_step(settings, epoch)
         with together(settings) as device, tuned_malloc():
-            trainer = Trainer(task, loader, evaluation, run.path, last, identity, listening, device)
+            anchor = 0.0 if finetune is None else finetune.anchor
+            trainer = Trainer(task, loader, evaluation, run.path, last, identity, listening, device, anchor)
             if checkpoint is not None:
                 trainer.load(checkpoint)
                 del checkpoint  # which is larger than the model
@@ -257,8 +296,29 @@ def _described(loader: FrameLoader | None) -> dict[str, Any]:
     return {"count": 0, "sha256": ""} if loader is None else {"count": loader.num_frames, "sha256": loader.digest()}
 
 
-def _require_same_settings(checkpoint: Mapping[str, Any], settings: TrainingConfig) -> None:
+#: Settings of fine-tuning that a resumed run may change: names of files, whose contents are compared.
+_FILES = frozenset({"finetune.init", "finetune.replay"})
+
+
+def _require_same_settings(
+    checkpoint: Mapping[str, Any],
+    settings: TrainingConfig,
+    finetune: FineTuneConfig | None,
+    ancestor: Mapping[str, Any] | None,
+) -> None:
     """Raise ValueError if a resumed run changes a setting that must stay the same."""
+    stored = checkpoint["hyper_parameters"].get("finetune") or {}
+    given = {} if finetune is None else dataclasses.asdict(finetune)
+    if words := changes(stored, given, _FILES, "finetune."):
+        raise ValueError(
+            f"a resumed run must not change these settings: {words}; resume with the old ones, or start anew"
+        )
+    old, new = ((found or {}).get("sha256", "none") for found in (checkpoint["run"].get("ancestor"), ancestor))
+    if finetune is not None and old != new:
+        raise ValueError(
+            f"init must be the model that the run started from, checksum {old[:16]}, got one of {new[:16]}; "
+            "resume with that file, or start anew"
+        )
     if words := changes(checkpoint["hyper_parameters"]["settings"], dataclasses.asdict(settings), RESUMABLE):
         raise ValueError(
             f"a resumed run must not change these settings: {words}; resume with the old ones, or start anew"
