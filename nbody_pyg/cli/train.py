@@ -20,9 +20,11 @@ from nbody_pyg.atomic_write import write_json, write_text
 from nbody_pyg.cli.frames import sample_of
 from nbody_pyg.cli.plots import parity_plot, property_plot
 from nbody_pyg.cli.tables import error_table
-from nbody_pyg.datasets import label_audit
+from nbody_pyg.datasets import UnitFiles, label_audit
 from nbody_pyg.datasets.qm9 import qm9_atomref
+from nbody_pyg.datasets.readers import find_files
 from nbody_pyg.datasets.splits import Split, read_split
+from nbody_pyg.datasets.units import are_units, unit_files
 from nbody_pyg.deploy import load_model, read_metadata, reference_record, save_model
 from nbody_pyg.network import frame_states
 from nbody_pyg.potential import Potential
@@ -32,7 +34,7 @@ from nbody_pyg.system import DEFAULT_STATE
 from nbody_pyg.training.build import potential_from_config
 from nbody_pyg.training.callbacks import Callback
 from nbody_pyg.training.checkpoint import changes, read_checkpoint
-from nbody_pyg.training.config import Config, ModelConfig, OutputConfig, load_config
+from nbody_pyg.training.config import Config, DataConfig, ModelConfig, OutputConfig, load_config
 from nbody_pyg.training.defaults import Choice, choose_defaults, keep_choices
 from nbody_pyg.training.evaluation import Evaluation, evaluate
 from nbody_pyg.training.finetune import Inheritance, ancestor_of, replayed, tuned_model
@@ -150,9 +152,9 @@ def _train(config: Config, run: RunFolder) -> int:
     config = dataclasses.replace(config, model=_as_built(config.model, potential))
     files = _FILES if _writer(folder / "config.yaml") is None else (*_FILES, "config.yaml")
     result = fit_in(
-        run, potential, [*again, *data.train] if again else data.train, data.val, config.training, last,
+        run, potential, _training_frames(data, again), data.val, config.training, last,
         callbacks=[KeptConfig(config, data.split, folder)], files=files,
-        finetune=None if init is None else config.finetune,
+        finetune=None if init is None else config.finetune, files_in_memory=config.data.files_in_memory,
     )  # fmt: skip
     if not run.active:
         return 0  # only the first process tests, saves and reports
@@ -169,6 +171,19 @@ def _train(config: Config, run: RunFolder) -> int:
     return 0
 
 
+#: Times as many frames are drawn from files as are replayed, because some have elements that the model lacks.
+_SPARE = 20
+
+
+def _training_frames(data: DataSets, again: Sequence[Data]) -> Sequence[Data] | UnitFiles:
+    """The training frames behind those that are replayed."""
+    if data.stream is None:
+        return [*again, *data.train] if again else data.train
+    if again:
+        raise ValueError("finetune.replay must be left out where data.train is read from HDF5 files; put them together")
+    return data.stream
+
+
 def _replayed(
     potential: Potential | PropertyModel, init: Potential | PropertyModel, config: Config, num_train: int
 ) -> list[Data]:
@@ -178,8 +193,13 @@ def _replayed(
         return []
     if not isinstance(potential, Potential) or not isinstance(init, Potential):
         raise ValueError("finetune.replay is for potentials, whose E0 is known; leave it out for properties")
-    frames = read_files(given.replay, dataclasses.replace(config.data, energy_key=None, forces_key=None))
-    out = replayed(potential, init, frames, given.replay_frames or num_train, config.training.seed)
+    count, seed, files = given.replay_frames or num_train, config.training.seed, find_files(given.replay)
+    frames: Sequence[Data]
+    if are_units(files):
+        frames = UnitFiles(unit_files(files)).sample(count=count * _SPARE, seed=seed)
+    else:
+        frames = read_files(given.replay, DataConfig(train=given.replay))
+    out = replayed(potential, init, frames, count, seed)
     print(f"replay  {len(out)} of {len(frames)} frames of the first training, with the new E0\n")
     return out
 
@@ -319,7 +339,8 @@ def _finish(
         "epochs": result.epochs,
         "cpu_seconds": round(result.cpu_seconds, 3),
         "weights": kept,
-        "num_frames": {name: len(frames) for name, frames in data.named().items()},
+        "num_frames": {name: len(frames) for name, frames in data.named().items()}
+        | ({} if data.stream is None else {"train": len(data.stream)}),
     }
     if config.data.shares_hierarchy:
         record["reference"] = reference_record(data.train[0])

@@ -36,7 +36,7 @@ class DataConfig:
     split: int = setting(1, "number of the published rMD17 split")
     train: list[str] | str | None = setting(  # noqa: RUF009
         None, "training frames (extxyz, npz, anything ASE reads): a file, a folder, a pattern such as 'run*/a.xyz', "
-        "or a list of them"
+        "or a list of them; HDF5 files of datasets/make_pretraining.py are read a few at a time"
     )  # fmt: skip
     val: list[str] | str | None = setting(  # noqa: RUF009
         None, "validation frames, as for train; by default num_val frames of train"
@@ -55,6 +55,7 @@ class DataConfig:
         None, "all frames hold one molecule in one order of atoms, and share the hierarchy of the first "
         "(default: true for embedded and rmd17)"
     )  # fmt: skip
+    files_in_memory: int = setting(8, "HDF5 files held at once, of data.train that does not fit into memory")
     e0: dict[str, float] | str = setting("lstsq", "lstsq, mean, isolated, atomref (of QM9), or {element: eV}")  # noqa: RUF009
 
     def __post_init__(self) -> None:

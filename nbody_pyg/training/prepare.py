@@ -35,6 +35,7 @@ from nbody_pyg.datasets.keys import levels_apart
 from nbody_pyg.datasets.qm9 import TARGETS, TOTAL_ENERGIES
 from nbody_pyg.datasets.readers import find_files, join_frames
 from nbody_pyg.datasets.reference import is_isolated_atom
+from nbody_pyg.datasets.units import UnitFiles, are_units, unit_files
 from nbody_pyg.energy import AtomicReference
 from nbody_pyg.hierarchy import Scheme, Topology, share_topology
 from nbody_pyg.messages import check_choice
@@ -67,6 +68,8 @@ class DataSets:
     val: Sequence[Data]
     tests: dict[str, Sequence[Data]] = field(default_factory=dict)
     split: Split | None = None
+    #: Training frames that are not in memory; ``train`` is then a sample of them.
+    stream: UnitFiles | None = None
 
     def named(self) -> dict[str, Sequence[Data]]:
         return {"train": self.train, **({"val": self.val} if len(self.val) else {}), **self.tests}
@@ -94,12 +97,13 @@ class DataSets:
             return frames.replaced(stored(frames)) if isinstance(frames, Frames) else stored(frames)
 
         tests = {name: store(frames) for name, frames in self.tests.items()}
-        return DataSets(store(self.train), store(self.val), tests, self.split)
+        train = self.train if self.stream is not None else store(self.train)
+        return DataSets(train, store(self.val), tests, self.split, self.stream)
 
     def uniform(self, labels: Mapping[str, Sequence[int | str]]) -> DataSets:
         """The same frames with the same keys in each set; see :func:`nbody_pyg.training.labels.uniform`."""
         tests = {name: uniform(frames, labels) for name, frames in self.tests.items()}
-        return DataSets(uniform(self.train, labels), uniform(self.val, labels), tests, self.split)
+        return DataSets(uniform(self.train, labels), uniform(self.val, labels), tests, self.split, self.stream)
 
 
 def _warn_of_odd_reference(scheme: Scheme, tree: Topology, frames: Sequence[Data]) -> None:
@@ -154,6 +158,8 @@ def load_data(config: DataConfig, split: Split | None = None) -> DataSets:
         return DataSets(found.train, found.val, {"test": found.test})
     if config.qm9 is not None:
         return _load_qm9(config, split)
+    if are_units(files := find_files(required(config.train))):
+        return _load_units(unit_files(files), config)
     paths = config.test or {}
     paths = {"test": paths} if isinstance(paths, str) else paths
     if taken := {"train", "val"} & set(paths):
@@ -166,6 +172,26 @@ def load_data(config: DataConfig, split: Split | None = None) -> DataSets:
     if wrong := levels_apart({title: getattr(frames, "sources", {}) for title, frames in sets.items()}):
         raise ValueError(wrong)
     return _split(train, val, tests, config, split)
+
+
+#: Frames of a sample of training frames in files, from which E0 and scale are taken; of validation and of tests.
+_SAMPLE, _VAL, _TEST = 2000, 500, 1000
+
+
+def _load_units(files: Sequence[Path], config: DataConfig) -> DataSets:
+    """Training frames that stay in their files, and samples of the validation and test frames there."""
+    fixed = ("val", "test", "units", "energy_key", "forces_key", "stress_key", "file_format", "one_molecule")
+    for name in fixed:
+        if getattr(config, name) is not None:
+            raise ValueError(
+                f"data.{name} must not be given for HDF5 files, which hold their splits, names and units, got "
+                f"{getattr(config, name)!r}; leave it out"
+            )
+    units = UnitFiles(files, config.num_train)
+    val = units.sample("val", _VAL if config.num_val is None else config.num_val, config.split_seed)
+    test = units.sample("test", _TEST if config.num_test is None else config.num_test, config.split_seed)
+    tests = {"test": test} if len(test) else {}
+    return DataSets(units.sample("train", _SAMPLE, config.split_seed), val, dict(tests), None, units)
 
 
 def _load_qm9(config: DataConfig, kept: Split | None) -> DataSets:

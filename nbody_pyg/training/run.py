@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch_geometric.data import Data
 
+from nbody_pyg.datasets.units import UnitFiles
 from nbody_pyg.energy import AtomicReference
 from nbody_pyg.messages import symbols
 from nbody_pyg.network import learn_state, model_frames
@@ -23,13 +24,14 @@ from nbody_pyg.training.callbacks import Callback, MetricsCSV, RunProgress
 from nbody_pyg.training.checkpoint import changes, read_checkpoint
 from nbody_pyg.training.finetune import inherit
 from nbody_pyg.training.folder import RunFolder
-from nbody_pyg.training.labels import NO_FORCES, deciding_metric, force_variance, targets
+from nbody_pyg.training.labels import NO_FORCES, deciding_metric, force_variance, label_shapes, targets, uniform
 from nbody_pyg.training.loader import FrameLoader
 from nbody_pyg.training.malloc_tuning import tuned_malloc
 from nbody_pyg.training.parts import parts_restored
 from nbody_pyg.training.processes import is_first_process, together
 from nbody_pyg.training.property_task import PropertyTask
 from nbody_pyg.training.settings import RESUMABLE, FineTuneConfig, TrainingConfig
+from nbody_pyg.training.stream import StreamLoader
 from nbody_pyg.training.task import PotentialTask
 from nbody_pyg.training.trainer import Trainer
 from nbody_pyg.training.upgrades import up_to_date
@@ -113,7 +115,7 @@ def is_finished(settings: TrainingConfig, checkpoint: Mapping[str, Any], epoch: 
 
 def fit(
     potential: Potential | PropertyModel,
-    train: Sequence[Data],
+    train: Sequence[Data] | UnitFiles,
     val: Sequence[Data] = (),
     settings: TrainingConfig | None = None,
     folder: str | Path = "run",
@@ -147,7 +149,8 @@ def fit(
 
     Args:
         train, val: frames with labels. If the model has a scheme, store its topology on them (apply the scheme to every
-            frame once); otherwise it is searched again at every step.
+            frame once); otherwise it is searched again at every step. Training frames may stay in HDF5 files
+            (:class:`~nbody_pyg.datasets.UnitFiles`), of which a few are in memory at a time.
         resume: a checkpoint to resume from.
         callbacks: further ones, called after ours and before the checkpoint is written.
         init: the model to start from, such as :func:`nbody_pyg.deploy.load_model` gives it.
@@ -162,7 +165,7 @@ def fit(
         raise ValueError(f"finetune needs the model to start from, got {finetune!r} without init; give init=")
     if init is not None:
         finetune = finetune or FineTuneConfig()
-        heirs = inherit(potential, init, train)
+        heirs = inherit(potential, init, train.sample(count=_SAMPLE) if isinstance(train, UnitFiles) else train)
         if resume is not None:  # as fitted by the first run, even if frames were added
             _restore_reference(potential, read_checkpoint(resume))
         if show_progress and is_first_process(settings):
@@ -188,7 +191,7 @@ FIT_FILES = ("metrics.csv", "last.ckpt", "best.ckpt")
 def fit_in(
     run: RunFolder,
     potential: Potential | PropertyModel,
-    train: Sequence[Data],
+    train: Sequence[Data] | UnitFiles,
     val: Sequence[Data] = (),
     settings: TrainingConfig | None = None,
     resume: str | Path | None = None,
@@ -196,17 +199,26 @@ def fit_in(
     callbacks: Sequence[Callback] = (),
     files: Sequence[str] = FIT_FILES,
     finetune: FineTuneConfig | None = None,
+    files_in_memory: int = 8,
 ) -> FitResult:
     """:func:`fit` in a folder that is already locked; ``files`` are those of a run, moved away before a new one.
 
     A potential to fine-tune already has its weights and E0."""
     settings = settings or TrainingConfig(max_epochs=100)
     require_device(settings)
+    checkpoint = None if resume is None else read_checkpoint(resume)
+    units: UnitFiles | None = None
+    if isinstance(train, UnitFiles):
+        # Files that were added to a folder are no part of a run that is resumed
+        known = None if checkpoint is None else checkpoint["run"]["frames"]["train"].get("files")
+        units = train if known is None else train.only(known)
+        train = units.sample(count=_SAMPLE)
+    elif settings.batch_atoms is not None:
+        raise ValueError(f"batch_atoms is for frames in HDF5 files, got {settings.batch_atoms}; use batch_size")
     require_elements(potential, {"train": train, "val": val})
     learn_state(potential.model, train)
     train, val = model_frames(potential.model, train), model_frames(potential.model, val, "the validation frames")
     note = print if show_progress and run.active else _silent
-    checkpoint = None if resume is None else read_checkpoint(resume)
     if checkpoint is not None:
         _require_same_settings(checkpoint, settings, finetune, potential.ancestor)
     with _threads(settings.threads), parts_restored(potential):
@@ -219,8 +231,12 @@ def fit_in(
         kind: type[PotentialTask] = PropertyTask if isinstance(potential, PropertyModel) else PotentialTask
         task = kind(potential, settings, scale, finetune)
         task.shares, task.monitor = found.shares, deciding_metric(potential, val, settings)
-        epoch = steps_per_epoch(settings, len(train))
-        loader = FrameLoader(train, settings.batch_size, shuffle=True, seed=settings.seed)
+        loader = (
+            FrameLoader(train, settings.batch_size, shuffle=True, seed=settings.seed)
+            if units is None
+            else _stream(units, potential, settings, train, files_in_memory)
+        )
+        epoch = len(loader) if units is not None else steps_per_epoch(settings, len(train))
         evaluation = FrameLoader(val, 4 * settings.batch_size) if len(val) else None
         identity: dict[str, Any] = {"id": uuid.uuid4().hex, "resumed": []}
         identity["frames"] = {"train": _described(loader), "val": _described(evaluation)}
@@ -231,7 +247,7 @@ def fit_in(
             if is_finished(settings, checkpoint, epoch):
                 note(f"the run is finished: {checkpoint['global_step']} steps; a larger limit lets it go on")
                 return _as_it_was(checkpoint, task, epoch)
-            identity |= _going_on(checkpoint, settings, len(train))
+            identity |= _going_on(checkpoint, settings, loader.num_frames)
             step, words = (identity["resumed"][-1][key] for key in ("step", "changes"))
             note(f"going on from step {step}{': ' if words else ''}{words}")
         same = resume is not None and Path(resume).resolve().parent == run.path.resolve()
@@ -264,6 +280,35 @@ def fit_in(
     )
 
 
+#: Frames of a sample of files, from which scale, labels and charges are taken.
+_SAMPLE = 2000
+
+
+def _stream(
+    units: UnitFiles,
+    potential: Potential | PropertyModel,
+    settings: TrainingConfig,
+    sample: Sequence[Data],
+    window: int,
+) -> StreamLoader:
+    """The loader of frames in files, with the labels that the sample has."""
+    labels = {name: shape for name, shape in label_shapes(potential).items() if name in sample[0]}
+    keys = set(sample[0].keys())
+
+    def prepare(frames: Sequence[Data]) -> Sequence[Data]:
+        frames = uniform(model_frames(potential.model, frames, "the training frames"), labels)
+        for frame in frames:
+            for key in set(frame.keys()) - keys:
+                del frame[key]
+        return frames
+
+    mean = max(
+        1, round(settings.batch_size * sum(int(a.sum()) for a in units.num_atoms) / sum(map(len, units.num_atoms)))
+    )
+    atoms = mean if settings.batch_atoms is None else settings.batch_atoms
+    return StreamLoader(units, prepare, atoms, seed=settings.seed, window=window)
+
+
 def _silent(text: str) -> None:
     """Print nothing."""
 
@@ -292,8 +337,11 @@ def _loss_scale(potential: Potential | PropertyModel, train: Sequence[Data], set
     return float(potential.scale) ** 2
 
 
-def _described(loader: FrameLoader | None) -> dict[str, Any]:
-    return {"count": 0, "sha256": ""} if loader is None else {"count": loader.num_frames, "sha256": loader.digest()}
+def _described(loader: FrameLoader | StreamLoader | None) -> dict[str, Any]:
+    if loader is None:
+        return {"count": 0, "sha256": ""}
+    files = {"files": loader.units.names} if isinstance(loader, StreamLoader) else {}
+    return {"count": loader.num_frames, "sha256": loader.digest(), **files}
 
 
 #: Settings of fine-tuning that a resumed run may change: names of files, whose contents are compared.
@@ -326,7 +374,7 @@ def _require_same_settings(
 
 
 def _require_same(
-    checkpoint: Mapping[str, Any], task: PotentialTask, frames: Mapping[str, Any], train: FrameLoader
+    checkpoint: Mapping[str, Any], task: PotentialTask, frames: Mapping[str, Any], train: FrameLoader | StreamLoader
 ) -> None:
     """Raise ValueError if a resumed run differs from that of the checkpoint in anything that must stay the same."""
     task.require_same_network(checkpoint)

@@ -34,6 +34,9 @@ class TrainingConfig:
     max_epochs: int | None = setting(None, "limit in passes over the training frames")
     max_steps: int | None = setting(None, "limit in optimizer steps")
     batch_size: int = setting(5, "molecules per step (and process)")
+    batch_atoms: int | None = setting(
+        None, "atoms per step (and process), for frames that are read from HDF5 files (default: batch_size mean frames)"
+    )  # fmt: skip
     optimizer: str = setting("soap", "soap, adam (AMSGrad), adamw, or a class of nbody_pyg.training.optim")
     lr: float = setting(1e-2, "learning rate after the warm-up")
     weight_decay: float = setting(0.0, "weight decay of the optimizer")
@@ -58,7 +61,7 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         if self.budget_seconds is None and self.max_epochs is None and self.max_steps is None:
             raise ValueError("training needs a limit: set budget_seconds, max_epochs or max_steps")
-        positive = ("budget_seconds", "max_epochs", "max_steps", "batch_size", "lr", "clip_norm")
+        positive = ("budget_seconds", "max_epochs", "max_steps", "batch_size", "batch_atoms", "lr", "clip_norm")
         for name in (*positive, "validate_every", "log_every", "threads", "processes"):
             value = getattr(self, name)
             if value is not None and not (value > 0 and (math.isfinite(value) or name == "clip_norm")):

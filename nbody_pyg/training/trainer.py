@@ -20,6 +20,7 @@ from nbody_pyg.training.flat import FlatParameters
 from nbody_pyg.training.loader import FrameLoader
 from nbody_pyg.training.optim import build_optimizer
 from nbody_pyg.training.schedule import WarmupCosine
+from nbody_pyg.training.stream import StreamLoader
 from nbody_pyg.training.task import PotentialTask
 
 
@@ -50,7 +51,7 @@ class Trainer:
     def __init__(
         self,
         task: PotentialTask,
-        train: FrameLoader,
+        train: FrameLoader | StreamLoader,
         val: FrameLoader | None,
         folder: str | Path,
         last_step: int = -1,
