@@ -122,7 +122,7 @@ def _writer(path: Path) -> str | None:
 def _train(config: Config, run: RunFolder) -> int:
     torch.set_num_threads(config.training.threads)
     folder = run.path
-    last, split, potential = None, None, None
+    last, split, potential, files = None, None, None, None
     choices: tuple[Choice, ...] = ()
     init = None if config.finetune.init is None else load_model(config.finetune.init)
     heirs: Inheritance | None = None
@@ -131,10 +131,10 @@ def _train(config: Config, run: RunFolder) -> int:
     if config.output.resume:
         last, split = _checkpoint(folder), _split(folder / "split.json")
         # With the degrees, E0 and scale of the first run, even if frames were added since
-        config, potential = _resumed(last, config)
+        config, potential, files = _resumed(last, config)
         potential.ancestor = None if init is None else ancestor_of(init)
     explicit(config.model)  # finds wrong arguments of the network before the data are read
-    data = load_data(config.data, split)
+    data = load_data(config.data, split, files)
     print(label_audit(data.named(), _uses(config, data)), "\n")
     if potential is None:
         config, choices = choose_defaults(config, data)
@@ -212,8 +212,9 @@ def _split(path: Path) -> Split | None:
         raise ValueError(f"{path} is damaged ({error}); remove it to draw the split again from its seed") from error
 
 
-def _resumed(last: Path, config: Config) -> tuple[Config, Potential | PropertyModel]:
-    """The configuration with the values chosen in the run of a checkpoint, and its model with initial weights.
+def _resumed(last: Path, config: Config) -> tuple[Config, Potential | PropertyModel, Sequence[str] | None]:
+    """The configuration with the values chosen in the run of a checkpoint, its model with initial weights, and names of
+    its HDF5 files, if it has any.
 
     Raises: ValueError: the configuration changes a setting that a resumed run must keep.
     """
@@ -233,7 +234,8 @@ def _resumed(last: Path, config: Config) -> tuple[Config, Potential | PropertyMo
         raise ValueError(
             f"a resumed run must not change these settings: {words}; resume with the old values, or start a new run"
         )
-    return config, potential_from_config(up_to_date(checkpoint["hyper_parameters"]["potential"]))
+    files = checkpoint["run"]["frames"]["train"].get("files")
+    return config, potential_from_config(up_to_date(checkpoint["hyper_parameters"]["potential"])), files
 
 
 def _as_built(config: ModelConfig, potential: Potential | PropertyModel) -> ModelConfig:

@@ -117,7 +117,7 @@ class UnitFiles:
         """
         if missing := sorted(set(names) - set(self.names)):
             raise ValueError(
-                f"{len(missing)} files must be there for the run that goes on, from {missing[0]} on, but are missing in "
+                f"{len(missing)} files must be there for the run that goes on, from {missing[0]} on, but are not in "
                 f"{self.files[0].parent}; bring them back, or start anew"
             )
         kept = [n for n, path in enumerate(self.files) if path.name in set(names)]

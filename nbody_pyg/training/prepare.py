@@ -133,12 +133,13 @@ def _warn_of_bonds_that_differ(scheme: Scheme, frames: Sequence[Data]) -> None:
         )
 
 
-def load_data(config: DataConfig, split: Split | None = None) -> DataSets:
+def load_data(config: DataConfig, split: Split | None = None, files: Sequence[str] | None = None) -> DataSets:
     """Read and split the data of the configuration.
 
     Args:
         split: of an earlier run, used instead of a new random one. Additional frames at the end are for training, or if
             ``num_train`` is given for the test.
+        files: names of the HDF5 files of an earlier run; others are left out.
     Raises: ValueError, FileNotFoundError: of the readers; more frames requested than there are; a key or unit for data
     that have fixed ones; a test set with the name of another set; files with labels of two levels of theory.
     """
@@ -158,8 +159,8 @@ def load_data(config: DataConfig, split: Split | None = None) -> DataSets:
         return DataSets(found.train, found.val, {"test": found.test})
     if config.qm9 is not None:
         return _load_qm9(config, split)
-    if are_units(files := find_files(required(config.train))):
-        return _load_units(unit_files(files), config)
+    if are_units(found := find_files(required(config.train))):
+        return _load_units(unit_files(found), config, files)
     paths = config.test or {}
     paths = {"test": paths} if isinstance(paths, str) else paths
     if taken := {"train", "val"} & set(paths):
@@ -178,7 +179,7 @@ def load_data(config: DataConfig, split: Split | None = None) -> DataSets:
 _SAMPLE, _VAL, _TEST = 2000, 500, 1000
 
 
-def _load_units(files: Sequence[Path], config: DataConfig) -> DataSets:
+def _load_units(files: Sequence[Path], config: DataConfig, names: Sequence[str] | None) -> DataSets:
     """Training frames that stay in their files, and samples of the validation and test frames there."""
     fixed = ("val", "test", "units", "energy_key", "forces_key", "stress_key", "file_format", "one_molecule")
     for name in fixed:
@@ -188,6 +189,7 @@ def _load_units(files: Sequence[Path], config: DataConfig) -> DataSets:
                 f"{getattr(config, name)!r}; leave it out"
             )
     units = UnitFiles(files, config.num_train)
+    units = units if names is None else units.only(names)
     val = units.sample("val", _VAL if config.num_val is None else config.num_val, config.split_seed)
     test = units.sample("test", _TEST if config.num_test is None else config.num_test, config.split_seed)
     tests = {"test": test} if len(test) else {}
