@@ -159,8 +159,8 @@ def load_data(config: DataConfig, split: Split | None = None, files: Sequence[st
         return DataSets(found.train, found.val, {"test": found.test})
     if config.qm9 is not None:
         return _load_qm9(config, split)
-    if are_units(found := find_files(required(config.train))):
-        return _load_units(unit_files(found), config, files)
+    if are_units(listed := find_files(required(config.train))):
+        return _load_units(unit_files(listed), config, files)
     paths = config.test or {}
     paths = {"test": paths} if isinstance(paths, str) else paths
     if taken := {"train", "val"} & set(paths):
