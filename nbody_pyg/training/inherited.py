@@ -47,7 +47,8 @@ def with_architecture(config: Config, init: Potential | PropertyModel) -> Config
     named = {"model", "model.scheme", *(f"model.{key}" for key in arguments)}
     named |= {f"model.{key}" for key in ("preset", "scale", "repulsion", "channels", "lmax", "irreps")}
     named |= {f"model.scheme.{key}" for key in old["scheme"]}
-    return dataclasses.replace(config, model=model, given=config.given | named)
+    target = config.target or (init.properties if isinstance(init, PropertyModel) else ())
+    return dataclasses.replace(config, model=model, target=tuple(target), given=config.given | named)
 
 
 def _given(config: Config, old: Mapping[str, Any]) -> dict[str, Any]:

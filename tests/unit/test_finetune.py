@@ -137,7 +137,7 @@ def test_of_one_composition_e0_stays_where_it_was():
     assert given.reference.energies == {1: 1.0, 6: 2.0, 8: 3.0}
 
 
-def test_statistics_of_properties_are_refitted():
+def test_models_of_properties_are_tuned_with_refitted_statistics(tmp_path):
     properties = [Property("u", "extensive", "eV")]
     torch.manual_seed(0)
     init = PropertyModel(
@@ -145,11 +145,14 @@ def test_statistics_of_properties_are_refitted():
     )
     given = frames(6)
     for frame in given:
-        frame.u = init(frame)["u"] + float((frame.z == 8).sum()) * 5.0
+        frame.u = init(frame)["u"].detach() + float((frame.z == 8).sum()) * 5.0
     model, _ = tuned_model(init, given)
     assert isinstance(model, PropertyModel) and model.statistics["u"].scale == 3.0 and model.species == (1, 6, 8)
     assert model.statistics["u"].elements == pytest.approx({1: 1.0, 6: 1.0, 8: 6.0}, abs=1e-8)
     assert float(init(given[0])["u"].detach().abs()) > 1e-3
+    before = weights(model)
+    fit(model, given, given[:2], SETTINGS, tmp_path, init=init, finetune=FineTuneConfig(parts="adapters", rank=2))
+    assert not torch.equal(weights(model), before) and model.ancestor is not None
 
 
 # -- refusals ------------------------------------------------------------------------------------------------
@@ -356,6 +359,18 @@ def test_the_command_starts_from_a_model_and_remembers_it(here, tmp_path, capsys
     assert main([*words, *more]) == 0
     after = read_checkpoint(f"{folder}/last.ckpt")
     assert after["global_step"] == 6 and any(not torch.equal(after["state_dict"][k], v) for k, v in before.items())
+
+
+def test_the_command_tunes_a_model_of_properties(here, tmp_path):
+    words = ["train", *TINY, "--output.folder"]
+    target = ["--target.energy.readout", "extensive", "--target.energy.unit", "eV"]
+    assert main([*words, str(tmp_path / "a"), *OWN, *target]) == 0
+    start = load_model(tmp_path / "a" / "model.nbody")
+    assert main([*words, str(tmp_path / "b"), "--init", str(tmp_path / "a" / "model.nbody")]) == 0
+    model = load_model(tmp_path / "b" / "model.nbody")
+    assert isinstance(model, PropertyModel) and model.ancestor["sha256"] == start.origin["sha256"]
+    assert not torch.equal(weights(model), weights(start))
+    assert model.statistics["energy"].scale == start.statistics["energy"].scale
 
 
 @pytest.mark.parametrize(
