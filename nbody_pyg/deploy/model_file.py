@@ -67,10 +67,9 @@ def find_model(name_or_path: str | Path) -> Path:
 
     Raises: FileNotFoundError: a bare name that is neither a file nor a shipped model.
     """
-    path = Path(name_or_path)
-    if path.exists() or len(path.parts) != 1 or path.suffix:
+    path, names = Path(name_or_path), shipped_models()
+    if path.is_file() or len(path.parts) != 1 or path.suffix or (path.exists() and path.name not in names):
         return path
-    names = shipped_models()
     if path.name not in names:
         hint = f"; of the shipped models {nearest(path.name, names)}" if names else ""
         raise FileNotFoundError(f"no model file at {path}, and no shipped model of that name{hint}")

@@ -20,7 +20,7 @@ _MAP = re.compile(r"interactions\..*weights\.\d+")
 
 
 def choose_parts(potential: Potential | PropertyModel, parts: str | Sequence[str]) -> None:
-    """Set ``requires_grad`` of all parameters, so that only the named parts are trained.
+    """Set ``requires_grad`` to False for all parameters but those of the named parts.
 
     Args:
         parts: "all", "readouts", "adapters" (all; :func:`adapted_maps` are then changed by adapters), or names of
@@ -31,24 +31,22 @@ def choose_parts(potential: Potential | PropertyModel, parts: str | Sequence[str
     named = dict(potential.model.named_parameters())
     wanted = [parts] if isinstance(parts, str) else list(parts)
     if wanted in (["all"], ["adapters"]):
-        chosen = set(named)
-    else:
-        names = [name for part in wanted for name in (_READOUTS if part == "readouts" else [part])]
-        if unknown := [n for n in names if n not in _READOUTS and not any(_inside(p, n) for p in named)]:
-            first = sorted({name.split(".")[0] for name in named})
-            raise ValueError(
-                f"finetune.parts must be {', '.join(PARTS)}, or name parts of the network, got {unknown[0]!r}; "
-                f"{nearest(unknown[0], [*PARTS, *first])}"
-            )
-        chosen = {p for p in named if any(_inside(p, n) for n in names)}
-        if not chosen:
-            raise ValueError(
-                f"finetune.parts must name parts with parameters, got {parts!r}, of which "
-                f"{type(potential.model).__name__} has none; name its modules, or train 'all'"
-            )
-    everything = wanted in (["all"], ["adapters"])
+        return
+    names = [name for part in wanted for name in (_READOUTS if part == "readouts" else [part])]
+    if unknown := [n for n in names if n not in _READOUTS and not any(_inside(p, n) for p in named)]:
+        first = sorted({name.split(".")[0] for name in named})
+        raise ValueError(
+            f"finetune.parts must be {', '.join(PARTS)}, or name parts of the network, got {unknown[0]!r}; "
+            f"{nearest(unknown[0], [*PARTS, *first])}"
+        )
+    chosen = {f"model.{p}" for p in named if any(_inside(p, n) for n in names)}
+    if not chosen:
+        raise ValueError(
+            f"finetune.parts must name parts with parameters, got {parts!r}, of which "
+            f"{type(potential.model).__name__} has none; name its modules, or train 'all'"
+        )
     for name, p in potential.named_parameters():
-        p.requires_grad_(everything or name.removeprefix("model.") in chosen)
+        p.requires_grad_(p.requires_grad and name in chosen)
 
 
 @contextlib.contextmanager
