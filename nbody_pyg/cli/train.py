@@ -154,7 +154,7 @@ def _train(config: Config, run: RunFolder) -> int:
     result = fit_in(
         run, potential, _training_frames(data, again), data.val, config.training, last,
         callbacks=[KeptConfig(config, data.split, folder)], files=files,
-        finetune=None if init is None else config.finetune, files_in_memory=config.data.files_in_memory,
+        finetune=None if init is None else config.finetune,
     )  # fmt: skip
     if not run.active:
         return 0  # only the first process tests, saves and reports

@@ -61,12 +61,16 @@ class UnitFiles:
     Args:
         paths: the files, in this order; files without a frame are left out.
         num_train: number of training frames to use, the first ones; None: all.
+        in_memory: files that training holds at once.
 
     Raises: ValueError: no files or no training frames, a file that is damaged or lacks a dataset, fewer training frames
         than ``num_train``; FileNotFoundError; ImportError: h5py is not installed.
     """
 
-    def __init__(self, paths: Iterable[str | Path], num_train: int | None = None) -> None:
+    def __init__(self, paths: Iterable[str | Path], num_train: int | None = None, in_memory: int = 8) -> None:
+        if in_memory < 1:
+            raise ValueError(f"in_memory must be at least 1, got {in_memory}; try 8")
+        self.in_memory = in_memory
         self.files: list[Path] = []
         self.num_atoms: list[np.ndarray] = []
         self.splits: list[np.ndarray] = []
@@ -123,7 +127,7 @@ class UnitFiles:
         kept = [n for n, path in enumerate(self.files) if path.name in set(names)]
         out = object.__new__(UnitFiles)
         for name, values in vars(self).items():
-            setattr(out, name, [values[n] for n in kept])
+            setattr(out, name, [values[n] for n in kept] if isinstance(values, list) else values)
         return out
 
     @property

@@ -55,7 +55,9 @@ class DataConfig:
         None, "all frames hold one molecule in one order of atoms, and share the hierarchy of the first "
         "(default: true for embedded and rmd17)"
     )  # fmt: skip
-    files_in_memory: int = setting(8, "HDF5 files held at once, of data.train that does not fit into memory")
+    files_in_memory: int | None = setting(
+        None, "HDF5 files held at once, of data.train that does not fit into memory (default: 8)"
+    )  # fmt: skip
     e0: dict[str, float] | str = setting("lstsq", "lstsq, mean, isolated, atomref (of QM9), or {element: eV}")  # noqa: RUF009
 
     def __post_init__(self) -> None:

@@ -188,7 +188,7 @@ def _load_units(files: Sequence[Path], config: DataConfig, names: Sequence[str] 
                 f"data.{name} must not be given for HDF5 files, which hold their splits, names and units, got "
                 f"{getattr(config, name)!r}; leave it out"
             )
-    units = UnitFiles(files, config.num_train)
+    units = UnitFiles(files, config.num_train, 8 if config.files_in_memory is None else config.files_in_memory)
     units = units if names is None else units.only(names)
     val = units.sample("val", _VAL if config.num_val is None else config.num_val, config.split_seed)
     test = units.sample("test", _TEST if config.num_test is None else config.num_test, config.split_seed)

@@ -199,11 +199,11 @@ def fit_in(
     callbacks: Sequence[Callback] = (),
     files: Sequence[str] = FIT_FILES,
     finetune: FineTuneConfig | None = None,
-    files_in_memory: int = 8,
 ) -> FitResult:
     """:func:`fit` in a folder that is already locked; ``files`` are those of a run, moved away before a new one.
 
-    A potential to fine-tune already has its weights and E0."""
+    A potential to fine-tune already has its weights and E0.
+    """
     settings = settings or TrainingConfig(max_epochs=100)
     require_device(settings)
     checkpoint = None if resume is None else read_checkpoint(resume)
@@ -234,7 +234,7 @@ def fit_in(
         loader = (
             FrameLoader(train, settings.batch_size, shuffle=True, seed=settings.seed)
             if units is None
-            else _stream(units, potential, settings, train, files_in_memory)
+            else _stream(units, potential, settings, train)
         )
         epoch = len(loader) if units is not None else steps_per_epoch(settings, len(train))
         evaluation = FrameLoader(val, 4 * settings.batch_size) if len(val) else None
@@ -289,7 +289,6 @@ def _stream(
     potential: Potential | PropertyModel,
     settings: TrainingConfig,
     sample: Sequence[Data],
-    window: int,
 ) -> StreamLoader:
     """The loader of frames in files, with the labels that the sample has."""
     labels = {name: shape for name, shape in label_shapes(potential).items() if name in sample[0]}
@@ -306,7 +305,7 @@ def _stream(
         1, round(settings.batch_size * sum(int(a.sum()) for a in units.num_atoms) / sum(map(len, units.num_atoms)))
     )
     atoms = mean if settings.batch_atoms is None else settings.batch_atoms
-    return StreamLoader(units, prepare, atoms, seed=settings.seed, window=window)
+    return StreamLoader(units, prepare, atoms, seed=settings.seed)
 
 
 def _silent(text: str) -> None:
@@ -340,7 +339,9 @@ def _loss_scale(potential: Potential | PropertyModel, train: Sequence[Data], set
 def _described(loader: FrameLoader | StreamLoader | None) -> dict[str, Any]:
     if loader is None:
         return {"count": 0, "sha256": ""}
-    files = {"files": loader.units.names} if isinstance(loader, StreamLoader) else {}
+    files: dict[str, Any] = {}
+    if isinstance(loader, StreamLoader):  # the order of the frames depends on both
+        files = {"files": loader.units.names, "in_memory": loader.window}
     return {"count": loader.num_frames, "sha256": loader.digest(), **files}
 
 
@@ -386,6 +387,11 @@ def _require_same(
             f"{new['val']['count']} here, or changed; resume with the same, or start anew"
         )
     found = new["train"]["sha256"] if count == train.num_frames else train.digest(min(count, train.num_frames))
+    if (held := old["train"].get("in_memory")) != (holds := new["train"].get("in_memory")):
+        raise ValueError(
+            f"in_memory must be as in the run that is resumed, {held}, got {holds}: the order of the frames depends on "
+            "it; resume with the same, or start anew"
+        )
     if count > train.num_frames or found != old["train"]["sha256"]:
         raise ValueError(
             f"training frames must be those of the run that is resumed, and new ones stand behind them: {count} there, "

@@ -33,7 +33,7 @@ class StreamLoader:
         prepare: see :data:`Prepare`.
         batch_atoms: :math:`n^*`, atoms of a batch; raised to those of the largest frame.
         seed: of the order.
-        window: files in memory at once.
+        window: files in memory at once; by default those of ``units``.
         rank, world: share of this process, every ``world``-th batch; by default taken from torch.distributed.
 
     Cost: memory of ``window`` files and of one batch. Raises: ValueError: ``batch_atoms`` or ``window`` below one.
@@ -46,10 +46,11 @@ class StreamLoader:
         batch_atoms: int,
         *,
         seed: int = 0,
-        window: int = 8,
+        window: int | None = None,
         rank: int | None = None,
         world: int | None = None,
     ) -> None:
+        window = units.in_memory if window is None else window
         for name, value in (("batch_atoms", batch_atoms), ("window", window)):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")

@@ -234,6 +234,10 @@ def test_a_run_on_files_goes_on_with_the_same_bits(folder, units, tmp_path):
     assert float((ends[0] - start).abs().max()) > 1e-3
     with pytest.raises(ValueError, match="files must be there for the run that goes on, from unit_00000"):
         fit(model, UnitFiles([folder / "unit_00001.h5"]), val, SETTINGS, tmp_path / "two", last)
+    with pytest.raises(ValueError, match="in_memory must be as in the run that is resumed, 8, got 2"):
+        fit(model, UnitFiles(units.files, in_memory=2), val, SETTINGS, tmp_path / "two", last)
+    with pytest.raises(ValueError, match="in_memory must be at least 1, got 0"):
+        UnitFiles(units.files, in_memory=0)
     with pytest.raises(ValueError, match="batch_atoms is for frames in HDF5 files, got 20; use batch_size"):
         fit(model, val, val, SETTINGS, tmp_path / "three")
 
