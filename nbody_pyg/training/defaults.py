@@ -31,7 +31,7 @@ EDGES_PER_STEP, MOST_FRAMES = 10_000, 5
 #: Weights for energies and stresses per atom, angstrom^-2.
 PER_ATOM_WEIGHT, STRESS_WEIGHT = 5.0, 0.1
 #: Learning rates of runs that start from a trained model: of all weights, and of readouts and adapters alone.
-TUNED_LR, FEW_WEIGHTS_LR = 3e-3, 1e-2
+TUNED_LR, FEW_WEIGHTS_LR = 5e-3, 1e-2
 #: Number of frames that are measured, and largest distance of neighbours, angstrom.
 _MEASURED, _REACH = 200, 6.0
 
