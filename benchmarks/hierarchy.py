@@ -36,7 +36,7 @@ def measure(name: str, scheme: Scheme, waters: int, channels: int, seconds: floa
     """Time and memory of one droplet."""
     system = water(waters)
     torch.manual_seed(0)
-    potential = Potential(NBodyNet([1, 8], scheme, channels=channels, lmax=2, body_order=3))
+    potential = Potential(NBodyNet([1, 8], scheme, channels=channels, lmax=2, correlation=3))
 
     def search() -> Any:
         return scheme.topology(system.z, system.pos)

@@ -39,7 +39,7 @@ from nbody_pyg.training.schedule import WarmupCosine
 from nbody_pyg.units import COULOMB, ENERGY_UNITS
 
 SCHEME = NestedShells((4.0, 4.0), exponent=6)
-NETWORK = {"channels": 16, "lmax": 1, "body_order": 2}
+NETWORK = {"channels": 16, "lmax": 1, "correlation": 2}
 LONG_RANGE = {"method": "direct", "channels": 2, "dipoles": True, "width": 0.5, "coulomb": True}
 NETWORKS = {"charges": LONG_RANGE, "learned": LONG_RANGE | {"coulomb": False}, "local": None}
 LABELS = ("Elst", "benchmark_Eint")

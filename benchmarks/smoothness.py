@@ -68,7 +68,7 @@ def hard(z: Tensor, pos: Tensor, direction: Tensor, channels: int) -> Line:
 
 def _network(scheme: Any, channels: int) -> Potential:
     torch.manual_seed(0)
-    return Potential(NBodyNet(SPECIES, scheme, channels=channels, lmax=2, body_order=3)).double()
+    return Potential(NBodyNet(SPECIES, scheme, channels=channels, lmax=2, correlation=3)).double()
 
 
 def _line(potential: Potential, z: Tensor, pos: Tensor, direction: Tensor, topology: Callable[..., Any]) -> Line:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import numbers
 from collections.abc import Iterable, Mapping, Sequence
 from functools import reduce
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from ase.data import chemical_symbols
@@ -30,9 +31,9 @@ from nbody_pyg.nn.custom import GateFactory, checked_state, gate_factories, gate
 from nbody_pyg.nn.edges import EdgeEmbedding, EdgeFeatures, sum_into
 from nbody_pyg.nn.interaction import ChannelGroups, Interaction, InteractionConfig, SoftNorm, one_gate
 from nbody_pyg.nn.irreps import (
+    PARITIES,
     Resettable,
     channel_groups,
-    check_symmetry,
     hidden_irreps,
     level_types,
     require_reachable,
@@ -40,14 +41,18 @@ from nbody_pyg.nn.irreps import (
 )
 from nbody_pyg.nn.readout import LinearReadout, MLPReadout
 from nbody_pyg.radial import BesselBasis, InversePowers
+from nbody_pyg.renamed import FORMER_ARGUMENTS, former, renamed
 from nbody_pyg.required import required
 from nbody_pyg.system import Species, System
 
-#: Presets and their options. Strict uses the powers s = 0 .. 3 of the paper; higher ones overflow.
-PRESETS: Mapping[str, Mapping[str, Any]] = {"practical": {}, "strict": {"num_basis": 4}}
+#: Presets and their numbers of radial functions. Strict has the powers s = 0 .. 3 of the paper; higher ones overflow.
+PRESETS: Mapping[str, int] = {"practical": 8, "strict": 4}
 SWEEPS = ("up", "up-down")
+READOUTS = ("sum", "root")
+#: Layers on the atoms.
+NUM_LAYERS = 2
 #: Typical number of sources per target if the caller gives none.
-_DEFAULT_DEGREE = {"pair": 12.0, "child": 3.0}
+_NUM_NEIGHBORS = {"pair": 12.0, "child": 3.0}
 
 
 class Step(NamedTuple):
@@ -89,11 +94,11 @@ class NBodyNet(Resettable):
         scheme: composition scheme; the default is two nested shells, of 3.5 and 5 angstrom.
         channels: multiplicity of every fragment; None: 32, unless ``irreps`` is given.
         lmax: highest degree; None: 2, unless ``irreps`` is given.
-        body_order: highest power of a summed state in one interaction.
+        correlation: highest power of a summed state in one interaction.
         preset: "practical" or "strict".
         irreps_out: type of the target in e3nn's notation: "0e" energy, "1o" dipole, "0e + 2e" polarizability.
-        target: "extensive" sums a value over the parts of all levels below the root; "intensive" uses the root only,
-            which is not additive.
+        readout: "sum" adds up a value over the parts of all levels below the root, so it is extensive; "root" reads the
+            root only, which is not additive.
         gate: your class of gates for every step of the hierarchy, or a mapping from "pair", "up" and "down" to classes
             (:class:`~nbody_pyg.nn.custom.GateFactory`; docs/extending.md). Atoms then start from a learned
             vector of their element. A model file holds the name of the class, which must be imported before loading.
@@ -101,22 +106,23 @@ class NBodyNet(Resettable):
             "48x0e + 32x1o + 16x2e", or a mapping from the names of the levels (those of ``scheme.levels``) to types. No
             fragment may have a larger multiplicity than the scalars. Channels with the same fragments form a group with
             its own products; the linear maps mix all groups (:class:`~nbody_pyg.nn.interaction.ChannelGroups`).
-        options: further settings, see :attr:`DEFAULTS`: num_layers (layers on the atoms, if they have pairs; an
-            intensive target uses only the first),
-            num_basis (radial functions: 8, with the strict preset 4), symmetry ("o3", "o3-full", "so3"), sweeps ("up",
-            or "up-down", allowed for extensive targets if atoms have pairs), degrees (typical number of
-            sources per target, by edge set such as "pair_0" or "child_1"), long_range (energy of latent charges at any
-            distance: None, the name of a method, or settings as in
-            :class:`~nbody_pyg.nn.charges.LongRangeSettings`), inputs (further inputs: "charge", the total charge, and
-            "spin", the multiplicity;
-            :class:`~nbody_pyg.nn.charges.ElectronicEmbedding`).
+        num_layers: layers on the atoms, if they have pairs; the readout "root" uses only the first.
+        num_basis: number of radial functions; None: 8, with the strict preset 4.
+        parity: parities of the fragments: "natural", "both" or "ignored" (:data:`~nbody_pyg.nn.irreps.PARITIES`).
+        sweeps: "up-down", where atoms have pairs and the readout is "sum", or "up".
+        avg_num_neighbors: typical number of sources per target by edge set, such as {"pair_0": 12.0, "child_1": 3.0}
+            (:func:`compute_avg_num_neighbors`).
+        long_range: energy of latent charges at any distance: None, the name of a method, or settings
+            (:class:`~nbody_pyg.nn.charges.LongRangeSettings`).
+        inputs: further inputs: "charge", the total charge, and "spin", the multiplicity
+            (:class:`~nbody_pyg.nn.charges.ElectronicEmbedding`).
 
     The attribute ``assumed`` holds charge and spin of the training data of a network without these inputs, unless it is
     a neutral singlet; training sets it.
 
-    Equivariance: O(3) (with symmetry "so3" only rotations), translation, permutation.
+    Equivariance: O(3) (with parity "ignored" only rotations), translation, permutation.
     Smoothness: that of the scheme. Cost: linear in the number of edges.
-    Raises: ValueError: unknown preset, option or symmetry, a target that no path reaches, ``irreps`` together with
+    Raises: ValueError: unknown preset, readout or parity, a type that no path reaches, ``irreps`` together with
     ``channels`` or ``lmax``; in forward: an unknown element, a charge or spin without an input for it.
 
     Example:
@@ -124,32 +130,29 @@ class NBodyNet(Resettable):
         NBodyNet(H C O, NestedShells(radii=[3.5, 5.0], exponent=3), practical, 8x0e+8x1o+8x2e -> 1x0e, 7251 parameters)
     """
 
-    #: Settings that ``options`` may change; a preset may start from others (:data:`PRESETS`).
-    DEFAULTS: ClassVar[dict[str, Any]] = {
-        "num_layers": 2,
-        "num_basis": 8,
-        "symmetry": "o3",
-        "sweeps": "up-down",
-        "degrees": None,
-        "long_range": None,
-        "inputs": None,
-    }
-
     species_of: Tensor
 
+    @renamed(**FORMER_ARGUMENTS)
     def __init__(
         self,
         species: Sequence[int],
         scheme: Scheme | None = None,
         channels: int | None = None,
         lmax: int | None = None,
-        body_order: int = 4,
+        correlation: int = 4,
         preset: str = "practical",
         irreps_out: str | o3.Irreps = "0e",
-        target: str = "extensive",
+        readout: str = "sum",
         gate: GateFactory | str | Mapping[str, GateFactory | str] | None = None,
         irreps: str | o3.Irreps | Mapping[str, str | o3.Irreps] | None = None,
-        **options: Any,
+        *,
+        num_layers: int = NUM_LAYERS,
+        num_basis: int | None = None,
+        parity: str = "natural",
+        sweeps: str = "up-down",
+        avg_num_neighbors: Mapping[str, float] | None = None,
+        long_range: str | Mapping[str, Any] | LongRangeSettings | None = None,
+        inputs: str | Sequence[str] | None = None,
     ) -> None:
         super().__init__()
         self.scheme = NestedShells() if scheme is None else scheme
@@ -157,24 +160,18 @@ class NBodyNet(Resettable):
             raise TypeError(f"scheme must be a composition scheme such as BondTree(), got {scheme!r}")
         self.species = _check_species(species)
         self.preset = check_choice("preset", preset, tuple(PRESETS))
-        self.target = check_choice("target", target, ("extensive", "intensive"))
+        self.readout = check_choice("readout", readout, READOUTS)
         self.gates = gate_factories(gate)
-        unknown = set(options) - set(self.DEFAULTS)
-        if unknown:
-            raise ValueError(
-                f"options must be among {sorted(self.DEFAULTS)}, got {sorted(unknown)}; check the spelling"
-            )
-        self.options = {**self.DEFAULTS, **PRESETS[preset], **options}
-        check_symmetry(self.options["symmetry"])
-        if self.options["long_range"] is not None:
-            self.options["long_range"] = LongRangeSettings.parse(self.options["long_range"]).to_dict()
-        # Files of networks without inputs do not have this key
-        self.options["inputs"] = list(check_inputs(self.options["inputs"])) if self.options["inputs"] else None
+        self.parity = check_choice("parity", parity, PARITIES)
+        self.sweeps = check_choice("sweeps", sweeps, SWEEPS)
+        self.long_range_settings = None if long_range is None else LongRangeSettings.parse(long_range)
+        #: Which of charge and spin are inputs of the network.
+        self.inputs = check_inputs(inputs) if inputs else ()
         self.assumed: dict[str, float] = {}
-        check_choice("sweeps", self.options["sweeps"], SWEEPS)
-        self._check_options()
-        self.body_order = _whole("body_order", body_order)
-        self.options["num_basis"] = _whole("num_basis", self.options["num_basis"])
+        self.num_layers = self._check_layers(num_layers)
+        self.avg_num_neighbors = self._check_neighbors(avg_num_neighbors)
+        self.correlation = _whole("correlation", correlation)
+        self.num_basis = _whole("num_basis", PRESETS[preset] if num_basis is None else num_basis)
         self.steps = self._plan()
         self.level_types, self._size = self._read_types(channels, lmax, irreps)
         self.channels: int | None = self._size.get("channels")
@@ -190,25 +187,33 @@ class NBodyNet(Resettable):
         self._build()
 
     # ------------------------------------------------------------------ construction
-    def _check_options(self) -> None:
-        """Raise if an option does not apply to this scheme and target."""
-        layers, degrees = self.options["num_layers"], self.options["degrees"] or {}
+    def _check_layers(self, layers: int) -> int:
+        """The number of layers. Raises: ValueError: it does not apply to the scheme."""
         if isinstance(layers, bool) or not isinstance(layers, int) or layers < 1:
             raise ValueError(f"num_layers must be a whole number, 1 or more, got {layers!r}; try 2")
-        if not isinstance(degrees, Mapping):
-            raise ValueError(f"degrees must be a mapping such as {{'pair_0': 12.0}}, got {degrees!r}")
-        if layers != self.DEFAULTS["num_layers"] and self.scheme.levels[0].pair_radius is None:
+        if layers != NUM_LAYERS and self.scheme.levels[0].pair_radius is None:
             raise ValueError(
                 f"num_layers counts visits of the atoms along their pairs, of which {self.scheme!r} has none, so that "
                 f"{layers} would do nothing; leave it out, and make the network deeper by further levels of the "
                 "scheme, e.g. NestedShells((3.5, 5.0, 5.0))"
             )
+        return layers
+
+    def _check_neighbors(self, given: Mapping[str, float] | None) -> dict[str, float]:
+        """Numbers of neighbours by edge set. Raises: ValueError: unknown sets, or numbers that are not positive."""
+        if not isinstance(given, Mapping | None):
+            raise ValueError(f"avg_num_neighbors must be a mapping such as {{'pair_0': 12.0}}, got {given!r}")
         known = [str(edges) for edges in self.scheme.edge_sets]
-        for name, degree in degrees.items():
+        for name, number in (given or {}).items():
             if name not in known:
-                raise ValueError(f"degrees must name edge sets of {self.scheme!r}, {sorted(known)}, got {name!r}")
-            if isinstance(degree, bool) or not isinstance(degree, (int, float)) or not 0 < degree < float("inf"):
-                raise ValueError(f"degrees[{name!r}] must be a positive number of sources per target, got {degree!r}")
+                raise ValueError(
+                    f"avg_num_neighbors must name edge sets of {self.scheme!r}, {sorted(known)}, got {name!r}"
+                )
+            if isinstance(number, bool) or not isinstance(number, (int, float)) or not 0 < number < float("inf"):
+                raise ValueError(
+                    f"avg_num_neighbors[{name!r}] must be a positive number of sources per target, got {number!r}"
+                )
+        return dict(given or {})
 
     def _read_types(
         self,
@@ -217,18 +222,18 @@ class NBodyNet(Resettable):
         irreps: str | o3.Irreps | Mapping[str, str | o3.Irreps] | None,
     ) -> tuple[dict[int, o3.Irreps], dict[str, Any]]:
         """The type of every level in use, and the arguments that describe it."""
-        symmetry, visited = self.options["symmetry"], sorted({step.level for step in self.steps}) or [0]
+        visited = sorted({step.level for step in self.steps}) or [0]
         if irreps is None:
             channels = _whole("channels", 32 if channels is None else channels)
             lmax = _whole("lmax", 2 if lmax is None else lmax)
-            types = dict.fromkeys(visited, hidden_irreps(channels, lmax, symmetry))
+            types = dict.fromkeys(visited, hidden_irreps(channels, lmax, self.parity))
             return types, {"channels": channels, "lmax": lmax}
         if channels is not None or lmax is not None:
             raise ValueError(
                 f"irreps must stand alone, got irreps {irreps!r} with channels {channels!r} and lmax {lmax!r}; "
                 "channels and lmax are short for a type with one multiplicity, leave them out"
             )
-        types = level_types(irreps, {k: self.scheme.levels[k].name for k in visited}, symmetry)
+        types = level_types(irreps, {k: self.scheme.levels[k].name for k in visited}, self.parity)
         return types, {
             "irreps": {name: str(one) for name, one in irreps.items()} if isinstance(irreps, Mapping) else str(irreps)
         }
@@ -239,18 +244,23 @@ class NBodyNet(Resettable):
         return self.level_types[min(self.level_types)]
 
     def _build(self) -> None:
-        num_basis, symmetry, radii = self.options["num_basis"], self.options["symmetry"], self.scheme.edge_sets
+        num_basis, radii = self.num_basis, self.scheme.edge_sets
         self.embeddings, self.interactions = nn.ModuleDict(), nn.ModuleList()
         last_visit = {step.level: n for n, step in enumerate(self.steps)}
         types: dict[int, o3.Irreps] = {}
-        settings = self._long_range_settings()
+        settings = self.long_range_settings
+        if settings is not None and (not self._shifts() or self.irreps_out.dim != 1):
+            raise ValueError(
+                f"long_range is an extensive energy, but the readout is {self.readout!r} of {self.irreps_out}; "
+                "leave it out"
+            )
         dipoles = settings is not None and settings.dipoles
         highest = max(int(dipoles), *(ir.l for _, ir in self.irreps_out))
         start = self.irreps[0].mul
         self.electrons = None
-        if self.options["inputs"]:
+        if self.inputs:
             energies = self._shifts() and self.irreps_out.dim == 1
-            self.electrons = ElectronicEmbedding(self.options["inputs"], len(self.species), start, offset=energies)
+            self.electrons = ElectronicEmbedding(self.inputs, len(self.species), start, offset=energies)
         self.elements = None
         self.bound = None
         if "down" in self.gates:
@@ -258,7 +268,7 @@ class NBodyNet(Resettable):
             self.bound = SoftNorm() if self.preset == "practical" else nn.Identity()
         if self.gates:
             self.elements = nn.Parameter(torch.randn(len(self.species), start))
-        if self.options["inputs"] or self.gates:
+        if self.inputs or self.gates:
             types[0] = o3.Irreps([(start, (0, 1))])  # initial states of the atoms
         for n, step in enumerate(self.steps):
             if (name := str(step.edges)) not in self.embeddings:
@@ -266,7 +276,7 @@ class NBodyNet(Resettable):
                 basis = (
                     InversePowers(num_basis - 1, radius) if self.preset == "strict" else BesselBasis(num_basis, radius)
                 )
-                self.embeddings[name] = EdgeEmbedding(self.lmax, basis, symmetry)
+                self.embeddings[name] = EdgeEmbedding(self.lmax, basis, self.parity)
             sends_again = any(self._source(later) == step.level for later in self.steps[n + 1 :])
             final = last_visit[step.level] == n and not sends_again
             most = highest if final and step.kind != "down" else self.lmax
@@ -286,15 +296,6 @@ class NBodyNet(Resettable):
             functions = num_basis if self._atom_step else 0
             self.long_range = LongRange(settings, self.scheme, len(self.species), irreps, functions)
 
-    def _long_range_settings(self) -> LongRangeSettings | None:
-        if self.options["long_range"] is None:
-            return None
-        if not self._shifts() or self.irreps_out.dim != 1:
-            raise ValueError(
-                f"long_range is an extensive energy, but the target is {self.target} {self.irreps_out}; leave it out"
-            )
-        return LongRangeSettings.parse(self.options["long_range"])
-
     def _between_atoms(self, step: Step) -> bool:
         """Whether the edges of a step join parts that each represent one atom, in both directions."""
         return step.kind != "down" and self._centred(step.level) and self._centred(self._source(step))
@@ -302,13 +303,13 @@ class NBodyNet(Resettable):
     def _plan(self) -> list[Step]:
         """The order in which levels are visited."""
         pairs = [spec.pair_radius is not None for spec in self.scheme.levels]
-        top = len(pairs) - 1 if self.target == "intensive" else len(pairs) - 2
-        passes = self.options["num_layers"] - 1 if pairs[0] else 0
+        top = len(pairs) - 1 if self.readout == "root" else len(pairs) - 2
+        passes = self.num_layers - 1 if pairs[0] else 0
         steps = [Step("pair", 0)] if pairs[0] else []
         for k in range(1, top + 1):
             steps += [Step("up", k)] + ([Step("pair", k)] if pairs[k] else [])
         # Shells need no way down: their lower levels are the same atoms with less context.
-        if self.options["sweeps"] == "up-down" and pairs[0] and self.target == "extensive":
+        if self.sweeps == "up-down" and pairs[0] and self.readout == "sum":
             steps += [Step("down", k) for k in range(top - 1, -1, -1)]
         return steps + [Step("pair", 0)] * passes
 
@@ -333,21 +334,20 @@ class NBodyNet(Resettable):
         self, step: Step, types: dict[int, o3.Irreps], irreps: o3.Irreps, most: int, entered: o3.Irreps | None = None
     ) -> nn.Module:
         """The layer of a step for a type of one multiplicity."""
-        recipe = InteractionConfig(
+        config = InteractionConfig(
             num_species=len(self.species),
-            num_basis=self.options["num_basis"],
-            body_order=self.body_order,
-            symmetry=self.options["symmetry"],
+            num_basis=self.num_basis,
+            correlation=self.correlation,
+            parity=self.parity,
             practical=self.preset == "practical",
             gain=self._gain(),
         )
-        default = _DEFAULT_DEGREE[step.edges.kind]
-        degree = float((self.options["degrees"] or {}).get(str(step.edges), default))
+        neighbors = float(self.avg_num_neighbors.get(str(step.edges), _NUM_NEIGHBORS[step.edges.kind]))
         gate, source = self.gates.get(step.kind), types.get(self._source(step))
         if step.kind == "down":
-            return one_gate(recipe, source, irreps, 1.0, gate, entered)
+            return one_gate(config, source, irreps, 1.0, gate, entered)
         return Interaction(
-            recipe,
+            config,
             irreps,
             source,
             types.get(step.level) if step.kind == "pair" else self._inherited(step, types),
@@ -355,7 +355,7 @@ class NBodyNet(Resettable):
             entered=entered,
             source_has_species=self._centred(self._source(step)),
             target_has_species=self._centred(step.level),
-            avg_num_neighbors=degree,
+            avg_num_neighbors=neighbors,
             gate=gate,
         )
 
@@ -373,10 +373,10 @@ class NBodyNet(Resettable):
         return types.get(step.level - 1) if self._centred(step.level) else None
 
     def _read_levels(self) -> list[int]:
-        return [len(self.scheme.levels) - 1] if self.target == "intensive" else sorted(self._types)
+        return [len(self.scheme.levels) - 1] if self.readout == "root" else sorted(self._types)
 
     def _shifts(self) -> bool:
-        return self.target == "extensive" and self.irreps_out.count(o3.Irrep("0e")) == self.irreps_out.dim
+        return self.readout == "sum" and self.irreps_out.count(o3.Irrep("0e")) == self.irreps_out.dim
 
     # ------------------------------------------------------------------ evaluation
     def forward(
@@ -407,11 +407,6 @@ class NBodyNet(Resettable):
         state = {"charge": charge, "charges": charges, "spin": spin}
         given = {"cell": cell, "pbc": pbc, "topology": topology, "batch_size": batch_size, **state}
         return self.total(self.hierarchy(z, pos, batch, **given))
-
-    @property
-    def inputs(self) -> tuple[str, ...]:
-        """Which of charge and spin are inputs of the network."""
-        return tuple(self.options["inputs"] or ())
 
     @property
     def used(self) -> frozenset[str]:
@@ -599,12 +594,18 @@ class NBodyNet(Resettable):
             "species": list(self.species),
             "scheme": self.scheme.config(),
             **self._size,
-            "body_order": self.body_order,
+            "correlation": self.correlation,
             "preset": self.preset,
             "irreps_out": str(self.irreps_out),
-            "target": self.target,
+            "readout": self.readout,
             **({"gate": gate_names(self.gates)} if self.gates else {}),
-            **self.options,
+            "num_layers": self.num_layers,
+            "num_basis": self.num_basis,
+            "parity": self.parity,
+            "sweeps": self.sweeps,
+            "avg_num_neighbors": self.avg_num_neighbors or None,
+            "long_range": None if self.long_range_settings is None else self.long_range_settings.to_dict(),
+            "inputs": list(self.inputs) or None,
         }
 
     @classmethod
@@ -620,8 +621,17 @@ class NBodyNet(Resettable):
         return f"NBodyNet({names}, {self.scheme!r}, {self.preset}, {types} -> {self.irreps_out}, {size} parameters)"
 
 
-def edge_degrees(scheme: Scheme, frames: Iterable[Data]) -> dict[str, float]:
-    """Mean number of sources per target of every edge set over some frames: the ``degrees`` of a network."""
+def network_arguments() -> dict[str, Any]:
+    """Arguments of :class:`NBodyNet` below its presets, and their defaults.
+
+    A user's gate is a class, which a configuration cannot hold, and not among them.
+    """
+    known = list(inspect.signature(NBodyNet.__init__).parameters.values())[1:]
+    return {one.name: one.default for one in known if one.name not in ("species", "scheme", "preset", "gate")}
+
+
+def compute_avg_num_neighbors(scheme: Scheme, frames: Iterable[Data]) -> dict[str, float]:
+    """Mean number of sources per target of every edge set over some frames, as a network takes it."""
     edges: dict[str, int] = {}
     targets: dict[str, int] = {}
     for frame in frames:
@@ -634,6 +644,9 @@ def edge_degrees(scheme: Scheme, frames: Iterable[Data]) -> dict[str, float]:
                     edges[name] = edges.get(name, 0) + index.shape[1]
                     targets[name] = targets.get(name, 0) + topology.size(k)
     return {name: max(edges[name] / targets[name], 1.0) for name in edges}
+
+
+edge_degrees = former("edge_degrees", compute_avg_num_neighbors)
 
 
 def _up_to(lmax: int, irreps: o3.Irreps) -> o3.Irreps:

@@ -151,7 +151,7 @@ class OwnNetwork(Network):
     def __init__(self, model: NBodyNet) -> None:
         super().__init__(model)
         self.inputs, self.long_range = model.inputs, model.long_range is not None
-        energies = str(model.irreps_out) == "1x0e" and model.target == "extensive"
+        energies = str(model.irreps_out) == "1x0e" and model.readout == "sum"
         self.wants_repulsion = energies and model.preset == "practical"
 
     @property

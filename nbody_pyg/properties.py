@@ -141,10 +141,10 @@ class PropertyModel(nn.Module):
             if model.irreps_out != wanted:
                 raise ValueError(f"model must have irreps_out={str(wanted)!r} for {names}, got {model.irreps_out}")
             roots = {p.readout == "root" for p in self.properties}
-            if roots != {model.target == "intensive"}:
+            if roots != {model.readout == "root"}:
                 raise ValueError(
-                    "readout 'root' needs a network with target='intensive', and the others one with 'extensive'; "
-                    f"got {[p.readout for p in self.properties]} and {model.target!r}"
+                    "readout 'root' needs a network with readout='root', and the others one with 'sum'; "
+                    f"got {[p.readout for p in self.properties]} and {model.readout!r}"
                 )
         elif len(names) > 1 or self.properties[0].readout not in ("extensive", "intensive"):
             raise ValueError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import re
@@ -22,8 +23,8 @@ from torch_geometric.data import Data
 from nbody_pyg.atomic_write import atomic_write
 from nbody_pyg.cli.arguments import require_device
 from nbody_pyg.cli.outputs import output_folder
-from nbody_pyg.cli.plots import parity_plot
-from nbody_pyg.cli.tables import error_table
+from nbody_pyg.cli.plots import error_plot, parity_plot
+from nbody_pyg.cli.tables import element_table, error_table, report
 from nbody_pyg.data import AtomicData
 from nbody_pyg.datasets import label_audit, load_embedded, read_frames
 from nbody_pyg.datasets.frames import Frames, has_label
@@ -38,6 +39,7 @@ from nbody_pyg.required import required
 from nbody_pyg.training.evaluation import Evaluation
 from nbody_pyg.training.evaluation import evaluate as predict
 from nbody_pyg.training.property_task import PropertyEvaluation, evaluate_properties
+from nbody_pyg.training.report import errors_by_kind, frame_errors
 
 _LEFT_OUT = 3  # the exit status
 Found = TypeVar("Found", Evaluation, PropertyEvaluation)
@@ -69,7 +71,7 @@ def evaluate(args: argparse.Namespace) -> int:
     paths = [path for path in args.data if not path.endswith(".nbody")]
     if not paths:
         raise ValueError("no data: name at least one file of frames after the model files")
-    names = ("errors.json", "*parity.png", "*predictions.*")
+    names = ("errors.json", "*parity.png", "*histogram.png", "*predictions.*")
     default = str(Path(args.model).parent / "evaluate")
     folder = output_folder(args.out, default, args.overwrite, [args.model, *args.data], names)
     titles, labels = distinct_names(paths), distinct_names(models)
@@ -84,7 +86,7 @@ def evaluate(args: argparse.Namespace) -> int:
     print()
     folder.mkdir(parents=True, exist_ok=True)
     files = OutputFiles(folder, [*paths, *models])
-    record, errors, left_out = [], {}, 0
+    record, errors, left_out, reports = [], {}, 0, []
     properties: Sequence[Property] = ()
     for path in models:
         potential = load_model(path, device=args.device)
@@ -105,15 +107,19 @@ def evaluate(args: argparse.Namespace) -> int:
                     _write_systems(sets[name], result, found, temporary)
             record.append({
                 "model": labels[path], "set": name, "frames": len(result.frames), "left_out": sorted(result.odd),
-                "predictions": files.written[-1], **result.found.errors,
+                "predictions": files.written[-1], **_details(result), **result.found.errors,
             })  # fmt: skip
         known = {name: result for name, result in results.items() if _known(result)}
         labelled = {name: (r.frames, r.found) for name, r in known.items() if isinstance(r.found, Evaluation)}
         if labelled and not args.no_plot:
             with files.open(title, "parity.png") as temporary:
                 parity_plot(labelled, temporary, title)
+            with files.open(title, "histogram.png") as temporary:
+                error_plot(labelled, temporary, title)
+        if labelled and (text := report(labelled)):
+            reports.append(f"{title}\n{text}" if title else text)
     if any(errors.values()):
-        print(error_table(errors, properties), "\n")
+        print("\n\n".join(filter(None, [error_table(errors, properties), element_table(errors), *reports])), "\n")
     elif properties:
         print(f"the frames carry none of the labels {[p.name for p in properties]}: predictions only\n")
     else:
@@ -126,6 +132,15 @@ def evaluate(args: argparse.Namespace) -> int:
 
 def _known(result: Result) -> bool:
     return "energy_mae" in result.found.errors or "forces_mae" in result.found.errors
+
+
+def _details(result: Result) -> dict[str, Any]:
+    """Errors by ``config_type``, and of the ten frames with the largest."""
+    if not isinstance(result.found, Evaluation):
+        return {}
+    kinds = errors_by_kind(result.frames, result.found)
+    worst = [dataclasses.asdict(one) for one in frame_errors(result.frames, result.found)[:10]]
+    return ({"config_type": kinds} if kinds else {}) | ({"largest": worst} if worst else {})
 
 
 def _tell(name: str, data: EvaluationSet, result: Result, model: str) -> None:

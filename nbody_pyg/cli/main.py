@@ -31,6 +31,7 @@ Covariant hierarchical N-body networks for atoms.
   nbody check runs/embedded/model.nbody             test the physics of a model
   nbody md runs/embedded/model.nbody start.xyz      molecular dynamics
   nbody relax runs/embedded/model.nbody my.xyz      relax many structures at once
+  nbody solid runs/si/model.nbody si.cif            cell, bulk modulus and elastic constants of a crystal
   nbody energies runs/embedded/model.nbody my.xyz   energy of each part of a molecule
   nbody hierarchy molecule.xyz --scheme BondTree    build, check and draw a hierarchy
   nbody compare --models nbody painn --budget 300   compare with other models
@@ -184,10 +185,25 @@ def build_parser() -> _Parser:
     relax.add_argument(
         "--fmax", type=positive_number, default=0.01, help="largest force allowed at the end, eV/A (default: 0.01)"
     )
+    relax.add_argument(
+        "--cell", nargs="?", const="full", default="fixed", choices=("full", "isotropic", "fixed"),
+        help="relax cells too: their lengths and angles (full, if no word follows), or their size only (isotropic)",
+    )  # fmt: skip
+    relax.add_argument("--pressure", type=float, default=0.0, help="on the cells, GPa; needs --cell (default: 0)")
     relax.add_argument("--steps", type=positive, default=500, help="largest number of steps of each (default: 500)")
     relax.add_argument("--batch-size", type=positive, default=64, help="structures per batch (default: 64)")
     relax.add_argument("--dtype", choices=("float32", "float64"), default="float64", help="(default: float64)")
     _add_out(relax, "extended xyz file (default: relaxed.xyz; a number is added if it exists)")
+
+    solid = commands.add_parser("solid", help="cell, equation of state and elastic constants of a crystal")
+    solid.add_argument("model", help="model file")
+    solid.add_argument("file", help="a crystal in any file that ASE reads")
+    solid.add_argument("--index", type=whole, default=0, help="structure of the file (default: 0)")
+    solid.add_argument("--fmax", type=positive_number, default=1e-3, help="largest force left, eV/A (default: 0.001)")
+    solid.add_argument("--steps", type=positive, default=500, help="largest number of steps (default: 500)")
+    solid.add_argument("--range", type=positive_number, default=0.06, help="largest change of volume (default: 0.06)")
+    solid.add_argument("--strain", type=positive_number, default=0.005, help="of elastic constants (default: 0.005)")
+    _add_out(solid, "folder (default: solid; a number is added if it holds results)")
 
     energies = commands.add_parser("energies", help="energy of each part of the hierarchy of a structure")
     energies.add_argument("model", help="model file")

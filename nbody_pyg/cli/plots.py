@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import csv
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
@@ -21,19 +23,34 @@ _COLOURS = ("#1f5fa8", "#c4501b", "#2e8b57", "#7a4fa3", "#8c6d1f")
 
 
 def parity_plot(results: Mapping[str, tuple[Sequence[Data], Evaluation]], path: str | Path, title: str = "") -> None:
-    """Energies (mean subtracted, eV per molecule) and force components of every set, in one PNG.
+    """Energies, force components and stress components (where labelled) of every set, in one PNG.
+
+    Energies are those of molecules less their mean (eV), or per atom (eV) where frames differ in their atoms: then less
+    the energies of the elements that fit the labels best, because these hide everything else.
 
     Raises: ValueError: no set has labels.
     """
-    energy, forces = {}, {}
+    energy, forces, stress = {}, {}, {}
+    shift = _ElementEnergies([frame for frames, _ in results.values() for frame in frames])
     for name, (frames, found) in results.items():
         known = [i for i, frame in enumerate(frames) if has_label(frame, "energy")]
         if known:
-            energy[name] = _pairs([frames[i].energy for i in known], [found.energy[i] for i in known])
+            less = [shift(frames[i]) for i in known]
+            energy[name] = _pairs(
+                [(frames[i].energy - a) / n for i, (a, n) in zip(known, less, strict=True)],
+                [(found.energy[i] - a) / n for i, (a, n) in zip(known, less, strict=True)],
+            )
         known = [i for i, frame in enumerate(frames) if found.forces and has_label(frame, "forces")]
         if known:
             forces[name] = _pairs([frames[i].forces for i in known], [found.forces[i] for i in known])
-    panels = [("energy", "eV", "meV", energy), ("force component", "eV/Å", "meV/Å", forces)]
+        known = [i for i, frame in enumerate(frames) if has_label(frame, "stress")]
+        if known and found.stress is not None:
+            stress[name] = _pairs([frames[i].stress for i in known], [found.stress[i] for i in known])
+    panels = [
+        (shift.title, "eV", "meV", energy),
+        ("force component", "eV/Å", "meV/Å", forces),
+        ("stress component", "eV/Å³", "meV/Å³", stress),
+    ]
     panels = [panel for panel in panels if panel[3]]
     if not panels:
         raise ValueError("no set has labels to compare with; nothing to plot")
@@ -43,6 +60,79 @@ def parity_plot(results: Mapping[str, tuple[Sequence[Data], Evaluation]], path: 
     if title:
         figure.suptitle(title, fontsize=12)
     save_figure(figure, Path(path), dpi=160)
+
+
+def error_plot(results: Mapping[str, tuple[Sequence[Data], Evaluation]], path: str | Path, title: str = "") -> None:
+    """Histograms of the errors of energies per atom (meV) and of force components (meV/angstrom)."""
+    energy, forces = {}, {}
+    for name, (frames, found) in results.items():
+        known = [i for i, frame in enumerate(frames) if has_label(frame, "energy")]
+        if known:
+            given, other = _pairs([frames[i].energy for i in known], [found.energy[i] for i in known])
+            atoms = np.array([len(frames[i].z) for i in known])
+            energy[name] = 1000.0 * (other - given) / atoms
+        known = [i for i, frame in enumerate(frames) if found.forces and has_label(frame, "forces")]
+        if known:
+            given, other = _pairs([frames[i].forces for i in known], [found.forces[i] for i in known])
+            forces[name] = 1000.0 * (other - given)
+    panels = [("error of the energy per atom (meV)", energy), ("error of a force component (meV/Å)", forces)]
+    panels = [panel for panel in panels if panel[1]]
+    figure = Figure(figsize=(5.2 * len(panels), 4.0), layout="constrained")
+    for axes, (label, sets) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        edge = max(float(np.abs(errors).max()) for errors in sets.values()) or 1.0
+        for (name, errors), colour in zip(sets.items(), _COLOURS * len(sets), strict=False):
+            text = f"{name}: RMSE {np.sqrt(np.square(errors).mean()):.1f}"
+            axes.hist(errors, np.linspace(-edge, edge, 61), histtype="step", color=colour, label=text)
+        axes.set(xlabel=label, ylabel="count", yscale="log")
+        axes.legend(loc="upper right", frameon=False, fontsize=9)
+    if title:
+        figure.suptitle(title, fontsize=12)
+    save_figure(figure, Path(path), dpi=160)
+
+
+def learning_curve(log: str | Path, path: str | Path) -> None:
+    """Errors of training and validation, and the learning rate, against the step, from ``metrics.csv``."""
+    with Path(log).open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    shown = [("forces_mae", "F MAE (meV/Å)"), ("energy_mae", "E MAE (meV)"), ("loss", "loss")]
+    panels = [(key, label) for key, label in shown if any(row.get(key) for row in rows)] + [("lr", "learning rate")]
+    figure = Figure(figsize=(5.0 * len(panels), 3.8), layout="constrained")
+    for axes, (key, label) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        kinds = (("train", "0.6", ""), ("val", _COLOURS[0], "o"))
+        for kind, colour, marker in kinds[: 1 if key == "lr" else 2]:
+            points = [(int(row["step"]), float(row[key])) for row in rows if row["kind"] == kind and row.get(key)]
+            if points:
+                axes.plot(*zip(*points, strict=True), color=colour, marker=marker, ms=3, lw=1.2, label=kind)
+        axes.set(
+            xlabel="step", ylabel=label, yscale="log" if any(float(row.get(key) or 0) > 0 for row in rows) else "linear"
+        )
+        if axes.lines:
+            axes.legend(frameon=False, fontsize=9)
+    save_figure(figure, Path(path), dpi=160)
+
+
+class _ElementEnergies:
+    """What is taken off the energies of a frame before they are drawn, and the number of atoms to divide by.
+
+    ``title`` is the name of the axis. Nothing is taken off where all frames have the same atoms: their mean is.
+    """
+
+    def __init__(self, frames: Sequence[Data]) -> None:
+        known = [frame for frame in frames if has_label(frame, "energy")]
+        counts = (
+            torch.stack([torch.bincount(frame.z.cpu(), minlength=120) for frame in known]).double() if known else None
+        )
+        self.energies: Tensor | None = None
+        self.title = "energy"
+        if counts is not None and bool((counts != counts[0]).any()):
+            energy = torch.stack([frame.energy.detach().cpu().double().reshape(()) for frame in known])
+            self.energies = torch.linalg.lstsq(counts, energy.unsqueeze(1), driver="gelsd").solution.squeeze(1)
+            self.title = "energy per atom"
+
+    def __call__(self, frame: Data) -> tuple[float, int]:
+        if self.energies is None:
+            return 0.0, 1
+        return float(self.energies[frame.z.cpu()].sum()), len(frame.z)
 
 
 def property_plot(
@@ -89,7 +179,7 @@ def _panel(
     ends = (low - pad, high + pad)
     axes.plot(ends, ends, color="0.25", lw=0.9, zorder=0)
     axes.set(xlim=ends, ylim=ends, aspect="equal")
-    suffix = " − mean" if name == "energy" else ""
+    suffix = {"energy": " − mean", "energy per atom": " − that of its elements"}.get(name, "")
     suffix += f" ({unit})" if unit else ""
     axes.set_xlabel(f"reference {name}{suffix}")
     axes.set_ylabel(f"predicted {name}{suffix}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+from typing import Any
 
 import torch
 
@@ -15,6 +16,7 @@ from nbody_pyg.data import AtomicData
 from nbody_pyg.deploy import relax as relax_frames
 from nbody_pyg.deploy.model_file import load_potential
 from nbody_pyg.deploy.relax import as_data, as_it_came
+from nbody_pyg.units import GIGAPASCAL
 
 #: Exit status when a structure did not converge.
 NOT_CONVERGED = 3
@@ -31,19 +33,23 @@ def relax(args: argparse.Namespace) -> int:
     with interruptible() as interrupt:
         found = relax_frames(
             potential, frames, fmax=args.fmax, max_steps=args.steps, batch_size=args.batch_size,
-            reference=args.model, stop=lambda: interrupt.number is not None,
+            reference=args.model, cell=args.cell, pressure=args.pressure * GIGAPASCAL,
+            stop=lambda: interrupt.number is not None,
         )  # fmt: skip
     after = [frame for frame in found.frames if isinstance(frame, AtomicData)]  # as `frames` are
     relaxed = [as_it_came(atoms, frame) for atoms, frame in zip(structures, after, strict=False)]
-    rows = []
+    rows: list[tuple[Any, ...]] = []
     for number, frame in enumerate(after[:_MOST_ROWS]):
         moved = (frame.pos - frames[number].pos).norm(dim=1).max()
         gained = float(found.energy[number] - found.start_energy[number])
         largest = float(found.largest[number])
         verdict = "yes" if found.converged[number] else "NO" if math.isfinite(largest) else "NO: forces are not finite"
+        volume = None if frame.get("stress") is None else float(torch.linalg.det(frame.cell[0]).abs())
         rows.append((number, int(found.steps[number]), float(found.energy[number]), gained,
-                     f"{largest:.4f}", float(moved), verdict))  # fmt: skip
-    head = ["structure", "steps", "energy eV", "change eV", "largest force eV/A", "moved A", "converged"]
+                     f"{largest:.4f}", float(moved), volume, verdict))  # fmt: skip
+    head = ["structure", "steps", "energy eV", "change eV", "largest force eV/A", "moved A", "volume A^3", "converged"]
+    if all(row[-2] is None for row in rows):
+        head, rows = [*head[:-2], head[-1]], [(*row[:-2], row[-1]) for row in rows]
     print(table(head, rows))
     if len(found.frames) > _MOST_ROWS:
         print(f"... and {len(found.frames) - _MOST_ROWS} more")

@@ -18,8 +18,8 @@ from torch_geometric.data import Data
 
 from nbody_pyg.atomic_write import write_json, write_text
 from nbody_pyg.cli.frames import sample_of
-from nbody_pyg.cli.plots import parity_plot, property_plot
-from nbody_pyg.cli.tables import error_table
+from nbody_pyg.cli.plots import error_plot, learning_curve, parity_plot, property_plot
+from nbody_pyg.cli.tables import element_table, error_table, report
 from nbody_pyg.datasets import UnitFiles, label_audit
 from nbody_pyg.datasets.qm9 import qm9_atomref
 from nbody_pyg.datasets.readers import find_files
@@ -40,6 +40,7 @@ from nbody_pyg.training.evaluation import Evaluation, evaluate
 from nbody_pyg.training.finetune import Inheritance, ancestor_of, replayed, tuned_model
 from nbody_pyg.training.folder import RunFolder
 from nbody_pyg.training.inherited import with_architecture
+from nbody_pyg.training.loggers import run_log
 from nbody_pyg.training.prepare import (
     DataSets,
     build_potential,
@@ -61,7 +62,16 @@ _LARGEST_SAMPLE = 1000
 
 
 #: Files of a run. ``config.yaml`` is one of them if this command wrote it and nobody edited it.
-_FILES = (*FIT_FILES, "model.nbody", "errors.json", "parity.png", "split.json", "config.used.yaml")
+_FILES = (
+    *FIT_FILES,
+    "model.nbody",
+    "errors.json",
+    "parity.png",
+    "histogram.png",
+    "curve.png",
+    "split.json",
+    "config.used.yaml",
+)
 
 # Settings that a resumed run may change: limits, paths of data (their contents are compared), and output.
 _FREE = frozenset({f"training.{name}" for name in RESUMABLE} | {
@@ -122,7 +132,7 @@ def _writer(path: Path) -> str | None:
 def _train(config: Config, run: RunFolder) -> int:
     torch.set_num_threads(config.training.threads)
     folder = run.path
-    last, split, potential, files = None, None, None, None
+    last, split, potential, names = None, None, None, None
     choices: tuple[Choice, ...] = ()
     init = None if config.finetune.init is None else load_model(config.finetune.init)
     heirs: Inheritance | None = None
@@ -130,11 +140,11 @@ def _train(config: Config, run: RunFolder) -> int:
         config = with_architecture(config, init)
     if config.output.resume:
         last, split = _checkpoint(folder), _split(folder / "split.json")
-        # With the degrees, E0 and scale of the first run, even if frames were added since
-        config, potential, files = _resumed(last, config)
+        # With the numbers of neighbours, E0 and scale of the first run, even if frames were added since
+        config, potential, names = _resumed(last, config)
         potential.ancestor = None if init is None else ancestor_of(init)
     explicit(config.model)  # finds wrong arguments of the network before the data are read
-    data = load_data(config.data, split, files)
+    data = load_data(config.data, split, names)
     print(label_audit(data.named(), _uses(config, data)), "\n")
     if potential is None:
         config, choices = choose_defaults(config, data)
@@ -151,9 +161,12 @@ def _train(config: Config, run: RunFolder) -> int:
     again = [] if init is None else [scheme(frame) for frame in _replayed(potential, init, config, len(data.train))]
     config = dataclasses.replace(config, model=_as_built(config.model, potential))
     files = _FILES if _writer(folder / "config.yaml") is None else (*_FILES, "config.yaml")
+    logs = []
+    if config.output.logger is not None:
+        logs.append(run_log(config.output.logger, folder, config.to_dict(), config.training.log_every))
     result = fit_in(
         run, potential, _training_frames(data, again), data.val, config.training, last,
-        callbacks=[KeptConfig(config, data.split, folder)], files=files,
+        callbacks=[KeptConfig(config, data.split, folder), *logs], files=files,
         finetune=None if init is None else config.finetune,
     )  # fmt: skip
     if not run.active:
@@ -229,7 +242,7 @@ def _resumed(last: Path, config: Config) -> tuple[Config, Potential | PropertyMo
     config = keep_choices(config, stored)
     given = dataclasses.replace(config, model=explicit(config.model)).to_dict()
     # If not given, they are computed from the frames of the first run.
-    free = _FREE if config.model.arguments.get("degrees") is not None else _FREE | {"model.degrees"}
+    free = _FREE if config.model.arguments.get("avg_num_neighbors") else _FREE | {"model.avg_num_neighbors"}
     if words := changes(stored, given, free):
         raise ValueError(
             f"a resumed run must not change these settings: {words}; resume with the old values, or start a new run"
@@ -239,10 +252,11 @@ def _resumed(last: Path, config: Config) -> tuple[Config, Potential | PropertyMo
 
 
 def _as_built(config: ModelConfig, potential: Potential | PropertyModel) -> ModelConfig:
-    """The section with all defaults and with the computed degrees."""
+    """The section with all defaults and with the computed numbers of neighbours."""
     config = explicit(config)
-    degrees = (potential.network.config() or {}).get("degrees")
-    return dataclasses.replace(config, arguments={**config.arguments, **({"degrees": degrees} if degrees else {})})
+    known = (potential.network.config() or {}).get("avg_num_neighbors")
+    found = {"avg_num_neighbors": known} if known else {}
+    return dataclasses.replace(config, arguments={**config.arguments, **found})
 
 
 def _is_complete(path: Path, result: FitResult, config: Config) -> bool:
@@ -296,6 +310,7 @@ def _describe(
         print(f"fixed   {key} {value:g}: the value of all training frames, and the only one that the model accepts")
     limits = {
         "CPU s": config.training.budget_seconds,
+        "s of wall-clock time": config.training.wall_seconds,
         "epochs": config.training.max_epochs,
         "steps": config.training.max_steps,
     }
@@ -360,13 +375,20 @@ def _finish(
         f"\n{result.steps} steps, {result.epochs} epochs, {result.cpu_seconds:.1f} CPU s "
         f"({1000 * result.cpu_seconds / max(result.steps, 1):.1f} ms per step); weights: {kept}\n"
     )
-    print(error_table({("", name): values for name, values in errors.items()}, properties), "\n")
+    totals = {("", name): values for name, values in errors.items()}
+    print(error_table(totals, properties), "\n")
+    energies = {name: (sets[name], one) for name, one in found.items() if isinstance(one, Evaluation)}
+    for text in (element_table(totals), report({name: energies[name] for name in data.tests or energies if energies})):
+        if text:
+            print(text, "\n")
     record["errors"] = errors
     record["errors_unit"] = {p.name: p.unit for p in properties} or "meV and meV/angstrom"
     save_model(potential, folder / "model.nbody", record)
     write_json(folder / "errors.json", errors)
     print(f"model      {folder / 'model.nbody'}\nlog        {folder / 'metrics.csv'}")
     if config.output.plot:
+        learning_curve(folder / "metrics.csv", folder / "curve.png")
+        print(f"curve      {folder / 'curve.png'}")
         _plot(potential, sets, found, data, folder)
 
 
@@ -392,6 +414,8 @@ def _plot(
         property_plot(results, potential.properties, folder / "parity.png")
     else:
         parity_plot(results, folder / "parity.png")
+        error_plot(results, folder / "histogram.png")
+        print(f"histogram  {folder / 'histogram.png'}")
     print(f"parity     {folder / 'parity.png'}")
 
 

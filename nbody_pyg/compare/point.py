@@ -27,7 +27,7 @@ from nbody_pyg.compare.registry import build_peer, version
 from nbody_pyg.datasets import fit_atomic_energies
 from nbody_pyg.datasets.readers import find_files
 from nbody_pyg.energy import AtomicReference
-from nbody_pyg.models import edge_degrees
+from nbody_pyg.models import compute_avg_num_neighbors
 from nbody_pyg.potential import Potential
 from nbody_pyg.required import required
 from nbody_pyg.training.config import Config, DataConfig, parse_config
@@ -221,7 +221,7 @@ def build(point: Point, config: Config, data: DataSets) -> Potential:
             raise WrongData(f"frames must have energies to compare models by, data.qm9 is {config.data.qm9!r}")
         return found
     species = tuple(sorted({int(z) for frame in data.train for z in frame.z.unique()}))
-    degree = edge_degrees(CutoffGraph(point.cutoff), data.train[:200])["pair_0"]
+    degree = compute_avg_num_neighbors(CutoffGraph(point.cutoff), data.train[:200])["pair_0"]
     facts = Facts(species, point.cutoff, degree, getattr(torch, config.training.dtype))
     peer = build_peer(point.model, facts, config.training.seed, **point.arguments)
     scale = config.model.scale

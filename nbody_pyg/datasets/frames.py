@@ -39,6 +39,7 @@ class Frames(list[AtomicData]):
         available: every key that stood in the file, for the hint in "label not found".
         notes: sentences about the labels that :func:`~nbody_pyg.datasets.label_audit` prints below its table.
         numbers: of the frames in their file; 0, 1, 2, ... by default.
+        kinds: what sort of structure each frame is, by its entry ``config_type``; "" where it has none.
 
     A slice and :meth:`select` keep the record; other list operations give plain lists.
     """
@@ -52,6 +53,7 @@ class Frames(list[AtomicData]):
         available: Iterable[str] = (),
         notes: Iterable[str] = (),
         numbers: Sequence[int] | None = None,
+        kinds: Sequence[str] | None = None,
     ) -> None:
         super().__init__(frames)
         self.name = name
@@ -59,6 +61,7 @@ class Frames(list[AtomicData]):
         self.available = tuple(sorted(set(available)))
         self.notes = tuple(notes)
         self.numbers = tuple(range(len(self)) if numbers is None else numbers)
+        self.kinds = ("",) * len(self) if kinds is None else tuple(kinds)
 
     @overload
     def __getitem__(self, item: SupportsIndex) -> AtomicData: ...
@@ -66,19 +69,25 @@ class Frames(list[AtomicData]):
     def __getitem__(self, item: slice) -> Frames: ...
     def __getitem__(self, item: SupportsIndex | slice) -> AtomicData | Frames:
         if isinstance(item, slice):
-            return self.replaced(super().__getitem__(item), self.numbers[item])
+            return self.replaced(super().__getitem__(item), self.numbers[item], self.kinds[item])
         return super().__getitem__(item)
 
     def select(self, indices: Iterable[SupportsIndex]) -> Frames:
         """The frames at ``indices``, in that order; negative or too large indices are an error."""
         chosen = chosen_rows(indices, len(self), self.name or "frames", "indices")
-        return self.replaced([list.__getitem__(self, i) for i in chosen], [self.numbers[i] for i in chosen])
+        return self.replaced(
+            [list.__getitem__(self, i) for i in chosen],
+            [self.numbers[i] for i in chosen],
+            [self.kinds[i] for i in chosen],
+        )
 
-    def replaced(self, frames: Iterable[AtomicData], numbers: Sequence[int] | None = None) -> Frames:
+    def replaced(
+        self, frames: Iterable[AtomicData], numbers: Sequence[int] | None = None, kinds: Sequence[str] | None = None
+    ) -> Frames:
         """Other frames with this record, such as these after a transform."""
         return Frames(
             frames, name=self.name, sources=self.sources, available=self.available, notes=self.notes,
-            numbers=self.numbers if numbers is None else numbers,
+            numbers=self.numbers if numbers is None else numbers, kinds=self.kinds if kinds is None else kinds,
         )  # fmt: skip
 
     def __repr__(self) -> str:

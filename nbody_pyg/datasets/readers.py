@@ -149,6 +149,7 @@ def join_frames(parts: Sequence[Frames]) -> Frames:
         complete_states([frame for part in parts for frame in part]), name=" + ".join(names), sources=sources,
         available=[key for part in parts for key in part.available],
         notes=dict.fromkeys(note for part in parts for note in part.notes),
+        kinds=[kind for part in parts for kind in part.kinds],
     )  # fmt: skip
 
 
@@ -189,8 +190,11 @@ def frames_of(
     if note := _implausible(completed):
         notes.append(f"{Path(name).name}: {note}")
     numbers = [number for number in range(len(systems)) if number not in odd]
+    kinds = [str(systems[number].info.get("config_type", "")) for number in numbers]
     sources = {label: tuple(keys) for label, keys in used_keys.items()}
-    return Frames(completed, name=name, sources=sources, available=available, notes=notes, numbers=numbers), odd
+    return Frames(
+        completed, name=name, sources=sources, available=available, notes=notes, numbers=numbers, kinds=kinds
+    ), odd
 
 
 def without_labels(atoms: Atoms) -> Atoms:

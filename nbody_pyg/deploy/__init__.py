@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING
 
 from nbody_pyg.deploy.calculator import NBodyCalculator
@@ -16,6 +17,7 @@ from nbody_pyg.training.upgrades import FORMAT_VERSION
 
 if TYPE_CHECKING:
     from nbody_pyg.deploy.dynamics import MDReport, run_md
+    from nbody_pyg.deploy.solids import SolidProperties, plot_equation_of_state, solid_properties
 
 __all__ = [
     "FORMAT_VERSION",
@@ -24,11 +26,13 @@ __all__ = [
     "MDReport",
     "NBodyCalculator",
     "Relaxation",
+    "SolidProperties",
     "cg_fingerprint",
     "explain_energy",
     "find_model",
     "load_model",
     "plot_energy_parts",
+    "plot_equation_of_state",
     "read_metadata",
     "reference_record",
     "reference_topology",
@@ -36,18 +40,24 @@ __all__ = [
     "run_md",
     "save_model",
     "shipped_models",
+    "solid_properties",
     "stop_on_uncertainty",
     "with_reference",
 ]
 
 
-def __getattr__(name: str) -> object:
-    """Dynamics are imported at their first use, because they load ``ase.io`` and scipy, which forces do not need."""
-    if name not in {"MDReport", "run_md"}:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from nbody_pyg.deploy import dynamics
+_LATER = {
+    "MDReport": "dynamics", "run_md": "dynamics", "SolidProperties": "solids", "solid_properties": "solids",
+    "plot_equation_of_state": "solids",
+}  # fmt: skip
 
-    value = getattr(dynamics, name)
+
+def __getattr__(name: str) -> object:
+    """Imported at their first use, because they load ``ase.io`` and scipy, which forces do not need."""
+    module = _LATER.get(name)
+    if module is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{module}"), name)
     globals()[name] = value
     return value
 

@@ -193,7 +193,7 @@ class NBodyCalculator(SharedCalculator):
         self._first: tuple[torch.Tensor, Topology] | None = None
         self._last: tuple[torch.Tensor, torch.Tensor] | None = None
         self._run: int | None = None  # whose parts the lists were made for
-        self._warned = False
+        self._warned = self._stressed = False
 
     def forget(self) -> None:
         """Build the hierarchy again at the next call. (ASE's own ``reset`` may be called at every step.)"""
@@ -279,14 +279,18 @@ class NBodyCalculator(SharedCalculator):
         system = self._system(atoms, **{key: value.to(self.device) for key, value in required(self._state).items()})
         if self.topologies is not None:
             system = system.replace(topology=self._topology(system))
-        result = self._evaluate(system, compute_stress="stress" in properties)
+        # Who asked for a stress asks for it again: an evaluation of its own would cost another one at every step
+        self._stressed |= "stress" in properties
+        solid = bool(atoms.pbc.any()) and abs(np.linalg.det(atoms.cell.array)) > 1e-8
+        stressed = "stress" in properties or (self._stressed and solid)
+        result = self._evaluate(system, compute_stress=stressed)
         energy = float(result["energy"])
         self.results = {
             "energy": energy,
             "free_energy": energy,
             "forces": result["forces"].double().cpu().numpy(),
         }
-        if "stress" in properties:
+        if stressed:
             stress = result["stress"][0].double().cpu().numpy()
             self.results["stress"] = full_3x3_to_voigt_6_stress(stress)
         if "energies" in properties:

@@ -27,10 +27,11 @@ from nbody_pyg.deploy.sizes import check_sizes
 from nbody_pyg.messages import nearest, printable, short
 from nbody_pyg.potential import Potential
 from nbody_pyg.properties import PropertyModel
+from nbody_pyg.renamed import FORMER_ARGUMENTS, present_names
 from nbody_pyg.system import DEFAULT_STATE
 from nbody_pyg.training.build import potential_config, potential_from_config
 from nbody_pyg.training.checkpoint import is_checkpoint
-from nbody_pyg.training.upgrades import FORMAT_VERSION, up_to_date
+from nbody_pyg.training.upgrades import FORMAT_VERSION, present_weights, up_to_date
 
 _KEY = "nbody_pyg"
 _PACKAGES = ("nbody_pyg", "torch", "torch_geometric", "e3nn")
@@ -52,6 +53,8 @@ _ENTRIES: dict[str, type | tuple[type, ...]] = {
     "sha256": str,
     "metadata": dict,
 }
+#: First format whose checksum covers the settings.
+_SEALED = 4
 _log = logging.getLogger("nbody_pyg")
 #: Models that come with the package, each NAME.nbody.
 SHIPPED = Path(__file__).parents[1] / "models_shipped"
@@ -135,14 +138,14 @@ def load_model(
             f"those of e3nn {_version('e3nn')} installed here, so that its energies would be wrong; "
             f"install e3nn=={theirs}"
         )
-    if header["format_version"] < FORMAT_VERSION:
+    if header["format_version"] < _SEALED:
         _log.warning(
             "%s has format %d, whose checksum does not cover the settings of the network; load it and save it again "
             "with nbody_pyg.deploy.save_model for one that does",
             *(path, header["format_version"]),
         )
     try:
-        described = up_to_date(header)
+        described, tensors = up_to_date(header), present_weights(tensors)
         potential = potential_from_config(described, model)
         _check_weights(potential, tensors, foreign=model is not None)
         potential.load_state_dict(tensors)
@@ -233,7 +236,7 @@ def _read_checked(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise ValueError(
             f"{path} is no readable model file, it is truncated or damaged ({_said(error)}); get a fresh copy"
         ) from error
-    old = header["format_version"] < 4
+    old = header["format_version"] < _SEALED
     if header.get("sha256") != (_digest_of_tensors(tensors) if old else checksum(header, tensors)):
         what = "its weights do" if old else "its content does"
         raise ValueError(f"{path} is damaged: {what} not match the checksum; get a fresh copy")
@@ -243,7 +246,8 @@ def _read_checked(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         if header["model"]["class"] == "NBodyNet" and header["model"]["config"] is not None:
             prefix = "model."
             shapes = {n.removeprefix(prefix): tuple(t.shape) for n, t in tensors.items() if n.startswith(prefix)}
-            check_sizes(header["model"]["config"], shapes)
+            config = present_names(header["model"]["config"], FORMER_ARGUMENTS, stacklevel=0)
+            check_sizes(config, present_weights(shapes))
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
         raise ValueError(f"{path} holds no model that can be used: {_said(error)}; get a fresh copy") from error
     return header, tensors

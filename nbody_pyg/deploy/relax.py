@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 from ase import Atoms
 from ase.calculators.singlepoint import SinglePointCalculator
+from ase.stress import full_3x3_to_voigt_6_stress
 from torch import Tensor, nn
 from torch_geometric.data import Batch, Data
 
@@ -20,8 +22,10 @@ from nbody_pyg.data import AtomicData, has_hierarchy
 from nbody_pyg.datasets.readers import without_labels
 from nbody_pyg.deploy.reference import bond_changes, with_reference
 from nbody_pyg.hierarchy import Topology, TopologyCache
+from nbody_pyg.messages import check_choice
 from nbody_pyg.network import check_states, model_frames
 from nbody_pyg.potential import Potential
+from nbody_pyg.required import required
 from nbody_pyg.system import System
 
 _MEMORY = 30
@@ -41,14 +45,16 @@ class Relaxation:
     ================  ==========================  ==================================================
     ``frames``                                    the input with final positions, energy and forces
     ``energy``        [structures], eV            at the end; ``start_energy`` at the start
-    ``largest``       [structures], eV/A          length of the largest force at the end that may move an atom
+    ``largest``       [structures], eV/A          length of the largest force at the end that may move an atom; with
+                                                  ``cell`` also of the rows of the force on the cell
     ``steps``         [structures]                steps taken
     ``converged``     [structures], bool          whether ``largest`` is below the bound; not where it is not finite
     ``bond_changes``  one text or None each       how the bonds found at the end differ from those used
     ================  ==========================  ==================================================
 
     AtomicData keeps all keys except hierarchies and other labels; Atoms keep constraints, info and arrays, and have
-    energy and forces in a SinglePointCalculator. Forces are those of the potential, also on fixed atoms.
+    energy, forces and (with ``cell``) stress in a SinglePointCalculator. Forces are those of the potential, also on
+    fixed atoms.
     """
 
     frames: list[AtomicData | Atoms]
@@ -106,6 +112,73 @@ class _LBFGS:
         self.batch, self.num_graphs = batch, int(graphs.sum())
 
 
+class _Cells:
+    r"""Cells as further coordinates of an optimizer, in the form of ASE's ``FrechetCellFilter``.
+
+    .. math:: r_i = F q_i, \qquad C = C_0 F^T, \qquad F = \exp L, \qquad
+              f_{q_i} = F^T f_i, \qquad f_L = -\frac1N \frac{\partial (E + pV)}{\partial L}
+
+    The rows of an optimizer are q, and then N times L, three rows for each structure. L is symmetric, so a cell is
+    not turned, and strains periodic directions only. ``isotropic``: L is a multiple of the unit matrix of these.
+
+    Args:
+        system: structures with cells.
+        isotropic: keep the shape.
+        pressure: p, eV/angstrom^3.
+    """
+
+    def __init__(self, system: System, isotropic: bool, pressure: float) -> None:
+        cell, pbc = required(system.cell).double(), required(system.pbc)
+        self.start = cell
+        # Projector on the span of the periodic lattice vectors
+        rows = cell * pbc.unsqueeze(2)
+        u, values, _ = torch.linalg.svd(rows.transpose(1, 2))
+        span = u * (values > 1e-8).unsqueeze(1)
+        self.projector = span @ span.transpose(1, 2)
+        self.isotropic, self.pressure = isotropic, pressure
+        self.log = torch.zeros_like(cell)
+        self.atoms = torch.bincount(system.batch, minlength=len(cell)).double().reshape(-1, 1, 1)
+
+    def rows(self, pos: Tensor, batch: Tensor) -> Tensor:
+        """The coordinates, [atoms + 3 structures, 3]."""
+        inner = torch.linalg.solve(torch.linalg.matrix_exp(self.log)[batch], pos.unsqueeze(2)).squeeze(2)
+        return torch.cat([inner, (self.atoms * self.log).reshape(-1, 3)])
+
+    def forces(self, forces: Tensor, stress: Tensor, cell: Tensor, batch: Tensor) -> Tensor:
+        """The forces on the coordinates. ``stress`` is that of the potential, eV/angstrom^3."""
+        volume = torch.linalg.det(cell.double()).abs().reshape(-1, 1, 1)
+        unit = torch.eye(3, dtype=volume.dtype, device=volume.device)
+        strain = volume * (stress.double() + self.pressure * unit)  # derivative by a strain of the structure as it is
+        strain = self.projector @ (0.5 * (strain + strain.transpose(1, 2))) @ self.projector
+        # The derivative of exp L by L in its eigenvectors: divided differences of the exponential
+        values, u = torch.linalg.eigh(self.log)
+        grown = u @ torch.diag_embed(values.exp()) @ u.transpose(1, 2)
+        gap = values.unsqueeze(2) - values.unsqueeze(1)
+        near = gap.abs() < 1e-6
+        middle = (0.5 * (values.unsqueeze(2) + values.unsqueeze(1))).exp()
+        rise = values.exp().unsqueeze(2) - values.exp().unsqueeze(1)
+        divided = torch.where(near, middle, rise / torch.where(near, 1.0, gap))
+        by_log = u @ (divided * (u.transpose(1, 2) @ strain @ torch.linalg.inv(grown) @ u)) @ u.transpose(1, 2)
+        by_log = 0.5 * (by_log + by_log.transpose(1, 2))
+        if self.isotropic:
+            trace = (by_log * self.projector).sum((1, 2)) / self.projector.sum((1, 2)).clamp(min=1.0)
+            by_log = trace.reshape(-1, 1, 1) * self.projector
+        on_atoms = torch.bmm(forces.unsqueeze(1), grown[batch]).squeeze(1)
+        return torch.cat([on_atoms, (-by_log / self.atoms).reshape(-1, 3)])
+
+    def move(self, rows: Tensor, batch: Tensor) -> tuple[Tensor, Tensor]:
+        """Positions and cells of other coordinates."""
+        size = len(batch)
+        self.log = rows[size:].reshape(-1, 3, 3) / self.atoms
+        grown = torch.linalg.matrix_exp(self.log).transpose(1, 2)
+        return torch.bmm(rows[:size].unsqueeze(1), grown[batch]).squeeze(1), self.start @ grown
+
+    def keep(self, graphs: Tensor) -> None:
+        """Continue with some structures only."""
+        self.start, self.log = self.start[graphs], self.log[graphs]
+        self.projector, self.atoms = self.projector[graphs], self.atoms[graphs]
+
+
 class _Active:
     """The structures that still move, as one batch in float64."""
 
@@ -136,16 +209,16 @@ class _Active:
                 parts = Topology.from_data(Batch.from_data_list(own))
             self.lists = TopologyCache(self.scheme, _SKIN, start=lambda z, pbc: parts)
 
-    def evaluate(self) -> tuple[Tensor, Tensor]:
+    def evaluate(self, stress: bool) -> tuple[Tensor, Tensor, Tensor | None]:
         system = self.system
         if self.lists is not None:
             system = system.replace(topology=self.lists(system))
-        out = self.potential(system)
-        return out["energy"], out["forces"].double()
+        out = self.potential(system, compute_stress=stress)
+        return out["energy"], out["forces"].double(), out["stress"].double() if stress else None
 
-    def move(self, pos: Tensor) -> None:
-        """Continue from other positions."""
-        self.system = self.system.replace(pos=pos)
+    def move(self, pos: Tensor, cell: Tensor | None) -> None:
+        """Continue from other positions, and other cells if they are given."""
+        self.system = self.system.replace(pos=pos, **({} if cell is None else {"cell": cell}))
 
     def keep(self, graphs: Tensor) -> Tensor:
         """Remove structures; returns the mask of the remaining atoms."""
@@ -168,8 +241,10 @@ def relax(
     report: Callable[[int, int], None] | None = None,
     stop: Callable[[], bool] | None = None,
     reference: str | Path | None = None,
+    cell: bool | str = False,
+    pressure: float = 0.0,
 ) -> Relaxation:
-    """Move every structure to a minimum of its energy; cells are fixed.
+    """Move every structure to a minimum of its energy; with ``cell`` also the cells.
 
     L-BFGS with one history per structure, all of them evaluated as one batch: the steps of a structure are the same as
     alone, and the same as those of ``ase.optimize.LBFGS``. Structures that have converged leave the batch, and so do
@@ -181,7 +256,7 @@ def relax(
 
     Args:
         potential: in the precision in which to relax; float64 for forces below 1e-3.
-        frames: structures with ``z`` and ``pos``, or ASE's Atoms; all periodic (with ``cell``) or all open. ``charge``,
+        frames: structures with ``z`` and ``pos``, or ASE's Atoms, periodic (with ``cell``) or open. ``charge``,
             ``charges`` and ``spin`` are used if a structure has them; one without is a neutral singlet. Fixed
             coordinates are given by FixAtoms and FixCartesian of Atoms, or by a key ``fixed`` of AtomicData: bool,
             [atoms] or [atoms, 3]; convergence is judged on the forces on free coordinates.
@@ -191,7 +266,11 @@ def relax(
         batch_size: structures per batch.
         report: called with the numbers of converged and of all structures, after every step.
         reference: model file whose reference molecule gives the bonds of the structures that are this molecule.
-    Raises: ValueError: no structures, periodic together with open ones, positions that are not finite, a charge or spin
+        cell: relax cells too: True or "full" their lengths and angles, "isotropic" their size only. Directions that are
+            not periodic are not strained, and open structures relax as without it. The coordinates and the bound
+            ``fmax`` are those of ASE's ``FrechetCellFilter``.
+        pressure: of the surroundings, eV/angstrom^3 (multiply GPa by ``ase.units.GPa``); needs ``cell``.
+    Raises: ValueError: no structures, positions that are not finite, a charge or spin
     that the model cannot use, an unsupported constraint, or fmax, max_steps, longest_step or batch_size
         not positive.
     """
@@ -201,28 +280,36 @@ def relax(
             raise ValueError(f"{name} must be positive, got {value}")
     if not len(frames):
         raise ValueError("frames holds no structure to relax")
+    kind = check_choice("cell", "full" if cell is True else cell or "fixed", ("fixed", "full", "isotropic"))
+    if not math.isfinite(pressure):
+        raise ValueError(f"pressure must be finite, got {pressure}")
+    if pressure and kind == "fixed":
+        raise ValueError(f"pressure must be 0 where cells are fixed, got {pressure}; pass cell=True as well")
     data: Sequence[Data] = [as_data(frame, number) for number, frame in enumerate(frames)]
-    _check_periodicity(data)
+    periodic = _periodicity(data)
     if reference is not None:
         data = with_reference(data, reference, potential.scheme)
     check_states(potential.model, data)  # frames of a batch do not have their number
-    parts = []
-    for i in range(0, len(data), batch_size):
-        parts.append(_relax_batch(potential, data[i : i + batch_size], fmax, max_steps, longest_step, report, stop))
+    settings = _Settings(fmax, max_steps, longest_step, kind, pressure)
+    found: dict[int, tuple[Relaxation, int]] = {}
+    batches = [list(rows) for _, rows in itertools.groupby(range(len(data)), lambda number: periodic[number])]
+    for batch in (rows[i : i + batch_size] for rows in batches for i in range(0, len(rows), batch_size)):
+        part = _relax_batch(potential, [data[number] for number in batch], settings, report, stop)
+        found |= {number: (part, place) for place, number in enumerate(batch)}
         if stop is not None and stop():
             break
     tensors = {
-        name: torch.cat([getattr(part, name) for part in parts])
+        name: torch.stack([getattr(part, name)[place] for part, place in found.values()])
         for name in ("energy", "start_energy", "largest", "steps", "converged")
     }
-    changes = tuple(text for part in parts for text in part.bond_changes)
+    changes = tuple(part.bond_changes[place] for part, place in found.values())
     if changed := [number for number, text in enumerate(changes) if text is not None]:
         warnings.warn(
             f"bonds found after the relaxation of structure {changed[0]} differ from those that its energy uses, which "
             f"were kept from the start ({changes[changed[0]]}); {len(changed)} of {len(changes)} structures changed so",
             stacklevel=2,
         )
-    ended: list[Any] = [frame for part in parts for frame in part.frames]
+    ended: list[Any] = [part.frames[place] for part, place in found.values()]
     back = [as_it_came(frame, after) for frame, after in zip(frames, ended, strict=False)]
     return Relaxation(back, **tensors, bond_changes=changes)
 
@@ -270,8 +357,11 @@ def as_it_came(frame: Data | Atoms, after: AtomicData) -> AtomicData | Atoms:
     if isinstance(frame, Atoms):
         atoms = without_labels(frame)
         atoms.set_positions(after.pos.detach().cpu().numpy(), apply_constraint=False)
-        forces = after.forces.detach().cpu().numpy()
-        atoms.calc = SinglePointCalculator(atoms, energy=float(after.energy), forces=forces)
+        results = {"energy": float(after.energy), "forces": after.forces.detach().cpu().numpy()}
+        if after.get("stress") is not None:
+            atoms.set_cell(after.cell[0].detach().cpu().numpy(), scale_atoms=False)
+            results["stress"] = full_3x3_to_voigt_6_stress(after.stress[0].detach().cpu().numpy())
+        atoms.calc = SinglePointCalculator(atoms, **results)
         return atoms
     kept = AtomicData()
     for key, value in frame.to_dict().items():
@@ -290,16 +380,13 @@ def _periodic(frame: Data) -> bool:
     return given is not None and bool(torch.as_tensor(given).any())
 
 
-def _check_periodicity(frames: Sequence[Data]) -> None:
+def _periodicity(frames: Sequence[Data]) -> list[bool]:
+    """Whether each frame is periodic. Raises: ValueError: one is, and has no cell."""
     periodic = [_periodic(frame) for frame in frames]
-    if any(periodic) and not all(periodic):
-        raise ValueError(
-            f"frames must be all periodic or all open, got frame {periodic.index(True)} periodic and frame "
-            f"{periodic.index(False)} open; relax them in two calls"
-        )
     for number, frame in enumerate(frames):
         if periodic[number] and frame.get("cell") is None:
             raise ValueError(f"frames must have a cell where pbc is set, got frame {number} without; give it a cell")
+    return periodic
 
 
 def _alike(model: nn.Module, frames: Sequence[AtomicData]) -> list[AtomicData]:
@@ -316,12 +403,26 @@ def _alike(model: nn.Module, frames: Sequence[AtomicData]) -> list[AtomicData]:
     return out
 
 
+@dataclass(frozen=True)
+class _Settings:
+    fmax: float
+    max_steps: int
+    longest_step: float
+    cell: str
+    pressure: float
+
+
+def _rows(batch: Tensor, num_graphs: int, cells: _Cells | None) -> Tensor:
+    """The structure of each row of an optimizer."""
+    if cells is None:
+        return batch
+    return torch.cat([batch, torch.arange(num_graphs, device=batch.device).repeat_interleave(3)])
+
+
 def _relax_batch(
     potential: Potential,
     frames: Sequence[Data],
-    fmax: float,
-    max_steps: int,
-    longest_step: float,
+    settings: _Settings,
     report: Callable[[int, int], None] | None,
     stop: Callable[[], bool] | None,
 ) -> Relaxation:
@@ -332,43 +433,56 @@ def _relax_batch(
     if scheme is not None and scheme.keeps_parts:
         parts = [scheme.read(f if has_hierarchy(f) else scheme(f)) for f in frames]
     active = _Active(potential, _alike(potential.model, plain), parts, _free(frames))
-    optimizer = _LBFGS(active.system.batch, len(frames), longest_step)
+    cells = None
+    if settings.cell != "fixed" and _periodic(frames[0]):
+        cells = _Cells(active.system, settings.cell == "isotropic", settings.pressure)
     count = len(frames)
+    optimizer = _LBFGS(_rows(active.system.batch, count, cells), count, settings.longest_step)
     device = active.system.pos.device
     energies, starts, largest = (torch.zeros(count, dtype=torch.float64, device=device) for _ in range(3))
     steps = torch.zeros(count, dtype=torch.long, device=device)
-    ends: dict[int, tuple[Tensor, Tensor]] = {}
-    for step in range(max_steps + 1):
-        energy, forces = active.evaluate()
+    ends: dict[int, dict[str, Tensor]] = {}
+    for step in range(settings.max_steps + 1):
+        energy, forces, stress = active.evaluate(cells is not None)
         moving = forces if active.free is None else forces * active.free
-        batch, pos = active.system.batch, active.system.pos
-        force = energy.new_zeros(len(energy)).scatter_reduce(0, batch, moving.norm(dim=1), "amax")
+        batch, pos, cell = active.system.batch, active.system.pos, active.system.cell
+        if cells is not None:
+            moving = cells.forces(moving, required(stress), required(cell), batch)
+        force = energy.new_zeros(len(energy)).scatter_reduce(0, optimizer.batch, moving.norm(dim=1), "amax")
         starts = energy.clone() if step == 0 else starts
         energies[active.number], largest[active.number], steps[active.number] = energy, force, step
         finite = torch.isfinite(force) & torch.isfinite(energy)
-        done = (force <= fmax) | ~finite | (step == max_steps or (stop is not None and stop()))
+        done = (force <= settings.fmax) | ~finite | (step == settings.max_steps or (stop is not None and stop()))
         for graph in done.nonzero().flatten().tolist():
             own = batch == graph
-            ends[int(active.number[graph])] = (pos[own], forces[own])
+            end = {"pos": pos[own], "forces": forces[own]}
+            if cells is not None:
+                end |= {"cell": required(cell)[graph : graph + 1], "stress": required(stress)[graph : graph + 1]}
+            ends[int(active.number[graph])] = end
         if report is not None:
             report(len(ends), count)
         if bool(done.all()):
             break
         # The step comes first, so that the history of those that stay is whole.
-        moved = pos + optimizer.step(pos, moving)
+        rows = pos if cells is None else cells.rows(pos, batch)
+        moved = rows + optimizer.step(rows, moving)
         if bool(done.any()):
-            atoms = active.keep(~done)
-            optimizer.keep(atoms, active.system.batch, ~done)
-            moved = moved[atoms]
-        active.move(moved)
+            stay = ~done[optimizer.batch]
+            active.keep(~done)
+            if cells is not None:
+                cells.keep(~done)
+            optimizer.keep(stay, _rows(active.system.batch, int((~done).sum()), cells), ~done)
+            moved = moved[stay]
+        active.move(*((moved, None) if cells is None else cells.move(moved, active.system.batch)))
     for number, frame in enumerate(plain):
-        frame.pos, frame.forces = ends[number]
+        for key, value in ends[number].items():
+            frame[key] = value
         frame.energy = energies[number : number + 1].clone()
     changes = tuple(
         None if tree is None else bond_changes(scheme, tree, System.from_data(frame))
         for tree, frame in zip(parts or itertools.repeat(None, count), plain, strict=True)
     )
-    converged = (largest <= fmax) & torch.isfinite(energies)
+    converged = (largest <= settings.fmax) & torch.isfinite(energies)
     return Relaxation([*plain], energies, starts, largest, steps, converged, changes)
 
 

@@ -12,9 +12,9 @@ from e3nn import o3
 
 from nbody_pyg.hierarchy import Scheme
 from nbody_pyg.messages import short
-from nbody_pyg.models import NBodyNet
+from nbody_pyg.models import NBodyNet, network_arguments
 from nbody_pyg.nn.charges import LongRangeSettings
-from nbody_pyg.nn.irreps import channel_groups, check_symmetry, harmonic_parity, hidden_irreps, level_types
+from nbody_pyg.nn.irreps import channel_groups, check_parity, harmonic_parity, hidden_irreps, level_types
 
 Shapes = Mapping[str, tuple[int, ...]]
 #: Limits of the size of tables of coupling coefficients: for any file, and per weight.
@@ -33,10 +33,9 @@ def check_sizes(config: Mapping[str, Any], shapes: Shapes) -> None:
         config: of an :class:`~nbody_pyg.NBodyNet`.
         shapes: shapes of its weights, by name.
     """
-    defaults = {"body_order": 4, "target": "extensive", "irreps_out": "1x0e"} | NBodyNet.DEFAULTS
-    settings: Any = SimpleNamespace(**(defaults | dict(config)))
+    settings: Any = SimpleNamespace(**(network_arguments() | dict(config)))
     short_form = getattr(settings, "irreps", None) is None
-    counts = {"body_order": 1, "num_basis": 1, "num_layers": 1} | ({"channels": 1, "lmax": 0} if short_form else {})
+    counts = {"correlation": 1, "num_basis": 1, "num_layers": 1} | ({"channels": 1, "lmax": 0} if short_form else {})
     for name, least in counts.items():
         _integer(name, getattr(settings, name, None), least)
     species = settings.species
@@ -44,12 +43,11 @@ def check_sizes(config: Mapping[str, Any], shapes: Shapes) -> None:
         raise ValueError(f"species must list atomic numbers between 1 and 118, got {short(species)}")
     for number in species:
         _integer("species", number, 1)
-    check_symmetry(settings.symmetry)
+    check_parity(settings.parity)
     interactions = 1 + max((int(n.split(".")[1]) for n in shapes if _is_numbered(n)), default=-1)
     scheme = _scheme(settings.scheme, interactions)
     if scheme.levels[0].pair_radius is not None and settings.num_layers > interactions + 1:
         raise ValueError(f"num_layers is {settings.num_layers}, but there are weights of {interactions} interactions")
-    settings.options = {"num_layers": settings.num_layers, "sweeps": settings.sweeps}
     settings.scheme = scheme
     steps = NBodyNet._plan(settings)
     if len(steps) != interactions:
@@ -58,9 +56,9 @@ def check_sizes(config: Mapping[str, Any], shapes: Shapes) -> None:
     if short_form:
         if settings.lmax > len(shapes):
             raise ValueError(f"lmax is {short(settings.lmax)}, but there are {len(shapes)} weights")
-        types = dict.fromkeys(levels, hidden_irreps(settings.channels, settings.lmax, settings.symmetry))
+        types = dict.fromkeys(levels, hidden_irreps(settings.channels, settings.lmax, settings.parity))
     else:
-        types = level_types(_short_types(settings.irreps, len(shapes)), levels, settings.symmetry)
+        types = level_types(_short_types(settings.irreps, len(shapes)), levels, settings.parity)
         settings.lmax = max(ir.l for one in types.values() for _, ir in one)
     settings.least = min(mul for one in types.values() for group in channel_groups(one) for mul, _ in group)
     own = getattr(settings, "gate", None) or {}
@@ -89,8 +87,8 @@ def _short_types(given: Any, most: int) -> Any:
 
 
 def _check_interaction(prefix: str, kind: str, irreps: o3.Irreps, settings: SimpleNamespace, shapes: Shapes) -> None:
-    natural = [ir for _, ir in irreps if ir.p == harmonic_parity(ir.l, settings.symmetry)]
-    c, lmax, order = irreps[0].mul, len(natural) - 1, settings.body_order
+    natural = [ir for _, ir in irreps if ir.p == harmonic_parity(ir.l, settings.parity)]
+    c, lmax, order = irreps[0].mul, len(natural) - 1, settings.correlation
     # A gate may stand behind a linear map
     inner = "" if kind == "down" else "gate."
     inner = next((i for i in (inner, inner + "gate.") if prefix + i + "radial_weight" in shapes), inner)
@@ -116,21 +114,21 @@ def _check_interaction(prefix: str, kind: str, irreps: o3.Irreps, settings: Simp
         raise ValueError(f"channels is {c}, but {prefix}products.linear.weights.0 has another shape or is missing")
     products = sum(n.startswith(f"{prefix}products.products.") and n.endswith(".mix.weights.0") for n in shapes)
     if products != order - 1:
-        raise ValueError(f"body_order is {order}, but {prefix[:-1]} has weights of {products} products")
+        raise ValueError(f"correlation is {order}, but {prefix[:-1]} has weights of {products} products")
 
 
 def _check_tables(settings: SimpleNamespace, steps: int, shapes: Shapes) -> None:
     """Reject tables of coupling coefficients that are too large for the number of weights."""
-    both = settings.symmetry == "o3-full"
+    both = settings.parity == "both"
     rows, degrees = (settings.lmax + 1) ** 2 * (1 + both), range(settings.lmax + 1)
     # Rows of all products of two degrees
     paths = sum(2 * l + 1 for a in degrees for b in degrees for l in range(abs(a - b), min(a + b, settings.lmax) + 1))
-    tables = float(steps) * (settings.body_order + 1) * paths * (4 if both else 0.5) * rows**2
+    tables = float(steps) * (settings.correlation + 1) * paths * (4 if both else 0.5) * rows**2
     weights = sum(_size(shape) for shape in shapes.values())
     if tables > max(_TABLES, _TABLES_EACH * weights):
         raise ValueError(
-            f"lmax {settings.lmax} and body_order {settings.body_order} take tables of {tables:.1e} numbers, which is "
-            f"out of proportion to {weights} weights"
+            f"lmax {settings.lmax} and correlation {settings.correlation} take tables of {tables:.1e} numbers, "
+            f"which is out of proportion to {weights} weights"
         )
 
 

@@ -13,6 +13,6 @@ backend       runs on                             implementation
 raise at a third. Code is generated from the same terms at the first use and cached in one folder.
 """
 
-from nbody_pyg.kernels.backend import available_backends, backend, set_backend
+from nbody_pyg.kernels.backend import available_backends, backend, set_backend, use_backend
 
-__all__ = ["available_backends", "backend", "set_backend"]
+__all__ = ["available_backends", "backend", "set_backend", "use_backend"]

@@ -3,15 +3,18 @@
 "c": generated C (CPU, float32 and float64, where a C compiler exists). "triton": generated Triton (CUDA tensors in
 float32 and float64, where Triton is installed, as it is with torch for CUDA on Linux). "torch": plain torch, any device,
 any order of derivative. By default triton runs for CUDA tensors and c for CPU tensors; torch runs if that backend
-cannot (a warning gives the reason). The environment variable NBODY_BACKEND or :func:`set_backend` forces a backend; if
-it cannot process a tensor, plain torch does. All three use the same coupling tables and give the same numbers up to
+cannot (a warning gives the reason). The environment variable NBODY_BACKEND forces a backend in a process, :func:`use_backend`
+and :func:`set_backend` in a thread; if it cannot process a tensor, plain torch does. All three use the same coupling tables and give the same numbers up to
 rounding.
 """
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,7 +30,8 @@ if TYPE_CHECKING:
 _BACKENDS = ("auto", "c", "triton", "torch")
 _DTYPES = (torch.float32, torch.float64)
 _PLAIN = (Tensor, torch.nn.Parameter)
-_forced: str | None = None  # None: from the environment, which is read at the first use
+#: None: that of the environment.
+_forced: ContextVar[str | None] = ContextVar("backend", default=None)
 
 
 def available_backends() -> list[str]:
@@ -37,14 +41,34 @@ def available_backends() -> list[str]:
 
 
 def set_backend(name: str) -> None:
-    """Force a backend ("c", "triton", "torch") or let the library choose ("auto"), in all threads of this process.
+    """Force a backend ("c", "triton", "torch") or let the library choose ("auto"), in this thread.
 
-    A product uses the backend selected when it is called; its derivatives run on the same backend.
+    Other threads are not affected. A product uses the backend selected when it is called; its derivatives run on the
+    same backend.
 
     Raises: ValueError: unknown name, "c" if no C can be compiled and loaded, or "triton" without Triton.
     """
-    global _forced
-    _forced = _checked(name, "backend")
+    _forced.set(_checked(name, "backend"))
+
+
+@contextlib.contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """:func:`set_backend` for the statements below ``with``, in this thread.
+
+    >>> with use_backend("torch"):
+    ...     backend()
+    'torch'
+    """
+    token = _forced.set(_checked(name, "backend"))
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+@functools.cache
+def _from_environment() -> str:
+    return _checked(os.environ.get("NBODY_BACKEND") or "auto", "NBODY_BACKEND")
 
 
 def _checked(name: str, where: str) -> str:
@@ -65,19 +89,17 @@ def backend(tensor: Tensor | None = None, library: Library | None = None) -> str
             torch runs.
     Raises: ValueError: NBODY_BACKEND is not a backend, or one that cannot run here.
     """
-    global _forced
-    if _forced is None:
-        _forced = _checked(os.environ.get("NBODY_BACKEND") or "auto", "NBODY_BACKEND")
-    if _forced == "torch" or (tensor is not None and tensor.dtype not in _DTYPES):
+    forced = _forced.get() or _from_environment()
+    if forced == "torch" or (tensor is not None and tensor.dtype not in _DTYPES):
         return "torch"
     # Tracers and modes must see every operation
     if is_transformed() or (tensor is not None and type(tensor) not in _PLAIN and not is_recording()):
         return "torch"
     device = "cpu" if tensor is None else tensor.device.type
-    if _forced == "triton":
+    if forced == "triton":
         return "triton" if available() and (device == "cuda" or (device == "cpu" and interpreted())) else "torch"
     if device == "cuda":
-        return "triton" if _forced == "auto" and available() else "torch"
+        return "triton" if forced == "auto" and available() else "torch"
     if device != "cpu":
         return "torch"
     runs = build.broken() is None if library is None or tensor is None else library.ready(tensor.dtype)

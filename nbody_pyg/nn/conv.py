@@ -20,7 +20,7 @@ from nbody_pyg.nn.gates import OneBodyGate, ProductGate
 from nbody_pyg.nn.irreps import Resettable, from_mul_ir, harmonic_irreps, require_reachable, to_mul_ir
 from nbody_pyg.nn.linear import IrrepsLinear
 from nbody_pyg.radial import BesselBasis, vector_window
-from nbody_pyg.renamed import renamed
+from nbody_pyg.renamed import FORMER_PARITY, renamed
 
 #: Attributes in which PyG keeps the hooks of message passing.
 _HOOKS = tuple(f"_{step}_forward{pre}_hooks" for step in ("propagate", "message", "aggregate") for pre in ("", "_pre"))
@@ -51,9 +51,9 @@ class NBodyConv(Resettable, MessagePassing):  # type: ignore[misc]  # PyG has no
         channels: multiplicity inside; by default the largest of ``irreps_out``.
         order: highest degree of the harmonics.
         num_basis: number of Bessel functions.
-        body_order: highest power of the sum A, >= 1.
+        correlation: highest power of the sum A, >= 1.
         avg_num_neighbors: typical number of sources per target, a constant.
-        symmetry: "o3" or "so3".
+        parity: "natural" or "ignored".
 
     Equivariance: O(3) (or SO(3)), translation, permutation. Smoothness: C2 where an edge passes the cutoff.
     Cost: O(edges paths channels). Messages are computed edge by edge in plain torch if they must be visible
@@ -64,12 +64,12 @@ class NBodyConv(Resettable, MessagePassing):  # type: ignore[misc]  # PyG has no
 
     Example:
         >>> NBodyConv("8x0e", "4x0e + 4x1o", cutoff=4.0)
-        NBodyConv(8x0e -> 4x0e+4x1o, cutoff=4.0, order=2, body_order=1)
+        NBodyConv(8x0e -> 4x0e+4x1o, cutoff=4.0, order=2, correlation=1)
     """
 
     propagate: Callable[..., Tensor]
 
-    @renamed(degree="avg_num_neighbors")
+    @renamed(degree="avg_num_neighbors", body_order="correlation", **FORMER_PARITY)
     def __init__(
         self,
         irreps_in: o3.Irreps | str,
@@ -78,28 +78,28 @@ class NBodyConv(Resettable, MessagePassing):  # type: ignore[misc]  # PyG has no
         channels: int | None = None,
         order: int = 2,
         num_basis: int = 8,
-        body_order: int = 1,
+        correlation: int = 1,
         avg_num_neighbors: float = 12.0,
-        symmetry: str = "o3",
+        parity: str = "natural",
     ) -> None:
         super().__init__(aggr="sum", node_dim=0)
         self.irreps_in, self.irreps_out = o3.Irreps(irreps_in), o3.Irreps(irreps_out)
-        self.cutoff, self.order, self.body_order = float(cutoff), order, body_order
+        self.cutoff, self.order, self.correlation = float(cutoff), order, correlation
         channels = channels or max((mul for mul, _ in self.irreps_out), default=1)
         hidden_in = o3.Irreps([(channels, ir) for ir in sorted({ir for _, ir in self.irreps_in})])
         wanted = {ir for _, ir in self.irreps_out}
-        reached = _reachable(hidden_in, order, symmetry)
-        if body_order == 1:
+        reached = _reachable(hidden_in, order, parity)
+        if correlation == 1:
             require_reachable(self.irreps_out, reached, f"a convolution of order {order} on {self.irreps_in}")
         lmax = max((ir.l for ir in wanted), default=0)
-        summed = reached if body_order > 1 else wanted
+        summed = reached if correlation > 1 else wanted
         hidden = o3.Irreps([(channels, ir) for ir in sorted(summed) if ir.l <= max(lmax, order)])
         self._rows, self._channels = sum(ir.dim for _, ir in hidden_in), channels
-        self.embedding = EdgeEmbedding(order, BesselBasis(num_basis, self.cutoff), symmetry)
+        self.embedding = EdgeEmbedding(order, BesselBasis(num_basis, self.cutoff), parity)
         self.lin_in = IrrepsLinear(self.irreps_in, hidden_in)
-        self.gate = OneBodyGate(hidden_in, hidden, order, num_basis, avg_num_neighbors, symmetry)
+        self.gate = OneBodyGate(hidden_in, hidden, order, num_basis, avg_num_neighbors, parity)
         kept = o3.Irreps([(channels, ir) for ir in sorted(wanted)])
-        self.products = ProductGate(hidden, kept, body_order)
+        self.products = ProductGate(hidden, kept, correlation)
         self.lin_out = IrrepsLinear(kept, self.irreps_out, bias=True)
         shared = {ir for _, ir in self.irreps_in} & wanted
         self._own = o3.Irreps([(mul, ir) for mul, ir in self.irreps_out if ir in shared])
@@ -239,7 +239,7 @@ class NBodyConv(Resettable, MessagePassing):  # type: ignore[misc]  # PyG has no
     def __repr__(self) -> str:
         return (
             f"{type(self).__name__}({self.irreps_in} -> {self.irreps_out}, cutoff={self.cutoff}, "
-            f"order={self.order}, body_order={self.body_order})"
+            f"order={self.order}, correlation={self.correlation})"
         )
 
 
@@ -288,8 +288,8 @@ def _edges(edge_index: Any, shift: Tensor | None, places: tuple[Tensor, ...]) ->
     return index
 
 
-def _reachable(irreps: o3.Irreps, order: int, symmetry: str) -> set[o3.Irrep]:
+def _reachable(irreps: o3.Irreps, order: int, parity: str) -> set[o3.Irrep]:
     """Every irrep up to the larger degree of the factors that one coupling with the harmonics gives."""
     lmax = max([order, *(ir.l for _, ir in irreps)])
-    harmonics = harmonic_irreps(order, symmetry)
+    harmonics = harmonic_irreps(order, parity)
     return {ir for _, first in irreps for _, second in harmonics for ir in first * second if ir.l <= lmax}

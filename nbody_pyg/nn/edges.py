@@ -41,12 +41,12 @@ class EdgeEmbedding(Resettable):
     Args:
         lmax: highest degree of the harmonics.
         radial: basis of functions of the distance (:mod:`nbody_pyg.radial`).
-        symmetry: "o3", "o3-full" or "so3".
+        parity: "natural", "both" or "ignored".
     """
 
-    def __init__(self, lmax: int, radial: nn.Module, symmetry: str = "o3") -> None:
+    def __init__(self, lmax: int, radial: nn.Module, parity: str = "natural") -> None:
         super().__init__()
-        self.harmonics = SolidHarmonics(lmax, symmetry)
+        self.harmonics = SolidHarmonics(lmax, parity)
         self.radial = radial
         self._as_written = AsWritten(self, _KNOWN)
         self.kernel: FeatureKernel | None = None

@@ -2,7 +2,7 @@ r"""Interaction gates: the state of a part from the states of others.
 
 The order (P, Q, S) of a gate bounds its degree in relative vectors, in states and in inverse distances. "k-th order"
 has two meanings in use: the degree k of the solid harmonics of a direction, and the number k of states that interact.
-:class:`OneBodyGate` has the first as its argument ``order``; :class:`ProductGate` the second as ``body_order``.
+:class:`OneBodyGate` has the first as its argument ``order``; :class:`ProductGate` the second as ``correlation``.
 Aggregate first, multiply after: the sum over children is linear in each child, so products of sums hold every
 product of children that share weights, at the cost of a node instead of a pair.
 """
@@ -45,7 +45,7 @@ from nbody_pyg.nn.products import (
     path_row_order,
     table_terms,
 )
-from nbody_pyg.renamed import renamed
+from nbody_pyg.renamed import FORMER_PARITY, renamed
 
 #: Number of edges that plain torch processes together on a CPU, so that messages stay in the cache.
 _EDGES_AT_ONCE = 256
@@ -63,7 +63,7 @@ class DensityGate(Resettable):
     Args:
         num_species: number of elements.
         num_basis: number of radial functions on the edges.
-        irreps_out: type of the result, one multiplicity, no degree above that of the harmonics. With symmetry "o3-full"
+        irreps_out: type of the result, one multiplicity, no degree above that of the harmonics. With parity "both"
             fragments of the other parity are allowed; they are zero, because bare atoms cannot produce them.
         avg_num_neighbors: typical number of neighbours, a constant: a count taken from the input would break
             extensivity.
@@ -73,20 +73,20 @@ class DensityGate(Resettable):
     Smoothness: that of the window. Raises: ValueError: a fragment of ``irreps_out`` that no harmonic provides.
     """
 
-    @renamed(degree="avg_num_neighbors")
+    @renamed(degree="avg_num_neighbors", **FORMER_PARITY)
     def __init__(
         self,
         num_species: int,
         num_basis: int,
         irreps_out: o3.Irreps,
         avg_num_neighbors: float = 1.0,
-        symmetry: str = "o3",
+        parity: str = "natural",
     ) -> None:
         super().__init__()
         self.irreps_out = o3.Irreps(irreps_out)
         self.num_species, self.scale = num_species, avg_num_neighbors**-0.5
-        natural = {ir for _, ir in harmonic_irreps(max(ir.l for _, ir in self.irreps_out), symmetry)}
-        if symmetry != "o3-full":
+        natural = {ir for _, ir in harmonic_irreps(max(ir.l for _, ir in self.irreps_out), parity)}
+        if parity != "both":
             require_reachable(self.irreps_out, natural, "a density of bare atoms")
         channels, fan_in = equal_multiplicity(self.irreps_out), num_species * num_basis
         slices = row_slices(self.irreps_out)
@@ -149,7 +149,7 @@ class OneBodyGate(ConstantTables):
         order: P, highest degree of the harmonics used.
         num_basis: number of radial functions on the edges.
         avg_num_neighbors: typical number of sources per target, a constant.
-        symmetry: "o3", "o3-full" or "so3".
+        parity: "natural", "both" or "ignored".
         partial: fragments of ``irreps_out`` that no path reaches are zero instead of an error.
 
     Equivariance: O(3) or SO(3), permutation of the sources. Smoothness: that of the window.
@@ -160,7 +160,7 @@ class OneBodyGate(ConstantTables):
     coupling: Tensor
     path_of_row: Tensor
 
-    @renamed(degree="avg_num_neighbors")
+    @renamed(degree="avg_num_neighbors", **FORMER_PARITY)
     def __init__(
         self,
         irreps_in: o3.Irreps | str,
@@ -168,13 +168,13 @@ class OneBodyGate(ConstantTables):
         order: int,
         num_basis: int,
         avg_num_neighbors: float = 1.0,
-        symmetry: str = "o3",
+        parity: str = "natural",
         partial: bool = False,
     ) -> None:
         super().__init__()
         self.irreps_in, self.irreps_out, self.order = o3.Irreps(irreps_in), o3.Irreps(irreps_out), order
         self.channels, self.scale = equal_multiplicity(self.irreps_in), avg_num_neighbors**-0.5
-        harmonics = harmonic_irreps(order, symmetry)
+        harmonics = harmonic_irreps(order, parity)
         self.paths = coupling_paths(self.irreps_in, harmonics, self.irreps_out)
         if not partial:
             reached = {path.ir for path in self.paths}
@@ -281,22 +281,23 @@ class ProductGate(Resettable):
     Args:
         irreps_in: type of ``A``, one multiplicity.
         irreps_out: type of the result with the same multiplicity, a subset of the fragments of ``irreps_in``.
-        body_order: highest degree in A, >= 1.
+        correlation: highest degree in A, >= 1.
         gain: initial size of each product, relative to unit variance.
 
     Shapes: (nodes, rows_in, channels) -> (nodes, rows_out, channels).
     Equivariance: O(3), SO(3). Smoothness: polynomial.
-    Raises: ValueError: ``body_order`` < 1, or ``irreps_out`` is not a subset of ``irreps_in``.
+    Raises: ValueError: ``correlation`` < 1, or ``irreps_out`` is not a subset of ``irreps_in``.
     """
 
-    def __init__(self, irreps_in: o3.Irreps, irreps_out: o3.Irreps, body_order: int = 3, gain: float = 1.0) -> None:
+    @renamed(body_order="correlation")
+    def __init__(self, irreps_in: o3.Irreps, irreps_out: o3.Irreps, correlation: int = 3, gain: float = 1.0) -> None:
         super().__init__()
-        if body_order < 1:
-            raise ValueError(f"body_order must be at least 1, got {body_order!r}; 2 or 3 is usual")
-        self.irreps_in, self.irreps_out, self.body_order = (
+        if correlation < 1:
+            raise ValueError(f"correlation must be at least 1, got {correlation!r}; 2 or 3 is usual")
+        self.irreps_in, self.irreps_out, self.correlation = (
             o3.Irreps(irreps_in),
             o3.Irreps(irreps_out),
-            body_order,
+            correlation,
         )
         if not set(self.irreps_out) <= set(self.irreps_in):
             raise ValueError(
@@ -305,8 +306,8 @@ class ProductGate(Resettable):
             )
         self.linear = RowLinear(self.irreps_in, self.irreps_out)
         self.products = nn.ModuleList()
-        for k in range(2, body_order + 1):
-            last = k == body_order
+        for k in range(2, correlation + 1):
+            last = k == correlation
             irreps = self.irreps_out if last else self.irreps_in
             product = ChannelwiseProduct(self.irreps_in, self.irreps_in, irreps, symmetric=k == 2)
             with torch.no_grad():
@@ -344,7 +345,7 @@ class PairGate(Resettable):
     Equivariance: O(3) or SO(3), permutation. Smoothness: that of the window.
     """
 
-    @renamed(degree="avg_num_neighbors")
+    @renamed(degree="avg_num_neighbors", **FORMER_PARITY)
     def __init__(
         self,
         irreps_in: o3.Irreps | str,
@@ -352,10 +353,10 @@ class PairGate(Resettable):
         order: int,
         num_basis: int,
         avg_num_neighbors: float = 1.0,
-        symmetry: str = "o3",
+        parity: str = "natural",
     ) -> None:
         super().__init__()
-        self.gather = OneBodyGate(irreps_in, irreps_in, order, num_basis, avg_num_neighbors, symmetry)
+        self.gather = OneBodyGate(irreps_in, irreps_in, order, num_basis, avg_num_neighbors, parity)
         self.product = ChannelwiseProduct(o3.Irreps(irreps_in), o3.Irreps(irreps_in), irreps_out)
         self.irreps_in, self.irreps_out = o3.Irreps(irreps_in), o3.Irreps(irreps_out)
 
@@ -378,7 +379,7 @@ class FullGate(Resettable):
     Shapes: x (sources, irreps_in.dim) -> (targets, irreps_out.dim), ir_mul.
     """
 
-    @renamed(degree="avg_num_neighbors")
+    @renamed(degree="avg_num_neighbors", **FORMER_PARITY)
     def __init__(
         self,
         irreps_in: o3.Irreps | str,
@@ -386,13 +387,13 @@ class FullGate(Resettable):
         order: int,
         num_basis: int,
         avg_num_neighbors: float = 1.0,
-        symmetry: str = "o3",
+        parity: str = "natural",
     ) -> None:
         super().__init__()
         self.irreps_in, self.irreps_out = o3.Irreps(irreps_in), o3.Irreps(irreps_out)
         self.order, self.scale = order, avg_num_neighbors**-0.5
         self.product = FullProduct(
-            self.irreps_in, harmonic_irreps(order, symmetry), max(ir.l for _, ir in self.irreps_out)
+            self.irreps_in, harmonic_irreps(order, parity), max(ir.l for _, ir in self.irreps_out)
         )
         self.linears = nn.ModuleList(IrrepsLinear(self.product.irreps_out, self.irreps_out) for _ in range(num_basis))
 

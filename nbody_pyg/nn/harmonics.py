@@ -32,15 +32,15 @@ class SolidHarmonics(ConstantTables):
 
     Args:
         lmax: highest degree.
-        symmetry: "o3" or "so3"; it only decides the parity written on ``irreps_out``.
+        parity: "natural" or "ignored"; it only decides the parity written on ``irreps_out``.
 
     Equivariance: O(3). Smoothness: C-infinity.
     """
 
-    def __init__(self, lmax: int, symmetry: str = "o3") -> None:
+    def __init__(self, lmax: int, parity: str = "natural") -> None:
         super().__init__()
         self.lmax = lmax
-        self.irreps_out = harmonic_irreps(lmax, symmetry)
+        self.irreps_out = harmonic_irreps(lmax, parity)
         for l in range(2, lmax + 1):
             self.add_table(f"raise_{l}", _raising_table(l))
 

@@ -62,8 +62,8 @@ class InteractionConfig(NamedTuple):
     ============  ======================================================================================
     num_species   number of elements
     num_basis     number of radial functions on the edges
-    body_order    highest power of a summed state
-    symmetry      "o3", "o3-full" or "so3"
+    correlation    highest power of a summed state
+    parity      "natural", "both" or "ignored"
     practical     add the old state to the new one and bound sums (:class:`SoftNorm`)
     gain          initial size of products
     ============  ======================================================================================
@@ -71,8 +71,8 @@ class InteractionConfig(NamedTuple):
 
     num_species: int
     num_basis: int
-    body_order: int
-    symmetry: str
+    correlation: int
+    parity: str
     practical: bool
     gain: float = 1.0
 
@@ -125,20 +125,20 @@ class Interaction(Resettable):
                 "irreps_source must be given unless source_has_species is set: sources need a state or an element"
             )
         self.irreps, self.irreps_out = irreps, irreps if irreps_out is None else irreps_out
-        self.density = self.keep = self.carry = self.scale = self.bias = None
+        self.density = self.self_linear = self.residual_linear = self.scale = self.bias = None
         self.gate: Any = None
         if source_has_species and gate is None:
-            self.density = DensityGate(config.num_species, config.num_basis, irreps, avg_num_neighbors, config.symmetry)
+            self.density = DensityGate(config.num_species, config.num_basis, irreps, avg_num_neighbors, config.parity)
         if irreps_source is not None:
             self.gate = one_gate(config, irreps_source, irreps, avg_num_neighbors, gate, entered)
         if irreps_target is not None:
-            self.keep = RowLinear(irreps_target, irreps, partial=True)
-            self.carry = RowLinear(irreps_target, self.irreps_out, partial=True) if config.practical else None
+            self.self_linear = RowLinear(irreps_target, irreps, partial=True)
+            self.residual_linear = RowLinear(irreps_target, self.irreps_out, partial=True) if config.practical else None
         if target_has_species:
             self.scale = SpeciesScale(config.num_species, irreps)
             self.bias = nn.Parameter(torch.zeros(config.num_species, irreps[0].mul))
         self.norm = SoftNorm() if config.practical else nn.Identity()
-        self.products = ProductGate(irreps, self.irreps_out, config.body_order, config.gain)
+        self.products = ProductGate(irreps, self.irreps_out, config.correlation, config.gain)
         self._as_written = AsWritten(self, _KNOWN)
         self.kernel = self._kernel(config.num_species) if self._as_written() else None
 
@@ -157,8 +157,8 @@ class Interaction(Resettable):
             terms.append(self.density(source_species, edges))
         if self.gate is not None:
             terms.append(checked_state(self.gate(source, edges), self.gate, edges.num_targets, self.irreps))
-        if self.keep is not None:
-            terms.append(self.keep(target))
+        if self.self_linear is not None:
+            terms.append(self.self_linear(target))
         return self._update(sum(terms[1:], terms[0]), target, target_species)
 
     def _update(
@@ -168,8 +168,8 @@ class Interaction(Resettable):
         if self.scale is not None:
             a = self.scale(a, species)
         new = self.products(self.norm(a))
-        if self.carry is not None:
-            new = self.carry(target) + new
+        if self.residual_linear is not None:
+            new = self.residual_linear(target) + new
         return new if self.bias is None else add_to_scalars(new, self.bias.index_select(0, required(species)))
 
     # ------------------------------------------------------------------ the same in one compiled call
@@ -191,7 +191,7 @@ class Interaction(Resettable):
             inputs.append(self.density.collect(required(source_species), edges))
         if self.gate is not None:
             inputs.append(self.gate.collect(source, edges))
-        if self.keep is not None:
+        if self.self_linear is not None:
             inputs.append(required(target))
         scale = None if self.scale is None else self.scale.weight
         return required(self.kernel)(inputs, target_species, self._matrices(), scale, self.bias)
@@ -199,7 +199,7 @@ class Interaction(Resettable):
     def _matrices(self) -> list[Tensor]:
         """The weights of all linear maps, in the order in which the compiled update uses them."""
         gate = None if self.gate is None else self.gate.mix
-        maps: list[Any] = [self.density, gate, self.keep, self.carry, self.products.linear]
+        maps: list[Any] = [self.density, gate, self.self_linear, self.residual_linear, self.products.linear]
         maps += [product.mix for product in self.products.products]
         return [weight for m in maps if m is not None for weight in m.weights]
 
@@ -228,7 +228,7 @@ class Interaction(Resettable):
                 layer = self.layer
                 maps: list[Any] = [] if layer.density is None else [layer.density.mixed]
                 maps += [] if layer.gate is None else [layer.gate.mix]
-                maps += [] if layer.keep is None else [layer.keep]
+                maps += [] if layer.self_linear is None else [layer.self_linear]
                 terms = [m(x) for m, x in zip(maps, inputs, strict=True)]
                 return layer._update(sum(terms[1:], terms[0]), inputs[-1], species)
 
@@ -240,10 +240,10 @@ class Interaction(Resettable):
         """The compiled update."""
         gather = [] if self.density is None else [self.density.linear.map]
         gather += [] if self.gate is None else [self.gate.mix.kernel.map]
-        gather += [] if self.keep is None else [self.keep.kernel.map]
+        gather += [] if self.self_linear is None else [self.self_linear.kernel.map]
         carry: list[Map | None] = [None] * len(gather)
-        if self.carry is not None:
-            carry[-1] = self.carry.kernel.map
+        if self.residual_linear is not None:
+            carry[-1] = self.residual_linear.kernel.map
         products: list[Any] = list(self.products.products)
         update = Update(
             rows=num_rows(self.irreps),
@@ -277,7 +277,7 @@ def one_gate(
     else:
         lmax = max(ir.l for _, ir in irreps)
         # Partial, because initial states may be scalars only and then do not reach every fragment
-        made = OneBodyGate(taken, irreps, lmax, config.num_basis, avg_num_neighbors, config.symmetry, partial=True)
+        made = OneBodyGate(taken, irreps, lmax, config.num_basis, avg_num_neighbors, config.parity, partial=True)
     return made if entered is None else EnteredGate(irreps_source, entered, irreps, made)
 
 

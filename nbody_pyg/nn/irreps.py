@@ -20,46 +20,48 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from nbody_pyg.kernels.autograd_flags import constant_table
+from nbody_pyg.renamed import FORMER_PARITY, renamed
 
-#: Symmetry of the fragments: "o3" carries natural parity (-1)^l, "o3-full" both parities of every degree,
-#: "so3" ignores reflections as the paper does (every fragment is written even).
-SYMMETRIES = ("o3", "o3-full", "so3")
+#: Parities of the fragments: "natural" is (-1)^l, "both" has two fragments of every degree, and "ignored" has no
+#: reflections, as in the paper (every fragment is written even).
+PARITIES = ("natural", "both", "ignored")
 
 
-def hidden_irreps(channels: int, lmax: int, symmetry: str = "o3") -> o3.Irreps:
+@renamed(**FORMER_PARITY)
+def hidden_irreps(channels: int, lmax: int, parity: str = "natural") -> o3.Irreps:
     """Type with ``channels`` fragments of every degree up to ``lmax``.
 
     >>> hidden_irreps(4, 2)
     4x0e+4x1o+4x2e
-    >>> hidden_irreps(4, 1, "o3-full")
+    >>> hidden_irreps(4, 1, "both")
     4x0e+4x0o+4x1e+4x1o
 
-    Raises: ValueError: channels < 1, lmax < 0 or an unknown symmetry.
+    Raises: ValueError: channels < 1, lmax < 0 or an unknown parity.
     """
     if channels < 1:
         raise ValueError(f"channels must be at least 1, got {channels!r}; try 32")
     if lmax < 0:
         raise ValueError(f"lmax must be at least 0, got {lmax!r}; try 2")
-    check_symmetry(symmetry)
-    if symmetry == "o3-full":
+    check_parity(parity)
+    if parity == "both":
         return o3.Irreps([(channels, (l, p)) for l in range(lmax + 1) for p in (1, -1)])
-    return o3.Irreps([(channels, (l, harmonic_parity(l, symmetry))) for l in range(lmax + 1)])
+    return o3.Irreps([(channels, (l, harmonic_parity(l, parity))) for l in range(lmax + 1)])
 
 
-def check_symmetry(symmetry: str) -> None:
-    """Raise ValueError unless ``symmetry`` is one of :data:`SYMMETRIES`."""
-    if symmetry not in SYMMETRIES:
-        raise ValueError(f"symmetry must be one of {', '.join(SYMMETRIES)}, got {symmetry!r}; try 'o3'")
+def check_parity(parity: str) -> None:
+    """Raise ValueError unless ``parity`` is one of :data:`PARITIES`."""
+    if parity not in PARITIES:
+        raise ValueError(f"parity must be one of {', '.join(PARITIES)}, got {parity!r}; try 'natural'")
 
 
-def harmonic_parity(l: int, symmetry: str) -> int:
+def harmonic_parity(l: int, parity: str) -> int:
     """Parity of a solid harmonic of degree l: (-1)^l, or +1 if reflections are ignored."""
-    return 1 if symmetry == "so3" else (-1) ** l
+    return 1 if parity == "ignored" else (-1) ** l
 
 
-def harmonic_irreps(lmax: int, symmetry: str = "o3") -> o3.Irreps:
+def harmonic_irreps(lmax: int, parity: str = "natural") -> o3.Irreps:
     """One fragment of each degree: the type of the solid harmonics of an edge vector."""
-    return o3.Irreps([(1, (l, harmonic_parity(l, symmetry))) for l in range(lmax + 1)])
+    return o3.Irreps([(1, (l, harmonic_parity(l, parity))) for l in range(lmax + 1)])
 
 
 def num_rows(irreps: o3.Irreps) -> int:
@@ -113,7 +115,7 @@ def channel_groups(irreps: o3.Irreps) -> list[o3.Irreps]:
 
 
 def level_types(
-    given: str | o3.Irreps | Mapping[str, str | o3.Irreps], levels: Mapping[int, str], symmetry: str = "o3"
+    given: str | o3.Irreps | Mapping[str, str | o3.Irreps], levels: Mapping[int, str], parity: str = "natural"
 ) -> dict[int, o3.Irreps]:
     """The type of each level (number: name), from one type for all or from types by the names of the levels.
 
@@ -123,28 +125,28 @@ def level_types(
     Raises: ValueError: a level without type, an unknown name, or an invalid type of states (:func:`state_type`).
     """
     if not isinstance(given, Mapping):
-        return dict.fromkeys(levels, state_type(given, symmetry))
+        return dict.fromkeys(levels, state_type(given, parity))
     if set(given) != set(levels.values()):
         raise ValueError(
             f"irreps must give a type to each of the levels {list(levels.values())}, and to no other, got {list(given)}"
         )
-    return {k: state_type(given[name], symmetry) for k, name in levels.items()}
+    return {k: state_type(given[name], parity) for k, name in levels.items()}
 
 
-def state_type(given: str | o3.Irreps, symmetry: str = "o3") -> o3.Irreps:
+def state_type(given: str | o3.Irreps, parity: str = "natural") -> o3.Irreps:
     """A type of states, ordered by degree.
 
-    Raises: ValueError: not a type, fragments that the symmetry does not have, or more of one fragment than scalars.
+    Raises: ValueError: not a type, fragments of another parity, or more of one fragment than scalars.
     """
     try:
         irreps = o3.Irreps(given).regroup()
     except (ValueError, TypeError, AssertionError) as error:
         raise ValueError(f"irreps must be a type such as '32x0e + 16x1o', got {given!r}") from error
     irreps = o3.Irreps(sorted(irreps, key=lambda fragment: (fragment.ir.l, -fragment.ir.p)))
-    known = {ir for _, ir in hidden_irreps(1, max((ir.l for _, ir in irreps), default=0), symmetry)}
+    known = {ir for _, ir in hidden_irreps(1, max((ir.l for _, ir in irreps), default=0), parity)}
     if strange := [str(ir) for _, ir in irreps if ir not in known]:
         raise ValueError(
-            f"irreps must have fragments of symmetry {symmetry!r} ({', '.join(map(str, sorted(known)))}), got "
+            f"irreps must have fragments of parity {parity!r} ({', '.join(map(str, sorted(known)))}), got "
             f"{', '.join(strange)} in {given}"
         )
     if not irreps or max(mul for mul, _ in irreps) > irreps.count("0e"):

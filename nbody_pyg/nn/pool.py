@@ -19,6 +19,7 @@ from nbody_pyg.nn.harmonics import SolidHarmonics
 from nbody_pyg.nn.irreps import Resettable, from_mul_ir, harmonic_irreps, to_mul_ir
 from nbody_pyg.nn.linear import IrrepsLinear
 from nbody_pyg.nn.products import FullProduct
+from nbody_pyg.renamed import FORMER_PARITY, renamed
 from nbody_pyg.required import required
 from nbody_pyg.system import System
 
@@ -109,26 +110,27 @@ class NBodyReduce(Resettable):
         irreps_out: type of the parts.
         order: K, the highest degree of the harmonics.
         length: a, angstrom.
-        symmetry: "o3" or "so3".
+        parity: "natural" or "ignored".
 
     Equivariance: O(3), permutation. Smoothness: that of the weights. Differentiable to any order.
     Raises: ValueError: a fragment of ``irreps_out`` that no product reaches.
     """
 
+    @renamed(**FORMER_PARITY)
     def __init__(
         self,
         irreps_in: o3.Irreps | str,
         irreps_out: o3.Irreps | str,
         order: int = 2,
         length: float = 2.0,
-        symmetry: str = "o3",
+        parity: str = "natural",
     ) -> None:
         super().__init__()
         self.irreps_in, self.irreps_out = o3.Irreps(irreps_in), o3.Irreps(irreps_out)
         self.order, self.length = order, float(length)
-        self.harmonics = SolidHarmonics(order, symmetry)
+        self.harmonics = SolidHarmonics(order, parity)
         lmax = max((ir.l for _, ir in self.irreps_out), default=0)
-        self.product = FullProduct(self.irreps_in, harmonic_irreps(order, symmetry), lmax)
+        self.product = FullProduct(self.irreps_in, harmonic_irreps(order, parity), lmax)
         self.linear = IrrepsLinear(self.product.irreps_out, self.irreps_out)
 
     def moments(self, x: Tensor, select: SelectOutput, vec: Tensor) -> Tensor:

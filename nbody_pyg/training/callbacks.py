@@ -102,31 +102,64 @@ class MetricsCSV(Callback):
             self._write(trainer, "val", scores)
 
 
+def _duration(seconds: float) -> str:
+    """A time in words: 45 s, 12 min, 3 h 05 min."""
+    minutes = round(seconds / 60)
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
 def _rounded(value: float) -> str:
     return f"{value:.1f}" if value >= 10 else f"{value:.4g}"
 
 
 class RunProgress(Callback):
-    """One bar over the whole run, with MAE in meV and meV/angstrom; plain lines without a terminal."""
+    """One bar over the whole run, with MAE in meV and meV/angstrom.
 
-    def __init__(self, log: MetricsCSV, every: int = 50):
-        self.log, self.every = log, every
+    Without a terminal: a line at every validation, and after every ``seconds`` without one.
+    """
+
+    def __init__(self, log: MetricsCSV, every: int = 50, seconds: float = 30.0):
+        self.log, self.every, self.seconds = log, every, seconds
         self._bar: tqdm | None = None
         self._scores = ""
+        self._began = self._spoke = 0.0
+        self._done = 0.0
 
     def on_start(self, trainer: Trainer) -> None:
+        self._began = self._spoke = time.monotonic()
+        self._done = trainer.progress
         if trainer.first and sys.stderr.isatty():
             layout = "{l_bar}{bar}| {elapsed}<{remaining} {postfix}"
             self._bar = tqdm(total=100.0, desc="training", bar_format=layout, dynamic_ncols=True)
 
     def on_step(self, trainer: Trainer) -> None:
         if self._bar is not None and trainer.step % self.every == 0:
-            now = self.log.latest
-            text = f"step {trainer.step}"
-            parts = [f"{name} {_rounded(now[key])} {unit}" for name, key, unit in trainer.task.shown if key in now]
-            text += f", train {' '.join(parts)}" if parts else ""
-            self._bar.set_postfix_str(text + self._scores, refresh=False)
+            self._bar.set_postfix_str(f"step {trainer.step}{self._errors(trainer)}{self._scores}", refresh=False)
             self._bar.update(100.0 * trainer.progress - self._bar.n)
+        elif self._bar is None and trainer.first and time.monotonic() - self._spoke >= self.seconds:
+            validated = trainer.val is not None and trainer.step % trainer.settings.validate_every == 0
+            if not validated:  # a validation has a line of its own
+                self._speak(trainer, self._errors(trainer).removeprefix(", "))
+
+    def _errors(self, trainer: Trainer) -> str:
+        """Errors of the last row of the log."""
+        now = self.log.latest
+        parts = [f"{name} {_rounded(now[key])} {unit}".rstrip() for name, key, unit in trainer.task.shown if key in now]
+        return f", train {' '.join(parts)}" if parts else ""
+
+    def _speak(self, trainer: Trainer, text: str) -> None:
+        """A line with the errors and the time that is left."""
+        self._spoke = time.monotonic()
+        gained = trainer.progress - self._done
+        left = (1.0 - trainer.progress) / gained * (self._spoke - self._began) if gained > 0 else None
+        end = f"  {_duration(left)} left" if left is not None and trainer.progress < 1 else ""
+        print(
+            f"step {trainer.step:7d}  {100 * trainer.progress:5.1f} %  "
+            f"{trainer.clock.elapsed:7.1f} CPU s  lr {trainer.learning_rate:.1e}  {text}{end}",
+            flush=True,
+        )
 
     def on_validation(self, trainer: Trainer, scores: Mapping[str, float]) -> None:
         if not trainer.first:
@@ -135,11 +168,7 @@ class RunProgress(Callback):
         parts = [f"{name} {_rounded(value)} {unit}".rstrip() for name, value, unit in shown]
         self._scores = f" | val {' '.join(parts)}" if parts else ""
         if self._bar is None:
-            print(
-                f"step {trainer.step:7d}  {100 * trainer.progress:5.1f} %  "
-                f"{trainer.clock.elapsed:7.1f} CPU s  lr {trainer.learning_rate:.1e} {self._scores}",
-                flush=True,
-            )
+            self._speak(trainer, self._scores.strip())
 
     def on_end(self, trainer: Trainer) -> None:
         if self._bar is not None:

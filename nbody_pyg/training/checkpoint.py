@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from nbody_pyg.atomic_write import atomic_write
+from nbody_pyg.training.upgrades import present_config, present_weights
 
 # A checkpoint is a zip file, which ends with an empty comment. The checksum of everything before it is stored as the
 # comment, so torch.load can still read the file.
@@ -83,6 +84,11 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         raise ValueError(f"{path} lacks {', '.join(sorted(missing))}: no checkpoint of this library")
     # Checkpoints of earlier versions, written with Lightning, have one entry for our callbacks.
     checkpoint: dict[str, Any] = found | {"callbacks": found["callbacks"].get("CallbackGroup", found["callbacks"])}
+    for key in ("state_dict", "training_state"):
+        if key in checkpoint:
+            checkpoint[key] = present_weights(checkpoint[key])
+    if checkpoint.get("config") is not None:
+        checkpoint["config"] = present_config(checkpoint["config"])
     return checkpoint
 
 

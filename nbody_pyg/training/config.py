@@ -17,8 +17,10 @@ import jsonargparse
 import yaml
 
 from nbody_pyg.atomic_write import write_text
-from nbody_pyg.messages import nearest
+from nbody_pyg.messages import check_choice, nearest
 from nbody_pyg.properties import Property
+from nbody_pyg.renamed import FORMER_ARGUMENTS, present_names
+from nbody_pyg.training.loggers import LOGGERS
 from nbody_pyg.training.settings import FineTuneConfig, TrainingConfig, setting
 
 
@@ -84,7 +86,7 @@ class DataConfig:
 
 
 #: Limits of a run, and the default ones: CPU seconds, and passes over few frames.
-LIMIT_KEYS = frozenset(f"training.{name}" for name in ("budget_seconds", "max_epochs", "max_steps"))
+LIMIT_KEYS = frozenset(f"training.{name}" for name in ("budget_seconds", "wall_seconds", "max_epochs", "max_steps"))
 LIMITS = {"budget_seconds": 600.0, "max_epochs": 250}
 # Values in a YAML text.
 _LARGEST_YAML = 100_000
@@ -117,11 +119,14 @@ class OutputConfig:
         False, "resume from last.ckpt in the folder; may change limits, intervals, lr, weight decay and output"
     )  # fmt: skip
     weights: str = setting("best", "which weights to keep: best of the validation, or last")
-    plot: bool = setting(True, "draw parity plots of the test sets")
+    plot: bool = setting(True, "draw parity plots of the test sets, their errors, and the learning curve")
+    logger: str | None = setting(None, "further log: tensorboard (in the folder) or wandb")
 
     def __post_init__(self) -> None:
         if self.weights not in ("best", "last"):
             raise ValueError(f"output.weights must be 'best' or 'last', got {self.weights!r}")
+        if self.logger is not None:
+            check_choice("output.logger", self.logger, LOGGERS)
 
 
 @dataclass(frozen=True)
@@ -203,6 +208,11 @@ def parse_config(tree: Mapping[str, Any]) -> Config:
 
     Raises: ValueError: see :func:`load_config`.
     """
+    if isinstance(tree.get("model"), Mapping):
+        try:
+            tree = {**tree, "model": present_names(tree["model"], FORMER_ARGUMENTS)}
+        except TypeError as error:
+            raise ValueError(f"section model: {error}") from error
     _check_keys(tree)
     named = _named_keys(tree)
     parser = config_parser()
@@ -278,7 +288,7 @@ def _typed_section(section: str, values: Any) -> Any:
     if not isinstance(values, Mapping) or section not in (*_SECTIONS, "model"):
         return values
     whole = {name for name, default in model_arguments().items() if type(default) is int} if section == "model" else ()
-    whole = {*whole, "channels", "lmax"} if whole else whole  # None by default, because ``irreps`` may replace them
+    whole = {*whole, "channels", "lmax", "num_basis"} if whole else whole  # None by default
     out = {}
     for key, value in values.items():
         value = typed(value, int if key in whole else _hint(section, key))
@@ -389,20 +399,10 @@ def config_parser() -> jsonargparse.ArgumentParser:
 
 
 def model_arguments() -> dict[str, Any]:
-    """Names and defaults of the keys of the model section, taken from NBodyNet.
+    """Names and defaults of the keys of the model section, taken from NBodyNet."""
+    from nbody_pyg.models import network_arguments
 
-    A user's gate is a class, which a configuration cannot hold: use :func:`~nbody_pyg.training.fit`.
-    """
-    from nbody_pyg.models import NBodyNet
-
-    found: dict[str, Any] = {}
-    for function in (NBodyNet.__init__, NBodyNet.practical, NBodyNet.strict):
-        for parameter in inspect.signature(function).parameters.values():
-            named = parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
-            if named and parameter.name not in ("self", "species", "scheme", "preset", "gate"):
-                default = None if parameter.default is parameter.empty else parameter.default
-                found.setdefault(parameter.name, default)
-    return found | dict(getattr(NBodyNet, "DEFAULTS", {}))
+    return network_arguments()
 
 
 def scheme_arguments(name: str) -> list[str]:

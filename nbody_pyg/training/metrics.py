@@ -76,7 +76,7 @@ class ErrorMeter:
     ``forces_mae``, ``forces_rmse``      meV/angstrom, over components
     ``forces_percent``                   RMSE over the root mean square of the labels, percent
     ``stress_mae``, ``stress_rmse``      meV/angstrom^3, over components
-    ``forces_mae_X``                     meV/angstrom, on atoms of element X
+    ``forces_mae_X``, ``forces_rmse_X``  meV/angstrom, on atoms of element X
     ===================================  ==========================================================
 
     A label that is NaN counts as missing. Targets without any label are left out of the result.
@@ -87,7 +87,7 @@ class ErrorMeter:
     def __init__(self, device: torch.device | str = "cpu"):
         # Per row: sum of |error|, sum of error^2, number of values, sum of label^2.
         self.sums = torch.zeros(len(self._ROWS), 4, dtype=torch.float64, device=device)
-        self.by_element = torch.zeros(len(chemical_symbols), 2, dtype=torch.float64, device=device)
+        self.by_element = torch.zeros(len(chemical_symbols), 3, dtype=torch.float64, device=device)
 
     def _add(self, row: str, error: Tensor, label: Tensor) -> None:
         known = ~label.isnan()  # selected by label, so that a NaN prediction shows in the result
@@ -111,7 +111,8 @@ class ErrorMeter:
             error = result["forces"].double() - label
             self._add("forces", error, label)
             known = ~label.isnan().any(dim=1)
-            values = torch.stack([error.abs().sum(dim=1), torch.full_like(error[:, 0], 3.0)], dim=1)
+            counts = torch.full_like(error[:, 0], 3.0)
+            values = torch.stack([error.abs().sum(dim=1), error.square().sum(dim=1), counts], dim=1)
             self.by_element.index_add_(0, batch.z[known], values[known])
         if "stress" in batch and "stress" in result:
             label = aligned(batch.stress, result["stress"], "stress")
@@ -131,7 +132,8 @@ class ErrorMeter:
                 out[f"{row}_rmse"] = _MILLI * (square / count) ** 0.5
             if row == "forces" and labels:
                 out["forces_percent"] = 100.0 * (square / labels) ** 0.5
-        for number, (absolute, count) in enumerate(self.by_element.tolist()):
+        for number, (absolute, square, count) in enumerate(self.by_element.tolist()):
             if count:
                 out[f"forces_mae_{chemical_symbols[number]}"] = _MILLI * absolute / count
+                out[f"forces_rmse_{chemical_symbols[number]}"] = _MILLI * (square / count) ** 0.5
         return out

@@ -46,7 +46,7 @@ from nbody_pyg.potential import Potential
 from nbody_pyg.properties import Property, PropertyModel, fit_statistics, property_irreps
 from nbody_pyg.required import required
 from nbody_pyg.system import DEFAULT_STATE, System
-from nbody_pyg.training.config import Config, DataConfig, ModelConfig, model_arguments
+from nbody_pyg.training.config import Config, DataConfig, ModelConfig
 from nbody_pyg.training.labels import NO_FORCES, force_variance, uniform
 
 if typing.TYPE_CHECKING:
@@ -408,12 +408,12 @@ def _for_reference(data: DataSets, e0: typing.Any) -> Sequence[Data]:
 
 def _build_properties(config: Config, data: DataSets, properties: tuple[Property, ...]) -> PropertyModel:
     require_labels({"train": data.train}, [p.name for p in properties], partial=True)
-    for key in ("irreps_out", "target"):
+    for key in ("irreps_out", "readout"):
         if key in config.model.arguments:
             raise ValueError(f"model.{key} must not be given for properties: it follows from their readouts")
     given = {"irreps_out": str(property_irreps(properties))}
     if any(p.readout == "root" for p in properties):
-        given["target"] = "intensive"
+        given["readout"] = "root"
     known = {p: [frame for frame in data.train if has_label(frame, p.name)] for p in properties}
     statistics = {p.name: fit_statistics(frames, p) for p, frames in known.items()}
     network = _network(config, data, network_inputs(config.model, data.train), **given)
@@ -425,23 +425,21 @@ def explicit(config: ModelConfig) -> ModelConfig:
     """The same network, with the defaults of scheme and preset written out, because they may change."""
     with torch.random.fork_rng(devices=[]):
         model = _preset(config)([1], scheme=Scheme.from_config(dict(config.scheme)), **config.arguments)
-    # Elements, degrees and the type of the target follow from the data
-    found = {
-        k: v for k, v in model.config().items() if k in ("channels", "lmax", "irreps", "body_order", *model.DEFAULTS)
-    }
-    del found["degrees"], found["inputs"]
+    # These follow from the data
+    data = {"species", "scheme", "preset", "irreps_out", "readout", "avg_num_neighbors", "inputs"}
+    found = {key: value for key, value in model.config().items() if key not in data}
     return dataclasses.replace(config, scheme=model.scheme.config(), arguments=found | dict(config.arguments))
 
 
 def _network(config: Config, data: DataSets, inputs: Sequence[str], **given: str) -> NBodyNet:
     """An initial network for the elements of the training frames, with seeded weights."""
-    from nbody_pyg.models import edge_degrees
+    from nbody_pyg.models import compute_avg_num_neighbors
 
     species = sorted({int(z) for frame in data.train for z in frame.z.unique()})
     scheme = Scheme.from_config(dict(config.model.scheme))
     arguments = dict(config.model.arguments)
-    if "degrees" in model_arguments() and arguments.get("degrees") is None:
-        arguments["degrees"] = edge_degrees(scheme, data.train[:200])
+    if arguments.get("avg_num_neighbors") is None:
+        arguments["avg_num_neighbors"] = compute_avg_num_neighbors(scheme, data.train[:200])
     arguments["inputs"] = inputs or None
     make = _preset(config.model)
     torch.manual_seed(config.training.seed)

@@ -109,8 +109,10 @@ def _last_step(settings: TrainingConfig, epoch: int) -> int:
 
 def is_finished(settings: TrainingConfig, checkpoint: Mapping[str, Any], epoch: int) -> bool:
     """Whether a checkpoint has reached one of the limits of the settings."""
-    last, budget = _last_step(settings, epoch), settings.budget_seconds
-    return 0 <= last <= checkpoint["global_step"] or (budget is not None and checkpoint["cpu_seconds"] >= budget)
+    last, spent = _last_step(settings, epoch), (checkpoint["cpu_seconds"], checkpoint.get("wall_seconds", 0.0))
+    limits = zip(spent, (settings.budget_seconds, settings.wall_seconds), strict=True)
+    over = any(limit is not None and seconds >= limit for seconds, limit in limits)
+    return 0 <= last <= checkpoint["global_step"] or over
 
 
 def fit(
@@ -128,8 +130,9 @@ def fit(
     """Train a potential, or a model of properties, in place.
 
     Writes ``metrics.csv``, ``last.ckpt`` and (with validation frames) ``best.ckpt`` into ``folder``; ``last.ckpt``
-    every ``validate_every`` steps, with or without validation. The folder is locked meanwhile. Files of these names
-    that an earlier run left there are moved into ``before-1``, ``before-2``, ... first.
+    every ``validate_every`` steps, with or without validation, and every ``checkpoint_seconds`` in between. The folder
+    is locked meanwhile. Files of these names that an earlier run left there are moved into ``before-1``, ``before-2``,
+    ... first.
 
     A resumed run gives the same result as one that was not stopped. It may change its limits, intervals, ``threads``,
     ``device``

@@ -18,7 +18,8 @@ def setting(default: Any, text: str) -> Any:
 #: Settings that a resumed run may change: its limits, log, device, and the size of further steps. Everything else
 #: (frames, model, loss, order of the frames) must be unchanged.
 RESUMABLE = frozenset({
-    "budget_seconds", "max_epochs", "max_steps", "validate_every", "log_every", "threads", "device", "compile",
+    "budget_seconds", "wall_seconds", "checkpoint_seconds", "max_epochs", "max_steps", "validate_every", "log_every",
+    "threads", "device", "compile",
     "lr", "weight_decay", "warmup_steps", "constant_fraction", "clip_norm",
 })  # fmt: skip
 
@@ -31,6 +32,7 @@ class TrainingConfig:
     """
 
     budget_seconds: float | None = setting(None, "CPU seconds of training (process time); validation is free")
+    wall_seconds: float | None = setting(None, "wall-clock seconds of training, validation included")
     max_epochs: int | None = setting(None, "limit in passes over the training frames")
     max_steps: int | None = setting(None, "limit in optimizer steps")
     batch_size: int = setting(5, "molecules per step (and process)")
@@ -50,6 +52,7 @@ class TrainingConfig:
     energy_per: str = setting("molecule", "energy errors count per 'molecule' or per 'atom'")
     penalty: str = setting("mse", "mse, huber or norm")
     validate_every: int = setting(500, "steps between two validations")
+    checkpoint_seconds: float = setting(300.0, "wall-clock seconds after which last.ckpt is written again")
     log_every: int = setting(50, "steps between two rows of the log")
     seed: int = setting(0, "seed of the weights and of the order of the frames")
     dtype: str = setting("float32", "precision of the model: float32 or float64")
@@ -59,9 +62,20 @@ class TrainingConfig:
     processes: int = setting(1, "processes of distributed training (gloo on CPU, nccl on GPU)")
 
     def __post_init__(self) -> None:
-        if self.budget_seconds is None and self.max_epochs is None and self.max_steps is None:
-            raise ValueError("training needs a limit: set budget_seconds, max_epochs or max_steps")
-        positive = ("budget_seconds", "max_epochs", "max_steps", "batch_size", "batch_atoms", "lr", "clip_norm")
+        limits = (self.budget_seconds, self.wall_seconds, self.max_epochs, self.max_steps)
+        if all(limit is None for limit in limits):
+            raise ValueError("training needs a limit: set budget_seconds, wall_seconds, max_epochs or max_steps")
+        positive = (
+            "budget_seconds",
+            "wall_seconds",
+            "checkpoint_seconds",
+            "max_epochs",
+            "max_steps",
+            "batch_size",
+            "batch_atoms",
+            "lr",
+            "clip_norm",
+        )
         for name in (*positive, "validate_every", "log_every", "threads", "processes"):
             value = getattr(self, name)
             if value is not None and not (value > 0 and (math.isfinite(value) or name == "clip_norm")):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -76,7 +77,14 @@ class Trainer:
         self.step, self.progress, self.should_stop = 0, 0.0, False
         self.best_score, self.best_step = math.inf, -1
         self.anchor, self.first_weights = anchor, self.flat.values.clone() if anchor else None
+        self._wall_before, self._began = 0.0, time.monotonic()
+        self._saved = self._began
         task.settle()
+
+    @property
+    def wall_seconds(self) -> float:
+        """Wall-clock seconds of training, also those before it was resumed."""
+        return self._wall_before + time.monotonic() - self._began
 
     @property
     def learning_rate(self) -> float:
@@ -94,6 +102,7 @@ class Trainer:
                 shared = value.contiguous()
                 dist.broadcast(shared, src=0)
                 value.copy_(shared)
+        self._began = self._saved = time.monotonic()
         self._tell("on_start")
         self._agree()
         every, batches = self.settings.validate_every, self.train.endless(self.step)
@@ -106,6 +115,8 @@ class Trainer:
                     self.save("last.ckpt")  # save the finished steps first
                 if self.should_stop or self.step % every == 0:
                     self._validate()
+                elif time.monotonic() - self._saved >= self.settings.checkpoint_seconds:
+                    self.save("last.ckpt")
         self._tell("on_end")
         self.save("last.ckpt")
         self.flat.values.copy_(self.ema.average)
@@ -151,16 +162,16 @@ class Trainer:
 
         With unequal learning rates the processes would diverge.
         """
-        budget, stop = self.settings.budget_seconds, self.stop.received is not None
-        progress = self.step / self.last_step if self.last_step > 0 else 0.0
-        if budget is not None:
-            progress = max(progress, self.clock.elapsed / budget)
+        s, stop = self.settings, self.stop.received is not None
+        spent = ((self.clock.elapsed, s.budget_seconds), (self.wall_seconds, s.wall_seconds))
+        times = [seconds / limit for seconds, limit in spent if limit is not None]
+        progress = max([self.step / self.last_step if self.last_step > 0 else 0.0, *times])
         if self.world > 1:
             shared = torch.tensor([stop, progress * self.first], dtype=torch.float64, device=self.device)
             dist.all_reduce(shared, op=dist.ReduceOp.MAX)
             stop, progress = shared.tolist()
         self.progress = min(1.0, progress)
-        self.should_stop |= bool(stop) or (budget is not None and progress >= 1.0)
+        self.should_stop |= bool(stop) or (bool(times) and progress >= 1.0)
 
     @contextlib.contextmanager
     def averaged(self) -> Iterator[None]:
@@ -201,6 +212,7 @@ class Trainer:
         """Write a checkpoint: the average as ``state_dict``, so that loading it gives the model that was validated, and
         the weights of the optimizer as ``training_state``, for resuming."""
         self.clock.pause()
+        self._saved = time.monotonic()
         # On a GPU the loss is checked only now and then, so the weights may already be invalid.
         if not self.first or not bool(self.flat.values.isfinite().all()):
             return
@@ -212,6 +224,7 @@ class Trainer:
             "optimizer_states": [self.optimizer.state_dict()],
             "global_step": self.step,
             "cpu_seconds": self.clock.elapsed,
+            "wall_seconds": self.wall_seconds,
             "hyper_parameters": self.task.hparams,
             "callbacks": {
                 **{type(callback).__name__: callback.state_dict() for callback in self.callbacks},
@@ -245,6 +258,7 @@ class Trainer:
         for group, values in zip(self.optimizer.param_groups, chosen, strict=True):
             group.update(values)
         self.step, self.clock = checkpoint["global_step"], ProcessClock(checkpoint["cpu_seconds"])
+        self._wall_before = checkpoint.get("wall_seconds", 0.0)
         for callback in self.callbacks:
             if found := states.get(type(callback).__name__):
                 callback.load_state_dict(found)

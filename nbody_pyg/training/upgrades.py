@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 from nbody_pyg.hierarchy import Scheme
-from nbody_pyg.models import NBodyNet
+from nbody_pyg.models import NUM_LAYERS, NBodyNet
+from nbody_pyg.renamed import FORMER_ARGUMENTS, present_names
+
+Value = TypeVar("Value")
+#: Parts of layers whose names were others up to format 4.
+_FORMER_MAPS = {"keep": "self_linear", "carry": "residual_linear"}
+_FORMER_MAP = re.compile(rf"(interactions\.\d+\.(?:layers\.\d+\.)?)({'|'.join(_FORMER_MAPS)})\.")
 
 #: What :func:`~nbody_pyg.training.build.potential_config` gives.
 Described = dict[str, Any]
@@ -38,14 +45,23 @@ def _from_3(described: Described) -> Described:
     """Atoms without pairs have one layer: another number had no effect, and is an error now."""
     scheme = _network(described).get("scheme")
     if scheme is not None and Scheme.from_config(scheme).levels[0].pair_radius is None:
-        return _with_network(described, num_layers=NBodyNet.DEFAULTS["num_layers"])
+        return _with_network(described, num_layers=NUM_LAYERS)
     return described
 
 
+def _from_4(described: Described) -> Described:
+    """Arguments of the network have the names of the field (:data:`~nbody_pyg.renamed.FORMER_ARGUMENTS`)."""
+    if not _network(described):
+        return described
+    model = described["model"]
+    return described | {"model": model | {"config": present_names(model["config"], FORMER_ARGUMENTS, stacklevel=0)}}
+
+
 #: The function that upgrades each format to the next.
-UPGRADES: Mapping[int, Callable[[Described], Described]] = {1: _from_1, 2: _from_2, 3: _from_3}
+UPGRADES: Mapping[int, Callable[[Described], Described]] = {1: _from_1, 2: _from_2, 3: _from_3, 4: _from_4}
 #: Format of the model files that are written now. 2: potentials have a repulsion, which a reader of format 1 would
-#: leave out. 3: windows have an exponent. 4: the checksum covers the settings.
+#: leave out. 3: windows have an exponent. 4: the checksum covers the settings. 5: names of
+#: the field.
 FORMAT_VERSION = 1 + max(UPGRADES)
 
 
@@ -57,6 +73,17 @@ def up_to_date(described: Described) -> Described:
     for number in sorted(UPGRADES):
         described = UPGRADES[number](described)
     return described
+
+
+def present_weights(weights: Mapping[str, Value]) -> dict[str, Value]:
+    """Weights of any format by the names of the present one."""
+    return {_FORMER_MAP.sub(lambda m: f"{m[1]}{_FORMER_MAPS[m[2]]}.", name): w for name, w in weights.items()}
+
+
+def present_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The nested form of a configuration of any version by the present names, without a warning."""
+    model = present_names(config.get("model") or {}, FORMER_ARGUMENTS, stacklevel=0)
+    return {**config, "model": model} if model else dict(config)
 
 
 def _network(described: Described) -> dict[str, Any]:

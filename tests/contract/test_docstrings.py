@@ -228,7 +228,7 @@ DERIVED = [
         r"`([\w+ ]+)` \(default\) \| \d+, \d+",
         lambda: [" + ".join(f"{mul}x{ir}" for mul, ir in NBodyNet([1]).irreps)],
     ),
-    ("docs/conventions.md", r'`"([\w-]+)"` \(default\) \| 0e', lambda: [NBodyNet.DEFAULTS["symmetry"]]),
+    ("docs/conventions.md", r'`"([\w-]+)"` \(default\) \| 0e', lambda: [NBodyNet([1]).parity]),
     (
         "docs/conventions.md",
         r"`([\w +]+)` \(default\) \| 7685",

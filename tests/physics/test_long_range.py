@@ -20,7 +20,7 @@ from nbody_pyg.testing import assert_batch_independent, assert_conservative, ass
 from nbody_pyg.units import COULOMB
 
 FULL = {"dipoles": True, "elements": False, "width": 0.4}
-SMALL = {"channels": 3, "lmax": 1, "body_order": 2, "num_basis": 4}
+SMALL = {"channels": 3, "lmax": 1, "correlation": 2, "num_basis": 4}
 
 
 def _net(scheme=None, long_range="direct", seed=3, **options) -> NBodyNet:
@@ -327,7 +327,7 @@ def test_settings_say_what_is_wrong(molecules):
         _net(NestedShells((4.0,)), "hierarchy")
     with pytest.raises(ValueError, match=r"cutoffs\[1\] of SmoothSurvivors must be at least 11\.57 angstrom"):
         _net(SmoothSurvivors((3.0,), (5.0, 9.0)), "hierarchy")
-    with pytest.raises(ValueError, match="long_range is an extensive energy, but the target is extensive 1x1o"):
+    with pytest.raises(ValueError, match="long_range is an extensive energy, but the readout is 'sum' of 1x1o"):
         _net(NestedShells((4.0,)), "direct", irreps_out="1o")
     with pytest.raises(ValueError, match="dipoles must come from vectors 1o"):
         LatentCharges(LongRangeSettings(dipoles=True), 2)

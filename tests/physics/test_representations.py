@@ -26,13 +26,13 @@ SCHEMES = {
 SPECIES = [1, 6, 8]
 
 
-def _net(scheme: str, symmetry: str = "o3", preset: str = "practical", **options) -> NBodyNet:
+def _net(scheme: str, parity: str = "natural", preset: str = "practical", **options) -> NBodyNet:
     torch.manual_seed(11)
     # Every degree in the target, so that every level keeps every degree. Types with both parities are large:
     # degree 1 tests them as well and compiles in a tenth of the time.
-    target = {"o3": "0e+1o+2e", "o3-full": "0e+0o+1e+1o", "so3": "0e+1e"}[symmetry]
-    options = {"channels": 3, "irreps_out": target, "lmax": 2 if symmetry == "o3" else 1} | options
-    return _tamed(NBodyNet(SPECIES, SCHEMES[scheme], preset=preset, symmetry=symmetry, **options).double())
+    target = {"natural": "0e+1o+2e", "both": "0e+0o+1e+1o", "ignored": "0e+1e"}[parity]
+    options = {"channels": 3, "irreps_out": target, "lmax": 2 if parity == "natural" else 1} | options
+    return _tamed(NBodyNet(SPECIES, SCHEMES[scheme], preset=preset, parity=parity, **options).double())
 
 
 def _tamed(net: NBodyNet) -> NBodyNet:
@@ -52,7 +52,7 @@ def _tamed(net: NBodyNet) -> NBodyNet:
             )
             with torch.no_grad():
                 net(_data(system))
-                linear = [layer.density, layer.gate, layer.keep] if isinstance(layer, Interaction) else [layer]
+                linear = [layer.density, layer.gate, layer.self_linear] if isinstance(layer, Interaction) else [layer]
                 for weight in [w for m in linear if m is not None for w in getattr(m, "mix", m).weights]:
                     weight.div_(max(size[0], 1e-3))
             hook.remove()
@@ -75,16 +75,16 @@ def _data(system):
 
 
 @pytest.mark.parametrize("preset", ["practical", "strict"])
-@pytest.mark.parametrize("symmetry", ["o3", "o3-full"])
+@pytest.mark.parametrize("parity", ["natural", "both"])
 @pytest.mark.parametrize("scheme", list(SCHEMES))
-def test_every_level_and_degree_is_covariant(scheme, symmetry, preset):
+def test_every_level_and_degree_is_covariant(scheme, parity, preset):
     """P4, for rotations, the inversion and their products; every block must be different from zero."""
-    net = _net(scheme, symmetry, preset)
+    net = _net(scheme, parity, preset)
     call, types = _levels(net)
     assert len(types) == (len(net.scheme.levels) - 2 if scheme == "shells" else len(net.scheme.levels) - 1)
     assert all({ir for _, ir in irreps} == {ir for _, ir in net.irreps} for irreps in types), "no degree is missing"
     # The first parts see bare atoms only, from which no pseudoscalar can be made
-    full = symmetry == "o3-full"
+    full = parity == "both"
     worst = assert_equivariant(call, types, systems=[random_molecule(7, SPECIES)], num_rotations=2, allow_zero=full)
     assert worst < 1e-10
     system = random_molecule(7, SPECIES)
@@ -93,8 +93,8 @@ def test_every_level_and_degree_is_covariant(scheme, symmetry, preset):
 
 
 @pytest.mark.parametrize("scheme", list(SCHEMES))
-def test_so3_is_covariant_to_rotations_and_separates_mirror_images(scheme):
-    net = _net(scheme, "so3")
+def test_without_parity_it_is_covariant_to_rotations_and_separates_mirror_images(scheme):
+    net = _net(scheme, "ignored")
     call, types = _levels(net)
     assert assert_equivariant(call, types, systems=[random_molecule(7, SPECIES)], improper=False) < 1e-10
     with pytest.raises(AssertionError, match="improper rotation"):
@@ -107,14 +107,14 @@ def test_energies_of_mirror_images(scheme, preset, molecules, random_rotation):
     z, pos = molecules["chiral"]
     species = sorted(set(z.tolist()))
     differences = {}
-    for symmetry in ("o3", "o3-full", "so3"):
-        net = _tamed(NBodyNet(species, scheme, channels=4, lmax=1, preset=preset, symmetry=symmetry).double())
+    for parity in ("natural", "both", "ignored"):
+        net = _tamed(NBodyNet(species, scheme, channels=4, lmax=1, preset=preset, parity=parity).double())
         with torch.no_grad():
             energy, mirror, turned = net(z, pos), net(z, -pos), net(z, pos @ random_rotation(1).T)
         torch.testing.assert_close(turned, energy, rtol=1e-10, atol=1e-10)
-        differences[symmetry] = float((mirror - energy).abs() / energy.abs())
-    assert differences["o3"] < 1e-10 and differences["o3-full"] < 1e-10
-    assert differences["so3"] > 1e-9, "an achiral network cannot tell left from right; this one must"
+        differences[parity] = float((mirror - energy).abs() / energy.abs())
+    assert differences["natural"] < 1e-10 and differences["both"] < 1e-10
+    assert differences["ignored"] > 1e-9, "an achiral network cannot tell left from right; this one must"
     # An achiral molecule has one energy, whatever the network
     flat = pos * torch.tensor([1.0, 1.0, 0.0], dtype=torch.float64)
     with torch.no_grad():
@@ -128,7 +128,7 @@ def test_pseudoscalars_change_sign(molecules):
         NestedShells((3.0, 3.0)),
         channels=4,
         lmax=1,
-        symmetry="o3-full",
+        parity="both",
         irreps_out="0o",
     )
     with torch.no_grad():
@@ -185,11 +185,11 @@ def _differences(function, order: int):
 
 
 @pytest.mark.parametrize("scheme", ["tree", "shells"])
-@pytest.mark.parametrize("body_order", [2, 3])
-def test_strict_is_polynomial_in_the_states(scheme, body_order):
-    """P9: along psi -> lambda psi each interaction is a polynomial of degree body_order in lambda, not
+@pytest.mark.parametrize("correlation", [2, 3])
+def test_strict_is_polynomial_in_the_states(scheme, correlation):
+    """P9: along psi -> lambda psi each interaction is a polynomial of degree correlation in lambda, not
     more."""
-    net = _net(scheme, preset="strict", body_order=body_order)
+    net = _net(scheme, preset="strict", correlation=correlation)
     system, recorder = random_molecule(7, SPECIES), None
     recorder = _Recorder(net)
     with torch.no_grad():
@@ -204,8 +204,8 @@ def test_strict_is_polynomial_in_the_states(scheme, body_order):
                 parts = [None if x is None else factor * x for x in (source, target)]
                 return layer(*parts, *rest)
 
-            highest, beyond = _differences(scaled, body_order)
-            assert beyond < 1e-10, f"{layer} is no polynomial of degree {body_order}"
+            highest, beyond = _differences(scaled, correlation)
+            assert beyond < 1e-10, f"{layer} is no polynomial of degree {correlation}"
             assert highest > 1e-8, "the degree is reached, so the test sees the products"
             tested += 1
     assert tested >= 2
@@ -229,8 +229,8 @@ def test_strict_has_no_activation_and_no_norm():
                "SpeciesScale",
                "ProductGate", "ChannelwiseProduct", "LinearReadout", "IrrepsLinear"}  # fmt: skip
     for scheme in SCHEMES:
-        for symmetry in ("o3", "o3-full", "so3"):
-            found = {type(module).__name__ for module in _net(scheme, symmetry, "strict").modules()}
+        for parity in ("natural", "both", "ignored"):
+            found = {type(module).__name__ for module in _net(scheme, parity, "strict").modules()}
             assert found <= allowed, f"{found - allowed} in a strict network"
     assert any(isinstance(m, nn.SiLU) for m in _net("tree", preset="practical").modules())
 
@@ -282,7 +282,7 @@ def test_a_polarizability_turns_as_a_tensor(rotation):
 
 @pytest.mark.parametrize("scheme", ["tree", "shells", "labels"])
 def test_an_intensive_target_is_read_off_the_root(scheme):
-    net = _net(scheme, irreps_out="0e+1o", target="intensive")
+    net = _net(scheme, irreps_out="0e+1o", readout="root")
     call, types = _levels(net)
     assert list(net.readouts) == [str(len(net.scheme.levels) - 1)]
     system = random_molecule(7, SPECIES)
@@ -300,7 +300,7 @@ def test_an_intensive_root_is_not_additive_and_the_extensive_sum_is():
     far = torch.cat([system.pos, system.pos + 1000.0]), torch.cat([system.z, system.z])
     extensive, intensive = (
         _net("shells", irreps_out="0e"),
-        _net("shells", irreps_out="0e", target="intensive"),
+        _net("shells", irreps_out="0e", readout="root"),
     )
     with torch.no_grad():
         for net, additive in ((extensive, True), (intensive, False)):
@@ -311,8 +311,8 @@ def test_an_intensive_root_is_not_additive_and_the_extensive_sum_is():
 def test_backends_agree_on_states_of_every_level():
     system = random_molecule(7, SPECIES)
     for scheme in SCHEMES:
-        for symmetry in ("o3", "o3-full", "so3"):
-            net, states = _net(scheme, symmetry), {}
+        for parity in ("natural", "both", "ignored"):
+            net, states = _net(scheme, parity), {}
             for backend in ("torch", "auto"):
                 set_backend(backend)
                 try:

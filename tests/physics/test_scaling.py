@@ -76,7 +76,7 @@ def rod(length: int) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.tensor([8, 1, 1]).repeat(len(grid)), pos.reshape(-1, 3)
 
 
-potential = functools.partial(factories.potential, species=[1, 8], channels=2, body_order=3, num_basis=3)
+potential = functools.partial(factories.potential, species=[1, 8], channels=2, correlation=3, num_basis=3)
 
 
 def halves(size: int, finest: int, levels: int) -> torch.Tensor:

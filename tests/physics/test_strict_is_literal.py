@@ -107,7 +107,7 @@ class Literal:
                     weight = window(vec.norm(), net.scheme.radii[upper - 1], net.scheme.exponent)
                 if step.kind == "down":
                     a, b, vec = b, a, -vec
-            found.append(Edge(a, b, vec, weight, net.lmax, net.options["num_basis"]))
+            found.append(Edge(a, b, vec, weight, net.lmax, net.num_basis))
         return found
 
     # ------------------------------------------------------------- gates
@@ -118,7 +118,7 @@ class Literal:
             if edge.target != target:
                 continue
             # A density of bare atoms has natural parity; other fragments get none of it
-            natural = [ir for _, ir in gate.irreps_out if ir.p == (-1) ** ir.l or self.net.options["symmetry"] == "so3"]
+            natural = [ir for _, ir in gate.irreps_out if ir.p == (-1) ** ir.l or self.net.parity == "ignored"]
             for k, ir in enumerate(natural):
                 table = gate.weights[k].view(gate.num_species, -1, self.channels)[int(species[edge.source])]
                 weight = sum(r * table[s] for s, r in enumerate(edge.radial)) * gate.scale
@@ -167,8 +167,8 @@ class Literal:
                 a = add(a, self.density(layer.density, species, edges, i))
             if layer.gate is not None:
                 a = add(a, self.one_body(layer.gate, states, edges, i))
-            if layer.keep is not None:
-                a = add(a, self.linear(layer.keep, targets[i]))
+            if layer.self_linear is not None:
+                a = add(a, self.linear(layer.self_linear, targets[i]))
             if layer.scale is not None:
                 factors = layer.scale.weight[int(species[i])]
                 a = {ir: a[ir] * factors[k] for k, (_, ir) in enumerate(net.irreps)}
@@ -226,14 +226,14 @@ def _two_methanols(molecules):
     ("scheme", "options", "name"),
     [
         (NestedShells((2.5, 3.0)), {"lmax": 2}, "methanol"),
-        (NestedShells((3.0, 3.0, 2.0)), {"symmetry": "o3-full"}, "chiral"),
-        (NestedShells((3.0, 2.0)), {"symmetry": "so3", "body_order": 2}, "methanol"),
+        (NestedShells((3.0, 3.0, 2.0)), {"parity": "both"}, "chiral"),
+        (NestedShells((3.0, 2.0)), {"parity": "ignored", "correlation": 2}, "methanol"),
         (BondTree(3.0), {"lmax": 2}, "methanol"),
-        (BondTree(2.5, 4.0, 5.0), {"symmetry": "o3-full"}, "chiral"),
+        (BondTree(2.5, 4.0, 5.0), {"parity": "both"}, "chiral"),
         (BondTree(2.0), {}, "two methanols"),  # pairs of pieces
-        (BondTree(3.0, None, None), {"body_order": 4, "sweeps": "up"}, "ethanol"),
+        (BondTree(3.0, None, None), {"correlation": 4, "sweeps": "up"}, "ethanol"),
     ],
-    ids=["shells", "shells-full", "shells-so3", "tree", "tree-full", "tree-pieces", "tree-up"],
+    ids=["shells", "shells-full", "shells-ignored", "tree", "tree-full", "tree-pieces", "tree-up"],
 )
 def test_strict_network_is_its_definition(scheme, options, name, molecules, backend):
     z, pos = _two_methanols(molecules) if name == "two methanols" else molecules[name]

@@ -73,12 +73,12 @@ _GATES: dict = {}
 
 
 @settings(max_examples=15)
-@given(st.sampled_from([("o3", 2), ("so3", 1), ("o3-full", 1)]), st.integers(0, 12), st.integers(1, 4), seeds)
+@given(st.sampled_from([("natural", 2), ("ignored", 1), ("both", 1)]), st.integers(0, 12), st.integers(1, 4), seeds)
 def test_one_body_gates_are_covariant_and_blind_to_order(kind, count, parts, seed):
-    symmetry, lmax = kind
+    parity, lmax = kind
     if kind not in _GATES:
-        irreps = hidden_irreps(3, lmax, symmetry)
-        _GATES[kind] = irreps, OneBodyGate(irreps, irreps, lmax, 4, symmetry=symmetry).double()
+        irreps = hidden_irreps(3, lmax, parity)
+        _GATES[kind] = irreps, OneBodyGate(irreps, irreps, lmax, 4, parity=parity).double()
     irreps, gate = _GATES[kind]
     generator = torch.Generator().manual_seed(seed)
     index = torch.randint(parts, (2, count), generator=generator)
@@ -87,8 +87,8 @@ def test_one_body_gates_are_covariant_and_blind_to_order(kind, count, parts, see
         torch.rand(count, generator=generator).double(),
         _randn(seed, parts, num_rows(irreps), 3),
     )
-    embedding, g = EdgeEmbedding(lmax, BesselBasis(4, 5.0), symmetry).double(), _rotation(seed)
-    if symmetry == "so3":
+    embedding, g = EdgeEmbedding(lmax, BesselBasis(4, 5.0), parity).double(), _rotation(seed)
+    if parity == "ignored":
         g = g * torch.linalg.det(g).sign()
     matrix = torch.block_diag(*[wigner_matrix(ir, g) for _, ir in irreps])
     out = gate(x, embedding(index, vec, window, parts))

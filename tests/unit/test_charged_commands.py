@@ -254,7 +254,7 @@ def test_networks_get_the_inputs_that_vary(states, inputs, assumed, tmp_path, mo
     words = ["train", "--data.train", "t.xyz", "--data.num_val", "4", *FAST, "--training.max_steps", "4"]
     assert main([*words, "--output.folder", "r"]) == 0
     out, model = capsys.readouterr().out, load_model("r/model.nbody")
-    assert model.model.options["inputs"] == inputs and model.model.assumed == assumed
+    assert (list(model.model.inputs) or None) == inputs and model.model.assumed == assumed
     for key in inputs or ():
         assert f"input   {key}" in out
     for key in assumed:
@@ -263,7 +263,7 @@ def test_networks_get_the_inputs_that_vary(states, inputs, assumed, tmp_path, mo
         assert [line.split()[-1] for line in out.splitlines() if "info['charge']" in line] == ["used", "used"]
     # What the file of a run says is what the next run does
     assert main(["train", "r/config.yaml", "--output.folder", "again"]) == 0
-    assert load_model("again/model.nbody").model.options["inputs"] == inputs
+    assert load_model("again/model.nbody").model.inputs == tuple(inputs or ())
     assert main(["check", "r/model.nbody", "--only", "symmetry"]) == 0
     assert main(["info", "r/model.nbody"]) == 0
     assert all(f"fixed {key}" in capsys.readouterr().out for key in list(assumed)[:1])

@@ -78,7 +78,7 @@ def test_train_leaves_model_log_and_plot(folder):
     assert written.model.scheme == read_metadata(folder / "model.nbody")["model"]["config"]["scheme"]
     assert {"radii", "exponent"} <= set(written.model.scheme), "defaults are written down"
     kept = read_metadata(folder / "model.nbody")["model"]["config"]
-    assert written.model.arguments["body_order"] == kept["body_order"] > 0
+    assert written.model.arguments["correlation"] == kept["correlation"] > 0
     assert written.model.arguments["num_basis"] == kept["num_basis"]
     record = read_metadata(folder / "model.nbody")["metadata"]
     assert record["steps"] == 6 and set(record["errors"]) == {"val", "300K", "600K"}

@@ -82,7 +82,7 @@ def test_what_a_resumed_run_may_change_is_used_and_recorded(here):
         (["--data.num_val", "3"], "data.num_val is 2 there, 3 here"),
         (["--model.scale", "2.0"], 'model.scale is "forces" there, 2.0 here'),
         (["--model.channels", "4"], "model.channels is 2 there, 4 here"),
-        (["--model.degrees", "{child_1: 3.0}"], "model.degrees."),
+        (["--model.avg_num_neighbors", "{child_1: 3.0}"], "model.avg_num_neighbors."),
         (["--training.energy_weight", "1", "--training.seed", "4"],
          "training.energy_weight is 0.05 there, 1.0 here; training.seed is 0 there, 4 here"),
         (["--target.dipole.readout", "dipole"], "target is null there, "),
@@ -112,8 +112,8 @@ def test_more_frames_go_to_training_under_the_old_split_and_scale(here, capsys):
     assert train("--data.train", "m.xyz", "--data.num_val", "2") == 0
     first = read_metadata("r/model.nbody")
     split = json.loads(Path("r/split.json").read_text())
-    degrees = load_config("r/config.yaml").model.arguments["degrees"]
-    assert degrees == first["model"]["config"]["degrees"] and min(degrees.values()) > 0
+    degrees = load_config("r/config.yaml").model.arguments["avg_num_neighbors"]
+    assert degrees == first["model"]["config"]["avg_num_neighbors"] and min(degrees.values()) > 0
     wide = structures(4, first=8)
     for atoms in wide:
         atoms.positions *= 1.1  # fewer neighbours

@@ -15,6 +15,7 @@ from nbody_pyg.compare.peer import MissingPeer
 from nbody_pyg.compare.point import Point
 from nbody_pyg.compare.protocol import beyond, compare, describe
 from nbody_pyg.compare.registry import MODELS
+from nbody_pyg.models import PRESETS
 from nbody_pyg.training.config import parse_config
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -158,7 +159,7 @@ def test_a_run_with_other_defaults_is_another_run(monkeypatch):
     plain = Point("nbody", "NBodyNet", "nbody", data={"embedded": "ethanol"}, training=TRAINING)
     before = plain.folder
     assert plain.folder == before
-    monkeypatch.setitem(NBodyNet.DEFAULTS, "num_basis", 5)
+    monkeypatch.setitem(PRESETS, "practical", 5)
     assert plain.folder != before
 
 

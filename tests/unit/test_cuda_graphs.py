@@ -484,7 +484,7 @@ def test_gpu_kernels_follow_other_edges(frame, monkeypatch, mutant):
     try:
         frame = {key: value[:4] for key, value in moved(frame, 0).items()}
         torch.manual_seed(0)
-        net = NBodyNet([1, 6, 8], NestedShells((9.0, 9.0)), channels=1, lmax=0, body_order=1, num_basis=2)
+        net = NBodyNet([1, 6, 8], NestedShells((9.0, 9.0)), channels=1, lmax=0, correlation=1, num_basis=2)
         potential = Potential(net, repulsion=None).double()
         captured = CapturedPotential(potential, recorder=StandIn())
         for _ in range(2):

@@ -12,6 +12,7 @@ from ase.calculators.calculator import PropertyNotImplementedError
 from ase.calculators.fd import calculate_numerical_forces, calculate_numerical_stress
 from ase.io import read
 
+import factories
 from nbody_pyg import BondTree, NestedShells
 from nbody_pyg.data import AtomicData
 from nbody_pyg.deploy import NBodyCalculator, run_md, save_model, with_reference
@@ -194,3 +195,27 @@ def test_dynamics_errors(ethanol):
         run_md(ethanol, 10, ensemble="npt")
     with pytest.raises(ValueError, match="timestep must be positive, got 0"):
         run_md(ethanol, 10, timestep=0)
+
+
+def test_a_stress_that_was_asked_for_once_comes_with_the_forces(monkeypatch):
+    """NPT asks for energy, forces and stress one after the other: one evaluation at each step, not two."""
+    atoms = bulk("C", cubic=True)
+    atoms.rattle(0.05, seed=1)
+    model = factories.potential(NestedShells((3.0,)), scale=0.3)
+    atoms.calc = NBodyCalculator(model)
+    counted = []
+    evaluate = atoms.calc._evaluate
+    monkeypatch.setattr(atoms.calc, "_evaluate", lambda *a, **k: counted.append(k) or evaluate(*a, **k))
+    before = []
+    for step in range(3):
+        atoms.rattle(0.01, seed=step)
+        before.append((atoms.get_potential_energy(), atoms.get_forces(), atoms.get_stress()))
+    assert [k["compute_stress"] for k in counted] == [False, True, True, True], "one more at the first step only"
+    fresh = atoms.copy()
+    fresh.calc = NBodyCalculator(model)
+    np.testing.assert_allclose(before[-1][2], fresh.get_stress(), rtol=0, atol=1e-12)
+    np.testing.assert_allclose(before[-1][1], fresh.get_forces(), rtol=0, atol=1e-10)
+    assert np.abs(before[-1][2]).max() > 1e-6
+    # An open system, and one without a volume, have none
+    atoms.pbc = False
+    assert np.abs(atoms.get_forces()).max() > 1e-6 and "stress" not in atoms.calc.results

@@ -93,7 +93,7 @@ def rewrite(path, change, seal: bool = True, tensors=None) -> None:
 
 def test_newer_format(path):
     rewrite(path, lambda h: h.update(format_version=99))
-    with pytest.raises(ValueError, match=r"has format version 99, this nbody_pyg .* reads up to 4; upgrade"):
+    with pytest.raises(ValueError, match=r"has format version 99, this nbody_pyg .* reads up to 5; upgrade"):
         load_model(path)
 
 
@@ -177,7 +177,7 @@ def test_fingerprint_sees_a_sign(monkeypatch):
 # -- files that were damaged, or made to do harm ------------------------------------------------------------
 SHOWN = {
     "radius": lambda h: h["model"]["config"]["scheme"].update(radii=[4.5]),
-    "one key": lambda h: h["model"]["config"].update(degrees={"Child_1": 4.0}),
+    "one key": lambda h: h["model"]["config"].update(avg_num_neighbors={"Child_1": 4.0}),
     "reach": lambda h: h.update(repulsion={"name": "zbl", "species": [1, 6, 8], "reach": {"C-H": 1.9}}),
     "scale": lambda h: h.update(scale=0.8),
     "element": lambda h: h["e0"].update({"1": -14.0}),
@@ -210,19 +210,19 @@ def test_the_checksum_covers_dtype_and_shape(path, change):
         load_model(path)
 
 
-@pytest.mark.parametrize("version", [-1, 0, 2.5, "3", True, None, [4], 10**300, 5, 3])
+@pytest.mark.parametrize("version", [-1, 0, 2.5, "3", True, None, [4], 10**300, FORMAT_VERSION + 1, 3])
 def test_versions_that_do_not_exist(path, version):
     rewrite(path, lambda h: h.update(format_version=version))
     new = isinstance(version, int) and version is not True and version > FORMAT_VERSION
-    match = "upgrade nbody_pyg" if new else r"format version from 1 to 4, got|is damaged: its weights do not match"
+    match = "upgrade nbody_pyg" if new else r"format version from 1 to 5, got|is damaged: its weights do not match"
     with pytest.raises(ValueError, match=match):
         load_model(path)
 
 
 CONFIG = {
-    "degrees": ({"degrees": {"pair_7": 4.0}}, "degrees must name edge sets .*pair_7"),
-    "degree": ({"degrees": {"child_1": -4.0}}, r"degrees\['child_1'\] must be a positive"),
-    "option": ({"chanels": 4}, "options must be among .*chanels"),
+    "degrees": ({"avg_num_neighbors": {"pair_7": 4.0}}, "avg_num_neighbors must name edge sets .*pair_7"),
+    "degree": ({"avg_num_neighbors": {"child_1": -4.0}}, r"avg_num_neighbors\['child_1'\] must be a positive"),
+    "option": ({"chanels": 4}, "unexpected keyword argument 'chanels'"),
     "scheme": ({"scheme": {"name": "NestedShells", "raddii": [4]}}, "unexpected keyword argument 'raddii'"),
     "no scheme": ({"scheme": None}, "scheme must hold a name and arguments"),
     "long_range": ({"long_range": {"metod": "direct"}}, "long_range must hold some of"),
@@ -322,7 +322,7 @@ BOMBS = {
     "lmax": {"lmax": 10**6},
     "some lmax": {"lmax": 11},
     "huge lmax": {"lmax": 10**4000},
-    "body_order": {"body_order": 10**9},
+    "correlation": {"correlation": 10**9},
     "num_basis": {"num_basis": 10**9},
     "num_basis + 1": {"num_basis": 9},
     "radii": {"scheme": {"name": "NestedShells", "radii": [4.0] * 100_000}},
@@ -333,7 +333,7 @@ BOMBS = {
     "irreps_out": {"irreps_out": "1000000000x0e"},
     "other irreps_out": {"irreps_out": "0e+" * 100_000},
     "long_range": {"long_range": {"channels": 10**9}},
-    "both parities": {"symmetry": "o3-full", "lmax": 1},
+    "both parities": {"parity": "both", "lmax": 1},
 }
 
 
@@ -387,7 +387,7 @@ def test_an_unknown_key_beside_the_class(path):
 
 
 def test_more_layers_than_weights(tmp_path):
-    save_model(Potential(NBodyNet([1, 8], BondTree(), channels=2, lmax=1, body_order=2)), tmp_path / "m.nbody")
+    save_model(Potential(NBodyNet([1, 8], BondTree(), channels=2, lmax=1, correlation=2)), tmp_path / "m.nbody")
     rewrite(tmp_path / "m.nbody", lambda h: h["model"]["config"].update(num_layers=10**9))
     with pytest.raises(ValueError, match=r"num_layers is 1000000000, but there are weights of \d+ interactions"):
         load_model(tmp_path / "m.nbody")
@@ -399,21 +399,21 @@ def test_tables_out_of_proportion_to_the_weights(path):
     tensors = {"model.interactions.0.products.linear.weights.0": torch.zeros(1, 1)}
     tensors |= {f"model.interactions.0.products.products.{k}.mix.weights.0": torch.zeros(1, 1) for k in range(5)}
     tensors |= {f"model.interactions.0.density.weights.{l}": torch.zeros(3, 1) for l in range(lmax + 1)}
-    config = {"lmax": lmax, "channels": 1, "body_order": 6, "num_basis": 1, "num_layers": 1}
+    config = {"lmax": lmax, "channels": 1, "correlation": 6, "num_basis": 1, "num_layers": 1}
     rewrite(path, lambda h: h["model"]["config"].update(config), tensors=tensors)
     with pytest.raises(
-        ValueError, match=r"lmax 14 and body_order 6 take tables of .* out of proportion to \d+ weights"
+        ValueError, match=r"lmax 14 and correlation 6 take tables of .* out of proportion to \d+ weights"
     ):
         load_model(path)
 
 
 ARCHITECTURES = {
-    "shells": (NestedShells((3.5, 5.0)), {"lmax": 2, "body_order": 3, "num_basis": 7}),
-    "one order": (NestedShells((3.5, 3.0)), {"lmax": 2, "body_order": 1, "symmetry": "o3-full"}),
-    "strict": (NestedShells((3.5,)), {"lmax": 2, "preset": "strict", "num_basis": 6, "symmetry": "so3"}),
-    "bonds": (BondTree(), {"lmax": 1, "body_order": 2, "long_range": "direct", "num_layers": 3}),
-    "no pairs": (BondTree(piece_cutoff=None), {"lmax": 0, "body_order": 2, "sweeps": "up"}),
-    "root": (SmoothSurvivors((2.0,), (4.0, None)), {"lmax": 1, "target": "intensive", "body_order": 2}),
+    "shells": (NestedShells((3.5, 5.0)), {"lmax": 2, "correlation": 3, "num_basis": 7}),
+    "one order": (NestedShells((3.5, 3.0)), {"lmax": 2, "correlation": 1, "parity": "both"}),
+    "strict": (NestedShells((3.5,)), {"lmax": 2, "preset": "strict", "num_basis": 6, "parity": "ignored"}),
+    "bonds": (BondTree(), {"lmax": 1, "correlation": 2, "long_range": "direct", "num_layers": 3}),
+    "no pairs": (BondTree(piece_cutoff=None), {"lmax": 0, "correlation": 2, "sweeps": "up"}),
+    "root": (SmoothSurvivors((2.0,), (4.0, None)), {"lmax": 1, "readout": "root", "correlation": 2}),
 }
 
 

@@ -9,9 +9,13 @@ import sys
 import numpy as np
 import pytest
 import torch
+from ase import Atoms
+from ase.build import bulk
 from ase.constraints import FixAtoms, FixBondLengths, FixCartesian
+from ase.filters import FrechetCellFilter
 from ase.io import read, write
 from ase.optimize import LBFGS
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 import factories
@@ -21,8 +25,10 @@ from nbody_pyg.cli.frames import read_structures
 from nbody_pyg.data import AtomicData
 from nbody_pyg.deploy import NBodyCalculator, relax, save_model
 from nbody_pyg.deploy.relax import _held
+from nbody_pyg.energy import EnergyTerm, Structure
+from nbody_pyg.radial import smooth_cutoff
 
-potential = functools.partial(factories.potential, scale=3.0, seed=1, body_order=3)
+potential = functools.partial(factories.potential, scale=3.0, seed=1, correlation=3)
 
 
 def charged_potential() -> Potential:
@@ -115,6 +121,91 @@ def test_periodic_structures_in_pieces(generator):
         assert float(again["energy"]) == pytest.approx(float(found.energy[number]), abs=1e-9)
 
 
+class LennardJones(EnergyTerm):
+    """Pairs with a minimum near 2.6 angstrom, smooth at 6."""
+
+    def forward(self, structure: Structure) -> Tensor:
+        index, vec = structure.pairs(6.0)
+        r = vec.norm(dim=-1)
+        energy = ((2.3 / r) ** 12 - (2.3 / r) ** 6) * smooth_cutoff(r, 6.0)
+        return energy.new_zeros(structure.z.shape).index_add(0, index[1], 0.5 * energy)
+
+
+def argon() -> Potential:
+    """Lennard-Jones atoms."""
+    net = factories.net(NestedShells((3.0,)), species=[18])
+    with torch.no_grad():
+        for weight in net.parameters():
+            weight.mul_(0.0)
+    return Potential(net, repulsion=None, terms=[LennardJones()]).double()
+
+
+def strained(strain: np.ndarray) -> Atoms:
+    """A crystal of four atoms off their places, in a cell that is not relaxed."""
+    atoms = bulk("Ar", "fcc", 3.8, cubic=True)
+    atoms.rattle(0.03, seed=3)
+    atoms.set_cell(atoms.cell.array @ strain, scale_atoms=True)
+    return atoms
+
+
+STRAINS = (np.diag([0.97, 0.96, 0.98]), np.diag([1.03, 1.04, 1.02]), np.eye(3) + 0.04 * np.eye(3, k=1))
+
+
+@pytest.mark.parametrize("pressure", [0.0, 0.02])
+@pytest.mark.parametrize("kind", ["full", "isotropic"])
+def test_cells_relax_as_with_the_filter_of_ase(kind, pressure):
+    model, starts = argon(), [strained(strain) for strain in STRAINS]
+    found = relax(model, starts, fmax=1e-9, max_steps=8, cell=kind, pressure=pressure)
+    for atoms, after in zip(starts, found.frames, strict=True):
+        before = atoms.copy()
+        atoms.calc = NBodyCalculator(model)
+        filtered = FrechetCellFilter(atoms, scalar_pressure=pressure, hydrostatic_strain=kind == "isotropic")
+        LBFGS(filtered, logfile=None, memory=30).run(fmax=1e-9, steps=8)
+        # ASE lets the cell turn a little, in the second order of the strain
+        assert np.abs(atoms.positions - after.positions).max() < 1e-4
+        assert np.abs(atoms.cell.array - after.cell.array).max() < 1e-4 < 1e-2 < np.abs(after.cell - before.cell).max()
+        np.testing.assert_allclose(after.get_stress(), atoms.get_stress(), rtol=0, atol=1e-6)
+        assert np.abs(after.get_stress()).max() > 1e-4
+
+
+@pytest.mark.parametrize("pressure", [0.0, 0.05])
+def test_a_relaxed_cell_has_the_pressure_of_its_surroundings(pressure):
+    """Strained crystals of eight atoms find the lattice of least enthalpy, from both sides and from a shear."""
+    model, starts = argon(), [strained(strain) for strain in STRAINS]
+    found = relax(model, starts, fmax=1e-6, max_steps=300, cell=True, pressure=pressure)
+    assert bool(found.converged.all())
+    for after in found.frames:
+        np.testing.assert_allclose(after.get_stress(), [-pressure] * 3 + [0.0] * 3, rtol=0, atol=1e-6)
+    volumes = [after.get_volume() for after in found.frames]
+    assert np.ptp(volumes) < 1e-4 * volumes[0] and min(abs(volumes[0] - s.get_volume()) for s in starts[:2]) > 1
+
+
+def test_directions_that_are_not_periodic_keep_their_length():
+    model, frame = argon(), AtomicData.from_ase(strained(STRAINS[0]))
+    frame.pbc = torch.tensor([[True, True, False]])
+    frame.cell[0, 2, 2] = 20.0
+    found = relax(model, [frame], fmax=1e-9, max_steps=5, cell=True).frames[0]
+    assert float((found.cell - frame.cell)[0, :2, :2].abs().max()) > 1e-3
+    torch.testing.assert_close(found.cell[0, 2], frame.cell[0, 2], rtol=0, atol=1e-12)
+    torch.testing.assert_close(found.cell[0, :, 2], frame.cell[0, :, 2], rtol=0, atol=1e-12)
+
+
+def test_cells_of_atoms_and_wrong_arguments(frames):
+    model, atoms = argon(), strained(STRAINS[0])
+    atoms.set_constraint(FixAtoms([0]))
+    (after,) = relax(model, [atoms], max_steps=3, cell=True).frames
+    assert after.constraints and after.get_stress().shape == (6,)
+    assert np.abs(after.cell.array - atoms.cell.array).max() > 1e-3
+    scaled = atoms.get_scaled_positions()
+    np.testing.assert_allclose(after.get_scaled_positions()[0], scaled[0], rtol=0, atol=1e-9)
+    with pytest.raises(ValueError, match=r"pressure must be 0 where cells are fixed, got 0\.1; pass cell=True as well"):
+        relax(model, frames, pressure=0.1)
+    with pytest.raises(ValueError, match="pressure must be finite, got inf"):
+        relax(model, frames, cell=True, pressure=float("inf"))
+    with pytest.raises(ValueError, match="cell must be one of fixed, full, isotropic, got 'volume'"):
+        relax(model, frames, cell="volume")
+
+
 def test_charges_stay_with_their_structures(frames):
     model, charged = charged_potential(), with_charges(frames)
     neutral = relax(model, frames, max_steps=1)
@@ -146,12 +237,18 @@ def test_charged_structures_may_leave_the_batch(frames):
 
 
 @pytest.mark.parametrize("batch_size", [1, 8])
-def test_mixed_periodicity_is_refused(frames, generator, batch_size):
+@pytest.mark.parametrize("cell", [False, True])
+def test_mixed_periodicity(frames, generator, batch_size, cell):
+    """Open and periodic structures in one call end as alone, in their order."""
     model, periodic = potential(NestedShells((3.0,))), crystal(generator)
-    message = "frames must be all periodic or all open, got frame {} periodic and frame {} open"
-    for mixed, numbers in (([frames[0], periodic], (1, 0)), ([periodic, frames[0]], (0, 1))):
-        with pytest.raises(ValueError, match=message.format(*numbers)):
-            relax(model, mixed, batch_size=batch_size)
+    mixed = [frames[0], periodic, frames[1], crystal(generator, 5.5), frames[2]]
+    together = relax(model, mixed, max_steps=4, batch_size=batch_size, cell=cell)
+    for number, frame in enumerate(mixed):
+        alone = relax(model, [frame], max_steps=4, cell=cell)
+        assert len(frame.z) == len(together.frames[number].z)
+        torch.testing.assert_close(together.frames[number].pos, alone.frames[0].pos, rtol=0, atol=1e-9)
+        assert float(together.energy[number]) == pytest.approx(float(alone.energy[0]), abs=1e-9)
+        assert float((frame.pos - alone.frames[0].pos).abs().max()) > 1e-3
     del periodic.cell
     with pytest.raises(ValueError, match="must have a cell where pbc is set, got frame 0 without"):
         relax(model, [periodic])
@@ -351,6 +448,25 @@ def test_command(frames, tmp_path, capsys):
     assert out.read_bytes() == before and len(read(words[2], ":")) == 3
     assert main([*words, "--overwrite", "--steps", "1"]) == 3
     assert "not converged: 0, 1, 2" in capsys.readouterr().out
+
+
+def test_command_relaxes_cells(tmp_path, capsys):
+    torch.manual_seed(0)
+    model = Potential(factories.net(NestedShells((4.0,)), species=[14], seed=2), {14: -3.0}, 0.3)
+    save_model(model, tmp_path / "m.nbody")
+    atoms = bulk("Si", cubic=True)
+    write(tmp_path / "s.xyz", [atoms, Atoms("Si2", [[0, 0, 0], [2.2, 0.1, 0]])])
+    words = ["relax", str(tmp_path / "m.nbody"), str(tmp_path / "s.xyz"), "--steps", "3", "--cell", "--pressure", "2.0"]
+    assert main([*words, "--out", str(tmp_path / "full.xyz")]) in (0, 3)
+    assert "volume A^3" in capsys.readouterr().out
+    solid, molecule = read(tmp_path / "full.xyz", ":")
+    assert np.abs(solid.cell.array - atoms.cell.array).max() > 1e-4 and np.abs(solid.get_stress()).max() > 1e-6
+    assert not molecule.pbc.any() and "stress" not in molecule.calc.results
+    assert main([*words[:5], "--cell", "isotropic", "--out", str(tmp_path / "iso.xyz")]) in (0, 3)
+    after = read(tmp_path / "iso.xyz", 0).cell.array
+    np.testing.assert_allclose(after, after[0, 0] * np.eye(3), rtol=0, atol=1e-8)
+    assert main([*words[:5], "--pressure", "1", "--out", str(tmp_path / "p.xyz")]) == 1
+    assert "pressure must be 0 where cells are fixed" in capsys.readouterr().err
 
 
 def test_command_keeps_constraints_tags_and_info(frames, tmp_path):

@@ -29,7 +29,7 @@ SCHEMES = {
 }
 
 
-net = functools.partial(factories.net, channels=2, body_order=2, num_basis=3)
+net = functools.partial(factories.net, channels=2, correlation=2, num_basis=3)
 
 
 @pytest.fixture

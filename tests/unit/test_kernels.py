@@ -7,12 +7,13 @@ import copy
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
 from nbody_pyg import NBodyNet, NestedShells
-from nbody_pyg.kernels import available_backends, backend, build, set_backend
+from nbody_pyg.kernels import available_backends, backend, build, set_backend, use_backend
 from nbody_pyg.kernels.edges import window_kernel
 from nbody_pyg.kernels.library import Library
 from nbody_pyg.kernels.linear import Block, LinearKernel
@@ -84,19 +85,19 @@ def _assert_both(call, inputs, parameters=(), **tolerance):
         torch.testing.assert_close(b / scale, a / scale, **(tolerance or EXACT), msg=lambda m, n=n: f"result {n}: {m}")
 
 
-TYPES = [("o3", 0), ("o3", 1), ("o3", 2), ("so3", 1), ("o3-full", 1)]
+TYPES = [("natural", 0), ("natural", 1), ("natural", 2), ("ignored", 1), ("both", 1)]
 CHANNELS = [1, 3, 19, 32]
 
 
 @needs_c
 @pytest.mark.parametrize("channels", CHANNELS)
-@pytest.mark.parametrize(("symmetry", "lmax"), TYPES)
-def test_every_product_is_the_same_on_both_backends(symmetry, lmax, channels, generator):
-    irreps = hidden_irreps(channels, lmax, symmetry)
+@pytest.mark.parametrize(("parity", "lmax"), TYPES)
+def test_every_product_is_the_same_on_both_backends(parity, lmax, channels, generator):
+    irreps = hidden_irreps(channels, lmax, parity)
     rows = num_rows(irreps)
     product = ChannelwiseProduct(irreps, irreps, irreps).double()
     _assert_both(product, [_randn(generator, 4, rows, channels) for _ in range(2)], product.parameters())
-    gate = OneBodyGate(irreps, irreps, lmax, 3, avg_num_neighbors=3.0, symmetry=symmetry).double()
+    gate = OneBodyGate(irreps, irreps, lmax, 3, avg_num_neighbors=3.0, parity=parity).double()
     edges = _edges(generator, 4, 3, 7, lmax)
 
     def one_body(x, harmonics, radial):
@@ -104,7 +105,7 @@ def test_every_product_is_the_same_on_both_backends(symmetry, lmax, channels, ge
 
     _assert_both(one_body, [_randn(generator, 4, rows, channels), edges.harmonics, edges.radial], gate.parameters())
     density = DensityGate(
-        2, 3, hidden_irreps(channels, lmax, "so3" if symmetry == "so3" else "o3"), 3.0, symmetry
+        2, 3, hidden_irreps(channels, lmax, "ignored" if parity == "ignored" else "natural"), 3.0, parity
     ).double()
     species = torch.tensor([0, 1, 1, 0])
     _assert_both(
@@ -112,15 +113,15 @@ def test_every_product_is_the_same_on_both_backends(symmetry, lmax, channels, ge
         [edges.harmonics, edges.radial],
         density.parameters(),
     )
-    linear = RowLinear(irreps, hidden_irreps(channels + 2, lmax, symmetry)).double()
+    linear = RowLinear(irreps, hidden_irreps(channels + 2, lmax, parity)).double()
     _assert_both(linear, [_randn(generator, 4, rows, channels)], linear.parameters())
 
 
 @needs_c
 @pytest.mark.slow
-@pytest.mark.parametrize(("symmetry", "lmax"), [("o3", 3), ("so3", 3), ("o3-full", 2)])
-def test_large_types_are_the_same_on_both_backends(symmetry, lmax, generator):
-    test_every_product_is_the_same_on_both_backends(symmetry, lmax, 5, generator)
+@pytest.mark.parametrize(("parity", "lmax"), [("natural", 3), ("ignored", 3), ("both", 2)])
+def test_large_types_are_the_same_on_both_backends(parity, lmax, generator):
+    test_every_product_is_the_same_on_both_backends(parity, lmax, 5, generator)
 
 
 @needs_c
@@ -390,7 +391,7 @@ def test_gradients_of_factors_and_constants_alone(generator):
     """Fine-tuning that freezes all matrices: nothing else asks for gradients of weights."""
     irreps = hidden_irreps(3, 1)
     layer = Interaction(
-        InteractionConfig(2, 3, 2, "o3", True), irreps, irreps, irreps, target_has_species=True
+        InteractionConfig(2, 3, 2, "natural", True), irreps, irreps, irreps, target_has_species=True
     ).double()
     edges, x = _edges(generator, 4, 4, 7, 1), _randn(generator, 4, 4, 3)
     species, free = torch.tensor([0, 1, 1, 0]), [layer.scale.weight, layer.bias]
@@ -416,6 +417,22 @@ def test_which_backend_runs():
     assert backend(torch.zeros(1, device="meta")) == "torch"
     with pytest.raises(ValueError, match="backend must be one of auto, c, triton, torch, got 'cuda'; try 'auto'"):
         set_backend("cuda")
+
+
+def test_the_choice_of_a_backend_ends_with_its_block_and_stays_in_its_thread():
+    outside = backend()
+    with use_backend("torch"):
+        assert backend() == "torch"
+        with ThreadPoolExecutor(1) as other:
+            assert other.submit(backend).result() == available_backends()[0]
+            other.submit(set_backend, "torch").result()
+        with use_backend("auto"):
+            assert backend() == available_backends()[0]
+        assert backend() == "torch"
+    assert backend() == outside == available_backends()[0]
+    match = "backend must be one of auto, c, triton, torch, got 'cuda'"
+    with pytest.raises(ValueError, match=match), use_backend("cuda"):
+        pass
 
 
 def test_the_environment_chooses_the_backend():

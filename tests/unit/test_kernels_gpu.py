@@ -66,8 +66,8 @@ def _assert_same(call, inputs, parameters=()):
         torch.testing.assert_close(b / scale, a / scale, **EXACT, msg=lambda m, n=n: f"result {n}: {m}")
 
 
-def _one_body(irreps, lmax, edges, symmetry="o3", channels=3):
-    gate = OneBodyGate(irreps, irreps, lmax, edges.radial.shape[1], 3.0, symmetry).double()
+def _one_body(irreps, lmax, edges, parity="natural", channels=3):
+    gate = OneBodyGate(irreps, irreps, lmax, edges.radial.shape[1], 3.0, parity).double()
 
     def call(x, harmonics, radial):
         return gate(x, EdgeFeatures(edges.index, harmonics, radial, edges.num_targets))
@@ -75,24 +75,25 @@ def _one_body(irreps, lmax, edges, symmetry="o3", channels=3):
     return gate, call
 
 
-def _same_edge_products(symmetry, lmax, channels, generator):
-    irreps = hidden_irreps(channels, lmax, symmetry)
+def _same_edge_products(parity, lmax, channels, generator):
+    irreps = hidden_irreps(channels, lmax, parity)
     edges = _edges(generator, 4, 3, 4 if lmax < 2 else 2, lmax, 2 if lmax < 2 else 1)
-    gate, call = _one_body(irreps, lmax, edges, symmetry)
+    gate, call = _one_body(irreps, lmax, edges, parity)
     _assert_same(call, [_randn(generator, 4, num_rows(irreps), channels), *edges[1:3]], gate.parameters())
 
 
-@pytest.mark.parametrize(("symmetry", "lmax", "channels"), [("o3", 0, 1), ("o3", 1, 33)])
-def test_edge_products_equal_plain_torch(symmetry, lmax, channels, generator):
-    _same_edge_products(symmetry, lmax, channels, generator)
+@pytest.mark.parametrize(("parity", "lmax", "channels"), [("natural", 0, 1), ("natural", 1, 33)])
+def test_edge_products_equal_plain_torch(parity, lmax, channels, generator):
+    _same_edge_products(parity, lmax, channels, generator)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("symmetry", "lmax", "channels"), [("o3", 2, 3), ("o3", 3, 5), ("so3", 2, 40), ("o3-full", 1, 3), ("o3", 2, 64)]
+    ("parity", "lmax", "channels"),
+    [("natural", 2, 3), ("natural", 3, 5), ("ignored", 2, 40), ("both", 1, 3), ("natural", 2, 64)],
 )
-def test_edge_products_of_large_types_equal_plain_torch(symmetry, lmax, channels, generator):
-    _same_edge_products(symmetry, lmax, channels, generator)
+def test_edge_products_of_large_types_equal_plain_torch(parity, lmax, channels, generator):
+    _same_edge_products(parity, lmax, channels, generator)
 
 
 @pytest.mark.parametrize(("lmax", "channels"), [(0, 1), (1, 33), (2, 5), pytest.param(3, 5, marks=pytest.mark.slow)])
@@ -222,7 +223,7 @@ def test_the_same_numbers_every_time(generator):
 
 def test_a_network_has_the_energies_forces_and_gradients_of_plain_torch(molecules):
     z, pos = (values[[0, 1, 5]] for values in molecules["methanol"])
-    model = NBodyNet([1, 6, 8], NestedShells((1.5, 1.5)), channels=2, lmax=1, body_order=2, num_basis=1).double()
+    model = NBodyNet([1, 6, 8], NestedShells((1.5, 1.5)), channels=2, lmax=1, correlation=2, num_basis=1).double()
     potential, results = Potential(model), []
     for name in ("torch", "triton"):
         set_backend(name)

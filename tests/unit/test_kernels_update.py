@@ -24,13 +24,13 @@ def _backend_is_left_alone():
     set_backend("auto")
 
 
-def _interaction(channels, lmax, body_order, symmetry="o3", practical=True, scalars=False, state=True, **options):
+def _interaction(channels, lmax, correlation, parity="natural", practical=True, scalars=False, state=True, **options):
     """An interaction in float64 with all weights away from their start."""
     torch.manual_seed(3)
-    irreps = hidden_irreps(channels, lmax, symmetry)
-    irreps_out = hidden_irreps(channels, 0, symmetry) if scalars else irreps
-    recipe = InteractionConfig(NUM_SPECIES, NUM_BASIS, body_order, symmetry, practical)
-    layer = Interaction(recipe, irreps, irreps if state else None, irreps if state else None, irreps_out, **options)
+    irreps = hidden_irreps(channels, lmax, parity)
+    irreps_out = hidden_irreps(channels, 0, parity) if scalars else irreps
+    config = InteractionConfig(NUM_SPECIES, NUM_BASIS, correlation, parity, practical)
+    layer = Interaction(config, irreps, irreps if state else None, irreps if state else None, irreps_out, **options)
     layer.double()
     with torch.no_grad():
         for weight in layer.parameters():
@@ -90,7 +90,7 @@ CASES = {
     "first layer": {
         "channels": 5,
         "lmax": 1,
-        "body_order": 3,
+        "correlation": 3,
         "state": False,
         "source_has_species": True,
         "target_has_species": True,
@@ -98,31 +98,31 @@ CASES = {
     "second layer": {
         "channels": 19,
         "lmax": 2,
-        "body_order": 3,
+        "correlation": 3,
         "source_has_species": True,
         "target_has_species": True,
     },
     "scalars out": {
         "channels": 16,
         "lmax": 1,
-        "body_order": 3,
+        "correlation": 3,
         "source_has_species": True,
         "target_has_species": True,
         "scalars": True,
     },
-    "no product": {"channels": 5, "lmax": 1, "body_order": 1, "source_has_species": True, "target_has_species": True},
-    "one product": {"channels": 5, "lmax": 1, "body_order": 2},
-    "four bodies": {"channels": 3, "lmax": 1, "body_order": 4, "source_has_species": True, "target_has_species": True},
-    "strict": {"channels": 16, "lmax": 1, "body_order": 3, "practical": False},
+    "no product": {"channels": 5, "lmax": 1, "correlation": 1, "source_has_species": True, "target_has_species": True},
+    "one product": {"channels": 5, "lmax": 1, "correlation": 2},
+    "four bodies": {"channels": 3, "lmax": 1, "correlation": 4, "source_has_species": True, "target_has_species": True},
+    "strict": {"channels": 16, "lmax": 1, "correlation": 3, "practical": False},
     "rotations only": {
         "channels": 3,
         "lmax": 1,
-        "body_order": 4,
+        "correlation": 4,
         "practical": False,
-        "symmetry": "so3",
+        "parity": "ignored",
         "scalars": True,
     },
-    "both parities": {"channels": 3, "lmax": 1, "body_order": 3, "source_has_species": True, "symmetry": "o3-full"},
+    "both parities": {"channels": 3, "lmax": 1, "correlation": 3, "source_has_species": True, "parity": "both"},
 }
 
 
@@ -135,7 +135,7 @@ def test_the_compiled_update_is_that_of_plain_torch(name, weights_too):
 
 @pytest.mark.parametrize("nodes", [0, 1, 33])
 def test_tiles_that_are_empty_short_or_more_than_one(nodes):
-    layer = _interaction(channels=16, lmax=1, body_order=3, source_has_species=True, target_has_species=True)
+    layer = _interaction(channels=16, lmax=1, correlation=3, source_has_species=True, target_has_species=True)
     assert _worst(_Case(layer, True, nodes, edges=4 if nodes else 0), weights_too=False) < 1e-10
 
 
@@ -146,13 +146,13 @@ def test_a_wrong_derivative_would_be_seen(monkeypatch):
     monkeypatch.setattr(update_source._Writer, "_norm_twice", lambda self: [
         "clear(da, nodes * A); through_norm(nodes, a, rho, dn, da); memcpy(dsum, da, nodes * A * sizeof(real));"
     ])  # fmt: skip
-    layer = _interaction(channels=3, lmax=1, body_order=2)
+    layer = _interaction(channels=3, lmax=1, correlation=2)
     assert _worst(_Case(layer, True), weights_too=False) > 1e-6
 
 
 def test_a_third_derivative_is_an_error():
     set_backend("c")
-    case = _Case(_interaction(channels=3, lmax=1, body_order=2), True)
+    case = _Case(_interaction(channels=3, lmax=1, correlation=2), True)
     x = case.leaves["source"]
     (first,) = torch.autograd.grad(case().square().sum(), x, create_graph=True)
     (second,) = torch.autograd.grad(first.square().sum(), x, create_graph=True)
@@ -162,7 +162,7 @@ def test_a_third_derivative_is_an_error():
 
 def test_wrong_operands_are_named():
     set_backend("c")
-    layer = _interaction(channels=3, lmax=1, body_order=2, source_has_species=True, target_has_species=True)
+    layer = _interaction(channels=3, lmax=1, correlation=2, source_has_species=True, target_has_species=True)
     case = _Case(layer, True)
     matrices = layer._matrices()
     inputs = [torch.randn(4, size, dtype=torch.float64) for size in layer.kernel.update.inputs]
@@ -177,7 +177,7 @@ def test_wrong_operands_are_named():
 
 
 def test_copies_and_pickles_compute_the_same():
-    layer = _interaction(channels=3, lmax=1, body_order=2)
+    layer = _interaction(channels=3, lmax=1, correlation=2)
     case = _Case(layer, True)
     expected = case()
     for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):

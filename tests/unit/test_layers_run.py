@@ -33,7 +33,7 @@ pytestmark = pytest.mark.skipif("c" not in available_backends(), reason="no C co
 
 def network(scheme="bonds", **options) -> NBodyNet:
     torch.manual_seed(0)
-    return NBodyNet([1, 6, 8], SCHEMES[scheme], **({"channels": 4, "lmax": 1, "body_order": 3} | options)).double()
+    return NBodyNet([1, 6, 8], SCHEMES[scheme], **({"channels": 4, "lmax": 1, "correlation": 3} | options)).double()
 
 
 @pytest.fixture
@@ -122,7 +122,7 @@ def test_a_subclass_has_its_effect(ethanol):
     torch.testing.assert_close(net(*ethanol), other(*ethanol), rtol=0, atol=1e-10)
     assert abs(net(*ethanol) - wanted).min() > 1e-6
     layer.gate.__class__ = OneBodyGate
-    replaced = Doubled(gate.irreps_in, gate.irreps_out, gate.order, 8, symmetry="o3", partial=True).double()
+    replaced = Doubled(gate.irreps_in, gate.irreps_out, gate.order, 8, parity="natural", partial=True).double()
     replaced.load_state_dict(gate.state_dict())
     replaced.scale = gate.scale
     layer.gate = replaced

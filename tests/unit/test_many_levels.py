@@ -10,7 +10,7 @@ from nbody_pyg import AtomicData, FromAssignment, NBodyNet, NestedShells, Potent
 from nbody_pyg.deploy import load_model, save_model
 from nbody_pyg.explain import ExplainableNet
 from nbody_pyg.hierarchy import EdgeSet, Hierarchy
-from nbody_pyg.models import Step, edge_degrees
+from nbody_pyg.models import Step, compute_avg_num_neighbors
 from nbody_pyg.testing import assert_conservative, assert_equivariant, assert_extensive, random_molecule
 
 #: One part less on each level: of twelve atoms the first two are one part, then the first three, and so on.
@@ -32,7 +32,7 @@ def system() -> AtomicData:
 
 def network(name: str) -> NBodyNet:
     torch.manual_seed(0)
-    return NBodyNet([1, 6, 8], SCHEMES[name], channels=2, lmax=1, body_order=2, num_basis=4).double()
+    return NBodyNet([1, 6, 8], SCHEMES[name], channels=2, lmax=1, correlation=2, num_basis=4).double()
 
 
 @pytest.mark.parametrize("name", SCHEMES)
@@ -54,11 +54,13 @@ def test_twelve_levels(name, tmp_path):
     again = batch.to_data_list()[1]
     assert torch.equal(again.child_10, stored.child_10) and again.child_10.shape[1] > 0
 
-    found = edge_degrees(net.scheme, [stored])
+    found = compute_avg_num_neighbors(net.scheme, [stored])
     wanted = {str(step.edges) for step in net.steps}
     assert wanted <= set(found) and "child_10" in wanted
-    options = {key: value for key, value in net.config().items() if key not in ("species", "scheme", "degrees")}
-    other = NBodyNet([1, 6, 8], net.scheme, **options, degrees={"child_10": 7.0}).double()
+    options = {
+        key: value for key, value in net.config().items() if key not in ("species", "scheme", "avg_num_neighbors")
+    }
+    other = NBodyNet([1, 6, 8], net.scheme, **options, avg_num_neighbors={"child_10": 7.0}).double()
     other.load_state_dict(net.state_dict())
     assert (other(data) - value).abs().max() > 1e-9
 
@@ -92,7 +94,7 @@ def test_shells_of_one_radius_share_their_edges():
     scheme = NestedShells((3.0, 4.0, 3.0, 3.0))
     assert scheme.same_edges == {EdgeSet("child", k): EdgeSet("child", 1) for k in (3, 4)}
     torch.manual_seed(0)
-    net, data = NBodyNet([1, 6, 8], scheme, channels=2, lmax=1, body_order=2, num_basis=4).double(), system()
+    net, data = NBodyNet([1, 6, 8], scheme, channels=2, lmax=1, correlation=2, num_basis=4).double(), system()
     calls = []
     for name, embedding in net.embeddings.items():
         embedding.register_forward_hook(lambda *_, name=name: calls.append(name))

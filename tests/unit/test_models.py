@@ -18,7 +18,7 @@ from nbody_pyg.data import AtomicData
 from nbody_pyg.datasets import load_embedded
 from nbody_pyg.explain import ExplainableNet
 from nbody_pyg.hierarchy import SmoothSurvivors
-from nbody_pyg.models import edge_degrees
+from nbody_pyg.models import compute_avg_num_neighbors
 from nbody_pyg.nn import (
     ChannelwiseProduct,
     DensityGate,
@@ -98,12 +98,12 @@ def test_contributions_sum_to_the_value(molecules):
 
 
 @pytest.mark.parametrize("preset", ["practical", "strict"])
-@pytest.mark.parametrize("symmetry", ["o3", "o3-full", "so3"])
+@pytest.mark.parametrize("parity", ["natural", "both", "ignored"])
 @pytest.mark.parametrize("scheme", SCHEMES, ids=["tree", "shells", "labels"])
-def test_configuration_and_weights_come_back(scheme, symmetry, preset, molecules):
+def test_configuration_and_weights_come_back(scheme, parity, preset, molecules):
     z, pos = molecules["methanol"]
     degrees = {"child_1": 7.0} if isinstance(scheme, NestedShells) else {"pair_0": 7.0}
-    net = _net(scheme, preset=preset, symmetry=symmetry, degrees=degrees, body_order=2)
+    net = _net(scheme, preset=preset, parity=parity, avg_num_neighbors=degrees, correlation=2)
     config = json.loads(json.dumps(net.config()))
     again = NBodyNet.from_config(config).double()
     again.load_state_dict(net.state_dict())
@@ -115,8 +115,8 @@ def test_configuration_and_weights_come_back(scheme, symmetry, preset, molecules
 
 def test_presets():
     assert NBodyNet.strict([1], channels=2).preset == "strict"
-    assert NBodyNet.strict([1], channels=2).options["num_basis"] == 4, "s = 0 .. 3"
-    assert NBodyNet.strict([1], channels=2, num_basis=2).options["num_basis"] == 2
+    assert NBodyNet.strict([1], channels=2).num_basis == 4, "s = 0 .. 3"
+    assert NBodyNet.strict([1], channels=2, num_basis=2).num_basis == 2
     assert NBodyNet.practical([1], channels=2).preset == "practical"
     assert isinstance(NBodyNet([1], channels=2).scheme, NestedShells)
 
@@ -127,7 +127,9 @@ def test_a_fresh_network_starts_in_range_however_deep_it_is(scheme):
     frame = scheme(load_embedded("alanine_dipeptide")[0])
     for seed in range(3):
         torch.manual_seed(seed)
-        potential = Potential(NBodyNet([1, 6, 7, 8], scheme, channels=16, degrees=edge_degrees(scheme, [frame])))
+        potential = Potential(
+            NBodyNet([1, 6, 7, 8], scheme, channels=16, avg_num_neighbors=compute_avg_num_neighbors(scheme, [frame]))
+        )
         size = potential(frame)["forces"].square().mean().sqrt()
         assert 0.1 < size < 6.0, f"seed {seed}: {size}"
 
@@ -141,12 +143,12 @@ def test_options_change_the_network(molecules):
             "up": {"sweeps": "up"},
             "layers": {"num_layers": 3},
             "basis": {"num_basis": 4},
-            "order": {"body_order": 2},
+            "order": {"correlation": 2},
         }.items()
     }
     assert sizes["up"] < sizes["plain"] < sizes["layers"] and sizes["basis"] < sizes["plain"] > sizes["order"]
     net = _net(BondTree(4.0))
-    other = _net(BondTree(4.0), degrees={"pair_0": 100.0})
+    other = _net(BondTree(4.0), avg_num_neighbors={"pair_0": 100.0})
     other.load_state_dict(net.state_dict())
     assert not torch.equal(net(z, pos), other(z, pos))
 
@@ -188,9 +190,8 @@ def test_species_are_sorted_and_unknown_ones_named(molecules):
         ({"species": []}, "species must be atomic numbers between 1 and 118, got"),
         ({"species": [0, 6]}, "species must be atomic numbers between 1 and 118, got"),
         ({"preset": "fast"}, "preset must be one of practical, strict, got 'fast'; try 'practical'"),
-        ({"target": "both"}, "target must be one of extensive, intensive, got 'both'; try 'extensive'"),
-        ({"cutoff": 5.0}, r"options must be among .*, got \['cutoff'\]; check the spelling"),
-        ({"symmetry": "e3"}, "symmetry must be one of o3, o3-full, so3, got 'e3'; try 'o3'"),
+        ({"readout": "both"}, "readout must be one of sum, root, got 'both'; did you mean root?"),
+        ({"parity": "e3"}, "parity must be one of natural, both, ignored, got 'e3'; try 'natural'"),
         ({"sweeps": "down"}, "sweeps must be one of up, up-down, got 'down'; did you mean up-down"),
         ({"irreps_out": "1e"}, "irreps_out must be reachable: .* no path leads to 1e; raise lmax"),
         ({"irreps_out": "3o"}, "irreps_out must be reachable: .* no path leads to 3o; raise lmax"),
@@ -198,12 +199,12 @@ def test_species_are_sorted_and_unknown_ones_named(molecules):
         ({"irreps_out": "0x0e"}, "irreps_out must name at least one component, got '0x0e'"),
         ({"channels": 0}, "channels must be at least 1, got 0; try 32"),
         ({"lmax": -1}, "lmax must be at least 0, got -1; try 2"),
-        ({"body_order": 0}, "body_order must be at least 1, got 0; 2 or 3 is usual"),
+        ({"correlation": 0}, "correlation must be at least 1, got 0; 2 or 3 is usual"),
         ({"num_basis": 0}, "num_basis must be at least 1, got 0; try 8"),
         ({"num_basis": 2.5}, "num_basis must be a whole number, got 2.5"),
         ({"channels": "8"}, "channels must be a whole number, got '8'"),
         ({"lmax": True}, "lmax must be a whole number, got True"),
-        ({"degrees": [1.0]}, r"degrees must be a mapping such as .*, got \[1.0\]"),
+        ({"avg_num_neighbors": [1.0]}, r"avg_num_neighbors must be a mapping such as .*, got \[1.0\]"),
         ({"inputs": 3}, "inputs must be some of charge, spin, each once, got 3"),
     ],
 )
@@ -221,12 +222,12 @@ def test_a_hierarchy_of_another_scheme_is_refused(molecules):
 def test_typical_degrees_are_means_over_frames(molecules):
     frames = [AtomicData(z=z, pos=pos) for z, pos in molecules.values()]
     scheme = NestedShells((100.0, 0.1))
-    degrees = edge_degrees(scheme, frames)
+    degrees = compute_avg_num_neighbors(scheme, frames)
     sizes = torch.tensor([len(f.z) for f in frames]).double()
     assert degrees["child_1"] == pytest.approx(float((sizes**2).sum() / sizes.sum())), "everyone is a child of everyone"
     assert degrees["child_2"] == 1.0, "only itself"
     assert degrees["child_3"] == pytest.approx(float(sizes.mean())), "all atoms of a system below its root"
-    assert edge_degrees(scheme, [scheme(f) for f in frames]) == degrees, "stored hierarchies are read"
+    assert compute_avg_num_neighbors(scheme, [scheme(f) for f in frames]) == degrees, "stored hierarchies are read"
 
 
 def test_scalar_networks_and_single_channels(molecules):
@@ -234,9 +235,9 @@ def test_scalar_networks_and_single_channels(molecules):
     for options in (
         {"lmax": 0},
         {"channels": 1, "lmax": 2},
-        {"body_order": 1},
+        {"correlation": 1},
         {"num_basis": 1},
-        {"body_order": 5},
+        {"correlation": 5},
     ):
         leaf = pos.clone().requires_grad_(True)
         energy = _net(NestedShells((4.0, 3.0)), **options)(z, leaf)
@@ -274,9 +275,8 @@ def _in_every_way(scheme, **options) -> list[NBodyNet]:
 @pytest.mark.parametrize("scheme", SCHEMES, ids=["tree", "shells", "labels"])
 def test_the_strict_preset_has_one_meaning(scheme, options):
     nets = _in_every_way(scheme, **options)
-    assert nets[0].options["num_basis"] == options.get("num_basis", 4)
+    assert nets[0].num_basis == options.get("num_basis", 4)
     assert len({repr(net.config()) for net in nets}) == 1
-    assert {key: NBodyNet([1]).options[key] for key in NBodyNet.DEFAULTS} == NBodyNet.DEFAULTS
     chosen = explicit(ModelConfig())
     settings = NBodyNet([1]).config()
     assert chosen.scheme == settings["scheme"] and chosen.preset == settings["preset"]
@@ -295,15 +295,15 @@ def test_the_strict_preset_starts_in_range(scheme, molecules):
 
 # ------------------------------------------------------------------ resets
 RESETS = {
-    "tree": lambda: NBodyNet([1, 6, 8], BondTree(), channels=3, body_order=3),
+    "tree": lambda: NBodyNet([1, 6, 8], BondTree(), channels=3, correlation=3),
     "strict": lambda: NBodyNet.strict([1, 6, 8], NestedShells(), channels=3),
-    "full": lambda: NBodyNet([1, 6], BondTree(), channels=2, symmetry="o3-full", irreps_out="2x0e + 1o + 1e"),
+    "full": lambda: NBodyNet([1, 6], BondTree(), channels=2, parity="both", irreps_out="2x0e + 1o + 1e"),
     "charges": lambda: NBodyNet([1, 6, 8], BondTree(), channels=3, long_range={"method": "direct", "dipoles": True}),
     "far": lambda: NBodyNet([1, 6], BondTree(), channels=3, long_range={"method": "hierarchy", "trained": True}),
     "potential": lambda: Potential(NBodyNet([1, 6, 8], channels=3), {1: -1.0, 6: -2.0, 8: -3.0}, scale=2.0),
     "property": lambda: PropertyModel(NBodyNet([1, 6], channels=3, irreps_out="0e + 1o"), [Property("d", "dipole")]),
     "explained": lambda: ExplainableNet(NBodyNet([1, 6, 8], channels=3)),
-    "conv": lambda: NBodyConv("16x0e", "16x0e + 8x1o", 5.0, body_order=2),
+    "conv": lambda: NBodyConv("16x0e", "16x0e + 8x1o", 5.0, correlation=2),
     "pooling": lambda: NBodyPooling(BondTree(), "4x0e", "4x0e + 2x1o"),
     "reduce": lambda: NBodyReduce("4x0e", "4x0e + 2x1o"),
     "linear": lambda: IrrepsLinear("4x0e + 2x1o", "3x0e + 1o", bias=True),
@@ -416,7 +416,7 @@ def test_graphs_without_atoms_have_no_energy(scheme, long_range, stored, molecul
         torch.testing.assert_close(potential.energies(batch).total(), found["energy"], rtol=0, atol=1e-12)
         assert net.hierarchy(batch).validate().num_graphs == len(kinds)
     if long_range is None:  # the root is read as well
-        net = _net(scheme, target="intensive").requires_grad_(False)
+        net = _net(scheme, readout="root").requires_grad_(False)
         batch = Batch.from_data_list([empty, full, empty])
         torch.testing.assert_close(net(batch)[1:2], net(full), rtol=0, atol=1e-12)
         assert net(full).abs() > 1e-6 and not net(batch)[::2].any()
@@ -580,9 +580,9 @@ def test_options_without_a_meaning_are_refused():
     for wrong in (0, 1.5, True):
         with pytest.raises(ValueError, match="num_layers must be a whole number, 1 or more"):
             NBodyNet([1, 6], BondTree(), channels=2, num_layers=wrong)
-    with pytest.raises(ValueError, match=r"degrees must name edge sets of NestedShells.* got 'pair_0'"):
-        NBodyNet([1, 6], channels=2, degrees={"pair_0": 3.0})
-    with pytest.raises(ValueError, match=r"degrees\['child_1'\] must be a positive number"):
-        NBodyNet([1, 6], channels=2, degrees={"child_1": 0.0})
+    with pytest.raises(ValueError, match=r"avg_num_neighbors must name edge sets of NestedShells.* got 'pair_0'"):
+        NBodyNet([1, 6], channels=2, avg_num_neighbors={"pair_0": 3.0})
+    with pytest.raises(ValueError, match=r"avg_num_neighbors\['child_1'\] must be a positive number"):
+        NBodyNet([1, 6], channels=2, avg_num_neighbors={"child_1": 0.0})
     with pytest.raises(TypeError, match=r"scheme must be a composition scheme such as BondTree\(\), got 'BondTree'"):
         NBodyNet([1, 6], "BondTree")

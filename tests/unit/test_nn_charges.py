@@ -35,7 +35,7 @@ SCHEMES = {
     "no pairs": FromAssignment(labels=[0, 0, 0, 1, 1, 1, 2, 2, 2], cutoff=None, part_cutoffs=(None,)),
 }
 CHARGED = {"charge": torch.tensor([1.0]), "spin": torch.tensor([2])}
-SMALL = {"channels": 4, "lmax": 1, "body_order": 2}
+SMALL = {"channels": 4, "lmax": 1, "correlation": 2}
 
 
 def net(scheme=SCHEMES["shell"], inputs=("charge", "spin"), seed=0, preset=NBodyNet.practical, **options) -> NBodyNet:
@@ -344,11 +344,11 @@ def test_check_tests_charged_systems_as_charged(ethanol):
     assert check_potential(model, [data], only=("symmetry", "dynamics"), nve_steps=5)["rotations"].passed
 
 
-@pytest.mark.parametrize("symmetry", ["o3", "so3", "o3-full"])
-def test_backends_agree_for_every_symmetry(symmetry, ethanol):
+@pytest.mark.parametrize("parity", ["natural", "ignored", "both"])
+def test_backends_agree_for_every_parity(parity, ethanol):
     """The first states are scalars only, so that their gates and maps leave rows of the result out."""
-    model, data = potential(symmetry=symmetry), Data(**ethanol.to_dict(), charge=torch.ones(1))
-    assert_equivariant(model, systems=[data], improper=symmetry != "so3")
+    model, data = potential(parity=parity), Data(**ethanol.to_dict(), charge=torch.ones(1))
+    assert_equivariant(model, systems=[data], improper=parity != "ignored")
     found = []
     try:
         for name in [name for name in available_backends() if name in ("torch", "c")]:

@@ -86,28 +86,28 @@ def _literal_one_body(gate: OneBodyGate, x, edges: EdgeFeatures) -> torch.Tensor
 
 
 ONE_BODY = [
-    ("3x0e", "3x0e+3x1o+3x2e", 2, "o3"),
-    ("3x0e+3x1o+3x2e", "4x0e+4x1o+4x2e", 2, "o3"),
-    ("2x0e+2x0o+2x1e+2x1o", "2x0e+2x0o+2x1e+2x1o", 1, "o3-full"),
-    ("2x0e+2x1e", "2x2e+2x1e", 2, "so3"),
-    ("5x0e+5x1o", "5x1o", 0, "o3"),  # zeroth order: distances only
+    ("3x0e", "3x0e+3x1o+3x2e", 2, "natural"),
+    ("3x0e+3x1o+3x2e", "4x0e+4x1o+4x2e", 2, "natural"),
+    ("2x0e+2x0o+2x1e+2x1o", "2x0e+2x0o+2x1e+2x1o", 1, "both"),
+    ("2x0e+2x1e", "2x2e+2x1e", 2, "ignored"),
+    ("5x0e+5x1o", "5x1o", 0, "natural"),  # zeroth order: distances only
 ]
 
 
-@pytest.mark.parametrize(("irreps_in", "irreps_out", "order", "symmetry"), ONE_BODY)
-def test_one_body_gate_is_the_sum_over_its_edges(irreps_in, irreps_out, order, symmetry, backend, generator):
+@pytest.mark.parametrize(("irreps_in", "irreps_out", "order", "parity"), ONE_BODY)
+def test_one_body_gate_is_the_sum_over_its_edges(irreps_in, irreps_out, order, parity, backend, generator):
     irreps_in, irreps_out = o3.Irreps(irreps_in), o3.Irreps(irreps_out)
-    gate = OneBodyGate(irreps_in, irreps_out, order, 3, avg_num_neighbors=7.0, symmetry=symmetry).double()
+    gate = OneBodyGate(irreps_in, irreps_out, order, 3, avg_num_neighbors=7.0, parity=parity).double()
     edges, x = _edges(generator), _state(irreps_in, 5, generator)
     got, expected = gate(x, edges), _literal_one_body(gate, x, edges)
     assert expected.abs().max() > 1e-2
     torch.testing.assert_close(got, expected, **EXACT)
 
 
-@pytest.mark.parametrize(("irreps_in", "irreps_out", "order", "symmetry"), ONE_BODY[:3])
-def test_one_body_gate_is_e3nn_uvu_and_index_add(irreps_in, irreps_out, order, symmetry, generator):
+@pytest.mark.parametrize(("irreps_in", "irreps_out", "order", "parity"), ONE_BODY[:3])
+def test_one_body_gate_is_e3nn_uvu_and_index_add(irreps_in, irreps_out, order, parity, generator):
     irreps_in, irreps_out = o3.Irreps(irreps_in), o3.Irreps(irreps_out)
-    gate = OneBodyGate(irreps_in, irreps_out, order, 3, avg_num_neighbors=7.0, symmetry=symmetry).double()
+    gate = OneBodyGate(irreps_in, irreps_out, order, 3, avg_num_neighbors=7.0, parity=parity).double()
     edges, x = _edges(generator), _state(irreps_in, 5, generator)
     c, harmonics = gate.channels, o3.Irreps([(1, (l, (-1) ** l)) for l in range(order + 1)])
     middle = o3.Irreps([(c, path.ir) for path in gate.paths])
@@ -188,7 +188,7 @@ def test_pair_gate_is_the_double_sum_over_pairs(backend, generator):
 def test_product_gate_is_the_sum_over_tuples_of_children(irreps_out, backend, generator):
     """A is a sum over children, so the term of degree k is a sum over k-tuples of children (P8, k-body)."""
     irreps, irreps_out, children = hidden_irreps(2, 2), o3.Irreps(irreps_out), 3
-    gate = ProductGate(irreps, irreps_out, body_order=3).double()
+    gate = ProductGate(irreps, irreps_out, correlation=3).double()
     child, rows = torch.randn(children, 9, 2, dtype=torch.float64, generator=generator), row_slices(irreps)
 
     def product(layer, x, y):
@@ -215,7 +215,7 @@ def test_product_gate_is_the_sum_over_tuples_of_children(irreps_out, backend, ge
 
 def test_product_gate_of_order_one_is_linear_and_has_no_products(generator):
     irreps = hidden_irreps(2, 1)
-    gate = ProductGate(irreps, irreps, body_order=1).double()
+    gate = ProductGate(irreps, irreps, correlation=1).double()
     x = _state(irreps, 3, generator)
     torch.testing.assert_close(gate(2 * x), 2 * gate(x), **EXACT)
     assert len(gate.products) == 0
@@ -255,21 +255,21 @@ def test_full_gate_contains_the_channelwise_gate(generator):
     torch.testing.assert_close(got, expected, **EXACT)
 
 
-@pytest.mark.parametrize("symmetry", ["o3", "o3-full", "so3"])
+@pytest.mark.parametrize("parity", ["natural", "both", "ignored"])
 @pytest.mark.parametrize("kind", ["one-body", "pair", "density", "product"])
-def test_gates_turn(kind, symmetry, backend, rotation, generator):
-    if symmetry == "so3":  # it knows no reflections
+def test_gates_turn(kind, parity, backend, rotation, generator):
+    if parity == "ignored":  # it knows no reflections
         rotation = rotation * torch.linalg.det(rotation).sign()
-    lmax, parts = 2 if symmetry == "o3" else 1, 5  # larger types only take longer to compile
-    irreps = hidden_irreps(3, lmax, symmetry)
+    lmax, parts = 2 if parity == "natural" else 1, 5  # larger types only take longer to compile
+    irreps = hidden_irreps(3, lmax, parity)
     matrix = torch.block_diag(*[wigner_matrix(ir, rotation) for _, ir in irreps])
     vec = torch.randn(11, 3, dtype=torch.float64, generator=generator)
     x = _state(irreps, parts, generator)
     gate = {
-        "one-body": lambda: OneBodyGate(irreps, irreps, lmax, 3, symmetry=symmetry),
-        "pair": lambda: PairGate(irreps, irreps, lmax, 3, symmetry=symmetry),
+        "one-body": lambda: OneBodyGate(irreps, irreps, lmax, 3, parity=parity),
+        "pair": lambda: PairGate(irreps, irreps, lmax, 3, parity=parity),
         "density": lambda: DensityGate(
-            2, 3, hidden_irreps(3, lmax, "so3" if symmetry == "so3" else "o3"), symmetry=symmetry
+            2, 3, hidden_irreps(3, lmax, "ignored" if parity == "ignored" else "natural"), parity=parity
         ),
         "product": lambda: ProductGate(irreps, irreps, 3),
     }[kind]().double()
@@ -350,7 +350,7 @@ def test_errors():
         OneBodyGate(o3.Irreps("3x0e"), irreps, 0, 3)
     with pytest.raises(ValueError, match="a density of bare atoms gives 0e, 1o, but no path leads to 1e"):
         DensityGate(2, 3, o3.Irreps("3x0e+3x1e"))
-    with pytest.raises(ValueError, match="body_order must be at least 1, got 0; 2 or 3 is usual"):
+    with pytest.raises(ValueError, match="correlation must be at least 1, got 0; 2 or 3 is usual"):
         ProductGate(irreps, irreps, 0)
     with pytest.raises(
         ValueError, match="irreps_out must be some of the fragments of irreps_in, got 3x2e of 3x0e\\+3x1o"

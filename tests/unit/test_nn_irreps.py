@@ -12,9 +12,9 @@ from e3nn import o3
 
 from nbody_pyg.nn.harmonics import SolidHarmonics
 from nbody_pyg.nn.irreps import (
-    SYMMETRIES,
+    PARITIES,
     ConstantTables,
-    check_symmetry,
+    check_parity,
     clebsch_gordan,
     coupling_paths,
     equal_multiplicity,
@@ -32,11 +32,11 @@ from nbody_pyg.testing import wigner_matrix
 
 def test_hidden_types():
     assert hidden_irreps(4, 2) == o3.Irreps("4x0e+4x1o+4x2e")
-    assert hidden_irreps(4, 2, "so3") == o3.Irreps("4x0e+4x1e+4x2e")
-    assert hidden_irreps(2, 1, "o3-full") == o3.Irreps("2x0e+2x0o+2x1e+2x1o")
+    assert hidden_irreps(4, 2, "ignored") == o3.Irreps("4x0e+4x1e+4x2e")
+    assert hidden_irreps(2, 1, "both") == o3.Irreps("2x0e+2x0o+2x1e+2x1o")
     assert num_rows(hidden_irreps(7, 3)) == 16
     assert row_slices(hidden_irreps(7, 2)) == [slice(0, 1), slice(1, 4), slice(4, 9)]
-    assert harmonic_irreps(2, "o3-full") == o3.Irreps("0e+1o+2e")
+    assert harmonic_irreps(2, "both") == o3.Irreps("0e+1o+2e")
 
 
 def test_errors_of_types():
@@ -44,8 +44,8 @@ def test_errors_of_types():
         hidden_irreps(0, 2)
     with pytest.raises(ValueError, match="lmax must be at least 0, got -1; try 2"):
         hidden_irreps(4, -1)
-    with pytest.raises(ValueError, match="symmetry must be one of o3, o3-full, so3, got 'E3'; try 'o3'"):
-        check_symmetry("E3")
+    with pytest.raises(ValueError, match="parity must be one of natural, both, ignored, got 'E3'; try 'natural'"):
+        check_parity("E3")
     with pytest.raises(
         ValueError, match=r"irreps must have one multiplicity .* got 2x0e\+3x1o; map it with IrrepsLinear"
     ):
@@ -80,9 +80,9 @@ def test_couplings_are_e3nn_wigner_3j_with_unit_variance():
                 torch.testing.assert_close(gram, torch.eye(2 * l3 + 1, dtype=torch.float64), rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("symmetry", SYMMETRIES)
-def test_paths_are_those_that_are_left_after_what_repeats_or_vanishes(symmetry, generator):
-    irreps = hidden_irreps(1, 2, symmetry)
+@pytest.mark.parametrize("parity", PARITIES)
+def test_paths_are_those_that_are_left_after_what_repeats_or_vanishes(parity, generator):
+    irreps = hidden_irreps(1, 2, parity)
     every = coupling_paths(irreps, irreps, irreps)
     few = coupling_paths(irreps, irreps, irreps, symmetric=True)
     x = torch.randn(1, num_rows(irreps), dtype=torch.float64, generator=generator)

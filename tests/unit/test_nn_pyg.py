@@ -28,11 +28,11 @@ TYPES = [
 ]
 
 
-@pytest.mark.parametrize(("irreps_in", "irreps_out", "body_order"), TYPES)
-def test_conv_is_covariant_and_masks_change_its_path_only(irreps_in, irreps_out, body_order, molecules, rotation):
+@pytest.mark.parametrize(("irreps_in", "irreps_out", "correlation"), TYPES)
+def test_conv_is_covariant_and_masks_change_its_path_only(irreps_in, irreps_out, correlation, molecules, rotation):
     torch.manual_seed(0)
     _, pos = molecules["chiral"]
-    conv = NBodyConv(irreps_in, irreps_out, cutoff=4.0, body_order=body_order).double().requires_grad_(False)
+    conv = NBodyConv(irreps_in, irreps_out, cutoff=4.0, correlation=correlation).double().requires_grad_(False)
     edges, _ = neighbour_list(pos, 4.0)
     x = torch.randn(len(pos), conv.irreps_in.dim, dtype=torch.float64)
     out = conv(x, edges, pos)

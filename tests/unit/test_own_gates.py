@@ -70,7 +70,7 @@ SCHEMES = {
 
 def network(scheme="bonds", gate=OverlapGate, seed=0, preset="practical", **options) -> NBodyNet:
     torch.manual_seed(seed)
-    options = {"channels": 4, "lmax": 1, "body_order": 2} | options
+    options = {"channels": 4, "lmax": 1, "correlation": 2} | options
     return NBodyNet([1, 6, 8], SCHEMES[scheme], preset=preset, gate=gate, **options).double()
 
 

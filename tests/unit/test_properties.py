@@ -203,12 +203,12 @@ def test_statistics_of_a_single_frame():
 
 def test_the_root_reads_what_is_not_additive(molecules):
     wanted = [Property("homo", "root", "eV")]
-    net = NBodyNet([1, 6, 8], NestedShells((3.0,)), channels=4, target="intensive").double()
+    net = NBodyNet([1, 6, 8], NestedShells((3.0,)), channels=4, readout="root").double()
     model = PropertyModel(net, wanted, {"homo": Statistics(-6.0, 0.5)})
     z, pos = molecules["ethanol"]
     (alone,) = model(Data(z=z, pos=pos))["homo"].tolist()
     assert alone == pytest.approx(-6.0 + 0.5 * float(net(z, pos).detach())) and alone != -6.0
-    with pytest.raises(ValueError, match="readout 'root' needs a network with target='intensive'"):
+    with pytest.raises(ValueError, match="readout 'root' needs a network with readout='root'"):
         PropertyModel(net, [Property("homo", "intensive")])
 
 

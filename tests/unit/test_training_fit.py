@@ -97,7 +97,7 @@ def test_a_checkpoint_of_another_network_is_refused(tmp_path):
     """Windows have no weights, so that weights alone would load, and give other energies."""
     settings = TrainingConfig(max_epochs=1, **COMMON)
     ours, other = (
-        Potential(NBodyNet([1, 6, 8], NestedShells((4.0,), p), channels=4, lmax=1, body_order=2)) for p in (3, 5)
+        Potential(NBodyNet([1, 6, 8], NestedShells((4.0,), p), channels=4, lmax=1, correlation=2)) for p in (3, 5)
     )
     data = [ours.model.scheme(frame) for frame in frames(3)]
     fit(ours, data, (), settings, tmp_path)
@@ -365,3 +365,52 @@ def test_total_energies_are_subtracted_in_double_precision():
 def test_wrong_settings(change, message):
     with pytest.raises(ValueError, match=message):
         TrainingConfig(**change)
+
+
+class Slowly(Callback):
+    """A step takes this many seconds of wall-clock time, by a clock of its own."""
+
+    def __init__(self, monkeypatch, seconds: float):
+        self.now, self.seconds = 0.0, seconds
+        monkeypatch.setattr("time.monotonic", lambda: self.now)
+
+    def on_step(self, trainer):
+        self.now += self.seconds
+
+
+def test_wall_clock_time_ends_the_run_and_goes_on_counting(tmp_path, monkeypatch):
+    settings = TrainingConfig(wall_seconds=40.0, **COMMON)
+    result = fit(potential(), frames(), (), settings, tmp_path, callbacks=[Slowly(monkeypatch, 10.0)])
+    assert result.steps == 5, "the limit is seen at the step that follows"
+    last = tmp_path / "last.ckpt"
+    again = fit(potential(), frames(), (), settings, tmp_path, resume=last, callbacks=[Slowly(monkeypatch, 10.0)])
+    assert again.already_finished and again.steps == 5
+    longer = TrainingConfig(wall_seconds=80.0, **COMMON)
+    more = fit(potential(), frames(), (), longer, tmp_path, resume=last, callbacks=[Slowly(monkeypatch, 10.0)])
+    assert more.steps == 9, "50 seconds were over"
+    with pytest.raises(ValueError, match="wall_seconds must be positive, got 0"):
+        TrainingConfig(wall_seconds=0.0)
+
+
+class Written(Callback):
+    def __init__(self):
+        self.steps = []
+
+    def on_save(self, trainer, checkpoint):
+        self.steps.append(trainer.step)
+
+
+def test_checkpoints_are_written_by_time_as_well_as_by_steps(tmp_path, monkeypatch):
+    settings = TrainingConfig(max_steps=10, **COMMON | {"validate_every": 8}, checkpoint_seconds=30.0)
+    written = Written()
+    fit(potential(), frames(), (), settings, tmp_path, callbacks=[Slowly(monkeypatch, 10.0), written])
+    assert written.steps == [3, 6, 8, 10], "after three steps each, after a validation, and at the end"
+
+
+def test_without_a_terminal_it_speaks_every_half_minute(tmp_path, monkeypatch, capsys):
+    settings = TrainingConfig(max_steps=20, **COMMON | {"validate_every": 13})
+    fit(potential(), frames(), frames(2, seed=1), settings, tmp_path, callbacks=[Slowly(monkeypatch, 10.0)])
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step ")]
+    assert [int(line.split()[1]) for line in lines] == [4, 7, 10, 13, 17, 20]
+    assert "train E" in lines[1] and "meV/A" in lines[1] and "100 s left" not in lines[1]
+    assert lines[1].endswith("2 min left") and "| val E" in lines[3], "13 of 20 steps are left, of 10 seconds"

@@ -49,7 +49,7 @@ E0 = {1: -1.0, 6: -2.0, 8: -3.0}
 
 def network(scheme: str, irreps=None, **options) -> NBodyNet:
     torch.manual_seed(0)
-    options = {"body_order": 3} | options
+    options = {"correlation": 3} | options
     return NBodyNet(SPECIES, SCHEMES[scheme], irreps=irreps or TYPES[scheme], **options).double()
 
 
@@ -92,19 +92,19 @@ def test_every_level_is_covariant(scheme, preset):
 
 
 @pytest.mark.parametrize(
-    ("symmetry", "irreps", "target"),
+    ("parity", "irreps", "target"),
     [
-        ("o3-full", "4x0e + 2x0o + 1x1e + 3x1o", "0e + 0o + 1e + 1o"),
-        ("so3", "4x0e + 2x1e + 1x2e", "0e + 1e + 2e"),
-        ("o3", "4x0e + 2x2e", "0e + 2e"),
+        ("both", "4x0e + 2x0o + 1x1e + 3x1o", "0e + 0o + 1e + 1o"),
+        ("ignored", "4x0e + 2x1e + 1x2e", "0e + 1e + 2e"),
+        ("natural", "4x0e + 2x2e", "0e + 2e"),
     ],
 )
-def test_symmetries(symmetry, irreps, target):
-    net = network("bonds", irreps, symmetry=symmetry, irreps_out=target)
+def test_symmetries(parity, irreps, target):
+    net = network("bonds", irreps, parity=parity, irreps_out=target)
     system = random_molecule(9, SPECIES)
     types = [irreps for irreps, _ in net.representations(as_data(system.z, system.pos))]
     assert types == [o3.Irreps(irreps)] * 4
-    settings = {"improper": symmetry != "so3", "allow_zero": symmetry == "o3-full"}
+    settings = {"improper": parity != "ignored", "allow_zero": parity == "both"}
     assert assert_equivariant(levels_of(net), irreps_out=types, systems=[system], **settings) < 1e-10
 
 
@@ -126,8 +126,8 @@ def test_weights_of_the_linear_maps():
     net = network("shells", {"shell 1": str(first), "shell 2": str(second)}, irreps_out="0e + 1o + 2e")
     layer = net.interactions[1]
     assert isinstance(layer, ChannelGroups) and len(layer.layers) == 3
-    for maps in ([one.gate.enter for one in layer.layers], [one.keep for one in layer.layers],
-                 [one.carry for one in layer.layers]):  # fmt: skip
+    for maps in ([one.gate.enter for one in layer.layers], [one.self_linear for one in layer.layers],
+                 [one.residual_linear for one in layer.layers]):  # fmt: skip
         assert all(one.irreps_in == first for one in maps) and count(maps) == wanted
     assert count([IrrepsLinear(first, second)]) == wanted
 
@@ -293,7 +293,7 @@ def test_train_save_load_and_run(ethanol, tmp_path):
     settings = TrainingConfig(max_steps=4, batch_size=2, dtype="float64")
     fit(model, frames[:4], frames[4:], settings, tmp_path / "run", show_progress=False)
     changed = [n for n, w in model.named_parameters() if not torch.equal(w, before[n])]
-    assert sum(".enter." in name for name in changed) >= 2 and sum(".keep." in name for name in changed) >= 2
+    assert sum(".enter." in name for name in changed) >= 2 and sum(".self_linear." in name for name in changed) >= 2
     atoms.calc = NBodyCalculator(model)
     assert abs(atoms.get_forces()).max() > 1e-6
 
@@ -336,8 +336,8 @@ def test_groups_of_channels():
         ({"irreps": {"shell 1": WIDE}}, "irreps must give a type to each of the levels"),
         ({"irreps": "3x0e + 4x1o"}, "irreps must have at least as many 0e .* raise the multiplicity of 0e"),
         ({"irreps": ""}, "irreps must have at least as many 0e"),
-        ({"irreps": "4x0e + 4x1e"}, r"irreps must have fragments of symmetry 'o3' \(0e, 1o\), got 1e"),
-        ({"irreps": "4x0e + 4x1o", "symmetry": "so3"}, r"symmetry 'so3' \(0e, 1e\), got 1o"),
+        ({"irreps": "4x0e + 4x1e"}, r"irreps must have fragments of parity 'natural' \(0e, 1o\), got 1e"),
+        ({"irreps": "4x0e + 4x1o", "parity": "ignored"}, r"parity 'ignored' \(0e, 1e\), got 1o"),
         ({"irreps": "vectors"}, "irreps must be a type such as '32x0e \\+ 16x1o', got 'vectors'"),
         ({"irreps": 3}, "irreps must be a type such as"),
         ({"irreps": "4x0e + 2x1o", "irreps_out": "2e"}, "no path leads to 2e"),
