@@ -242,7 +242,7 @@ def _rebuilt(init: Potential | PropertyModel, species: Sequence[int], train: Seq
     repulsion = None
     if init.repulsion is not None:
         kept = {pair_name(a, b) for a in init.repulsion.species for b in init.repulsion.species}
-        fresh = ZBLRepulsion.from_frames(species, train).reach
+        fresh = ZBLRepulsion.from_frames(species, train).within_bonds().reach
         repulsion = ZBLRepulsion(species, {n: init.repulsion.reach[n] if n in kept else r for n, r in fresh.items()})
     terms = build_terms(describe_terms(init.terms))
     potential = Potential(network, None, float(init.scale), repulsion, terms)

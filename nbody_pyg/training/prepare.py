@@ -312,6 +312,8 @@ def build_potential(config: Config, data: DataSets) -> Potential | PropertyModel
         with torch.no_grad():
             model.electrons.offset.copy_(terms.offset / float(scale))
     repulsion = _repulsion(config.model, model.species, data.train)
+    if repulsion is not None and data.stream is not None:
+        repulsion = repulsion.within_bonds()
     potential = Potential(model, reference, float(scale), repulsion).to(getattr(torch, config.training.dtype))
     return known_states(potential, data)
 

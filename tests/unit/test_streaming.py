@@ -254,6 +254,8 @@ def test_the_recipe_runs_and_leaves_new_files_out(folder, tmp_path, request, cap
     assert main([*words, "--training.max_steps", "3"]) == 0
     first = read_metadata(tmp_path / "r" / "model.nbody")
     assert first["metadata"]["num_frames"] == {"train": 20, "val": 5, "test": 5}
+    reach = first["repulsion"]["reach"]
+    assert reach["H-O"] == pytest.approx(0.75 * (0.31 + 0.66)) and reach["O-O"] == pytest.approx(0.75 * 2 * 0.66)
     assert first["e0"].keys() == {"1", "6", "8"} and first["metadata"]["errors"]["test"]["forces_mae"] > 0
     write_unit(here / "unit_00005.h5", 5)
     assert main([*words, "--training.max_steps", "5", "--output.resume", "true"]) == 0
