@@ -12,10 +12,11 @@ import torch
 from ase.data import chemical_symbols
 
 from nbody_pyg.cli.tables import error_table, table
-from nbody_pyg.deploy import cg_fingerprint, read_metadata
+from nbody_pyg.deploy import cg_fingerprint, load_model, read_metadata
 from nbody_pyg.kernels import available_backends, build
 from nbody_pyg.kernels.backend import backend
 from nbody_pyg.messages import printable
+from nbody_pyg.native import why_not, why_not_here
 from nbody_pyg.properties import Property
 
 
@@ -57,7 +58,8 @@ def _show(path: str, header: dict[str, Any]) -> None:
         ("written with", ", ".join(f"{name} {version}" for name, version in header["versions"].items())),
         ("units", ", ".join(f"{name} {unit}" for name, unit in header["units"].items())),
         ("CG fingerprint", f"{header['cg_fingerprint'][:16]} ({'same' if matches else 'DIFFERENT'} here)"),
-        *((f"{name} here", value) for name, value in _machine()),
+        *((f"{name} here", value) for name, value in _machine() if name != "engine"),
+        ("engine here", _engine(path)),
     ]
     rows += [("scheme", scheme.pop("name", ""))] if scheme else []
     rows += [(f"scheme.{key}", _short(value)) for key, value in scheme.items()]
@@ -117,6 +119,16 @@ def _repulsion(described: dict[str, Any] | None) -> str:
     return f"{described['name']}, below {', '.join(f'{k} {v:.2f}' for k, v in described['reach'].items())} angstrom"
 
 
+def _engine(path: str) -> str:
+    """What evaluates this model in ASE and in ``nbody md`` on the CPU."""
+    try:
+        reason = why_not(load_model(path))
+    except (ValueError, TypeError) as error:  # a network of another package, or of an older version
+        reason = str(error)
+    reason = reason or why_not_here()
+    return "native" if reason is None else f"torch ({printable(' '.join(reason.split()))})"
+
+
 def _machine() -> list[tuple[str, str]]:
     """The backend that runs on this machine, its compiler, threads and cache."""
     problem, found = build.broken(), build.compiler()
@@ -130,6 +142,7 @@ def _machine() -> list[tuple[str, str]]:
         cache = f"not used, so every process compiles again: {error}"
     rows = [
         ("products", runs),
+        ("engine", "torch" if why_not_here() else "native, for energies on NestedShells; else torch"),
         ("backends", " ".join(available_backends())),
         ("compiler", "none" if found is None else shlex.join(found)),
         ("threads", _threads(problem)),

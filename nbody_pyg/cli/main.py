@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
+from nbody_pyg.active.settings import LearnConfig
 from nbody_pyg.cli.arguments import (
     WRONG,
     WrongArgument,
@@ -31,6 +33,8 @@ Covariant hierarchical N-body networks for atoms.
   nbody check runs/embedded/model.nbody             test the physics of a model
   nbody md runs/embedded/model.nbody start.xyz      molecular dynamics
   nbody relax runs/embedded/model.nbody my.xyz      relax many structures at once
+  nbody learn CCO --label gfn2                      active learning: a potential from few labels
+  nbody export runs/embedded/model.nbody --to c     source code for programs without Python
   nbody solid runs/si/model.nbody si.cif            cell, bulk modulus and elastic constants of a crystal
   nbody energies runs/embedded/model.nbody my.xyz   energy of each part of a molecule
   nbody hierarchy molecule.xyz --scheme BondTree    build, check and draw a hierarchy
@@ -76,6 +80,20 @@ class _Parser(argparse.ArgumentParser):
         known = [option for action in self._actions for option in action.option_strings]
         near = closest(words[0].split("=")[0], known)
         self.error(f"unrecognized arguments: {' '.join(words)}" + (f"; did you mean {near}?" if near else ""))
+
+
+def _add_settings(parser: argparse.ArgumentParser) -> None:
+    """An option for each setting of active learning."""
+    kinds: dict[str, Callable[[str], Any]] = {
+        "str": str,
+        "int": whole,
+        "float": positive_number,
+        "float | None": positive_number,
+    }
+    for field in dataclasses.fields(LearnConfig):
+        shown = "" if field.default is None else f" (default: {field.default})"
+        kind, option = kinds.get(str(field.type), positive_number), f"--{field.name.replace('_', '-')}"
+        parser.add_argument(option, type=kind, default=field.default, help=field.metadata["help"] + shown)
 
 
 def build_parser() -> _Parser:
@@ -143,7 +161,11 @@ def build_parser() -> _Parser:
         "start", nargs="?", default=None,
         help="start structure: the last frame of any file that ASE reads; optional with --restart",
     )  # fmt: skip
-    md.add_argument("--ensemble", choices=("nve", "langevin"), default="nve", help="(default: nve)")
+    md.add_argument(
+        "--ensemble", choices=("nve", "langevin", "bussi", "nose-hoover", "npt", "npt-full"), default="nve",
+        help="constant energy (nve), temperature (langevin, bussi, nose-hoover), or temperature and pressure with "
+        "isotropic changes of the cell (npt) or changes of its shape (npt-full) (default: nve)",
+    )  # fmt: skip
     md.add_argument(
         "--steps", type=not_negative, default=2000, help="number of steps; with --restart, further ones (default: 2000)"
     )
@@ -156,15 +178,28 @@ def build_parser() -> _Parser:
         "--friction", type=number_not_negative, default=None,
         help="1/fs, only with --ensemble langevin (default: 0.01)",
     )  # fmt: skip
+    md.add_argument("--pressure", type=float, default=None, metavar="BAR",
+                    help="of npt and npt-full, bar (default: 1)")  # fmt: skip
+    md.add_argument("--thermostat-time", type=positive_number, default=None, metavar="FS",
+                    help="relaxation time of bussi, nose-hoover, npt and npt-full, fs (default: 100 time "
+                    "steps)")  # fmt: skip
+    md.add_argument("--barostat-time", type=positive_number, default=None, metavar="FS",
+                    help="relaxation time of the cell, fs (default: 1000 time steps)")  # fmt: skip
     md.add_argument("--velocities", choices=("auto", "given", "drawn"), default="auto",
                     help="given: those of the start structure; drawn: random, from --temperature and --seed; auto: "
                     "given if the start structure has velocities, else drawn (default: auto)")  # fmt: skip
     md.add_argument("--max-temperature", type=float, default=None, metavar="K",
                     help="stop when hotter; inf: never (default: 30000, or ten times --temperature)")  # fmt: skip
     md.add_argument("--every", type=positive, default=10, help="steps between samples (default: 10)")
+    md.add_argument("--format", choices=("extxyz", "traj", "dcd", "xtc"), default=None,
+                    help="of the trajectory; dcd and xtc have positions and cells only and need mdtraj (default: "
+                    "extxyz)")  # fmt: skip
     md.add_argument("--seed", type=not_negative, default=0, help="for velocities and thermostat (default: 0)")
     md.add_argument("--dtype", choices=("float32", "float64"), default=None, help="(default: the model's)")
     md.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
+    md.add_argument("--engine", choices=("auto", "native", "torch"), default="auto",
+                    help="native: a generated C program; auto: native where it can compute the model, else torch "
+                    "(default: auto)")  # fmt: skip
     md.add_argument("--compile", action="store_true", help="compile the model at the first step; for small systems")
     md.add_argument("--cuda-graphs", action="store_true", help="replay steps as CUDA graphs; needs --device cuda")
     md.add_argument("--committee", nargs="+", default=[], metavar="MODEL",
@@ -173,11 +208,22 @@ def build_parser() -> _Parser:
                     help="stop when the standard deviation of the force on an atom over the committee is "
                     "larger, eV/A")  # fmt: skip
     md.add_argument("--restart", action="store_true",
-                    help="continue the trajectory in the folder from its last positions, velocities and step; frames "
-                    "and log lines are appended")  # fmt: skip
+                    help="continue the run in the folder from its checkpoint, or without one from the last frame; "
+                    "frames and log lines are appended")  # fmt: skip
     md.add_argument("--stop-on-bond-change", action="store_true",
                     help="stop at the first sample whose bonds differ from those in use (BondTree)")  # fmt: skip
-    _add_out(md, "folder for md.log, trajectory.xyz, energy.png (default: md; a number is added if it holds a run)")
+    _add_out(
+        md,
+        "folder for md.log, trajectory.xyz, checkpoint.npz, energy.png (default: md; a number is added if it holds a "
+        "run); a file STOP in it ends the run",
+    )
+
+    export = commands.add_parser("export", help="write a model as source code for programs without Python")
+    export.add_argument("model", help="model file")
+    export.add_argument("--to", choices=("c",), default="c", help="language: c (default: c)")
+    export.add_argument("--dtype", choices=("float32", "float64"), default=None, help="(default: the model's)")
+    _add_out(export, "folder of the source, header, weights and example (default: exported; a number is added if it "
+             "holds an export)")  # fmt: skip
 
     relax = commands.add_parser("relax", help="relax many structures at once")
     relax.add_argument("model", help="model file")
@@ -204,6 +250,12 @@ def build_parser() -> _Parser:
     solid.add_argument("--range", type=positive_number, default=0.06, help="largest change of volume (default: 0.06)")
     solid.add_argument("--strain", type=positive_number, default=0.005, help="of elastic constants (default: 0.005)")
     _add_out(solid, "folder (default: solid; a number is added if it holds results)")
+
+    learn = commands.add_parser("learn", help="active learning: a potential from few labels")
+    learn.add_argument("start", help="structures of one molecule or crystal, or a SMILES string")
+    _add_settings(learn)
+    learn.add_argument("--out", default="learned", help="folder (default: learned)")
+    learn.add_argument("--resume", action="store_true", help="continue the run in the folder")
 
     energies = commands.add_parser("energies", help="energy of each part of the hierarchy of a structure")
     energies.add_argument("model", help="model file")

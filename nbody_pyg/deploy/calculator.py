@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import logging
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -25,7 +26,10 @@ from nbody_pyg.deploy.model_file import load_potential, read_metadata, require_p
 from nbody_pyg.deploy.reference import bond_changes, describe_bonds, parts_of_reference, reference_topology
 from nbody_pyg.hierarchy import BondTree, Topology, TopologyCache
 from nbody_pyg.hierarchy.skin import refuse_carry_on
+from nbody_pyg.kernels import build
 from nbody_pyg.kernels.autograd_flags import Lock, locked
+from nbody_pyg.messages import check_choice
+from nbody_pyg.native import NativeEvaluator, why_not, why_not_here
 from nbody_pyg.potential import Potential
 from nbody_pyg.required import required
 from nbody_pyg.system import System
@@ -33,6 +37,10 @@ from nbody_pyg.system import System
 #: Descriptions of the source of the bonds.
 _BONDS = ("each", "first")
 _DTYPES = {"float32": torch.float32, "float64": torch.float64}
+#: What evaluates a potential.
+ENGINES = ("auto", "native", "torch")
+
+_log = logging.getLogger("nbody_pyg")
 
 
 class SharedCalculator(Calculator):
@@ -62,6 +70,16 @@ class SharedCalculator(Calculator):
     def calculate_properties(self, atoms: Atoms, properties: list[str]) -> Any:
         """As ASE's; threads take turns."""
         return super().calculate_properties(atoms, properties)
+
+    @locked
+    def evaluate(self, atoms: Atoms, stress: bool = False) -> tuple[float, np.ndarray, np.ndarray | None]:
+        """Energy (eV), forces [N, 3] (eV/angstrom) and stress [6] (eV/angstrom^3; None if not wanted).
+
+        One evaluation, without ASE's comparison with the structure before: for hosts that move all atoms at every step.
+        """
+        self.calculate(atoms, ["energy", "forces", *(["stress"] if stress else [])], all_changes)
+        found = self.results
+        return float(found["energy"]), found["forces"], found["stress"] if stress else None
 
     def check_state(self, atoms: Atoms, tol: float = 1e-15) -> list[str]:
         """Changes since the last calculation."""
@@ -138,9 +156,13 @@ class NBodyCalculator(SharedCalculator):
         cuda_graphs: replay steps on a GPU from CUDA graphs (:class:`~nbody_pyg.cuda_graphs.CapturedPotential`), for
             NBodyNet only. Graphs are valid from one neighbour search to the next, so use a larger ``skin``, such as 1.
         bonds: "each", "first", or a structure (ASE's Atoms, or Data with what the scheme reads), see above.
+        engine: "native": a generated C program (:class:`~nbody_pyg.native.NativeEvaluator`), compiled at the first
+            step; "torch"; "auto": native where it can compute this potential on the CPU and a C compiler exists. The
+            attribute ``engine`` is the choice, ``engine_reason`` the reason why it is not native.
     Raises:
         ValueError: an element that the model does not know, an unknown dtype, ``cuda_graphs`` without a GPU or together
-        with ``compile``, an unknown value of ``bonds``, a structure with other atoms than that of ``bonds``.
+        with ``compile``, an unknown value of ``bonds`` or ``engine``, a structure with other atoms than that of
+        ``bonds``, ``engine="native"`` for a potential that it cannot compute.
         TypeError: ``compile`` or ``cuda_graphs`` with another model than NBodyNet.
     """
 
@@ -158,6 +180,7 @@ class NBodyCalculator(SharedCalculator):
         compile: bool = False,
         cuda_graphs: bool = False,
         bonds: str | Atoms | Data = "each",
+        engine: str = "auto",
         **kwargs: Any,
     ):
         super().__init__(**kwargs)
@@ -185,6 +208,13 @@ class NBodyCalculator(SharedCalculator):
         self._evaluate: Callable[..., Any] = compile_potential(self.potential) if compile else self.potential
         if cuda_graphs:
             self._evaluate = _captured(self.potential, self.device)
+        self._trims = not cuda_graphs
+        self._asked = check_choice("engine", engine, ENGINES)
+        self.engine, self.engine_reason = "native", self._why_torch(compile, cuda_graphs)
+        if self.engine_reason is None:
+            self._evaluate = NativeEvaluator(self.potential)
+        else:
+            self._use_torch(self.engine_reason)
         self._numbers: np.ndarray | None = None
         self.bonds = bonds
         self.bonds_from: str | None = None
@@ -277,7 +307,9 @@ class NBodyCalculator(SharedCalculator):
         if "stress" in properties and not atoms.pbc.any():
             raise PropertyNotImplementedError("stress needs a periodic cell; this system has none")
         system = self._system(atoms, **{key: value.to(self.device) for key, value in required(self._state).items()})
+        native = self._is_native()
         if self.topologies is not None:
+            self.topologies.trim = self._trims and not native  # the native program leaves longer edges out by itself
             system = system.replace(topology=self._topology(system))
         # Who asked for a stress asks for it again: an evaluation of its own would cost another one at every step
         self._stressed |= "stress" in properties
@@ -294,7 +326,46 @@ class NBodyCalculator(SharedCalculator):
             stress = result["stress"][0].double().cpu().numpy()
             self.results["stress"] = full_3x3_to_voigt_6_stress(stress)
         if "energies" in properties:
-            self.results["energies"] = self._energies(system)
+            self.results["energies"] = result["energies"].numpy() if native else self._energies(system)
+
+    def _why_torch(self, compile: bool, cuda_graphs: bool) -> str | None:
+        """Reason why torch evaluates the potential, or None."""
+        if compile or cuda_graphs:
+            return "compile=True" if compile else "cuda_graphs=True"
+        if self._asked == "torch":
+            return "engine='torch'"
+        if self.device.type != "cpu":
+            return f"the device is {self.device}"
+        return why_not(self.potential) or why_not_here()
+
+    def _use_torch(self, reason: str) -> None:
+        """Evaluate with torch from now on.
+
+        Raises: ValueError: the engine must be native.
+        """
+        if self._asked == "native":
+            raise ValueError(f"engine 'native' cannot evaluate this potential: {reason}; use engine='auto' or 'torch'")
+        if isinstance(self._evaluate, NativeEvaluator):
+            self._evaluate = self.potential
+        self.engine, self.engine_reason = "torch", reason
+        if self._asked == "auto":
+            _log.info("engine torch: %s", reason)
+
+    def _is_native(self) -> bool:
+        """Whether the native program evaluates; it is compiled now if needed."""
+        native = self._evaluate
+        if not isinstance(native, NativeEvaluator):
+            return False
+        if reason := native.changed():
+            self._use_torch(reason)
+            return False
+        try:
+            native.model()
+        except RuntimeError as error:
+            self._use_torch(str(error))
+            build.warn_once("native", f"torch runs instead of the native program, which failed to compile: {error}")
+            return False
+        return True
 
     def _check_species(self, atoms: Atoms) -> None:
         species = self.potential.species

@@ -90,7 +90,7 @@ class Committee(SharedCalculator):
             "forces": forces.mean(axis=0),
             "forces_std": np.sqrt(forces.var(axis=0, ddof=1).sum(axis=1)),
         }
-        if wants_stress:
+        if all("stress" in result for result in found):  # members whose stress was asked for once give it always
             stress = np.stack([result["stress"] for result in found])
             self.results |= {"stress": stress.mean(axis=0), "stress_std": stress.std(axis=0, ddof=1)}
 

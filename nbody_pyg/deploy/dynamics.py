@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 import math
 import os
+import time as clock
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,16 +20,16 @@ from ase.constraints import FixAtoms, FixCartesian
 from ase.io import read, write
 from ase.io.trajectory import Trajectory
 from ase.md import MDLogger
-from ase.md.langevin import Langevin
 from ase.md.md import MolecularDynamics
 from ase.md.velocitydistribution import Stationary, ZeroRotation
-from ase.md.verlet import VelocityVerlet
 
 from nbody_pyg.data import electronic_state_of
 from nbody_pyg.datasets.readers import without_labels
+from nbody_pyg.deploy.ensembles import ENSEMBLES, has_pressure, integrator, restore, variables
+from nbody_pyg.deploy.md_checkpoint import MDState
+from nbody_pyg.deploy.trajectory_files import LIBRARY_FORMATS, LibraryWriter
 from nbody_pyg.messages import check_choice
 
-ENSEMBLES = ("nve", "langevin")
 VELOCITIES = ("auto", "given", "drawn")
 
 # A run above this temperature has failed, K: 3/2 kT is then 3.9 eV, the energy of a bond for every atom.
@@ -38,6 +40,8 @@ _FASTEST = 10.0
 _LONGEST_MOVE = 1.0
 # An atom of an open system that is further from every other atom has left it, angstrom.
 _LOST = 10.0
+# A checkpoint is written at a sample if the last one is older than this, and at the end, s.
+_CHECKPOINT_SECONDS = 10.0
 # Smallest number of samples for a linear fit.
 _LEAST_SAMPLES = 3
 
@@ -61,6 +65,7 @@ class MDReport:
     ``bonds_from``            source of the bonds that the energy uses; None if it uses none
     ``bond_changes``          step and atoms of the first sample at which the bonds found are others than those
                               in use; None where they never were
+    ``volume``                angstrom^3, of the cell; empty unless all three directions are periodic
     ========================  ==========================================================================
 
     Drift and jumps are a measure of the potential only if the total energy is conserved (nve). With fewer than two
@@ -77,6 +82,7 @@ class MDReport:
     velocities: str = ""
     bonds_from: str | None = None
     bond_changes: str | None = None
+    volume: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0))
 
     @property
     def drift(self) -> float:
@@ -130,6 +136,10 @@ def run_md(
     max_temperature: float | None = None,
     restart: bool = False,
     stop_on_bond_change: bool = False,
+    pressure: float = 1.0,
+    thermostat_time: float | None = None,
+    barostat_time: float | None = None,
+    checkpoint: str | Path | None = None,
 ) -> MDReport:
     """Run molecular dynamics of ``atoms`` (in place) with their calculator.
 
@@ -149,15 +159,16 @@ def run_md(
 
     Args:
         steps: number of steps; 0 evaluates the first structure.
-        ensemble: "nve" (velocity Verlet) or "langevin".
+        ensemble: "nve" (velocity Verlet), "langevin", "bussi" (stochastic velocity rescaling), "nose-hoover" (a
+            chain of three), "npt" (isotropic) or "npt-full" (all lengths and angles; both Martyna-Tobias-Klein).
         timestep: fs.
         temperature: K, of the first velocities and of the thermostat.
         friction: 1/fs, of the Langevin thermostat.
         seed: of the velocities and of the thermostat.
         sample_every: steps between samples, log lines and frames.
-        log: text file in ASE's MDLogger form.
-        trajectory: frames with energies, forces and velocities: ASE's ``.traj``, or extxyz by any other name. The
-            number of the step and the time are in ``atoms.info``.
+        log: text file in ASE's MDLogger form, with the stress (GPa) of "npt" and "npt-full".
+        trajectory: ``.dcd`` or ``.xtc`` (positions and cells only; by mdtraj), ASE's ``.traj``, or extxyz by any other
+            name. The last two have energies, forces and velocities, and step and time in ``atoms.info``.
         report: called with the number of steps done at every sample.
         stop: called with the atoms after every step; a returned text ends the run, and is kept in the report. The last
             structure
@@ -169,7 +180,16 @@ def run_md(
         restart: continue from the last complete frame of ``trajectory`` with its positions, momenta and step number,
             and append to ``trajectory`` and ``log``. Positions and momenta are as exact as in the file: all digits in
             ``.traj``, 8 decimals in extxyz. The random numbers of a thermostat start again, from the seed and the step.
+            With ``checkpoint`` the run goes on from there instead, as if it had not been interrupted.
         stop_on_bond_change: end the run at the first sample whose bonds differ from those in use.
+        pressure: bar, of "npt" and "npt-full".
+        thermostat_time: relaxation time of "bussi", "nose-hoover", "npt" and "npt-full", fs; by default 100 time steps.
+        barostat_time: relaxation time of the cell, fs; by default 1000 time steps.
+        checkpoint: file for the state of the run (:class:`~nbody_pyg.deploy.md_checkpoint.MDState`), replaced at
+            samples, at most every 10 s, and at the end. A restart from it repeats all numbers of an uninterrupted
+            run on the same machine: positions, velocities, random numbers, thermostat and barostat.
+            It needs the same ensemble and settings; with others they begin anew. Frames of a killed run that are
+            later than the checkpoint are computed again, not written twice, and not counted as ``steps``.
     Raises: ValueError: no calculator, an unknown ensemble or choice of velocities, numbers out of range, atoms that
         cannot move, a trajectory that cannot be continued, or that of atoms with other charges or masses.
     """
@@ -180,32 +200,49 @@ def run_md(
     _check_numbers(steps, sample_every, timestep, temperature, friction, max_temperature)
     if len(atoms.constraints) and atoms.get_number_of_degrees_of_freedom() <= 0:
         raise ValueError("atoms must be free to move, but their constraints hold all of them; take some away")
-    first = _continued(atoms, trajectory, timestep) if restart else 0
+    # Last step that is written already, and the state to go on from where there is one
+    written, state = _resumed(atoms, trajectory, timestep, checkpoint) if restart else (-1, None)
+    first = max(written, 0) if state is None else state.step
+    repeated = max(written - first, 0)  # steps of a killed run that are later than its checkpoint
+    steps += repeated
     rng = np.random.default_rng([seed, first] if first else seed)
     origin = _set_velocities(atoms, "given" if restart else velocities, temperature, rng, seed)
-    origin = f"those of step {first} of the trajectory" if restart else origin
-    # fixcm=True samples a wrong distribution for small systems, so the centre of mass moves here.
-    bath: dict[str, Any] = {"temperature_K": temperature, "friction": friction / units.fs, "rng": rng, "fixcm": False}
-    kind: type[MolecularDynamics] = VelocityVerlet if ensemble == "nve" else Langevin
-    dyn = kind(atoms, timestep * units.fs, **({} if ensemble == "nve" else bath))
+    if state is not None:
+        state.apply(atoms)  # momenta once more: constraints have changed their last digits
+    origin = f"those of step {first} of the {'trajectory' if state is None else 'checkpoint'}" if restart else origin
+    options: dict[str, Any] = {
+        "timestep": timestep, "temperature": temperature, "friction": friction, "pressure": pressure,
+        "thermostat_time": thermostat_time, "barostat_time": barostat_time,
+    }  # fmt: skip
+    dyn = integrator(ensemble, atoms, rng=rng, **options)
+    kind = f"{ensemble} {sorted(options.items())}"
+    if state is not None and state.ensemble == kind:
+        rng.bit_generator.state = state.random
+        restore(dyn, state.variables)
     dyn.nsteps = first
     hottest = max(_HOTTEST, 10.0 * temperature) if max_temperature is None else max_temperature
     failed = _Failure(atoms, timestep * units.fs, hottest)
     bonded = _with_bonds(atoms.calc)
     stopped = changes = None
     with contextlib.ExitStack() as kept:
-        if bonded:  # a continued run keeps its bonds
-            begun = _frame(str(trajectory), 0) if restart else atoms
+        begun = atoms.copy()
+        if restart and (state is not None or bonded):  # a continued run keeps its bonds
+            begun = _frame(str(trajectory), 0) if state is None else state.first(atoms)
+        if bonded:
             if atoms.calc not in bonded:  # one of ASE's calculators, whose cache ignores bonds
                 kept.callback(atoms.calc.__dict__.update, atoms=None, results={})
             for calculator in bonded:
                 kept.enter_context(calculator.fixed_bonds(begun))
         bonds_from = next((c.bonds_from for c in bonded if c.bonds_from), None)
+        if has_pressure(ensemble):
+            atoms.get_stress()  # our calculators then compute it with the forces
         atoms.get_forces()  # dyn computes none before the first step of a continued run
-        if restart:
+        if restart and Path(str(trajectory)).suffix not in LIBRARY_FORMATS and written == first:
             _check_energy(atoms, str(trajectory))
-        record = _Record(atoms, dyn, log, trajectory, restart)  # last, because it replaces files
+        stress = has_pressure(ensemble)
+        record = _Record(atoms, dyn, log, trajectory, written if restart else None, stress)  # last: it replaces files
         kept.callback(record.close)
+        saved = -math.inf
         for _ in dyn.irun(steps):
             done = dyn.nsteps - first
             due = done == steps or done % sample_every == 0
@@ -216,14 +253,70 @@ def run_md(
                     changes = _told(atoms, bonded, bonds_from, when, record.logger)
                     if changes is not None and stop_on_bond_change:
                         reason = reason or "bonds have changed, " + changes.partition(": ")[2]
-                record(write=done > 0 or not restart)  # the first frame of a continued run exists already
-                if report is not None:
-                    report(done)
+                record(write=dyn.nsteps > written)  # the first frames of a continued run exist already
+                if report is not None and done >= repeated:
+                    report(done - repeated)
+                now = clock.monotonic()
+                if checkpoint is not None and (done == steps or reason or now - saved >= _CHECKPOINT_SECONDS):
+                    saved = now
+                    _state_of_run(atoms, dyn, kind, timestep, begun, rng).save(checkpoint)
             if reason:
                 stopped = f"stopped after step {dyn.nsteps} ({dyn.get_time() / units.fs:.2f} fs): {reason}"
                 break
     time, total, potential, kelvin = np.array(record.samples).reshape(-1, 4).T
-    return MDReport(time, total, potential, kelvin, len(atoms), stopped, first, origin, bonds_from, changes)
+    volume = np.array(record.volumes)
+    return MDReport(time, total, potential, kelvin, len(atoms), stopped, first, origin, bonds_from, changes, volume)
+
+
+def _resumed(
+    atoms: Atoms, trajectory: str | Path | None, timestep: float, checkpoint: str | Path | None
+) -> tuple[int, MDState | None]:
+    """Give the atoms the state to go on from; returns the last step that is written, and the checkpoint if it is used.
+
+    Raises: ValueError: no trajectory or checkpoint, or those of another run.
+    """
+    state = None if checkpoint is None or not Path(checkpoint).is_file() else MDState.load(checkpoint)
+    if state is not None:
+        state.check(atoms, timestep, str(checkpoint))
+    if trajectory is not None and Path(trajectory).suffix in LIBRARY_FORMATS:
+        if state is None:
+            raise ValueError(f"restart needs a checkpoint to go on from, because {trajectory} has no momenta")
+        written = state.step
+    else:
+        written = _continued(atoms, trajectory, timestep)
+        near = state is not None and (
+            state.step < written or (state.step == written and np.abs(atoms.positions - state.positions).max() < 1e-4)
+        )
+        if state is not None and not near:
+            warnings.warn(
+                f"{checkpoint} is not the state of the last frame of {trajectory} (step {state.step}, step {written}); "
+                "the run goes on from the frame",
+                stacklevel=3,
+            )
+            state = None
+    if state is not None:
+        state.apply(atoms)
+    return written, state
+
+
+def _state_of_run(
+    atoms: Atoms, dyn: MolecularDynamics, kind: str, timestep: float, begun: Atoms, rng: np.random.Generator
+) -> MDState:
+    return MDState(
+        step=int(dyn.nsteps),
+        ensemble=kind,
+        timestep=float(timestep),
+        numbers=atoms.numbers,
+        masses=atoms.get_masses(),
+        positions=atoms.get_positions(),
+        momenta=atoms.get_momenta(),
+        cell=atoms.cell.array.copy(),
+        pbc=atoms.pbc.copy(),
+        first_positions=begun.get_positions(),
+        first_cell=begun.cell.array.copy(),
+        random=dict(rng.bit_generator.state),
+        variables=variables(dyn),
+    )
 
 
 def _with_bonds(calculator: Any) -> list[Any]:
@@ -410,12 +503,21 @@ class _Record:
     """Writes samples, log and frames of a run, each structure once."""
 
     def __init__(
-        self, atoms: Atoms, dyn: MolecularDynamics, log: str | Path | None, trajectory: str | Path | None, append: bool
+        self,
+        atoms: Atoms,
+        dyn: MolecularDynamics,
+        log: str | Path | None,
+        trajectory: str | Path | None,
+        continued: int | None,
+        stress: bool,
     ):
-        self.atoms, self.dyn = atoms, dyn
+        self.atoms, self.dyn, append = atoms, dyn, continued is not None
         self.samples: list[tuple[float, float, float, float]] = []
+        self.volumes: list[float] = []
         self.frames: Any = None
-        if trajectory is not None and Path(trajectory).suffix == ".traj":
+        if trajectory is not None and Path(trajectory).suffix in LIBRARY_FORMATS:
+            self.frames = LibraryWriter(Path(trajectory), atoms, continued)
+        elif trajectory is not None and Path(trajectory).suffix == ".traj":
             self.frames = Trajectory(str(trajectory), "a" if append else "w", atoms)
         elif trajectory is not None:
             self.frames = _ExtxyzWriter(Path(trajectory), atoms, append)
@@ -423,12 +525,14 @@ class _Record:
         if log is not None:
             append = append and Path(log).is_file()
             mode = "a" if append else "w"
-            self.logger = MDLogger(dyn, atoms, str(log), header=not append, peratom=False, mode=mode)
+            self.logger = MDLogger(dyn, atoms, str(log), header=not append, stress=stress, peratom=False, mode=mode)
 
     def __call__(self, write: bool) -> None:
         atoms, fs = self.atoms, self.dyn.get_time() / units.fs
         potential = atoms.get_potential_energy()
         self.samples.append((fs / 1000, potential + atoms.get_kinetic_energy(), potential, atoms.get_temperature()))
+        if atoms.pbc.all():
+            self.volumes.append(atoms.get_volume())
         atoms.info |= {"step": self.dyn.nsteps, "time_fs": round(fs, 9)}
         # The frame first: a log line without its frame could not be continued.
         if write and self.frames is not None:

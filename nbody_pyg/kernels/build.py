@@ -55,6 +55,7 @@ _OPENMP_PROBE = """int nbody_sum(int n) {
 
 _log = logging.getLogger("nbody_pyg")
 _libraries: dict[str, ctypes.CDLL | str] = {}  # by source: the loaded library, or the error
+_efforts: dict[str, str] = {}  # by source: the optimisation level that the caller chose
 _said: set[str] = set()
 _lock = threading.RLock()  # held while something is compiled or loaded
 
@@ -80,9 +81,9 @@ def one_at_a_time(function: Callable[..., R]) -> Callable[..., R]:
 
 
 def _flags(source: str) -> tuple[str, ...]:
-    effort = "-O3" if len(source) < _SHORT else "-O2" if len(source) < _LONG else "-O1"
+    by_length = "-O3" if len(source) < _SHORT else "-O2" if len(source) < _LONG else "-O1"
     threads = source == _OPENMP_PROBE or (source != _PROBE and no_threads() is None)
-    return (effort, *_FLAGS, *([_OPENMP] if threads else []))
+    return (_efforts.get(source, by_length), *_FLAGS, *([_OPENMP] if threads else []))
 
 
 @functools.lru_cache(maxsize=1)
@@ -186,9 +187,11 @@ def _machine() -> str:
         return "unknown"
 
 
-def load(source: str) -> ctypes.CDLL:
+def load(source: str, effort: str | None = None) -> ctypes.CDLL:
     """Shared library of a C source, compiled at the first use; safe for concurrent threads and processes.
 
+    Args:
+        effort: optimisation level such as "-O3"; None: one that depends on the length of the source.
     Raises: RuntimeError: no compiler, the compiler failed (its message is included), or there is no folder from which
         libraries can be loaded. It is not tried again.
     """
@@ -197,6 +200,8 @@ def load(source: str) -> ctypes.CDLL:
         with _lock:
             found = _libraries.get(source)
             if found is None:
+                if effort is not None:
+                    _efforts[source] = effort
                 try:
                     found = _load(source)
                 except (RuntimeError, OSError) as error:

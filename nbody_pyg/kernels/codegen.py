@@ -83,8 +83,10 @@ def _zero(kind: str, names: Iterable[str]) -> list[str]:
     return [f"        {kind} {name} = ({kind}){{0}};" for name in names]
 
 
-def product_source(terms: list[Term], rows1: int, rows2: int, rows_out: int, tail: bool = True) -> str:
-    """Functions of the channelwise product for one coupling table."""
+def product_source(
+    terms: list[Term], rows1: int, rows2: int, rows_out: int, tail: bool = True, second: bool = True
+) -> str:
+    """Functions of the channelwise product for one coupling table; without ``second`` no second derivatives."""
     by_pair: dict[tuple[int, int], list[Term]] = defaultdict(list)
     for term in terms:
         by_pair[term.i, term.j].append(term)
@@ -125,15 +127,25 @@ def product_source(terms: list[Term], rows1: int, rows2: int, rows_out: int, tai
 
     x, y, g, out = ("x", rows1), ("y", rows2), ("g", rows_out), ("out", rows_out)
     gx, gy, gg, a, b = ("gx", rows1), ("gy", rows2), ("gg", rows_out), ("a", rows1), ("b", rows2)
-    return "\n".join([
+    functions = [
         function("product_forward", [x, y, out], {"out"}, forward),
         function("product_backward", [g, x, y, gx, gy], {"gx", "gy"}, lambda kind: gradients(kind, False)),
-        function("product_double", [g, x, y, a, b, gg, gx, gy], {"gg", "gx", "gy"}, lambda kind: gradients(kind, True)),
-    ])  # fmt: skip
+    ]
+    if second:
+        pointers = [g, x, y, a, b, gg, gx, gy]
+        functions.append(function("product_double", pointers, {"gg", "gx", "gy"}, lambda kind: gradients(kind, True)))
+    return "\n".join(functions)
 
 
 def one_body_source(
-    terms: list[Term], rows_in: int, harmonics: int, rows_out: int, paths: int, basis: int, tail: bool = True
+    terms: list[Term],
+    rows_in: int,
+    harmonics: int,
+    rows_out: int,
+    paths: int,
+    basis: int,
+    tail: bool = True,
+    second: bool = True,
 ) -> str:
     """Functions of the edge product; in ``terms`` i counts source rows and j harmonics.
 
@@ -244,14 +256,16 @@ def one_body_source(
     cotangents_given = given(("a", ""), ("n", str(harmonics)), ("d", str(basis)), ("U", ""))
     out = f"    real *oe = out + target[e] * {size_out};"
     cotangents = f"    const real *ae = a + source[e] * {size_in}, *Ne = n + e * {harmonics}, *De = d + e * {basis};"
-    return "\n".join([
+    functions = [
         function("one_body_forward", [*common, result], [*state, out, *matrix("M", "Ye")], forward, []),
         function("one_body_backward", [*given(("g", "")), *common, *results],
                  state + grads + matrix("M", "Ye"), backward, finish),
-        function("one_body_double",
-                 [*given(("g", "")), *common, *cotangents_given, result, *results],
-                 state + grads + [out, cotangents] + matrix("M", "Ye") + matrix("N", "Ne"), double, finish),
-    ])  # fmt: skip
+    ]  # fmt: skip
+    if second:
+        arguments = [*given(("g", "")), *common, *cotangents_given, result, *results]
+        setup = state + grads + [out, cotangents] + matrix("M", "Ye") + matrix("N", "Ne")
+        functions.append(function("one_body_double", arguments, setup, double, finish))
+    return "\n".join(functions)
 
 
 def _harmonic_gradient(
@@ -266,7 +280,7 @@ def _harmonic_gradient(
     return lines
 
 
-def density_source(harmonics: int, basis: int, num_species: int) -> str:
+def density_source(harmonics: int, basis: int, num_species: int, second: bool = True) -> str:
     """Functions of the density: out[target, m, species, b] += Y[e, m] * B[e, b], slot = target * species + its number."""
     slot, y, b = (Argument(f"const {kind}*", name, step) for kind, name, step in (
         ("int64_t", "slot", "1"), ("real", "Y", "M"), ("real", "B", "K")))  # fmt: skip
@@ -276,8 +290,9 @@ def density_source(harmonics: int, basis: int, num_species: int) -> str:
     wrappers = [
         in_blocks("density_forward", "E", [slot, y, b, out], _DENSITY_EDGES),
         in_blocks("density_backward", "E", [slot, g, y, b, *edges], _DENSITY_EDGES),
-        in_blocks("density_double", "E", [slot, g, y, b, a, d, out, *edges], _DENSITY_EDGES),
     ]
+    if second:
+        wrappers.append(in_blocks("density_double", "E", [slot, g, y, b, a, d, out, *edges], _DENSITY_EDGES))
     return f"""
 enum {{ M = {harmonics}, K = {basis}, S = {num_species}, Q = S * K }};
 #define AT(slot) ((slot) / S * (M * Q) + (slot) % S * K)
@@ -301,23 +316,26 @@ static void density_backward_rows(int64_t E, const int64_t* restrict slot, const
     for (int b = 0; b < K; b++) gB[e * K + b] = sum[b];
   }}
 }}
-static void density_double_rows(int64_t E, const int64_t* restrict slot, const real* restrict g, const real* restrict Y, const real* restrict B,
-    const real* restrict a, const real* restrict d, real* restrict out, real* restrict gY, real* restrict gB) {{
-  for (int64_t e = 0; e < E; e++) {{
+{_DENSITY_DOUBLE if second else ""}{"".join(wrappers)}"""
+
+
+_DENSITY_DOUBLE = """static void density_double_rows(int64_t E, const int64_t* restrict slot, const real* restrict g, const real* restrict Y, const real* restrict B,
+    const real* restrict a, const real* restrict d, real* restrict out, real* restrict gY, real* restrict gB) {
+  for (int64_t e = 0; e < E; e++) {
     const real* h = g + AT(slot[e]);
     real* o = out + AT(slot[e]);
     real sum[K];
     for (int b = 0; b < K; b++) sum[b] = 0;
-    for (int m = 0; m < M; m++) {{
+    for (int m = 0; m < M; m++) {
       real s = 0;
-      for (int b = 0; b < K; b++) {{
+      for (int b = 0; b < K; b++) {
         o[m * Q + b] += a[e * M + m] * B[e * K + b] + Y[e * M + m] * d[e * K + b];
         s += h[m * Q + b] * d[e * K + b];
         sum[b] += h[m * Q + b] * a[e * M + m];
-      }}
+      }
       gY[e * M + m] = s;
-    }}
+    }
     for (int b = 0; b < K; b++) gB[e * K + b] = sum[b];
-  }}
-}}
-{"".join(wrappers)}"""
+  }
+}
+"""

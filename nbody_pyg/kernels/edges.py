@@ -76,20 +76,22 @@ static void features_backward_rows(int64_t E, const real* v, const real* window,
     gw[e] = value;
   }}
 }}
-/* cotangents: c of gv, d of gw */
+"""
+
+_FEATURES_DOUBLE = """/* cotangents: c of gv, d of gw */
 static void features_double_rows(int64_t E, const real* v, const real* window, const real* gH, const real* gR, const real* c, const real* d,
-    real* oH, real* oR, real* ov, real* ow) {{
-  for (int64_t e = 0; e < E; e++) {{ EDGE
+    real* oH, real* oR, real* ov, real* ow) {
+  for (int64_t e = 0; e < E; e++) { EDGE
     const double cx = c[3*e], cy = c[3*e+1], cz = c[3*e+2], q = x * cx + y * cy + z * cz;
     const double tx = (cx - x * q) / rho, ty = (cy - y * q) / rho, tz = (cz - z * q) / rho;
     double h[M]; along(x, y, z, tx, ty, tz, h);
     for (int m = 0; m < M; m++) oH[e*M+m] = h[m];
     double slope = 0, bend = 0, plain = 0;
-    for (int b = 0; b < K; b++) {{
+    for (int b = 0; b < K; b++) {
       const double r = gR[e*K+b];
       oR[e*K+b] = w * f1[b] * q + d[e] * f[b];
       plain += r * f1[b]; bend += r * f2[b];
-    }}
+    }
     slope = w * plain;
     ow[e] = plain * q;
     double g[3], t[3];
@@ -99,8 +101,8 @@ static void features_double_rows(int64_t E, const real* v, const real* window, c
     CHAIN(t[0] - (g[0] * q + gu * cx) / rho + slope * cx, t[1] - (g[1] * q + gu * cy) / rho + slope * cy,
           t[2] - (g[2] * q + gu * cz) / rho + slope * cz, -gt / rho + w * bend * q + d[e] * plain, out);
     for (int i = 0; i < 3; i++) ov[3*e+i] = out[i];
-  }}
-}}
+  }
+}
 """
 
 _WINDOW = """
@@ -124,7 +126,9 @@ static void window_backward_rows(int64_t E, double cutoff, const real* v, const 
     const double s = g[e] * SLOPE;
     gv[3*e] = s * X; gv[3*e+1] = s * Y; gv[3*e+2] = s * Z; }
 }
-static void window_double_rows(int64_t E, double cutoff, const real* v, const real* g, const real* c, real* gg, real* gv) {
+"""
+
+_WINDOW_DOUBLE = """static void window_double_rows(int64_t E, double cutoff, const real* v, const real* g, const real* c, real* gg, real* gv) {
   for (int64_t e = 0; e < E; e++) { EDGE
     const double s = SLOPE, q = X * c[3*e] + Y * c[3*e+1] + Z * c[3*e+2];
     /* at x = 0 what it is multiplied by vanishes faster */
@@ -139,7 +143,7 @@ static void window_double_rows(int64_t E, double cutoff, const real* v, const re
 def _wrappers(name: str, leading: Sequence[Argument], *functions: str) -> str:
     """The three functions of a feature; each argument is given as "name*numbers per edge", results in brackets."""
     text = ""
-    for what, arguments in zip(("forward", "backward", "double"), functions, strict=True):
+    for what, arguments in zip(("forward", "backward", "double"), functions, strict=False):
         arrays = []
         for word in arguments.split():
             array, step = word.strip("()").split("*")
@@ -213,6 +217,39 @@ static inline void gradient({arguments}, const real* g, double tx, double ty, do
 """
 
 
+def feature_source(
+    polynomials: Sequence[Polynomial],
+    basis: str,
+    num_basis: int,
+    soft: float,
+    scale: float,
+    frequency: float = 0.0,
+    second: bool = True,
+) -> str:
+    """C functions of :class:`FeatureKernel`, whose arguments these are; without ``second`` no second derivatives."""
+    source = _FEATURES.format(
+        rows=len(polynomials),
+        basis=num_basis,
+        soft2=soft * soft,
+        radial=_BASES[basis].format(scale=scale, frequency=frequency),
+        polynomials=harmonic_source(polynomials),
+    )
+    functions = ["v*3 window*1 (H*M) (R*K)", "v*3 window*1 gH*M gR*K (gv*3) (gw*1)"]
+    if second:
+        source += _FEATURES_DOUBLE
+        functions.append("v*3 window*1 gH*M gR*K c*3 d*1 (oH*M) (oR*K) (ov*3) (ow*1)")
+    return source + _wrappers("features", [], *functions)
+
+
+def window_source(exponent: int, second: bool = True) -> str:
+    """C functions of :class:`WindowKernel`; without ``second`` no second derivatives."""
+    source, functions = _WINDOW, ["v*3 (f*1)", "v*3 g*1 (gv*3)"]
+    if second:
+        source += _WINDOW_DOUBLE
+        functions.append("v*3 g*1 c*3 (gg*1) (gv*3)")
+    return source.replace("EXPONENT", str(exponent)) + _wrappers("window", [Argument("double", "cutoff")], *functions)
+
+
 class FeatureOperation(Operation):
     """Edge vectors and windows to (harmonics, window times radial functions); backends bring :meth:`_call`."""
 
@@ -269,20 +306,7 @@ class FeatureKernel(FeatureOperation):
         frequency: float = 0.0,
     ) -> None:
         super().__init__(len(polynomials), num_basis)
-        source = _FEATURES.format(
-            rows=self.rows,
-            basis=num_basis,
-            soft2=soft * soft,
-            radial=_BASES[basis].format(scale=scale, frequency=frequency),
-            polynomials=harmonic_source(polynomials),
-        )
-        source += _wrappers(
-            "features",
-            [],
-            "v*3 window*1 (H*M) (R*K)",
-            "v*3 window*1 gH*M gR*K (gv*3) (gw*1)",
-            "v*3 window*1 gH*M gR*K c*3 d*1 (oH*M) (oR*K) (ov*3) (ow*1)",
-        )
+        source = feature_source(polynomials, basis, num_basis, soft, scale, frequency)
         inputs, results = "reals:3*E reals:E", f"reals:{self.rows}*E reals:{num_basis}*E"
         signatures = {
             "features_forward": f"E {inputs} {results}",
@@ -338,14 +362,7 @@ class WindowKernel(WindowOperation):
             "window_backward": "E double reals:3*E reals:E reals:3*E",
             "window_double": "E double reals:3*E reals:E reals:3*E reals:E reals:3*E",
         }
-        source = _WINDOW.replace("EXPONENT", str(exponent)) + _wrappers(
-            "window",
-            [Argument("double", "cutoff")],
-            "v*3 (f*1)",
-            "v*3 g*1 (gv*3)",
-            "v*3 g*1 c*3 (gg*1) (gv*3)",
-        )
-        self.library = Library(source, signatures)
+        self.library = Library(window_source(exponent), signatures)
 
     def _call(self, name: str, *tensors: Tensor) -> None:
         self.library.call(name, tensors[0].dtype, tensors[0].shape[0], self.cutoff, *tensors)

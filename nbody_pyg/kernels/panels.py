@@ -97,12 +97,8 @@ void rows_outer(int64_t R, int64_t K, int64_t D, const real* const* in, const re
 """
 
 
-#: Declarations for calling the functions of this module from another library.
-LINKED = """
-static void* linked[LINKS];
-void link_functions(void* const* addresses) { for (int i = 0; i < LINKS; i++) linked[i] = addresses[i]; }
-#define rows_apply ((void (*)(int64_t, int64_t, int64_t, const real* const*, const real*, real* const*))linked[0])
-#define rows_outer ((void (*)(int64_t, int64_t, int64_t, const real* const*, const real* const*, real*))linked[1])
+#: A transposed matrix, and the rows of a block in the form that the functions of this module take.
+ROWS = """
 static void transpose(int64_t K, int64_t D, const real* restrict W, real* restrict T) {
   for (int64_t d0 = 0; d0 < D; d0 += 8) for (int64_t k = 0; k < K; k++)
     for (int64_t d = d0; d < (d0 + 8 < D ? d0 + 8 : D); d++) T[d * K + k] = W[k * D + d];
@@ -112,6 +108,16 @@ static void rows_of(const real** p, const real* x, int64_t stride, int64_t size,
   for (int64_t n = 0; n < nodes; n++, x += stride) for (int64_t m = 0; m < dim; m++) *p++ = x + m * size;
 }
 """
+#: Declarations for calling the functions of this module from another library.
+LINKED = (
+    """
+static void* linked[LINKS];
+void link_functions(void* const* addresses) { for (int i = 0; i < LINKS; i++) linked[i] = addresses[i]; }
+#define rows_apply ((void (*)(int64_t, int64_t, int64_t, const real* const*, const real*, real* const*))linked[0])
+#define rows_outer ((void (*)(int64_t, int64_t, int64_t, const real* const*, const real* const*, real*))linked[1])
+"""
+    + ROWS
+)
 
 # Called by other libraries only, by address
 PANELS = Library(panels_source(), {"rows_apply": "", "rows_outer": ""})

@@ -20,7 +20,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from nbody_pyg.kernels.panels import LINKED
+from nbody_pyg.kernels.panels import LINKED, ROWS
 
 
 class Block(NamedTuple):
@@ -186,9 +186,13 @@ static void scale_outer(int64_t nodes, const int64_t* species, real* s, const re
 """
 
 
-def update_source(update: Update, num_species: int) -> str:
-    """Functions ``update_forward``, ``update_backward`` and ``update_double``, see the module docstring."""
-    return _Writer(update, num_species).source()
+def update_source(update: Update, num_species: int, linked: bool = True, second: bool = True) -> str:
+    """Functions ``update_forward``, ``update_backward`` and ``update_double``, see the module docstring.
+
+    Without ``linked``, the code around it defines ``rows_apply``, ``rows_outer`` and the functions ``productK_forward`` and
+    ``productK_backward`` of each product; without ``second`` there is no ``update_double``.
+    """
+    return _Writer(update, num_species).source(linked, second)
 
 
 class _Writer:
@@ -247,7 +251,7 @@ class _Writer:
         )
 
     # ------------------------------------------------------------------ functions
-    def source(self) -> str:
+    def source(self, linked: bool, second: bool) -> str:
         u = self.u
         degrees = max(u.degree_of_row, default=-1) + 1
         tables = [
@@ -273,8 +277,9 @@ class _Writer:
             for k in range(2, self.last + 1)
             for n, (what, pointers) in enumerate(PRODUCT_FUNCTIONS.items())
         ]
-        body = [self.prepare(), self.forward(), self.backward(), self.double()]
-        return "\n".join([*head, LINKED, *products, _TYPES, _SUMS, *tables, _SCALE if degrees else "", *body])
+        body = [self.prepare(), self.forward(), self.backward(), *([self.double()] if second else [])]
+        head += [LINKED, *products] if linked else [ROWS]
+        return "\n".join([*head, _TYPES, _SUMS, *tables, _SCALE if degrees else "", *body])
 
     def prepare(self) -> str:
         """a and n of a tile, and the transposed matrices."""

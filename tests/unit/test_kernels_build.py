@@ -17,6 +17,7 @@ import torch
 
 from nbody_pyg import NBodyNet, NestedShells
 from nbody_pyg.kernels import available_backends, backend, build, set_backend
+from nbody_pyg.kernels.backend import _forced, _from_environment
 
 pytestmark = pytest.mark.skipif(build.compiler() is None, reason="no C compiler")
 SOURCE = "int answer(void) { return 42; }"
@@ -27,11 +28,13 @@ as_root = pytest.mark.skipif(not hasattr(os, "getuid") or os.getuid() != 0, reas
 def cache(monkeypatch, tmp_path):
     """A build module that remembers nothing, with a cache of its own; forgets again afterwards."""
     monkeypatch.setenv("NBODY_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(sys.modules["nbody_pyg.kernels.backend"], "_forced", None)
+    _forced.set(None)
+    _from_environment.cache_clear()
     build.forget()
     yield tmp_path / "cache" / "kernels"
     monkeypatch.undo()
     build.forget()
+    _from_environment.cache_clear()
     set_backend("auto")
 
 

@@ -1,0 +1,353 @@
+"""Active learning: dynamics with a committee finds the structures that are worth a label.
+
+A round trains every member on all labels, runs dynamics from labelled structures until the members disagree, and labels
+what it met there. The loop ends when no run meets a structure beyond the limit, or when its time is over.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import multiprocessing
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from ase import Atoms
+from ase.calculators.calculator import CalculationFailed
+from ase.calculators.singlepoint import SinglePointCalculator
+from ase.io import read, write
+
+from nbody_pyg.active.labels import calculator
+from nbody_pyg.active.settings import VALIDATION, LearnConfig
+from nbody_pyg.atomic_write import atomic_write, write_json
+from nbody_pyg.data import AtomicData
+from nbody_pyg.datasets.frames import Frames
+from nbody_pyg.deploy.committee import Committee
+from nbody_pyg.deploy.dynamics import run_md
+from nbody_pyg.deploy.model_file import load_potential, save_model
+from nbody_pyg.training.config import parse_config
+from nbody_pyg.training.defaults import choose_defaults
+from nbody_pyg.training.prepare import DataSets, build_potential
+from nbody_pyg.training.run import fit
+
+#: Structures with larger forces (eV/angstrom) are no part of what a potential is for.
+_LARGEST_FORCE = 40.0
+#: Fewest structures from dynamics that errors are measured on; before, it is done on displaced structures.
+_FEW = 4
+
+
+@dataclass(frozen=True)
+class Round:
+    """What a round met; errors and uncertainties of forces in eV/angstrom.
+
+    ``error``: root mean square of the force vectors' errors on validation structures; ``uncertainty``: that of the
+    calibrated standard deviations there; ``factor``: error over standard deviation, the calibration; ``spearman``: rank
+    correlation of both over the atoms; ``new_error``: error on the structures that the round labels, before it learns
+    them; ``held``: share of the steps that the runs of dynamics did before they met the limit.
+    """
+
+    number: int
+    labels: int
+    error: float
+    energy_per_atom: float
+    uncertainty: float
+    factor: float
+    spearman: float
+    limit: float
+    held: float
+    new_labels: int
+    new_error: float | None
+    minutes: float
+
+
+def learn(
+    starts: Sequence[Atoms],
+    folder: str | Path,
+    config: LearnConfig | None = None,
+    note: Callable[[str], None] = print,
+) -> list[Round]:
+    """Learn a potential of these atoms from as few labels as possible.
+
+    Writes ``labelled.xyz``, ``rounds.json`` and a model of each member, ``model-0.nbody``, ``model-1.nbody``, ... into
+    the folder. A folder that holds an unfinished run is continued; labels are never computed twice.
+
+    Args:
+        starts: one or more structures of the same atoms.
+        note: takes a line after each step.
+    Raises: ValueError: no structure, structures of other atoms, wrong settings, a folder of another run; ImportError: a
+        calculator that is not installed; RuntimeError: the calculator labels none of the first structures.
+    """
+    config, folder = config or LearnConfig(), Path(folder)
+    if not starts:
+        raise ValueError("starts must hold a structure, got none")
+    if any(a.get_chemical_symbols() != starts[0].get_chemical_symbols() for a in starts):
+        raise ValueError("starts must hold structures of the same atoms in one order; learn each molecule by itself")
+    folder.mkdir(parents=True, exist_ok=True)
+    _claim(folder, config, starts[0])
+    run = _Run(folder, config, starts[0], note)
+    if not run.labelled:
+        note(f"labelling {config.first} structures near the start with {config.label}")
+        run.add(_rattled(starts, config))
+        if len(run.labelled) < 2 * VALIDATION:
+            raise RuntimeError(
+                f"{config.label} labelled {len(run.labelled)} of {config.first} structures near the start; check that "
+                "it computes the first structure, its charge and its spin"
+            )
+    with _pool(config.processes) as work:
+        while not run.over:
+            run.round(work)
+        note(f"training the last models on {len(run.labelled)} labels")
+        run.train(work, config.final_seconds)
+    write_json(folder / "rounds.json", run.record(finished=True))
+    return run.rounds
+
+
+class _Run:
+    """The state of a run, in memory and in its folder."""
+
+    def __init__(self, folder: Path, config: LearnConfig, first: Atoms, note: Callable[[str], None]) -> None:
+        self.folder, self.config, self.note = folder, config, note
+        self.charge, self.spin = float(first.info.get("charge", 0.0)), float(first.info.get("spin", 1.0))
+        self.labelled: list[Atoms] = []
+        self.rounds: list[Round] = []
+        self._began, self._before, self._settled = time.monotonic(), 0.0, False
+        if (folder / "labelled.xyz").is_file():
+            self.labelled = _read(folder / "labelled.xyz")
+        if (folder / "rounds.json").is_file():
+            found = json.loads((folder / "rounds.json").read_text(encoding="utf-8"))
+            self.rounds, self._before = [Round(**row) for row in found["rounds"]], found["minutes"]
+            self._settled = found["settled"]
+
+    @property
+    def minutes(self) -> float:
+        return self._before + (time.monotonic() - self._began) / 60
+
+    @property
+    def over(self) -> bool:
+        return self._settled or len(self.rounds) >= self.config.rounds or self.minutes >= self.config.minutes
+
+    @property
+    def models(self) -> list[str]:
+        return [str(self.folder / f"model-{member}.nbody") for member in range(self.config.members)]
+
+    def record(self, finished: bool = False) -> dict[str, Any]:
+        rounds = [dataclasses.asdict(one) for one in self.rounds]
+        return {"rounds": rounds, "minutes": self.minutes, "settled": self._settled, "finished": finished}
+
+    def validation(self) -> list[int]:
+        """Places of the structures that no member is trained on."""
+        return list(range(VALIDATION - 1, len(self.labelled), VALIDATION))
+
+    def measured(self) -> list[Atoms]:
+        """Validation structures for errors and calibration: those from dynamics, once there are some."""
+        known = [self.labelled[place] for place in self.validation()]
+        from_dynamics = [atoms for atoms in known if "round" in atoms.info]
+        return from_dynamics if len(from_dynamics) >= _FEW else known
+
+    def add(self, structures: Sequence[Atoms]) -> int:
+        """Label structures and keep them; those that the calculator cannot do are left out."""
+        labeller, new = calculator(self.config.label, self.charge, self.spin), []
+        for atoms in structures:
+            try:
+                atoms = atoms.copy()
+                atoms.calc = labeller
+                results = {"energy": atoms.get_potential_energy(), "forces": atoms.get_forces()}
+            except (CalculationFailed, RuntimeError) as error:
+                self.note(f"no label: {type(error).__name__}: {error}")
+                continue
+            if np.isfinite(results["forces"]).all() and np.abs(results["forces"]).max() < _LARGEST_FORCE:
+                labelled = Atoms(atoms.numbers, atoms.positions, cell=atoms.cell, pbc=atoms.pbc)
+                kept = {key: atoms.info[key] for key in ("charge", "spin", "round") if key in atoms.info}
+                labelled.info.update(kept)
+                labelled.calc = SinglePointCalculator(labelled, **results)
+                new.append(labelled)
+        self.labelled = [*self.labelled, *new]
+        with atomic_write(self.folder / "labelled.xyz") as temporary:
+            write(temporary, self.labelled, format="extxyz")
+        return len(new)
+
+    def train(self, work: Callable[..., Iterator[Any]], seconds: float) -> None:
+        """Train every member on all labels, from its last weights."""
+        number = len(self.rounds)
+        labelled, first = str(self.folder / "labelled.xyz"), self.config.seed + 1000 * number
+        jobs = [(path, labelled, self.validation(), seconds, first + k) for k, path in enumerate(self.models)]
+        for _ in work(_train_member, jobs):
+            pass
+
+    def round(self, work: Callable[..., Iterator[Any]]) -> None:
+        """Train, measure, explore, label."""
+        config, number = self.config, len(self.rounds)
+        self.train(work, config.train_seconds)
+        known = self.measured()
+        spread, error, energy = _compare(self.models, known)
+        factor = float(np.sqrt(np.mean(error**2) / np.mean(spread**2)))
+        forces = np.concatenate([atoms.get_forces() for atoms in self.labelled])
+        limit = config.limit or 0.15 * float(np.sqrt((forces**2).sum(1).mean()))
+        generator = np.random.default_rng([config.seed, number])
+        # Low energies first: a structure that was met far away need not be a good start
+        order = np.argsort([atoms.get_potential_energy() for atoms in self.labelled])[: max(8, len(self.labelled) // 2)]
+        starts = [self.labelled[int(generator.choice(order))] for _ in range(config.walkers)]
+        most = max(1, math.ceil(config.per_round / config.walkers))
+        jobs = [
+            (self.models, start, config, limit / factor, most, [config.seed, number, walker])
+            for walker, start in enumerate(starts)
+        ]
+        walks = list(work(_explore, jobs))
+        met = [atoms for found, _ in walks for atoms in found]
+        held = float(np.mean([share for _, share in walks]))
+        self._settled = not met and number > 0
+        new_error, added = None, 0
+        if met:
+            for atoms in met:
+                atoms.info["round"] = number + 1
+            before = len(self.labelled)
+            added = self.add(met)
+            if added:
+                new_error = float(np.sqrt(np.mean(_compare(self.models, self.labelled[before:])[1] ** 2)))
+        self.rounds.append(Round(
+            number=number, labels=len(self.labelled) - added, error=float(np.sqrt(np.mean(error**2))),
+            energy_per_atom=energy, uncertainty=factor * float(np.sqrt(np.mean(spread**2))), factor=factor,
+            spearman=_spearman(spread, error), limit=limit, held=held, new_labels=added, new_error=new_error,
+            minutes=self.minutes,
+        ))  # fmt: skip
+        write_json(self.folder / "rounds.json", self.record())
+        now = self.rounds[-1]
+        told = "" if new_error is None else f", error on the new ones {new_error:.3f}"
+        self.note(
+            f"round {number}: {now.labels} labels, error {now.error:.3f} eV/A (limit {limit:.3f}), rank correlation "
+            f"{now.spearman:.2f}, dynamics held {100 * held:.0f} %, {added} new labels{told}; {now.minutes:.1f} min"
+        )
+
+
+def _claim(folder: Path, config: LearnConfig, first: Atoms) -> None:
+    """Note whose folder it is. Raises: ValueError: it belongs to a run of other atoms or settings."""
+    path, free = folder / "learn.json", ("rounds", "minutes", "processes", "final_seconds")
+    mine = {"atoms": first.get_chemical_formula(mode="reduce"), **dataclasses.asdict(config)}
+    if not path.is_file():
+        if any((folder / name).exists() for name in ("labelled.xyz", "rounds.json", "model-0.nbody")):
+            raise ValueError(f"{folder} holds files of another command; choose another folder")
+        write_json(path, mine)
+        return
+    theirs = json.loads(path.read_text(encoding="utf-8"))
+    changed = [key for key in mine if key not in free and theirs.get(key) != mine[key]]
+    if changed:
+        words = ", ".join(f"{key} is {theirs.get(key)!r} there, {mine[key]!r} here" for key in changed)
+        raise ValueError(f"{folder} holds a run with other settings ({words}); repeat them, or choose another folder")
+
+
+def _rattled(starts: Sequence[Atoms], config: LearnConfig) -> list[Atoms]:
+    """The first structures: the starts, and displacements of several sizes."""
+    generator, out = np.random.default_rng([config.seed, 999]), [atoms.copy() for atoms in starts][: config.first]
+    while len(out) < config.first:
+        atoms = starts[len(out) % len(starts)].copy()
+        size = config.rattle * generator.uniform(0.4, 1.6)
+        atoms.positions += generator.normal(scale=size, size=atoms.positions.shape)
+        out.append(atoms)
+    return out
+
+
+def _read(path: str | Path) -> list[Atoms]:
+    found = read(path, ":")
+    return [found] if isinstance(found, Atoms) else found
+
+
+def _frames(structures: Sequence[Atoms]) -> Frames:
+    return Frames([AtomicData.from_ase(atoms) for atoms in structures])
+
+
+def _train_member(job: tuple[str, str, list[int], float, int]) -> None:
+    """Train one member and write it; the first time its network and settings are chosen from the data."""
+    path, labelled, validation, seconds, seed = job
+    torch.set_num_threads(1)
+    frames = _frames(_read(labelled))
+    val = frames.select(validation)
+    train = frames.select([place for place in range(len(frames)) if place not in set(validation)])
+    training = {"budget_seconds": seconds, "seed": seed, "validate_every": 10**6}
+    config = parse_config({"data": {"train": labelled}, "training": training})
+    config, _ = choose_defaults(config, DataSets(train, val))
+    if Path(path).is_file():
+        potential = load_potential(path)
+    else:
+        built = build_potential(config, DataSets(train, val))
+        assert not hasattr(built, "properties")  # the configuration names none
+        potential = built  # type: ignore[assignment]
+    log = Path(path).with_suffix("") / f"{len(frames)}-labels-{seed}"
+    fit(potential, train, (), config.training, log, show_progress=False)
+    save_model(potential, path, {"labels": len(frames)})
+
+
+def _explore(job: tuple[list[str], Atoms, LearnConfig, float, int, list[int]]) -> tuple[list[Atoms], float]:
+    """Dynamics until the members disagree; structures to label, and the share of the steps that were done."""
+    models, start, config, limit, most, seed = job
+    torch.set_num_threads(1)
+    atoms, met = start.copy(), []
+    atoms.calc = Committee(models)
+    near: list[tuple[float, Atoms]] = []
+
+    def stop(now: Atoms) -> str | None:
+        spread = float(now.calc.get_property("forces_std", now).max())
+        if spread > limit:
+            met.append(_bare(now))
+            return "uncertain"
+        if spread > 0.6 * limit and (not near or now.info["step"] - near[-1][1].info["step"] >= 20):
+            near.append((spread, _bare(now)))
+        now.info["step"] += 1
+        return None
+
+    atoms.info["step"] = 0
+    report = run_md(
+        atoms, config.steps, ensemble="langevin", timestep=config.timestep, temperature=config.temperature,
+        friction=0.02, seed=int(np.random.default_rng(seed).integers(2**31)), sample_every=config.steps, stop=stop,
+        velocities="drawn",
+    )  # fmt: skip
+    if report.stopped is not None and met:  # on the way there, the least certain
+        near.sort(key=lambda pair: -pair[0])
+        met += [structure for _, structure in near[: most - 1]]
+    elif report.stopped is not None:
+        met.append(_bare(atoms))
+    for structure in met:
+        structure.info.pop("step", None)
+    return met, min(1.0, atoms.info["step"] / config.steps)
+
+
+def _bare(atoms: Atoms) -> Atoms:
+    kept: Atoms = atoms.copy()
+    kept.set_momenta(np.zeros((len(kept), 3)))
+    return kept
+
+
+def _compare(models: Sequence[str], labelled: Sequence[Atoms]) -> tuple[np.ndarray, np.ndarray, float]:
+    """Standard deviation among the members and error of their mean, of each force; and MAE of the energy per atom."""
+    committee, spread, error, energy = Committee(models), [], [], []
+    for atoms in labelled:
+        now = atoms.copy()
+        now.calc = committee
+        difference = now.get_forces() - atoms.get_forces()
+        spread.append(committee.results["forces_std"])
+        error.append(np.sqrt((difference**2).sum(1)))
+        energy.append(abs(now.get_potential_energy() - atoms.get_potential_energy()) / len(now))
+    return np.concatenate(spread), np.concatenate(error), float(np.mean(energy))
+
+
+def _spearman(a: np.ndarray, b: np.ndarray) -> float:
+    """Rank correlation; values without equals."""
+    ranks = [np.argsort(np.argsort(values)) for values in (a, b)]
+    return float(np.corrcoef(np.stack(ranks))[0, 1])
+
+
+@contextmanager
+def _pool(processes: int) -> Iterator[Callable[..., Iterator[Any]]]:
+    """A ``map``, in processes of their own unless ``processes`` is 0."""
+    if processes == 0:
+        yield map
+        return
+    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
+        yield pool.map

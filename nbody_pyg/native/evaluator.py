@@ -1,0 +1,140 @@
+"""NativeEvaluator: a potential as a generated C program, for one structure at a time."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nbody_pyg.hierarchy import Topology
+from nbody_pyg.kernels.autograd_flags import Lock
+from nbody_pyg.native.binding import CompiledModel, Edges, Result
+from nbody_pyg.native.program import write_program
+from nbody_pyg.native.support import KNOWN, why_no_longer, why_not
+from nbody_pyg.nn.as_written import AsWritten
+from nbody_pyg.potential import Potential
+from nbody_pyg.required import required
+from nbody_pyg.system import System
+
+
+class NativeEvaluator:
+    r"""A potential evaluated by one compiled C program, without torch.
+
+    .. math:: E = \sum_i e_i, \qquad F_i = -\frac{\partial E}{\partial r_i}, \qquad
+              \sigma = \frac{1}{V} \sum_{(i, j)} r_{ij} \otimes \frac{\partial E}{\partial r_{ij}}
+
+    It is called like the potential, with one structure at a time, and its numbers are those of
+    :meth:`~nbody_pyg.potential.Potential.evaluate` up to rounding (1e-10 in float64). Memory is
+    linear in the number of edges. Threads are those of torch, with the same bits for any number of threads. The program
+    is written and compiled at the first call, and kept in the cache of compiled code; models of one architecture share
+    it. Weights are read again when they change. Threads may share an evaluator; they take turns.
+
+    =================  =====================  ====================================================
+    key of the result  shape, unit            meaning
+    =================  =====================  ====================================================
+    ``energy``         [1], eV                with the energies of the isolated atoms
+    ``energies``       [num_atoms], eV        that of each atom; they sum to ``energy``
+    ``forces``         [num_atoms, 3], eV/A   unless ``compute_forces=False``
+    ``stress``         [1, 3, 3], eV/A^3      only with ``compute_stress``
+    =================  =====================  ====================================================
+
+    All results are float64.
+
+    Args:
+        potential: one that the native evaluator can compute, see :func:`~nbody_pyg.native.why_not`.
+        dtype: of the arithmetic; by default that of the weights.
+    Raises: ValueError: a potential that it cannot compute, a batch of several structures, stress without a cell, or
+        an input that the potential refuses. RuntimeError: the program cannot be compiled.
+    Smoothness, equivariance: those of the potential. Cost: linear in the number of edges.
+    """
+
+    def __init__(self, potential: Potential, dtype: torch.dtype | None = None) -> None:
+        if reason := why_not(potential):
+            raise ValueError(f"potential cannot be evaluated by a native program: {reason}; evaluate it with torch")
+        self.potential, self.dtype = potential, dtype
+        self._lock = Lock()
+        self._model: CompiledModel | None = None
+        self._unchanged = AsWritten(potential, KNOWN)
+        self._tensors = [*potential.parameters(), *potential.buffers()]
+        self._seen: list[tuple[int, int]] = []
+
+    def changed(self) -> str | None:
+        """Reason why the potential can no longer be evaluated here, such as a new hook, or None."""
+        if self._unchanged():
+            return why_no_longer(self.potential)
+        return why_not(self.potential) or "a module was replaced"
+
+    def model(self) -> CompiledModel:
+        """The compiled program with the present weights."""
+        if self._model is None or self._state() != self._seen:
+            self._tensors = [*self.potential.parameters(), *self.potential.buffers()]
+            dtype = self.dtype or required(self.potential.dtype)
+            self._model = CompiledModel(write_program(self.potential, dtype), dtype)
+            self._seen = self._state()
+        return self._model
+
+    def _state(self) -> list[tuple[int, int]]:
+        """What changes with the weights."""
+        return [(t.data_ptr(), t._version) for t in (*self._tensors, self.potential.scale)]
+
+    def __call__(
+        self, *atoms: Any, compute_forces: bool = True, compute_stress: bool = False, **given: Any
+    ) -> dict[str, Tensor]:
+        """Evaluate one structure.
+
+        Args:
+            atoms, given: as for the potential: a System, a Data, or tensors with cell, pbc and topology. A topology may
+                have edges beyond the radii.
+        """
+        system = self.potential.system(*atoms, **given)
+        if system.num_graphs != 1:
+            raise ValueError(f"atoms must be one structure, got a batch of {system.num_graphs}; loop over them")
+        topology = system.topology or required(self.potential.scheme).compose(system)
+        with self._lock:
+            found = self._computed(system, topology, compute_forces or compute_stress)
+        results = {"energy": torch.tensor([found.energies.sum()]), "energies": torch.from_numpy(found.energies)}
+        if compute_forces:
+            results["forces"] = torch.from_numpy(required(found.forces))
+        if compute_stress:
+            results["stress"] = torch.from_numpy(found.virial / _volume(system)).unsqueeze(0)
+        return results
+
+    def _computed(self, system: System, topology: Topology, forces: bool) -> Result:
+        model, edges = self.model(), []
+        pos = np.ascontiguousarray(system.pos.detach().numpy(), dtype=np.float64)
+        cell = None if system.cell is None else np.ascontiguousarray(system.cell[0].detach().numpy(), dtype=np.float64)
+        known: dict[int, Edges] = {}  # shells of one radius share their edges
+        for index, shift in zip(topology.child_index[1:-1], topology.child_shift[1:-1], strict=True):
+            if id(index) not in known:
+                known[id(index)] = _edges(model, required(index), shift, pos, cell)
+            edges.append(known[id(index)])
+        return model.compute(system.z.numpy(), edges, forces=forces)
+
+    def __deepcopy__(self, memo: Any) -> NativeEvaluator:
+        from copy import deepcopy
+
+        return NativeEvaluator(deepcopy(self.potential, memo), self.dtype)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return NativeEvaluator, (self.potential, self.dtype)
+
+
+def _edges(
+    model: CompiledModel, index: Tensor, shift: Tensor | None, pos: np.ndarray, cell: np.ndarray | None
+) -> Edges:
+    source, receiver = index.contiguous().numpy()
+    shifts = None if shift is None else np.ascontiguousarray(shift.numpy(), dtype=np.float64)
+    return Edges(receiver, source, model.vectors(receiver, source, pos, shifts, cell))
+
+
+def _volume(system: System) -> float:
+    """Volume of the cell, cubic angstrom. Raises: ValueError: there is no cell, or it has no volume."""
+    volume = 0.0 if system.cell is None else abs(float(torch.linalg.det(system.cell[0].detach().double())))
+    if volume <= 1e-8:
+        raise ValueError(
+            "compute_stress needs a periodic cell with a volume; give cell and pbc (three independent lattice vectors, "
+            "also for slabs), or set compute_stress=False"
+        )
+    return volume

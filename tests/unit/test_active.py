@@ -1,0 +1,213 @@
+"""Active learning: labels, the loop in one process with a quick calculator, its files, and its refusals."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from ase import Atoms
+from ase.build import bulk, molecule
+from ase.calculators.calculator import CalculationFailed
+from ase.calculators.emt import EMT
+from ase.io import read, write
+
+from nbody_pyg import active
+from nbody_pyg.active import LearnConfig, Round, calculator, from_smiles, learn, plot_rounds, rounds_table
+from nbody_pyg.active import loop as loop_module
+from nbody_pyg.active.loop import _compare, _spearman
+from nbody_pyg.cli import main
+from nbody_pyg.deploy import NBodyCalculator, load_model
+
+QUICK = LearnConfig(
+    label="emt", temperature=300.0, first=15, per_round=4, rounds=2, walkers=2, steps=20, train_seconds=0.6,
+    final_seconds=0.6, processes=0, limit=0.005,
+)  # fmt: skip
+
+
+def cluster() -> Atoms:
+    return Atoms("Cu4O", [[0, 0, 0], [2.5, 0, 0], [1.2, 2.2, 0], [1.3, 0.8, 2.1], [1.2, 0.7, -1.4]])
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder, lines = tmp_path_factory.mktemp("learned"), []
+    return SimpleNamespace(folder=folder, lines=lines, rounds=learn([cluster()], folder, QUICK, note=lines.append))
+
+
+def test_the_loop_labels_what_it_met_and_leaves_its_files(run):
+    labelled = read(run.folder / "labelled.xyz", ":")
+    assert [one.number for one in run.rounds] == [0, 1] and run.rounds[0].labels == 15
+    assert len(labelled) == run.rounds[-1].labels + run.rounds[-1].new_labels
+    met = [atoms for atoms in labelled if "round" in atoms.info]
+    assert len(met) == sum(one.new_labels for one in run.rounds)
+    assert {int(atoms.info["round"]) for atoms in met} <= {1, 2}
+    for atoms in (labelled[0], labelled[-1]):  # labels are those of the calculator
+        again = atoms.copy()
+        again.calc = EMT()
+        assert again.get_potential_energy() == pytest.approx(atoms.get_potential_energy(), abs=1e-6)
+        np.testing.assert_allclose(again.get_forces(), atoms.get_forces(), rtol=0, atol=1e-6)
+    for one in run.rounds:
+        assert min(one.error, one.uncertainty, one.factor, one.limit) > 0 and -1 <= one.spearman <= 1
+        assert one.uncertainty == pytest.approx(one.error, rel=1e-6), "calibrated on the same structures"
+        assert 0 <= one.held <= 1
+    record = json.loads((run.folder / "rounds.json").read_text())
+    assert record["finished"] and len(record["rounds"]) == 2
+    models = [load_model(run.folder / f"model-{k}.nbody").double() for k in range(2)]
+    frame = labelled[3]
+    z, pos = frame.numbers, frame.positions
+    energies = [float(m(torch.as_tensor(z), torch.as_tensor(pos))["energy"]) for m in models]
+    assert energies[0] != energies[1] and abs(energies[0] - frame.get_potential_energy()) < 5
+    assert any(line.startswith("round 1: ") for line in run.lines)
+
+
+def test_a_finished_run_goes_on_with_more_rounds_and_never_labels_twice(run, tmp_path, monkeypatch):
+    folder = tmp_path / "again"
+    shutil.copytree(run.folder, folder)
+    before = read(folder / "labelled.xyz", ":")
+    lines = []
+    rounds = learn([cluster()], folder, dataclasses.replace(QUICK, rounds=3), note=lines.append)
+    after = read(folder / "labelled.xyz", ":")
+    assert [one.number for one in rounds] == [0, 1, 2] and rounds[:2] == run.rounds
+    assert not any("near the start" in line for line in lines)
+    for old, new in zip(before, after, strict=False):
+        np.testing.assert_array_equal(old.positions, new.positions)
+    with pytest.raises(ValueError, match=r"other settings .temperature is 300\.0 there, 400\.0 here"):
+        learn([cluster()], folder, dataclasses.replace(QUICK, temperature=400.0))
+    with pytest.raises(ValueError, match=r"holds a run with other settings .atoms is"):
+        learn([molecule("CH3OH")], folder, QUICK)
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    (foreign / "labelled.xyz").write_text("mine")
+    with pytest.raises(ValueError, match="holds files of another command; choose another folder"):
+        learn([cluster()], foreign, QUICK)
+    assert (foreign / "labelled.xyz").read_text() == "mine"
+
+
+def test_what_the_calculator_cannot_do_is_left_out(tmp_path, monkeypatch):
+    count = iter(range(1000))
+
+    class Failing(EMT):
+        def calculate(self, *arguments, **keywords):
+            if next(count) % 2:
+                raise CalculationFailed("no convergence")
+            super().calculate(*arguments, **keywords)
+
+    monkeypatch.setattr(loop_module, "calculator", lambda *_: Failing())
+    lines = []
+    with pytest.raises(RuntimeError, match=r"emt labelled \d of 10 structures near the start"):
+        learn([cluster()], tmp_path, dataclasses.replace(QUICK, first=10), note=lines.append)
+    assert sum("no label: CalculationFailed: no convergence" in line for line in lines) >= 4
+
+
+def test_errors_and_uncertainties_are_those_of_the_committee(run):
+    labelled = read(run.folder / "labelled.xyz", ":")[:3]
+    paths = [str(run.folder / f"model-{k}.nbody") for k in range(2)]
+    spread, error, _ = _compare(paths, labelled)
+    both = np.stack([[NBodyCalculator(path).get_forces(a.copy()) for a in labelled] for path in paths])
+    expected = np.sqrt(((both.mean(0) - [a.get_forces() for a in labelled]) ** 2).sum(-1)).ravel()
+    np.testing.assert_allclose(error, expected, rtol=1e-4)
+    np.testing.assert_allclose(spread, np.sqrt(both.var(0, ddof=1).sum(-1)).ravel(), rtol=1e-4)
+    assert spread.shape == error.shape == (15,) and min(spread.min(), error.min()) > 0
+    assert _spearman(np.array([1.0, 2, 3]), np.array([2.0, 5, 9])) == pytest.approx(1)
+
+
+def test_labels_by_name(tmp_path, monkeypatch):
+    assert isinstance(calculator("emt"), EMT)
+    (tmp_path / "mine.py").write_text("from ase.calculators.emt import EMT\n\n\ndef make():\n    return EMT()\n")
+    assert isinstance(calculator(f"{tmp_path / 'mine.py'}:make"), EMT)
+    assert isinstance(calculator("ase.calculators.emt:EMT"), EMT)
+    water = molecule("H2O")
+    water.calc = calculator("gfn2", 1.0, 2.0)
+    neutral = molecule("H2O")
+    neutral.calc = calculator("gfn2")
+    assert water.get_potential_energy() - neutral.get_potential_energy() > 5
+    for name, message in {
+        "dft": "label must be one of gfn2, gfn1, emt, or 'module:name' or 'file.py:name', got 'dft'",
+        "no_such_module_1:f": "label must name a module that can be imported, got 'no_such_module_1'",
+        "math:nothing": "must name a function or class of math, which has no 'nothing'",
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            calculator(name)
+    with pytest.raises(FileNotFoundError, match=r"no file absent\.py with a calculator"):
+        calculator("absent.py:f")
+    monkeypatch.setitem(sys.modules, "tblite.ase", None)
+    with pytest.raises(ImportError, match="label 'gfn2' needs the package tblite; pip install tblite"):
+        calculator("gfn2")
+
+
+def test_smiles_need_rdkit(monkeypatch):
+    monkeypatch.setitem(sys.modules, "rdkit", None)
+    with pytest.raises(ImportError, match="a SMILES string needs the package rdkit; pip install rdkit"):
+        from_smiles("CCO")
+
+
+def test_smiles():
+    pytest.importorskip("rdkit", reason="rdkit is not installed")
+    found = from_smiles("CCO", 3)
+    assert len(found) == 3 and found[0].get_chemical_formula() == "C2H6O"
+    assert from_smiles("[NH4+]")[0].info["charge"] == 1
+    with pytest.raises(ValueError, match="start must be a file of structures or a SMILES string, got 'no molecule'"):
+        from_smiles("no molecule")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"temperature": 0.0}, "temperature must be positive, got 0.0"),
+        ({"members": 1}, "members must be 2 or more, got 1"),
+        ({"first": 4}, "first must be 10 or more, got 4"),
+        ({"limit": -0.1}, "limit must be positive, got -0.1"),
+        ({"processes": -1}, "processes must be 0 or more, got -1"),
+    ],
+)
+def test_wrong_settings(settings, message):
+    with pytest.raises(ValueError, match=message):
+        LearnConfig(**settings)
+
+
+def test_starts_must_be_of_one_molecule(tmp_path):
+    with pytest.raises(ValueError, match="starts must hold a structure, got none"):
+        learn([], tmp_path, QUICK)
+    with pytest.raises(ValueError, match="starts must hold structures of the same atoms in one order"):
+        learn([molecule("CH3OH"), bulk("Cu")], tmp_path, QUICK)
+
+
+def test_table_and_plot(run, tmp_path):
+    table = rounds_table(run.rounds)
+    assert len(table.splitlines()) == 4 and "Spearman" in table.splitlines()[0]
+    bare = dataclasses.replace(run.rounds[0], new_error=None)
+    assert "  -  " in rounds_table([bare])
+    plot_rounds([*run.rounds, bare], tmp_path / "p.png")
+    assert (tmp_path / "p.png").read_bytes()[:4] == b"\x89PNG"
+    assert isinstance(bare, Round) and set(active.__all__) <= set(dir(active))
+
+
+def test_the_command(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write("cu.xyz", cluster())
+    words = ["learn", "cu.xyz", "--label", "emt", "--first", "10", "--rounds", "1", "--walkers", "1", "--steps", "5",
+             "--train-seconds", "0.3", "--final-seconds", "0.3", "--processes", "0"]  # fmt: skip
+    assert main(words) == 0
+    out = capsys.readouterr().out
+    assert "round 0: 10 labels" in out and "learned/model.nbody" in out
+    for name in ("model.nbody", "model-1.nbody", "learning.png", "rounds.txt", "labelled.xyz", "learn.json"):
+        assert (tmp_path / "learned" / name).is_file()
+    assert load_model("learned/model.nbody").species == (8, 29)
+    assert main(words) == 1
+    assert "learned holds files; continue its run with --resume, or choose another folder" in capsys.readouterr().err
+    assert main([*words, "--resume"]) == 0
+    assert "near the start" not in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_processes_give_the_same_rounds(tmp_path):
+    """Work in processes of its own, as by default."""
+    settings = dataclasses.replace(QUICK, first=10, rounds=1, walkers=2, steps=5, processes=2, train_seconds=0.2)
+    found = learn([cluster()], tmp_path, settings, note=lambda _: None)
+    assert len(found) == 1 and found[0].error > 0
