@@ -133,6 +133,9 @@ class PropertyModel(nn.Module):
         if not names or len(set(names)) < len(names):
             raise ValueError(f"properties must have names of their own, got {names or 'none'}")
         self.statistics = {name: (statistics or {}).get(name, Statistics()) for name in names}
+        #: Name and checksum of the file that it was read from, and of the model that its training started from.
+        self.origin: Mapping[str, Any] | None = None
+        self.ancestor: Mapping[str, Any] | None = None
         if isinstance(model, NBodyNet):
             wanted = property_irreps(self.properties)
             if model.irreps_out != wanted:

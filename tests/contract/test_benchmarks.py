@@ -32,6 +32,8 @@ TINY = {
     "sapt": "--data {dimers} --seconds 0.2 --batch 3",
     "few_frames": "--data {rmd17} --molecules ethanol --members 2 --set training.max_steps=2 model.lmax=1 "
     "model.channels=16 data.num_train=6 data.num_val=2",
+    "finetune": "--init {model} --data {rmd17} --molecules ethanol --frames 6 --steps 2 --start "
+    "--set model.lmax=1 model.channels=16",
 }
 #: What the table must show, and the keys of a record in the JSON.
 SHOWN = {
@@ -43,6 +45,7 @@ SHOWN = {
     "smoothness": [r"max \|d2E\|/h\^2", "survivors", "hard"],
     "hierarchy": ["of it topology ms", r"all pairs: time ~ N\^"],
     "few_frames": [r"ethanol +1 ", r"ethanol +2 ", "MACE's F"],
+    "finetune": [r"ethanol +6 +scratch +", r"ethanol +6 +all +", r"ethanol +6 +adapters +"],
     "sapt": ["MAE of Elst, meV", "beyond, ion pairs", "k q q / R", "Share of k q q / R"],
 }
 HELPERS = (
@@ -55,6 +58,7 @@ HELPERS = (
     "hierarchy",
     "sapt",
     "few_frames",
+    "finetune",
     "timing",
     "report",
     "systems",
@@ -146,7 +150,7 @@ def test_script_prints_a_table_and_writes_json(name, script, model, dimers, rmd1
     check = {
         "kernels": _kernels, "models": _models, "scaling": _scaling, "nve": _nve,
         "md": _md, "smoothness": _smoothness, "hierarchy": _hierarchy, "sapt": _sapt,
-        "few_frames": _few_frames,
+        "few_frames": _few_frames, "finetune": _finetune,
     }  # fmt: skip
     check[name](found, out)
 
@@ -183,6 +187,14 @@ def _nve(found, out):
 def _md(found, out):
     searches = found["results"][0]["searches_per_step"]
     assert searches["no skin"] == 1 and 0 < searches["skin 0.5"] < 1
+
+
+def _finetune(found, out):
+    records = {record["way"]: record for record in found["results"]}
+    assert set(records) == {"scratch", "all", "readouts", "adapters"}
+    assert len({records[way]["start_forces_mae"] for way in ("all", "readouts", "adapters")}) == 1
+    assert len({record["forces_mae"] for record in records.values()}) == 4
+    assert all(record["steps"] == 2 and record["forces_mae"] > 0 for record in records.values())
 
 
 def _few_frames(found, out):
