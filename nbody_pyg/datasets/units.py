@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from nbody_pyg.data import AtomicData
+from nbody_pyg.data import AtomicData, elements_of
 from nbody_pyg.datasets.frames import Frames, check_frame
 from nbody_pyg.messages import symbols
 
@@ -201,13 +201,13 @@ class UnitFiles:
 
     def _missing(self, frames: Sequence[AtomicData]) -> list[AtomicData]:
         """Training frames with elements that a sample lacks."""
-        seen, found = {int(z) for frame in frames for z in frame.z}, list[AtomicData]()
+        seen, found = set(elements_of(frames)), list[AtomicData]()
         for number, elements in enumerate(self.elements):
             if elements <= seen:
                 continue
             more = [f for f in self.read(number, self.rows(number)) if not seen.issuperset(f.z.tolist())][:_MORE]
             found += more
-            seen.update(z for frame in more for z in frame.z.tolist())
+            seen.update(elements_of(more))
         return found
 
     def __repr__(self) -> str:

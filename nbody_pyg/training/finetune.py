@@ -14,6 +14,7 @@ from ase.data import chemical_symbols
 from torch import Tensor, nn
 from torch_geometric.data import Data
 
+from nbody_pyg.data import elements_of
 from nbody_pyg.datasets import fit_atomic_energies
 from nbody_pyg.datasets.frames import has_label
 from nbody_pyg.datasets.reference import is_isolated_atom
@@ -191,7 +192,7 @@ def tuned_model(
 
     Raises: ValueError: elements that a network which is not ours does not know, or as ``fit_atomic_energies``.
     """
-    wanted = {int(z) for frame in train for z in frame.z.unique()}
+    wanted = set(elements_of(train))
     if not isinstance(init.model, NBodyNet):
         known = init.species
         if known is not None and (new := wanted.difference(known)):
@@ -303,7 +304,7 @@ def refitted(
 def _few(frames: Sequence[Data]) -> list[Data]:
     """At most some hundred frames, evenly spaced, and those that bring further elements or are single atoms."""
     kept = frames[:: -(-len(frames) // _FRAMES)]
-    seen = {int(z) for frame in kept for z in frame.z}
+    seen = set(elements_of(kept))
     more = []
     for frame in frames if len(kept) < len(frames) else ():
         if not seen.issuperset(frame.z.tolist()) or is_isolated_atom(frame):

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch_geometric.data import Data
 
+from nbody_pyg.data import elements_of
 from nbody_pyg.datasets import (
     Split,
     fit_atomic_energies,
@@ -364,7 +365,7 @@ class StateTerms:
 def state_terms(frames: Sequence[Data], inputs: Sequence[str]) -> StateTerms:
     """By least squares over the frames with an energy, together with a value for each element, which is not used."""
     states = frame_states(frames)
-    species = torch.tensor(sorted({int(z) for frame in frames for z in frame.z.unique()}))
+    species = torch.tensor(elements_of(frames))
     counts = torch.stack([(frame.z[:, None] == species).sum(0) for frame in frames]).double()
     labels = [float(frame.energy) if has_label(frame, "energy") else math.nan for frame in frames]
     energies = torch.tensor(labels, dtype=torch.float64)
@@ -404,7 +405,7 @@ def _for_reference(data: DataSets, e0: typing.Any) -> Sequence[Data]:
     if e0 != "isolated":
         return data.train
     others = [frame for frames in (data.val, *data.tests.values()) for frame in frames]
-    known = {int(z) for frame in data.train for z in frame.z.unique()}
+    known = set(elements_of(data.train))
     return [*data.train, *(f for f in others if is_isolated_atom(f) and int(f.z) in known and has_label(f, "energy"))]
 
 
@@ -437,7 +438,7 @@ def _network(config: Config, data: DataSets, inputs: Sequence[str], **given: str
     """An initial network for the elements of the training frames, with seeded weights."""
     from nbody_pyg.models import compute_avg_num_neighbors
 
-    species = sorted({int(z) for frame in data.train for z in frame.z.unique()})
+    species = elements_of(data.train)
     scheme = Scheme.from_config(dict(config.model.scheme))
     arguments = dict(config.model.arguments)
     if arguments.get("avg_num_neighbors") is None:
