@@ -56,6 +56,8 @@ class UnitFiles:
     ``split``         (frames,)           0 train, 1 val, 2 test (optional; all for training)
     ================  ==================  ====================================================================
 
+    The attribute ``kind`` of a file (optional) is the ``config_type`` of its frames, by which errors are reported.
+
     Only the numbers of atoms, the splits and the elements of all files stay in memory: five bytes for each frame.
 
     Args:
@@ -162,6 +164,7 @@ class UnitFiles:
         with _open(path) as file:
             names = [n for n in (*_NEEDED, "total_charge", "dipole") if n in file and n != "natoms"]
             data = {name: file[name][:] for name in names}
+            kind = str(file.attrs.get("kind", ""))
         frames = []
         for row in chosen.tolist():
             part = slice(int(ends[row] - atoms[row]), int(ends[row]))
@@ -176,7 +179,9 @@ class UnitFiles:
             check_frame(frame, f"frame {row} of {path.name}")
             frames.append(frame)
         labels = {"energy": ("energy",), "forces": ("forces",), **({"dipole": ("dipole",)} if "dipole" in data else {})}
-        return Frames(frames, name=str(path), sources=labels, available=data, numbers=chosen.tolist())
+        return Frames(
+            frames, name=str(path), sources=labels, available=data, numbers=chosen.tolist(), kinds=[kind] * len(frames)
+        )
 
     def sample(self, split: str = "train", count: int | None = None, seed: int = 0) -> Frames:
         """Frames of a split, drawn at random from all files; of training frames also some of every element.
@@ -192,12 +197,15 @@ class UnitFiles:
         if count is not None and count < len(place):
             chosen = np.sort(rng.choice(len(place), count, replace=False))
         frames: list[AtomicData] = []
+        kinds: list[str] = []
         for number in np.unique(owner[chosen]).tolist():
-            frames += self.read(number, place[chosen[owner[chosen] == number]])
+            found = self.read(number, place[chosen[owner[chosen] == number]])
+            frames, kinds = [*frames, *found], [*kinds, *found.kinds]
         if split == "train" and len(chosen) < len(place):
-            frames += self._missing(frames)
+            more = self._missing(frames)
+            frames, kinds = [*frames, *more], [*kinds, *[""] * len(more)]
         named = f"{len(self.files)} files in {self.files[0].parent}, {split}"
-        return Frames(frames, name=named, sources={"energy": ("energy",), "forces": ("forces",)})
+        return Frames(frames, name=named, sources={"energy": ("energy",), "forces": ("forces",)}, kinds=kinds)
 
     def _missing(self, frames: Sequence[AtomicData]) -> list[AtomicData]:
         """Training frames with elements that a sample lacks."""

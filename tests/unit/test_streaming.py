@@ -45,6 +45,7 @@ def write_unit(path, number: int, count: int = 6, **changed) -> None:
     columns |= changed
     types = {"z": np.uint8, "natoms": np.int32, "total_charge": np.int8, "split": np.uint8, "forces": np.float32}
     with h5py.File(path, "w") as file:
+        file.attrs["kind"] = f"kind {number % 2}"
         for name, values in columns.items():
             if values is not None:
                 file.create_dataset(name, data=np.array(values, dtype=types.get(name, np.float64)))
@@ -98,6 +99,7 @@ def test_samples_are_seeded_and_of_one_split(units):
     keys = [[float(f.energy) for f in frames] for frames in (first, again, other)]
     assert keys[0] == keys[1] != keys[2] and len(set(keys[0])) == 7
     assert {round(float(f.dipole[0, 2])) for f in units.sample("val")} == {4}
+    assert units.read(1).kinds[0] == "kind 1" and set(units.sample("val").kinds) == {"kind 0", "kind 1"}
     assert {round(float(f.dipole[0, 2])) for f in units.sample("test", 3)} == {5}
 
 
