@@ -12,6 +12,7 @@
 #include <algorithm>
 #include <cstring>
 #include <stdexcept>
+#include <unordered_map>
 
 using namespace LAMMPS_NS;
 
@@ -119,6 +120,19 @@ double PairNBody::init_one(int i, int j)
   return largest;
 }
 
+void PairNBody::find_owners()
+{
+  const int nlocal = atom->nlocal, nall = nlocal + atom->nghost;
+  std::unordered_map<tagint, int> local;
+  if (atom->tag_enable)
+    for (int i = 0; i < nlocal; i++) local[atom->tag[i]] = i;
+  owner.resize(nall);
+  for (int i = 0; i < nall; i++) {
+    const auto found = i < nlocal ? local.end() : local.find(atom->tag[i]);
+    owner[i] = found == local.end() ? i : found->second;
+  }
+}
+
 /* Edges of each shell: from the last, whose receivers are the local atoms, to the first. A receiver of shell k needs the
    state of its sources in shell k - 1, and so their edges there. */
 void PairNBody::find_edges()
@@ -144,9 +158,9 @@ void PairNBody::find_edges()
         const double v[3] = {x[j][0] - x[i][0], x[j][1] - x[i][1], x[j][2] - x[i][2]};
         if (v[0] * v[0] + v[1] * v[1] + v[2] * v[2] >= limit) continue;
         shell.receiver.push_back(i);
-        shell.source.push_back(j);
+        shell.source.push_back(owner[j]);
         shell.vector.insert(shell.vector.end(), v, v + 3);
-        needed[j] = std::max(needed[j], k);
+        needed[owner[j]] = std::max(needed[owner[j]], k);
       }
     }
   }
@@ -158,6 +172,7 @@ void PairNBody::compute(int eflag, int vflag)
   if (vflag_atom)
     error->all(FLERR, "pair_style nbody has no virial per atom, but a compute asks for it, such as stress/atom; use the "
                "pressure of the box (compute pressure)");
+  if (neighbor->ago == 0 || static_cast<int>(owner.size()) != atom->nlocal + atom->nghost) find_owners();
   find_edges();
   const int nlocal = atom->nlocal, nall = nlocal + atom->nghost;
   energies.resize(nlocal);
@@ -189,5 +204,5 @@ double PairNBody::memory_usage()
   double bytes = Pair::memory_usage();
   if (library) bytes += library->memory(library->model);
   for (const Edges &e : edges) bytes += 8.0 * (e.receiver.capacity() + e.source.capacity() + e.vector.capacity());
-  return bytes + 8.0 * (numbers.capacity() + energies.capacity() + forces.capacity()) + 4.0 * needed.capacity();
+  return bytes + 8.0 * (numbers.capacity() + energies.capacity() + forces.capacity()) + 4.0 * (needed.capacity() + owner.capacity());
 }

@@ -32,10 +32,12 @@ class PairNBody : public Pair {
     std::vector<double> vector;
   };
   void allocate();
+  void find_owners();
   void find_edges();
 
   std::unique_ptr<NBodyLibrary> library;
   std::vector<int64_t> number_of_type, numbers; /* atomic numbers of types, and of local and ghost atoms */
+  std::vector<int> owner;  /* the local atom that an atom or ghost stands for; itself, if that is of another rank */
   std::vector<int> needed; /* the number of shells in which the state of an atom is needed */
   std::vector<Edges> edges;
   std::vector<double> energies, forces;
