@@ -89,9 +89,6 @@ void PairNBody::init_style()
     error->all(FLERR, "pair_style nbody has no cutoff to correct, got pair_modify shift or tail yes; set both to no");
   if (comm->mode != Comm::SINGLE)
     error->all(FLERR, "pair_style nbody needs one ghost cutoff, got another comm_modify mode; use 'comm_modify mode single'");
-  if (neighbor->exclude || neighbor->includegroup)
-    error->all(FLERR, "pair_style nbody needs all neighbors, got neigh_modify exclude or include; use 'exclude none' and "
-               "'include all'");
   for (int i = 1; i < 4 && atom->molecular != Atom::ATOMIC; i++)
     if (force->special_lj[i] == 0.0 && force->special_coul[i] == 0.0)
       error->all(FLERR, "pair_style nbody needs the pairs of bonded atoms, but special_bonds excludes them; use "
@@ -99,14 +96,6 @@ void PairNBody::init_style()
   /* The list for the largest shell; ghosts up to the sum of the radii, of which some need neighbors, too. */
   neighbor->add_request(this, NeighConst::REQ_FULL | NeighConst::REQ_GHOST);
   comm->cutghostuser = std::max(comm->cutghostuser, library->reach() + neighbor->skin);
-}
-
-void PairNBody::init_list(int id, NeighList *found)
-{
-  Pair::init_list(id, found);
-  if (found->iskip)
-    error->all(FLERR, "pair_style nbody must have all pairs of types, but hybrid gives some to another style; use "
-               "'pair_style hybrid/overlay', which adds both");
 }
 
 double PairNBody::init_one(int i, int j)
@@ -118,6 +107,17 @@ double PairNBody::init_one(int i, int j)
   }
   cutghost[i][j] = cutghost[j][i] = before_last;
   return largest;
+}
+
+/* What is known only after the lists were made. */
+void PairNBody::check_list() const
+{
+  if (neighbor->exclude || neighbor->includegroup)
+    error->all(FLERR, "pair_style nbody needs all neighbors, got neigh_modify exclude or include; use 'exclude none' and "
+               "'include all'");
+  if (list->iskip)
+    error->all(FLERR, "pair_style nbody must have all pairs of types, but hybrid gives some to another style; use "
+               "'pair_style hybrid/overlay', which adds both");
 }
 
 void PairNBody::find_owners()
@@ -169,6 +169,7 @@ void PairNBody::find_edges()
 void PairNBody::compute(int eflag, int vflag)
 {
   ev_init(eflag, vflag);
+  check_list();
   if (vflag_atom)
     error->all(FLERR, "pair_style nbody has no virial per atom, but a compute asks for it, such as stress/atom; use the "
                "pressure of the box (compute pressure)");

@@ -21,7 +21,6 @@ class PairNBody : public Pair {
   void settings(int, char **) override;
   void coeff(int, char **) override;
   void init_style() override;
-  void init_list(int, NeighList *) override;
   double init_one(int, int) override;
   void compute(int, int) override;
   double memory_usage() override;
@@ -32,6 +31,7 @@ class PairNBody : public Pair {
     std::vector<double> vector;
   };
   void allocate();
+  void check_list() const;
   void find_owners();
   void find_edges();
 
