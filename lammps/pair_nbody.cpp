@@ -11,6 +11,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <numeric>
 #include <stdexcept>
 #include <unordered_map>
 
@@ -120,17 +121,21 @@ void PairNBody::check_list() const
                "'pair_style hybrid/overlay', which adds both");
 }
 
-void PairNBody::find_owners()
+void PairNBody::find_images()
 {
-  const int nlocal = atom->nlocal, nall = nlocal + atom->nghost;
-  std::unordered_map<tagint, int> local;
-  if (atom->tag_enable)
-    for (int i = 0; i < nlocal; i++) local[atom->tag[i]] = i;
-  owner.resize(nall);
-  for (int i = 0; i < nall; i++) {
-    const auto found = i < nlocal ? local.end() : local.find(atom->tag[i]);
-    owner[i] = found == local.end() ? i : found->second;
-  }
+  const int nall = atom->nlocal + atom->nghost;
+  std::unordered_map<tagint, int> found;
+  first.resize(nall);
+  for (int i = 0; i < nall; i++) first[i] = atom->tag_enable ? found.emplace(atom->tag[i], i).first->second : i;
+}
+
+/* The image of an atom whose state is computed for all of them. That of a ghost is the one that is needed first: it is
+   near enough to local atoms to have all its neighbors here. */
+int PairNBody::chosen_image(int i)
+{
+  int &image = chosen[first[i]];
+  if (image < 0) image = i;
+  return image;
 }
 
 /* Edges of each shell: from the last, whose receivers are the local atoms, to the first. A receiver of shell k needs the
@@ -143,6 +148,8 @@ void PairNBody::find_edges()
   for (int i = 0; i < nall; i++) numbers[i] = number_of_type[atom->type[i]];
   needed.assign(nall, 0);
   std::fill_n(needed.begin(), atom->nlocal, num_shells);
+  chosen.assign(nall, -1);
+  std::iota(chosen.begin(), chosen.begin() + atom->nlocal, 0);
 
   for (int k = num_shells - 1; k >= 0; k--) {
     const double limit = library->cutoff(k) * library->cutoff(k);
@@ -157,10 +164,11 @@ void PairNBody::find_edges()
         const int j = neighbors[n] & NEIGHMASK;
         const double v[3] = {x[j][0] - x[i][0], x[j][1] - x[i][1], x[j][2] - x[i][2]};
         if (v[0] * v[0] + v[1] * v[1] + v[2] * v[2] >= limit) continue;
+        const int image = chosen_image(j);
         shell.receiver.push_back(i);
-        shell.source.push_back(owner[j]);
+        shell.source.push_back(image);
         shell.vector.insert(shell.vector.end(), v, v + 3);
-        needed[owner[j]] = std::max(needed[owner[j]], k);
+        needed[image] = std::max(needed[image], k);
       }
     }
   }
@@ -173,7 +181,7 @@ void PairNBody::compute(int eflag, int vflag)
   if (vflag_atom)
     error->all(FLERR, "pair_style nbody has no virial per atom, but a compute asks for it, such as stress/atom; use the "
                "pressure of the box (compute pressure)");
-  if (neighbor->ago == 0 || static_cast<int>(owner.size()) != atom->nlocal + atom->nghost) find_owners();
+  if (neighbor->ago == 0 || static_cast<int>(first.size()) != atom->nlocal + atom->nghost) find_images();
   find_edges();
   const int nlocal = atom->nlocal, nall = nlocal + atom->nghost;
   energies.resize(nlocal);
@@ -205,5 +213,5 @@ double PairNBody::memory_usage()
   double bytes = Pair::memory_usage();
   if (library) bytes += library->memory(library->model);
   for (const Edges &e : edges) bytes += 8.0 * (e.receiver.capacity() + e.source.capacity() + e.vector.capacity());
-  return bytes + 8.0 * (numbers.capacity() + energies.capacity() + forces.capacity()) + 4.0 * (needed.capacity() + owner.capacity());
+  return bytes + 8.0 * (numbers.capacity() + energies.capacity() + forces.capacity()) + 4.0 * (needed.capacity() + first.capacity() + chosen.capacity());
 }

@@ -32,12 +32,14 @@ class PairNBody : public Pair {
   };
   void allocate();
   void check_list() const;
-  void find_owners();
+  void find_images();
+  int chosen_image(int);
   void find_edges();
 
   std::unique_ptr<NBodyLibrary> library;
   std::vector<int64_t> number_of_type, numbers; /* atomic numbers of types, and of local and ghost atoms */
-  std::vector<int> owner;  /* the local atom that an atom or ghost stands for; itself, if that is of another rank */
+  std::vector<int> first;  /* for atoms and ghosts: the first one with the same tag, a local one if there is any */
+  std::vector<int> chosen; /* of that first one: the image that is computed, or -1 */
   std::vector<int> needed; /* the number of shells in which the state of an atom is needed */
   std::vector<Edges> edges;
   std::vector<double> energies, forces;

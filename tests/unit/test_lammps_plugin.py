@@ -179,6 +179,17 @@ def test_domains_and_neighbour_lists(folder, model, more):
     assert_same(run(folder, atoms, more, ranks=2), reference(model, atoms))
 
 
+@pytest.mark.parametrize("radii", [(3.5,), (4.0, 2.5), (2.5, 2.0, 3.0)])
+def test_other_shells(folder, radii):
+    model = factories.potential(NestedShells(radii), e0={1: -1.5, 6: -3.5, 8: -2.5}, lmax=0)
+    export_c(model, folder / f"model_{len(radii)}")
+    subprocess.run(["make", "-s", "-C", folder / f"model_{len(radii)}"], check=True)
+    pair = f"pair_style nbody\npair_coeff * * model_{len(radii)} C H O"
+    atoms = box("triclinic")
+    for ranks in (1, 2):
+        assert_same(run(folder, atoms, ranks=ranks, pair=pair), reference(model, atoms))
+
+
 def test_a_rank_without_atoms_and_an_open_box(folder, model):
     atoms = box("orthogonal")
     atoms = atoms[atoms.positions[:, 2] < 7.0]
