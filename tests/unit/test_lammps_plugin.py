@@ -213,6 +213,19 @@ def test_dynamics(folder, model, fix, ranks):
     np.testing.assert_allclose(found.forces, wanted.forces, rtol=0, atol=1e-8)
 
 
+def test_restart(folder):
+    """A restart needs plugin and pair style again, and goes on as the uninterrupted run."""
+    atoms = box("triclinic")
+    move = "timestep 0.0005\nfix move all nve\nthermo_style custom step pe\n"
+    run(folder, atoms)  # writes start.data
+    last = "print 'total $(pe:%.12g)'"
+    done = lammps(folder, script(f"{move}run 5\nwrite_restart half.restart\nrun 5\n{last}"), 2)
+    again = script(f"{move}run 5\n{last}").replace("read_data start.data", "read_restart half.restart")
+    other = lammps(folder, again.replace("atom_style atomic\n", ""), 2)
+    first, second = (float(text.stdout.split("\ntotal ")[1].split()[0]) for text in (done, other))
+    assert second == pytest.approx(first, abs=1e-8) and abs(first) > 1
+
+
 def test_energy_is_conserved(folder):
     more = "velocity all create 300 1\ntimestep 0.0002\nfix move all nve\nthermo 25\n"
     atoms = box("orthogonal")
