@@ -190,9 +190,12 @@ def test_other_shells(folder, radii):
         assert_same(run(folder, atoms, ranks=ranks, pair=pair), reference(model, atoms))
 
 
-def test_a_rank_without_atoms_and_an_open_box(folder, model):
+@pytest.mark.parametrize("length", [15.0, 60.0])
+def test_a_rank_without_atoms_in_an_open_box(folder, model, length):
+    """The second rank has ghosts alone, or nothing."""
     atoms = box("orthogonal")
     atoms = atoms[atoms.positions[:, 2] < 7.0]
+    atoms.cell[2, 2] = length
     wanted = reference(model, Atoms(atoms.numbers, atoms.positions))
     start = "units metal\natom_style atomic\nboundary f f f\nprocessors 1 1 2"
     found = run(folder, atoms, ranks=2, start=start)
