@@ -44,8 +44,8 @@ NBodyLibrary::NBodyLibrary(const std::string &folder)
   if (library[0] != '/') library = "./" + library; /* a path, not a name to search for */
   struct stat unused;
   if (stat(library.c_str(), &unused))
-    throw std::runtime_error("there is no file " + library + "; write it with: nbody export MODEL --to c --out " + folder +
-                             " && make -C " + folder + " nbody_model.so");
+    throw std::runtime_error("there is no file " + library + "; write it with: nbody export MODEL --to c --out " +
+                             folder + " && make -C " + folder + " nbody_model.so");
   handle = dlopen(library.c_str(), RTLD_NOW | RTLD_LOCAL);
   if (!handle)
     throw std::runtime_error("the library cannot be loaded: " + std::string(dlerror()) +

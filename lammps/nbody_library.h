@@ -6,7 +6,8 @@
 
 #include <string>
 
-class NBodyLibrary {
+class NBodyLibrary
+{
  public:
   /* Load nbody_model.so and nbody_model.weights. Throws std::runtime_error with cause and cure. */
   explicit NBodyLibrary(const std::string &folder);

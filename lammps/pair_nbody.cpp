@@ -54,8 +54,10 @@ void PairNBody::coeff(int narg, char **arg)
 {
   const int types = atom->ntypes;
   if (narg != 3 + types || strcmp(arg[0], "*") || strcmp(arg[1], "*"))
-    error->all(FLERR, "pair_coeff of nbody must be '* * FOLDER' and an element for each of the {} atom types, got {} "
-               "arguments; write for example: pair_coeff * * model_c O H", types, narg);
+    error->all(FLERR,
+               "pair_coeff of nbody must be '* * FOLDER' and an element for each of the {} atom types, got {} "
+               "arguments; write for example: pair_coeff * * model_c O H",
+               types, narg);
   try {
     library = std::make_unique<NBodyLibrary>(arg[2]);
   } catch (std::runtime_error &problem) {
@@ -67,10 +69,13 @@ void PairNBody::coeff(int narg, char **arg)
     const int number = atomic_number(symbol);
     if (!number)
       error->all(FLERR, "pair_coeff of nbody: elements must be symbols such as O, got '{}' for atom type {}{}", symbol,
-                 type, strcmp(symbol, "NULL") ? "" : "; the model must have all types, add other forces by hybrid/overlay");
+                 type,
+                 strcmp(symbol, "NULL") ? "" : "; the model must have all types, add other forces by hybrid/overlay");
     if (!library->knows(number))
-      error->all(FLERR, "pair_coeff of nbody: the model does not know the element {} of atom type {}; it knows {}; train it "
-                 "on data with that element", symbol, type, library->symbols());
+      error->all(FLERR,
+                 "pair_coeff of nbody: the model does not know the element {} of atom type {}; it knows {}; train it "
+                 "on data with that element",
+                 symbol, type, library->symbols());
     number_of_type[type] = number;
   }
   edges.assign(library->num_shells(), {});
@@ -82,18 +87,21 @@ void PairNBody::coeff(int narg, char **arg)
 void PairNBody::init_style()
 {
   if (strcmp(update->unit_style, "metal"))
-    error->all(FLERR, "pair_style nbody needs units metal (eV, angstrom, ps), got {}; begin the input with 'units metal'",
+    error->all(FLERR,
+               "pair_style nbody needs units metal (eV, angstrom, ps), got {}; begin the input with 'units metal'",
                update->unit_style);
   if (!force->newton_pair)
-    error->all(FLERR, "pair_style nbody needs newton on for pairs, since forces on ghosts are returned; remove 'newton off'");
+    error->all(FLERR,
+               "pair_style nbody needs newton on for pairs, since forces on ghosts are returned; remove 'newton off'");
   if (offset_flag || tail_flag)
     error->all(FLERR, "pair_style nbody has no cutoff to correct, got pair_modify shift or tail yes; set both to no");
   if (comm->mode != Comm::SINGLE)
-    error->all(FLERR, "pair_style nbody needs one ghost cutoff, got another comm_modify mode; use 'comm_modify mode single'");
+    error->all(FLERR,
+               "pair_style nbody needs one ghost cutoff, got another comm_modify mode; use 'comm_modify mode single'");
   for (int i = 1; i < 4 && atom->molecular != Atom::ATOMIC; i++)
     if (force->special_lj[i] == 0.0 && force->special_coul[i] == 0.0)
       error->all(FLERR, "pair_style nbody needs the pairs of bonded atoms, but special_bonds excludes them; use "
-                 "'special_bonds lj/coul 1 1 1'");
+                        "'special_bonds lj/coul 1 1 1'");
   /* The list for the largest shell; ghosts up to the sum of the radii, of which some need neighbors, too. */
   neighbor->add_request(this, NeighConst::REQ_FULL | NeighConst::REQ_GHOST);
   comm->cutghostuser = std::max(comm->cutghostuser, library->reach() + neighbor->skin);
@@ -114,11 +122,12 @@ double PairNBody::init_one(int i, int j)
 void PairNBody::check_list() const
 {
   if (neighbor->exclude || neighbor->includegroup)
-    error->all(FLERR, "pair_style nbody needs all neighbors, got neigh_modify exclude or include; use 'exclude none' and "
+    error->all(FLERR,
+               "pair_style nbody needs all neighbors, got neigh_modify exclude or include; use 'exclude none' and "
                "'include all'");
   if (list->iskip)
     error->all(FLERR, "pair_style nbody must have all pairs of types, but hybrid gives some to another style; use "
-               "'pair_style hybrid/overlay', which adds both");
+                      "'pair_style hybrid/overlay', which adds both");
 }
 
 void PairNBody::find_images()
@@ -138,8 +147,8 @@ int PairNBody::chosen_image(int i)
   return image;
 }
 
-/* Edges of each shell: from the last, whose receivers are the local atoms, to the first. A receiver of shell k needs the
-   state of its sources in shell k - 1, and so their edges there. */
+/* Edges of each shell: from the last, whose receivers are the local atoms, to the first. A receiver of shell k needs
+   the state of its sources in shell k - 1, and so their edges there. */
 void PairNBody::find_edges()
 {
   const int nall = atom->nlocal + atom->nghost, num_shells = library->num_shells();
@@ -179,7 +188,8 @@ void PairNBody::compute(int eflag, int vflag)
   ev_init(eflag, vflag);
   check_list();
   if (vflag_atom)
-    error->all(FLERR, "pair_style nbody has no virial per atom, but a compute asks for it, such as stress/atom; use the "
+    error->all(FLERR,
+               "pair_style nbody has no virial per atom, but a compute asks for it, such as stress/atom; use the "
                "pressure of the box (compute pressure)");
   if (neighbor->ago == 0 || static_cast<int>(first.size()) != atom->nlocal + atom->nghost) find_images();
   find_edges();
@@ -193,8 +203,10 @@ void PairNBody::compute(int eflag, int vflag)
   double w[9];
   if (library->set_threads(library->model, comm->nthreads) ||
       library->compute(library->model, nall, nlocal, numbers.data(), shells.data(), energies.data(), forces.data(), w))
-    error->one(FLERR, "pair_style nbody cannot compute forces: {}; check the positions of the atoms, or use more MPI ranks "
-               "if memory is short", library->last_error());
+    error->one(FLERR,
+               "pair_style nbody cannot compute forces: {}; check the positions of the atoms, or use more MPI ranks "
+               "if memory is short",
+               library->last_error());
 
   for (int i = 0; i < nall; i++)
     for (int a = 0; a < 3; a++) atom->f[i][a] += forces[3 * i + a];
@@ -213,5 +225,6 @@ double PairNBody::memory_usage()
   double bytes = Pair::memory_usage();
   if (library) bytes += library->memory(library->model);
   for (const Edges &e : edges) bytes += 8.0 * (e.receiver.capacity() + e.source.capacity() + e.vector.capacity());
-  return bytes + 8.0 * (numbers.capacity() + energies.capacity() + forces.capacity()) + 4.0 * (needed.capacity() + first.capacity() + chosen.capacity());
+  return bytes + 8.0 * (numbers.capacity() + energies.capacity() + forces.capacity()) +
+         4.0 * (needed.capacity() + first.capacity() + chosen.capacity());
 }

@@ -1,7 +1,8 @@
 /* pair_style nbody: an N-body network of nbody_pyg, exported as a C program, with domain decomposition.
 
-   A rank computes the energies of its own atoms. An atom feels others up to the sum of the radii of the shells, so ghosts
-   are communicated up to there, and LAMMPS adds the forces on ghosts to those of their owners. */
+   A rank computes the energies of its own atoms. An atom feels others up to the sum of the radii of the shells, so
+   ghosts are communicated up to there, and LAMMPS adds the forces on ghosts to those of their owners. Of several
+   images of an atom one is computed, since they have the same state. */
 #ifndef LMP_PAIR_NBODY_H
 #define LMP_PAIR_NBODY_H
 
@@ -11,9 +12,11 @@
 #include <memory>
 #include <vector>
 
-namespace LAMMPS_NS {
+namespace LAMMPS_NS
+{
 
-class PairNBody : public Pair {
+class PairNBody : public Pair
+{
  public:
   explicit PairNBody(LAMMPS *);
   ~PairNBody() override;
@@ -45,6 +48,6 @@ class PairNBody : public Pair {
   std::vector<double> energies, forces;
 };
 
-}    // namespace LAMMPS_NS
+} // namespace LAMMPS_NS
 
 #endif
