@@ -6,7 +6,7 @@ import copy
 import math
 import re
 import weakref
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from contextvars import ContextVar
 from typing import Any
 
@@ -54,6 +54,11 @@ def has_hierarchy(data: Data) -> bool:
             "it is no hierarchy; rename the key"
         )
     return True
+
+
+def elements_of(frames: Iterable[Data]) -> list[int]:
+    """Atomic numbers that occur in the frames, in order."""
+    return sorted({number for frame in frames for number in frame.z.unique().tolist()})
 
 
 def require_atoms(data: Any) -> None:

@@ -445,7 +445,7 @@ class NBodyNet(Resettable):
         spin: Tensor | None = None,
         batch_size: int | None = None,
         x: Float[Tensor, "atoms dim"] | None = None,
-    ) -> Float[Tensor, " graphs *dim"]:
+    ) -> Float[Tensor, " values *dim"]:
         """Value of each system: energies without those of isolated atoms, eV, or the target of ``irreps_out``.
 
         With the readout "nodes" it is the value of each atom, (atoms, dim).
@@ -470,7 +470,7 @@ class NBodyNet(Resettable):
 
     @opaque_to_compile
     @in_own_precision
-    def total(self, hierarchy: Hierarchy) -> Float[Tensor, " graphs *dim"]:
+    def total(self, hierarchy: Hierarchy) -> Float[Tensor, " values *dim"]:
         """Value of each system of a hierarchy: the sum of those of its parts; see :meth:`values`.
 
         With the readout "nodes" the value of each atom: the sum over the levels.

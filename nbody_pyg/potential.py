@@ -101,6 +101,9 @@ class Potential(Float64Buffers):
         self.repulsion = self._repulsion(repulsion)
         self.terms: Any = nn.ModuleList(terms)  # of EnergyTerm
         self.register_buffer("scale", torch.tensor(float(scale), dtype=torch.float64))
+        #: Name and checksum of the file that it was read from, and of the model that its training started from.
+        self.origin: Mapping[str, Any] | None = None
+        self.ancestor: Mapping[str, Any] | None = None
 
     def _repulsion(self, repulsion: ZBLRepulsion | str | None) -> ZBLRepulsion | None:
         if repulsion == "auto":

@@ -11,6 +11,7 @@ from e3nn import o3
 from torch import Tensor, nn
 from torch_geometric.data import Data
 
+from nbody_pyg.data import elements_of
 from nbody_pyg.geometry import rounded_positions, safe_norm
 from nbody_pyg.hierarchy import Hierarchy, Scheme
 from nbody_pyg.hierarchy.positions import atomic_masses
@@ -133,6 +134,9 @@ class PropertyModel(nn.Module):
         if not names or len(set(names)) < len(names):
             raise ValueError(f"properties must have names of their own, got {names or 'none'}")
         self.statistics = {name: (statistics or {}).get(name, Statistics()) for name in names}
+        #: Name and checksum of the file that it was read from, and of the model that its training started from.
+        self.origin: Mapping[str, Any] | None = None
+        self.ancestor: Mapping[str, Any] | None = None
         if isinstance(model, NBodyNet):
             wanted = property_irreps(self.properties)
             if model.irreps_out != wanted:
@@ -310,7 +314,7 @@ def fit_statistics(frames: Sequence[Data], wanted: Property) -> Statistics:
         return Statistics(float(label.mean()), float(label.std(correction=0)) or 1.0)
     if wanted.readout not in ("extensive", "r2"):
         return Statistics(0.0, float(label.square().mean().sqrt()) or 1.0)
-    species = sorted({int(z) for frame in frames for z in frame.z.unique()})
+    species = elements_of(frames)
     rows = []
     for frame in frames:
         which = (frame.z.unsqueeze(-1) == torch.tensor(species)).double()

@@ -19,5 +19,5 @@ def export(args: argparse.Namespace) -> int:
     potential = load_potential(args.model)
     paths = export_c(potential, folder, None if args.dtype is None else _DTYPES[args.dtype])
     print(f"written to {folder}: {', '.join(path.name for path in paths)}")
-    print(f"compile: cd {folder} && cc -O2 -march=native -fopenmp -w example.c nbody_model.c -lm -o example")
+    print(f"compile: make -C {folder} (the library), make -C {folder} example")
     return 0

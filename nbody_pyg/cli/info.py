@@ -50,6 +50,7 @@ def _show(path: str, header: dict[str, Any]) -> None:
         ("dtype", header["dtype"]),
         ("elements", " ".join(chemical_symbols[z] for z in species)),
         *_scales(header),
+        *_ancestors(record.get("ancestor")),
         *[(f"fixed {key}", f"{value:g}") for key, value in (model.get("assumed") or {}).items()],
         ("repulsion", _repulsion(header.get("repulsion"))),
         ("format version", header["format_version"]),
@@ -100,6 +101,15 @@ def _scales(header: dict[str, Any]) -> list[tuple[str, str]]:
         known = described["statistics"][p["name"]]
         text = f"{p['readout']}, {p['unit'] or 'no unit'}; mean {known['mean']:.6g}, scale {known['scale']:.6g}"
         rows.append((f"target {p['name']}", text))
+    return rows
+
+
+def _ancestors(found: dict[str, Any] | None) -> list[tuple[str, str]]:
+    """The models that the training started from, the nearest one first."""
+    rows = []
+    while found:
+        rows.append(("ancestor", f"{found['name']}, checksum {found['sha256'][:16]}"))
+        found = found.get("ancestor")
     return rows
 
 

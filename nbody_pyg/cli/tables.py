@@ -47,17 +47,17 @@ def error_table(
 
 
 def element_table(errors: Mapping[tuple[str, str], Mapping[str, float]]) -> str:
-    """Errors of the forces on the atoms of each element, a row per (model, set); "" with fewer than two elements."""
-    keys = {key for found in errors.values() for key in found if key.startswith("forces_mae_")}
-    elements = sorted(key.removeprefix("forces_mae_") for key in keys)
+    """Errors of the forces on the atoms of each element, a row per (model, set, element); "" with one element only."""
+    start = "forces_mae_"
+    elements = sorted({key.removeprefix(start) for found in errors.values() for key in found if key.startswith(start)})
     if len(elements) < 2:
         return ""
-    kinds = ("MAE", "RMSE")
-    head = ["model", "set", *(f"F {kind} {symbol} meV/A" for symbol in elements for kind in kinds)]
+    head = ["model", "set", "element", "F MAE meV/A", "F RMSE meV/A"]
     rows = [
-        [*name, *(found.get(f"forces_{kind.lower()}_{symbol}") for symbol in elements for kind in kinds)]
+        [*name, symbol, found[f"{start}{symbol}"], found.get(f"forces_rmse_{symbol}")]
         for name, found in errors.items()
-        if any(key in found for key in keys)
+        for symbol in elements
+        if f"{start}{symbol}" in found
     ]
     if len({name for name, _ in errors}) == 1:
         head, rows = head[1:], [row[1:] for row in rows]

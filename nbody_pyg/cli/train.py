@@ -20,9 +20,12 @@ from nbody_pyg.atomic_write import write_json, write_text
 from nbody_pyg.cli.frames import sample_of
 from nbody_pyg.cli.plots import error_plot, learning_curve, parity_plot, property_plot
 from nbody_pyg.cli.tables import element_table, error_table, report
-from nbody_pyg.datasets import label_audit
+from nbody_pyg.datasets import UnitFiles, label_audit
+from nbody_pyg.datasets.qm9 import qm9_atomref
+from nbody_pyg.datasets.readers import find_files
 from nbody_pyg.datasets.splits import Split, read_split
-from nbody_pyg.deploy import read_metadata, reference_record, save_model
+from nbody_pyg.datasets.units import are_units, unit_files
+from nbody_pyg.deploy import load_model, read_metadata, reference_record, save_model
 from nbody_pyg.network import frame_states
 from nbody_pyg.potential import Potential
 from nbody_pyg.properties import PropertyModel
@@ -31,12 +34,22 @@ from nbody_pyg.system import DEFAULT_STATE
 from nbody_pyg.training.build import potential_from_config
 from nbody_pyg.training.callbacks import Callback
 from nbody_pyg.training.checkpoint import changes, read_checkpoint
-from nbody_pyg.training.config import Config, ModelConfig, OutputConfig, load_config
+from nbody_pyg.training.config import Config, DataConfig, ModelConfig, OutputConfig, load_config
 from nbody_pyg.training.defaults import Choice, choose_defaults, keep_choices
 from nbody_pyg.training.evaluation import Evaluation, evaluate
+from nbody_pyg.training.finetune import Inheritance, ancestor_of, replayed, tuned_model
 from nbody_pyg.training.folder import RunFolder
+from nbody_pyg.training.inherited import with_architecture
 from nbody_pyg.training.loggers import run_log
-from nbody_pyg.training.prepare import DataSets, build_potential, explicit, load_data, network_inputs
+from nbody_pyg.training.prepare import (
+    DataSets,
+    build_potential,
+    explicit,
+    known_states,
+    load_data,
+    network_inputs,
+    read_files,
+)
 from nbody_pyg.training.processes import is_first_process
 from nbody_pyg.training.property_task import PropertyEvaluation, evaluate_properties
 from nbody_pyg.training.run import FIT_FILES, FitResult, fit_in, require_device, require_elements
@@ -63,7 +76,7 @@ _FILES = (
 # Settings that a resumed run may change: limits, paths of data (their contents are compared), and output.
 _FREE = frozenset({f"training.{name}" for name in RESUMABLE} | {
     "data.root", "data.train", "data.val", "data.test", "data.num_test",
-    *(f"output.{field.name}" for field in dataclasses.fields(OutputConfig)),
+    "finetune.init", "finetune.replay", *(f"output.{field.name}" for field in dataclasses.fields(OutputConfig)),
 })  # fmt: skip
 
 
@@ -119,30 +132,42 @@ def _writer(path: Path) -> str | None:
 def _train(config: Config, run: RunFolder) -> int:
     torch.set_num_threads(config.training.threads)
     folder = run.path
-    last, split, potential = None, None, None
+    last, split, potential, names = None, None, None, None
     choices: tuple[Choice, ...] = ()
+    init = None if config.finetune.init is None else load_model(config.finetune.init)
+    heirs: Inheritance | None = None
+    if init is not None:
+        config = with_architecture(config, init)
     if config.output.resume:
         last, split = _checkpoint(folder), _split(folder / "split.json")
         # With the numbers of neighbours, E0 and scale of the first run, even if frames were added since
-        config, potential = _resumed(last, config)
+        config, potential, names = _resumed(last, config)
+        potential.ancestor = None if init is None else ancestor_of(init)
     explicit(config.model)  # finds wrong arguments of the network before the data are read
-    data = load_data(config.data, split)
+    data = load_data(config.data, split, names)
     print(label_audit(data.named(), _uses(config, data)), "\n")
     if potential is None:
         config, choices = choose_defaults(config, data)
-        potential = build_potential(config, data)
+        if init is None:
+            potential = build_potential(config, data)
+        else:
+            e0 = qm9_atomref(required(config.data.qm9)) if config.data.e0 == "atomref" else config.data.e0
+            tuned, heirs = tuned_model(init, data.train, e0, config.finetune.keep_elements)
+            potential = known_states(tuned.to(getattr(torch, config.training.dtype)), data)
     require_elements(potential, data.named())
-    _describe(potential, config, choices)
-    shared = config.data.shares_hierarchy
-    data = data.with_topology(required(potential.network.scheme), shared)
+    _describe(potential, config, choices, heirs)
+    shared, scheme = config.data.shares_hierarchy, required(potential.network.scheme)
+    data = data.with_topology(scheme, shared)
+    again = [] if init is None else [scheme(frame) for frame in _replayed(potential, init, config, len(data.train))]
     config = dataclasses.replace(config, model=_as_built(config.model, potential))
     files = _FILES if _writer(folder / "config.yaml") is None else (*_FILES, "config.yaml")
     logs = []
     if config.output.logger is not None:
         logs.append(run_log(config.output.logger, folder, config.to_dict(), config.training.log_every))
     result = fit_in(
-        run, potential, data.train, data.val, config.training, last,
+        run, potential, _training_frames(data, again), data.val, config.training, last,
         callbacks=[KeptConfig(config, data.split, folder), *logs], files=files,
+        finetune=None if init is None else config.finetune,
     )  # fmt: skip
     if not run.active:
         return 0  # only the first process tests, saves and reports
@@ -159,6 +184,39 @@ def _train(config: Config, run: RunFolder) -> int:
     return 0
 
 
+#: Times as many frames are drawn from files as are replayed, because some have elements that the model lacks.
+_SPARE = 20
+
+
+def _training_frames(data: DataSets, again: Sequence[Data]) -> Sequence[Data] | UnitFiles:
+    """The training frames behind those that are replayed."""
+    if data.stream is None:
+        return [*again, *data.train] if again else data.train
+    if again:
+        raise ValueError("finetune.replay must be left out where data.train is read from HDF5 files; put them together")
+    return data.stream
+
+
+def _replayed(
+    potential: Potential | PropertyModel, init: Potential | PropertyModel, config: Config, num_train: int
+) -> list[Data]:
+    """Frames of the first training, with energies that have the E0 of the new model."""
+    given = config.finetune
+    if given.replay is None:
+        return []
+    if not isinstance(potential, Potential) or not isinstance(init, Potential):
+        raise ValueError("finetune.replay is for potentials, whose E0 is known; leave it out for properties")
+    count, seed, files = given.replay_frames or num_train, config.training.seed, find_files(given.replay)
+    frames: Sequence[Data]
+    if are_units(files):
+        frames = UnitFiles(unit_files(files)).sample(count=count * _SPARE, seed=seed)
+    else:
+        frames = read_files(given.replay, DataConfig(train=given.replay))
+    out = replayed(potential, init, frames, count, seed)
+    print(f"replay  {len(out)} of {len(frames)} frames of the first training, with the new E0\n")
+    return out
+
+
 def _split(path: Path) -> Split | None:
     """The split of an earlier run, or None."""
     try:
@@ -167,8 +225,9 @@ def _split(path: Path) -> Split | None:
         raise ValueError(f"{path} is damaged ({error}); remove it to draw the split again from its seed") from error
 
 
-def _resumed(last: Path, config: Config) -> tuple[Config, Potential | PropertyModel]:
-    """The configuration with the values chosen in the run of a checkpoint, and its model with initial weights.
+def _resumed(last: Path, config: Config) -> tuple[Config, Potential | PropertyModel, Sequence[str] | None]:
+    """The configuration with the values chosen in the run of a checkpoint, its model with initial weights, and names of
+    its HDF5 files, if it has any.
 
     Raises: ValueError: the configuration changes a setting that a resumed run must keep.
     """
@@ -188,7 +247,8 @@ def _resumed(last: Path, config: Config) -> tuple[Config, Potential | PropertyMo
         raise ValueError(
             f"a resumed run must not change these settings: {words}; resume with the old values, or start a new run"
         )
-    return config, potential_from_config(up_to_date(checkpoint["hyper_parameters"]["potential"]))
+    files = checkpoint["run"]["frames"]["train"].get("files")
+    return config, potential_from_config(up_to_date(checkpoint["hyper_parameters"]["potential"])), files
 
 
 def _as_built(config: ModelConfig, potential: Potential | PropertyModel) -> ModelConfig:
@@ -224,9 +284,16 @@ def _uses(config: Config, data: DataSets) -> dict[str, str]:
     return held | ({"charges": "input" if config.model.arguments.get("long_range") else "their sum"} if charges else {})
 
 
-def _describe(potential: Potential | PropertyModel, config: Config, choices: Sequence[Choice] = ()) -> None:
+def _describe(
+    potential: Potential | PropertyModel,
+    config: Config,
+    choices: Sequence[Choice] = (),
+    heirs: Inheritance | None = None,
+) -> None:
     for choice in choices:
         print(f"chosen  {choice}")
+    for line in [] if heirs is None else heirs.lines():
+        print(line)
     print(f"model   {potential.model!r}")
     if isinstance(potential, PropertyModel):
         for p in potential.properties:
@@ -289,7 +356,8 @@ def _finish(
         "epochs": result.epochs,
         "cpu_seconds": round(result.cpu_seconds, 3),
         "weights": kept,
-        "num_frames": {name: len(frames) for name, frames in data.named().items()},
+        "num_frames": {name: len(frames) for name, frames in data.named().items()}
+        | ({} if data.stream is None else {"train": len(data.stream)}),
     }
     if config.data.shares_hierarchy:
         record["reference"] = reference_record(data.train[0])

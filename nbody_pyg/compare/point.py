@@ -24,6 +24,7 @@ from nbody_pyg.compare.graph import CutoffGraph
 from nbody_pyg.compare.measure import latency, machine, peak_memory
 from nbody_pyg.compare.peer import Facts
 from nbody_pyg.compare.registry import build_peer, version
+from nbody_pyg.data import elements_of
 from nbody_pyg.datasets import fit_atomic_energies
 from nbody_pyg.datasets.readers import find_files
 from nbody_pyg.energy import AtomicReference
@@ -220,7 +221,7 @@ def build(point: Point, config: Config, data: DataSets) -> Potential:
         if not isinstance(found, Potential):
             raise WrongData(f"frames must have energies to compare models by, data.qm9 is {config.data.qm9!r}")
         return found
-    species = tuple(sorted({int(z) for frame in data.train for z in frame.z.unique()}))
+    species = tuple(elements_of(data.train))
     degree = compute_avg_num_neighbors(CutoffGraph(point.cutoff), data.train[:200])["pair_0"]
     facts = Facts(species, point.cutoff, degree, getattr(torch, config.training.dtype))
     peer = build_peer(point.model, facts, config.training.seed, **point.arguments)

@@ -13,12 +13,14 @@ from nbody_pyg.datasets.qm9 import load_qm9, load_qm9_dipoles, qm9_atomref, qm9_
 from nbody_pyg.datasets.readers import read_frames
 from nbody_pyg.datasets.reference import fit_atomic_energies, fit_reference  # noqa: F401 (the old name)
 from nbody_pyg.datasets.splits import FrameSplit, Split, read_indices, read_split, split_indices
+from nbody_pyg.datasets.units import UnitFiles
 
 __all__ = [
     "FrameSplit",
     "Frames",
     "LabelTable",
     "Split",
+    "UnitFiles",
     "charged_particles",
     "embedded",
     "embedded_folder",

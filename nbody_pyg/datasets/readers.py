@@ -15,6 +15,7 @@ from nbody_pyg.datasets.arrays import read_npz
 from nbody_pyg.datasets.frames import Frames, check_frame, listed, shaped_label
 from nbody_pyg.datasets.keys import LEVELLED, Stores, choose_keys, is_virial, levels_apart, stores_of, volume_of
 from nbody_pyg.datasets.systems import as_slice, named_units, read_systems
+from nbody_pyg.datasets.units import SUFFIXES, UnitFiles
 from nbody_pyg.messages import nearest
 from nbody_pyg.units import STRESS_UNITS, Units
 
@@ -70,7 +71,8 @@ def read_frames(
     those that do not are neutral, or singlets.
 
     Args:
-        path: a ``.npz`` (see :func:`nbody_pyg.datasets.read_npz` for its keys) or a file that ASE reads.
+        path: a ``.npz`` (see :func:`nbody_pyg.datasets.read_npz` for its keys), an HDF5 file as
+            :class:`~nbody_pyg.datasets.units.UnitFiles` reads it, or a file that ASE reads.
         energy_key, forces_key, stress_key, dipole_key: the one key to read this label from.
         units: units of the file, such as ``"kcal/mol"``, ``"eV, angstrom, kbar"`` or ``Units("Ha", "bohr")``.
             Default for ASE files: ASE's own, which are ours, or those that a database of SchNetPack names; an npz
@@ -93,6 +95,10 @@ def read_frames(
         frames = read_npz(path, energy_key=energy_key, forces_key=forces_key, stress_key=stress_key,
                           dipole_key=dipole_key, units=units)  # fmt: skip
         return frames[as_slice(index)]
+    if path.suffix in SUFFIXES and file_format is None:
+        if wrong := [f"{k}_key" for k, v in given.items() if v] or (["units"] if units is not None else []):
+            raise ValueError(f"{wrong[0]} must not be given for {str(path)!r}: units have fixed names and units")
+        return UnitFiles([path]).read(0)[as_slice(index)]
     systems, metadata = read_systems(path, index, file_format)
     frames, odd = frames_of(
         systems, path, {k: v for k, v in given.items() if v}, units or named_units(metadata, path.name)

@@ -10,7 +10,7 @@ from nbody_pyg.deploy.committee import Committee, stop_on_uncertainty
 from nbody_pyg.deploy.energies import EnergyExplanation, explain_energy
 from nbody_pyg.deploy.energy_plot import plot_energy_parts
 from nbody_pyg.deploy.fingerprint import cg_fingerprint
-from nbody_pyg.deploy.model_file import load_model, read_metadata, save_model
+from nbody_pyg.deploy.model_file import find_model, load_model, read_metadata, save_model, shipped_models
 from nbody_pyg.deploy.reference import reference_record, reference_topology, with_reference
 from nbody_pyg.deploy.relax import Relaxation, relax
 from nbody_pyg.training.upgrades import FORMAT_VERSION
@@ -29,6 +29,7 @@ __all__ = [
     "SolidProperties",
     "cg_fingerprint",
     "explain_energy",
+    "find_model",
     "load_model",
     "plot_energy_parts",
     "plot_equation_of_state",
@@ -38,6 +39,7 @@ __all__ = [
     "relax",
     "run_md",
     "save_model",
+    "shipped_models",
     "solid_properties",
     "stop_on_uncertainty",
     "with_reference",

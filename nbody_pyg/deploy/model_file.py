@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from nbody_pyg.atomic_write import atomic_write
 from nbody_pyg.deploy.fingerprint import cg_fingerprint
 from nbody_pyg.deploy.sizes import check_sizes
-from nbody_pyg.messages import printable, short
+from nbody_pyg.messages import nearest, printable, short
 from nbody_pyg.potential import Potential
 from nbody_pyg.properties import PropertyModel
 from nbody_pyg.renamed import FORMER_ARGUMENTS, present_names
@@ -56,12 +56,35 @@ _ENTRIES: dict[str, type | tuple[type, ...]] = {
 #: First format whose checksum covers the settings.
 _SEALED = 4
 _log = logging.getLogger("nbody_pyg")
+#: Models that come with the package, each NAME.nbody.
+SHIPPED = Path(__file__).parents[1] / "models_shipped"
+
+
+def shipped_models() -> list[str]:
+    """Names of the models that come with the package."""
+    return sorted(path.stem for path in SHIPPED.glob("*.nbody"))
+
+
+def find_model(name_or_path: str | Path) -> Path:
+    """The file of a model: the path itself, or the shipped model of that name where no such file exists.
+
+    Raises: FileNotFoundError: a bare name that is neither a file nor a shipped model.
+    """
+    path, names = Path(name_or_path), shipped_models()
+    if path.is_file() or len(path.parts) != 1 or path.suffix or (path.exists() and path.name not in names):
+        return path
+    if path.name not in names:
+        hint = f"; of the shipped models {nearest(path.name, names)}" if names else ""
+        raise FileNotFoundError(f"no model file at {path}, and no shipped model of that name{hint}")
+    return SHIPPED / f"{path.name}.nbody"
 
 
 def save_model(
     potential: Potential | PropertyModel, path: str | Path, metadata: Mapping[str, Any] | None = None
 ) -> None:
     """Write a potential (or a model of properties) into one file, atomically (temporary file, then rename).
+
+    The ancestor of a fine-tuned model is added to the metadata.
 
     Args:
         metadata: further entries for JSON: training settings, data, errors. Numbers that are not finite become null,
@@ -79,7 +102,7 @@ def save_model(
         "units": _UNITS,
         "cg_fingerprint": cg_fingerprint(),
         "versions": {name: _version(name) for name in _PACKAGES} | {"python": platform.python_version()},
-        "metadata": _without_infinity(dict(metadata or {})),
+        "metadata": _without_infinity({**_ancestor(potential), **(metadata or {})}),
     }
     header = json.loads(json.dumps(header))  # as a reader gets it
     header["sha256"] = checksum(header, tensors)
@@ -88,19 +111,24 @@ def save_model(
         save_file(tensors, temporary, metadata={_KEY: json.dumps(header)})
 
 
+def _ancestor(potential: Potential | PropertyModel) -> dict[str, Any]:
+    return {} if potential.ancestor is None else {"ancestor": dict(potential.ancestor)}
+
+
 def load_model(
     path: str | Path, model: nn.Module | None = None, device: torch.device | str = "cpu"
 ) -> Potential | PropertyModel:
     """Read a potential, or a model of properties, ready for evaluation.
 
     Args:
+        path: a file, or the name of a model that comes with the package (:func:`shipped_models`).
         model: the network, if it is not one of ours, built as when the file was written.
     Raises:
         FileNotFoundError: no such file.
         ValueError: not a model file, truncated or damaged, written by a newer version, settings or weights that do not
         match a network, or another convention of the Clebsch-Gordan coefficients.
     """
-    path = Path(path)
+    name, path = Path(path).name, find_model(path)
     header, tensors = _read(path)
     theirs = header["versions"]
     if model is None and header["cg_fingerprint"] != cg_fingerprint():
@@ -129,6 +157,9 @@ def load_model(
             f"{path} does not hold settings and weights of one network: {_said(error)}; use the version of nbody_pyg "
             f"that wrote it ({printable(theirs.get('nbody_pyg'))}), or get a fresh copy"
         ) from error
+    found = header["metadata"].get("ancestor")
+    potential.ancestor = found if isinstance(found, dict) else None
+    potential.origin = {"name": name, "sha256": header["sha256"]}
     return potential.to(device).eval()
 
 
@@ -158,7 +189,7 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
 
     Raises: FileNotFoundError, ValueError: as :func:`load_model`.
     """
-    return _read(Path(path))[0]
+    return _read(find_model(path))[0]
 
 
 def checksum(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:

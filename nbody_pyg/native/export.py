@@ -1,4 +1,4 @@
-"""export_c: a potential as C source, header, weights and an example, for programs without Python."""
+"""export_c: a potential as C source, header, weights, Makefile and example, for programs without Python."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from nbody_pyg.potential import Potential
 from nbody_pyg.required import required
 
 #: Names of the files of an export.
-FILES = ("nbody_model.c", "nbody_model.h", "nbody_model.weights", "example.c")
+FILES = ("nbody_model.c", "nbody_model.h", "nbody_model.weights", "example.c", "Makefile")
 _MAGIC = b"NBODYW1\0"
 #: Positions of the example, angstrom: no symmetry, distances of bonds.
 _EXAMPLE = ((0.0, 0.0, 0.0), (1.1, 0.1, -0.2), (-0.4, 1.2, 0.3), (0.2, -0.5, 1.3), (-0.9, -0.8, -0.7))
 
 
 def export_c(potential: Potential, folder: str | Path, dtype: torch.dtype | None = None) -> list[Path]:
-    """Write a potential as C source (``nbody_model.c``), header, weights and an example into a folder.
+    """Write a potential as C source (``nbody_model.c``), header, weights, Makefile and an example into a folder.
 
     Args:
         potential: one that the native evaluator can compute, see :func:`~nbody_pyg.native.why_not`.
@@ -42,6 +42,7 @@ def export_c(potential: Potential, folder: str | Path, dtype: torch.dtype | None
     with atomic_write(paths[2]) as temporary:
         temporary.write_bytes(weight_bytes(program))
     write_text(paths[3], _example(potential, program))
+    write_text(paths[4], c_text("Makefile"))
     return paths
 
 

@@ -2,6 +2,7 @@
 
 from nbody_pyg.training.callbacks import Callback
 from nbody_pyg.training.ema import WeightEMA
+from nbody_pyg.training.finetune import tuned_model
 from nbody_pyg.training.labels import force_variance
 from nbody_pyg.training.loader import EpochSampler, FrameLoader
 from nbody_pyg.training.loss import EnergyForceLoss
@@ -9,7 +10,7 @@ from nbody_pyg.training.metrics import ErrorMeter
 from nbody_pyg.training.optim import build_optimizer
 from nbody_pyg.training.run import FitResult, fit
 from nbody_pyg.training.schedule import WarmupCosine
-from nbody_pyg.training.settings import TrainingConfig
+from nbody_pyg.training.settings import FineTuneConfig, TrainingConfig
 from nbody_pyg.training.task import PotentialTask
 from nbody_pyg.training.trainer import Trainer
 
@@ -18,6 +19,7 @@ __all__ = [
     "EnergyForceLoss",
     "EpochSampler",
     "ErrorMeter",
+    "FineTuneConfig",
     "FitResult",
     "FrameLoader",
     "PotentialTask",
@@ -28,4 +30,5 @@ __all__ = [
     "build_optimizer",
     "fit",
     "force_variance",
+    "tuned_model",
 ]

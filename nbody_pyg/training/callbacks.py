@@ -125,16 +125,17 @@ class RunProgress(Callback):
         self._bar: tqdm | None = None
         self._scores = ""
         self._began = self._spoke = 0.0
-        self._done = 0.0
+        self._done: float | None = None  # progress after the first step of this process
 
     def on_start(self, trainer: Trainer) -> None:
         self._began = self._spoke = time.monotonic()
-        self._done = trainer.progress
         if trainer.first and sys.stderr.isatty():
             layout = "{l_bar}{bar}| {elapsed}<{remaining} {postfix}"
             self._bar = tqdm(total=100.0, desc="training", bar_format=layout, dynamic_ncols=True)
 
     def on_step(self, trainer: Trainer) -> None:
+        if self._done is None:
+            self._began, self._done = time.monotonic(), trainer.progress
         if self._bar is not None and trainer.step % self.every == 0:
             self._bar.set_postfix_str(f"step {trainer.step}{self._errors(trainer)}{self._scores}", refresh=False)
             self._bar.update(100.0 * trainer.progress - self._bar.n)
@@ -152,7 +153,7 @@ class RunProgress(Callback):
     def _speak(self, trainer: Trainer, text: str) -> None:
         """A line with the errors and the time that is left."""
         self._spoke = time.monotonic()
-        gained = trainer.progress - self._done
+        gained = trainer.progress - (self._done or 0.0)
         left = (1.0 - trainer.progress) / gained * (self._spoke - self._began) if gained > 0 else None
         end = f"  {_duration(left)} left" if left is not None and trainer.progress < 1 else ""
         print(

@@ -21,7 +21,7 @@ from nbody_pyg.messages import check_choice, nearest
 from nbody_pyg.properties import Property
 from nbody_pyg.renamed import FORMER_ARGUMENTS, present_names
 from nbody_pyg.training.loggers import LOGGERS
-from nbody_pyg.training.settings import TrainingConfig, setting
+from nbody_pyg.training.settings import FineTuneConfig, TrainingConfig, setting
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class DataConfig:
     split: int = setting(1, "number of the published rMD17 split")
     train: list[str] | str | None = setting(  # noqa: RUF009
         None, "training frames (extxyz, npz, anything ASE reads): a file, a folder, a pattern such as 'run*/a.xyz', "
-        "or a list of them"
+        "or a list of them; HDF5 files of datasets/make_pretraining.py are read a few at a time"
     )  # fmt: skip
     val: list[str] | str | None = setting(  # noqa: RUF009
         None, "validation frames, as for train; by default num_val frames of train"
@@ -56,6 +56,9 @@ class DataConfig:
     one_molecule: bool | None = setting(
         None, "all frames hold one molecule in one order of atoms, and share the hierarchy of the first "
         "(default: true for embedded and rmd17)"
+    )  # fmt: skip
+    files_in_memory: int | None = setting(
+        None, "HDF5 files held at once, of data.train that does not fit into memory (default: 8)"
     )  # fmt: skip
     e0: dict[str, float] | str = setting("lstsq", "lstsq, mean, isolated, atomref (of QM9), or {element: eV}")  # noqa: RUF009
 
@@ -135,6 +138,7 @@ class Config:
     training: TrainingConfig
     output: OutputConfig
     target: tuple[Property, ...] = ()
+    finetune: FineTuneConfig = dataclasses.field(default_factory=FineTuneConfig)
     #: Dotted keys that the user set; nbody_pyg.training.defaults chooses others from the data.
     given: frozenset[str] = dataclasses.field(default=frozenset(), compare=False)
 
@@ -145,7 +149,9 @@ class Config:
         model["repulsion"] = self.model.repulsion
         target = {p.name: {"readout": p.readout, "unit": p.unit, "weight": p.weight} for p in self.target}
         whole = {"data": out["data"], "model": {**model, **self.model.arguments}, **out}
-        return whole | ({"target": target} if target else {})
+        whole |= {"target": target} if target else {}
+        # Runs that start from random weights have no such section, as those of earlier versions
+        return whole | ({"finetune": dataclasses.asdict(self.finetune)} if self.finetune.init is not None else {})
 
     def text(self) -> str:
         """The YAML file."""
@@ -157,7 +163,7 @@ class Config:
         write_text(path, self.text())
 
 
-_SECTIONS = {"data": DataConfig, "training": TrainingConfig, "output": OutputConfig}
+_SECTIONS = {"data": DataConfig, "training": TrainingConfig, "output": OutputConfig, "finetune": FineTuneConfig}
 _MODEL_KEYS = {
     "preset": "practical (for potentials) or strict (polynomial, as in the paper)",
     "scheme": "composition scheme, e.g. {name: BondTree, cutoff: 5.0}; see --model.scheme.<argument>",
@@ -227,6 +233,7 @@ def parse_config(tree: Mapping[str, Any]) -> Config:
         training=TrainingConfig(**_limited(values["training"], named)),
         output=OutputConfig(**values["output"]),
         target=target,
+        finetune=_finetune(values["finetune"], named),
         given=named,
     )
 
@@ -234,6 +241,14 @@ def parse_config(tree: Mapping[str, Any]) -> Config:
 def _limited(values: Mapping[str, Any], named: frozenset[str]) -> dict[str, Any]:
     """The section ``training`` with default limits if none are given."""
     return dict(values) | (LIMITS if named.isdisjoint(LIMIT_KEYS) else {})
+
+
+def _finetune(values: Mapping[str, Any], named: frozenset[str]) -> FineTuneConfig:
+    if values["init"] is None and (lost := sorted(key for key in named if key.startswith("finetune."))):
+        others = [key for key in lost if key != "finetune.init"]
+        if others:
+            raise ValueError(f"{others[0]} is for a run that starts from a model; give it by --init, or leave it out")
+    return FineTuneConfig(**values)
 
 
 def _named_keys(tree: Mapping[str, Any], prefix: str = "") -> frozenset[str]:
@@ -247,7 +262,7 @@ def _named_keys(tree: Mapping[str, Any], prefix: str = "") -> frozenset[str]:
 
 
 #: Keys of files or folders, in which ~ and $HOME are expanded.
-_FILE_KEYS = {"data": ("root", "train", "val", "test"), "output": ("folder",)}
+_FILE_KEYS = {"data": ("root", "train", "val", "test"), "output": ("folder",), "finetune": ("init", "replay")}
 _MODEL_TYPES: dict[str, Any] = {"preset": str, "scheme": dict, "scale": float | str, "repulsion": str | None}
 _WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", dict: "keys and values",
           list: "a list"}  # fmt: skip
@@ -282,7 +297,7 @@ def _typed_section(section: str, values: Any) -> Any:
         elif (
             isinstance(value, list) and list not in _admits(_hint(section, key)) and str in _admits(_hint(section, key))
         ):
-            what = "file" if key in _FILE_KEYS.get("data", ()) else "name"
+            what = "file" if section != "output" and key in _FILE_KEYS.get(section, ()) else "name"
             raise ValueError(f"{section}.{key} must be one {what}, got the list {value}; give one, or join the files")
         if key in _FILE_KEYS.get(section, ()) and value is not None:
             named = isinstance(value, Mapping)
@@ -447,6 +462,7 @@ def _parse_overrides(words: Sequence[str]) -> list[tuple[str, Any]]:
     (_, loose), *options = read_options(words)
     out = []
     for key, texts in options:
+        key = "finetune.init" if key == "init" else key
         section, dot, name = key.partition(".")
         loose += texts[1:] if dot else [f"--{key}"]
         if dot and not texts:

@@ -30,6 +30,8 @@ DENSE = {"lmax": 3, "channels": 16}
 EDGES_PER_STEP, MOST_FRAMES = 10_000, 5
 #: Weights for energies and stresses per atom, angstrom^-2.
 PER_ATOM_WEIGHT, STRESS_WEIGHT = 5.0, 0.1
+#: Learning rates of runs that start from a trained model: of all weights, and of readouts and adapters alone.
+TUNED_LR, FEW_WEIGHTS_LR = 5e-3, 1e-2
 #: Number of frames that are measured, and largest distance of neighbours, angstrom.
 _MEASURED, _REACH = 200, 6.0
 
@@ -107,22 +109,36 @@ def choose_defaults(config: Config, data: DataSets) -> tuple[Config, tuple[Choic
     Energy errors count per molecule if all frames are molecules of one size, otherwise per atom, because the energies
     of large cells would outweigh the forces. Stress is trained if frames have it. E0 is that of isolated atoms if every
     element has a frame of one atom without images nearer than 6 angstrom. A step has as many frames as have 10,000
-    edges together, and at most five.
+    edges together, and at most five. A run that starts from a trained model has a smaller learning rate if all weights
+    are trained, and no weight decay.
 
     Settings given by the user are not changed, nor is a configuration read from the ``config.yaml`` of a run.
     """
     found = FrameStatistics.of(data.train)
     choices = [*_reference(config, data), *_radii(config, found), *_degree(config, found), *_loss(config, found)]
+    choices += _tuning(config)
     chosen = _with(config, choices)
-    batch = [] if "training.batch_size" in config.given else [_batch_size(chosen, data.train)]
+    by_atoms = config.training.batch_atoms is not None
+    batch = [] if "training.batch_size" in config.given or by_atoms else [_batch_size(chosen, data.train)]
     limits = [Choice(f"training.{key}", value, "no limit of the run was given") for key, value in _limits(config)]
     return _with(chosen, batch), (*choices, *batch, *limits)
+
+
+def _tuning(config: Config) -> list[Choice]:
+    """Learning rate and weight decay of a run that starts from a trained model."""
+    if config.finetune.init is None:
+        return []
+    few = config.finetune.parts in ("readouts", "adapters")
+    lr, what = (FEW_WEIGHTS_LR, f"{config.finetune.parts} are") if few else (TUNED_LR, "weights of a trained model are")
+    found = [Choice("training.lr", lr, f"{what} trained")]
+    found.append(Choice("training.weight_decay", 0.0, "decay would pull away from the trained weights"))
+    return [choice for choice in found if choice.key not in config.given]
 
 
 def keep_choices(config: Config, stored: Mapping[str, Any]) -> Config:
     """The configuration of a resumed run; settings that the user did not give are those of the stored nested form."""
     kept = []
-    for key in CHOSEN:
+    for key in (*CHOSEN, *(TUNED if config.finetune.init is not None else ())):
         section, _, name = key.rpartition(".")
         values: Any = stored
         for part in section.split("."):
@@ -138,6 +154,8 @@ def keep_choices(config: Config, stored: Mapping[str, Any]) -> Config:
 CHOSEN = ("data.e0", "model.lmax", "model.channels", "model.scheme.radii", "model.scheme.exponent",
           "training.energy_per", "training.energy_weight", "training.stress_weight", "training.batch_size",
           *sorted(LIMIT_KEYS))  # fmt: skip
+#: Further ones of a run that starts from a trained model.
+TUNED = ("training.lr", "training.weight_decay")
 
 
 def _with(config: Config, choices: Sequence[Choice]) -> Config:

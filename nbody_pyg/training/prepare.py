@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch_geometric.data import Data
 
+from nbody_pyg.data import elements_of
 from nbody_pyg.datasets import (
     Split,
     fit_atomic_energies,
@@ -35,6 +36,7 @@ from nbody_pyg.datasets.keys import levels_apart
 from nbody_pyg.datasets.qm9 import TARGETS, TOTAL_ENERGIES
 from nbody_pyg.datasets.readers import find_files, join_frames
 from nbody_pyg.datasets.reference import is_isolated_atom
+from nbody_pyg.datasets.units import UnitFiles, are_units, unit_files
 from nbody_pyg.energy import AtomicReference
 from nbody_pyg.hierarchy import Scheme, Topology, share_topology
 from nbody_pyg.messages import check_choice
@@ -67,6 +69,8 @@ class DataSets:
     val: Sequence[Data]
     tests: dict[str, Sequence[Data]] = field(default_factory=dict)
     split: Split | None = None
+    #: Training frames that are not in memory; ``train`` is then a sample of them.
+    stream: UnitFiles | None = None
 
     def named(self) -> dict[str, Sequence[Data]]:
         return {"train": self.train, **({"val": self.val} if len(self.val) else {}), **self.tests}
@@ -94,12 +98,13 @@ class DataSets:
             return frames.replaced(stored(frames)) if isinstance(frames, Frames) else stored(frames)
 
         tests = {name: store(frames) for name, frames in self.tests.items()}
-        return DataSets(store(self.train), store(self.val), tests, self.split)
+        train = self.train if self.stream is not None else store(self.train)
+        return DataSets(train, store(self.val), tests, self.split, self.stream)
 
     def uniform(self, labels: Mapping[str, Sequence[int | str]]) -> DataSets:
         """The same frames with the same keys in each set; see :func:`nbody_pyg.training.labels.uniform`."""
         tests = {name: uniform(frames, labels) for name, frames in self.tests.items()}
-        return DataSets(uniform(self.train, labels), uniform(self.val, labels), tests, self.split)
+        return DataSets(uniform(self.train, labels), uniform(self.val, labels), tests, self.split, self.stream)
 
 
 def _warn_of_odd_reference(scheme: Scheme, tree: Topology, frames: Sequence[Data]) -> None:
@@ -129,12 +134,13 @@ def _warn_of_bonds_that_differ(scheme: Scheme, frames: Sequence[Data]) -> None:
         )
 
 
-def load_data(config: DataConfig, split: Split | None = None) -> DataSets:
+def load_data(config: DataConfig, split: Split | None = None, files: Sequence[str] | None = None) -> DataSets:
     """Read and split the data of the configuration.
 
     Args:
         split: of an earlier run, used instead of a new random one. Additional frames at the end are for training, or if
             ``num_train`` is given for the test.
+        files: names of the HDF5 files of an earlier run; others are left out.
     Raises: ValueError, FileNotFoundError: of the readers; more frames requested than there are; a key or unit for data
     that have fixed ones; a test set with the name of another set; files with labels of two levels of theory.
     """
@@ -154,18 +160,41 @@ def load_data(config: DataConfig, split: Split | None = None) -> DataSets:
         return DataSets(found.train, found.val, {"test": found.test})
     if config.qm9 is not None:
         return _load_qm9(config, split)
+    if are_units(listed := find_files(required(config.train))):
+        return _load_units(unit_files(listed), config, files)
     paths = config.test or {}
     paths = {"test": paths} if isinstance(paths, str) else paths
     if taken := {"train", "val"} & set(paths):
         raise ValueError(f"data.test must not name a set {taken.pop()!r}, which is another set of the run; rename it")
     _warn_of_training_files(required(config.train), {**paths, **({} if config.val is None else {"val": config.val})})
-    tests = {name: _read(path, config) for name, path in paths.items()}
-    val = None if config.val is None else _read(config.val, config)
-    train = _read(required(config.train), config)
+    tests = {name: read_files(path, config) for name, path in paths.items()}
+    val = None if config.val is None else read_files(config.val, config)
+    train = read_files(required(config.train), config)
     sets = {"train": train, **({} if val is None else {"val": val}), **tests}
     if wrong := levels_apart({title: getattr(frames, "sources", {}) for title, frames in sets.items()}):
         raise ValueError(wrong)
     return _split(train, val, tests, config, split)
+
+
+#: Frames of a sample of training frames in files, from which E0 and scale are taken; of validation and of tests.
+_SAMPLE, _VAL, _TEST = 2000, 500, 1000
+
+
+def _load_units(files: Sequence[Path], config: DataConfig, names: Sequence[str] | None) -> DataSets:
+    """Training frames that stay in their files, and samples of the validation and test frames there."""
+    fixed = ("val", "test", "units", "energy_key", "forces_key", "stress_key", "file_format", "one_molecule")
+    for name in fixed:
+        if getattr(config, name) is not None:
+            raise ValueError(
+                f"data.{name} must not be given for HDF5 files, which hold their splits, names and units, got "
+                f"{getattr(config, name)!r}; leave it out"
+            )
+    units = UnitFiles(files, config.num_train, 8 if config.files_in_memory is None else config.files_in_memory)
+    units = units if names is None else units.only(names)
+    val = units.sample("val", _VAL if config.num_val is None else config.num_val, config.split_seed)
+    test = units.sample("test", _TEST if config.num_test is None else config.num_test, config.split_seed)
+    tests = {"test": test} if len(test) else {}
+    return DataSets(units.sample("train", _SAMPLE, config.split_seed), val, dict(tests), None, units)
 
 
 def _load_qm9(config: DataConfig, kept: Split | None) -> DataSets:
@@ -202,7 +231,7 @@ def wanted_properties(config: Config) -> tuple[Property, ...]:
     return ()
 
 
-def _read(paths: str | Sequence[str], config: DataConfig) -> Sequence[Data]:
+def read_files(paths: str | Sequence[str], config: DataConfig) -> Sequence[Data]:
     """The frames of the given files, in their order; those of folders and patterns sorted by name."""
     found = [
         read_frames(
@@ -284,11 +313,13 @@ def build_potential(config: Config, data: DataSets) -> Potential | PropertyModel
         with torch.no_grad():
             model.electrons.offset.copy_(terms.offset / float(scale))
     repulsion = _repulsion(config.model, model.species, data.train)
+    if repulsion is not None and data.stream is not None:
+        repulsion = repulsion.within_bonds()
     potential = Potential(model, reference, float(scale), repulsion).to(getattr(torch, config.training.dtype))
     return known_states(potential, data)
 
 
-P = TypeVar("P", Potential, PropertyModel)
+P = TypeVar("P", bound=Potential | PropertyModel)
 
 
 def known_states(potential: P, data: DataSets) -> P:
@@ -334,7 +365,7 @@ class StateTerms:
 def state_terms(frames: Sequence[Data], inputs: Sequence[str]) -> StateTerms:
     """By least squares over the frames with an energy, together with a value for each element, which is not used."""
     states = frame_states(frames)
-    species = torch.tensor(sorted({int(z) for frame in frames for z in frame.z.unique()}))
+    species = torch.tensor(elements_of(frames))
     counts = torch.stack([(frame.z[:, None] == species).sum(0) for frame in frames]).double()
     labels = [float(frame.energy) if has_label(frame, "energy") else math.nan for frame in frames]
     energies = torch.tensor(labels, dtype=torch.float64)
@@ -374,7 +405,7 @@ def _for_reference(data: DataSets, e0: typing.Any) -> Sequence[Data]:
     if e0 != "isolated":
         return data.train
     others = [frame for frames in (data.val, *data.tests.values()) for frame in frames]
-    known = {int(z) for frame in data.train for z in frame.z.unique()}
+    known = set(elements_of(data.train))
     return [*data.train, *(f for f in others if is_isolated_atom(f) and int(f.z) in known and has_label(f, "energy"))]
 
 
@@ -407,7 +438,7 @@ def _network(config: Config, data: DataSets, inputs: Sequence[str], **given: str
     """An initial network for the elements of the training frames, with seeded weights."""
     from nbody_pyg.models import compute_avg_num_neighbors
 
-    species = sorted({int(z) for frame in data.train for z in frame.z.unique()})
+    species = elements_of(data.train)
     scheme = Scheme.from_config(dict(config.model.scheme))
     arguments = dict(config.model.arguments)
     if arguments.get("avg_num_neighbors") is None:

@@ -92,12 +92,13 @@ class PropertyTask(PotentialTask):
         potential: the model; or the dictionary that a checkpoint holds in its place.
         settings: a TrainingConfig; of its weights only ``penalty`` is used.
         force_variance: not used; a checkpoint passes it.
+        finetune: as for :class:`~nbody_pyg.training.PotentialTask`.
     """
 
     potential: PropertyModel
 
-    def __init__(self, potential: Any, settings: Any, force_variance: float = 1.0):
-        super().__init__(potential, settings, force_variance)
+    def __init__(self, potential: Any, settings: Any, force_variance: float = 1.0, finetune: Any = None):
+        super().__init__(potential, settings, force_variance, finetune)
         first = self.potential.properties[0]
         self.monitor = f"{first.name}_mae"
         self.shown = tuple((p.name, f"{p.name}_mae", p.unit) for p in self.potential.properties)

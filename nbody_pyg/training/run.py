@@ -14,21 +14,27 @@ from typing import Any
 import torch
 from torch_geometric.data import Data
 
+from nbody_pyg.datasets.units import UnitFiles
+from nbody_pyg.energy import AtomicReference
 from nbody_pyg.messages import symbols
 from nbody_pyg.network import learn_state, model_frames
 from nbody_pyg.potential import Potential
 from nbody_pyg.properties import PropertyModel
 from nbody_pyg.training.callbacks import Callback, MetricsCSV, RunProgress
 from nbody_pyg.training.checkpoint import changes, read_checkpoint
+from nbody_pyg.training.finetune import inherit
 from nbody_pyg.training.folder import RunFolder
-from nbody_pyg.training.labels import NO_FORCES, deciding_metric, force_variance, targets
+from nbody_pyg.training.labels import NO_FORCES, deciding_metric, force_variance, label_shapes, targets, uniform
 from nbody_pyg.training.loader import FrameLoader
 from nbody_pyg.training.malloc_tuning import tuned_malloc
+from nbody_pyg.training.parts import parts_restored
 from nbody_pyg.training.processes import is_first_process, together
 from nbody_pyg.training.property_task import PropertyTask
-from nbody_pyg.training.settings import RESUMABLE, TrainingConfig
+from nbody_pyg.training.settings import RESUMABLE, FineTuneConfig, TrainingConfig
+from nbody_pyg.training.stream import StreamLoader
 from nbody_pyg.training.task import PotentialTask
 from nbody_pyg.training.trainer import Trainer
+from nbody_pyg.training.upgrades import up_to_date
 
 
 @dataclass(frozen=True)
@@ -111,13 +117,15 @@ def is_finished(settings: TrainingConfig, checkpoint: Mapping[str, Any], epoch: 
 
 def fit(
     potential: Potential | PropertyModel,
-    train: Sequence[Data],
+    train: Sequence[Data] | UnitFiles,
     val: Sequence[Data] = (),
     settings: TrainingConfig | None = None,
     folder: str | Path = "run",
     resume: str | Path | None = None,
     show_progress: bool = True,
     callbacks: Sequence[Callback] = (),
+    init: Potential | PropertyModel | None = None,
+    finetune: FineTuneConfig | None = None,
 ) -> FitResult:
     """Train a potential, or a model of properties, in place.
 
@@ -137,18 +145,46 @@ def fit(
     errors. Periodic and
     open frames may be mixed.
 
+    To fine-tune a trained model, give it as ``init``: the potential gets its weights and its scale, and E0 is fitted to
+    what the network leaves over (:func:`~nbody_pyg.training.finetune.inherit`; a potential to start with is
+    :func:`~nbody_pyg.training.finetune.tuned_model`). ``finetune`` chooses what is trained, the rank of adapters and
+    the anchor; its files are for ``nbody train``. The result remembers name and fingerprint as ``potential.ancestor``.
+
     Args:
         train, val: frames with labels. If the model has a scheme, store its topology on them (apply the scheme to every
-            frame once); otherwise it is searched again at every step.
+            frame once); otherwise it is searched again at every step. Training frames may stay in HDF5 files
+            (:class:`~nbody_pyg.datasets.UnitFiles`), of which a few are in memory at a time.
         resume: a checkpoint to resume from.
         callbacks: further ones, called after ours and before the checkpoint is written.
+        init: the model to start from, such as :func:`nbody_pyg.deploy.load_model` gives it.
+        finetune: how to start from it; by default all parameters are trained.
 
-    Raises: ValueError: no frames, a label with a positive weight that none of them has, elements that the model does
-        not know, frames that differ in charge or spin for a model without this input, a folder in use, a damaged
-        checkpoint, or one of another run (the message names what differs); FloatingPointError: see the task.
+    Raises: ValueError: a network of another scheme, type or cutoff than that of ``init``, no frames, a label with a
+        positive weight that none of them has, elements that the model does not know, frames that differ in charge or
+        spin for a model without this input, a folder in use, a damaged checkpoint, or one of another run (the message
+        names what differs); FloatingPointError: see the task.
     """
+    if init is None and finetune is not None:
+        raise ValueError(f"finetune needs the model to start from, got {finetune!r} without init; give init=")
+    if init is not None:
+        finetune = finetune or FineTuneConfig()
+        heirs = inherit(potential, init, train.sample(count=_SAMPLE) if isinstance(train, UnitFiles) else train)
+        if resume is not None:  # as fitted by the first run, even if frames were added
+            _restore_reference(potential, read_checkpoint(resume))
+        if show_progress and is_first_process(settings):
+            print("\n".join(heirs.lines()))
     with RunFolder(folder, is_first_process(settings)) as run:
-        return fit_in(run, potential, train, val, settings, resume, show_progress, callbacks)
+        return fit_in(run, potential, train, val, settings, resume, show_progress, callbacks, finetune=finetune)
+
+
+def _restore_reference(potential: Potential | PropertyModel, checkpoint: Mapping[str, Any]) -> None:
+    """Give a model E0, or the statistics of its properties, from a checkpoint of its run."""
+    stored = up_to_date(checkpoint["hyper_parameters"]["potential"])
+    if isinstance(potential, PropertyModel):
+        potential.statistics = PropertyModel.from_config(stored["property"], potential.model).statistics
+    else:
+        e0 = stored["e0"]
+        potential.reference = None if e0 is None else AtomicReference({int(z): e for z, e in e0.items()})
 
 
 #: Files that :func:`fit` writes.
@@ -158,25 +194,37 @@ FIT_FILES = ("metrics.csv", "last.ckpt", "best.ckpt")
 def fit_in(
     run: RunFolder,
     potential: Potential | PropertyModel,
-    train: Sequence[Data],
+    train: Sequence[Data] | UnitFiles,
     val: Sequence[Data] = (),
     settings: TrainingConfig | None = None,
     resume: str | Path | None = None,
     show_progress: bool = True,
     callbacks: Sequence[Callback] = (),
     files: Sequence[str] = FIT_FILES,
+    finetune: FineTuneConfig | None = None,
 ) -> FitResult:
-    """:func:`fit` in a folder that is already locked; ``files`` are those of a run, moved away before a new one."""
+    """:func:`fit` in a folder that is already locked; ``files`` are those of a run, moved away before a new one.
+
+    A potential to fine-tune already has its weights and E0.
+    """
     settings = settings or TrainingConfig(max_epochs=100)
     require_device(settings)
+    checkpoint = None if resume is None else read_checkpoint(resume)
+    units: UnitFiles | None = None
+    if isinstance(train, UnitFiles):
+        # Files that were added to a folder are no part of a run that is resumed
+        known = None if checkpoint is None else checkpoint["run"]["frames"]["train"].get("files")
+        units = train if known is None else train.only(known)
+        train = units.sample(count=_SAMPLE)
+    elif settings.batch_atoms is not None:
+        raise ValueError(f"batch_atoms is for frames in HDF5 files, got {settings.batch_atoms}; use batch_size")
     require_elements(potential, {"train": train, "val": val})
     learn_state(potential.model, train)
     train, val = model_frames(potential.model, train), model_frames(potential.model, val, "the validation frames")
     note = print if show_progress and run.active else _silent
-    checkpoint = None if resume is None else read_checkpoint(resume)
     if checkpoint is not None:
-        _require_same_settings(checkpoint, settings)
-    with _threads(settings.threads):
+        _require_same_settings(checkpoint, settings, finetune, potential.ancestor)
+    with _threads(settings.threads), parts_restored(potential):
         found = targets(potential, train, val, settings)
         train, val = found.train, found.val
         if checkpoint is None:
@@ -184,19 +232,25 @@ def fit_in(
         else:  # that of the first run, even if frames were added
             scale = checkpoint["hyper_parameters"]["force_variance"]
         kind: type[PotentialTask] = PropertyTask if isinstance(potential, PropertyModel) else PotentialTask
-        task = kind(potential, settings, scale)
+        task = kind(potential, settings, scale, finetune)
         task.shares, task.monitor = found.shares, deciding_metric(potential, val, settings)
-        epoch = steps_per_epoch(settings, len(train))
-        loader = FrameLoader(train, settings.batch_size, shuffle=True, seed=settings.seed)
+        loader = (
+            FrameLoader(train, settings.batch_size, shuffle=True, seed=settings.seed)
+            if units is None
+            else _stream(units, potential, settings, train)
+        )
+        epoch = len(loader) if units is not None else steps_per_epoch(settings, len(train))
         evaluation = FrameLoader(val, 4 * settings.batch_size) if len(val) else None
         identity: dict[str, Any] = {"id": uuid.uuid4().hex, "resumed": []}
         identity["frames"] = {"train": _described(loader), "val": _described(evaluation)}
+        if potential.ancestor is not None:
+            identity["ancestor"] = dict(potential.ancestor)
         if checkpoint is not None:
             _require_same(checkpoint, task, identity["frames"], loader)
             if is_finished(settings, checkpoint, epoch):
                 note(f"the run is finished: {checkpoint['global_step']} steps; a larger limit lets it go on")
                 return _as_it_was(checkpoint, task, epoch)
-            identity |= _going_on(checkpoint, settings, len(train))
+            identity |= _going_on(checkpoint, settings, loader.num_frames)
             step, words = (identity["resumed"][-1][key] for key in ("step", "changes"))
             note(f"going on from step {step}{': ' if words else ''}{words}")
         same = resume is not None and Path(resume).resolve().parent == run.path.resolve()
@@ -208,7 +262,8 @@ def fit_in(
         listening = [log, *progress, *callbacks]
         last = _last_step(settings, epoch)
         with together(settings) as device, tuned_malloc():
-            trainer = Trainer(task, loader, evaluation, run.path, last, identity, listening, device)
+            anchor = 0.0 if finetune is None else finetune.anchor
+            trainer = Trainer(task, loader, evaluation, run.path, last, identity, listening, device, anchor)
             if checkpoint is not None:
                 trainer.load(checkpoint)
                 del checkpoint  # which is larger than the model
@@ -226,6 +281,34 @@ def fit_in(
         run=identity["id"],
         resumed=tuple(identity["resumed"]),
     )
+
+
+#: Frames of a sample of files, from which scale, labels and charges are taken.
+_SAMPLE = 2000
+
+
+def _stream(
+    units: UnitFiles,
+    potential: Potential | PropertyModel,
+    settings: TrainingConfig,
+    sample: Sequence[Data],
+) -> StreamLoader:
+    """The loader of frames in files, with the labels that the sample has."""
+    labels = {name: shape for name, shape in label_shapes(potential).items() if name in sample[0]}
+    keys = set(sample[0].keys())
+
+    def prepare(frames: Sequence[Data]) -> Sequence[Data]:
+        frames = uniform(model_frames(potential.model, frames, "the training frames"), labels)
+        for frame in frames:
+            for key in set(frame.keys()) - keys:
+                del frame[key]
+        return frames
+
+    mean = max(
+        1, round(settings.batch_size * sum(int(a.sum()) for a in units.num_atoms) / sum(map(len, units.num_atoms)))
+    )
+    atoms = mean if settings.batch_atoms is None else settings.batch_atoms
+    return StreamLoader(units, prepare, atoms, seed=settings.seed)
 
 
 def _silent(text: str) -> None:
@@ -256,12 +339,38 @@ def _loss_scale(potential: Potential | PropertyModel, train: Sequence[Data], set
     return float(potential.scale) ** 2
 
 
-def _described(loader: FrameLoader | None) -> dict[str, Any]:
-    return {"count": 0, "sha256": ""} if loader is None else {"count": loader.num_frames, "sha256": loader.digest()}
+def _described(loader: FrameLoader | StreamLoader | None) -> dict[str, Any]:
+    if loader is None:
+        return {"count": 0, "sha256": ""}
+    files: dict[str, Any] = {}
+    if isinstance(loader, StreamLoader):  # the order of the frames depends on both
+        files = {"files": loader.units.names, "in_memory": loader.window}
+    return {"count": loader.num_frames, "sha256": loader.digest(), **files}
 
 
-def _require_same_settings(checkpoint: Mapping[str, Any], settings: TrainingConfig) -> None:
+#: Settings of fine-tuning that a resumed run may change: names of files, whose contents are compared.
+_FILES = frozenset({"finetune.init", "finetune.replay"})
+
+
+def _require_same_settings(
+    checkpoint: Mapping[str, Any],
+    settings: TrainingConfig,
+    finetune: FineTuneConfig | None,
+    ancestor: Mapping[str, Any] | None,
+) -> None:
     """Raise ValueError if a resumed run changes a setting that must stay the same."""
+    stored = checkpoint["hyper_parameters"].get("finetune") or {}
+    given = {} if finetune is None else dataclasses.asdict(finetune)
+    if words := changes(stored, given, _FILES, "finetune."):
+        raise ValueError(
+            f"a resumed run must not change these settings: {words}; resume with the old ones, or start anew"
+        )
+    old, new = ((found or {}).get("sha256", "none") for found in (checkpoint["run"].get("ancestor"), ancestor))
+    if finetune is not None and old != new:
+        raise ValueError(
+            f"init must be the model that the run started from, checksum {old[:16]}, got one of {new[:16]}; "
+            "resume with that file, or start anew"
+        )
     if words := changes(checkpoint["hyper_parameters"]["settings"], dataclasses.asdict(settings), RESUMABLE):
         raise ValueError(
             f"a resumed run must not change these settings: {words}; resume with the old ones, or start anew"
@@ -269,7 +378,7 @@ def _require_same_settings(checkpoint: Mapping[str, Any], settings: TrainingConf
 
 
 def _require_same(
-    checkpoint: Mapping[str, Any], task: PotentialTask, frames: Mapping[str, Any], train: FrameLoader
+    checkpoint: Mapping[str, Any], task: PotentialTask, frames: Mapping[str, Any], train: FrameLoader | StreamLoader
 ) -> None:
     """Raise ValueError if a resumed run differs from that of the checkpoint in anything that must stay the same."""
     task.require_same_network(checkpoint)
@@ -281,6 +390,11 @@ def _require_same(
             f"{new['val']['count']} here, or changed; resume with the same, or start anew"
         )
     found = new["train"]["sha256"] if count == train.num_frames else train.digest(min(count, train.num_frames))
+    if (held := old["train"].get("in_memory")) != (holds := new["train"].get("in_memory")):
+        raise ValueError(
+            f"in_memory must be as in the run that is resumed, {held}, got {holds}: the order of the frames depends on "
+            "it; resume with the same, or start anew"
+        )
     if count > train.num_frames or found != old["train"]["sha256"]:
         raise ValueError(
             f"training frames must be those of the run that is resumed, and new ones stand behind them: {count} there, "

@@ -1,4 +1,4 @@
-"""TrainingConfig: all settings of training, in one frozen dataclass."""
+"""TrainingConfig and FineTuneConfig: all settings of training, in frozen dataclasses."""
 
 from __future__ import annotations
 
@@ -36,6 +36,9 @@ class TrainingConfig:
     max_epochs: int | None = setting(None, "limit in passes over the training frames")
     max_steps: int | None = setting(None, "limit in optimizer steps")
     batch_size: int = setting(5, "molecules per step (and process)")
+    batch_atoms: int | None = setting(
+        None, "atoms per step (and process), for frames that are read from HDF5 files (default: batch_size mean frames)"
+    )  # fmt: skip
     optimizer: str = setting("soap", "soap, adam (AMSGrad), adamw, or a class of nbody_pyg.training.optim")
     lr: float = setting(1e-2, "learning rate after the warm-up")
     weight_decay: float = setting(0.0, "weight decay of the optimizer")
@@ -69,6 +72,7 @@ class TrainingConfig:
             "max_epochs",
             "max_steps",
             "batch_size",
+            "batch_atoms",
             "lr",
             "clip_norm",
         )
@@ -94,3 +98,42 @@ class TrainingConfig:
             raise ValueError(f"dtype must be 'float32' or 'float64', got {self.dtype!r}")
         if self.device not in ("cpu", "cuda", "auto"):
             raise ValueError(f"device must be 'cpu', 'cuda' or 'auto', got {self.device!r}")
+
+
+#: What may be trained of a model, beside parts by their names.
+PARTS = ("all", "readouts", "adapters")
+
+
+@dataclass(frozen=True)
+class FineTuneConfig:
+    """How to start from a trained model. The result is an ordinary model that remembers it.
+
+    Raises: ValueError: no part, a rank below one, a negative anchor or number of frames, a number of replayed frames
+    without files.
+    """
+
+    init: str | None = setting(None, "model file, or name of a shipped model, to start from; --init is short for it")
+    parts: list[str] | str = setting(  # noqa: RUF009
+        "all", "what is trained: all; readouts; adapters (low-rank changes of the maps W^l of all interactions, "
+        "with readouts and the values of elements); or names such as [readouts, interactions.1]"
+    )  # fmt: skip
+    rank: int = setting(8, "rank of the adapters")
+    anchor: float = setting(0.0, "pull towards the first weights per step, in units of the learning rate (L2-SP)")
+    replay: list[str] | str | None = setting(  # noqa: RUF009
+        None, "frames of the first training to train on as well, as for data.train; their energies get the new E0"
+    )  # fmt: skip
+    replay_frames: int | None = setting(None, "number of replayed frames, drawn at random (default: as many as train)")
+    keep_elements: bool = setting(False, "keep elements that no training frame has, with the E0 of init")
+
+    def __post_init__(self) -> None:
+        if not self.parts:
+            raise ValueError(f"finetune.parts must name what is trained, got {self.parts!r}; try 'all'")
+        if self.rank < 1:
+            raise ValueError(f"finetune.rank must be 1 or more, got {self.rank}")
+        if not 0 <= self.anchor < math.inf:
+            raise ValueError(f"finetune.anchor must be zero or positive, got {self.anchor}")
+        if self.replay_frames is not None and (self.replay is None or self.replay_frames < 1):
+            raise ValueError(
+                f"finetune.replay_frames must be positive and go with finetune.replay, got {self.replay_frames} and "
+                f"{self.replay!r}"
+            )

@@ -13,12 +13,14 @@ from torch import Tensor, nn
 from nbody_pyg.compiled import compile_potential
 from nbody_pyg.potential import Potential
 from nbody_pyg.properties import PropertyModel
+from nbody_pyg.training.adapters import Adapters
 from nbody_pyg.training.build import potential_config, potential_from_config
 from nbody_pyg.training.checkpoint import changes, read_checkpoint
 from nbody_pyg.training.labels import aligned, has_stress
 from nbody_pyg.training.loss import EnergyForceLoss
 from nbody_pyg.training.metrics import ErrorMeter, Meter, RunningMeans
-from nbody_pyg.training.settings import TrainingConfig
+from nbody_pyg.training.parts import adapted_maps, choose_parts
+from nbody_pyg.training.settings import FineTuneConfig, TrainingConfig
 from nbody_pyg.training.upgrades import up_to_date
 
 
@@ -29,6 +31,7 @@ class PotentialTask(nn.Module):
         potential: the potential to train; or its dictionary from a checkpoint.
         settings: a TrainingConfig, or its dictionary.
         force_variance: mean square of the components of the training forces, (eV/angstrom)^2.
+        finetune: which parts are trained, or its dictionary; None: all.
     Raises:
         ValueError: a batch without any label that the loss uses.
     """
@@ -38,6 +41,7 @@ class PotentialTask(nn.Module):
         potential: Potential | PropertyModel | dict[str, Any],
         settings: TrainingConfig | dict[str, Any],
         force_variance: float = 1.0,
+        finetune: FineTuneConfig | dict[str, Any] | None = None,
     ):
         super().__init__()
         self.potential = potential_from_config(up_to_date(potential)) if isinstance(potential, dict) else potential
@@ -51,6 +55,13 @@ class PotentialTask(nn.Module):
             "settings": dataclasses.asdict(s),
             "force_variance": float(force_variance),
         }
+        self.adapters: Adapters | None = None
+        if finetune is not None:
+            chosen = FineTuneConfig(**finetune) if isinstance(finetune, dict) else finetune
+            self.hparams["finetune"] = dataclasses.asdict(chosen)
+            choose_parts(self.potential, chosen.parts)
+            if chosen.parts == "adapters":
+                self.adapters = Adapters(adapted_maps(self.potential, chosen.rank), chosen.rank, s.seed)
         known = self.potential
         self._compiled = compile_potential(known, "training") if s.compile and isinstance(known, Potential) else None
         # Metrics shown during a run, (title, metric, unit), and the metric by which the best weights are chosen.
@@ -73,6 +84,24 @@ class PotentialTask(nn.Module):
         task = cls(**(stored if potential is None else stored | {"potential": potential}))
         task.load_state_dict(checkpoint["state_dict"])
         return task
+
+    # -- adapters ------------------------------------------------------------------------------------------
+    def settle(self) -> None:
+        """Write what follows from the trained parameters into the potential; after every change of them."""
+        if self.adapters is not None:
+            self.adapters.fold()
+
+    def pull(self) -> None:
+        """Complete the gradients after a backward pass."""
+        if self.adapters is not None:
+            self.adapters.pull()
+
+    def settled(self, trained: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Entries of ``state_dict`` with other values of the trained parameters, and what follows from them."""
+        if self.adapters is None:
+            return dict(trained)
+        maps = self.adapters.folded(trained, "adapters.")
+        return dict(trained) | {f"potential.{name}": value for name, value in maps.items()}
 
     # -- loss ----------------------------------------------------------------------------------------------
     def _errors(self, batch: Any, training: bool) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

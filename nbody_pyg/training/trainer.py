@@ -21,11 +21,12 @@ from nbody_pyg.training.flat import FlatParameters
 from nbody_pyg.training.loader import FrameLoader
 from nbody_pyg.training.optim import build_optimizer
 from nbody_pyg.training.schedule import WarmupCosine
+from nbody_pyg.training.stream import StreamLoader
 from nbody_pyg.training.task import PotentialTask
 
 
 class Trainer:
-    """Trains a task, and writes ``last.ckpt`` and ``best.ckpt``; in every process of torch.distributed, if it is used.
+    r"""Trains a task, and writes ``last.ckpt`` and ``best.ckpt``; in every process of torch.distributed, if it is used.
 
     The learning rate follows :class:`WarmupCosine` over the *progress* of the run: the larger of its shares of steps
     and CPU time (whichever limits are set). When the budget is spent, training stops after the current step.
@@ -40,6 +41,8 @@ class Trainer:
         last_step: the step at which the run ends; -1 where only its time is limited.
         run: record of the run, stored in every checkpoint.
         callbacks: called in this order.
+        anchor: share of the way back to the first weights in every step, in units of the learning rate:
+            :math:`w \leftarrow w - \eta a (w - w_0)` after the step of the optimizer (L2-SP, decoupled).
 
     For callbacks: ``step`` (steps taken), ``progress`` in [0, 1], ``clock``, ``learning_rate``, ``first`` (whether this
     process writes), ``should_stop``, which they may set on all processes alike, and :meth:`averaged`.
@@ -49,13 +52,14 @@ class Trainer:
     def __init__(
         self,
         task: PotentialTask,
-        train: FrameLoader,
+        train: FrameLoader | StreamLoader,
         val: FrameLoader | None,
         folder: str | Path,
         last_step: int = -1,
         run: Mapping[str, Any] | None = None,
         callbacks: Sequence[Callback] = (),
         device: torch.device | str = "cpu",
+        anchor: float = 0.0,
     ):
         s = task.settings
         self.task, self.train, self.val, self.settings = task.to(device), train, val, s
@@ -63,17 +67,19 @@ class Trainer:
         self.device = torch.device(device)
         self.world = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
         self.first = self.world == 1 or dist.get_rank() == 0
-        self.flat = FlatParameters(task.potential)
+        self.flat = FlatParameters(task)
         self.names = [name for name, p in task.named_parameters() if p.requires_grad]
-        self.optimizer = build_optimizer(s.optimizer, task.potential, s.lr, s.weight_decay, self.flat)
+        self.optimizer = build_optimizer(s.optimizer, task, s.lr, s.weight_decay, self.flat)
         for group in self.optimizer.param_groups:
             group.setdefault("initial_lr", group["lr"])
         self.schedule, self.clock = WarmupCosine(s.warmup_steps, s.constant_fraction), ProcessClock()
         self.ema, self.stop = WeightEMA(self.flat, s.ema_decay), GracefulStop()
         self.step, self.progress, self.should_stop = 0, 0.0, False
         self.best_score, self.best_step = math.inf, -1
+        self.anchor, self.first_weights = anchor, self.flat.values.clone() if anchor else None
         self._wall_before, self._began = 0.0, time.monotonic()
         self._saved = self._began
+        task.settle()
 
     @property
     def wall_seconds(self) -> float:
@@ -114,6 +120,7 @@ class Trainer:
         self._tell("on_end")
         self.save("last.ckpt")
         self.flat.values.copy_(self.ema.average)
+        self.task.settle()
         self.task.cpu()
 
     def _update(self, batch: Batch) -> None:
@@ -129,12 +136,16 @@ class Trainer:
         if self.device.type == "cpu" or self.step % s.log_every == 0:
             self._check_finite(loss.item())
         loss.backward()
+        self.task.pull()
         if self.world > 1:
             dist.all_reduce(self.flat.gradient)
             self.flat.gradient /= self.world
         if s.clip_norm is not None:
             self.task.running.norm += self.flat.clip_grad_norm(s.clip_norm)
         self.optimizer.step()
+        if self.first_weights is not None:
+            self.flat.values.lerp_(self.first_weights, min(1.0, self.learning_rate * self.anchor))
+        self.task.settle()
         self.step += 1
         self.ema.update()
 
@@ -170,8 +181,10 @@ class Trainer:
         self.task.eval()
         try:
             with self.ema.averaged():
+                self.task.settle()
                 yield
         finally:
+            self.task.settle()
             for module in training:
                 module.training = True
 
@@ -205,8 +218,9 @@ class Trainer:
             return
         state = self.task.state_dict()
         own = {"best_score": self.best_score, "best_step": self.best_step, **random_state()}
+        averages = self.task.settled(dict(zip(self.names, self.flat.views(self.ema.average), strict=True)))
         checkpoint = {
-            "state_dict": state | dict(zip(self.names, self.flat.views(self.ema.average), strict=True)),
+            "state_dict": state | averages,
             "optimizer_states": [self.optimizer.state_dict()],
             "global_step": self.step,
             "cpu_seconds": self.clock.elapsed,
@@ -221,6 +235,8 @@ class Trainer:
         }
         if self.settings.ema_decay:
             checkpoint["training_state"] = state
+        if self.first_weights is not None:
+            checkpoint["first_weights"] = dict(zip(self.names, self.flat.views(self.first_weights), strict=True))
         self._tell("on_save", checkpoint)
         write_checkpoint(self.folder / name, checkpoint)
 
@@ -231,6 +247,9 @@ class Trainer:
         average, states = checkpoint["state_dict"], checkpoint["callbacks"]
         self.task.load_state_dict(checkpoint.get("training_state", average))
         self.ema.average = self.flat.pack([average[name] for name in self.names])
+        if self.first_weights is not None:
+            self.first_weights = self.flat.pack([checkpoint["first_weights"][name] for name in self.names])
+        self.task.settle()
         self.ema.steps = states.get("WeightEMA", {"steps": 0})["steps"]
         # Rates and decays are those of the settings: a resumed run may change them.
         kept = ("initial_lr", "weight_decay")

@@ -34,6 +34,8 @@ TINY = {
     "particles": "--data {particles} --seconds 0.1 --channels 2 --lmax 1 --correlation 2 --plain",
     "few_frames": "--data {rmd17} --molecules ethanol --members 2 --set training.max_steps=2 model.lmax=1 "
     "model.channels=16 data.num_train=6 data.num_val=2",
+    "finetune": "--init {model} --data {rmd17} --molecules ethanol --frames 6 --steps 2 --start "
+    "--set model.lmax=1 model.channels=16",
 }
 #: What the table must show, and the keys of a record in the JSON.
 SHOWN = {
@@ -46,6 +48,7 @@ SHOWN = {
     "hierarchy": ["of it topology ms", r"all pairs: time ~ N\^"],
     "particles": ["EGNN", "SEGNN", "NBodyNet, pairs, plain"],
     "few_frames": [r"ethanol +1 ", r"ethanol +2 ", "MACE's F"],
+    "finetune": [r"ethanol +6 +scratch +", r"ethanol +6 +all +", r"ethanol +6 +adapters +"],
     "sapt": ["MAE of Elst, meV", "beyond, ion pairs", "k q q / R", "Share of k q q / R"],
 }
 HELPERS = (
@@ -59,6 +62,7 @@ HELPERS = (
     "sapt",
     "few_frames",
     "particles",
+    "finetune",
     "timing",
     "report",
     "systems",
@@ -77,9 +81,10 @@ def script(folder, monkeypatch):
     """A function name -> the script as a module; they import each other by their bare names."""
     monkeypatch.syspath_prepend(str(folder))
     choice = sys.modules["nbody_pyg.kernels.backend"]
-    monkeypatch.setattr(choice, "_forced", choice._forced)  # the benchmarks force one; this puts it back
+    forced = choice._forced.set(choice._forced.get())  # the benchmarks force one; this puts it back
     before = {name: sys.modules.pop(name) for name in HELPERS if name in sys.modules}
     yield importlib.import_module
+    choice._forced.reset(forced)
     for name in HELPERS:
         sys.modules.pop(name, None)
     sys.modules.update(before)
@@ -159,7 +164,7 @@ def test_script_prints_a_table_and_writes_json(name, script, model, dimers, rmd1
     check = {
         "kernels": _kernels, "models": _models, "scaling": _scaling, "nve": _nve,
         "md": _md, "smoothness": _smoothness, "hierarchy": _hierarchy, "sapt": _sapt,
-        "few_frames": _few_frames, "particles": _particles,
+        "few_frames": _few_frames, "finetune": _finetune, "particles": _particles,
     }  # fmt: skip
     check[name](found, out)
 
@@ -196,6 +201,14 @@ def _nve(found, out):
 def _md(found, out):
     searches = found["results"][0]["searches_per_step"]
     assert searches["no skin"] == 1 and 0 < searches["skin 0.5"] < 1
+
+
+def _finetune(found, out):
+    records = {record["way"]: record for record in found["results"]}
+    assert set(records) == {"scratch", "all", "readouts", "adapters"}
+    assert len({records[way]["start_forces_mae"] for way in ("all", "readouts", "adapters")}) == 1
+    assert len({record["forces_mae"] for record in records.values()}) == 4
+    assert all(record["steps"] == 2 and record["forces_mae"] > 0 for record in records.values())
 
 
 def _few_frames(found, out):

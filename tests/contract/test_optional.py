@@ -19,6 +19,7 @@ OPTIONAL = [
     "pyg_lib",
     "tblite",
     "torchpme",
+    "h5py",
     "triton",
     "nequip",
     "schnetpack",

@@ -554,7 +554,13 @@ def compiled_example(folder, *flags: str) -> str:
 def test_exported_example_prints_the_energy(tmp_path, preset):
     model = potential(preset=preset)
     paths = export_c(model, tmp_path / "c")
-    assert [path.name for path in paths] == ["nbody_model.c", "nbody_model.h", "nbody_model.weights", "example.c"]
+    assert [path.name for path in paths] == [
+        "nbody_model.c",
+        "nbody_model.h",
+        "nbody_model.weights",
+        "example.c",
+        "Makefile",
+    ]
     assert len(paths[3].read_text().splitlines()) <= 40
     z, positions = example_atoms(model)
     wanted = model(torch.tensor(z), torch.tensor(positions, dtype=torch.float64))

@@ -96,7 +96,10 @@ def test_errors_by_element():
         assert errors[f"forces_rmse_{symbol}"] == pytest.approx(1000 * float(of.square().mean().sqrt()))
         assert errors[f"forces_mae_{symbol}"] == pytest.approx(1000 * float(of.abs().mean()))
     text = element_table({("m", "a"): errors, ("m", "without"): {"energy_mae": 1.0}})
-    assert "F RMSE O meV/A" in text.splitlines()[0] and len(text.splitlines()) == 3
+    head, _, *rows = text.splitlines()
+    assert head.split() == ["set", "element", "F", "MAE", "meV/A", "F", "RMSE", "meV/A"]
+    assert [row.split()[1] for row in rows] == ["C", "H", "O"]
+    assert rows[2].split()[3] == f"{errors['forces_rmse_O']:.2f}"
     assert element_table({("m", "a"): {"forces_mae_H": 1.0, "forces_rmse_H": 1.0}}) == ""
 
 
@@ -174,7 +177,7 @@ def test_the_commands_report(tmp_path, monkeypatch, capsys):
     assert read_frames("t.xyz").kinds[:4] == ("cold", "hot", "hot", "cold")
     assert main(["train", "--data.train", "t.xyz", "--data.test", "t.xyz", *SMALL, "--output.folder", "r"]) == 0
     out = capsys.readouterr().out
-    for words in ("config_type", "cold", "hot", "largest errors", "F RMSE C meV/A", "r/curve.png", "r/histogram.png"):
+    for words in ("config_type", "cold", "hot", "largest errors", "element", "r/curve.png", "r/histogram.png"):
         assert words in out
     assert main(["evaluate", "r/model.nbody", "t.xyz", "--out", "e"]) == 0
     out, (row,) = capsys.readouterr().out, json.loads((tmp_path / "e/errors.json").read_text())

@@ -125,8 +125,8 @@ def test_other_settings_are_refused_by_name(folder, name, value):
 
 def test_every_setting_is_either_free_or_refused():
     names = {field.name for field in dataclasses.fields(TrainingConfig)}
-    refused = {"batch_size", "optimizer", "ema_decay", "force_weight", "energy_weight", "stress_weight", "energy_per",
-               "penalty", "seed", "dtype", "processes"}  # fmt: skip
+    refused = {"batch_size", "batch_atoms", "optimizer", "ema_decay", "force_weight", "energy_weight", "stress_weight",
+               "energy_per", "penalty", "seed", "dtype", "processes"}  # fmt: skip
     assert names == refused | RESUMABLE and not refused & RESUMABLE
 
 

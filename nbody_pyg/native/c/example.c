@@ -1,5 +1,5 @@
-/* Energy of five atoms. Compile and run:
-   cc -O2 -march=native -fopenmp -w example.c nbody_model.c -lm -o example && ./example */
+/* Energy of five atoms. Compile and run: make example && ./example
+   or: cc -O2 -march=native -fopenmp -w example.c nbody_model.c -lm -o example && ./example */
 #include <stdio.h>
 #include "nbody_model.h"
 

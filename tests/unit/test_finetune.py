@@ -1,0 +1,429 @@
+"""Fine-tuning: what is taken over of a trained model, what is trained of it, and what is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from ase.io import write
+
+import factories
+from nbody_pyg import AtomicReference, BondTree, NestedShells, Potential
+from nbody_pyg.cli import main
+from nbody_pyg.data import AtomicData
+from nbody_pyg.datasets import load_embedded
+from nbody_pyg.deploy import find_model, load_model, model_file, read_metadata, save_model, shipped_models
+from nbody_pyg.nn.linear import RowLinear
+from nbody_pyg.properties import Property, PropertyModel, Statistics
+from nbody_pyg.training import TrainingConfig, fit
+from nbody_pyg.training.adapters import Adapters
+from nbody_pyg.training.checkpoint import read_checkpoint
+from nbody_pyg.training.finetune import inherit, nearest_element, replayed, tuned_model
+from nbody_pyg.training.settings import FineTuneConfig
+
+OLD = (1, 6, 7, 8)
+E0 = {1: -13.6, 6: -1030.0, 7: -1480.0, 8: -2040.0}
+SETTINGS = TrainingConfig(max_steps=4, batch_size=2, dtype="float64", validate_every=2, log_every=1, warmup_steps=0)
+
+
+def awake(model):
+    """Every weight different, so that a lost or exchanged row is seen."""
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    return model
+
+
+def trained(scheme=None, species=OLD, **options) -> Potential:
+    torch.manual_seed(3)
+    return awake(factories.potential(scheme, {z: E0[z] for z in species}, 0.7, species=species, **options)).eval()
+
+
+def frames(count: int = 4, replace: dict[int, int] | None = None, shift: dict[int, float] | None = None) -> list:
+    """Ethanol and its fragments without a hydrogen, so that compositions differ; energies of ``trained()``."""
+    out = []
+    for number, frame in enumerate(load_embedded("ethanol")[:count]):
+        kept = torch.arange(len(frame.z))[: len(frame.z) - number % 3]
+        kept = kept[kept != 2] if number % 4 == 3 else kept
+        z = frame.z[kept]
+        for a, b in (replace or {}).items():
+            z = torch.where(z == a, b, z)
+        energy = sum((shift or {}).get(n, 0.0) for n in z.tolist())
+        forces = frame.forces[kept]
+        out.append(AtomicData(z=z, pos=frame.pos[kept], energy=torch.tensor([float(energy)]).double(), forces=forces))
+    return out
+
+
+def labelled(potential, given) -> list:
+    """The same frames with the energies of a potential added to theirs, and with its forces."""
+    out = []
+    for frame in given:
+        found = potential(frame)
+        out.append(AtomicData(z=frame.z, pos=frame.pos, energy=frame.energy + found["energy"], forces=found["forces"]))
+    return out
+
+
+def weights(model) -> torch.Tensor:
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+# -- elements ------------------------------------------------------------------------------------------------
+KINDS = {
+    "shells": {},
+    "bonds": {"scheme": BondTree(), "num_layers": 3},
+    "types": {"channels": None, "lmax": None, "irreps": "4x0e + 2x1o", "scheme": NestedShells((3.0, 4.0))},
+    "charges": {"inputs": ["charge"], "long_range": {"method": "direct", "elements": False}},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_old_elements_keep_their_energies_and_forces(kind):
+    init = trained(**KINDS[kind])
+    given = frames(3)  # no nitrogen
+    extra = frames(2, {8: 16})  # oxygen replaced by sulfur
+    model, heirs = tuned_model(init, [*given, *extra])
+    assert model.species == (1, 6, 8, 16) and heirs.copied == {16: 8} and heirs.dropped == (7,)
+    for frame in given:
+        old, new = init(frame), model(frame)
+        assert float(old["interaction_energy"].abs()) > 1e-3 and float(old["forces"].abs().max()) > 1e-3
+        torch.testing.assert_close(new["interaction_energy"], old["interaction_energy"], rtol=0, atol=1e-12)
+        torch.testing.assert_close(new["forces"], old["forces"], rtol=0, atol=1e-11)
+        change = new["energy"] - old["energy"]
+        e0 = sum(model.reference.energies[z] - E0[z] for z in frame.z.tolist())
+        assert float(change) == pytest.approx(e0, abs=1e-8)
+    inner = float(model.scale) * model.model(extra[0].z, extra[0].pos)
+    same = float(init.scale) * init.model(frames(2)[0].z, extra[0].pos)
+    if kind != "bonds":  # a bond of sulfur is longer
+        torch.testing.assert_close(inner, same, rtol=0, atol=1e-12, msg="sulfur starts as oxygen")
+
+
+def test_an_exchanged_row_is_seen():
+    """The comparison above fails where a row of another element is taken."""
+    init, given = trained(), frames(3)
+    model, _ = tuned_model(init, given)
+    with torch.no_grad():
+        model.model.shift.copy_(model.model.shift.flip(0))
+    gap = model(given[0])["interaction_energy"] - init(given[0])["interaction_energy"]
+    assert float(gap.abs()) > 1e-3
+
+
+def test_elements_can_be_kept_with_their_old_e0():
+    model, heirs = tuned_model(trained(), labelled(trained(), frames(4)), keep_elements=True)
+    assert model.species == OLD and heirs.dropped == ()
+    assert model.reference.energies[7] == E0[7]
+    assert nearest_element(7, [6, 15]) == 15 and nearest_element(1, [3, 9]) == 3
+
+
+# -- E0 ------------------------------------------------------------------------------------------------------
+def test_e0_is_refitted_to_what_the_network_leaves_over_and_said():
+    init, shift = trained(), {1: 2.0, 6: -7.0, 8: 30.0}
+    model, heirs = tuned_model(init, labelled(init, frames(8, shift=shift)))
+    for z, change in shift.items():
+        assert model.reference.energies[z] == pytest.approx(E0[z] + change, abs=1e-7)
+    assert float(model.scale) == float(init.scale) == 0.7
+    text = "\n".join(heirs.lines())
+    assert "E0      refitted" in text and "O -2010.0000 (was -2040.0000)" in text and "dropped N" in text
+
+
+def test_of_one_composition_e0_stays_where_it_was():
+    """A level of theory that has not changed gives the E0 of before, although one molecule tells one sum only."""
+    init = trained()
+    model, _ = tuned_model(init, labelled(init, frames(1)))
+    assert model.reference.energies == pytest.approx({z: E0[z] for z in (1, 6, 8)}, abs=1e-8)
+    given, _ = tuned_model(init, frames(1), {1: 1.0, "C": 2.0, 8: 3.0})
+    assert given.reference.energies == {1: 1.0, 6: 2.0, 8: 3.0}
+
+
+def test_models_of_properties_are_tuned_with_refitted_statistics(tmp_path):
+    properties = [Property("u", "extensive", "eV")]
+    torch.manual_seed(0)
+    init = PropertyModel(
+        awake(factories.net(species=OLD)), properties, {"u": Statistics(0.0, 3.0, dict.fromkeys(OLD, 1.0))}
+    )
+    given = frames(6)
+    for frame in given:
+        frame.u = init(frame)["u"].detach() + float((frame.z == 8).sum()) * 5.0
+    model, _ = tuned_model(init, given)
+    assert isinstance(model, PropertyModel) and model.statistics["u"].scale == 3.0 and model.species == (1, 6, 8)
+    assert model.statistics["u"].elements == pytest.approx({1: 1.0, 6: 1.0, 8: 6.0}, abs=1e-8)
+    assert float(init(given[0])["u"].detach().abs()) > 1e-3
+    before = weights(model)
+    fit(model, given, given[:2], SETTINGS, tmp_path, init=init, finetune=FineTuneConfig(parts="adapters", rank=2))
+    assert not torch.equal(weights(model), before) and model.ancestor is not None
+
+
+# -- refusals ------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"scheme": NestedShells((4.5,))}, r"scheme\.radii must be that of Net.*, \[4.0\], got \[4.5\]; build the"),
+        ({"scheme": NestedShells((4.0,), exponent=6)}, r"scheme\.exponent must be that of .*, 3, got 6;"),
+        ({"scheme": BondTree()}, r"scheme\.name must be that of .*, 'NestedShells', got 'BondTree';"),
+        ({"channels": 5}, r"channels must be that of .*, 4, got 5;"),
+        ({"lmax": 2}, r"lmax must be that of .*, 1, got 2;"),
+        ({"preset": "strict"}, r"preset must be that of .*, 'practical', got 'strict';"),
+    ],
+)  # fmt: skip
+def test_another_architecture_is_refused(tmp_path, options, message):
+    init = trained()
+    init.origin = {"name": "Net", "sha256": "0"}
+    other = factories.potential(e0=None, **options)
+    with pytest.raises(ValueError, match=message):
+        fit(other, frames(), (), SETTINGS, tmp_path / "r", init=init)
+    assert not (tmp_path / "r").exists()
+
+
+def test_other_kinds_and_lonely_settings_are_refused(tmp_path):
+    model = PropertyModel(factories.net(), [Property("u", "extensive")])
+    with pytest.raises(ValueError, match="init must be of the same kind as the model, a Potential of a NBodyNet, got"):
+        inherit(trained(), model, frames())
+    with pytest.raises(ValueError, match="finetune needs the model to start from"):
+        fit(trained(), frames(), (), SETTINGS, tmp_path, finetune=FineTuneConfig())
+    with pytest.raises(ValueError, match=r"finetune\.parts must be all, readouts, adapters.*'readout'; did you mean"):
+        fit(trained(), frames(), (), SETTINGS, tmp_path, init=trained(), finetune=FineTuneConfig(parts="readout"))
+    settings = FineTuneConfig(parts="adapters", rank=99)
+    with pytest.raises(ValueError, match="rank must be below the sides of the maps"):
+        fit(trained(), frames(), (), SETTINGS, tmp_path, init=trained(), finetune=settings)
+    cases = (({"rank": 0}, "rank must be 1"), ({"anchor": -1.0}, "anchor must be"), ({"parts": []}, "must name what"),
+             ({"replay_frames": 3}, "must be positive and go with"))  # fmt: skip
+    for wrong, message in cases:
+        with pytest.raises(ValueError, match=message):
+            FineTuneConfig(**wrong)
+
+
+# -- what is trained -----------------------------------------------------------------------------------------
+def test_only_the_named_parts_change(tmp_path):
+    for parts, changed in (
+        ("readouts", {"readouts", "shift"}),
+        (["readouts", "interactions.0.bias"], {"readouts", "shift", "interactions.0.bias"}),
+    ):
+        init = trained()
+        model, _ = tuned_model(init, frames())
+        before = {name: p.detach().clone() for name, p in model.model.named_parameters()}
+        fit(model, frames(), (), SETTINGS, tmp_path / "r", init=init, finetune=FineTuneConfig(parts=parts))
+        for name, p in model.model.named_parameters():
+            free = any(name == part or name.startswith(f"{part}.") for part in changed)
+            assert torch.equal(p, before[name]) != free, name
+            assert p.requires_grad
+
+
+def test_a_map_with_an_adapter_is_the_sum_of_two_maps(generator):
+    """W_0 + A B gives the values of x W_0 + (x A) B, and A and B get its gradients."""
+    torch.manual_seed(0)
+    linear = RowLinear("6x0e + 6x1o", "5x0e + 5x1o").double()
+    given = {f"weights.{n}": w for n, w in enumerate(linear.weights)}
+    first = [w.detach().clone() for w in linear.weights]
+    adapters = Adapters(given, rank=2)
+    with torch.no_grad():
+        for b in adapters.b:
+            b.normal_()
+    adapters.fold()
+    x = torch.randn(7, 4, 6, dtype=torch.float64, generator=generator)
+    y = linear(x)
+    rows, ab = [slice(0, 1), slice(1, 4)], list(zip(adapters.a, adapters.b, strict=True))
+    unfolded = torch.cat([x[:, r] @ w + x[:, r] @ a @ b for r, w, (a, b) in zip(rows, first, ab, strict=True)], 1)
+    without = torch.cat([x[:, r] @ w for r, w in zip(rows, first, strict=True)], 1)
+    assert float((unfolded - without).detach().abs().max()) > 0.1
+    torch.testing.assert_close(y, unfolded, rtol=0, atol=1e-12)
+    wanted = torch.autograd.grad(unfolded.square().sum(), [*adapters.a, *adapters.b])
+    y.square().sum().backward()
+    adapters.pull()
+    for p, gradient in zip([*adapters.a, *adapters.b], wanted, strict=True):
+        assert float(gradient.abs().max()) > 0.1
+        torch.testing.assert_close(p.grad, gradient, rtol=0, atol=1e-10)
+    with pytest.raises(ValueError, match="rank must be below the smallest side of the maps, 5"):
+        Adapters(given, rank=5)
+
+
+def test_a_run_with_adapters_gives_an_ordinary_model(tmp_path):
+    init = trained()
+    model, _ = tuned_model(init, frames())
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    settings = FineTuneConfig(parts="adapters", rank=2)
+    fit(model, frames(), frames(2), SETTINGS, tmp_path / "r", init=init, finetune=settings)
+    assert {name for name, _ in model.named_parameters()} == set(before)
+    ranks = []
+    for name, p in model.named_parameters():
+        change = p.detach() - before[name]
+        if ".weights." in name and "interactions" in name and min(p.shape) > 2:
+            ranks.append(int(torch.linalg.matrix_rank(change, atol=1e-12)))
+    assert len(ranks) > 5 and set(ranks) == {2}
+    state = read_checkpoint(tmp_path / "r" / "last.ckpt")["state_dict"]
+    save_model(model, tmp_path / "m.nbody")
+    read = load_model(tmp_path / "m.nbody")
+    assert torch.equal(weights(read), weights(model)) and float(weights(model).abs().max()) > 0.1
+    for name, p in read.named_parameters():
+        assert torch.equal(state[f"potential.{name}"], p), "the checkpoint holds folded weights"
+
+
+def test_an_anchor_pulls_back_to_the_first_weights(tmp_path):
+    gaps = []
+    for anchor in (0.0, 5.0, 1 / SETTINGS.lr):
+        model, _ = tuned_model(trained(), frames())
+        first = weights(model)
+        settings = dataclasses.replace(SETTINGS, constant_fraction=1.0, max_steps=6)
+        fit(model, frames(), (), settings, tmp_path / "r", init=trained(), finetune=FineTuneConfig(anchor=anchor))
+        gaps.append(float((weights(model) - first).norm()))
+    assert gaps[0] > 1.05 * gaps[1] > 1e-3
+    assert gaps[2] < 1e-12, "a pull of the whole way leaves the first weights"
+
+
+# -- replay --------------------------------------------------------------------------------------------------
+def test_replayed_frames_get_the_new_e0():
+    init, shift = trained(), {1: 2.0, 6: -7.0, 8: 30.0}
+    old = labelled(init, frames(6))
+    model, _ = tuned_model(init, labelled(init, frames(8, shift=shift)))
+    again = replayed(model, init, [*old, *frames(2, {8: 16})], 4)
+    assert len(again) == 4
+    for frame in again:
+        match = next(f for f in old if torch.equal(f.pos, frame.pos))
+        assert float(frame.energy - match.energy) == pytest.approx(sum(shift[z] for z in frame.z.tolist()), abs=1e-6)
+        torch.testing.assert_close(frame.energy, model(frame)["energy"], rtol=0, atol=1e-6)
+    with pytest.raises(ValueError, match=r"finetune\.replay must hold frames with the elements"):
+        replayed(model, init, frames(2, {8: 16}))
+
+
+# -- resume --------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("settings", [{"parts": "adapters", "rank": 2, "anchor": 0.5}, {"parts": "readouts"}])
+def test_a_resumed_run_gives_the_same_bits(tmp_path, settings):
+    init, ends = trained(), []
+    wanted = FineTuneConfig(**settings)
+    for name, stops in (("one", (6,)), ("two", (3, 6))):
+        for steps in stops:
+            model, _ = tuned_model(init, frames())
+            limits = dataclasses.replace(SETTINGS, max_steps=steps, constant_fraction=1.0)
+            last = tmp_path / name / "last.ckpt" if steps == 6 and len(stops) == 2 else None
+            fit(model, frames(), frames(2), limits, tmp_path / name, last, init=init, finetune=wanted)
+        ends.append(weights(model))
+    assert torch.equal(*ends) and not torch.equal(ends[0], weights(tuned_model(init, frames())[0]))
+    if settings.get("rank"):
+        changed = dataclasses.replace(wanted, rank=3)
+        with pytest.raises(ValueError, match=r"finetune\.rank is 2 there, 3 here"):
+            fit(model, frames(), frames(2), limits, tmp_path / "two", last, init=init, finetune=changed)
+    other = awake(trained())
+    with pytest.raises(ValueError, match="init must be the model that the run started from"):
+        fit(model, frames(), frames(2), limits, tmp_path / "two", last, init=other, finetune=wanted)
+
+
+# -- the command ---------------------------------------------------------------------------------------------
+TINY = ["--training.batch_size", "2", "--training.validate_every", "2", "--training.max_steps", "4", "--output.plot",
+        "false", "--data.num_val", "2", "--data.train", "m.xyz"]  # fmt: skip
+OWN = ["--model.channels", "4", "--model.lmax", "1", "--model.scheme.radii", "[3.0]"]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A folder with frames, and a model that the command has trained on them."""
+    here = tmp_path_factory.mktemp("base")
+    write(here / "m.xyz", [frame.to_ase() for frame in load_embedded("ethanol")[:8]])
+    words = ["m.xyz" if w == "m.xyz" else w for w in TINY]
+    words[words.index("m.xyz")] = str(here / "m.xyz")
+    assert main(["train", *OWN, *words, "--output.folder", str(here / "base")]) == 0
+    return here
+
+
+@pytest.fixture
+def here(base, monkeypatch):
+    monkeypatch.chdir(base)
+    return base
+
+
+def test_the_command_starts_from_a_model_and_remembers_it(here, tmp_path, capsys):
+    folder = str(tmp_path / "tuned")
+    words = ["train", "--init", "base/model.nbody", *TINY, "--output.folder", folder]
+    assert main([*words, "--finetune.parts", "adapters", "--finetune.rank", "2", "--finetune.replay", "m.xyz",
+                 "--finetune.replay_frames", "3"]) == 0  # fmt: skip
+    out = capsys.readouterr().out
+    assert "init    weights and scale of model.nbody" in out and "E0      refitted" in out
+    assert "replay  3 of 8 frames" in out
+    header, start = read_metadata(f"{folder}/model.nbody"), read_metadata("base/model.nbody")
+    assert header["metadata"]["ancestor"] == {"name": "model.nbody", "sha256": start["sha256"]}
+    assert header["model"]["config"] == start["model"]["config"] and header["scale"] == start["scale"]
+    run = read_checkpoint(f"{folder}/last.ckpt")["run"]
+    assert run["frames"]["train"]["count"] == 9 and run["ancestor"]["sha256"] == start["sha256"]
+    assert main(["info", f"{folder}/model.nbody"]) == 0
+    assert f"model.nbody, checksum {start['sha256'][:16]}" in capsys.readouterr().out
+    # As any other model: read, saved, and an ancestor itself
+    model = load_model(f"{folder}/model.nbody")
+    again, _ = tuned_model(model, load_embedded("ethanol")[:2])
+    assert again.ancestor["ancestor"]["sha256"] == start["sha256"] and again.ancestor["sha256"] == header["sha256"]
+    # Resumed to the same end
+    before = read_checkpoint(f"{folder}/last.ckpt")["state_dict"]
+    assert main([*words, "--output.resume", "true", "--finetune.parts", "readouts"]) == 1
+    assert "finetune.parts" in capsys.readouterr().err
+    more = ["--finetune.parts", "adapters", "--finetune.rank", "2", "--finetune.replay", "m.xyz",
+            "--finetune.replay_frames", "3", "--output.resume", "true", "--training.max_steps", "6"]  # fmt: skip
+    assert main([*words, *more]) == 0
+    after = read_checkpoint(f"{folder}/last.ckpt")
+    assert after["global_step"] == 6 and any(not torch.equal(after["state_dict"][k], v) for k, v in before.items())
+
+
+def test_the_command_tunes_a_model_of_properties(here, tmp_path):
+    words = ["train", *TINY, "--output.folder"]
+    target = ["--target.energy.readout", "extensive", "--target.energy.unit", "eV"]
+    assert main([*words, str(tmp_path / "a"), *OWN, *target]) == 0
+    start = load_model(tmp_path / "a" / "model.nbody")
+    assert main([*words, str(tmp_path / "b"), "--init", str(tmp_path / "a" / "model.nbody")]) == 0
+    model = load_model(tmp_path / "b" / "model.nbody")
+    assert isinstance(model, PropertyModel) and model.ancestor["sha256"] == start.origin["sha256"]
+    assert not torch.equal(weights(model), weights(start))
+    assert model.statistics["energy"].scale == start.statistics["energy"].scale
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--model.lmax", "2"], "model.lmax must be that of model.nbody, 1, got 2; leave it out"),
+        (["--model.scheme.radii", "[5.0]"], "model.scheme.radii must be that of model.nbody, [3.0], got [5.0]; leave"),
+        (["--model.irreps", "4x0e"], "model.irreps must be that of model.nbody, None, got '4x0e'"),
+        (["--model.scale", "9.0"], "model.scale must be that of model.nbody, "),
+        (["--model.repulsion", "none"], "model.repulsion must be that of model.nbody, 'zbl', got 'none'"),
+        (["--target.dipole.readout", "dipole"], "target must be that of model.nbody, energies, got dipole"),
+        (["--finetune.part", "x"], "unknown key finetune.part; did you mean finetune.parts?"),
+    ],
+)  # fmt: skip
+def test_the_command_refuses_another_architecture(here, tmp_path, capsys, words, message):
+    folder = tmp_path / "r"
+    assert main(["train", "--init", "base/model.nbody", *TINY, *words, "--output.folder", str(folder)]) == 1
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1 and not folder.exists()
+
+
+def test_what_is_given_and_equal_is_taken(here, tmp_path):
+    words = ["--model.irreps", "4x0e + 4x1o", "--model.scheme.radii", "[3.0]", "--model.repulsion", "zbl"]
+    assert main(["train", "--init", "base/model.nbody", *TINY, *words, "--output.folder", str(tmp_path / "r")]) == 0
+    Path(tmp_path / "config.yaml").write_text("finetune: {init: base/model.nbody, parts: readouts}\n")
+    assert main(["train", str(tmp_path / "config.yaml"), *TINY, "--output.folder", str(tmp_path / "s")]) == 0
+    assert "parts: readouts" in (tmp_path / "s" / "config.yaml").read_text()
+
+
+def test_settings_of_fine_tuning_need_a_model(here, capsys):
+    assert main(["train", *TINY, "--finetune.parts", "readouts", "--output.folder", "x"]) == 1
+    assert "finetune.parts is for a run that starts from a model; give it by --init" in capsys.readouterr().err
+
+
+# -- models by name ------------------------------------------------------------------------------------------
+def test_a_shipped_model_is_found_by_its_name(here, tmp_path, monkeypatch):
+    monkeypatch.setattr(model_file, "SHIPPED", tmp_path)
+    assert shipped_models() == []
+    with pytest.raises(FileNotFoundError, match="no model file at organic, and no shipped model of that name"):
+        load_model("organic")
+    (tmp_path / "organic.nbody").write_bytes(Path("base/model.nbody").read_bytes())
+    assert find_model("organic") == tmp_path / "organic.nbody" and shipped_models() == ["organic"]
+    model = load_model("organic")
+    assert model.origin["name"] == "organic" and torch.equal(weights(model), weights(load_model("base/model.nbody")))
+    with pytest.raises(FileNotFoundError, match=r"did you mean organic\?"):
+        load_model("organics")
+    assert json.dumps(read_metadata("organic")["sha256"])
+
+
+def test_e0_that_no_frame_tells_is_kept():
+    given = frames(3)
+    for frame in given:
+        del frame.energy
+    init = trained()
+    model, _ = tuned_model(init, given)
+    assert model.reference.energies == {z: E0[z] for z in (1, 6, 8)} and isinstance(model.reference, AtomicReference)
