@@ -1,0 +1,114 @@
+"""Active learning beside labels drawn from dynamics with the reference method.
+
+python benchmarks/active.py START.xyz --label gfn2 --minutes 12
+
+A test set is drawn from a trajectory of the reference calculator that nothing is trained on. ``nbody_pyg.active.learn``
+makes a potential; then networks are trained on as many, and on twice as many, frames of another trajectory of the
+reference calculator, each for the CPU time that one member of the committee had. Needs the package of the calculator.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import tempfile
+from pathlib import Path
+
+import numpy as np
+from ase import Atoms, units
+from ase.calculators.singlepoint import SinglePointCalculator
+from ase.io import read
+from ase.md.langevin import Langevin
+from ase.md.velocitydistribution import MaxwellBoltzmannDistribution
+
+from nbody_pyg.active import LearnConfig, calculator, learn, rounds_table
+from nbody_pyg.cli.tables import table
+from nbody_pyg.data import AtomicData
+from nbody_pyg.datasets.frames import Frames
+from nbody_pyg.deploy import load_model
+from nbody_pyg.training import fit
+from nbody_pyg.training.config import parse_config
+from nbody_pyg.training.defaults import choose_defaults
+from nbody_pyg.training.evaluation import evaluate
+from nbody_pyg.training.prepare import DataSets, build_potential
+
+
+def trajectory(start: Atoms, label: str, temperature: float, count: int, every: int, seed: int) -> Frames:
+    """Frames of Langevin dynamics of the reference calculator, after 500 steps."""
+    atoms, out = start.copy(), []
+    atoms.calc = calculator(label, float(start.info.get("charge", 0)), float(start.info.get("spin", 1)))
+    rng = np.random.default_rng(seed)
+    MaxwellBoltzmannDistribution(atoms, temperature_K=temperature, rng=rng)
+    dynamics = Langevin(atoms, 0.5 * units.fs, temperature_K=temperature, friction=0.02 / units.fs, rng=rng)
+    dynamics.run(500)
+    for _ in range(count):
+        dynamics.run(every)
+        frame = Atoms(atoms.numbers, atoms.positions)
+        results = {"energy": atoms.get_potential_energy(), "forces": atoms.get_forces()}
+        frame.calc = SinglePointCalculator(frame, **results)
+        out.append(AtomicData.from_ase(frame))
+    return Frames(out)
+
+
+def trained(frames: Frames, seconds: float, seed: int, folder: Path):
+    """A network with the defaults for these frames, trained for a CPU time."""
+    training = {"budget_seconds": seconds, "seed": seed, "validate_every": 10**6}
+    config = parse_config({"data": {"train": "in memory"}, "training": training})
+    config, _ = choose_defaults(config, DataSets(frames, ()))
+    potential = build_potential(config, DataSets(frames, ()))
+    fit(potential, frames, (), config.training, folder, show_progress=False)
+    return potential
+
+
+def main() -> None:
+    """Read the command line, run, print a table and write JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("start", help="a structure in any file that ASE reads")
+    parser.add_argument("--label", default="gfn2")
+    parser.add_argument("--temperature", type=float, default=500.0, help="K")
+    parser.add_argument("--minutes", type=float, default=12.0)
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--train-seconds", type=float, default=45.0)
+    parser.add_argument("--final-seconds", type=float, default=120.0)
+    parser.add_argument("--test", type=int, default=200, help="test frames")
+    parser.add_argument("--every", type=int, default=20, help="steps between two frames of a trajectory")
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", default="runs/benchmarks/active.json")
+    args = parser.parse_args()
+    start = read(args.start)
+    test = trajectory(start, args.label, args.temperature, args.test, args.every, args.seed + 100)
+    config = LearnConfig(
+        label=args.label, temperature=args.temperature, minutes=args.minutes, rounds=args.rounds, seed=args.seed,
+        train_seconds=args.train_seconds, final_seconds=args.final_seconds, processes=args.processes,
+    )  # fmt: skip
+    with tempfile.TemporaryDirectory() as place:
+        rounds = learn([start], Path(place) / "learned", config)
+        labels = rounds[-1].labels + rounds[-1].new_labels
+        seconds = len(rounds) * args.train_seconds + args.final_seconds
+        rows = [["active", labels, seconds, *_errors(load_model(Path(place) / "learned/model-0.nbody"), test)]]
+        drawn = trajectory(start, args.label, args.temperature, 2 * labels, args.every, args.seed + 200)
+        for times in (1, 2):
+            # Spread over the whole trajectory
+            some = drawn.select(range(0, 2 * labels, 2 // times))
+            potential = trained(some, seconds, args.seed, Path(place) / f"random-{times}")
+            rows.append([f"dynamics of {args.label}", len(some), seconds, *_errors(potential, test)])
+    head = ["labels from", "labels", "CPU s of training", "F MAE meV/A", "F RMSE meV/A", "E MAE meV"]
+    print(f"\n{rounds_table(rounds)}\n\n{len(test)} test frames\n{table(head, rows)}")
+    out = Path(args.out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    record = {
+        "rounds": [dataclasses.asdict(one) for one in rounds],
+        "rows": [dict(zip(head, r, strict=True)) for r in rows],
+    }
+    out.write_text(json.dumps(record, indent=1) + "\n")
+
+
+def _errors(potential, test: Frames) -> list[float]:
+    found = evaluate(potential, test).errors
+    return [found["forces_mae"], found["forces_rmse"], found["energy_mae"]]
+
+
+if __name__ == "__main__":
+    main()
