@@ -444,7 +444,7 @@ class NBodyNet(Resettable):
         charges: Float[Tensor, " atoms"] | None = None,
         spin: Tensor | None = None,
         batch_size: int | None = None,
-        x: Float[Tensor, "atoms dim"] | None = None,
+        x: Float[Tensor, "atoms components"] | None = None,
     ) -> Float[Tensor, " values *dim"]:
         """Value of each system: energies without those of isolated atoms, eV, or the target of ``irreps_out``.
 

@@ -314,7 +314,7 @@ class NBodyCalculator(SharedCalculator):
         # Who asked for a stress asks for it again: an evaluation of its own would cost another one at every step
         self._stressed |= "stress" in properties
         solid = bool(atoms.pbc.any()) and abs(np.linalg.det(atoms.cell.array)) > 1e-8
-        stressed = "stress" in properties or (self._stressed and solid)
+        stressed = "stress" in properties or bool(self._stressed and solid)
         result = self._evaluate(system, compute_stress=stressed)
         energy = float(result["energy"])
         self.results = {

@@ -20,6 +20,8 @@ def require_engine(module: str, extra: str, least: str | None = None) -> Any:
     cure = f"pip install 'nbody_pyg[{extra}]'"
     try:
         found = importlib.import_module(module)
+        if getattr(found, "__file__", "") is None:
+            raise ImportError(f"{module} is a folder on the path, no package")
     except ImportError as error:
         raise ImportError(f"nbody_pyg.engines.{extra} needs {module}, which cannot be imported: {cure}") from error
     if least is not None and _numbers(version := metadata.version(module)) < _numbers(least):

@@ -85,7 +85,10 @@ def stress(seconds: float, evaluators: int, folder, backend: str = "aot_eager") 
     z, pos = tensors_of(atoms)
     wanted = {k: v.clone() for k, v in shared(z, pos).items()}
     gradients = step(trained, z, pos)
-    calculator = NBodyCalculator(shared, skin=0.0)
+    calculators = [NBodyCalculator(shared, skin=0.0, engine=engine) for engine in ("torch", "auto")]
+    single = [calculator.get_forces(atoms.copy()).copy() for calculator in calculators]
+    np.testing.assert_allclose(single[1], wanted["forces"].numpy(), rtol=0, atol=1e-10)
+    assert np.array_equal(single[0], wanted["forces"].numpy())
     # Copied in the thread, not made there: torch's random numbers are one row for all threads, and loading a model
     # draws from them.
     unused = potential_of()
@@ -107,10 +110,11 @@ def stress(seconds: float, evaluators: int, folder, backend: str = "aot_eager") 
         assert_same(list(load_potential(folder / "model.nbody")(z, pos).values()), list(wanted.values()), "loaded")
 
     def calculate() -> None:
-        own = atoms.copy()
-        own.calc = calculator
-        calculator.reset()  # it would answer from its memory, so fast that the others hardly get the interpreter
-        assert np.array_equal(own.get_forces(), wanted["forces"].numpy())
+        for calculator, forces in zip(calculators, single, strict=True):
+            own = atoms.copy()
+            own.calc = calculator
+            calculator.reset()  # it would answer from its memory, so fast that the others hardly get the interpreter
+            assert np.array_equal(own.get_forces(), forces)
 
     counts = run_together(seconds, *[evaluate] * evaluators, train, compile, load, calculate)
     assert not autograd_flags.is_tracing() and not autograd_flags.is_dry() and not autograd_flags.is_recording()

@@ -37,10 +37,15 @@ E0 = {1: -1.5, 6: -3.5, 8: -2.5}
 FULL = ("energy", "forces", "stress")
 
 
+def found(module: str) -> bool:
+    """Whether a package is installed; a folder of that name is none."""
+    spec = importlib.util.find_spec(module)
+    return spec is not None and spec.origin is not None
+
+
 def needs(module: str, extra: str):
     """Skips a test without an engine."""
-    found = importlib.util.find_spec(module) is not None
-    return pytest.mark.skipif(not found, reason=f"{module} is not installed: pip install 'nbody_pyg[{extra}]'")
+    return pytest.mark.skipif(not found(module), reason=f"{module} is not installed: pip install 'nbody_pyg[{extra}]'")
 
 
 def crystal() -> Atoms:
@@ -616,7 +621,7 @@ def test_the_page_has_the_scripts():
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_the_scripts_run(model, tmp_path, name):
     engine, structure = SCRIPTS[name]
-    if engine is not None and importlib.util.find_spec(engine) is None:
+    if engine is not None and not found(engine):
         pytest.skip(f"{engine} is not installed")
     write(tmp_path / "crystal.xyz", bulk("C", "diamond", a=3.7, cubic=True))
     write(tmp_path / "ethanol.xyz", ethanol())
