@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, SupportsIndex
 
 import numpy as np
 from ase import Atoms
@@ -43,7 +43,7 @@ class ModelFunction:
     def __init__(
         self,
         model: str | Path,
-        numbers: Iterable[int],
+        numbers: Iterable[SupportsIndex],
         periodic: bool = False,
         info: Mapping[str, Any] | None = None,
         **options: Any,
@@ -91,7 +91,7 @@ class ModelFunction:
 
 def model_force(
     model: str | Path,
-    numbers: Iterable[int],
+    numbers: Iterable[SupportsIndex],
     *,
     particles: Iterable[int] | None = None,
     periodic: bool = False,
