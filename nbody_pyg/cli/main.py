@@ -93,7 +93,8 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
     for field in dataclasses.fields(LearnConfig):
         shown = "" if field.default is None else f" (default: {field.default})"
         kind, option = kinds.get(str(field.type), positive_number), f"--{field.name.replace('_', '-')}"
-        parser.add_argument(option, type=kind, default=field.default, help=field.metadata["help"] + shown)
+        text = field.metadata["help"].replace("%", "%%")
+        parser.add_argument(option, type=kind, default=field.default, help=text + shown)
 
 
 def build_parser() -> _Parser:

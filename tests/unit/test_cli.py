@@ -841,3 +841,13 @@ def test_every_kind_of_frame_in_one_file(tmp_path, capsys):
             "stress" in labels
         )
         assert ("REF_forces" in ours.arrays) is ("forces" in labels)
+
+
+@pytest.mark.parametrize("command", sorted(build_parser().commands))
+def test_every_command_explains_itself(command, capsys):
+    try:
+        code = main([command, "--help"])
+    except SystemExit as stop:  # argparse leaves so
+        code = stop.code
+    out = capsys.readouterr().out
+    assert not code and command in out and len(out.splitlines()) > 5
