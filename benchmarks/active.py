@@ -23,15 +23,13 @@ from ase.md.langevin import Langevin
 from ase.md.velocitydistribution import MaxwellBoltzmannDistribution
 
 from nbody_pyg.active import LearnConfig, calculator, learn, rounds_table
+from nbody_pyg.active.loop import trained
 from nbody_pyg.cli.tables import table
 from nbody_pyg.data import AtomicData
 from nbody_pyg.datasets.frames import Frames
 from nbody_pyg.deploy import load_model
-from nbody_pyg.training import fit
-from nbody_pyg.training.config import parse_config
-from nbody_pyg.training.defaults import choose_defaults
 from nbody_pyg.training.evaluation import evaluate
-from nbody_pyg.training.prepare import DataSets, build_potential
+from nbody_pyg.training.prepare import DataSets
 
 
 def trajectory(start: Atoms, label: str, temperature: float, count: int, every: int, seed: int) -> Frames:
@@ -49,16 +47,6 @@ def trajectory(start: Atoms, label: str, temperature: float, count: int, every: 
         frame.calc = SinglePointCalculator(frame, **results)
         out.append(AtomicData.from_ase(frame))
     return Frames(out)
-
-
-def trained(frames: Frames, seconds: float, seed: int, folder: Path):
-    """A network with the defaults for these frames, trained for a CPU time."""
-    training = {"budget_seconds": seconds, "seed": seed, "validate_every": 10**6}
-    config = parse_config({"data": {"train": "in memory"}, "training": training})
-    config, _ = choose_defaults(config, DataSets(frames, ()))
-    potential = build_potential(config, DataSets(frames, ()))
-    fit(potential, frames, (), config.training, folder, show_progress=False)
-    return potential
 
 
 def main() -> None:
@@ -92,7 +80,7 @@ def main() -> None:
         for times in (1, 2):
             # Spread over the whole trajectory
             some = drawn.select(range(0, 2 * labels, 2 // times))
-            potential = trained(some, seconds, args.seed, Path(place) / f"random-{times}")
+            potential = trained(DataSets(some, ()), seconds, args.seed, Path(place) / f"random-{times}")
             rows.append([f"dynamics of {args.label}", len(some), seconds, *_errors(potential, test)])
     head = ["labels from", "labels", "CPU s of training", "F MAE meV/A", "F RMSE meV/A", "E MAE meV"]
     print(f"\n{rounds_table(rounds)}\n\n{len(test)} test frames\n{table(head, rows)}")

@@ -35,7 +35,9 @@ def renamed(**names: str | tuple[str, Mapping[Any, Any]]) -> Callable[[Function]
     def decorate(function: Function) -> Function:
         @functools.wraps(function)
         def call(*arguments: Any, **keywords: Any) -> Any:
-            return function(*arguments, **present_names(keywords, names))
+            if not names.keys().isdisjoint(keywords):
+                keywords = present_names(keywords, names)
+            return function(*arguments, **keywords)
 
         return call  # type: ignore[return-value]  # of the same signature
 

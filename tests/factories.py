@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from nbody_pyg import NBodyNet, NestedShells, Potential
+from nbody_pyg.energy import EnergyTerm, Structure
 from nbody_pyg.hierarchy import Scheme
+from nbody_pyg.radial import smooth_cutoff
 
 SPECIES = (1, 6, 8)
 SMALL = {"channels": 4, "lmax": 1}
@@ -44,6 +46,30 @@ def wake_long_range(model: NBodyNet) -> NBodyNet:
             for weight in (model.long_range.local, model.long_range.local_states.weight):
                 weight.normal_(std=0.1)
     return model
+
+
+class LennardJones(EnergyTerm):
+    """Pairs of atoms, smooth at ``cutoff`` angstrom; the minimum is at 1.12 times ``length``."""
+
+    def __init__(self, length: float = 2.4, depth: float = 0.4, cutoff: float = 7.0) -> None:
+        super().__init__()
+        self.length, self.cutoff = length, cutoff
+        self.depth = nn.Parameter(torch.tensor(depth))
+
+    def forward(self, structure: Structure) -> Tensor:
+        index, vec = structure.pairs(self.cutoff)
+        r = vec.norm(dim=-1)
+        energy = 4 * self.depth * ((self.length / r) ** 12 - (self.length / r) ** 6) * smooth_cutoff(r, self.cutoff)
+        return energy.new_zeros(structure.z.shape).index_add(0, index[1], 0.5 * energy)
+
+
+def argon(term: EnergyTerm) -> Potential:
+    """A potential of argon that is this term alone: the network gives nothing."""
+    silent = net(species=[18])
+    with torch.no_grad():
+        for weight in silent.parameters():
+            weight.mul_(0.0)
+    return Potential(silent, repulsion=None, terms=[term]).double()
 
 
 class Springs(nn.Module):

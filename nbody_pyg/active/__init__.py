@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
 from typing import TYPE_CHECKING
 
 from nbody_pyg.active.settings import LearnConfig
+from nbody_pyg.lazy_imports import imported_later
 
 if TYPE_CHECKING:
     from nbody_pyg.active.labels import calculator, from_smiles
@@ -14,20 +14,11 @@ if TYPE_CHECKING:
 
 __all__ = ["LearnConfig", "Round", "calculator", "from_smiles", "learn", "plot_rounds", "rounds_table"]
 
-_LATER = {
+# The settings alone, which the command line reads, need no torch
+__getattr__ = imported_later(__name__, {
     "calculator": "labels", "from_smiles": "labels", "Round": "loop", "learn": "loop", "plot_rounds": "report",
     "rounds_table": "report",
-}  # fmt: skip
-
-
-def __getattr__(name: str) -> object:
-    """Imported at their first use, because the settings alone need no torch."""
-    module = _LATER.get(name)
-    if module is None:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"{__name__}.{module}"), name)
-    globals()[name] = value
-    return value
+})  # fmt: skip
 
 
 def __dir__() -> list[str]:

@@ -32,7 +32,8 @@ from nbody_pyg.data import AtomicData
 from nbody_pyg.datasets.frames import Frames
 from nbody_pyg.deploy.committee import Committee
 from nbody_pyg.deploy.dynamics import run_md
-from nbody_pyg.deploy.model_file import load_potential, save_model
+from nbody_pyg.deploy.model_file import load_potential, require_potential, save_model
+from nbody_pyg.potential import Potential
 from nbody_pyg.training.config import parse_config
 from nbody_pyg.training.defaults import choose_defaults
 from nbody_pyg.training.prepare import DataSets, build_potential
@@ -187,7 +188,8 @@ class _Run:
         config, number = self.config, len(self.rounds)
         self.train(work, config.train_seconds)
         known = self.measured()
-        spread, error, energy = _compare(self.models, known)
+        committee = Committee(self.models)
+        spread, error, energy = _compare(committee, known)
         factor = float(np.sqrt(np.mean(error**2) / np.mean(spread**2)))
         forces = np.concatenate([atoms.get_forces() for atoms in self.labelled])
         limit = config.limit or 0.15 * float(np.sqrt((forces**2).sum(1).mean()))
@@ -211,7 +213,7 @@ class _Run:
             before = len(self.labelled)
             added = self.add(met)
             if added:
-                new_error = float(np.sqrt(np.mean(_compare(self.models, self.labelled[before:])[1] ** 2)))
+                new_error = float(np.sqrt(np.mean(_compare(committee, self.labelled[before:])[1] ** 2)))
         self.rounds.append(Round(
             number=number, labels=len(self.labelled) - added, error=float(np.sqrt(np.mean(error**2))),
             energy_per_atom=energy, uncertainty=factor * float(np.sqrt(np.mean(spread**2))), factor=factor,
@@ -270,18 +272,24 @@ def _train_member(job: tuple[str, str, list[int], float, int]) -> None:
     frames = _frames(_read(labelled))
     val = frames.select(validation)
     train = frames.select([place for place in range(len(frames)) if place not in set(validation)])
-    training = {"budget_seconds": seconds, "seed": seed, "validate_every": 10**6}
-    config = parse_config({"data": {"train": labelled}, "training": training})
-    config, _ = choose_defaults(config, DataSets(train, val))
-    if Path(path).is_file():
-        potential = load_potential(path)
-    else:
-        built = build_potential(config, DataSets(train, val))
-        assert not hasattr(built, "properties")  # the configuration names none
-        potential = built  # type: ignore[assignment]
+    first = load_potential(path) if Path(path).is_file() else None
     log = Path(path).with_suffix("") / f"{len(frames)}-labels-{seed}"
-    fit(potential, train, (), config.training, log, show_progress=False)
-    save_model(potential, path, {"labels": len(frames)})
+    save_model(trained(DataSets(train, val), seconds, seed, log, first), path, {"labels": len(frames)})
+
+
+def trained(data: DataSets, seconds: float, seed: int, folder: Path, potential: Potential | None = None) -> Potential:
+    """A potential with the settings that ``nbody train`` chooses for these frames, trained for some CPU seconds.
+
+    Args:
+        potential: where training goes on from; None: a new network.
+    """
+    training = {"budget_seconds": seconds, "seed": seed, "validate_every": 10**6}
+    config = parse_config({"data": {"train": "in memory"}, "training": training})
+    config, _ = choose_defaults(config, data)
+    if potential is None:
+        potential = require_potential(build_potential(config, data))
+    fit(potential, data.train, (), config.training, folder, show_progress=False)
+    return potential
 
 
 def _explore(job: tuple[list[str], Atoms, LearnConfig, float, int, list[int]]) -> tuple[list[Atoms], float]:
@@ -324,9 +332,9 @@ def _bare(atoms: Atoms) -> Atoms:
     return kept
 
 
-def _compare(models: Sequence[str], labelled: Sequence[Atoms]) -> tuple[np.ndarray, np.ndarray, float]:
+def _compare(committee: Committee, labelled: Sequence[Atoms]) -> tuple[np.ndarray, np.ndarray, float]:
     """Standard deviation among the members and error of their mean, of each force; and MAE of the energy per atom."""
-    committee, spread, error, energy = Committee(models), [], [], []
+    spread, error, energy = [], [], []
     for atoms in labelled:
         now = atoms.copy()
         now.calc = committee

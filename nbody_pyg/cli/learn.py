@@ -24,8 +24,7 @@ def learn(args: argparse.Namespace) -> int:
     rounds = run(starts, folder, config, note=lambda line: print(line, flush=True))
     table = rounds_table(rounds)
     write_text(folder / "rounds.txt", table + "\n")
-    with atomic_write(folder / "learning.png") as temporary:
-        plot_rounds(rounds, temporary)
+    plot_rounds(rounds, folder / "learning.png")
     with atomic_write(folder / "model.nbody") as temporary:
         shutil.copyfile(folder / "model-0.nbody", temporary)
     print(f"\n{table}\n\nerror and uncertainty: of the vectors of force, root mean square, calibrated on validation")

@@ -110,10 +110,24 @@ def chosen_rows(
     return chosen
 
 
+def numbers_of(frames: Sequence[Any]) -> Sequence[int]:
+    """The number of each frame in its file; 0, 1, 2, ... for other lists."""
+    if isinstance(frames, Frames) and len(frames.numbers) == len(frames):
+        return frames.numbers
+    return range(len(frames))
+
+
+def kinds_of(frames: Sequence[Any]) -> Sequence[str]:
+    """The ``config_type`` of each frame, "" where a file does not say it."""
+    if isinstance(frames, Frames) and len(frames.kinds) == len(frames):
+        return frames.kinds
+    return ("",) * len(frames)
+
+
 def listed(frames: Sequence[Any], places: Sequence[int], most: int = 20) -> str:
     """Frames in words: "frames 3, 5 and 9 of a.xyz" by their numbers in the file, the first ``most`` of them."""
-    numbers = frames.numbers if isinstance(frames, Frames) and len(frames.numbers) == len(frames) else None
-    words = [str(place if numbers is None else numbers[place]) for place in places]
+    numbers = numbers_of(frames)
+    words = [str(numbers[place]) for place in places]
     text = f"{', '.join(words[:most])}, ..." if len(words) > most else " and ".join([", ".join(words[:-1]), words[-1]])
     file = Path(frames.name).name if isinstance(frames, Frames) and frames.name else ""
     return f"frame{'s' if len(words) > 1 else ''} {text.removeprefix(' and ')}{f' of {file}' if file else ''}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from typing import TYPE_CHECKING
 
 from nbody_pyg.deploy.calculator import NBodyCalculator
@@ -13,6 +12,7 @@ from nbody_pyg.deploy.fingerprint import cg_fingerprint
 from nbody_pyg.deploy.model_file import find_model, load_model, read_metadata, save_model, shipped_models
 from nbody_pyg.deploy.reference import reference_record, reference_topology, with_reference
 from nbody_pyg.deploy.relax import Relaxation, relax
+from nbody_pyg.lazy_imports import imported_later
 from nbody_pyg.training.upgrades import FORMAT_VERSION
 
 if TYPE_CHECKING:
@@ -45,21 +45,11 @@ __all__ = [
     "with_reference",
 ]
 
-
-_LATER = {
+# They load ``ase.io`` and scipy, which forces do not need
+__getattr__ = imported_later(__name__, {
     "MDReport": "dynamics", "run_md": "dynamics", "SolidProperties": "solids", "solid_properties": "solids",
     "plot_equation_of_state": "solids",
-}  # fmt: skip
-
-
-def __getattr__(name: str) -> object:
-    """Imported at their first use, because they load ``ase.io`` and scipy, which forces do not need."""
-    module = _LATER.get(name)
-    if module is None:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"{__name__}.{module}"), name)
-    globals()[name] = value
-    return value
+})  # fmt: skip
 
 
 def __dir__() -> list[str]:

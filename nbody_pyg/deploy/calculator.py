@@ -313,8 +313,7 @@ class NBodyCalculator(SharedCalculator):
             system = system.replace(topology=self._topology(system))
         # Who asked for a stress asks for it again: an evaluation of its own would cost another one at every step
         self._stressed |= "stress" in properties
-        solid = bool(atoms.pbc.any()) and abs(np.linalg.det(atoms.cell.array)) > 1e-8
-        stressed = "stress" in properties or bool(self._stressed and solid)
+        stressed = "stress" in properties or (self._stressed and _has_volume(atoms))
         result = self._evaluate(system, compute_stress=stressed)
         energy = float(result["energy"])
         self.results = {
@@ -455,6 +454,11 @@ class NBodyCalculator(SharedCalculator):
         parts = self.potential.energies(system)
         own = [values for k, values in parts.levels.items() if len(values) == len(system.z)]
         return (torch.stack(own).sum(0) + parts.atoms).cpu().numpy()
+
+
+def _has_volume(atoms: Atoms) -> bool:
+    """Whether a stress is defined, unlike for some slabs and wires."""
+    return bool(atoms.pbc.any()) and bool(abs(np.linalg.det(atoms.cell.array)) > 1e-8)
 
 
 def _captured(potential: Potential, device: torch.device) -> CapturedPotential:

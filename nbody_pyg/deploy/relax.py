@@ -137,11 +137,12 @@ class _Cells:
         self.projector = span @ span.transpose(1, 2)
         self.isotropic, self.pressure = isotropic, pressure
         self.log = torch.zeros_like(cell)
+        self.grown = torch.eye(3, dtype=cell.dtype, device=cell.device).expand_as(cell)  # F = exp L
         self.atoms = torch.bincount(system.batch, minlength=len(cell)).double().reshape(-1, 1, 1)
 
     def rows(self, pos: Tensor, batch: Tensor) -> Tensor:
         """The coordinates, [atoms + 3 structures, 3]."""
-        inner = torch.linalg.solve(torch.linalg.matrix_exp(self.log)[batch], pos.unsqueeze(2)).squeeze(2)
+        inner = torch.linalg.solve(self.grown[batch], pos.unsqueeze(2)).squeeze(2)
         return torch.cat([inner, (self.atoms * self.log).reshape(-1, 3)])
 
     def forces(self, forces: Tensor, stress: Tensor, cell: Tensor, batch: Tensor) -> Tensor:
@@ -152,30 +153,30 @@ class _Cells:
         strain = self.projector @ (0.5 * (strain + strain.transpose(1, 2))) @ self.projector
         # The derivative of exp L by L in its eigenvectors: divided differences of the exponential
         values, u = torch.linalg.eigh(self.log)
-        grown = u @ torch.diag_embed(values.exp()) @ u.transpose(1, 2)
         gap = values.unsqueeze(2) - values.unsqueeze(1)
         near = gap.abs() < 1e-6
         middle = (0.5 * (values.unsqueeze(2) + values.unsqueeze(1))).exp()
         rise = values.exp().unsqueeze(2) - values.exp().unsqueeze(1)
         divided = torch.where(near, middle, rise / torch.where(near, 1.0, gap))
-        by_log = u @ (divided * (u.transpose(1, 2) @ strain @ torch.linalg.inv(grown) @ u)) @ u.transpose(1, 2)
+        by_log = u @ (divided * (u.transpose(1, 2) @ strain @ torch.linalg.inv(self.grown) @ u)) @ u.transpose(1, 2)
         by_log = 0.5 * (by_log + by_log.transpose(1, 2))
         if self.isotropic:
             trace = (by_log * self.projector).sum((1, 2)) / self.projector.sum((1, 2)).clamp(min=1.0)
             by_log = trace.reshape(-1, 1, 1) * self.projector
-        on_atoms = torch.bmm(forces.unsqueeze(1), grown[batch]).squeeze(1)
+        on_atoms = torch.bmm(forces.unsqueeze(1), self.grown[batch]).squeeze(1)
         return torch.cat([on_atoms, (-by_log / self.atoms).reshape(-1, 3)])
 
     def move(self, rows: Tensor, batch: Tensor) -> tuple[Tensor, Tensor]:
         """Positions and cells of other coordinates."""
         size = len(batch)
         self.log = rows[size:].reshape(-1, 3, 3) / self.atoms
-        grown = torch.linalg.matrix_exp(self.log).transpose(1, 2)
-        return torch.bmm(rows[:size].unsqueeze(1), grown[batch]).squeeze(1), self.start @ grown
+        self.grown = torch.linalg.matrix_exp(self.log)
+        turned = self.grown.transpose(1, 2)
+        return torch.bmm(rows[:size].unsqueeze(1), turned[batch]).squeeze(1), self.start @ turned
 
     def keep(self, graphs: Tensor) -> None:
         """Continue with some structures only."""
-        self.start, self.log = self.start[graphs], self.log[graphs]
+        self.start, self.log, self.grown = self.start[graphs], self.log[graphs], self.grown[graphs]
         self.projector, self.atoms = self.projector[graphs], self.atoms[graphs]
 
 

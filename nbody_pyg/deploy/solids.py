@@ -19,7 +19,8 @@ from nbody_pyg.deploy.relax import relax
 from nbody_pyg.potential import Potential
 from nbody_pyg.units import GIGAPASCAL
 
-_VOIGT = ("xx", "yy", "zz", "yz", "xz", "xy")
+#: The order of elastic constants.
+COMPONENTS = ("xx", "yy", "zz", "yz", "xz", "xy")
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -69,7 +70,47 @@ class EpochSampler:
         return f"EpochSampler({self.num_frames} frames, shuffle={self.shuffle}, seed={self.seed})"
 
 
-class FrameLoader:
+class EpochLoader(ABC):
+    """What loaders of a run have in common: a share for each process, and epochs without end.
+
+    ``rank`` and ``world`` are the share of this process, by default taken from torch.distributed.
+    """
+
+    def __init__(self, rank: int | None, world: int | None) -> None:
+        self._rank, self._world = rank, world
+
+    def _ranks(self) -> tuple[int, int]:
+        if self._world is not None:
+            return self._rank or 0, self._world
+        if dist.is_available() and dist.is_initialized():
+            return dist.get_rank(), dist.get_world_size()
+        return 0, 1
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Batches of this process in an epoch."""
+
+    @abstractmethod
+    def set_epoch(self, epoch: int) -> None:
+        """Continue with the order of this epoch."""
+
+    @abstractmethod
+    def _batches(self, start: int) -> Iterator[Batch]:
+        """The batches of this process in this epoch from number ``start`` on."""
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self._batches(0)
+
+    def endless(self, step: int = 0) -> Iterator[Batch]:
+        """Batches, epoch after epoch, from number ``step`` on."""
+        while True:
+            epoch, position = divmod(step, len(self))
+            self.set_epoch(epoch)
+            yield from self._batches(position)
+            step += len(self) - position
+
+
+class FrameLoader(EpochLoader):
     r"""Iterates over mini-batches of graphs; each equals ``Batch.from_data_list`` of the same frames.
 
     PyG collates every key of every graph for every batch, which takes as long as a training step if graphs have a
@@ -108,8 +149,8 @@ class FrameLoader:
         if len(frames) == 0:
             raise ValueError("frames is empty: a loader needs at least one graph")
         self.batch_size, self.drop_last, self.chunk = batch_size, drop_last, chunk
+        super().__init__(rank, world)
         self.sampler = EpochSampler(len(frames), shuffle, seed)
-        self._rank, self._world = rank, world
         # The batch class of PyG for these frames; making one by Batch(...) inspects signatures every time.
         self._batch_class = type(Batch(_base_cls=type(frames[0])))
         keys = _common_keys(frames)
@@ -122,13 +163,6 @@ class FrameLoader:
         self.device = torch.device(device)
 
     # -- size and order ------------------------------------------------------------------------------------
-    def _ranks(self) -> tuple[int, int]:
-        if self._world is not None:
-            return self._rank or 0, self._world
-        if dist.is_available() and dist.is_initialized():
-            return dist.get_rank(), dist.get_world_size()
-        return 0, 1
-
     @property
     def num_frames(self) -> int:
         return self.sampler.num_frames
@@ -157,25 +191,13 @@ class FrameLoader:
         self.sampler.set_epoch(epoch)
 
     # -- batches -------------------------------------------------------------------------------------------
-    def __iter__(self) -> Iterator[Batch]:
-        return self._batches(0)
-
     def _batches(self, start: int) -> Iterator[Batch]:
-        """The batches of this epoch from number ``start`` on."""
         order = self.sampler.order(*self._ranks())
         if self.drop_last:
             order = order[: len(order) // self.batch_size * self.batch_size]
         step = self.chunk * self.batch_size
         for first in range(start * self.batch_size, len(order), step):
             yield from self._gather(order[first : first + step])
-
-    def endless(self, step: int = 0) -> Iterator[Batch]:
-        """Batches, epoch after epoch, from number ``step`` on."""
-        while True:
-            epoch, position = divmod(step, len(self))
-            self.set_epoch(epoch)
-            yield from self._batches(position)
-            step += len(self) - position
 
     def batch(self, index: Sequence[int] | Int[Tensor, " graphs"]) -> Batch:
         """One batch of the frames ``index``, in that order."""

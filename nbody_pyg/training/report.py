@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch_geometric.data import Data
 
-from nbody_pyg.datasets.frames import Frames, has_label
+from nbody_pyg.datasets.frames import has_label, kinds_of, numbers_of
 from nbody_pyg.training.evaluation import Evaluation
 from nbody_pyg.training.metrics import ErrorMeter
 
@@ -38,13 +38,6 @@ class FrameError:
     atom: int | None
 
 
-def kinds_of(frames: Sequence[Data]) -> Sequence[str]:
-    """The ``config_type`` of each frame, "" where a file does not say it."""
-    if isinstance(frames, Frames) and len(frames.kinds) == len(frames):
-        return frames.kinds
-    return ("",) * len(frames)
-
-
 def errors_by_kind(frames: Sequence[Data], found: Evaluation) -> dict[str, dict[str, float]]:
     """Errors (:class:`ErrorMeter`) of the frames of each ``config_type``; empty where all have the same."""
     kinds = kinds_of(frames)
@@ -65,10 +58,7 @@ def errors_by_kind(frames: Sequence[Data], found: Evaluation) -> dict[str, dict[
 
 def frame_errors(frames: Sequence[Data], found: Evaluation) -> list[FrameError]:
     """Errors of every frame that has a label, the largest first: by forces, or by energies where none has forces."""
-    kinds, out = kinds_of(frames), []
-    numbers: Sequence[int] = range(len(frames))
-    if isinstance(frames, Frames) and len(frames.numbers) == len(frames):
-        numbers = frames.numbers
+    kinds, numbers, out = kinds_of(frames), numbers_of(frames), []
     for place, frame in enumerate(frames):
         energy = rmse = most = atom = None
         if has_label(frame, "energy"):

@@ -5,17 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
-import torch.distributed as dist
 from torch_geometric.data import Batch, Data
 
 from nbody_pyg.datasets.units import UnitFiles
-from nbody_pyg.training.loader import FrameLoader
+from nbody_pyg.training.loader import EpochLoader, FrameLoader
 
 #: Takes the frames of a file and gives them the keys that a model uses.
 Prepare = Callable[[Sequence[Data]], Sequence[Data]]
 
 
-class StreamLoader:
+class StreamLoader(EpochLoader):
     r"""Iterates over the training frames of units in batches of about equal numbers of atoms.
 
     In every epoch the files are put into a random order and read ``window`` at a time; the frames of a window are
@@ -55,7 +54,8 @@ class StreamLoader:
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         self.units, self.seed, self.epoch, self.window = units, seed, 0, window
-        self._prepare, self._rank, self._world = prepare, rank, world
+        super().__init__(rank, world)
+        self._prepare = prepare
         self._rows = [units.rows(n) for n in range(len(units.files))]
         sizes = [units.num_atoms[n][rows] for n, rows in enumerate(self._rows)]
         largest, self.num_atoms = max(int(s.max(initial=0)) for s in sizes), sum(int(s.sum()) for s in sizes)
@@ -68,13 +68,6 @@ class StreamLoader:
     @property
     def num_frames(self) -> int:
         return len(self.units)
-
-    def _ranks(self) -> tuple[int, int]:
-        if self._world is not None:
-            return self._rank or 0, self._world
-        if dist.is_available() and dist.is_initialized():
-            return dist.get_rank(), dist.get_world_size()
-        return 0, 1
 
     def __len__(self) -> int:
         """Batches of this process in an epoch; what is left of a division among processes is not used."""
@@ -102,17 +95,6 @@ class StreamLoader:
         batch = np.minimum(middle * self.num_batches / self.num_atoms, self.num_batches - 1).astype(np.int64)
         bounds = np.cumsum([len(w) for w in windows])[:-1]
         return np.split(np.column_stack([every, batch]), bounds)
-
-    def __iter__(self) -> Iterator[Batch]:
-        return self._batches(0)
-
-    def endless(self, step: int = 0) -> Iterator[Batch]:
-        """Batches, epoch after epoch, from number ``step`` on."""
-        while True:
-            epoch, position = divmod(step, len(self))
-            self.set_epoch(epoch)
-            yield from self._batches(position)
-            step += len(self) - position
 
     def _batches(self, start: int) -> Iterator[Batch]:
         """The batches of this process in this epoch from number ``start`` on; files that they do not need are not

@@ -22,7 +22,7 @@ from nbody_pyg.active import LearnConfig, Round, calculator, from_smiles, learn,
 from nbody_pyg.active import loop as loop_module
 from nbody_pyg.active.loop import _compare, _spearman
 from nbody_pyg.cli import main
-from nbody_pyg.deploy import NBodyCalculator, load_model
+from nbody_pyg.deploy import Committee, NBodyCalculator, load_model
 
 QUICK = LearnConfig(
     label="emt", temperature=300.0, first=15, per_round=4, rounds=2, walkers=2, steps=20, train_seconds=0.6,
@@ -108,7 +108,7 @@ def test_what_the_calculator_cannot_do_is_left_out(tmp_path, monkeypatch):
 def test_errors_and_uncertainties_are_those_of_the_committee(run):
     labelled = read(run.folder / "labelled.xyz", ":")[:3]
     paths = [str(run.folder / f"model-{k}.nbody") for k in range(2)]
-    spread, error, _ = _compare(paths, labelled)
+    spread, error, _ = _compare(Committee(paths), labelled)
     both = np.stack([[NBodyCalculator(path).get_forces(a.copy()) for a in labelled] for path in paths])
     expected = np.sqrt(((both.mean(0) - [a.get_forces() for a in labelled]) ** 2).sum(-1)).ravel()
     np.testing.assert_allclose(error, expected, rtol=1e-4)

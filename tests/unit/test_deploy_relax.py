@@ -15,7 +15,6 @@ from ase.constraints import FixAtoms, FixBondLengths, FixCartesian
 from ase.filters import FrechetCellFilter
 from ase.io import read, write
 from ase.optimize import LBFGS
-from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 import factories
@@ -25,8 +24,6 @@ from nbody_pyg.cli.frames import read_structures
 from nbody_pyg.data import AtomicData
 from nbody_pyg.deploy import NBodyCalculator, relax, save_model
 from nbody_pyg.deploy.relax import _held
-from nbody_pyg.energy import EnergyTerm, Structure
-from nbody_pyg.radial import smooth_cutoff
 
 potential = functools.partial(factories.potential, scale=3.0, seed=1, correlation=3)
 
@@ -121,23 +118,9 @@ def test_periodic_structures_in_pieces(generator):
         assert float(again["energy"]) == pytest.approx(float(found.energy[number]), abs=1e-9)
 
 
-class LennardJones(EnergyTerm):
-    """Pairs with a minimum near 2.6 angstrom, smooth at 6."""
-
-    def forward(self, structure: Structure) -> Tensor:
-        index, vec = structure.pairs(6.0)
-        r = vec.norm(dim=-1)
-        energy = ((2.3 / r) ** 12 - (2.3 / r) ** 6) * smooth_cutoff(r, 6.0)
-        return energy.new_zeros(structure.z.shape).index_add(0, index[1], 0.5 * energy)
-
-
 def argon() -> Potential:
-    """Lennard-Jones atoms."""
-    net = factories.net(NestedShells((3.0,)), species=[18])
-    with torch.no_grad():
-        for weight in net.parameters():
-            weight.mul_(0.0)
-    return Potential(net, repulsion=None, terms=[LennardJones()]).double()
+    """Lennard-Jones atoms with a minimum near 2.6 angstrom."""
+    return factories.argon(factories.LennardJones(2.3, 0.25, 6.0))
 
 
 def strained(strain: np.ndarray) -> Atoms:

@@ -10,39 +10,17 @@ import torch
 from ase import Atoms
 from ase.build import bulk
 from ase.io import read, write
-from torch import Tensor, nn
 
 import factories
 from nbody_pyg import NestedShells, Potential
 from nbody_pyg.cli import main
 from nbody_pyg.deploy import NBodyCalculator, SolidProperties, plot_equation_of_state, save_model, solid_properties
-from nbody_pyg.energy import EnergyTerm, Structure
-from nbody_pyg.radial import smooth_cutoff
 from nbody_pyg.units import GIGAPASCAL
-
-
-class Pairs(EnergyTerm):
-    """Lennard-Jones pairs, smooth at ``cutoff`` angstrom."""
-
-    def __init__(self, cutoff: float = 7.0) -> None:
-        super().__init__()
-        self.cutoff = cutoff
-        self.depth = nn.Parameter(torch.tensor(0.4))
-
-    def forward(self, structure: Structure) -> Tensor:
-        index, vec = structure.pairs(self.cutoff)
-        r = vec.norm(dim=-1)
-        energy = 4 * self.depth * ((2.4 / r) ** 12 - (2.4 / r) ** 6) * smooth_cutoff(r, self.cutoff)
-        return energy.new_zeros(structure.z.shape).index_add(0, index[1], 0.5 * energy)
 
 
 @pytest.fixture(scope="module")
 def model() -> Potential:
-    net = factories.net(NestedShells((3.0,)), species=[18])
-    with torch.no_grad():
-        for weight in net.parameters():
-            weight.mul_(0.0)
-    return Potential(net, repulsion=None, terms=[Pairs()]).double()
+    return factories.argon(factories.LennardJones())
 
 
 @pytest.fixture(scope="module")
