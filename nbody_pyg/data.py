@@ -80,11 +80,16 @@ def require_atoms(data: Any) -> None:
         )
 
 
+def no_elements(pos: Tensor) -> Tensor:
+    """The numbers of points that are no atoms: 0."""
+    return torch.zeros(pos.shape[:1], dtype=torch.long, device=pos.device)
+
+
 def points(data: Any) -> Any:
     """Data whose points are no atoms: a shallow copy with ``z`` = 0 where there is none; anything else as it is."""
     if isinstance(data, Data) and data.get("z") is None and isinstance(data.get("pos"), Tensor):
         data = copy.copy(data)
-        data.z = torch.zeros(data.pos.shape[:1], dtype=torch.long, device=data.pos.device)
+        data.z = no_elements(data.pos)
     return data
 
 

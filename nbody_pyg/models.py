@@ -15,7 +15,7 @@ from jaxtyping import Float, Int, Integer
 from torch import Tensor, nn
 from torch_geometric.data import Data
 
-from nbody_pyg.data import has_hierarchy, points, refuse_unstated, require_atoms
+from nbody_pyg.data import has_hierarchy, no_elements, points, refuse_unstated, require_atoms
 from nbody_pyg.hierarchy import EdgeSet, Hierarchy, NestedShells, Scheme, Topology
 from nbody_pyg.kernels.autograd_flags import has_values, in_own_precision, is_tracing, opaque_to_compile
 from nbody_pyg.messages import check_choice
@@ -496,7 +496,7 @@ class NBodyNet(Resettable):
         if isinstance(pos, torch.fx.Proxy):
             raise TypeError("pos must be a tensor; torch.fx.symbolic_trace cannot follow a network, torch.export can")
         if z is None and self.species == (0,) and isinstance(pos, Tensor):
-            z = torch.zeros(pos.shape[:1], dtype=torch.long, device=pos.device)
+            z = no_elements(pos)
         x = given.pop("x", None)
         system = System.of(z, pos, batch, read=self.read, **given)
         system = self._with_node_inputs(system, system.x if x is None else x)

@@ -13,6 +13,7 @@ from ase.data import chemical_symbols
 
 from nbody_pyg.cli.tables import error_table, table
 from nbody_pyg.deploy import cg_fingerprint, load_model, read_metadata
+from nbody_pyg.deploy.model_file import SEALED
 from nbody_pyg.kernels import available_backends, build
 from nbody_pyg.kernels.backend import backend
 from nbody_pyg.messages import printable
@@ -43,7 +44,7 @@ def _show(path: str, header: dict[str, Any]) -> None:
     scheme = dict(config.pop("scheme", None) or {})
     species = header["species"] or []
     matches = header["cg_fingerprint"] == cg_fingerprint()
-    covered = "all of it" if header["format_version"] >= 4 else "the weights, not the settings"
+    covered = "all of it" if header["format_version"] >= SEALED else "the weights, not the settings"
     rows = [
         ("model", model["class"]),
         ("parameters", f"{header['num_parameters']:,}, all finite"),

@@ -21,7 +21,6 @@ from nbody_pyg.cli.frames import sample_of
 from nbody_pyg.cli.plots import error_plot, learning_curve, parity_plot, property_plot
 from nbody_pyg.cli.tables import element_table, error_table, report
 from nbody_pyg.datasets import UnitFiles, label_audit
-from nbody_pyg.datasets.qm9 import qm9_atomref
 from nbody_pyg.datasets.readers import find_files
 from nbody_pyg.datasets.splits import Split, read_split
 from nbody_pyg.datasets.units import are_units, unit_files
@@ -49,6 +48,7 @@ from nbody_pyg.training.prepare import (
     load_data,
     network_inputs,
     read_files,
+    reference_mode,
 )
 from nbody_pyg.training.processes import is_first_process
 from nbody_pyg.training.property_task import PropertyEvaluation, evaluate_properties
@@ -151,13 +151,14 @@ def _train(config: Config, run: RunFolder) -> int:
         if init is None:
             potential = build_potential(config, data)
         else:
-            e0 = qm9_atomref(required(config.data.qm9)) if config.data.e0 == "atomref" else config.data.e0
-            tuned, heirs = tuned_model(init, data.train, e0, config.finetune.keep_elements)
+            tuned, heirs = tuned_model(init, data.train, reference_mode(config.data), config.finetune.keep_elements)
             potential = known_states(tuned.to(getattr(torch, config.training.dtype)), data)
     require_elements(potential, data.named())
     _describe(potential, config, choices, heirs)
     shared, scheme = config.data.shares_hierarchy, required(potential.network.scheme)
     data = data.with_topology(scheme, shared)
+    if data.stream is not None and config.finetune.replay is not None:
+        raise ValueError("finetune.replay must be left out where data.train is read from HDF5 files; put them together")
     again = [] if init is None else [scheme(frame) for frame in _replayed(potential, init, config, len(data.train))]
     config = dataclasses.replace(config, model=_as_built(config.model, potential))
     files = _FILES if _writer(folder / "config.yaml") is None else (*_FILES, "config.yaml")
@@ -190,11 +191,9 @@ _SPARE = 20
 
 def _training_frames(data: DataSets, again: Sequence[Data]) -> Sequence[Data] | UnitFiles:
     """The training frames behind those that are replayed."""
-    if data.stream is None:
-        return [*again, *data.train] if again else data.train
-    if again:
-        raise ValueError("finetune.replay must be left out where data.train is read from HDF5 files; put them together")
-    return data.stream
+    if data.stream is not None:
+        return data.stream
+    return [*again, *data.train] if again else data.train
 
 
 def _replayed(

@@ -21,6 +21,8 @@ SPLITS = ("train", "val", "test")
 #: Datasets of a unit with their number of axes; per atom those of "atoms", per frame the others.
 _NEEDED: Mapping[str, int] = {"natoms": 1, "z": 1, "pos": 2, "energy": 1, "forces": 2}
 _ATOMS = frozenset({"z", "pos", "forces"})
+#: Training frames of a sample, from which E0, scale, labels and charges are taken.
+SAMPLE = 2000
 #: Frames that a sample gets more for an element that it lacks.
 _MORE = 20
 
@@ -200,10 +202,12 @@ class UnitFiles:
         kinds: list[str] = []
         for number in np.unique(owner[chosen]).tolist():
             found = self.read(number, place[chosen[owner[chosen] == number]])
-            frames, kinds = [*frames, *found], [*kinds, *found.kinds]
+            frames += found
+            kinds += found.kinds
         if split == "train" and len(chosen) < len(place):
             more = self._missing(frames)
-            frames, kinds = [*frames, *more], [*kinds, *[""] * len(more)]
+            frames += more
+            kinds += [""] * len(more)
         named = f"{len(self.files)} files in {self.files[0].parent}, {split}"
         return Frames(frames, name=named, sources={"energy": ("energy",), "forces": ("forces",)}, kinds=kinds)
 

@@ -54,7 +54,7 @@ _ENTRIES: dict[str, type | tuple[type, ...]] = {
     "metadata": dict,
 }
 #: First format whose checksum covers the settings.
-_SEALED = 4
+SEALED = 4
 _log = logging.getLogger("nbody_pyg")
 #: Models that come with the package, each NAME.nbody.
 SHIPPED = Path(__file__).parents[1] / "models_shipped"
@@ -138,7 +138,7 @@ def load_model(
             f"those of e3nn {_version('e3nn')} installed here, so that its energies would be wrong; "
             f"install e3nn=={theirs}"
         )
-    if header["format_version"] < _SEALED:
+    if header["format_version"] < SEALED:
         _log.warning(
             "%s has format %d, whose checksum does not cover the settings of the network; load it and save it again "
             "with nbody_pyg.deploy.save_model for one that does",
@@ -236,7 +236,7 @@ def _read_checked(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise ValueError(
             f"{path} is no readable model file, it is truncated or damaged ({_said(error)}); get a fresh copy"
         ) from error
-    old = header["format_version"] < _SEALED
+    old = header["format_version"] < SEALED
     if header.get("sha256") != (_digest_of_tensors(tensors) if old else checksum(header, tensors)):
         what = "its weights do" if old else "its content does"
         raise ValueError(f"{path} is damaged: {what} not match the checksum; get a fresh copy")

@@ -11,10 +11,10 @@ from typing import Any
 from e3nn import o3
 
 from nbody_pyg.hierarchy import Scheme
-from nbody_pyg.messages import short
+from nbody_pyg.messages import check_choice, short
 from nbody_pyg.models import NBodyNet, network_arguments
 from nbody_pyg.nn.charges import LongRangeSettings
-from nbody_pyg.nn.irreps import channel_groups, check_parity, harmonic_parity, hidden_irreps, level_types
+from nbody_pyg.nn.irreps import PARITIES, channel_groups, harmonic_parity, hidden_irreps, level_types
 
 Shapes = Mapping[str, tuple[int, ...]]
 #: Limits of the size of tables of coupling coefficients: for any file, and per weight.
@@ -43,7 +43,7 @@ def check_sizes(config: Mapping[str, Any], shapes: Shapes) -> None:
         raise ValueError(f"species must list atomic numbers between 0 and 118, got {short(species)}")
     for number in species:
         _integer("species", number, 0)
-    check_parity(settings.parity)
+    check_choice("parity", settings.parity, PARITIES)
     interactions = 1 + max((int(n.split(".")[1]) for n in shapes if _is_numbered(n)), default=-1)
     scheme = _scheme(settings.scheme, interactions)
     if scheme.levels[0].pair_radius is not None and settings.num_layers > interactions + 1:

@@ -65,8 +65,8 @@ class InteractionConfig(NamedTuple):
     ============  ======================================================================================
     num_species   number of elements
     num_basis     number of radial functions on the edges
-    correlation    highest power of a summed state
-    parity      "natural", "both" or "ignored"
+    correlation   highest power of a summed state
+    parity        "natural", "both" or "ignored"
     practical     add the old state to the new one and bound sums (:class:`SoftNorm`)
     gain          initial size of products
     ============  ======================================================================================

@@ -20,6 +20,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from nbody_pyg.kernels.autograd_flags import constant_table
+from nbody_pyg.messages import check_choice
 from nbody_pyg.renamed import FORMER_PARITY, renamed
 
 #: Parities of the fragments: "natural" is (-1)^l, "both" has two fragments of every degree, and "ignored" has no
@@ -42,16 +43,10 @@ def hidden_irreps(channels: int, lmax: int, parity: str = "natural") -> o3.Irrep
         raise ValueError(f"channels must be at least 1, got {channels!r}; try 32")
     if lmax < 0:
         raise ValueError(f"lmax must be at least 0, got {lmax!r}; try 2")
-    check_parity(parity)
+    check_choice("parity", parity, PARITIES)
     if parity == "both":
         return o3.Irreps([(channels, (l, p)) for l in range(lmax + 1) for p in (1, -1)])
     return o3.Irreps([(channels, (l, harmonic_parity(l, parity))) for l in range(lmax + 1)])
-
-
-def check_parity(parity: str) -> None:
-    """Raise ValueError unless ``parity`` is one of :data:`PARITIES`."""
-    if parity not in PARITIES:
-        raise ValueError(f"parity must be one of {', '.join(PARITIES)}, got {parity!r}; try 'natural'")
 
 
 def harmonic_parity(l: int, parity: str) -> int:

@@ -12,7 +12,7 @@ from torch_geometric.nn.pool.connect import Connect, ConnectOutput
 from torch_geometric.nn.pool.select import Select, SelectOutput
 from torch_geometric.utils import coalesce, remove_self_loops
 
-from nbody_pyg.data import points
+from nbody_pyg.data import no_elements, points
 from nbody_pyg.geometry import ragged
 from nbody_pyg.hierarchy import Scheme, Topology
 from nbody_pyg.nn.edges import sum_into
@@ -75,7 +75,7 @@ class NBodySelect(Select):  # type: ignore[misc]  # PyG has no py.typed
         """The checked system of some atoms or points; arguments as for :meth:`forward`."""
         if not self.scheme.reads_elements:
             if z is None and isinstance(pos, Tensor):
-                z = torch.zeros(pos.shape[:1], dtype=torch.long, device=pos.device)
+                z = no_elements(pos)
             z = points(z)
         return System.of(z, pos, batch, read=self.scheme.system, **given)
 

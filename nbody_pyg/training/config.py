@@ -244,10 +244,9 @@ def _limited(values: Mapping[str, Any], named: frozenset[str]) -> dict[str, Any]
 
 
 def _finetune(values: Mapping[str, Any], named: frozenset[str]) -> FineTuneConfig:
-    if values["init"] is None and (lost := sorted(key for key in named if key.startswith("finetune."))):
-        others = [key for key in lost if key != "finetune.init"]
-        if others:
-            raise ValueError(f"{others[0]} is for a run that starts from a model; give it by --init, or leave it out")
+    others = sorted(key for key in named if key.startswith("finetune.") and key != "finetune.init")
+    if values["init"] is None and others:
+        raise ValueError(f"{others[0]} is for a run that starts from a model; give it by --init, or leave it out")
     return FineTuneConfig(**values)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from ase.data import chemical_symbols
-from torch import Tensor, nn
+from torch import Tensor
 from torch_geometric.data import Data
 
 from nbody_pyg.data import elements_of
@@ -104,18 +104,16 @@ def ancestor_of(model: Potential | PropertyModel) -> dict[str, Any]:
 
 
 # -- networks --------------------------------------------------------------------------------------------------
-def require_same_architecture(
-    given: Mapping[str, Any], old: Mapping[str, Any], name: str, cure: str, prefix: str = ""
-) -> None:
+def require_same_architecture(network: NBodyNet, trained: NBodyNet, name: str, cure: str, prefix: str = "") -> None:
     """Raise ValueError if two networks differ in anything but their elements; the message names the argument.
 
     Args:
-        given, old: results of ``NBodyNet.config()`` of the new and of the trained network.
         name: of the trained model, for the message.
         cure: end of the message.
     """
+    given, old = network.config(), trained.config()
     keys = [key for key in [*given, *(k for k in old if k not in given)] if key != "species"]
-    same_types = _types(given) == _types(old)
+    same_types = _types(network) == _types(trained)
     for key in keys:
         if key in ("irreps", "channels", "lmax") and same_types:
             continue
@@ -130,9 +128,8 @@ def require_same_architecture(
             raise ValueError(f"{prefix}{key} must be that of {name}, {was!r}, got {new!r}; {cure}")
 
 
-def _types(config: Mapping[str, Any]) -> dict[int, str]:
+def _types(network: NBodyNet) -> dict[int, str]:
     """Type of the states of every level."""
-    network = NBodyNet.from_config({**config, "species": [1]})
     return {level: str(irreps) for level, irreps in network.level_types.items()}
 
 
@@ -216,8 +213,8 @@ def inherit(
 ) -> Inheritance:
     """Give a model the weights and the scale of ``init``, and E0 fitted as in :func:`tuned_model`, in place.
 
-    Raises: ValueError: another kind of model, or another scheme, type, cutoff or option; the message names the argument
-    and both values.
+    Raises: ValueError: another kind of model, or another scheme, type, cutoff or other argument; the message names the
+    argument and both values.
     """
     if type(model) is not type(init) or type(model.model) is not type(init.model):
         there, here = (f"{type(m).__name__} of a {type(m.model).__name__}" for m in (init, model))
@@ -225,7 +222,7 @@ def inherit(
     name = str(ancestor_of(init)["name"])
     if isinstance(model.model, NBodyNet) and isinstance(init.model, NBodyNet):
         cure = "build the network as that one, or let tuned_model(init, frames) do it"
-        require_same_architecture(model.model.config(), init.model.config(), name, cure)
+        require_same_architecture(model.model, init.model, name, cure)
         model.model.load_state_dict(carried_weights(model.model, init.model))
     elif model is not init:
         model.model.load_state_dict(init.model.state_dict())
@@ -266,11 +263,8 @@ def _inherit(
     elif isinstance(model, Potential) and isinstance(init, Potential):
         old = None if init.reference is None else init.reference.energies
         model.scale.copy_(init.scale)
-        new = refitted(model, train, old or {}, e0)
-        if new is None:
-            new = {z: e for z, e in (old or {}).items() if z in species}
-        else:
-            new |= {z: e for z, e in (old or {}).items() if z in species and z not in new}
+        kept = {z: e for z, e in (old or {}).items() if z in species}
+        new = kept | (refitted(model, train, old or {}, e0) or {})
         model.reference = AtomicReference(dict(sorted(new.items()))) if set(species) <= set(new) else None
         new = None if model.reference is None else model.reference.energies
     model.ancestor, model.origin = ancestor, None
@@ -289,8 +283,9 @@ def refitted(
     if isinstance(e0, Mapping):
         return fit_atomic_energies(known, e0)
     left = []
+    potential.eval()
     for frame in _few(known):
-        energy = potential.eval()(frame, compute_forces=False)["interaction_energy"].double().cpu()
+        energy = potential(frame, compute_forces=False)["interaction_energy"].double().cpu()
         start = sum(old.get(z, 0.0) for z in frame.z.tolist())
         one = copy.copy(frame)
         one.energy = frame.energy.double().reshape(1) - energy.reshape(1) - start
@@ -323,11 +318,12 @@ def _refit_statistics(model: PropertyModel, init: PropertyModel, train: Sequence
     """Values of the elements and means of properties, from what the network leaves over; scales are kept."""
     scales = {p.name: init.statistics[p.name].scale for p in init.properties}
     model.statistics = {name: Statistics(0.0, scale) for name, scale in scales.items()}
+    model.eval()
     for p in model.properties:
         left = []
         for frame in _few([frame for frame in train if has_label(frame, p.name)]):
             one = copy.copy(frame)
-            one[p.name] = frame[p.name].double() - model.eval()(frame)[p.name].reshape(frame[p.name].shape)
+            one[p.name] = frame[p.name].double() - model(frame)[p.name].reshape(frame[p.name].shape)
             left.append(one)
         found = fit_statistics(left, p)
         model.statistics[p.name] = Statistics(found.mean, scales[p.name], found.elements, found.spread)
@@ -370,8 +366,3 @@ def replayed(
             frame.energy = frame.energy.double() + change
         out.append(frame)
     return out
-
-
-def weights_of(module: nn.Module) -> int:
-    """Number of parameters that are trained."""
-    return sum(p.numel() for p in module.parameters() if p.requires_grad)

@@ -30,7 +30,7 @@ def with_architecture(config: Config, init: Potential | PropertyModel) -> Config
     cure = f"leave it out to start from {name}, or train without --init"
     _require_same_properties(config, init, name, cure)
     old = init.model.config()
-    require_same_architecture(_given(config, old), old, name, cure, "model.")
+    require_same_architecture(_given(config, old), init.model, name, cure, "model.")
     scale, repulsion = 1.0, None
     if isinstance(init, Potential):
         scale, repulsion = float(init.scale), init.repulsion
@@ -51,8 +51,8 @@ def with_architecture(config: Config, init: Potential | PropertyModel) -> Config
     return dataclasses.replace(config, model=model, target=tuple(target), given=config.given | named)
 
 
-def _given(config: Config, old: Mapping[str, Any]) -> dict[str, Any]:
-    """The network that the user asks for, described in full: the keys that are given, all others those of ``old``."""
+def _given(config: Config, old: Mapping[str, Any]) -> NBodyNet:
+    """The network that the user asks for: with the arguments that are given, all others those of ``old``."""
     mine = dict(config.model.arguments)
     merged = dict(old)
     if "irreps" in mine:
@@ -66,7 +66,7 @@ def _given(config: Config, old: Mapping[str, Any]) -> dict[str, Any]:
     if any(key.startswith("model.scheme") for key in config.given):
         scheme, known = dict(config.model.scheme), dict(old["scheme"])
         merged["scheme"] = known | scheme if scheme.get("name") == known["name"] else scheme
-    return NBodyNet.from_config(merged).config()
+    return NBodyNet.from_config(merged)
 
 
 def _require_same_properties(config: Config, init: Potential | PropertyModel, name: str, cure: str) -> None:

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from nbody_pyg.training.callbacks import Callback
+from nbody_pyg.training.callbacks import Callback, MetricsCSV
 
 if TYPE_CHECKING:
     from nbody_pyg.training.trainer import Trainer
-
-#: Names of the logs, as ``output.logger`` takes them.
-LOGGERS = ("tensorboard", "wandb")
 
 
 class RunLog(Callback):
@@ -23,6 +21,9 @@ class RunLog(Callback):
         config: settings of the run, to be stored with the log.
         every: steps between two rows of training.
     """
+
+    #: Module that it needs.
+    needs: ClassVar[str]
 
     def __init__(self, folder: Path, config: Mapping[str, Any], every: int = 50) -> None:
         self.folder, self.config, self.every = folder, config, every
@@ -46,7 +47,7 @@ class RunLog(Callback):
 
     def on_step(self, trainer: Trainer) -> None:
         if self.open and trainer.step % self.every == 0:
-            now: dict[str, float] = next((one.latest for one in trainer.callbacks if hasattr(one, "latest")), {})
+            now = next((one.latest for one in trainer.callbacks if isinstance(one, MetricsCSV)), {})
             own = {"lr": trainer.learning_rate, "cpu_seconds": trainer.clock.elapsed}
             self.write(trainer.step, {f"train/{key}": value for key, value in (now | own).items()})
 
@@ -62,6 +63,8 @@ class RunLog(Callback):
 
 class TensorBoardLog(RunLog):
     """Event files in ``tensorboard/`` in the folder of the run: ``tensorboard --logdir FOLDER``."""
+
+    needs = "torch.utils.tensorboard"
 
     def start(self, trainer: Trainer) -> None:
         from torch.utils.tensorboard import SummaryWriter
@@ -80,6 +83,8 @@ class TensorBoardLog(RunLog):
 class WandbLog(RunLog):
     """A run of Weights & Biases in ``wandb/`` in the folder; project and mode come from its environment variables."""
 
+    needs = "wandb"
+
     def start(self, trainer: Trainer) -> None:
         import wandb  # type: ignore[import-not-found,unused-ignore]  # optional
 
@@ -93,14 +98,15 @@ class WandbLog(RunLog):
         self.session.finish()
 
 
+#: The logs by their names in ``output.logger``.
+LOGGERS: Mapping[str, type[RunLog]] = {"tensorboard": TensorBoardLog, "wandb": WandbLog}
+
+
 def run_log(name: str, folder: Path, config: Mapping[str, Any], every: int) -> RunLog:
     """The log of a name of :data:`LOGGERS`. Raises: ImportError: its package is not installed."""
-    kind = {"tensorboard": TensorBoardLog, "wandb": WandbLog}[name]
+    kind = LOGGERS[name]
     try:
-        if kind is TensorBoardLog:
-            import torch.utils.tensorboard  # noqa: F401
-        else:
-            import wandb  # noqa: F401
+        importlib.import_module(kind.needs)
     except ImportError as error:
         raise ImportError(
             f"output.logger {name!r} needs the package {name}; pip install {name}, or nbody_pyg[log]"

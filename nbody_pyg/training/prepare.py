@@ -36,7 +36,7 @@ from nbody_pyg.datasets.keys import levels_apart
 from nbody_pyg.datasets.qm9 import TARGETS, TOTAL_ENERGIES
 from nbody_pyg.datasets.readers import find_files, join_frames
 from nbody_pyg.datasets.reference import is_isolated_atom
-from nbody_pyg.datasets.units import UnitFiles, are_units, unit_files
+from nbody_pyg.datasets.units import SAMPLE, UnitFiles, are_units, unit_files
 from nbody_pyg.energy import AtomicReference
 from nbody_pyg.hierarchy import Scheme, Topology, share_topology
 from nbody_pyg.messages import check_choice
@@ -176,8 +176,8 @@ def load_data(config: DataConfig, split: Split | None = None, files: Sequence[st
     return _split(train, val, tests, config, split)
 
 
-#: Frames of a sample of training frames in files, from which E0 and scale are taken; of validation and of tests.
-_SAMPLE, _VAL, _TEST = 2000, 500, 1000
+#: Frames of the validation and of the test, of those in files.
+_VAL, _TEST = 500, 1000
 
 
 def _load_units(files: Sequence[Path], config: DataConfig, names: Sequence[str] | None) -> DataSets:
@@ -194,7 +194,7 @@ def _load_units(files: Sequence[Path], config: DataConfig, names: Sequence[str] 
     val = units.sample("val", _VAL if config.num_val is None else config.num_val, config.split_seed)
     test = units.sample("test", _TEST if config.num_test is None else config.num_test, config.split_seed)
     tests = {"test": test} if len(test) else {}
-    return DataSets(units.sample("train", _SAMPLE, config.split_seed), val, dict(tests), None, units)
+    return DataSets(units.sample("train", SAMPLE, config.split_seed), val, dict(tests), None, units)
 
 
 def _load_qm9(config: DataConfig, kept: Split | None) -> DataSets:
@@ -283,6 +283,18 @@ def _split(
     return DataSets(part.train, part.val if val is None else val, dict(tests), split)
 
 
+def reference_mode(config: DataConfig) -> str | Mapping[str, float] | Mapping[int, float]:
+    """How E0 is fitted, as ``fit_atomic_energies`` takes it.
+
+    Raises: ValueError: the energies of QM9 without its frames.
+    """
+    if config.e0 != "atomref":
+        return config.e0
+    if config.qm9 is None:
+        raise ValueError("data.e0 'atomref' is known for data.qm9 only; use lstsq, mean, isolated or {element: eV}")
+    return qm9_atomref(config.qm9)
+
+
 def build_potential(config: Config, data: DataSets) -> Potential | PropertyModel:
     """An initial network with E0, scale and mean numbers of neighbours from the training frames.
 
@@ -293,11 +305,7 @@ def build_potential(config: Config, data: DataSets) -> Potential | PropertyModel
     if properties := wanted_properties(config):
         return known_states(_build_properties(config, data, properties), data)
     require_labels({"train": data.train}, _wanted(config), partial=True)
-    e0: str | dict[str, float] | dict[int, float] = config.data.e0
-    if e0 == "atomref":
-        if config.data.qm9 is None:
-            raise ValueError("data.e0 'atomref' is known for data.qm9 only; use lstsq, mean, isolated or {element: eV}")
-        e0 = qm9_atomref(config.data.qm9)
+    e0 = reference_mode(config.data)
     has_energy = any(has_label(frame, "energy") for frame in data.train)
     inputs = network_inputs(config.model, data.train)
     terms = state_terms(data.train, inputs) if has_energy and inputs else None

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch_geometric.data import Data
 
-from nbody_pyg.datasets.units import UnitFiles
+from nbody_pyg.datasets.units import SAMPLE, UnitFiles
 from nbody_pyg.energy import AtomicReference
 from nbody_pyg.messages import symbols
 from nbody_pyg.network import learn_state, model_frames
@@ -168,18 +168,21 @@ def fit(
         raise ValueError(f"finetune needs the model to start from, got {finetune!r} without init; give init=")
     if init is not None:
         finetune = finetune or FineTuneConfig()
-        heirs = inherit(potential, init, train.sample(count=_SAMPLE) if isinstance(train, UnitFiles) else train)
-        if resume is not None:  # as fitted by the first run, even if frames were added
-            _restore_reference(potential, read_checkpoint(resume))
+        e0: str | dict[int, float] = "lstsq"
+        stored = None if resume is None else up_to_date(read_checkpoint(resume)["hyper_parameters"]["potential"])
+        if stored is not None and stored.get("e0"):  # as fitted by the first run, even if frames were added
+            e0 = {int(z): energy for z, energy in stored["e0"].items()}
+        heirs = inherit(potential, init, train.sample(count=SAMPLE) if isinstance(train, UnitFiles) else train, e0)
+        if stored is not None:
+            _restore_reference(potential, stored)
         if show_progress and is_first_process(settings):
             print("\n".join(heirs.lines()))
     with RunFolder(folder, is_first_process(settings)) as run:
         return fit_in(run, potential, train, val, settings, resume, show_progress, callbacks, finetune=finetune)
 
 
-def _restore_reference(potential: Potential | PropertyModel, checkpoint: Mapping[str, Any]) -> None:
-    """Give a model E0, or the statistics of its properties, from a checkpoint of its run."""
-    stored = up_to_date(checkpoint["hyper_parameters"]["potential"])
+def _restore_reference(potential: Potential | PropertyModel, stored: Mapping[str, Any]) -> None:
+    """Give a model E0, or the statistics of its properties, from its description in a checkpoint of its run."""
     if isinstance(potential, PropertyModel):
         potential.statistics = PropertyModel.from_config(stored["property"], potential.model).statistics
     else:
@@ -215,7 +218,7 @@ def fit_in(
         # Files that were added to a folder are no part of a run that is resumed
         known = None if checkpoint is None else checkpoint["run"]["frames"]["train"].get("files")
         units = train if known is None else train.only(known)
-        train = units.sample(count=_SAMPLE)
+        train = units.sample(count=SAMPLE)
     elif settings.batch_atoms is not None:
         raise ValueError(f"batch_atoms is for frames in HDF5 files, got {settings.batch_atoms}; use batch_size")
     require_elements(potential, {"train": train, "val": val})
@@ -281,10 +284,6 @@ def fit_in(
         run=identity["id"],
         resumed=tuple(identity["resumed"]),
     )
-
-
-#: Frames of a sample of files, from which scale, labels and charges are taken.
-_SAMPLE = 2000
 
 
 def _stream(

@@ -128,6 +128,8 @@ class FineTuneConfig:
     def __post_init__(self) -> None:
         if not self.parts:
             raise ValueError(f"finetune.parts must name what is trained, got {self.parts!r}; try 'all'")
+        if len(self.parts) == 1:  # a list of one name is that name
+            object.__setattr__(self, "parts", self.parts[0])
         if self.rank < 1:
             raise ValueError(f"finetune.rank must be 1 or more, got {self.rank}")
         if not 0 <= self.anchor < math.inf:

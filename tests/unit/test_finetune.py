@@ -427,3 +427,10 @@ def test_e0_that_no_frame_tells_is_kept():
     init = trained()
     model, _ = tuned_model(init, given)
     assert model.reference.energies == {z: E0[z] for z in (1, 6, 8)} and isinstance(model.reference, AtomicReference)
+
+
+@pytest.mark.parametrize("name", ["adapters", "readouts", "all"])
+def test_a_list_of_one_name_is_that_name(name):
+    """As `--finetune.parts [adapters]` gives it: adapters, and the learning rate of few weights."""
+    assert FineTuneConfig(parts=[name]) == FineTuneConfig(parts=name)
+    assert FineTuneConfig(parts=["readouts", "interactions.1"]).parts == ["readouts", "interactions.1"]

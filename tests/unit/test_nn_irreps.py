@@ -14,7 +14,6 @@ from nbody_pyg.nn.harmonics import SolidHarmonics
 from nbody_pyg.nn.irreps import (
     PARITIES,
     ConstantTables,
-    check_parity,
     clebsch_gordan,
     coupling_paths,
     equal_multiplicity,
@@ -45,7 +44,7 @@ def test_errors_of_types():
     with pytest.raises(ValueError, match="lmax must be at least 0, got -1; try 2"):
         hidden_irreps(4, -1)
     with pytest.raises(ValueError, match="parity must be one of natural, both, ignored, got 'E3'; try 'natural'"):
-        check_parity("E3")
+        hidden_irreps(1, 1, "E3")
     with pytest.raises(
         ValueError, match=r"irreps must have one multiplicity .* got 2x0e\+3x1o; map it with IrrepsLinear"
     ):
