@@ -235,7 +235,7 @@ class Potential(Float64Buffers):
                 system = system.replace(pos=system.pos.detach().requires_grad_(True))
             inputs, moved = [system.pos], system
             if stress:
-                volume = _volume(system)
+                volume = volumes(system).to(system.pos.dtype)
                 inputs.append(torch.zeros_like(required(system.cell), dtype=system.pos.dtype).requires_grad_(True))
                 moved = system.strained(inputs[1])
             structure = self.network.structure(moved, lists)
@@ -385,8 +385,8 @@ def _energies(term: EnergyTerm, structure: Structure) -> Float[Tensor, " atoms"]
     return energies
 
 
-def _volume(system: System) -> Float[Tensor, " graphs"]:
-    """Volume of each cell.
+def volumes(system: System) -> Float[Tensor, " graphs"]:
+    """Volume of each cell, float64.
 
     Raises: ValueError: a system without a cell, or a cell without volume.
     """
@@ -400,7 +400,7 @@ def _volume(system: System) -> Float[Tensor, " graphs"]:
             "compute_stress needs a periodic cell with a volume for every graph; give cell and pbc "
             "(three independent lattice vectors, also for slabs), or set compute_stress=False"
         )
-    return volume.to(system.pos.dtype)
+    return volume
 
 
 def parameter_gradients(loss: Tensor, parameters: Sequence[Tensor]) -> tuple[Tensor, ...]:

@@ -45,8 +45,8 @@ def md(args: argparse.Namespace) -> int:
     _check_ensemble(args)
     folder, trajectory, atoms = _begin(args)
     electronic_state_of(atoms, args.start or "the first structure")  # finds contradictions before the model is read
-    options = {"device": args.device, "dtype": args.dtype, "compile": args.compile, "cuda_graphs": args.cuda_graphs}
-    options["engine"] = args.engine
+    options = {"device": args.device, "dtype": args.dtype, "compile": args.compile, "cuda_graphs": args.cuda_graphs,
+               "engine": args.engine}  # fmt: skip
     atoms.calc = Committee(members, **options) if len(members) > 1 else NBodyCalculator(args.model, **options)
     folder.mkdir(parents=True, exist_ok=True)
     formula = atoms.get_chemical_formula()
@@ -55,9 +55,9 @@ def md(args: argparse.Namespace) -> int:
         f"{formula}: {len(atoms)} atoms, {args.ensemble}, {args.steps} steps of {args.timestep} fs; {goal}",
         flush=True,
     )
-    for calculator in getattr(atoms.calc, "members", [atoms.calc])[:1]:
-        reason = calculator.engine_reason
-        print(f"engine: {calculator.engine}{'' if reason is None else f' ({reason})'}", flush=True)
+    first = getattr(atoms.calc, "members", [atoms.calc])[0]
+    reason = "" if first.engine_reason is None else f" ({first.engine_reason})"
+    print(f"engine: {first.engine}{reason}", flush=True)
     stop_file, progress = folder / _STOP, Progress(args.steps, args.timestep)
 
     def report(done: int) -> None:

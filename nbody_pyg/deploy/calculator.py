@@ -118,8 +118,7 @@ class NBodyCalculator(SharedCalculator):
     Along a trajectory neighbour lists with a skin are used for many steps
     (:class:`~nbody_pyg.hierarchy.TopologyCache`). The energy of a structure does not depend on earlier evaluations. If
     the scheme keeps parts, such as groups of bonded atoms (BondTree), they are part of the definition of the energy.
-    They come from the first of these sources that
-    applies:
+    They come from the first of these sources that applies:
 
     ==============================================  ===============================================================
     source                                          what it means

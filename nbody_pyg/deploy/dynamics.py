@@ -26,7 +26,7 @@ from ase.md.velocitydistribution import Stationary, ZeroRotation
 from nbody_pyg.data import electronic_state_of
 from nbody_pyg.datasets.readers import without_labels
 from nbody_pyg.deploy.ensembles import ENSEMBLES, has_pressure, integrator, restore, variables
-from nbody_pyg.deploy.md_checkpoint import MDState
+from nbody_pyg.deploy.md_checkpoint import MDState, move_to
 from nbody_pyg.deploy.trajectory_files import LIBRARY_FORMATS, LibraryWriter
 from nbody_pyg.messages import check_choice
 
@@ -171,8 +171,7 @@ def run_md(
             name. The last two have energies, forces and velocities, and step and time in ``atoms.info``.
         report: called with the number of steps done at every sample.
         stop: called with the atoms after every step; a returned text ends the run, and is kept in the report. The last
-            structure
-            is written too. See :func:`~nbody_pyg.deploy.stop_on_uncertainty`.
+            structure is written too. See :func:`~nbody_pyg.deploy.stop_on_uncertainty`.
         velocities: "given" uses those of the atoms, "drawn" draws them, "auto" uses those of the atoms if any is not
             zero.
         max_temperature: K; by default 30,000 (3/2 kT is then 3.9 eV, a bond for every atom), at least ten times
@@ -200,8 +199,8 @@ def run_md(
     _check_numbers(steps, sample_every, timestep, temperature, friction, max_temperature)
     if len(atoms.constraints) and atoms.get_number_of_degrees_of_freedom() <= 0:
         raise ValueError("atoms must be free to move, but their constraints hold all of them; take some away")
-    # Last step that is written already, and the state to go on from where there is one
-    written, state = _resumed(atoms, trajectory, timestep, checkpoint) if restart else (-1, None)
+    # Last step that is written already, its energy, and the state to go on from where there is one
+    written, before, state = _resumed(atoms, trajectory, timestep, checkpoint) if restart else (-1, None, None)
     first = max(written, 0) if state is None else state.step
     repeated = max(written - first, 0)  # steps of a killed run that are later than its checkpoint
     steps += repeated
@@ -234,12 +233,12 @@ def run_md(
             for calculator in bonded:
                 kept.enter_context(calculator.fixed_bonds(begun))
         bonds_from = next((c.bonds_from for c in bonded if c.bonds_from), None)
-        if has_pressure(ensemble):
+        stress = has_pressure(ensemble)
+        if stress:
             atoms.get_stress()  # our calculators then compute it with the forces
         atoms.get_forces()  # dyn computes none before the first step of a continued run
-        if restart and Path(str(trajectory)).suffix not in LIBRARY_FORMATS and written == first:
-            _check_energy(atoms, str(trajectory))
-        stress = has_pressure(ensemble)
+        if before is not None and written == first:
+            _check_energy(atoms, before, str(trajectory))
         record = _Record(atoms, dyn, log, trajectory, written if restart else None, stress)  # last: it replaces files
         kept.callback(record.close)
         saved = -math.inf
@@ -270,8 +269,9 @@ def run_md(
 
 def _resumed(
     atoms: Atoms, trajectory: str | Path | None, timestep: float, checkpoint: str | Path | None
-) -> tuple[int, MDState | None]:
-    """Give the atoms the state to go on from; returns the last step that is written, and the checkpoint if it is used.
+) -> tuple[int, float | None, MDState | None]:
+    """Give the atoms the state to go on from; returns the last step that is written, its energy if the trajectory has
+    it, and the checkpoint if it is used.
 
     Raises: ValueError: no trajectory or checkpoint, or those of another run.
     """
@@ -281,9 +281,9 @@ def _resumed(
     if trajectory is not None and Path(trajectory).suffix in LIBRARY_FORMATS:
         if state is None:
             raise ValueError(f"restart needs a checkpoint to go on from, because {trajectory} has no momenta")
-        written = state.step
+        written, before = state.step, None
     else:
-        written = _continued(atoms, trajectory, timestep)
+        written, before = _continued(atoms, trajectory, timestep)
         near = state is not None and (
             state.step < written or (state.step == written and np.abs(atoms.positions - state.positions).max() < 1e-4)
         )
@@ -296,7 +296,7 @@ def _resumed(
             state = None
     if state is not None:
         state.apply(atoms)
-    return written, state
+    return written, before, state
 
 
 def _state_of_run(
@@ -365,8 +365,8 @@ def _not_kept(atoms: Atoms) -> list[str]:
     return [type(c).__name__ for c in atoms.constraints if not isinstance(c, (FixAtoms, FixCartesian))]
 
 
-def _continued(atoms: Atoms, trajectory: str | Path | None, timestep: float) -> int:
-    """Give the atoms the state of the last whole frame of a trajectory; returns its step.
+def _continued(atoms: Atoms, trajectory: str | Path | None, timestep: float) -> tuple[int, float | None]:
+    """Give the atoms the state of the last whole frame of a trajectory; returns its step, and its energy if it has one.
 
     Raises: ValueError: no trajectory, other atoms, another time step, or a frame without its step number.
     """
@@ -404,13 +404,8 @@ def _continued(atoms: Atoms, trajectory: str | Path | None, timestep: float) -> 
         if not np.allclose(own, other, rtol=0, atol=1e-5):
             raise ValueError(f"atoms must have the {name} of the trajectory {path}; correct them, or begin a new run")
     constraints = atoms.constraints if _not_kept(atoms) else last.constraints
-    atoms.set_constraint()
-    atoms.set_cell(last.cell)
-    atoms.set_pbc(last.pbc)
-    atoms.set_positions(last.positions)
-    atoms.set_momenta(last.get_momenta())
-    atoms.set_constraint(constraints)
-    return int(step)
+    move_to(atoms, last.cell, last.pbc, last.positions, last.get_momenta(), constraints)
+    return int(step), getattr(last.calc, "results", {}).get("energy")
 
 
 def _frame(path: str | Path, index: int) -> Atoms:
@@ -426,11 +421,10 @@ def _state(atoms: Atoms) -> np.ndarray:
     return np.concatenate([found.get("charge", charges.sum(keepdims=True)), found.get("spin", np.ones(1)), charges])
 
 
-def _check_energy(atoms: Atoms, trajectory: str | Path) -> None:
+def _check_energy(atoms: Atoms, before: float, trajectory: str) -> None:
     """Warn if the energy of the last frame of a trajectory differs now, because of another model or other bonds."""
-    last = _frame(trajectory, -1)
-    before, now = getattr(last.calc, "results", {}).get("energy"), atoms.get_potential_energy()
-    if before is not None and abs(now - before) > 1e-3 * len(atoms) + 1e-6 * abs(before):
+    now = atoms.get_potential_energy()
+    if abs(now - before) > 1e-3 * len(atoms) + 1e-6 * abs(before):
         warnings.warn(
             f"the last frame of {trajectory} has an energy of {before:.6f} eV there, and {now:.6f} eV now: the energy "
             "has a step where the run goes on. Was it another model?",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -86,34 +88,30 @@ def integrator(
         times[name] = (steps * timestep if value is None else value) * units.fs
         if not times[name] >= timestep * units.fs:
             raise ValueError(f"{name} must not be shorter than a time step ({timestep:g} fs), got {value}")
-    dt, bath = timestep * units.fs, dict[str, Any](temperature_K=temperature)
-    made: MolecularDynamics
+    dt = timestep * units.fs
+    bath: dict[str, Any] = {"temperature_K": temperature}
     if ensemble == "nve":
         return VelocityVerlet(atoms, dt)
     if ensemble == "langevin":
         # fixcm=True samples a wrong distribution for small systems, so the centre of mass moves here.
         return Langevin(atoms, dt, friction=friction / units.fs, rng=rng, fixcm=False, **bath)
     if ensemble == "bussi":
-        made = _of_ase("bussi", "Bussi")(atoms, dt, taut=times["thermostat_time"], rng=rng, **bath)
-        return made
+        return _of_ase("bussi", "Bussi")(atoms, dt, taut=times["thermostat_time"], rng=rng, **bath)
     bath["tdamp"] = times["thermostat_time"]
     if ensemble == "nose-hoover":
-        made = _of_ase("nose_hoover_chain", "NoseHooverChainNVT")(atoms, dt, **bath)
-        return made
+        return _of_ase("nose_hoover_chain", "NoseHooverChainNVT")(atoms, dt, **bath)
     bath |= {"pdamp": times["barostat_time"], "pressure_au": pressure * STRESS_UNITS["bar"]}
     name = "IsotropicMTKNPT" if ensemble == "npt" else "MTKNPT"
-    made = _of_ase("nose_hoover_chain", name)(atoms, dt, **bath)
-    return made
+    return _of_ase("nose_hoover_chain", name)(atoms, dt, **bath)
 
 
-def _of_ase(module: str, name: str) -> Any:
+def _of_ase(module: str, name: str) -> Callable[..., MolecularDynamics]:
     """A class of ``ase.md`` that older versions do not have."""
-    import importlib
-
     try:
-        return getattr(importlib.import_module(f"ase.md.{module}"), name)
+        found: Callable[..., MolecularDynamics] = getattr(importlib.import_module(f"ase.md.{module}"), name)
     except (ImportError, AttributeError) as error:
         raise ImportError(f"this ensemble needs {name} of a newer ASE: pip install --upgrade ase") from error
+    return found
 
 
 def variables(dyn: MolecularDynamics) -> dict[str, np.ndarray]:

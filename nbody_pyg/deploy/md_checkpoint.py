@@ -105,13 +105,7 @@ class MDState:
 
     def apply(self, atoms: Atoms) -> None:
         """Give atoms cell, positions and momenta, whatever their constraints."""
-        constraints = atoms.constraints
-        atoms.set_constraint()
-        atoms.set_cell(self.cell)
-        atoms.set_pbc(self.pbc)
-        atoms.set_positions(self.positions)
-        atoms.set_momenta(self.momenta)
-        atoms.set_constraint(constraints)
+        move_to(atoms, self.cell, self.pbc, self.positions, self.momenta, atoms.constraints)
 
     def first(self, atoms: Atoms) -> Atoms:
         """The first structure of the run."""
@@ -121,3 +115,13 @@ class MDState:
         other.set_pbc(self.pbc)
         other.set_positions(self.first_positions)
         return other
+
+
+def move_to(atoms: Atoms, cell: Any, pbc: Any, positions: np.ndarray, momenta: np.ndarray, constraints: Any) -> None:
+    """Give atoms this state, whatever their constraints; afterwards they have ``constraints``."""
+    atoms.set_constraint()
+    atoms.set_cell(cell)
+    atoms.set_pbc(pbc)
+    atoms.set_positions(positions)
+    atoms.set_momenta(momenta)
+    atoms.set_constraint(constraints)

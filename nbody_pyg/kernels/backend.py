@@ -3,9 +3,9 @@
 "c": generated C (CPU, float32 and float64, where a C compiler exists). "triton": generated Triton (CUDA tensors in
 float32 and float64, where Triton is installed, as it is with torch for CUDA on Linux). "torch": plain torch, any device,
 any order of derivative. By default triton runs for CUDA tensors and c for CPU tensors; torch runs if that backend
-cannot (a warning gives the reason). The environment variable NBODY_BACKEND forces a backend in a process, :func:`use_backend`
-and :func:`set_backend` in a thread; if it cannot process a tensor, plain torch does. All three use the same coupling tables and give the same numbers up to
-rounding.
+cannot (a warning gives the reason). The environment variable NBODY_BACKEND forces a backend in a process,
+:func:`use_backend` and :func:`set_backend` in a thread; if it cannot process a tensor, plain torch does. All three use
+the same coupling tables and give the same numbers up to rounding.
 """
 
 from __future__ import annotations

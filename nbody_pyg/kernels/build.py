@@ -22,7 +22,7 @@ import subprocess
 import tempfile
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -54,8 +54,7 @@ _OPENMP_PROBE = """int nbody_sum(int n) {
   return total; }"""
 
 _log = logging.getLogger("nbody_pyg")
-_libraries: dict[str, ctypes.CDLL | str] = {}  # by source: the loaded library, or the error
-_efforts: dict[str, str] = {}  # by source: the optimisation level that the caller chose
+_libraries: dict[tuple[str, str | None], ctypes.CDLL | str] = {}  # by source and effort: the library, or the error
 _said: set[str] = set()
 _lock = threading.RLock()  # held while something is compiled or loaded
 
@@ -80,10 +79,10 @@ def one_at_a_time(function: Callable[..., R]) -> Callable[..., R]:
     return alone
 
 
-def _flags(source: str) -> tuple[str, ...]:
+def _flags(source: str, effort: str | None) -> tuple[str, ...]:
     by_length = "-O3" if len(source) < _SHORT else "-O2" if len(source) < _LONG else "-O1"
     threads = source == _OPENMP_PROBE or (source != _PROBE and no_threads() is None)
-    return (_efforts.get(source, by_length), *_FLAGS, *([_OPENMP] if threads else []))
+    return (effort or by_length, *_FLAGS, *([_OPENMP] if threads else []))
 
 
 @functools.lru_cache(maxsize=1)
@@ -195,18 +194,16 @@ def load(source: str, effort: str | None = None) -> ctypes.CDLL:
     Raises: RuntimeError: no compiler, the compiler failed (its message is included), or there is no folder from which
         libraries can be loaded. It is not tried again.
     """
-    found = _libraries.get(source)
+    found = _libraries.get((source, effort))
     if found is None:
         with _lock:
-            found = _libraries.get(source)
+            found = _libraries.get((source, effort))
             if found is None:
-                if effort is not None:
-                    _efforts[source] = effort
                 try:
-                    found = _load(source)
+                    found = _load(source, effort)
                 except (RuntimeError, OSError) as error:
                     found = str(error)
-                _libraries[source] = found
+                _libraries[source, effort] = found
     if isinstance(found, str):
         raise RuntimeError(found)
     return found
@@ -241,12 +238,12 @@ def forget() -> None:
         _said.clear()
 
 
-def _load(source: str) -> ctypes.CDLL:
+def _load(source: str, effort: str | None) -> ctypes.CDLL:
     command = compiler()
     if command is None:
         given = f"CC={os.environ['CC']} is no program" if os.environ.get("CC") else "no C compiler was found"
         raise RuntimeError(f"{given}; install gcc or clang, set CC, or use set_backend('torch')")
-    key = hashlib.sha256("\0".join([source, *command, _machine(), *_flags(source)]).encode()).hexdigest()[:24]
+    key = hashlib.sha256("\0".join([source, *command, _machine(), *_flags(source, effort)]).encode()).hexdigest()[:24]
     folder, problem = None, None
     try:
         folder = own_cache()
@@ -257,7 +254,8 @@ def _load(source: str) -> ctypes.CDLL:
         if source not in (_PROBE, _OPENMP_PROBE):
             load(_PROBE)  # the next lines find out whether it works
             _announce(folder)
-        code = _compile(command, source, _PROBE_TIMEOUT if source in (_PROBE, _OPENMP_PROBE) else _TIMEOUT)
+        timeout = _PROBE_TIMEOUT if source in (_PROBE, _OPENMP_PROBE) else _TIMEOUT
+        code = _compile([*command, *_flags(source, effort)], source, timeout)
         if folder is not None:
             try:
                 _keep(folder, key, code)
@@ -353,11 +351,11 @@ def _load_once(code: bytes, problem: str) -> ctypes.CDLL:
         ) from error
 
 
-def _compile(command: tuple[str, ...], source: str, timeout: float) -> bytes:
+def _compile(command: Sequence[str], source: str, timeout: float) -> bytes:
     with _private_folder() as folder:
         code, built, log = folder / "kernel.c", folder / "kernel.so", folder / "errors.txt"
         code.write_text(source)
-        words = [*command, *_flags(source), str(code), "-o", str(built), "-lm"]
+        words = [*command, str(code), "-o", str(built), "-lm"]
         cure = "set CC to a working C compiler, or use set_backend('torch')"
         try:
             # Into a file, because children of a killed compiler would keep a pipe open.

@@ -141,7 +141,7 @@ _WINDOW_DOUBLE = """static void window_double_rows(int64_t E, double cutoff, con
 
 
 def _wrappers(name: str, leading: Sequence[Argument], *functions: str) -> str:
-    """The three functions of a feature; each argument is given as "name*numbers per edge", results in brackets."""
+    """Functions of a feature, forward, backward and perhaps double; each argument is given as "name*numbers per edge", results in brackets."""
     text = ""
     for what, arguments in zip(("forward", "backward", "double"), functions, strict=False):
         arrays = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from abc import abstractmethod
 from collections.abc import Sequence
 
@@ -66,7 +67,9 @@ class ProductKernel(ProductOperation):
             "product_double": f"N C {out} {x} {y} {x} {y} {out} {x} {y}",
         }
         signatures |= {f"{name}_rows": "" for name in signatures}  # for other kernels, by address
-        self.library = Library(codegen.product_source(terms, rows1, rows2, rows_out, tail), signatures)
+        #: Of the source; its argument ``second`` leaves the second derivatives out.
+        self.source = functools.partial(codegen.product_source, terms, rows1, rows2, rows_out, tail)
+        self.library = Library(self.source(), signatures)
 
     def _call(self, name: str, *tensors: Tensor) -> None:
         self.library.call(name, tensors[0].dtype, tensors[0].shape[0], self.channels, *tensors)
@@ -91,7 +94,10 @@ class OneBodyKernel(Operation):
         self.rows_in, self.rows_out, self.harmonics = rows_in, rows_out, harmonics
         self.paths, self.basis, self.channels = paths, basis, channels
         tail = channels % LANES != 0
-        source = codegen.one_body_source(terms, rows_in, harmonics, rows_out, paths, basis, tail)
+        #: Of the source; its argument ``second`` leaves the second derivatives out.
+        self.source = functools.partial(
+            codegen.one_body_source, terms, rows_in, harmonics, rows_out, paths, basis, tail
+        )
         x, out, weight = f"reals:{rows_in}*S*C", f"reals:{rows_out}*T*C", f"{basis * paths}*C"
         edges = f"reals:{harmonics}*E reals:{basis}*E"
         sizes, factors = "E C (S) (T) longs:E longs:E", f"{x} {edges} reals:{weight}"
@@ -100,7 +106,7 @@ class OneBodyKernel(Operation):
             "one_body_backward": f"{sizes} {out} {factors} {x} {edges} reals?:{weight}",
             "one_body_double": f"{sizes} {out} {factors} {x} {edges} reals?:{weight} {out} {factors}",
         }
-        self.library = Library(source, signatures)
+        self.library = Library(self.source(), signatures)
 
     def __call__(
         self, x: Tensor, harmonics: Tensor, radial: Tensor, weight: Tensor, index: Tensor, num_targets: int

@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 
 from nbody_pyg.kernels import build
 from nbody_pyg.kernels.threads import num_threads
-from nbody_pyg.native.program import REALS, Program
+from nbody_pyg.native.program import Program
+from nbody_pyg.native.support import REALS
 
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
@@ -124,11 +125,10 @@ class CompiledModel:
     ) -> Floats:
         """Vectors [edges, 3] of edges between these positions, with lattice shifts of the rows of a cell."""
         vector = np.empty((len(source), 3))
-        periodic = shift is not None and cell is not None
         self._library.nbody_vectors(
             len(source), receiver.ctypes.data, source.ctypes.data, positions.ctypes.data,
-            shift.ctypes.data if shift is not None and periodic else None,
-            cell.ctypes.data if cell is not None and periodic else None, vector.ctypes.data,
+            None if shift is None else shift.ctypes.data, None if cell is None else cell.ctypes.data,
+            vector.ctypes.data,
         )  # fmt: skip
         return vector
 

@@ -14,7 +14,7 @@ from nbody_pyg.native.binding import CompiledModel, Edges, Result
 from nbody_pyg.native.program import write_program
 from nbody_pyg.native.support import KNOWN, why_no_longer, why_not
 from nbody_pyg.nn.as_written import AsWritten
-from nbody_pyg.potential import Potential
+from nbody_pyg.potential import Potential, volumes
 from nbody_pyg.required import required
 from nbody_pyg.system import System
 
@@ -98,7 +98,7 @@ class NativeEvaluator:
         if compute_forces:
             results["forces"] = torch.from_numpy(required(found.forces))
         if compute_stress:
-            results["stress"] = torch.from_numpy(found.virial / _volume(system)).unsqueeze(0)
+            results["stress"] = torch.from_numpy(found.virial / float(volumes(system))).unsqueeze(0)
         return results
 
     def _computed(self, system: System, topology: Topology, forces: bool) -> Result:
@@ -112,11 +112,6 @@ class NativeEvaluator:
             edges.append(known[id(index)])
         return model.compute(system.z.numpy(), edges, forces=forces)
 
-    def __deepcopy__(self, memo: Any) -> NativeEvaluator:
-        from copy import deepcopy
-
-        return NativeEvaluator(deepcopy(self.potential, memo), self.dtype)
-
     def __reduce__(self) -> tuple[Any, ...]:
         return NativeEvaluator, (self.potential, self.dtype)
 
@@ -127,14 +122,3 @@ def _edges(
     source, receiver = index.contiguous().numpy()
     shifts = None if shift is None else np.ascontiguousarray(shift.numpy(), dtype=np.float64)
     return Edges(receiver, source, model.vectors(receiver, source, pos, shifts, cell))
-
-
-def _volume(system: System) -> float:
-    """Volume of the cell, cubic angstrom. Raises: ValueError: there is no cell, or it has no volume."""
-    volume = 0.0 if system.cell is None else abs(float(torch.linalg.det(system.cell[0].detach().double())))
-    if volume <= 1e-8:
-        raise ValueError(
-            "compute_stress needs a periodic cell with a volume; give cell and pbc (three independent lattice vectors, "
-            "also for slabs), or set compute_stress=False"
-        )
-    return volume

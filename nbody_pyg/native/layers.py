@@ -11,14 +11,11 @@ from torch import Tensor
 from nbody_pyg.hierarchy import NestedShells
 from nbody_pyg.kernels import codegen
 from nbody_pyg.kernels.edges import feature_source, window_source
-from nbody_pyg.kernels.ops import LANES
 from nbody_pyg.kernels.update_source import Update, update_source, workspace_size
 from nbody_pyg.models import NBodyNet
 from nbody_pyg.native.pieces import Pieces
-from nbody_pyg.nn.gates import OneBodyGate
 from nbody_pyg.nn.interaction import Interaction
-from nbody_pyg.nn.irreps import harmonic_irreps, num_rows
-from nbody_pyg.nn.products import ChannelwiseProduct, coupling_table, table_terms
+from nbody_pyg.nn.products import ChannelwiseProduct
 from nbody_pyg.nn.readout import LinearReadout, MLPReadout
 from nbody_pyg.required import required
 
@@ -38,7 +35,6 @@ class Shell:
     ``layer``       from the states of the shell below to those of this one
     ``readout``     from these states to energies
     ``species``     number of elements
-    ``parity``      of the network
     ``softening``   length below which distances are softened, angstrom
     ==============  ============================================================
     """
@@ -51,7 +47,6 @@ class Shell:
     layer: Interaction
     readout: LinearReadout
     species: int
-    parity: str
     softening: float
 
     @property
@@ -101,9 +96,9 @@ class Shell:
             ),
         }
         if layer.gate is not None:
-            found["one_body"] = pieces.add(_one_body(layer.gate, self.basis, self.parity))
+            found["one_body"] = pieces.add(layer.gate.kernel.source(second=False))
         calls = [
-            f"#define product{k}_{what} product_{what}_rows_{pieces.add(_product(product))}\n"
+            f"#define product{k}_{what} product_{what}_rows_{pieces.add(product.kernel.source(second=False))}\n"
             for k, product in enumerate(_products(layer), start=2)
             for what in ("forward", "backward")
         ]
@@ -156,7 +151,6 @@ def shells_of(model: NBodyNet) -> list[Shell]:
                 layer=layer,
                 readout=readouts[str(step.level)],
                 species=len(model.species),
-                parity=model.parity,
                 softening=embedding.softening,
             )
         )
@@ -166,18 +160,3 @@ def shells_of(model: NBodyNet) -> list[Shell]:
 def _products(layer: Interaction) -> list[ChannelwiseProduct]:
     products: Any = layer.products.products
     return list(products)
-
-
-def _product(product: ChannelwiseProduct) -> str:
-    rows1, rows2 = num_rows(product.irreps1), num_rows(product.irreps2)
-    table = coupling_table(product.irreps1, product.irreps2, product.paths)
-    terms, tail = table_terms(table, product.paths, rows2), product.irreps1[0].mul % LANES != 0
-    return codegen.product_source(terms, rows1, rows2, table.shape[0], tail, second=False)
-
-
-def _one_body(gate: OneBodyGate, basis: int, parity: str) -> str:
-    harmonics = harmonic_irreps(gate.order, parity)
-    table = coupling_table(gate.irreps_in, harmonics, gate.paths)
-    terms, tail = table_terms(table, gate.paths, num_rows(harmonics)), gate.channels % LANES != 0
-    sizes = (gate.rows_in, gate.num_harmonics, table.shape[0], len(gate.paths), basis)
-    return codegen.one_body_source(terms, *sizes, tail, second=False)

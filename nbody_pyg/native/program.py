@@ -16,13 +16,10 @@ from nbody_pyg.kernels.panels import panels_source
 from nbody_pyg.models import NBodyNet
 from nbody_pyg.native.layers import Shell, shells_of
 from nbody_pyg.native.pieces import Pieces
-from nbody_pyg.native.support import why_not
+from nbody_pyg.native.support import REALS, why_not
 from nbody_pyg.nn.repulsion import FADE_FROM
 from nbody_pyg.potential import Potential
 from nbody_pyg.required import required
-
-#: C types of the arithmetic.
-REALS = {torch.float32: "float", torch.float64: "double"}
 
 
 class Program(NamedTuple):
@@ -63,11 +60,11 @@ def write_program(potential: Potential, dtype: torch.dtype | None = None) -> Pro
         weights = [shell.weights() for shell in shells]
         numbers = [w.flatten() for kinds in weights for kind in kinds.values() for w in kind]
         numbers += _constants(potential)
-    offsets = _offsets(weights)
-    functions = [_functions(*one, pieces) for one in zip(shells, weights, offsets, strict=False)]
+    offsets, end = _offsets(weights)
+    functions = [_functions(*one, pieces) for one in zip(shells, weights, offsets, strict=True)]
     values = torch.cat([w.detach().double().cpu() for w in numbers])
     body = "\n".join([
-        c_text("nbody_model.h"), _tables(potential, shells, offsets[-1]["end"], len(values)), prelude("NBODY_REAL"),
+        c_text("nbody_model.h"), _tables(potential, shells, end, len(values)), prelude("NBODY_REAL"),
         panels_source().replace("\nvoid ", "\nstatic void "), pieces.source(), c_text("memory.c"), *functions,
         _lists(shells), c_text("compute.c"),
     ])  # fmt: skip
@@ -94,8 +91,8 @@ def _constants(potential: Potential) -> list[Tensor]:
     return found
 
 
-def _offsets(weights: list[dict[str, list[Tensor]]]) -> list[dict[str, int]]:
-    """Where the weights of each kind start, for each shell; last, where all of them end."""
+def _offsets(weights: list[dict[str, list[Tensor]]]) -> tuple[list[dict[str, int]], int]:
+    """Where the weights of each kind start, for each shell, and where all of them end."""
     found, at = [], 0
     for kinds in weights:
         starts = {}
@@ -103,7 +100,7 @@ def _offsets(weights: list[dict[str, list[Tensor]]]) -> list[dict[str, int]]:
             starts[kind] = at
             at += sum(w.numel() for w in tensors)
         found.append(starts)
-    return [*found, {"end": at}]
+    return found, at
 
 
 def _tables(potential: Potential, shells: list[Shell], constants_from: int, numbers: int) -> str:

@@ -36,7 +36,8 @@ _STEPS = {
     ZBLRepulsion: ("_pair",),
 }
 _WRITTEN = {(kind, name): getattr(kind, name) for kind, names in _STEPS.items() for name in names}
-_DTYPES = (torch.float32, torch.float64)
+#: Precisions of the program, and the type of its numbers in C.
+REALS = {torch.float32: "float", torch.float64: "double"}
 
 
 def why_not(potential: nn.Module) -> str | None:
@@ -79,7 +80,7 @@ def _of_network(model: NBodyNet) -> str | None:
         return f"the network has the node inputs {model.node_inputs}"
     if str(model.irreps_out) != "1x0e" or model.readout != "sum":
         return f"the network gives {model.irreps_out} (readout {model.readout!r}), not an energy"
-    if model.dtype not in _DTYPES:
+    if model.dtype not in REALS:
         return f"the weights are in {model.dtype}"
     if wide := [str(one) for one in model.level_types.values() if len({mul for mul, _ in one}) > 1]:
         return f"states have several multiplicities ({wide[0]})"

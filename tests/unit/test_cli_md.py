@@ -106,7 +106,7 @@ def test_formats(model, capsys):
 @pytest.mark.skipif(
     importlib.util.find_spec("mdtraj") is None, reason="mdtraj is not installed: nbody_pyg[trajectories]"
 )
-@pytest.mark.filterwarnings("ignore")
+@pytest.mark.filterwarnings("ignore")  # those of mdtraj
 def test_binary_formats(model):
     from mdtraj.formats import XTCTrajectoryFile
 

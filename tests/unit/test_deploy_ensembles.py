@@ -18,7 +18,7 @@ from ase.stress import full_3x3_to_voigt_6_stress
 
 import factories
 from nbody_pyg.deploy import Committee, NBodyCalculator, dynamics, run_md
-from nbody_pyg.deploy.ensembles import ENSEMBLES
+from nbody_pyg.deploy.ensembles import ENSEMBLES, has_pressure
 from nbody_pyg.deploy.md_checkpoint import MDState
 from nbody_pyg.hierarchy import NestedShells
 
@@ -58,10 +58,6 @@ def structure(potential, periodic: bool = True) -> Atoms:
     return atoms
 
 
-def is_periodic(ensemble: str) -> bool:
-    return ensemble.startswith("npt")
-
-
 #: Pressures of a network without training are those inside planets.
 OPTIONS = {"temperature": 600.0, "timestep": 0.5, "sample_every": 5, "pressure": 3e6, "friction": 0.05, "seed": 3}
 
@@ -83,7 +79,7 @@ def same(one: Atoms, other: Atoms) -> bool:
 def test_a_run_goes_on_bit_for_bit(potential, tmp_path, ensemble):
     """Interrupted after 13 of 40 steps, in a new process: another calculator without lists."""
     options = OPTIONS | {"ensemble": ensemble}
-    whole, cut, again = (structure(potential, is_periodic(ensemble)) for _ in range(3))
+    whole, cut, again = (structure(potential, has_pressure(ensemble)) for _ in range(3))
     run_md(whole, 40, **options)
     assert whole.calc.topologies.rebuilds > 2, "lists must have been made anew on the way"
     files = {"trajectory": tmp_path / "t.xyz", "log": tmp_path / "l", "checkpoint": tmp_path / "c.npz"}
@@ -108,7 +104,7 @@ def test_a_checkpoint_without_one_part_does_not_go_on_bit_for_bit(potential, tmp
     import dataclasses
 
     options = OPTIONS | {"ensemble": ensemble}
-    whole, cut, again = (structure(potential, is_periodic(ensemble)) for _ in range(3))
+    whole, cut, again = (structure(potential, has_pressure(ensemble)) for _ in range(3))
     run_md(whole, 40, **options)
     files = {"trajectory": tmp_path / "t.xyz", "checkpoint": tmp_path / "c.npz"}
     run_md(cut, 13, **options, **files)
@@ -311,7 +307,7 @@ def test_an_old_ase_is_named(potential, monkeypatch):
 
 # ---------------------------------------------------------------------- trajectories of mdtraj
 @with_mdtraj
-@pytest.mark.filterwarnings("ignore")
+@pytest.mark.filterwarnings("ignore")  # those of mdtraj
 @pytest.mark.parametrize("suffix", [".dcd", ".xtc"])
 @pytest.mark.parametrize("ensemble", ["langevin", "npt-full"])
 def test_binary_trajectories(potential, tmp_path, suffix, ensemble):
@@ -319,7 +315,7 @@ def test_binary_trajectories(potential, tmp_path, suffix, ensemble):
     import mdtraj
     from mdtraj.formats import DCDTrajectoryFile, XTCTrajectoryFile
 
-    periodic = is_periodic(ensemble)
+    periodic = has_pressure(ensemble)
     options = OPTIONS | {"ensemble": ensemble}
     whole, cut, again = (structure(potential, periodic) for _ in range(3))
     exact = tmp_path / "exact.traj"

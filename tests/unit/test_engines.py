@@ -552,7 +552,7 @@ def test_sockets_of_ase(potential):
 
 # ---------------------------------------------------------------------- TorchSim
 @needs("torch_sim", "torchsim")
-@pytest.mark.filterwarnings("ignore")
+@pytest.mark.filterwarnings("ignore")  # those of TorchSim and of its packages
 def test_torchsim_validates_the_model():
     from torch_sim.models.interface import validate_model_outputs
 
@@ -562,7 +562,7 @@ def test_torchsim_validates_the_model():
 
 
 @needs("torch_sim", "torchsim")
-@pytest.mark.filterwarnings("ignore")
+@pytest.mark.filterwarnings("ignore")  # those of TorchSim and of its packages
 def test_torchsim_gives_the_numbers_of_the_calculator(potential, model):
     import torch_sim
 
@@ -577,7 +577,7 @@ def test_torchsim_gives_the_numbers_of_the_calculator(potential, model):
 
 
 @needs("torch_sim", "torchsim")
-@pytest.mark.filterwarnings("ignore")
+@pytest.mark.filterwarnings("ignore")  # those of TorchSim and of its packages
 def test_torchsim_runs_dynamics(model):
     import torch_sim
 
