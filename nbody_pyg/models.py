@@ -29,6 +29,7 @@ from nbody_pyg.nn.charges import (
 from nbody_pyg.nn.coulomb import LongRange
 from nbody_pyg.nn.custom import GateFactory, checked_state, gate_factories, gate_names
 from nbody_pyg.nn.edges import EdgeEmbedding, EdgeFeatures, sum_into
+from nbody_pyg.nn.inner_cutoff import InnerCutoff
 from nbody_pyg.nn.interaction import ChannelGroups, Interaction, InteractionConfig, SoftNorm, add_to_scalars, one_gate
 from nbody_pyg.nn.irreps import (
     PARITIES,
@@ -125,6 +126,9 @@ class NBodyNet(Resettable):
             ``data.x`` in e3nn's mul_ir order.
         softening: length below which distances are softened, in the unit of the positions
             (:func:`~nbody_pyg.radial.soften`).
+        inner_cutoff: lengths (angstrom) by pairs of elements, such as ``{"C-H": 0.95}``, below which the states no
+            longer follow the distance of two atoms (:class:`~nbody_pyg.nn.inner_cutoff.InnerCutoff`); None: they always
+            do. Training takes them from the data where there is a repulsion of nuclei.
 
     The attribute ``assumed`` holds charge and spin of the training data of a network without these inputs, unless it is
     a neutral singlet; training sets it.
@@ -165,6 +169,7 @@ class NBodyNet(Resettable):
         inputs: str | Sequence[str] | None = None,
         node_inputs: str | o3.Irreps | None = None,
         softening: float = SOFT_LENGTH,
+        inner_cutoff: Mapping[str, float] | None = None,
     ) -> None:
         super().__init__()
         self.scheme = NestedShells() if scheme is None else scheme
@@ -186,6 +191,7 @@ class NBodyNet(Resettable):
         self.inputs = check_inputs(inputs) if inputs else ()
         self.assumed: dict[str, float] = {}
         self.softening = check_softening(softening)
+        self.inner_cutoff = None if inner_cutoff is None else self._check_inner(inner_cutoff)
         self._check_way_down()
         self.num_layers = self._check_layers(num_layers)
         self.avg_num_neighbors = self._check_neighbors(avg_num_neighbors)
@@ -227,6 +233,14 @@ class NBodyNet(Resettable):
                 f"readout 'nodes' needs a way down to the atoms, which {self.scheme!r} with sweeps {self.sweeps!r} has "
                 "not; give the scheme pairs of atoms and leave sweeps out, or use NestedShells"
             )
+
+    def _check_inner(self, lengths: Mapping[str, float]) -> InnerCutoff:
+        """The limit of the edge vectors. Raises: ValueError, TypeError: it does not apply to points or these pairs."""
+        if not isinstance(lengths, Mapping):
+            raise TypeError(f"inner_cutoff must be a mapping such as {{'C-H': 0.95}}, got {lengths!r}")
+        if 0 in self.species:
+            raise ValueError("inner_cutoff belongs to pairs of elements, and points that are no atoms have none")
+        return InnerCutoff(self.species, lengths)
 
     def _check_node_inputs(self, given: str | o3.Irreps) -> o3.Irreps:
         """The type of the node inputs. Raises: ValueError: a fragment that cannot change any state."""
@@ -646,6 +660,10 @@ class NBodyNet(Resettable):
             index, vec, window = level.edges(edges.kind)
             if step.kind == "up" and level.pool_weight is not None:
                 window = level.pool_weight
+            if self.inner_cutoff is not None and self._between_atoms(step):
+                limited = self.inner_cutoff(index, vec, self._species_index(hierarchy.system))
+                if limited is not vec:
+                    vec, window = limited, self.scheme.edge_window(edges, limited)
             if step.kind == "down":
                 index, vec = required(index).flip(0), -required(vec)
             features[key] = self.embeddings[str(step.edges)](index, vec, window, hierarchy[step.level].num_parts)
@@ -705,6 +723,7 @@ class NBodyNet(Resettable):
             "inputs": list(self.inputs) or None,
             **({} if self.node_inputs is None else {"node_inputs": str(self.node_inputs)}),
             **({} if self.softening == SOFT_LENGTH else {"softening": self.softening}),
+            **({} if self.inner_cutoff is None else {"inner_cutoff": self.inner_cutoff.lengths}),
         }
 
     @classmethod

@@ -258,6 +258,12 @@ class Scheme(BaseTransform):  # type: ignore[misc]  # PyG has no py.typed
             )  # fmt: skip
         return Hierarchy(tuple(levels), system, same)
 
+    def edge_window(self, edges: EdgeSet, vec: Float[Tensor, "edges 3"]) -> Float[Tensor, " edges"]:
+        """Window of edges between atoms, as :meth:`place` computes it, for other vectors."""
+        if edges.kind == "child":
+            return self.child_weight(edges.level, vec)
+        return vector_window(vec, required(self.levels[edges.level].pair_radius))
+
     def _check_levels(self, topology: Topology) -> None:
         """Raise ValueError unless the topology has the levels and pairs of this scheme."""
         wanted = [spec.pair_radius is not None for spec in self.levels]

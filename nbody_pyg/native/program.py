@@ -17,6 +17,7 @@ from nbody_pyg.models import NBodyNet
 from nbody_pyg.native.layers import Shell, shells_of
 from nbody_pyg.native.pieces import Pieces
 from nbody_pyg.native.support import REALS, why_not
+from nbody_pyg.nn.inner_cutoff import FLAT_FROM
 from nbody_pyg.nn.repulsion import FADE_FROM
 from nbody_pyg.potential import Potential
 from nbody_pyg.required import required
@@ -32,7 +33,7 @@ class Program(NamedTuple):
     field             meaning
     ================  ==================================================================================
     ``source``        C source without its header; it depends on the architecture, not on the weights
-    ``numbers``       [num_numbers] float64: weights, scale s, constants b and E_0, repulsion V
+    ``numbers``       [num_numbers] float64: weights, scale s, constants b and E_0, repulsion V, inner cutoffs
     ``fingerprint``   64 hexadecimal digits that the source and the file of its numbers share
     ``radii``         of the shells, angstrom
     ================  ==================================================================================
@@ -79,7 +80,7 @@ def write_program(potential: Potential, dtype: torch.dtype | None = None) -> Pro
 
 
 def _constants(potential: Potential) -> list[Tensor]:
-    """Scale, constants of the elements, energies of the isolated atoms, and the tables of the repulsion."""
+    """Scale, constants of the elements, energies of the isolated atoms, tables of the repulsion and inner cutoffs."""
     model, reference, repulsion = cast(NBodyNet, potential.model), potential.reference, potential.repulsion
     isolated = [0.0 if reference is None else reference.energies[z] for z in model.species]
     shift = torch.zeros(len(model.species)) if model.shift is None else model.shift.detach()
@@ -88,6 +89,8 @@ def _constants(potential: Potential) -> list[Tensor]:
         slots = torch.tensor([repulsion.species.index(z) for z in model.species])
         tables = (repulsion.charge, repulsion.inverse_length, repulsion.end)
         found += [t.cpu()[slots][:, slots].flatten() for t in tables] + [repulsion.screen.cpu().flatten()]
+    if model.inner_cutoff is not None:
+        found.append(model.inner_cutoff.start.cpu().flatten())
     return found
 
 
@@ -124,8 +127,12 @@ def _tables(potential: Potential, shells: list[Shell], constants_from: int, numb
         f"static const int elements[] = {{{', '.join(map(str, species))}}};",
         f"#define SIZES {{{table}}}",
     ]
+    end = "GLOBAL + 1 + 2 * SPECIES"
     if potential.repulsion is not None:
-        lines += ["#define REPULSION (GLOBAL + 1 + 2 * SPECIES)", f"#define FADE_FROM {FADE_FROM!r}"]
+        lines += [f"#define REPULSION ({end})", f"#define FADE_FROM {FADE_FROM!r}"]
+        end = "REPULSION + 3 * SPECIES * SPECIES + 8"
+    if cast(NBodyNet, potential.model).inner_cutoff is not None:
+        lines += [f"#define INNER ({end})", f"#define FLAT_FROM {FLAT_FROM!r}"]
     return "\n".join(lines)
 
 

@@ -15,6 +15,7 @@ from nbody_pyg.nn.as_written import AsWritten, written
 from nbody_pyg.nn.edges import EdgeEmbedding
 from nbody_pyg.nn.gates import DensityGate, OneBodyGate, ProductGate
 from nbody_pyg.nn.harmonics import SolidHarmonics
+from nbody_pyg.nn.inner_cutoff import InnerCutoff
 from nbody_pyg.nn.interaction import Interaction, SoftNorm, SpeciesScale
 from nbody_pyg.nn.linear import IrrepsLinear, RowLinear
 from nbody_pyg.nn.products import ChannelwiseProduct, PathLinear
@@ -28,6 +29,7 @@ KNOWN = written(
     Potential, NBodyNet, EdgeEmbedding, SolidHarmonics, BesselBasis, InversePowers, Interaction, DensityGate,
     OneBodyGate, ProductGate, ChannelwiseProduct, PathLinear, RowLinear, SpeciesScale, SoftNorm, nn.Identity,
     LinearReadout, MLPReadout, IrrepsLinear, nn.Sequential, nn.Linear, nn.SiLU, ZBLRepulsion, AtomicReference,
+    InnerCutoff,
 )  # fmt: skip
 #: Methods of a potential and of a network beside ``forward`` that evaluation passes through.
 _STEPS = {

@@ -81,38 +81,18 @@ class ZBLRepulsion(EnergyTerm, Float64Buffers):
         self.species = tuple(sorted({int(n) for n in species}))
         if not self.species or self.species[0] < 1 or self.species[-1] > 118:
             raise ValueError(f"species must be atomic numbers between 1 and 118, got {list(species)}; e.g. [1, 6, 8]")
-        self.reach = self._reach(reach or {})
+        self.reach = pair_lengths("reach", self.species, reach or {})
         self.cutoff = max(self.reach.values())
-        size = len(self.species)
         number = torch.tensor(self.species, dtype=torch.float64)
         power = number**SCREEN_POWER
-        ends = torch.empty(size, size, dtype=torch.float64)
-        for (i, a), (j, b) in itertools.product(enumerate(self.species), repeat=2):
-            ends[i, j] = self.reach[pair_name(a, b)]
         # Constants follow from the configuration, so that model files need not hold them.
         self.register_buffer("numbers", torch.tensor(self.species), persistent=False)
         self.register_buffer("charge", COULOMB * number[:, None] * number, persistent=False)
         self.register_buffer("inverse_length", (power[:, None] + power) / SCREEN_LENGTH, persistent=False)
-        self.register_buffer("end", ends, persistent=False)
+        self.register_buffer("end", pair_table(self.species, self.reach), persistent=False)
         self.register_buffer(
             "screen", torch.tensor((SCREEN_WEIGHTS, SCREEN_EXPONENTS), dtype=torch.float64), persistent=False
         )
-
-    def _reach(self, given: Mapping[str, float]) -> dict[str, float]:
-        reach = {
-            pair_name(a, b): REACH_FACTOR * float(covalent_radii[a] + covalent_radii[b])
-            for a, b in itertools.combinations_with_replacement(self.species, 2)
-        }
-        for name, value in given.items():
-            words = name.split("-")
-            known = len(words) == 2 and all(word in atomic_numbers for word in words)
-            key = pair_name(*(atomic_numbers[word] for word in words)) if known else name
-            if key not in reach:
-                raise ValueError(f"reach names {name!r}; it must be one of the pairs {', '.join(reach)}")
-            if isinstance(value, bool) or not math.isfinite(value) or not value > 0:
-                raise ValueError(f"reach[{name!r}] must be a positive finite length in angstrom, got {value!r}")
-            reach[key] = float(value)
-        return reach
 
     @classmethod
     def from_frames(cls, species: Sequence[int], frames: Sequence[Data]) -> ZBLRepulsion:
@@ -180,6 +160,33 @@ class ZBLRepulsion(EnergyTerm, Float64Buffers):
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name} {reach:.2f}" for name, reach in self.reach.items()) + " angstrom"
+
+
+def pair_lengths(argument: str, species: Sequence[int], given: Mapping[str, float]) -> dict[str, float]:
+    """A length (angstrom) for each pair of elements: those given by symbols (``{"C-H": 1.07}``), else 0.75 times the
+    sum of the covalent radii.
+
+    Raises: ValueError: a pair that does not occur, or a length that is not positive; ``argument`` is its name.
+    """
+    found = {
+        pair_name(a, b): REACH_FACTOR * float(covalent_radii[a] + covalent_radii[b])
+        for a, b in itertools.combinations_with_replacement(species, 2)
+    }
+    for name, value in given.items():
+        words = name.split("-")
+        known = len(words) == 2 and all(word in atomic_numbers for word in words)
+        key = pair_name(*(atomic_numbers[word] for word in words)) if known else name
+        if key not in found:
+            raise ValueError(f"{argument} names {name!r}; it must be one of the pairs {', '.join(found)}")
+        if isinstance(value, bool) or not math.isfinite(value) or not value > 0:
+            raise ValueError(f"{argument}[{name!r}] must be a positive finite length in angstrom, got {value!r}")
+        found[key] = float(value)
+    return found
+
+
+def pair_table(species: Sequence[int], lengths: Mapping[str, float]) -> Float[Tensor, "species species"]:
+    """The lengths of :func:`pair_lengths` as a symmetric matrix, float64."""
+    return torch.tensor([[lengths[pair_name(a, b)] for b in species] for a in species], dtype=torch.float64)
 
 
 def pair_name(first: int, second: int) -> str:

@@ -42,6 +42,7 @@ from nbody_pyg.hierarchy import Scheme, Topology, share_topology
 from nbody_pyg.messages import check_choice
 from nbody_pyg.network import check_states, frame_states, learn_state
 from nbody_pyg.nn.charges import check_inputs
+from nbody_pyg.nn.inner_cutoff import inner_cutoffs
 from nbody_pyg.nn.repulsion import ZBLRepulsion
 from nbody_pyg.potential import Potential
 from nbody_pyg.properties import Property, PropertyModel, fit_statistics, property_irreps
@@ -315,14 +316,12 @@ def build_potential(config: Config, data: DataSets) -> Potential | PropertyModel
     scale = config.model.scale
     if scale == "forces":
         scale = _scale(data.train, reference)
-    model = _network(config, data, inputs)
+    repulsion = _repulsion(config.model, data)
+    model = _network(config, data, inputs, repulsion)
     if terms is not None and model.electrons is not None and model.electrons.offset is not None:
         # A charge may contribute 10 eV, which would take many small steps
         with torch.no_grad():
             model.electrons.offset.copy_(terms.offset / float(scale))
-    repulsion = _repulsion(config.model, model.species, data.train)
-    if repulsion is not None and data.stream is not None:
-        repulsion = repulsion.within_bonds()
     potential = Potential(model, reference, float(scale), repulsion).to(getattr(torch, config.training.dtype))
     return known_states(potential, data)
 
@@ -427,7 +426,7 @@ def _build_properties(config: Config, data: DataSets, properties: tuple[Property
         given["readout"] = "root"
     known = {p: [frame for frame in data.train if has_label(frame, p.name)] for p in properties}
     statistics = {p.name: fit_statistics(frames, p) for p, frames in known.items()}
-    network = _network(config, data, network_inputs(config.model, data.train), **given)
+    network = _network(config, data, network_inputs(config.model, data.train), None, **given)
     model = PropertyModel(network, properties, statistics)
     return model.to(getattr(torch, config.training.dtype))
 
@@ -437,12 +436,14 @@ def explicit(config: ModelConfig) -> ModelConfig:
     with torch.random.fork_rng(devices=[]):
         model = _preset(config)([1], scheme=Scheme.from_config(dict(config.scheme)), **config.arguments)
     # These follow from the data
-    data = {"species", "scheme", "preset", "irreps_out", "readout", "avg_num_neighbors", "inputs"}
+    data = {"species", "scheme", "preset", "irreps_out", "readout", "avg_num_neighbors", "inputs", "inner_cutoff"}
     found = {key: value for key, value in model.config().items() if key not in data}
     return dataclasses.replace(config, scheme=model.scheme.config(), arguments=found | dict(config.arguments))
 
 
-def _network(config: Config, data: DataSets, inputs: Sequence[str], **given: str) -> NBodyNet:
+def _network(
+    config: Config, data: DataSets, inputs: Sequence[str], repulsion: ZBLRepulsion | None, **given: str
+) -> NBodyNet:
     """An initial network for the elements of the training frames, with seeded weights."""
     from nbody_pyg.models import compute_avg_num_neighbors
 
@@ -451,6 +452,8 @@ def _network(config: Config, data: DataSets, inputs: Sequence[str], **given: str
     arguments = dict(config.model.arguments)
     if arguments.get("avg_num_neighbors") is None:
         arguments["avg_num_neighbors"] = compute_avg_num_neighbors(scheme, data.train[:200])
+    if arguments.get("inner_cutoff") is None and repulsion is not None:
+        arguments["inner_cutoff"] = inner_cutoffs(repulsion)
     arguments["inputs"] = inputs or None
     make = _preset(config.model)
     torch.manual_seed(config.training.seed)
@@ -465,10 +468,12 @@ def _preset(config: ModelConfig) -> Callable[..., NBodyNet]:
     return presets[config.preset]
 
 
-def _repulsion(config: ModelConfig, species: Sequence[int], frames: Sequence[Data]) -> ZBLRepulsion | None:
+def _repulsion(config: ModelConfig, data: DataSets) -> ZBLRepulsion | None:
     """Repulsion that ends below the shortest distances of the training frames, so that it is zero on them."""
-    wanted = config.repulsion == "zbl" or (config.repulsion == "auto" and config.preset == "practical")
-    return ZBLRepulsion.from_frames(species, frames) if wanted else None
+    if config.repulsion != "zbl" and not (config.repulsion == "auto" and config.preset == "practical"):
+        return None
+    found = ZBLRepulsion.from_frames(elements_of(data.train), data.train)
+    return found if data.stream is None else found.within_bonds()
 
 
 def _wanted(config: Config) -> list[str]:

@@ -223,6 +223,16 @@ def test_repulsion_acts_where_atoms_are_close():
         assert_native_is_torch(model, atoms, without)
 
 
+@pytest.mark.parametrize("repulsion", ["auto", None])
+@pytest.mark.parametrize("name", ["close atoms", "ethanol", "triclinic"])
+def test_inner_cutoffs(name, repulsion):
+    lengths = {"H-C": 1.25, "C-C": 1.9, "H-H": 2.0}
+    model = potential(inner_cutoff=lengths, repulsion=repulsion)
+    assert_native_is_torch(model, structures()[name])
+    with pytest.raises(AssertionError):
+        assert_native_is_torch(model, structures()[name], potential(repulsion=repulsion))
+
+
 @pytest.mark.parametrize(
     "atoms", [Atoms("O"), Atoms("OCHH", 20.0 * np.array([[0, 0, 0], [1, 0, 0], [0, 1, 0], [0, 0, 1]]))]
 )

@@ -1,6 +1,18 @@
 static inline double squared(const double* v) { return v[0] * v[0] + v[1] * v[1] + v[2] * v[2]; }
 static inline int is_self(int64_t i, int64_t j, double square) { return i == j && square == 0; }
 
+#ifdef INNER
+/* Length of an edge of squared length ``square`` below the inner cutoff ``start``, over r, and its derivative by r. */
+static void limited(double square, double start, double* factor, double* slope) {
+  const double r = sqrt(square), width = 1 - FLAT_FROM, u = (r / start - FLAT_FROM) / width;
+  const double t = u > 0 ? u : 0, length = start * (1 - width * (0.5 - t * t * t * (1 - 0.5 * t)));
+  *factor = length / r;
+  *slope = (t * t * (3 - 2 * t) - *factor) / r;
+}
+static inline double inner(const nbody_model* m, int64_t source, int64_t target) {
+  return m->numbers[INNER + source * SPECIES + target];
+}
+#endif
 /* Which atoms need a state in which shell, their order (local ones first), and the edges of each shell by target. */
 static int prepare(nbody_model* m, int64_t num_atoms, int64_t num_local, const int64_t* z, const nbody_edges* given,
                    const int64_t** atom_of) {
@@ -59,7 +71,14 @@ static int prepare(nbody_model* m, int64_t num_atoms, int64_t num_local, const i
     static const double zero[3] = {0, 0, 0};
 #define PUT(i, p, w) do { const int64_t at = next[k][i]++; s->source[at] = p; s->target[at] = place[i]; \
   s->slot[at] = place[i] * SPECIES + species[p]; \
-  for (int a = 0; a < 3; a++) { s->vector[3 * at + a] = (w)[a]; s->v[3 * at + a] = (real)(w)[a]; } } while (0)
+  double factor = 1; LIMIT(i, p, w); \
+  for (int a = 0; a < 3; a++) { s->vector[3 * at + a] = (w)[a]; s->v[3 * at + a] = (real)(factor * (w)[a]); } } while (0)
+#ifdef INNER
+#define LIMIT(i, p, w) do { double unused, square = squared(w), start = inner(m, species[p], species[place[i]]); \
+  if (square < start * start && square > 0) limited(square, start, &factor, &unused); } while (0)
+#else
+#define LIMIT(i, p, w)
+#endif
     for (int64_t p = 0; p < s->atoms; p++) PUT(order[p], p, zero);
     for (int64_t e = 0; e < g.count; e++) {
       const int64_t i = g.receiver[e], j = g.source[e];
@@ -76,10 +95,21 @@ static void pull(const nbody_model* m, int k, const int64_t* atom_of, double* fo
   const Shell* s = m->shell + k; const Shared* t = &m->shared;
   for (int64_t e = 0; e < s->edges; e++) {
     double* source = forces + 3 * atom_of[s->source[e]]; double* target = forces + 3 * atom_of[s->target[e]];
+    const double* v = s->vector + 3 * e;
+    double g[3];
+    for (int a = 0; a < 3; a++) g[a] = (double)t->gv[3 * e + a] + t->hv[3 * e + a];
+#ifdef INNER
+    const double start = inner(m, s->slot[e] % SPECIES, m->species[s->target[e]]), square = squared(v);
+    if (square < start * start && square > 0) {
+      double factor, slope;
+      limited(square, start, &factor, &slope);
+      const double along = (v[0] * g[0] + v[1] * g[1] + v[2] * g[2]) * slope / sqrt(square);
+      for (int a = 0; a < 3; a++) g[a] = factor * g[a] + along * v[a];
+    }
+#endif
     for (int a = 0; a < 3; a++) {
-      const double g = (double)t->gv[3 * e + a] + t->hv[3 * e + a];
-      source[a] -= g; target[a] += g;
-      for (int b = 0; b < 3; b++) virial[3 * b + a] += s->vector[3 * e + b] * g;
+      source[a] -= g[a]; target[a] += g[a];
+      for (int b = 0; b < 3; b++) virial[3 * b + a] += v[b] * g[a];
     }
   }
 }
