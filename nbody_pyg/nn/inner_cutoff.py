@@ -32,12 +32,12 @@ class InnerCutoff(Float64Buffers):
 
     Args:
         species: atomic numbers, ascending.
-        lengths: inner cutoffs (angstrom) by symbols, such as ``{"C-H": 0.95}``; other pairs have 0.75 times the sum of
-            their covalent radii.
+        lengths: inner cutoffs (angstrom) by symbols, such as ``{"C-H": 0.95}``. Pairs that are not given have 0.75 times
+            the sum of their covalent radii; pairs of other elements have no effect.
 
     Equivariance: vectors stay vectors. Smoothness: C2 for r > 0. Cost: a comparison per edge; more only if an edge is
     shorter than its limit.
-    Raises: ValueError: a pair of other elements, or a length that is not positive.
+    Raises: ValueError: a name that is no pair of elements, or a length that is not positive.
 
     Example:
         >>> InnerCutoff([1, 8], {"H-O": 0.9})
@@ -49,7 +49,7 @@ class InnerCutoff(Float64Buffers):
 
     def __init__(self, species: Sequence[int], lengths: Mapping[str, float]) -> None:
         super().__init__()
-        self.lengths = pair_lengths("inner_cutoff", species, lengths)
+        self.lengths = pair_lengths("inner_cutoff", species, lengths, strict=False)
         self.register_buffer("start", pair_table(species, self.lengths), persistent=False)
 
     def forward(

@@ -162,11 +162,17 @@ class ZBLRepulsion(EnergyTerm, Float64Buffers):
         return ", ".join(f"{name} {reach:.2f}" for name, reach in self.reach.items()) + " angstrom"
 
 
-def pair_lengths(argument: str, species: Sequence[int], given: Mapping[str, float]) -> dict[str, float]:
+def pair_lengths(
+    argument: str, species: Sequence[int], given: Mapping[str, float], strict: bool = True
+) -> dict[str, float]:
     """A length (angstrom) for each pair of elements: those given by symbols (``{"C-H": 1.07}``), else 0.75 times the
     sum of the covalent radii.
 
-    Raises: ValueError: a pair that does not occur, or a length that is not positive; ``argument`` is its name.
+    Args:
+        argument: name of ``given`` in messages.
+        strict: whether pairs of elements that are not among ``species`` are an error; otherwise they are left out.
+
+    Raises: ValueError: an unknown pair, or a length that is not positive.
     """
     found = {
         pair_name(a, b): REACH_FACTOR * float(covalent_radii[a] + covalent_radii[b])
@@ -176,11 +182,12 @@ def pair_lengths(argument: str, species: Sequence[int], given: Mapping[str, floa
         words = name.split("-")
         known = len(words) == 2 and all(word in atomic_numbers for word in words)
         key = pair_name(*(atomic_numbers[word] for word in words)) if known else name
-        if key not in found:
+        if key not in found and (strict or not known):
             raise ValueError(f"{argument} names {name!r}; it must be one of the pairs {', '.join(found)}")
         if isinstance(value, bool) or not math.isfinite(value) or not value > 0:
             raise ValueError(f"{argument}[{name!r}] must be a positive finite length in angstrom, got {value!r}")
-        found[key] = float(value)
+        if key in found:
+            found[key] = float(value)
     return found
 
 

@@ -159,11 +159,7 @@ def carried_weights(network: NBodyNet, source: NBodyNet) -> dict[str, Tensor]:
 def _with_species(network: NBodyNet, species: Sequence[int]) -> NBodyNet:
     """An initial network of the same architecture for other elements; it draws no global random numbers."""
     with torch.random.fork_rng(devices=[]):
-        config = network.config() | {"species": sorted(species)}
-        if network.inner_cutoff is not None:
-            pairs = {pair_name(a, b) for a in species for b in species}
-            config["inner_cutoff"] = {n: r for n, r in network.inner_cutoff.lengths.items() if n in pairs}
-        made = NBodyNet.from_config(config)
+        made = NBodyNet.from_config(network.config() | {"species": sorted(species)})
     made.assumed = dict(network.assumed)
     return made
 

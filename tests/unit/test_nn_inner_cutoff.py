@@ -154,7 +154,7 @@ def test_a_network_cannot_pull_atoms_through_the_repulsion():
 
 @pytest.mark.parametrize(
     ("given", "message"),
-    [({"C-X": 1.0}, "one of the pairs"), ({"C-H": -1.0}, "positive finite"), ({"C-N": 1.0}, "one of the pairs")],
+    [({"C-Qq": 1.0}, "one of the pairs"), ({"C-H": -1.0}, "positive finite"), ({"C": 1.0}, "one of the pairs")],
 )
 def test_errors(given, message):
     with pytest.raises(ValueError, match=message):
