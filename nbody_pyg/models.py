@@ -726,6 +726,26 @@ class NBodyNet(Resettable):
             **({} if self.inner_cutoff is None else {"inner_cutoff": self.inner_cutoff.lengths}),
         }
 
+    def neutral(self) -> NBodyNet:
+        """A network without the inputs charge and spin that has the values of this one for neutral singlets.
+
+        There the :class:`~nbody_pyg.nn.charges.ElectronicEmbedding` is zero, and so are all messages from it. The
+        weights are copies. It is cheaper, and refuses charges.
+
+        Raises: ValueError: a network in which these inputs are not the only initial states (own gates, node inputs), or
+        with long-range energies, which depend on the charge.
+        """
+        if self.gates or self.node_inputs is not None or self.long_range is not None:
+            what = "long-range energies" if self.long_range is not None else "gates of its own or node inputs"
+            raise ValueError(
+                f"network must have no other inputs than charge and spin, but it has {what}; use it as it is"
+            )
+        with torch.random.fork_rng(devices=[]):
+            made = NBodyNet.from_config(self.config() | {"inputs": None}).to(self.species_of.device, self.dtype)
+        given = self.state_dict()
+        made.load_state_dict({name: given[name] for name in made.state_dict()})
+        return made
+
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> NBodyNet:
         """Build the network that :meth:`config` described, with fresh weights."""

@@ -151,7 +151,9 @@ def _train(config: Config, run: RunFolder) -> int:
         if init is None:
             potential = build_potential(config, data)
         else:
-            tuned, heirs = tuned_model(init, data.train, reference_mode(config.data), config.finetune.keep_elements)
+            given = config.finetune
+            keep = given.keep_inputs or given.replay is not None or config.model.arguments.get("inputs") is not None
+            tuned, heirs = tuned_model(init, data.train, reference_mode(config.data), given.keep_elements, keep)
             potential = known_states(tuned.to(getattr(torch, config.training.dtype)), data)
     require_elements(potential, data.named())
     _describe(potential, config, choices, heirs)

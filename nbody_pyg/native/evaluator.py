@@ -45,8 +45,8 @@ class NativeEvaluator:
     Args:
         potential: one that the native evaluator can compute, see :func:`~nbody_pyg.native.why_not`.
         dtype: of the arithmetic; by default that of the weights.
-    Raises: ValueError: a potential that it cannot compute, a batch of several structures, stress without a cell, or
-        an input that the potential refuses. RuntimeError: the program cannot be compiled.
+    Raises: ValueError: a potential that it cannot compute, a batch of several structures, charge or unpaired electrons,
+        stress without a cell, or an input that the potential refuses. RuntimeError: the program cannot be compiled.
     Smoothness, equivariance: those of the potential. Cost: linear in the number of edges.
     """
 
@@ -91,6 +91,8 @@ class NativeEvaluator:
         system = self.potential.system(*atoms, **given)
         if system.num_graphs != 1:
             raise ValueError(f"atoms must be one structure, got a batch of {system.num_graphs}; loop over them")
+        if not is_neutral_singlet(system):
+            raise ValueError("atoms must be a neutral singlet for a native program; evaluate others with torch")
         topology = system.topology or required(self.potential.scheme).compose(system)
         with self._lock:
             found = self._computed(system, topology, compute_forces or compute_stress)
@@ -114,6 +116,12 @@ class NativeEvaluator:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return NativeEvaluator, (self.potential, self.dtype)
+
+
+def is_neutral_singlet(system: System) -> bool:
+    """Whether no graph of a system is charged or has unpaired electrons."""
+    charge, spin = system.total_charge, system.spin
+    return not ((charge is not None and bool((charge != 0).any())) or (spin is not None and bool((spin != 1).any())))
 
 
 def _edges(

@@ -53,6 +53,10 @@ def write_program(potential: Potential, dtype: torch.dtype | None = None) -> Pro
     """
     if reason := why_not(potential):
         raise ValueError(f"potential cannot be a native program: {reason}; use engine='torch'")
+    if cast(NBodyNet, potential.model).inputs:
+        model = cast(NBodyNet, potential.model).neutral()
+        neutral = Potential(model, potential.reference, float(potential.scale), potential.repulsion)
+        potential = neutral.to(potential.dtype)
     dtype = required(potential.dtype) if dtype is None else dtype
     if dtype not in REALS:
         raise ValueError(f"dtype must be torch.float32 or torch.float64, got {dtype}")

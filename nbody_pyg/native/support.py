@@ -12,6 +12,7 @@ from nbody_pyg.hierarchy import NestedShells
 from nbody_pyg.kernels import backend, build
 from nbody_pyg.models import NBodyNet
 from nbody_pyg.nn.as_written import AsWritten, written
+from nbody_pyg.nn.charges import ElectronicEmbedding
 from nbody_pyg.nn.edges import EdgeEmbedding
 from nbody_pyg.nn.gates import DensityGate, OneBodyGate, ProductGate
 from nbody_pyg.nn.harmonics import SolidHarmonics
@@ -29,7 +30,7 @@ KNOWN = written(
     Potential, NBodyNet, EdgeEmbedding, SolidHarmonics, BesselBasis, InversePowers, Interaction, DensityGate,
     OneBodyGate, ProductGate, ChannelwiseProduct, PathLinear, RowLinear, SpeciesScale, SoftNorm, nn.Identity,
     LinearReadout, MLPReadout, IrrepsLinear, nn.Sequential, nn.Linear, nn.SiLU, ZBLRepulsion, AtomicReference,
-    InnerCutoff,
+    InnerCutoff, ElectronicEmbedding,
 )  # fmt: skip
 #: Methods of a potential and of a network beside ``forward`` that evaluation passes through.
 _STEPS = {
@@ -46,7 +47,8 @@ def why_not(potential: nn.Module) -> str | None:
     """Reason why the native evaluator cannot compute this potential, or None if it can.
 
     It computes an :class:`~nbody_pyg.models.NBodyNet` of energies on :class:`~nbody_pyg.hierarchy.NestedShells` with
-    one multiplicity per level, the repulsion of nuclei, and the energies of isolated atoms.
+    one multiplicity per level, the repulsion of nuclei, and the energies of isolated atoms. A network with the inputs
+    charge and spin is computed for neutral singlets (:meth:`~nbody_pyg.models.NBodyNet.neutral`).
     """
     if type(potential) is not Potential:
         return f"the potential is a {type(potential).__name__}"
@@ -76,8 +78,6 @@ def _of_network(model: NBodyNet) -> str | None:
         return "the network has gates of its own"
     if model.long_range is not None:
         return "the network has long-range energies"
-    if model.inputs:
-        return f"the network has the inputs {', '.join(model.inputs)}"
     if model.node_inputs is not None:
         return f"the network has the node inputs {model.node_inputs}"
     if str(model.irreps_out) != "1x0e" or model.readout != "sum":

@@ -32,8 +32,8 @@ class InnerCutoff(Float64Buffers):
 
     Args:
         species: atomic numbers, ascending.
-        lengths: inner cutoffs (angstrom) by symbols, such as ``{"C-H": 0.95}``. Pairs that are not given have 0.75 times
-            the sum of their covalent radii; pairs of other elements have no effect.
+        lengths: inner cutoffs (angstrom) by symbols, such as ``{"C-H": 0.95}``. Other pairs have 0.75 times the sum of
+            their covalent radii; lengths for pairs of other elements have no effect.
 
     Equivariance: vectors stay vectors. Smoothness: C2 for r > 0. Cost: a comparison per edge; more only if an edge is
     shorter than its limit.

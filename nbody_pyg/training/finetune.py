@@ -21,9 +21,11 @@ from nbody_pyg.datasets.reference import is_isolated_atom
 from nbody_pyg.energy import AtomicReference, Energies, build_terms, describe_terms
 from nbody_pyg.messages import symbols
 from nbody_pyg.models import NBodyNet
+from nbody_pyg.network import frame_states
 from nbody_pyg.nn.repulsion import ZBLRepulsion, pair_name
 from nbody_pyg.potential import Potential
 from nbody_pyg.properties import PropertyModel, Statistics, fit_statistics
+from nbody_pyg.system import DEFAULT_STATE
 
 #: Largest number of frames from which E0 is fitted; more tell no more of a few numbers.
 _FRAMES = 500
@@ -170,6 +172,7 @@ def tuned_model(
     train: Sequence[Data],
     e0: str | Energies = "lstsq",
     keep_elements: bool = False,
+    keep_inputs: bool = False,
 ) -> tuple[Potential | PropertyModel, Inheritance]:
     r"""A model to fine-tune: the network and the weights of ``init`` for the elements of the training frames.
 
@@ -186,6 +189,8 @@ def tuned_model(
         e0: "lstsq", "mean", "isolated" or a mapping from elements to eV, as for
             :func:`~nbody_pyg.datasets.fit_atomic_energies`.
         keep_elements: keep further elements of ``init`` as well.
+        keep_inputs: keep the inputs charge and spin also where all frames are neutral singlets; otherwise the network
+            loses them there (:meth:`~nbody_pyg.models.NBodyNet.neutral`), which makes it faster.
 
     Raises: ValueError: elements that a network which is not ours does not know, or as ``fit_atomic_energies``.
     """
@@ -201,7 +206,7 @@ def tuned_model(
         species = tuple(sorted(wanted)) if known is None else known
     else:
         species = tuple(sorted(wanted | set(init.model.species) if keep_elements else wanted))
-        model = _rebuilt(init, species, train)
+        model = _rebuilt(init, species, train, keep_inputs)
     return model, _inherit(model, init, train, e0, species)
 
 
@@ -229,9 +234,13 @@ def inherit(
     return _inherit(model, init, train, e0, model.species or ())
 
 
-def _rebuilt(init: Potential | PropertyModel, species: Sequence[int], train: Sequence[Data]) -> Any:
+def _rebuilt(init: Potential | PropertyModel, species: Sequence[int], train: Sequence[Data], keep_inputs: bool) -> Any:
     """A model as ``init`` for other elements, with its weights; without E0 and statistics."""
     source: Any = init.model
+    if source.inputs and not keep_inputs and source.long_range is None and source.node_inputs is None:
+        states = frame_states(train)
+        if not source.gates and all(set(values) == {DEFAULT_STATE[key]} for key, values in states.items()):
+            source = source.neutral()
     network = _with_species(source, species).to(source.dtype)
     network.load_state_dict(carried_weights(network, source))
     if isinstance(init, PropertyModel):

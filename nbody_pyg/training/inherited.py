@@ -43,6 +43,8 @@ def with_architecture(config: Config, init: Potential | PropertyModel) -> Config
             raise ValueError(f"model.{key} must be that of {name}, {theirs!r}, got {mine!r}; {cure}")
     dropped = _OTHERS | ({"target", "readout"} if isinstance(init, PropertyModel) else set())
     arguments = {key: value for key, value in old.items() if key not in dropped}
+    if config.model.arguments.get("inputs") is None:
+        arguments.pop("inputs", None)  # tuned_model drops them where all frames are neutral singlets
     model = ModelConfig(str(old["preset"]), old["scheme"], scale, kind, arguments)
     named = {"model", "model.scheme", *(f"model.{key}" for key in arguments)}
     named |= {f"model.{key}" for key in ("preset", "scale", "repulsion", "channels", "lmax", "irreps")}

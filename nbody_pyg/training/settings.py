@@ -124,6 +124,9 @@ class FineTuneConfig:
     )  # fmt: skip
     replay_frames: int | None = setting(None, "number of replayed frames, drawn at random (default: as many as train)")
     keep_elements: bool = setting(False, "keep elements that no training frame has, with the E0 of init")
+    keep_inputs: bool = setting(
+        False, "keep the inputs charge and spin although all training frames are neutral singlets (as with replay)"
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
         if not self.parts:

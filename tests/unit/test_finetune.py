@@ -434,3 +434,19 @@ def test_a_list_of_one_name_is_that_name(name):
     """As `--finetune.parts [adapters]` gives it: adapters, and the learning rate of few weights."""
     assert FineTuneConfig(parts=[name]) == FineTuneConfig(parts=name)
     assert FineTuneConfig(parts=["readouts", "interactions.1"]).parts == ["readouts", "interactions.1"]
+
+
+def test_neutral_frames_need_no_inputs(molecules):
+    init = factories.potential(inputs=["charge"], seed=5)
+    z, pos = molecules["ethanol"]
+    frame = AtomicData(z=z, pos=pos, energy=torch.ones(1).double(), forces=torch.zeros_like(pos))
+    charged = AtomicData(z=z, pos=pos, energy=torch.ones(1).double(), charge=torch.ones(1).double())
+    for frames, keep, inputs in (
+        ([frame], False, ()),
+        ([frame], True, ("charge",)),
+        ([frame, charged], False, ("charge",)),
+    ):
+        tuned, _ = tuned_model(init, frames, keep_inputs=keep)
+        assert tuned.model.inputs == inputs
+        assert tuned.model(z, pos).item() == pytest.approx(init.model(z, pos).item(), abs=1e-12)
+    assert abs(init.model(z, pos).item()) > 1e-3

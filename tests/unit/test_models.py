@@ -586,3 +586,26 @@ def test_options_without_a_meaning_are_refused():
         NBodyNet([1, 6], channels=2, avg_num_neighbors={"child_1": 0.0})
     with pytest.raises(TypeError, match=r"scheme must be a composition scheme such as BondTree\(\), got 'BondTree'"):
         NBodyNet([1, 6], "BondTree")
+
+
+def test_neutral_networks_have_the_values_of_neutral_singlets(molecules):
+    net = factories.net(inputs=["charge", "spin"], seed=4)
+    with torch.no_grad():
+        for weight in net.parameters():
+            weight += 0.1 * torch.randn_like(weight)
+    z, pos = molecules["ethanol"]
+    neutral = net.neutral()
+    assert neutral.inputs == () and sum(p.numel() for p in neutral.parameters()) < sum(
+        p.numel() for p in net.parameters()
+    )
+    assert abs(net(z, pos).item()) > 1e-3
+    assert neutral(z, pos).item() == pytest.approx(net(z, pos).item(), abs=1e-12)
+    one = torch.ones(1, dtype=torch.float64)
+    assert abs(net(z, pos, charge=one) - net(z, pos)).item() > 1e-3
+    with pytest.raises(ValueError, match="charge"):
+        neutral(z, pos, charge=one)
+    with pytest.raises(ValueError, match="long-range"):
+        factories.net(inputs=["charge"], long_range="direct").neutral()
+    assert factories.net(seed=4).neutral()(z, pos).item() == pytest.approx(
+        factories.net(seed=4)(z, pos).item(), abs=1e-12
+    )

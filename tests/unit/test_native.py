@@ -403,7 +403,6 @@ REFUSED = {
     "the scheme is BondTree": lambda: potential(BondTree()),
     "the scheme is OwnShells": lambda: potential(OwnShells((3.0,))),
     "the network has long-range energies": lambda: potential(long_range="direct"),
-    "the network has the inputs charge": lambda: potential(inputs=["charge"]),
     "the network has the node inputs 1x1o": lambda: Potential(NBodyNet(SPECIES, channels=4, lmax=1, node_inputs="1o")),
     "the network gives 1x1o": lambda: Potential(NBodyNet(SPECIES, channels=4, lmax=1, irreps_out="1o")),
     r"readout 'root'": lambda: Potential(NBodyNet(SPECIES, channels=4, lmax=1, readout="root")),
@@ -434,6 +433,27 @@ def test_refused_with_the_reason(reason):
             NBodyCalculator(model, engine="native")
         calculator = NBodyCalculator(model)
         assert calculator.engine == "torch" and re.search(reason, calculator.engine_reason)
+
+
+def test_inputs_of_charge_and_spin():
+    """A neutral singlet runs in the native program, others in torch."""
+    model = potential(inputs=["charge", "spin"])
+    assert_native_is_torch(model, ethanol())
+    evaluator, calculator = NativeEvaluator(model), NBodyCalculator(model)
+    charged = ethanol()
+    charged.info["charge"] = 1.0
+    system = model.system(System.from_ase(charged))
+    with pytest.raises(ValueError, match="neutral singlet"):
+        evaluator(system)
+    with pytest.raises(ValueError, match="neutral singlets only"):
+        NBodyCalculator(model, engine="native").get_potential_energy(charged)
+    neutral = ethanol()
+    energies = []
+    for atoms in (neutral, charged, neutral):
+        atoms.calc = calculator
+        energies.append(atoms.get_potential_energy())
+        assert abs(energies[-1] - float(model(System.from_ase(atoms))["energy"])) < 1e-9
+    assert calculator.engine == "native" and energies[0] == energies[2] and abs(energies[1] - energies[0]) > 1e-3
 
 
 def test_own_gates_are_refused():
