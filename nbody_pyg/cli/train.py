@@ -24,7 +24,7 @@ from nbody_pyg.datasets import UnitFiles, label_audit
 from nbody_pyg.datasets.readers import find_files
 from nbody_pyg.datasets.splits import Split, read_split
 from nbody_pyg.datasets.units import are_units, unit_files
-from nbody_pyg.deploy import load_model, read_metadata, reference_record, save_model
+from nbody_pyg.deploy import load_model, read_metadata, reference_record, save_model, shipped_models
 from nbody_pyg.network import frame_states
 from nbody_pyg.potential import Potential
 from nbody_pyg.properties import PropertyModel
@@ -34,7 +34,7 @@ from nbody_pyg.training.build import potential_from_config
 from nbody_pyg.training.callbacks import Callback
 from nbody_pyg.training.checkpoint import changes, read_checkpoint
 from nbody_pyg.training.config import Config, DataConfig, ModelConfig, OutputConfig, load_config
-from nbody_pyg.training.defaults import Choice, choose_defaults, keep_choices
+from nbody_pyg.training.defaults import NO_INIT, PRETRAINED, Choice, choose_defaults, choose_init, keep_choices
 from nbody_pyg.training.evaluation import Evaluation, evaluate
 from nbody_pyg.training.finetune import Inheritance, ancestor_of, replayed, tuned_model
 from nbody_pyg.training.folder import RunFolder
@@ -53,7 +53,7 @@ from nbody_pyg.training.prepare import (
 from nbody_pyg.training.processes import is_first_process
 from nbody_pyg.training.property_task import PropertyEvaluation, evaluate_properties
 from nbody_pyg.training.run import FIT_FILES, FitResult, fit_in, require_device, require_elements
-from nbody_pyg.training.settings import RESUMABLE
+from nbody_pyg.training.settings import RESUMABLE, FineTuneConfig
 from nbody_pyg.training.trainer import Trainer
 from nbody_pyg.training.upgrades import up_to_date
 
@@ -134,12 +134,14 @@ def _train(config: Config, run: RunFolder) -> int:
     folder = run.path
     last, split, potential, names = None, None, None, None
     choices: tuple[Choice, ...] = ()
-    init = None if config.finetune.init is None else load_model(config.finetune.init)
+    if config.output.resume:
+        last, split = _checkpoint(folder), _split(folder / "split.json")
+        config = _same_init(config, last)
+    init = None if config.finetune.init in (None, NO_INIT) else load_model(config.finetune.init)
     heirs: Inheritance | None = None
     if init is not None:
         config = with_architecture(config, init)
-    if config.output.resume:
-        last, split = _checkpoint(folder), _split(folder / "split.json")
+    if last is not None:
         # With the numbers of neighbours, E0 and scale of the first run, even if frames were added since
         config, potential, names = _resumed(last, config)
         potential.ancestor = None if init is None else ancestor_of(init)
@@ -147,7 +149,9 @@ def _train(config: Config, run: RunFolder) -> int:
     data = load_data(config.data, split, names)
     print(label_audit(data.named(), _uses(config, data)), "\n")
     if potential is None:
+        config, init, choice = _with_init(config, data, init)
         config, choices = choose_defaults(config, data)
+        choices = choices if choice is None else (choice, *choices)
         if init is None:
             potential = build_potential(config, data)
         else:
@@ -185,6 +189,29 @@ def _train(config: Config, run: RunFolder) -> int:
         return 0
     _finish(potential, data, config, result, folder)
     return 0
+
+
+def _with_init(
+    config: Config, data: DataSets, init: Potential | PropertyModel | None
+) -> tuple[Config, Potential | PropertyModel | None, Choice | None]:
+    """The configuration with the model to start from, this model, and the reason if it was chosen for the user."""
+    if config.finetune.init == NO_INIT:
+        return dataclasses.replace(config, finetune=dataclasses.replace(config.finetune, init=None)), None, None
+    if init is not None or PRETRAINED not in shipped_models():
+        return config, init, None
+    shipped = load_model(PRETRAINED)
+    if (choice := choose_init(config, data, required(shipped.species))) is None:
+        return config, None, None
+    config = dataclasses.replace(config, finetune=dataclasses.replace(config.finetune, init=PRETRAINED))
+    return with_architecture(config, shipped), shipped, choice
+
+
+def _same_init(config: Config, last: Path) -> Config:
+    """The configuration of a resumed run with the model that was chosen for its start, if the user names none."""
+    stored = (read_checkpoint(last).get("config") or {}).get("finetune")
+    if config.finetune.init is None and stored is not None:
+        return dataclasses.replace(config, finetune=FineTuneConfig(**stored))
+    return config
 
 
 #: Times as many frames are drawn from files as are replayed, because some have elements that the model lacks.

@@ -11,7 +11,7 @@ import torch
 from ase.data import chemical_symbols
 from torch_geometric.data import Data
 
-from nbody_pyg.data import has_hierarchy
+from nbody_pyg.data import elements_of, has_hierarchy
 from nbody_pyg.datasets.frames import has_label
 from nbody_pyg.datasets.reference import is_isolated_atom
 from nbody_pyg.geometry import edge_vectors, neighbour_list
@@ -32,6 +32,9 @@ EDGES_PER_STEP, MOST_FRAMES = 10_000, 5
 PER_ATOM_WEIGHT, STRESS_WEIGHT = 5.0, 0.1
 #: Learning rates of runs that start from a trained model: of all weights, and of readouts and adapters alone.
 TUNED_LR, FEW_WEIGHTS_LR = 5e-3, 1e-2
+#: Shipped model that runs with few frames of molecules start from, the value of ``finetune.init`` for none, and the
+#: largest number of training frames.
+PRETRAINED, NO_INIT, FEW_FRAMES = "organic", "none", 300
 #: Number of frames that are measured, and largest distance of neighbours, angstrom.
 _MEASURED, _REACH = 200, 6.0
 
@@ -122,6 +125,26 @@ def choose_defaults(config: Config, data: DataSets) -> tuple[Config, tuple[Choic
     batch = [] if "training.batch_size" in config.given or by_atoms else [_batch_size(chosen, data.train)]
     limits = [Choice(f"training.{key}", value, "no limit of the run was given") for key, value in _limits(config)]
     return _with(chosen, batch), (*choices, *batch, *limits)
+
+
+def choose_init(config: Config, data: DataSets, known: Sequence[int]) -> Choice | None:
+    """The shipped model to start from if the user names none: for few frames of molecules with forces.
+
+    Args:
+        known: elements of that model.
+    """
+    frames, given = data.train, config.given
+    free = config.finetune.init is None and not any(key.startswith("model.") for key in given)
+    ordinary = not (config.target or config.data.qm9 or data.stream is not None)
+    if not (free and ordinary) or len(frames) > FEW_FRAMES or not set(elements_of(frames)) <= set(known):
+        return None
+    molecules = [frame for frame in frames if not is_isolated_atom(frame)]
+    if not molecules or any(
+        _is_periodic(f) or f.get("spin") is not None or not has_label(f, "forces") for f in molecules
+    ):
+        return None
+    words = f"{len(frames)} frames of molecules of {symbols(elements_of(frames))}; --init {NO_INIT} for random weights"
+    return Choice("finetune.init", PRETRAINED, words)
 
 
 def _tuning(config: Config) -> list[Choice]:

@@ -112,7 +112,10 @@ class FineTuneConfig:
     without files.
     """
 
-    init: str | None = setting(None, "model file, or name of a shipped model, to start from; --init is short for it")
+    init: str | None = setting(
+        None, "model file, or name of a shipped model, to start from; --init is short for it; none: random weights "
+        "(if it is not given, few frames of organic molecules start from the shipped model organic)"
+    )  # fmt: skip
     parts: list[str] | str = setting(  # noqa: RUF009
         "all", "what is trained: all; readouts; adapters (low-rank changes of the maps W^l of all interactions, "
         "with readouts and the values of elements); or names such as [readouts, interactions.1]"

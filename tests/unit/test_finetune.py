@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from ase.calculators.singlepoint import SinglePointCalculator
 from ase.io import write
 
 import factories
@@ -18,7 +19,7 @@ from nbody_pyg.datasets import load_embedded
 from nbody_pyg.deploy import find_model, load_model, model_file, read_metadata, save_model, shipped_models
 from nbody_pyg.nn.linear import RowLinear
 from nbody_pyg.properties import Property, PropertyModel, Statistics
-from nbody_pyg.training import TrainingConfig, fit
+from nbody_pyg.training import TrainingConfig, defaults, fit
 from nbody_pyg.training.adapters import Adapters
 from nbody_pyg.training.checkpoint import read_checkpoint
 from nbody_pyg.training.finetune import inherit, nearest_element, replayed, tuned_model
@@ -450,3 +451,48 @@ def test_neutral_frames_need_no_inputs(molecules):
         assert tuned.model.inputs == inputs
         assert tuned.model(z, pos).item() == pytest.approx(init.model(z, pos).item(), abs=1e-12)
     assert abs(init.model(z, pos).item()) > 1e-3
+
+
+# -- the start of runs with few frames ------------------------------------------------------------------------
+@pytest.fixture
+def shipped(here, tmp_path, monkeypatch):
+    """The trained model in the place of the shipped one."""
+    folder = tmp_path / "shipped"
+    folder.mkdir()
+    (folder / "organic.nbody").write_bytes((here / "base" / "model.nbody").read_bytes())
+    monkeypatch.setattr(model_file, "SHIPPED", folder)
+
+
+def ancestor(folder: Path) -> dict | None:
+    return read_metadata(folder / "model.nbody")["metadata"].get("ancestor")
+
+
+def test_few_frames_of_molecules_start_from_the_shipped_model(here, shipped, tmp_path, capsys):
+    words = ["train", *TINY, "--output.folder"]
+    assert main([*words, str(tmp_path / "few")]) == 0
+    assert "chosen  finetune.init organic: 6 frames of molecules of H, C, O; --init none" in capsys.readouterr().out
+    assert ancestor(tmp_path / "few")["name"] == "organic"
+    # A resumed run starts from the same model, and a limit is all that changes
+    assert main([*words, str(tmp_path / "few"), "--output.resume", "true", "--training.max_steps", "6"]) == 0
+    assert read_checkpoint(tmp_path / "few" / "last.ckpt")["global_step"] == 6
+    assert ancestor(tmp_path / "few")["name"] == "organic"
+
+
+@pytest.mark.parametrize("case", ["none", "own network", "many", "periodic", "element", "energies only"])
+def test_other_runs_start_from_random_weights(here, shipped, tmp_path, capsys, monkeypatch, case):
+    frames = [frame.to_ase() for frame in load_embedded("ethanol")[:8]]
+    words = {"none": ["--init", "none"], "own network": OWN}.get(case, [])
+    if case == "many":
+        monkeypatch.setattr(defaults, "FEW_FRAMES", 5)
+    for atoms in frames:
+        if case == "periodic":
+            atoms.set_cell([12.0] * 3), atoms.set_pbc(True)
+        elif case == "element":
+            atoms.numbers[atoms.numbers == 8] = 16
+        elif case == "energies only":
+            atoms.calc = SinglePointCalculator(atoms, energy=atoms.get_potential_energy())
+    write(tmp_path / "frames.xyz", frames)
+    more = ["--training.force_weight", "0"] if case == "energies only" else []
+    tiny = ["--data.train", str(tmp_path / "frames.xyz"), "--output.folder", str(tmp_path / "run"), *words, *more]
+    assert main(["train", *TINY[:-2], *tiny]) == 0
+    assert "finetune.init" not in capsys.readouterr().out and ancestor(tmp_path / "run") is None
