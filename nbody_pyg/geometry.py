@@ -33,6 +33,11 @@ _MAX_PAIRS = 100_000_000
 _SINGULAR = 1e-8
 
 
+def has_volume(cell: Float[Tensor, "*graphs 3 3"]) -> bool:
+    """Whether some cell has a volume, unlike those of some slabs and wires; a stress is defined only then."""
+    return bool(torch.linalg.det(cell.double()).abs().max() > _SINGULAR)
+
+
 # --------------------------------------------------------------------------------------------------
 # Checks of the input, shared with the potential
 # --------------------------------------------------------------------------------------------------

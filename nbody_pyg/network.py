@@ -246,6 +246,13 @@ def frame_states(frames: Iterable[Data]) -> dict[str, list[float]]:
     return found
 
 
+def without_ions(frames: Sequence[Data]) -> Sequence[Data]:
+    """The frames without charged single atoms, which do not tell the energy of an isolated atom."""
+    if (charges := frame_states(frames).get("charge")) is None:
+        return frames
+    return [frame for frame, charge in zip(frames, charges, strict=True) if charge == 0 or len(frame.z) > 1]
+
+
 def learn_state(model: nn.Module, frames: Iterable[Data]) -> None:
     """Check that a model can be trained on the charges and spins of some frames. Common values that the model has no
     input for are stored as ``model.assumed``.

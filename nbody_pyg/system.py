@@ -24,6 +24,8 @@ from nbody_pyg.geometry import (
 )
 from nbody_pyg.kernels.autograd_flags import has_values
 
+#: Precisions in which a potential can be evaluated.
+PRECISIONS: Mapping[str, torch.dtype] = {"float32": torch.float32, "float64": torch.float64}
 #: Charge and spin of a system, and their defaults: a neutral singlet.
 DEFAULT_STATE: Mapping[str, float] = {"charge": 0.0, "spin": 1.0}
 

@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import argparse
 
-import torch
-
 from nbody_pyg.cli.outputs import output_folder
 from nbody_pyg.deploy.model_file import load_potential
 from nbody_pyg.native.export import FILES, export_c
-
-_DTYPES = {"float32": torch.float32, "float64": torch.float64}
+from nbody_pyg.system import PRECISIONS
 
 
 def export(args: argparse.Namespace) -> int:
     """Run the command; returns the exit status."""
     folder = output_folder(args.out, "exported", args.overwrite, [args.model], FILES)
     potential = load_potential(args.model)
-    paths = export_c(potential, folder, None if args.dtype is None else _DTYPES[args.dtype])
+    paths = export_c(potential, folder, None if args.dtype is None else PRECISIONS[args.dtype])
     print(f"written to {folder}: {', '.join(path.name for path in paths)}")
     print(f"compile: make -C {folder} (the library), make -C {folder} example")
     return 0

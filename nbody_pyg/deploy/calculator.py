@@ -24,6 +24,7 @@ from nbody_pyg.cuda_graphs import CapturedPotential
 from nbody_pyg.data import electronic_state_of
 from nbody_pyg.deploy.model_file import load_potential, read_metadata, require_potential
 from nbody_pyg.deploy.reference import bond_changes, describe_bonds, parts_of_reference, reference_topology
+from nbody_pyg.geometry import has_volume
 from nbody_pyg.hierarchy import BondTree, Topology, TopologyCache
 from nbody_pyg.hierarchy.skin import refuse_carry_on
 from nbody_pyg.kernels import build
@@ -32,11 +33,10 @@ from nbody_pyg.messages import check_choice
 from nbody_pyg.native import NativeEvaluator, is_neutral_singlet, why_not, why_not_here
 from nbody_pyg.potential import Potential
 from nbody_pyg.required import required
-from nbody_pyg.system import System
+from nbody_pyg.system import PRECISIONS, System
 
 #: Descriptions of the source of the bonds.
 _BONDS = ("each", "first")
-_DTYPES = {"float32": torch.float32, "float64": torch.float64}
 #: What evaluates a potential.
 ENGINES = ("auto", "native", "torch")
 
@@ -183,8 +183,8 @@ class NBodyCalculator(SharedCalculator):
         **kwargs: Any,
     ):
         super().__init__(**kwargs)
-        if dtype is not None and dtype not in _DTYPES:
-            raise ValueError(f"dtype must be one of {sorted(_DTYPES)} or None, got {dtype!r}")
+        if dtype is not None and dtype not in PRECISIONS:
+            raise ValueError(f"dtype must be one of {sorted(PRECISIONS)} or None, got {dtype!r}")
         if isinstance(bonds, str) and bonds not in _BONDS:
             raise ValueError(f"bonds must be one of {', '.join(_BONDS)} or a structure, got {bonds!r}; try 'each'")
         refuse_carry_on(carry_on)
@@ -198,7 +198,7 @@ class NBodyCalculator(SharedCalculator):
             potential = load_potential(potential)
         self.potential = potential.to(device).eval()
         if dtype is not None:
-            self.potential.to(_DTYPES[dtype])
+            self.potential.to(PRECISIONS[dtype])
         self.device = torch.device(device)
         self.scheme = self.potential.scheme
         self.topologies = None
@@ -466,7 +466,7 @@ class NBodyCalculator(SharedCalculator):
 
 def _has_volume(atoms: Atoms) -> bool:
     """Whether a stress is defined, unlike for some slabs and wires."""
-    return bool(atoms.pbc.any()) and bool(abs(np.linalg.det(atoms.cell.array)) > 1e-8)
+    return bool(atoms.pbc.any()) and has_volume(torch.from_numpy(atoms.cell.array))
 
 
 def _captured(potential: Potential, device: torch.device) -> CapturedPotential:

@@ -28,14 +28,13 @@ from nbody_pyg.messages import nearest, printable, short
 from nbody_pyg.potential import Potential
 from nbody_pyg.properties import PropertyModel
 from nbody_pyg.renamed import FORMER_ARGUMENTS, present_names
-from nbody_pyg.system import DEFAULT_STATE
+from nbody_pyg.system import DEFAULT_STATE, PRECISIONS
 from nbody_pyg.training.build import potential_config, potential_from_config
 from nbody_pyg.training.checkpoint import is_checkpoint
 from nbody_pyg.training.upgrades import FORMAT_VERSION, present_weights, up_to_date
 
 _KEY = "nbody_pyg"
 _PACKAGES = ("nbody_pyg", "torch", "torch_geometric", "e3nn")
-_DTYPES = {"float32": torch.float32, "float64": torch.float64}
 _NUMBER = (int, float)
 _UNITS = {"energy": "eV", "length": "angstrom", "forces": "eV/angstrom", "stress": "eV/angstrom^3"}
 #: Entries of every header and their types; further entries describe the model.
@@ -299,8 +298,8 @@ def _check_header(header: Mapping[str, Any]) -> None:
         raise ValueError(f"the entry model must hold class and config, got {short(described)}")
     if not isinstance(described["config"], (dict, type(None))):
         raise ValueError(f"the config of the network is {short(described['config'])}, which is of a wrong type")
-    if header["dtype"] not in _DTYPES:
-        raise ValueError(f"dtype must be one of {', '.join(_DTYPES)}, got {short(header['dtype'])}")
+    if header["dtype"] not in PRECISIONS:
+        raise ValueError(f"dtype must be one of {', '.join(PRECISIONS)}, got {short(header['dtype'])}")
     elements = [*(header["species"] or []), *map(_element, header["e0"] or {})]
     if not all(type(number) is int and 0 <= number < 119 for number in elements):
         raise ValueError(f"elements must be atomic numbers between 0 and 118, got {short(elements)}")

@@ -12,8 +12,7 @@ from nbody_pyg.models import NBodyNet
 from nbody_pyg.nn.repulsion import ZBLRepulsion
 from nbody_pyg.potential import Potential
 from nbody_pyg.properties import PropertyModel
-
-_DTYPES = {"float32": torch.float32, "float64": torch.float64}
+from nbody_pyg.system import PRECISIONS
 
 
 def potential_config(potential: Potential | PropertyModel) -> dict[str, Any]:
@@ -57,16 +56,16 @@ def potential_from_config(config: dict[str, Any], model: nn.Module | None = None
         )
     assumed = {str(key): float(value) for key, value in (config["model"].get("assumed") or {}).items()}
     model.assumed = assumed  # type: ignore[assignment]  # on whatever module
-    if config["dtype"] not in _DTYPES:
-        raise ValueError(f"dtype must be one of {sorted(_DTYPES)}, got {config['dtype']!r}")
+    if config["dtype"] not in PRECISIONS:
+        raise ValueError(f"dtype must be one of {sorted(PRECISIONS)}, got {config['dtype']!r}")
     if config.get("property") is not None:
-        return PropertyModel.from_config(config["property"], model).to(_DTYPES[config["dtype"]])
+        return PropertyModel.from_config(config["property"], model).to(PRECISIONS[config["dtype"]])
     e0 = config["e0"]
     reference = None if e0 is None else AtomicReference({int(z): e for z, e in e0.items()})
     described = config["repulsion"]
     repulsion = None if described is None else ZBLRepulsion.from_config(described)
     terms = build_terms(config.get("terms") or ())
-    return Potential(model, reference, config["scale"], repulsion, terms).to(_DTYPES[config["dtype"]])
+    return Potential(model, reference, config["scale"], repulsion, terms).to(PRECISIONS[config["dtype"]])
 
 
 def _build_model(described: dict[str, Any]) -> nn.Module:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch_geometric.data import Data
 
+from nbody_pyg.geometry import has_volume
 from nbody_pyg.network import model_frames
 from nbody_pyg.potential import Potential
 from nbody_pyg.training.labels import has_stress, label_shapes, uniform
@@ -70,4 +71,4 @@ def _has_volume(frame: Data) -> bool:
     cell, pbc = frame.get("cell"), frame.get("pbc")
     if cell is None or (pbc is not None and not bool(pbc.any())):
         return False
-    return bool(torch.linalg.det(cell.double()).abs().max() > 1e-8)
+    return has_volume(cell)

@@ -21,7 +21,7 @@ from nbody_pyg.datasets.reference import is_isolated_atom
 from nbody_pyg.energy import AtomicReference, Energies, build_terms, describe_terms
 from nbody_pyg.messages import symbols
 from nbody_pyg.models import NBodyNet
-from nbody_pyg.network import frame_states
+from nbody_pyg.network import frame_states, without_ions
 from nbody_pyg.nn.repulsion import ZBLRepulsion, pair_name
 from nbody_pyg.potential import Potential
 from nbody_pyg.properties import PropertyModel, Statistics, fit_statistics
@@ -300,7 +300,7 @@ def refitted(
         one.energy = frame.energy.double().reshape(1) - energy.reshape(1) - start
         left.append(one)
     if e0 == "isolated":  # an ion does not tell the energy of an atom
-        left = [f for f in left if len(f.z) > 1 or not _is_charged(f)]
+        left = list(without_ions(left))
     change = fit_atomic_energies(left, e0)
     return {z: old.get(z, 0.0) + e for z, e in change.items()}
 
@@ -315,11 +315,6 @@ def _few(frames: Sequence[Data]) -> list[Data]:
             more.append(frame)
             seen.update(frame.z.tolist())
     return [*kept, *more]
-
-
-def _is_charged(frame: Data) -> bool:
-    values = frame.get("charge")
-    return values is not None and bool(torch.as_tensor(values).any())
 
 
 @torch.no_grad()

@@ -16,7 +16,7 @@ from torch_geometric.data import Data
 from nbody_pyg.data import VOIGT, is_topology_key
 from nbody_pyg.datasets.audit import outliers, require_labels
 from nbody_pyg.datasets.frames import LABEL_SHAPES, Frames, has_label, listed, shaped_label
-from nbody_pyg.geometry import complete_cell
+from nbody_pyg.geometry import complete_cell, has_volume
 from nbody_pyg.network import MODEL_INPUTS
 from nbody_pyg.potential import Potential
 from nbody_pyg.properties import PropertyModel
@@ -120,7 +120,7 @@ def _is_flat(frame: Data, found: Sequence[str]) -> bool:
     """A slab or wire without a stress whose cell has no volume, among frames with a stress."""
     if "stress" not in found or has_label(frame, "stress") or frame.get("cell") is None or frame.get("pbc") is None:
         return False
-    return bool(torch.linalg.det(frame.cell.double()).abs() <= 1e-8)
+    return not has_volume(frame.cell)
 
 
 def _label(frame: Data, label: str, shape: Shape, where: str) -> Tensor:

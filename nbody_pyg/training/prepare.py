@@ -40,7 +40,7 @@ from nbody_pyg.datasets.units import SAMPLE, UnitFiles, are_units, unit_files
 from nbody_pyg.energy import AtomicReference
 from nbody_pyg.hierarchy import Scheme, Topology, share_topology
 from nbody_pyg.messages import check_choice
-from nbody_pyg.network import check_states, frame_states, learn_state
+from nbody_pyg.network import check_states, frame_states, learn_state, without_ions
 from nbody_pyg.nn.charges import check_inputs
 from nbody_pyg.nn.inner_cutoff import inner_cutoffs
 from nbody_pyg.nn.repulsion import ZBLRepulsion
@@ -396,8 +396,8 @@ def state_terms(frames: Sequence[Data], inputs: Sequence[str]) -> StateTerms:
 
 def _neutral(frames: Sequence[Data], e0: typing.Any, terms: StateTerms | None) -> Sequence[Data]:
     """Frames for fitting the energies of isolated atoms, without the contribution of charges and spins."""
-    if e0 == "isolated" and (charges := frame_states(frames).get("charge")) is not None:  # an ion does not count
-        return [frame for frame, charge in zip(frames, charges, strict=True) if charge == 0 or len(frame.z) > 1]
+    if e0 == "isolated":
+        return without_ions(frames)
     if terms is None or e0 not in ("lstsq", "mean"):
         return frames
     out = [copy.copy(frame) for frame in frames]
