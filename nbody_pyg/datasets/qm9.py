@@ -1,8 +1,8 @@
-"""QM9 from its own raw files in float64, its two families of splits, and dipole vectors."""
+"""QM9 in float64 from the package qm9pack or its own raw files, its two families of splits, and dipole vectors."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple, SupportsIndex
 
@@ -13,6 +13,7 @@ from ase.data import atomic_numbers
 from nbody_pyg.data import AtomicData
 from nbody_pyg.datasets.arrays import load_arrays
 from nbody_pyg.datasets.frames import Frames, check_frame, chosen_rows
+from nbody_pyg.datasets.qm9pack import TENSOR, read_qm9pack
 from nbody_pyg.datasets.splits import Split
 from nbody_pyg.messages import nearest
 from nbody_pyg.units import BOHR, HARTREE, energy_factor
@@ -62,41 +63,95 @@ _ATOMREF: Mapping[str, dict[int, float]] = {
     "G": {1: -0.510927, 6: -37.861317, 7: -54.598897, 8: -75.079532, 9: -99.733544},
 }
 TOTAL_ENERGIES = tuple(name for name in TARGETS if name[:2] in ("U", "H", "G", "U0") or name.endswith("_atomization"))
+#: Columns of the package qm9pack. It has no atomization energies: the free atoms are taken off here.
+_PACKAGE: Mapping[str, str] = {
+    "mu": "Dipole_debye",
+    "alpha": "Polarizability_bohr3",
+    "homo": "HOMO_au",
+    "lumo": "LUMO_au",
+    "gap": "HOMO_LUMO_gap_au",
+    "r2": "R2_bohr2",
+    "zpve": "ZPVE_au",
+    "U0": "InternalEnergy_0K_au",
+    "U": "InternalEnergy_298K_au",
+    "H": "Enthalphy_298K_au",
+    "G": "GibbsFreeEnergy_298K_au",
+    "Cv": "Heatcapacity_Cv_cal_mol_K",
+    "A": "RotA_GHz",
+    "B": "RotB_GHz",
+    "C": "RotC_GHz",
+}
+#: What the package has beside the targets, with its columns.
+_EXTRAS: Mapping[str, tuple[str, ...]] = {"mulliken_charges": ("Mulliken_pop",), "polarizability_tensor": TENSOR}
 
 
 def load_qm9(
-    root: str | Path, target: str | int = "U0_atomization", rows: Iterable[SupportsIndex] | None = None
+    root: str | Path | None = None,
+    target: str | int | Sequence[str | int] = "U0_atomization",
+    rows: Iterable[SupportsIndex] | None = None,
 ) -> Frames:
-    """Molecules of QM9 with one property, float64, in the order of PyG's ``QM9`` (rows 0 to 130,830).
+    """Molecules of QM9 with one or more properties, float64, in the order of PyG's ``QM9`` (rows 0 to 130,830).
 
-    Energies of the whole molecule (U0, U, H, G and their atomization energies) are stored as ``energy`` in
-    eV; any other target under its own name, in the unit of ``TARGETS``, with shape [1].
+    One target is stored under its own name, in the unit of ``TARGETS``, with shape [1]; an energy of the whole molecule
+    (U0, U, H, G and their atomization energies) as ``energy`` in eV. Several targets all keep their own names.
+
+    Without ``root`` the package ``qm9pack`` is read (``pip install 'nbody_pyg[qm9]'``; its text files, nothing of it is
+    imported). It has two more targets:
+
+    =========================  =============================================================================
+    ``mulliken_charges``       [N], in e
+    ``polarizability_tensor``  [1, 3, 3], in a0^3; its axes are those of the calculation, not those of
+                               ``pos``: only trace and eigenvalues have a meaning beside ``pos``
+    =========================  =============================================================================
 
     ``root`` is either a folder (or its ``raw/``) with PyG's raw files ``gdb9.sdf``, ``gdb9.sdf.csv`` and
     ``uncharacterized.txt``, read here without RDKit; or a folder or file ``qm9_U0.npz`` (arrays n, Z, R,
     U0_Ha, U0_atomization_eV), which has U0 only.
 
     Args:
-        root: the folder.
-        target: a name of ``TARGETS``, or PyG's number of it (12 is ``U0_atomization``).
+        root: the folder, or None for the package.
+        target: a name of ``TARGETS``, or PyG's number of it (12 is ``U0_atomization``); a list of them; or ``"all"``
+            for the twelve of ``REGRESSION_TARGETS``.
         rows: which molecules, such as the lists of :func:`qm9_split`; all by default.
 
     Raises:
         FileNotFoundError: no file of either form.
-        ValueError: unknown target, rows out of range, damaged file.
+        ImportError: no ``root``, and the package is not installed.
+        ValueError: unknown target, a target that the files lack, rows out of range, damaged file.
     """
-    name = _target_name(target)
+    labels = target_labels(target)
+    if root is None:
+        return _load_package(labels, rows)
     root = Path(root)
+    if lacking := [name for name in labels.values() if name in _EXTRAS]:
+        raise ValueError(f"target {lacking[0]!r} is in the package qm9pack only; leave out the folder {str(root)!r}")
     packed = root if root.suffix == ".npz" else root / "qm9_U0.npz"
     if packed.exists():
-        return _load_packed(packed, name, rows)
+        return _load_packed(packed, labels, rows)
     for folder in (root, root / "raw"):
         if (folder / "gdb9.sdf").exists():
-            return _load_sdf(folder, name, rows)
+            return _load_sdf(folder, labels, rows)
     raise FileNotFoundError(
-        f"{str(root)!r} holds neither qm9_U0.npz nor gdb9.sdf; unpack PyG's raw archive "
-        f"(torch_geometric.datasets.QM9.raw_url, and raw_url2 as uncharacterized.txt) there"
+        f"{str(root)!r} holds neither qm9_U0.npz nor gdb9.sdf; leave the folder out to read the package qm9pack, or "
+        f"unpack PyG's raw archive (torch_geometric.datasets.QM9.raw_url, and raw_url2 as uncharacterized.txt) there"
     )
+
+
+def target_labels(target: str | int | Sequence[str | int]) -> dict[str, str]:
+    """The key on the frames of each target, with the name of the target; see :func:`load_qm9`.
+
+    >>> target_labels("U0"), target_labels(["mu", "U0"])
+    ({'energy': 'U0'}, {'mu': 'mu', 'U0': 'U0'})
+    """
+    if target == "all":
+        target = REGRESSION_TARGETS
+    if isinstance(target, (str, int)):
+        name = _target_name(target)
+        return {"energy" if name in TOTAL_ENERGIES else name: name}
+    names = [_target_name(one) for one in target]
+    if not names or len(set(names)) < len(names):
+        raise ValueError(f"target must list different targets of QM9, got {list(target)}")
+    return {name: name for name in names}
 
 
 def qm9_atomref(target: str) -> dict[int, float]:
@@ -177,22 +232,17 @@ def _target_name(target: str | int) -> str:
         if not 0 <= target < len(names):
             raise ValueError(f"target must lie in 0..{len(names) - 1} or be a name, got {target}")
         return names[target]
-    if target not in TARGETS:
-        raise ValueError(f"target {target!r} is not in QM9; {nearest(target, names)}")
+    if target not in TARGETS and target not in _EXTRAS:
+        raise ValueError(f"target {target!r} is not in QM9; {nearest(target, [*names, *_EXTRAS])}")
     return target
 
 
-def _store(frame: AtomicData, name: str, value: float, where: str) -> AtomicData:
-    frame["energy" if name in TOTAL_ENERGIES else name] = torch.tensor([value], dtype=torch.float64)
-    if not np.isfinite(value):
-        raise ValueError(f"{where}: {name} is {value}; remove the molecule")
-    check_frame(frame, where)
-    return frame
-
-
-def _frames(frames: list[AtomicData], path: Path, name: str, key: str, available: Iterable[str]) -> Frames:
-    label = "energy" if name in TOTAL_ENERGIES else name
-    return Frames(frames, name=f"{path} ({name})", sources={label: (key,)}, available=available)
+def _frames(
+    frames: list[AtomicData], place: str, labels: Mapping[str, str], keys: Mapping[str, Sequence[str]],
+    available: Iterable[str],
+) -> Frames:  # fmt: skip
+    sources = {label: tuple(keys[name]) for label, name in labels.items()}
+    return Frames(frames, name=f"{place} ({', '.join(labels.values())})", sources=sources, available=available)
 
 
 def _require(raw: Mapping[str, np.ndarray], keys: Iterable[str], path: Path) -> None:
@@ -222,31 +272,63 @@ def _molecules(
         yield AtomicData(z=z, pos=torch.from_numpy(raw["R"][atoms].astype(np.float64))), row
 
 
-def _load_packed(path: Path, name: str, rows: Iterable[SupportsIndex] | None) -> Frames:
+def _load_packed(path: Path, labels: Mapping[str, str], rows: Iterable[SupportsIndex] | None) -> Frames:
     columns = {"U0": ("U0_Ha", HARTREE), "U0_atomization": ("U0_atomization_eV", 1.0)}
-    if name not in columns:
-        raise ValueError(f"target {name!r} is not in {path.name}, which has U0 and U0_atomization only")
-    key, factor = columns[name]
+    if lacking := [name for name in labels.values() if name not in columns]:
+        raise ValueError(
+            f"target {lacking[0]!r} is not in {path.name}, which has U0 and U0_atomization only; leave the folder out "
+            "to read the package qm9pack"
+        )
     raw = load_arrays(path)
-    _require(raw, ("n", "Z", "R", key), path)
-    energies = raw[key].astype(np.float64) * factor
+    _require(raw, ("n", "Z", "R", *(columns[name][0] for name in labels.values())), path)
+    values = {label: raw[columns[name][0]] * columns[name][1] for label, name in labels.items()}
+    frames = [_labelled(frame, row, values) for frame, row in _molecules(raw, rows, path.name)]
+    return _frames(frames, str(path), labels, {name: (key,) for name, (key, _) in columns.items()}, raw)
+
+
+def _labelled(frame: AtomicData, row: int, values: Mapping[str, np.ndarray]) -> AtomicData:
+    """The frame with the value of its row for each label, float64."""
+    for label, value in values.items():
+        frame[label] = torch.from_numpy(value[row : row + 1].astype(np.float64))
+    return frame
+
+
+def _load_package(labels: Mapping[str, str], rows: Iterable[SupportsIndex] | None) -> Frames:
+    targets = {name: (_PACKAGE[name.removesuffix("_atomization")],) for name in TARGETS}
+    keys: Mapping[str, Sequence[str]] = {**targets, **_EXTRAS}
+    raw = read_qm9pack({key for name in labels.values() for key in keys[name]})
+    starts = np.cumsum(raw["n"]) - raw["n"]
+    values = {}
+    for label, name in labels.items():
+        if name == "polarizability_tensor":
+            values[label] = np.stack([raw[key] for key in TENSOR], axis=1).reshape(-1, 3, 3)
+        elif name.endswith("_atomization"):
+            free = np.zeros(119)
+            free[list(_ATOMREF["U0"])] = list(_ATOMREF[name.removesuffix("_atomization")].values())
+            values[label] = (raw[keys[name][0]] - np.add.reduceat(free[raw["Z"]], starts)) * HARTREE
+        elif name in TARGETS:
+            values[label] = raw[keys[name][0]] * TARGETS[name].factor
     frames = []
-    for frame, row in _molecules(raw, rows, path.name):
-        frame.energy = torch.from_numpy(energies[row : row + 1].copy())
-        frames.append(frame)
-    return _frames(frames, path, name, key, raw)
+    for frame, row in _molecules(raw, rows, "qm9pack"):
+        if "mulliken_charges" in labels:
+            atoms = slice(int(starts[row]), int(starts[row] + raw["n"][row]))
+            frame.mulliken_charges = torch.from_numpy(raw["Mulliken_pop"][atoms].copy())
+        frames.append(_labelled(frame, row, values))
+    return _frames(frames, "qm9pack", labels, keys, raw)
 
 
-def _load_sdf(folder: Path, name: str, rows: Iterable[SupportsIndex] | None) -> Frames:
+def _load_sdf(folder: Path, labels: Mapping[str, str], rows: Iterable[SupportsIndex] | None) -> Frames:
     for file in ("gdb9.sdf.csv", "uncharacterized.txt"):
         if not (folder / file).exists():
             raise FileNotFoundError(f"{folder / file} is missing beside gdb9.sdf; PyG's QM9 downloads it")
-    target = TARGETS[name]
     head, *lines = (folder / "gdb9.sdf.csv").read_text().splitlines()
     columns = head.split(",")
-    if target.column not in columns:
-        raise ValueError(f"gdb9.sdf.csv has no column {target.column!r}; {nearest(target.column, columns)}")
-    column = columns.index(target.column)
+    for name in labels.values():
+        if TARGETS[name].column not in columns:
+            raise ValueError(
+                f"gdb9.sdf.csv has no column {TARGETS[name].column!r}; {nearest(TARGETS[name].column, columns)}"
+            )
+    places = {label: columns.index(TARGETS[name].column) for label, name in labels.items()}
     # Nine lines of heading and two of closing stand around the list of failed molecules, counted from 1.
     failed = {int(line.split()[0]) - 1 for line in (folder / "uncharacterized.txt").read_text().split("\n")[9:-2]}
     entries = (folder / "gdb9.sdf").read_text().split("$$$$\n")[:-1]
@@ -258,9 +340,16 @@ def _load_sdf(folder: Path, name: str, rows: Iterable[SupportsIndex] | None) -> 
     frames = []
     for row in chosen_rows(rows, len(kept), "gdb9.sdf"):
         entry, where = kept[row], f"molecule {kept[row]} of gdb9.sdf"
-        value = float(lines[entry].split(",")[column]) * target.factor
-        frames.append(_store(_molfile(entries[entry], where), name, value, where))
-    return _frames(frames, folder / "gdb9.sdf", name, target.column, columns)
+        frame, words = _molfile(entries[entry], where), lines[entry].split(",")
+        for label, place in places.items():
+            value = float(words[place]) * TARGETS[labels[label]].factor
+            if not np.isfinite(value):
+                raise ValueError(f"{where}: {labels[label]} is {value}; remove the molecule")
+            frame[label] = torch.tensor([value], dtype=torch.float64)
+        check_frame(frame, where)
+        frames.append(frame)
+    keys = {name: (TARGETS[name].column,) for name in labels.values()}
+    return _frames(frames, str(folder / "gdb9.sdf"), labels, keys, columns)
 
 
 def _molfile(text: str, where: str) -> AtomicData:

@@ -30,11 +30,12 @@ class DataConfig:
 
     embedded: str | None = setting(None, "a molecule of the embedded sets: ethanol, alanine_dipeptide")
     rmd17: str | None = setting(None, "a molecule of revised MD17, read from files under root")
-    qm9: str | None = setting(
-        None, "a target of QM9 (U0, mu, alpha, homo, ...; dipole: the vectors of the RI-MP2 set), read under root"
+    qm9: list[str] | str | None = setting(  # noqa: RUF009
+        None, "a target of QM9 (U0, mu, alpha, homo, ...), a list of targets, or all (of the usual twelve); dipole: "
+        "the vectors of the RI-MP2 set"
     )  # fmt: skip
     family: str = setting("dimenet", "split of QM9: dimenet (110,000 molecules for training) or cormorant (100,000)")
-    root: str | None = setting(None, "folder of the files of rMD17 or QM9")
+    root: str | None = setting(None, "folder of the files of rMD17 or QM9 (default of QM9: the package qm9pack)")
     split: int = setting(1, "number of the published rMD17 split")
     train: list[str] | str | None = setting(  # noqa: RUF009
         None, "training frames (extxyz, npz, anything ASE reads): a file, a folder, a pattern such as 'run*/a.xyz', "
@@ -66,9 +67,9 @@ class DataConfig:
         given = [name for name in ("embedded", "rmd17", "qm9", "train") if getattr(self, name) is not None]
         if len(given) != 1:
             raise ValueError(f"data needs exactly one of embedded, rmd17, qm9 and train, got {given or 'none'}")
-        for name in ("rmd17", "qm9"):
-            if getattr(self, name) is not None and self.root is None:
-                raise ValueError(f"data.{name} needs data.root, the folder of its files")
+        if self.root is None and (self.rmd17 is not None or self.qm9 == "dipole"):
+            wanted = "data.rmd17" if self.rmd17 is not None else "data.qm9 'dipole'"
+            raise ValueError(f"{wanted} needs data.root, the folder of its files")
         for name in ("val", "test"):
             if getattr(self, name) is not None and self.train is None:
                 raise ValueError(f"data.{name} goes with data.train; data.{given[0]} brings its own frames")

@@ -33,7 +33,7 @@ from nbody_pyg.datasets import (
 )
 from nbody_pyg.datasets.frames import Frames, has_label
 from nbody_pyg.datasets.keys import levels_apart
-from nbody_pyg.datasets.qm9 import TARGETS, TOTAL_ENERGIES
+from nbody_pyg.datasets.qm9 import TARGETS, target_labels
 from nbody_pyg.datasets.readers import find_files, join_frames
 from nbody_pyg.datasets.reference import is_isolated_atom
 from nbody_pyg.datasets.units import SAMPLE, UnitFiles, are_units, unit_files
@@ -214,22 +214,22 @@ def _load_qm9(config: DataConfig, kept: Split | None) -> DataSets:
         split.val[: 1000 if config.num_val is None else config.num_val],
         split.test[: config.num_test],
     )
-    # Read once: the text files of QM9 take a minute.
-    every = load_qm9(required(config.root), required(config.qm9), np.concatenate(rows))
+    every = load_qm9(config.root, required(config.qm9), np.concatenate(rows))  # read once: the files are large
     ends = np.cumsum([len(part) for part in rows])
     return DataSets(every[: ends[0]], every[ends[0] : ends[1]], {"test": every[ends[1] : ends[2]]})
 
 
 def wanted_properties(config: Config) -> tuple[Property, ...]:
-    """Properties to learn beside energies and forces: from the section ``target``, or from the target of QM9."""
+    """Properties to learn beside energies and forces: from the section ``target``, or from the targets of QM9."""
     name = config.data.qm9
     if config.target or name is None:
         return config.target
     if name == "dipole":
         return (Property("dipole", "dipole", "e*angstrom"),)
-    if name in TARGETS and name not in TOTAL_ENERGIES:
-        return (Property(name, TARGETS[name].readout, TARGETS[name].unit),)
-    return ()
+    labels = target_labels(name)
+    if lacking := set(labels) - {"energy", *TARGETS}:
+        raise ValueError(f"data.qm9 must name targets of {', '.join(TARGETS)} to learn, got {lacking.pop()!r}")
+    return tuple(Property(key, TARGETS[key].readout, TARGETS[key].unit) for key in labels if key != "energy")
 
 
 def read_files(paths: str | Sequence[str], config: DataConfig) -> Sequence[Data]:
@@ -291,8 +291,10 @@ def reference_mode(config: DataConfig) -> str | Mapping[str, float] | Mapping[in
     """
     if config.e0 != "atomref":
         return config.e0
-    if config.qm9 is None:
-        raise ValueError("data.e0 'atomref' is known for data.qm9 only; use lstsq, mean, isolated or {element: eV}")
+    if not isinstance(config.qm9, str):
+        raise ValueError(
+            "data.e0 'atomref' is known for data.qm9 only, with one target; use lstsq, mean, isolated or {element: eV}"
+        )
     return qm9_atomref(config.qm9)
 
 

@@ -22,6 +22,7 @@ OPTIONAL = [
     "h5py",
     "triton",
     "nequip",
+    "qm9pack",
     "schnetpack",
     "mace",
     "torchmdnet",

@@ -136,8 +136,59 @@ def test_the_section_target_is_checked_and_kept(tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             load_config(None, [*words, *words_])
-    with pytest.raises(ValueError, match=r"data\.qm9 needs data\.root"):
-        load_config(None, ["--data.qm9", "mu", "--training.max_steps", "1"])
+    with pytest.raises(ValueError, match=r"data\.qm9 'dipole' needs data\.root"):
+        load_config(None, ["--data.qm9", "dipole", "--training.max_steps", "1"])
+
+
+@pytest.mark.parametrize("wanted", ["[mu, r2, U0, homo]", "all"])
+def test_one_model_of_several_targets(wanted, raw, small_split, tmp_path, pytestconfig):
+    """Each with its readout; the recipe of QM9 trains, saves, evaluates and predicts them together."""
+    folder = tmp_path / "run"
+    words = ["--data.qm9", wanted, "--data.root", str(raw), "--training.max_steps", "4", "--training.batch_size", "4"]
+    words += ["--model.channels", "2", "--output.folder", str(folder), "--training.validate_every", "2"]
+    assert main(["--debug", "train", str(pytestconfig.rootpath / "configs" / "qm9.yaml"), *words]) == 0
+    names = REGRESSION_TARGETS if wanted == "all" else ("mu", "r2", "U0", "homo")
+    model = load_model(folder / "model.nbody")
+    assert {p.name: (p.readout, p.unit) for p in model.properties} == {
+        name: (TARGETS[name].readout, TARGETS[name].unit) for name in names
+    }
+    frames = load_qm9(raw, names, [20, 21])
+    values = [{name: value.item() for name, value in model(frame).items()} for frame in frames]
+    for name in names:
+        assert values[0][name] != values[1][name]
+        assert abs(values[0][name]) > 1e-3
+    frames[0].to_ase().write(tmp_path / "one.xyz")
+    assert main(["evaluate", str(folder / "model.nbody"), str(tmp_path / "one.xyz"), "--out", str(tmp_path)]) == 0
+    with np.load(tmp_path / "one_predictions.npz") as found:
+        for name in names:
+            assert found[name].item() == pytest.approx(values[0][name], rel=1e-4)
+
+
+def test_the_data_come_from_the_package_without_a_folder(small_split, monkeypatch):
+    asked = []
+
+    def loader(root, target, rows):
+        asked.append((root, target, len(rows)))
+        raise ImportError("no data here")
+
+    monkeypatch.setattr(prepare, "load_qm9", loader)
+    for target in ("homo", ["mu", "U"]):
+        config = load_config(None, ["--data.qm9", str(target), "--training.max_steps", "1"])
+        assert config.data.qm9 == target
+        with pytest.raises(ImportError, match="no data here"):
+            prepare.load_data(config.data)
+    assert asked == [(None, "homo", 24), (None, ["mu", "U"], 24)]
+
+
+def test_wrong_lists_of_targets(raw, small_split):
+    for wanted, message in (
+        ("[mu, muu]", "target 'muu' is not in QM9; did you mean mu"),
+        ("[mu, dipole]", "target 'dipole' is not in QM9"),
+        ("[mu, mulliken_charges]", r"data\.qm9 must name targets of .* to learn, got 'mulliken_charges'"),
+    ):
+        config = load_config(None, ["--data.qm9", wanted, "--training.max_steps", "1"])
+        with pytest.raises(ValueError, match=message):
+            prepare.wanted_properties(config)
 
 
 def test_the_families_share_no_roles():
