@@ -22,7 +22,7 @@ from nbody_pyg.renamed import renamed
 from nbody_pyg.required import required
 from nbody_pyg.system import System
 
-__all__ = ["AtomicReference", "EnergyParts", "Potential", "parameter_gradients"]
+__all__ = ["AtomicReference", "EnergyParts", "Potential", "parameter_gradients", "position_jacobian"]
 
 
 class Potential(Float64Buffers):
@@ -406,6 +406,13 @@ def volumes(system: System) -> Float[Tensor, " graphs"]:
 def parameter_gradients(loss: Tensor, parameters: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """Gradients of a loss; unlike ``loss.backward()`` it does not change ``.grad`` and calls no hooks."""
     return torch.autograd.grad(loss, list(parameters), allow_unused=True, materialize_grads=True)
+
+
+def position_jacobian(values: Tensor, pos: Float[Tensor, "atoms 3"]) -> Tensor:
+    """Derivative of every component of some values with respect to positions, [*values.shape, atoms, 3]."""
+    _refuse_modes()
+    rows = [_gradient(value, [pos], retain_graph=True)[0] for value in values.reshape(-1)]
+    return torch.stack(rows).reshape(*values.shape, *pos.shape)
 
 
 def _gradient(

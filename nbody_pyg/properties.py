@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -19,6 +20,7 @@ from nbody_pyg.models import NBodyNet
 from nbody_pyg.network import Network, network_of
 from nbody_pyg.nn.edges import sum_into
 from nbody_pyg.nn.irreps import clebsch_gordan, reset
+from nbody_pyg.potential import position_jacobian
 from nbody_pyg.system import System
 
 #: Readout -> (scalars, vectors, tensors of degree 2) that it uses from every part, and the shape of its value.
@@ -189,6 +191,20 @@ class PropertyModel(nn.Module):
         centre = self._centre(system)
         raw = self._from_other(system) if own is None else self._from_network(own, system, centre)
         return {p.name: self._restored(p, raw[p.name], system, centre) for p in self.properties}
+
+    def jacobian(self, data: Data, name: str) -> Tensor:
+        """Derivatives of a property with respect to positions, (graphs, *shape, atoms, 3), its unit per angstrom.
+
+        Cost: one forward pass, and one backward pass for each component of each graph.
+
+        Raises: ValueError: no property of this name.
+        """
+        if name not in self.statistics:
+            raise ValueError(f"name must be one of {', '.join(self.statistics)}, got {name!r}")
+        data = copy.copy(data)
+        data.pos = data.pos.detach().clone().requires_grad_(True)
+        with torch.enable_grad():
+            return position_jacobian(self(data)[name], data.pos).detach()
 
     # ------------------------------------------------------------------ readouts
     def _from_network(self, model: NBodyNet, system: System, centre: Tensor) -> dict[str, Tensor]:

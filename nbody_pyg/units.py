@@ -8,6 +8,7 @@ saved models were trained with. Constants: CODATA 2022 (the SI constants e, N_A,
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -39,6 +40,10 @@ ENERGY_UNITS: Mapping[str, float] = {
 LENGTH_UNITS: Mapping[str, float] = {"angstrom": 1.0, "bohr": BOHR, "nm": 10.0, "pm": 1e-2}
 DIPOLE_UNITS: Mapping[str, float] = {"e*angstrom": 1.0, "debye": DEBYE, "e*bohr": BOHR}
 GIGAPASCAL = 1e-21 / ELEMENTARY_CHARGE  # eV/angstrom^3
+#: Wavenumber of a vibration whose stiffness is 1 eV/angstrom^2 and whose mass is 1 amu, cm^-1.
+WAVENUMBER = (ELEMENTARY_CHARGE / ATOMIC_MASS) ** 0.5 * 1e10 / (200.0 * math.pi * SPEED_OF_LIGHT)
+#: Integrated absorption N_A / (12 epsilon_0 c^2) |dmu/dQ|^2 where |dmu/dQ|^2 is 1 e^2/amu, km/mol.
+ABSORPTION = AVOGADRO * math.pi * COULOMB * ELEMENTARY_CHARGE / (3e13 * SPEED_OF_LIGHT**2 * ATOMIC_MASS)
 STRESS_UNITS: Mapping[str, float] = {
     "eV/angstrom^3": 1.0,
     "meV/angstrom^3": 1e-3,

@@ -63,13 +63,18 @@ class LennardJones(EnergyTerm):
         return energy.new_zeros(structure.z.shape).index_add(0, index[1], 0.5 * energy)
 
 
-def argon(term: EnergyTerm) -> Potential:
-    """A potential of argon that is this term alone: the network gives nothing."""
-    silent = net(species=[18])
+def only(term: EnergyTerm, species: Sequence[int]) -> Potential:
+    """A potential that is this term alone: the network gives nothing."""
+    silent = net(species=species)
     with torch.no_grad():
         for weight in silent.parameters():
             weight.mul_(0.0)
     return Potential(silent, repulsion=None, terms=[term]).double()
+
+
+def argon(term: EnergyTerm) -> Potential:
+    """A potential of argon that is this term alone."""
+    return only(term, [18])
 
 
 class Springs(nn.Module):

@@ -36,6 +36,7 @@ Covariant hierarchical N-body networks for atoms.
   nbody learn CCO --label gfn2                      active learning: a potential from few labels
   nbody export runs/embedded/model.nbody --to c     source code for programs without Python
   nbody solid runs/si/model.nbody si.cif            cell, bulk modulus and elastic constants of a crystal
+  nbody infrared model.nbody start.xyz --dipole d.nbody   vibrations and infrared spectrum of a molecule
   nbody energies runs/embedded/model.nbody my.xyz   energy of each part of a molecule
   nbody hierarchy molecule.xyz --scheme BondTree    build, check and draw a hierarchy
   nbody compare --models nbody painn --budget 300   compare with other models
@@ -53,7 +54,7 @@ exit status:
   141  the pipe was closed by its reader"""
 
 #: Arguments of any command that name files or folders; ~ and $HOME in them are expanded.
-_PATHS = ("model", "data", "start", "frames", "file", "committee", "out", "json", "plot")
+_PATHS = ("model", "data", "start", "frames", "file", "committee", "dipole", "out", "json", "plot")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -251,6 +252,20 @@ def build_parser() -> _Parser:
     solid.add_argument("--range", type=positive_number, default=0.06, help="largest change of volume (default: 0.06)")
     solid.add_argument("--strain", type=positive_number, default=0.005, help="of elastic constants (default: 0.005)")
     _add_out(solid, "folder (default: solid; a number is added if it holds results)")
+
+    infrared = commands.add_parser("infrared", help="vibrations and infrared spectrum of a molecule")
+    infrared.add_argument("model", help="model file")
+    infrared.add_argument("file", help="a molecule in any file that ASE reads")
+    infrared.add_argument("--dipole", default=None, metavar="MODEL",
+                          help="model file of dipoles, for intensities (default: frequencies only)")  # fmt: skip
+    infrared.add_argument("--index", type=whole, default=0, help="structure of the file (default: 0)")
+    infrared.add_argument(
+        "--fmax", type=positive_number, default=1e-4, help="largest force left, eV/A (default: 0.0001)"
+    )
+    infrared.add_argument("--steps", type=positive, default=1000, help="largest number of steps (default: 1000)")
+    infrared.add_argument("--width", type=positive_number, default=10.0,
+                          help="of the lines in the plot, full width at half maximum, cm^-1 (default: 10)")  # fmt: skip
+    _add_out(infrared, "folder (default: infrared; a number is added if it holds results)")
 
     learn = commands.add_parser("learn", help="active learning: a potential from few labels")
     learn.add_argument("start", help="structures of one molecule or crystal, or a SMILES string")

@@ -17,12 +17,14 @@ from nbody_pyg.training.upgrades import FORMAT_VERSION
 
 if TYPE_CHECKING:
     from nbody_pyg.deploy.dynamics import MDReport, run_md
+    from nbody_pyg.deploy.infrared import InfraredSpectrum, infrared_spectrum, plot_infrared
     from nbody_pyg.deploy.solids import SolidProperties, plot_equation_of_state, solid_properties
 
 __all__ = [
     "FORMAT_VERSION",
     "Committee",
     "EnergyExplanation",
+    "InfraredSpectrum",
     "MDReport",
     "NBodyCalculator",
     "Relaxation",
@@ -30,9 +32,11 @@ __all__ = [
     "cg_fingerprint",
     "explain_energy",
     "find_model",
+    "infrared_spectrum",
     "load_model",
     "plot_energy_parts",
     "plot_equation_of_state",
+    "plot_infrared",
     "read_metadata",
     "reference_record",
     "reference_topology",
@@ -48,7 +52,8 @@ __all__ = [
 # They load ``ase.io`` and scipy, which forces do not need
 __getattr__ = imported_later(__name__, {
     "MDReport": "dynamics", "run_md": "dynamics", "SolidProperties": "solids", "solid_properties": "solids",
-    "plot_equation_of_state": "solids",
+    "plot_equation_of_state": "solids", "InfraredSpectrum": "infrared", "infrared_spectrum": "infrared",
+    "plot_infrared": "infrared",
 })  # fmt: skip
 
 

@@ -15,7 +15,19 @@ import pytest
 import nbody_pyg
 
 FOLDER = Path(nbody_pyg.__file__).parent / "cli"
-COMMANDS = ("train", "compare", "evaluate", "info", "check", "md", "relax", "energies", "hierarchy")
+COMMANDS = (
+    "train",
+    "compare",
+    "evaluate",
+    "info",
+    "check",
+    "md",
+    "relax",
+    "solid",
+    "infrared",
+    "energies",
+    "hierarchy",
+)
 
 
 def texts() -> dict[str, str]:

@@ -227,7 +227,9 @@ def test_errors_are_one_line(words, message, capsys, tmp_path, monkeypatch):
     assert "Traceback" not in error
 
 
-@pytest.mark.parametrize("words", [["energies", "ethanol"], ["check"], ["relax", "ethanol"], ["md", "ethanol.xyz"]])
+@pytest.mark.parametrize(
+    "words", [["energies", "ethanol"], ["check"], ["relax", "ethanol"], ["infrared", "ethanol"], ["md", "ethanol.xyz"]]
+)
 def test_models_of_properties_are_no_potentials(words, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     properties = [Property("gap", "intensive", "eV")]
@@ -437,7 +439,7 @@ def test_paths_may_have_a_tilde_or_a_variable(folder, tmp_path, monkeypatch, cap
         ("a", None, "a is a folder"),
     ],
 )
-@pytest.mark.parametrize("command", ["md", "relax", "hierarchy"])
+@pytest.mark.parametrize("command", ["md", "relax", "infrared", "hierarchy"])
 def test_structures_that_cannot_be_read(folder, tmp_path, monkeypatch, capsys, command, name, content, message):
     monkeypatch.chdir(tmp_path)
     Path(name).mkdir() if content is None else Path(name).write_bytes(content)
@@ -491,7 +493,8 @@ def test_an_error_is_one_printable_line(capsys, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "command", ["info", "md", "relax", "energies", "hierarchy", "check", "evaluate", "compare", "train"]
+    "command",
+    ["info", "md", "relax", "solid", "infrared", "energies", "hierarchy", "check", "evaluate", "compare", "train"],
 )
 def test_ctrl_c_is_one_line(command, capsys, monkeypatch):
     def stop(*_: object) -> int:
