@@ -227,8 +227,9 @@ def inherit(
     name = str(ancestor_of(init)["name"])
     if isinstance(model.model, NBodyNet) and isinstance(init.model, NBodyNet):
         cure = "build the network as that one, or let tuned_model(init, frames) do it"
-        require_same_architecture(model.model, init.model, name, cure)
-        model.model.load_state_dict(carried_weights(model.model, init.model))
+        source = init.model if model.model.inputs or not init.model.inputs else init.model.neutral()
+        require_same_architecture(model.model, source, name, cure)
+        model.model.load_state_dict(carried_weights(model.model, source))
     elif model is not init:
         model.model.load_state_dict(init.model.state_dict())
     return _inherit(model, init, train, e0, model.species or ())

@@ -453,6 +453,14 @@ def test_neutral_frames_need_no_inputs(molecules):
     assert abs(init.model(z, pos).item()) > 1e-3
 
 
+def test_fit_takes_the_neutral_form_of_a_model_with_inputs(tmp_path):
+    init = trained(inputs=["charge"])
+    model, _ = tuned_model(init, frames(6))
+    start = weights(model)
+    fit(model, frames(6), (), SETTINGS, tmp_path, init=init)
+    assert model.model.inputs == () and not torch.equal(weights(model), start)
+
+
 # -- the start of runs with few frames ------------------------------------------------------------------------
 @pytest.fixture
 def shipped(here, tmp_path, monkeypatch):
