@@ -430,7 +430,7 @@ class NBodyNet(Resettable):
 
     def _centred(self, level: int) -> bool:
         """Whether each part of a level represents one atom, in the order of the atoms."""
-        return level == 0 or (self.scheme.centred and level < len(self.scheme.levels) - 1)
+        return level < self.scheme.centred_levels
 
     def _inherited(self, step: Step, types: dict[int, o3.Irreps]) -> o3.Irreps | None:
         """A shell continues the state of the smaller shell around the same atom."""

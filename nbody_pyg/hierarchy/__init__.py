@@ -3,6 +3,7 @@
 from nbody_pyg.hierarchy.assignment import FromAssignment
 from nbody_pyg.hierarchy.bonds import BondTree
 from nbody_pyg.hierarchy.levels import EdgeSet, Hierarchy, Level
+from nbody_pyg.hierarchy.pieces import ShellsAndPieces
 from nbody_pyg.hierarchy.plot import plot_hierarchy
 from nbody_pyg.hierarchy.scheme import LevelSpec, Scheme
 from nbody_pyg.hierarchy.sharing import share_topology
@@ -20,6 +21,7 @@ __all__ = [
     "LevelSpec",
     "NestedShells",
     "Scheme",
+    "ShellsAndPieces",
     "SmoothSurvivors",
     "Topology",
     "TopologyCache",

@@ -71,6 +71,11 @@ class Scheme(BaseTransform):  # type: ignore[misc]  # PyG has no py.typed
         super().__init_subclass__(**keywords)
         adapt_overrides(cls)
 
+    @property
+    def centred_levels(self) -> int:
+        """Number of levels, from the lowest, whose parts each represent one atom, in the order of the atoms."""
+        return len(self.levels) - 1 if self.centred else 1
+
     # ------------------------------------------------------------------ for tensors
     def topology(
         self,
