@@ -105,7 +105,7 @@ class BondTree(Scheme):
     def build(self, system: System, *, bonds: Int[Tensor, "2 bonds"] | None = None) -> Topology:
         """The tree; ``bonds`` overrules the covalent radii (both directions are made from either)."""
         z, atoms = system.z, system
-        bonds = covalent_bonds(atoms, BOND_FACTOR) if bonds is None else _both_directions(bonds, atoms)
+        bonds = bonds_of(atoms, bonds)
         labels = fragment_labels(z.cpu().numpy(), bonds.cpu().numpy())
         children: list[Tensor] = []
         below = np.arange(len(labels[0]))
@@ -184,6 +184,11 @@ def child_shifts(tree: Topology, atoms: System) -> tuple[Tensor | None, ...]:
         shifts.append(below[child] - reference[parent])
         below = reference
     return tuple(shifts)
+
+
+def bonds_of(system: System, given: Int[Tensor, "2 bonds"] | None) -> Int[Tensor, "2 bonds"]:
+    """The given bonds, or those within 1.3 times the sums of covalent radii, in both directions."""
+    return covalent_bonds(system, BOND_FACTOR) if given is None else _both_directions(given, system)
 
 
 def _both_directions(bonds: Tensor, atoms: System) -> Tensor:

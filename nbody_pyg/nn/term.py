@@ -165,6 +165,6 @@ def covering_edges(scheme: Scheme | None, reach: float) -> EdgeSet | None:
     if first is not None and first >= reach:
         return EdgeSet("pair", 0)
     shell = scheme.levels[1].child_radius
-    if scheme.centred and len(scheme.levels) > 2 and shell is not None and shell >= reach:
+    if scheme.centred_levels > 1 and shell is not None and shell >= reach:
         return EdgeSet("child", 1)
     return None

@@ -9,7 +9,7 @@ from ase.build import molecule as ase_molecule
 from torch import nn
 from torch_geometric.data import Batch, Data
 
-from nbody_pyg import BondTree, FromAssignment, NBodyNet, NestedShells, Potential, SmoothSurvivors
+from nbody_pyg import BondTree, FromAssignment, NBodyNet, NestedShells, Potential, ShellsAndPieces, SmoothSurvivors
 from nbody_pyg.compiled import CompiledPotential
 from nbody_pyg.cuda_graphs import CapturedPotential, CapturedStep
 from nbody_pyg.data import AtomicData
@@ -22,6 +22,7 @@ FAR = torch.tensor([1.0, 0.7, -0.3], dtype=torch.float64)
 SCHEMES = {
     "shells": NestedShells((2.5, 3.5)),
     "tree": BondTree(3.0, 4.0, 5.0),
+    "pieces": ShellsAndPieces((2.5, 3.5), 5.0),
     "labels": FromAssignment(labels=[i // 3 for i in range(9)], cutoff=3.0, part_cutoffs=(4.0,)),
     "survivors": SmoothSurvivors((1.8,), (2.5, 5.0)),
 }

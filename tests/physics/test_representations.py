@@ -10,7 +10,7 @@ import torch
 from e3nn import o3
 from torch import nn
 
-from nbody_pyg import BondTree, FromAssignment, NBodyNet, NestedShells
+from nbody_pyg import BondTree, FromAssignment, NBodyNet, NestedShells, ShellsAndPieces
 from nbody_pyg.data import AtomicData
 from nbody_pyg.kernels import set_backend
 from nbody_pyg.nn.gates import ProductGate
@@ -20,6 +20,7 @@ from nbody_pyg.testing import assert_conservative, assert_equivariant, random_mo
 
 SCHEMES = {
     "tree": BondTree(4.0),
+    "pieces": ShellsAndPieces((3.0, 3.0), 6.0),
     "shells": NestedShells((3.0, 3.0, 3.0)),
     "labels": FromAssignment(part_cutoffs=(8.0,)),
 }
@@ -81,7 +82,8 @@ def test_every_level_and_degree_is_covariant(scheme, parity, preset):
     """P4, for rotations, the inversion and their products; every block must be different from zero."""
     net = _net(scheme, parity, preset)
     call, types = _levels(net)
-    assert len(types) == (len(net.scheme.levels) - 2 if scheme == "shells" else len(net.scheme.levels) - 1)
+    # Atoms have no state of their own below shells, and the root has none
+    assert len(types) == len(net.scheme.levels) - (2 if scheme in ("shells", "pieces") else 1)
     assert all({ir for _, ir in irreps} == {ir for _, ir in net.irreps} for irreps in types), "no degree is missing"
     # The first parts see bare atoms only, from which no pseudoscalar can be made
     full = parity == "both"

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 import factories
-from nbody_pyg import BondTree, FromAssignment, NestedShells, SmoothSurvivors
+from nbody_pyg import BondTree, FromAssignment, NestedShells, ShellsAndPieces, SmoothSurvivors
 from nbody_pyg.multipoles import FastMultipole, direct_potential
 from nbody_pyg.system import System
 
@@ -25,6 +25,7 @@ SCHEMES = {
     "shells": NestedShells((3.5, 5.0)),
     "survivors": SmoothSurvivors(),
     "bonds": BondTree(),
+    "pieces": ShellsAndPieces(),
 }
 
 

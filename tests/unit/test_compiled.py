@@ -8,7 +8,7 @@ import torch
 from torch_geometric.data import Batch
 
 from comparison import assert_same_results
-from nbody_pyg import BondTree, NBodyNet, NestedShells, Potential, SmoothSurvivors
+from nbody_pyg import BondTree, NBodyNet, NestedShells, Potential, ShellsAndPieces, SmoothSurvivors
 from nbody_pyg.compiled import compile_potential
 from nbody_pyg.datasets import load_embedded
 from nbody_pyg.deploy import NBodyCalculator
@@ -35,7 +35,11 @@ def batch_of(frames, scheme, count: int) -> Batch:
     return Batch.from_data_list([scheme(frame) for frame in frames[:count]])
 
 
-SCHEMES = pytest.mark.parametrize("scheme", [NestedShells((3.0, 3.0)), BondTree(3.0, 4.0, 5.0)], ids=["shells", "tree"])
+SCHEMES = pytest.mark.parametrize(
+    "scheme",
+    [NestedShells((3.0, 3.0)), BondTree(3.0, 4.0, 5.0), ShellsAndPieces((3.0, 3.5), 5.0)],
+    ids=["shells", "tree", "pieces"],
+)
 
 
 @SCHEMES

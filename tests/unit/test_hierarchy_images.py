@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import factories
-from nbody_pyg import BondTree, FromAssignment, NestedShells, SmoothSurvivors
+from nbody_pyg import BondTree, FromAssignment, NestedShells, ShellsAndPieces, SmoothSurvivors
 from nbody_pyg.geometry import nearest_images
 
 #: Other lattice vectors of the same lattice.
@@ -46,6 +46,7 @@ def chain(generator) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 SCHEMES = {
     "tree": BondTree(3.5, 4.0, 6.0),
+    "pieces": ShellsAndPieces((3.0, 3.5), 6.0),
     "labels": FromAssignment(
         labels=[[2 * (i // 3) + (i % 3 == 2), i // 3] for i in range(12)], cutoff=3.5, part_cutoffs=(4.0, 6.0)
     ),

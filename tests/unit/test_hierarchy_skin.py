@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 import torch
 
-from nbody_pyg import BondTree, FromAssignment, NBodyNet, NestedShells, Potential
+from nbody_pyg import BondTree, FromAssignment, NBodyNet, NestedShells, Potential, ShellsAndPieces
 from nbody_pyg.hierarchy import LevelSpec, Scheme, Topology, TopologyCache
 from nbody_pyg.kernels import available_backends, set_backend
 from nbody_pyg.radial import vector_window
@@ -16,6 +16,7 @@ from nbody_pyg.system import System
 SCHEMES = {
     "shells": NestedShells((3.0, 3.0, 2.2)),
     "tree": BondTree(3.0, 3.5, 4.0),
+    "pieces": ShellsAndPieces((3.0, 2.2), 4.0),
     "labels": FromAssignment(labels=[i // 3 for i in range(36)], cutoff=3.0, part_cutoffs=(4.5,)),
 }
 

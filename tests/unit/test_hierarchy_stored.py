@@ -9,7 +9,7 @@ from torch_geometric.data import Batch, Data
 from torch_geometric.loader import DataLoader
 
 from factories import net
-from nbody_pyg import BondTree, FromAssignment, NestedShells, Potential, SmoothSurvivors
+from nbody_pyg import BondTree, FromAssignment, NestedShells, Potential, ShellsAndPieces, SmoothSurvivors
 from nbody_pyg.data import AtomicData
 from nbody_pyg.hierarchy import share_topology
 from nbody_pyg.hierarchy.mark import MARK
@@ -18,6 +18,7 @@ from nbody_pyg.training.loader import FrameLoader
 SCHEMES = {
     "shells": NestedShells((1.6, 2.3, 2.3)),
     "tree": BondTree(2.5, 3.0, 4.0),
+    "pieces": ShellsAndPieces((1.6, 2.3), 4.0),
     "labels": FromAssignment(cutoff=2.5, part_cutoffs=(3.0,)),
     "survivors": SmoothSurvivors((1.5,), (2.4, 4.0)),
 }

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from comparison import assert_fused_is_forward
-from nbody_pyg import BondTree, NBodyNet, NestedShells, Potential, SmoothSurvivors
+from nbody_pyg import BondTree, NBodyNet, NestedShells, Potential, ShellsAndPieces, SmoothSurvivors
 from nbody_pyg.kernels import available_backends
 from nbody_pyg.nn.edges import EdgeEmbedding
 from nbody_pyg.nn.gates import DensityGate, OneBodyGate, ProductGate
@@ -22,7 +22,10 @@ from nbody_pyg.nn.products import ChannelwiseProduct, PathLinear
 from nbody_pyg.nn.readout import MLPReadout
 from nbody_pyg.radial import BesselBasis
 
-SCHEMES = {"shells": NestedShells((3.0, 4.0)), "bonds": BondTree(3.0), "survivors": SmoothSurvivors()}
+SCHEMES = {
+    "shells": NestedShells((3.0, 4.0)), "bonds": BondTree(3.0), "survivors": SmoothSurvivors(),
+    "pieces": ShellsAndPieces((3.0, 4.0), 6.0),
+}  # fmt: skip
 KINDS = (
     EdgeEmbedding, SolidHarmonics, BesselBasis, Interaction, DensityGate, OneBodyGate, PathLinear, RowLinear,
     SpeciesScale, SoftNorm, ProductGate, ChannelwiseProduct, MLPReadout, IrrepsLinear,

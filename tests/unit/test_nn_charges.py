@@ -8,7 +8,16 @@ import pytest
 import torch
 from torch_geometric.data import Batch, Data
 
-from nbody_pyg import AtomicData, BondTree, FromAssignment, NBodyNet, NestedShells, Potential, SmoothSurvivors
+from nbody_pyg import (
+    AtomicData,
+    BondTree,
+    FromAssignment,
+    NBodyNet,
+    NestedShells,
+    Potential,
+    ShellsAndPieces,
+    SmoothSurvivors,
+)
 from nbody_pyg.compiled import compile_potential
 from nbody_pyg.data import complete_states
 from nbody_pyg.deploy import load_model, save_model
@@ -30,6 +39,7 @@ SCHEMES = {
     "shell": NestedShells((3.5,)),
     "shells": NestedShells((3.5, 4.5)),
     "bonds": BondTree(3.5),
+    "pieces": ShellsAndPieces((3.5,), 6.0),
     "survivors": SmoothSurvivors(),
     "labels": FromAssignment(labels=[0, 0, 0, 1, 1, 1, 2, 2, 2], cutoff=3.5, part_cutoffs=(5.0,)),
     "no pairs": FromAssignment(labels=[0, 0, 0, 1, 1, 1, 2, 2, 2], cutoff=None, part_cutoffs=(None,)),

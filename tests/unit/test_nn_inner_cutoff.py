@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import factories
-from nbody_pyg import BondTree, NBodyNet, NestedShells, Potential, SmoothSurvivors
+from nbody_pyg import BondTree, NBodyNet, NestedShells, Potential, ShellsAndPieces, SmoothSurvivors
 from nbody_pyg.data import AtomicData
 from nbody_pyg.deploy import load_model, save_model
 from nbody_pyg.kernels import use_backend
@@ -24,6 +24,7 @@ SCHEMES = {
     "shells": lambda: NestedShells((3.0, 4.0)),
     "equal shells": lambda: NestedShells((3.5, 3.5)),
     "bonds": BondTree,
+    "pieces": lambda: ShellsAndPieces((3.0, 4.0), 6.0),
     "survivors": SmoothSurvivors,
 }
 

@@ -12,7 +12,7 @@ from e3nn import o3
 from torch import nn
 
 from comparison import assert_physics
-from nbody_pyg import BondTree, FromAssignment, NBodyNet, NestedShells, Potential, SmoothSurvivors
+from nbody_pyg import BondTree, FromAssignment, NBodyNet, NestedShells, Potential, ShellsAndPieces, SmoothSurvivors
 from nbody_pyg.compiled import compile_potential
 from nbody_pyg.data import AtomicData
 from nbody_pyg.deploy import NBodyCalculator, load_model, save_model
@@ -63,6 +63,7 @@ class Learned(OneBodyGate):
 SCHEMES = {
     "shells": NestedShells((3.0, 4.0)),
     "bonds": BondTree(3.0),
+    "pieces": ShellsAndPieces((3.0, 3.5), 6.0),
     "survivors": SmoothSurvivors(),
     "labels": FromAssignment(labels=[0, 0, 0, 1, 1, 1, 2, 2, 2], cutoff=3.0, part_cutoffs=(6.0,)),
 }
