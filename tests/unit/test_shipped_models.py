@@ -1,0 +1,67 @@
+"""The models that come with the package: their files, and their errors on structures labelled with GFN2-xTB."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from ase.build import molecule
+
+from nbody_pyg.cli import main
+from nbody_pyg.deploy import NBodyCalculator, find_model, load_model, read_metadata, shipped_models
+
+# Two rattled frames of ethanol: energies (eV), and the forces of the first (eV/angstrom), by tblite 0.4
+ENERGIES = (-309.2513873709861, -309.42288088179964)
+FORCES = [
+    [-1.9531, 1.3498, -0.1634], [2.9009, -2.4422, 4.5718], [-3.7576, 2.7032, -0.8401], [2.1685, -2.7068, 0.3736],
+    [-0.0371, -0.4027, -1.8568], [0.0097, 1.2551, -1.7329], [0.6421, 0.2217, -0.0185], [-0.0690, 0.1716, -0.3868],
+    [0.0954, -0.1497, 0.0531],
+]  # fmt: skip
+
+
+def ethanol(seed: int):
+    atoms = molecule("CH3CH2OH")
+    atoms.rattle(0.04, seed=seed)
+    return atoms
+
+
+@pytest.mark.parametrize("name", ["organic"])
+def test_files_are_small_and_say_what_they_are(name):
+    assert name in shipped_models() and find_model(name).stat().st_size < 5e6
+    header = read_metadata(name)["metadata"]
+    assert header["errors"]["test"]["forces_mae"] > 0 and "GFN2-xTB" in header["level_of_theory"]
+    assert "/" not in str(header.get("config", {}).get("data", {}).get("train"))  # no path of the machine that made it
+
+
+@pytest.mark.parametrize("engine", ["auto", "torch"])
+def test_organic_is_near_gfn2(engine):
+    calculator = NBodyCalculator("organic", engine=engine)
+    found = []
+    for seed in (1, 2):
+        atoms = ethanol(seed)
+        atoms.calc = calculator
+        found.append(atoms.get_potential_energy())
+        if seed == 1:
+            forces = atoms.get_forces()
+    assert np.abs(forces - FORCES).mean() < 0.1 < np.abs(FORCES).mean() / 10
+    assert abs((found[1] - found[0]) - (ENERGIES[1] - ENERGIES[0])) < 0.05
+    assert abs(found[0] - ENERGIES[0]) < 0.3
+
+
+def test_organic_takes_charges():
+    calculator = NBodyCalculator("organic")
+    energies = []
+    for charge in (0, 1):
+        atoms = ethanol(1)
+        atoms.info["charge"] = charge
+        atoms.calc = calculator
+        energies.append(atoms.get_potential_energy())
+    assert energies[1] - energies[0] > 3.0  # an ionisation energy
+
+
+def test_organic_knows_ten_elements():
+    assert load_model("organic").species == (1, 6, 7, 8, 9, 15, 16, 17, 35, 53)
+
+
+@pytest.mark.slow
+def test_organic_passes_the_check(capsys):
+    assert main(["check", "organic"]) == 0, capsys.readouterr().out
