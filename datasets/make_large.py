@@ -13,19 +13,20 @@ forces eV/angstrom, ``charge`` e in ``info``); ``manifest.json`` lists what a fo
 kind              structures
 ================  ==================================================================================================
 ac_ala3_nhme      Ac-Ala3-NHMe, 42 atoms; the kinds of MD22 are sampled at 500 K
-charged_peptides  Me3N(+)-CH2-CO-X(n)-NH-CH2-CH2-O-SO3(-), X of glycine and alanine, 300 K: n from 2 to 5 in train and
-                  val, from 6 to 10 in test
+charged_peptides  Me3N(+)-CH2-CO-X(n)-NH-CH2-CH2-N(+)Me3, X of glycine and alanine, total charge 2, 300 K: n from 2
+                  to 5 in train and val, from 6 to 10 in test
 dha               docosahexaenoic acid, 56 atoms
-salt_bridge       tetramethylammonium and trifluoroacetate at N-C distances from 4.5 to 12 angstrom (train, val, test)
+salt_bridge       tetramethylammonium and triflate at N-S distances from 4.5 to 12 angstrom (train, val, test)
                   and from 12 to 30 (far), every second walker with four waters, 300 K
 at_at             two stacked pairs of adenine and thymine, 60 atoms
 stachyose         a tetrasaccharide, 87 atoms
 at_at_cg_cg       four stacked pairs, 118 atoms
 ================  ==================================================================================================
 
-The ions have no proton to lose and keep their charges. Primary ammonium and carboxylate do not: GFN2-xTB moves
-an electron from the one to the other from about 10 angstrom on, or does not converge. N and S (C in the salt bridge)
-are held at one distance during each walk; energies and forces are without this constraint.
+The ions have no proton to lose and keep their charges. Others do not: between primary ammonium and carboxylate
+GFN2-xTB moves an electron, or does not converge, from about 10 angstrom on, in a peptide with one positive and one
+negative end from about 8 residues on. N and S of the salt bridge are held at one distance during each walk; energies
+and forces are without this constraint.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ from scipy.spatial.transform import Rotation
 SEED = 20261130
 STRIDE, EQUILIBRATION, PIECE = 10, 200, 10  # steps, steps, frames
 ATTEMPTS = 10  # with new random numbers, for a piece that is not sound or a conformer that is not found
-CATION, ANION = "C[N+](C)(C)", "FC(F)(F)C(=O)[O-]"
+CATION, ANION = "C[N+](C)(C)C", "FC(F)(F)S(=O)(=O)[O-]"
 MOLECULES = {
     "ac_ala3_nhme": "CC(=O)" + 3 * "N[C@@H](C)C(=O)" + "NC",
     "dha": "CC" + 6 * r"/C=C\C" + "CC(=O)O",
@@ -103,42 +104,42 @@ def conformer(smiles: str, rng: np.random.Generator) -> Atoms:
     raise RuntimeError(f"no conformer of {smiles} in {ATTEMPTS} attempts")
 
 
-def named(atoms: Atoms, name: str, held: tuple[int, int] | None = None) -> Atoms:
-    """The structure with what its walk must know: total charge (0 for all kinds), name, pair at a fixed distance."""
-    atoms.info = {"charge": 0, "name": name}
+def named(atoms: Atoms, name: str, charge: int = 0, held: tuple[int, int] | None = None) -> Atoms:
+    """The structure with what its walk must know: name, total charge, pair at a fixed distance."""
+    atoms.info = {"charge": charge, "name": name}
     if held is not None:
         atoms.info["held"] = list(held)
     return atoms
 
 
 def peptide(split: str, walker: int, rng: np.random.Generator) -> Atoms:
-    """A peptide with permanent charges; the walkers of one length go from short to middle end-to-end distances."""
+    """A peptide with a permanent charge at each end; the walkers of one length differ in the distance of the ends."""
     lengths = range(6, 11) if split == "test" else range(2, 6)
     walkers = KINDS["charged_peptides"].splits[split][0] // len(lengths)
     turn, letters = walker // len(lengths), rng.choice(["G", "A"], size=lengths[walker % len(lengths)])
     residues = {"G": "NCC(=O)", "A": "N[C@@H](C)C(=O)"}
-    smiles = CATION + "CC(=O)" + "".join(residues[x] for x in letters) + "NCCOS(=O)(=O)[O-]"
+    smiles = CATION + "C(=O)" + "".join(residues[x] for x in letters) + "NCC[N+](C)(C)C"
     molecule = Chem.AddHs(Chem.MolFromSmiles(smiles))
-    held = tuple(molecule.GetSubstructMatch(Chem.MolFromSmarts(x))[0] for x in ("[N+]", "S"))
+    (first,), (last,) = molecule.GetSubstructMatches(Chem.MolFromSmarts("[N+]"))
     properties = AllChem.MMFFGetMoleculeProperties(molecule)
-    properties.SetMMFFDielectricConstant(80.0)  # in the gas phase the ends would meet
+    properties.SetMMFFDielectricConstant(80.0)  # in the gas phase all would be stretched
     found = []
     for index in AllChem.EmbedMultipleConfs(molecule, 16, randomSeed=int(rng.integers(2**31))):
         AllChem.MMFFGetMoleculeForceField(molecule, properties, confId=index).Minimize(maxIts=200)
         positions = molecule.GetConformer(index).GetPositions()
-        found.append((float(np.linalg.norm(positions[held[0]] - positions[held[1]])), index, positions))
+        found.append((float(np.linalg.norm(positions[first] - positions[last])), index, positions))
     found.sort(key=lambda item: item[:2])
-    chosen = found[int((turn + 0.5) / walkers * 0.6 * len(found))]
+    chosen = found[int((turn + 0.5) / walkers * len(found))]
     numbers = [atom.GetAtomicNum() for atom in molecule.GetAtoms()]
-    return named(Atoms(numbers=numbers, positions=chosen[2]), "".join(letters), held)
+    return named(Atoms(numbers=numbers, positions=chosen[2]), "".join(letters), charge=2)
 
 
 def salt_bridge(split: str, walker: int, rng: np.random.Generator) -> Atoms:
     """Two ions at the distance of the walker, with four waters at every second one."""
     low, high = (12.0, 30.0) if split == "far" else (4.5, 12.0)
     distance = low + (walker + 0.5) / KINDS["salt_bridge"].splits[split][0] * (high - low)
-    cation, anion = conformer(CATION + "C", rng), conformer(ANION, rng)
-    held = 1, len(cation) + 4  # nitrogen, carbon of the carboxylate
+    cation, anion = conformer(CATION, rng), conformer(ANION, rng)
+    held = 1, len(cation) + 4  # nitrogen, sulfur
     for atoms, center in ((cation, 1), (anion, 4)):
         atoms.rotate(rng.uniform(0, 360), rng.normal(size=3))
         atoms.positions -= atoms.positions[center]
@@ -148,7 +149,7 @@ def salt_bridge(split: str, walker: int, rng: np.random.Generator) -> Atoms:
     whole = cation + anion
     for _ in range(4 * (walker % 2)):
         whole = joined(whole, conformer("O", rng), rng)
-    return named(whole, "wet" if walker % 2 else "dry", held)
+    return named(whole, "wet" if walker % 2 else "dry", held=held)
 
 
 def base(letter: str, rng: np.random.Generator) -> Atoms:
@@ -301,7 +302,7 @@ def manifest(out: Path) -> dict:
                     "temperature_K": settings.temperature, "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
                 }  # fmt: skip
     return {
-        "level_of_theory": "GFN2-xTB, closed shell, charge 0, electronic temperature 300 K, gas phase",
+        "level_of_theory": "GFN2-xTB, closed shell, electronic temperature 300 K, gas phase",
         "script": "datasets/make_large.py",
         "seed": SEED,
         "dynamics": {"timestep_fs": TIMESTEP, "friction_per_fs": FRICTION, "steps_between_frames": STRIDE},
