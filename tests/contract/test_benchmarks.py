@@ -243,18 +243,15 @@ def test_large_finds_its_networks(script, root, tmp_path, capsys):
     assert large.model("flat2+charges", {})["long_range"] == "direct" and large.model("painn", {}) is None
     with pytest.raises(ValueError, match=r"names of networks, got 'flat4'.*flat"):
         large.model("flat4", {})
-    with pytest.raises(ValueError, match="NAME={KEY: VALUE}, got 'wide'"):
+    with pytest.raises(ValueError, match=r"NAME=\{KEY: VALUE\}, got 'wide'"):
         large.added("wide")
-    with pytest.raises(FileNotFoundError, match="dha_train.extxyz"):
+    with pytest.raises(FileNotFoundError, match=r"dha_train\.extxyz"):
         large.files("dha", tmp_path)
     assert set(large.files("salt_bridge", root / "tests" / "fixtures" / "large")["test"]) == {"test", "far"}
-    command = [
-        *TINY["large"].format(large=root / "tests" / "fixtures" / "large").split(),
-        "--out",
-        str(tmp_path / "a.json"),
-    ]
-    assert large.main(command) == 0 and "there already" not in capsys.readouterr().out
-    assert large.main(command) == 0 and capsys.readouterr().out.count("there already") == 2
+    command = TINY["large"].format(large=root / "tests" / "fixtures" / "large").replace("small+charges", "small")
+    for times in (0, 1):  # the second time the run is there
+        assert large.main([*command.split(), "--out", str(tmp_path / "a.json")]) == 0
+        assert capsys.readouterr().out.count("there already") == times
 
 
 def _smoothness(found, out):
