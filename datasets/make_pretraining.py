@@ -221,6 +221,22 @@ def molecules(kind: str, lists: dict[str, list[str]], rng: np.random.Generator) 
                 yield base
 
 
+def joined(whole: Atoms, atoms: Atoms, rng: np.random.Generator) -> Atoms:
+    """A structure with one more molecule, turned at random, at a random side, at 0.7 to 1.2 times contact."""
+    atoms.rotate(rng.uniform(0, 360), rng.normal(size=3), center="COM")
+    direction = rng.normal(size=3)
+    direction /= np.linalg.norm(direction)
+    contact = vdw_radii[atoms.numbers][:, None] + vdw_radii[whole.numbers][None, :]
+    contact = np.nan_to_num(contact, nan=3.6) * rng.uniform(0.7, 1.2)
+    start = pick(whole.positions, rng)
+    for distance in np.arange(0.0, 30.0, 0.1):
+        moved = atoms.positions - atoms.positions.mean(0) + start + distance * direction
+        if (np.linalg.norm(moved[:, None] - whole.positions[None], axis=-1) > contact).all():
+            break
+    atoms.positions = moved
+    return whole + atoms
+
+
 def cluster(lists: dict[str, list[str]], rng: np.random.Generator) -> Structure | None:
     """Two to four small molecules, each placed at a random side of those before, at 0.7 to 1.2 times contact."""
     parts, names, splits, charge = [], [], [], 0
@@ -239,18 +255,7 @@ def cluster(lists: dict[str, list[str]], rng: np.random.Generator) -> Structure 
         return None
     whole = parts[0]
     for atoms in parts[1:]:
-        atoms.rotate(rng.uniform(0, 360), rng.normal(size=3), center="COM")
-        direction = rng.normal(size=3)
-        direction /= np.linalg.norm(direction)
-        contact = vdw_radii[atoms.numbers][:, None] + vdw_radii[whole.numbers][None, :]
-        contact = np.nan_to_num(contact, nan=3.6) * rng.uniform(0.7, 1.2)
-        start = pick(whole.positions, rng)
-        for distance in np.arange(0.0, 30.0, 0.1):
-            moved = atoms.positions - atoms.positions.mean(0) + start + distance * direction
-            if (np.linalg.norm(moved[:, None] - whole.positions[None], axis=-1) > contact).all():
-                break
-        atoms.positions = moved
-        whole = whole + atoms
+        whole = joined(whole, atoms, rng)
     split = max(splits, key=SPLITS.index)
     return Structure(".".join(names), whole, charge, split)
 
@@ -281,23 +286,24 @@ def labels(atoms: Atoms) -> dict[str, np.ndarray]:
     """What a frame keeps; energies and forces are those of the positions as they are stored (float64)."""
     return {
         "pos": atoms.positions - atoms.positions.mean(0),
-        "energy": np.float64(atoms.get_potential_energy()),
-        "forces": atoms.get_forces(),
+        "energy": np.float64(atoms.get_potential_energy(apply_constraint=False)),
+        "forces": atoms.get_forces(apply_constraint=False),
         "dipole": atoms.get_dipole_moment(),
         "charges": atoms.get_charges(),
     }
 
 
-def dynamics(structure: Structure, temperature: float, rng: np.random.Generator) -> Iterator[dict[str, np.ndarray]]:
-    """Frames of a short Langevin run that starts with the kinetic energy of twice the temperature at a minimum."""
-    atoms = structure.atoms.copy()
-    atoms.calc = calculator(structure.charge)
+def heat(atoms: Atoms, temperature: float, rng: np.random.Generator) -> None:
+    """Momenta with the kinetic energy of twice the temperature, for a structure at a minimum."""
     width = np.sqrt(2 * units.kB * temperature * atoms.get_masses())
     atoms.set_momenta(width[:, None] * rng.standard_normal((len(atoms), 3)))
     if len(atoms) > 2:
         Stationary(atoms)
         ZeroRotation(atoms)
-    run = Langevin(
+
+
+def langevin(atoms: Atoms, temperature: float, rng: np.random.Generator) -> Langevin:
+    return Langevin(
         atoms,
         TIMESTEP * units.fs,
         temperature_K=temperature,
@@ -305,6 +311,14 @@ def dynamics(structure: Structure, temperature: float, rng: np.random.Generator)
         rng=rng,
         fixcm=False,
     )
+
+
+def dynamics(structure: Structure, temperature: float, rng: np.random.Generator) -> Iterator[dict[str, np.ndarray]]:
+    """Frames of a short Langevin run that starts with the kinetic energy of twice the temperature at a minimum."""
+    atoms = structure.atoms.copy()
+    atoms.calc = calculator(structure.charge)
+    heat(atoms, temperature, rng)
+    run = langevin(atoms, temperature, rng)
     run.run(EQUILIBRATION)
     for _ in range(FRAMES):
         run.run(STRIDE)

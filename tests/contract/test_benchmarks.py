@@ -31,6 +31,8 @@ TINY = {
     "smoothness": "--atoms 16 --length 0.3 --channels 2 --seeds 0 1",
     "hierarchy": "--waters 4 6 --all-pairs 3 4 --channels 2 --seconds 0.02",
     "sapt": "--data {dimers} --seconds 0.2 --batch 3",
+    "large": "--data {large} --sets ac_ala3_nhme --only small+charges --seconds 0.3 --timing 0.05 "
+    '--add small={{"lmax":1,"channels":16}}',
     "particles": "--data {particles} --seconds 0.1 --channels 2 --lmax 1 --correlation 2 --plain",
     "few_frames": "--data {rmd17} --molecules ethanol --members 2 --set training.max_steps=2 model.lmax=1 "
     "model.channels=16 data.num_train=6 data.num_val=2",
@@ -49,6 +51,7 @@ SHOWN = {
     "particles": ["EGNN", "SEGNN", "NBodyNet, pairs, plain"],
     "few_frames": [r"ethanol +1 ", r"ethanol +2 ", "MACE's F"],
     "finetune": [r"ethanol +6 +scratch +", r"ethanol +6 +all +", r"ethanol +6 +adapters +"],
+    "large": [r"small\+charges +1 ", r"small +1 ", "test F meV/A", "x flat2"],
     "sapt": ["MAE of Elst, meV", "beyond, ion pairs", "k q q / R", "Share of k q q / R"],
 }
 HELPERS = (
@@ -63,6 +66,7 @@ HELPERS = (
     "few_frames",
     "particles",
     "finetune",
+    "large",
     "timing",
     "report",
     "systems",
@@ -147,9 +151,10 @@ def particles(root, tmp_path):
 
 
 @pytest.mark.parametrize("name", sorted(TINY))
-def test_script_prints_a_table_and_writes_json(name, script, model, dimers, rmd17, request, tmp_path, capsys):
+def test_script_prints_a_table_and_writes_json(name, script, model, dimers, rmd17, root, request, tmp_path, capsys):
     out = tmp_path / "result" / f"{name}.json"
     folders = {"particles": request.getfixturevalue("particles")} if name == "particles" else {}
+    folders["large"] = root / "tests" / "fixtures" / "large"
     arguments = TINY[name].format(model=model, dimers=dimers, rmd17=rmd17, **folders).split()
     assert script(name).main([*arguments, "--out", str(out)]) == 0
     printed = capsys.readouterr().out
@@ -164,7 +169,7 @@ def test_script_prints_a_table_and_writes_json(name, script, model, dimers, rmd1
     check = {
         "kernels": _kernels, "models": _models, "scaling": _scaling, "nve": _nve,
         "md": _md, "smoothness": _smoothness, "hierarchy": _hierarchy, "sapt": _sapt,
-        "few_frames": _few_frames, "finetune": _finetune, "particles": _particles,
+        "few_frames": _few_frames, "finetune": _finetune, "particles": _particles, "large": _large,
     }  # fmt: skip
     check[name](found, out)
 
@@ -222,6 +227,31 @@ def _few_frames(found, out):
 def _particles(found, out):
     (record,) = found["results"]
     assert record["seed"] == 0 and record["epochs"] >= 1 and 0 < record["val"] < 10 and 0 < record["test"] < 10
+
+
+def _large(found, out):
+    (result,) = found["results"]
+    sizes = {record["point"]["name"]: record["parameters"] for record in result["records"]}
+    assert set(sizes) == {"small", "small+charges"} and sizes["small"] < sizes["small+charges"]
+    assert all(record["steps"] >= 1 and record["val"]["energy_mae"] > 0 for record in result["records"])
+    assert set(result["times"]) == {"flat2", *sizes} and result["training"]["energy_per"] == "molecule"
+    assert out.with_suffix(".md").read_text().count("\n| small") == 2
+
+
+def test_large_finds_its_networks(script, root, tmp_path, capsys):
+    large = script("large")
+    assert large.model("flat2+charges", {})["long_range"] == "direct" and large.model("painn", {}) is None
+    with pytest.raises(ValueError, match=r"names of networks, got 'flat4'.*flat"):
+        large.model("flat4", {})
+    with pytest.raises(ValueError, match=r"NAME=\{KEY: VALUE\}, got 'wide'"):
+        large.added("wide")
+    with pytest.raises(FileNotFoundError, match=r"dha_train\.extxyz"):
+        large.files("dha", tmp_path)
+    assert set(large.files("salt_bridge", root / "tests" / "fixtures" / "large")["test"]) == {"test", "far"}
+    command = TINY["large"].format(large=root / "tests" / "fixtures" / "large").replace("small+charges", "small")
+    for times in (0, 1):  # the second time the run is there
+        assert large.main([*command.split(), "--out", str(tmp_path / "a.json")]) == 0
+        assert capsys.readouterr().out.count("there already") == times
 
 
 def _smoothness(found, out):
