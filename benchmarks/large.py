@@ -33,18 +33,23 @@ from nbody_pyg.training.defaults import choose_defaults
 from nbody_pyg.training.loader import FrameLoader
 from nbody_pyg.training.prepare import DataSets, load_data
 
+WIDE = "32x0e + 32x1o + 32x2e"
 #: Name -> section "model" of a configuration.
 NETWORKS: dict[str, dict[str, Any]] = {
     "flat1": {"scheme": {"name": "NestedShells", "radii": [5.0]}},
     "flat2": {"scheme": {"name": "NestedShells", "radii": [3.5, 5.0]}},
     "flat3": {"scheme": {"name": "NestedShells", "radii": [3.5, 5.0, 5.0]}},
+    "pieces": {
+        "scheme": {"name": "ShellsAndPieces"},
+        "irreps": {"shell 1": WIDE, "shell 2": WIDE, "pieces": "8x0e + 8x1o + 8x2e"},
+    },
     "bondtree": {"scheme": {"name": "BondTree"}},
     "survivors": {"scheme": {"name": "SmoothSurvivors"}},
 }
 #: Every E+F time is divided by that of this network.
 REFERENCE = "flat2"
 CHARGES = "+charges"
-DEFAULT = ["flat1", "flat2", "flat3", *(f"flat{n}{CHARGES}" for n in (1, 2, 3)), "bondtree", "survivors"]
+DEFAULT = ["flat1", "flat2", "flat3", *(f"flat{n}{CHARGES}" for n in (1, 2, 3)), "pieces", "bondtree", "survivors"]
 #: Settings of training that the frames decide.
 CHOSEN = ("energy_per", "energy_weight", "batch_size")
 ERRORS = {"E meV": "energy_mae", "E meV/atom": "energy_per_atom_mae", "F meV/A": "forces_mae"}

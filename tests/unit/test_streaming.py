@@ -279,5 +279,5 @@ def test_the_recipe_runs_and_leaves_new_files_out(folder, tmp_path, request, cap
 
 def test_the_recipe_is_a_configuration(request):
     config = load_config(request.config.rootpath / "configs" / "pretrained.yaml")
-    assert config.training.batch_atoms == 160 and config.model.arguments == {"channels": 32, "lmax": 2}
+    assert config.training.batch_atoms == 160 and config.model.arguments == {"channels": 48, "lmax": 2}
     assert config.training.energy_per == "atom" and config.data.files_in_memory == 8
