@@ -13,7 +13,7 @@ from nbody_pyg.nn.exact_buffers import Float64Buffers
 from nbody_pyg.nn.repulsion import SEEN_FACTOR, ZBLRepulsion, pair_lengths, pair_table
 
 #: Where the length of an edge becomes constant, in units of the inner cutoff.
-FLAT_FROM = 0.8
+FLAT_FROM = 0.93
 #: Inner cutoff of a pair in units of the shortest distance in the training frames.
 INNER_FACTOR = 0.95
 
@@ -23,11 +23,11 @@ class InnerCutoff(Float64Buffers):
 
     .. math:: \mathbf r \to \frac{s(r)}{r}\, \mathbf r, \qquad
         s(r) = a - (a - b) \big(\tfrac12 - u^3 + \tfrac12 u^4\big), \quad
-        u = \min\Big(\max\Big(\frac{r - b}{a - b}, 0\Big), 1\Big), \quad b = 0.8\, a
+        u = \min\Big(\max\Big(\frac{r - b}{a - b}, 0\Big), 1\Big), \quad b = 0.93\, a
 
-    for r < a, where a is the inner cutoff of the pair, and s(r) = r above. Below b the length is constant, 0.9 a. There
-    are no training data at such distances, and a network, in which sums over neighbours are multiplied with each other,
-    can extrapolate to attractions of many eV. With constant features its forces on the pair vanish, and the
+    for r < a, where a is the inner cutoff of the pair, and s(r) = r above. Below b the length is constant.
+    There are no training data at such distances, and a network, in which sums over neighbours are multiplied with each
+    other, can extrapolate to attractions of many eV. With constant features its forces on the pair vanish, and the
     repulsion of nuclei (:class:`~nbody_pyg.nn.repulsion.ZBLRepulsion`) is what remains.
 
     Args:

@@ -113,12 +113,6 @@ class ZBLRepulsion(EnergyTerm, Float64Buffers):
                 shortest[pair_name(a, b)] = min(least, shortest.get(pair_name(a, b), math.inf))
         return cls(species, {name: SEEN_FACTOR * length for name, length in shortest.items()})
 
-    def within_bonds(self) -> ZBLRepulsion:
-        """The same, but no pair reaches farther than without data: for frames that are a sample, in which the shortest
-        distance of a rare pair, such as that of a bond, may be missing."""
-        least = ZBLRepulsion(self.species).reach
-        return ZBLRepulsion(self.species, {name: min(reach, least[name]) for name, reach in self.reach.items()})
-
     def forward(self, structure: Structure) -> Float[Tensor, " atoms"]:
         """Share of each atom in the repulsion, eV: half of each of its pairs."""
         index, vec = structure.pairs(self.cutoff)

@@ -121,7 +121,10 @@ def require_same_architecture(network: NBodyNet, trained: NBodyNet, name: str, c
             continue
         new, was = given.get(key), old.get(key)
         if isinstance(new, Mapping) and isinstance(was, Mapping):
-            inner = [k for k in [*new, *(k for k in was if k not in new)] if _json(new.get(k)) != _json(was.get(k))]
+            names = [*new, *(k for k in was if k not in new)]
+            if key == "inner_cutoff":  # one for each pair of elements
+                names = [name for name in names if name in new and name in was]
+            inner = [k for k in names if _json(new.get(k)) != _json(was.get(k))]
             if inner:
                 key, new, was = f"{key}.{inner[0]}", new.get(inner[0]), was.get(inner[0])
             else:
@@ -250,7 +253,7 @@ def _rebuilt(init: Potential | PropertyModel, species: Sequence[int], train: Seq
     repulsion = None
     if init.repulsion is not None:
         kept = {pair_name(a, b) for a in init.repulsion.species for b in init.repulsion.species}
-        fresh = ZBLRepulsion.from_frames(species, train).within_bonds().reach
+        fresh = ZBLRepulsion(species).reach
         repulsion = ZBLRepulsion(species, {n: init.repulsion.reach[n] if n in kept else r for n, r in fresh.items()})
     terms = build_terms(describe_terms(init.terms))
     potential = Potential(network, None, float(init.scale), repulsion, terms)

@@ -471,11 +471,14 @@ def _preset(config: ModelConfig) -> Callable[..., NBodyNet]:
 
 
 def _repulsion(config: ModelConfig, data: DataSets) -> ZBLRepulsion | None:
-    """Repulsion that ends below the shortest distances of the training frames, so that it is zero on them."""
+    """Repulsion that ends below the shortest distances of the training frames, so that it is zero on them.
+
+    If the frames are a sample, in which the shortest distance of a rare pair may be missing, it ends within bonds.
+    """
     if config.repulsion != "zbl" and not (config.repulsion == "auto" and config.preset == "practical"):
         return None
-    found = ZBLRepulsion.from_frames(elements_of(data.train), data.train)
-    return found if data.stream is None else found.within_bonds()
+    species = elements_of(data.train)
+    return ZBLRepulsion.from_frames(species, data.train) if data.stream is None else ZBLRepulsion(species)
 
 
 def _wanted(config: Config) -> list[str]:

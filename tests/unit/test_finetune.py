@@ -454,7 +454,7 @@ def test_neutral_frames_need_no_inputs(molecules):
 
 
 def test_fit_takes_the_neutral_form_of_a_model_with_inputs(tmp_path):
-    init = trained(inputs=["charge"])
+    init = trained(inputs=["charge"], inner_cutoff={"H-N": 0.8, "H-C": 0.9})
     model, _ = tuned_model(init, frames(6))
     start = weights(model)
     fit(model, frames(6), (), SETTINGS, tmp_path, init=init)
