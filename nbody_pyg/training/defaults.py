@@ -113,7 +113,7 @@ def choose_defaults(config: Config, data: DataSets) -> tuple[Config, tuple[Choic
     of large cells would outweigh the forces. Stress is trained if frames have it. E0 is that of isolated atoms if every
     element has a frame of one atom without images nearer than 6 angstrom. A step has as many frames as have 10,000
     edges together, and at most five. A run that starts from a trained model has a smaller learning rate if all weights
-    are trained, and no weight decay.
+    are trained, no weight decay, and the lengths of the errors in the loss in place of their squares.
 
     Settings given by the user are not changed, nor is a configuration read from the ``config.yaml`` of a run.
     """
@@ -148,13 +148,15 @@ def choose_init(config: Config, data: DataSets, known: Sequence[int]) -> Choice 
 
 
 def _tuning(config: Config) -> list[Choice]:
-    """Learning rate and weight decay of a run that starts from a trained model."""
+    """Learning rate, weight decay and penalty of a run that starts from a trained model."""
     if config.finetune.init is None:
         return []
     few = config.finetune.parts in ("readouts", "adapters")
     lr, what = (FEW_WEIGHTS_LR, f"{config.finetune.parts} are") if few else (TUNED_LR, "weights of a trained model are")
     found = [Choice("training.lr", lr, f"{what} trained")]
     found.append(Choice("training.weight_decay", 0.0, "decay would pull away from the trained weights"))
+    if not config.target:
+        found.append(Choice("training.penalty", "norm", "forces of few frames are learned better than by squares"))
     return [choice for choice in found if choice.key not in config.given]
 
 
@@ -178,7 +180,7 @@ CHOSEN = ("data.e0", "model.lmax", "model.channels", "model.scheme.radii", "mode
           "training.energy_per", "training.energy_weight", "training.stress_weight", "training.batch_size",
           *sorted(LIMIT_KEYS))  # fmt: skip
 #: Further ones of a run that starts from a trained model.
-TUNED = ("training.lr", "training.weight_decay")
+TUNED = ("training.lr", "training.weight_decay", "training.penalty")
 
 
 def _with(config: Config, choices: Sequence[Choice]) -> Config:
