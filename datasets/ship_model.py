@@ -29,8 +29,9 @@ def metadata_of(path: str | Path, name: str) -> dict[str, Any]:
     """Metadata of the shipped file."""
     found = read_metadata(path)["metadata"]
     config = {section: dict(values) for section, values in found["config"].items()}
-    for section, keys in {"data": ("train", "val", "test", "root"), "output": ("folder",)}.items():
-        config[section] = {key: value for key, value in config[section].items() if key not in keys}
+    paths = {"data": ("train", "val", "test", "root"), "output": ("folder",), "finetune": ("init", "replay")}
+    for section, keys in paths.items():
+        config[section] = {key: value for key, value in config.get(section, {}).items() if key not in keys}
     return {**ABOUT[name], "config": config, **{key: found[key] for key in KEPT}}
 
 
