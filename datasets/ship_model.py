@@ -44,10 +44,12 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / f"{args.name}.nbody"
-    save_model(load_model(args.model), path, metadata_of(args.model, args.name))
-    if path.stat().st_size > LARGEST:
-        path.unlink()
+    new = path.with_suffix(".part")
+    save_model(load_model(args.model), new, metadata_of(args.model, args.name))
+    if new.stat().st_size > LARGEST:
+        new.unlink()
         raise SystemExit(f"{path} would have more than {LARGEST:,} bytes; train a smaller network")
+    new.replace(path)
     print(f"{path}: {path.stat().st_size:,} bytes")
     return 0
 

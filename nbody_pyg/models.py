@@ -726,6 +726,19 @@ class NBodyNet(Resettable):
             **({} if self.inner_cutoff is None else {"inner_cutoff": self.inner_cutoff.lengths}),
         }
 
+    def remade(self, **changes: Any) -> NBodyNet:
+        """A network with the arguments of this one but for some changes, with fresh weights; it draws no global random
+        numbers."""
+        with torch.random.fork_rng(devices=[]):
+            made = NBodyNet.from_config(self.config() | changes).to(self.species_of.device, self.dtype)
+        made.assumed = dict(self.assumed)
+        return made
+
+    @property
+    def has_neutral_form(self) -> bool:
+        """Whether nothing but the inputs charge and spin gives the atoms initial states or depends on the charge."""
+        return not self.gates and self.node_inputs is None and self.long_range is None
+
     def neutral(self) -> NBodyNet:
         """A network without the inputs charge and spin that has the values of this one for neutral singlets.
 
@@ -733,16 +746,14 @@ class NBodyNet(Resettable):
         weights are copies. It is cheaper, and refuses charges.
 
         Raises: ValueError: a network in which these inputs are not the only initial states (own gates, node inputs), or
-        with long-range energies, which depend on the charge.
+        with long-range energies, which depend on the charge (:attr:`has_neutral_form`).
         """
-        if self.gates or self.node_inputs is not None or self.long_range is not None:
+        if not self.has_neutral_form:
             what = "long-range energies" if self.long_range is not None else "gates of its own or node inputs"
             raise ValueError(
                 f"network must have no other inputs than charge and spin, but it has {what}; use it as it is"
             )
-        with torch.random.fork_rng(devices=[]):
-            made = NBodyNet.from_config(self.config() | {"inputs": None}).to(self.species_of.device, self.dtype)
-        given = self.state_dict()
+        made, given = self.remade(inputs=None), self.state_dict()
         made.load_state_dict({name: given[name] for name in made.state_dict()})
         return made
 

@@ -34,7 +34,7 @@ from nbody_pyg.training.build import potential_from_config
 from nbody_pyg.training.callbacks import Callback
 from nbody_pyg.training.checkpoint import changes, read_checkpoint
 from nbody_pyg.training.config import Config, DataConfig, ModelConfig, OutputConfig, load_config
-from nbody_pyg.training.defaults import NO_INIT, PRETRAINED, Choice, choose_defaults, choose_init, keep_choices
+from nbody_pyg.training.defaults import PRETRAINED, Choice, choose_defaults, choose_init, keep_choices
 from nbody_pyg.training.evaluation import Evaluation, evaluate
 from nbody_pyg.training.finetune import Inheritance, ancestor_of, replayed, tuned_model
 from nbody_pyg.training.folder import RunFolder
@@ -136,22 +136,29 @@ def _train(config: Config, run: RunFolder) -> int:
     choices: tuple[Choice, ...] = ()
     if config.output.resume:
         last, split = _checkpoint(folder), _split(folder / "split.json")
-        config = _same_init(config, last)
-    init = None if config.finetune.init in (None, NO_INIT) else load_model(config.finetune.init)
+        checkpoint = read_checkpoint(last)
+        config = _same_init(config, checkpoint)
+    init = None if config.finetune.init is None else load_model(config.finetune.init)
     heirs: Inheritance | None = None
     if init is not None:
         config = with_architecture(config, init)
     if last is not None:
         # With the numbers of neighbours, E0 and scale of the first run, even if frames were added since
-        config, potential, names = _resumed(last, config)
+        config, potential, names = _resumed(last, checkpoint, config)
         potential.ancestor = None if init is None else ancestor_of(init)
     explicit(config.model)  # finds wrong arguments of the network before the data are read
     data = load_data(config.data, split, names)
     print(label_audit(data.named(), _uses(config, data)), "\n")
     if potential is None:
-        config, init, choice = _with_init(config, data, init)
+        start = None
+        if PRETRAINED in shipped_models():
+            start = choose_init(config, data, lambda: required(read_metadata(PRETRAINED)["species"]))
+        if start is not None:
+            init = load_model(PRETRAINED)
+            config = dataclasses.replace(config, finetune=dataclasses.replace(config.finetune, init=PRETRAINED))
+            config = with_architecture(config, init)
         config, choices = choose_defaults(config, data)
-        choices = choices if choice is None else (choice, *choices)
+        choices = choices if start is None else (start, *choices)
         if init is None:
             potential = build_potential(config, data)
         else:
@@ -191,25 +198,10 @@ def _train(config: Config, run: RunFolder) -> int:
     return 0
 
 
-def _with_init(
-    config: Config, data: DataSets, init: Potential | PropertyModel | None
-) -> tuple[Config, Potential | PropertyModel | None, Choice | None]:
-    """The configuration with the model to start from, this model, and the reason if it was chosen for the user."""
-    if config.finetune.init == NO_INIT:
-        return dataclasses.replace(config, finetune=dataclasses.replace(config.finetune, init=None)), None, None
-    if init is not None or PRETRAINED not in shipped_models():
-        return config, init, None
-    shipped = load_model(PRETRAINED)
-    if (choice := choose_init(config, data, required(shipped.species))) is None:
-        return config, None, None
-    config = dataclasses.replace(config, finetune=dataclasses.replace(config.finetune, init=PRETRAINED))
-    return with_architecture(config, shipped), shipped, choice
-
-
-def _same_init(config: Config, last: Path) -> Config:
-    """The configuration of a resumed run with the model that was chosen for its start, if the user names none."""
-    stored = (read_checkpoint(last).get("config") or {}).get("finetune")
-    if config.finetune.init is None and stored is not None:
+def _same_init(config: Config, checkpoint: Mapping[str, Any]) -> Config:
+    """The configuration of a resumed run with the model that was chosen for its start, if the user gives none."""
+    stored = (checkpoint.get("config") or {}).get("finetune")
+    if "finetune.init" not in config.given and stored is not None:
         return dataclasses.replace(config, finetune=FineTuneConfig(**stored))
     return config
 
@@ -253,13 +245,14 @@ def _split(path: Path) -> Split | None:
         raise ValueError(f"{path} is damaged ({error}); remove it to draw the split again from its seed") from error
 
 
-def _resumed(last: Path, config: Config) -> tuple[Config, Potential | PropertyModel, Sequence[str] | None]:
+def _resumed(
+    last: Path, checkpoint: Mapping[str, Any], config: Config
+) -> tuple[Config, Potential | PropertyModel, Sequence[str] | None]:
     """The configuration with the values chosen in the run of a checkpoint, its model with initial weights, and names of
     its HDF5 files, if it has any.
 
     Raises: ValueError: the configuration changes a setting that a resumed run must keep.
     """
-    checkpoint = read_checkpoint(last)
     if _writer(last.with_name("config.yaml")) not in (None, checkpoint["run"]["id"]):
         raise ValueError(
             f"{last} belongs to another run than the other files of {last.parent}; resume it in a separate folder"

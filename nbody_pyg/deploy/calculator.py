@@ -30,7 +30,7 @@ from nbody_pyg.hierarchy.skin import refuse_carry_on
 from nbody_pyg.kernels import build
 from nbody_pyg.kernels.autograd_flags import Lock, locked
 from nbody_pyg.messages import check_choice
-from nbody_pyg.native import NativeEvaluator, is_neutral_singlet, why_not, why_not_here
+from nbody_pyg.native import NativeEvaluator, why_not, why_not_here
 from nbody_pyg.potential import Potential
 from nbody_pyg.required import required
 from nbody_pyg.system import PRECISIONS, System
@@ -306,15 +306,14 @@ class NBodyCalculator(SharedCalculator):
         if "stress" in properties and not atoms.pbc.any():
             raise PropertyNotImplementedError("stress needs a periodic cell; this system has none")
         system = self._system(atoms, **{key: value.to(self.device) for key, value in required(self._state).items()})
-        native = self._is_native(system)
+        evaluate = self._evaluator(system)
+        native = isinstance(evaluate, NativeEvaluator)
         if self.topologies is not None:
             self.topologies.trim = self._trims and not native  # the native program leaves longer edges out by itself
             system = system.replace(topology=self._topology(system))
         # Who asked for a stress asks for it again: an evaluation of its own would cost another one at every step
         self._stressed |= "stress" in properties
         stressed = "stress" in properties or (self._stressed and _has_volume(atoms))
-        charged = isinstance(self._evaluate, NativeEvaluator) and not native
-        evaluate = self.potential if charged else self._evaluate
         result = evaluate(system, compute_stress=stressed)
         energy = float(result["energy"])
         self.results = {
@@ -351,28 +350,27 @@ class NBodyCalculator(SharedCalculator):
         if self._asked == "auto":
             _log.info("engine torch: %s", reason)
 
-    def _is_native(self, system: System) -> bool:
-        """Whether the native program evaluates a system; it is compiled now if needed. It knows neutral singlets only.
+    def _evaluator(self, system: System) -> Callable[..., Any]:
+        """What evaluates a system. A native program is compiled now if needed.
 
-        Raises: ValueError: a system that it does not know, and the engine must be native.
+        Raises: ValueError: a system that the native program does not know, and the engine must be native.
         """
         native = self._evaluate
         if not isinstance(native, NativeEvaluator):
-            return False
-        if not is_neutral_singlet(system):
+            return native
+        if not native.takes(system):
             if self._asked == "native":
                 raise ValueError("engine 'native' computes neutral singlets only; use engine='auto' for other systems")
-            return False
+            return self.potential
         if reason := native.changed():
             self._use_torch(reason)
-            return False
+            return self._evaluate
         try:
             native.model()
         except RuntimeError as error:
             self._use_torch(str(error))
             build.warn_once("native", f"torch runs instead of the native program, which failed to compile: {error}")
-            return False
-        return True
+        return self._evaluate
 
     def _check_species(self, atoms: Atoms) -> None:
         species = self.potential.species

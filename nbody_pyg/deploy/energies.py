@@ -38,6 +38,7 @@ class EnergyExplanation:
     frame: AtomicData
     topology: Topology
     names: tuple[str, ...]
+    centred_levels: int
     own: dict[int, Tensor]
     repulsion: Tensor
     reference: Tensor
@@ -58,12 +59,11 @@ class EnergyExplanation:
     def on_atoms(self) -> Float[Tensor, " atoms"]:
         """Interaction energy by atom: that of a part goes to its centre atom, or in equal shares to its atoms."""
         total = self.repulsion + self.terms
-        atoms = len(total)
         for k, values in self.own.items():
-            if len(values) == atoms and k < self.topology.num_levels - 1 and self._centred:
+            if k < self.centred_levels:
                 total = total + values
                 continue
-            atom, part = self.topology.parts(k) if k else torch.arange(atoms).expand(2, -1)
+            atom, part = self.topology.parts(k)
             size = torch.bincount(part, minlength=len(values)).clamp(min=1)
             total = total.index_add(0, atom, (values / size)[part])
         return total
@@ -101,11 +101,6 @@ class EnergyExplanation:
         rest = {name: getattr(self, name) - getattr(other, name) for name in ("repulsion", "reference", "terms")}
         return replace(self, own=own, **rest)
 
-    @property
-    def _centred(self) -> bool:
-        sizes = {self.topology.size(k) for k in range(self.topology.num_levels - 1)}
-        return sizes == {len(self.repulsion)}
-
 
 def explain_energy(potential: Potential, frame: Data, topology: Topology | None = None) -> EnergyExplanation:
     """Decompose the energy of one structure.
@@ -119,5 +114,8 @@ def explain_energy(potential: Potential, frame: Data, topology: Topology | None 
     if frame.get("batch") is not None and int(frame.batch.max()) > 0:
         raise ValueError("frame must be a single structure, got a batch; pass batch.get_example(i)")
     parts = potential.energies(frame, topology=topology)
-    names = tuple(spec.name for spec in required(potential.scheme).levels)
-    return EnergyExplanation(AtomicData.from_data(frame), parts.hierarchy.topology(), names, parts.levels, *parts[2:])
+    scheme = required(potential.scheme)
+    names, topology = tuple(spec.name for spec in scheme.levels), parts.hierarchy.topology()
+    return EnergyExplanation(
+        AtomicData.from_data(frame), topology, names, scheme.centred_levels, parts.levels, *parts[2:]
+    )

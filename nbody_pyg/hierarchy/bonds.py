@@ -186,7 +186,7 @@ def child_shifts(tree: Topology, atoms: System) -> tuple[Tensor | None, ...]:
     return tuple(shifts)
 
 
-def bonds_of(system: System, given: Int[Tensor, "2 bonds"] | None) -> Int[Tensor, "2 bonds"]:
+def bonds_of(system: System, given: Int[Tensor, "2 bonds"] | None) -> Int[Tensor, "2 directed"]:
     """The given bonds, or those within 1.3 times the sums of covalent radii, in both directions."""
     return covalent_bonds(system, BOND_FACTOR) if given is None else _both_directions(given, system)
 

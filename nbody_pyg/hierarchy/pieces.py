@@ -13,10 +13,9 @@ from nbody_pyg.hierarchy.bondgraph import fragment_labels
 from nbody_pyg.hierarchy.bonds import BondTree, bonds_of, child_shifts
 from nbody_pyg.hierarchy.levels import EdgeSet
 from nbody_pyg.hierarchy.positions import tree_positions
-from nbody_pyg.hierarchy.scheme import LevelSpec, Scheme, check_radius, widen_pairs
+from nbody_pyg.hierarchy.scheme import LevelSpec, check_radius, widen_pairs
 from nbody_pyg.hierarchy.shells import NestedShells
 from nbody_pyg.hierarchy.topology import Topology, sort_edges
-from nbody_pyg.radial import vector_window
 from nbody_pyg.system import System
 
 
@@ -61,12 +60,12 @@ class ShellsAndPieces(BondTree):
         exponent: int = 3,
         bonds_key: str = "bonds",
     ) -> None:
-        shells = NestedShells(radii, exponent)
-        self.radii, self.exponent = shells.radii, shells.exponent
+        self._shells = NestedShells(radii, exponent)
+        self.radii, self.exponent = self._shells.radii, self._shells.exponent
         self.piece_cutoff = check_radius("piece_cutoff", piece_cutoff)
         self.bonds_key = bonds_key
         self.levels = (
-            *shells.levels[:-1],
+            *self._shells.levels[:-1],
             LevelSpec("pieces", 8.0, self.piece_cutoff),
             LevelSpec("root", 16.0),
         )
@@ -93,9 +92,6 @@ class ShellsAndPieces(BondTree):
         """Keep the bonds and the pieces, recompute shells and pairs (and, in a cell, the images of the children)."""
         return self._placed(self._pieces(topology), system)
 
-    def _without_atoms(self, num_graphs: int, like: Tensor, periodic: Tensor | None) -> Topology:
-        return Scheme._without_atoms(self, num_graphs, like, periodic)
-
     def _pieces(self, topology: Topology) -> Topology:
         """The tree of atoms, pieces and root."""
         kept = (0, -2, -1)
@@ -109,8 +105,7 @@ class ShellsAndPieces(BondTree):
         return tree.assume([topology.batch(k) for k in kept])
 
     def _placed(self, tree: Topology, atoms: System) -> Topology:
-        shells = NestedShells(self.radii, self.exponent).build(atoms)
-        shifts = child_shifts(tree, atoms)
+        shells, shifts = self._shells.build(atoms), child_shifts(tree, atoms)
         whole = Topology(
             num_parts=(*shells.num_parts[:-1], *tree.num_parts[1:]),
             child_index=(*shells.child_index[:-1], *tree.child_index[1:]),
@@ -122,24 +117,22 @@ class ShellsAndPieces(BondTree):
 
     def widened(self, skin: float) -> ShellsAndPieces:
         wide = widen_pairs(self, skin)
-        wide.radii = tuple(radius + skin for radius in self.radii)
+        wide._shells = self._shells.widened(skin)
+        wide.radii = wide._shells.radii
         return wide
 
     def list_radii(self) -> tuple[tuple[float | None, float | None], ...]:
-        shells = tuple((radius, None) for radius in self.radii)
-        return ((None, None), *shells, (None, self.levels[-2].pair_radius), (None, None))
+        return (*self._shells.list_radii()[:-1], (None, self.levels[-2].pair_radius), (None, None))
 
     @property
     def same_edges(self) -> Mapping[EdgeSet, EdgeSet]:
         """Shells of one radius have the same edges, unless a subclass has windows or positions of its own."""
         if (type(self).child_weight, type(self).positions) != (ShellsAndPieces.child_weight, ShellsAndPieces.positions):
             return {}
-        return NestedShells(self.radii, self.exponent).same_edges
+        return self._shells.same_edges
 
     def positions(self, topology: Topology, system: System) -> list[Float[Tensor, "_ 3"]]:
         return [system.pos] * self.centred_levels + tree_positions(self._pieces(topology), system)[1:]
 
     def child_weight(self, level: int, vec: Float[Tensor, "edges 3"]) -> Float[Tensor, " edges"]:
-        if level > len(self.radii):
-            return vec.new_ones(vec.shape[0])
-        return vector_window(vec, self.radii[level - 1], self.exponent)
+        return self._shells.child_weight(level, vec)  # 1 above the shells

@@ -252,10 +252,10 @@ class Scheme(BaseTransform):  # type: ignore[misc]  # PyG has no py.typed
                     if k == topology.num_levels - 1 and topology.periodic is not None:
                         open_graph = ~topology.periodic.index_select(0, batch.index_select(0, child[1]))
                         child_vec = child_vec * open_graph.unsqueeze(-1).to(child_vec.dtype)
-                    child_weight = self.child_weight(k, child_vec)
+                    child_weight = self.edge_window(EdgeSet("child", k), child_vec)
             if (pair := topology.pair_index[k]) is not None:
                 pair_vec = edge_vectors(here, pair, topology.pair_shift[k], cell, batch).to(dtype)
-                pair_weight = vector_window(pair_vec, required(self.levels[k].pair_radius))
+                pair_weight = self.edge_window(EdgeSet("pair", k), pair_vec)
             own = given if here is pos else here.to(given.dtype)
             weight = here.new_ones(here.shape[0], dtype=dtype)
             levels.append(
@@ -264,7 +264,7 @@ class Scheme(BaseTransform):  # type: ignore[misc]  # PyG has no py.typed
         return Hierarchy(tuple(levels), system, same)
 
     def edge_window(self, edges: EdgeSet, vec: Float[Tensor, "edges 3"]) -> Float[Tensor, " edges"]:
-        """Window of edges between atoms, as :meth:`place` computes it, for other vectors."""
+        """Window of edges that are as long as some vectors."""
         if edges.kind == "child":
             return self.child_weight(edges.level, vec)
         return vector_window(vec, required(self.levels[edges.level].pair_radius))

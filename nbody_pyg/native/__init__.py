@@ -8,7 +8,7 @@
 """
 
 from nbody_pyg.native.binding import CompiledModel, Edges, Result
-from nbody_pyg.native.evaluator import NativeEvaluator, is_neutral_singlet
+from nbody_pyg.native.evaluator import NativeEvaluator
 from nbody_pyg.native.export import export_c
 from nbody_pyg.native.program import Program, write_program
 from nbody_pyg.native.support import why_not, why_not_here
@@ -20,7 +20,6 @@ __all__ = [
     "Program",
     "Result",
     "export_c",
-    "is_neutral_singlet",
     "why_not",
     "why_not_here",
     "write_program",

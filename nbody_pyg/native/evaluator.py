@@ -79,6 +79,13 @@ class NativeEvaluator:
         """What changes with the weights."""
         return [(t.data_ptr(), t._version) for t in (*self._tensors, self.potential.scale)]
 
+    def takes(self, system: System) -> bool:
+        """Whether the program computes a system: only neutral singlets if charge and spin are inputs of the model."""
+        known = self.potential.network.known(system)
+        charge, spin = known.total_charge, known.spin
+        charged = charge is not None and bool((charge != 0).any())
+        return not charged and (spin is None or bool((spin == 1).all()))
+
     def __call__(
         self, *atoms: Any, compute_forces: bool = True, compute_stress: bool = False, **given: Any
     ) -> dict[str, Tensor]:
@@ -91,7 +98,7 @@ class NativeEvaluator:
         system = self.potential.system(*atoms, **given)
         if system.num_graphs != 1:
             raise ValueError(f"atoms must be one structure, got a batch of {system.num_graphs}; loop over them")
-        if not is_neutral_singlet(system):
+        if not self.takes(system):
             raise ValueError("atoms must be a neutral singlet for a native program; evaluate others with torch")
         topology = system.topology or required(self.potential.scheme).compose(system)
         with self._lock:
@@ -116,12 +123,6 @@ class NativeEvaluator:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return NativeEvaluator, (self.potential, self.dtype)
-
-
-def is_neutral_singlet(system: System) -> bool:
-    """Whether no graph of a system is charged or has unpaired electrons."""
-    charge, spin = system.total_charge, system.spin
-    return not ((charge is not None and bool((charge != 0).any())) or (spin is not None and bool((spin != 1).any())))
 
 
 def _edges(

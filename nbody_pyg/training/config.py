@@ -21,7 +21,7 @@ from nbody_pyg.messages import check_choice, nearest
 from nbody_pyg.properties import Property
 from nbody_pyg.renamed import FORMER_ARGUMENTS, present_names
 from nbody_pyg.training.loggers import LOGGERS
-from nbody_pyg.training.settings import FineTuneConfig, TrainingConfig, setting
+from nbody_pyg.training.settings import NO_INIT, FineTuneConfig, TrainingConfig, setting
 
 
 @dataclass(frozen=True)
@@ -246,6 +246,7 @@ def _limited(values: Mapping[str, Any], named: frozenset[str]) -> dict[str, Any]
 
 def _finetune(values: Mapping[str, Any], named: frozenset[str]) -> FineTuneConfig:
     others = sorted(key for key in named if key.startswith("finetune.") and key != "finetune.init")
+    values = dict(values) | ({"init": None} if values["init"] == NO_INIT else {})
     if values["init"] is None and others:
         raise ValueError(f"{others[0]} is for a run that starts from a model; give it by --init, or leave it out")
     return FineTuneConfig(**values)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ from nbody_pyg.hierarchy import Scheme
 from nbody_pyg.messages import symbols
 from nbody_pyg.training.config import LIMIT_KEYS, LIMITS, Config, insert, parse_config
 from nbody_pyg.training.prepare import DataSets
+from nbody_pyg.training.settings import NO_INIT
 
 #: Radii of the shells: multiples of the distance between first neighbours, and minimum radii, angstrom.
 RADII = ((1.9, 3.5), (2.5, 5.0))
@@ -32,9 +33,8 @@ EDGES_PER_STEP, MOST_FRAMES = 10_000, 5
 PER_ATOM_WEIGHT, STRESS_WEIGHT = 5.0, 0.1
 #: Learning rates of runs that start from a trained model: of all weights, and of readouts and adapters alone.
 TUNED_LR, FEW_WEIGHTS_LR = 5e-3, 1e-2
-#: Shipped model that runs with few frames of molecules start from, the value of ``finetune.init`` for none, and the
-#: largest number of training frames.
-PRETRAINED, NO_INIT, FEW_FRAMES = "organic", "none", 300
+#: Shipped model that runs with few frames of molecules start from, and the largest number of training frames.
+PRETRAINED, FEW_FRAMES = "organic", 300
 #: Number of frames that are measured, and largest distance of neighbours, angstrom.
 _MEASURED, _REACH = 200, 6.0
 
@@ -127,21 +127,23 @@ def choose_defaults(config: Config, data: DataSets) -> tuple[Config, tuple[Choic
     return _with(chosen, batch), (*choices, *batch, *limits)
 
 
-def choose_init(config: Config, data: DataSets, known: Sequence[int]) -> Choice | None:
-    """The shipped model to start from if the user names none: for few frames of molecules with forces.
+def choose_init(config: Config, data: DataSets, known: Callable[[], Sequence[int]]) -> Choice | None:
+    """The shipped model to start from if the user gives none: for few frames of molecules with forces.
 
     Args:
-        known: elements of that model.
+        known: gives the elements of that model; asked last, because it reads the file.
     """
-    frames, given = data.train, config.given
-    free = config.finetune.init is None and not any(key.startswith("model.") for key in given)
+    frames = data.train
+    free = not any(key == "finetune.init" or key.startswith("model.") for key in config.given)
     ordinary = not (config.target or config.data.qm9 or data.stream is not None)
-    if not (free and ordinary) or len(frames) > FEW_FRAMES or not set(elements_of(frames)) <= set(known):
+    if not (free and ordinary) or len(frames) > FEW_FRAMES:
         return None
     molecules = [frame for frame in frames if not is_isolated_atom(frame)]
     if not molecules or any(
         _is_periodic(f) or f.get("spin") is not None or not has_label(f, "forces") for f in molecules
     ):
+        return None
+    if not set(elements_of(frames)) <= set(known()):
         return None
     words = f"{len(frames)} frames of molecules of {symbols(elements_of(frames))}; --init {NO_INIT} for random weights"
     return Choice("finetune.init", PRETRAINED, words)

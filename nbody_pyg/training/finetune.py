@@ -113,7 +113,7 @@ def require_same_architecture(network: NBodyNet, trained: NBodyNet, name: str, c
         name: of the trained model, for the message.
         cure: end of the message.
     """
-    given, old = network.config(), trained.config()
+    given, old = network.config(), trained.remade(species=list(network.species)).config()
     keys = [key for key in [*given, *(k for k in old if k not in given)] if key != "species"]
     same_types = _types(network) == _types(trained)
     for key in keys:
@@ -121,10 +121,7 @@ def require_same_architecture(network: NBodyNet, trained: NBodyNet, name: str, c
             continue
         new, was = given.get(key), old.get(key)
         if isinstance(new, Mapping) and isinstance(was, Mapping):
-            names = [*new, *(k for k in was if k not in new)]
-            if key == "inner_cutoff":  # one for each pair of elements
-                names = [name for name in names if name in new and name in was]
-            inner = [k for k in names if _json(new.get(k)) != _json(was.get(k))]
+            inner = [k for k in [*new, *(k for k in was if k not in new)] if _json(new.get(k)) != _json(was.get(k))]
             if inner:
                 key, new, was = f"{key}.{inner[0]}", new.get(inner[0]), was.get(inner[0])
             else:
@@ -150,7 +147,7 @@ def carried_weights(network: NBodyNet, source: NBodyNet) -> dict[str, Tensor]:
     """
     rows = torch.tensor([source.species.index(nearest_element(z, source.species)) for z in network.species])
     more = next(z for z in range(1, 119) if z not in source.species)
-    probe = _with_species(source, [*source.species, more]).state_dict()
+    probe = source.remade(species=sorted([*source.species, more])).state_dict()
     found = {}
     for name, value in source.state_dict().items():
         sides = [d for d in range(value.dim()) if probe[name].shape[d] != value.shape[d]]
@@ -159,14 +156,6 @@ def carried_weights(network: NBodyNet, source: NBodyNet) -> dict[str, Tensor]:
             value = each.index_select(side, rows.to(value.device)).flatten(side, side + 1)
         found[name] = value.detach().clone()
     return found
-
-
-def _with_species(network: NBodyNet, species: Sequence[int]) -> NBodyNet:
-    """An initial network of the same architecture for other elements; it draws no global random numbers."""
-    with torch.random.fork_rng(devices=[]):
-        made = NBodyNet.from_config(network.config() | {"species": sorted(species)})
-    made.assumed = dict(network.assumed)
-    return made
 
 
 # -- models ----------------------------------------------------------------------------------------------------
@@ -230,7 +219,9 @@ def inherit(
     name = str(ancestor_of(init)["name"])
     if isinstance(model.model, NBodyNet) and isinstance(init.model, NBodyNet):
         cure = "build the network as that one, or let tuned_model(init, frames) do it"
-        source = init.model if model.model.inputs or not init.model.inputs else init.model.neutral()
+        source = init.model
+        if source.inputs and not model.model.inputs and source.has_neutral_form:
+            source = source.neutral()
         require_same_architecture(model.model, source, name, cure)
         model.model.load_state_dict(carried_weights(model.model, source))
     elif model is not init:
@@ -241,11 +232,11 @@ def inherit(
 def _rebuilt(init: Potential | PropertyModel, species: Sequence[int], train: Sequence[Data], keep_inputs: bool) -> Any:
     """A model as ``init`` for other elements, with its weights; without E0 and statistics."""
     source: Any = init.model
-    if source.inputs and not keep_inputs and source.long_range is None and source.node_inputs is None:
+    if source.inputs and source.has_neutral_form and not keep_inputs:
         states = frame_states(train)
-        if not source.gates and all(set(values) == {DEFAULT_STATE[key]} for key, values in states.items()):
+        if all(set(values) == {DEFAULT_STATE[key]} for key, values in states.items()):
             source = source.neutral()
-    network = _with_species(source, species).to(source.dtype)
+    network = source.remade(species=sorted(species))
     network.load_state_dict(carried_weights(network, source))
     if isinstance(init, PropertyModel):
         statistics = {n: Statistics(0.0, s.scale) for n, s in init.statistics.items()}

@@ -104,6 +104,10 @@ class TrainingConfig:
 PARTS = ("all", "readouts", "adapters")
 
 
+#: Value of ``finetune.init`` for random weights.
+NO_INIT = "none"
+
+
 @dataclass(frozen=True)
 class FineTuneConfig:
     """How to start from a trained model. The result is an ordinary model that remembers it.

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
 import factories
-from nbody_pyg import BondTree, NestedShells, Potential
+from nbody_pyg import BondTree, NestedShells, Potential, ShellsAndPieces
 from nbody_pyg.cli import main
 from nbody_pyg.data import AtomicData
 from nbody_pyg.deploy import explain_energy, plot_energy_parts, save_model
@@ -15,6 +17,7 @@ from nbody_pyg.nn.repulsion import ZBLRepulsion
 SCHEMES = {
     "shells": NestedShells((4.0, 3.0)),
     "tree": BondTree(cutoff=4.0),
+    "pieces": ShellsAndPieces((4.0, 3.0), 6.0),
     "bare tree": BondTree(cutoff=4.0, group_cutoff=None, piece_cutoff=None),
 }
 
@@ -31,6 +34,13 @@ def ethanol(molecules) -> AtomicData:
     return AtomicData(z=z, pos=pos)
 
 
+def test_the_energy_of_a_neighbourhood_is_that_of_its_centre(ethanol):
+    found = explain_energy(potential(SCHEMES["pieces"]), ethanol)
+    shells = dataclasses.replace(found, own={k: found.own[k] for k in (1, 2)})
+    assert torch.allclose(shells.on_atoms(), found.own[1] + found.own[2] + found.repulsion, rtol=0, atol=1e-12)
+    assert found.own[1].std() > 1e-3 and found.own[3].abs().max() > 1e-3
+
+
 @pytest.mark.parametrize("name", SCHEMES)
 def test_parts_sum_to_the_whole(name, ethanol):
     model = potential(SCHEMES[name])
@@ -42,7 +52,7 @@ def test_parts_sum_to_the_whole(name, ethanol):
     assert float(found.repulsion.sum()) > 0.01
     # Untrained shells have nothing on the atoms but a shift, which starts at zero.
     signal = {k: float(values.abs().max()) for k, values in found.own.items()}
-    assert all(size > 1e-6 for k, size in signal.items() if k or name != "shells"), signal
+    assert all(size > 1e-6 for k, size in signal.items() if k or name not in ("shells", "pieces")), signal
 
 
 def test_energies_within_parts_nest(ethanol):

@@ -504,3 +504,12 @@ def test_other_runs_start_from_random_weights(here, shipped, tmp_path, capsys, m
     tiny = ["--data.train", str(tmp_path / "frames.xyz"), "--output.folder", str(tmp_path / "run"), *words, *more]
     assert main(["train", *TINY[:-2], *tiny]) == 0
     assert "finetune.init" not in capsys.readouterr().out and ancestor(tmp_path / "run") is None
+    # Resumed by the same command
+    more_steps = ["--output.resume", "true", "--training.max_steps", "6"]
+    assert main(["train", *TINY[:-2], *tiny, *more_steps]) == 0
+    assert read_checkpoint(tmp_path / "run" / "last.ckpt")["global_step"] == 6 and ancestor(tmp_path / "run") is None
+
+
+def test_settings_of_a_start_need_a_start(here, capsys):
+    assert main(["train", *TINY, "--init", "none", "--finetune.parts", "readouts"]) == 1
+    assert "finetune.parts is for a run that starts from a model" in capsys.readouterr().err

@@ -594,7 +594,10 @@ def test_neutral_networks_have_the_values_of_neutral_singlets(molecules):
         for weight in net.parameters():
             weight += 0.1 * torch.randn_like(weight)
     z, pos = molecules["ethanol"]
+    net.assumed = {"spin": 3.0}
     neutral = net.neutral()
+    assert neutral.assumed == {"spin": 3.0}
+    neutral.assumed = net.assumed = {}
     assert neutral.inputs == () and sum(p.numel() for p in neutral.parameters()) < sum(
         p.numel() for p in net.parameters()
     )

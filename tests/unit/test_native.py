@@ -456,6 +456,19 @@ def test_inputs_of_charge_and_spin():
     assert calculator.engine == "native" and energies[0] == energies[2] and abs(energies[1] - energies[0]) > 1e-3
 
 
+def test_the_charge_of_all_training_frames_is_no_input():
+    """A model of anions without an input for it runs in the native program, and refuses other charges."""
+    model, atoms = potential(), ethanol()
+    model.model.assumed = {"charge": -1.0}
+    atoms.info["charge"] = -1.0
+    atoms.calc = NBodyCalculator(model, engine="native")
+    energy = atoms.get_potential_energy()
+    assert abs(energy - float(model(System.from_ase(atoms))["energy"])) < 1e-9 and abs(energy) > 1
+    atoms.info["charge"] = 1.0
+    with pytest.raises(ValueError, match="charge"):
+        atoms.get_potential_energy()
+
+
 def test_own_gates_are_refused():
     from nbody_pyg.nn.gates import OneBodyGate
 

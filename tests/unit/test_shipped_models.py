@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from ase.build import molecule
 
+import factories
 from nbody_pyg.cli import main
-from nbody_pyg.deploy import NBodyCalculator, find_model, load_model, read_metadata, shipped_models
+from nbody_pyg.deploy import NBodyCalculator, find_model, load_model, read_metadata, save_model, shipped_models
 
 # Two rattled frames of ethanol: energies (eV), and the forces of the first (eV/angstrom), by tblite 0.4
 ENERGIES = (-309.2513873709861, -309.42288088179964)
@@ -60,6 +61,31 @@ def test_organic_takes_charges():
 
 def test_organic_knows_ten_elements():
     assert load_model("organic").species == (1, 6, 7, 8, 9, 15, 16, 17, 35, 53)
+
+
+def test_the_script_leaves_out_paths(tmp_path, monkeypatch, request):
+    monkeypatch.syspath_prepend(request.config.rootpath / "datasets")
+    import ship_model
+
+    training = {
+        "steps": 1,
+        "epochs": 1,
+        "cpu_seconds": 1.0,
+        "weights": "last",
+        "num_frames": {"train": 1},
+        "errors": {},
+    }
+    config = {"data": {"train": "/home/me", "num_val": 5}, "output": {"folder": "/tmp/a"}, "training": {"lr": 0.01}}
+    metadata = {**training, "errors_unit": "meV", "config": config, "run": "17", "sample": {"z": [1]}}
+    save_model(factories.potential(), tmp_path / "model.nbody", metadata)
+    assert ship_model.main([str(tmp_path / "model.nbody"), "organic", "--out", str(tmp_path / "out")]) == 0
+    found = read_metadata(tmp_path / "out" / "organic.nbody")["metadata"]
+    assert found["config"] == {"data": {"num_val": 5}, "output": {}, "finetune": {}, "training": {"lr": 0.01}}
+    assert found["licence"] == "MIT" and found["steps"] == 1 and "sample" not in found and "run" not in found
+    monkeypatch.setattr(ship_model, "LARGEST", 100)
+    with pytest.raises(SystemExit, match="more than 100 bytes"):
+        ship_model.main([str(tmp_path / "model.nbody"), "organic", "--out", str(tmp_path / "out")])
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["organic.nbody"]  # the one before
 
 
 @pytest.mark.slow
