@@ -23,6 +23,9 @@ stachyose         a tetrasaccharide, 87 atoms
 at_at_cg_cg       four stacked pairs, 118 atoms
 ================  ==================================================================================================
 
+With ``--dynamics MODEL`` (a model file of nbody_pyg, or the name of one that comes with it) the walks follow the forces
+of this model; energies and forces of the frames are those of GFN2-xTB all the same.
+
 The ions have no proton to lose and keep their charges. Others do not: between primary ammonium and carboxylate
 GFN2-xTB moves an electron, or does not converge, from about 10 angstrom on, in a peptide with one positive and one
 negative end from about 8 residues on. N and S of the salt bridge are held at one distance during each walk; energies
@@ -32,6 +35,7 @@ and forces are without this constraint.
 from __future__ import annotations
 
 import argparse
+import functools
 import hashlib
 import itertools
 import json
@@ -48,7 +52,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # read once, when tblite is loade
 
 import numpy as np
 from ase import Atoms
-from ase.calculators.calculator import CalculationFailed
+from ase.calculators.calculator import CalculationFailed, Calculator
 from ase.calculators.singlepoint import SinglePointCalculator
 from ase.constraints import FixBondLength
 from ase.io import read, write
@@ -197,21 +201,42 @@ KINDS = {
 
 
 # -- walks ---------------------------------------------------------------------------------------------------
-def frame_of(atoms: Atoms, **info: object) -> Atoms | None:
-    """A copy with its labels and momenta; None where the frame is not sound."""
-    found = labels(atoms)
+@functools.cache
+def model(name: str) -> Calculator:
+    """The calculator of a model of nbody_pyg."""
+    from nbody_pyg.deploy import NBodyCalculator  # only for --dynamics
+
+    return NBodyCalculator(name)
+
+
+def frame_of(atoms: Atoms, reference: Calculator, **info: object) -> Atoms | None:
+    """A copy with the labels of ``reference`` and momenta; None where the frame is not sound."""
+    frame = Atoms(numbers=atoms.numbers, positions=atoms.positions, momenta=atoms.get_momenta())
+    frame.calc = reference
+    found = labels(frame)
     if not sound(found):
         return None
-    frame = Atoms(numbers=atoms.numbers, positions=atoms.positions, momenta=atoms.get_momenta())
     frame.calc = SinglePointCalculator(frame, energy=float(found["energy"]), forces=found["forces"])
     frame.info = atoms.info | info
     return frame
 
 
-def walk(atoms: Atoms, temperature: float, count: int, rng: np.random.Generator, equilibrated: bool) -> list[Atoms]:
-    """The next frames of a walk from ``atoms``; fewer than ``count`` if one is not sound or has other bonds."""
+def walk(
+    atoms: Atoms,
+    temperature: float,
+    count: int,
+    rng: np.random.Generator,
+    equilibrated: bool,
+    dynamics: str | None = None,
+) -> list[Atoms]:
+    """The next frames of a walk from ``atoms``; fewer than ``count`` if one is not sound or has other bonds.
+
+    The walk follows the forces of the model ``dynamics``, or those of GFN2-xTB.
+    """
     graph, frames = bonds(atoms), []
-    atoms.calc = calculator(atoms.info["charge"])
+    reference = calculator(atoms.info["charge"])
+    atoms.calc = reference if dynamics is None else model(dynamics)
+    atoms.info["dynamics"] = dynamics or "GFN2-xTB"
     if "held" in atoms.info:
         first, second = (int(x) for x in atoms.info["held"])
         atoms.set_constraint(FixBondLength(first, second))
@@ -224,7 +249,7 @@ def walk(atoms: Atoms, temperature: float, count: int, rng: np.random.Generator,
         run = langevin(atoms, temperature, rng)
         for _ in range(count):
             run.run(STRIDE)
-            frame = frame_of(atoms, temperature=temperature)
+            frame = frame_of(atoms, reference, temperature=temperature)
             if frame is None or bonds(atoms) != graph:
                 break
             frames.append(frame)
@@ -233,7 +258,9 @@ def walk(atoms: Atoms, temperature: float, count: int, rng: np.random.Generator,
     return frames
 
 
-def piece(kind: str, split: str, walker: int, number: int, count: int, before: Path | None) -> list[Atoms]:
+def piece(
+    kind: str, split: str, walker: int, number: int, count: int, before: Path | None, dynamics: str | None = None
+) -> list[Atoms]:
     """One piece of a walk, from the last frame of the piece before."""
     for attempt in range(ATTEMPTS):
         if before is None:
@@ -244,7 +271,7 @@ def piece(kind: str, split: str, walker: int, number: int, count: int, before: P
             atoms = read(before, -1)
             atoms.info.pop("temperature")
         rng = generator(kind, split, walker, "piece", number, attempt)
-        frames = walk(atoms, KINDS[kind].temperature, count, rng, equilibrated=before is not None)
+        frames = walk(atoms, KINDS[kind].temperature, count, rng, before is not None, dynamics)
         if len(frames) == count:
             return frames
     raise RuntimeError(f"{kind} {split} walker {walker} piece {number}: not sound in {ATTEMPTS} attempts")
@@ -267,7 +294,7 @@ def pieces(walkers: int, frames: int) -> list[tuple[int, int, int]]:
     return found
 
 
-def make_split(kind: str, split: str, out: Path) -> Path:
+def make_split(kind: str, split: str, out: Path, dynamics: str | None = None) -> Path:
     """Make what is missing of a split; its file is the pieces one after another, without momenta."""
     path, folder = out / f"{kind}_{split}.extxyz", out / ".pieces"
     if path.exists():
@@ -277,7 +304,7 @@ def make_split(kind: str, split: str, out: Path) -> Path:
     for walker, number, count in pieces(*KINDS[kind].splits[split]):
         current = folder / f"{kind}_{split}_{walker}_{number}.extxyz"
         if not current.exists():
-            save(current, piece(kind, split, walker, number, count, done[-1] if number else None))
+            save(current, piece(kind, split, walker, number, count, done[-1] if number else None, dynamics))
         done.append(current)
     frames = list(itertools.chain.from_iterable(read(part, ":") for part in done))
     for frame in frames:
@@ -296,9 +323,10 @@ def manifest(out: Path) -> dict:
         for split, (walkers, _) in settings.splits.items():
             path = out / f"{kind}_{split}.extxyz"
             if path.exists():
-                sizes = [len(frame) for frame in read(path, ":")]
+                frames = read(path, ":")
                 files[path.name] = {
-                    "frames": len(sizes), "atoms": sorted(set(sizes)), "walkers": walkers,
+                    "frames": len(frames), "atoms": sorted({len(frame) for frame in frames}), "walkers": walkers,
+                    "dynamics": sorted({frame.info.get("dynamics", "GFN2-xTB") for frame in frames}),
                     "temperature_K": settings.temperature, "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
                 }  # fmt: skip
     return {
@@ -317,9 +345,10 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder of the files")
     parser.add_argument("--kinds", nargs="+", choices=list(KINDS), default=list(KINDS))
+    parser.add_argument("--dynamics", metavar="MODEL", help="model that the walks follow (default: GFN2-xTB)")
     args = parser.parse_args(argv)
     for kind in args.kinds:
-        files = [make_split(kind, split, args.out) for split in KINDS[kind].splits]
+        files = [make_split(kind, split, args.out, args.dynamics) for split in KINDS[kind].splits]
         found = manifest(args.out)
         (args.out / "manifest.json").write_text(json.dumps(found, indent=1) + "\n")
         counts = ", ".join(f"{path.name} {found['files'][path.name]['frames']} frames" for path in files)

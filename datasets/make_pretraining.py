@@ -22,6 +22,8 @@ bond         fragments with one bond compressed or stretched, up to 2.5 times it
 ===========  ======================================================================================================
 
 All kinds but the last are sampled by Langevin dynamics at temperatures between 100 and 1000 K (clusters up to 500 K).
+With ``--dynamics MODEL`` (a model file of nbody_pyg, or the name of one that comes with it) the dynamics follow the
+forces of this model, which is faster; energies and forces of the frames are those of GFN2-xTB all the same.
 A frame belongs to the split "train", "val" or "test" by the Murcko scaffold of its molecule (its SMILES where it
 has no ring), so that no scaffold stands in two splits.
 """
@@ -31,6 +33,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import csv
+import functools
 import gzip
 import hashlib
 import json
@@ -51,7 +54,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # one thread for each process; re
 import h5py
 import numpy as np
 from ase import Atoms, units
-from ase.calculators.calculator import CalculationFailed
+from ase.calculators.calculator import CalculationFailed, Calculator
 from ase.data import vdw_radii
 from ase.md.langevin import Langevin
 from ase.md.velocitydistribution import Stationary, ZeroRotation
@@ -64,6 +67,7 @@ SEED = 20261129
 ACCURACY = 0.1  # tblite's accuracy multiplier (default 1); smaller is tighter
 STRUCTURES = 40  # structures in a unit
 FRAMES = 10  # frames of a structure
+STRUCTURES_OF_MODEL, FRAMES_OF_MODEL = 150, 3  # the same for dynamics of a model
 TIMESTEP, FRICTION, EQUILIBRATION, STRIDE = 1.0, 0.02, 40, 7  # fs, 1/fs, steps, steps
 MAX_FORCE = 40.0  # eV/A; a frame above it is left out
 ELEMENTS = {1, 6, 7, 8, 9, 15, 16, 17, 35, 53}
@@ -313,22 +317,41 @@ def langevin(atoms: Atoms, temperature: float, rng: np.random.Generator) -> Lang
     )
 
 
-def dynamics(structure: Structure, temperature: float, rng: np.random.Generator) -> Iterator[dict[str, np.ndarray]]:
-    """Frames of a short Langevin run that starts with the kinetic energy of twice the temperature at a minimum."""
+@functools.cache
+def model_forces(name: str) -> Calculator:
+    """The calculator of a model of nbody_pyg."""
+    from nbody_pyg.deploy import NBodyCalculator  # only for --dynamics
+
+    return NBodyCalculator(name)
+
+
+def dynamics(
+    structure: Structure, temperature: float, rng: np.random.Generator, model: str | None = None
+) -> Iterator[dict[str, np.ndarray]]:
+    """Frames of a short Langevin run that starts with the kinetic energy of twice the temperature at a minimum.
+
+    It follows the forces of ``model``, or those of GFN2-xTB. Frames of a model are further apart, as they are few.
+    """
     atoms = structure.atoms.copy()
-    atoms.calc = calculator(structure.charge)
+    atoms.info["charge"] = structure.charge
+    reference = calculator(structure.charge)
+    atoms.calc = reference if model is None else model_forces(model)
     heat(atoms, temperature, rng)
     run = langevin(atoms, temperature, rng)
     run.run(EQUILIBRATION)
-    for _ in range(FRAMES):
-        run.run(STRIDE)
-        yield labels(atoms)
+    for _ in range(FRAMES if model is None else FRAMES_OF_MODEL):
+        run.run(STRIDE if model is None else 2 * STRIDE)
+        frame = atoms.copy()
+        frame.calc = reference
+        yield labels(frame)
 
 
-def stretched(structure: Structure, molecule: Chem.Mol, rng: np.random.Generator) -> Iterator[dict[str, np.ndarray]]:
+def stretched(
+    structure: Structure, molecule: Chem.Mol, rng: np.random.Generator, frames: int = FRAMES
+) -> Iterator[dict[str, np.ndarray]]:
     """Frames in which one bond outside of rings has 0.75 to 2.5 times its length; all atoms are rattled by 0.03 A."""
     bonds = [bond for bond in molecule.GetBonds() if not bond.IsInRing()]
-    for _ in range(FRAMES if bonds else 0):
+    for _ in range(frames if bonds else 0):
         changed = Chem.Mol(molecule)
         bond = pick(bonds, rng)
         ends = bond.GetBeginAtomIdx(), bond.GetEndAtomIdx()
@@ -349,11 +372,16 @@ def sound(frame: dict[str, np.ndarray]) -> bool:
     return finite and np.abs(forces).max() < MAX_FORCE and np.abs(forces.sum(0)).max() < 1e-3
 
 
-def sample(kind: str, structure: Structure, molecule: Chem.Mol | None, rng: np.random.Generator) -> tuple[list, float]:
+def sample(
+    kind: str, structure: Structure, molecule: Chem.Mol | None, rng: np.random.Generator, model: str | None = None
+) -> tuple[list, float]:
     """Sound frames of a structure and their temperature, K (0 where there is none)."""
     hottest = 500.0 if kind == "cluster" else 1000.0
     temperature = 0.0 if kind == "bond" else float(np.exp(rng.uniform(np.log(100.0), np.log(hottest))))
-    source = stretched(structure, molecule, rng) if kind == "bond" else dynamics(structure, temperature, rng)
+    if kind == "bond":
+        source = stretched(structure, molecule, rng, FRAMES if model is None else FRAMES_OF_MODEL)
+    else:
+        source = dynamics(structure, temperature, rng, model)
     frames = []
     with contextlib.suppress(CalculationFailed, RuntimeError, ValueError):  # no self-consistent solution: keep the rest
         frames.extend(frame for frame in source if sound(frame))
@@ -367,7 +395,9 @@ def kind_of(number: int) -> str:
     return str(order[number % len(order)])
 
 
-def make_unit(number: int, out: Path, lists: dict[str, list[str]], count: int = STRUCTURES) -> dict[str, float]:
+def make_unit(
+    number: int, out: Path, lists: dict[str, list[str]], count: int = STRUCTURES, model: str | None = None
+) -> dict[str, float]:
     """Make one unit and write its file whole; returns what is printed of it."""
     kind, rng, begin = kind_of(number), np.random.default_rng([SEED, number]), time.process_time()
     columns: dict[str, list] = {key: [] for key in ("z", "pos", "forces", "charges", "energy", "dipole", "natoms",
@@ -376,7 +406,7 @@ def make_unit(number: int, out: Path, lists: dict[str, list[str]], count: int = 
     source = structures(kind, lists, rng)
     while len(names) < count and failed < 10 * count:
         structure, molecule = next(source)
-        frames, temperature = sample(kind, structure, molecule, rng)
+        frames, temperature = sample(kind, structure, molecule, rng, model)
         if not frames:
             failed += 1
             continue
@@ -402,6 +432,7 @@ def make_unit(number: int, out: Path, lists: dict[str, list[str]], count: int = 
         file.create_dataset("smiles", data=names, dtype=h5py.string_dtype())
         measured = "pos angstrom, energy eV, forces eV/angstrom, dipole e angstrom, charges e"
         file.attrs.update(kind=kind, number=number, seed=SEED, failed=failed, splits=SPLITS, units=measured)
+        file.attrs.update(dynamics=model or "GFN2-xTB")
     os.replace(unfinished, path)
     seconds = time.process_time() - begin
     return {"unit": number, "kind": kind, "frames": len(columns["energy"]), "failed": failed, "seconds": round(seconds)}
@@ -409,7 +440,7 @@ def make_unit(number: int, out: Path, lists: dict[str, list[str]], count: int = 
 
 def manifest(out: Path) -> dict:
     """What the folder holds, from the files themselves."""
-    frames, atoms, elements, splits, files = Counter(), Counter(), Counter(), Counter(), {}
+    frames, atoms, elements, splits, dynamics_of, files = *(Counter() for _ in range(5)), {}
     for path in sorted(out.glob("unit_*.h5")):
         with h5py.File(path) as file:
             kind, z, natoms = file.attrs["kind"], file["z"][:], file["natoms"][:]
@@ -417,6 +448,7 @@ def manifest(out: Path) -> dict:
             atoms[kind] += len(z)
             elements.update(dict(zip(*(x.tolist() for x in np.unique(z, return_counts=True)), strict=True)))
             splits.update(SPLITS[s] for s in file["split"][:].tolist())
+            dynamics_of[file.attrs.get("dynamics", "GFN2-xTB")] += len(natoms)
         files[path.name] = hashlib.sha256(path.read_bytes()).hexdigest()
     return {
         "level_of_theory": "GFN2-xTB, closed shell, electronic temperature 300 K, gas phase",
@@ -427,6 +459,7 @@ def manifest(out: Path) -> dict:
         "mean_atoms": {kind: round(atoms[kind] / frames[kind], 1) for kind in frames},
         "atoms_by_element": dict(sorted(elements.items())),
         "frames_by_split": dict(splits),
+        "frames_by_dynamics": dict(dynamics_of),
         "versions": {name: version(name) for name in ("tblite", "ase", "rdkit", "qm9pack", "molsets", "numpy", "h5py")}
         | {"python": platform.python_version()},
         "licences": {
@@ -437,8 +470,9 @@ def manifest(out: Path) -> dict:
     }
 
 
-def _work(job: tuple[int, Path]) -> dict[str, float]:
-    return make_unit(*job, _lists())
+def _work(job: tuple[int, Path, int, str | None]) -> dict[str, float]:
+    number, out, count, model = job
+    return make_unit(number, out, _lists(), count, model)
 
 
 _found: dict[str, list[str]] = {}
@@ -457,10 +491,14 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True, help="folder of the files")
     parser.add_argument("--frames", type=int, default=500_000, help="number of frames, about")
     parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--dynamics", metavar="MODEL", help="model that the dynamics follow (default: GFN2-xTB)")
+    parser.add_argument("--first", type=int, default=0, help="number of the first unit")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    wanted = range(-(-args.frames // (STRUCTURES * FRAMES)))
-    jobs = [(number, args.out) for number in wanted if not (args.out / f"unit_{number:05d}.h5").exists()]
+    count, each = (STRUCTURES, FRAMES) if args.dynamics is None else (STRUCTURES_OF_MODEL, FRAMES_OF_MODEL)
+    wanted = range(args.first, args.first - (-args.frames // (count * each)))
+    missing = [number for number in wanted if not (args.out / f"unit_{number:05d}.h5").exists()]
+    jobs = [(number, args.out, count, args.dynamics) for number in missing]
     print(f"{len(wanted)} units, {len(wanted) - len(jobs)} of them done", flush=True)
     with multiprocessing.get_context("spawn").Pool(args.processes) as pool:
         for done in pool.imap_unordered(_work, jobs):

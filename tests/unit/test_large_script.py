@@ -88,7 +88,8 @@ def test_charged_peptides_of_the_test_are_longer(script):
     assert lengths == {"train": [2, 3], "test": [6, 7]}
 
 
-def test_an_interrupted_run_gives_the_same_file(script, tmp_path, monkeypatch):
+@pytest.mark.parametrize("dynamics", [None, "organic"])
+def test_an_interrupted_run_gives_the_same_file(script, tmp_path, monkeypatch, dynamics):
     settings = {"PIECE": 2, "EQUILIBRATION": 3, "STRIDE": 2}
     for name, value in settings.items():
         monkeypatch.setattr(script, name, value)
@@ -96,7 +97,7 @@ def test_an_interrupted_run_gives_the_same_file(script, tmp_path, monkeypatch):
         lambda split, walker, rng: script.named(script.conformer("O", rng), "w"), 300.0, {"test": (2, 6)}
     )
     monkeypatch.setitem(script.KINDS, "water", water)
-    whole = script.make_split("water", "test", tmp_path / "whole")
+    whole = script.make_split("water", "test", tmp_path / "whole", dynamics)
     made, stop = script.piece, []
 
     def stopped(*arguments):
@@ -107,10 +108,15 @@ def test_an_interrupted_run_gives_the_same_file(script, tmp_path, monkeypatch):
 
     monkeypatch.setattr(script, "piece", stopped)
     with pytest.raises(KeyboardInterrupt):
-        script.make_split("water", "test", tmp_path / "cut")
+        script.make_split("water", "test", tmp_path / "cut", dynamics)
     monkeypatch.setattr(script, "piece", made)
-    assert script.make_split("water", "test", tmp_path / "cut").read_bytes() == whole.read_bytes()
+    assert script.make_split("water", "test", tmp_path / "cut", dynamics).read_bytes() == whole.read_bytes()
     frames = read(whole, ":")
+    for frame in frames:
+        assert frame.info["dynamics"] == (dynamics or "GFN2-xTB")
+        atoms = frame.copy()
+        atoms.calc = script.calculator(0)
+        assert frame.get_potential_energy() == pytest.approx(atoms.get_potential_energy(), abs=1e-5)
     assert len(frames) == 6 and [frame.info["walker"] for frame in frames] == [0, 0, 0, 1, 1, 1]
     assert np.abs(frames[0].positions - frames[1].positions).max() > 1e-3
     assert not list(tmp_path.rglob("*.part")) and not list((tmp_path / "cut" / ".pieces").iterdir())

@@ -68,6 +68,18 @@ def test_a_unit_is_whole_and_the_same_again(script, tmp_path, number):
     assert not list(tmp_path.rglob("*.part"))
 
 
+def test_dynamics_of_a_model_have_the_labels_of_the_reference(script):
+    structure, _ = next(script.structures("qm9", LISTS, np.random.default_rng(0)))
+    frames, temperature = script.sample("qm9", structure, None, np.random.default_rng(1), "organic")
+    assert len(frames) == script.FRAMES_OF_MODEL and temperature >= 100.0
+    for frame in frames:
+        atoms = structure.atoms.copy()
+        atoms.positions = frame["pos"]
+        atoms.calc = script.calculator(0)
+        assert frame["energy"] == pytest.approx(atoms.get_potential_energy(), abs=1e-5)
+        np.testing.assert_allclose(frame["forces"], atoms.get_forces(), atol=1e-4)
+
+
 def test_unsound_frames_are_left_out(script):
     frame = {"energy": np.float64(1.0), "forces": np.zeros((4, 3))}
     assert script.sound(frame)
