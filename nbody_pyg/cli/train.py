@@ -25,6 +25,7 @@ from nbody_pyg.datasets.readers import find_files
 from nbody_pyg.datasets.splits import Split, read_split
 from nbody_pyg.datasets.units import are_units, unit_files
 from nbody_pyg.deploy import load_model, read_metadata, reference_record, save_model, shipped_models
+from nbody_pyg.deploy.model_file import load_potential
 from nbody_pyg.network import frame_states
 from nbody_pyg.potential import Potential
 from nbody_pyg.properties import PropertyModel
@@ -34,7 +35,7 @@ from nbody_pyg.training.build import potential_from_config
 from nbody_pyg.training.callbacks import Callback
 from nbody_pyg.training.checkpoint import changes, read_checkpoint
 from nbody_pyg.training.config import Config, DataConfig, ModelConfig, OutputConfig, load_config
-from nbody_pyg.training.defaults import PRETRAINED, Choice, choose_defaults, choose_init, keep_choices
+from nbody_pyg.training.defaults import Choice, choose_defaults, choose_init, keep_choices
 from nbody_pyg.training.evaluation import Evaluation, evaluate
 from nbody_pyg.training.finetune import Inheritance, ancestor_of, replayed, tuned_model
 from nbody_pyg.training.folder import RunFolder
@@ -150,12 +151,10 @@ def _train(config: Config, run: RunFolder) -> int:
     data = load_data(config.data, split, names)
     print(label_audit(data.named(), _uses(config, data)), "\n")
     if potential is None:
-        start = None
-        if PRETRAINED in shipped_models():
-            start = choose_init(config, data, lambda: required(read_metadata(PRETRAINED)["species"]))
+        start = choose_init(config, data, lambda: {name: load_potential(name) for name in shipped_models()})
         if start is not None:
-            init = load_model(PRETRAINED)
-            config = dataclasses.replace(config, finetune=dataclasses.replace(config.finetune, init=PRETRAINED))
+            init = load_model(start.value)
+            config = dataclasses.replace(config, finetune=dataclasses.replace(config.finetune, init=start.value))
             config = with_architecture(config, init)
         config, choices = choose_defaults(config, data)
         choices = choices if start is None else (start, *choices)

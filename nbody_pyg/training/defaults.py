@@ -17,7 +17,10 @@ from nbody_pyg.datasets.reference import is_isolated_atom
 from nbody_pyg.geometry import edge_vectors, neighbour_list
 from nbody_pyg.hierarchy import Scheme
 from nbody_pyg.messages import symbols
+from nbody_pyg.potential import Potential
+from nbody_pyg.required import required
 from nbody_pyg.training.config import LIMIT_KEYS, LIMITS, Config, insert, parse_config
+from nbody_pyg.training.evaluation import evaluate
 from nbody_pyg.training.prepare import DataSets
 from nbody_pyg.training.settings import NO_INIT
 
@@ -33,8 +36,8 @@ EDGES_PER_STEP, MOST_FRAMES = 10_000, 5
 PER_ATOM_WEIGHT, STRESS_WEIGHT = 5.0, 0.1
 #: Learning rates of runs that start from a trained model: of all weights, and of readouts and adapters alone.
 TUNED_LR, FEW_WEIGHTS_LR = 5e-3, 1e-2
-#: Shipped model that runs with few frames of molecules start from, and the largest number of training frames.
-PRETRAINED, FEW_FRAMES = "organic", 300
+#: Largest number of training frames with which a run starts from a shipped model, and frames to compare these on.
+FEW_FRAMES, COMPARED = 300, 20
 #: Number of frames that are measured, and largest distance of neighbours, angstrom.
 _MEASURED, _REACH = 200, 6.0
 
@@ -127,11 +130,13 @@ def choose_defaults(config: Config, data: DataSets) -> tuple[Config, tuple[Choic
     return _with(chosen, batch), (*choices, *batch, *limits)
 
 
-def choose_init(config: Config, data: DataSets, known: Callable[[], Sequence[int]]) -> Choice | None:
+def choose_init(config: Config, data: DataSets, models: Callable[[], Mapping[str, Potential]]) -> Choice | None:
     """The shipped model to start from if the user gives none: for few frames of molecules with forces.
 
+    Of the models that know all elements it is the one whose forces are nearest to those of the training frames.
+
     Args:
-        known: gives the elements of that model; asked last, because it reads the file.
+        models: gives the shipped models by their names; asked last, because it reads their files.
     """
     frames = data.train
     free = not any(key == "finetune.init" or key.startswith("model.") for key in config.given)
@@ -143,10 +148,26 @@ def choose_init(config: Config, data: DataSets, known: Callable[[], Sequence[int
         _is_periodic(f) or f.get("spin") is not None or not has_label(f, "forces") for f in molecules
     ):
         return None
-    if not set(elements_of(frames)) <= set(known()):
+    elements = elements_of(frames)
+    compared = _some(molecules, COMPARED)
+    errors = {
+        name: _force_error(model, compared)
+        for name, model in models().items()
+        if set(elements) <= set(model.species or ())
+    }
+    if not errors:
         return None
-    words = f"{len(frames)} frames of molecules of {symbols(elements_of(frames))}; --init {NO_INIT} for random weights"
-    return Choice("finetune.init", PRETRAINED, words)
+    best = min(errors, key=lambda name: (errors[name], name))
+    words = f"{len(frames)} frames of molecules of {symbols(elements)}; before training its forces are off by "
+    words += f"{errors[best]:.0f} meV/angstrom"
+    words += "".join(f", those of {name} by {error:.0f}" for name, error in errors.items() if name != best)
+    return Choice("finetune.init", best, f"{words}; --init {NO_INIT} for random weights")
+
+
+def _force_error(model: Potential, frames: Sequence[Data]) -> float:
+    """Mean absolute error of the forces, meV/angstrom."""
+    scheme = required(model.scheme)
+    return evaluate(model, [scheme(frame) for frame in frames]).errors["forces_mae"]
 
 
 def _tuning(config: Config) -> list[Choice]:
@@ -272,8 +293,9 @@ def _limits(config: Config) -> list[tuple[str, Any]]:
     return list(LIMITS.items()) if config.given.isdisjoint(LIMIT_KEYS) else []
 
 
-def _some(frames: Sequence[Data]) -> Sequence[Data]:
-    return [frames[i] for i in range(0, len(frames), -(-len(frames) // _MEASURED))]
+def _some(frames: Sequence[Data], most: int = _MEASURED) -> Sequence[Data]:
+    """At most ``most`` of the frames, evenly spaced."""
+    return [frames[i] for i in range(0, len(frames), -(-len(frames) // most))]
 
 
 def _is_periodic(frame: Data) -> bool:

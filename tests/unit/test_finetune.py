@@ -478,12 +478,28 @@ def ancestor(folder: Path) -> dict | None:
 def test_few_frames_of_molecules_start_from_the_shipped_model(here, shipped, tmp_path, capsys):
     words = ["train", *TINY, "--output.folder"]
     assert main([*words, str(tmp_path / "few")]) == 0
-    assert "chosen  finetune.init organic: 6 frames of molecules of H, C, O; --init none" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "chosen  finetune.init organic: 6 frames of molecules of H, C, O; before training its forces are" in printed
     assert ancestor(tmp_path / "few")["name"] == "organic"
     # A resumed run starts from the same model, and a limit is all that changes
     assert main([*words, str(tmp_path / "few"), "--output.resume", "true", "--training.max_steps", "6"]) == 0
     assert read_checkpoint(tmp_path / "few" / "last.ckpt")["global_step"] == 6
     assert ancestor(tmp_path / "few")["name"] == "organic"
+
+
+def test_the_start_is_the_shipped_model_with_the_nearest_forces(here, shipped, tmp_path, capsys):
+    """Of three: one is spoiled, one lacks oxygen."""
+    spoiled = load_model("organic")
+    with torch.no_grad():
+        for weight in spoiled.parameters():
+            weight.mul_(1.3)
+    save_model(spoiled, model_file.SHIPPED / "a_spoiled_one.nbody")
+    few = factories.potential(species=(1, 6))
+    save_model(few, model_file.SHIPPED / "a_hydrocarbon_one.nbody")
+    assert main(["train", *TINY, "--output.folder", str(tmp_path / "few")]) == 0
+    printed = capsys.readouterr().out
+    assert "chosen  finetune.init organic: " in printed and "those of a_spoiled_one by" in printed
+    assert "a_hydrocarbon_one" not in printed and ancestor(tmp_path / "few")["name"] == "organic"
 
 
 @pytest.mark.parametrize("case", ["none", "own network", "many", "periodic", "element", "energies only"])
