@@ -17,6 +17,7 @@ from ase.neighborlist import neighbor_list
 from ase.stress import full_3x3_to_voigt_6_stress
 
 import factories
+from damage import assert_error_or_right
 from nbody_pyg.deploy import Committee, NBodyCalculator, dynamics, run_md
 from nbody_pyg.deploy.ensembles import ENSEMBLES, has_pressure
 from nbody_pyg.deploy.md_checkpoint import MDState
@@ -184,6 +185,18 @@ def test_checkpoints_of_other_runs_are_refused(potential, tmp_path):
         run_md(structure(potential, False), 3, restart=True, **files)
     files["checkpoint"].unlink()
     assert run_md(structure(potential, False), 3, restart=True, **files).first_step == 3
+
+
+@pytest.mark.parametrize(("flips", "cuts"), [(100, 20), pytest.param(1000, 200, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("ensemble", ["nose-hoover", "npt-full"])
+def test_a_damaged_checkpoint_is_refused_or_right(potential, tmp_path, ensemble, flips, cuts):
+    path = tmp_path / "c.npz"
+    run_md(structure(potential, has_pressure(ensemble)), 2, ensemble=ensemble, checkpoint=path)
+
+    def content(path):
+        return [(k, v.tolist() if isinstance(v, np.ndarray) else repr(v)) for k, v in vars(MDState.load(path)).items()]
+
+    assert_error_or_right(path, content, flips, cuts)
 
 
 def _without_last(atoms: Atoms) -> Atoms:
