@@ -36,6 +36,7 @@ class MDState:
     ``first_cell``       [3, 3], A
     ``random``                            state of the random numbers
     ``variables``                         of thermostat and barostat
+    ``energy``           eV               potential energy; None in a file of an earlier version
     ===================  ===============  ====================================================================
     """
 
@@ -52,6 +53,7 @@ class MDState:
     first_cell: np.ndarray
     random: dict[str, Any]
     variables: dict[str, np.ndarray]
+    energy: float | None = None
 
     def save(self, path: str | Path) -> None:
         """Write it atomically, as NumPy's ``.npz``."""
