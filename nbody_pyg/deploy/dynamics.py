@@ -448,8 +448,8 @@ def _check_energy(atoms: Atoms, before: float, place: str) -> None:
     now = atoms.get_potential_energy()
     if abs(now - before) > 1e-3 * len(atoms) + 1e-6 * abs(before):
         warnings.warn(
-            f"{place} has an energy of {before:.6f} eV there, and {now:.6f} eV now: the energy has a step where the run "
-            "goes on. Was it another model?",
+            f"{place} has an energy of {before:.6f} eV there, and {now:.6f} eV now: the energy has a step where the "
+            "run goes on. Was it another model?",
             stacklevel=3,
         )
 
@@ -458,9 +458,9 @@ def _check_repeated(atoms: Atoms, last: np.ndarray, trajectory: str) -> None:
     """Warn if steps that were computed again do not lead to the last frame that is written."""
     if (apart := float(np.abs(atoms.positions - last).max())) > 1e-3:
         warnings.warn(
-            f"the steps from the checkpoint to the last frame of {trajectory} were computed again, and led to positions "
-            f"up to {apart:.3f} angstrom from that frame: the trajectory has a step there. Was it another model, machine "
-            "or setting, or the checkpoint of another run?",
+            f"the steps from the checkpoint to the last frame of {trajectory} were computed again, and led to "
+            f"positions up to {apart:.3f} angstrom from that frame: the trajectory has a step there. Was it another model, "
+            "machine or setting, or the checkpoint of another run?",
             stacklevel=3,
         )
 

@@ -236,7 +236,7 @@ def test_other_settings_of_the_thermostat_begin_anew(potential, tmp_path):
     options = OPTIONS | {"ensemble": "nose-hoover"}
     run_md(structure(potential, False), 10, **options, **files)
     again = structure(potential, False)
-    with pytest.warns(UserWarning, match=r"written with the settings nose-hoover .*600.* goes on with .*20.* begin anew"):
+    with pytest.warns(UserWarning, match=r"with the settings nose-hoover .*600.* goes on with .*20.* begin anew"):
         run_md(again, 0, restart=True, **(options | {"temperature": 20.0}), **files)
     state = MDState.load(files["checkpoint"])
     assert np.abs(state.variables["_thermostat._p_eta"]).max() == 0 and "20.0" in state.ensemble
