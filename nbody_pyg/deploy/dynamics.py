@@ -287,9 +287,7 @@ class _Resumed(NamedTuple):
     energy: float | None = None
 
 
-def _resumed(
-    atoms: Atoms, trajectory: str | Path | None, timestep: float, checkpoint: str | Path | None
-) -> _Resumed:
+def _resumed(atoms: Atoms, trajectory: str | Path | None, timestep: float, checkpoint: str | Path | None) -> _Resumed:
     """Give the atoms the state to go on from.
 
     Raises: ValueError: no trajectory or checkpoint, or those of another run.
@@ -459,8 +457,8 @@ def _check_repeated(atoms: Atoms, last: np.ndarray, trajectory: str) -> None:
     if (apart := float(np.abs(atoms.positions - last).max())) > 1e-3:
         warnings.warn(
             f"the steps from the checkpoint to the last frame of {trajectory} were computed again, and led to "
-            f"positions up to {apart:.3f} angstrom from that frame: the trajectory has a step there. Was it another model, "
-            "machine or setting, or the checkpoint of another run?",
+            f"positions up to {apart:.3f} angstrom from that frame: the trajectory has a step there. Was it another "
+            "model, machine or setting, or the checkpoint of another run?",
             stacklevel=3,
         )
 
