@@ -87,7 +87,8 @@ def learn(
         starts: one or more structures of the same atoms.
         note: takes a line after each step.
     Raises: ValueError: no structure, structures of other atoms, charge or spin, wrong settings, a folder of another
-        run, or a damaged record in it; ImportError: a calculator that is not installed; RuntimeError: the calculator labels none of the first structures.
+        run, or a damaged record in it; ImportError: a calculator that is not installed;
+        RuntimeError: the calculator labels none of the first structures.
     """
     config, folder = config or LearnConfig(), Path(folder)
     if not starts:
