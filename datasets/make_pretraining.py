@@ -422,13 +422,14 @@ def make_unit(
         names.append(structure.name)
     path = out / f"unit_{number:05d}.h5"
     unfinished = path.with_suffix(f".{os.getpid()}.part")
-    with h5py.File(unfinished, "w") as file:
+    # With checksums of the data (fletcher32) and of what describes them (format 1.10), so that damage is noticed
+    with h5py.File(unfinished, "w", libver="v110") as file:
         for key in ("z", "charges", "pos", "forces"):
             data = np.concatenate(columns[key]).astype({"z": np.uint8, "pos": np.float64}.get(key, np.float32))
-            file.create_dataset(key, data=data, compression="gzip", shuffle=True)
+            file.create_dataset(key, data=data, compression="gzip", shuffle=True, fletcher32=True)
         for key, dtype in {"energy": "f8", "dipole": "f4", "natoms": "i4", "total_charge": "i1", "structure": "i4",
                            "temperature": "f4", "split": "u1"}.items():  # fmt: skip
-            file.create_dataset(key, data=np.array(columns[key]).astype(dtype))
+            file.create_dataset(key, data=np.array(columns[key]).astype(dtype), fletcher32=True)
         file.create_dataset("smiles", data=names, dtype=h5py.string_dtype())
         measured = "pos angstrom, energy eV, forces eV/angstrom, dipole e angstrom, charges e"
         file.attrs.update(kind=kind, number=number, seed=SEED, failed=failed, splits=SPLITS, units=measured)

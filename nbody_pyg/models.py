@@ -18,7 +18,7 @@ from torch_geometric.data import Data
 from nbody_pyg.data import has_hierarchy, no_elements, points, refuse_unstated, require_atoms
 from nbody_pyg.hierarchy import EdgeSet, Hierarchy, NestedShells, Scheme, Topology
 from nbody_pyg.kernels.autograd_flags import has_values, in_own_precision, is_tracing, opaque_to_compile
-from nbody_pyg.messages import check_choice
+from nbody_pyg.messages import check_choice, short
 from nbody_pyg.nn.charges import (
     ElectronicEmbedding,
     LongRangeSettings,
@@ -549,6 +549,11 @@ class NBodyNet(Resettable):
             raise ValueError(
                 f"x must be a floating tensor {list(wanted)}, the node inputs {self.node_inputs} of each atom in "
                 f"mul_ir order, got {found}; set data.x, or pass x="
+            )
+        if has_values(x) and not bool(x.isfinite().all()):
+            odd = (~x.isfinite()).any(dim=1).nonzero().flatten().tolist()
+            raise ValueError(
+                f"x must be finite, but atom(s) {short(odd)} have NaN or infinite node inputs; correct data.x"
             )
         return system.replace(x=x.to(self.dtype))
 

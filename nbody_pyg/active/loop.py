@@ -33,7 +33,10 @@ from nbody_pyg.datasets.frames import Frames
 from nbody_pyg.deploy.committee import Committee
 from nbody_pyg.deploy.dynamics import run_md
 from nbody_pyg.deploy.model_file import load_potential, require_potential, save_model
+from nbody_pyg.messages import short
+from nbody_pyg.network import frame_states
 from nbody_pyg.potential import Potential
+from nbody_pyg.system import DEFAULT_STATE
 from nbody_pyg.training.config import parse_config
 from nbody_pyg.training.defaults import choose_defaults
 from nbody_pyg.training.prepare import DataSets, build_potential
@@ -83,17 +86,19 @@ def learn(
     Args:
         starts: one or more structures of the same atoms.
         note: takes a line after each step.
-    Raises: ValueError: no structure, structures of other atoms, wrong settings, a folder of another run; ImportError: a
-        calculator that is not installed; RuntimeError: the calculator labels none of the first structures.
+    Raises: ValueError: no structure, structures of other atoms, charge or spin, wrong settings, a folder of another
+        run, or a damaged record in it; ImportError: a calculator that is not installed;
+        RuntimeError: the calculator labels none of the first structures.
     """
     config, folder = config or LearnConfig(), Path(folder)
     if not starts:
         raise ValueError("starts must hold a structure, got none")
     if any(a.get_chemical_symbols() != starts[0].get_chemical_symbols() for a in starts):
         raise ValueError("starts must hold structures of the same atoms in one order; learn each molecule by itself")
+    state = _state_of(starts)
     folder.mkdir(parents=True, exist_ok=True)
-    _claim(folder, config, starts[0])
-    run = _Run(folder, config, starts[0], note)
+    _claim(folder, config, starts[0], state)
+    run = _Run(folder, config, state, note)
     if not run.labelled:
         note(f"labelling {config.first} structures near the start with {config.label}")
         run.add(_rattled(starts, config))
@@ -114,16 +119,15 @@ def learn(
 class _Run:
     """The state of a run, in memory and in its folder."""
 
-    def __init__(self, folder: Path, config: LearnConfig, first: Atoms, note: Callable[[str], None]) -> None:
-        self.folder, self.config, self.note = folder, config, note
-        self.charge, self.spin = float(first.info.get("charge", 0.0)), float(first.info.get("spin", 1.0))
+    def __init__(self, folder: Path, config: LearnConfig, state: dict[str, float], note: Callable[[str], None]) -> None:
+        self.folder, self.config, self.state, self.note = folder, config, state, note
         self.labelled: list[Atoms] = []
         self.rounds: list[Round] = []
         self._began, self._before, self._settled = time.monotonic(), 0.0, False
         if (folder / "labelled.xyz").is_file():
             self.labelled = _read(folder / "labelled.xyz")
         if (folder / "rounds.json").is_file():
-            found = json.loads((folder / "rounds.json").read_text(encoding="utf-8"))
+            found = _read_json(folder / "rounds.json")
             self.rounds, self._before = [Round(**row) for row in found["rounds"]], found["minutes"]
             self._settled = found["settled"]
 
@@ -155,7 +159,7 @@ class _Run:
 
     def add(self, structures: Sequence[Atoms]) -> int:
         """Label structures and keep them; those that the calculator cannot do are left out."""
-        labeller, new = calculator(self.config.label, self.charge, self.spin), []
+        labeller, new = calculator(self.config.label, **self.state), []
         for atoms in structures:
             try:
                 atoms = atoms.copy()
@@ -166,8 +170,9 @@ class _Run:
                 continue
             if np.isfinite(results["forces"]).all() and np.abs(results["forces"]).max() < _LARGEST_FORCE:
                 labelled = Atoms(atoms.numbers, atoms.positions, cell=atoms.cell, pbc=atoms.pbc)
-                kept = {key: atoms.info[key] for key in ("charge", "spin", "round") if key in atoms.info}
-                labelled.info.update(kept)
+                labelled.info.update(self.state)
+                if "round" in atoms.info:
+                    labelled.info["round"] = atoms.info["round"]
                 labelled.calc = SinglePointCalculator(labelled, **results)
                 new.append(labelled)
         self.labelled = [*self.labelled, *new]
@@ -229,16 +234,41 @@ class _Run:
         )
 
 
-def _claim(folder: Path, config: LearnConfig, first: Atoms) -> None:
-    """Note whose folder it is. Raises: ValueError: it belongs to a run of other atoms or settings."""
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(found, dict):
+            return found
+        said = f"it holds {short(found)}"
+    except ValueError as error:
+        said = str(error)
+    raise ValueError(f"{path} is no record of nbody learn ({said}); begin anew in another folder")
+
+
+def _state_of(starts: Sequence[Atoms]) -> dict[str, float]:
+    """Charge and spin of all structures, as far as they say. Raises: ValueError: they differ."""
+    state = frame_states([AtomicData.from_ase(atoms) for atoms in starts])
+    for key, values in state.items():
+        if len(set(values)) > 1:
+            raise ValueError(
+                f"starts must hold structures of one {key}, got {sorted(set(values))}; learn each by itself"
+            )
+    return {key: values[0] for key, values in state.items()}
+
+
+def _claim(folder: Path, config: LearnConfig, first: Atoms, state: dict[str, float]) -> None:
+    """Note whose folder it is. Raises: ValueError: it belongs to a run of other atoms, charge, spin or settings."""
     path, free = folder / "learn.json", ("rounds", "minutes", "processes", "final_seconds")
-    mine = {"atoms": first.get_chemical_formula(mode="reduce"), **dataclasses.asdict(config)}
+    mine = {"atoms": first.get_chemical_formula(mode="reduce"), **DEFAULT_STATE, **state, **dataclasses.asdict(config)}
     if not path.is_file():
         if any((folder / name).exists() for name in ("labelled.xyz", "rounds.json", "model-0.nbody")):
             raise ValueError(f"{folder} holds files of another command; choose another folder")
         write_json(path, mine)
         return
-    theirs = json.loads(path.read_text(encoding="utf-8"))
+    theirs = {
+        **DEFAULT_STATE,
+        **_read_json(path),
+    }  # of a neutral singlet where a run of an earlier version says nothing
     changed = [key for key in mine if key not in free and theirs.get(key) != mine[key]]
     if changed:
         words = ", ".join(f"{key} is {theirs.get(key)!r} there, {mine[key]!r} here" for key in changed)

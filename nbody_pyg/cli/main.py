@@ -354,7 +354,7 @@ def _main(words: list[str], command: str | None) -> int:
     except BrokenPipeError:
         raise
     # For example a wrong value, a full disk, missing permission, or a loss that is not finite
-    except (ValueError, TypeError, OSError, FloatingPointError, ImportError) as error:
+    except (ValueError, TypeError, OSError, FloatingPointError, ImportError, MemoryError) as error:
         if debug:
             raise
         print(f"nbody {args.command}: error: {printable(_text(error))}", file=sys.stderr)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import struct
 import zipfile
+import zlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import SupportsIndex
@@ -106,9 +108,14 @@ def load_arrays(path: Path) -> dict[str, np.ndarray]:
         raise ValueError(f"path {str(path)!r} holds no frame: the file is empty")
     try:
         # numpy leaves a file open that it opened itself and could not read
-        with path.open("rb") as handle, np.load(handle, allow_pickle=False) as file:
-            return {key: file[key] for key in file.files}
-    except (OSError, ValueError, zipfile.BadZipFile, EOFError) as error:
+        with path.open("rb") as handle:
+            # numpy alone does not compare the checksum of an array whose shape has become smaller
+            if damaged := zipfile.ZipFile(handle).testzip():
+                raise ValueError(f"{damaged} does not match its checksum")
+            handle.seek(0)
+            with np.load(handle, allow_pickle=False) as file:
+                return {key: file[key] for key in file.files}
+    except (OSError, ValueError, RuntimeError, EOFError, zipfile.BadZipFile, zlib.error, struct.error) as error:
         raise ValueError(
             f"path {str(path)!r} is no readable npz ({error}); it must hold plain arrays, no pickled objects"
         ) from error

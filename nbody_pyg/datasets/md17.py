@@ -6,9 +6,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import SupportsIndex
 
-import numpy as np
-
-from nbody_pyg.datasets.arrays import read_npz
+from nbody_pyg.datasets.arrays import load_arrays, read_npz
 from nbody_pyg.datasets.frames import Frames
 from nbody_pyg.datasets.splits import FrameSplit, Split, read_indices
 from nbody_pyg.messages import nearest
@@ -152,5 +150,5 @@ def _archive(root: Path, molecule: str, other: str) -> Path:
 
 
 def _md17_rows(path: Path) -> list[int]:
-    with np.load(path, allow_pickle=False) as file:
-        return file["old_indices"].tolist() if "old_indices" in file.files else []
+    arrays = load_arrays(path)
+    return arrays["old_indices"].tolist() if "old_indices" in arrays else []

@@ -46,10 +46,10 @@ def read_systems(
         else:
             source, known = _without_mark(path, file_format)
             systems = list(iread(source, index=chosen, format=known, do_not_split_by_at_sign=True))
-    except MemoryError:
-        raise
+    except MemoryError as error:
+        raise MemoryError(f"path {str(path)!r} needs more memory than there is, or is damaged") from error
     except Exception as error:  # ASE's parsers raise whatever they meet, OSError without a number too
-        if isinstance(error, OSError) and error.errno is not None:
+        if isinstance(error, OSError) and error.filename is not None:
             raise
         if not isinstance(error, AssertionError) or chosen == slice(None):
             raise ValueError(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,16 +28,22 @@ SAMPLE = 2000
 _MORE = 20
 
 
-def _open(path: Path) -> Any:
+@contextlib.contextmanager
+def _open(path: Path) -> Iterator[Any]:
+    """An HDF5 file, for reading.
+
+    Raises: ValueError: whatever the library raises about a damaged file; FileNotFoundError; ImportError: no h5py.
+    """
     try:
         import h5py
     except ImportError as error:
         raise ImportError(f"reading {path} needs h5py: pip install 'nbody_pyg[hdf5]'") from error
+    if not path.is_file():
+        raise FileNotFoundError(f"no file at {path}")
     try:
-        return h5py.File(path, "r")
-    except OSError as error:
-        if not path.is_file():
-            raise FileNotFoundError(f"no file at {path}") from None
+        with h5py.File(path, "r") as file:
+            yield file
+    except (OSError, RuntimeError, KeyError, ValueError, TypeError, AttributeError, MemoryError) as error:
         raise ValueError(f"{path} is no readable HDF5 file, it is truncated or damaged; get a fresh copy") from error
 
 
@@ -95,12 +102,14 @@ class UnitFiles:
 
     def _index(self, path: Path) -> None:
         with _open(path) as file:
-            if missing := [name for name, axes in _NEEDED.items() if name not in file or file[name].ndim != axes]:
-                raise ValueError(f"{path} must hold {missing[0]} with {_NEEDED[missing[0]]} axes; make it anew")
-            atoms = file["natoms"][:].astype(np.int32)
-            split = file["split"][:].astype(np.uint8) if "split" in file else np.zeros(len(atoms), np.uint8)
-            z, energy = file["z"][:], file["energy"][:]
-            wrong = [n for n in ("z", "pos", "forces") if len(file[n]) != atoms.sum()]
+            missing = [name for name, axes in _NEEDED.items() if name not in file or file[name].ndim != axes]
+            if not missing:
+                atoms = file["natoms"][:].astype(np.int32)
+                split = file["split"][:].astype(np.uint8) if "split" in file else np.zeros(len(atoms), np.uint8)
+                z, energy = file["z"][:], file["energy"][:]
+                wrong = [n for n in ("z", "pos", "forces") if len(file[n]) != atoms.sum() or (atoms < 1).any()]
+        if missing:
+            raise ValueError(f"{path} must hold {missing[0]} with {_NEEDED[missing[0]]} axes; make it anew")
         if wrong or len(split) != len(atoms) or len(energy) != len(atoms) or (len(split) and split.max() > 2):
             raise ValueError(f"{path} is damaged: lengths of its datasets differ, or a split is above 2; make it anew")
         if len(atoms) == 0:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import logging
 import threading
 import warnings
@@ -209,9 +210,10 @@ class NBodyCalculator(SharedCalculator):
             self._evaluate = _captured(self.potential, self.device)
         self._trims = not cuda_graphs
         self._asked = check_choice("engine", engine, ENGINES)
+        self._native: NativeEvaluator | None = None
         self.engine, self.engine_reason = "native", self._why_torch(compile, cuda_graphs)
         if self.engine_reason is None:
-            self._evaluate = NativeEvaluator(self.potential)
+            self._native = NativeEvaluator(self.potential)
         else:
             self._use_torch(self.engine_reason)
         self._numbers: np.ndarray | None = None
@@ -306,14 +308,14 @@ class NBodyCalculator(SharedCalculator):
         if "stress" in properties and not atoms.pbc.any():
             raise PropertyNotImplementedError("stress needs a periodic cell; this system has none")
         system = self._system(atoms, **{key: value.to(self.device) for key, value in required(self._state).items()})
-        evaluate = self._evaluator(system)
-        native = isinstance(evaluate, NativeEvaluator)
+        native = self._ready(system)
         if self.topologies is not None:
-            self.topologies.trim = self._trims and not native  # the native program leaves longer edges out by itself
+            self.topologies.trim = self._trims and native is None  # the program leaves longer edges out itself
             system = system.replace(topology=self._topology(system))
         # Who asked for a stress asks for it again: an evaluation of its own would cost another one at every step
         self._stressed |= "stress" in properties
         stressed = "stress" in properties or (self._stressed and _has_volume(atoms))
+        evaluate = self._evaluate if native is None else native
         result = evaluate(system, compute_stress=stressed)
         energy = float(result["energy"])
         self.results = {
@@ -325,7 +327,7 @@ class NBodyCalculator(SharedCalculator):
             stress = result["stress"][0].double().cpu().numpy()
             self.results["stress"] = full_3x3_to_voigt_6_stress(stress)
         if "energies" in properties:
-            self.results["energies"] = result["energies"].numpy() if native else self._energies(system)
+            self.results["energies"] = result["energies"].numpy() if native is not None else self._energies(system)
 
     def _why_torch(self, compile: bool, cuda_graphs: bool) -> str | None:
         """Reason why torch evaluates the potential, or None."""
@@ -344,33 +346,32 @@ class NBodyCalculator(SharedCalculator):
         """
         if self._asked == "native":
             raise ValueError(f"engine 'native' cannot evaluate this potential: {reason}; use engine='auto' or 'torch'")
-        if isinstance(self._evaluate, NativeEvaluator):
-            self._evaluate = self.potential
+        self._native = None
         self.engine, self.engine_reason = "torch", reason
         if self._asked == "auto":
             _log.info("engine torch: %s", reason)
 
-    def _evaluator(self, system: System) -> Callable[..., Any]:
-        """What evaluates a system. A native program is compiled now if needed.
+    def _ready(self, system: System) -> Callable[..., dict[str, torch.Tensor]] | None:
+        """The native program for a system, compiled now if needed; None if torch evaluates it.
 
         Raises: ValueError: a system that the native program does not know, and the engine must be native.
         """
-        native = self._evaluate
-        if not isinstance(native, NativeEvaluator):
-            return native
+        native = self._native
+        if native is None:
+            return None
         if not native.takes(system):
             if self._asked == "native":
                 raise ValueError("engine 'native' computes neutral singlets only; use engine='auto' for other systems")
-            return self.potential
+            return None
         if reason := native.changed():
             self._use_torch(reason)
-            return self._evaluate
+            return None
         try:
-            native.model()
+            return functools.partial(native.evaluate, native.model())
         except RuntimeError as error:
             self._use_torch(str(error))
             build.warn_once("native", f"torch runs instead of the native program, which failed to compile: {error}")
-        return self._evaluate
+            return None
 
     def _check_species(self, atoms: Atoms) -> None:
         species = self.potential.species

@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from ase import Atoms, units
@@ -187,8 +187,9 @@ def run_md(
         checkpoint: file for the state of the run (:class:`~nbody_pyg.deploy.md_checkpoint.MDState`), replaced at
             samples, at most every 10 s, and at the end. A restart from it repeats all numbers of an uninterrupted
             run on the same machine: positions, velocities, random numbers, thermostat and barostat.
-            It needs the same ensemble and settings; with others they begin anew. Frames of a killed run that are
-            later than the checkpoint are computed again, not written twice, and not counted as ``steps``.
+            It needs the same ensemble and settings; with others they begin anew, with a warning. Frames of a killed run
+            that are later than the checkpoint are computed again, not written twice, and not counted as ``steps``. A
+            warning says if that leads to another last frame, or if the energy differs.
     Raises: ValueError: no calculator, an unknown ensemble or choice of velocities, numbers out of range, atoms that
         cannot move, a trajectory that cannot be continued, or that of atoms with other charges or masses.
     """
@@ -199,8 +200,8 @@ def run_md(
     _check_numbers(steps, sample_every, timestep, temperature, friction, max_temperature)
     if len(atoms.constraints) and atoms.get_number_of_degrees_of_freedom() <= 0:
         raise ValueError("atoms must be free to move, but their constraints hold all of them; take some away")
-    # Last step that is written already, its energy, and the state to go on from where there is one
-    written, before, state = _resumed(atoms, trajectory, timestep, checkpoint) if restart else (-1, None, None)
+    resumed = _resumed(atoms, trajectory, timestep, checkpoint) if restart else _Resumed()
+    written, state = resumed.written, resumed.state
     first = max(written, 0) if state is None else state.step
     repeated = max(written - first, 0)  # steps of a killed run that are later than its checkpoint
     steps += repeated
@@ -218,6 +219,12 @@ def run_md(
     if state is not None and state.ensemble == kind:
         rng.bit_generator.state = state.random
         restore(dyn, state.variables)
+    elif state is not None and not ensemble == state.ensemble.split()[0] == "nve":
+        warnings.warn(
+            f"{checkpoint} was written with the settings {state.ensemble}, and the run goes on with {kind}: random "
+            "numbers, thermostat and barostat begin anew",
+            stacklevel=2,
+        )
     dyn.nsteps = first
     hottest = max(_HOTTEST, 10.0 * temperature) if max_temperature is None else max_temperature
     failed = _Failure(atoms, timestep * units.fs, hottest)
@@ -237,8 +244,9 @@ def run_md(
         if stress:
             atoms.get_stress()  # our calculators then compute it with the forces
         atoms.get_forces()  # dyn computes none before the first step of a continued run
-        if before is not None and written == first:
-            _check_energy(atoms, before, str(trajectory))
+        if resumed.energy is not None:
+            place = f"the last frame of {trajectory}" if state is None else f"step {first} of {checkpoint}"
+            _check_energy(atoms, resumed.energy, place)
         record = _Record(atoms, dyn, log, trajectory, written if restart else None, stress)  # last: it replaces files
         kept.callback(record.close)
         saved = -math.inf
@@ -252,6 +260,8 @@ def run_md(
                     changes = _told(atoms, bonded, bonds_from, when, record.logger)
                     if changes is not None and stop_on_bond_change:
                         reason = reason or "bonds have changed, " + changes.partition(": ")[2]
+                if repeated and dyn.nsteps == written:
+                    _check_repeated(atoms, resumed.last, str(trajectory))
                 record(write=dyn.nsteps > written)  # the first frames of a continued run exist already
                 if report is not None and done >= repeated:
                     report(done - repeated)
@@ -267,11 +277,18 @@ def run_md(
     return MDReport(time, total, potential, kelvin, len(atoms), stopped, first, origin, bonds_from, changes, volume)
 
 
-def _resumed(
-    atoms: Atoms, trajectory: str | Path | None, timestep: float, checkpoint: str | Path | None
-) -> tuple[int, float | None, MDState | None]:
-    """Give the atoms the state to go on from; returns the last step that is written, its energy if the trajectory has
-    it, and the checkpoint if it is used.
+class _Resumed(NamedTuple):
+    """Last step that is written already and its positions; the checkpoint, if it is used; the energy from which the run
+    goes on, if it is known."""
+
+    written: int = -1
+    last: np.ndarray = np.zeros((0, 3))
+    state: MDState | None = None
+    energy: float | None = None
+
+
+def _resumed(atoms: Atoms, trajectory: str | Path | None, timestep: float, checkpoint: str | Path | None) -> _Resumed:
+    """Give the atoms the state to go on from.
 
     Raises: ValueError: no trajectory or checkpoint, or those of another run.
     """
@@ -294,9 +311,11 @@ def _resumed(
                 stacklevel=3,
             )
             state = None
+    last = atoms.get_positions()
     if state is not None:
         state.apply(atoms)
-    return written, before, state
+        before = state.energy if state.energy is not None or state.step < written else before
+    return _Resumed(written, last, state, before)
 
 
 def _state_of_run(
@@ -316,6 +335,7 @@ def _state_of_run(
         first_cell=begun.cell.array.copy(),
         random=dict(rng.bit_generator.state),
         variables=variables(dyn),
+        energy=float(atoms.get_potential_energy()),
     )
 
 
@@ -421,13 +441,24 @@ def _state(atoms: Atoms) -> np.ndarray:
     return np.concatenate([found.get("charge", charges.sum(keepdims=True)), found.get("spin", np.ones(1)), charges])
 
 
-def _check_energy(atoms: Atoms, before: float, trajectory: str) -> None:
-    """Warn if the energy of the last frame of a trajectory differs now, because of another model or other bonds."""
+def _check_energy(atoms: Atoms, before: float, place: str) -> None:
+    """Warn if the energy from which a run goes on differs now, because of another model or other bonds."""
     now = atoms.get_potential_energy()
     if abs(now - before) > 1e-3 * len(atoms) + 1e-6 * abs(before):
         warnings.warn(
-            f"the last frame of {trajectory} has an energy of {before:.6f} eV there, and {now:.6f} eV now: the energy "
-            "has a step where the run goes on. Was it another model?",
+            f"{place} has an energy of {before:.6f} eV there, and {now:.6f} eV now: the energy has a step where the "
+            "run goes on. Was it another model?",
+            stacklevel=3,
+        )
+
+
+def _check_repeated(atoms: Atoms, last: np.ndarray, trajectory: str) -> None:
+    """Warn if steps that were computed again do not lead to the last frame that is written."""
+    if (apart := float(np.abs(atoms.positions - last).max())) > 1e-3:
+        warnings.warn(
+            f"the steps from the checkpoint to the last frame of {trajectory} were computed again, and led to "
+            f"positions up to {apart:.3f} angstrom from that frame: the trajectory has a step there. Was it another "
+            "model, machine or setting, or the checkpoint of another run?",
             stacklevel=3,
         )
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import zipfile
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import numpy as np
 from ase import Atoms
 
 from nbody_pyg.atomic_write import atomic_write
+from nbody_pyg.datasets.arrays import load_arrays
 
 _FORMAT = 1
 
@@ -36,6 +36,7 @@ class MDState:
     ``first_cell``       [3, 3], A
     ``random``                            state of the random numbers
     ``variables``                         of thermostat and barostat
+    ``energy``           eV               potential energy; None in a file of an earlier version
     ===================  ===============  ====================================================================
     """
 
@@ -52,6 +53,7 @@ class MDState:
     first_cell: np.ndarray
     random: dict[str, Any]
     variables: dict[str, np.ndarray]
+    energy: float | None = None
 
     def save(self, path: str | Path) -> None:
         """Write it atomically, as NumPy's ``.npz``."""
@@ -73,16 +75,13 @@ class MDState:
         Raises: ValueError: no checkpoint of a run, or a damaged one, or one of a newer version.
         """
         try:
-            with open(path, "rb") as handle, np.load(handle, allow_pickle=False) as file:
-                arrays = {name: file[name] for name in file.files}
+            arrays: dict[str, Any] = {**load_arrays(Path(path))}
             plain = json.loads(str(arrays.pop("header")))
             version = plain.pop("format")
             extra = {k.partition("/")[2]: arrays.pop(k) for k in list(arrays) if k.startswith("variables/")}
             if version == _FORMAT:
                 return cls(**plain, **arrays, variables=extra)
-        except (OSError, KeyError, ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
-            if isinstance(error, FileNotFoundError):
-                raise
+        except (KeyError, ValueError, TypeError) as error:
             raise ValueError(
                 f"{path} is no readable checkpoint of nbody md ({error}); remove it to go on from the last frame"
             ) from error

@@ -11,6 +11,7 @@ from torch import Tensor
 from nbody_pyg.hierarchy import Topology
 from nbody_pyg.kernels.autograd_flags import Lock
 from nbody_pyg.native.binding import CompiledModel, Edges, Result
+from nbody_pyg.native.changes import UnchangedTensors
 from nbody_pyg.native.program import write_program
 from nbody_pyg.native.support import KNOWN, why_no_longer, why_not
 from nbody_pyg.nn.as_written import AsWritten
@@ -29,7 +30,7 @@ class NativeEvaluator:
     :meth:`~nbody_pyg.potential.Potential.evaluate` up to rounding (1e-10 in float64). Memory is
     linear in the number of edges. Threads are those of torch, with the same bits for any number of threads. The program
     is written and compiled at the first call, and kept in the cache of compiled code; models of one architecture share
-    it. Weights are read again when they change. Threads may share an evaluator; they take turns.
+    it. Weights are read again when they change, in whatever way. Threads may share an evaluator; they take turns.
 
     =================  =====================  ====================================================
     key of the result  shape, unit            meaning
@@ -57,8 +58,7 @@ class NativeEvaluator:
         self._lock = Lock()
         self._model: CompiledModel | None = None
         self._unchanged = AsWritten(potential, KNOWN)
-        self._tensors = [*potential.parameters(), *potential.buffers()]
-        self._seen: list[tuple[int, int]] = []
+        self._numbers: UnchangedTensors | None = None
 
     def changed(self) -> str | None:
         """Reason why the potential can no longer be evaluated here, such as a new hook, or None."""
@@ -68,16 +68,11 @@ class NativeEvaluator:
 
     def model(self) -> CompiledModel:
         """The compiled program with the present weights."""
-        if self._model is None or self._state() != self._seen:
-            self._tensors = [*self.potential.parameters(), *self.potential.buffers()]
+        if self._model is None or self._numbers is None or not self._numbers():
             dtype = self.dtype or required(self.potential.dtype)
-            self._model = CompiledModel(write_program(self.potential, dtype), dtype)
-            self._seen = self._state()
+            numbers = UnchangedTensors(self.potential)  # before they are read
+            self._model, self._numbers = CompiledModel(write_program(self.potential, dtype), dtype), numbers
         return self._model
-
-    def _state(self) -> list[tuple[int, int]]:
-        """What changes with the weights."""
-        return [(t.data_ptr(), t._version) for t in (*self._tensors, self.potential.scale)]
 
     def takes(self, system: System) -> bool:
         """Whether the program computes a system: only neutral singlets if charge and spin are inputs of the model."""
@@ -96,13 +91,22 @@ class NativeEvaluator:
                 have edges beyond the radii.
         """
         system = self.potential.system(*atoms, **given)
+        with self._lock:
+            if reason := self.changed():
+                raise ValueError(f"potential can no longer be a native program: {reason}; make another evaluator")
+            return self.evaluate(self.model(), system, compute_forces, compute_stress)
+
+    def evaluate(
+        self, model: CompiledModel, system: System, compute_forces: bool = True, compute_stress: bool = False
+    ) -> dict[str, Tensor]:
+        """As a call, with the program that :meth:`model` returned just before."""
+        system = self.potential.system(system)
         if system.num_graphs != 1:
             raise ValueError(f"atoms must be one structure, got a batch of {system.num_graphs}; loop over them")
         if not self.takes(system):
             raise ValueError("atoms must be a neutral singlet for a native program; evaluate others with torch")
         topology = system.topology or required(self.potential.scheme).compose(system)
-        with self._lock:
-            found = self._computed(system, topology, compute_forces or compute_stress)
+        found = _computed(model, system, topology, compute_forces or compute_stress)
         results = {"energy": torch.tensor([found.energies.sum()]), "energies": torch.from_numpy(found.energies)}
         if compute_forces:
             results["forces"] = torch.from_numpy(required(found.forces))
@@ -110,19 +114,20 @@ class NativeEvaluator:
             results["stress"] = torch.from_numpy(found.virial / float(volumes(system))).unsqueeze(0)
         return results
 
-    def _computed(self, system: System, topology: Topology, forces: bool) -> Result:
-        model, edges = self.model(), []
-        pos = np.ascontiguousarray(system.pos.detach().numpy(), dtype=np.float64)
-        cell = None if system.cell is None else np.ascontiguousarray(system.cell[0].detach().numpy(), dtype=np.float64)
-        known: dict[int, Edges] = {}  # shells of one radius share their edges
-        for index, shift in zip(topology.child_index[1:-1], topology.child_shift[1:-1], strict=True):
-            if id(index) not in known:
-                known[id(index)] = _edges(model, required(index), shift, pos, cell)
-            edges.append(known[id(index)])
-        return model.compute(system.z.numpy(), edges, forces=forces)
-
     def __reduce__(self) -> tuple[Any, ...]:
         return NativeEvaluator, (self.potential, self.dtype)
+
+
+def _computed(model: CompiledModel, system: System, topology: Topology, forces: bool) -> Result:
+    edges = []
+    pos = np.ascontiguousarray(system.pos.detach().numpy(), dtype=np.float64)
+    cell = None if system.cell is None else np.ascontiguousarray(system.cell[0].detach().numpy(), dtype=np.float64)
+    known: dict[int, Edges] = {}  # shells of one radius share their edges
+    for index, shift in zip(topology.child_index[1:-1], topology.child_shift[1:-1], strict=True):
+        if id(index) not in known:
+            known[id(index)] = _edges(model, required(index), shift, pos, cell)
+        edges.append(known[id(index)])
+    return model.compute(system.z.numpy(), edges, forces=forces)
 
 
 def _edges(

@@ -211,3 +211,57 @@ def test_processes_give_the_same_rounds(tmp_path):
     settings = dataclasses.replace(QUICK, first=10, rounds=1, walkers=2, steps=5, processes=2, train_seconds=0.2)
     found = learn([cluster()], tmp_path, settings, note=lambda _: None)
     assert len(found) == 1 and found[0].error > 0
+
+
+class Charged(EMT):
+    """A calculator that notes the charge and spin for which it was made."""
+
+    made: list[tuple[float, float]]
+
+    def __init__(self, name: str, charge: float = 0.0, spin: float = 1.0) -> None:
+        super().__init__()
+        self.made.append((charge, spin))
+
+
+@pytest.fixture
+def made(monkeypatch):
+    Charged.made = []
+    monkeypatch.setattr(loop_module, "calculator", Charged)
+    return Charged.made
+
+
+@pytest.mark.parametrize(
+    "state", [{"charge": 1}, {"total_charge": 1.0}, {"initial_charges": [1, 0, 0, 0, 0]}, {"charge": -1, "spin": 2}]
+)
+def test_labels_are_those_of_charge_and_spin_of_the_start(made, tmp_path, state):
+    """Under all keys from which the calculator reads them."""
+    start = cluster()
+    if "initial_charges" in state:
+        start.set_initial_charges(state["initial_charges"])
+    else:
+        start.info.update(state)
+    config = dataclasses.replace(QUICK, first=10, minutes=1e-9, final_seconds=0.1)
+    learn([start], tmp_path / "l", config, note=lambda _: None)
+    wanted = float(state.get("charge", 1.0)), float(state.get("spin", 1.0))
+    assert made and set(made) == {wanted}
+    labelled = read(tmp_path / "l" / "labelled.xyz", ":")
+    assert len(labelled) == 10 and {atoms.info["charge"] for atoms in labelled} == {wanted[0]}
+    with pytest.raises(ValueError, match=rf"other settings \(charge is {wanted[0]} there, 0.0 here"):
+        learn([cluster()], tmp_path / "l", config, note=lambda _: None)
+
+
+def test_starts_of_two_charges_are_refused(made, tmp_path):
+    starts = [cluster(), cluster()]
+    starts[1].info["charge"] = 1
+    with pytest.raises(ValueError, match=r"starts must hold structures of one charge, got \[0.0, 1.0\]"):
+        learn(starts, tmp_path / "l", QUICK)
+    assert not made and not (tmp_path / "l").exists()
+
+
+@pytest.mark.parametrize("name", ["learn.json", "rounds.json"])
+@pytest.mark.parametrize("content", ["{", "[1]"])
+def test_a_damaged_record_is_named(run, tmp_path, name, content):
+    shutil.copytree(run.folder, tmp_path / "l")
+    (tmp_path / "l" / name).write_text(content)
+    with pytest.raises(ValueError, match=rf"{name} is no record of nbody learn"):
+        learn([cluster()], tmp_path / "l", QUICK)

@@ -103,7 +103,7 @@ def test_stress_of_a_periodic_system():
     atoms.rattle(0.05, seed=1)
     results = []
     for compile in (False, True):
-        calculator = NBodyCalculator(network(), skin=0.4)
+        calculator = NBodyCalculator(network(), skin=0.4, engine="torch")
         if compile:
             calculator._evaluate = compile_potential(calculator.potential, backend="eager")
         copy = atoms.copy()

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from damage import assert_error_or_right
 from nbody_pyg.datasets import read_frames, read_npz
 from nbody_pyg.units import energy_factor
 
@@ -141,8 +142,29 @@ def test_missing_arrays_and_files(write, tmp_path):
     path.write_bytes(path.read_bytes()[:300])
     with pytest.raises(ValueError, match="is no readable npz"):
         read_npz(path)
+    with path.open("wb") as file:
+        np.save(file, POS)
+    with pytest.raises(ValueError, match=r"is no readable npz \(File is not a zip file\)"):
+        read_npz(path)
     with pytest.raises(ValueError, match="no pickled objects"):
         read_npz(write(z=Z, pos=POS, energy=np.array([None, 1], dtype=object)), units="eV")
+
+
+@pytest.mark.parametrize(("flips", "cuts"), [(100, 20), pytest.param(1000, 200, marks=pytest.mark.slow)])
+def test_a_damaged_file_is_refused_or_right(write, flips, cuts):
+    assert_error_or_right(write(**rmd17()), lambda path: str([f.to_dict() for f in read_npz(path)]), flips, cuts)
+
+
+def test_an_array_whose_shape_became_smaller_is_noticed(write):
+    """numpy reads the first numbers only, and does not get to the checksum."""
+    path = write(z=Z, R=POS[:1], E=ENERGY[:1], weights=np.arange(9000.0))
+    content = path.read_bytes()
+    assert content.count(b"(9000,)") == 1
+    path.write_bytes(content.replace(b"(9000,)", b"(1000,)"))  # one bit
+    with np.load(path) as file:
+        assert len(file["weights"]) == 1000
+    with pytest.raises(ValueError, match=r"frames\.npz' is no readable npz \(weights\.npy does not match its checksum"):
+        read_npz(path, units="eV")
 
 
 def test_labels_that_are_nan_are_missing(write):

@@ -12,6 +12,7 @@ from ase import Atoms
 from ase.calculators.singlepoint import SinglePointCalculator
 from ase.db import connect
 
+from damage import damaged_copies
 from nbody_pyg.data import AtomicData
 from nbody_pyg.datasets import Frames, label_audit, read_frames
 from nbody_pyg.units import Units, energy_factor
@@ -395,3 +396,18 @@ def test_a_database_of_schnetpack_names_its_units(tmp_path):
     with pytest.raises(ValueError, match=r"forces of s.db are in Hartree/Bohr, which is not Ha/angstrom"):
         read_frames(path)
     assert read_frames(path, units="eV")[0].energy.item() == -2.0
+
+
+@pytest.mark.parametrize("suffix", [".traj", ".db", ".xyz"])
+def test_whatever_is_raised_about_a_damaged_file_names_it(tmp_path, suffix):
+    """Also where a size in it is so large that no memory holds it, or a place in it negative."""
+    atoms, said = Atoms("CO2", [[0, 0, 0], [0, 0, 1.2], [0, 0, -1.2]]), []
+    atoms.calc = SinglePointCalculator(atoms, energy=-1.0, forces=np.ones((3, 3)))
+    ase.io.write(tmp_path / f"good{suffix}", [atoms] * 3)
+    for content in damaged_copies((tmp_path / f"good{suffix}").read_bytes(), 60, 10):
+        (tmp_path / f"bad{suffix}").write_bytes(content)
+        try:
+            read_frames(tmp_path / f"bad{suffix}")
+        except (ValueError, MemoryError) as error:
+            said.append(str(error))
+    assert len(said) > 5 and all(f"bad{suffix}" in text for text in said), set(said)

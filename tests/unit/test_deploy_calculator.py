@@ -202,7 +202,7 @@ def test_a_stress_that_was_asked_for_once_comes_with_the_forces(monkeypatch):
     atoms = bulk("C", cubic=True)
     atoms.rattle(0.05, seed=1)
     model = factories.potential(NestedShells((3.0,)), scale=0.3)
-    atoms.calc = NBodyCalculator(model)
+    atoms.calc = NBodyCalculator(model, engine="torch")
     counted = []
     evaluate = atoms.calc._evaluate
     monkeypatch.setattr(atoms.calc, "_evaluate", lambda *a, **k: counted.append(k) or evaluate(*a, **k))

@@ -17,6 +17,7 @@ from ase.neighborlist import neighbor_list
 from ase.stress import full_3x3_to_voigt_6_stress
 
 import factories
+from damage import assert_error_or_right
 from nbody_pyg.deploy import Committee, NBodyCalculator, dynamics, run_md
 from nbody_pyg.deploy.ensembles import ENSEMBLES, has_pressure
 from nbody_pyg.deploy.md_checkpoint import MDState
@@ -153,6 +154,30 @@ def test_a_killed_run_writes_no_frame_twice(potential, tmp_path, monkeypatch):
     assert report.first_step == 20 and report.velocities == "those of step 20 of the trajectory"
 
 
+@pytest.fixture
+def killed(potential, tmp_path):
+    """Files of a run of 20 steps whose checkpoint is that of step 5."""
+    files = {"trajectory": tmp_path / "t.xyz", "checkpoint": tmp_path / "c.npz"}
+    run_md(structure(potential, False), 20, **OPTIONS, **files)
+    run_md(structure(potential, False), 5, **OPTIONS, checkpoint=files["checkpoint"])
+    return files
+
+
+@pytest.mark.filterwarnings("ignore:the steps from the checkpoint")
+def test_a_killed_run_that_goes_on_with_another_model_is_told(killed):
+    other = factories.potential(NestedShells((3.0,)), seed=7)
+    with pytest.warns(UserWarning, match=r"step 5 of .*c\.npz has an energy of .* Was it another model\?"):
+        run_md(structure(other, False), 5, restart=True, **OPTIONS, **killed)
+
+
+def test_a_killed_run_does_not_go_on_from_the_checkpoint_of_another(potential, killed):
+    """It has the same atoms, masses and model; only its first velocities are others."""
+    assert run_md(structure(potential, False), 5, restart=True, **OPTIONS, **killed).first_step == 5
+    run_md(structure(potential, False), 5, **(OPTIONS | {"seed": 8}), checkpoint=killed["checkpoint"])
+    with pytest.warns(UserWarning, match=r"led to positions up to .* from that frame: the trajectory has a step there"):
+        run_md(structure(potential, False), 5, restart=True, **OPTIONS, **killed)
+
+
 def test_a_committee_goes_on_bit_for_bit(potential, tmp_path):
     def committee() -> Atoms:
         atoms = structure(potential, False)
@@ -186,6 +211,18 @@ def test_checkpoints_of_other_runs_are_refused(potential, tmp_path):
     assert run_md(structure(potential, False), 3, restart=True, **files).first_step == 3
 
 
+@pytest.mark.parametrize(("flips", "cuts"), [(100, 20), pytest.param(1000, 200, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("ensemble", ["nose-hoover", "npt-full"])
+def test_a_damaged_checkpoint_is_refused_or_right(potential, tmp_path, ensemble, flips, cuts):
+    path = tmp_path / "c.npz"
+    run_md(structure(potential, has_pressure(ensemble)), 2, ensemble=ensemble, checkpoint=path)
+
+    def content(path):
+        return [(k, v.tolist() if isinstance(v, np.ndarray) else repr(v)) for k, v in vars(MDState.load(path)).items()]
+
+    assert_error_or_right(path, content, flips, cuts)
+
+
 def _without_last(atoms: Atoms) -> Atoms:
     calculator = atoms.calc
     del atoms[-1]
@@ -199,7 +236,8 @@ def test_other_settings_of_the_thermostat_begin_anew(potential, tmp_path):
     options = OPTIONS | {"ensemble": "nose-hoover"}
     run_md(structure(potential, False), 10, **options, **files)
     again = structure(potential, False)
-    run_md(again, 0, restart=True, **(options | {"temperature": 20.0}), **files)
+    with pytest.warns(UserWarning, match=r"with the settings nose-hoover .*600.* goes on with .*20.* begin anew"):
+        run_md(again, 0, restart=True, **(options | {"temperature": 20.0}), **files)
     state = MDState.load(files["checkpoint"])
     assert np.abs(state.variables["_thermostat._p_eta"]).max() == 0 and "20.0" in state.ensemble
     assert state.step == 10 and np.abs(state.momenta).max() > 0.1

@@ -537,6 +537,51 @@ def test_changes_of_the_potential_have_their_effect():
         results_of(atoms, strict)
 
 
+def _assigned(model: Potential) -> None:
+    changed = {name: value * 1.1 if "readouts" in name else value for name, value in model.state_dict().items()}
+    model.load_state_dict(changed, assign=True)
+
+
+#: Ways to change numbers of a potential; torch's counters see only the first.
+CHANGES = {
+    "in place": lambda model: model.get_parameter("model.shift").detach().add_(1.0),
+    "data": lambda model: model.get_parameter("model.shift").data.add_(1.0),
+    "transposed data": lambda model: [p.data.t().mul_(1.1) for p in model.parameters() if p.dim() == 2],
+    "new data": lambda model: setattr(p := model.get_parameter("model.shift"), "data", p.data + 1.0),
+    "assigned": _assigned,
+    "new parameter": lambda model: setattr(model.model, "shift", torch.nn.Parameter(model.model.shift.detach() + 1.0)),
+    "strides": lambda model: setattr(model.model, "shift", torch.nn.Parameter(torch.ones(1, 1).double().expand(3, 1))),
+    "scale": lambda model: model.scale.data.mul_(1.5),
+    "E0": lambda model: model.reference.values.data.add_(1.0),
+    "end of the repulsion": lambda model: model.repulsion.end.data.mul_(0.95),
+}
+
+
+@pytest.mark.parametrize("way", CHANGES)
+def test_every_change_of_the_numbers_is_seen(way):
+    model, atoms = Potential(potential().model, {1: -13.0, 6: -38.0, 8: -75.0}).double(), ethanol()
+    atoms.positions[3] = atoms.positions[0] + [0.4, -0.3, 0.35]  # where the repulsion acts
+    evaluator, system = NativeEvaluator(model), model.system(System.from_ase(atoms))
+    program, before = evaluator.model(), float(evaluator(system)["energy"])
+    for _ in range(2):  # the second time from other strides
+        with torch.no_grad():
+            CHANGES[way](model)
+        assert_same(evaluator(system), torch_results(model, system), tolerance=1e-9)
+        kept = evaluator.model()
+        assert kept is not program and abs(float(evaluator(system)["energy"]) - before) > 1e-3
+        assert evaluator.model() is kept, "nothing has changed since"
+
+
+def test_an_evaluator_refuses_a_potential_with_other_modules():
+    model = potential()
+    evaluator, system = NativeEvaluator(model), model.system(System.from_ase(ethanol()))
+    evaluator(system)
+    model.repulsion = None
+    with pytest.raises(ValueError, match="can no longer be a native program: a module was replaced; make another"):
+        evaluator(system)
+    assert_same(NativeEvaluator(model)(system), torch_results(model, system))
+
+
 @pytest.mark.parametrize("change", ["a term", "a method", "no repulsion", "another scale"])
 def test_changes_beside_the_weights(change):
     calculator, atoms = NBodyCalculator(potential()), ethanol()

@@ -133,6 +133,11 @@ def test_inputs_that_do_not_fit_are_refused(frames):
     for x in (None, data.x[:, :3], data.x.long()):
         with pytest.raises(ValueError, match=r"x must be a floating tensor \[5, 4\], the node inputs 1x0e\+1x1o"):
             net(None, data.pos, x=x)
+    for odd in (float("nan"), float("inf")):
+        x = data.x.clone()
+        x[3, 1] = odd
+        with pytest.raises(ValueError, match=r"x must be finite, but atom\(s\) \[3\] have NaN or infinite node inputs"):
+            net(None, data.pos, x=x)
     with pytest.raises(ValueError, match="the network has no node_inputs"):
         _net(node_inputs=None, irreps_out="0e")(None, data.pos, x=data.x)
     with pytest.raises(ValueError, match="got 'nodes'"):

@@ -53,6 +53,7 @@ def test_a_unit_is_whole_and_the_same_again(script, tmp_path, number):
         done = script.make_unit(number, tmp_path / name, LISTS, count=2)
         with h5py.File(tmp_path / name / f"unit_{number:05d}.h5") as file:
             arrays = {key: file[key][:] for key in file}
+            assert all(file[key].fletcher32 for key in file if key != "smiles")
         texts.append(arrays)
         atoms, frames = len(arrays["z"]), len(arrays["natoms"])
         assert done["frames"] == frames > 4 and done["kind"] == script.kind_of(number)

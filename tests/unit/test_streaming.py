@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import gc
 import weakref
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 import factories
+from damage import assert_error_or_right, damaged_copies
 from nbody_pyg.cli import main
 from nbody_pyg.datasets import UnitFiles, fit_atomic_energies, load_embedded, read_frames
 from nbody_pyg.deploy import load_model, read_metadata
@@ -44,11 +46,11 @@ def write_unit(path, number: int, count: int = 6, **changed) -> None:
         columns["split"].append({4: 1, 5: 2}.get(row, 0))
     columns |= changed
     types = {"z": np.uint8, "natoms": np.int32, "total_charge": np.int8, "split": np.uint8, "forces": np.float32}
-    with h5py.File(path, "w") as file:
+    with h5py.File(path, "w", libver="v110") as file:
         file.attrs["kind"] = f"kind {number % 2}"
         for name, values in columns.items():
             if values is not None:
-                file.create_dataset(name, data=np.array(values, dtype=types.get(name, np.float64)))
+                file.create_dataset(name, data=np.array(values, dtype=types.get(name, np.float64)), fletcher32=True)
 
 
 @pytest.fixture(scope="module")
@@ -126,6 +128,7 @@ def test_fewer_frames_are_the_first_ones(folder):
         ({"forces": None}, r"a\.h5 must hold forces with 2 axes; make it anew"),
         ({"pos": [1.0, 2.0]}, r"a\.h5 must hold pos with 2 axes"),
         ({"natoms": [1] * 6}, r"a\.h5 is damaged: lengths of its datasets differ"),
+        ({"natoms": [9, 8, 7, 9, 17, -2]}, r"a\.h5 is damaged: lengths of its datasets differ"),
         ({"split": [3] * 6}, r"a\.h5 is damaged: .* or a split is above 2"),
         ({"split": [1] * 6}, r"1 files from .* on must hold some training frames, got 0"),
     ],
@@ -134,6 +137,27 @@ def test_damaged_files_are_refused(tmp_path, changed, message):
     write_unit(tmp_path / "a.h5", 0, **changed)
     with pytest.raises(ValueError, match=message):
         UnitFiles([tmp_path / "a.h5"])
+
+
+@pytest.mark.parametrize(("flips", "cuts"), [(100, 20), pytest.param(1000, 200, marks=pytest.mark.slow)])
+def test_files_with_checksums_are_refused_or_right(tmp_path, flips, cuts):
+    write_unit(tmp_path / "a.h5", 0)
+
+    def content(path):
+        frames = UnitFiles([path]).read(0)  # without their kind: HDF5 has no checksums of texts
+        return [{key: value.tolist() for key, value in frame.to_dict().items()} for frame in frames]
+
+    assert_error_or_right(tmp_path / "a.h5", content, flips, cuts)
+
+
+def test_whatever_h5py_raises_names_the_file(tmp_path):
+    """Files without checksums may give other numbers, but no error of the library."""
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        file.update({"natoms": [1], "z": [1], "pos": [[0.0] * 3], "forces": [[0.0] * 3], "energy": [1.0]})
+    for content in damaged_copies((tmp_path / "a.h5").read_bytes(), 150, 20):
+        (tmp_path / "b.h5").write_bytes(content)
+        with contextlib.suppress(ValueError):
+            UnitFiles([tmp_path / "b.h5"]).read(0)
 
 
 def test_cut_and_missing_files_are_refused(tmp_path):
