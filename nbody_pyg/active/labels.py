@@ -69,16 +69,16 @@ def from_smiles(text: str, count: int = 1, seed: int = 0) -> list[Atoms]:
     Raises: ValueError: no molecule. ImportError: rdkit is not installed.
     """
     try:
-        from rdkit import Chem, RDLogger  # type: ignore[import-not-found,unused-ignore]  # optional
+        from rdkit import Chem, rdBase  # type: ignore[import-not-found,unused-ignore]  # optional
         from rdkit.Chem import rdDistGeom, rdForceFieldHelpers  # type: ignore[import-not-found,unused-ignore]
     except ImportError as error:
         raise ImportError("a SMILES string needs the package rdkit; pip install rdkit, or give a structure") from error
-    RDLogger.DisableLog("rdApp.*")
+    rdBase.DisableLog("rdApp.*")
     molecule = Chem.MolFromSmiles(text)
     if molecule is None:
         raise ValueError(f"start must be a file of structures or a SMILES string, got {text!r}")
     molecule = Chem.AddHs(molecule)
-    options = rdDistGeom.ETKDGv3()
+    options: Any = rdDistGeom.ETKDGv3()
     options.randomSeed = seed
     found = list(rdDistGeom.EmbedMultipleConfs(molecule, count, options))
     if not found:
