@@ -75,24 +75,37 @@ class ProductKernel(ProductOperation):
         self.library.call(name, tensors[0].dtype, tensors[0].shape[0], self.channels, *tensors)
 
 
-class OneBodyKernel(Operation):
-    """Edge product of source states, harmonics and radial functions, see :func:`codegen.one_body_source`."""
+class OneBodyOperation(Operation):
+    """Edge product of source states, harmonics and radial functions for one coupling table."""
 
     num_inputs = 4
     weights = range(3, 4)
 
-    def __init__(
-        self,
-        terms: list[Term],
-        rows_in: int,
-        harmonics: int,
-        rows_out: int,
-        paths: int,
-        basis: int,
-        channels: int,
-    ) -> None:
+    def __init__(self, rows_in: int, harmonics: int, rows_out: int, paths: int, basis: int, channels: int) -> None:
         self.rows_in, self.rows_out, self.harmonics = rows_in, rows_out, harmonics
         self.paths, self.basis, self.channels = paths, basis, channels
+
+    def check(self, x: Tensor, harmonics: Tensor, radial: Tensor, weight: Tensor, index: Tensor) -> None:
+        """Raise unless types, shapes and devices fit; see :func:`check_operands`."""
+        edges, channels = index.shape[1], self.channels
+        check_operands(
+            x.dtype,
+            x.device,
+            x=(x, (x.shape[0], self.rows_in, channels)),
+            harmonics=(harmonics, (edges, self.harmonics)),
+            radial=(radial, (edges, self.basis)),
+            weight=(weight, (self.basis, self.paths * channels)),
+        )
+        check_index(x.device, index=(index, (2, edges)))
+
+
+class OneBodyKernel(OneBodyOperation):
+    """The edge product in C, see :func:`codegen.one_body_source`."""
+
+    def __init__(
+        self, terms: list[Term], rows_in: int, harmonics: int, rows_out: int, paths: int, basis: int, channels: int
+    ) -> None:
+        super().__init__(rows_in, harmonics, rows_out, paths, basis, channels)
         tail = channels % LANES != 0
         #: Of the source; its argument ``second`` leaves the second derivatives out.
         self.source = functools.partial(
@@ -112,16 +125,7 @@ class OneBodyKernel(Operation):
         self, x: Tensor, harmonics: Tensor, radial: Tensor, weight: Tensor, index: Tensor, num_targets: int
     ) -> Tensor:
         """Sum over edges, radial weights ``radial @ weight``: (targets, rows_out, channels)."""
-        edges, channels = index.shape[1], self.channels
-        check_operands(
-            x.dtype,
-            x.device,
-            x=(x, (x.shape[0], self.rows_in, channels)),
-            harmonics=(harmonics, (edges, self.harmonics)),
-            radial=(radial, (edges, self.basis)),
-            weight=(weight, (self.basis, self.paths * channels)),
-        )
-        check_index(x.device, index=(index, (2, edges)))
+        self.check(x, harmonics, radial, weight, index)
         check_range("index[0] (sources)", index[0], x.shape[0])
         check_range("index[1] (targets)", index[1], num_targets)
         total: Tensor = self.run(*[t.contiguous() for t in (x, harmonics, radial, weight, index)], sizes=(num_targets,))

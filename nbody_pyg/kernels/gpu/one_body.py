@@ -12,8 +12,8 @@ from nbody_pyg.kernels.gpu.build import Program
 from nbody_pyg.kernels.gpu.edge_source import apart, groups_of, one_body_source
 from nbody_pyg.kernels.gpu.grid import channel_block, parts_of_a_node, warps
 from nbody_pyg.kernels.gpu.order import EdgeOrder, edge_order
-from nbody_pyg.kernels.operands import check_index, check_operands
-from nbody_pyg.kernels.operation import Operands, Operation, Tensors, filled
+from nbody_pyg.kernels.operation import Operands, Tensors, filled
+from nbody_pyg.kernels.ops import OneBodyOperation
 
 #: More coefficients than this (lmax 3 in both parities has 1,400) would take minutes to compile.
 MAX_TERMS = 2000
@@ -21,19 +21,15 @@ MAX_TERMS = 2000
 _CHUNKS, _SHORTEST = 512, 32
 
 
-class OneBodyProgram(Operation):
-    """Edge product of source states, harmonics and radial functions for one coupling table.
+class OneBodyProgram(OneBodyOperation):
+    """The edge product in Triton, with the arguments of :class:`nbody_pyg.kernels.ops.OneBodyKernel`."""
 
-    The counterpart of :class:`nbody_pyg.kernels.ops.OneBodyKernel`, with the same arguments and errors.
-    """
-
-    num_inputs, weights, recordable = 4, range(3, 4), False
+    recordable = False
 
     def __init__(
         self, terms: Sequence[Term], rows_in: int, harmonics: int, rows_out: int, paths: int, basis: int, channels: int
     ) -> None:
-        self.rows_in, self.rows_out, self.harmonics = rows_in, rows_out, harmonics
-        self.paths, self.basis, self.channels = paths, basis, channels
+        super().__init__(rows_in, harmonics, rows_out, paths, basis, channels)
         self.groups, self.too_long = len(groups_of(terms, basis)), len(terms) > MAX_TERMS
         self.together = 1 if apart(self.groups) else self.groups
         self.program = Program(one_body_source, terms, rows_in, harmonics, rows_out, paths, basis)
@@ -42,16 +38,7 @@ class OneBodyProgram(Operation):
         self, x: Tensor, harmonics: Tensor, radial: Tensor, weight: Tensor, index: Tensor, num_targets: int
     ) -> Tensor:
         """Sum over edges, radial weights ``radial @ weight``: (targets, rows_out, channels)."""
-        edges, channels = index.shape[1], self.channels
-        check_operands(
-            x.dtype,
-            x.device,
-            x=(x, (x.shape[0], self.rows_in, channels)),
-            harmonics=(harmonics, (edges, self.harmonics)),
-            radial=(radial, (edges, self.basis)),
-            weight=(weight, (self.basis, self.paths * channels)),
-        )
-        check_index(x.device, index=(index, (2, edges)))
+        self.check(x, harmonics, radial, weight, index)
         order = edge_order(index, x.shape[0], num_targets)
         total: Tensor = self.run(*[t.contiguous() for t in (x, harmonics, radial, weight)], sizes=order)
         return total
