@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from nbody_pyg.kernels import codegen
-from nbody_pyg.kernels.codegen import Term
+from nbody_pyg.kernels.codegen import EdgeProduct, Term
 from nbody_pyg.kernels.library import Library
 from nbody_pyg.kernels.operands import check_index, check_operands, check_range
 from nbody_pyg.kernels.operation import Operands, Operation, Tensors, filled
@@ -81,20 +81,19 @@ class OneBodyOperation(Operation):
     num_inputs = 4
     weights = range(3, 4)
 
-    def __init__(self, rows_in: int, harmonics: int, rows_out: int, paths: int, basis: int, channels: int) -> None:
-        self.rows_in, self.rows_out, self.harmonics = rows_in, rows_out, harmonics
-        self.paths, self.basis, self.channels = paths, basis, channels
+    def __init__(self, product: EdgeProduct, channels: int) -> None:
+        self.product, self.channels = product, channels
 
     def check(self, x: Tensor, harmonics: Tensor, radial: Tensor, weight: Tensor, index: Tensor) -> None:
         """Raise unless types, shapes and devices fit; see :func:`check_operands`."""
-        edges, channels = index.shape[1], self.channels
+        p, edges, channels = self.product, index.shape[1], self.channels
         check_operands(
             x.dtype,
             x.device,
-            x=(x, (x.shape[0], self.rows_in, channels)),
-            harmonics=(harmonics, (edges, self.harmonics)),
-            radial=(radial, (edges, self.basis)),
-            weight=(weight, (self.basis, self.paths * channels)),
+            x=(x, (x.shape[0], p.rows_in, channels)),
+            harmonics=(harmonics, (edges, p.harmonics)),
+            radial=(radial, (edges, p.basis)),
+            weight=(weight, (p.basis, p.paths * channels)),
         )
         check_index(x.device, index=(index, (2, edges)))
 
@@ -102,15 +101,11 @@ class OneBodyOperation(Operation):
 class OneBodyKernel(OneBodyOperation):
     """The edge product in C, see :func:`codegen.one_body_source`."""
 
-    def __init__(
-        self, terms: list[Term], rows_in: int, harmonics: int, rows_out: int, paths: int, basis: int, channels: int
-    ) -> None:
-        super().__init__(rows_in, harmonics, rows_out, paths, basis, channels)
-        tail = channels % LANES != 0
+    def __init__(self, product: EdgeProduct, channels: int) -> None:
+        super().__init__(product, channels)
+        _, rows_in, harmonics, rows_out, paths, basis = product
         #: Of the source; its argument ``second`` leaves the second derivatives out.
-        self.source = functools.partial(
-            codegen.one_body_source, terms, rows_in, harmonics, rows_out, paths, basis, tail
-        )
+        self.source = functools.partial(codegen.one_body_source, product, channels % LANES != 0)
         x, out, weight = f"reals:{rows_in}*S*C", f"reals:{rows_out}*T*C", f"{basis * paths}*C"
         edges = f"reals:{harmonics}*E reals:{basis}*E"
         sizes, factors = "E C (S) (T) longs:E longs:E", f"{x} {edges} reals:{weight}"
@@ -133,7 +128,7 @@ class OneBodyKernel(OneBodyOperation):
 
     def value(self, operands: Operands) -> tuple[tuple[Tensor, ...], Tensors]:
         x, (targets,) = operands.inputs[0], operands.sizes
-        out = x.new_zeros(targets, self.rows_out, self.channels)
+        out = x.new_zeros(targets, self.product.rows_out, self.channels)
         self._call("one_body_forward", operands, targets, *operands.inputs, out)
         return (out,), ()
 

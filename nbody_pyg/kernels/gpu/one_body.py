@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from nbody_pyg.kernels.codegen import Term
+from nbody_pyg.kernels.codegen import EdgeProduct
 from nbody_pyg.kernels.gpu.build import Program
 from nbody_pyg.kernels.gpu.edge_source import apart, groups_of, one_body_source
 from nbody_pyg.kernels.gpu.grid import channel_block, parts_of_a_node, warps
@@ -26,13 +26,11 @@ class OneBodyProgram(OneBodyOperation):
 
     recordable = False
 
-    def __init__(
-        self, terms: Sequence[Term], rows_in: int, harmonics: int, rows_out: int, paths: int, basis: int, channels: int
-    ) -> None:
-        super().__init__(rows_in, harmonics, rows_out, paths, basis, channels)
-        self.groups, self.too_long = len(groups_of(terms, basis)), len(terms) > MAX_TERMS
+    def __init__(self, product: EdgeProduct, channels: int) -> None:
+        super().__init__(product, channels)
+        self.groups, self.too_long = len(groups_of(product.terms, product.basis)), len(product.terms) > MAX_TERMS
         self.together = 1 if apart(self.groups) else self.groups
-        self.program = Program(one_body_source, terms, rows_in, harmonics, rows_out, paths, basis)
+        self.program = Program(one_body_source, product)
 
     def __call__(
         self, x: Tensor, harmonics: Tensor, radial: Tensor, weight: Tensor, index: Tensor, num_targets: int
@@ -101,11 +99,11 @@ class OneBodyProgram(OneBodyOperation):
 
     def _targets(self, order: EdgeOrder, factors: Sequence[Tensor], cotangents: Tensors = ()) -> Tensor:
         name = "one_body_targets" + "_double" * bool(cotangents)
-        return self._sum(name, order, 1, self.rows_out, self.groups, factors, cotangents)
+        return self._sum(name, order, 1, self.product.rows_out, self.groups, factors, cotangents)
 
     def _sources(self, order: EdgeOrder, factors: Sequence[Tensor], cotangents: Tensors = ()) -> Tensor:
         name = "one_body_sources" + "_double" * bool(cotangents)
-        return self._sum(name, order, 0, self.rows_in, 1, factors, cotangents)
+        return self._sum(name, order, 0, self.product.rows_in, 1, factors, cotangents)
 
     def _edges(self, order: EdgeOrder, factors: Sequence[Tensor], cotangents: Tensors = ()) -> tuple[Tensor, Tensor]:
         """Gradients of the harmonics and of the radial functions."""
@@ -113,12 +111,12 @@ class OneBodyProgram(OneBodyOperation):
         constants = self._constants(x, cotangents[3] if cotangents else None)
         blocks, count = -(-self.channels // constants["CB"]), len(rows.edge)
         split = parts_of_a_node(nodes, blocks * self.together, count)
-        planes = x.new_empty(blocks * self.groups, count, self.harmonics + self.basis)
+        planes = x.new_empty(blocks * self.groups, count, self.product.harmonics + self.product.basis)
         given = (planes, count, *factors, *cotangents, *rows, nodes, split)
         name = "one_body_edges" + "_double" * bool(cotangents)
         self._launch(name, (nodes * split, blocks, self.groups), given, constants)
         total = planes[0] if len(planes) == 1 else planes.sum(0)
-        return total[:, : self.harmonics].contiguous(), total[:, self.harmonics :].contiguous()
+        return total[:, : self.product.harmonics].contiguous(), total[:, self.product.harmonics :].contiguous()
 
     def _weights(self, order: EdgeOrder, factors: Sequence[Tensor], cotangents: Tensors = ()) -> Tensor:
         """Gradient of the radial weights."""
@@ -126,7 +124,7 @@ class OneBodyProgram(OneBodyOperation):
         constants, count = self._constants(x, None), len(rows.edge)
         length = max(_SHORTEST, -(-count // _CHUNKS))
         chunks, blocks = -(-count // length), -(-self.channels // constants["CB"])
-        out = x.new_empty(chunks, self.basis, self.paths * self.channels)
+        out = x.new_empty(chunks, self.product.basis, self.product.paths * self.channels)
         # The weights themselves do not occur in their own gradient
         given = (out, *factors[:4], *cotangents[:3], rows.edge, rows.source, rows.target, count, length)
         name = "one_body_weights" + "_double" * bool(cotangents)
