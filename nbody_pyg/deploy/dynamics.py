@@ -224,7 +224,6 @@ def run_md(
     bonded = _with_bonds(atoms.calc)
     stopped = changes = None
     with contextlib.ExitStack() as kept:
-        kept.callback(dyn.close)
         begun = atoms.copy()
         if restart and (state is not None or bonded):  # a continued run keeps its bonds
             begun = _frame(str(trajectory), 0) if state is None else state.first(atoms)
