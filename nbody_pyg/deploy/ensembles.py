@@ -65,7 +65,7 @@ def integrator(
         thermostat_time, barostat_time: relaxation times, fs; None: 100 and 1000 time steps.
         rng: of "langevin" and "bussi".
     Raises: ValueError: an unknown ensemble; constraints, where ASE's thermostat counts all degrees of freedom; no
-        periodic cell for a pressure; a relaxation time shorter than a time step. ImportError: an ASE without it.
+        periodic cell for a pressure; a relaxation time shorter than a time step.
     """
     check_choice("ensemble", ensemble, ENSEMBLES)
     if atoms.constraints and ensemble in _ALL_FREE:
