@@ -9,9 +9,7 @@ reference calculator, each for the CPU time that one member of the committee had
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import json
 import tempfile
 from pathlib import Path
 
@@ -21,10 +19,10 @@ from ase.calculators.singlepoint import SinglePointCalculator
 from ase.io import read
 from ase.md.langevin import Langevin
 from ase.md.velocitydistribution import MaxwellBoltzmannDistribution
+from report import arguments, show, write
 
 from nbody_pyg.active import LearnConfig, calculator, learn, rounds_table
 from nbody_pyg.active.loop import trained
-from nbody_pyg.cli.tables import table
 from nbody_pyg.data import AtomicData
 from nbody_pyg.datasets.frames import Frames
 from nbody_pyg.deploy import load_model
@@ -51,7 +49,7 @@ def trajectory(start: Atoms, label: str, temperature: float, count: int, every: 
 
 def main() -> None:
     """Read the command line, run, print a table and write JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(__doc__, "active.json")
     parser.add_argument("start", help="a structure in any file that ASE reads")
     parser.add_argument("--label", default="gfn2")
     parser.add_argument("--temperature", type=float, default=500.0, help="K")
@@ -63,7 +61,6 @@ def main() -> None:
     parser.add_argument("--every", type=int, default=20, help="steps between two frames of a trajectory")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", default="runs/benchmarks/active.json")
     args = parser.parse_args()
     start = read(args.start)
     test = trajectory(start, args.label, args.temperature, args.test, args.every, args.seed + 100)
@@ -83,14 +80,10 @@ def main() -> None:
             potential = trained(DataSets(some, ()), seconds, args.seed, Path(place) / f"random-{times}")
             rows.append([f"dynamics of {args.label}", len(some), seconds, *_errors(potential, test)])
     head = ["labels from", "labels", "CPU s of training", "F MAE meV/A", "F RMSE meV/A", "E MAE meV"]
-    print(f"\n{rounds_table(rounds)}\n\n{len(test)} test frames\n{table(head, rows)}")
-    out = Path(args.out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    record = {
-        "rounds": [dataclasses.asdict(one) for one in rounds],
-        "rows": [dict(zip(head, r, strict=True)) for r in rows],
-    }
-    out.write_text(json.dumps(record, indent=1) + "\n")
+    print(f"\n{rounds_table(rounds)}\n")
+    show(f"{len(test)} test frames", head, rows)
+    records = [dict(zip(head, r, strict=True)) for r in rows]
+    write(args.out, {"rounds": [dataclasses.asdict(one) for one in rounds], "rows": records})
 
 
 def _errors(potential, test: Frames) -> list[float]:

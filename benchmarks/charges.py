@@ -10,13 +10,11 @@ frames: 1,000 for training, 200 for validation, 2,000 for the test; "far" are th
 
 from __future__ import annotations
 
-import inspect
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from report import arguments, show, start, write
+from report import arguments, finish, num_parameters, start, training_arguments
 
 from nbody_pyg.datasets import read_frames, split_indices
 from nbody_pyg.training import fit
@@ -50,13 +48,9 @@ def flat(config: Config, data: DataSets, size: int) -> Config:
     arguments = dict(config.model.arguments) | {"long_range": None}
     while True:
         found = replace(config, model=replace(config.model, arguments=arguments))
-        if _size(build_potential(found, data)) >= size:
+        if num_parameters(build_potential(found, data)) >= size:
             return found
         arguments = arguments | {"channels": arguments["channels"] + 1}
-
-
-def _size(potential: torch.nn.Module) -> int:
-    return sum(p.numel() for p in potential.parameters())
 
 
 def train(config: Config, data: DataSets, folder: Path) -> dict[str, Any]:
@@ -64,7 +58,7 @@ def train(config: Config, data: DataSets, folder: Path) -> dict[str, Any]:
     potential = build_potential(config, data)
     ready = data.with_topology(potential.model.scheme)
     result = fit(potential, ready.train, ready.val, config.training, folder, show_progress=False)
-    record = {"parameters": _size(potential), "steps": result.steps, "cpu_seconds": result.cpu_seconds}
+    record = {"parameters": num_parameters(potential), "steps": result.steps, "cpu_seconds": result.cpu_seconds}
     record["tests"] = {name: evaluate(potential, frames).errors for name, frames in ready.tests.items()}
     if potential.model.long_range is not None:
         record["charges"] = {k: v.tolist() for k, v in potential.model.long_range.state_dict().items() if v.numel() < 9}
@@ -72,13 +66,10 @@ def train(config: Config, data: DataSets, folder: Path) -> dict[str, Any]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = arguments(inspect.getdoc(inspect.getmodule(main)).split("\n")[0], "charges.json")
-    parser.add_argument("--data", type=Path, required=True, help="folder with the files of the tasks")
+    parser = arguments(__doc__, "charges.json")
+    training_arguments(parser, 150.0, "the files of the tasks")
     parser.add_argument("--tasks", nargs="+", choices=sorted(TASKS), default=sorted(TASKS))
     parser.add_argument("--networks", nargs="+", choices=["charges", "flat"], default=["charges", "flat"])
-    parser.add_argument("--seconds", type=float, default=150.0, help="CPU time of training for each network")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="changes of the configuration")
     args = parser.parse_args(argv)
     records, rows = [], []
     with start():
@@ -88,7 +79,7 @@ def main(argv: list[str] | None = None) -> int:
             weight = TASKS[task][-1]
             settings = replace(config.training, budget_seconds=args.seconds, seed=args.seed, energy_weight=weight)
             config = replace(config, training=settings)
-            networks = {"charges": config, "flat": flat(config, data, _size(build_potential(config, data)))}
+            networks = {"charges": config, "flat": flat(config, data, num_parameters(build_potential(config, data)))}
             for name in args.networks:
                 record = train(networks[name], data, args.out.parent / "charges" / f"{task}_{name}")
                 records.append({"task": task, "network": name} | record)
@@ -98,9 +89,7 @@ def main(argv: list[str] | None = None) -> int:
                      f"{errors['forces_mae']:.3g}", "" if far is None else f"{far['energy_mae']:.3g}"]
                 )  # fmt: skip
                 print(records[-1], flush=True)
-    show("", HEAD, rows)
-    write(args.out, {"results": records})
-    return 0
+    return finish(args.out, "", HEAD, rows, records)
 
 
 if __name__ == "__main__":

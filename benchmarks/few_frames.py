@@ -9,13 +9,12 @@ together, in training and in use. MACE's figures are the published ones (arXiv:2
 
 from __future__ import annotations
 
-import inspect
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from report import arguments, show, start, write
+from report import arguments, finish, start
 from torch_geometric.data import Batch
 
 from nbody_pyg.hierarchy import Scheme
@@ -62,7 +61,7 @@ def learn(molecule: str, args: Any) -> list[dict[str, Any]]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = arguments(inspect.getdoc(inspect.getmodule(main)).split("\n")[0], "few_frames.json")
+    parser = arguments(__doc__, "few_frames.json")
     parser.add_argument("--data", type=Path, required=True, help="folder with the files of rMD17")
     parser.add_argument("--molecules", nargs="+", choices=sorted(MACE), default=sorted(MACE))
     parser.add_argument("--members", type=int, default=3, help="networks of a committee")
@@ -75,9 +74,7 @@ def main(argv: list[str] | None = None) -> int:
          *MACE[r["molecule"]]]
         for r in records
     ]  # fmt: skip
-    show("", HEAD, rows)
-    write(args.out, {"results": records})
-    return 0
+    return finish(args.out, "", HEAD, rows, records)
 
 
 if __name__ == "__main__":

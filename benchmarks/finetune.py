@@ -10,11 +10,10 @@ frames, and the averaged weights of their end. Frames are the first ones of spli
 
 from __future__ import annotations
 
-import inspect
 from pathlib import Path
 from typing import Any
 
-from report import arguments, show, start, write
+from report import arguments, finish, start, training_arguments
 
 from nbody_pyg.datasets import load_rmd17
 from nbody_pyg.deploy import load_model
@@ -74,19 +73,16 @@ def held_back(molecule: str, args: Any) -> Any:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = arguments(inspect.getdoc(inspect.getmodule(main)).split("\n")[0], "finetune.json")
+    parser = arguments(__doc__, "finetune.json")
     parser.add_argument("--init", required=True, help="model file, or name of a shipped model, to start from")
-    parser.add_argument("--data", type=Path, required=True, help="folder with the files of rMD17")
+    training_arguments(parser, 60.0, "the files of rMD17")
     parser.add_argument("--molecules", nargs="+", choices=MOLECULES, default=MOLECULES)
     parser.add_argument("--frames", nargs="+", type=int, default=[10, 50, 200, 950], help="numbers of training frames")
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS)
-    parser.add_argument("--seconds", type=float, default=60.0, help="CPU seconds of every run")
     parser.add_argument("--steps", type=int, default=100_000, help="largest number of steps of every run")
     parser.add_argument("--test", type=int, default=1000, help="number of test frames")
     parser.add_argument("--val", type=int, help="number of validation frames for the errors, instead of test frames")
-    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--start", action="store_true", help="also report the errors before training")
-    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="changes of the configuration")
     args = parser.parse_args(argv)
     with start():
         records = [learn(m, n, way, args) for m in args.molecules for n in args.frames for way in args.ways]
@@ -95,9 +91,7 @@ def main(argv: list[str] | None = None) -> int:
          f"{r['forces_mae']:.2f}"]
         for r in records
     ]  # fmt: skip
-    show("", HEAD, rows)
-    write(args.out, {"results": records})
-    return 0
+    return finish(args.out, "", HEAD, rows, records)
 
 
 if __name__ == "__main__":

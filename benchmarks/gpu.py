@@ -207,7 +207,7 @@ QUICK = {"lmax": [2], "channels": [64], "edges": [10_000, 200_000], "repeats": 1
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = arguments(__doc__.split("\n")[0], "gpu.json")
+    parser = arguments(__doc__, "gpu.json")
     parser.add_argument("--sections", nargs="+", choices=list(SECTIONS), default=list(SECTIONS))
     parser.add_argument("--device", default="cuda", help="cpu runs in Triton's interpreter, for tests")
     parser.add_argument("--lmax", type=int, nargs="+", default=[1, 2, 3])

@@ -84,7 +84,7 @@ def crossing(records: list[dict[str, Any]]) -> float | None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = arguments(__doc__.split("\n")[0], "hierarchy.json")
+    parser = arguments(__doc__, "hierarchy.json")
     parser.add_argument("--waters", type=int, nargs="+", default=[50, 167, 500, 1667, 6667], help="molecules")
     parser.add_argument(
         "--all-pairs", type=int, nargs="+", default=[33, 67, 133, 200, 267], help="molecules, all pairs"

@@ -10,7 +10,6 @@ and 500 K, one third displaced along normal modes. A potential and a model of di
 
 from __future__ import annotations
 
-import inspect
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -152,7 +151,7 @@ def draw(spectra: dict[str, tuple[InfraredSpectrum, InfraredSpectrum]], path: Pa
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = arguments(inspect.getdoc(inspect.getmodule(main)).split("\n")[0], "infrared.json")
+    parser = arguments(__doc__, "infrared.json")
     parser.add_argument("--molecules", nargs="+", choices=list(MOLECULES), default=list(MOLECULES))
     parser.add_argument("--seconds", type=float, default=60.0, help="CPU time of each training")
     parser.add_argument("--frames", type=int, default=300, help="labelled frames of each molecule")

@@ -54,7 +54,7 @@ def rows_of(times: dict[str, dict[str, Timing]], bound: float) -> list[list]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = arguments(__doc__.split("\n")[0], "kernels.json")
+    parser = arguments(__doc__, "kernels.json")
     parser.add_argument("--problems", nargs="+", choices=list(PROBLEMS), default=list(PROBLEMS))
     parser.add_argument("--lmax", type=int, nargs="+", default=[2, 3])
     parser.add_argument("--nodes", type=int, default=500)

@@ -13,7 +13,6 @@ E+F of one frame is timed in turn with that of flat2.
 
 from __future__ import annotations
 
-import inspect
 import statistics
 from collections.abc import Mapping
 from pathlib import Path
@@ -153,7 +152,7 @@ def head(sets: list[str]) -> list[str]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = arguments(inspect.getdoc(inspect.getmodule(main)).split("\n")[0], "large.json")
+    parser = arguments(__doc__, "large.json")
     parser.add_argument("--data", type=Path, required=True, help="folder with the files of datasets/make_large.py")
     parser.add_argument("--sets", nargs="+", default=["ac_ala3_nhme"], help="kinds of that script")
     parser.add_argument("--only", nargs="+", default=DEFAULT, metavar="NAME", help="networks and peers")

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from report import arguments, show, start, write
+from report import arguments, finish, num_parameters, start, training_arguments
 
 from nbody_pyg.datasets import read_frames, split_indices
 from nbody_pyg.system import System
@@ -79,7 +79,7 @@ def train(config: Config, data: DataSets, folder: Path) -> list[dict[str, Any]]:
         found.append(
             {
                 "model": repr(scheme),
-                "parameters": sum(p.numel() for p in potential.model.parameters()),
+                "parameters": num_parameters(potential.model),
                 "steps": result.steps,
                 "cpu_seconds": result.cpu_seconds,
                 "set": name,
@@ -92,13 +92,10 @@ def train(config: Config, data: DataSets, folder: Path) -> list[dict[str, Any]]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = arguments(__doc__.split("\n")[0], "longrange.json")
-    parser.add_argument("--data", type=Path, required=True, help="folder with the files of the tasks")
+    parser = arguments(__doc__, "longrange.json")
+    training_arguments(parser, 300.0, "the files of the tasks")
     parser.add_argument("--tasks", nargs="+", choices=sorted(FILES), default=sorted(FILES))
     parser.add_argument("--models", nargs="+", default=["survivors", "flat"], help="configs/longrange/NAME.yaml")
-    parser.add_argument("--seconds", type=float, default=300.0, help="CPU time of training for each network")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="changes of the configuration")
     args = parser.parse_args(argv)
     records, rows = [], []
     with start():
@@ -117,9 +114,7 @@ def main(argv: list[str] | None = None) -> int:
                         + [f"{figure:.4f}" for figure in figures]
                     )
                     print(rows[-1], flush=True)
-    show("", HEAD, rows)
-    write(args.out, {"results": records})
-    return 0
+    return finish(args.out, "", HEAD, rows, records)
 
 
 if __name__ == "__main__":

@@ -72,7 +72,7 @@ def case(potential: Potential, system: System, skins: list[float], compile: bool
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = arguments(__doc__.split("\n")[0], "md.json")
+    parser = arguments(__doc__, "md.json")
     parser.add_argument("--waters", type=int, nargs="+", default=[0, 334, 1667], help="molecules; 0: one of 22 atoms")
     parser.add_argument("--skins", type=float, nargs="+", default=[0.5], help="angstrom")
     parser.add_argument("--compile", action="store_true", help="time the compiled model as well")

@@ -126,7 +126,7 @@ def print_times(title: str, times: dict[str, dict[str, Timing]], sizes: dict[str
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = arguments(__doc__.split("\n")[0], "models.json")
+    parser = arguments(__doc__, "models.json")
     parser.add_argument("--models", nargs="+", choices=list(PEERS), default=list(PEERS))
     parser.add_argument(
         "--systems", nargs="+", choices=["molecule", "batch", "droplet"], default=["molecule", "batch", "droplet"]

@@ -47,7 +47,7 @@ def summary(report: MDReport) -> dict[str, float]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = arguments(__doc__.split("\n")[0], "nve.json")
+    parser = arguments(__doc__, "nve.json")
     parser.add_argument("model", help="model file, as nbody train writes it")
     parser.add_argument("--start", default="embedded:ethanol", help="embedded:NAME or a structure file")
     parser.add_argument("--repeat", type=int, nargs=3, default=(1, 1, 1), help="copies along each axis of the cell")

@@ -13,7 +13,6 @@ test systems, and the weights of the last step are tested. The last row averages
 
 from __future__ import annotations
 
-import inspect
 import itertools
 import time
 from collections.abc import Iterable
@@ -22,7 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from report import arguments, show, start, write
+from report import arguments, finish, start
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch_geometric.nn import global_mean_pool
 
@@ -95,7 +94,7 @@ def predicted(net: torch.nn.Module, frames: list[AtomicData], plain: bool) -> to
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = arguments(inspect.getdoc(inspect.getmodule(main)).split("\n")[0], "particles.json")
+    parser = arguments(__doc__, "particles.json")
     parser.add_argument("--data", type=Path, required=True, help="folder that datasets/make_particles.py wrote")
     parser.add_argument("--scheme", choices=["pairs", "shells"], default="pairs", help="hierarchy of the network")
     parser.add_argument("--plain", action="store_true", help="use none of the three facts of the equations")
@@ -135,9 +134,7 @@ def main(argv: list[str] | None = None) -> int:
     for r in records:
         numbers = [f"{r['cpu_seconds']:.0f}", f"{r['val']:.5f}", f"{r['test']:.5f}"]
         rows.append([r["model"], r["seed"], r["parameters"], r["epochs"], *numbers])
-    show("Charged particles, 3,000 systems for training", HEAD, rows)
-    write(args.out, {"results": records})
-    return 0
+    return finish(args.out, "Charged particles, 3,000 systems for training", HEAD, rows, records)
 
 
 if __name__ == "__main__":

@@ -23,10 +23,19 @@ _PACKAGES = ("nbody_pyg", "torch", "torch_geometric", "e3nn", "schnetpack", "neq
 
 
 def arguments(description: str | None, default_out: str) -> argparse.ArgumentParser:
-    """A parser with what every benchmark takes."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    """A parser with what every benchmark takes; its description is the first line of the docstring given."""
+    first = (description or "").split("\n")[0]
+    parser = argparse.ArgumentParser(description=first, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/benchmarks") / default_out, help="JSON file")
     return parser
+
+
+def training_arguments(parser: argparse.ArgumentParser, seconds: float, data: str) -> None:
+    """What every benchmark that trains networks takes; ``data`` says what the folder holds."""
+    parser.add_argument("--data", type=Path, required=True, help=f"folder with {data}")
+    parser.add_argument("--seconds", type=float, default=seconds, help="CPU time of training for each network")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="changes of the configuration")
 
 
 def start() -> Any:
@@ -66,3 +75,14 @@ def write(path: Path, results: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"machine": machine()} | results, indent=1) + "\n", encoding="utf-8")
     print(f"written to {path}")
+
+
+def finish(path: Path, title: str, head: Sequence[str], rows: Sequence[Sequence[Any]], records: Sequence[Any]) -> int:
+    """Print the table and write the records; returns the exit status."""
+    show(title, head, rows)
+    write(path, {"results": records})
+    return 0
+
+
+def num_parameters(model: torch.nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())

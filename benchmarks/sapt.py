@@ -14,7 +14,6 @@ the energy must be k q q / R, and a table shows what share of it a network gives
 
 from __future__ import annotations
 
-import inspect
 import io
 import math
 import zipfile
@@ -223,7 +222,7 @@ def plot(records: list[dict[str, Any]], tests: dict[str, list[Dimer]], path: Pat
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = arguments(inspect.getdoc(inspect.getmodule(main)).split("\n")[0], "sapt.json")
+    parser = arguments(__doc__, "sapt.json")
     parser.add_argument("--data", type=Path, required=True, help="folder with sapt10k.zip")
     parser.add_argument("--label", choices=LABELS, default=LABELS[0], help="electrostatic or total interaction energy")
     parser.add_argument("--split", type=float, default=4.5, help="distance of the centres of mass, angstrom")

@@ -117,7 +117,7 @@ def run(args) -> dict[str, Any]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = arguments(__doc__.split("\n")[0], "scaling.json")
+    parser = arguments(__doc__, "scaling.json")
     every = ["atoms", "neighbours", "lmax", "channels"]
     parser.add_argument("--sweeps", nargs="+", choices=every, default=every)
     parser.add_argument(

@@ -139,7 +139,7 @@ def plot(results: dict[str, list[Any]], path: Any) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = arguments(__doc__.split("\n")[0], "smoothness.json")
+    parser = arguments(__doc__, "smoothness.json")
     parser.add_argument("--atoms", type=int, default=60)
     parser.add_argument("--length", type=float, default=6.0, help="of the path, angstrom")
     parser.add_argument("--channels", type=int, default=4)

@@ -146,7 +146,7 @@ def conserved(args) -> dict[str, float]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = arguments(__doc__.split("\n")[0], "water.json")
+    parser = arguments(__doc__, "water.json")
     parser.add_argument("model", help="model file, as nbody train writes it")
     parser.add_argument("--data", type=Path, required=True, help="water64_pbe0.npz")
     parser.add_argument("--time", type=float, default=20.0, help="ps")

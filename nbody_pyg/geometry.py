@@ -6,7 +6,6 @@ Conventions (the same everywhere in the library): ``index[0]`` is the source, ``
 
 from __future__ import annotations
 
-import importlib.util
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -370,13 +369,9 @@ def neighbour_list(
 def _prefer_cell_list(candidates: Tensor, periodic: bool) -> bool:
     if candidates.device.type != "cpu":
         # A round trip to the CPU costs more than trying a few million pairs.
-        return float(candidates.sum()) > _DENSE_CHUNK and _has_vesin()
+        return float(candidates.sum()) > _DENSE_CHUNK
     largest = _MAX_DENSE_PERIODIC if periodic else _MAX_DENSE_OPEN
-    return (float(candidates.max()) > largest or float(candidates.sum()) > _DENSE_CHUNK) and _has_vesin()
-
-
-def _has_vesin() -> bool:
-    return importlib.util.find_spec("vesin") is not None
+    return float(candidates.max()) > largest or float(candidates.sum()) > _DENSE_CHUNK
 
 
 def _refuse_huge(count: Tensor, cutoff: float, heights: Tensor, pbc: Tensor) -> None:

@@ -69,22 +69,22 @@ def from_smiles(text: str, count: int = 1, seed: int = 0) -> list[Atoms]:
     Raises: ValueError: no molecule. ImportError: rdkit is not installed.
     """
     try:
-        from rdkit import Chem, RDLogger  # type: ignore[import-not-found,unused-ignore]  # optional
-        from rdkit.Chem import AllChem  # type: ignore[import-not-found,unused-ignore]
+        from rdkit import Chem, rdBase  # type: ignore[import-not-found,unused-ignore]  # optional
+        from rdkit.Chem import rdDistGeom, rdForceFieldHelpers  # type: ignore[import-not-found,unused-ignore]
     except ImportError as error:
         raise ImportError("a SMILES string needs the package rdkit; pip install rdkit, or give a structure") from error
-    RDLogger.DisableLog("rdApp.*")
+    rdBase.DisableLog("rdApp.*")
     molecule = Chem.MolFromSmiles(text)
     if molecule is None:
         raise ValueError(f"start must be a file of structures or a SMILES string, got {text!r}")
     molecule = Chem.AddHs(molecule)
-    options = AllChem.ETKDGv3()
+    options: Any = rdDistGeom.ETKDGv3()
     options.randomSeed = seed
-    found = list(AllChem.EmbedMultipleConfs(molecule, count, options))
+    found = list(rdDistGeom.EmbedMultipleConfs(molecule, count, options))
     if not found:
         raise ValueError(f"rdkit finds no structure of {text!r}; give one in a file")
-    if AllChem.MMFFHasAllMoleculeParams(molecule):
-        AllChem.MMFFOptimizeMoleculeConfs(molecule)
+    if rdForceFieldHelpers.MMFFHasAllMoleculeParams(molecule):
+        rdForceFieldHelpers.MMFFOptimizeMoleculeConfs(molecule)
     numbers = [atom.GetAtomicNum() for atom in molecule.GetAtoms()]
     charge = Chem.GetFormalCharge(molecule)
     out = []

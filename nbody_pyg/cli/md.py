@@ -15,13 +15,13 @@ from matplotlib.figure import Figure
 from nbody_pyg.atomic_write import atomic_write, save_figure
 from nbody_pyg.cli.arguments import require_device
 from nbody_pyg.cli.frames import read_atoms
-from nbody_pyg.cli.interrupt import interruptible
 from nbody_pyg.cli.outputs import latest, output_folder
 from nbody_pyg.data import electronic_state_of
 from nbody_pyg.deploy import Committee, MDReport, NBodyCalculator, run_md, stop_on_uncertainty
 from nbody_pyg.deploy.dynamics import cut_to_whole_frames
 from nbody_pyg.deploy.ensembles import ENSEMBLES, has_pressure
 from nbody_pyg.deploy.trajectory_files import LIBRARY_FORMATS
+from nbody_pyg.interrupt import GracefulStop
 
 #: Exit status when the run was stopped, by the uncertainty or because it failed.
 STOPPED = 3
@@ -66,7 +66,7 @@ def md(args: argparse.Namespace) -> int:
         progress(done)
 
     uncertain = None if args.max_forces_std is None else stop_on_uncertainty(args.max_forces_std)
-    with interruptible() as interrupt:
+    with GracefulStop() as interrupt:
 
         def stop(atoms: Atoms) -> str | None:
             wish = interrupt.reason or (f"by the file {stop_file}" if stop_file.exists() else None)

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 
 from nbody_pyg.cli.frames import read_atoms, write_atoms
-from nbody_pyg.cli.interrupt import interruptible
 from nbody_pyg.cli.outputs import output_file
 from nbody_pyg.cli.tables import table
 from nbody_pyg.data import AtomicData
 from nbody_pyg.deploy import relax as relax_frames
 from nbody_pyg.deploy.model_file import load_potential
 from nbody_pyg.deploy.relax import as_data, as_it_came
+from nbody_pyg.interrupt import GracefulStop
 from nbody_pyg.units import GIGAPASCAL
 
 #: Exit status when a structure did not converge.
@@ -30,11 +30,11 @@ def relax(args: argparse.Namespace) -> int:
     structures = read_atoms(args.frames)
     frames = [as_data(atoms, number) for number, atoms in enumerate(structures)]
     potential = load_potential(args.model).to(getattr(torch, args.dtype))
-    with interruptible() as interrupt:
+    with GracefulStop() as interrupt:
         found = relax_frames(
             potential, frames, fmax=args.fmax, max_steps=args.steps, batch_size=args.batch_size,
             reference=args.model, cell=args.cell, pressure=args.pressure * GIGAPASCAL,
-            stop=lambda: interrupt.number is not None,
+            stop=lambda: interrupt.received is not None,
         )  # fmt: skip
     after = [frame for frame in found.frames if isinstance(frame, AtomicData)]  # as `frames` are
     relaxed = [as_it_came(atoms, frame) for atoms, frame in zip(structures, after, strict=False)]

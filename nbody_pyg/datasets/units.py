@@ -87,6 +87,7 @@ class UnitFiles:
         self.splits: list[np.ndarray] = []
         self.elements: list[frozenset[int]] = []
         self._marks: list[bytes] = []
+        self._drawn: tuple[Any, Frames] = None, Frames()
         for path in map(Path, paths):
             self._index(path)
         if not self.files:
@@ -197,9 +198,20 @@ class UnitFiles:
     def sample(self, split: str = "train", count: int | None = None, seed: int = 0) -> Frames:
         """Frames of a split, drawn at random from all files; of training frames also some of every element.
 
+        The last sample of training frames is kept: the start of a run asks for it several times.
+
         Args:
             count: number of frames; None or more than there are: all.
         """
+        asked = split, count, seed, len(self)
+        if self._drawn[0] != asked:
+            drawn = self._draw(split, count, seed)
+            if split != "train":
+                return drawn
+            self._drawn = asked, drawn
+        return self._drawn[1][:]
+
+    def _draw(self, split: str, count: int | None, seed: int) -> Frames:
         rng = np.random.default_rng([seed, SPLITS.index(split)])
         rows = [self.rows(n, split) for n in range(len(self.files))]
         owner = np.repeat(np.arange(len(rows)), [len(r) for r in rows])

@@ -96,6 +96,8 @@ class SharedCalculator(Calculator):
         system_changes: list[str] = all_changes,
     ) -> None:
         super().calculate(atoms, properties, system_changes)
+        if any(name.startswith("stress") for name in properties) and not required(self.atoms).pbc.any():
+            raise PropertyNotImplementedError("stress needs a periodic cell; this system has none")
         self._state = electronic_state_of(self.atoms)
 
 
@@ -305,8 +307,6 @@ class NBodyCalculator(SharedCalculator):
     ) -> None:
         super().calculate(atoms, properties, system_changes)
         atoms = required(self.atoms)
-        if "stress" in properties and not atoms.pbc.any():
-            raise PropertyNotImplementedError("stress needs a periodic cell; this system has none")
         system = self._system(atoms, **{key: value.to(self.device) for key, value in required(self._state).items()})
         native = self._ready(system)
         if self.topologies is not None:

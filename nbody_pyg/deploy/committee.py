@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from ase import Atoms
-from ase.calculators.calculator import PropertyNotImplementedError, all_changes
+from ase.calculators.calculator import all_changes
 
 from nbody_pyg.deploy.calculator import NBodyCalculator, SharedCalculator
 from nbody_pyg.kernels.autograd_flags import locked
@@ -73,10 +73,7 @@ class Committee(SharedCalculator):
         system_changes: list[str] = all_changes,
     ) -> None:
         super().calculate(atoms, properties, system_changes)
-        periodic = bool(required(self.atoms).pbc.any())
         wants_stress = any(name.startswith("stress") for name in properties)
-        if wants_stress and not periodic:
-            raise PropertyNotImplementedError("stress needs a periodic cell; this system has none")
         found = []
         for member in self.members:
             member.calculate(self.atoms, ["energy", "forces", *(["stress"] if wants_stress else [])], all_changes)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from ase import Atoms, units
+from ase.md.bussi import Bussi
 from ase.md.langevin import Langevin
 from ase.md.md import MolecularDynamics
+from ase.md.nose_hoover_chain import MTKNPT, IsotropicMTKNPT, NoseHooverChainNVT
 from ase.md.verlet import VelocityVerlet
 
 from nbody_pyg.messages import check_choice
@@ -65,7 +65,7 @@ def integrator(
         thermostat_time, barostat_time: relaxation times, fs; None: 100 and 1000 time steps.
         rng: of "langevin" and "bussi".
     Raises: ValueError: an unknown ensemble; constraints, where ASE's thermostat counts all degrees of freedom; no
-        periodic cell for a pressure; a relaxation time shorter than a time step. ImportError: an ASE without it.
+        periodic cell for a pressure; a relaxation time shorter than a time step.
     """
     check_choice("ensemble", ensemble, ENSEMBLES)
     if atoms.constraints and ensemble in _ALL_FREE:
@@ -96,22 +96,12 @@ def integrator(
         # fixcm=True samples a wrong distribution for small systems, so the centre of mass moves here.
         return Langevin(atoms, dt, friction=friction / units.fs, rng=rng, fixcm=False, **bath)
     if ensemble == "bussi":
-        return _of_ase("bussi", "Bussi")(atoms, dt, taut=times["thermostat_time"], rng=rng, **bath)
+        return Bussi(atoms, dt, taut=times["thermostat_time"], rng=rng, **bath)
     bath["tdamp"] = times["thermostat_time"]
     if ensemble == "nose-hoover":
-        return _of_ase("nose_hoover_chain", "NoseHooverChainNVT")(atoms, dt, **bath)
+        return NoseHooverChainNVT(atoms, dt, **bath)
     bath |= {"pdamp": times["barostat_time"], "pressure_au": pressure * STRESS_UNITS["bar"]}
-    name = "IsotropicMTKNPT" if ensemble == "npt" else "MTKNPT"
-    return _of_ase("nose_hoover_chain", name)(atoms, dt, **bath)
-
-
-def _of_ase(module: str, name: str) -> Callable[..., MolecularDynamics]:
-    """A class of ``ase.md`` that older versions do not have."""
-    try:
-        found: Callable[..., MolecularDynamics] = getattr(importlib.import_module(f"ase.md.{module}"), name)
-    except (ImportError, AttributeError) as error:
-        raise ImportError(f"this ensemble needs {name} of a newer ASE: pip install --upgrade ase") from error
-    return found
+    return (IsotropicMTKNPT if ensemble == "npt" else MTKNPT)(atoms, dt, **bath)
 
 
 def variables(dyn: MolecularDynamics) -> dict[str, np.ndarray]:

@@ -92,8 +92,9 @@ class Topology:
     def size(self, level: int) -> int:
         """Number of parts at a level, over all graphs."""
         if "sizes" not in self._cache:
-            # One transfer for all levels, the only synchronisation of a GPU batch.
-            self._cache["sizes"] = torch.stack(self.num_parts).sum(dim=1).tolist()
+            # One transfer for all levels, the only synchronisation of a GPU batch. No tolist: torch.func of torch 2.8
+            # does not know it.
+            self._cache["sizes"] = [int(size) for size in torch.stack(self.num_parts).sum(dim=1).cpu()]
         size: int = self._cache["sizes"][level]
         return size
 

@@ -47,6 +47,17 @@ class Term(NamedTuple):
     value: float
 
 
+class EdgeProduct(NamedTuple):
+    """The coupling table of an edge product, and its sizes; in ``terms`` i counts source rows and j harmonics."""
+
+    terms: list[Term]
+    rows_in: int
+    harmonics: int
+    rows_out: int
+    paths: int
+    basis: int
+
+
 #: Smallest blocks for a thread (:mod:`nbody_pyg.kernels.threads`): about ten microseconds of work.
 _NODES, _EDGES, _DENSITY_EDGES = 32, 512, 2048
 _CHANNELS = Argument("int64_t", "C")
@@ -137,21 +148,13 @@ def product_source(
     return "\n".join(functions)
 
 
-def one_body_source(
-    terms: list[Term],
-    rows_in: int,
-    harmonics: int,
-    rows_out: int,
-    paths: int,
-    basis: int,
-    tail: bool = True,
-    second: bool = True,
-) -> str:
-    """Functions of the edge product; in ``terms`` i counts source rows and j harmonics.
+def one_body_source(product: EdgeProduct, tail: bool = True, second: bool = True) -> str:
+    """Functions of the edge product; without ``second`` no second derivatives.
 
     The radial weight of a path and channel is computed from the ``basis`` functions of the edge where it is needed.
     Stored in memory, it would be most of the memory traffic of the product.
     """
+    terms, rows_in, harmonics, rows_out, paths, basis = product
     entries: dict[tuple[int, int], list[Term]] = defaultdict(list)
     for term in terms:
         entries[term.row, term.i].append(term)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from nbody_pyg.kernels import codegen
-from nbody_pyg.kernels.codegen import Term
+from nbody_pyg.kernels.codegen import EdgeProduct, Term
 from nbody_pyg.kernels.library import Library
 from nbody_pyg.kernels.operands import check_index, check_operands, check_range
 from nbody_pyg.kernels.operation import Operands, Operation, Tensors, filled
@@ -75,29 +75,37 @@ class ProductKernel(ProductOperation):
         self.library.call(name, tensors[0].dtype, tensors[0].shape[0], self.channels, *tensors)
 
 
-class OneBodyKernel(Operation):
-    """Edge product of source states, harmonics and radial functions, see :func:`codegen.one_body_source`."""
+class OneBodyOperation(Operation):
+    """Edge product of source states, harmonics and radial functions for one coupling table."""
 
     num_inputs = 4
     weights = range(3, 4)
 
-    def __init__(
-        self,
-        terms: list[Term],
-        rows_in: int,
-        harmonics: int,
-        rows_out: int,
-        paths: int,
-        basis: int,
-        channels: int,
-    ) -> None:
-        self.rows_in, self.rows_out, self.harmonics = rows_in, rows_out, harmonics
-        self.paths, self.basis, self.channels = paths, basis, channels
-        tail = channels % LANES != 0
-        #: Of the source; its argument ``second`` leaves the second derivatives out.
-        self.source = functools.partial(
-            codegen.one_body_source, terms, rows_in, harmonics, rows_out, paths, basis, tail
+    def __init__(self, product: EdgeProduct, channels: int) -> None:
+        self.product, self.channels = product, channels
+
+    def check(self, x: Tensor, harmonics: Tensor, radial: Tensor, weight: Tensor, index: Tensor) -> None:
+        """Raise unless types, shapes and devices fit; see :func:`check_operands`."""
+        p, edges, channels = self.product, index.shape[1], self.channels
+        check_operands(
+            x.dtype,
+            x.device,
+            x=(x, (x.shape[0], p.rows_in, channels)),
+            harmonics=(harmonics, (edges, p.harmonics)),
+            radial=(radial, (edges, p.basis)),
+            weight=(weight, (p.basis, p.paths * channels)),
         )
+        check_index(x.device, index=(index, (2, edges)))
+
+
+class OneBodyKernel(OneBodyOperation):
+    """The edge product in C, see :func:`codegen.one_body_source`."""
+
+    def __init__(self, product: EdgeProduct, channels: int) -> None:
+        super().__init__(product, channels)
+        _, rows_in, harmonics, rows_out, paths, basis = product
+        #: Of the source; its argument ``second`` leaves the second derivatives out.
+        self.source = functools.partial(codegen.one_body_source, product, channels % LANES != 0)
         x, out, weight = f"reals:{rows_in}*S*C", f"reals:{rows_out}*T*C", f"{basis * paths}*C"
         edges = f"reals:{harmonics}*E reals:{basis}*E"
         sizes, factors = "E C (S) (T) longs:E longs:E", f"{x} {edges} reals:{weight}"
@@ -112,16 +120,7 @@ class OneBodyKernel(Operation):
         self, x: Tensor, harmonics: Tensor, radial: Tensor, weight: Tensor, index: Tensor, num_targets: int
     ) -> Tensor:
         """Sum over edges, radial weights ``radial @ weight``: (targets, rows_out, channels)."""
-        edges, channels = index.shape[1], self.channels
-        check_operands(
-            x.dtype,
-            x.device,
-            x=(x, (x.shape[0], self.rows_in, channels)),
-            harmonics=(harmonics, (edges, self.harmonics)),
-            radial=(radial, (edges, self.basis)),
-            weight=(weight, (self.basis, self.paths * channels)),
-        )
-        check_index(x.device, index=(index, (2, edges)))
+        self.check(x, harmonics, radial, weight, index)
         check_range("index[0] (sources)", index[0], x.shape[0])
         check_range("index[1] (targets)", index[1], num_targets)
         total: Tensor = self.run(*[t.contiguous() for t in (x, harmonics, radial, weight, index)], sizes=(num_targets,))
@@ -129,7 +128,7 @@ class OneBodyKernel(Operation):
 
     def value(self, operands: Operands) -> tuple[tuple[Tensor, ...], Tensors]:
         x, (targets,) = operands.inputs[0], operands.sizes
-        out = x.new_zeros(targets, self.rows_out, self.channels)
+        out = x.new_zeros(targets, self.product.rows_out, self.channels)
         self._call("one_body_forward", operands, targets, *operands.inputs, out)
         return (out,), ()
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from nbody_pyg.kernels.autograd_flags import is_tracing
 from nbody_pyg.kernels.backend import dispatch
+from nbody_pyg.kernels.codegen import EdgeProduct
 from nbody_pyg.kernels.gpu.density import DensityProgram
 from nbody_pyg.kernels.gpu.one_body import OneBodyProgram
 from nbody_pyg.kernels.linear import LinearKernel
@@ -182,8 +183,8 @@ class OneBodyGate(ConstantTables):
         table = coupling_table(self.irreps_in, harmonics, self.paths)
         self.num_harmonics, self.rows_in = num_rows(harmonics), num_rows(self.irreps_in)
         terms = table_terms(table, self.paths, self.num_harmonics)
-        sizes = (self.rows_in, self.num_harmonics, table.shape[0], len(self.paths), num_basis, self.channels)
-        self.kernel, self.gpu = OneBodyKernel(terms, *sizes), OneBodyProgram(terms, *sizes)
+        product = EdgeProduct(terms, self.rows_in, self.num_harmonics, table.shape[0], len(self.paths), num_basis)
+        self.kernel, self.gpu = OneBodyKernel(product, self.channels), OneBodyProgram(product, self.channels)
         table = table.view(-1, self.rows_in, self.num_harmonics).permute(2, 0, 1).flatten(1)
         self.add_table("coupling", table)
         self.add_table("path_of_row", torch.tensor([n for n, _ in path_row_order(self.paths)]))

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from nbody_pyg.required import required
 from nbody_pyg.system import System
-from nbody_pyg.testing.subject import Subject, compare, require_signal
-from nbody_pyg.testing.systems import join, prepare_systems, state_of
+from nbody_pyg.testing.subject import Subject, prepare
+from nbody_pyg.testing.systems import join, state_of
 
 # Coordinates that are displaced in one system; more are sampled.
 _MAX_COORDINATES = 36
@@ -35,9 +35,7 @@ def assert_extensive(
 
     Returns the largest error; raises AssertionError with the error and the systems.
     """
-    drawn = prepare_systems(model, systems, seed, dtype)
-    subject = Subject(model, dtype)
-    require_signal(subject, drawn, "assert_extensive", seed)
+    drawn, subject = prepare(model, systems, "assert_extensive", seed, dtype)
     away = torch.tensor([1.0, 2.0, -2.0], dtype=dtype) / 3.0 * distance
     worst = 0.0
     for number, system in enumerate(drawn):
@@ -57,12 +55,9 @@ def assert_extensive(
         energy, forces = subject([system])
         for name, beside, both in joined:
             second, second_forces = subject([beside])
-            got, got_forces = subject([both])
+            expected = None if forces is None else torch.cat([forces, required(second_forces)])
             where = f"assert_extensive: {name}"
-            worst = max(worst, compare(got, energy + second, tolerance, f"{where}: energy"))
-            if got_forces is not None:
-                expected = torch.cat([required(forces), required(second_forces)])
-                worst = max(worst, compare(got_forces, expected, tolerance, f"{where}: forces"))
+            worst = max(worst, subject.compare([both], energy + second, expected, tolerance, where))
     return worst
 
 
@@ -98,9 +93,7 @@ def assert_conservative(
     Returns:
         The largest relative error.
     """
-    drawn = prepare_systems(model, systems, seed, dtype)
-    subject = Subject(model, dtype)
-    require_signal(subject, drawn, "assert_conservative", seed)
+    drawn, subject = prepare(model, systems, "assert_conservative", seed, dtype)
     generator = torch.Generator().manual_seed(seed)
     worst = 0.0
     for number, system in enumerate(drawn):

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from nbody_pyg.required import required
-from nbody_pyg.testing.subject import Subject, compare, require_signal
-from nbody_pyg.testing.systems import join, prepare_systems
+from nbody_pyg.testing.subject import compare, prepare
+from nbody_pyg.testing.systems import join
 
 
 def assert_separable(
@@ -46,13 +46,11 @@ def assert_separable(
     Raises:
         AssertionError: with the systems, the distance, and what is left there.
     """
-    drawn = prepare_systems(model, systems, seed, dtype)
+    drawn, subject = prepare(model, systems, "assert_separable", seed, dtype)
     if len(drawn) < 2 or any(s.cell is not None for s in drawn):
         raise ValueError("systems must hold at least two open geometries; periodic ones have no distance")
     if list(distances) != sorted(distances) or not distances[0] > 0:
         raise ValueError(f"distances must grow from a positive length, got {list(distances)}")
-    subject = Subject(model, dtype)
-    require_signal(subject, drawn, "assert_separable", seed)
     direction = torch.tensor([1.0, 2.0, -2.0], dtype=dtype) / 3.0
     largest = 0.0
     for number, a in enumerate(drawn):
@@ -115,13 +113,11 @@ def assert_size_transfer(
     Raises:
         AssertionError: with the system and the number of copies.
     """
-    drawn = prepare_systems(model, systems, seed, dtype)
+    drawn, subject = prepare(model, systems, "assert_size_transfer", seed, dtype)
     if any(s.cell is not None for s in drawn):
         raise ValueError("systems must be open; repeat a cell with assert_extensive")
     if min(counts) < 2:
         raise ValueError(f"counts must be 2 or more, got {list(counts)}")
-    subject = Subject(model, dtype)
-    require_signal(subject, drawn, "assert_size_transfer", seed)
     generator = torch.Generator().manual_seed(seed)
     worst = 0.0
     for number, system in enumerate(drawn):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from nbody_pyg.potential import Potential
 from nbody_pyg.required import required
 from nbody_pyg.system import System
-from nbody_pyg.testing.systems import collate, random_like
+from nbody_pyg.testing.systems import collate, prepare_systems, random_like
 
 # Geometries evaluated at once hold about this many atoms (memory).
 _CHUNK_ATOMS = 1500
@@ -85,6 +85,16 @@ class Subject:
         out = required(self.potential)(*arguments, **keywords, compute_forces=forces)
         return out["interaction_energy"], out.get("forces")
 
+    def compare(
+        self, systems: Sequence[System], energy: Tensor, forces: Tensor | None, tolerance: float, where: str
+    ) -> float:
+        """Largest error of the systems as one batch; raises as :func:`compare`."""
+        got, got_forces = self(systems)
+        worst = compare(got, energy, tolerance, f"{where}: energy")
+        if forces is None:
+            return worst
+        return max(worst, compare(required(got_forces), forces, tolerance, f"{where}: forces"))
+
     def many(self, systems: Sequence[System], forces: bool = True) -> tuple[Tensor, list[Tensor]]:
         """The same for a long list, in chunks; forces as one tensor per system."""
         per = max(1, _CHUNK_ATOMS // max(s.pos.shape[0] for s in systems))
@@ -116,6 +126,15 @@ def compare(got: Tensor, expected: Tensor, tolerance: float, what: str) -> float
             f"(got {float(got[tuple(index)]):.10g}, expected {float(expected[tuple(index)]):.10g})"
         )
     return worst
+
+
+def prepare(
+    model: Any, systems: Sequence[Any] | None, name: str, seed: int, dtype: torch.dtype, dense: bool = False
+) -> tuple[list[System], Subject]:
+    """The systems and the subject of an assertion, which must depend on the geometry."""
+    drawn, subject = prepare_systems(model, systems, seed, dtype, dense=dense), Subject(model, dtype)
+    require_signal(subject, drawn, name, seed)
+    return drawn, subject
 
 
 def require_signal(subject: Subject, systems: Sequence[System], name: str, seed: int) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from nbody_pyg.models import NBodyNet
 from nbody_pyg.required import required
 from nbody_pyg.system import System
-from nbody_pyg.testing.subject import Subject, compare, require_signal
+from nbody_pyg.testing.subject import Subject, compare, prepare, require_signal
 from nbody_pyg.testing.systems import collate, prepare_systems, random_like, reordered, require_volume, turn
 
 
@@ -127,18 +127,15 @@ def assert_equivariant(
     for number, system in enumerate(drawn):
         energy, forces = subject([system])
         for rotation in rotations:
-            turned_energy, turned_forces = subject([turn(system, rotation)])
-            kind = "improper rotation" if torch.linalg.det(rotation) < 0 else "rotation"
-            where = f"assert_equivariant: system {number}, {kind} {_short(rotation)}"
-            worst = max(worst, compare(turned_energy, energy, tolerance, f"{where}: energy"))
-            if forces is not None:
-                expected = forces @ rotation.to(forces).T
-                worst = max(worst, compare(required(turned_forces), expected, tolerance, f"{where}: forces"))
+            expected = None if forces is None else forces @ rotation.to(forces).T
+            where = f"assert_equivariant: system {number}, {_name(rotation)}"
+            worst = max(worst, subject.compare([turn(system, rotation)], energy, expected, tolerance, where))
     return worst
 
 
-def _short(rotation: Tensor) -> str:
-    return str([[round(v, 3) for v in row] for row in rotation.tolist()])
+def _name(rotation: Tensor) -> str:
+    kind = "improper rotation" if torch.linalg.det(rotation) < 0 else "rotation"
+    return f"{kind} {[[round(v, 3) for v in row] for row in rotation.tolist()]}"
 
 
 def _as_list(value: Any) -> list[Any]:
@@ -195,9 +192,8 @@ def _check_outputs(
                 )
     worst = 0.0
     for rotation in rotations:
-        kind = "improper rotation" if torch.linalg.det(rotation) < 0 else "rotation"
         for number, (got, out, irreps) in enumerate(zip(call(rotation), plain, types, strict=True)):
-            what = f"assert_equivariant: output {number} ({irreps}) under {kind} {_short(rotation)}"
+            what = f"assert_equivariant: output {number} ({irreps}) under {_name(rotation)}"
             expected = rotate_features(out, irreps, rotation, layout)
             worst = max(worst, compare(got, expected, tolerance, what))
     return worst
@@ -218,20 +214,16 @@ def assert_permutation_invariant(
 
     Returns the largest error; raises AssertionError with the error and the atom.
     """
-    drawn = prepare_systems(model, systems, seed, dtype, dense=True)
-    subject = Subject(model, dtype)
-    require_signal(subject, drawn, "assert_permutation_invariant", seed)
+    drawn, subject = prepare(model, systems, "assert_permutation_invariant", seed, dtype, dense=True)
     generator = torch.Generator().manual_seed(seed)
     worst = 0.0
     for number, system in enumerate(drawn):
         energy, forces = subject([system])
         for _ in range(num_permutations):
             order = torch.randperm(system.z.shape[0], generator=generator).to(system.z.device)
-            got, turned = subject([reordered(system, order)])
+            expected = None if forces is None else forces[order]
             where = f"assert_permutation_invariant: system {number} ({system.z.shape[0]} atoms)"
-            worst = max(worst, compare(got, energy, tolerance, f"{where}: energy"))
-            if forces is not None:
-                worst = max(worst, compare(required(turned), forces[order], tolerance, f"{where}: forces"))
+            worst = max(worst, subject.compare([reordered(system, order)], energy, expected, tolerance, where))
     return worst
 
 
@@ -250,9 +242,7 @@ def assert_translation_invariant(
 
     Returns the largest error; raises AssertionError with the error and the atom.
     """
-    drawn = prepare_systems(model, systems, seed, dtype)
-    subject = Subject(model, dtype)
-    require_signal(subject, drawn, "assert_translation_invariant", seed)
+    drawn, subject = prepare(model, systems, "assert_translation_invariant", seed, dtype)
     generator = torch.Generator().manual_seed(seed)
     worst = 0.0
     for number, system in enumerate(drawn):
@@ -268,11 +258,11 @@ def assert_translation_invariant(
             lattice[-1] = (steps * axes.to(steps)) @ system.cell.reshape(3, 3)
             moves.append(("last atom moved by lattice vectors", lattice))
         for name, move in moves:
-            got, turned = subject([system.replace(pos=system.pos + move)])
-            where = f"assert_translation_invariant: system {number} {name}"
-            worst = max(worst, compare(got, energy, tolerance, f"{where}: energy"))
-            if forces is not None:
-                worst = max(worst, compare(required(turned), forces, tolerance, f"{where}: forces"))
+            moved, where = (
+                system.replace(pos=system.pos + move),
+                f"assert_translation_invariant: system {number} {name}",
+            )
+            worst = max(worst, subject.compare([moved], energy, forces, tolerance, where))
     return worst
 
 
@@ -288,18 +278,14 @@ def assert_batch_independent(
 
     The systems have different sizes. Returns the largest error; raises AssertionError with error and system.
     """
-    drawn = prepare_systems(model, systems, seed, dtype)
+    drawn, subject = prepare(model, systems, "assert_batch_independent", seed, dtype)
     if len(drawn) < 2:
         raise ValueError("systems must hold at least two geometries to make a batch of")
-    subject = Subject(model, dtype)
-    require_signal(subject, drawn, "assert_batch_independent", seed)
     alone = [subject([s]) for s in drawn]
     worst = 0.0
     for order in (list(range(len(drawn))), list(range(len(drawn)))[::-1], [0, 0, *range(1, len(drawn))]):
-        energies, forces = subject([drawn[i] for i in order])
+        energies = torch.cat([alone[i][0] for i in order])
+        forces = None if alone[0][1] is None else torch.cat([required(alone[i][1]) for i in order])
         where = f"assert_batch_independent: systems {order} as one batch"
-        worst = max(worst, compare(energies, torch.cat([alone[i][0] for i in order]), tolerance, f"{where}: energy"))
-        if forces is not None:
-            expected = torch.cat([required(alone[i][1]) for i in order])
-            worst = max(worst, compare(forces, expected, tolerance, f"{where}: forces"))
+        worst = max(worst, subject.compare([drawn[i] for i in order], energies, forces, tolerance, where))
     return worst

@@ -1,11 +1,9 @@
-"""Callbacks of a training run: CSV log, progress; and stopping on a signal."""
+"""Callbacks of a training run: CSV log and progress."""
 
 from __future__ import annotations
 
 import csv
-import signal
 import sys
-import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -176,34 +174,3 @@ class RunProgress(Callback):
             self._bar.update(100.0 * trainer.progress - self._bar.n)
             self._bar.close()
             self._bar = None
-
-
-class GracefulStop:
-    """Context in which SIGTERM or Ctrl-C is recorded, so that the loop ends after its step. A second signal kills at
-    once.
-
-    ``received`` holds the number of the signal afterwards; the command line exits with 128 + that number
-    (143 for SIGTERM, 130 for Ctrl-C), as a shell does for a process ended by the signal.
-    """
-
-    signals = (signal.SIGTERM, signal.SIGINT)
-
-    def __init__(self) -> None:
-        self.received: int | None = None
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> GracefulStop:
-        # Only the main thread can handle signals; a run in another thread ends when its limits are reached.
-        if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._handle) for number in self.signals}
-        return self
-
-    def _handle(self, number: int, frame: Any) -> None:
-        self.received = number
-        for each in self._before:
-            signal.signal(each, signal.SIG_DFL)
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)
-        self._before = {}

@@ -60,27 +60,25 @@ def test_import_changes_nothing(root):
     assert not changed, f"importing the package changed: {changed}"
 
 
+def calls(sources, *besides):
+    """Module and line of every call, with what is called; not in modules whose names begin as those ``besides``."""
+    for name, tree in sources.items():
+        if not name.startswith(besides):
+            for node in ast.walk(tree):
+                if isinstance(node, ast.Call):
+                    yield f"{name}:{node.lineno}", ast.unparse(node.func)
+
+
 def test_no_call_sets_a_global_default(sources):
-    wrong = [
-        f"{name}:{node.lineno} {ast.unparse(node.func)}"
-        for name, tree in sources.items()
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Call)
-        and ast.unparse(node.func).split(".")[-1] in DEFAULTS
-        and name != "nbody_pyg.compare.peer"  # puts back what another package has set
-    ]
+    # The peer puts back what another package has set
+    found = calls(sources, "nbody_pyg.compare.peer")
+    wrong = [f"{place} {call}" for place, call in found if call.split(".")[-1] in DEFAULTS]
     assert not wrong, f"torch's global defaults belong to the user: {wrong}"
 
 
 def test_only_programs_seed_the_global_generators(sources):
-    wrong = [
-        f"{name}:{node.lineno}"
-        for name, tree in sources.items()
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Call)
-        and ast.unparse(node.func) in SEEDS
-        and not name.startswith(("nbody_pyg.training", "nbody_pyg.compare", "nbody_pyg.cli"))
-    ]
+    found = calls(sources, "nbody_pyg.training", "nbody_pyg.compare", "nbody_pyg.cli")
+    wrong = [place for place, call in found if call in SEEDS]
     assert not wrong, f"a library takes a torch.Generator instead of seeding for everybody: {wrong}"
 
 

@@ -11,6 +11,7 @@ import pytest
 # A part may import from the parts above it in this list, never from those below
 LAYERS = [
     "atomic_write",
+    "interrupt",
     "lazy_imports",
     "messages",
     "renamed",

@@ -122,11 +122,6 @@ def test_labels_by_name(tmp_path, monkeypatch):
     (tmp_path / "mine.py").write_text("from ase.calculators.emt import EMT\n\n\ndef make():\n    return EMT()\n")
     assert isinstance(calculator(f"{tmp_path / 'mine.py'}:make"), EMT)
     assert isinstance(calculator("ase.calculators.emt:EMT"), EMT)
-    water = molecule("H2O")
-    water.calc = calculator("gfn2", 1.0, 2.0)
-    neutral = molecule("H2O")
-    neutral.calc = calculator("gfn2")
-    assert water.get_potential_energy() - neutral.get_potential_energy() > 5
     for name, message in {
         "dft": "label must be one of gfn2, gfn1, emt, or 'module:name' or 'file.py:name', got 'dft'",
         "no_such_module_1:f": "label must name a module that can be imported, got 'no_such_module_1'",
@@ -139,6 +134,15 @@ def test_labels_by_name(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "tblite.ase", None)
     with pytest.raises(ImportError, match="label 'gfn2' needs the package tblite; pip install tblite"):
         calculator("gfn2")
+
+
+def test_labels_have_charge_and_spin():
+    pytest.importorskip("tblite.ase", reason="tblite is not installed")
+    water = molecule("H2O")
+    water.calc = calculator("gfn2", 1.0, 2.0)
+    neutral = molecule("H2O")
+    neutral.calc = calculator("gfn2")
+    assert water.get_potential_energy() - neutral.get_potential_energy() > 5
 
 
 def test_smiles_need_rdkit(monkeypatch):

@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 from ase.build import bulk, molecule
 from ase.io import read, write
-from ase.md import nose_hoover_chain
 
 import factories
 from nbody_pyg.cli import main
@@ -48,8 +47,6 @@ def end(folder: str) -> MDState:
     ],
 )
 def test_an_interrupted_command_goes_on_bit_for_bit(model, capsys, ensemble, words):
-    if ensemble == "npt" and not hasattr(nose_hoover_chain, "IsotropicMTKNPT"):
-        pytest.skip("this ASE has no IsotropicMTKNPT")
     start = "crystal.xyz" if ensemble == "npt" else "ethanol.xyz"
     words = ["--ensemble", ensemble, "--every", "4", "--seed", "3", *words]
     assert main(["md", model, start, "--steps", "24", "--out", "whole", *words]) == 0

@@ -12,7 +12,6 @@ from ase.build import bulk, molecule
 from ase.calculators.calculator import Calculator, all_changes
 from ase.constraints import FixAtoms
 from ase.io import read
-from ase.md import nose_hoover_chain
 from ase.neighborlist import neighbor_list
 from ase.stress import full_3x3_to_voigt_6_stress
 
@@ -27,21 +26,6 @@ with_mdtraj = pytest.mark.skipif(
     importlib.util.find_spec("mdtraj") is None,
     reason="mdtraj is not installed: pip install 'nbody_pyg[trajectories]'",
 )
-
-
-#: Classes of ``ase.md.nose_hoover_chain`` that the oldest ASE does not have.
-NEWER = {"npt": "IsotropicMTKNPT", "npt-full": "MTKNPT"}
-
-
-def available(ensemble: str) -> bool:
-    return ensemble not in NEWER or hasattr(nose_hoover_chain, NEWER[ensemble])
-
-
-@pytest.fixture(autouse=True)
-def skip_what_ase_lacks(request):
-    ensemble = getattr(request.node, "callspec", None) and request.node.callspec.params.get("ensemble")
-    if ensemble and not available(ensemble):
-        pytest.skip(f"this ASE has no {NEWER[ensemble]}")
 
 
 @pytest.fixture(scope="module")
@@ -288,7 +272,7 @@ def test_thermostats_reach_their_temperature(ensemble):
 
 def test_bussi_and_nose_hoover_change_the_energy_of_nve(potential):
     ends = {}
-    for ensemble in filter(available, ENSEMBLES):
+    for ensemble in ENSEMBLES:
         atoms = structure(potential)
         run_md(atoms, 10, ensemble=ensemble, **OPTIONS)
         ends[ensemble] = atoms.get_total_energy()
@@ -296,7 +280,6 @@ def test_bussi_and_nose_hoover_change_the_energy_of_nve(potential):
     assert min(np.diff(values)) > 1e-8, ends
 
 
-@pytest.mark.skipif(not available("npt"), reason="this ASE has no IsotropicMTKNPT")
 def test_a_committee_evaluates_once_per_step(potential):
     atoms = structure(potential)
     atoms.calc = Committee([potential, factories.potential(NestedShells((3.0,)), seed=1)])
@@ -304,7 +287,6 @@ def test_a_committee_evaluates_once_per_step(potential):
     assert atoms.calc.members[0].topologies.calls <= 2 * 12  # of two members
 
 
-@pytest.mark.skipif(not available("npt"), reason="this ASE has no IsotropicMTKNPT")
 def test_the_pressure_is_in_bar(potential, tmp_path):
     """At its own pressure the cell stays, at another it changes in that direction; half a step is one evaluation."""
     volumes = []
@@ -335,12 +317,6 @@ def test_what_an_ensemble_cannot_do_is_said(potential):
         run_md(structure(potential), 1, ensemble="bussi", temperature=0.0)
     with pytest.raises(ValueError, match="did you mean nose-hoover"):
         run_md(structure(potential), 1, ensemble="nosehoover")
-
-
-def test_an_old_ase_is_named(potential, monkeypatch):
-    monkeypatch.setitem(sys.modules, "ase.md.nose_hoover_chain", None)
-    with pytest.raises(ImportError, match="needs MTKNPT of a newer ASE: pip install --upgrade ase"):
-        run_md(structure(potential), 1, ensemble="npt-full")
 
 
 # ---------------------------------------------------------------------- trajectories of mdtraj

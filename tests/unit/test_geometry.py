@@ -147,14 +147,6 @@ def test_chunks_give_the_same_list(monkeypatch):
         assert torch.equal(one, two)
 
 
-def test_works_without_vesin(monkeypatch):
-    pos, _, cell, _ = random_case(5, size=30)
-    expected = neighbour_list(pos, 5.0, cell=cell, pbc=True)
-    monkeypatch.setattr(geometry, "_has_vesin", lambda: False)
-    for one, two in zip(expected, neighbour_list(pos, 5.0, cell=cell, pbc=True), strict=True):
-        assert torch.equal(one, two)
-
-
 # ----------------------------------------------------------------------------------------- batches
 @pytest.mark.parametrize("backend", ["auto", *BACKENDS])
 def test_batch_of_open_systems_is_the_union(backend):

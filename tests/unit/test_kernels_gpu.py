@@ -198,7 +198,7 @@ def test_shared_edges_and_long_sums_change_no_number(generator, monkeypatch):
 def test_groups_hold_every_path_once_and_fit(generator):
     for lmax, count in ((1, 2), (2, 3), (3, 7)):
         gate = OneBodyGate(hidden_irreps(2, lmax), hidden_irreps(2, lmax), lmax, 8)
-        terms = gate.gpu.program._arguments[0]
+        terms = gate.gpu.product.terms
         groups = groups_of(terms, 8)
         assert len(groups) == count
         assert sorted(p for group in groups for p in group) == list(range(len(gate.paths)))

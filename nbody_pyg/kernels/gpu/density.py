@@ -63,16 +63,12 @@ def density_edges(g, Y, B, gY, gB, source, target, species, edges, M: tl.constex
 '''
 
 
-def _density_source() -> str:
-    return _SOURCE
-
-
 def _power(number: int) -> int:
     """The next power of two, as extents of tiles must be."""
     return 1 << (number - 1).bit_length()
 
 
-program = Program(_density_source)
+program = Program(lambda: _SOURCE)
 
 
 class DensityProgram(Operation):

@@ -24,7 +24,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
-from nbody_pyg.kernels.codegen import Term
+from nbody_pyg.kernels.codegen import EdgeProduct, Term
 
 #: Most radial weights, and most rows, of one group.
 MAX_WEIGHTS, MAX_ROWS = 32, 24
@@ -58,12 +58,9 @@ def apart(groups: int) -> bool:
 class _Emitter:
     """Pieces of code for one coupling table; all code of a function is indented by its caller."""
 
-    def __init__(
-        self, terms: Sequence[Term], rows_in: int, harmonics: int, rows_out: int, paths: int, basis: int
-    ) -> None:
-        self.terms, self.harmonics, self.basis, self.paths = terms, harmonics, basis, paths
-        self.rows_in, self.rows_out = rows_in, rows_out
-        self.groups = groups_of(terms, basis)
+    def __init__(self, product: EdgeProduct) -> None:
+        terms, self.rows_in, self.harmonics, self.rows_out, self.paths, self.basis = product
+        self.groups = groups_of(terms, self.basis)
         self.group = "GROUP" if apart(len(self.groups)) else "group"
         self.entries: dict[tuple[int, int], list[Term]] = defaultdict(list)
         for term in terms:
@@ -71,7 +68,7 @@ class _Emitter:
         self.columns: dict[int, list[int]] = defaultdict(list)
         for row, i in self.entries:
             self.columns[row].append(i)
-        self.rows = {p: sorted({t.row for t in terms if t.path == p}) for p in range(paths)}
+        self.rows = {p: sorted({t.row for t in terms if t.path == p}) for p in range(self.paths)}
         self.used = sorted({t.i for t in terms})
 
     # ------------------------------------------------------------------ pieces
@@ -308,8 +305,8 @@ def _function(name: str, arguments: str, body: list[str]) -> str:
     return _define(name, arguments, head + body)
 
 
-def one_body_source(terms: Sequence[Term], rows_in: int, harmonics: int, rows_out: int, paths: int, basis: int) -> str:
-    """All functions of one coupling table; in ``terms`` i counts source rows and j harmonics."""
-    emit = _Emitter(terms, rows_in, harmonics, rows_out, paths, basis)
+def one_body_source(product: EdgeProduct) -> str:
+    """All functions of one coupling table."""
+    emit = _Emitter(product)
     kinds = (emit.targets, emit.sources, emit.edges, emit.weight_gradients)
     return "\n\n".join(kind(double) for kind in kinds for double in (False, True))

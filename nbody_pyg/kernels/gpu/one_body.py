@@ -7,13 +7,13 @@ from typing import Any
 
 from torch import Tensor
 
-from nbody_pyg.kernels.codegen import Term
+from nbody_pyg.kernels.codegen import EdgeProduct
 from nbody_pyg.kernels.gpu.build import Program
 from nbody_pyg.kernels.gpu.edge_source import apart, groups_of, one_body_source
 from nbody_pyg.kernels.gpu.grid import channel_block, parts_of_a_node, warps
 from nbody_pyg.kernels.gpu.order import EdgeOrder, edge_order
-from nbody_pyg.kernels.operands import check_index, check_operands
-from nbody_pyg.kernels.operation import Operands, Operation, Tensors, filled
+from nbody_pyg.kernels.operation import Operands, Tensors, filled
+from nbody_pyg.kernels.ops import OneBodyOperation
 
 #: More coefficients than this (lmax 3 in both parities has 1,400) would take minutes to compile.
 MAX_TERMS = 2000
@@ -21,37 +21,22 @@ MAX_TERMS = 2000
 _CHUNKS, _SHORTEST = 512, 32
 
 
-class OneBodyProgram(Operation):
-    """Edge product of source states, harmonics and radial functions for one coupling table.
+class OneBodyProgram(OneBodyOperation):
+    """The edge product in Triton, with the arguments of :class:`nbody_pyg.kernels.ops.OneBodyKernel`."""
 
-    The counterpart of :class:`nbody_pyg.kernels.ops.OneBodyKernel`, with the same arguments and errors.
-    """
+    recordable = False
 
-    num_inputs, weights, recordable = 4, range(3, 4), False
-
-    def __init__(
-        self, terms: Sequence[Term], rows_in: int, harmonics: int, rows_out: int, paths: int, basis: int, channels: int
-    ) -> None:
-        self.rows_in, self.rows_out, self.harmonics = rows_in, rows_out, harmonics
-        self.paths, self.basis, self.channels = paths, basis, channels
-        self.groups, self.too_long = len(groups_of(terms, basis)), len(terms) > MAX_TERMS
+    def __init__(self, product: EdgeProduct, channels: int) -> None:
+        super().__init__(product, channels)
+        self.groups, self.too_long = len(groups_of(product.terms, product.basis)), len(product.terms) > MAX_TERMS
         self.together = 1 if apart(self.groups) else self.groups
-        self.program = Program(one_body_source, terms, rows_in, harmonics, rows_out, paths, basis)
+        self.program = Program(one_body_source, product)
 
     def __call__(
         self, x: Tensor, harmonics: Tensor, radial: Tensor, weight: Tensor, index: Tensor, num_targets: int
     ) -> Tensor:
         """Sum over edges, radial weights ``radial @ weight``: (targets, rows_out, channels)."""
-        edges, channels = index.shape[1], self.channels
-        check_operands(
-            x.dtype,
-            x.device,
-            x=(x, (x.shape[0], self.rows_in, channels)),
-            harmonics=(harmonics, (edges, self.harmonics)),
-            radial=(radial, (edges, self.basis)),
-            weight=(weight, (self.basis, self.paths * channels)),
-        )
-        check_index(x.device, index=(index, (2, edges)))
+        self.check(x, harmonics, radial, weight, index)
         order = edge_order(index, x.shape[0], num_targets)
         total: Tensor = self.run(*[t.contiguous() for t in (x, harmonics, radial, weight)], sizes=order)
         return total
@@ -114,11 +99,11 @@ class OneBodyProgram(Operation):
 
     def _targets(self, order: EdgeOrder, factors: Sequence[Tensor], cotangents: Tensors = ()) -> Tensor:
         name = "one_body_targets" + "_double" * bool(cotangents)
-        return self._sum(name, order, 1, self.rows_out, self.groups, factors, cotangents)
+        return self._sum(name, order, 1, self.product.rows_out, self.groups, factors, cotangents)
 
     def _sources(self, order: EdgeOrder, factors: Sequence[Tensor], cotangents: Tensors = ()) -> Tensor:
         name = "one_body_sources" + "_double" * bool(cotangents)
-        return self._sum(name, order, 0, self.rows_in, 1, factors, cotangents)
+        return self._sum(name, order, 0, self.product.rows_in, 1, factors, cotangents)
 
     def _edges(self, order: EdgeOrder, factors: Sequence[Tensor], cotangents: Tensors = ()) -> tuple[Tensor, Tensor]:
         """Gradients of the harmonics and of the radial functions."""
@@ -126,12 +111,12 @@ class OneBodyProgram(Operation):
         constants = self._constants(x, cotangents[3] if cotangents else None)
         blocks, count = -(-self.channels // constants["CB"]), len(rows.edge)
         split = parts_of_a_node(nodes, blocks * self.together, count)
-        planes = x.new_empty(blocks * self.groups, count, self.harmonics + self.basis)
+        planes = x.new_empty(blocks * self.groups, count, self.product.harmonics + self.product.basis)
         given = (planes, count, *factors, *cotangents, *rows, nodes, split)
         name = "one_body_edges" + "_double" * bool(cotangents)
         self._launch(name, (nodes * split, blocks, self.groups), given, constants)
         total = planes[0] if len(planes) == 1 else planes.sum(0)
-        return total[:, : self.harmonics].contiguous(), total[:, self.harmonics :].contiguous()
+        return total[:, : self.product.harmonics].contiguous(), total[:, self.product.harmonics :].contiguous()
 
     def _weights(self, order: EdgeOrder, factors: Sequence[Tensor], cotangents: Tensors = ()) -> Tensor:
         """Gradient of the radial weights."""
@@ -139,7 +124,7 @@ class OneBodyProgram(Operation):
         constants, count = self._constants(x, None), len(rows.edge)
         length = max(_SHORTEST, -(-count // _CHUNKS))
         chunks, blocks = -(-count // length), -(-self.channels // constants["CB"])
-        out = x.new_empty(chunks, self.basis, self.paths * self.channels)
+        out = x.new_empty(chunks, self.product.basis, self.product.paths * self.channels)
         # The weights themselves do not occur in their own gradient
         given = (out, *factors[:4], *cotangents[:3], rows.edge, rows.source, rows.target, count, length)
         name = "one_body_weights" + "_double" * bool(cotangents)
