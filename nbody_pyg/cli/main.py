@@ -16,6 +16,7 @@ from nbody_pyg.active.settings import LearnConfig
 from nbody_pyg.cli.arguments import (
     WRONG,
     WrongArgument,
+    label_keys,
     not_negative,
     number_not_negative,
     positive,
@@ -55,6 +56,9 @@ exit status:
 
 #: Arguments of any command that name files or folders; ~ and $HOME in them are expanded.
 _PATHS = ("model", "data", "start", "frames", "file", "committee", "dipole", "out", "json", "plot")
+
+
+_KEYS = "keys of labels in the files, e.g. '{energy: dft_energy, forces: dft_forces}'"
 
 
 class _Parser(argparse.ArgumentParser):
@@ -127,9 +131,10 @@ def build_parser() -> _Parser:
     )  # fmt: skip
     evaluate.add_argument("--batch-size", type=positive, default=20, help="frames per batch (default: 20)")
     evaluate.add_argument("--units", default=None, help="units of the files, e.g. 'kcal/mol' or 'eV, angstrom, kbar'")
-    evaluate.add_argument("--energy-key", default=None, help="key of the energy in the files")
-    evaluate.add_argument("--forces-key", default=None, help="key of the forces in the files")
-    evaluate.add_argument("--stress-key", default=None, help="key of the stress in the files")
+    evaluate.add_argument("--keys", type=label_keys, default=None, help=_KEYS)
+    evaluate.add_argument("--energy-key", default=None, help="short for --keys '{energy: ...}'")
+    evaluate.add_argument("--forces-key", default=None, help="short for --keys '{forces: ...}'")
+    evaluate.add_argument("--stress-key", default=None, help="short for --keys '{stress: ...}'")
     evaluate.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
     evaluate.add_argument("--no-plot", action="store_true", help="no parity plot")
 

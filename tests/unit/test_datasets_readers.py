@@ -295,7 +295,10 @@ def test_energy_and_forces_are_of_one_family(write):
 def test_what_was_not_taken_is_told(write):
     frames = read_frames(write([labelled("free_energy", -3.2, energy=-3.0)]))
     assert frames[0].energy.item() == -3.0
-    assert frames.notes == ("frames.xyz: energy is read from 'energy'; 'free_energy' holds other values",)
+    assert frames.notes == (
+        "frames.xyz: energy is read from 'energy'; 'free_energy' holds other values, up to 0.05 eV per atom apart; "
+        "with smearing, forces are derivatives of the free energy",
+    )
     assert "note: frames.xyz: energy is read from 'energy'" in str(label_audit(frames))
     atoms = molecule(energy=-3.0)
     atoms.arrays["forces_dft"] = FORCES
