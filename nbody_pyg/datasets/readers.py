@@ -185,7 +185,12 @@ def frames_of(
     survey = KeySurvey(DEFAULT_KEYS, given, units, Path(path).name)
     survey.add(systems, stores)
     chosen = ChosenKeys(*survey.choose(), given, units)
-    return chosen.frames(systems, path, stores, drop_unconverged=drop_unconverged)
+    frames, odd = chosen.frames(systems, path, stores, drop_unconverged=drop_unconverged)
+    if unconverged := [number for number, atoms in enumerate(systems) if not is_converged(atoms)]:
+        if drop_unconverged and len(unconverged) == len(systems):
+            raise ValueError(f"no frame of {path} converged; leave drop_unconverged out to keep them")
+        frames.notes += (unconverged_note(Path(path).name, unconverged, drop_unconverged),)
+    return frames, odd
 
 
 @dataclass(frozen=True)
@@ -208,10 +213,8 @@ class ChosenKeys:
         used_keys: dict[str, dict[str, None]] = {}
         odd: dict[int, str] = {}
         misshapen: dict[str, str] = {}
-        unconverged = [place for place, atoms in enumerate(systems) if not is_converged(atoms)]
-        dropped = set(unconverged) if drop_unconverged else set()
         for place, atoms in enumerate(systems):
-            if place in dropped:
+            if drop_unconverged and not is_converged(atoms):
                 continue
             try:
                 frame, used = self._frame(atoms, stores[place], f"frame {first + place} of {name}", misshapen)
@@ -233,8 +236,6 @@ class ChosenKeys:
             completed, name=str(path), sources=sources, available=available, notes=notes,
             numbers=[first + place for place in numbers], kinds=kinds,
         )  # fmt: skip
-        if unconverged:
-            found.notes += (unconverged_note(name, [first + place for place in unconverged], drop_unconverged),)
         return found, odd
 
     def _frame(
