@@ -150,7 +150,11 @@ class _Conversion:
         same = [(s.path, s.size, s.modified, s.split) for s in sources] == [
             (s.path, s.size, s.modified, s.split) for s in self.sources
         ]
-        if stored.get("options") != dataclasses.asdict(self.config) or not same:
+        changed = stored.get("options") != dataclasses.asdict(self.config) or not same
+        if changed and not any(self.folder.glob("*.h5")):  # nothing was written, for example after an error
+            self._save()
+            return
+        if changed:
             raise ValueError(
                 f"{self.folder} holds a conversion of other files or with other options; name another folder with --out"
             )
