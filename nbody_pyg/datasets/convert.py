@@ -82,10 +82,6 @@ class _Source:
     unconverged: list[int] = dataclasses.field(default_factory=list)
     surveyed: bool = False
 
-    @property
-    def is_array(self) -> bool:
-        return Path(self.path).suffix in (".npz", *SUFFIXES)
-
 
 def convert(
     train: str | Path | Sequence[str | Path],
@@ -99,7 +95,7 @@ def convert(
     """Write the frames of files as units into a folder; returns the audit of their labels.
 
     The files are read twice, a part at a time: once to choose the keys of their labels, as
-    :func:`~nbody_pyg.datasets.read_frames` does, and once to write. Files of arrays (npz, HDF5) are held as a whole.
+    :func:`~nbody_pyg.datasets.read_frames` does, and once to write. Files of arrays (npz) are held as a whole.
     Nothing is replaced: a conversion that was stopped goes on where it was, if files and options are the same.
 
     Args:
@@ -125,8 +121,7 @@ class _Conversion:
         self.sources = [
             _Source(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns, split)
             for split, paths in sets.items()
-            for path in (find_files(paths) if paths else [])
-            if _existing(path)
+            for path in _files(paths)
         ]
         self.given = named_keys(config.keys)
         self.cursor: tuple[int, int, Iterator[Atoms]] | None = None  # file, its next frame, and the frames from there
@@ -173,7 +168,8 @@ class _Conversion:
         for source in self.sources:
             if source.surveyed:
                 continue
-            self._survey_arrays(source) if source.is_array else self._survey_file(source)
+            arrays = source.path.endswith(".npz") and self.config.file_format is None
+            self._survey_arrays(source) if arrays else self._survey_file(source)
             source.surveyed = True
             if time.monotonic() - saved > _SAVE_EVERY:
                 self._save()
@@ -219,8 +215,7 @@ class _Conversion:
         return Units.parse(self.config.units) if self.config.units else named_units(metadata, path.name)
 
     def _arrays(self, source: _Source) -> Frames:
-        units = source.path.endswith(SUFFIXES)
-        return read_frames(source.path, keys=self.given, units=None if units else self.config.units)
+        return read_frames(source.path, keys=self.given, units=self.config.units)
 
     # -- second reading --------------------------------------------------------------------------------------------
     def write(self) -> None:
@@ -316,7 +311,12 @@ class _Conversion:
             self.last_word = time.monotonic()
 
 
-def _existing(path: Path) -> bool:
-    if not path.exists():
-        raise FileNotFoundError(f"path {str(path)!r} does not exist; give the file with the frames")
-    return True
+def _files(paths: str | Path | Sequence[str | Path]) -> list[Path]:
+    """The files to read."""
+    found = find_files(paths) if paths else []
+    for path in found:
+        if not path.exists():
+            raise FileNotFoundError(f"path {str(path)!r} does not exist; give the file with the frames")
+        if path.suffix in SUFFIXES:
+            raise ValueError(f"files to convert must not be HDF5, which training reads as they are, got {str(path)!r}")
+    return found

@@ -68,11 +68,15 @@ def iter_systems(path: Path, chosen: slice = slice(None), file_format: str | Non
         if isinstance(error, OSError) and error.errno is not None:
             raise
         if not isinstance(error, AssertionError) or chosen == slice(None):
-            raise ValueError(
-                f"path {str(path)!r} could not be read by ASE{f' as {file_format}' if file_format else ''} "
-                f"({type(error).__name__}: {error}); check the file, or give its name the ending of its format"
-            ) from error
+            raise _unreadable(path, file_format, error) from error
         # ASE refuses a second structure of formats that hold one
+
+
+def _unreadable(path: Path, file_format: str | None, error: Exception) -> ValueError:
+    return ValueError(
+        f"path {str(path)!r} could not be read by ASE{f' as {file_format}' if file_format else ''} "
+        f"({type(error).__name__}: {error}); check the file, or give its name the ending of its format"
+    )
 
 
 def _convergence(path: Path, file_format: str, chosen: slice) -> list[bool] | None:
@@ -142,9 +146,12 @@ def read_metadata(path: Path, file_format: str | None = None) -> Mapping[str, An
         return {}
     from ase.db import connect
 
-    with connect(path, serial=True) as database:
-        metadata: Mapping[str, Any] = database.metadata
-        return metadata
+    try:
+        with connect(path, serial=True) as database:
+            metadata: Mapping[str, Any] = database.metadata
+            return metadata
+    except Exception as error:  # as for systems
+        raise _unreadable(path, file_format, error) from error
 
 
 def named_units(metadata: Mapping[str, Any], name: str) -> Units:

@@ -58,8 +58,7 @@ def outcar(counts=COUNTS, said: bool = False) -> str:
              " k-points in reciprocal lattice and weights: K", "   0.0  0.0  0.0  1.0",
              f"   NELM   =    {LARGEST};   NELMIN=  2; NELMDL= -5     # of ELM steps"]  # fmt: skip
     for step, count in enumerate(counts):
-        for number in range(count):
-            lines.append(f"------------ Iteration    {step + 1}({number + 1:4d})  ----------")
+        lines += [f"------------ Iteration    {step + 1}({number + 1:4d})  ----------" for number in range(count)]
         if count < LARGEST or said:
             lines.append("------------------------ aborting loop because EDIFF is reached ----------")
         lines += ["      direct lattice vectors                 reciprocal lattice vectors"]
@@ -68,7 +67,8 @@ def outcar(counts=COUNTS, said: bool = False) -> str:
                   " POSITION                                       TOTAL-FORCE (eV/Angst)", " " + "-" * 80]  # fmt: skip
         lines += [f"   0.0 0.0 0.0    0.1 0.2 {0.3 + step}", f"   1.3575 1.3575 1.36    -0.1 -0.2 {-0.3 - step}"]
         free = -10.0 - step / 10
-        lines += ["  FREE ENERGIE OF THE ION-ELECTRON SYSTEM (eV)", "  " + "-" * 50, f"  free  energy   TOTEN  = {free} eV",
+        lines += ["  FREE ENERGIE OF THE ION-ELECTRON SYSTEM (eV)", "  " + "-" * 50,
+                  f"  free  energy   TOTEN  = {free} eV",
                   "", f"  energy  without entropy=  {free}  energy(sigma->0) =  {free + SMEARING}"]  # fmt: skip
     return "\n".join(lines) + "\n"
 
@@ -111,7 +111,8 @@ def test_files_of_ase_tell_it_by_a_key(tmp_path, monkeypatch, capsys):
     write("a.xyz", systems)
     assert "not converged in frames 2 and 5" in str(label_audit(read_frames("a.xyz")))
     words = ["train", "--data.train", "a.xyz", "--data.num_val", "1", "--model.channels", "2", "--model.lmax", "1",
-             "--training.max_steps", "1", "--output.plot", "false", "--output.folder", "r", "--init", "none"]  # fmt: skip
+             "--training.max_steps", "1", "--output.plot", "false", "--output.folder", "r",
+             "--init", "none"]  # fmt: skip
     assert main([*words, "--data.drop_unconverged", "true"]) == 0
     out = capsys.readouterr().out
     assert "frames 2 and 5 (2 in all), left out" in out and "3/3" in out
