@@ -72,7 +72,7 @@ def read_frames(
     stress          REF_stress, stress; or minus (REF_)virial(s) over the volume. Voigt, 9 or 3x3 numbers
     dipole          REF_dipole, dipole
     polarizability  REF_polarizability, polarizability
-    charge, spin    in ``info`` only: charge, total_charge; spin, multiplicity, spin_multiplicity, total_spin
+    charge, spin    in ``info``: charge, total_charge; spin, multiplicity, spin_multiplicity, total_spin
     charges         formal charges of the atoms, in ``arrays``: formal_charges, initial_charges
     ==============  ======================================================================================
 
@@ -246,7 +246,7 @@ class ChosenKeys:
         if len(atoms) == 0:
             raise ValueError(f"{where} has no atoms; remove the frame from the file")
         units, used = self.units, dict[str, str]()
-        frame = AtomicData.from_ase(self._with_state(atoms), labels=False, where=where, sources=used)
+        frame = AtomicData.from_ase(self._with_state(atoms, stores), labels=False, where=where, sources=used)
         used |= {label: f"info[{self.given[label]!r}]" for label in STATE_KEYS if label in used and label in self.given}
         frame.pos = frame.pos * units.length_factor
         if frame.get("cell") is not None:
@@ -289,13 +289,16 @@ class ChosenKeys:
         check_frame(frame, where)
         return frame, used
 
-    def _with_state(self, atoms: Atoms) -> Atoms:
+    def _with_state(self, atoms: Atoms, stores: Stores) -> Atoms:
         """The system with charge and spin under our names where the user named their keys."""
         named = {label: self.given[label] for label in STATE_KEYS if label in self.given}
         if not named:
             return atoms
         atoms = atoms.copy()
-        values = {label: atoms.info.get(key) for label, key in named.items()}
+        values = {
+            label: next((place[key] for place in stores.values() if key in place), None)
+            for label, key in named.items()
+        }  # fmt: skip
         for key in {key for label in named for key in STATE_KEYS[label]}:
             atoms.info.pop(key, None)
         atoms.info |= values
