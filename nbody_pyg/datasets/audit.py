@@ -23,6 +23,8 @@ _UNITS = {
     "charges": "e",
     "spin": "2S+1",
 }
+# Notes of one kind that are printed.
+_MOST_NOTES = 10
 _LARGE, _UNUSUAL = {"forces": 50.0, "stress": 1.0}, 50.0
 # What a model may take as input besides the structure.
 _STATES = ("charge", "charges", "spin")
@@ -127,11 +129,20 @@ def label_audit(
         marks = {title: [(fingerprint(frame), place) for place, frame in enumerate(group) if len(frame.z) > 1]
                  for title, group in groups.items()}  # fmt: skip
         notes += repeated(marks, groups)
-    return LabelTable(tuple(rows), dict(uses or {}), tuple(dict.fromkeys(notes)))
+    return LabelTable(tuple(rows), dict(uses or {}), _shortened(notes))
 
 
-#: Notes of a table that was put together.
-_MOST_NOTES = 40
+def _shortened(notes: Sequence[str]) -> tuple[str, ...]:
+    """Each note once, and of notes that say the same of many files the first ones."""
+    kinds: dict[str, list[str]] = {}
+    for note in dict.fromkeys(notes):
+        kinds.setdefault(note.partition(": ")[2][:30] or note, []).append(note)
+    out = []
+    for found in kinds.values():
+        out += found[:_MOST_NOTES]
+        if len(found) > _MOST_NOTES:
+            out.append(f"{len(found) - _MOST_NOTES} more notes like the last one")
+    return tuple(out)
 
 
 def merged_audit(tables: Sequence[LabelTable], notes: Sequence[str] = ()) -> LabelTable:
@@ -155,10 +166,7 @@ def merged_audit(tables: Sequence[LabelTable], notes: Sequence[str] = ()) -> Lab
             min((row.minimum for row in known), default=nan), max((row.maximum for row in known), default=nan),
             mean, (square / count) ** 0.5 if count else nan, count,
         ))  # fmt: skip
-    told = list(dict.fromkeys([*notes, *(note for table in tables for note in table.notes)]))
-    if len(told) > _MOST_NOTES:
-        told = [*told[:_MOST_NOTES], f"{len(told) - _MOST_NOTES} more notes"]
-    return LabelTable(tuple(rows), {}, tuple(told))
+    return LabelTable(tuple(rows), {}, _shortened([*notes, *(note for table in tables for note in table.notes)]))
 
 
 def outliers(frames: Sequence[AtomicData], label: str) -> list[int]:

@@ -23,7 +23,7 @@ from nbody_pyg.datasets.keys import KeySurvey, levels_apart, named_keys, stores_
 from nbody_pyg.datasets.readers import DEFAULT_KEYS, ChosenKeys, find_files, join_frames, read_frames, unconverged_note
 from nbody_pyg.datasets.reference import is_isolated_atom
 from nbody_pyg.datasets.splits import split_indices
-from nbody_pyg.datasets.systems import iter_systems, named_units, read_metadata
+from nbody_pyg.datasets.systems import iter_systems, named_units, read_metadata, title_of
 from nbody_pyg.datasets.units import SPLITS, SUFFIXES, UnitFiles, write_unit
 from nbody_pyg.units import Units
 
@@ -174,7 +174,7 @@ class _Conversion:
             if time.monotonic() - saved > _SAVE_EVERY:
                 self._save()
                 saved = time.monotonic()
-        if wrong := levels_apart({Path(s.path).name: s.found for s in self.sources}):
+        if wrong := levels_apart({s.path: s.found for s in self.sources}):
             raise ValueError(wrong)
         self.ends = np.cumsum([source.frames for source in self.sources])
         self._save()
@@ -182,7 +182,7 @@ class _Conversion:
     def _survey_file(self, source: _Source) -> None:
         path = Path(source.path)
         units = self._units(path)
-        survey = KeySurvey(DEFAULT_KEYS, self.given, units, path.name)
+        survey = KeySurvey(DEFAULT_KEYS, self.given, units, title_of(path))
         systems = iter_systems(path, file_format=self.config.file_format)
         while chunk := list(itertools.islice(systems, _CHUNK)):
             for number, atoms in enumerate(chunk, source.frames):
@@ -299,7 +299,7 @@ class _Conversion:
             tables.append(label_audit(groups, repeats=False))
             self._progress(f"{number + 1} of {len(units.files)} files checked")
         told = [
-            unconverged_note(Path(s.path).name, s.unconverged, self.config.drop_unconverged)
+            unconverged_note(title_of(s.path), s.unconverged, self.config.drop_unconverged)
             for s in self.sources if s.unconverged
         ]  # fmt: skip
         return merged_audit(tables, [*told, *repeated(marks)])

@@ -248,7 +248,8 @@ def given_keys(label: str, given: Mapping[str, str]) -> tuple[str, ...]:
 def _contradiction(number: int, name: str, one: str, other: str) -> str:
     return (
         f"frame {number} of {name}: {one} and {other} contradict each other: the stress must be minus the virial over "
-        "the volume, positive when the system pulls inwards; choose with stress_key"
+        "the volume, positive when the system pulls inwards; choose with stress_key, or name the unit of the stress in "
+        "units"
     )
 
 

@@ -25,7 +25,7 @@ from nbody_pyg.datasets.keys import (
     stores_of,
     volume_of,
 )
-from nbody_pyg.datasets.systems import as_slice, named_units, read_systems
+from nbody_pyg.datasets.systems import as_slice, named_units, read_systems, title_of
 from nbody_pyg.datasets.units import SUFFIXES, UnitFiles
 from nbody_pyg.units import STRESS_UNITS, Units
 
@@ -42,6 +42,8 @@ DEFAULT_KEYS: Mapping[str, tuple[str, ...]] = {
 _FOLDERS = (".bundle",)
 # Labels that are left out where nobody asked for them and their shape is wrong.
 _OPTIONAL = ("dipole", "polarizability")
+# Files of a set that its name lists.
+_NAMED = 4
 _LARGE_STRESS = 2.0  # eV/angstrom^3, 320 GPa
 
 
@@ -154,7 +156,8 @@ def join_frames(parts: Sequence[Frames]) -> Frames:
 
     Raises: ValueError: the files hold a label under keys of two families, which may be two levels of theory.
     """
-    names = [Path(part.name).name for part in parts]
+    names = dict.fromkeys(Path(part.name).name for part in parts)
+    name = " + ".join(names) if len(names) == len(parts) <= _NAMED else f"{len(parts)} files"
     if wrong := levels_apart({part.name: part.sources for part in parts}):
         raise ValueError(wrong)
     sources: dict[str, tuple[str, ...]] = {}
@@ -162,7 +165,7 @@ def join_frames(parts: Sequence[Frames]) -> Frames:
         for label, keys in part.sources.items():
             sources[label] = tuple(dict.fromkeys((*sources.get(label, ()), *keys)))
     return Frames(
-        complete_states([frame for part in parts for frame in part]), name=" + ".join(names), sources=sources,
+        complete_states([frame for part in parts for frame in part]), name=name, sources=sources,
         available=[key for part in parts for key in part.available],
         notes=dict.fromkeys(note for part in parts for note in part.notes),
         kinds=[kind for part in parts for kind in part.kinds],
@@ -182,14 +185,14 @@ def frames_of(
     Raises: ValueError: a key in no frame, or what concerns the file as a whole, such as mixed levels of theory.
     """
     units, stores = Units.parse(units or Units()), [stores_of(atoms) for atoms in systems]
-    survey = KeySurvey(DEFAULT_KEYS, given, units, Path(path).name)
+    survey = KeySurvey(DEFAULT_KEYS, given, units, title_of(path))
     survey.add(systems, stores)
     chosen = ChosenKeys(*survey.choose(), given, units)
     frames, odd = chosen.frames(systems, path, stores, drop_unconverged=drop_unconverged)
     if unconverged := [number for number, atoms in enumerate(systems) if not is_converged(atoms)]:
         if drop_unconverged and len(unconverged) == len(systems):
             raise ValueError(f"no frame of {path} converged; leave drop_unconverged out to keep them")
-        frames.notes += (unconverged_note(Path(path).name, unconverged, drop_unconverged),)
+        frames.notes += (unconverged_note(title_of(path), unconverged, drop_unconverged),)
     return frames, odd
 
 
@@ -207,7 +210,7 @@ class ChosenKeys:
         drop_unconverged: bool = False,
     ) -> tuple[Frames, dict[int, str]]:  # fmt: skip
         """Frames of some systems of the file, from number ``first`` on; see :func:`frames_of`."""
-        name = Path(path).name
+        name = title_of(path)
         frames: list[AtomicData] = []
         numbers: list[int] = []
         used_keys: dict[str, dict[str, None]] = {}

@@ -15,6 +15,8 @@ from ase import Atoms
 from nbody_pyg.datasets.convergence import converged_steps, mark_unconverged
 from nbody_pyg.units import Units
 
+# Of VASP's files.
+_FIXED_NAMES = ("OUTCAR", "vasprun", "XDATCAR", "CONTCAR", "POSCAR")
 _MARKS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
 
 
@@ -93,6 +95,12 @@ def _sliced(systems: Iterator[Atoms], chosen: slice) -> Iterable[Atoms]:
     if any(number is not None and number < 0 for number in bounds):
         return list(systems)[chosen]
     return itertools.islice(systems, *bounds)
+
+
+def title_of(path: str | Path) -> str:
+    """The name of a file in messages, with its folder if its program gives every file this name."""
+    path = Path(path)
+    return f"{path.resolve().parent.name}/{path.name}" if path.name.startswith(_FIXED_NAMES) else path.name
 
 
 def as_slice(index: str | slice | int) -> slice:

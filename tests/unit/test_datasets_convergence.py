@@ -11,6 +11,7 @@ from ase.io import read, write
 
 from nbody_pyg.cli import main
 from nbody_pyg.datasets import label_audit, read_frames
+from nbody_pyg.datasets.readers import find_files, join_frames
 
 LARGEST = 4  # NELM
 COUNTS = (3, 4, 2, 4)  # electronic steps of each ionic step
@@ -80,8 +81,9 @@ def test_vasp_steps_that_reached_nelm_are_named_and_left_out_if_asked(tmp_path, 
     assert [float(f.energy) for f in frames] == pytest.approx([-9.98 - step / 10 for step in range(4)])
     assert float(frames[1].forces[0, 2]) == 1.3 and float(frames[0].stress[0, 2, 2]) < -0.01
     shown = str(label_audit(frames))
-    assert f"{name}: electronic structure not converged in frames 1 and 3 (2 in all), kept; drop_unconverged" in shown
-    assert f"{name}: energy is read from 'energy'; 'free_energy' holds other values, up to 0.01 eV per atom" in shown
+    title = f"{tmp_path.name}/{name}"
+    assert f"{title}: electronic structure not converged in frames 1 and 3 (2 in all), kept; drop_unconverged" in shown
+    assert f"{title}: energy is read from 'energy'; 'free_energy' holds other values, up to 0.01 eV per atom" in shown
     kept = read_frames(tmp_path / name, drop_unconverged=True)
     assert kept.numbers == (0, 2) and [float(f.energy) for f in kept] == pytest.approx([-9.98, -10.18])
     assert "frames 1 and 3 (2 in all), left out" in str(label_audit(kept))
@@ -98,6 +100,18 @@ def test_a_loop_that_reached_ediff_at_its_last_step_has_converged(tmp_path):
     (tmp_path / "OUTCAR").write_text(outcar((4, 4)))
     with pytest.raises(ValueError, match=r"no frame of .*OUTCAR converged; leave drop_unconverged out"):
         read_frames(tmp_path / "OUTCAR", drop_unconverged=True)
+
+
+def test_runs_in_many_folders_are_told_apart(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for number in range(13):
+        Path(f"run{number:02d}").mkdir()
+        Path(f"run{number:02d}/OUTCAR").write_text(outcar(said=number == 1))
+    whole = join_frames([read_frames(path) for path in find_files("run*/OUTCAR")])
+    notes = [note for note in label_audit({"train": whole}).notes if "not converged" in note]
+    assert [note[:12] for note in notes] == [f"run{n:02d}/OUTCAR" for n in range(11) if n != 1]
+    assert "2 more notes like the last one" in label_audit({"train": whole}).notes
+    assert len(whole) == 52 and whole.name == "13 files"
 
 
 def test_files_of_ase_tell_it_by_a_key(tmp_path, monkeypatch, capsys):
