@@ -88,11 +88,11 @@ def frames(path: Path, largest: int) -> Iterator[dict[str, np.ndarray]]:
 def write(path: Path, kind: str, rows: list[dict[str, np.ndarray]]) -> None:
     """A unit, written whole."""
     unfinished = path.with_suffix(f".{os.getpid()}.part")
-    with h5py.File(unfinished, "w") as file:
+    with h5py.File(unfinished, "w", libver="v110") as file:
         for key in COLUMNS:
             values = [np.asarray(row[key]) for row in rows]
             together = np.concatenate(values) if key in COLUMNS[:3] else np.array(values)
-            file.create_dataset(key, data=together, compression="gzip", shuffle=True)
+            file.create_dataset(key, data=together, compression="gzip", shuffle=True, fletcher32=True)
         file.attrs.update(kind=kind, level_of_theory=f"{FUNCTIONAL.upper()}/{BASIS}", functional_grid=GRID)
     os.replace(unfinished, path)
 

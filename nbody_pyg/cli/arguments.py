@@ -26,6 +26,20 @@ def whole(text: str) -> int:
     raise argparse.ArgumentTypeError(f"must be a whole number, got {text!r}")
 
 
+def label_keys(text: str) -> dict[str, str]:
+    """Keys of labels in the form of ``data.keys``: {energy: dft_energy}."""
+    from nbody_pyg.datasets.keys import named_keys
+    from nbody_pyg.training.config import parse_yaml
+
+    try:
+        value = parse_yaml(text, "--keys")
+        if not isinstance(value, dict):
+            raise ValueError(f"must hold labels and their keys such as '{{energy: dft_energy}}', got {text!r}")
+        return named_keys(value)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
 def _number(text: str) -> float:
     try:
         value = float(text)

@@ -28,9 +28,10 @@ from nbody_pyg.cli.tables import element_table, error_table, report
 from nbody_pyg.data import AtomicData
 from nbody_pyg.datasets import label_audit, load_embedded, read_frames
 from nbody_pyg.datasets.frames import Frames, has_label
-from nbody_pyg.datasets.keys import levels_apart
+from nbody_pyg.datasets.keys import levels_apart, named_keys
 from nbody_pyg.datasets.readers import frames_of, without_labels
 from nbody_pyg.datasets.systems import named_units, read_systems
+from nbody_pyg.datasets.units import SUFFIXES
 from nbody_pyg.deploy import load_model, read_metadata, with_reference
 from nbody_pyg.network import frame_states
 from nbody_pyg.potential import Potential
@@ -168,13 +169,12 @@ def _is_embedded(path: str) -> bool:
 
 def _read(path: str, args: argparse.Namespace) -> EvaluationSet:
     """An embedded set "molecule:split", or a file."""
-    keys = {"energy": args.energy_key, "forces": args.forces_key, "stress": args.stress_key}
-    keys = {label: key for label, key in keys.items() if key}
-    if _is_embedded(path) or path.endswith(".npz"):
+    keys = named_keys(args.keys, energy_key=args.energy_key, forces_key=args.forces_key, stress_key=args.stress_key)
+    if _is_embedded(path) or path.endswith((".npz", *SUFFIXES)):
         if _is_embedded(path):
             frames = load_embedded(*path.split(":", 1))
         else:
-            frames = read_frames(path, units=args.units, **{f"{label}_key": key for label, key in keys.items()})
+            frames = read_frames(path, units=args.units, keys=keys)
         return EvaluationSet(frames, len(frames))
     systems, metadata = read_systems(path)
     frames, odd = frames_of(systems, path, keys, args.units or named_units(metadata, path))

@@ -16,6 +16,7 @@ from nbody_pyg.active.settings import LearnConfig
 from nbody_pyg.cli.arguments import (
     WRONG,
     WrongArgument,
+    label_keys,
     not_negative,
     number_not_negative,
     positive,
@@ -28,6 +29,7 @@ _DESCRIPTION = """\
 Covariant hierarchical N-body networks for atoms.
 
   nbody train configs/embedded.yaml                 train and test a potential, write one model file
+  nbody convert data/*.xyz --out units              frames that do not fit into memory
   nbody evaluate runs/embedded/model.nbody my.xyz   errors, parity plot, predictions
   nbody info runs/embedded/model.nbody              show the contents of a model file
   nbody check runs/embedded/model.nbody             test the physics of a model
@@ -54,7 +56,10 @@ exit status:
   141  the pipe was closed by its reader"""
 
 #: Arguments of any command that name files or folders; ~ and $HOME in them are expanded.
-_PATHS = ("model", "data", "start", "frames", "file", "committee", "dipole", "out", "json", "plot")
+_PATHS = ("model", "data", "start", "frames", "file", "committee", "dipole", "out", "json", "plot", "val", "test")
+
+
+_KEYS = "keys of labels in the files, e.g. '{energy: dft_energy, forces: dft_forces}'"
 
 
 class _Parser(argparse.ArgumentParser):
@@ -115,6 +120,24 @@ def build_parser() -> _Parser:
     compare = commands.add_parser("compare", add_help=False, help="compare our network with other models or variants")
     compare.add_argument("words", nargs=argparse.REMAINDER)
 
+    convert = commands.add_parser(
+        "convert", help="write frames as HDF5 files, for training that does not hold them all"
+    )
+    convert.add_argument("data", nargs="+", help="training frames: files (anything ASE reads, npz), folders, patterns")
+    convert.add_argument("--out", required=True, help="folder of the HDF5 files; a conversion that was stopped goes on")
+    convert.add_argument("--val", nargs="+", default=[], help="files of validation frames")
+    convert.add_argument("--test", nargs="+", default=[], help="files of test frames")
+    convert.add_argument("--num-val", type=not_negative, default=None,
+                         help="frames drawn for validation (default: 500, at most a tenth; 0 with --val)")  # fmt: skip
+    convert.add_argument("--num-test", type=not_negative, default=0, help="frames drawn for the test (default: 0)")
+    convert.add_argument("--seed", type=not_negative, default=0, help="of this draw (default: 0)")
+    convert.add_argument("--keys", type=label_keys, default=None, help=_KEYS)
+    convert.add_argument("--units", default=None, help="units of the files, e.g. 'kcal/mol' or 'eV, angstrom, kbar'")
+    convert.add_argument("--file-format", default=None, help="ASE's name of the format, if file names do not show it")
+    convert.add_argument("--drop-unconverged", action="store_true",
+                         help="leave out frames whose electronic structure did not converge")  # fmt: skip
+    convert.add_argument("--frames-per-file", type=positive, default=1000, help="(default: 1000)")
+
     evaluate = commands.add_parser("evaluate", help="errors of models on labelled frames")
     evaluate.add_argument("model", help="model file")
     evaluate.add_argument(
@@ -127,9 +150,10 @@ def build_parser() -> _Parser:
     )  # fmt: skip
     evaluate.add_argument("--batch-size", type=positive, default=20, help="frames per batch (default: 20)")
     evaluate.add_argument("--units", default=None, help="units of the files, e.g. 'kcal/mol' or 'eV, angstrom, kbar'")
-    evaluate.add_argument("--energy-key", default=None, help="key of the energy in the files")
-    evaluate.add_argument("--forces-key", default=None, help="key of the forces in the files")
-    evaluate.add_argument("--stress-key", default=None, help="key of the stress in the files")
+    evaluate.add_argument("--keys", type=label_keys, default=None, help=_KEYS)
+    evaluate.add_argument("--energy-key", default=None, help="short for --keys '{energy: ...}'")
+    evaluate.add_argument("--forces-key", default=None, help="short for --keys '{forces: ...}'")
+    evaluate.add_argument("--stress-key", default=None, help="short for --keys '{stress: ...}'")
     evaluate.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
     evaluate.add_argument("--no-plot", action="store_true", help="no parity plot")
 

@@ -180,7 +180,7 @@ def _train(config: Config, run: RunFolder) -> int:
     result = fit_in(
         run, potential, _training_frames(data, again), data.val, config.training, last,
         callbacks=[KeptConfig(config, data.split, folder), *logs], files=files,
-        finetune=None if init is None else config.finetune,
+        finetune=None if init is None else config.finetune, sample=None if data.stream is None else data.train,
     )  # fmt: skip
     if not run.active:
         return 0  # only the first process tests, saves and reports

@@ -14,6 +14,7 @@ import torch
 
 from nbody_pyg.data import STATE_KEYS, VOIGT, AtomicData
 from nbody_pyg.datasets.frames import Frames, chosen_rows, has_label
+from nbody_pyg.datasets.keys import SHORT_FORMS, named_keys
 from nbody_pyg.messages import nearest
 from nbody_pyg.units import Units
 
@@ -34,6 +35,7 @@ ARRAY_KEYS: Mapping[str, tuple[str, ...]] = {
 def read_npz(
     path: str | Path,
     *,
+    keys: Mapping[str, str] | None = None,
     energy_key: str | None = None,
     forces_key: str | None = None,
     stress_key: str | None = None,
@@ -65,7 +67,9 @@ def read_npz(
 
     Args:
         path: the file. Object arrays (pickles) are refused.
-        energy_key, forces_key, stress_key, dipole_key: a key that replaces the list, such as ``old_energies``.
+        keys: a key that replaces the list of energy, forces, stress, dipole, charge or spin, such as
+            ``{"energy": "old_energies"}``.
+        energy_key, forces_key, stress_key, dipole_key: short forms of ``keys``.
         units: units of the file.
         rows: which frames; all by default.
 
@@ -75,26 +79,28 @@ def read_npz(
             wrong shape, NaN in positions or in a part of a label, unknown unit.
     """
     path = Path(path)
-    given = {"energy": energy_key, "forces": forces_key, "stress": stress_key, "dipole": dipole_key}
+    given = named_keys(keys, energy_key=energy_key, forces_key=forces_key, stress_key=stress_key, dipole_key=dipole_key)
+    if unknown := sorted(set(given) - set(ARRAY_KEYS)):
+        raise ValueError(f"keys must not name {unknown[0]} for {path.name}: an npz file is read without it")
     raw = load_arrays(path)
     arrays, sources = {}, {}
-    for name, keys in ARRAY_KEYS.items():
+    for name, names in ARRAY_KEYS.items():
         wanted = given.get(name)
         if wanted and wanted not in raw:
             raise ValueError(f"{name}_key {wanted!r} is not in {path.name}; {nearest(wanted, raw)}")
-        stored = [k for k in keys if k in raw]
+        stored = [k for k in names if k in raw]
         key = wanted or next(iter(stored), None)
-        unsure = not wanted and (name in given or name in STATE_KEYS)
+        unsure = not wanted and (name in SHORT_FORMS or name in STATE_KEYS)
         if unsure and key is not None and any(not _same(raw[key], raw[k]) for k in stored[1:]):
-            cure = f"choose one with {name}_key" if name in given else "keep one of them"
+            cure = f"choose one with {name}_key" if name in SHORT_FORMS else "keep one of them, or name it in keys"
             raise ValueError(f"{path.name} holds {name} under {' and '.join(stored)} with other values; {cure}")
         if key is None and name in ("z", "pos"):
-            raise ValueError(f"{path.name} has no {name} (tried {', '.join(keys)}); {nearest(keys[0], raw)}")
+            raise ValueError(f"{path.name} has no {name} (tried {', '.join(names)}); {nearest(names[0], raw)}")
         if key is not None:
             arrays[name] = _numeric(raw[key], key, path.name)
             sources[name] = key
     converted = _checked(arrays, _units(raw, units, path.name), path.name)
-    labels = {name: (key,) for name, key in sources.items() if name in given or name in STATE_KEYS}
+    labels = {name: (key,) for name, key in sources.items() if name in SHORT_FORMS or name in STATE_KEYS}
     chosen = chosen_rows(rows, len(converted["pos"]), path.name)
     frames = [_frame(converted, row) for row in chosen]
     return Frames(frames, name=str(path), sources=labels, available=raw, numbers=chosen)

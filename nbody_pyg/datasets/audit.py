@@ -23,6 +23,8 @@ _UNITS = {
     "charges": "e",
     "spin": "2S+1",
 }
+# Notes of one kind that are printed.
+_MOST_NOTES = 10
 _LARGE, _UNUSUAL = {"forces": 50.0, "stress": 1.0}, 50.0
 # What a model may take as input besides the structure.
 _STATES = ("charge", "charges", "spin")
@@ -34,8 +36,8 @@ _NO_LABELS = {"z", "pos", "cell", "pbc", "ptr", "batch", "num_nodes", "idx", "y"
 
 @dataclass(frozen=True)
 class LabelRow:
-    """One label of one source of frames; ``minimum``, ``maximum``, ``mean`` and ``std`` run over all
-    components."""
+    """One label of one source of frames; ``minimum``, ``maximum``, ``mean`` and ``std`` run over all components, of
+    which there are ``count``."""
 
     source: str
     label: str
@@ -46,6 +48,7 @@ class LabelRow:
     maximum: float
     mean: float
     std: float
+    count: int = 0
 
 
 @dataclass(frozen=True)
@@ -85,7 +88,10 @@ class LabelTable:
 
 
 def label_audit(
-    frames: Sequence[AtomicData] | Mapping[str, Sequence[AtomicData]], uses: Mapping[str, str] | None = None
+    frames: Sequence[AtomicData] | Mapping[str, Sequence[AtomicData]],
+    uses: Mapping[str, str] | None = None,
+    *,
+    repeats: bool = True,
 ) -> LabelTable:
     """Count the labels of frames, and give their range.
 
@@ -96,6 +102,7 @@ def label_audit(
     Args:
         frames: frames, or a mapping from a title (such as ``"train"``) to frames.
         uses: what labels are used for, for a column of their own.
+        repeats: look for structures of ``"train"`` in other groups.
 
     Example:
         >>> from nbody_pyg.datasets import load_embedded, label_audit
@@ -117,7 +124,49 @@ def label_audit(
         if bare and len(bare) < len(group):
             notes.append(f"{title}: no label in {listed(group, bare)} ({len(bare)} of {len(group)})")
         notes += _of_the_file(title, group)
-    return LabelTable(tuple(rows), dict(uses or {}), tuple(dict.fromkeys(notes + _repeated(groups))))
+    if repeats:
+        # Atoms on their own are no structures to be tested on
+        marks = {title: [(fingerprint(frame), place) for place, frame in enumerate(group) if len(frame.z) > 1]
+                 for title, group in groups.items()}  # fmt: skip
+        notes += repeated(marks, groups)
+    return LabelTable(tuple(rows), dict(uses or {}), _shortened(notes))
+
+
+def _shortened(notes: Sequence[str]) -> tuple[str, ...]:
+    """Each note once, and of notes that say the same of many files the first ones."""
+    kinds: dict[str, list[str]] = {}
+    for note in dict.fromkeys(notes):
+        kinds.setdefault(note.partition(": ")[2][:30] or note, []).append(note)
+    out = []
+    for found in kinds.values():
+        out += found[:_MOST_NOTES]
+        if len(found) > _MOST_NOTES:
+            out.append(f"{len(found) - _MOST_NOTES} more notes like the last one")
+    return tuple(out)
+
+
+def merged_audit(tables: Sequence[LabelTable], notes: Sequence[str] = ()) -> LabelTable:
+    """One table of the same groups, each of which was looked at part by part; ``notes`` stand before theirs."""
+    totals: dict[str, int] = {}
+    for table in tables:
+        for source, total in {row.source: row.total for row in table.rows}.items():
+            totals[source] = totals.get(source, 0) + total
+    parts: dict[tuple[str, str], list[LabelRow]] = {}
+    for row in sorted((row for table in tables for row in table.rows), key=lambda row: list(totals).index(row.source)):
+        parts.setdefault((row.source, row.label), []).append(row)
+    rows = []
+    for (source, label), found in parts.items():
+        keys = tuple(dict.fromkeys(key for row in found for key in row.keys))
+        known, nan = [row for row in found if row.found], float("nan")
+        count = sum(row.count for row in known)
+        mean = sum(row.mean * row.count for row in known) / count if count else nan
+        square = sum(row.count * (row.std**2 + (row.mean - mean) ** 2) for row in known)
+        rows.append(LabelRow(
+            source, label, keys, sum(row.found for row in known), totals[source],
+            min((row.minimum for row in known), default=nan), max((row.maximum for row in known), default=nan),
+            mean, (square / count) ** 0.5 if count else nan, count,
+        ))  # fmt: skip
+    return LabelTable(tuple(rows), {}, _shortened([*notes, *(note for table in tables for note in table.notes)]))
 
 
 def outliers(frames: Sequence[AtomicData], label: str) -> list[int]:
@@ -160,31 +209,36 @@ def _of_the_file(title: str, group: Sequence[AtomicData]) -> list[str]:
     return notes
 
 
-def _repeated(groups: Mapping[str, Sequence[AtomicData]]) -> list[str]:
-    """Notes about structures of the training set that stand in another group."""
-    if "train" not in groups or len(groups) == 1:
-        return []
+def repeated(
+    marks: Mapping[str, Sequence[tuple[int, int]]], groups: Mapping[str, Sequence[AtomicData]] | None = None
+) -> list[str]:
+    """Notes about structures of the training set that stand in another group.
+
+    Args:
+        marks: title of each group -> :func:`fingerprint` and number of its structures.
+        groups: the frames, which name the files of the example; the numbers are then places in them.
+    """
     known: dict[int, int] = {}
-    for number, frame in enumerate(groups["train"]):
-        known.setdefault(_fingerprint(frame), number)
+    for mark, number in marks.get("train", ()):
+        known.setdefault(mark, number)
     notes = []
-    for title, group in groups.items():
-        if title == "train":
-            continue
-        where = (group, groups["train"])
-        both = [(i, known[mark]) for i, frame in enumerate(group) if (mark := _fingerprint(frame)) in known]
-        # Atoms on their own are no structures to be tested on.
-        both = [(i, j) for i, j in both if len(group[i].z) > 1]
+    for title, found in marks.items():
+        both = [(i, known[mark]) for mark, i in found if mark in known] if title != "train" else []
         if both:
+            one, other = both[0]
+            if groups is None:
+                example, total = f"frame {one} as frame {other}", len(found)
+            else:
+                total = len(groups[title])
+                example = f"{listed(groups[title], [one])} as {listed(groups['train'], [other])}"
             notes.append(
-                f"{len(both)} of the {len(group)} structures of {title} stand in train too, for example "
-                f"{listed(where[0], [both[0][0]])} as {listed(where[1], [both[0][1]])}; errors on them are errors of "
-                "training"
+                f"{len(both)} of the {total} structures of {title} stand in train too, for example {example}; errors "
+                "on them are errors of training"
             )
     return notes
 
 
-def _fingerprint(frame: AtomicData) -> int:
+def fingerprint(frame: AtomicData) -> int:
     """A number that equal structures share: elements, positions to 1e-4 angstrom, and the cell."""
     cell = frame.get("cell") if frame.get("pbc") is not None else None
     parts = [frame.pos] if cell is None else [frame.pos, cell]
@@ -265,4 +319,5 @@ def _row(title: str, label: str, group: Sequence[AtomicData]) -> LabelRow:
         float(flat.max()),
         float(flat.mean()),
         float(flat.std(correction=0)),
+        len(flat),
     )

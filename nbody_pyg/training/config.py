@@ -17,6 +17,7 @@ import jsonargparse
 import yaml
 
 from nbody_pyg.atomic_write import write_text
+from nbody_pyg.datasets.keys import named_keys
 from nbody_pyg.messages import check_choice, nearest
 from nbody_pyg.properties import Property
 from nbody_pyg.renamed import FORMER_ARGUMENTS, present_names
@@ -51,9 +52,16 @@ class DataConfig:
     num_test: int | None = setting(None, "number of test molecules of QM9 (default: all of the split)")
     split_seed: int = setting(0, "seed of the random split into training and validation")
     units: str | None = setting(None, "units of the files, e.g. 'kcal/mol' or 'Ha, bohr'")
-    energy_key: str | None = setting(None, "key of the energy in the files")
-    forces_key: str | None = setting(None, "key of the forces in the files")
-    stress_key: str | None = setting(None, "key of the stress in the files")
+    keys: dict[str, str] | None = setting(  # noqa: RUF009
+        None, "keys of labels in the files, e.g. '{energy: dft_energy, forces: dft_forces}'; labels: energy, forces, "
+        "stress, virial, dipole, polarizability, charge, spin"
+    )  # fmt: skip
+    energy_key: str | None = setting(None, "short for keys: {energy: ...}")
+    forces_key: str | None = setting(None, "short for keys: {forces: ...}")
+    stress_key: str | None = setting(None, "short for keys: {stress: ...}")
+    drop_unconverged: bool | None = setting(
+        None, "leave out frames whose electronic structure did not converge (default: keep them, with a note)"
+    )  # fmt: skip
     one_molecule: bool | None = setting(
         None, "all frames hold one molecule in one order of atoms, and share the hierarchy of the first "
         "(default: true for embedded and rmd17)"
@@ -73,6 +81,7 @@ class DataConfig:
         for name in ("val", "test"):
             if getattr(self, name) is not None and self.train is None:
                 raise ValueError(f"data.{name} goes with data.train; data.{given[0]} brings its own frames")
+        named_keys(self.keys, energy_key=self.energy_key, forces_key=self.forces_key, stress_key=self.stress_key)
         if self.val is not None and self.num_val:
             raise ValueError(
                 f"data.val names the validation frames, so that data.num_val must not be given, got {self.num_val}; "
@@ -223,7 +232,7 @@ def parse_config(tree: Mapping[str, Any]) -> Config:
         parsed = parser.parse_object({k: v for k, v in tree.items() if v is not None})
     except jsonargparse.ArgumentError as error:
         raise ValueError(_in_one_sentence(str(error), tree)) from error
-    values = {name: dict(vars(parsed[name])) for name in (*_SECTIONS, "model")}
+    values = {name: parsed[name].as_dict() for name in (*_SECTIONS, "model")}
     model = values.pop("model")
     given = set(tree.get("model") or {})
     chosen = {k: _jsonable(v) for k, v in model.items() if k in given and k not in _MODEL_KEYS}

@@ -69,7 +69,7 @@ def has_stress(batch: Data) -> bool:
     return periodic is not None and bool(periodic.any())
 
 
-def uniform(frames: Sequence[Data], labels: Mapping[str, Shape]) -> Sequence[Data]:
+def uniform(frames: Sequence[Data], labels: Mapping[str, Shape], like: Data | None = None) -> Sequence[Data]:
     """Frames with the same keys, as mini-batches need them; the given frames if they have them already.
 
     A label that only some of the frames have is NaN in the others. Labels that no frame has and other keys that the
@@ -78,15 +78,20 @@ def uniform(frames: Sequence[Data], labels: Mapping[str, Shape]) -> Sequence[Dat
     Args:
         frames: graphs with and without labels, cells and hierarchies.
         labels: labels that may be missing, with their shapes.
+        like: a frame whose keys the result has, where these frames are a part of all; by default those found here.
 
     Raises: ValueError: a label of another shape, or a hierarchy that only some of the frames have.
     """
     if len(frames) == 0:
         return frames
     keys = [frozenset(frame.keys()) for frame in frames]
-    found = [label for label in labels if any(has_label(frame, label) for frame in frames)]
+    held = None if like is None else frozenset(like.keys())
+    found = [
+        label for label in labels
+        if (any(has_label(frame, label) for frame in frames) if held is None else label in held)
+    ]  # fmt: skip
     flat = [_is_flat(frame, found) for frame in frames]
-    wanted = frozenset.intersection(*keys) - set(labels) | set(found)
+    wanted = frozenset.intersection(*keys) - set(labels) | set(found) if held is None else held
     alike = all(own == wanted for own in keys) and not any(flat)
     if alike and all(
         _label(frame, label, labels[label], f"frame {number}") is frame[label]
@@ -96,7 +101,10 @@ def uniform(frames: Sequence[Data], labels: Mapping[str, Shape]) -> Sequence[Dat
         return frames
     union = frozenset.union(*keys)
     inputs = {key for key in union - wanted if key in _INPUTS or is_topology_key(key)}
-    periodic = any(frame.get("pbc") is not None and bool(torch.as_tensor(frame.pbc).any()) for frame in frames)
+    inputs = inputs if held is None else set(held - set(labels))
+    periodic = held is not None or any(
+        frame.get("pbc") is not None and bool(torch.as_tensor(frame.pbc).any()) for frame in frames
+    )
     periodic = periodic or any("cell" in own and "pbc" not in own for own in keys)
     if not periodic:  # cells around open systems
         inputs = {key for key in inputs if key not in ("cell", "pbc") and "_shift_" not in key}

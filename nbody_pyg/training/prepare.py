@@ -135,6 +135,10 @@ def _warn_of_bonds_that_differ(scheme: Scheme, frames: Sequence[Data]) -> None:
         )
 
 
+#: Settings of how files are read.
+FILE_SETTINGS = ("units", "keys", "energy_key", "forces_key", "stress_key", "file_format", "drop_unconverged")
+
+
 def load_data(config: DataConfig, split: Split | None = None, files: Sequence[str] | None = None) -> DataSets:
     """Read and split the data of the configuration.
 
@@ -146,7 +150,7 @@ def load_data(config: DataConfig, split: Split | None = None, files: Sequence[st
     that have fixed ones; a test set with the name of another set; files with labels of two levels of theory.
     """
     if config.train is None:
-        for name in ("units", "energy_key", "forces_key", "stress_key", "file_format"):
+        for name in FILE_SETTINGS:
             if getattr(config, name) is not None:
                 raise ValueError(
                     f"data.{name} is for files named by data.train, got {getattr(config, name)!r} beside data that "
@@ -183,8 +187,7 @@ _VAL, _TEST = 500, 1000
 
 def _load_units(files: Sequence[Path], config: DataConfig, names: Sequence[str] | None) -> DataSets:
     """Training frames that stay in their files, and samples of the validation and test frames there."""
-    fixed = ("val", "test", "units", "energy_key", "forces_key", "stress_key", "file_format", "one_molecule")
-    for name in fixed:
+    for name in ("val", "test", *FILE_SETTINGS, "one_molecule"):
         if getattr(config, name) is not None:
             raise ValueError(
                 f"data.{name} must not be given for HDF5 files, which hold their splits, names and units, got "
@@ -237,11 +240,13 @@ def read_files(paths: str | Sequence[str], config: DataConfig) -> Sequence[Data]
     found = [
         read_frames(
             path,
+            keys=config.keys,
             energy_key=config.energy_key,
             forces_key=config.forces_key,
             stress_key=config.stress_key,
             units=config.units,
             file_format=config.file_format,
+            drop_unconverged=bool(config.drop_unconverged),
         )
         for path in find_files(paths)
     ]

@@ -205,8 +205,11 @@ def fit_in(
     callbacks: Sequence[Callback] = (),
     files: Sequence[str] = FIT_FILES,
     finetune: FineTuneConfig | None = None,
+    sample: Sequence[Data] | None = None,
 ) -> FitResult:
     """:func:`fit` in a folder that is already locked; ``files`` are those of a run, moved away before a new one.
+
+    ``sample`` are training frames of ``UnitFiles``, if they were read before.
 
     A potential to fine-tune already has its weights and E0.
     """
@@ -218,7 +221,7 @@ def fit_in(
         # Files that were added to a folder are no part of a run that is resumed
         known = None if checkpoint is None else checkpoint["run"]["frames"]["train"].get("files")
         units = train if known is None else train.only(known)
-        train = units.sample(count=SAMPLE)
+        train = units.sample(count=SAMPLE) if sample is None else sample
     elif settings.batch_atoms is not None:
         raise ValueError(f"batch_atoms is for frames in HDF5 files, got {settings.batch_atoms}; use batch_size")
     require_elements(potential, {"train": train, "val": val})
@@ -294,14 +297,9 @@ def _stream(
 ) -> StreamLoader:
     """The loader of frames in files, with the labels that the sample has."""
     labels = {name: shape for name, shape in label_shapes(potential).items() if name in sample[0]}
-    keys = set(sample[0].keys())
 
     def prepare(frames: Sequence[Data]) -> Sequence[Data]:
-        frames = uniform(model_frames(potential.model, frames, "the training frames"), labels)
-        for frame in frames:
-            for key in set(frame.keys()) - keys:
-                del frame[key]
-        return frames
+        return uniform(model_frames(potential.model, frames, "the training frames"), labels, sample[0])
 
     mean = max(
         1, round(settings.batch_size * sum(int(a.sum()) for a in units.num_atoms) / sum(map(len, units.num_atoms)))

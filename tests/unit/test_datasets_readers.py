@@ -174,6 +174,62 @@ def test_a_misnamed_key_names_the_nearest(write):
         read_frames(write([atoms]), energy_key="dft_enrgy")
 
 
+EVERY_KEY = {
+    "energy": "e",
+    "forces": "f",
+    "stress": "s",
+    "dipole": "d",
+    "polarizability": "p",
+    "charge": "q",
+    "spin": "m",
+}
+TENSOR = np.array([[1.0, 0.2, 0.3], [0.2, -2.0, 0.5], [0.3, 0.5, 3.0]])
+
+
+def test_one_mapping_names_the_keys_of_all_labels(write, tmp_path):
+    atoms = molecule(energy=9.0, forces=9 * FORCES)
+    atoms.set_cell(np.eye(3) * 9)
+    atoms.pbc = True
+    atoms.info |= {"e": -1.5, "s": 0.01 * TENSOR, "d": np.array([0.1, 0.2, 0.3]), "p": TENSOR, "q": -1, "m": 2,
+                   "charge": 5, "spin": 7, "w": -7.29 * TENSOR}  # fmt: skip
+    atoms.arrays["f"] = FORCES
+    path = write([atoms])
+    frame = (frames := read_frames(path, keys=EVERY_KEY))[0]
+    assert [float(frame[key]) for key in ("energy", "charge", "spin")] == [-1.5, -1.0, 2.0]
+    for label, values in {"forces": FORCES, "stress": [0.01 * TENSOR], "polarizability": [TENSOR],
+                          "dipole": [[0.1, 0.2, 0.3]]}.items():  # fmt: skip
+        np.testing.assert_allclose(frame[label].numpy(), values, atol=1e-8)
+    assert frames.sources["charge"] == ("info['q']",) and frames.sources["stress"] == ("info['s']",)
+    # The virial is minus the stress times the volume, whatever its key is called
+    virial = read_frames(path, keys={"virial": "w"})
+    np.testing.assert_allclose(virial[0].stress.numpy(), [0.01 * TENSOR], atol=1e-8)
+    assert len(read_frames(path, keys={"virial": "w", "stress": "s"})) == 1
+    atoms.info["w"] = 7.29 * TENSOR
+    with pytest.raises(ValueError, match=r"frame 0 of frames.xyz: s and w contradict each other"):
+        read_frames(write([atoms]), keys={"virial": "w", "stress": "s"})
+    atoms.info["q"] = np.array([1.0, 2.0])
+    with pytest.raises(ValueError, match="must be"):
+        read_frames(write([atoms]), keys={"charge": "q"})
+    del atoms.info["q"]
+    with pytest.raises(ValueError, match=r"the key of charge, 'q' is in no frame of frames.xyz"):
+        read_frames(write([atoms]), keys={"charge": "q"})
+    with pytest.raises(ValueError, match=r"keys must name labels .*, got 'enrgy'; did you mean energy\?"):
+        read_frames(path, keys={"enrgy": "e"})
+    with pytest.raises(ValueError, match=r"energy_key 'energy' and keys\['energy'\] 'e' contradict each other"):
+        read_frames(path, keys={"energy": "e"}, energy_key="energy")
+
+
+def test_charge_and_spin_of_an_npz_are_named_too(tmp_path):
+    path = tmp_path / "a.npz"
+    np.savez(path, z=[7, 1, 1, 1], R=POS[None], E=[1.0], e2=[2.0], q=[-1], charge=[3], m=[2])
+    frame = read_frames(path, units="eV", keys={"energy": "e2", "charge": "q", "spin": "m"})[0]
+    assert [float(frame[key]) for key in ("energy", "charge", "spin")] == [2.0, -1.0, 2.0]
+    with pytest.raises(ValueError, match=r"charge_key 'qq' is not in a.npz"):
+        read_frames(path, units="eV", keys={"charge": "qq"})
+    with pytest.raises(ValueError, match=r"keys must not name virial for a.npz: an npz file is read without it"):
+        read_frames(path, units="eV", keys={"virial": "q"})
+
+
 def test_all_bad_frames_are_named(write):
     systems = [molecule() for _ in range(3)]
     for atoms in systems[1:]:
@@ -296,7 +352,10 @@ def test_energy_and_forces_are_of_one_family(write):
 def test_what_was_not_taken_is_told(write):
     frames = read_frames(write([labelled("free_energy", -3.2, energy=-3.0)]))
     assert frames[0].energy.item() == -3.0
-    assert frames.notes == ("frames.xyz: energy is read from 'energy'; 'free_energy' holds other values",)
+    assert frames.notes == (
+        "frames.xyz: energy is read from 'energy'; 'free_energy' holds other values, up to 0.05 eV per atom apart; "
+        "with smearing, forces are derivatives of the free energy",
+    )
     assert "note: frames.xyz: energy is read from 'energy'" in str(label_audit(frames))
     atoms = molecule(energy=-3.0)
     atoms.arrays["forces_dft"] = FORCES

@@ -157,3 +157,16 @@ def test_unknown_preset_names_the_known_ones():
 def test_a_wrong_type_in_the_model_section_is_told_in_our_words(model, message):
     with pytest.raises(ValueError, match=message):
         parse_config({"data": {"embedded": "ethanol"}, "model": model})
+
+
+def test_keys_of_labels_are_one_mapping_with_short_forms():
+    config = load_config(None, ["--data.train", "a.xyz", "--data.keys", "{energy: dft_energy, virial: w}"])
+    assert config.data.keys == {"energy": "dft_energy", "virial": "w"}
+    assert parse_config(yaml.safe_load(config.text())).data == config.data
+    for words, message in (
+        (["--data.keys", "{enrgy: x}"], "keys must name labels .* got 'enrgy'; did you mean energy"),
+        (["--data.keys", "{energy: x}", "--data.energy_key", "y"], "energy_key 'y' and .* 'x' contradict each other"),
+        (["--data.keys", "x"], "data.keys must be keys and values, got 'x'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            load_config(None, ["--data.train", "a.xyz", *words])
