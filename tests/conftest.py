@@ -1,6 +1,6 @@
 """What every test shares: one thread, fixed seeds, rotations, a few molecules, and the data folder.
 
-The package is not imported here, so that a run may switch on jaxtyping's import hook
+The package is not imported at the start, so that a run may switch on jaxtyping's import hook
 (``--jaxtyping-packages=nbody_pyg,beartype.beartype``) before the first import.
 """
 
@@ -129,6 +129,15 @@ def molecules() -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     return _Copies(
         {name: (torch.tensor(z), torch.tensor(pos, dtype=torch.float64)) for name, (z, pos) in MOLECULES.items()}
     )
+
+
+@pytest.fixture
+def ethanol(molecules):
+    """Ethanol as AtomicData."""
+    from nbody_pyg.data import AtomicData
+
+    z, pos = molecules["ethanol"]
+    return AtomicData(z=z, pos=pos)
 
 
 @pytest.fixture(params=sorted(MOLECULES))

@@ -28,12 +28,6 @@ def potential(scheme) -> Potential:
     return factories.potential(scheme, {1: -13.6, 6: -1030.5, 8: -2041.8}, 1.7, repulsion, seed=1)
 
 
-@pytest.fixture
-def ethanol(molecules) -> AtomicData:
-    z, pos = molecules["ethanol"]
-    return AtomicData(z=z, pos=pos)
-
-
 def test_the_energy_of_a_neighbourhood_is_that_of_its_centre(ethanol):
     found = explain_energy(potential(SCHEMES["pieces"]), ethanol)
     shells = dataclasses.replace(found, own={k: found.own[k] for k in (1, 2)})

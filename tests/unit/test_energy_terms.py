@@ -16,7 +16,6 @@ from factories import StandIn
 from nbody_pyg import BondTree, EnergyTerm, NestedShells, Potential
 from nbody_pyg.compiled import compile_potential
 from nbody_pyg.cuda_graphs import CapturedPotential, CapturedStep
-from nbody_pyg.data import AtomicData
 from nbody_pyg.datasets import fit_atomic_energies, fit_reference, load_embedded
 from nbody_pyg.deploy import NBodyCalculator, explain_energy, load_model, relax, run_md, save_model
 from nbody_pyg.energy import Structure
@@ -63,12 +62,6 @@ class Well(EnergyTerm):
 def potential(*terms: EnergyTerm, scheme=None, repulsion="auto") -> Potential:
     net = factories.net(scheme or NestedShells((3.0, 3.0)), seed=1)
     return Potential(net, E0, 0.7, repulsion, terms).double()
-
-
-@pytest.fixture
-def ethanol(molecules) -> AtomicData:
-    z, pos = molecules["ethanol"]
-    return AtomicData(z=z, pos=pos)
 
 
 @pytest.fixture

@@ -57,12 +57,6 @@ def potential(*arguments, **options) -> Potential:
     return Potential(net(*arguments, **options), repulsion=None)
 
 
-@pytest.fixture
-def ethanol(molecules):
-    z, pos = molecules["ethanol"]
-    return AtomicData(z=z, pos=pos)
-
-
 @pytest.mark.parametrize("preset", [NBodyNet.practical, NBodyNet.strict], ids=["practical", "strict"])
 @pytest.mark.parametrize("name", SCHEMES)
 def test_neutral_singlets_keep_their_energies_and_forces_feel_the_rest(name, preset, ethanol):

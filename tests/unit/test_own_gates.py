@@ -79,12 +79,6 @@ def potential(*arguments, **options) -> Potential:
     return Potential(network(*arguments, **options), {1: -1.0, 6: -2.0, 8: -3.0}, scale=0.1).double()
 
 
-@pytest.fixture
-def ethanol(molecules):
-    z, pos = molecules["ethanol"]
-    return AtomicData(z=z, pos=pos)
-
-
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_every_step_has_the_gate(scheme, ethanol):
     net = network(scheme)

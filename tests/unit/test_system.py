@@ -24,12 +24,6 @@ def _frames():
     return [AtomicData(z=s.z, pos=s.pos, charge=torch.tensor([float(k)])) for k, s in enumerate(drawn)]
 
 
-@pytest.fixture
-def ethanol(molecules):
-    z, pos = molecules["ethanol"]
-    return AtomicData(z=z, pos=pos)
-
-
 def test_the_three_ways_in_agree():
     batch = Batch.from_data_list(_frames())
     system = System.from_data(batch)
