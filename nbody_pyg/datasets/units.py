@@ -39,11 +39,16 @@ SAMPLE = 2000
 _MORE = 20
 
 
-def _open(path: Path) -> Any:
+def _h5py(path: Path) -> Any:
     try:
         import h5py
     except ImportError as error:
-        raise ImportError(f"reading {path} needs h5py: pip install 'nbody_pyg[hdf5]'") from error
+        raise ImportError(f"reading or writing {path} needs h5py: pip install 'nbody_pyg[hdf5]'") from error
+    return h5py
+
+
+def _open(path: Path) -> Any:
+    h5py = _h5py(path)
     try:
         return h5py.File(path, "r")
     except OSError as error:
@@ -52,16 +57,14 @@ def _open(path: Path) -> Any:
         raise ValueError(f"{path} is no readable HDF5 file, it is truncated or damaged; get a fresh copy") from error
 
 
-def write_unit(path: Path, frames: Frames, splits: Sequence[int], temporary: Path | None = None) -> None:
+def write_unit(path: Path, frames: Frames, splits: Sequence[int]) -> None:
     """Write frames as a unit, atomically; what a frame does not have is NaN.
 
     Args:
         splits: of each frame: 0 train, 1 val, 2 test.
-        temporary: name of the unfinished file; see :func:`nbody_pyg.atomic_write.atomic_write`.
     """
-    import h5py
-
-    with atomic_write(path, temporary) as unfinished, h5py.File(unfinished, "w") as file:
+    h5py = _h5py(path)
+    with atomic_write(path) as unfinished, h5py.File(unfinished, "w") as file:
         file["natoms"] = np.array([len(frame.z) for frame in frames], dtype=np.int32)
         file["split"] = np.array(splits, dtype=np.uint8)
         file["number"] = np.array(frames.numbers, dtype=np.int64)
