@@ -40,16 +40,21 @@ SAMPLE = 2000
 _MORE = 20
 
 
+def _h5py(path: Path) -> Any:
+    try:
+        import h5py
+    except ImportError as error:
+        raise ImportError(f"reading or writing {path} needs h5py: pip install 'nbody_pyg[hdf5]'") from error
+    return h5py
+
+
 @contextlib.contextmanager
 def _open(path: Path) -> Iterator[Any]:
     """An HDF5 file, for reading.
 
     Raises: ValueError: whatever the library raises about a damaged file; FileNotFoundError; ImportError: no h5py.
     """
-    try:
-        import h5py
-    except ImportError as error:
-        raise ImportError(f"reading {path} needs h5py: pip install 'nbody_pyg[hdf5]'") from error
+    h5py = _h5py(path)
     if not path.is_file():
         raise FileNotFoundError(f"no file at {path}")
     try:
@@ -59,17 +64,16 @@ def _open(path: Path) -> Iterator[Any]:
         raise ValueError(f"{path} is no readable HDF5 file, it is truncated or damaged; get a fresh copy") from error
 
 
-def write_unit(path: Path, frames: Frames, splits: Sequence[int], temporary: Path | None = None) -> None:
+def write_unit(path: Path, frames: Frames, splits: Sequence[int]) -> None:
     """Write frames as a unit, atomically; what a frame does not have is NaN.
 
     Args:
         splits: of each frame: 0 train, 1 val, 2 test.
-        temporary: name of the unfinished file; see :func:`nbody_pyg.atomic_write.atomic_write`.
     """
-    import h5py
+    h5py = _h5py(path)
 
     # With checksums of the data (fletcher32) and of what describes them (format 1.10), so that damage is noticed
-    with atomic_write(path, temporary) as unfinished, h5py.File(unfinished, "w", libver="v110") as file:
+    with atomic_write(path) as unfinished, h5py.File(unfinished, "w", libver="v110") as file:
         columns: dict[str, np.ndarray] = {
             "natoms": np.array([len(frame.z) for frame in frames], dtype=np.int32),
             "split": np.array(splits, dtype=np.uint8),
