@@ -40,8 +40,8 @@ class ConvertConfig:
 
     Args:
         keys, units, file_format, drop_unconverged: see :func:`~nbody_pyg.datasets.read_frames`.
-        num_val: frames of the training files that are drawn for validation; isolated atoms are not. None: 500, at most a
-            tenth, or none where validation files are given.
+        num_val: frames of the training files that are drawn for validation; isolated atoms are not. None: 500, at most
+            a tenth, or none where validation files are given.
         num_test: the same for tests.
         seed: of this draw.
         frames_per_file: frames of an HDF5 file.
