@@ -127,6 +127,7 @@ class _Conversion:
         self.given = named_keys(config.keys)
         self.cursor: tuple[int, int, Iterator[Atoms]] | None = None  # file, its next frame, and the frames from there
         self.last_word = time.monotonic()
+        self.finished = False
         self._open()
 
     def _open(self) -> None:
@@ -160,7 +161,8 @@ class _Conversion:
 
     def _save(self) -> None:
         files = [dataclasses.asdict(source) for source in self.sources]
-        write_json(self.folder / MANIFEST, {"options": dataclasses.asdict(self.config), "files": files})
+        options = dataclasses.asdict(self.config)
+        write_json(self.folder / MANIFEST, {"finished": self.finished, "options": options, "files": files})
 
     # -- first reading ---------------------------------------------------------------------------------------------
     def survey(self) -> None:
@@ -229,6 +231,8 @@ class _Conversion:
             frames = self._part(first, min(first + size, total))
             write_unit(path, frames, splits[list(frames.numbers)].tolist())
             self._progress(f"{min(first + size, total)} of {total} frames written")
+        self.finished = True
+        self._save()
 
     def _splits(self) -> np.ndarray:
         """The split of every frame, by its number in :data:`SPLITS`."""
@@ -310,6 +314,16 @@ class _Conversion:
         if time.monotonic() - self.last_word > _SAVE_EVERY:
             self.tell(text)
             self.last_word = time.monotonic()
+
+
+def require_finished(files: Sequence[Path]) -> None:
+    """Raise ValueError if a conversion into the folder of one of these units was stopped."""
+    for folder in dict.fromkeys(path.parent for path in files):
+        manifest = folder / MANIFEST
+        if manifest.is_file() and not json.loads(manifest.read_text()).get("finished"):
+            raise ValueError(
+                f"the conversion into {folder} was not finished; run nbody convert with the same arguments"
+            )
 
 
 def _files(paths: str | Path | Sequence[str | Path]) -> list[Path]:

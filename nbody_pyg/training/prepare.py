@@ -31,6 +31,7 @@ from nbody_pyg.datasets import (
     require_labels,
     split_indices,
 )
+from nbody_pyg.datasets.convert import require_finished
 from nbody_pyg.datasets.frames import Frames, has_label
 from nbody_pyg.datasets.keys import levels_apart
 from nbody_pyg.datasets.qm9 import TARGETS, target_labels
@@ -193,6 +194,7 @@ def _load_units(files: Sequence[Path], config: DataConfig, names: Sequence[str] 
                 f"data.{name} must not be given for HDF5 files, which hold their splits, names and units, got "
                 f"{getattr(config, name)!r}; leave it out"
             )
+    require_finished(files)
     units = UnitFiles(files, config.num_train, 8 if config.files_in_memory is None else config.files_in_memory)
     units = units if names is None else units.only(names)
     val = units.sample("val", _VAL if config.num_val is None else config.num_val, config.split_seed)

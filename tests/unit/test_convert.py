@@ -30,6 +30,8 @@ from nbody_pyg.datasets.readers import find_files, join_frames
 from nbody_pyg.deploy import read_metadata
 from nbody_pyg.training import TrainingConfig, fit
 from nbody_pyg.training.checkpoint import read_checkpoint
+from nbody_pyg.training.config import DataConfig
+from nbody_pyg.training.prepare import load_data
 
 h5py = pytest.importorskip("h5py", reason="units are HDF5 files, which need h5py")
 KEYS = ("z", "pos", "cell", "pbc", *LABEL_SHAPES)
@@ -209,6 +211,8 @@ def test_a_conversion_that_was_stopped_goes_on(here, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         convert(["a.xyz", "b.xyz"], "u", config)
     assert sorted(p.name for p in Path("u").iterdir()) == ["convert.json", "unit_00000.h5", "unit_00001.h5"]
+    with pytest.raises(ValueError, match="the conversion into u was not finished; run nbody convert with the same"):
+        load_data(DataConfig(train="u"))
     times = {p.name: p.stat().st_mtime_ns for p in Path("u").glob("*.h5")}
     table = convert(["a.xyz", "b.xyz"], "u", config)
     one, other = (UnitFiles(sorted(Path(name).glob("*.h5"))) for name in ("u", "whole"))
