@@ -118,7 +118,7 @@ class FineTuneConfig:
 
     init: str | None = setting(
         None, "model file, or name of a shipped model, to start from; --init is short for it; none: random weights "
-        "(if it is not given, few frames of organic molecules start from the shipped model organic)"
+        "(if it is not given, few frames of organic molecules start from the shipped model with the nearest forces)"
     )  # fmt: skip
     parts: list[str] | str = setting(  # noqa: RUF009
         "all", "what is trained: all; readouts; adapters (low-rank changes of the maps W^l of all interactions, "
