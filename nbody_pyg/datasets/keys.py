@@ -195,6 +195,13 @@ class KeySurvey:
     ) -> None:
         """Energy, forces and stress of one family; a stress of another one is left out, forces are an error."""
         energies, given = found["energy"], self.given
+        foreign = [f"{label} from {given[label]!r}" for label in ("energy", "forces")
+                   if label in given and given[label] not in self.known[label]]  # fmt: skip
+        if foreign and found["stress"] and not given_keys("stress", given):
+            notes.append(
+                f"{self.name}: {' and '.join(foreign)}, as named, but stress from {keys['stress'][0]!r}; if that is "
+                "another level of theory, name its key too, or set training.stress_weight to 0"
+            )
         if not energies or ("energy" in given and given["energy"] not in energies):
             return
         own = keys["energy"][0]

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from ase import Atoms
+from ase.build import bulk
 from ase.calculators.singlepoint import SinglePointCalculator
 from ase.db import connect
 
@@ -217,6 +218,18 @@ def test_one_mapping_names_the_keys_of_all_labels(write, tmp_path):
         read_frames(path, keys={"enrgy": "e"})
     with pytest.raises(ValueError, match=r"energy_key 'energy' and keys\['energy'\] 'e' contradict each other"):
         read_frames(path, keys={"energy": "e"}, energy_key="energy")
+
+
+def test_a_stress_beside_named_keys_of_energy_and_forces_is_told(write):
+    atoms = bulk("Si")
+    atoms.rattle(0.05, seed=0)
+    atoms = atoms * (2, 1, 1)
+    atoms.info |= {"dft_energy": -10.0, "stress": np.eye(3) * 0.01}
+    atoms.arrays["dft_forces"] = np.array([[0.1, 0.2, 0.3], [-0.1, -0.2, -0.3]] * 2)
+    path, keys = write([atoms]), {"energy": "dft_energy", "forces": "dft_forces"}
+    (note,) = read_frames(path, keys=keys).notes
+    assert "energy from 'dft_energy' and forces from 'dft_forces', as named, but stress from 'stress'" in note
+    assert not read_frames(path, keys=keys | {"stress": "stress"}).notes
 
 
 def test_charge_and_spin_of_an_npz_are_named_too(tmp_path):
