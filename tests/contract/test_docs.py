@@ -1,4 +1,4 @@
-"""What stands under docs/ is true: its code runs, its links lead somewhere, the tests that it cites exist."""
+"""What stands under docs/ and benchmarks/ is true: its code runs, its links lead somewhere, the tests that it cites exist."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = sorted((ROOT / "docs").glob("*.md"))
+PAGES = [page for folder in ("docs", "benchmarks") for page in sorted((ROOT / folder).glob("*.md"))]
 FENCE = re.compile(r"^```python\n(?P<body>.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\((?P<target>[^)\s]+)\)")
 CITED = re.compile(r"`(?P<path>(?:nbody_pyg|tests|datasets|notebooks|configs)/[\w/.-]+)?(?:::(?P<name>\w+))?`")

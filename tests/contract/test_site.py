@@ -23,6 +23,7 @@ ELSEWHERE = {
     "changelog.md": "CHANGELOG.md",
     "benchmarks.md": "benchmarks/README.md",
     "results.md": "benchmarks/RESULTS.md",
+    "details.md": "benchmarks/details.md",
 }
 
 
