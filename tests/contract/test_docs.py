@@ -1,4 +1,4 @@
-"""What stands under docs/ and benchmarks/ is true: its code runs, its links lead somewhere, the tests that it cites exist."""
+"""The pages of docs/ and benchmarks/ are true: code runs, links lead somewhere, cited files and tests exist."""
 
 from __future__ import annotations
 
