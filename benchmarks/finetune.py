@@ -36,7 +36,8 @@ HEAD = ["molecule", "frames", "way", "CPU s of training", "steps", "E MAE meV", 
 
 def words_of(molecule: str, count: int, args: Any) -> list[str]:
     """Overrides of the configuration that all runs share."""
-    limits = [f"--training.budget_seconds={args.seconds}", f"--training.max_steps={args.steps}"]
+    limits = [f"--training.budget_seconds={args.seconds}"]
+    limits += [] if args.steps is None else [f"--training.max_steps={args.steps}"]
     data = [f"--data.rmd17={molecule}", f"--data.root={args.data}", f"--data.num_train={count}", "--data.num_val=0"]
     return [*data, *limits, f"--training.seed={args.seed}", *("--" + word for word in args.set)]
 
@@ -79,7 +80,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--molecules", nargs="+", choices=MOLECULES, default=MOLECULES)
     parser.add_argument("--frames", nargs="+", type=int, default=[10, 50, 200, 950], help="numbers of training frames")
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS)
-    parser.add_argument("--steps", type=int, default=100_000, help="largest number of steps of every run")
+    parser.add_argument("--steps", type=int, help="largest number of steps of every run")
     parser.add_argument("--test", type=int, default=1000, help="number of test frames")
     parser.add_argument("--val", type=int, help="number of validation frames for the errors, instead of test frames")
     parser.add_argument("--start", action="store_true", help="also report the errors before training")

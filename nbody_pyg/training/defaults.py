@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -35,7 +36,9 @@ EDGES_PER_STEP, MOST_FRAMES = 10_000, 5
 #: Weights for energies and stresses per atom, angstrom^-2.
 PER_ATOM_WEIGHT, STRESS_WEIGHT = 5.0, 0.1
 #: Learning rates of runs that start from a trained model: of all weights, and of readouts and adapters alone.
-TUNED_LR, FEW_WEIGHTS_LR = 5e-3, 1e-2
+TUNED_LR, FEW_WEIGHTS_LR = 4e-3, 1e-2
+#: Passes of such a run over its frames, for each atom of a frame: after more, the weights fit the frames too closely.
+EPOCHS_PER_ATOM = 10
 #: Largest number of training frames with which a run starts from a shipped model, and frames to compare these on.
 FEW_FRAMES, COMPARED = 300, 20
 #: Number of frames that are measured, and largest distance of neighbours, angstrom.
@@ -115,8 +118,9 @@ def choose_defaults(config: Config, data: DataSets) -> tuple[Config, tuple[Choic
     Energy errors count per molecule if all frames are molecules of one size, otherwise per atom, because the energies
     of large cells would outweigh the forces. Stress is trained if frames have it. E0 is that of isolated atoms if every
     element has a frame of one atom without images nearer than 6 angstrom. A step has as many frames as have 10,000
-    edges together, and at most five. A run that starts from a trained model has a smaller learning rate if all weights
-    are trained, no weight decay, and the lengths of the errors in the loss in place of their squares.
+    edges together, and at most five. A run that starts from a trained model has a smaller learning rate and at most ten
+    passes for each atom of a frame if all weights are trained, no weight decay, and the lengths of the errors in the
+    loss in place of their squares.
 
     Settings given by the user are not changed, nor is a configuration read from the ``config.yaml`` of a run.
     """
@@ -126,8 +130,8 @@ def choose_defaults(config: Config, data: DataSets) -> tuple[Config, tuple[Choic
     chosen = _with(config, choices)
     by_atoms = config.training.batch_atoms is not None
     batch = [] if "training.batch_size" in config.given or by_atoms else [_batch_size(chosen, data.train)]
-    limits = [Choice(f"training.{key}", value, "no limit of the run was given") for key, value in _limits(config)]
-    return _with(chosen, batch), (*choices, *batch, *limits)
+    limits = _limits(config, data.train)
+    return _with(chosen, [*batch, *limits]), (*choices, *batch, *limits)
 
 
 def choose_init(config: Config, data: DataSets, models: Callable[[], Mapping[str, Potential]]) -> Choice | None:
@@ -194,7 +198,8 @@ def keep_choices(config: Config, stored: Mapping[str, Any]) -> Config:
         if key not in config.given and name in values:
             kept.append(Choice(key, values[name], "as before"))
     if not config.given.isdisjoint(LIMIT_KEYS):
-        kept = [choice for choice in kept if choice.key not in LIMIT_KEYS]
+        passes = {"training.max_epochs"} if _passes_are_free(config) else set()
+        kept = [choice for choice in kept if choice.key not in LIMIT_KEYS - passes]
     return _with(config, kept)
 
 
@@ -289,8 +294,24 @@ def _num_edges(scheme: Scheme, frame: Data) -> int:
     return sum(index.shape[1] for index in (*topology.child_index, *topology.pair_index) if index is not None)
 
 
-def _limits(config: Config) -> list[tuple[str, Any]]:
-    return list(LIMITS.items()) if config.given.isdisjoint(LIMIT_KEYS) else []
+def _limits(config: Config, frames: Sequence[Data]) -> list[Choice]:
+    """The limits of a run without any, and passes over the frames where a trained model is tuned."""
+    free = config.given.isdisjoint(LIMIT_KEYS)
+    chosen = LIMITS if free else {}
+    found = {key: Choice(f"training.{key}", value, "no limit of the run was given") for key, value in chosen.items()}
+    if _passes_are_free(config):
+        sizes = [len(frame.z) for frame in frames if not is_isolated_atom(frame)] or [1]
+        passes = min(math.ceil(EPOCHS_PER_ATOM * sum(sizes) / len(sizes)), LIMITS["max_epochs"])
+        reason = f"{EPOCHS_PER_ATOM} for each atom of a frame; after more, a trained model fits few frames too closely"
+        found["max_epochs"] = Choice("training.max_epochs", passes, reason)
+    return list(found.values())
+
+
+def _passes_are_free(config: Config) -> bool:
+    """Whether the passes of a run that trains all weights of a trained model are not limited by the user."""
+    few = config.finetune.parts in ("readouts", "adapters")
+    given = config.given.intersection({"training.max_epochs", "training.max_steps"})
+    return config.finetune.init is not None and not few and not given
 
 
 def _some(frames: Sequence[Data], most: int = _MEASURED) -> Sequence[Data]:

@@ -14,7 +14,7 @@ from ase.io import write
 
 from nbody_pyg.cli import main
 from nbody_pyg.data import AtomicData
-from nbody_pyg.datasets import load_embedded
+from nbody_pyg.datasets import Frames, load_embedded
 from nbody_pyg.deploy import read_metadata
 from nbody_pyg.training.config import load_config
 from nbody_pyg.training.defaults import CHOSEN, FrameStatistics, choose_defaults, keep_choices
@@ -199,3 +199,26 @@ def test_limits_of_a_run_that_names_none():
     assert keep_choices(config, kept).training.max_epochs == 7, "a resumed run keeps its own"
     longer = load_config(overrides=["--data.train", "a.xyz", "--training.max_steps", "9"])
     assert keep_choices(longer, kept).training.max_epochs is None, "unless it is given another"
+
+
+def test_a_trained_model_is_tuned_in_few_passes():
+    """Ten passes for each atom of a frame, also beside a limit of time; not beside limits of passes or steps."""
+    frames = [AtomicData(z=torch.ones(n).long(), pos=torch.randn(n, 3).double()) for n in (1, 4, 8)]
+    data = DataSets(Frames(frames), Frames())
+    words = ["--data.train", "a.xyz", "--init", "m.nbody"]
+    for more, passes in (
+        ([], 60),
+        (["--training.budget_seconds", "9"], 60),
+        (["--training.max_steps", "9"], None),
+        (["--training.max_epochs", "3"], 3),
+        (["--finetune.parts", "readouts"], 250),
+    ):
+        config = load_config(overrides=[*words, *more])
+        chosen, choices = choose_defaults(config, data)
+        assert chosen.training.max_epochs == passes
+        limited = more[:1] in (["--training.max_epochs"], ["--training.max_steps"])
+        assert any(choice.key == "training.max_epochs" for choice in choices) != limited
+        # The same words go on with the same passes
+        assert keep_choices(config, chosen.to_dict()).training.max_epochs == passes
+    scratch = load_config(overrides=[*words[:2], "--training.budget_seconds", "9"])
+    assert choose_defaults(scratch, data)[0].training.max_epochs is None
