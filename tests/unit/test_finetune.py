@@ -461,6 +461,44 @@ def test_fit_takes_the_neutral_form_of_a_model_with_inputs(tmp_path):
     assert model.model.inputs == () and not torch.equal(weights(model), start)
 
 
+def test_a_tuned_model_repels_below_the_distances_of_its_frames():
+    """What it knew of shorter distances is lost in training; pairs that no frame has keep theirs."""
+    init = trained(inner_cutoff={"H-H": 0.5, "N-O": 1.1, "C-O": 1.6})
+    given, apart = frames(6), {}
+    for frame in given:
+        far = torch.cdist(frame.pos, frame.pos) + 9 * torch.eye(len(frame.z))
+        for a, b in ((1, 1), (6, 8), (1, 6)):
+            nearest = far[frame.z == a][:, frame.z == b]
+            apart[a, b] = min(apart.get((a, b), 9.0), float(nearest.min()) if nearest.numel() else 9.0)
+    tuned, _ = tuned_model(init, given, keep_elements=True)
+    lengths, reach = tuned.model.inner_cutoff.lengths, tuned.repulsion.reach
+    assert lengths["H-H"] == pytest.approx(0.85 * 0.95 * apart[1, 1], abs=1e-3) and lengths["H-H"] > 1.0
+    assert reach["H-H"] == pytest.approx(0.85 * 0.9 * apart[1, 1]) and reach["H-H"] > init.repulsion.reach["H-H"]
+    # Frames within a length of the trained model replace it
+    assert lengths["C-O"] == pytest.approx(0.85 * 0.95 * apart[6, 8], abs=1e-3) and lengths["C-O"] < apart[6, 8] < 1.6
+    # No frame has nitrogen
+    assert lengths["N-O"] == 1.1 and reach["N-O"] == init.repulsion.reach["N-O"]
+    # Lengths below those of all frames change nothing on them
+    safe = trained(inner_cutoff={"H-H": 0.5})
+    model, _ = tuned_model(safe, given, keep_elements=True)
+    for frame in given:
+        before, after = safe(frame)["forces"], model(frame)["forces"]
+        torch.testing.assert_close(after, before, rtol=0, atol=1e-10)
+        assert before.abs().max() > 0.1
+    kept, _ = tuned_model(init, given, keep_elements=True, keep_short_range=True)
+    assert kept.model.inner_cutoff.lengths == init.model.inner_cutoff.lengths
+    assert kept.repulsion.reach == init.repulsion.reach
+
+
+def test_fit_takes_a_model_whose_inner_cutoffs_were_raised(tmp_path):
+    init = trained(inner_cutoff={"H-H": 0.5})
+    model, _ = tuned_model(init, frames(6))
+    assert model.model.inner_cutoff.lengths["H-H"] > 1.0
+    start = weights(model)
+    fit(model, frames(6), (), SETTINGS, tmp_path, init=init)
+    assert not torch.equal(weights(model), start) and model.model.inner_cutoff.lengths["H-H"] > 1.0
+
+
 # -- the start of runs with few frames ------------------------------------------------------------------------
 @pytest.fixture
 def shipped(here, tmp_path, monkeypatch):
