@@ -14,10 +14,13 @@ from nbody_pyg.deploy import load_model, read_metadata, save_model
 from nbody_pyg.deploy.model_file import SHIPPED
 
 LARGEST = 5_000_000  # bytes
-_ORGANIC = {"elements": "H C N O F P S Cl Br I", "licence": "MIT", "description": "docs/organic.md"}
 ABOUT = {
-    "organic": {"level_of_theory": "GFN2-xTB, gas phase, singlets", **_ORGANIC},
-    "organic-pbe": {"level_of_theory": "PBE/def2-SVP, gas phase, singlets", **_ORGANIC},
+    "organic": {
+        "level_of_theory": "GFN2-xTB, gas phase, singlets",
+        "elements": "H C N O F P S Cl Br I",
+        "licence": "MIT",
+        "description": "docs/organic.md",
+    }
 }
 KEPT = ("steps", "epochs", "cpu_seconds", "weights", "num_frames", "errors", "errors_unit")
 
