@@ -75,7 +75,7 @@ def test_the_script_leaves_out_paths(tmp_path, monkeypatch, request):
         "num_frames": {"train": 1},
         "errors": {},
     }
-    config = {"data": {"train": "/home/me", "num_val": 5}, "output": {"folder": "/tmp/a"}, "training": {"lr": 0.01}}
+    config = {"data": {"train": "my/frames", "num_val": 5}, "output": {"folder": "my/run"}, "training": {"lr": 0.01}}
     metadata = {**training, "errors_unit": "meV", "config": config, "run": "17", "sample": {"z": [1]}}
     save_model(factories.potential(), tmp_path / "model.nbody", metadata)
     assert ship_model.main([str(tmp_path / "model.nbody"), "organic", "--out", str(tmp_path / "out")]) == 0
