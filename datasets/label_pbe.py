@@ -1,12 +1,11 @@
 """Label frames of ``make_pretraining.py`` by density functional theory: PBE/def2-SVP, the level of revised MD17.
 
-Run ``python datasets/label_pbe.py --units FOLDER --out FOLDER``. It needs ``pyscf``, ``h5py`` and ``rdkit``.
+Run ``python datasets/label_pbe.py --units FOLDER --out FOLDER``. It needs ``nbody_pyg``, ``pyscf``, ``h5py`` and ``rdkit``.
 
 Of each structure of a unit one frame is taken, at random, if its basis has at most ``--functions`` functions (benzene
 has 114) and its energy is found: restricted Kohn-Sham with density fitting, effective core potentials for I. The frames
-of a unit are written whole into a unit of the same number, with the datasets of ``nbody_pyg.datasets.UnitFiles``. A
-unit whose file exists is done, so an interrupted run goes on where it stopped. The molecules of revised MD17 and
-acetylacetone are left out.
+of a unit are written whole into a unit of the same number. A unit whose file exists is done, so an interrupted run goes
+on where it stopped. The molecules of revised MD17 and acetylacetone are left out.
 """
 
 from __future__ import annotations
@@ -15,22 +14,25 @@ import argparse
 import os
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # read once, when pyscf is loaded
 
 import h5py
 import numpy as np
+import torch
 from pyscf import dft, gto, lib
 from rdkit import Chem
 
+from nbody_pyg.data import AtomicData
+from nbody_pyg.datasets.frames import Frames
+from nbody_pyg.datasets.units import write_unit
+from nbody_pyg.units import BOHR, DEBYE, HARTREE
+
 SEED = 20261130
 BASIS, FUNCTIONAL, GRID, TOLERANCE = "def2-svp", "pbe", 1, 1e-7  # forces to a few meV/A
-HARTREE, BOHR, DEBYE = 27.211386245988, 0.529177210903, 0.20819433442462576  # eV, angstrom, e angstrom
 #: Molecules on which models that start from these labels are tested.
 LEFT_OUT = ("CC(=O)Oc1ccccc1C(=O)O", "CCO", "O=CCC=O", "O=CC=CO", "c1ccc2ccccc2c1", "CC(=O)CC(C)=O", "CC(=O)C=C(C)O")
-COLUMNS = ("z", "pos", "forces", "energy", "dipole", "natoms", "total_charge", "split", "structure", "temperature")
 
 
 def bare(smiles: str) -> str:
@@ -44,8 +46,8 @@ def functions(z: np.ndarray) -> int:
     return sum(sizes.get(int(number), 14) for number in z)
 
 
-def label(z: np.ndarray, pos: np.ndarray, charge: int) -> dict[str, np.ndarray] | None:
-    """Energy (eV), forces (eV/angstrom) and dipole (e angstrom) of a closed shell; None without convergence."""
+def label(z: np.ndarray, pos: np.ndarray, charge: int) -> AtomicData | None:
+    """A frame with energy, forces and dipole of its closed shell; None without convergence."""
     atoms = [(int(number), xyz) for number, xyz in zip(z, pos, strict=True)]
     core = {"I": BASIS} if 53 in z else {}
     molecule = gto.M(atom=atoms, basis=BASIS, ecp=core, charge=charge, spin=0, unit="Angstrom", verbose=0)
@@ -54,47 +56,32 @@ def label(z: np.ndarray, pos: np.ndarray, charge: int) -> dict[str, np.ndarray] 
     energy = field.kernel()
     if not field.converged:
         return None
-    gradient = field.nuc_grad_method().kernel()
-    dipole = field.dip_moment(unit="Debye", verbose=0)
-    return {
-        "energy": np.float64(HARTREE * energy),
-        "forces": -HARTREE / BOHR * gradient,
-        "dipole": DEBYE * np.asarray(dipole),
-    }
+    forces = -HARTREE / BOHR * field.nuc_grad_method().kernel()
+    dipole = DEBYE * np.asarray(field.dip_moment(unit="Debye", verbose=0))
+    numbers = {"energy": [HARTREE * energy], "forces": forces, "dipole": dipole[None], "charge": [charge], "pos": pos}
+    values = {key: torch.as_tensor(value, dtype=torch.float64) for key, value in numbers.items()}
+    return AtomicData(z=torch.as_tensor(z, dtype=torch.long), **values)
 
 
-def frames(path: Path, largest: int) -> Iterator[dict[str, np.ndarray]]:
-    """One frame of each structure that is small enough, with its new labels."""
+def labelled(path: Path, largest: int) -> tuple[Frames, list[int]]:
+    """One frame of each structure of a unit that is small enough, with its new labels; and the split of each."""
     rng = np.random.default_rng([SEED, int(path.stem.removeprefix("unit_"))])
     left_out = {bare(smiles) for smiles in LEFT_OUT}
     with h5py.File(path) as file:
-        unit = {
-            key: file[key][:] for key in ("z", "pos", "natoms", "total_charge", "structure", "temperature", "split")
-        }
-        names = file["smiles"].asstr()[:]
-    ends = np.cumsum(unit["natoms"])
+        unit = {key: file[key][:] for key in ("z", "pos", "natoms", "total_charge", "structure", "split")}
+        names, kind = file["smiles"].asstr()[:], str(file.attrs["kind"])
+    ends, found = np.cumsum(unit["natoms"]), {}
     for structure, name in enumerate(names):
-        rows = np.flatnonzero(unit["structure"] == structure)
-        row = int(rng.choice(rows))
+        row = int(rng.choice(np.flatnonzero(unit["structure"] == structure)))
         atoms = slice(ends[row] - unit["natoms"][row], ends[row])
-        z, pos, charge = unit["z"][atoms], unit["pos"][atoms], int(unit["total_charge"][row])
-        if functions(z) > largest or bare(name) in left_out:
+        if functions(unit["z"][atoms]) > largest or bare(name) in left_out:
             continue
-        found = label(z, pos, charge)
-        if found is not None:
-            yield {"z": z, "pos": pos, **found} | {key: unit[key][row] for key in COLUMNS[5:]}
-
-
-def write(path: Path, kind: str, rows: list[dict[str, np.ndarray]]) -> None:
-    """A unit, written whole."""
-    unfinished = path.with_suffix(f".{os.getpid()}.part")
-    with h5py.File(unfinished, "w", libver="v110") as file:
-        for key in COLUMNS:
-            values = [np.asarray(row[key]) for row in rows]
-            together = np.concatenate(values) if key in COLUMNS[:3] else np.array(values)
-            file.create_dataset(key, data=together, compression="gzip", shuffle=True, fletcher32=True)
-        file.attrs.update(kind=kind, level_of_theory=f"{FUNCTIONAL.upper()}/{BASIS}", functional_grid=GRID)
-    os.replace(unfinished, path)
+        frame = label(unit["z"][atoms], unit["pos"][atoms], int(unit["total_charge"][row]))
+        if frame is not None:
+            found[row] = frame
+    note = f"labels of {FUNCTIONAL.upper()}/{BASIS}, density fitting, grid level {GRID}"
+    frames = Frames(found.values(), name=str(path), numbers=list(found), kinds=[kind] * len(found), notes=[note])
+    return frames, unit["split"][list(found)].tolist()
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -111,11 +98,10 @@ def main(argv: list[str] | None = None) -> int:
         if target.exists() or not args.numbers[0] <= int(path.stem.removeprefix("unit_")) < args.numbers[1]:
             continue
         begin = time.process_time()
-        rows = list(frames(path, args.functions))
-        if rows:
-            with h5py.File(path) as file:
-                write(target, str(file.attrs["kind"]), rows)
-        print(f"{path.name}: {len(rows)} frames, {time.process_time() - begin:.0f} s", flush=True)
+        frames, splits = labelled(path, args.functions)
+        if frames:
+            write_unit(target, frames, splits)
+        print(f"{path.name}: {len(frames)} frames, {time.process_time() - begin:.0f} s", flush=True)
     return 0
 
 

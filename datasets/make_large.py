@@ -35,7 +35,6 @@ and forces are without this constraint.
 from __future__ import annotations
 
 import argparse
-import functools
 import hashlib
 import itertools
 import json
@@ -58,7 +57,7 @@ from ase.constraints import FixBondLength
 from ase.io import read, write
 from ase.optimize import LBFGS
 from make_embedded import bonds
-from make_pretraining import FRICTION, TIMESTEP, build, calculator, heat, joined, labels, langevin, sound
+from make_pretraining import FRICTION, TIMESTEP, build, calculator, heat, joined, labels, langevin, model_forces, sound
 from rdkit import Chem
 from rdkit.Chem import AllChem
 from scipy.spatial.transform import Rotation
@@ -201,14 +200,6 @@ KINDS = {
 
 
 # -- walks ---------------------------------------------------------------------------------------------------
-@functools.cache
-def model(name: str) -> Calculator:
-    """The calculator of a model of nbody_pyg."""
-    from nbody_pyg.deploy import NBodyCalculator  # only for --dynamics
-
-    return NBodyCalculator(name)
-
-
 def frame_of(atoms: Atoms, reference: Calculator, **info: object) -> Atoms | None:
     """A copy with the labels of ``reference`` and momenta; None where the frame is not sound."""
     frame = Atoms(numbers=atoms.numbers, positions=atoms.positions, momenta=atoms.get_momenta())
@@ -235,7 +226,7 @@ def walk(
     """
     graph, frames = bonds(atoms), []
     reference = calculator(atoms.info["charge"])
-    atoms.calc = reference if dynamics is None else model(dynamics)
+    atoms.calc = reference if dynamics is None else model_forces(dynamics)
     atoms.info["dynamics"] = dynamics or "GFN2-xTB"
     if "held" in atoms.info:
         first, second = (int(x) for x in atoms.info["held"])
