@@ -265,10 +265,8 @@ def _claim(folder: Path, config: LearnConfig, first: Atoms, state: dict[str, flo
             raise ValueError(f"{folder} holds files of another command; choose another folder")
         write_json(path, mine)
         return
-    theirs = {
-        **DEFAULT_STATE,
-        **_read_json(path),
-    }  # of a neutral singlet where a run of an earlier version says nothing
+    # Runs of an earlier version say nothing of charge and spin
+    theirs = {**DEFAULT_STATE, **_read_json(path)}
     changed = [key for key in mine if key not in free and theirs.get(key) != mine[key]]
     if changed:
         words = ", ".join(f"{key} is {theirs.get(key)!r} there, {mine[key]!r} here" for key in changed)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import os
 import re
@@ -151,9 +152,10 @@ def _train(config: Config, run: RunFolder) -> int:
     data = load_data(config.data, split, names)
     print(label_audit(data.named(), _uses(config, data)), "\n")
     if potential is None:
-        start = choose_init(config, data, lambda: {name: load_potential(name) for name in shipped_models()})
+        shipped = functools.cache(lambda: {name: load_potential(name) for name in shipped_models()})
+        start = choose_init(config, data, shipped)
         if start is not None:
-            init = load_model(start.value)
+            init = shipped()[start.value]
             config = dataclasses.replace(config, finetune=dataclasses.replace(config.finetune, init=start.value))
             config = with_architecture(config, init)
         config, choices = choose_defaults(config, data)

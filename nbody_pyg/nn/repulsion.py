@@ -101,17 +101,7 @@ class ZBLRepulsion(EnergyTerm, Float64Buffers):
         The reach is 0.9 times that distance; pairs that do not come within 3 angstrom use the reach without data. At
         most 2,000 frames are used.
         """
-        shortest: dict[str, float] = {}
-        for frame in frames[:: max(1, len(frames) // _MAX_FRAMES)]:
-            cell, pbc = (frame.get("cell"), frame.get("pbc")) if frame.get("pbc") is not None else (None, None)
-            index, shift = neighbour_list(frame.pos, _SEEN_WITHIN, None, cell, pbc)
-            length = edge_vectors(frame.pos, index, shift, cell).norm(dim=-1)
-            first, second = frame.z[index].sort(dim=0).values
-            for pair in (first * 119 + second).unique().tolist():
-                a, b = divmod(pair, 119)
-                least = float(length[(first == a) & (second == b)].min())
-                shortest[pair_name(a, b)] = min(least, shortest.get(pair_name(a, b), math.inf))
-        return cls(species, {name: SEEN_FACTOR * length for name, length in shortest.items()})
+        return cls(species, {name: SEEN_FACTOR * length for name, length in shortest_distances(frames).items()})
 
     def forward(self, structure: Structure) -> Float[Tensor, " atoms"]:
         """Share of each atom in the repulsion, eV: half of each of its pairs."""
@@ -154,6 +144,22 @@ class ZBLRepulsion(EnergyTerm, Float64Buffers):
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name} {reach:.2f}" for name, reach in self.reach.items()) + " angstrom"
+
+
+def shortest_distances(frames: Sequence[Data]) -> dict[str, float]:
+    """The shortest distance (angstrom) of each pair of elements that comes within 3 angstrom, by symbols. At most 2,000
+    frames are used."""
+    shortest: dict[str, float] = {}
+    for frame in frames[:: max(1, len(frames) // _MAX_FRAMES)]:
+        cell, pbc = (frame.get("cell"), frame.get("pbc")) if frame.get("pbc") is not None else (None, None)
+        index, shift = neighbour_list(frame.pos, _SEEN_WITHIN, None, cell, pbc)
+        length = edge_vectors(frame.pos, index, shift, cell).norm(dim=-1)
+        first, second = frame.z[index].sort(dim=0).values
+        for pair in (first * 119 + second).unique().tolist():
+            a, b = divmod(pair, 119)
+            least = float(length[(first == a) & (second == b)].min())
+            shortest[pair_name(a, b)] = min(least, shortest.get(pair_name(a, b), math.inf))
+    return shortest
 
 
 def pair_lengths(

@@ -258,10 +258,8 @@ def assert_translation_invariant(
             lattice[-1] = (steps * axes.to(steps)) @ system.cell.reshape(3, 3)
             moves.append(("last atom moved by lattice vectors", lattice))
         for name, move in moves:
-            moved, where = (
-                system.replace(pos=system.pos + move),
-                f"assert_translation_invariant: system {number} {name}",
-            )
+            moved = system.replace(pos=system.pos + move)
+            where = f"assert_translation_invariant: system {number} {name}"
             worst = max(worst, subject.compare([moved], energy, forces, tolerance, where))
     return worst
 

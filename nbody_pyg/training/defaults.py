@@ -65,6 +65,7 @@ class FrameStatistics:
     field                meaning, unit
     ===================  ==========================================================================================
     ``sizes``            least and greatest number of atoms of a frame; isolated atoms, which only tell E0, do not count
+    ``mean_size``        mean number of atoms of a frame, likewise
     ``periodic``         whether any frame repeats in any direction
     ``first_shell``      distance between first neighbours, angstrom: for each element the median over its atoms of
                          the distance to the nearest atom, and of these the greatest; 0 where no atom has a neighbour
@@ -74,6 +75,7 @@ class FrameStatistics:
     """
 
     sizes: tuple[int, int]
+    mean_size: float
     periodic: bool
     first_shell: float
     element: str
@@ -94,7 +96,7 @@ class FrameStatistics:
         counts = [len(frame.z) for frame in frames if not is_isolated_atom(frame)] or [1]
         labels = (name for name in ("energy", "forces", "stress") if any(has_label(f, name) for f in frames))
         return cls(
-            (min(counts), max(counts)), any(_is_periodic(frame) for frame in frames),
+            (min(counts), max(counts)), sum(counts) / len(counts), any(_is_periodic(frame) for frame in frames),
             medians.get(number, 0.0), chemical_symbols[number], frozenset(labels),
         )  # fmt: skip
 
@@ -130,7 +132,7 @@ def choose_defaults(config: Config, data: DataSets) -> tuple[Config, tuple[Choic
     chosen = _with(config, choices)
     by_atoms = config.training.batch_atoms is not None
     batch = [] if "training.batch_size" in config.given or by_atoms else [_batch_size(chosen, data.train)]
-    limits = _limits(config, data.train)
+    limits = _limits(config, found)
     return _with(chosen, [*batch, *limits]), (*choices, *batch, *limits)
 
 
@@ -178,7 +180,7 @@ def _tuning(config: Config) -> list[Choice]:
     """Learning rate, weight decay and penalty of a run that starts from a trained model."""
     if config.finetune.init is None:
         return []
-    few = config.finetune.parts in ("readouts", "adapters")
+    few = _few_weights(config)
     lr, what = (FEW_WEIGHTS_LR, f"{config.finetune.parts} are") if few else (TUNED_LR, "weights of a trained model are")
     found = [Choice("training.lr", lr, f"{what} trained")]
     found.append(Choice("training.weight_decay", 0.0, "decay would pull away from the trained weights"))
@@ -294,24 +296,26 @@ def _num_edges(scheme: Scheme, frame: Data) -> int:
     return sum(index.shape[1] for index in (*topology.child_index, *topology.pair_index) if index is not None)
 
 
-def _limits(config: Config, frames: Sequence[Data]) -> list[Choice]:
+def _limits(config: Config, found: FrameStatistics) -> list[Choice]:
     """The limits of a run without any, and passes over the frames where a trained model is tuned."""
-    free = config.given.isdisjoint(LIMIT_KEYS)
-    chosen = LIMITS if free else {}
-    found = {key: Choice(f"training.{key}", value, "no limit of the run was given") for key, value in chosen.items()}
+    limits = LIMITS if config.given.isdisjoint(LIMIT_KEYS) else {}
+    chosen = {key: Choice(f"training.{key}", value, "no limit of the run was given") for key, value in limits.items()}
     if _passes_are_free(config):
-        sizes = [len(frame.z) for frame in frames if not is_isolated_atom(frame)] or [1]
-        passes = min(math.ceil(EPOCHS_PER_ATOM * sum(sizes) / len(sizes)), LIMITS["max_epochs"])
+        passes = min(math.ceil(EPOCHS_PER_ATOM * found.mean_size), LIMITS["max_epochs"])
         reason = f"{EPOCHS_PER_ATOM} for each atom of a frame; after more, a trained model fits few frames too closely"
-        found["max_epochs"] = Choice("training.max_epochs", passes, reason)
-    return list(found.values())
+        chosen["max_epochs"] = Choice("training.max_epochs", passes, reason)
+    return list(chosen.values())
 
 
 def _passes_are_free(config: Config) -> bool:
     """Whether the passes of a run that trains all weights of a trained model are not limited by the user."""
-    few = config.finetune.parts in ("readouts", "adapters")
     given = config.given.intersection({"training.max_epochs", "training.max_steps"})
-    return config.finetune.init is not None and not few and not given
+    return config.finetune.init is not None and not _few_weights(config) and not given
+
+
+def _few_weights(config: Config) -> bool:
+    """Whether a run that starts from a trained model trains a small part of its weights."""
+    return config.finetune.parts in ("readouts", "adapters")
 
 
 def _some(frames: Sequence[Data], most: int = _MEASURED) -> Sequence[Data]:

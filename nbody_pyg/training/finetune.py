@@ -23,7 +23,7 @@ from nbody_pyg.messages import symbols
 from nbody_pyg.models import NBodyNet
 from nbody_pyg.network import frame_states, without_ions
 from nbody_pyg.nn.inner_cutoff import INNER_FACTOR
-from nbody_pyg.nn.repulsion import SEEN_FACTOR, ZBLRepulsion
+from nbody_pyg.nn.repulsion import SEEN_FACTOR, ZBLRepulsion, pair_lengths, shortest_distances
 from nbody_pyg.potential import Potential
 from nbody_pyg.properties import PropertyModel, Statistics, fit_statistics
 from nbody_pyg.system import DEFAULT_STATE
@@ -251,15 +251,16 @@ def _rebuilt(
         states = frame_states(train)
         if all(set(values) == {DEFAULT_STATE[key]} for key, values in states.items()):
             source = source.neutral()
-    network = source.remade(species=sorted(species))
+    changes: dict[str, Any] = {"species": sorted(species)}
     repulsion = None
     if isinstance(init, Potential) and init.repulsion is not None:
-        seen = {} if keep_short_range else _seen(species, train)
-        kept = {n: init.repulsion.reach.get(n, r) for n, r in ZBLRepulsion(species).reach.items()}
-        repulsion = ZBLRepulsion(species, _limits(kept, seen))
-        if network.inner_cutoff is not None:
-            seen = {name: INNER_FACTOR / SEEN_FACTOR * length for name, length in seen.items()}
-            network = network.remade(inner_cutoff=_limits(network.inner_cutoff.lengths, seen))
+        shortest = {} if keep_short_range else shortest_distances(train)
+        reach = pair_lengths("reach", changes["species"], init.repulsion.reach, strict=False)
+        repulsion = ZBLRepulsion(species, _limits(reach, shortest, SEEN_FACTOR))
+        if source.inner_cutoff is not None:
+            lengths = pair_lengths("inner_cutoff", changes["species"], source.inner_cutoff.lengths, strict=False)
+            changes["inner_cutoff"] = _limits(lengths, shortest, INNER_FACTOR)
+    network = source.remade(**changes)
     network.load_state_dict(carried_weights(network, source))
     if isinstance(init, PropertyModel):
         statistics = {n: Statistics(0.0, s.scale) for n, s in init.statistics.items()}
@@ -270,20 +271,17 @@ def _rebuilt(
     return potential.to(source.dtype)
 
 
-def _seen(species: Sequence[int], frames: Sequence[Data]) -> dict[str, float]:
-    """Reach of the repulsion of a new model, for pairs of which the frames hold distances."""
-    unseen = ZBLRepulsion(species).reach
-    return {n: r for n, r in ZBLRepulsion.from_frames(species, frames).reach.items() if r != unseen[n]}
-
-
-def _limits(known: Mapping[str, float], seen: Mapping[str, float]) -> dict[str, float]:
-    """Lengths below which a tuned model only repels: those that it had, and at least a part of those of a new model.
+def _limits(known: Mapping[str, float], shortest: Mapping[str, float], factor: float) -> dict[str, float]:
+    """Lengths below which a tuned model only repels: those that it had, and at least a part of those of a new model,
+    which are ``factor`` times the shortest distances of the frames.
 
     A length inside which there are frames now is replaced.
     """
-    least = {name: _SHORTER * length for name, length in seen.items()}
-    return {name: least[name] if name in seen and length > seen[name] else max(length, least.get(name, 0.0))
-            for name, length in known.items()}  # fmt: skip
+    out = dict(known)
+    for name in known.keys() & shortest.keys():
+        new = factor * shortest[name]
+        out[name] = _SHORTER * new if known[name] > new else max(known[name], _SHORTER * new)
+    return out
 
 
 def _inherit(

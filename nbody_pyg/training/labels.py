@@ -85,13 +85,13 @@ def uniform(frames: Sequence[Data], labels: Mapping[str, Shape], like: Data | No
     if len(frames) == 0:
         return frames
     keys = [frozenset(frame.keys()) for frame in frames]
-    held = None if like is None else frozenset(like.keys())
-    found = [
-        label for label in labels
-        if (any(has_label(frame, label) for frame in frames) if held is None else label in held)
-    ]  # fmt: skip
+    if like is None:
+        found = [label for label in labels if any(has_label(frame, label) for frame in frames)]
+        wanted = frozenset.intersection(*keys) - set(labels) | set(found)
+    else:
+        wanted = frozenset(like.keys())
+        found = [label for label in labels if label in wanted]
     flat = [_is_flat(frame, found) for frame in frames]
-    wanted = frozenset.intersection(*keys) - set(labels) | set(found) if held is None else held
     alike = all(own == wanted for own in keys) and not any(flat)
     if alike and all(
         _label(frame, label, labels[label], f"frame {number}") is frame[label]
@@ -99,15 +99,7 @@ def uniform(frames: Sequence[Data], labels: Mapping[str, Shape], like: Data | No
         for label in found
     ):
         return frames
-    union = frozenset.union(*keys)
-    inputs = {key for key in union - wanted if key in _INPUTS or is_topology_key(key)}
-    inputs = inputs if held is None else set(held - set(labels))
-    periodic = held is not None or any(
-        frame.get("pbc") is not None and bool(torch.as_tensor(frame.pbc).any()) for frame in frames
-    )
-    periodic = periodic or any("cell" in own and "pbc" not in own for own in keys)
-    if not periodic:  # cells around open systems
-        inputs = {key for key in inputs if key not in ("cell", "pbc") and "_shift_" not in key}
+    inputs = _inputs_of_some(frames, keys, wanted) if like is None else wanted - set(labels)
     out = []
     for number, frame in enumerate(frames):
         new = copy.copy(frame)
@@ -122,6 +114,16 @@ def uniform(frames: Sequence[Data], labels: Mapping[str, Shape], like: Data | No
             new.cell = complete_cell(frame.cell.reshape(1, 3, 3), frame.pbc.reshape(1, 3)).to(frame.cell)
         out.append(new)
     return frames.replaced(out) if isinstance(frames, Frames) else out
+
+
+def _inputs_of_some(frames: Sequence[Data], keys: Sequence[frozenset[str]], wanted: frozenset[str]) -> frozenset[str]:
+    """Inputs of a model that only some of the frames have."""
+    inputs = frozenset(key for key in frozenset.union(*keys) - wanted if key in _INPUTS or is_topology_key(key))
+    if any("cell" in own and "pbc" not in own for own in keys) or any(
+        frame.get("pbc") is not None and bool(torch.as_tensor(frame.pbc).any()) for frame in frames
+    ):
+        return inputs
+    return frozenset(key for key in inputs if key not in ("cell", "pbc") and "_shift_" not in key)  # of open systems
 
 
 def _is_flat(frame: Data, found: Sequence[str]) -> bool:
