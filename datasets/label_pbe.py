@@ -1,6 +1,6 @@
 """Label frames of ``make_pretraining.py`` by density functional theory: PBE/def2-SVP, the level of revised MD17.
 
-Run ``python datasets/label_pbe.py --units FOLDER --out FOLDER``. It needs ``nbody_pyg``, ``pyscf``, ``h5py`` and ``rdkit``.
+Run ``python datasets/label_pbe.py --units FOLDER --out FOLDER``. It needs ``pyscf``, ``h5py`` and ``rdkit``.
 
 Of each structure of a unit one frame is taken, at random, if its basis has at most ``--functions`` functions (benzene
 has 114) and its energy is found: restricted Kohn-Sham with density fitting, effective core potentials for I. The frames
