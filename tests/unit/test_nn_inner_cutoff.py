@@ -144,7 +144,7 @@ def test_fine_tuning_drops_and_adds_pairs(molecules):
     # The frame has C-H bonds shorter than the 1.25 angstrom of the model: a length below them takes its place
     shortest = torch.cdist(pos[z == 6], pos[z == 1]).min().item()
     assert found["H-C"] == pytest.approx(0.85 * INNER_FACTOR * shortest) and found["H-C"] < shortest < 1.25
-    assert found["H-S"] == pytest.approx(ZBLRepulsion([1, 16]).reach["H-S"])
+    assert found["S-S"] == pytest.approx(ZBLRepulsion([16]).reach["S-S"])
 
 
 def test_a_network_cannot_pull_atoms_through_the_repulsion():
