@@ -2,7 +2,8 @@
 
 Items (edges, parts) are divided into blocks, which are distributed over the threads. The number of blocks depends only
 on the number of items. If several blocks add to the same result, each block has separate sums, which are added in the
-order of the blocks. So results have the same bits for any number of threads, and without OpenMP.
+order of the blocks. Where edges are in the order of the nodes to which they add, a block ends where the node changes, so
+that it needs no separate sums. So results have the same bits for any number of threads, and without OpenMP.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 
 PRELUDE = """
 #include <stdlib.h>
+#include <string.h>
 #ifdef _OPENMP
 int omp_get_thread_num(void);
 #else
@@ -72,60 +74,81 @@ def in_blocks(name: str, items: str, arguments: Sequence[Argument], grain: int) 
     """The function ``name``, which calls ``NAME_rows`` for each block of at least ``grain`` items.
 
     Both take the number of items (by the name of ``items``) and then the arguments; the first of all is the number of
-    threads.
+    threads. Blocks follow the nodes of the first argument that has them.
     """
     sums = [a for a in arguments if a.total]
     declared = ", ".join(f"{a.type} {a.name}" for a in arguments)
-    head = f"void {name}(int64_t threads, int64_t {items}, {declared}) {{\n  const int64_t blocks = blocks_of({items}, {grain});"
     whole = f"{name}_rows({', '.join([items, *(a.name for a in arguments)])});"
+    start = f"""void {name}(int64_t threads, int64_t {items}, {declared}) {{
+  const int64_t blocks = blocks_of({items}, {grain});
+"""
 
-    def moved(a: Argument, own: bool) -> str:
-        if a.total and own:
-            return f"own_{a.name}" + (f" - low_{a.name} * ({a.total})" if a.node else "")
-        return f"{a.name} + first * {a.step}" if a.step else a.name
+    def block(moved: dict[str, str]) -> str:
+        given = (moved.get(a.name) or (f"{a.name} + first * {a.step}" if a.step else a.name) for a in arguments)
+        return f"{name}_rows({', '.join(['count', *given])});"
 
-    def block(own: bool) -> str:
-        return f"{name}_rows({', '.join(['count', *(moved(a, own) for a in arguments)])});"
-
-    cut = f"const int64_t first = {items} * b / blocks, count = {items} * (b + 1) / blocks - first;"
-    loop = "num_threads(team(threads, blocks))\n  for (int64_t b = 0; b < blocks; b++) {"
     if not sums:
-        return f"""{head}
-  if (threads < 2 || blocks < 2) {{ {whole} return; }}
-  #pragma omp parallel for schedule(static) {loop}
-    {cut}
-    {block(False)}
+        return f"""{start}  if (threads < 2 || blocks < 2) {{ {whole} return; }}
+  #pragma omp parallel for schedule(static) num_threads(team(threads, blocks))
+  for (int64_t b = 0; b < blocks; b++) {{
+    const int64_t first = {items} * b / blocks, count = {items} * (b + 1) / blocks - first;
+    {block({})}
   }}
 }}
 """
-    make, add, free, failed = [], [], [], []
+    node = next((a.node for a in sums if a.node), "")
+    before = node.replace("[e]", "[e - 1]")
+    sizes, own, add = [], [], []
     for a in sums:
-        low, size, own = f"low_{a.name}", f"size_{a.name}", f"own_{a.name}"
+        number, offset, direct = f"({a.total})", "0", f"!{a.name}"
         if a.node:
-            make.append(
-                f"int64_t {low} = INT64_MAX, high_{a.name} = 0; for (int64_t e = first; e < first + count; e++) "
-                f"{{ const int64_t n = {a.node}; if (n < {low}) {low} = n; if (n > high_{a.name}) high_{a.name} = n; }} "
-                f"const int64_t {size} = (high_{a.name} - {low} + 1) * ({a.total});"
+            sizes.append(
+                f"int64_t low_{a.name} = count ? INT64_MAX : 0, high_{a.name} = 0; for (int64_t e = first; e < end; e++) {{ "
+                f"const int64_t n = {a.node}; if (n < low_{a.name}) low_{a.name} = n; if (n > high_{a.name}) high_{a.name} = n; }}"
             )
-        else:
-            make.append(f"const int64_t {size} = {a.total};")
-        make.append(f"real* {own} = {a.name} ? calloc({size}, sizeof(real)) : 0;")
-        failed.append(f"({a.name} && !{own})")
-        at = f"{a.name} + {low} * ({a.total})" if a.node else a.name
-        add.append(f"if ({a.name}) add_up({at}, {own}, {size});")
-        free.append(f"free({own});")
-    lines = "\n    ".join(make)
+            number, offset = f"({a.total}) * (high_{a.name} - low_{a.name} + 1)", f"low_{a.name} * ({a.total})"
+            direct += " || in_order" if a.node == node else ""
+        sizes.append(f"const int64_t size_{a.name} = {direct} ? 0 : {number};")
+        own.append(f"real* own_{a.name} = size_{a.name} ? next - {offset} : {a.name}; next += size_{a.name};")
+        add.append(f"if (size_{a.name}) add_up({a.name} + {offset}, own_{a.name} + {offset}, size_{a.name});")
+    in_order, cut, alone = "0", "", ""
+    if node:
+        in_order = f"1; for (int64_t e = 1; e < {items} && in_order; e++) in_order = {node} >= {before}"
+        cut = " ".join(
+            f"for (int64_t e = {end}; in_order && e > 0 && e < {items} && {node} == {before}; e++) {end} = e + 1;"
+            for end in ("first", "end")
+        )
+        alone = "" if len(sums) > 1 else f"if (in_order && threads < 2) {{ {whole} return; }}"
+    need = " + ".join(f"size_{a.name}" for a in sums)
+    lines = "\n      ".join([*sizes, f"const int64_t need = {need};"])
     # If memory runs out, a block adds directly to the results, in the order of the blocks
-    return f"""{head}
-  if (blocks < 2) {{ {whole} return; }}
-  #pragma omp parallel for ordered schedule(static, 1) {loop}
-    {cut}
-    {lines}
-    const int failed = {" || ".join(failed)};
-    if (!failed) {block(True)}
-    #pragma omp ordered
-    {{ if (failed) {block(False)} else {{ {" ".join(add)} }} }}
-    {" ".join(free)}
+    return f"""{start}  if (blocks < 2) {{ {whole} return; }}
+  int in_order = {in_order};
+  {alone}
+  #pragma omp parallel num_threads(team(threads, blocks))
+  {{
+    real* room = 0; int64_t held = 0;
+    #pragma omp for ordered schedule(static, 1)
+    for (int64_t b = 0; b < blocks; b++) {{
+      int64_t first = {items} * b / blocks, end = {items} * (b + 1) / blocks;
+      {cut}
+      const int64_t count = end - first;
+      {lines}
+      if (need > held) {{ free(room); room = malloc(need * sizeof(real)); held = room ? need : 0; }}
+      const int failed = need > held;
+      real* next = room;
+      {" ".join(own)}
+      if (!failed) {{
+        if (need) memset(room, 0, need * sizeof(real));
+        {block({a.name: f"own_{a.name}" for a in sums})}
+      }}
+      #pragma omp ordered
+      {{
+        if (failed) {block({a.name: a.name for a in sums})}
+        else {{ {" ".join(add)} }}
+      }}
+    }}
+    free(room);
   }}
 }}
 """

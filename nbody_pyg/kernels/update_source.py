@@ -310,12 +310,12 @@ static void through_norm(int64_t nodes, const real* a, const real* rho, const re
 
         Gradients of weights are sums over parts: blocks of parts have separate sums, which are added in order.
         """
-        setup = ["  real* T[NUM]; work = turn(W, T, work);".replace("NUM", str(self.num_matrices))] if turn else []
-        setup += [f"  real* {name} = work; work += TILE * {size};" for name, size in buffers.items()]
+        setup = [f"  real* {name} = work; work += TILE * {size};" for name, size in buffers.items()]
         given = ["const int64_t* all_species", "const real* const* X", "const real* const* W", "const real* s",
                  "const real* bias", "real* work", *arguments]  # fmt: skip
+        turned = ["real* const* T"] if turn else []
         body = "\n".join([
-            f"static void {name}_rows(int64_t begin, int64_t end, int64_t N, {', '.join(given)}) {{",
+            f"static void {name}_rows(int64_t begin, int64_t end, int64_t N, {', '.join([*turned, *given])}) {{",
             *setup,
             "  for (int64_t first = begin; first < end; first += TILE) {",
             "    const int64_t nodes = end - first < TILE ? end - first : TILE, *species = all_species + first;",
@@ -323,7 +323,7 @@ static void through_norm(int64_t nodes, const real* a, const real* rho, const re
             *[f"    {line}" for line in lines],
             "  }", "}",
         ])  # fmt: skip
-        names = [text.rpartition(" ")[2].lstrip("*") for text in given]
+        names = [text.rpartition(" ")[2].lstrip("*") for text in [*turned, *given]]
         sums = {"gW", "gs", "gbias"}.intersection(names)
         weigh = "gW != 0" if sums else "0"
         inside = [{"work": "mine", "gW": "own.W", "gs": "own.s", "gbias": "own.bias"}.get(n, n) for n in names]
@@ -332,12 +332,15 @@ static void through_norm(int64_t nodes, const real* a, const real* rho, const re
             for n, size in (("gs", "SCALES"), ("gbias", "BIASES"))
             if n in sums
         )
+        # Threads share the transposed matrices, which lie before the memory of the first one
+        transposes = "real* T[MATRICES]; work = turn(W, T, work);" if turn else ""
         return f"""{body}
-void {name}(int64_t threads, int64_t N, int64_t T, {", ".join(given)}) {{
+void {name}(int64_t threads, int64_t N, int64_t workers, {", ".join(given)}) {{
   const int64_t blocks = blocks_of(N, GRAIN), weigh = {weigh};
-  if (blocks < 2 || (T < 2 && !weigh)) {{ {name}_rows(0, N, N, {", ".join(names)}); return; }}
+  {transposes}
+  if (blocks < 2 || (workers < 2 && !weigh)) {{ {name}_rows(0, N, N, {", ".join(names)}); return; }}
   if (!weigh) {{
-    #pragma omp parallel for schedule(static) num_threads(team(T, blocks))
+    #pragma omp parallel for schedule(static) num_threads(team(workers, blocks))
     for (int64_t b = 0; b < blocks; b++) {{
       real* mine = work + omp_get_thread_num() * WORK;
       {name}_rows(start(b, blocks, N), start(b + 1, blocks, N), N, {", ".join("mine" if n == "work" else n for n in names)});
@@ -348,7 +351,7 @@ void {name}(int64_t threads, int64_t N, int64_t T, {", ".join(given)}) {{
 }}"""
 
     def _summed(self, name: str, arguments: list[str], add: str) -> str:
-        return f"""#pragma omp parallel for ordered schedule(static, 1) num_threads(team(T, blocks))
+        return f"""#pragma omp parallel for ordered schedule(static, 1) num_threads(team(workers, blocks))
   for (int64_t b = 0; b < blocks; b++) {{
     real* mine = work + omp_get_thread_num() * WORK;
     Sums own;
@@ -508,7 +511,8 @@ void {name}(int64_t threads, int64_t N, int64_t T, {", ".join(given)}) {{
     def workspace(self) -> int:
         """Size of ``work`` for each thread: that of ``update_double``, which needs the most.
 
-        These are the matrices, transposed, its tiles, and the gradients of the weights of a block.
+        These are its tiles, the gradients of the weights of a block, and the matrices, transposed, which only the first
+        thread has.
         """
         u, total = self.u, 2 * sum(a * b for a, b in self.u.shapes)
         total += self.num_species * (max(u.degree_of_row, default=-1) + 2) * u.channels

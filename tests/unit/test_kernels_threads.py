@@ -120,25 +120,33 @@ ARGUMENTS = [
 ]
 
 
+NODES = {
+    "mixed": lambda edges: (torch.arange(edges) * 7) % 20 + 3,
+    "in order": lambda edges: torch.arange(edges) * 20 // max(edges, 1) + 3,
+    "one of many edges": lambda edges: torch.arange(edges).clamp(900) - 895,
+}
+
+
 @pytest.mark.parametrize("memory", ["enough", "none"])
 @pytest.mark.parametrize("edges", [0, 3, 1000])
-def test_blocks_add_up(edges, memory):
-    """Also where there is no memory for sums of their own."""
+@pytest.mark.parametrize("nodes", NODES)
+def test_blocks_add_up(nodes, edges, memory):
+    """Also where there is no memory for sums of their own, and where a node has the edges of many blocks."""
     source = prelude("double") + SUMS + in_blocks("count", "E", ARGUMENTS, 8)
     if memory == "none":
-        source = source.replace("? calloc(", "? no_memory(").replace(
-            SUMS, "static void* no_memory(int64_t n, int64_t size) { return 0; }" + SUMS
+        source = source.replace("malloc(", "no_memory(").replace(
+            SUMS, "static void* no_memory(int64_t size) { return 0; }" + SUMS
         )
     library = build.load(source)
-    index = (torch.arange(edges) * 7) % 20 + 3
+    index = NODES[nodes](edges)
     x = torch.arange(edges, dtype=torch.float64) + 1
     results = []
     for count in (1, 4):
-        out, total = torch.zeros(25, 2, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
+        out, total = torch.zeros(200, 2, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
         pointers = [ctypes.c_void_p(t.data_ptr()) for t in (index, x, out, total)]
         library.count(ctypes.c_int64(count), ctypes.c_int64(edges), *pointers)
         library.count(ctypes.c_int64(count), ctypes.c_int64(edges), *pointers[:3], None)
-        wanted = torch.zeros(25, 2, dtype=torch.float64)
+        wanted = torch.zeros(200, 2, dtype=torch.float64)
         wanted.index_add_(0, index, torch.stack([x, torch.ones_like(x)], dim=1))
         assert torch.equal(out, 2 * wanted) and total == x.sum()
         results.append(out)
