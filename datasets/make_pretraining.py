@@ -25,7 +25,8 @@ All kinds but the last are sampled by Langevin dynamics at temperatures between 
 With ``--dynamics MODEL`` (a model file of nbody_pyg, or the name of one that comes with it) the dynamics follow the
 forces of this model, which is faster; energies and forces of the frames are those of GFN2-xTB all the same.
 A frame belongs to the split "train", "val" or "test" by the Murcko scaffold of its molecule (its SMILES where it
-has no ring), so that no scaffold stands in two splits.
+has no ring), so that no scaffold stands in two splits. ``--split test --temperature 300 --structures 25`` makes a set
+of other molecules of the split "test" alone, at 300 K, 25 of them in a unit.
 """
 
 from __future__ import annotations
@@ -265,20 +266,23 @@ def cluster(lists: dict[str, list[str]], rng: np.random.Generator) -> Structure 
 
 
 def structures(
-    kind: str, lists: dict[str, list[str]], rng: np.random.Generator
+    kind: str, lists: dict[str, list[str]], rng: np.random.Generator, split: str | None = None
 ) -> Iterator[tuple[Structure, Chem.Mol | None]]:
-    """Endless structures of one kind, with the molecule where there is one."""
+    """Endless structures of one kind, of all splits or one of them, with the molecule where there is one."""
     if kind == "cluster":
         while True:
             found = cluster(lists, rng)
-            if found is not None:
+            if found is not None and split in (None, found.split):
                 yield found, None
     for smiles in molecules("fragment" if kind == "bond" else kind, lists, rng):
+        if split is not None and (plain := Chem.MolFromSmiles(smiles)) is not None and split_of(plain) != split:
+            continue  # before the atoms are placed, which takes time
         built = build(smiles, rng)
         if built is not None:
             molecule, atoms = built
-            charge = Chem.GetFormalCharge(molecule)
-            yield Structure(smiles, atoms, charge, split_of(Chem.RemoveHs(molecule))), molecule
+            structure = Structure(smiles, atoms, Chem.GetFormalCharge(molecule), split_of(Chem.RemoveHs(molecule)))
+            if split in (None, structure.split):
+                yield structure, molecule
 
 
 # -- sampling ------------------------------------------------------------------------------------------------
@@ -373,11 +377,18 @@ def sound(frame: dict[str, np.ndarray]) -> bool:
 
 
 def sample(
-    kind: str, structure: Structure, molecule: Chem.Mol | None, rng: np.random.Generator, model: str | None = None
+    kind: str,
+    structure: Structure,
+    molecule: Chem.Mol | None,
+    rng: np.random.Generator,
+    model: str | None = None,
+    temperature: float | None = None,
 ) -> tuple[list, float]:
-    """Sound frames of a structure and their temperature, K (0 where there is none)."""
-    hottest = 500.0 if kind == "cluster" else 1000.0
-    temperature = 0.0 if kind == "bond" else float(np.exp(rng.uniform(np.log(100.0), np.log(hottest))))
+    """Sound frames of a structure and their temperature, K (0 where there is none; drawn if it is not given)."""
+    if kind == "bond":
+        temperature = 0.0
+    elif temperature is None:
+        temperature = float(np.exp(rng.uniform(np.log(100.0), np.log(500.0 if kind == "cluster" else 1000.0))))
     if kind == "bond":
         source = stretched(structure, molecule, rng, FRAMES if model is None else FRAMES_OF_MODEL)
     else:
@@ -396,17 +407,23 @@ def kind_of(number: int) -> str:
 
 
 def make_unit(
-    number: int, out: Path, lists: dict[str, list[str]], count: int = STRUCTURES, model: str | None = None
+    number: int,
+    out: Path,
+    lists: dict[str, list[str]],
+    count: int = STRUCTURES,
+    model: str | None = None,
+    split: str | None = None,
+    temperature: float | None = None,
 ) -> dict[str, float]:
     """Make one unit and write its file whole; returns what is printed of it."""
     kind, rng, begin = kind_of(number), np.random.default_rng([SEED, number]), time.process_time()
     columns: dict[str, list] = {key: [] for key in ("z", "pos", "forces", "charges", "energy", "dipole", "natoms",
                                                     "total_charge", "structure", "temperature", "split")}  # fmt: skip
     names, failed = [], 0
-    source = structures(kind, lists, rng)
+    source = structures(kind, lists, rng, split)
     while len(names) < count and failed < 10 * count:
         structure, molecule = next(source)
-        frames, temperature = sample(kind, structure, molecule, rng, model)
+        frames, temperature = sample(kind, structure, molecule, rng, model, temperature)
         if not frames:
             failed += 1
             continue
@@ -471,9 +488,9 @@ def manifest(out: Path) -> dict:
     }
 
 
-def _work(job: tuple[int, Path, int, str | None]) -> dict[str, float]:
-    number, out, count, model = job
-    return make_unit(number, out, _lists(), count, model)
+def _work(job: tuple[int, Path, int, str | None, str | None, float | None]) -> dict[str, float]:
+    number, out, *settings = job
+    return make_unit(number, out, _lists(), *settings)
 
 
 _found: dict[str, list[str]] = {}
@@ -494,12 +511,18 @@ def main() -> int:
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--dynamics", metavar="MODEL", help="model that the dynamics follow (default: GFN2-xTB)")
     parser.add_argument("--first", type=int, default=0, help="number of the first unit")
+    parser.add_argument("--split", choices=SPLITS, help="molecules of this split only (default: all)")
+    parser.add_argument("--temperature", type=float, help="of all dynamics, K (default: drawn for each structure)")
+    parser.add_argument(
+        "--structures", type=int, help=f"in a unit (default: {STRUCTURES}; of a model {STRUCTURES_OF_MODEL})"
+    )
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     count, each = (STRUCTURES, FRAMES) if args.dynamics is None else (STRUCTURES_OF_MODEL, FRAMES_OF_MODEL)
+    count = args.structures or count
     wanted = range(args.first, args.first - (-args.frames // (count * each)))
     missing = [number for number in wanted if not (args.out / f"unit_{number:05d}.h5").exists()]
-    jobs = [(number, args.out, count, args.dynamics) for number in missing]
+    jobs = [(number, args.out, count, args.dynamics, args.split, args.temperature) for number in missing]
     print(f"{len(wanted)} units, {len(wanted) - len(jobs)} of them done", flush=True)
     with multiprocessing.get_context("spawn").Pool(args.processes) as pool:
         for done in pool.imap_unordered(_work, jobs):

@@ -81,6 +81,16 @@ def test_dynamics_of_a_model_have_the_labels_of_the_reference(script):
         np.testing.assert_allclose(frame["forces"], atoms.get_forces(), atol=1e-4)
 
 
+def test_a_set_of_one_split_at_one_temperature(script, tmp_path):
+    chains = ["C" * n + "O" * m for n in range(1, 14) for m in range(1, 6)]
+    wanted = {smiles for smiles in chains if script.split_of(Chem.MolFromSmiles(smiles)) == "test"}
+    script.make_unit(1, tmp_path, {"qm9": chains, "moses": []}, count=2, split="test", temperature=300.0)
+    with h5py.File(tmp_path / "unit_00001.h5") as file:
+        assert file.attrs["kind"] == "qm9" and set(file["temperature"][:]) == {300.0}
+        assert {name.decode() for name in file["smiles"][:]} <= wanted
+        assert set(file["split"][:]) == {script.SPLITS.index("test")}
+
+
 def test_unsound_frames_are_left_out(script):
     frame = {"energy": np.float64(1.0), "forces": np.zeros((4, 3))}
     assert script.sound(frame)
