@@ -150,8 +150,8 @@ class UnitFiles:
         num_train: number of training frames to use, the first ones; None: all.
         in_memory: files that training holds at once.
 
-    Raises: ValueError: no files or no training frames, a file that is damaged or lacks a dataset, fewer training frames
-        than ``num_train``; FileNotFoundError; ImportError: h5py is not installed.
+    Raises: ValueError: no files or no frames, a file that is damaged or lacks a dataset, fewer training frames than
+        ``num_train``; FileNotFoundError; ImportError: h5py is not installed.
     """
 
     def __init__(self, paths: Iterable[str | Path], num_train: int | None = None, in_memory: int = 8) -> None:
@@ -168,13 +168,8 @@ class UnitFiles:
             self._index(path)
         if not self.files:
             raise ValueError("paths must name at least one HDF5 file with frames, got none; name a folder of units")
-        found = self.count("train")
-        if found == 0 or (num_train is not None and found < num_train):
-            raise ValueError(
-                f"{len(self.files)} files from {self.files[0]} on must hold {num_train or 'some'} training frames, got "
-                f"{found}; name more files"
-            )
         if num_train is not None:
+            self.require(num_train)
             self._keep(num_train)
 
     def _index(self, path: Path) -> None:
@@ -207,6 +202,17 @@ class UnitFiles:
         if len(single := np.flatnonzero((atoms == 1) & (split == 0))):
             last = len(self.files) - 1
             self.traits[last] = self.traits[last].union(*map(_traits, self.read(last, single)))
+
+    def require(self, num_train: int = 1) -> None:
+        """Raise unless there are so many training frames.
+
+        Raises: ValueError.
+        """
+        if len(self) < num_train:
+            raise ValueError(
+                f"{len(self.files)} files from {self.files[0]} on must hold {num_train} training frames, got "
+                f"{len(self)}; name more files"
+            )
 
     def _keep(self, num_train: int) -> None:
         """Leave out the training frames after the first ``num_train``, by a split number of their own."""
@@ -298,7 +304,11 @@ class UnitFiles:
 
         Args:
             count: number of frames; None or more than there are: all.
+
+        Raises: ValueError: no training frames, if they are asked for.
         """
+        if split == "train":
+            self.require()
         asked = split, count, seed, len(self)
         if self._drawn[0] != asked:
             drawn = self._draw(split, count, seed)

@@ -35,7 +35,9 @@ class StreamLoader(EpochLoader):
         window: files in memory at once; by default those of ``units``.
         rank, world: share of this process, every ``world``-th batch; by default taken from torch.distributed.
 
-    Cost: memory of ``window`` files and of one batch. Raises: ValueError: ``batch_atoms`` or ``window`` below one.
+    Cost: memory of ``window`` files and of one batch.
+
+    Raises: ValueError: no training frames; ``batch_atoms`` or ``window`` below one.
     """
 
     def __init__(
@@ -53,6 +55,7 @@ class StreamLoader(EpochLoader):
         for name, value in (("batch_atoms", batch_atoms), ("window", window)):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
+        units.require()
         self.units, self.seed, self.epoch, self.window = units, seed, 0, window
         super().__init__(rank, world)
         self._prepare = prepare

@@ -130,13 +130,22 @@ def test_fewer_frames_are_the_first_ones(folder):
         ({"natoms": [1] * 6}, r"a\.h5 is damaged: lengths of its datasets differ"),
         ({"natoms": [9, 8, 7, 9, 17, -2]}, r"a\.h5 is damaged: lengths of its datasets differ"),
         ({"split": [3] * 6}, r"a\.h5 is damaged: .* or a split is above 2"),
-        ({"split": [1] * 6}, r"1 files from .* on must hold some training frames, got 0"),
     ],
 )
 def test_damaged_files_are_refused(tmp_path, changed, message):
     write_unit(tmp_path / "a.h5", 0, **changed)
     with pytest.raises(ValueError, match=message):
         UnitFiles([tmp_path / "a.h5"])
+
+
+def test_files_without_training_frames(tmp_path):
+    """They are read and sampled, but not trained on."""
+    write_unit(tmp_path / "a.h5", 0, split=[1, 1, 2, 2, 2, 2])
+    units = UnitFiles([tmp_path / "a.h5"])
+    assert len(units.sample("test")) == 4 and len(read_frames(tmp_path / "a.h5")) == 6
+    for use in (units.sample, lambda: loader(units)):
+        with pytest.raises(ValueError, match=r"1 files from .* on must hold 1 training frames, got 0"):
+            use()
 
 
 @pytest.mark.parametrize(("flips", "cuts"), [(100, 20), pytest.param(1000, 200, marks=pytest.mark.slow)])
