@@ -26,7 +26,7 @@ With ``--dynamics MODEL`` (a model file of nbody_pyg, or the name of one that co
 forces of this model, which is faster; energies and forces of the frames are those of GFN2-xTB all the same.
 A frame belongs to the split "train", "val" or "test" by the Murcko scaffold of its molecule (its SMILES where it
 has no ring), so that no scaffold stands in two splits. ``--split test --temperature 300 --structures 25`` makes a set
-of other molecules of the split "test" alone, at 300 K, 25 of them in a unit.
+of other molecules of the split "test" alone, all by dynamics at 300 K, 25 of them in a unit.
 """
 
 from __future__ import annotations
@@ -521,6 +521,8 @@ def main() -> int:
     count, each = (STRUCTURES, FRAMES) if args.dynamics is None else (STRUCTURES_OF_MODEL, FRAMES_OF_MODEL)
     count = args.structures or count
     wanted = range(args.first, args.first - (-args.frames // (count * each)))
+    if args.temperature is not None:
+        wanted = [number for number in wanted if kind_of(number) != "bond"]
     missing = [number for number in wanted if not (args.out / f"unit_{number:05d}.h5").exists()]
     jobs = [(number, args.out, count, args.dynamics, args.split, args.temperature) for number in missing]
     print(f"{len(wanted)} units, {len(wanted) - len(jobs)} of them done", flush=True)

@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 import torch
 from ase import Atoms
+from ase.build import bulk
+from ase.calculators.emt import EMT
 from ase.io import write
 from ase.units import kcal, mol
 
@@ -293,6 +295,29 @@ def test_sapt_reads_its_data(script, data_dir):
     assert pair.charge == (float(pair.first.charges.sum().round()), float(pair.second.charges.sum().round()))
     apart = pair.joined(50.0).pos[len(pair.first.z) :] - pair.second.pos
     assert float(apart.norm(dim=1).max()) == pytest.approx(50.0 - pair.distance)
+
+
+def test_snap_compares_energies_up_to_a_constant(script, tmp_path, monkeypatch):
+    snap, frames, factors = script("snap"), [], iter((1.1, 0.9))
+    for seed in (0, 1):
+        frames.append(bulk("Cu", cubic=True))
+        frames[-1].rattle(0.1, seed=seed)
+        frames[-1].calc = EMT()
+        frames[-1].get_forces()
+
+    class Other(EMT):
+        def calculate(self, *args):
+            super().calculate(*args)
+            factor = next(factors)
+            self.results["forces"] = factor * self.results["forces"]
+            self.results["energy"] += len(self.atoms) * (5.0 + 0.003 * (factor > 1))
+
+    write(tmp_path / "Cu_test.xyz", frames)
+    monkeypatch.setattr(snap, "LAMMPSlib", lambda **given: Other())
+    energy, force, share = snap.errors(tmp_path / "Cu_test.xyz", "Cu", tmp_path / "Cu")
+    rms = np.sqrt(np.mean([np.square(atoms.get_forces()) for atoms in frames]))
+    assert energy == pytest.approx(1.5, abs=1e-4) and share == pytest.approx(10.0, abs=1e-3)
+    assert force == pytest.approx(100.0 * rms, rel=1e-4) and rms > 0.1
 
 
 def test_every_path_can_fail_the_comparison(script):
