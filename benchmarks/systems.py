@@ -64,8 +64,8 @@ def water(count: int, seed: int = 0) -> System:
 
 
 def box(count: int, seed: int = 0) -> Atoms:
-    """A periodic cube of ``count`` molecules of water at the density of the liquid: a simple cubic lattice, with random
-    vacancies where ``count`` is no cube, and molecules turned at random."""
+    """A periodic cube of ``count`` molecules of water at the density of the liquid, turned at random, on a simple cubic
+    lattice. Where ``count`` is no cube the next cube has random vacancies, so it should be little larger."""
     generator = torch.Generator().manual_seed(seed)
     edge, side = count ** (1 / 3) * _SPACING, math.ceil(round(count ** (1 / 3), 9))
     axis = torch.arange(side, dtype=torch.float64) * edge / side
