@@ -29,13 +29,18 @@ from nbody_pyg.potential import Potential
 HEAD = ["atoms", "way", "ms per step", "min", "x no skin", "searches per step"]
 
 
+def verlet(atoms: Atoms) -> VelocityVerlet:
+    """Dynamics at constant energy, 0.5 fs, from momenta of 300 K."""
+    width = np.sqrt(units.kB * 300.0 * atoms.get_masses())
+    atoms.set_momenta(width[:, None] * np.random.default_rng(0).standard_normal((len(atoms), 3)))
+    return VelocityVerlet(atoms, 0.5 * units.fs)
+
+
 def stepper(potential: Potential, system: System, **settings: Any) -> tuple[Callable[[], Any], NBodyCalculator]:
     """A function that makes one step of a trajectory of its own."""
     atoms = Atoms(system.z.numpy(), system.pos.double().numpy())
     atoms.calc = NBodyCalculator(potential, **settings)
-    width = np.sqrt(units.kB * 300.0 * atoms.get_masses())
-    atoms.set_momenta(width[:, None] * np.random.default_rng(0).standard_normal((len(atoms), 3)))
-    dynamics = VelocityVerlet(atoms, 0.5 * units.fs)
+    dynamics = verlet(atoms)
 
     def step() -> None:
         dynamics.run(1)

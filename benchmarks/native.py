@@ -8,16 +8,12 @@ The default network, not trained, so its forces are made small; velocity Verlet 
 
 from __future__ import annotations
 
-import statistics
-import time
-
-import torch
 from ase import Atoms
 from md import stepper
 from peers import SPECIES
 from report import arguments, show, start, write
 from systems import molecules, water
-from timing import interleave
+from timing import interleave, on_the_clock
 
 from nbody_pyg import NBodyNet, Potential
 from nbody_pyg.deploy import NBodyCalculator
@@ -63,19 +59,6 @@ def main(argv: list[str] | None = None) -> int:
              for name, head, table in (("engines", HEAD, rows), ("threads", THREADS, shared))}  # fmt: skip
     write(args.out, {"results": found})
     return 0
-
-
-def on_the_clock(run, threads: int, rounds: int) -> tuple[float, float]:
-    """Median wall-clock seconds with one thread and with several, in turn."""
-    samples: dict[int, list[float]] = {1: [], threads: []}
-    for _ in range(rounds):
-        for count, spent in samples.items():
-            torch.set_num_threads(count)
-            begin = time.perf_counter()
-            run()
-            spent.append(time.perf_counter() - begin)
-    torch.set_num_threads(1)
-    return statistics.median(samples[1]), statistics.median(samples[threads])
 
 
 def evaluation(potential, system, engine: str, dtype: str):

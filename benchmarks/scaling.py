@@ -1,6 +1,7 @@
 """How time and memory of energy and forces grow with atoms, neighbours, lmax and channels.
 
     python benchmarks/scaling.py
+    python benchmarks/scaling.py --training    # a training step with one thread and with several
 
 NBodyNet with the settings of configs/rmd17.yaml, but shells of 5 angstrom as the peers have, on droplets of water, one
 thread, float32. The topology is handed in; building it (neighbour search included) is timed in a column of its own.
@@ -15,10 +16,11 @@ from typing import Any
 
 import torch
 import yaml
-from peers import CONFIG
+from models import Runner
+from peers import CONFIG, Timed
 from report import arguments, show, start, write
-from systems import System, water
-from timing import exponent, interleave, peak_memory
+from systems import System, copies, molecule, water
+from timing import exponent, interleave, on_the_clock, peak_memory
 from torch import Tensor
 
 from nbody_pyg import NBodyNet
@@ -26,13 +28,18 @@ from nbody_pyg.potential import Potential
 
 #: Atoms from which on the exponent is quoted: below, the fixed cost of a call shows.
 _LARGE = 300
+#: Steps in a sample of training: SOAP refreshes its bases in one of ten.
+_STEPS = 10
+TRAINING = ["molecules", "atoms", "threads", "ms with one thread", "ms with several", "times faster"]
 HEAD = ["atoms", "neighbours", "E+F ms", "min", "us per atom", "memory MB", "topology ms"]
 
 
-def build(cutoff: float = 5.0, **settings: Any) -> Potential:
-    """The network of the configuration, with some settings changed."""
+def build(cutoff: float | None = 5.0, **settings: Any) -> Potential:
+    """The network of the configuration, with some settings changed; without a cutoff it keeps its shells."""
     config = yaml.safe_load(CONFIG.read_text(encoding="utf-8"))["model"]
-    scheme = config["scheme"] | {"radii": [cutoff] * len(config["scheme"]["radii"])}
+    scheme = config["scheme"]
+    if cutoff is not None:
+        scheme = scheme | {"radii": [cutoff] * len(scheme["radii"])}
     torch.manual_seed(0)
     return Potential(NBodyNet.from_config({"species": [1, 8], **config, "scheme": scheme, **settings}))
 
@@ -116,6 +123,23 @@ def run(args) -> dict[str, Any]:
     return results
 
 
+def training(molecules: int, threads: int, rounds: int) -> dict[str, Any]:
+    """Wall-clock time of a training step of a batch of aspirin, with the shells of the configuration, SOAP."""
+    system = copies(molecule("aspirin"), molecules)
+    model = Timed(build(cutoff=None, species=[1, 6, 8]).model, system)
+    step = Runner(model, system).step("soap")
+
+    def steps() -> None:
+        for _ in range(_STEPS):
+            step()
+
+    steps()
+    one, several = on_the_clock(steps, threads, rounds)
+    row = [molecules, system.num_atoms, threads, 1e3 * one / _STEPS, 1e3 * several / _STEPS, one / several]
+    show("training step, wall-clock time; the other cores must be idle", TRAINING, [row])
+    return dict(zip(TRAINING, row, strict=True))
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = arguments(__doc__, "scaling.json")
     every = ["atoms", "neighbours", "lmax", "channels"]
@@ -128,10 +152,17 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--lmax", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--channels", type=int, nargs="+", default=[16, 32, 64, 128])
     parser.add_argument("--seconds", type=float, default=5.0, help="CPU time for each case")
+    parser.add_argument("--training", action="store_true", help="only the training step, with one and more threads")
+    parser.add_argument("--batch", type=int, default=32, help="molecules in a training step")
+    parser.add_argument("--threads", type=int, default=2, help="threads of the training step")
+    parser.add_argument("--rounds", type=int, default=7, help="rounds of training steps")
     args = parser.parse_args(argv)
     with start():
-        results = run(args)
-    write(args.out, {"sweeps": results})
+        if args.training:
+            results = {"training": training(args.batch, args.threads, args.rounds)}
+        else:
+            results = {"sweeps": run(args)}
+    write(args.out, results)
     return 0
 
 

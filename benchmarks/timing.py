@@ -8,9 +8,11 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+import torch
+
 from nbody_pyg.compare.measure import peak_memory
 
-__all__ = ["Timing", "exponent", "interleave", "peak_memory"]
+__all__ = ["Timing", "exponent", "interleave", "on_the_clock", "peak_memory"]
 
 #: A sample lasts at least this long (seconds); short functions are called several times for one.
 _SAMPLE = 2e-3
@@ -69,6 +71,19 @@ def _once(function: Callable[[], object], calls: int) -> float:
     for _ in range(calls):
         function()
     return (time.process_time() - start) / calls
+
+
+def on_the_clock(run: Callable[[], object], threads: int, rounds: int) -> tuple[float, float]:
+    """Median wall-clock seconds with one thread and with several, in turn."""
+    samples: dict[int, list[float]] = {1: [], threads: []}
+    for _ in range(rounds):
+        for count, spent in samples.items():
+            torch.set_num_threads(count)
+            begin = time.perf_counter()
+            run()
+            spent.append(time.perf_counter() - begin)
+    torch.set_num_threads(1)
+    return statistics.median(samples[1]), statistics.median(samples[threads])
 
 
 def exponent(x: list[float], y: list[float]) -> float:

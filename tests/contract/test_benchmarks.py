@@ -26,6 +26,7 @@ from nbody_pyg.potential import Potential
 
 TINY = {
     "kernels": "--lmax 1 --nodes 12 --edges 40 --channels 16 --seconds 0.05",
+    "speed": "--molecules ethanol --waters 8 --potentials NBodyNet-torch NEP4 GFN2-xTB --seconds 0.01 --rounds 2",
     "models": "--models NBodyNet SchNet PaiNN --batch 2 --waters 3 --seconds 0.05",
     "scaling": "--sweeps atoms neighbours --waters 100 105 --cutoffs 3 5 --fixed 5 --seconds 0.02",
     "nve": "{model} --time 0.01 --every 2 --equilibrate 0.005",
@@ -44,6 +45,7 @@ TINY = {
 #: What the table must show, and the keys of a record in the JSON.
 SHOWN = {
     "kernels": ["GFLOP/s", "edge product, lmax 1", "nbody_pyg torch", "dense einsum", "x bound"],
+    "speed": [r"ethanol, 9 atoms", "box of 8 molecules of water, 24 atoms", r"NBodyNet-torch +\d", r"NEP4 +[\d-]"],
     "models": ["molecule: 1 graphs, 22 atoms", "droplet: 1 graphs, 9 atoms", "NBodyNet, SOAP", "SchNet"],
     "scaling": ["us per atom", r"E\+F time ~ \(atoms\)\^", "against neighbours"],
     "nve": ["drift mev per atom per 10ps", "mean temperature k"],
@@ -58,6 +60,8 @@ SHOWN = {
 }
 HELPERS = (
     "kernels",
+    "speed",
+    "contestants",
     "models",
     "scaling",
     "nve",
@@ -169,7 +173,7 @@ def test_script_prints_a_table_and_writes_json(name, script, model, dimers, rmd1
     found = json.loads(out.read_text())
     assert {"processor", "versions", "load at the start"} <= set(found["machine"])
     check = {
-        "kernels": _kernels, "models": _models, "scaling": _scaling, "nve": _nve,
+        "kernels": _kernels, "speed": _speed, "models": _models, "scaling": _scaling, "nve": _nve,
         "md": _md, "smoothness": _smoothness, "hierarchy": _hierarchy, "sapt": _sapt,
         "few_frames": _few_frames, "finetune": _finetune, "particles": _particles, "large": _large,
     }  # fmt: skip
@@ -183,6 +187,17 @@ def _kernels(found, out):
         assert max(record["errors"].values()) < 1e-10
         assert {"forward", "first", "second"} == set(record["times"])
         assert all(t["minimum_s"] > 0 for times in record["times"].values() for t in times.values())
+
+
+def _speed(found, out):
+    names = ["NBodyNet-torch", "NEP4", "GFN2-xTB"]
+    assert [r["potential"] for r in found["results"]] == [*names, *names[:2]], "GFN2-xTB has no box"
+    for record in found["results"]:
+        if "failed" in record:
+            assert record["potential"] != "NBodyNet-torch" and "MD" not in record
+            assert record["failed"].startswith("not installed: pip install")
+        else:
+            assert all(record[task]["minimum_s"] > 0 and record[task]["rounds"] >= 2 for task in ("MD", "E+F"))
 
 
 def _models(found, out):
@@ -238,6 +253,45 @@ def _large(found, out):
     assert all(record["steps"] >= 1 and record["val"]["energy_mae"] > 0 for record in result["records"])
     assert set(result["times"]) == {"flat2", *sizes} and result["training"]["energy_per"] == "molecule"
     assert out.with_suffix(".md").read_text().count("\n| small") == 2
+
+
+def test_training_step_with_threads(script, tmp_path, capsys):
+    out = tmp_path / "t.json"
+    assert script("scaling").main(["--training", "--batch", "2", "--rounds", "1", "--out", str(out)]) == 0
+    assert "training step, wall-clock time" in capsys.readouterr().out
+    found = json.loads(out.read_text())["training"]
+    assert found["atoms"] == 42 and min(found["ms with one thread"], found["ms with several"]) > 0
+    assert torch.get_num_threads() == 1
+
+
+def test_speed_goes_on_without_a_contestant_that_fails(script):
+    speed = script("speed")
+
+    def ends(count):
+        if count > 1:
+            raise speed.Failed("its process ended")
+        return 1e-3
+
+    found = speed.interleave({"first": ends, "second": lambda count: 2e-3 * count}, 0.0, 3)
+    assert found["first"] == "its process ended" and found["second"].samples == pytest.approx([2e-3] * 3)
+    record = {"potential": "first", "atoms": 10, "failed": "its process ended"}
+    assert speed.row(record, found["second"]) == ["first", None, None, None, None, "its process ended"]
+    record = {"potential": "second", "atoms": 10, "MD": found["second"]}
+    assert speed.row(record, found["second"])[1:4] == pytest.approx([200.0, 200.0, 1.0])
+
+
+@pytest.mark.parametrize("count", [8, 26, 334])
+def test_boxes_of_water_have_the_density_of_the_liquid(script, count):
+    box = script("systems").box(count)
+    assert len(box) == 3 * count and box.pbc.all()
+    assert float(box.get_masses().sum()) * 1.66053907 / box.get_volume() == pytest.approx(1.0, abs=0.01)
+    distances = box.get_all_distances(mic=True)[~np.eye(len(box), dtype=bool)]
+    assert distances.min() > 0.9
+
+
+def test_molecules_have_the_sizes_that_the_table_says(script):
+    speed = script("speed")
+    assert [len(speed.system(name)) for name in speed.MOLECULES] == [9, 22, 42, 64]
 
 
 def test_large_finds_its_networks(script, root, tmp_path, capsys):
