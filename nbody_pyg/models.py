@@ -18,17 +18,11 @@ from torch_geometric.data import Data
 from nbody_pyg.data import has_hierarchy, no_elements, points, refuse_unstated, require_atoms
 from nbody_pyg.hierarchy import EdgeSet, Hierarchy, NestedShells, Scheme, Topology
 from nbody_pyg.kernels.autograd_flags import has_values, in_own_precision, is_tracing, opaque_to_compile
+from nbody_pyg.longrange import LongRange, LongRangeSettings, charge_shares
 from nbody_pyg.messages import check_choice, short
-from nbody_pyg.nn.charges import (
-    ElectronicEmbedding,
-    LongRangeSettings,
-    charge_shares,
-    check_inputs,
-    refuse_unused,
-)
-from nbody_pyg.nn.coulomb import LongRange
 from nbody_pyg.nn.custom import GateFactory, checked_state, gate_factories, gate_names
 from nbody_pyg.nn.edges import EdgeEmbedding, EdgeFeatures, sum_into
+from nbody_pyg.nn.electronic import ElectronicEmbedding, check_inputs, refuse_unused
 from nbody_pyg.nn.inner_cutoff import InnerCutoff
 from nbody_pyg.nn.interaction import ChannelGroups, Interaction, InteractionConfig, SoftNorm, add_to_scalars, one_gate
 from nbody_pyg.nn.irreps import (
@@ -119,9 +113,9 @@ class NBodyNet(Resettable):
         avg_num_neighbors: typical number of sources per target by edge set, such as {"pair_0": 12.0, "child_1": 3.0}
             (:func:`compute_avg_num_neighbors`).
         long_range: energy of latent charges at any distance: None, the name of a method, or settings
-            (:class:`~nbody_pyg.nn.charges.LongRangeSettings`).
+            (:class:`~nbody_pyg.longrange.charges.LongRangeSettings`).
         inputs: further inputs: "charge", the total charge, and "spin", the multiplicity
-            (:class:`~nbody_pyg.nn.charges.ElectronicEmbedding`).
+            (:class:`~nbody_pyg.nn.electronic.ElectronicEmbedding`).
         node_inputs: type of further inputs of every atom, such as "0e + 1o" for a charge and a velocity. They are
             ``data.x`` in e3nn's mul_ir order.
         softening: length below which distances are softened, in the unit of the positions
@@ -747,7 +741,7 @@ class NBodyNet(Resettable):
     def neutral(self) -> NBodyNet:
         """A network without the inputs charge and spin that has the values of this one for neutral singlets.
 
-        There the :class:`~nbody_pyg.nn.charges.ElectronicEmbedding` is zero, and so are all messages from it. The
+        There the :class:`~nbody_pyg.nn.electronic.ElectronicEmbedding` is zero, and so are all messages from it. The
         weights are copies. It is cheaper, and refuses charges.
 
         Raises: ValueError: a network in which these inputs are not the only initial states (own gates, node inputs), or

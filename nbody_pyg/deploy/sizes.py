@@ -11,9 +11,9 @@ from typing import Any
 from e3nn import o3
 
 from nbody_pyg.hierarchy import Scheme
+from nbody_pyg.longrange import LongRangeSettings
 from nbody_pyg.messages import check_choice, short
 from nbody_pyg.models import NBodyNet, network_arguments
-from nbody_pyg.nn.charges import LongRangeSettings
 from nbody_pyg.nn.irreps import PARITIES, channel_groups, harmonic_parity, hidden_irreps, level_types
 
 Shapes = Mapping[str, tuple[int, ...]]

@@ -25,6 +25,7 @@ LAYERS = [
     "multipoles",
     "hierarchy",
     "nn",
+    "longrange",
     "models",
     "explain",
     "network",

@@ -14,8 +14,8 @@ import factories
 from nbody_pyg import BondTree, FromAssignment, NBodyNet, NestedShells, Potential, SmoothSurvivors
 from nbody_pyg.data import AtomicData
 from nbody_pyg.deploy import NBodyCalculator
-from nbody_pyg.nn.charges import LatentCharges, LongRangeSettings
-from nbody_pyg.nn.coulomb import DirectField, HierarchyField
+from nbody_pyg.longrange.charges import LatentCharges, LongRangeSettings
+from nbody_pyg.longrange.coulomb import DirectField, HierarchyField
 from nbody_pyg.testing import assert_batch_independent, assert_conservative, assert_equivariant
 from nbody_pyg.units import COULOMB
 

@@ -9,13 +9,13 @@ from torch import Tensor, nn
 
 from nbody_pyg.geometry import safe_norm
 from nbody_pyg.hierarchy import Hierarchy, Level, Scheme, SmoothSurvivors
+from nbody_pyg.longrange.charges import LatentCharges, LongRangeSettings
+from nbody_pyg.longrange.ewald import EwaldField
+from nbody_pyg.longrange.translation import Translation, TranslationGate, join_pairs, merge_pairs
 from nbody_pyg.multipoles import all_pairs, l2l, m2l, m2m
-from nbody_pyg.nn.charges import LatentCharges, LongRangeSettings
 from nbody_pyg.nn.edges import EdgeFeatures
-from nbody_pyg.nn.ewald import EwaldField
 from nbody_pyg.nn.interaction import SoftNorm
 from nbody_pyg.nn.irreps import Resettable, block_of
-from nbody_pyg.nn.translation import Translation, TranslationGate, join_pairs, merge_pairs
 from nbody_pyg.radial import plateau_window
 from nbody_pyg.required import required
 from nbody_pyg.units import COULOMB
@@ -170,14 +170,14 @@ class LongRange(Resettable):
     .. math:: E = \sum_c s_c\, \frac{k_e}{2} \sum_i \sum_{lm} M^c_{i, lm} L^c_{i, lm}
               + \sum_{i c} (\chi_i^c q_i^c + \eta_i^c (q_i^c)^2)
 
-    with the latent moments M of :class:`~nbody_pyg.nn.charges.LatentCharges`, the local field L of all other atoms, a
-    learned strength and sign :math:`s_c` of each channel (1, -1, 1, ... at the start; with ``coulomb`` the first one
-    stays 1), and a local term that is linear in the scalars of the atom and zero at the start. The only long-range term
-    is bilinear, so energies of distant neutral systems are additive. Charges are in e if the energy is not scaled
-    afterwards.
+    with the latent moments M of :class:`~nbody_pyg.longrange.charges.LatentCharges`, the local field L of all other
+    atoms, a learned strength and sign :math:`s_c` of each channel (1, -1, 1, ... at the start; with ``coulomb`` the
+    first one stays 1), and a local term that is linear in the scalars of the atom and zero at the start. The only
+    long-range term is bilinear, so energies of distant neutral systems are additive. Charges are in e if the energy is
+    not scaled afterwards.
 
     Args:
-        settings: see :class:`~nbody_pyg.nn.charges.LongRangeSettings`.
+        settings: see :class:`~nbody_pyg.longrange.charges.LongRangeSettings`.
         scheme: composition scheme of the network.
         num_species: number of elements.
         irreps: type of the states of the atoms, or None.
