@@ -511,7 +511,7 @@ class NBodyNet(Resettable):
         if system.topology is None and not has_values(system.pos):
             raise RuntimeError(
                 "neighbours are found from values of positions, which tracers, torch.vmap, fake and meta tensors lack; "
-                "pass topology=net.scheme.topology(z, pos), or use nbody_pyg.compiled.compile_potential"
+                "pass topology=net.scheme.topology(z, pos), or use nbody_pyg.runtime.compiled.compile_potential"
             )
         if not is_tracing():
             refuse_unused(self.used, self.assumed, {"charge": system.total_charge, "spin": system.spin})

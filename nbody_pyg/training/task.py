@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nbody_pyg.compiled import compile_potential
 from nbody_pyg.potential import Potential
 from nbody_pyg.properties import PropertyModel
+from nbody_pyg.runtime import compile_potential
 from nbody_pyg.training.adapters import Adapters
 from nbody_pyg.training.build import potential_config, potential_from_config
 from nbody_pyg.training.checkpoint import changes, read_checkpoint

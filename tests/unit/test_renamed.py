@@ -12,8 +12,8 @@ from nbody_pyg.training.config import parse_config
 from nbody_pyg.training.upgrades import present_config, present_weights
 
 MODULES = {
-    "accelerate": ("compiled", ("CompiledPotential", "compile_potential")),
-    "graphs": ("cuda_graphs", ("CapturedPotential", "CapturedStep")),
+    "accelerate": ("runtime.compiled", ("CompiledPotential", "compile_potential")),
+    "graphs": ("runtime.cuda_graphs", ("CapturedPotential", "CapturedStep")),
     "kernels.scope": ("kernels.autograd_flags", ("is_tracing", "dry_run")),
 }
 
