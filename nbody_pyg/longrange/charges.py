@@ -23,7 +23,7 @@ METHODS = ("direct", "hierarchy", "ewald")
 
 
 @dataclass(frozen=True)
-class LongRangeSettings:
+class LongRangeConfig:
     """Settings for ``long_range=`` of :class:`~nbody_pyg.NBodyNet`.
 
     Args:
@@ -66,12 +66,12 @@ class LongRangeSettings:
         check_lmax("lmax", self.lmax)
 
     @classmethod
-    def parse(cls, given: Mapping[str, Any] | str | LongRangeSettings) -> LongRangeSettings:
+    def parse(cls, given: Mapping[str, Any] | str | LongRangeConfig) -> LongRangeConfig:
         """Settings from a dictionary, or from the name of a method.
 
         Raises: ValueError: an unknown key, or a value out of range.
         """
-        if isinstance(given, LongRangeSettings):
+        if isinstance(given, LongRangeConfig):
             return given
         given = {"method": given} if isinstance(given, str) else dict(given)
         known = [field.name for field in dataclasses.fields(cls)]
@@ -80,7 +80,7 @@ class LongRangeSettings:
         return cls(**given)
 
     def to_dict(self) -> dict[str, Any]:
-        """The settings, ready for JSON."""
+        """The config, ready for JSON."""
         return dataclasses.asdict(self)
 
 
@@ -107,7 +107,7 @@ class LatentCharges(Resettable):
     ===============  ====================  =====================================================
 
     Args:
-        settings: channels, dipoles, elements, transfers.
+        config: channels, dipoles, elements, transfers.
         num_species: number of elements.
         irreps: type of the states of the atoms, or None if they have none.
         num_basis: number of radial functions on the edges, or 0 without edges.
@@ -119,11 +119,11 @@ class LatentCharges(Resettable):
     gain: Tensor
 
     def __init__(
-        self, settings: LongRangeSettings, num_species: int, irreps: o3.Irreps | None = None, num_basis: int = 0
+        self, config: LongRangeConfig, num_species: int, irreps: o3.Irreps | None = None, num_basis: int = 0
     ) -> None:
         super().__init__()
-        self.settings, self.irreps = settings, irreps
-        channels, self.num_basis = settings.channels, num_basis if settings.transfers else 0
+        self.config, self.irreps = config, irreps
+        channels, self.num_basis = config.channels, num_basis if config.transfers else 0
         width = self.num_basis * channels + channels
         self.scalars = self.dipole = self.offset = self.own = None
         features = 0 if irreps is None else irreps[0].mul
@@ -132,7 +132,7 @@ class LatentCharges(Resettable):
             if features:
                 self.scalars = nn.Linear(features, width, bias=False)
                 nn.init.normal_(self.scalars.weight, std=0.1 * features**-0.5)
-        if settings.dipoles:
+        if config.dipoles:
             vectors = [] if irreps is None else [n for n, (_, ir) in enumerate(irreps) if (ir.l, ir.p) in ((1, -1),)]
             if not vectors:
                 raise ValueError(
@@ -141,7 +141,7 @@ class LatentCharges(Resettable):
             self._vectors = vectors[0]
             count = required(irreps)[vectors[0]].mul
             self.dipole = nn.Parameter(torch.randn(count, channels) * 0.1 * count**-0.5)
-        if settings.elements:
+        if config.elements:
             # Not zero: an energy that is bilinear in charges has no slope there
             self.own = nn.Parameter(torch.randn(num_species, channels) * 0.3)
         gain = torch.zeros(channels)
@@ -165,7 +165,7 @@ class LatentCharges(Resettable):
         return torch.cat([charges.unsqueeze(1), block_of(required(x), self.irreps, self._vectors) @ self.dipole], dim=1)
 
     def _transferred(self, x: Tensor | None, species: Tensor, edges: EdgeFeatures) -> Tensor:
-        channels, (source, target) = self.settings.channels, edges.index
+        channels, (source, target) = self.config.channels, edges.index
         features = required(self.offset).index_select(0, species)
         if self.scalars is not None:
             features = features + self.scalars(block_of(required(x), self.irreps, 0)[:, 0])
@@ -177,7 +177,7 @@ class LatentCharges(Resettable):
         return sum_into(given - taken, target, species.shape[0])
 
     def extra_repr(self) -> str:
-        return f"{self.irreps} -> {self.settings.channels} charges, dipoles={self.settings.dipoles}"
+        return f"{self.irreps} -> {self.config.channels} charges, dipoles={self.config.dipoles}"
 
 
 def charge_shares(

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from nbody_pyg.geometry import safe_norm
 from nbody_pyg.hierarchy import Hierarchy, Level, Scheme, SmoothSurvivors
-from nbody_pyg.longrange.charges import LatentCharges, LongRangeSettings
+from nbody_pyg.longrange.charges import LatentCharges, LongRangeConfig
 from nbody_pyg.longrange.ewald import EwaldField
 from nbody_pyg.longrange.translation import Translation, TranslationGate, join_pairs, merge_pairs
 from nbody_pyg.multipoles import all_pairs, l2l, m2l, m2m
@@ -177,7 +177,7 @@ class LongRange(Resettable):
     not scaled afterwards.
 
     Args:
-        settings: see :class:`~nbody_pyg.longrange.charges.LongRangeSettings`.
+        config: see :class:`~nbody_pyg.longrange.charges.LongRangeConfig`.
         scheme: composition scheme of the network.
         num_species: number of elements.
         irreps: type of the states of the atoms, or None.
@@ -192,33 +192,33 @@ class LongRange(Resettable):
 
     def __init__(
         self,
-        settings: LongRangeSettings,
+        config: LongRangeConfig,
         scheme: Scheme,
         num_species: int,
         irreps: o3.Irreps | None,
         num_basis: int,
     ) -> None:
         super().__init__()
-        self.settings = settings
+        self.config = config
         self.norm = SoftNorm()  # products may be large, charges must not be
-        self.charges = LatentCharges(settings, num_species, irreps, num_basis)
-        lmax = int(settings.dipoles)
+        self.charges = LatentCharges(config, num_species, irreps, num_basis)
+        lmax = int(config.dipoles)
         self.field: nn.Module
-        if settings.method == "hierarchy":
-            self.field = HierarchyField(scheme, lmax, settings.lmax, settings.width, settings.trained)
-        elif settings.method == "ewald":
-            self.field = EwaldField(settings.width)
+        if config.method == "hierarchy":
+            self.field = HierarchyField(scheme, lmax, config.lmax, config.width, config.trained)
+        elif config.method == "ewald":
+            self.field = EwaldField(config.width)
         else:
-            self.field = DirectField(lmax, settings.width)
-        signs = torch.ones(settings.channels)
+            self.field = DirectField(lmax, config.width)
+        signs = torch.ones(config.channels)
         signs[1::2] = -1.0
         self.strength = nn.Parameter(signs / _SLOW)
-        held = torch.zeros(settings.channels, dtype=torch.bool)
-        held[0] = settings.coulomb
+        held = torch.zeros(config.channels, dtype=torch.bool)
+        held[0] = config.coulomb
         self.register_buffer("held", held, persistent=False)
-        self.local = nn.Parameter(torch.zeros(num_species, 2 * settings.channels))
+        self.local = nn.Parameter(torch.zeros(num_species, 2 * config.channels))
         features = 0 if irreps is None else irreps[0].mul
-        self.local_states = nn.Linear(features, 2 * settings.channels, bias=False) if features else None
+        self.local_states = nn.Linear(features, 2 * config.channels, bias=False) if features else None
         if self.local_states is not None:
             nn.init.zeros_(self.local_states.weight)
 
@@ -232,9 +232,9 @@ class LongRange(Resettable):
     ) -> Float[Tensor, " atoms"]:
         x = None if x is None else self.norm(x)
         moments = self.charges(x, species, share, edges)
-        if self.settings.method != "ewald" and hierarchy.system.pbc is not None:
+        if self.config.method != "ewald" and hierarchy.system.pbc is not None:
             raise ValueError(
-                f"pbc must be off for long_range method {self.settings.method!r}, which does not know periodic images; "
+                f"pbc must be off for long_range method {self.config.method!r}, which does not know periodic images; "
                 "use 'ewald'"
             )
         field = self.field(moments, hierarchy)

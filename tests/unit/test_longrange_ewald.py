@@ -10,7 +10,7 @@ import torch
 from torch_geometric.data import Batch
 
 from nbody_pyg import AtomicData, NBodyNet, NestedShells, Potential
-from nbody_pyg.longrange.charges import LongRangeSettings
+from nbody_pyg.longrange.charges import LongRangeConfig
 from nbody_pyg.longrange.coulomb import DirectField, LongRange
 from nbody_pyg.system import System
 
@@ -148,5 +148,5 @@ def test_errors():
 def test_without_torch_pme_the_message_says_what_to_install(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "torchpme", None)
     with pytest.raises(ImportError, match=r"pip install 'nbody_pyg\[periodic\]'"):
-        LongRange(LongRangeSettings("ewald"), NestedShells((3.0,)), 1, None, 0)
-    assert LongRange(LongRangeSettings("direct"), NestedShells((3.0,)), 1, None, 0).settings.method == "direct"
+        LongRange(LongRangeConfig("ewald"), NestedShells((3.0,)), 1, None, 0)
+    assert LongRange(LongRangeConfig("direct"), NestedShells((3.0,)), 1, None, 0).config.method == "direct"
