@@ -33,7 +33,6 @@ from nbody_pyg.properties import PropertyModel
 from nbody_pyg.required import required
 from nbody_pyg.system import DEFAULT_STATE
 from nbody_pyg.training.build import potential_from_config
-from nbody_pyg.training.callbacks import Callback
 from nbody_pyg.training.checkpoint import changes, read_checkpoint
 from nbody_pyg.training.config import Config, DataConfig, ModelConfig, OutputConfig, load_config
 from nbody_pyg.training.defaults import Choice, choose_defaults, choose_init, keep_choices
@@ -56,7 +55,7 @@ from nbody_pyg.training.processes import is_first_process
 from nbody_pyg.training.property_task import PropertyEvaluation, evaluate_properties
 from nbody_pyg.training.run import FIT_FILES, FitResult, fit_in, require_device, require_elements
 from nbody_pyg.training.settings import RESUMABLE, FineTuneConfig
-from nbody_pyg.training.trainer import Trainer
+from nbody_pyg.training.trainer import Callback, Trainer
 from nbody_pyg.training.upgrades import up_to_date
 
 # Largest structure that is stored in the model file as a sample, in atoms.

@@ -20,7 +20,7 @@ from nbody_pyg.messages import symbols
 from nbody_pyg.network import learn_state, model_frames
 from nbody_pyg.potential import Potential
 from nbody_pyg.properties import PropertyModel
-from nbody_pyg.training.callbacks import Callback, MetricsCSV, RunProgress
+from nbody_pyg.training.callbacks import MetricsCSV, RunProgress
 from nbody_pyg.training.checkpoint import changes, read_checkpoint
 from nbody_pyg.training.finetune import inherit
 from nbody_pyg.training.folder import RunFolder
@@ -33,7 +33,7 @@ from nbody_pyg.training.property_task import PropertyTask
 from nbody_pyg.training.settings import RESUMABLE, FineTuneConfig, TrainingConfig
 from nbody_pyg.training.stream import StreamLoader
 from nbody_pyg.training.task import PotentialTask
-from nbody_pyg.training.trainer import Trainer
+from nbody_pyg.training.trainer import Callback, Trainer
 from nbody_pyg.training.upgrades import up_to_date
 
 
