@@ -21,11 +21,11 @@ from ase.stress import full_3x3_to_voigt_6_stress
 from torch_geometric.data import Data
 
 from nbody_pyg.data import electronic_state_of
-from nbody_pyg.deploy.model_file import load_potential, read_metadata, require_potential
 from nbody_pyg.deploy.reference import bond_changes, describe_bonds, parts_of_reference, reference_topology
 from nbody_pyg.geometry import has_volume
 from nbody_pyg.hierarchy import BondTree, Topology, TopologyCache
 from nbody_pyg.hierarchy.skin import refuse_carry_on
+from nbody_pyg.io.model_file import load_potential, read_metadata, require_potential
 from nbody_pyg.kernels import build
 from nbody_pyg.kernels.autograd_flags import Lock, locked
 from nbody_pyg.messages import check_choice

@@ -16,12 +16,13 @@ from torch_geometric.data import Data
 
 from nbody_pyg.datasets.units import SAMPLE, UnitFiles
 from nbody_pyg.energy import AtomicReference
+from nbody_pyg.io.checkpoint import changes, read_checkpoint
+from nbody_pyg.io.upgrades import up_to_date
 from nbody_pyg.messages import symbols
 from nbody_pyg.network import learn_state, model_frames
 from nbody_pyg.potential import Potential
 from nbody_pyg.properties import PropertyModel
 from nbody_pyg.training.callbacks import MetricsCSV, RunProgress
-from nbody_pyg.training.checkpoint import changes, read_checkpoint
 from nbody_pyg.training.finetune import inherit
 from nbody_pyg.training.folder import RunFolder
 from nbody_pyg.training.labels import NO_FORCES, deciding_metric, force_variance, label_shapes, targets, uniform
@@ -34,7 +35,6 @@ from nbody_pyg.training.settings import RESUMABLE, FineTuneConfig, TrainingConfi
 from nbody_pyg.training.stream import StreamLoader
 from nbody_pyg.training.task import PotentialTask
 from nbody_pyg.training.trainer import Callback, Trainer
-from nbody_pyg.training.upgrades import up_to_date
 
 
 @dataclass(frozen=True)

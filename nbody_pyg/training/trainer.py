@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch_geometric.data import Batch
 
 from nbody_pyg.interrupt import GracefulStop
-from nbody_pyg.training.checkpoint import random_state, read_checkpoint, set_random_state, write_checkpoint
+from nbody_pyg.io.checkpoint import random_state, read_checkpoint, set_random_state, write_checkpoint
 from nbody_pyg.training.clock import ProcessClock
 from nbody_pyg.training.ema import WeightEMA
 from nbody_pyg.training.flat import FlatParameters

@@ -7,9 +7,9 @@ import importlib
 import pytest
 
 from nbody_pyg import NBodyNet, datasets
+from nbody_pyg.io.upgrades import present_config, present_weights
 from nbody_pyg.nn import OneBodyGate, ProductGate, hidden_irreps
 from nbody_pyg.training.config import parse_config
-from nbody_pyg.training.upgrades import present_config, present_weights
 
 MODULES = {
     "accelerate": ("runtime.compiled", ("CompiledPotential", "compile_potential")),

@@ -15,7 +15,7 @@ Value = TypeVar("Value")
 _FORMER_MAPS = {"keep": "self_linear", "carry": "residual_linear"}
 _FORMER_MAP = re.compile(rf"(interactions\.\d+\.(?:layers\.\d+\.)?)({'|'.join(_FORMER_MAPS)})\.")
 
-#: What :func:`~nbody_pyg.training.build.potential_config` gives.
+#: What :func:`~nbody_pyg.io.description.potential_config` gives.
 Described = dict[str, Any]
 
 
