@@ -358,19 +358,20 @@ def _require_same_settings(
     """Raise ValueError if a resumed run changes a setting that must stay the same."""
     stored = checkpoint["hyper_parameters"].get("finetune") or {}
     given = {} if finetune is None else dataclasses.asdict(finetune)
-    if words := changes(stored, given, _FILES, "finetune."):
+    words = [
+        changes(stored, given, _FILES, "finetune."),
+        changes(checkpoint["hyper_parameters"]["settings"], dataclasses.asdict(settings), RESUMABLE),
+    ]
+    if any(words):
         raise ValueError(
-            f"a resumed run must not change these settings: {words}; resume with the old ones, or start anew"
+            f"a resumed run must not change these settings: {'; '.join(filter(None, words))}; resume with the old "
+            "ones, or start anew"
         )
     old, new = ((found or {}).get("sha256", "none") for found in (checkpoint["run"].get("ancestor"), ancestor))
     if finetune is not None and old != new:
         raise ValueError(
             f"init must be the model that the run started from, checksum {old[:16]}, got one of {new[:16]}; "
             "resume with that file, or start anew"
-        )
-    if words := changes(checkpoint["hyper_parameters"]["settings"], dataclasses.asdict(settings), RESUMABLE):
-        raise ValueError(
-            f"a resumed run must not change these settings: {words}; resume with the old ones, or start anew"
         )
 
 
