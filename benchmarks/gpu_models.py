@@ -1,7 +1,7 @@
 """Edge features, whole models and training steps on a GPU: eager, and replayed from CUDA graphs where that works.
 
-``graphs`` does so through :mod:`nbody_pyg.cuda_graphs`, as a simulation and a training would; the other sections
-capture the bare call.
+``graphs`` does so through :mod:`nbody_pyg.runtime.cuda_graphs`, as a simulation and a training would; the other
+sections capture the bare call.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from systems import System, molecules, water
 from torch import Tensor
 from torch_geometric.data import Batch, Data
 
-from nbody_pyg.cuda_graphs import CapturedPotential, CapturedStep
 from nbody_pyg.hierarchy import TopologyCache
 from nbody_pyg.hierarchy.topology import Topology
 from nbody_pyg.kernels import set_backend
 from nbody_pyg.nn.edges import EdgeEmbedding
 from nbody_pyg.potential import Potential
 from nbody_pyg.radial import BesselBasis, vector_window
+from nbody_pyg.runtime.cuda_graphs import CapturedPotential, CapturedStep
 from nbody_pyg.training.loss import EnergyForceLoss
 
 #: Of what graphs replay, relative to the largest number: float32 with sums in any order.

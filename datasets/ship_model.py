@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from nbody_pyg.deploy import load_model, read_metadata, save_model
-from nbody_pyg.deploy.model_file import SHIPPED
+from nbody_pyg.io.model_file import SHIPPED
 
 LARGEST = 5_000_000  # bytes
 ABOUT = {

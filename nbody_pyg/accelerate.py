@@ -1,8 +1,8 @@
-"""Old name of :mod:`nbody_pyg.compiled`."""
+"""Old name of :mod:`nbody_pyg.runtime.compiled`."""
 
 from __future__ import annotations
 
-from nbody_pyg import compiled
 from nbody_pyg.renamed import former_module
+from nbody_pyg.runtime import compiled
 
 __getattr__ = former_module(__name__, compiled, ("CompiledPotential", "compile_potential"))

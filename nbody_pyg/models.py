@@ -18,17 +18,11 @@ from torch_geometric.data import Data
 from nbody_pyg.data import has_hierarchy, no_elements, points, refuse_unstated, require_atoms
 from nbody_pyg.hierarchy import EdgeSet, Hierarchy, NestedShells, Scheme, Topology
 from nbody_pyg.kernels.autograd_flags import has_values, in_own_precision, is_tracing, opaque_to_compile
+from nbody_pyg.longrange import LongRange, LongRangeConfig, charge_shares
 from nbody_pyg.messages import check_choice, short
-from nbody_pyg.nn.charges import (
-    ElectronicEmbedding,
-    LongRangeSettings,
-    charge_shares,
-    check_inputs,
-    refuse_unused,
-)
-from nbody_pyg.nn.coulomb import LongRange
 from nbody_pyg.nn.custom import GateFactory, checked_state, gate_factories, gate_names
 from nbody_pyg.nn.edges import EdgeEmbedding, EdgeFeatures, sum_into
+from nbody_pyg.nn.electronic import ElectronicEmbedding, check_inputs, refuse_unused
 from nbody_pyg.nn.inner_cutoff import InnerCutoff
 from nbody_pyg.nn.interaction import ChannelGroups, Interaction, InteractionConfig, SoftNorm, add_to_scalars, one_gate
 from nbody_pyg.nn.irreps import (
@@ -119,9 +113,9 @@ class NBodyNet(Resettable):
         avg_num_neighbors: typical number of sources per target by edge set, such as {"pair_0": 12.0, "child_1": 3.0}
             (:func:`compute_avg_num_neighbors`).
         long_range: energy of latent charges at any distance: None, the name of a method, or settings
-            (:class:`~nbody_pyg.nn.charges.LongRangeSettings`).
+            (:class:`~nbody_pyg.longrange.charges.LongRangeConfig`).
         inputs: further inputs: "charge", the total charge, and "spin", the multiplicity
-            (:class:`~nbody_pyg.nn.charges.ElectronicEmbedding`).
+            (:class:`~nbody_pyg.nn.electronic.ElectronicEmbedding`).
         node_inputs: type of further inputs of every atom, such as "0e + 1o" for a charge and a velocity. They are
             ``data.x`` in e3nn's mul_ir order.
         softening: length below which distances are softened, in the unit of the positions
@@ -165,7 +159,7 @@ class NBodyNet(Resettable):
         parity: str = "natural",
         sweeps: str = "up-down",
         avg_num_neighbors: Mapping[str, float] | None = None,
-        long_range: str | Mapping[str, Any] | LongRangeSettings | None = None,
+        long_range: str | Mapping[str, Any] | LongRangeConfig | None = None,
         inputs: str | Sequence[str] | None = None,
         node_inputs: str | o3.Irreps | None = None,
         softening: float = SOFT_LENGTH,
@@ -186,7 +180,7 @@ class NBodyNet(Resettable):
         self.gates = gate_factories(gate)
         self.parity = check_choice("parity", parity, PARITIES)
         self.sweeps = check_choice("sweeps", sweeps, SWEEPS)
-        self.long_range_settings = None if long_range is None else LongRangeSettings.parse(long_range)
+        self.long_range_config = None if long_range is None else LongRangeConfig.parse(long_range)
         #: Which of charge and spin are inputs of the network.
         self.inputs = check_inputs(inputs) if inputs else ()
         self.assumed: dict[str, float] = {}
@@ -306,13 +300,13 @@ class NBodyNet(Resettable):
         self.embeddings, self.interactions = nn.ModuleDict(), nn.ModuleList()
         last_visit = {step.level: n for n, step in enumerate(self.steps)}
         types: dict[int, o3.Irreps] = {}
-        settings = self.long_range_settings
-        if settings is not None and (not self._shifts() or self.irreps_out.dim != 1):
+        config = self.long_range_config
+        if config is not None and (not self._shifts() or self.irreps_out.dim != 1):
             raise ValueError(
                 f"long_range is an extensive energy, but the readout is {self.readout!r} of {self.irreps_out}; "
                 "leave it out"
             )
-        dipoles = settings is not None and settings.dipoles
+        dipoles = config is not None and config.dipoles
         highest = max(int(dipoles), *(ir.l for _, ir in self.irreps_out))
         start = self.irreps[0].mul
         self.electrons = None
@@ -353,12 +347,12 @@ class NBodyNet(Resettable):
         num_scalars = self.irreps_out.count(o3.Irrep("0e"))
         self.shift = nn.Parameter(torch.zeros(len(self.species), num_scalars)) if self._shifts() else None
         self.long_range = None
-        if settings is not None:
+        if config is not None:
             self._atom_level = max((k for k in types if self._centred(k)), default=None)
             self._atom_step = next((s for s in self.steps if self._between_atoms(s)), None)
             irreps = None if self._atom_level is None else types[self._atom_level]
             functions = num_basis if self._atom_step else 0
-            self.long_range = LongRange(settings, self.scheme, len(self.species), irreps, functions)
+            self.long_range = LongRange(config, self.scheme, len(self.species), irreps, functions)
 
     def _between_atoms(self, step: Step) -> bool:
         """Whether the edges of a step join parts that each represent one atom, in both directions."""
@@ -517,7 +511,7 @@ class NBodyNet(Resettable):
         if system.topology is None and not has_values(system.pos):
             raise RuntimeError(
                 "neighbours are found from values of positions, which tracers, torch.vmap, fake and meta tensors lack; "
-                "pass topology=net.scheme.topology(z, pos), or use nbody_pyg.compiled.compile_potential"
+                "pass topology=net.scheme.topology(z, pos), or use nbody_pyg.runtime.compiled.compile_potential"
             )
         if not is_tracing():
             refuse_unused(self.used, self.assumed, {"charge": system.total_charge, "spin": system.spin})
@@ -724,7 +718,7 @@ class NBodyNet(Resettable):
             "parity": self.parity,
             "sweeps": self.sweeps,
             "avg_num_neighbors": self.avg_num_neighbors or None,
-            "long_range": None if self.long_range_settings is None else self.long_range_settings.to_dict(),
+            "long_range": None if self.long_range_config is None else self.long_range_config.to_dict(),
             "inputs": list(self.inputs) or None,
             **({} if self.node_inputs is None else {"node_inputs": str(self.node_inputs)}),
             **({} if self.softening == SOFT_LENGTH else {"softening": self.softening}),
@@ -747,7 +741,7 @@ class NBodyNet(Resettable):
     def neutral(self) -> NBodyNet:
         """A network without the inputs charge and spin that has the values of this one for neutral singlets.
 
-        There the :class:`~nbody_pyg.nn.charges.ElectronicEmbedding` is zero, and so are all messages from it. The
+        There the :class:`~nbody_pyg.nn.electronic.ElectronicEmbedding` is zero, and so are all messages from it. The
         weights are copies. It is cheaper, and refuses charges.
 
         Raises: ValueError: a network in which these inputs are not the only initial states (own gates, node inputs), or

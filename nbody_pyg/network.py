@@ -17,7 +17,7 @@ from nbody_pyg.data import complete_states, has_hierarchy, require_atoms
 from nbody_pyg.geometry import rounded_positions
 from nbody_pyg.hierarchy import Scheme, Topology
 from nbody_pyg.models import NBodyNet
-from nbody_pyg.nn.charges import refuse_unused
+from nbody_pyg.nn.electronic import refuse_unused
 from nbody_pyg.nn.term import Structure
 from nbody_pyg.required import required
 from nbody_pyg.system import DEFAULT_STATE, System, spin_multiplicity, total_charge

@@ -32,7 +32,7 @@ from nbody_pyg.data import AtomicData
 from nbody_pyg.datasets.frames import Frames
 from nbody_pyg.deploy.committee import Committee
 from nbody_pyg.deploy.dynamics import run_md
-from nbody_pyg.deploy.model_file import load_potential, require_potential, save_model
+from nbody_pyg.io.model_file import load_potential, require_potential, save_model
 from nbody_pyg.messages import short
 from nbody_pyg.network import frame_states
 from nbody_pyg.potential import Potential

@@ -12,7 +12,7 @@ from nbody_pyg.cli.frames import read_structures
 from nbody_pyg.cli.outputs import output_file
 from nbody_pyg.data import AtomicData
 from nbody_pyg.deploy import read_metadata
-from nbody_pyg.deploy.model_file import load_potential
+from nbody_pyg.io.model_file import load_potential
 from nbody_pyg.testing import Check, check_potential
 
 #: Exit status when a check failed; 1 is an error in the input, 2 wrong arguments.

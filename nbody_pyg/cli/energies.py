@@ -14,9 +14,9 @@ from nbody_pyg.cli.outputs import output_plot
 from nbody_pyg.cli.tables import table
 from nbody_pyg.data import AtomicData
 from nbody_pyg.deploy import EnergyExplanation, explain_energy, plot_energy_parts, read_metadata
-from nbody_pyg.deploy.model_file import load_potential
 from nbody_pyg.deploy.reference import bond_changes, is_periodic, reference_topology
 from nbody_pyg.hierarchy import Scheme, Topology
+from nbody_pyg.io.model_file import load_potential
 from nbody_pyg.system import System
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from nbody_pyg.cli.outputs import output_folder
-from nbody_pyg.deploy.model_file import load_potential
+from nbody_pyg.io.model_file import load_potential
 from nbody_pyg.native.export import FILES, export_c
 from nbody_pyg.system import PRECISIONS
 

@@ -13,7 +13,7 @@ from ase.data import chemical_symbols
 
 from nbody_pyg.cli.tables import error_table, table
 from nbody_pyg.deploy import cg_fingerprint, load_model, read_metadata
-from nbody_pyg.deploy.model_file import SEALED
+from nbody_pyg.io.model_file import SEALED
 from nbody_pyg.kernels import available_backends, build
 from nbody_pyg.kernels.backend import backend
 from nbody_pyg.messages import printable

@@ -12,7 +12,7 @@ from nbody_pyg.cli.frames import read_atoms, write_atoms
 from nbody_pyg.cli.outputs import output_folder
 from nbody_pyg.cli.tables import table
 from nbody_pyg.deploy.infrared import dipole_of, infrared_spectrum, plot_infrared
-from nbody_pyg.deploy.model_file import load_model
+from nbody_pyg.io.model_file import load_model
 
 _NAMES = ("infrared.json", "infrared.csv", "relaxed.xyz", "infrared.png")
 

@@ -13,9 +13,9 @@ from nbody_pyg.cli.outputs import output_file
 from nbody_pyg.cli.tables import table
 from nbody_pyg.data import AtomicData
 from nbody_pyg.deploy import relax as relax_frames
-from nbody_pyg.deploy.model_file import load_potential
 from nbody_pyg.deploy.relax import as_data, as_it_came
 from nbody_pyg.interrupt import GracefulStop
+from nbody_pyg.io.model_file import load_potential
 from nbody_pyg.units import GIGAPASCAL
 
 #: Exit status when a structure did not converge.

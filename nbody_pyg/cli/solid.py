@@ -10,8 +10,8 @@ from nbody_pyg.atomic_write import write_json
 from nbody_pyg.cli.frames import read_atoms, write_atoms
 from nbody_pyg.cli.outputs import output_folder
 from nbody_pyg.cli.tables import table
-from nbody_pyg.deploy.model_file import load_potential
 from nbody_pyg.deploy.solids import COMPONENTS, plot_equation_of_state, solid_properties
+from nbody_pyg.io.model_file import load_potential
 
 _NAMES = ("solid.json", "relaxed.xyz", "equation_of_state.png")
 

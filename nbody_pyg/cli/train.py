@@ -26,15 +26,15 @@ from nbody_pyg.datasets.readers import find_files
 from nbody_pyg.datasets.splits import Split, read_split
 from nbody_pyg.datasets.units import are_units, unit_files
 from nbody_pyg.deploy import load_model, read_metadata, reference_record, save_model, shipped_models
-from nbody_pyg.deploy.model_file import load_potential
+from nbody_pyg.io.checkpoint import changes, read_checkpoint
+from nbody_pyg.io.description import potential_from_config
+from nbody_pyg.io.model_file import load_potential
+from nbody_pyg.io.upgrades import up_to_date
 from nbody_pyg.network import frame_states
 from nbody_pyg.potential import Potential
 from nbody_pyg.properties import PropertyModel
 from nbody_pyg.required import required
 from nbody_pyg.system import DEFAULT_STATE
-from nbody_pyg.training.build import potential_from_config
-from nbody_pyg.training.callbacks import Callback
-from nbody_pyg.training.checkpoint import changes, read_checkpoint
 from nbody_pyg.training.config import Config, DataConfig, ModelConfig, OutputConfig, load_config
 from nbody_pyg.training.defaults import Choice, choose_defaults, choose_init, keep_choices
 from nbody_pyg.training.evaluation import Evaluation, evaluate
@@ -56,8 +56,7 @@ from nbody_pyg.training.processes import is_first_process
 from nbody_pyg.training.property_task import PropertyEvaluation, evaluate_properties
 from nbody_pyg.training.run import FIT_FILES, FitResult, fit_in, require_device, require_elements
 from nbody_pyg.training.settings import RESUMABLE, FineTuneConfig
-from nbody_pyg.training.trainer import Trainer
-from nbody_pyg.training.upgrades import up_to_date
+from nbody_pyg.training.trainer import Callback, Trainer
 
 # Largest structure that is stored in the model file as a sample, in atoms.
 _LARGEST_SAMPLE = 1000

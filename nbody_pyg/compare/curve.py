@@ -9,9 +9,8 @@ import numpy as np
 from torch_geometric.data import Data
 
 from nbody_pyg.potential import Potential
-from nbody_pyg.training.callbacks import Callback
 from nbody_pyg.training.evaluation import evaluate
-from nbody_pyg.training.trainer import Trainer
+from nbody_pyg.training.trainer import Callback, Trainer
 
 
 class LearningCurve(Callback):

@@ -8,12 +8,12 @@ from nbody_pyg.deploy.calculator import NBodyCalculator
 from nbody_pyg.deploy.committee import Committee, stop_on_uncertainty
 from nbody_pyg.deploy.energies import EnergyExplanation, explain_energy
 from nbody_pyg.deploy.energy_plot import plot_energy_parts
-from nbody_pyg.deploy.fingerprint import cg_fingerprint
-from nbody_pyg.deploy.model_file import find_model, load_model, read_metadata, save_model, shipped_models
 from nbody_pyg.deploy.reference import reference_record, reference_topology, with_reference
 from nbody_pyg.deploy.relax import Relaxation, relax
+from nbody_pyg.io.fingerprint import cg_fingerprint
+from nbody_pyg.io.model_file import find_model, load_model, read_metadata, save_model, shipped_models
+from nbody_pyg.io.upgrades import FORMAT_VERSION
 from nbody_pyg.lazy_imports import imported_later
-from nbody_pyg.training.upgrades import FORMAT_VERSION
 
 if TYPE_CHECKING:
     from nbody_pyg.deploy.dynamics import MDReport, run_md

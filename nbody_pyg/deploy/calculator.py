@@ -20,20 +20,19 @@ from ase.data import chemical_symbols
 from ase.stress import full_3x3_to_voigt_6_stress
 from torch_geometric.data import Data
 
-from nbody_pyg.compiled import compile_potential
-from nbody_pyg.cuda_graphs import CapturedPotential
 from nbody_pyg.data import electronic_state_of
-from nbody_pyg.deploy.model_file import load_potential, read_metadata, require_potential
 from nbody_pyg.deploy.reference import bond_changes, describe_bonds, parts_of_reference, reference_topology
 from nbody_pyg.geometry import has_volume
 from nbody_pyg.hierarchy import BondTree, Topology, TopologyCache
 from nbody_pyg.hierarchy.skin import refuse_carry_on
+from nbody_pyg.io.model_file import load_potential, read_metadata, require_potential
 from nbody_pyg.kernels import build
 from nbody_pyg.kernels.autograd_flags import Lock, locked
 from nbody_pyg.messages import check_choice
 from nbody_pyg.native import NativeEvaluator, why_not, why_not_here
 from nbody_pyg.potential import Potential
 from nbody_pyg.required import required
+from nbody_pyg.runtime import CapturedPotential, compile_potential
 from nbody_pyg.system import PRECISIONS, System
 
 #: Descriptions of the source of the bonds.
@@ -153,10 +152,11 @@ class NBodyCalculator(SharedCalculator):
         carry_on: without effect, as parts no longer depend on earlier calls; will be removed.
         skin: extra radius of the neighbour search (angstrom); a new search is needed only when an atom has moved by
             half of it. Energies and forces do not depend on it; 0 searches at every step.
-        compile: run the model as one compiled program (:func:`~nbody_pyg.compiled.compile_potential`): much faster for
-            small systems; the first step takes some seconds. Only for NBodyNet; needs a C++ compiler.
-        cuda_graphs: replay steps on a GPU from CUDA graphs (:class:`~nbody_pyg.cuda_graphs.CapturedPotential`), for
-            NBodyNet only. Graphs are valid from one neighbour search to the next, so use a larger ``skin``, such as 1.
+        compile: run the model as one compiled program (:func:`~nbody_pyg.runtime.compiled.compile_potential`): much
+            faster for small systems; the first step takes some seconds. Only for NBodyNet; needs a C++ compiler.
+        cuda_graphs: replay steps on a GPU from CUDA graphs (:class:`~nbody_pyg.runtime.cuda_graphs.CapturedPotential`),
+            for NBodyNet only. Graphs are valid from one neighbour search to the next, so use a larger ``skin``, such
+            as 1.
         bonds: "each", "first", or a structure (ASE's Atoms, or Data with what the scheme reads), see above.
         engine: "native": a generated C program (:class:`~nbody_pyg.native.NativeEvaluator`), compiled at the first
             step; "torch"; "auto": native where it can compute this potential on the CPU and a C compiler exists. The

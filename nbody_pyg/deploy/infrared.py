@@ -15,10 +15,10 @@ from torch_geometric.data import Data
 
 from nbody_pyg.atomic_write import save_figure
 from nbody_pyg.data import AtomicData
-from nbody_pyg.deploy.model_file import load_model, load_potential
 from nbody_pyg.deploy.reference import with_reference
 from nbody_pyg.deploy.relax import relax
 from nbody_pyg.hierarchy import Scheme
+from nbody_pyg.io.model_file import load_model, load_potential
 from nbody_pyg.potential import Potential
 from nbody_pyg.properties import Property, PropertyModel
 from nbody_pyg.required import required

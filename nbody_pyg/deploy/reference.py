@@ -12,8 +12,8 @@ from torch import Tensor
 from torch_geometric.data import Data
 
 from nbody_pyg.data import AtomicData, has_hierarchy
-from nbody_pyg.deploy.model_file import read_metadata
 from nbody_pyg.hierarchy import BondTree, Scheme, Topology, share_topology
+from nbody_pyg.io.model_file import read_metadata
 from nbody_pyg.system import System
 
 #: Number of bonds that a message lists.

@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from nbody_pyg.deploy.model_file import load_potential, require_potential
 from nbody_pyg.hierarchy import TopologyCache
+from nbody_pyg.io.model_file import load_potential, require_potential
 from nbody_pyg.potential import Potential
 
 

@@ -15,9 +15,9 @@ from typing import Any, SupportsIndex
 import numpy as np
 from ase import Atoms
 
-from nbody_pyg.deploy.model_file import read_metadata
 from nbody_pyg.engines.host import HostAtoms
 from nbody_pyg.engines.installed import require_engine
+from nbody_pyg.io.model_file import read_metadata
 from nbody_pyg.units import KJ_PER_MOL, LENGTH_UNITS
 
 #: First version of OpenMM with PythonForce.

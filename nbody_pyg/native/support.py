@@ -12,8 +12,8 @@ from nbody_pyg.hierarchy import NestedShells
 from nbody_pyg.kernels import backend, build
 from nbody_pyg.models import NBodyNet
 from nbody_pyg.nn.as_written import AsWritten, written
-from nbody_pyg.nn.charges import ElectronicEmbedding
 from nbody_pyg.nn.edges import EdgeEmbedding
+from nbody_pyg.nn.electronic import ElectronicEmbedding
 from nbody_pyg.nn.gates import DensityGate, OneBodyGate, ProductGate
 from nbody_pyg.nn.harmonics import SolidHarmonics
 from nbody_pyg.nn.inner_cutoff import InnerCutoff

@@ -1,6 +1,5 @@
 """Training: data in batches, loss, schedule, averaging and the loop."""
 
-from nbody_pyg.training.callbacks import Callback
 from nbody_pyg.training.ema import WeightEMA
 from nbody_pyg.training.finetune import tuned_model
 from nbody_pyg.training.labels import force_variance
@@ -12,7 +11,7 @@ from nbody_pyg.training.run import FitResult, fit
 from nbody_pyg.training.schedule import WarmupCosine
 from nbody_pyg.training.settings import FineTuneConfig, TrainingConfig
 from nbody_pyg.training.task import PotentialTask
-from nbody_pyg.training.trainer import Trainer
+from nbody_pyg.training.trainer import Callback, Trainer
 
 __all__ = [
     "Callback",

@@ -7,40 +7,11 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
 from nbody_pyg.atomic_write import atomic_write
-
-if TYPE_CHECKING:
-    from nbody_pyg.training.trainer import Trainer
-
-
-class Callback:
-    """Base class with hooks of a run, which do nothing by default. Its state is stored in every checkpoint."""
-
-    def on_start(self, trainer: Trainer) -> None:
-        """Before the first step, also of a resumed run."""
-
-    def on_step(self, trainer: Trainer) -> None:
-        """After every step."""
-
-    def on_validation(self, trainer: Trainer, scores: Mapping[str, float]) -> None:
-        """After a validation, with its errors (see :class:`ErrorMeter`)."""
-
-    def on_end(self, trainer: Trainer) -> None:
-        """After the last step, before the last checkpoint."""
-
-    def on_save(self, trainer: Trainer, checkpoint: dict[str, Any]) -> None:
-        """Before a checkpoint is written, by the process that writes it."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """Tensors and plain values."""
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Load the result of :meth:`state_dict`, if it is not empty."""
+from nbody_pyg.training.trainer import Callback, Trainer
 
 
 class MetricsCSV(Callback):

@@ -5,12 +5,10 @@ from __future__ import annotations
 import importlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
-from nbody_pyg.training.callbacks import Callback, MetricsCSV
-
-if TYPE_CHECKING:
-    from nbody_pyg.training.trainer import Trainer
+from nbody_pyg.training.callbacks import MetricsCSV
+from nbody_pyg.training.trainer import Callback, Trainer
 
 
 class RunLog(Callback):

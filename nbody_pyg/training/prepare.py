@@ -42,7 +42,7 @@ from nbody_pyg.energy import AtomicReference
 from nbody_pyg.hierarchy import Scheme, Topology, share_topology
 from nbody_pyg.messages import check_choice
 from nbody_pyg.network import check_states, frame_states, learn_state, without_ions
-from nbody_pyg.nn.charges import check_inputs
+from nbody_pyg.nn.electronic import check_inputs
 from nbody_pyg.nn.inner_cutoff import inner_cutoffs
 from nbody_pyg.nn.repulsion import ZBLRepulsion
 from nbody_pyg.potential import Potential

@@ -16,12 +16,13 @@ from torch_geometric.data import Data
 
 from nbody_pyg.datasets.units import SAMPLE, UnitFiles
 from nbody_pyg.energy import AtomicReference
+from nbody_pyg.io.checkpoint import changes, read_checkpoint
+from nbody_pyg.io.upgrades import up_to_date
 from nbody_pyg.messages import symbols
 from nbody_pyg.network import learn_state, model_frames
 from nbody_pyg.potential import Potential
 from nbody_pyg.properties import PropertyModel
-from nbody_pyg.training.callbacks import Callback, MetricsCSV, RunProgress
-from nbody_pyg.training.checkpoint import changes, read_checkpoint
+from nbody_pyg.training.callbacks import MetricsCSV, RunProgress
 from nbody_pyg.training.finetune import inherit
 from nbody_pyg.training.folder import RunFolder
 from nbody_pyg.training.labels import NO_FORCES, deciding_metric, force_variance, label_shapes, targets, uniform
@@ -33,8 +34,7 @@ from nbody_pyg.training.property_task import PropertyTask
 from nbody_pyg.training.settings import RESUMABLE, FineTuneConfig, TrainingConfig
 from nbody_pyg.training.stream import StreamLoader
 from nbody_pyg.training.task import PotentialTask
-from nbody_pyg.training.trainer import Trainer
-from nbody_pyg.training.upgrades import up_to_date
+from nbody_pyg.training.trainer import Callback, Trainer
 
 
 @dataclass(frozen=True)
@@ -358,19 +358,20 @@ def _require_same_settings(
     """Raise ValueError if a resumed run changes a setting that must stay the same."""
     stored = checkpoint["hyper_parameters"].get("finetune") or {}
     given = {} if finetune is None else dataclasses.asdict(finetune)
-    if words := changes(stored, given, _FILES, "finetune."):
+    words = [
+        changes(stored, given, _FILES, "finetune."),
+        changes(checkpoint["hyper_parameters"]["settings"], dataclasses.asdict(settings), RESUMABLE),
+    ]
+    if any(words):
         raise ValueError(
-            f"a resumed run must not change these settings: {words}; resume with the old ones, or start anew"
+            f"a resumed run must not change these settings: {'; '.join(filter(None, words))}; resume with the old "
+            "ones, or start anew"
         )
     old, new = ((found or {}).get("sha256", "none") for found in (checkpoint["run"].get("ancestor"), ancestor))
     if finetune is not None and old != new:
         raise ValueError(
             f"init must be the model that the run started from, checksum {old[:16]}, got one of {new[:16]}; "
             "resume with that file, or start anew"
-        )
-    if words := changes(checkpoint["hyper_parameters"]["settings"], dataclasses.asdict(settings), RESUMABLE):
-        raise ValueError(
-            f"a resumed run must not change these settings: {words}; resume with the old ones, or start anew"
         )
 
 

@@ -10,18 +10,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nbody_pyg.compiled import compile_potential
+from nbody_pyg.io.checkpoint import changes, read_checkpoint
+from nbody_pyg.io.description import potential_config, potential_from_config
+from nbody_pyg.io.upgrades import up_to_date
 from nbody_pyg.potential import Potential
 from nbody_pyg.properties import PropertyModel
+from nbody_pyg.runtime import compile_potential
 from nbody_pyg.training.adapters import Adapters
-from nbody_pyg.training.build import potential_config, potential_from_config
-from nbody_pyg.training.checkpoint import changes, read_checkpoint
 from nbody_pyg.training.labels import aligned, has_stress
 from nbody_pyg.training.loss import EnergyForceLoss
 from nbody_pyg.training.metrics import ErrorMeter, Meter, RunningMeans
 from nbody_pyg.training.parts import adapted_maps, choose_parts
 from nbody_pyg.training.settings import FineTuneConfig, TrainingConfig
-from nbody_pyg.training.upgrades import up_to_date
 
 
 class PotentialTask(nn.Module):

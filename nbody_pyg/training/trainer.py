@@ -1,4 +1,4 @@
-"""Trainer: the loop of a run, from its first step to its last checkpoint."""
+"""Trainer: the loop of a run, from its first step to its last checkpoint; Callback: what it calls meanwhile."""
 
 from __future__ import annotations
 
@@ -14,8 +14,7 @@ import torch.distributed as dist
 from torch_geometric.data import Batch
 
 from nbody_pyg.interrupt import GracefulStop
-from nbody_pyg.training.callbacks import Callback
-from nbody_pyg.training.checkpoint import random_state, read_checkpoint, set_random_state, write_checkpoint
+from nbody_pyg.io.checkpoint import random_state, read_checkpoint, set_random_state, write_checkpoint
 from nbody_pyg.training.clock import ProcessClock
 from nbody_pyg.training.ema import WeightEMA
 from nbody_pyg.training.flat import FlatParameters
@@ -24,6 +23,32 @@ from nbody_pyg.training.optim import build_optimizer
 from nbody_pyg.training.schedule import WarmupCosine
 from nbody_pyg.training.stream import StreamLoader
 from nbody_pyg.training.task import PotentialTask
+
+
+class Callback:
+    """Base class with hooks of a run, which do nothing by default. Its state is stored in every checkpoint."""
+
+    def on_start(self, trainer: Trainer) -> None:
+        """Before the first step, also of a resumed run."""
+
+    def on_step(self, trainer: Trainer) -> None:
+        """After every step."""
+
+    def on_validation(self, trainer: Trainer, scores: Mapping[str, float]) -> None:
+        """After a validation, with its errors (see :class:`ErrorMeter`)."""
+
+    def on_end(self, trainer: Trainer) -> None:
+        """After the last step, before the last checkpoint."""
+
+    def on_save(self, trainer: Trainer, checkpoint: dict[str, Any]) -> None:
+        """Before a checkpoint is written, by the process that writes it."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and plain values."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Load the result of :meth:`state_dict`, if it is not empty."""
 
 
 class Trainer:

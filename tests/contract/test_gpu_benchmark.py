@@ -84,7 +84,7 @@ def test_models_on_a_device_and_missing_peers(gpu, tmp_path, capsys):
 
 def test_graphs_of_the_library_are_compared_then_timed(gpu, tmp_path, monkeypatch, capsys):
     """With a stand-in that runs again what it recorded; the mutant gives forces of before."""
-    from nbody_pyg import cuda_graphs
+    from nbody_pyg.runtime import cuda_graphs
 
     words = ("--waters", "4", "--batches", "2", "--sections", "graphs")
     status, found = _run(gpu, tmp_path, *words)

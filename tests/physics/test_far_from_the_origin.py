@@ -10,13 +10,13 @@ from torch import nn
 from torch_geometric.data import Batch, Data
 
 from nbody_pyg import BondTree, FromAssignment, NBodyNet, NestedShells, Potential, ShellsAndPieces, SmoothSurvivors
-from nbody_pyg.compiled import CompiledPotential
-from nbody_pyg.cuda_graphs import CapturedPotential, CapturedStep
 from nbody_pyg.data import AtomicData
 from nbody_pyg.deploy import Committee, NBodyCalculator, relax, run_md
 from nbody_pyg.geometry import rounded_positions
 from nbody_pyg.nn.repulsion import ZBLRepulsion
 from nbody_pyg.properties import Property, PropertyModel, property_irreps
+from nbody_pyg.runtime.compiled import CompiledPotential
+from nbody_pyg.runtime.cuda_graphs import CapturedPotential, CapturedStep
 
 FAR = torch.tensor([1.0, 0.7, -0.3], dtype=torch.float64)
 SCHEMES = {

@@ -14,8 +14,8 @@ import factories
 from nbody_pyg import BondTree, FromAssignment, NBodyNet, NestedShells, Potential, SmoothSurvivors
 from nbody_pyg.data import AtomicData
 from nbody_pyg.deploy import NBodyCalculator
-from nbody_pyg.nn.charges import LatentCharges, LongRangeSettings
-from nbody_pyg.nn.coulomb import DirectField, HierarchyField
+from nbody_pyg.longrange.charges import LatentCharges, LongRangeConfig
+from nbody_pyg.longrange.coulomb import DirectField, HierarchyField
 from nbody_pyg.testing import assert_batch_independent, assert_conservative, assert_equivariant
 from nbody_pyg.units import COULOMB
 
@@ -322,7 +322,7 @@ def test_settings_say_what_is_wrong(molecules):
         ({"method": "ewald", "dipoles": True}, "dipoles must be off with method 'ewald'"),
     ]:
         with pytest.raises(ValueError, match=message):
-            LongRangeSettings.parse(given)
+            LongRangeConfig.parse(given)
     with pytest.raises(ValueError, match=r"needs parts with pairs, but level 1 of the scheme, 'shell 1', has no"):
         _net(NestedShells((4.0,)), "hierarchy")
     with pytest.raises(ValueError, match=r"cutoffs\[1\] of SmoothSurvivors must be at least 11\.57 angstrom"):
@@ -330,7 +330,7 @@ def test_settings_say_what_is_wrong(molecules):
     with pytest.raises(ValueError, match="long_range is an extensive energy, but the readout is 'sum' of 1x1o"):
         _net(NestedShells((4.0,)), "direct", irreps_out="1o")
     with pytest.raises(ValueError, match="dipoles must come from vectors 1o"):
-        LatentCharges(LongRangeSettings(dipoles=True), 2)
+        LatentCharges(LongRangeConfig(dipoles=True), 2)
     net = _net(NestedShells((4.0,)))
     with pytest.raises(ValueError, match="charge must have one value for each of 1 graphs, got 2"):
         net(z, pos, charge=torch.zeros(2))

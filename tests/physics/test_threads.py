@@ -16,11 +16,11 @@ from ase.build import molecule
 from ase.mep import NEB
 
 from nbody_pyg import NBodyNet, NestedShells, Potential
-from nbody_pyg.compiled import compile_potential
 from nbody_pyg.deploy import Committee, NBodyCalculator, save_model
-from nbody_pyg.deploy.model_file import load_potential
+from nbody_pyg.io.model_file import load_potential
 from nbody_pyg.kernels import autograd_flags
 from nbody_pyg.kernels.opaque import opaque_products
+from nbody_pyg.runtime.compiled import compile_potential
 
 
 def ethanol(seed: int = 0):

@@ -16,7 +16,8 @@ from nbody_pyg import NBodyNet, NestedShells, Potential
 from nbody_pyg.atomic_write import atomic_write, write_json, write_text
 from nbody_pyg.cli import main
 from nbody_pyg.datasets import load_embedded
-from nbody_pyg.deploy import load_model, model_file, save_model
+from nbody_pyg.deploy import load_model, save_model
+from nbody_pyg.io import model_file
 from nbody_pyg.training import TrainingConfig, fit
 
 

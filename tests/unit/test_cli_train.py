@@ -16,7 +16,7 @@ from nbody_pyg.cli import main
 from nbody_pyg.cli import train as train_module
 from nbody_pyg.datasets import load_embedded
 from nbody_pyg.deploy import load_model, read_metadata
-from nbody_pyg.training.checkpoint import read_checkpoint
+from nbody_pyg.io.checkpoint import read_checkpoint
 from nbody_pyg.training.config import load_config
 
 TINY = ["--model.channels", "2", "--model.lmax", "1", "--model.scheme.radii", "[3.0]", "--training.batch_size", "2",

@@ -28,8 +28,8 @@ from nbody_pyg.datasets.convert import ConvertConfig, convert
 from nbody_pyg.datasets.frames import LABEL_SHAPES
 from nbody_pyg.datasets.readers import find_files, join_frames
 from nbody_pyg.deploy import read_metadata
+from nbody_pyg.io.checkpoint import read_checkpoint
 from nbody_pyg.training import TrainingConfig, fit
-from nbody_pyg.training.checkpoint import read_checkpoint
 from nbody_pyg.training.config import DataConfig
 from nbody_pyg.training.prepare import load_data
 

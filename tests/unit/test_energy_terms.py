@@ -14,8 +14,6 @@ import factories
 from comparison import assert_same_results
 from factories import StandIn
 from nbody_pyg import BondTree, EnergyTerm, NestedShells, Potential
-from nbody_pyg.compiled import compile_potential
-from nbody_pyg.cuda_graphs import CapturedPotential, CapturedStep
 from nbody_pyg.datasets import fit_atomic_energies, fit_reference, load_embedded
 from nbody_pyg.deploy import NBodyCalculator, explain_energy, load_model, relax, run_md, save_model
 from nbody_pyg.energy import Structure
@@ -24,6 +22,8 @@ from nbody_pyg.kernels.autograd_flags import tracing
 from nbody_pyg.nn.repulsion import ZBLRepulsion
 from nbody_pyg.potential import parameter_gradients
 from nbody_pyg.radial import smooth_cutoff
+from nbody_pyg.runtime.compiled import compile_potential
+from nbody_pyg.runtime.cuda_graphs import CapturedPotential, CapturedStep
 from nbody_pyg.system import System
 from nbody_pyg.testing import assert_conservative, assert_equivariant, assert_extensive, assert_smooth, check_potential
 from nbody_pyg.training import TrainingConfig, fit

@@ -16,12 +16,13 @@ from nbody_pyg import AtomicReference, BondTree, NestedShells, Potential
 from nbody_pyg.cli import main
 from nbody_pyg.data import AtomicData
 from nbody_pyg.datasets import load_embedded
-from nbody_pyg.deploy import find_model, load_model, model_file, read_metadata, save_model, shipped_models
+from nbody_pyg.deploy import find_model, load_model, read_metadata, save_model, shipped_models
+from nbody_pyg.io import model_file
+from nbody_pyg.io.checkpoint import read_checkpoint
 from nbody_pyg.nn.linear import RowLinear
 from nbody_pyg.properties import Property, PropertyModel, Statistics
 from nbody_pyg.training import TrainingConfig, defaults, fit
 from nbody_pyg.training.adapters import Adapters
-from nbody_pyg.training.checkpoint import read_checkpoint
 from nbody_pyg.training.finetune import inherit, nearest_element, replayed, tuned_model
 from nbody_pyg.training.settings import FineTuneConfig
 

@@ -18,6 +18,7 @@ from nbody_pyg.data import AtomicData
 from nbody_pyg.datasets import load_embedded
 from nbody_pyg.explain import ExplainableNet
 from nbody_pyg.hierarchy import SmoothSurvivors
+from nbody_pyg.io.upgrades import up_to_date
 from nbody_pyg.models import compute_avg_num_neighbors
 from nbody_pyg.nn import (
     ChannelwiseProduct,
@@ -38,7 +39,6 @@ from nbody_pyg.properties import Property, PropertyModel, Statistics, property_i
 from nbody_pyg.testing import assert_equivariant, rotate_features
 from nbody_pyg.training.config import ModelConfig
 from nbody_pyg.training.prepare import explicit
-from nbody_pyg.training.upgrades import up_to_date
 
 SCHEMES = [
     BondTree(4.0),

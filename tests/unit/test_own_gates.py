@@ -13,13 +13,13 @@ from torch import nn
 
 from comparison import assert_physics
 from nbody_pyg import BondTree, FromAssignment, NBodyNet, NestedShells, Potential, ShellsAndPieces, SmoothSurvivors
-from nbody_pyg.compiled import compile_potential
 from nbody_pyg.data import AtomicData
 from nbody_pyg.deploy import NBodyCalculator, load_model, save_model
 from nbody_pyg.explain import ExplainableNet
 from nbody_pyg.nn.edges import EdgeFeatures, sum_into
 from nbody_pyg.nn.gates import OneBodyGate
 from nbody_pyg.nn.linear import RowLinear
+from nbody_pyg.runtime.compiled import compile_potential
 from nbody_pyg.testing import (
     assert_equivariant,
     random_molecule,

@@ -7,13 +7,13 @@ import importlib
 import pytest
 
 from nbody_pyg import NBodyNet, datasets
+from nbody_pyg.io.upgrades import present_config, present_weights
 from nbody_pyg.nn import OneBodyGate, ProductGate, hidden_irreps
 from nbody_pyg.training.config import parse_config
-from nbody_pyg.training.upgrades import present_config, present_weights
 
 MODULES = {
-    "accelerate": ("compiled", ("CompiledPotential", "compile_potential")),
-    "graphs": ("cuda_graphs", ("CapturedPotential", "CapturedStep")),
+    "accelerate": ("runtime.compiled", ("CompiledPotential", "compile_potential")),
+    "graphs": ("runtime.cuda_graphs", ("CapturedPotential", "CapturedStep")),
     "kernels.scope": ("kernels.autograd_flags", ("is_tracing", "dry_run")),
 }
 

@@ -16,8 +16,8 @@ from damage import assert_error_or_right, damaged_copies
 from nbody_pyg.cli import main
 from nbody_pyg.datasets import UnitFiles, fit_atomic_energies, load_embedded, read_frames
 from nbody_pyg.deploy import load_model, read_metadata
+from nbody_pyg.io.checkpoint import read_checkpoint
 from nbody_pyg.training import TrainingConfig, fit
-from nbody_pyg.training.checkpoint import read_checkpoint
 from nbody_pyg.training.config import load_config
 from nbody_pyg.training.stream import StreamLoader
 

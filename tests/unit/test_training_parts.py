@@ -12,10 +12,10 @@ from torch import nn
 from factories import Springs
 from nbody_pyg.data import AtomicData
 from nbody_pyg.hierarchy import NestedShells
+from nbody_pyg.io.description import potential_config, potential_from_config
 from nbody_pyg.models import NBodyNet
 from nbody_pyg.potential import AtomicReference, Potential
 from nbody_pyg.training import EnergyForceLoss, ErrorMeter, FrameLoader, WarmupCosine, build_optimizer, optim
-from nbody_pyg.training.build import potential_config, potential_from_config
 from nbody_pyg.training.clock import ProcessClock
 from nbody_pyg.training.ema import WeightEMA
 from nbody_pyg.training.evaluation import evaluate

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from nbody_pyg.data import AtomicData
+from nbody_pyg.io.checkpoint import read_checkpoint, seal
 from nbody_pyg.potential import Potential
 from nbody_pyg.training import TrainingConfig, fit, force_variance
-from nbody_pyg.training.checkpoint import read_checkpoint, seal
 from nbody_pyg.training.loader import FrameLoader
 from nbody_pyg.training.run import require_device
 from nbody_pyg.training.settings import RESUMABLE

@@ -10,7 +10,6 @@ from torch import nn
 
 from comparison import assert_fused_is_forward, assert_physics
 from nbody_pyg import BondTree, FromAssignment, NBodyNet, NestedShells, Potential, SmoothSurvivors
-from nbody_pyg.compiled import compile_potential
 from nbody_pyg.data import AtomicData
 from nbody_pyg.deploy import NBodyCalculator, load_model, save_model
 from nbody_pyg.explain import ExplainableNet
@@ -20,6 +19,7 @@ from nbody_pyg.nn.gates import DensityGate, EnteredGate, OneBodyGate, ProductGat
 from nbody_pyg.nn.interaction import ChannelGroups, Interaction, SoftNorm
 from nbody_pyg.nn.irreps import channel_groups, level_types, state_shape, state_type
 from nbody_pyg.nn.linear import IrrepsLinear, RowLinear
+from nbody_pyg.runtime.compiled import compile_potential
 from nbody_pyg.testing import (
     assert_conservative,
     assert_equivariant,

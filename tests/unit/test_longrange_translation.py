@@ -7,8 +7,8 @@ from itertools import pairwise
 import pytest
 import torch
 
+from nbody_pyg.longrange.translation import Translation, TranslationGate, join_pairs, merge_pairs
 from nbody_pyg.multipoles import all_pairs, direct_potential, l2l, m2l, m2m
-from nbody_pyg.nn.translation import Translation, TranslationGate, join_pairs, merge_pairs
 
 
 def _edges(generator):

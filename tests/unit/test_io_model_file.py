@@ -20,12 +20,11 @@ from nbody_pyg.deploy import (
     Committee,
     NBodyCalculator,
     cg_fingerprint,
-    fingerprint,
     load_model,
-    model_file,
     read_metadata,
     save_model,
 )
+from nbody_pyg.io import fingerprint, model_file
 from nbody_pyg.models import NBodyNet
 from nbody_pyg.potential import AtomicReference, Potential
 

@@ -18,14 +18,14 @@ from nbody_pyg import (
     ShellsAndPieces,
     SmoothSurvivors,
 )
-from nbody_pyg.compiled import compile_potential
 from nbody_pyg.data import complete_states
 from nbody_pyg.deploy import load_model, save_model
 from nbody_pyg.explain import ExplainableNet
 from nbody_pyg.kernels import available_backends, set_backend
 from nbody_pyg.network import check_states, learn_state, model_frames
-from nbody_pyg.nn.charges import ElectronicEmbedding
+from nbody_pyg.nn.electronic import ElectronicEmbedding
 from nbody_pyg.properties import Property, PropertyModel, property_irreps
+from nbody_pyg.runtime.compiled import compile_potential
 from nbody_pyg.testing import (
     assert_batch_independent,
     assert_conservative,

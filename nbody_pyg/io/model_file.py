@@ -22,16 +22,16 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from nbody_pyg.atomic_write import atomic_write
-from nbody_pyg.deploy.fingerprint import cg_fingerprint
-from nbody_pyg.deploy.sizes import check_sizes
+from nbody_pyg.io.checkpoint import is_checkpoint
+from nbody_pyg.io.description import potential_config, potential_from_config
+from nbody_pyg.io.fingerprint import cg_fingerprint
+from nbody_pyg.io.sizes import check_sizes
+from nbody_pyg.io.upgrades import FORMAT_VERSION, present_weights, up_to_date
 from nbody_pyg.messages import nearest, printable, short
 from nbody_pyg.potential import Potential
 from nbody_pyg.properties import PropertyModel
 from nbody_pyg.renamed import FORMER_ARGUMENTS, present_names
 from nbody_pyg.system import DEFAULT_STATE, PRECISIONS
-from nbody_pyg.training.build import potential_config, potential_from_config
-from nbody_pyg.training.checkpoint import is_checkpoint
-from nbody_pyg.training.upgrades import FORMAT_VERSION, present_weights, up_to_date
 
 _KEY = "nbody_pyg"
 _PACKAGES = ("nbody_pyg", "torch", "torch_geometric", "e3nn")

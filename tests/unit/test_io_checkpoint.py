@@ -12,8 +12,8 @@ from nbody_pyg import NBodyNet, NestedShells, Potential
 from nbody_pyg.cli import main
 from nbody_pyg.datasets import load_embedded
 from nbody_pyg.deploy import load_model, save_model
+from nbody_pyg.io.checkpoint import changes, read_checkpoint, seal
 from nbody_pyg.training import PotentialTask, TrainingConfig, fit
-from nbody_pyg.training.checkpoint import changes, read_checkpoint, seal
 
 
 @pytest.fixture(scope="module")

@@ -15,9 +15,8 @@ from torch_geometric.data import Batch, Data
 
 from comparison import assert_same_results
 from factories import StandIn
-from nbody_pyg import AtomicReference, BondTree, NBodyNet, NestedShells, Potential, SmoothSurvivors, cuda_graphs
+from nbody_pyg import AtomicReference, BondTree, NBodyNet, NestedShells, Potential, SmoothSurvivors
 from nbody_pyg.cli.main import main
-from nbody_pyg.cuda_graphs import CapturedPotential, CapturedStep
 from nbody_pyg.datasets import load_embedded
 from nbody_pyg.deploy import NBodyCalculator, save_model
 from nbody_pyg.hierarchy import TopologyCache
@@ -25,6 +24,8 @@ from nbody_pyg.kernels import autograd_flags, set_backend
 from nbody_pyg.kernels.gpu import build
 from nbody_pyg.kernels.gpu.order import EdgeOrder, edge_order, renew_orders
 from nbody_pyg.nn.repulsion import ZBLRepulsion
+from nbody_pyg.runtime import cuda_graphs
+from nbody_pyg.runtime.cuda_graphs import CapturedPotential, CapturedStep
 
 SHELLS, TREE = NestedShells((3.0, 3.0)), BondTree(3.0, 4.0, 5.0)
 SCHEMES = pytest.mark.parametrize("scheme", [SHELLS, TREE], ids=["shells", "tree"])

@@ -10,8 +10,8 @@ import torch
 from torch_geometric.data import Batch
 
 from nbody_pyg import AtomicData, NBodyNet, NestedShells, Potential
-from nbody_pyg.nn.charges import LongRangeSettings
-from nbody_pyg.nn.coulomb import DirectField, LongRange
+from nbody_pyg.longrange.charges import LongRangeConfig
+from nbody_pyg.longrange.coulomb import DirectField, LongRange
 from nbody_pyg.system import System
 
 needs_pme = pytest.mark.skipif(importlib.util.find_spec("torchpme") is None, reason="needs torch-pme, extra [periodic]")
@@ -33,7 +33,7 @@ def _hierarchy(pos, cell=None):
 
 @needs_pme
 def test_rock_salt_has_the_constant_of_madelung():
-    from nbody_pyg.nn.ewald import EwaldField
+    from nbody_pyg.longrange.ewald import EwaldField
 
     pos, charges, cell = _rock_salt(12.0)
     field = EwaldField(0.4)(charges.view(-1, 1, 1), _hierarchy(pos, cell))
@@ -44,7 +44,7 @@ def test_rock_salt_has_the_constant_of_madelung():
 @needs_pme
 def test_a_large_cell_is_an_open_system(generator):
     """A quadrupole in cells that grow: the field of its images falls at least as 1/L^3."""
-    from nbody_pyg.nn.ewald import EwaldField
+    from nbody_pyg.longrange.ewald import EwaldField
 
     pos = torch.tensor([[1.0, 1, 0], [-1, -1, 0], [1, -1, 0], [-1, 1, 0]], dtype=torch.float64)
     charges = torch.tensor([1.0, 1, -1, -1], dtype=torch.float64).view(-1, 1, 1)
@@ -135,7 +135,7 @@ def test_graphs_without_atoms_lie_anywhere_in_a_batch(order):
 
 @needs_pme
 def test_errors():
-    from nbody_pyg.nn.ewald import EwaldField
+    from nbody_pyg.longrange.ewald import EwaldField
 
     z, pos, cell = _crystal()
     with pytest.raises(ValueError, match=r"width must be below 0\.707 angstrom for 'ewald', got 0\.8"):
@@ -148,5 +148,5 @@ def test_errors():
 def test_without_torch_pme_the_message_says_what_to_install(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "torchpme", None)
     with pytest.raises(ImportError, match=r"pip install 'nbody_pyg\[periodic\]'"):
-        LongRange(LongRangeSettings("ewald"), NestedShells((3.0,)), 1, None, 0)
-    assert LongRange(LongRangeSettings("direct"), NestedShells((3.0,)), 1, None, 0).settings.method == "direct"
+        LongRange(LongRangeConfig("ewald"), NestedShells((3.0,)), 1, None, 0)
+    assert LongRange(LongRangeConfig("direct"), NestedShells((3.0,)), 1, None, 0).config.method == "direct"

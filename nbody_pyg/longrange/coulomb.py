@@ -9,13 +9,13 @@ from torch import Tensor, nn
 
 from nbody_pyg.geometry import safe_norm
 from nbody_pyg.hierarchy import Hierarchy, Level, Scheme, SmoothSurvivors
+from nbody_pyg.longrange.charges import LatentCharges, LongRangeConfig
+from nbody_pyg.longrange.ewald import EwaldField
+from nbody_pyg.longrange.translation import Translation, TranslationGate, join_pairs, merge_pairs
 from nbody_pyg.multipoles import all_pairs, l2l, m2l, m2m
-from nbody_pyg.nn.charges import LatentCharges, LongRangeSettings
 from nbody_pyg.nn.edges import EdgeFeatures
-from nbody_pyg.nn.ewald import EwaldField
 from nbody_pyg.nn.interaction import SoftNorm
 from nbody_pyg.nn.irreps import Resettable, block_of
-from nbody_pyg.nn.translation import Translation, TranslationGate, join_pairs, merge_pairs
 from nbody_pyg.radial import plateau_window
 from nbody_pyg.required import required
 from nbody_pyg.units import COULOMB
@@ -170,14 +170,14 @@ class LongRange(Resettable):
     .. math:: E = \sum_c s_c\, \frac{k_e}{2} \sum_i \sum_{lm} M^c_{i, lm} L^c_{i, lm}
               + \sum_{i c} (\chi_i^c q_i^c + \eta_i^c (q_i^c)^2)
 
-    with the latent moments M of :class:`~nbody_pyg.nn.charges.LatentCharges`, the local field L of all other atoms, a
-    learned strength and sign :math:`s_c` of each channel (1, -1, 1, ... at the start; with ``coulomb`` the first one
-    stays 1), and a local term that is linear in the scalars of the atom and zero at the start. The only long-range term
-    is bilinear, so energies of distant neutral systems are additive. Charges are in e if the energy is not scaled
-    afterwards.
+    with the latent moments M of :class:`~nbody_pyg.longrange.charges.LatentCharges`, the local field L of all other
+    atoms, a learned strength and sign :math:`s_c` of each channel (1, -1, 1, ... at the start; with ``coulomb`` the
+    first one stays 1), and a local term that is linear in the scalars of the atom and zero at the start. The only
+    long-range term is bilinear, so energies of distant neutral systems are additive. Charges are in e if the energy is
+    not scaled afterwards.
 
     Args:
-        settings: see :class:`~nbody_pyg.nn.charges.LongRangeSettings`.
+        config: see :class:`~nbody_pyg.longrange.charges.LongRangeConfig`.
         scheme: composition scheme of the network.
         num_species: number of elements.
         irreps: type of the states of the atoms, or None.
@@ -192,33 +192,33 @@ class LongRange(Resettable):
 
     def __init__(
         self,
-        settings: LongRangeSettings,
+        config: LongRangeConfig,
         scheme: Scheme,
         num_species: int,
         irreps: o3.Irreps | None,
         num_basis: int,
     ) -> None:
         super().__init__()
-        self.settings = settings
+        self.config = config
         self.norm = SoftNorm()  # products may be large, charges must not be
-        self.charges = LatentCharges(settings, num_species, irreps, num_basis)
-        lmax = int(settings.dipoles)
+        self.charges = LatentCharges(config, num_species, irreps, num_basis)
+        lmax = int(config.dipoles)
         self.field: nn.Module
-        if settings.method == "hierarchy":
-            self.field = HierarchyField(scheme, lmax, settings.lmax, settings.width, settings.trained)
-        elif settings.method == "ewald":
-            self.field = EwaldField(settings.width)
+        if config.method == "hierarchy":
+            self.field = HierarchyField(scheme, lmax, config.lmax, config.width, config.trained)
+        elif config.method == "ewald":
+            self.field = EwaldField(config.width)
         else:
-            self.field = DirectField(lmax, settings.width)
-        signs = torch.ones(settings.channels)
+            self.field = DirectField(lmax, config.width)
+        signs = torch.ones(config.channels)
         signs[1::2] = -1.0
         self.strength = nn.Parameter(signs / _SLOW)
-        held = torch.zeros(settings.channels, dtype=torch.bool)
-        held[0] = settings.coulomb
+        held = torch.zeros(config.channels, dtype=torch.bool)
+        held[0] = config.coulomb
         self.register_buffer("held", held, persistent=False)
-        self.local = nn.Parameter(torch.zeros(num_species, 2 * settings.channels))
+        self.local = nn.Parameter(torch.zeros(num_species, 2 * config.channels))
         features = 0 if irreps is None else irreps[0].mul
-        self.local_states = nn.Linear(features, 2 * settings.channels, bias=False) if features else None
+        self.local_states = nn.Linear(features, 2 * config.channels, bias=False) if features else None
         if self.local_states is not None:
             nn.init.zeros_(self.local_states.weight)
 
@@ -232,9 +232,9 @@ class LongRange(Resettable):
     ) -> Float[Tensor, " atoms"]:
         x = None if x is None else self.norm(x)
         moments = self.charges(x, species, share, edges)
-        if self.settings.method != "ewald" and hierarchy.system.pbc is not None:
+        if self.config.method != "ewald" and hierarchy.system.pbc is not None:
             raise ValueError(
-                f"pbc must be off for long_range method {self.settings.method!r}, which does not know periodic images; "
+                f"pbc must be off for long_range method {self.config.method!r}, which does not know periodic images; "
                 "use 'ewald'"
             )
         field = self.field(moments, hierarchy)

@@ -15,7 +15,7 @@ Value = TypeVar("Value")
 _FORMER_MAPS = {"keep": "self_linear", "carry": "residual_linear"}
 _FORMER_MAP = re.compile(rf"(interactions\.\d+\.(?:layers\.\d+\.)?)({'|'.join(_FORMER_MAPS)})\.")
 
-#: What :func:`~nbody_pyg.training.build.potential_config` gives.
+#: What :func:`~nbody_pyg.io.description.potential_config` gives.
 Described = dict[str, Any]
 
 
@@ -60,8 +60,7 @@ def _from_4(described: Described) -> Described:
 #: The function that upgrades each format to the next.
 UPGRADES: Mapping[int, Callable[[Described], Described]] = {1: _from_1, 2: _from_2, 3: _from_3, 4: _from_4}
 #: Format of the model files that are written now. 2: potentials have a repulsion, which a reader of format 1 would
-#: leave out. 3: windows have an exponent. 4: the checksum covers the settings. 5: names of
-#: the field.
+#: leave out. 3: windows have an exponent. 4: the checksum covers the settings. 5: names of the field.
 FORMAT_VERSION = 1 + max(UPGRADES)
 
 

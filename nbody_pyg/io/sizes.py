@@ -11,9 +11,9 @@ from typing import Any
 from e3nn import o3
 
 from nbody_pyg.hierarchy import Scheme
+from nbody_pyg.longrange import LongRangeConfig
 from nbody_pyg.messages import check_choice, short
 from nbody_pyg.models import NBodyNet, network_arguments
-from nbody_pyg.nn.charges import LongRangeSettings
 from nbody_pyg.nn.irreps import PARITIES, channel_groups, harmonic_parity, hidden_irreps, level_types
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -140,7 +140,7 @@ def _check_output(settings: SimpleNamespace, shapes: Shapes) -> None:
     if o3.Irreps(settings.irreps_out).num_irreps > wide:
         raise ValueError(f"irreps_out is {settings.irreps_out}, but the readouts have {wide} columns")
     if settings.long_range is not None:
-        latent = LongRangeSettings.parse(settings.long_range)
+        latent = LongRangeConfig.parse(settings.long_range)
         if shapes.get("long_range.strength") != (latent.channels,):
             raise ValueError(f"long_range has {latent.channels} channels, but its weights are of another number")
 

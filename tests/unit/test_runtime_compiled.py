@@ -9,12 +9,12 @@ from torch_geometric.data import Batch
 
 from comparison import assert_same_results
 from nbody_pyg import BondTree, NBodyNet, NestedShells, Potential, ShellsAndPieces, SmoothSurvivors
-from nbody_pyg.compiled import compile_potential
 from nbody_pyg.datasets import load_embedded
 from nbody_pyg.deploy import NBodyCalculator
 from nbody_pyg.kernels import autograd_flags
 from nbody_pyg.nn.repulsion import ZBLRepulsion
 from nbody_pyg.potential import parameter_gradients
+from nbody_pyg.runtime.compiled import compile_potential
 from nbody_pyg.training import TrainingConfig, fit
 
 
@@ -119,7 +119,7 @@ def test_a_wrong_program_is_noticed(frames, monkeypatch):
     potential = network()
     compiled = compile_potential(potential, backend="eager")
     batch = batch_of(frames, potential.model.scheme, 4)
-    wrong = "nbody_pyg.compiled._Program.__call__"
+    wrong = "nbody_pyg.runtime.compiled._Program.__call__"
     monkeypatch.setattr(wrong, lambda *_: potential(batch) | {"forces": 1.01 * potential(batch)["forces"]})
     with pytest.warns(RuntimeWarning, match=r"compiling the potential failed \(ArithmeticError: results differ"):
         assert_same_results(compiled(batch), potential(batch))
@@ -133,7 +133,7 @@ def test_a_compiler_that_fails_is_no_disaster(frames, monkeypatch):
     def fail(*_, **__):
         raise RuntimeError("no compiler here")
 
-    monkeypatch.setattr("nbody_pyg.compiled._Program._trace", fail)
+    monkeypatch.setattr("nbody_pyg.runtime.compiled._Program._trace", fail)
     compiled = compile_potential(potential)
     batch = batch_of(frames, potential.model.scheme, 4)
     with pytest.warns(RuntimeWarning, match="no compiler here"):

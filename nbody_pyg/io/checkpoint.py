@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from nbody_pyg.atomic_write import atomic_write
-from nbody_pyg.training.upgrades import present_config, present_weights
+from nbody_pyg.io.upgrades import present_config, present_weights
 
 # A checkpoint is a zip file, which ends with an empty comment. The checksum of everything before it is stored as the
 # comment, so torch.load can still read the file.
