@@ -103,8 +103,8 @@ def ours(engine: str) -> Callable[[Atoms], dict[str, Run]]:
 
 
 def nep(cutoff: int) -> Callable[[Atoms], dict[str, Run]]:
-    """NEP4 of GPUMD's default sizes: 5 radial functions within ``cutoff`` (default 8 angstrom), 25 angular ones within 4
-    angstrom, and 30 neurons."""
+    """NEP4 of GPUMD's default sizes: 5 radial functions within ``cutoff`` (by default 8 angstrom), 25 angular ones
+    within 4 angstrom, and 30 neurons."""
 
     def make(atoms: Atoms) -> dict[str, Run]:
         from calorine.calculators import CPUNEP
