@@ -63,7 +63,12 @@ class FitResult:
 
     @property
     def best_forces_mae(self) -> float:
-        """``best_score``, under the name that it has for potentials trained on forces."""
+        """``best_score`` of a run that monitors forces.
+
+        Raises: AttributeError: it monitors another error.
+        """
+        if self.monitor != "forces_mae":
+            raise AttributeError(f"best_forces_mae: this run monitors {self.monitor or 'nothing'}; use best_score")
         return self.best_score
 
 

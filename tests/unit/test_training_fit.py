@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import dataclasses
 import math
 import os
 import signal
@@ -77,7 +78,9 @@ def test_it_learns_and_leaves_its_files(tmp_path):
     scores = [float(row["forces_mae"]) for row in rows(tmp_path, "val")]
     assert len(scores) == 160 // 6
     assert 0 < scores[-1] < 0.7 * scores[0]
-    assert result.best_forces_mae == pytest.approx(min(scores), rel=1e-4)
+    assert result.best_forces_mae == result.best_score == pytest.approx(min(scores), rel=1e-4)
+    with pytest.raises(AttributeError, match="monitors energy_mae; use best_score"):
+        _ = dataclasses.replace(result, monitor="energy_mae").best_forces_mae
     assert sorted(p.name for p in tmp_path.iterdir()) == ["best.ckpt", "last.ckpt", "metrics.csv"]
     train = rows(tmp_path, "train")
     assert [int(row["step"]) for row in train] == list(range(2, 161, 2))
