@@ -2,16 +2,25 @@
 
 The file holds the weights, the settings and errors of the training, and what users must know: level of theory, licence,
 where it is described. Paths of the machine on which it was trained are left out.
+
+With ``--units FOLDER``, the files of the training, the model only repels below the distances that it was trained on:
+inner cutoffs and repulsion are raised to 0.95 and 0.9 times the shortest distance of each pair of elements, the frames
+with the 19 shortest ones left out.
 """
 
 from __future__ import annotations
 
 import argparse
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+from nbody_pyg.datasets import UnitFiles
 from nbody_pyg.deploy import load_model, read_metadata, save_model
 from nbody_pyg.io.model_file import SHIPPED
+from nbody_pyg.nn.inner_cutoff import INNER_FACTOR
+from nbody_pyg.nn.repulsion import SEEN_FACTOR, ZBLRepulsion, shortest_distances
+from nbody_pyg.potential import Potential
 
 LARGEST = 5_000_000  # bytes
 ABOUT = {
@@ -22,7 +31,8 @@ ABOUT = {
         "description": "docs/organic.md",
     }
 }
-KEPT = ("steps", "epochs", "cpu_seconds", "weights", "num_frames", "errors", "errors_unit")
+LEFT_OUT = 19  # frames with shorter distances: a broken molecule among thousands must not decide
+KEPT = ("steps", "epochs", "cpu_seconds", "weights", "num_frames", "sample", "errors", "errors_unit")
 
 
 def metadata_of(path: str | Path, name: str) -> dict[str, Any]:
@@ -35,17 +45,44 @@ def metadata_of(path: str | Path, name: str) -> dict[str, Any]:
     return {**ABOUT[name], "config": config, **{key: found[key] for key in KEPT}}
 
 
+def distances(folder: Path) -> dict[str, float]:
+    """The shortest distance of each pair of elements within 3 angstrom in the training frames of some units, angstrom,
+    without the frames with the shortest ones; of pairs in fewer frames the shortest of all."""
+    units, found = UnitFiles(sorted(folder.glob("*.h5"))), defaultdict[str, list[float]](list)
+    for number in range(len(units.files)):
+        for frame in units.read(number, units.rows(number)):
+            for name, length in shortest_distances([frame]).items():
+                found[name].append(length)
+    return {name: sorted(values)[LEFT_OUT if len(values) > LEFT_OUT else 0] for name, values in found.items()}
+
+
+def repelling(potential: Potential, shortest: dict[str, float]) -> Potential:
+    """The same model with longer inner cutoffs and a longer repulsion, where they are below these distances."""
+    model, repulsion = potential.model, potential.repulsion
+    lengths = {k: max(v, INNER_FACTOR * shortest.get(k, 0.0)) for k, v in model.inner_cutoff.lengths.items()}
+    reach = {k: max(v, SEEN_FACTOR * shortest.get(k, 0.0)) for k, v in repulsion.reach.items()}
+    network = model.remade(inner_cutoff={k: round(v, 4) for k, v in lengths.items()})
+    network.load_state_dict(model.state_dict())
+    repulsion = ZBLRepulsion(repulsion.species, {k: round(v, 4) for k, v in reach.items()})
+    out = Potential(network, potential.reference, float(potential.scale), repulsion)
+    out.ancestor = potential.ancestor
+    return out.to(model.dtype)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Read the command line and write the file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="model file of a finished run")
     parser.add_argument("name", choices=sorted(ABOUT))
     parser.add_argument("--out", type=Path, default=SHIPPED, help="folder (default: that of the package)")
+    parser.add_argument("--units", type=Path, help="folder of the training frames, for the short range")
     args = parser.parse_args(argv)
     args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / f"{args.name}.nbody"
     new = path.with_suffix(".part")
-    save_model(load_model(args.model), new, metadata_of(args.model, args.name))
+    model = load_model(args.model)
+    save_model(model if args.units is None else repelling(model, distances(args.units)), new,
+               metadata_of(args.model, args.name))  # fmt: skip
     if new.stat().st_size > LARGEST:
         new.unlink()
         raise SystemExit(f"{path} would have more than {LARGEST:,} bytes; train a smaller network")
