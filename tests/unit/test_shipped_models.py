@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 from ase.build import molecule
 
 import factories
 from nbody_pyg.cli import main
+from nbody_pyg.datasets import load_embedded
 from nbody_pyg.deploy import NBodyCalculator, find_model, load_model, read_metadata, save_model, shipped_models
+from nbody_pyg.nn.repulsion import shortest_distances
 
 # Two rattled frames of ethanol: energies (eV), and the forces of the first (eV/angstrom), by tblite 0.4
 ENERGIES = (-309.2513873709861, -309.42288088179964)
@@ -81,11 +84,39 @@ def test_the_script_leaves_out_paths(tmp_path, monkeypatch, request):
     assert ship_model.main([str(tmp_path / "model.nbody"), "organic", "--out", str(tmp_path / "out")]) == 0
     found = read_metadata(tmp_path / "out" / "organic.nbody")["metadata"]
     assert found["config"] == {"data": {"num_val": 5}, "output": {}, "finetune": {}, "training": {"lr": 0.01}}
-    assert found["licence"] == "MIT" and found["steps"] == 1 and "sample" not in found and "run" not in found
+    assert found["licence"] == "MIT" and found["steps"] == 1 and "run" not in found
+    assert found["sample"] == {"z": [1]}  # the structure that ``nbody check`` takes
     monkeypatch.setattr(ship_model, "LARGEST", 100)
     with pytest.raises(SystemExit, match="more than 100 bytes"):
         ship_model.main([str(tmp_path / "model.nbody"), "organic", "--out", str(tmp_path / "out")])
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["organic.nbody"]  # the one before
+
+
+def test_models_repel_below_the_distances_of_their_frames(tmp_path, monkeypatch, request):
+    h5py = pytest.importorskip("h5py", reason="units of frames need h5py")
+    monkeypatch.syspath_prepend(request.config.rootpath / "datasets")
+    import ship_model
+
+    frames = load_embedded("ethanol")[:25]
+    columns = {
+        key: np.concatenate([frame[key].numpy() for frame in frames]) for key in ("z", "pos", "forces", "energy")
+    }
+    with h5py.File(tmp_path / "unit_0.h5", "w") as file:
+        for key, values in (columns | {"natoms": np.full(25, 9)}).items():
+            file.create_dataset(key, data=values)
+    lengths = [shortest_distances([frame]) for frame in frames]
+    shortest = {name: sorted(found[name] for found in lengths)[19] for name in ("H-H", "H-C", "C-O")}
+    found = ship_model.distances(tmp_path)
+    assert {name: found[name] for name in shortest} == pytest.approx(shortest)
+
+    potential = factories.potential(inner_cutoff={"H-H": 0.5, "C-O": 1.4})
+    tame = ship_model.repelling(potential, found)
+    inner, reach = tame.model.inner_cutoff.lengths, tame.repulsion.reach
+    assert inner["H-H"] == pytest.approx(0.95 * shortest["H-H"], abs=1e-4) and inner["C-O"] == 1.4
+    assert reach["H-H"] == pytest.approx(0.9 * shortest["H-H"], abs=1e-4)
+    far = frames[next(n for n, one in enumerate(lengths) if all(one[k] > inner[k] for k in ("H-H", "H-C", "C-O")))]
+    torch.testing.assert_close(tame(far)["forces"], potential(far)["forces"], rtol=0, atol=1e-10)
+    assert potential(far)["forces"].abs().max() > 1e-3
 
 
 @pytest.mark.slow
