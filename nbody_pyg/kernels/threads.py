@@ -10,7 +10,7 @@ sums cost time: there are at most eight blocks up to 128 times the smallest bloc
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -77,26 +77,41 @@ def in_blocks(name: str, items: str, arguments: Sequence[Argument], grain: int) 
     Both take the number of items (by the name of ``items``) and then the arguments; the first of all is the number of
     threads. Blocks follow the nodes of the first argument that has them.
     """
-    sums = [a for a in arguments if a.total]
     declared = ", ".join(f"{a.type} {a.name}" for a in arguments)
-    whole = f"{name}_rows({', '.join([items, *(a.name for a in arguments)])});"
-    start = f"""void {name}(int64_t threads, int64_t {items}, {declared}) {{
+    body = (_with_sums if any(a.total for a in arguments) else _without_sums)(name, items, arguments)
+    return f"""void {name}(int64_t threads, int64_t {items}, {declared}) {{
   const int64_t blocks = blocks_of({items}, {grain});
+{body}}}
 """
 
-    def block(moved: dict[str, str]) -> str:
-        given = (moved.get(a.name) or (f"{a.name} + first * {a.step}" if a.step else a.name) for a in arguments)
-        return f"{name}_rows({', '.join(['count', *given])});"
 
-    if not sums:
-        return f"""{start}  if (threads < 2 || blocks < 2) {{ {whole} return; }}
+def _call(name: str, count: str, arguments: Sequence[Argument], moved: Mapping[str, str]) -> str:
+    """Call of ``NAME_rows``, with other text for some arguments."""
+    return f"{name}_rows({', '.join([count, *(moved.get(a.name, a.name) for a in arguments)])});"
+
+
+def _steps(arguments: Sequence[Argument]) -> dict[str, str]:
+    """The arrays of a block that starts at item ``first``."""
+    return {a.name: f"{a.name} + first * {a.step}" for a in arguments if a.step}
+
+
+def _without_sums(name: str, items: str, arguments: Sequence[Argument]) -> str:
+    """Body of a function all of whose results are arrays of items."""
+    return f"""  if (threads < 2 || blocks < 2) {{ {_call(name, items, arguments, {})} return; }}
   #pragma omp parallel for schedule(static) num_threads(team(threads, blocks))
   for (int64_t b = 0; b < blocks; b++) {{
     const int64_t first = {items} * b / blocks, count = {items} * (b + 1) / blocks - first;
-    {block({})}
+    {_call(name, "count", arguments, _steps(arguments))}
   }}
-}}
 """
+
+
+def _with_sums(name: str, items: str, arguments: Sequence[Argument]) -> str:
+    """Body of a function that adds to results which several blocks share."""
+    sums = [a for a in arguments if a.total]
+    whole = _call(name, items, arguments, {})
+    own_sums = _call(name, "count", arguments, _steps(arguments) | {a.name: f"own_{a.name}" for a in sums})
+    shared_sums = _call(name, "count", arguments, _steps(arguments))
     node = next((a.node for a in sums if a.node), "")
     before = node.replace("[e]", "[e - 1]")
     sizes, own, add = [], [], []
@@ -123,7 +138,7 @@ def in_blocks(name: str, items: str, arguments: Sequence[Argument], grain: int) 
     need = " + ".join(f"size_{a.name}" for a in sums)
     lines = "\n      ".join([*sizes, f"const int64_t need = {need};"])
     # If memory runs out, a block adds directly to the results, in the order of the blocks
-    return f"""{start}  if (blocks < 2) {{ {whole} return; }}
+    return f"""  if (blocks < 2) {{ {whole} return; }}
   int in_order = {in_order};
   {alone}
   #pragma omp parallel num_threads(team(threads, blocks))
@@ -141,15 +156,14 @@ def in_blocks(name: str, items: str, arguments: Sequence[Argument], grain: int) 
       {" ".join(own)}
       if (!failed) {{
         if (need) memset(room, 0, need * sizeof(real));
-        {block({a.name: f"own_{a.name}" for a in sums})}
+        {own_sums}
       }}
       #pragma omp ordered
       {{
-        if (failed) {block({a.name: a.name for a in sums})}
+        if (failed) {shared_sums}
         else {{ {" ".join(add)} }}
       }}
     }}
     free(room);
   }}
-}}
 """
