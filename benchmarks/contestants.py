@@ -1,8 +1,8 @@
 """The potentials of speed.py. Each runs in a process of its own and makes steps of dynamics when it is told to.
 
-Where no parameters are published for these elements they are random and small; the cost does not depend on them. Atoms
-start at 300 K with steps of 0.5 fs, and all velocities are turned round after each block of steps, so that they fly to
-and fro whatever the forces are.
+Networks, NEP4 and SNAP have random, small parameters, on which the cost does not depend. Atoms start at 300 K with
+steps of 0.5 fs, and all velocities are turned round after each block of steps, so that they fly to and fro whatever the
+forces are.
 """
 
 from __future__ import annotations

@@ -81,8 +81,9 @@ def main(argv: list[str] | None = None) -> int:
     path = args.out / f"{args.name}.nbody"
     new = path.with_suffix(".part")
     model = load_model(args.model)
-    save_model(model if args.units is None else repelling(model, distances(args.units)), new,
-               metadata_of(args.model, args.name))  # fmt: skip
+    if args.units is not None:
+        model = repelling(model, distances(args.units))
+    save_model(model, new, metadata_of(args.model, args.name))
     if new.stat().st_size > LARGEST:
         new.unlink()
         raise SystemExit(f"{path} would have more than {LARGEST:,} bytes; train a smaller network")
