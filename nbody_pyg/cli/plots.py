@@ -106,6 +106,7 @@ def learning_curve(log: str | Path, path: str | Path) -> None:
         axes.set(
             xlabel="step", ylabel=label, yscale="log" if any(float(row.get(key) or 0) > 0 for row in rows) else "linear"
         )
+        axes.locator_params(axis="x", nbins=5)  # numbers of long runs would overlap
         if axes.lines:
             axes.legend(frameon=False, fontsize=9)
     save_figure(figure, Path(path), dpi=160)
