@@ -6,9 +6,10 @@
 
 FOLDER has the files of datasets/make_large.py. Each network is trained in a process of its own, one after another, with
 the loss and the batch size that ``nbody train`` chooses from the training frames. A finished run is not run again.
-NAME+charges is a network with latent charges over all pairs of atoms (``long_range``); a name of the registry of
-``nbody compare`` is a peer. Errors are means over the seeds. Step times are those of the training, with the optimizer;
-E+F of one frame is timed in turn with that of flat2.
+NAME+charges is a network with latent charges over all pairs of atoms (``long_range``) that neighbours exchange,
+NAME+own one with charges from the states of the atoms; a name of the registry of ``nbody compare`` is a peer. Errors
+are means over the seeds. Step times are those of the training, with the optimizer; E+F of one frame is timed in turn
+with that of flat2.
 """
 
 from __future__ import annotations
@@ -47,8 +48,9 @@ NETWORKS: dict[str, dict[str, Any]] = {
 }
 #: Every E+F time is divided by that of this network.
 REFERENCE = "flat2"
-CHARGES = "+charges"
-DEFAULT = ["flat1", "flat2", "flat3", *(f"flat{n}{CHARGES}" for n in (1, 2, 3)), "pieces", "bondtree", "survivors"]
+#: Suffix of a name -> option ``long_range`` of the network.
+CHARGES: dict[str, Any] = {"charges": "direct", "own": {"method": "direct", "states": True, "transfers": False}}
+DEFAULT = ["flat1", "flat2", "flat3", *(f"flat{n}+charges" for n in (1, 2, 3)), "pieces", "bondtree", "survivors"]
 #: Settings of training that the frames decide.
 CHOSEN = ("energy_per", "energy_weight", "batch_size")
 ERRORS = {"E meV": "energy_mae", "E meV/atom": "energy_per_atom_mae", "F meV/A": "forces_mae"}
@@ -71,12 +73,12 @@ def model(name: str, added: Mapping[str, Any]) -> dict[str, Any] | None:
     Raises: ValueError: no such name.
     """
     known = {**NETWORKS, **added}
-    base = name.removesuffix(CHARGES)
+    base, _, suffix = name.partition("+")
     if name in MODELS and name != "nbody":
         return None
-    if base not in known:
+    if base not in known or suffix not in {"", *CHARGES}:
         raise ValueError(f"--only must hold names of networks, got {name!r}; {nearest(base, [*known, *MODELS])}")
-    return {**known[base], **({"long_range": "direct"} if base != name else {})}
+    return {**known[base], **({"long_range": CHARGES[suffix]} if suffix else {})}
 
 
 def added(text: str) -> tuple[str, dict[str, Any]]:

@@ -473,8 +473,9 @@ class NBodyNet(Resettable):
 
     @property
     def used(self) -> frozenset[str]:
-        """Which of charge and spin the value depends on: the inputs, and the charge of long-range energies."""
-        return frozenset(self.inputs) | ({"charge"} if self.long_range is not None else set())
+        """Which of charge and spin the value depends on: the inputs, and the given charge of long-range energies."""
+        placed = self.long_range_config is not None and self.long_range_config.takes_charge
+        return frozenset(self.inputs) | ({"charge"} if placed else set())
 
     @opaque_to_compile
     @in_own_precision
@@ -644,7 +645,10 @@ class NBodyNet(Resettable):
                 weight = self.electrons.weight(species)[:, 0]
             level, system = hierarchy[0], hierarchy.system
             like = level.pos.to(self.dtype)
-            share = charge_shares(level.batch, system.total_charge, system.formal_charges, like, weight)
+            given = (
+                (system.total_charge, system.formal_charges) if self.long_range.config.takes_charge else (None, None)
+            )
+            share = charge_shares(level.batch, *given, like, weight)
             values[0] = values[0] + self.long_range(x, species, share, edges, hierarchy).unsqueeze(-1)
         return values
 

@@ -34,6 +34,8 @@ class LongRangeConfig:
         dipoles: each atom has latent dipoles as well.
         elements: each element has a learned charge. The total charge of a system then follows from its composition, not
             from its ``charge``.
+        states: each atom has a learned charge that depends on its element and its state, so that a group of atoms has
+            its charge wherever it is. Given charges of systems and atoms are not placed on the atoms.
         transfers: atoms exchange charge with their neighbours.
         width: standard deviation of the Gaussian charge distributions, angstrom; it keeps r -> 0 finite.
         lmax: highest degree of the moments of parts, for "hierarchy".
@@ -46,6 +48,7 @@ class LongRangeConfig:
     channels: int = 2
     dipoles: bool = False
     elements: bool = False
+    states: bool = False
     transfers: bool = True
     width: float = 0.5
     lmax: int = 4
@@ -61,9 +64,21 @@ class LongRangeConfig:
             raise ValueError(f"width must be a positive length in angstrom, got {self.width!r}; try 0.5")
         if self.method == "ewald" and self.dipoles:
             raise ValueError("dipoles must be off with method 'ewald', which knows charges only; use 'direct' if open")
-        if self.coulomb and self.elements:
-            raise ValueError("coulomb must be off with elements, whose learned charges are in no unit; choose one")
+        if self.coulomb and self.own:
+            raise ValueError(
+                "coulomb must be off with elements or states, whose learned charges are in no unit; choose one"
+            )
         check_lmax("lmax", self.lmax)
+
+    @property
+    def own(self) -> bool:
+        """Whether atoms have learned charges of their own."""
+        return self.elements or self.states
+
+    @property
+    def takes_charge(self) -> bool:
+        """Whether given charges of systems and atoms are placed on the atoms."""
+        return not self.states
 
     @classmethod
     def parse(cls, given: Mapping[str, Any] | str | LongRangeConfig) -> LongRangeConfig:
@@ -94,8 +109,8 @@ class LatentCharges(Resettable):
     The transfers p are antisymmetric and vanish with the window w of the edges, so charge is conserved to rounding and
     moves only between neighbours: the charges of a molecule do not depend on a distant one. :math:`Q_i` is the
     initial share of the total charge on the atom. It enters the first channel; the others start neutral. With
-    ``elements`` a learned charge of its element is added to every channel. u and v are linear in the scalars of the
-    atom, plus a constant of its element.
+    ``elements`` a learned charge of its element is added to every channel, with ``states`` also one that is linear in
+    the scalars of the atom. u and v are linear in these scalars, plus a constant of the element.
 
     ===============  ====================  =====================================================
     symbol           code                  shape, unit
@@ -107,7 +122,7 @@ class LatentCharges(Resettable):
     ===============  ====================  =====================================================
 
     Args:
-        config: channels, dipoles, elements, transfers.
+        config: channels, dipoles, elements, states, transfers.
         num_species: number of elements.
         irreps: type of the states of the atoms, or None if they have none.
         num_basis: number of radial functions on the edges, or 0 without edges.
@@ -125,7 +140,7 @@ class LatentCharges(Resettable):
         self.config, self.irreps = config, irreps
         channels, self.num_basis = config.channels, num_basis if config.transfers else 0
         width = self.num_basis * channels + channels
-        self.scalars = self.dipole = self.offset = self.own = None
+        self.scalars = self.dipole = self.offset = self.own = self.own_states = None
         features = 0 if irreps is None else irreps[0].mul
         if self.num_basis:
             self.offset = nn.Parameter(torch.randn(num_species, width) * 0.1)
@@ -141,9 +156,12 @@ class LatentCharges(Resettable):
             self._vectors = vectors[0]
             count = required(irreps)[vectors[0]].mul
             self.dipole = nn.Parameter(torch.randn(count, channels) * 0.1 * count**-0.5)
-        if config.elements:
+        if config.own:
             # Not zero: an energy that is bilinear in charges has no slope there
             self.own = nn.Parameter(torch.randn(num_species, channels) * 0.3)
+        if config.states and features:
+            self.own_states = nn.Linear(features, channels, bias=False)
+            nn.init.normal_(self.own_states.weight, std=0.1 * features**-0.5)
         gain = torch.zeros(channels)
         gain[0] = 1.0
         self.register_buffer("gain", gain, persistent=False)
@@ -158,6 +176,8 @@ class LatentCharges(Resettable):
         charges = share.unsqueeze(1) * self.gain
         if self.own is not None:
             charges = charges + self.own.index_select(0, species)
+        if self.own_states is not None:
+            charges = charges + self.own_states(block_of(required(x), self.irreps, 0)[:, 0])
         if self.num_basis:
             charges = charges + self._transferred(x, species, required(edges))
         if self.dipole is None:

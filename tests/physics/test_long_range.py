@@ -20,6 +20,7 @@ from nbody_pyg.testing import assert_batch_independent, assert_conservative, ass
 from nbody_pyg.units import COULOMB
 
 FULL = {"dipoles": True, "elements": False, "width": 0.4}
+OWN = {"states": True, "transfers": False}
 SMALL = {"channels": 3, "lmax": 1, "correlation": 2, "num_basis": 4}
 
 
@@ -52,7 +53,9 @@ def test_charge_is_conserved(scheme, molecules):
         torch.testing.assert_close(ion[:, 1], neutral[:, 1])
 
 
-@pytest.mark.parametrize("long_range", [FULL, FULL | {"method": "hierarchy", "lmax": 3}], ids=["direct", "hierarchy"])
+@pytest.mark.parametrize(
+    "long_range", [FULL, FULL | {"method": "hierarchy", "lmax": 3}, FULL | OWN], ids=["direct", "hierarchy", "states"]
+)
 def test_symmetries_and_forces(long_range):
     potential = Potential(_net(BondTree(3.0, 4.0, 6.0), long_range))
     assert_equivariant(potential)
@@ -225,6 +228,27 @@ def test_tails_are_those_of_charges_and_of_dipoles(molecules):
     assert abs(interaction(200.0)) > 1e-4
 
 
+def test_charges_from_states_belong_to_the_fragment(molecules):
+    """A fragment has its charges wherever it is, the tail is that of their sums, and no charge can be given."""
+    a, b = molecules["methanol"], molecules["chiral"]
+    net = _net(NestedShells((4.0, 3.0)), OWN)
+    assert net.used == frozenset()
+    for one in (a, b):
+        alone = _charges(net, *one)
+        assert (alone[one[0] == 1].std(0) > 1e-6).all(), "surroundings change the charge of an element"
+        with pytest.raises(ValueError, match="charge is -2, but the model has no input for it"):
+            net(*one, charge=torch.tensor([-2.0]))
+        both = _charges(net, *_apart(a, b, 30.0))
+        torch.testing.assert_close(both[:6] if one is a else both[6:], alone, rtol=0, atol=1e-13)
+    first, second = (_charges(net, *one)[:, 0].sum(0) for one in (a, b))
+    strength = torch.tensor([1.0, -1.0], dtype=torch.float64)
+    tail = COULOMB * float((strength * first * second).sum())
+    with torch.no_grad():
+        far = [float(net(*_apart(a, b, distance))) for distance in (1e3, 2e3)]
+    assert abs(tail) > 0.1
+    assert (far[0] - far[1]) * 2e3 == pytest.approx(tail, rel=0.02)
+
+
 @pytest.mark.parametrize("coulomb", [True, False])
 def test_far_ions_keep_coulombs_law_where_it_is_held(coulomb, molecules):
     """Whatever training does to the strengths."""
@@ -238,6 +262,12 @@ def test_far_ions_keep_coulombs_law_where_it_is_held(coulomb, molecules):
     expected = -2.0 * COULOMB * (1e-4 - 1e-3) * (1.0 if coulomb else 1.05)
     assert float(far - near) == pytest.approx(expected, rel=5e-3)
     assert net.config()["long_range"]["coulomb"] is coulomb
+
+
+@pytest.mark.parametrize("option", ["elements", "states"])
+def test_charges_in_no_unit_have_no_coulomb_constant(option):
+    with pytest.raises(ValueError, match="coulomb must be off with elements or states"):
+        LongRangeConfig(coulomb=True, **{option: True})
 
 
 def test_matched_pairs_are_told_apart(molecules):
