@@ -24,10 +24,29 @@ from nbody_pyg.kernels.threads import Argument, in_blocks
 _PRELUDE = """
 #include <stdint.h>
 typedef {real} real;
-enum {{ WIDTH = 64 / sizeof(real) }};
-typedef real vec __attribute__((vector_size(64), aligned(sizeof(real)), may_alias));
-typedef real half __attribute__((vector_size(32), aligned(sizeof(real)), may_alias));
-typedef real quarter __attribute__((vector_size(16), aligned(sizeof(real)), may_alias));
+/* Bytes and number of the vector registers: gcc keeps a wider vector in memory, which costs a factor of ten. */
+#if defined(__AVX512F__)
+#define VECTOR_BYTES 64
+#define VECTOR_REGISTERS 32
+#elif defined(__AVX__)
+#define VECTOR_BYTES 32
+#define VECTOR_REGISTERS 16
+#else
+#define VECTOR_BYTES 16
+#define VECTOR_REGISTERS 16
+#endif
+#if defined(__ARM_NEON)
+#undef VECTOR_REGISTERS
+#define VECTOR_REGISTERS 32
+#endif
+enum {{ WIDTH = VECTOR_BYTES / sizeof(real) }};
+typedef real vec __attribute__((vector_size(VECTOR_BYTES), aligned(sizeof(real)), may_alias));
+#if VECTOR_BYTES > 16
+typedef real half __attribute__((vector_size(VECTOR_BYTES / 2), aligned(sizeof(real)), may_alias));
+#endif
+#if VECTOR_BYTES > 32
+typedef real quarter __attribute__((vector_size(VECTOR_BYTES / 4), aligned(sizeof(real)), may_alias));
+#endif
 static inline real vec_total(vec v) {{ real s = 0; for (int k = 0; k < WIDTH; k++) s += v[k]; return s; }}
 static inline real real_total(real v) {{ return v; }}
 """

@@ -18,16 +18,22 @@ from nbody_pyg.kernels.library import Library
 
 #: Rows of accumulators in a panel.
 _ROWS = 6
-#: Columns of a panel: number of vectors, their type, and its fraction of the full width. 6 x 4 full vectors fill the
-#: registers of AVX-512; the narrow ones are for the remaining columns.
-_COLUMNS = ((4, "vec", 1), (2, "vec", 1), (1, "vec", 1), (1, "half", 2), (1, "quarter", 4))
+#: Columns of a panel: number of vectors, their type, its fraction of the full width, and the machines that have them.
+#: 6 x 4 full vectors fill the registers of AVX-512, 6 x 2 those of AVX2; the narrow ones are for the remaining columns.
+_COLUMNS = (
+    (4, "vec", 1, "VECTOR_REGISTERS >= 32"),
+    (2, "vec", 1, "1"),
+    (1, "vec", 1, "1"),
+    (1, "half", 2, "VECTOR_BYTES > 16"),
+    (1, "quarter", 4, "VECTOR_BYTES > 32"),
+)
 
 
 def _panel(
-    name: str, rows: int, columns: tuple[int, str, int], arguments: str, loop: str, state: str, x: str, y: str
+    name: str, rows: int, columns: tuple[int, str, int, str], arguments: str, loop: str, state: str, x: str, y: str
 ) -> str:
     """One function: accumulators a (rows x vectors) are read from ``state``, run through the loop, written back."""
-    count, kind, _ = columns
+    count, kind, _, condition = columns
     vectors = range(count)
 
     def at(base: str, v: int) -> str:
@@ -38,20 +44,22 @@ def _panel(
     steps = [" ".join(f"a{r}_{v} += x * y{v};" for v in vectors) for r in range(rows)]
     work = " ".join(f"{{ const real x = {x.format(r=r)}; {step} }}" for r, step in enumerate(steps))
     return f"""
+#if {condition}
 static void {name}_{rows}_{count}{kind}({arguments}) {{
   {" ".join(f"{kind} a{r}_{v} = {place};" for r, v, place in grid)}
   {loop} {{ {load} {work} }}
   {" ".join(f"{place} = a{r}_{v};" for r, v, place in grid)}
-}}"""
+}}
+#endif"""
 
 
-def _apply(rows: int, columns: tuple[int, str, int]) -> str:
+def _apply(rows: int, columns: tuple[int, str, int, str]) -> str:
     arguments = "int64_t K, const real* const* in, const real* W, int64_t D, real* const* out, int64_t d"
     loop = "for (int64_t k = 0; k < K; k++)"
     return _panel("apply", rows, columns, arguments, loop, "out[{r}] + d", "in[{r}][k]", "W + k * D")
 
 
-def _outer(rows: int, columns: tuple[int, str, int]) -> str:
+def _outer(rows: int, columns: tuple[int, str, int, str]) -> str:
     arguments = "int64_t R, const real* const* in, int64_t k, const real* const* out, int64_t d, real* W, int64_t D"
     loop = "for (int64_t r = 0; r < R; r++)"
     return _panel("outer", rows, columns, arguments, loop, "W + {r} * D", "in[r][k + {r}]", "out[r] + d")
@@ -60,11 +68,11 @@ def _outer(rows: int, columns: tuple[int, str, int]) -> str:
 def _columns(name: str, arguments: str) -> str:
     """Go over the columns d of up to six rows, in panels as wide as fit."""
     lines = ["int64_t d = 0;"]
-    for count, kind, part in _COLUMNS:
+    for count, kind, part, condition in _COLUMNS:
         cases = " ".join(f"case {r}: {name}_{r}_{count}{kind}({arguments}); break;" for r in range(1, _ROWS + 1))
         width = f"{count} * WIDTH / {part}"
-        lines.append(f"for (; d + {width} <= D; d += {width}) switch (rows) {{ {cases} }}")
-    return "\n    ".join(lines)
+        lines += [f"#if {condition}", f"for (; d + {width} <= D; d += {width}) switch (rows) {{ {cases} }}", "#endif"]
+    return "\n".join(lines)
 
 
 def panels_source() -> str:
