@@ -40,7 +40,7 @@ TUNED_LR, FEW_WEIGHTS_LR = 4e-3, 1e-2
 #: Passes of such a run over its frames, for each atom of a frame: after more, the weights fit the frames too closely.
 EPOCHS_PER_ATOM = 10
 #: Largest number of training frames with which a run starts from a shipped model, and frames to compare these on.
-FEW_FRAMES, COMPARED = 300, 20
+FEW_FRAMES, COMPARED = 1000, 20
 #: Number of frames that are measured, and largest distance of neighbours, angstrom.
 _MEASURED, _REACH = 200, 6.0
 
