@@ -166,7 +166,8 @@ def _train(config: Config, run: RunFolder) -> int:
             keep = given.keep_inputs or given.replay is not None or config.model.arguments.get("inputs") is not None
             partial = given.keep_elements or given.replay is not None or data.stream is not None
             e0 = reference_mode(config.data)
-            tuned, heirs = tuned_model(init, data.train, e0, given.keep_elements, keep, partial)
+            charges = config.model.arguments.get("long_range")
+            tuned, heirs = tuned_model(init, data.train, e0, given.keep_elements, keep, partial, charges)
             potential = known_states(tuned.to(getattr(torch, config.training.dtype)), data)
     require_elements(potential, data.named())
     _describe(potential, config, choices, heirs)

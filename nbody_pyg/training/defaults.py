@@ -145,7 +145,8 @@ def choose_init(config: Config, data: DataSets, models: Callable[[], Mapping[str
         models: gives the shipped models by their names; asked last, because it reads their files.
     """
     frames = data.train
-    free = not any(key == "finetune.init" or key.startswith("model.") for key in config.given)
+    settings = (key for key in config.given if not key.startswith("model.long_range"))
+    free = not any(key == "finetune.init" or key.startswith("model.") for key in settings)
     ordinary = not (config.target or config.data.qm9 or data.stream is not None)
     if not (free and ordinary) or len(frames) > FEW_FRAMES:
         return None

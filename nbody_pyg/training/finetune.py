@@ -33,6 +33,8 @@ _FRAMES = 500
 #: Lengths below which a tuned model only repels, in units of those of a new model: it knows a little more of shorter
 #: distances.
 _SHORTER = 0.85
+#: Latent charges that are added to a trained model start this much smaller than those of a new one.
+_SMALL_CHARGES = 0.1
 #: Atomic numbers of the noble gases, which end the periods.
 _PERIODS = (0, 2, 10, 18, 36, 54, 86, 118)
 
@@ -42,7 +44,7 @@ class Inheritance:
     """What a model has taken over, and what was changed.
 
     ``copied`` names for each new element the one whose weights it starts with, ``dropped`` the elements that are no
-    longer known; ``old`` and ``new`` hold E0 in eV, None where there is none.
+    longer known; ``old`` and ``new`` hold E0 in eV, None where there is none. ``charges``: latent charges were added.
     """
 
     name: str
@@ -50,6 +52,7 @@ class Inheritance:
     dropped: tuple[int, ...]
     old: Mapping[int, float] | None
     new: Mapping[int, float] | None
+    charges: bool = False
 
     def lines(self) -> list[str]:
         """The same in words."""
@@ -61,6 +64,8 @@ class Inheritance:
             out.append(f"added   {words}")
         if self.dropped:
             out.append(f"dropped {symbols(self.dropped)}: no training frame has them")
+        if self.charges:
+            out.append(f"added   latent charges, which {self.name} does not have; they start near zero")
         if self.new is not None:
             was = self.old or {}
             words = ", ".join(
@@ -113,6 +118,8 @@ def ancestor_of(model: Potential | PropertyModel) -> dict[str, Any]:
 def require_same_architecture(network: NBodyNet, trained: NBodyNet, name: str, cure: str, prefix: str = "") -> None:
     """Raise ValueError if two networks differ in anything but their elements; the message names the argument.
 
+    The first may have latent charges that the second lacks.
+
     Args:
         name: of the trained model, for the message.
         cure: end of the message.
@@ -126,6 +133,8 @@ def require_same_architecture(network: NBodyNet, trained: NBodyNet, name: str, c
         new, was = given.get(key), old.get(key)
         if key == "inner_cutoff" and new and was:
             continue  # the frames decide
+        if key == "long_range" and was is None:
+            continue  # an energy beside what was trained
         if isinstance(new, Mapping) and isinstance(was, Mapping):
             inner = [k for k in [*new, *(k for k in was if k not in new)] if _json(new.get(k)) != _json(was.get(k))]
             if inner:
@@ -149,7 +158,8 @@ def carried_weights(network: NBodyNet, source: NBodyNet) -> dict[str, Tensor]:
     """The weights of ``source`` for the elements of ``network``, which has the same architecture.
 
     Weights that are numbered by elements lose the rows of elements that ``network`` lacks. Those that it adds start as
-    copies of the most similar known element (:func:`nearest_element`).
+    copies of the most similar known element (:func:`nearest_element`). Latent charges that only ``network`` has start
+    with weights of their own, and their energy near zero.
     """
     rows = torch.tensor([source.species.index(nearest_element(z, source.species)) for z in network.species])
     more = next(z for z in range(1, 119) if z not in source.species)
@@ -161,6 +171,10 @@ def carried_weights(network: NBodyNet, source: NBodyNet) -> dict[str, Tensor]:
             each = value.unflatten(side, (len(source.species), -1))
             value = each.index_select(side, rows.to(value.device)).flatten(side, side + 1)
         found[name] = value.detach().clone()
+    if source.long_range is None and network.long_range is not None:
+        own = {f"long_range.{name}": value for name, value in network.long_range.state_dict().items()}
+        small = (f"long_range.charges.{name}" for name in ("own", "own_states.weight", "scalars.weight", "offset"))
+        found |= own | {name: _SMALL_CHARGES * own[name] for name in small if name in own}
     return found
 
 
@@ -172,6 +186,7 @@ def tuned_model(
     keep_elements: bool = False,
     keep_inputs: bool = False,
     keep_short_range: bool = False,
+    long_range: str | Mapping[str, Any] | None = None,
 ) -> tuple[Potential | PropertyModel, Inheritance]:
     r"""A model to fine-tune: the network and the weights of ``init`` for the elements of the training frames.
 
@@ -192,6 +207,7 @@ def tuned_model(
         keep_inputs: keep the inputs charge and spin also where all frames are neutral singlets; otherwise the network
             loses them there (:meth:`~nbody_pyg.models.NBodyNet.neutral`), which makes it faster.
         keep_short_range: keep repulsion and inner cutoffs, for frames that are a sample, or not all that is trained on.
+        long_range: latent charges that an NBodyNet without any gets, as for :class:`~nbody_pyg.NBodyNet`.
 
     Raises: ValueError: elements that a network which is not ours does not know, or as ``fit_atomic_energies``.
     """
@@ -207,7 +223,7 @@ def tuned_model(
         species = tuple(sorted(wanted)) if known is None else known
     else:
         species = tuple(sorted(wanted | set(init.model.species) if keep_elements else wanted))
-        model = _rebuilt(init, species, train, keep_inputs, keep_short_range)
+        model = _rebuilt(init, species, train, keep_inputs, keep_short_range, long_range)
     return model, _inherit(model, init, train, e0, species)
 
 
@@ -244,6 +260,7 @@ def _rebuilt(
     train: Sequence[Data],
     keep_inputs: bool,
     keep_short_range: bool,
+    long_range: str | Mapping[str, Any] | None,
 ) -> Any:
     """A model as ``init`` for other elements, with its weights; without E0 and statistics."""
     source: Any = init.model
@@ -252,6 +269,8 @@ def _rebuilt(
         if all(set(values) == {DEFAULT_STATE[key]} for key, values in states.items()):
             source = source.neutral()
     changes: dict[str, Any] = {"species": sorted(species)}
+    if long_range is not None and source.long_range is None:
+        changes["long_range"] = long_range
     repulsion = None
     if isinstance(init, Potential) and init.repulsion is not None:
         shortest = {} if keep_short_range else shortest_distances(train)
@@ -292,7 +311,7 @@ def _inherit(
     species: Sequence[int],
 ) -> Inheritance:
     ancestor = ancestor_of(init)  # before it changes, if it is the same model
-    before = tuple(init.species or ())
+    before, had_charges = tuple(init.species or ()), _has_charges(init)
     old = new = None
     if isinstance(model, PropertyModel) and isinstance(init, PropertyModel):
         _refit_statistics(model, init, train)
@@ -305,7 +324,12 @@ def _inherit(
         new = None if model.reference is None else model.reference.energies
     model.ancestor, model.origin = ancestor, None
     copied = {z: nearest_element(z, before) for z in species if before and z not in before}
-    return Inheritance(ancestor["name"], copied, tuple(z for z in before if z not in species), old, new)
+    charges = _has_charges(model) and not had_charges
+    return Inheritance(ancestor["name"], copied, tuple(z for z in before if z not in species), old, new, charges)
+
+
+def _has_charges(model: Potential | PropertyModel) -> bool:
+    return isinstance(model.model, NBodyNet) and model.model.long_range is not None
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ _OTHERS = frozenset({"species", "scheme", "preset", "gate", "irreps_out"})
 
 
 def with_architecture(config: Config, init: Potential | PropertyModel) -> Config:
-    """The configuration with the architecture of a trained model.
+    """The configuration with the architecture of a trained model; latent charges that it lacks may be added.
 
     Raises: ValueError: another value of the user, or other properties; the message names the argument, both values and
     the cure.
@@ -45,6 +45,8 @@ def with_architecture(config: Config, init: Potential | PropertyModel) -> Config
     arguments = {key: value for key, value in old.items() if key not in dropped}
     if config.model.arguments.get("inputs") is None:
         arguments.pop("inputs", None)  # tuned_model drops them where all frames are neutral singlets
+    if arguments.get("long_range") is None and (added := config.model.arguments.get("long_range")) is not None:
+        arguments["long_range"] = added
     model = ModelConfig(str(old["preset"]), old["scheme"], scale, kind, arguments)
     named = {"model", "model.scheme", *(f"model.{key}" for key in arguments)}
     named |= {f"model.{key}" for key in ("preset", "scale", "repulsion", "channels", "lmax", "irreps")}

@@ -119,6 +119,37 @@ def test_elements_can_be_kept_with_their_old_e0():
     assert nearest_element(7, [6, 15]) == 15 and nearest_element(1, [3, 9]) == 3
 
 
+# -- latent charges that are added ---------------------------------------------------------------------------
+CHARGES = {"method": "direct", "states": True, "transfers": False}
+
+
+def test_latent_charges_are_added_with_an_energy_near_zero():
+    init, given = trained(), frames(3)
+    model, heirs = tuned_model(init, given, long_range=CHARGES)
+    plain, _ = tuned_model(init, given)
+    assert heirs.charges and "added   latent charges, which" in "\n".join(heirs.lines())
+    assert model.model.long_range.config.states and plain.model.long_range is None
+    old, new = plain.model.state_dict(), model.model.state_dict()
+    assert all(torch.equal(new[name], value) for name, value in old.items()) and len(new) > len(old)
+    for frame in given:
+        added = model(frame)["forces"] - plain(frame)["forces"]
+        assert 1e-6 < float(added.abs().max()) < 0.1
+    again, heirs = tuned_model(model, given, long_range="direct")  # those that it has are kept
+    assert not heirs.charges and again.model.long_range.config == model.model.long_range.config
+    torch.testing.assert_close(again(given[0])["forces"], model(given[0])["forces"], rtol=0, atol=1e-12)
+
+
+def test_fit_adds_latent_charges_to_a_model_without(tmp_path):
+    init = trained(species=(1, 6, 8))
+    given = labelled(init, frames(2))
+    model = Potential(init.model.remade(long_range=CHARGES), None, float(init.scale))
+    before = weights(model.model.long_range)
+    fit(model, given, settings=SETTINGS, folder=tmp_path, init=init, show_progress=False)
+    assert not torch.equal(weights(model.model.long_range), before)
+    with pytest.raises(ValueError, match=r"long_range must be that of Potential|long_range must be that of NBodyNet"):
+        inherit(init, model, given)
+
+
 # -- E0 ------------------------------------------------------------------------------------------------------
 def test_e0_is_refitted_to_what_the_network_leaves_over_and_said():
     init, shift = trained(), {1: 2.0, 6: -7.0, 8: 30.0}
@@ -402,6 +433,17 @@ def test_what_is_given_and_equal_is_taken(here, tmp_path):
     assert "parts: readouts" in (tmp_path / "s" / "config.yaml").read_text()
 
 
+def test_the_command_adds_latent_charges(here, tmp_path, capsys):
+    words = ["--model.long_range", "{method: direct, states: true}", "--output.folder", str(tmp_path / "r")]
+    assert main(["train", "--init", "base/model.nbody", *TINY, *words]) == 0
+    assert "added   latent charges" in capsys.readouterr().out
+    assert load_model(tmp_path / "r" / "model.nbody").model.long_range.config.states
+    assert main(["train", "--init", "base/model.nbody", *TINY, *words, "--output.resume", "true"]) == 0
+    words = ["--model.long_range", "{method: direct, channels: 3}", "--output.folder", str(tmp_path / "s")]
+    assert main(["train", "--init", str(tmp_path / "r" / "model.nbody"), *TINY, *words]) == 1
+    assert "model.long_range.channels must be that of model.nbody, 2, got 3" in capsys.readouterr().err
+
+
 def test_settings_of_fine_tuning_need_a_model(here, capsys):
     assert main(["train", *TINY, "--finetune.parts", "readouts", "--output.folder", "x"]) == 1
     assert "finetune.parts is for a run that starts from a model; give it by --init" in capsys.readouterr().err
@@ -519,6 +561,8 @@ def test_few_frames_of_molecules_start_from_the_shipped_model(here, shipped, tmp
     assert main([*words, str(tmp_path / "few")]) == 0
     printed = capsys.readouterr().out
     assert "chosen  finetune.init organic: 6 frames of molecules of H, C, O; before training its forces are" in printed
+    assert main([*words, str(tmp_path / "charges"), "--model.long_range", "direct"]) == 0
+    assert ancestor(tmp_path / "charges")["name"] == "organic"
     assert ancestor(tmp_path / "few")["name"] == "organic"
     # A resumed run starts from the same model, and a limit is all that changes
     assert main([*words, str(tmp_path / "few"), "--output.resume", "true", "--training.max_steps", "6"]) == 0
