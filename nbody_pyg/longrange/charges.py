@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -198,6 +199,30 @@ class LatentCharges(Resettable):
 
     def extra_repr(self) -> str:
         return f"{self.irreps} -> {self.config.channels} charges, dipoles={self.config.dipoles}"
+
+
+@contextlib.contextmanager
+def recorded_charges(layer: LatentCharges) -> Iterator[list[Float[Tensor, "atoms channels"]]]:
+    """The charges that a layer computes within this block, with their graph of derivatives."""
+    found: list[Tensor] = []
+    handle = layer.register_forward_hook(lambda module, given, moments: found.append(moments[:, 0]))
+    try:
+        yield found
+    finally:
+        handle.remove()
+
+
+def charge_errors(
+    charges: Float[Tensor, "atoms channels"],
+    batch: Int[Tensor, " atoms"],
+    total: Float[Tensor, " graphs"],
+    gain: Float[Tensor, " channels"],
+) -> Float[Tensor, "graphs channels"]:
+    r"""Sums of the charges of each graph less what they should be, e.
+
+    .. math:: \sum_{i \in g} q_i^c - Q_g \delta_{c 0}
+    """
+    return sum_into(charges, batch, len(total)) - total.to(charges).unsqueeze(1) * gain
 
 
 def charge_shares(

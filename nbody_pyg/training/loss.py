@@ -41,7 +41,8 @@ class EnergyForceLoss:
     r"""Weighted penalties of forces, interaction energy and stress over the variance of the forces.
 
     .. math:: L = \frac{1}{\sigma_F^2} \Big[ w_F \langle d(F - F^*) \rangle + w_E \langle d(E - E^*) \rangle
-              + w_S \langle d(\tfrac{V}{N} (\sigma - \sigma^*)) \rangle \Big], \qquad d(x) = x^2
+              + w_S \langle d(\tfrac{V}{N} (\sigma - \sigma^*)) \rangle \Big]
+              + w_Q \langle (Q - Q^*)^2 \rangle, \qquad d(x) = x^2
 
     E is the interaction energy: E0 is subtracted from the label in float64, before any cast.
 
@@ -51,9 +52,11 @@ class EnergyForceLoss:
     :math:`F`               forces              eV/angstrom; mean over atoms and components
     :math:`E`               energy              eV per molecule (or per atom: ``energy_per="atom"``)
     :math:`\sigma V/N`      stress              eV per atom
+    :math:`Q`               charges             e; sum of latent charges, of each channel of a molecule
     :math:`\sigma_F^2`      ``force_variance``  (eV/angstrom)^2, mean square of the training forces
     :math:`w_F`             ``force_weight``    1
     :math:`w_E, w_S`        ``energy_weight``   angstrom^-2
+    :math:`w_Q`             ``charge_weight``   e^-2
     ======================  ==================  ==================================================
 
     Args:
@@ -69,6 +72,7 @@ class EnergyForceLoss:
     stress_weight: float = 0.0
     energy_per: str = "molecule"
     penalty: str = "mse"
+    charge_weight: float = 0.0
 
     def __post_init__(self) -> None:
         check_choice("penalty", self.penalty, PENALTIES)
@@ -89,6 +93,7 @@ class EnergyForceLoss:
         virial_error: Float[Tensor, "stresses 3 3"] | None = None,
         num_atoms: Int[Tensor, " energies"] | None = None,
         factors: Mapping[str, float] | None = None,
+        charge_error: Float[Tensor, "molecules channels"] | None = None,
     ) -> Float[Tensor, ""]:
         """Errors are prediction minus label; a NaN marks a missing label and has to be removed before.
 
@@ -111,4 +116,5 @@ class EnergyForceLoss:
             loss = loss + self.stress_weight * factors.get("stress", 1.0) * penalized(virial_error, self.penalty, width)
         if not isinstance(loss, Tensor):
             raise ValueError("no term of the loss has both a label and a positive weight")
-        return loss / self.force_variance
+        loss = loss / self.force_variance
+        return loss if charge_error is None else loss + self.charge_weight * charge_error.square().mean()

@@ -50,6 +50,10 @@ class TrainingConfig:
     energy_weight: float = setting(0.05, "weight of the energy term, angstrom^-2")
     stress_weight: float = setting(0.0, "weight of the stress term, angstrom^-2")
     energy_per: str = setting("molecule", "energy errors count per 'molecule' or per 'atom'")
+    charge_weight: float = setting(
+        0.05, "weight, e^-2, with which the sum of latent charges that the network finds itself (long_range states) "
+        "is trained towards the charge of the system"
+    )  # fmt: skip
     penalty: str = setting("mse", "mse, huber or norm")
     validate_every: int = setting(500, "steps between two validations")
     checkpoint_seconds: float = setting(300.0, "wall-clock seconds after which last.ckpt is written again")
@@ -80,7 +84,7 @@ class TrainingConfig:
             value = getattr(self, name)
             if value is not None and not (value > 0 and (math.isfinite(value) or name == "clip_norm")):
                 raise ValueError(f"{name} must be positive, got {value}")
-        for name in ("weight_decay", "warmup_steps", "force_weight", "energy_weight", "stress_weight"):
+        for name in ("weight_decay", "warmup_steps", "force_weight", "energy_weight", "stress_weight", "charge_weight"):
             value = getattr(self, name)
             if not 0 <= value < math.inf:
                 raise ValueError(f"{name} must be zero or positive, got {value}")

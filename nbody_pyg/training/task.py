@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,9 +14,13 @@ from torch import Tensor, nn
 from nbody_pyg.io.checkpoint import changes, read_checkpoint
 from nbody_pyg.io.description import potential_config, potential_from_config
 from nbody_pyg.io.upgrades import up_to_date
+from nbody_pyg.longrange.charges import LatentCharges, charge_errors, recorded_charges
+from nbody_pyg.models import NBodyNet
 from nbody_pyg.potential import Potential
 from nbody_pyg.properties import PropertyModel
+from nbody_pyg.required import required
 from nbody_pyg.runtime import compile_potential
+from nbody_pyg.system import DEFAULT_STATE
 from nbody_pyg.training.adapters import Adapters
 from nbody_pyg.training.labels import aligned, has_stress
 from nbody_pyg.training.loss import EnergyForceLoss
@@ -33,7 +38,7 @@ class PotentialTask(nn.Module):
         force_variance: mean square of the components of the training forces, (eV/angstrom)^2.
         finetune: which parts are trained, or its dictionary; None: all.
     Raises:
-        ValueError: a batch without any label that the loss uses.
+        ValueError: a batch without any label that the loss uses; ``compile`` where sums of latent charges are trained.
     """
 
     def __init__(
@@ -48,8 +53,9 @@ class PotentialTask(nn.Module):
         self.settings = s = TrainingConfig(**settings) if isinstance(settings, dict) else settings
         self.potential.to(getattr(torch, s.dtype))
         self.loss = EnergyForceLoss(
-            float(force_variance), s.force_weight, s.energy_weight, s.stress_weight, s.energy_per, s.penalty
-        )
+            float(force_variance), s.force_weight, s.energy_weight, s.stress_weight, s.energy_per, s.penalty,
+            s.charge_weight,
+        )  # fmt: skip
         self.hparams: dict[str, Any] = {
             "potential": potential_config(self.potential),
             "settings": dataclasses.asdict(s),
@@ -63,6 +69,11 @@ class PotentialTask(nn.Module):
             if chosen.parts == "adapters":
                 self.adapters = Adapters(adapted_maps(self.potential, chosen.rank), chosen.rank, s.seed)
         known = self.potential
+        if s.compile and self._summed is not None:
+            raise ValueError(
+                "training.compile must be false while the sums of latent charges are trained, got true; "
+                "set training.charge_weight to 0, or train without compile"
+            )
         self._compiled = compile_potential(known, "training") if s.compile and isinstance(known, Potential) else None
         # Metrics shown during a run, (title, metric, unit), and the metric by which the best weights are chosen.
         self.shown: tuple[tuple[str, str, str], ...] = (("E", "energy_mae", "meV"), ("F", "forces_mae", "meV/A"))
@@ -104,6 +115,13 @@ class PotentialTask(nn.Module):
         return dict(trained) | {f"potential.{name}": value for name, value in maps.items()}
 
     # -- loss ----------------------------------------------------------------------------------------------
+    @property
+    def _summed(self) -> LatentCharges | None:
+        """The latent charges whose sums are trained: those that the network finds itself."""
+        model = self.potential.model
+        layer = model.long_range if isinstance(model, NBodyNet) and self.settings.charge_weight > 0 else None
+        return None if layer is None or layer.config.takes_charge else layer.charges
+
     def _errors(self, batch: Any, training: bool) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         s = self.settings
         forces = "forces" in batch and (s.force_weight > 0 or not training)
@@ -146,13 +164,25 @@ class PotentialTask(nn.Module):
 
     def training_step(self, batch: Any) -> Tensor:
         """The loss of a batch."""
-        _, errors = self._errors(batch, training=True)
+        layer = self._summed
+        with contextlib.nullcontext() if layer is None else recorded_charges(layer) as charges:
+            _, errors = self._errors(batch, training=True)
+        if layer is not None:
+            errors["charge_error"] = charge_errors(required(charges)[-1], batch.batch, self._charge(batch), layer.gain)
         if self.settings.energy_per == "atom" and "energy_error" in errors:
             errors["num_atoms"] = torch.bincount(batch.batch)[~batch.energy.reshape(-1).isnan()]
         loss = self.loss(errors.get("energy_error"), errors.get("force_error"), errors.get("virial_error"),
-                         errors.get("num_atoms"), self._factors(errors, batch))  # fmt: skip
+                         errors.get("num_atoms"), self._factors(errors, batch), errors.get("charge_error"))  # fmt: skip
         self.running.add(loss, errors.get("energy_error"), errors.get("force_error"))
         return loss
+
+    def _charge(self, batch: Any) -> Tensor:
+        """Charge of each system; batches have none where it is the same in all training frames."""
+        total: Tensor | None = batch.get("charge")
+        if total is None:
+            known = self.potential.network.assumed.get("charge", DEFAULT_STATE["charge"])
+            total = torch.full((batch.num_graphs,), known, device=batch.pos.device)
+        return total.reshape(-1)
 
     def meter(self, device: torch.device | str = "cpu") -> Meter:
         """The meter of a validation."""

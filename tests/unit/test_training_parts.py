@@ -72,6 +72,10 @@ def test_loss_by_hand():
     assert found.item() == pytest.approx((0.1**2 + 0.05**2) / 2)
     virial = EnergyForceLoss(stress_weight=0.1)(None, forces, torch.ones(1, 3, 3))
     assert virial.item() == pytest.approx(3.0 + 0.1)
+    charges = EnergyForceLoss(force_variance=4.0, charge_weight=0.05)
+    error = torch.tensor([[0.5, -0.1], [1.0, 0.2]])
+    with_charges = charges(None, forces, charge_error=error)
+    assert with_charges.item() == pytest.approx(3.0 / 4.0 + 0.05 * (0.25 + 0.01 + 1.0 + 0.04) / 4)
 
 
 def test_penalties_agree_where_they_should():
