@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -31,6 +32,8 @@ RADII = ((1.9, 3.5), (2.5, 5.0))
 EXPONENT = 3
 #: Degree and channels if first neighbours are farther apart than bonds of organic molecules.
 DENSE = {"lmax": 3, "channels": 16}
+#: Latent charges of charged molecules that are wider than both shells together.
+CHARGES = {"method": "direct", "states": True, "transfers": False}
 #: Directed edges of a step, in both shells together; and the largest number of frames of a step.
 EDGES_PER_STEP, MOST_FRAMES = 10_000, 5
 #: Weights for energies and stresses per atom, angstrom^-2.
@@ -71,6 +74,9 @@ class FrameStatistics:
                          the distance to the nearest atom, and of these the greatest; 0 where no atom has a neighbour
     ``element``          the element with that distance
     ``labels``           which of energy, forces and stress some frame knows
+    ``charged``          whether any frame has a total charge
+    ``width``            twice the largest distance of an atom from the centre, median of the frames, angstrom; 0 if
+                         any frame repeats
     ===================  ==========================================================================================
     """
 
@@ -80,6 +86,8 @@ class FrameStatistics:
     first_shell: float
     element: str
     labels: frozenset[str]
+    charged: bool
+    width: float
 
     @classmethod
     def of(cls, frames: Sequence[Data]) -> FrameStatistics:
@@ -95,9 +103,12 @@ class FrameStatistics:
         number = max(medians, key=lambda n: (medians[n], n), default=0)
         counts = [len(frame.z) for frame in frames if not is_isolated_atom(frame)] or [1]
         labels = (name for name in ("energy", "forces", "stress") if any(has_label(f, name) for f in frames))
+        periodic = any(_is_periodic(frame) for frame in frames)
+        widths = [float(2.0 * (f.pos - f.pos.mean(0)).norm(dim=1).max()) for f in _some(frames)]
         return cls(
-            (min(counts), max(counts)), sum(counts) / len(counts), any(_is_periodic(frame) for frame in frames),
+            (min(counts), max(counts)), sum(counts) / len(counts), periodic,
             medians.get(number, 0.0), chemical_symbols[number], frozenset(labels),
+            any(_charge(frame) for frame in frames), 0.0 if periodic else statistics.median(widths),
         )  # fmt: skip
 
     @property
@@ -116,7 +127,8 @@ def choose_defaults(config: Config, data: DataSets) -> tuple[Config, tuple[Choic
     so that the window is not small at first neighbours. Organic molecules and water have d below 1.8 angstrom and keep
     3.5 and 5.
     For larger d, as in metals and semiconductors, the network gets degree 3 with 16 channels, because atoms have many
-    neighbours, whose angles matter.
+    neighbours, whose angles matter. Molecules with a charge that are wider than 2 R_2 get latent charges, because shells
+    do not see charges far away.
     Energy errors count per molecule if all frames are molecules of one size, otherwise per atom, because the energies
     of large cells would outweigh the forces. Stress is trained if frames have it. E0 is that of isolated atoms if every
     element has a frame of one atom without images nearer than 6 angstrom. A step has as many frames as have 10,000
@@ -127,7 +139,8 @@ def choose_defaults(config: Config, data: DataSets) -> tuple[Config, tuple[Choic
     Settings given by the user are not changed, nor is a configuration read from the ``config.yaml`` of a run.
     """
     found = FrameStatistics.of(data.train)
-    choices = [*_reference(config, data), *_radii(config, found), *_degree(config, found), *_loss(config, found)]
+    choices = [*_reference(config, data), *_radii(config, found), *_degree(config, found)]
+    choices += [*_charges(config, found), *_loss(config, found)]
     choices += _tuning(config)
     chosen = _with(config, choices)
     by_atoms = config.training.batch_atoms is not None
@@ -207,7 +220,7 @@ def keep_choices(config: Config, stored: Mapping[str, Any]) -> Config:
 
 
 #: Keys that are chosen if the user does not give them.
-CHOSEN = ("data.e0", "model.lmax", "model.channels", "model.scheme.radii", "model.scheme.exponent",
+CHOSEN = ("data.e0", "model.lmax", "model.channels", "model.long_range", "model.scheme.radii", "model.scheme.exponent",
           "training.energy_per", "training.energy_weight", "training.stress_weight", "training.batch_size",
           *sorted(LIMIT_KEYS))  # fmt: skip
 #: Further ones of a run that starts from a trained model.
@@ -262,6 +275,19 @@ def _degree(config: Config, found: FrameStatistics) -> list[Choice]:
         return []
     reason = "first neighbours are farther apart than bonds of organic molecules, so there are many; angles count"
     return [Choice(key, value, reason) for key, value in zip(keys, DENSE.values(), strict=True)]
+
+
+def _charges(config: Config, found: FrameStatistics) -> list[Choice]:
+    """Latent charges where some frame has a charge and frames are wide."""
+    radii = config.model.scheme.get("radii") or [least for _, least in RADII]
+    energies = not config.target and config.data.qm9 is None and config.model.preset == "practical"
+    reach = 2.0 * max(radii)
+    if not (energies and found.charged and found.width > reach) or config.training.compile:
+        return []
+    if "model.long_range" in config.given or config.model.arguments.get("long_range") is not None:
+        return []
+    reason = f"frames have a charge and are {found.width:.0f} angstrom wide, more than {reach:g}"
+    return [Choice("model.long_range", dict(CHARGES), reason)]
 
 
 def _loss(config: Config, found: FrameStatistics) -> list[Choice]:

@@ -51,6 +51,8 @@ def with_architecture(config: Config, init: Potential | PropertyModel) -> Config
     named = {"model", "model.scheme", *(f"model.{key}" for key in arguments)}
     named |= {f"model.{key}" for key in ("preset", "scale", "repulsion", "channels", "lmax", "irreps")}
     named |= {f"model.scheme.{key}" for key in old["scheme"]}
+    if arguments.get("long_range") is None and "model.long_range" not in config.given:
+        named.discard("model.long_range")  # may still be chosen
     target = config.target or (init.properties if isinstance(init, PropertyModel) else ())
     return dataclasses.replace(config, model=model, target=tuple(target), given=config.given | named)
 

@@ -222,3 +222,50 @@ def test_a_trained_model_is_tuned_in_few_passes():
         assert keep_choices(config, chosen.to_dict()).training.max_epochs == passes
     scratch = load_config(overrides=[*words[:2], "--training.budget_seconds", "9"])
     assert choose_defaults(scratch, data)[0].training.max_epochs is None
+
+
+# -- latent charges ------------------------------------------------------------------------------------------
+def chains(charge: float, length: int = 5) -> list[Atoms]:
+    """Chains of ethanol molecules, 4 angstrom apart, with a total charge."""
+    frames = []
+    for atoms in ethanol():
+        chain = Atoms()
+        for place in range(length):
+            one = atoms.copy()
+            one.translate([4.0 * place, 0.0, 0.0])
+            chain += one
+        chain = labelled(chain, len(frames))
+        chain.info["charge"] = charge
+        frames.append(chain)
+    return frames
+
+
+@pytest.mark.parametrize(
+    ("frames", "words", "chosen"),
+    [
+        (chains(1.0), [], True),
+        (chains(0.0), [], False),
+        (chains(1.0, length=1), [], False),
+        (chains(1.0), ["--model.long_range=null"], False),
+        (chains(1.0), ["--training.compile=true"], False),
+        (chains(1.0), ["--model.preset=strict"], False),
+    ],
+    ids=["charged", "neutral", "small", "given", "compiled", "strict"],
+)
+def test_wide_frames_with_a_charge_get_latent_charges(frames, words, chosen):
+    config, choices = choose_defaults(load_config(None, ["--data.train=x.xyz", *words]), data(frames))
+    found = [choice for choice in choices if choice.key == "model.long_range"]
+    assert bool(found) is chosen
+    if chosen:
+        assert config.model.arguments["long_range"] == {"method": "direct", "states": True, "transfers": False}
+        assert "frames have a charge and are 19 angstrom wide, more than 10" in str(found[0])
+
+
+def test_the_command_trains_latent_charges_and_goes_on(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write("chains.xyz", chains(1.0, length=3))
+    words = ["train", "--data.train", "chains.xyz", "--init", "none", *TINY]
+    assert main([*words, "--training.max_steps", "2"]) == 0
+    assert "chosen  model.long_range" in capsys.readouterr().out
+    assert read_metadata("r/model.nbody")["model"]["config"]["long_range"]["states"] is True
+    assert main([*words, "--training.max_steps", "3", "--output.resume", "true"]) == 0
