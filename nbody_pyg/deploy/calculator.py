@@ -362,7 +362,8 @@ class NBodyCalculator(SharedCalculator):
         if not native.takes(system):
             if self._asked == "native":
                 raise ValueError(
-                    "engine 'native' computes neutral singlets only, without formal charges; use engine='auto' for others"
+                    "engine 'native' computes neutral singlets only, without formal charges; use engine='auto' for "
+                    "other systems"
                 )
             return None
         if reason := native.changed():

@@ -106,7 +106,7 @@ class CompiledModel:
             edges: those of each shell; they may be longer than its radius.
             num_local: atoms from this number on are ghosts; None: there are none.
             forces: compute forces and virial.
-            positions: [num_atoms, 3] of a whole open system, which latent charges need; other programs do not read them.
+            positions: [num_atoms, 3] of a whole open system, for latent charges; other programs do not read them.
         Raises: ValueError: edges of another number of shells, an unknown element, an edge to no atom, a NaN; arrays of
             other shapes; with latent charges: no positions, ghosts, or edges to periodic images.
         """

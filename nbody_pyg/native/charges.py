@@ -32,7 +32,10 @@ def charge_sizes(layer: LongRange) -> dict[str, int]:
 def charge_numbers(layer: LongRange) -> list[Tensor]:
     """1 / 2 width, strengths (eV angstrom), features of each element, and their weights [SCALARS, FEATURES]."""
     sizes, charges = charge_sizes(layer), layer.charges
-    parts = [(charges.own, charges.own_states, sizes["CHARGES"]), (layer.local, layer.local_states, 2 * sizes["CHARGES"])]
+    parts = [
+        (charges.own, charges.own_states, sizes["CHARGES"]),
+        (layer.local, layer.local_states, 2 * sizes["CHARGES"]),
+    ]
     if charges.num_basis:
         parts.append((charges.offset, charges.scalars, (charges.num_basis + 1) * sizes["CHARGES"]))
     zeros = layer.local.new_zeros

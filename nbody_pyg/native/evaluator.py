@@ -113,7 +113,8 @@ class NativeEvaluator:
             raise ValueError(f"atoms must be one structure, got a batch of {system.num_graphs}; loop over them")
         if not self.takes(system):
             raise ValueError(
-                "atoms must be a neutral singlet without formal charges for a native program; evaluate others with torch"
+                "atoms must be a neutral singlet without formal charges for a native program; evaluate others with "
+                "torch"
             )
         if self._long_range is not None:
             self._long_range.refuse_images(system)

@@ -67,14 +67,9 @@ def write_program(potential: Potential, dtype: torch.dtype | None = None) -> Pro
         numbers = [w.flatten() for kinds in weights for kind in kinds.values() for w in kind]
         numbers += _constants(potential)
     offsets, end = _offsets(weights)
-    long_range = cast(NBodyNet, potential.model).long_range
-    moved = long_range is not None and long_range.charges.num_basis > 0
-    functions = [
-        _functions(shell, *one, pieces, moved and shell.number == 1)
-        for shell, *one in zip(shells, weights, offsets, strict=True)
-    ]
+    functions = [_functions(*one, pieces) for one in zip(shells, weights, offsets, strict=True)]
     values = torch.cat([w.detach().double().cpu() for w in numbers])
-    charges = "" if long_range is None else c_text("charges.c")
+    charges = "" if cast(NBodyNet, potential.model).long_range is None else c_text("charges.c")
     body = "\n".join([
         c_text("nbody_model.h"), _tables(potential, shells, end, len(values)), prelude("NBODY_REAL"),
         panels_source().replace("\nvoid ", "\nstatic void "), pieces.source(), c_text("memory.c"), charges, *functions,
@@ -153,8 +148,8 @@ def _tables(potential: Potential, shells: list[Shell], constants_from: int, numb
     return "\n".join(lines)
 
 
-def _functions(shell: Shell, weights: dict[str, list[Tensor]], starts: dict[str, int], pieces: Pieces, transfers: bool) -> str:
-    """The functions of one shell; ``transfers``: charge moves along its edges."""
+def _functions(shell: Shell, weights: dict[str, list[Tensor]], starts: dict[str, int], pieces: Pieces) -> str:
+    """The functions of one shell."""
     layer, numbers = shell.layer, shell.functions(pieces)
     inputs, cotangents, messages, gradients = ["s->density"], ["s->density"], [], []
     if layer.gate is not None:
@@ -174,7 +169,7 @@ def _functions(shell: Shell, weights: dict[str, list[Tensor]], starts: dict[str,
     if layer.self_linear is not None:
         inputs, cotangents = [*inputs, "s[-1].state"], [*cotangents, "s->before"]
         gradients += ["add_to(s[-1].gradient, s->before, s->atoms * q.before);"]
-    if transfers:
+    if shell.transfers:
         gradients.append("transfer_gradients(m, t->gB);")
     matrices, at = [], starts["matrices"]
     for matrix in weights["matrices"]:

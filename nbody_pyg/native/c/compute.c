@@ -176,7 +176,7 @@ static int compute(nbody_model* m, int64_t num_atoms, int64_t num_local, const i
 int nbody_compute(nbody_model* m, int64_t num_atoms, int64_t num_local, const int64_t* z, const nbody_edges* shells,
                   double* energies, double* forces, double* virial) {
 #ifdef CHARGES
-  problem = "this model has latent charges, which act between all atoms: call nbody_compute_whole";
+  problem = "latent charges act between all atoms: give the positions of a whole system (nbody_compute_whole)";
   return 1;
 #endif
   return compute(m, num_atoms, num_local, z, 0, shells, energies, forces, virial);
