@@ -756,10 +756,6 @@ class NBodyNet(Resettable):
             raise ValueError(
                 f"network must have no other inputs than charge and spin, but it has {what}; use it as it is"
             )
-        return self.without_inputs()
-
-    def without_inputs(self) -> NBodyNet:
-        """A network without the inputs charge and spin, with copies of the other weights; see :meth:`neutral`."""
         made, given = self.remade(inputs=None), self.state_dict()
         made.load_state_dict({name: given[name] for name in made.state_dict()})
         return made

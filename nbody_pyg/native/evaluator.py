@@ -50,7 +50,8 @@ class NativeEvaluator:
         dtype: of the arithmetic; by default that of the weights.
     Raises: ValueError: a potential that it cannot compute, a batch of several structures, charge or unpaired electrons,
         stress without a cell, or an input that the potential refuses. RuntimeError: the program cannot be compiled.
-    Smoothness, equivariance: those of the potential. Cost: linear in the number of edges.
+    Smoothness, equivariance: those of the potential. Cost: linear in the number of edges; with
+        latent charges quadratic in that of atoms.
     """
 
     def __init__(self, potential: Potential, dtype: torch.dtype | None = None) -> None:

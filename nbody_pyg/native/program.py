@@ -55,9 +55,7 @@ def write_program(potential: Potential, dtype: torch.dtype | None = None) -> Pro
     if reason := why_not(potential):
         raise ValueError(f"potential cannot be a native program: {reason}; use engine='torch'")
     if cast(NBodyNet, potential.model).inputs:
-        model = cast(NBodyNet, potential.model).without_inputs()
-        neutral = Potential(model, potential.reference, float(potential.scale), potential.repulsion)
-        potential = neutral.to(potential.dtype)
+        potential = _without_inputs(potential)
     dtype = required(potential.dtype) if dtype is None else dtype
     if dtype not in REALS:
         raise ValueError(f"dtype must be torch.float32 or torch.float64, got {dtype}")
@@ -83,6 +81,15 @@ def write_program(potential: Potential, dtype: torch.dtype | None = None) -> Pro
     ]
     radii = tuple(shell.radius for shell in shells)
     return Program("\n".join([*lines, body]), values, fingerprint, radii)
+
+
+def _without_inputs(potential: Potential) -> Potential:
+    """The potential for neutral singlets; as :meth:`~nbody_pyg.models.NBodyNet.neutral`, also with latent charges."""
+    model = cast(NBodyNet, potential.model)
+    made, given = model.remade(inputs=None), model.state_dict()
+    made.load_state_dict({name: given[name] for name in made.state_dict()})
+    neutral = Potential(made, potential.reference, float(potential.scale), potential.repulsion)
+    return neutral.to(potential.dtype)
 
 
 def _constants(potential: Potential) -> list[Tensor]:
