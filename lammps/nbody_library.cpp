@@ -1,5 +1,6 @@
 #include "nbody_library.h"
 
+#include <cmath>
 #include <dlfcn.h>
 #include <sstream>
 #include <stdexcept>
@@ -63,6 +64,9 @@ NBodyLibrary::NBodyLibrary(const std::string &folder)
     find(handle, "nbody_set_threads", set_threads);
     find(handle, "nbody_memory", memory);
     find(handle, "nbody_compute", compute);
+    if (std::isinf(reach()))
+      throw std::runtime_error("the model has latent charges, which act between all atoms, but a rank knows only the near "
+                               "ones; take a model without long_range, or run this one with ASE or 'nbody md'");
     model = load(weights.c_str());
     if (!model)
       throw std::runtime_error("the weights " + weights + " cannot be used: " + last_error() +

@@ -17,4 +17,6 @@ def export(args: argparse.Namespace) -> int:
     paths = export_c(potential, folder, None if args.dtype is None else PRECISIONS[args.dtype])
     print(f"written to {folder}: {', '.join(path.name for path in paths)}")
     print(f"compile: make -C {folder} (the library), make -C {folder} example")
+    if potential.network.long_range:
+        print("latent charges act between all atoms: call nbody_compute_whole; LAMMPS cannot run the model")
     return 0

@@ -361,7 +361,10 @@ class NBodyCalculator(SharedCalculator):
             return None
         if not native.takes(system):
             if self._asked == "native":
-                raise ValueError("engine 'native' computes neutral singlets only; use engine='auto' for other systems")
+                raise ValueError(
+                    "engine 'native' computes neutral singlets only, without formal charges; use engine='auto' for "
+                    "other systems"
+                )
             return None
         if reason := native.changed():
             self._use_torch(reason)

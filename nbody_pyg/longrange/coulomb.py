@@ -18,6 +18,7 @@ from nbody_pyg.nn.interaction import SoftNorm
 from nbody_pyg.nn.irreps import Resettable, block_of
 from nbody_pyg.radial import plateau_window
 from nbody_pyg.required import required
+from nbody_pyg.system import System
 from nbody_pyg.units import COULOMB
 
 #: Factor of the strengths: full optimizer steps are too large for an energy that sums over all pairs.
@@ -232,16 +233,24 @@ class LongRange(Resettable):
     ) -> Float[Tensor, " atoms"]:
         x = None if x is None else self.norm(x)
         moments = self.charges(x, species, share, edges)
-        if self.config.method != "ewald" and hierarchy.system.pbc is not None:
+        self.refuse_images(hierarchy.system)
+        field = self.field(moments, hierarchy)
+        pairs = (moments * field).sum(1) * (0.5 * COULOMB * self.factors)
+        energies: Tensor = (pairs + self._local(x, species, moments[:, 0])).sum(1)
+        return energies
+
+    @property
+    def factors(self) -> Float[Tensor, " channels"]:
+        """Strength of each channel, in units of Coulomb's law."""
+        return (_SLOW * self.strength).masked_fill(self.held, 1.0)
+
+    def refuse_images(self, system: System) -> None:
+        """Raise ValueError for a system with periodic directions, if the method is for open systems."""
+        if self.config.method != "ewald" and system.pbc is not None:
             raise ValueError(
                 f"pbc must be off for long_range method {self.config.method!r}, which does not know periodic images; "
                 "use 'ewald'"
             )
-        field = self.field(moments, hierarchy)
-        strength = (_SLOW * self.strength).masked_fill(self.held, 1.0)
-        pairs = (moments * field).sum(1) * (0.5 * COULOMB * strength)
-        energies: Tensor = (pairs + self._local(x, species, moments[:, 0])).sum(1)
-        return energies
 
     def _local(self, x: Tensor | None, species: Tensor, charges: Tensor) -> Tensor:
         weights = self.local.index_select(0, species)

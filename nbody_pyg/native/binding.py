@@ -83,6 +83,7 @@ class CompiledModel:
         library.nbody_memory.argtypes, library.nbody_memory.restype = [pointer], ctypes.c_int64
         counts = [ctypes.c_int64, ctypes.c_int64]
         library.nbody_compute.argtypes = [pointer, *counts, *[pointer] * 5]
+        library.nbody_compute_whole.argtypes = [pointer, ctypes.c_int64, *[pointer] * 6]
         library.nbody_vectors.argtypes, library.nbody_vectors.restype = [ctypes.c_int64, *[pointer] * 6], None
         numbers = np.ascontiguousarray(program.numbers.numpy())
         self._shells = len(program.radii)
@@ -90,7 +91,14 @@ class CompiledModel:
         if not self._model:
             raise RuntimeError(f"the native model could not be made: {self._problem()}")
 
-    def compute(self, z: Integers, edges: Sequence[Edges], num_local: int | None = None, forces: bool = True) -> Result:
+    def compute(
+        self,
+        z: Integers,
+        edges: Sequence[Edges],
+        num_local: int | None = None,
+        forces: bool = True,
+        positions: Floats | None = None,
+    ) -> Result:
         """Energies, forces and virial of atoms whose edges are given.
 
         Args:
@@ -98,8 +106,9 @@ class CompiledModel:
             edges: those of each shell; they may be longer than its radius.
             num_local: atoms from this number on are ghosts; None: there are none.
             forces: compute forces and virial.
+            positions: [num_atoms, 3] of a whole open system, for latent charges; other programs do not read them.
         Raises: ValueError: edges of another number of shells, an unknown element, an edge to no atom, a NaN; arrays of
-            other shapes.
+            other shapes; with latent charges: no positions, ghosts, or edges to periodic images.
         """
         if len(edges) != self._shells:
             raise ValueError(f"edges must hold those of each of the {self._shells} shells, got {len(edges)}")
@@ -112,10 +121,17 @@ class CompiledModel:
         )
         energies, virial = np.zeros(max(local, 0)), np.zeros((3, 3))
         found = np.empty((num_atoms, 3)) if forces else None
-        status = self._library.nbody_set_threads(self._model, num_threads()) or self._library.nbody_compute(
-            self._model, num_atoms, local, z.ctypes.data, ctypes.addressof(array), energies.ctypes.data,
-            None if found is None else found.ctypes.data, virial.ctypes.data,
-        )  # fmt: skip
+        given = ctypes.addressof(array), energies.ctypes.data, None if found is None else found.ctypes.data
+        status = self._library.nbody_set_threads(self._model, num_threads())
+        if positions is None or local != num_atoms:
+            status = status or self._library.nbody_compute(
+                self._model, num_atoms, local, z.ctypes.data, *given, virial.ctypes.data
+            )
+        else:
+            where = self._checked_positions(positions, num_atoms)
+            status = status or self._library.nbody_compute_whole(
+                self._model, num_atoms, z.ctypes.data, where.ctypes.data, *given, virial.ctypes.data
+            )
         if status:
             raise ValueError(f"the native evaluator refuses its input: {self._problem()}")
         return Result(energies, found, virial)
@@ -147,6 +163,12 @@ class CompiledModel:
                 f"{source.shape} and {vector.shape}"
             )
         return Edges(receiver, source, vector)
+
+    def _checked_positions(self, positions: Floats, num_atoms: int) -> Floats:
+        positions = np.ascontiguousarray(positions, dtype=np.float64)
+        if positions.shape != (num_atoms, 3):
+            raise ValueError(f"positions must have shape ({num_atoms}, 3), got {positions.shape}")
+        return positions
 
     def _problem(self) -> str:
         text: bytes = self._library.nbody_error()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -10,6 +10,8 @@ from torch import Tensor
 
 from nbody_pyg.hierarchy import Topology
 from nbody_pyg.kernels.autograd_flags import Lock
+from nbody_pyg.longrange.coulomb import LongRange
+from nbody_pyg.models import NBodyNet
 from nbody_pyg.native.binding import CompiledModel, Edges, Result
 from nbody_pyg.native.changes import UnchangedTensors
 from nbody_pyg.native.program import write_program
@@ -48,7 +50,8 @@ class NativeEvaluator:
         dtype: of the arithmetic; by default that of the weights.
     Raises: ValueError: a potential that it cannot compute, a batch of several structures, charge or unpaired electrons,
         stress without a cell, or an input that the potential refuses. RuntimeError: the program cannot be compiled.
-    Smoothness, equivariance: those of the potential. Cost: linear in the number of edges.
+    Smoothness, equivariance: those of the potential. Cost: linear in the number of edges; with
+        latent charges quadratic in that of atoms.
     """
 
     def __init__(self, potential: Potential, dtype: torch.dtype | None = None) -> None:
@@ -75,11 +78,17 @@ class NativeEvaluator:
         return self._model
 
     def takes(self, system: System) -> bool:
-        """Whether the program computes a system: only neutral singlets if charge and spin are inputs of the model."""
-        known = self.potential.network.known(system)
-        charge, spin = known.total_charge, known.spin
-        charged = charge is not None and bool((charge != 0).any())
-        return not charged and (spin is None or bool((spin == 1).all()))
+        """Whether the program computes a system: without charge and unpaired electrons, where the model uses these."""
+        known, long_range = self.potential.network.known(system), self._long_range
+        charges = [known.total_charge]
+        if long_range is not None and long_range.config.takes_charge:
+            charges.append(known.formal_charges)
+        charged = any(charge is not None and bool((charge != 0).any()) for charge in charges)
+        return not charged and (known.spin is None or bool((known.spin == 1).all()))
+
+    @property
+    def _long_range(self) -> LongRange | None:
+        return cast(NBodyNet, self.potential.model).long_range
 
     def __call__(
         self, *atoms: Any, compute_forces: bool = True, compute_stress: bool = False, **given: Any
@@ -104,7 +113,12 @@ class NativeEvaluator:
         if system.num_graphs != 1:
             raise ValueError(f"atoms must be one structure, got a batch of {system.num_graphs}; loop over them")
         if not self.takes(system):
-            raise ValueError("atoms must be a neutral singlet for a native program; evaluate others with torch")
+            raise ValueError(
+                "atoms must be a neutral singlet without formal charges for a native program; evaluate others with "
+                "torch"
+            )
+        if self._long_range is not None:
+            self._long_range.refuse_images(system)
         topology = system.topology or required(self.potential.scheme).compose(system)
         found = _computed(model, system, topology, compute_forces or compute_stress)
         results = {"energy": torch.tensor([found.energies.sum()]), "energies": torch.from_numpy(found.energies)}
@@ -127,7 +141,7 @@ def _computed(model: CompiledModel, system: System, topology: Topology, forces: 
         if id(index) not in known:
             known[id(index)] = _edges(model, required(index), shift, pos, cell)
         edges.append(known[id(index)])
-    return model.compute(system.z.numpy(), edges, forces=forces)
+    return model.compute(system.z.numpy(), edges, forces=forces, positions=pos)
 
 
 def _edges(

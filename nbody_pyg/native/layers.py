@@ -36,6 +36,7 @@ class Shell:
     ``readout``     from these states to energies
     ``species``     number of elements
     ``softening``   length below which distances are softened, angstrom
+    ``transfers``   whether latent charges move along its edges
     ==============  ============================================================
     """
 
@@ -48,6 +49,7 @@ class Shell:
     readout: LinearReadout
     species: int
     softening: float
+    transfers: bool
 
     @property
     def update(self) -> Update:
@@ -137,6 +139,7 @@ def shells_of(model: NBodyNet) -> list[Shell]:
     layers: Iterable[Any] = model.interactions
     embeddings: Any = model.embeddings
     readouts: Any = model.readouts
+    moved = model.long_range is not None and model.long_range.charges.num_basis > 0
     for step, layer in zip(model.steps, layers, strict=True):
         embedding = embeddings[str(step.edges)]
         degree = max(ir.l for _, ir in layer.irreps)
@@ -152,6 +155,7 @@ def shells_of(model: NBodyNet) -> list[Shell]:
                 readout=readouts[str(step.level)],
                 species=len(model.species),
                 softening=embedding.softening,
+                transfers=moved and step.level == 1,
             )
         )
     return found

@@ -14,6 +14,7 @@ from torch import Tensor
 from nbody_pyg.kernels.codegen import prelude
 from nbody_pyg.kernels.panels import panels_source
 from nbody_pyg.models import NBodyNet
+from nbody_pyg.native.charges import charge_numbers, charge_sizes
 from nbody_pyg.native.layers import Shell, shells_of
 from nbody_pyg.native.pieces import Pieces
 from nbody_pyg.native.support import REALS, why_not
@@ -33,7 +34,7 @@ class Program(NamedTuple):
     field             meaning
     ================  ==================================================================================
     ``source``        C source without its header; it depends on the architecture, not on the weights
-    ``numbers``       [num_numbers] float64: weights, scale s, constants b and E_0, repulsion V, inner cutoffs
+    ``numbers``       [num_numbers] float64: weights, scale s, constants b and E_0, repulsion V, inner cutoffs, charges
     ``fingerprint``   64 hexadecimal digits that the source and the file of its numbers share
     ``radii``         of the shells, angstrom
     ================  ==================================================================================
@@ -54,9 +55,7 @@ def write_program(potential: Potential, dtype: torch.dtype | None = None) -> Pro
     if reason := why_not(potential):
         raise ValueError(f"potential cannot be a native program: {reason}; use engine='torch'")
     if cast(NBodyNet, potential.model).inputs:
-        model = cast(NBodyNet, potential.model).neutral()
-        neutral = Potential(model, potential.reference, float(potential.scale), potential.repulsion)
-        potential = neutral.to(potential.dtype)
+        potential = _without_inputs(potential)
     dtype = required(potential.dtype) if dtype is None else dtype
     if dtype not in REALS:
         raise ValueError(f"dtype must be torch.float32 or torch.float64, got {dtype}")
@@ -68,9 +67,10 @@ def write_program(potential: Potential, dtype: torch.dtype | None = None) -> Pro
     offsets, end = _offsets(weights)
     functions = [_functions(*one, pieces) for one in zip(shells, weights, offsets, strict=True)]
     values = torch.cat([w.detach().double().cpu() for w in numbers])
+    charges = "" if cast(NBodyNet, potential.model).long_range is None else c_text("charges.c")
     body = "\n".join([
         c_text("nbody_model.h"), _tables(potential, shells, end, len(values)), prelude("NBODY_REAL"),
-        panels_source().replace("\nvoid ", "\nstatic void "), pieces.source(), c_text("memory.c"), *functions,
+        panels_source().replace("\nvoid ", "\nstatic void "), pieces.source(), c_text("memory.c"), charges, *functions,
         _lists(shells), c_text("compute.c"),
     ])  # fmt: skip
     fingerprint = hashlib.sha256(body.encode()).hexdigest()
@@ -83,8 +83,17 @@ def write_program(potential: Potential, dtype: torch.dtype | None = None) -> Pro
     return Program("\n".join([*lines, body]), values, fingerprint, radii)
 
 
+def _without_inputs(potential: Potential) -> Potential:
+    """The potential for neutral singlets; as :meth:`~nbody_pyg.models.NBodyNet.neutral`, also with latent charges."""
+    model = cast(NBodyNet, potential.model)
+    made, given = model.remade(inputs=None), model.state_dict()
+    made.load_state_dict({name: given[name] for name in made.state_dict()})
+    neutral = Potential(made, potential.reference, float(potential.scale), potential.repulsion)
+    return neutral.to(potential.dtype)
+
+
 def _constants(potential: Potential) -> list[Tensor]:
-    """Scale, constants of the elements, energies of the isolated atoms, tables of the repulsion and inner cutoffs."""
+    """Scale, constants of the elements, energies of isolated atoms, tables of repulsion and inner cutoffs, charges."""
     model, reference, repulsion = cast(NBodyNet, potential.model), potential.reference, potential.repulsion
     isolated = [0.0 if reference is None else reference.energies[z] for z in model.species]
     shift = torch.zeros(len(model.species)) if model.shift is None else model.shift.detach()
@@ -95,6 +104,8 @@ def _constants(potential: Potential) -> list[Tensor]:
         found += [t.cpu()[slots][:, slots].flatten() for t in tables] + [repulsion.screen.cpu().flatten()]
     if model.inner_cutoff is not None:
         found.append(model.inner_cutoff.start.cpu().flatten())
+    if model.long_range is not None:
+        found += charge_numbers(model.long_range)
     return found
 
 
@@ -112,7 +123,7 @@ def _offsets(weights: list[dict[str, list[Tensor]]]) -> tuple[list[dict[str, int
 
 def _tables(potential: Potential, shells: list[Shell], constants_from: int, numbers: int) -> str:
     """Constants of the program; the numbers that belong to no shell start at ``constants_from``."""
-    species = required(potential.species)
+    species, model = required(potential.species), cast(NBodyNet, potential.model)
     radii = [shell.radius for shell in shells]
     constants = {
         "SHELLS": len(shells),
@@ -135,8 +146,12 @@ def _tables(potential: Potential, shells: list[Shell], constants_from: int, numb
     if potential.repulsion is not None:
         lines += [f"#define REPULSION ({end})", f"#define FADE_FROM {FADE_FROM!r}"]
         end = "REPULSION + 3 * SPECIES * SPECIES + 8"
-    if cast(NBodyNet, potential.model).inner_cutoff is not None:
+    if model.inner_cutoff is not None:
         lines += [f"#define INNER ({end})", f"#define FLAT_FROM {FLAT_FROM!r}"]
+        end = "INNER + SPECIES * SPECIES"
+    if model.long_range is not None:
+        lines += [f"#define {name} {value}" for name, value in charge_sizes(model.long_range).items()]
+        lines += [f"#define CHARGE_NUMBERS ({end})", "#define CHARGE_FEATURES (CHARGE_NUMBERS + 1 + CHARGES)"]
     return "\n".join(lines)
 
 
@@ -161,6 +176,8 @@ def _functions(shell: Shell, weights: dict[str, list[Tensor]], starts: dict[str,
     if layer.self_linear is not None:
         inputs, cotangents = [*inputs, "s[-1].state"], [*cotangents, "s->before"]
         gradients += ["add_to(s[-1].gradient, s->before, s->atoms * q.before);"]
+    if shell.transfers:
+        gradients.append("transfer_gradients(m, t->gB);")
     matrices, at = [], starts["matrices"]
     for matrix in weights["matrices"]:
         matrices.append(at)

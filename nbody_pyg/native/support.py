@@ -10,6 +10,8 @@ from torch import nn
 from nbody_pyg.energy import AtomicReference
 from nbody_pyg.hierarchy import NestedShells
 from nbody_pyg.kernels import backend, build
+from nbody_pyg.longrange.charges import LatentCharges
+from nbody_pyg.longrange.coulomb import DirectField, LongRange
 from nbody_pyg.models import NBodyNet
 from nbody_pyg.nn.as_written import AsWritten, written
 from nbody_pyg.nn.edges import EdgeEmbedding
@@ -30,13 +32,15 @@ KNOWN = written(
     Potential, NBodyNet, EdgeEmbedding, SolidHarmonics, BesselBasis, InversePowers, Interaction, DensityGate,
     OneBodyGate, ProductGate, ChannelwiseProduct, PathLinear, RowLinear, SpeciesScale, SoftNorm, nn.Identity,
     LinearReadout, MLPReadout, IrrepsLinear, nn.Sequential, nn.Linear, nn.SiLU, ZBLRepulsion, AtomicReference,
-    InnerCutoff, ElectronicEmbedding,
+    InnerCutoff, ElectronicEmbedding, LongRange, LatentCharges, DirectField,
 )  # fmt: skip
 #: Methods of a potential and of a network beside ``forward`` that evaluation passes through.
 _STEPS = {
     Potential: ("evaluate", "system", "energies"),
     NBodyNet: ("total", "values", "states", "_states", "hierarchy", "energies"),
     ZBLRepulsion: ("_pair",),
+    LongRange: ("_local", "factors"),
+    LatentCharges: ("_transferred",),
 }
 _WRITTEN = {(kind, name): getattr(kind, name) for kind, names in _STEPS.items() for name in names}
 #: Precisions of the program, and the type of its numbers in C.
@@ -47,8 +51,9 @@ def why_not(potential: nn.Module) -> str | None:
     """Reason why the native evaluator cannot compute this potential, or None if it can.
 
     It computes an :class:`~nbody_pyg.models.NBodyNet` of energies on :class:`~nbody_pyg.hierarchy.NestedShells` with
-    one multiplicity per level, the repulsion of nuclei, and the energies of isolated atoms. A network with the inputs
-    charge and spin is computed for neutral singlets (:meth:`~nbody_pyg.models.NBodyNet.neutral`).
+    one multiplicity per level, latent charges by the method "direct", the repulsion of nuclei, and the energies of
+    isolated atoms. A network with the inputs charge and spin is computed for neutral singlets
+    (:meth:`~nbody_pyg.models.NBodyNet.neutral`), and one that places given charges on the atoms for systems without.
     """
     if type(potential) is not Potential:
         return f"the potential is a {type(potential).__name__}"
@@ -76,8 +81,11 @@ def _of_network(model: NBodyNet) -> str | None:
         return f"the scheme is {type(model.scheme).__name__}, not NestedShells"
     if model.gates:
         return "the network has gates of its own"
-    if model.long_range is not None:
-        return "the network has long-range energies"
+    if (long_range := model.long_range_config) is not None:
+        if long_range.method != "direct":
+            return f"the network has long-range energies by the method {long_range.method!r}"
+        if long_range.dipoles:
+            return "the latent charges of the network have dipoles"
     if model.node_inputs is not None:
         return f"the network has the node inputs {model.node_inputs}"
     if str(model.irreps_out) != "1x0e" or model.readout != "sum":
@@ -121,7 +129,9 @@ def _of_methods(potential: Potential) -> str | None:
     for (kind, name), method in _WRITTEN.items():
         if getattr(kind, name) is not method:
             return f"{kind.__name__}.{name} was replaced"
-    for module in (potential, potential.model, potential.repulsion):
+    long_range = cast(NBodyNet, potential.model).long_range
+    charges = None if long_range is None else long_range.charges
+    for module in (potential, potential.model, potential.repulsion, long_range, charges):
         if any(name in vars(module) for name in _STEPS.get(type(module), ())):
             return "a method of the potential was replaced"
     return None

@@ -127,8 +127,8 @@ def choose_defaults(config: Config, data: DataSets) -> tuple[Config, tuple[Choic
     so that the window is not small at first neighbours. Organic molecules and water have d below 1.8 angstrom and keep
     3.5 and 5.
     For larger d, as in metals and semiconductors, the network gets degree 3 with 16 channels, because atoms have many
-    neighbours, whose angles matter. Molecules with a charge that are wider than 2 R_2 get latent charges, because shells
-    do not see charges far away.
+    neighbours, whose angles matter. Molecules with a charge that are wider than 2 R_2 get latent charges, because no
+    shell sees charges far away.
     Energy errors count per molecule if all frames are molecules of one size, otherwise per atom, because the energies
     of large cells would outweigh the forces. Stress is trained if frames have it. E0 is that of isolated atoms if every
     element has a frame of one atom without images nearer than 6 angstrom. A step has as many frames as have 10,000

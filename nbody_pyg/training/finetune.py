@@ -19,6 +19,7 @@ from nbody_pyg.datasets import fit_atomic_energies
 from nbody_pyg.datasets.frames import has_label
 from nbody_pyg.datasets.reference import is_isolated_atom
 from nbody_pyg.energy import AtomicReference, Energies, build_terms, describe_terms
+from nbody_pyg.longrange import LongRangeConfig
 from nbody_pyg.messages import symbols
 from nbody_pyg.models import NBodyNet
 from nbody_pyg.network import frame_states, without_ions
@@ -205,7 +206,8 @@ def tuned_model(
             :func:`~nbody_pyg.datasets.fit_atomic_energies`.
         keep_elements: keep further elements of ``init`` as well.
         keep_inputs: keep the inputs charge and spin also where all frames are neutral singlets; otherwise the network
-            loses them there (:meth:`~nbody_pyg.models.NBodyNet.neutral`), which makes it faster.
+            loses them there (:meth:`~nbody_pyg.models.NBodyNet.neutral`), which makes it faster. It loses them too where
+            all frames have one charge and the network gets latent charges that find it.
         keep_short_range: keep repulsion and inner cutoffs, for frames that are a sample, or not all that is trained on.
         long_range: latent charges that an NBodyNet without any gets, as for :class:`~nbody_pyg.NBodyNet`.
 
@@ -264,10 +266,16 @@ def _rebuilt(
 ) -> Any:
     """A model as ``init`` for other elements, with its weights; without E0 and statistics."""
     source: Any = init.model
+    same: dict[str, float] = {}
     if source.inputs and source.has_neutral_form and not keep_inputs:
-        states = frame_states(train)
-        if all(set(values) == {DEFAULT_STATE[key]} for key, values in states.items()):
+        states = {key: set(values) for key, values in frame_states(train).items()}
+        finds_charge = long_range is not None and not LongRangeConfig.parse(long_range).takes_charge
+        if finds_charge and len(states.get("charge", ())) == 1:
+            same["charge"] = states.pop("charge").pop()  # the latent charges have it
+        if all(values == {DEFAULT_STATE[key]} for key, values in states.items()):
             source = source.neutral()
+        else:
+            same = {}
     changes: dict[str, Any] = {"species": sorted(species)}
     if long_range is not None and source.long_range is None:
         changes["long_range"] = long_range
@@ -280,6 +288,7 @@ def _rebuilt(
             lengths = pair_lengths("inner_cutoff", changes["species"], source.inner_cutoff.lengths, strict=False)
             changes["inner_cutoff"] = _limits(lengths, shortest, INNER_FACTOR)
     network = source.remade(**changes)
+    network.assumed |= same
     network.load_state_dict(carried_weights(network, source))
     if isinstance(init, PropertyModel):
         statistics = {n: Statistics(0.0, s.scale) for n, s in init.statistics.items()}

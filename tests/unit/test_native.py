@@ -16,6 +16,7 @@ from ase.build import bulk, fcc111
 from ase.build import molecule as ase_molecule
 from torch import Tensor, nn
 
+from comparison import torch_results
 from nbody_pyg import BondTree, NBodyNet, NestedShells, Potential
 from nbody_pyg.deploy import Committee, NBodyCalculator, save_model
 from nbody_pyg.energy import AtomicReference, EnergyTerm
@@ -61,17 +62,6 @@ def crystal() -> Atoms:
     cell = [[3.1, 0.0, 0.0], [0.9, 2.9, 0.0], [-0.5, 0.7, 3.3]]
     scaled = [[0.0, 0.0, 0.0], [0.45, 0.55, 0.1], [0.6, 0.1, 0.5], [0.1, 0.5, 0.65]]
     return Atoms("CHOH", scaled_positions=scaled, cell=cell, pbc=True)
-
-
-def torch_results(model: Potential, system: System) -> dict[str, Tensor]:
-    """Results of plain torch, without compiled products, with the energies of the atoms."""
-    with use_backend("torch"):
-        found = model.evaluate(system, stress=system.pbc is not None)
-        parts = model.energies(system)
-    own = [values for values in parts.levels.values() if len(values) == len(system.z)]
-    found["energies"] = torch.stack(own).sum(0) + parts.atoms
-    del found["interaction_energy"]
-    return found
 
 
 def assert_same(
@@ -402,7 +392,8 @@ def patched() -> Potential:
 REFUSED = {
     "the scheme is BondTree": lambda: potential(BondTree()),
     "the scheme is OwnShells": lambda: potential(OwnShells((3.0,))),
-    "the network has long-range energies": lambda: potential(long_range="direct"),
+    "long-range energies by the method 'ewald'": lambda: potential(long_range="ewald"),
+    "the latent charges of the network have dipoles": lambda: potential(long_range={"dipoles": True}),
     "the network has the node inputs 1x1o": lambda: Potential(NBodyNet(SPECIES, channels=4, lmax=1, node_inputs="1o")),
     "the network gives 1x1o": lambda: Potential(NBodyNet(SPECIES, channels=4, lmax=1, irreps_out="1o")),
     r"readout 'root'": lambda: Potential(NBodyNet(SPECIES, channels=4, lmax=1, readout="root")),

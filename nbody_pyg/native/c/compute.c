@@ -146,10 +146,13 @@ static void repel(const nbody_model* m, int64_t num_local, const int64_t* atom_o
   }
 }
 #endif
-int nbody_compute(nbody_model* m, int64_t num_atoms, int64_t num_local, const int64_t* z, const nbody_edges* shells,
-                  double* energies, double* forces, double* virial) {
+static int compute(nbody_model* m, int64_t num_atoms, int64_t num_local, const int64_t* z, const double* positions,
+                   const nbody_edges* shells, double* energies, double* forces, double* virial) {
   const int64_t* atom_of; double unused[9];
   if (prepare(m, num_atoms, num_local, z, shells, &atom_of)) return 1;
+#ifdef CHARGES
+  if (check_positions(m, positions)) return 1;
+#endif
   if (!virial) virial = unused;
   memset(virial, 0, 9 * sizeof(double));
   if (forces) memset(forces, 0, 3 * num_atoms * sizeof(double));
@@ -160,10 +163,25 @@ int nbody_compute(nbody_model* m, int64_t num_atoms, int64_t num_local, const in
     memset(m->shell[k].gradient, 0, m->shell[k].atoms * sizes[k].state * sizeof(real));
     read_out[k](m, num_local, scale, energies, forces != 0);
   }
+#ifdef CHARGES
+  charges(m, positions, scale, energies, forces, virial);
+#endif
 #ifdef REPULSION
   repel(m, num_local, atom_of, energies, forces, virial);
 #endif
   for (int64_t i = 0; i < num_local; i++) energies[i] += isolated[m->species[i]];
   if (forces) for (int k = SHELLS - 1; k >= 0; k--) { backward[k](m); pull(m, k, atom_of, forces, virial); }
   return 0;
+}
+int nbody_compute(nbody_model* m, int64_t num_atoms, int64_t num_local, const int64_t* z, const nbody_edges* shells,
+                  double* energies, double* forces, double* virial) {
+#ifdef CHARGES
+  problem = "latent charges act between all atoms: give the positions of a whole system (nbody_compute_whole)";
+  return 1;
+#endif
+  return compute(m, num_atoms, num_local, z, 0, shells, energies, forces, virial);
+}
+int nbody_compute_whole(nbody_model* m, int64_t num_atoms, const int64_t* z, const double* positions,
+                        const nbody_edges* shells, double* energies, double* forces, double* virial) {
+  return compute(m, num_atoms, num_atoms, z, positions, shells, energies, forces, virial);
 }

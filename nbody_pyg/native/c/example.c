@@ -23,7 +23,7 @@ int main(void) {
   for (int k = 0; k < nbody_num_shells(); k++) shells[k] = (nbody_edges){count, receiver, source, vector};
 
   nbody_model* model = nbody_load("nbody_model.weights");
-  if (!model || nbody_compute(model, N, N, z, shells, energies, forces, virial)) {
+  if (!model || nbody_compute_whole(model, N, z, positions, shells, energies, forces, virial)) {
     fprintf(stderr, "%s\n", nbody_error());
     return 1;
   }

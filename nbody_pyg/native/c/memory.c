@@ -16,6 +16,9 @@ typedef struct {
 /* Arrays that the shells share, one after the other. */
 typedef struct { real *gH, *gB, *hH, *hB, *gv, *hv, *gw; } Shared;
 
+/* Latent charges, by atom: first edge, features, and the derivatives of the energy. */
+typedef struct { int64_t* first; double *feature, *charge, *pull, *slope, *gradient; } Charges;
+
 struct nbody_model {
   int threads;
   double* numbers;
@@ -25,6 +28,7 @@ struct nbody_model {
   const int64_t* species;
   Shell shell[SHELLS];
   Shared shared;
+  Charges charges;
 };
 
 static __thread const char* problem = "no error";
@@ -63,6 +67,11 @@ static int64_t arrange(nbody_model* m, char* base) {
   Shared* t = &m->shared;
   TAKE(t->gH, most * HARMONICS); TAKE(t->hH, most * HARMONICS); TAKE(t->gB, most * BASIS); TAKE(t->hB, most * BASIS);
   TAKE(t->gv, 3 * most); TAKE(t->hv, 3 * most); TAKE(t->gw, most);
+#ifdef CHARGES
+  Charges* q = &m->charges; const int64_t n = m->shell[0].atoms;
+  TAKE(q->first, n + 1); TAKE(q->feature, n * FEATURES); TAKE(q->charge, n * CHARGES); TAKE(q->pull, 3 * n);
+  TAKE(q->slope, n * CHARGES); TAKE(q->gradient, n * FEATURES);
+#endif
   return used;
 }
 
@@ -101,7 +110,11 @@ int64_t nbody_memory(const nbody_model* m) {
 }
 int nbody_num_shells(void) { return SHELLS; }
 double nbody_cutoff(int shell) { return shell >= 0 && shell < SHELLS ? sizes[shell].cutoff : 0; }
+#ifdef CHARGES
+double nbody_reach(void) { return INFINITY; }
+#else
 double nbody_reach(void) { double sum = 0; for (int k = 0; k < SHELLS; k++) sum += sizes[k].cutoff; return sum; }
+#endif
 int nbody_num_elements(void) { return SPECIES; }
 int nbody_element(int number) { return number >= 0 && number < SPECIES ? elements[number] : 0; }
 const char* nbody_fingerprint(void) { return FINGERPRINT; }

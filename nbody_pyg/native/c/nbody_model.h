@@ -28,7 +28,9 @@ const char* nbody_error(void);
 
 int nbody_num_shells(void);
 double nbody_cutoff(int shell); /* of shell 0, 1, ... */
-double nbody_reach(void); /* sum of the cutoffs: distance up to which an atom feels others, so that of ghosts */
+/* Distance up to which an atom feels others, so that of ghosts: the sum of the cutoffs, or infinite for a model with
+   latent charges, which needs whole systems. */
+double nbody_reach(void);
 int nbody_num_elements(void);
 int nbody_element(int number); /* atomic number */
 const char* nbody_fingerprint(void); /* of this program; a file of weights names its own */
@@ -52,6 +54,12 @@ int64_t nbody_memory(const nbody_model* model);
    Returns 0, or a number that is not 0: see nbody_error. */
 int nbody_compute(nbody_model* model, int64_t num_atoms, int64_t num_local, const int64_t* z, const nbody_edges* shells,
                   double* energies, double* forces, double* virial);
+
+/* The same for a whole system at positions [num_atoms * 3], without ghosts. A model with latent charges sums over all pairs
+   of its atoms, so it is refused by nbody_compute, takes only open systems, without edges to periodic images, and
+   computes neutral ones. Other models do not read the positions. */
+int nbody_compute_whole(nbody_model* model, int64_t num_atoms, const int64_t* z, const double* positions,
+                        const nbody_edges* shells, double* energies, double* forces, double* virial);
 
 /* Vectors of edges between positions [num_atoms * 3], with lattice shifts [count * 3] of the rows of the cell [9], or
    NULL for both. */
