@@ -206,8 +206,8 @@ def tuned_model(
             :func:`~nbody_pyg.datasets.fit_atomic_energies`.
         keep_elements: keep further elements of ``init`` as well.
         keep_inputs: keep the inputs charge and spin also where all frames are neutral singlets; otherwise the network
-            loses them there (:meth:`~nbody_pyg.models.NBodyNet.neutral`), which makes it faster. It loses them too where
-            all frames have one charge and the network gets latent charges that find it.
+            loses them there (:meth:`~nbody_pyg.models.NBodyNet.neutral`), which makes it faster. So it does where
+            all frames have one charge, if the network gets latent charges that find it.
         keep_short_range: keep repulsion and inner cutoffs, for frames that are a sample, or not all that is trained on.
         long_range: latent charges that an NBodyNet without any gets, as for :class:`~nbody_pyg.NBodyNet`.
 
