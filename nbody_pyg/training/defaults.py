@@ -44,6 +44,8 @@ TUNED_LR, FEW_WEIGHTS_LR = 4e-3, 1e-2
 EPOCHS_PER_ATOM = 10
 #: Largest number of training frames with which a run starts from a shipped model, and frames to compare these on.
 FEW_FRAMES, COMPARED = 1000, 20
+#: Largest number where the run trains latent charges, which no shipped model has.
+FEW_CHARGED = 300
 #: Number of frames that are measured, and largest distance of neighbours, angstrom.
 _MEASURED, _REACH = 200, 6.0
 
@@ -158,8 +160,7 @@ def choose_init(config: Config, data: DataSets, models: Callable[[], Mapping[str
         models: gives the shipped models by their names; asked last, because it reads their files.
     """
     frames = data.train
-    settings = (key for key in config.given if not key.startswith("model.long_range"))
-    free = not any(key == "finetune.init" or key.startswith("model.") for key in settings)
+    free = not any(key == "finetune.init" or key.startswith("model.") for key in config.given)
     ordinary = not (config.target or config.data.qm9 or data.stream is not None)
     if not (free and ordinary) or len(frames) > FEW_FRAMES:
         return None
@@ -167,6 +168,8 @@ def choose_init(config: Config, data: DataSets, models: Callable[[], Mapping[str
     if not molecules or any(
         _is_periodic(f) or f.get("spin") is not None or not has_label(f, "forces") for f in molecules
     ):
+        return None
+    if len(frames) > FEW_CHARGED and _charges(config, FrameStatistics.of(frames)):
         return None
     elements = elements_of(frames)
     compared = _some(molecules, COMPARED)

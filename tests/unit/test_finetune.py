@@ -561,8 +561,6 @@ def test_few_frames_of_molecules_start_from_the_shipped_model(here, shipped, tmp
     assert main([*words, str(tmp_path / "few")]) == 0
     printed = capsys.readouterr().out
     assert "chosen  finetune.init organic: 6 frames of molecules of H, C, O; before training its forces are" in printed
-    assert main([*words, str(tmp_path / "charges"), "--model.long_range", "direct"]) == 0
-    assert ancestor(tmp_path / "charges")["name"] == "organic"
     assert ancestor(tmp_path / "few")["name"] == "organic"
     # A resumed run starts from the same model, and a limit is all that changes
     assert main([*words, str(tmp_path / "few"), "--output.resume", "true", "--training.max_steps", "6"]) == 0
@@ -585,14 +583,18 @@ def test_the_start_is_the_shipped_model_with_the_nearest_forces(here, shipped, t
     assert "a_hydrocarbon_one" not in printed and ancestor(tmp_path / "few")["name"] == "organic"
 
 
-@pytest.mark.parametrize("case", ["none", "own network", "many", "periodic", "element", "energies only"])
+@pytest.mark.parametrize("case", ["none", "own network", "many", "wide ions", "periodic", "element", "energies only"])
 def test_other_runs_start_from_random_weights(here, shipped, tmp_path, capsys, monkeypatch, case):
     frames = [frame.to_ase() for frame in load_embedded("ethanol")[:8]]
     words = {"none": ["--init", "none"], "own network": OWN}.get(case, [])
     if case == "many":
         monkeypatch.setattr(defaults, "FEW_FRAMES", 5)
     for atoms in frames:
-        if case == "periodic":
+        if case == "wide ions":
+            monkeypatch.setattr(defaults, "FEW_CHARGED", 5)
+            atoms.positions *= 3.0
+            atoms.info["charge"] = 1
+        elif case == "periodic":
             atoms.set_cell([12.0] * 3), atoms.set_pbc(True)
         elif case == "element":
             atoms.numbers[atoms.numbers == 8] = 16
