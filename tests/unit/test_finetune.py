@@ -496,6 +496,24 @@ def test_neutral_frames_need_no_inputs(molecules):
     assert abs(init.model(z, pos).item()) > 1e-3
 
 
+@pytest.mark.parametrize(
+    ("charges", "long_range", "inputs"),
+    [
+        ([1.0, 1.0], CHARGES, ()),
+        ([1.0, 0.0], CHARGES, ("charge",)),
+        ([1.0, 1.0], "direct", ("charge",)),
+        ([1.0, 1.0], None, ("charge",)),
+    ],
+    ids=["found", "two charges", "placed", "no latent charges"],
+)
+def test_a_common_charge_that_latent_charges_find_is_no_input(molecules, charges, long_range, inputs):
+    z, pos = molecules["ethanol"]
+    frames = [AtomicData(z=z, pos=pos, energy=torch.ones(1).double(), charge=torch.tensor([q])) for q in charges]
+    tuned, _ = tuned_model(factories.potential(inputs=["charge"], seed=5), frames, long_range=long_range)
+    assert tuned.model.inputs == inputs and tuned.model.assumed == ({} if inputs else {"charge": 1.0})
+    assert torch.isfinite(tuned(frames[0])["energy"]).all()
+
+
 def test_fit_takes_the_neutral_form_of_a_model_with_inputs(tmp_path):
     init = trained(inputs=["charge"], inner_cutoff={"H-N": 0.8, "H-C": 0.9})
     model, _ = tuned_model(init, frames(6))
