@@ -14,8 +14,9 @@ import pytest
 import torch
 from ase import Atoms
 from ase.build import bulk
+from ase.calculators.calculator import Calculator, all_changes
 from ase.calculators.emt import EMT
-from ase.io import write
+from ase.io import read, write
 from ase.units import kcal, mol
 
 from loading import load_script
@@ -73,6 +74,7 @@ HELPERS = (
     "particles",
     "finetune",
     "large",
+    "salt_bridge",
     "timing",
     "report",
     "systems",
@@ -292,6 +294,37 @@ def test_boxes_of_water_have_the_density_of_the_liquid(script, count):
 def test_molecules_have_the_sizes_that_the_table_says(script):
     speed = script("speed")
     assert [len(speed.system(name)) for name in speed.MOLECULES] == [9, 22, 42, 64]
+
+
+class _Attraction(Calculator):
+    """Nitrogen and sulfur of the salt bridge as point charges of some strength, eV angstrom."""
+
+    implemented_properties = ("energy",)
+
+    def __init__(self, strength: float) -> None:
+        super().__init__()
+        self.strength = strength
+
+    def calculate(self, atoms=None, properties=("energy",), system_changes=all_changes):
+        super().calculate(atoms, properties, system_changes)
+        self.results["energy"] = -self.strength / self.atoms.get_distance(1, 21)
+
+
+def test_salt_bridge_pulls_the_ions_apart(script, root, tmp_path, capsys, monkeypatch):
+    module, folder = script("salt_bridge"), root / "tests" / "fixtures" / "large"
+    monkeypatch.setattr(module, "calculator", lambda name: _Attraction(14.0))
+    monkeypatch.setattr(module, "NBodyCalculator", lambda name: _Attraction(14.7))
+    out = tmp_path / "bridge.json"
+    assert module.main(["some.nbody", "--data", str(folder), "--frames", "1", "--out", str(out)]) == 0
+    assert "30.00  -0.397       -0.416    1.050  5.0" in capsys.readouterr().out
+    records = json.loads(out.read_text())["results"]
+    assert [record["distance"] for record in records] == list(module.DISTANCES)
+    assert records[0]["reference_eV"] == pytest.approx(-14.0 / 5 + 14.0 / 200)
+    frame = next(atoms for atoms in read(folder / "salt_bridge_test.extxyz", ":") if len(atoms) == module.SIZE)
+    apart = module.pulled(frame, 20.0)
+    assert apart.get_distance(module.N, module.S) == pytest.approx(20.0)
+    for ion in (slice(0, module.ANION), slice(module.ANION, None)):
+        np.testing.assert_allclose(apart[ion].get_all_distances(), frame[ion].get_all_distances(), atol=1e-10)
 
 
 def test_large_finds_its_networks(script, root, tmp_path, capsys):
