@@ -112,7 +112,8 @@ def test_a_new_rate_and_decay_are_used_and_recorded(tmp_path, optimizer, capsys)
 @pytest.mark.parametrize(
     ("name", "value"),
     [("batch_size", 3), ("optimizer", "adam"), ("ema_decay", 0.5), ("force_weight", 2.0), ("energy_weight", 1.0),
-     ("stress_weight", 1.0), ("energy_per", "atom"), ("penalty", "huber"), ("seed", 1), ("dtype", "float32")],
+     ("stress_weight", 1.0), ("energy_per", "atom"), ("charge_weight", 1.0), ("penalty", "huber"), ("seed", 1),
+     ("dtype", "float32")],
 )  # fmt: skip
 def test_other_settings_are_refused_by_name(folder, name, value):
     before = contents(folder)
@@ -126,7 +127,7 @@ def test_other_settings_are_refused_by_name(folder, name, value):
 def test_every_setting_is_either_free_or_refused():
     names = {field.name for field in dataclasses.fields(TrainingConfig)}
     refused = {"batch_size", "batch_atoms", "optimizer", "ema_decay", "force_weight", "energy_weight", "stress_weight",
-               "energy_per", "penalty", "seed", "dtype", "processes"}  # fmt: skip
+               "energy_per", "charge_weight", "penalty", "seed", "dtype", "processes"}  # fmt: skip
     assert names == refused | RESUMABLE and not refused & RESUMABLE
 
 
