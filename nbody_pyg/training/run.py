@@ -363,9 +363,12 @@ def _require_same_settings(
     """Raise ValueError if a resumed run changes a setting that must stay the same."""
     stored = checkpoint["hyper_parameters"].get("finetune") or {}
     given = {} if finetune is None else dataclasses.asdict(finetune)
+    # Settings that an older version did not have had the effect of their default
+    defaults = {field.name: field.default for field in dataclasses.fields(TrainingConfig)}
+    before = defaults | dict(checkpoint["hyper_parameters"]["settings"])
     words = [
         changes(stored, given, _FILES, "finetune."),
-        changes(checkpoint["hyper_parameters"]["settings"], dataclasses.asdict(settings), RESUMABLE),
+        changes(before, dataclasses.asdict(settings), RESUMABLE),
     ]
     if any(words):
         raise ValueError(

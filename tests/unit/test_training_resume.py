@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from nbody_pyg.data import AtomicData
-from nbody_pyg.io.checkpoint import read_checkpoint, seal
+from nbody_pyg.io.checkpoint import read_checkpoint, seal, write_checkpoint
 from nbody_pyg.potential import Potential
 from nbody_pyg.training import TrainingConfig, fit, force_variance
 from nbody_pyg.training.loader import FrameLoader
@@ -122,6 +122,15 @@ def test_other_settings_are_refused_by_name(folder, name, value):
     with pytest.raises(ValueError, match=f"must not change these settings: {name} is {quoted}; resume with the old"):
         run(folder, resume=True, max_steps=9, **{name: value})
     assert contents(folder) == before
+
+
+def test_a_run_of_a_version_without_a_setting_is_resumed(folder):
+    checkpoint = read_checkpoint(folder / "last.ckpt")
+    del checkpoint["hyper_parameters"]["settings"]["charge_weight"]
+    write_checkpoint(folder / "last.ckpt", checkpoint)
+    with pytest.raises(ValueError, match=r"charge_weight is 0\.05 there, 1\.0 here"):
+        run(folder, resume=True, max_steps=9, charge_weight=1.0)
+    assert run(folder, resume=True, max_steps=9).steps == 9
 
 
 def test_every_setting_is_either_free_or_refused():
