@@ -32,7 +32,7 @@ RADII = ((1.9, 3.5), (2.5, 5.0))
 EXPONENT = 3
 #: Degree and channels if first neighbours are farther apart than bonds of organic molecules.
 DENSE = {"lmax": 3, "channels": 16}
-#: Latent charges of charged molecules that are wider than both shells together.
+#: Latent charges of molecules with a charge that are wider than twice the larger radius.
 CHARGES = {"method": "direct", "states": True, "transfers": False}
 #: Directed edges of a step, in both shells together; and the largest number of frames of a step.
 EDGES_PER_STEP, MOST_FRAMES = 10_000, 5
@@ -169,7 +169,8 @@ def choose_init(config: Config, data: DataSets, models: Callable[[], Mapping[str
         _is_periodic(f) or f.get("spin") is not None or not has_label(f, "forces") for f in molecules
     ):
         return None
-    if len(frames) > FEW_CHARGED and _charges(config, FrameStatistics.of(frames)):
+    charged = len(frames) > FEW_CHARGED and any(_charge(frame) for frame in frames)
+    if charged and _charges(config, FrameStatistics.of(frames)):  # distances are measured for charged frames only
         return None
     elements = elements_of(frames)
     compared = _some(molecules, COMPARED)
