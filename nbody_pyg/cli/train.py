@@ -35,7 +35,7 @@ from nbody_pyg.potential import Potential
 from nbody_pyg.properties import PropertyModel
 from nbody_pyg.required import required
 from nbody_pyg.system import DEFAULT_STATE
-from nbody_pyg.training.config import Config, DataConfig, ModelConfig, OutputConfig, load_config
+from nbody_pyg.training.config import Config, DataConfig, ModelConfig, OutputConfig, completed, load_config
 from nbody_pyg.training.defaults import Choice, choose_defaults, choose_init, keep_choices
 from nbody_pyg.training.evaluation import Evaluation, evaluate
 from nbody_pyg.training.finetune import Inheritance, ancestor_of, replayed, tuned_model
@@ -263,6 +263,7 @@ def _resumed(
     stored = checkpoint.get("config")
     if stored is None:
         raise ValueError(f"{last} was not written by nbody train; resume it with fit(resume=...)")
+    stored = completed(stored)
     config = keep_choices(config, stored)
     given = dataclasses.replace(config, model=explicit(config.model)).to_dict()
     # If not given, they are computed from the frames of the first run.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import io
 import json
@@ -129,6 +130,13 @@ def changes(stored: Mapping[str, Any], given: Mapping[str, Any], free: Collectio
         elif not _equal(old, new):
             words.append(f"{name} is {_plain(old)} there, {_plain(new)} here")
     return "; ".join(word for word in words if word)
+
+
+def with_defaults(stored: Mapping[str, Any] | None, kind: type) -> dict[str, Any]:
+    """Stored fields of a dataclass; fields that an older version did not have get their defaults (same effect)."""
+    fields = dataclasses.fields(kind)
+    known = {field.name: field.default for field in fields if field.default is not dataclasses.MISSING}
+    return known | dict(stored or {})
 
 
 def _equal(old: Any, new: Any) -> bool:

@@ -18,6 +18,7 @@ import yaml
 
 from nbody_pyg.atomic_write import write_text
 from nbody_pyg.datasets.keys import named_keys
+from nbody_pyg.io.checkpoint import with_defaults
 from nbody_pyg.messages import check_choice, nearest
 from nbody_pyg.properties import Property
 from nbody_pyg.renamed import FORMER_ARGUMENTS, present_names
@@ -185,6 +186,11 @@ _ARGUMENT_HELP = {
     "lmax": "highest degree of the states (2, unless irreps is given)",
     "irreps": "type of the states, e.g. 48x0e + 32x1o + 16x2e, or one for each level by its name",
 }
+
+
+def completed(stored: Mapping[str, Any]) -> dict[str, Any]:
+    """The nested form of a run of an older version, with the defaults of settings that it did not have."""
+    return {**stored, **{name: with_defaults(stored[name], kind) for name, kind in _SECTIONS.items() if name in stored}}
 
 
 def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:

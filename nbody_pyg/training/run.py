@@ -16,7 +16,7 @@ from torch_geometric.data import Data
 
 from nbody_pyg.datasets.units import SAMPLE, UnitFiles
 from nbody_pyg.energy import AtomicReference
-from nbody_pyg.io.checkpoint import changes, read_checkpoint
+from nbody_pyg.io.checkpoint import changes, read_checkpoint, with_defaults
 from nbody_pyg.io.upgrades import up_to_date
 from nbody_pyg.messages import symbols
 from nbody_pyg.network import learn_state, model_frames
@@ -320,7 +320,7 @@ def _silent(text: str) -> None:
 def _going_on(checkpoint: Mapping[str, Any], settings: TrainingConfig, num_frames: int) -> dict[str, Any]:
     """Identity of a resumed run, with the changed settings."""
     before, step = checkpoint["run"], checkpoint["global_step"]
-    words = changes(checkpoint["hyper_parameters"]["settings"], dataclasses.asdict(settings))
+    words = changes(_settings(checkpoint), dataclasses.asdict(settings))
     if new := num_frames - before["frames"]["train"]["count"]:
         words += f"{'; ' if words else ''}{new} new training frames behind those of before"
     return {"id": before["id"], "resumed": [*before["resumed"], {"step": step, "changes": words}]}
@@ -354,6 +354,10 @@ def _described(loader: FrameLoader | StreamLoader | None) -> dict[str, Any]:
 _FILES = frozenset({"finetune.init", "finetune.replay"})
 
 
+def _settings(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    return with_defaults(checkpoint["hyper_parameters"]["settings"], TrainingConfig)
+
+
 def _require_same_settings(
     checkpoint: Mapping[str, Any],
     settings: TrainingConfig,
@@ -361,14 +365,12 @@ def _require_same_settings(
     ancestor: Mapping[str, Any] | None,
 ) -> None:
     """Raise ValueError if a resumed run changes a setting that must stay the same."""
-    stored = checkpoint["hyper_parameters"].get("finetune") or {}
+    stored = checkpoint["hyper_parameters"].get("finetune")
     given = {} if finetune is None else dataclasses.asdict(finetune)
-    # Settings that an older version did not have had the effect of their default
-    defaults = {field.name: field.default for field in dataclasses.fields(TrainingConfig)}
-    before = defaults | dict(checkpoint["hyper_parameters"]["settings"])
+    stored = with_defaults(stored, FineTuneConfig) if stored else {}
     words = [
         changes(stored, given, _FILES, "finetune."),
-        changes(before, dataclasses.asdict(settings), RESUMABLE),
+        changes(_settings(checkpoint), dataclasses.asdict(settings), RESUMABLE),
     ]
     if any(words):
         raise ValueError(

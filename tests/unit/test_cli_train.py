@@ -16,7 +16,7 @@ from nbody_pyg.cli import main
 from nbody_pyg.cli import train as train_module
 from nbody_pyg.datasets import load_embedded
 from nbody_pyg.deploy import load_model, read_metadata
-from nbody_pyg.io.checkpoint import read_checkpoint
+from nbody_pyg.io.checkpoint import read_checkpoint, write_checkpoint
 from nbody_pyg.training.config import load_config
 
 TINY = ["--model.channels", "2", "--model.lmax", "1", "--model.scheme.radii", "[3.0]", "--training.batch_size", "2",
@@ -96,6 +96,18 @@ def test_other_changes_are_refused_by_name_before_data_are_read(finished, monkey
     error = capsys.readouterr().err
     assert "a resumed run must not change these settings: " in error and message in error and error.count("\n") == 1
     assert contents() == before
+
+
+def test_a_run_of_a_version_without_a_setting_goes_on(here, capsys):
+    assert train(*OWN) == 0
+    checkpoint = read_checkpoint("r/last.ckpt")
+    for section in (checkpoint["config"]["training"], checkpoint["hyper_parameters"]["settings"]):
+        del section["charge_weight"]
+    write_checkpoint(Path("r/last.ckpt"), checkpoint)
+    assert train(*OWN, *RESUME, "--training.charge_weight", "1.0", steps=6) == 1
+    assert "training.charge_weight is 0.05 there, 1.0 here" in capsys.readouterr().err
+    assert train(*OWN, *RESUME, steps=6) == 0
+    assert "going on from step 4: max_steps is 4 there, 6 here\n" in capsys.readouterr().out
 
 
 @pytest.fixture(scope="module")
