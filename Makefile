@@ -11,7 +11,7 @@ VENV = .venv
 PY = $(VENV)/bin/python
 PIP = $(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt
 ARGS =
-JOBS = 2
+JOBS := $(shell n=$$(nproc 2>/dev/null || echo 2); [ $$n -gt 8 ] && n=8; echo $$n)
 
 .PHONY: help train test lint types docs wheel package dev clean
 

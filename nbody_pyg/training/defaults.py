@@ -41,7 +41,8 @@ PER_ATOM_WEIGHT, STRESS_WEIGHT = 5.0, 0.1
 #: Learning rates of runs that start from a trained model: of all weights, and of readouts and adapters alone.
 TUNED_LR, FEW_WEIGHTS_LR = 4e-3, 1e-2
 #: Passes of such a run over its frames, for each atom of a frame: after more, the weights fit the frames too closely.
-EPOCHS_PER_ATOM = 10
+#: They were found with this number of frames; where there are more, these may be passed more often in proportion.
+EPOCHS_PER_ATOM, EPOCHS_FRAMES = 10, 50
 #: Largest number of training frames with which a run starts from a shipped model, and frames to compare these on.
 FEW_FRAMES, COMPARED = 1000, 20
 #: Largest number where the run trains latent charges, which no shipped model has.
@@ -134,9 +135,9 @@ def choose_defaults(config: Config, data: DataSets) -> tuple[Config, tuple[Choic
     Energy errors count per molecule if all frames are molecules of one size, otherwise per atom, because the energies
     of large cells would outweigh the forces. Stress is trained if frames have it. E0 is that of isolated atoms if every
     element has a frame of one atom without images nearer than 6 angstrom. A step has as many frames as have 10,000
-    edges together, and at most five. A run that starts from a trained model has a smaller learning rate and at most ten
-    passes for each atom of a frame if all weights are trained, no weight decay, and the lengths of the errors in the
-    loss in place of their squares.
+    edges together, and at most five. A run that starts from a trained model has a smaller learning rate, no weight decay, the
+    lengths of the errors in the loss in place of their squares, and, if all weights are trained, at most ten passes for
+    each atom of a frame, in proportion more with more than 50 frames.
 
     Settings given by the user are not changed, nor is a configuration read from the ``config.yaml`` of a run.
     """
@@ -147,7 +148,7 @@ def choose_defaults(config: Config, data: DataSets) -> tuple[Config, tuple[Choic
     chosen = _with(config, choices)
     by_atoms = config.training.batch_atoms is not None
     batch = [] if "training.batch_size" in config.given or by_atoms else [_batch_size(chosen, data.train)]
-    limits = _limits(config, found)
+    limits = _limits(config, found, len(data.train))
     return _with(chosen, [*batch, *limits]), (*choices, *batch, *limits)
 
 
@@ -327,13 +328,19 @@ def _num_edges(scheme: Scheme, frame: Data) -> int:
     return sum(index.shape[1] for index in (*topology.child_index, *topology.pair_index) if index is not None)
 
 
-def _limits(config: Config, found: FrameStatistics) -> list[Choice]:
+def _limits(config: Config, found: FrameStatistics, num_frames: int) -> list[Choice]:
     """The limits of a run without any, and passes over the frames where a trained model is tuned."""
     limits = LIMITS if config.given.isdisjoint(LIMIT_KEYS) else {}
     chosen = {key: Choice(f"training.{key}", value, "no limit of the run was given") for key, value in limits.items()}
     if _passes_are_free(config):
-        passes = min(math.ceil(EPOCHS_PER_ATOM * found.mean_size), LIMITS["max_epochs"])
+        most = LIMITS["max_epochs"]
+        passes = min(math.ceil(EPOCHS_PER_ATOM * found.mean_size), most)
         reason = f"{EPOCHS_PER_ATOM} for each atom of a frame; after more, a trained model fits few frames too closely"
+        if num_frames > EPOCHS_FRAMES:
+            passes = math.ceil(passes * num_frames / EPOCHS_FRAMES)
+            reason += f"; in proportion more with more than {EPOCHS_FRAMES} frames"
+        if limits and passes > most:
+            passes, reason = most, "no limit of the run was given"
         chosen["max_epochs"] = Choice("training.max_epochs", passes, reason)
     return list(chosen.values())
 

@@ -220,6 +220,9 @@ def test_a_trained_model_is_tuned_in_few_passes():
         assert any(choice.key == "training.max_epochs" for choice in choices) != limited
         # The same words go on with the same passes
         assert keep_choices(config, chosen.to_dict()).training.max_epochs == passes
+    many = DataSets(Frames(frames * 100), Frames())
+    for more, passes in ([], 250), (["--training.budget_seconds", "9"], 360):
+        assert choose_defaults(load_config(overrides=[*words, *more]), many)[0].training.max_epochs == passes
     scratch = load_config(overrides=[*words[:2], "--training.budget_seconds", "9"])
     assert choose_defaults(scratch, data)[0].training.max_epochs is None
 
