@@ -82,11 +82,7 @@ def one_at_a_time(function: Callable[..., R]) -> Callable[..., R]:
 def _flags(source: str, effort: str | None) -> tuple[str, ...]:
     by_length = "-O3" if len(source) < _SHORT else "-O2" if len(source) < _LONG else "-O1"
     threads = source == _OPENMP_PROBE or (source != _PROBE and no_threads() is None)
-    try:
-        further = shlex.split(os.environ.get("NBODY_CFLAGS", ""))
-    except ValueError as error:
-        raise RuntimeError(f"NBODY_CFLAGS={os.environ['NBODY_CFLAGS']} cannot be split into words ({error})") from None
-    return (effort or by_length, *_FLAGS, *([_OPENMP] if threads else []), *further)
+    return (effort or by_length, *_FLAGS, *([_OPENMP] if threads else []))
 
 
 @functools.lru_cache(maxsize=1)

@@ -324,18 +324,6 @@ def test_the_compiler_may_have_arguments(cache, monkeypatch, tmp_path):
     assert answer() == 42 and available_backends()[0] == "c"
 
 
-def test_further_flags_come_last_and_have_libraries_of_their_own(cache, monkeypatch):
-    assert answer() == 42
-    monkeypatch.setenv("NBODY_CFLAGS", "-O0 -Dint='int'")
-    assert build._flags(SOURCE, None)[0] == "-O3" and build._flags(SOURCE, None)[-2:] == ("-O0", "-Dint=int")
-    assert answer() == 42
-    assert sum(hasattr(ctypes.CDLL(str(path)), "answer") for path in cache.iterdir()) == 2
-    monkeypatch.setenv("NBODY_CFLAGS", "-O0 '")
-    build.forget()
-    with pytest.raises(RuntimeError, match=r"NBODY_CFLAGS=-O0 ' cannot be split into words \(No closing quotation\)"):
-        build.load(SOURCE)
-
-
 @pytest.mark.parametrize(("value", "match"), [("pytorch", "must be one of auto, c, triton, torch, got 'pytorch'"),
                                               ("c", "'c' cannot run here: CC=nothing is no program")])  # fmt: skip
 def test_a_backend_of_the_environment_that_cannot_be(cache, monkeypatch, value, match):
