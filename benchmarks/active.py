@@ -4,7 +4,8 @@ python benchmarks/active.py START.xyz --label gfn2 --minutes 12
 
 A test set is drawn from a trajectory of the reference calculator that nothing is trained on. ``nbody_pyg.active.learn``
 makes a potential; then networks are trained on as many, and on twice as many, frames of another trajectory of the
-reference calculator, each for the CPU time that one member of the committee had. Needs the package of the calculator.
+reference calculator, each for the CPU time that one member of the committee had; with ``--init`` also from the trained
+model that the committee starts from. Needs the package of the calculator.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from ase.md.velocitydistribution import MaxwellBoltzmannDistribution
 from report import arguments, show, write
 
 from nbody_pyg.active import LearnConfig, calculator, learn, rounds_table
-from nbody_pyg.active.loop import trained
+from nbody_pyg.active.loop import trained, tuned
 from nbody_pyg.data import AtomicData
 from nbody_pyg.datasets.frames import Frames
 from nbody_pyg.deploy import load_model
@@ -53,6 +54,9 @@ def main() -> None:
     parser.add_argument("start", help="a structure in any file that ASE reads")
     parser.add_argument("--label", default="gfn2")
     parser.add_argument("--temperature", type=float, default=500.0, help="K")
+    parser.add_argument("--init", default="organic", help="model that learning starts from; none: random weights")
+    parser.add_argument("--first", type=int, help="first labels")
+    parser.add_argument("--limit", type=float, help="uncertainty that asks for a label, eV/angstrom")
     parser.add_argument("--minutes", type=float, default=12.0)
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--train-seconds", type=float, default=45.0)
@@ -65,20 +69,27 @@ def main() -> None:
     start = read(args.start)
     test = trajectory(start, args.label, args.temperature, args.test, args.every, args.seed + 100)
     config = LearnConfig(
-        label=args.label, temperature=args.temperature, minutes=args.minutes, rounds=args.rounds, seed=args.seed,
+        label=args.label, init=args.init, first=args.first, limit=args.limit, temperature=args.temperature,
+        minutes=args.minutes, rounds=args.rounds, seed=args.seed,
         train_seconds=args.train_seconds, final_seconds=args.final_seconds, processes=args.processes,
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as place:
         rounds = learn([start], Path(place) / "learned", config)
         labels = rounds[-1].labels + rounds[-1].new_labels
         seconds = len(rounds) * args.train_seconds + args.final_seconds
-        rows = [["active", labels, seconds, *_errors(load_model(Path(place) / "learned/model-0.nbody"), test)]]
+        rows = [
+            [f"active, {args.init}", labels, seconds, *_errors(load_model(Path(place) / "learned/model-0.nbody"), test)]
+        ]
         drawn = trajectory(start, args.label, args.temperature, 2 * labels, args.every, args.seed + 200)
         for times in (1, 2):
             # Spread over the whole trajectory
-            some = drawn.select(range(0, 2 * labels, 2 // times))
-            potential = trained(DataSets(some, ()), seconds, args.seed, Path(place) / f"random-{times}")
-            rows.append([f"dynamics of {args.label}", len(some), seconds, *_errors(potential, test)])
+            data = DataSets(drawn.select(range(0, 2 * labels, 2 // times)), ())
+            kinds = {"random weights": lambda log, data=data: trained(data, seconds, args.seed, log)}
+            if args.init != "none":
+                kinds[args.init] = lambda log, data=data: tuned(data, seconds, args.seed, log, args.init)
+            for kind, make in kinds.items():
+                potential = make(Path(place) / f"random-{times}-{len(rows)}")
+                rows.append([f"dynamics of {args.label}, {kind}", len(data.train), seconds, *_errors(potential, test)])
     head = ["labels from", "labels", "CPU s of training", "F MAE meV/A", "F RMSE meV/A", "E MAE meV"]
     print(f"\n{rounds_table(rounds)}\n")
     show(f"{len(test)} test frames", head, rows)

@@ -1,7 +1,8 @@
 """Active learning: dynamics with a committee finds the structures that are worth a label.
 
-A round trains every member on all labels, runs dynamics from labelled structures until the members disagree, and labels
-what it met there. The loop ends when no run meets a structure beyond the limit, or when its time is over.
+Members start from a trained model where one knows the atoms; its dynamics give the first structures. A round trains
+every member, runs dynamics from labelled structures until the members disagree, and labels what it met there. The loop
+ends when no run meets a structure beyond the limit, or when its time is over.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -26,24 +28,29 @@ from ase.calculators.singlepoint import SinglePointCalculator
 from ase.io import read, write
 
 from nbody_pyg.active.labels import calculator
-from nbody_pyg.active.settings import VALIDATION, LearnConfig
+from nbody_pyg.active.settings import AUTO, FIRST, FIRST_TRAINED, NO_INIT, VALIDATION, LearnConfig
 from nbody_pyg.atomic_write import atomic_write, write_json
 from nbody_pyg.data import AtomicData
 from nbody_pyg.datasets.frames import Frames
+from nbody_pyg.deploy.calculator import NBodyCalculator
 from nbody_pyg.deploy.committee import Committee
-from nbody_pyg.deploy.dynamics import run_md
-from nbody_pyg.io.model_file import load_potential, require_potential, save_model
-from nbody_pyg.messages import short
+from nbody_pyg.deploy.dynamics import MDReport, run_md
+from nbody_pyg.io.model_file import load_potential, require_potential, save_model, shipped_models
+from nbody_pyg.messages import short, symbols
 from nbody_pyg.network import frame_states
 from nbody_pyg.potential import Potential
 from nbody_pyg.system import DEFAULT_STATE
-from nbody_pyg.training.config import parse_config
+from nbody_pyg.training.config import Config, parse_config
 from nbody_pyg.training.defaults import choose_defaults
+from nbody_pyg.training.finetune import tuned_model
+from nbody_pyg.training.inherited import with_architecture
 from nbody_pyg.training.prepare import DataSets, build_potential
 from nbody_pyg.training.run import fit
 
 #: Structures with larger forces (eV/angstrom) are no part of what a potential is for.
 _LARGEST_FORCE = 40.0
+#: Share of the labels that members after the first are trained on where all start from one model.
+_SHARE = 0.8
 #: Fewest structures from dynamics that errors are measured on; before, it is done on displaced structures.
 _FEW = 4
 
@@ -80,15 +87,19 @@ def learn(
 ) -> list[Round]:
     """Learn a potential of these atoms from as few labels as possible.
 
+    The first labels are of structures from the dynamics of the model that the members start from, or, with random
+    weights, of small random displacements. From a trained model every round starts again, the first member with all
+    labels, the others with random 80 % of them, because members with the same start and the same labels would agree.
+
     Writes ``labelled.xyz``, ``rounds.json`` and a model of each member, ``model-0.nbody``, ``model-1.nbody``, ... into
     the folder. A folder that holds an unfinished run is continued; labels are never computed twice.
 
     Args:
         starts: one or more structures of the same atoms.
         note: takes a line after each step.
-    Raises: ValueError: no structure, structures of other atoms, charge or spin, wrong settings, a folder of another
-        run, or a damaged record in it; ImportError: a calculator that is not installed;
-        RuntimeError: the calculator labels none of the first structures.
+    Raises: ValueError: no structure, structures of other atoms, charge or spin, wrong settings, a model to start from
+        that lacks an element, a folder of another run, or a damaged record in it; ImportError: a calculator that is
+        not installed; RuntimeError: the calculator labels too few of the first structures.
     """
     config, folder = config or LearnConfig(), Path(folder)
     if not starts:
@@ -96,18 +107,13 @@ def learn(
     if any(a.get_chemical_symbols() != starts[0].get_chemical_symbols() for a in starts):
         raise ValueError("starts must hold structures of the same atoms in one order; learn each molecule by itself")
     state = _state_of(starts)
+    init = _first_model(config, starts[0], state)
     folder.mkdir(parents=True, exist_ok=True)
     _claim(folder, config, starts[0], state)
-    run = _Run(folder, config, state, note)
-    if not run.labelled:
-        note(f"labelling {config.first} structures near the start with {config.label}")
-        run.add(_rattled(starts, config))
-        if len(run.labelled) < 2 * VALIDATION:
-            raise RuntimeError(
-                f"{config.label} labelled {len(run.labelled)} of {config.first} structures near the start; check that "
-                "it computes the first structure, its charge and its spin"
-            )
+    run = _Run(folder, config, state, note, init)
     with _pool(config.processes) as work:
+        if not run.labelled:
+            run.begin(work, starts)
         while not run.over:
             run.round(work)
         note(f"training the last models on {len(run.labelled)} labels")
@@ -119,8 +125,10 @@ def learn(
 class _Run:
     """The state of a run, in memory and in its folder."""
 
-    def __init__(self, folder: Path, config: LearnConfig, state: dict[str, float], note: Callable[[str], None]) -> None:
-        self.folder, self.config, self.state, self.note = folder, config, state, note
+    def __init__(
+        self, folder: Path, config: LearnConfig, state: dict[str, float], note: Callable[[str], None], init: str | None
+    ) -> None:
+        self.folder, self.config, self.state, self.note, self.init = folder, config, state, note, init
         self.labelled: list[Atoms] = []
         self.rounds: list[Round] = []
         self._began, self._before, self._settled = time.monotonic(), 0.0, False
@@ -146,6 +154,31 @@ class _Run:
     def record(self, finished: bool = False) -> dict[str, Any]:
         rounds = [dataclasses.asdict(one) for one in self.rounds]
         return {"rounds": rounds, "minutes": self.minutes, "settled": self._settled, "finished": finished}
+
+    def begin(self, work: Callable[..., Iterator[Any]], starts: Sequence[Atoms]) -> None:
+        """The first labels.
+
+        Raises: RuntimeError: the calculator labels too few structures.
+        """
+        config, found, place = self.config, [], "near the start"
+        count = config.first or (FIRST if self.init is None else FIRST_TRAINED)
+        if self.init is not None:
+            place = f"from dynamics of {self.init}"
+            each = math.ceil(count / config.walkers)
+            jobs = [
+                (self.init, starts[walker % len(starts)], config, each, [config.seed, 998, walker])
+                for walker in range(config.walkers)
+            ]
+            # One of each run in turn, so that none is left out
+            found = [atoms for met in zip_longest(*work(_walk, jobs)) for atoms in met if atoms is not None][:count]
+        found += _rattled(starts, config, count - len(found))
+        self.note(f"labelling {count} structures {place} with {config.label}")
+        self.add(found)
+        if len(self.labelled) < 2 * VALIDATION:
+            raise RuntimeError(
+                f"{config.label} labelled {len(self.labelled)} of {count} structures {place}; check that "
+                "it computes the first structure, its charge and its spin"
+            )
 
     def validation(self) -> list[int]:
         """Places of the structures that no member is trained on."""
@@ -181,10 +214,13 @@ class _Run:
         return len(new)
 
     def train(self, work: Callable[..., Iterator[Any]], seconds: float) -> None:
-        """Train every member on all labels, from its last weights."""
+        """Train every member, from the trained model or from its last weights."""
         number = len(self.rounds)
         labelled, first = str(self.folder / "labelled.xyz"), self.config.seed + 1000 * number
-        jobs = [(path, labelled, self.validation(), seconds, first + k) for k, path in enumerate(self.models)]
+        jobs = [
+            (path, labelled, self.validation(), seconds, first + k, self.init, 1.0 if k == 0 else _SHARE)
+            for k, path in enumerate(self.models)
+        ]
         for _ in work(_train_member, jobs):
             pass
 
@@ -265,18 +301,38 @@ def _claim(folder: Path, config: LearnConfig, first: Atoms, state: dict[str, flo
             raise ValueError(f"{folder} holds files of another command; choose another folder")
         write_json(path, mine)
         return
-    # Runs of an earlier version say nothing of charge and spin
-    theirs = {**DEFAULT_STATE, **_read_json(path)}
+    # Runs of earlier versions say nothing of charge and spin, and had no trained model
+    theirs = {**DEFAULT_STATE, "init": NO_INIT, **_read_json(path)}
     changed = [key for key in mine if key not in free and theirs.get(key) != mine[key]]
     if changed:
         words = ", ".join(f"{key} is {theirs.get(key)!r} there, {mine[key]!r} here" for key in changed)
         raise ValueError(f"{folder} holds a run with other settings ({words}); repeat them, or choose another folder")
 
 
-def _rattled(starts: Sequence[Atoms], config: LearnConfig) -> list[Atoms]:
-    """The first structures: the starts, and displacements of several sizes."""
-    generator, out = np.random.default_rng([config.seed, 999]), [atoms.copy() for atoms in starts][: config.first]
-    while len(out) < config.first:
+def _first_model(config: LearnConfig, atoms: Atoms, state: dict[str, float]) -> str | None:
+    """Name or file of the model that members start from, or None.
+
+    Raises: ValueError: the given one lacks an element. FileNotFoundError: there is no such model.
+    """
+    elements = set(atoms.numbers.tolist())
+    if config.init == AUTO:
+        if atoms.pbc.any() or "spin" in state:
+            return None
+        return next((n for n in shipped_models() if elements <= set(load_potential(n).species or ())), None)
+    if config.init == NO_INIT:
+        return None
+    if lacking := elements.difference(load_potential(config.init).species or elements):
+        raise ValueError(
+            f"init must know the atoms, but {config.init} lacks {symbols(sorted(lacking))}; choose another model, or "
+            f"{NO_INIT} for random weights"
+        )
+    return config.init
+
+
+def _rattled(starts: Sequence[Atoms], config: LearnConfig, count: int) -> list[Atoms]:
+    """The starts, and displacements of several sizes."""
+    generator, out = np.random.default_rng([config.seed, 999]), [atoms.copy() for atoms in starts][:count]
+    while len(out) < count:
         atoms = starts[len(out) % len(starts)].copy()
         size = config.rattle * generator.uniform(0.4, 1.6)
         atoms.positions += generator.normal(scale=size, size=atoms.positions.shape)
@@ -293,16 +349,21 @@ def _frames(structures: Sequence[Atoms]) -> Frames:
     return Frames([AtomicData.from_ase(atoms) for atoms in structures])
 
 
-def _train_member(job: tuple[str, str, list[int], float, int]) -> None:
-    """Train one member and write it; the first time its network and settings are chosen from the data."""
-    path, labelled, validation, seconds, seed = job
+def _train_member(job: tuple[str, str, list[int], float, int, str | None, float]) -> None:
+    """Train one member and write it; with random weights its network and settings are chosen in the first round."""
+    path, labelled, validation, seconds, seed, init, share = job
     torch.set_num_threads(1)
     frames = _frames(_read(labelled))
     val = frames.select(validation)
-    train = frames.select([place for place in range(len(frames)) if place not in set(validation)])
-    first = load_potential(path) if Path(path).is_file() else None
+    places = [place for place in range(len(frames)) if place not in set(validation)]
     log = Path(path).with_suffix("") / f"{len(frames)}-labels-{seed}"
-    save_model(trained(DataSets(train, val), seconds, seed, log, first), path, {"labels": len(frames)})
+    if init is None:
+        first = load_potential(path) if Path(path).is_file() else None
+        potential = trained(DataSets(frames.select(places), val), seconds, seed, log, first)
+    else:
+        kept = np.random.default_rng(seed).permutation(places)[: math.ceil(share * len(places))]
+        potential = tuned(DataSets(frames.select(sorted(kept.tolist())), val), seconds, seed, log, init)
+    save_model(potential, path, {"labels": len(frames)})
 
 
 def trained(data: DataSets, seconds: float, seed: int, folder: Path, potential: Potential | None = None) -> Potential:
@@ -311,13 +372,52 @@ def trained(data: DataSets, seconds: float, seed: int, folder: Path, potential: 
     Args:
         potential: where training goes on from; None: a new network.
     """
-    training = {"budget_seconds": seconds, "seed": seed, "validate_every": 10**6}
-    config = parse_config({"data": {"train": "in memory"}, "training": training})
-    config, _ = choose_defaults(config, data)
+    config, _ = choose_defaults(_config(seconds, seed), data)
     if potential is None:
         potential = require_potential(build_potential(config, data))
     fit(potential, data.train, (), config.training, folder, show_progress=False)
     return potential
+
+
+def tuned(data: DataSets, seconds: float, seed: int, folder: Path, init: str) -> Potential:
+    """A potential that ``nbody train --init`` makes of a trained one, with the settings that it chooses."""
+    start = load_potential(init)
+    config, _ = choose_defaults(with_architecture(_config(seconds, seed, finetune={"init": init}), start), data)
+    potential = require_potential(tuned_model(start, data.train, config.data.e0)[0])
+    fit(potential, data.train, (), config.training, folder, show_progress=False, init=start, finetune=config.finetune)
+    return potential
+
+
+def _config(seconds: float, seed: int, **sections: Any) -> Config:
+    training = {"budget_seconds": seconds, "seed": seed, "validate_every": 10**6}
+    return parse_config({"data": {"train": "in memory"}, "training": training, **sections})
+
+
+def _walk(job: tuple[str, Atoms, LearnConfig, int, list[int]]) -> list[Atoms]:
+    """Structures at equal times of the dynamics of a trained model; fewer if these stop early."""
+    model, start, config, count, seed = job
+    torch.set_num_threads(1)
+    atoms = start.copy()
+    atoms.calc = NBodyCalculator(model)
+    met: list[Atoms] = []
+    every, step = max(config.steps // count, 1), 0
+
+    def keep(now: Atoms) -> None:
+        nonlocal step
+        step += 1
+        if step % every == 0 and len(met) < count:
+            met.append(_bare(now))
+
+    _dynamics(atoms, config, seed, keep)
+    return met
+
+
+def _dynamics(atoms: Atoms, config: LearnConfig, seed: list[int], stop: Callable[[Atoms], str | None]) -> MDReport:
+    return run_md(
+        atoms, config.steps, ensemble="langevin", timestep=config.timestep, temperature=config.temperature,
+        friction=0.02, seed=int(np.random.default_rng(seed).integers(2**31)), sample_every=config.steps, stop=stop,
+        velocities="drawn",
+    )  # fmt: skip
 
 
 def _explore(job: tuple[list[str], Atoms, LearnConfig, float, int, list[int]]) -> tuple[list[Atoms], float]:
@@ -339,11 +439,7 @@ def _explore(job: tuple[list[str], Atoms, LearnConfig, float, int, list[int]]) -
         return None
 
     atoms.info["step"] = 0
-    report = run_md(
-        atoms, config.steps, ensemble="langevin", timestep=config.timestep, temperature=config.temperature,
-        friction=0.02, seed=int(np.random.default_rng(seed).integers(2**31)), sample_every=config.steps, stop=stop,
-        velocities="drawn",
-    )  # fmt: skip
+    report = _dynamics(atoms, config, seed, stop)
     if report.stopped is not None and met:  # on the way there, the least certain
         near.sort(key=lambda pair: -pair[0])
         met += [structure for _, structure in near[: most - 1]]

@@ -9,6 +9,10 @@ from typing import Any
 
 #: One of so many labelled structures is for validation.
 VALIDATION = 5
+#: Labels before the first round: with random weights, and where the members start from a trained model.
+FIRST, FIRST_TRAINED = 30, 15
+#: Values of ``init`` that name no model.
+AUTO, NO_INIT = "auto", "none"
 
 
 def _setting(default: Any, text: str) -> Any:
@@ -21,7 +25,12 @@ class LearnConfig:
 
     label: str = _setting("gfn2", "gfn2, gfn1, emt, or module:name or file.py:name of an ASE calculator")
     temperature: float = _setting(500.0, "of the dynamics, K")
-    first: int = _setting(30, "labels before the first round")
+    init: str = _setting(
+        AUTO,
+        "model file or shipped model that the members start from; none: random weights; auto: a "
+        "shipped model that knows the atoms, if there is one",
+    )
+    first: int | None = _setting(None, "labels before the first round; none: 15 with a trained model, else 30")
     per_round: int = _setting(20, "largest number of new labels per round")
     rounds: int = _setting(20, "largest number of rounds")
     minutes: float = _setting(15.0, "wall-clock time after which no further round begins")
@@ -39,10 +48,12 @@ class LearnConfig:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if field.name in ("label", "seed", "processes") or (field.name == "limit" and value is None):
+            if field.name in ("label", "init", "seed", "processes"):
+                continue
+            if value is None and field.name in ("limit", "first"):
                 continue
             if not (value > 0 and math.isfinite(value)):
                 raise ValueError(f"{field.name} must be positive, got {value!r}")
         for name, least in (("members", 2), ("first", 2 * VALIDATION), ("processes", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be {least} or more, got {getattr(self, name)}")
+            if (value := getattr(self, name)) is not None and value < least:
+                raise ValueError(f"{name} must be {least} or more, got {value}")

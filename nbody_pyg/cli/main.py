@@ -93,6 +93,7 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
     kinds: dict[str, Callable[[str], Any]] = {
         "str": str,
         "int": whole,
+        "int | None": whole,
         "float": positive_number,
         "float | None": positive_number,
     }

@@ -135,9 +135,9 @@ def choose_defaults(config: Config, data: DataSets) -> tuple[Config, tuple[Choic
     Energy errors count per molecule if all frames are molecules of one size, otherwise per atom, because the energies
     of large cells would outweigh the forces. Stress is trained if frames have it. E0 is that of isolated atoms if every
     element has a frame of one atom without images nearer than 6 angstrom. A step has as many frames as have 10,000
-    edges together, and at most five. A run that starts from a trained model has a smaller learning rate, no weight decay, the
-    lengths of the errors in the loss in place of their squares, and, if all weights are trained, at most ten passes for
-    each atom of a frame, in proportion more with more than 50 frames.
+    edges together, and at most five. A run that starts from a trained model has a smaller learning rate, no weight
+    decay, the lengths of the errors in the loss in place of their squares, and, if all weights are trained, at most ten
+    passes for each atom of a frame, in proportion more with more than 50 frames.
 
     Settings given by the user are not changed, nor is a configuration read from the ``config.yaml`` of a run.
     """

@@ -89,6 +89,43 @@ def test_a_finished_run_goes_on_with_more_rounds_and_never_labels_twice(run, tmp
     assert (foreign / "labelled.xyz").read_text() == "mine"
 
 
+def test_members_start_from_a_shipped_model_and_its_dynamics(tmp_path):
+    start, lines = molecule("CH3OH"), []
+    config = dataclasses.replace(QUICK, first=None, rounds=1, steps=40)
+    learn([start], tmp_path / "l", config, note=lines.append)
+    assert lines[0] == "labelling 15 structures from dynamics of organic with emt"
+    labelled = read(tmp_path / "l" / "labelled.xyz", ":")
+    first = [atoms for atoms in labelled if "round" not in atoms.info]
+    moved = [np.abs(atoms.positions - start.positions).max() for atoms in first]
+    assert len(first) == 15 and 0 < min(moved) < max(moved) < 1.0
+    assert len({atoms.get_potential_energy() for atoms in first}) == 15
+    models = [load_model(tmp_path / "l" / f"model-{k}.nbody") for k in range(2)]
+    assert [model.ancestor["name"] for model in models] == ["organic"] * 2
+    forces = [NBodyCalculator(model).get_forces(labelled[3].copy()) for model in models]
+    assert np.abs(forces[0] - forces[1]).max() > 1e-4, "the second has fewer labels"
+    # The same seed gives the same structures
+    again = learn([start], tmp_path / "again", dataclasses.replace(config, minutes=1e-9, final_seconds=0.1), note=str)
+    assert again == []
+    for one, other in zip(first, read(tmp_path / "again" / "labelled.xyz", ":"), strict=True):
+        np.testing.assert_allclose(other.positions, one.positions, rtol=0, atol=1e-7)
+    with pytest.raises(ValueError, match=r"other settings .init is 'auto' there, 'none' here"):
+        learn([start], tmp_path / "l", dataclasses.replace(config, init="none"))
+
+
+def test_the_model_to_start_from_may_be_chosen(tmp_path):
+    short = {"minutes": 1e-9, "final_seconds": 0.1}
+    lines = []
+    learn([molecule("CH3OH")], tmp_path / "a", dataclasses.replace(QUICK, init="none", **short), note=lines.append)
+    assert lines[0] == "labelling 15 structures near the start with emt"
+    assert load_model(tmp_path / "a" / "model-0.nbody").ancestor is None
+    message = "init must know the atoms, but organic lacks Cu; choose another model, or none for random weights"
+    with pytest.raises(ValueError, match=message):
+        learn([cluster()], tmp_path / "b", dataclasses.replace(QUICK, init="organic"))
+    with pytest.raises(FileNotFoundError):
+        learn([cluster()], tmp_path / "c", dataclasses.replace(QUICK, init="absent.nbody"))
+    assert not (tmp_path / "b").exists() and not (tmp_path / "c").exists()
+
+
 def test_what_the_calculator_cannot_do_is_left_out(tmp_path, monkeypatch):
     count = iter(range(1000))
 
