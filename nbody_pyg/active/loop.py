@@ -321,11 +321,13 @@ def _first_model(config: LearnConfig, atoms: Atoms, state: dict[str, float]) -> 
         return next((n for n in shipped_models() if elements <= set(load_potential(n).species or ())), None)
     if config.init == NO_INIT:
         return None
-    if lacking := elements.difference(load_potential(config.init).species or elements):
+    model = load_potential(config.init)
+    if lacking := elements.difference(model.species or elements):
         raise ValueError(
             f"init must know the atoms, but {config.init} lacks {symbols(sorted(lacking))}; choose another model, or "
             f"{NO_INIT} for random weights"
         )
+    _tuning(config.init, model, 1.0, 0)  # finds a model that cannot be tuned before anything is labelled
     return config.init
 
 
@@ -382,10 +384,14 @@ def trained(data: DataSets, seconds: float, seed: int, folder: Path, potential: 
 def tuned(data: DataSets, seconds: float, seed: int, folder: Path, init: str) -> Potential:
     """A potential that ``nbody train --init`` makes of a trained one, with the settings that it chooses."""
     start = load_potential(init)
-    config, _ = choose_defaults(with_architecture(_config(seconds, seed, finetune={"init": init}), start), data)
+    config, _ = choose_defaults(_tuning(init, start, seconds, seed), data)
     potential = require_potential(tuned_model(start, data.train, config.data.e0)[0])
     fit(potential, data.train, (), config.training, folder, show_progress=False, init=start, finetune=config.finetune)
     return potential
+
+
+def _tuning(name: str, init: Potential, seconds: float, seed: int) -> Config:
+    return with_architecture(_config(seconds, seed, finetune={"init": name}), init)
 
 
 def _config(seconds: float, seed: int, **sections: Any) -> Config:

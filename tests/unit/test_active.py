@@ -126,6 +126,16 @@ def test_the_model_to_start_from_may_be_chosen(tmp_path):
     assert not (tmp_path / "b").exists() and not (tmp_path / "c").exists()
 
 
+def test_a_model_that_cannot_be_tuned_is_refused_before_anything_is_labelled(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise ValueError("not this one")
+
+    monkeypatch.setattr(loop_module, "with_architecture", refuse)
+    with pytest.raises(ValueError, match="not this one"):
+        learn([molecule("CH3OH")], tmp_path / "l", dataclasses.replace(QUICK, init="organic"))
+    assert not (tmp_path / "l").exists()
+
+
 def test_what_the_calculator_cannot_do_is_left_out(tmp_path, monkeypatch):
     count = iter(range(1000))
 
