@@ -49,6 +49,9 @@ from nbody_pyg.training.run import fit
 
 #: Structures with larger forces (eV/angstrom) are no part of what a potential is for.
 _LARGEST_FORCE = 40.0
+#: Dynamics end where an uncertainty is so many times the limit; structures of one run are at least as far apart as they
+#: are if so many times as many as it may give lie at equal distances.
+_FAR, _GAPS = 3.0, 4
 #: Share of the labels that members after the first are trained on where all start from one model.
 _SHARE = 0.8
 #: Fewest structures from dynamics that errors are measured on; before, it is done on displaced structures.
@@ -427,33 +430,32 @@ def _dynamics(atoms: Atoms, config: LearnConfig, seed: list[int], stop: Callable
 
 
 def _explore(job: tuple[list[str], Atoms, LearnConfig, float, int, list[int]]) -> tuple[list[Atoms], float]:
-    """Dynamics until the members disagree; structures to label, and the share of the steps that were done."""
+    """Dynamics until the members disagree; structures to label, and the share of the steps before the first of them.
+
+    Where the uncertainty of a force is beyond the limit, the run goes on for a while, because what follows differs more
+    from what is known than the first of these structures does. It ends when it has met enough structures at some
+    distance in time, or far beyond the limit.
+    """
     models, start, config, limit, most, seed = job
     torch.set_num_threads(1)
-    atoms, met = start.copy(), []
+    atoms = start.copy()
     atoms.calc = Committee(models)
-    near: list[tuple[float, Atoms]] = []
+    met: list[tuple[int, Atoms]] = []
+    apart, step = max(config.steps // (_GAPS * most), 1), 0
 
     def stop(now: Atoms) -> str | None:
+        nonlocal step
+        step += 1
         spread = float(now.calc.get_property("forces_std", now).max())
-        if spread > limit:
-            met.append(_bare(now))
-            return "uncertain"
-        if spread > 0.6 * limit and (not near or now.info["step"] - near[-1][1].info["step"] >= 20):
-            near.append((spread, _bare(now)))
-        now.info["step"] += 1
-        return None
+        if spread > limit and (not met or step - met[-1][0] >= apart):
+            met.append((step, _bare(now)))
+        return "uncertain" if len(met) >= most or spread > _FAR * limit else None
 
-    atoms.info["step"] = 0
     report = _dynamics(atoms, config, seed, stop)
-    if report.stopped is not None and met:  # on the way there, the least certain
-        near.sort(key=lambda pair: -pair[0])
-        met += [structure for _, structure in near[: most - 1]]
-    elif report.stopped is not None:
-        met.append(_bare(atoms))
-    for structure in met:
-        structure.info.pop("step", None)
-    return met, min(1.0, atoms.info["step"] / config.steps)
+    if report.stopped is not None and not met:
+        met.append((step, _bare(atoms)))
+    held = met[0][0] if met else step
+    return [structure for _, structure in met], min(1.0, held / config.steps)
 
 
 def _bare(atoms: Atoms) -> Atoms:

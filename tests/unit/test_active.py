@@ -152,6 +152,28 @@ def test_what_the_calculator_cannot_do_is_left_out(tmp_path, monkeypatch):
     assert sum("no label: CalculationFailed: no convergence" in line for line in lines) >= 4
 
 
+def test_dynamics_give_structures_beyond_the_limit_that_lie_apart(run, monkeypatch):
+    start = read(run.folder / "labelled.xyz", "0")
+    models = [str(run.folder / f"model-{k}.nbody") for k in range(2)]
+    config = dataclasses.replace(QUICK, steps=48)
+
+    def explored(limit, most=3):
+        return loop_module._explore((models, start.copy(), config, limit, most, [0, 0, 0]))
+
+    assert explored(1e9) == ([], 1.0)
+    far, held = explored(1e-9)
+    assert len(far) == 1 and held == 1 / 48, "far beyond the limit the run ends"
+    monkeypatch.setattr(loop_module, "_FAR", 1e12)
+    met, held = explored(1e-9)
+    assert len(met) == 3 and held == 1 / 48
+    np.testing.assert_allclose(met[0].positions, far[0].positions, rtol=0, atol=1e-12)
+    monkeypatch.setattr(loop_module, "_GAPS", 48)  # every step
+    near, _ = explored(1e-9, 6)
+    # One of three lies four steps after the one before: of six at every step the fifth is the second of them
+    np.testing.assert_allclose(near[4].positions, met[1].positions, rtol=0, atol=1e-12)
+    assert np.abs(near[1].positions - near[0].positions).max() < np.abs(met[1].positions - met[0].positions).max()
+
+
 def test_errors_and_uncertainties_are_those_of_the_committee(run):
     labelled = read(run.folder / "labelled.xyz", ":")[:3]
     paths = [str(run.folder / f"model-{k}.nbody") for k in range(2)]
