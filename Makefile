@@ -3,8 +3,8 @@
 #   make test     set up .venv with the tools of development and torch-scatter, run the tests
 #   make docs     build the site of the documentation; open site/index.html
 # ARGS goes to the trainer or to pytest: make train ARGS="--training.budget_seconds 20", make test ARGS="-m slow".
-# JOBS is the number of processes of the tests, PYTHON the interpreter that .venv is made with; versions come from
-# constraints.txt.
+# JOBS is the number of processes of the tests (one for each core, at most 8), PYTHON the interpreter that .venv is made
+# with; versions come from constraints.txt.
 
 PYTHON ?= python3
 VENV = .venv

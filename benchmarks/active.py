@@ -11,6 +11,7 @@ model that the committee starts from. Needs the package of the calculator.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import tempfile
 from pathlib import Path
 
@@ -22,13 +23,14 @@ from ase.md.langevin import Langevin
 from ase.md.velocitydistribution import MaxwellBoltzmannDistribution
 from report import arguments, show, write
 
-from nbody_pyg.active import LearnConfig, calculator, learn, rounds_table
+from nbody_pyg.active import LearnConfig, calculator, from_smiles, learn, rounds_table
 from nbody_pyg.active.loop import trained, tuned
 from nbody_pyg.data import AtomicData
 from nbody_pyg.datasets.frames import Frames
 from nbody_pyg.deploy import load_model
 from nbody_pyg.training.evaluation import evaluate
 from nbody_pyg.training.prepare import DataSets
+from nbody_pyg.training.settings import NO_INIT
 
 
 def trajectory(start: Atoms, label: str, temperature: float, count: int, every: int, seed: int) -> Frames:
@@ -51,7 +53,7 @@ def trajectory(start: Atoms, label: str, temperature: float, count: int, every: 
 def main() -> None:
     """Read the command line, run, print a table and write JSON."""
     parser = arguments(__doc__, "active.json")
-    parser.add_argument("start", help="a structure in any file that ASE reads")
+    parser.add_argument("start", help="a file of a structure, or a SMILES string")
     parser.add_argument("--label", default="gfn2")
     parser.add_argument("--temperature", type=float, default=500.0, help="K")
     parser.add_argument("--init", default="organic", help="model that learning starts from; none: random weights")
@@ -66,7 +68,7 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    start = read(args.start)
+    start = read(args.start) if Path(args.start).exists() else from_smiles(args.start, seed=args.seed)[0]
     test = trajectory(start, args.label, args.temperature, args.test, args.every, args.seed + 100)
     config = LearnConfig(
         label=args.label, init=args.init, first=args.first, limit=args.limit, temperature=args.temperature,
@@ -84,12 +86,11 @@ def main() -> None:
         for times in (1, 2):
             # Spread over the whole trajectory
             data = DataSets(drawn.select(range(0, 2 * labels, 2 // times)), ())
-            kinds = {"random weights": lambda log, data=data: trained(data, seconds, args.seed, log)}
-            if args.init != "none":
-                kinds[args.init] = lambda log, data=data: tuned(data, seconds, args.seed, log, args.init)
-            for kind, make in kinds.items():
-                potential = make(Path(place) / f"random-{times}-{len(rows)}")
-                rows.append([f"dynamics of {args.label}, {kind}", len(data.train), seconds, *_errors(potential, test)])
+            for init in dict.fromkeys((NO_INIT, args.init)):
+                folder = Path(place) / f"random-{times}-{len(rows)}"
+                make = trained if init == NO_INIT else functools.partial(tuned, init=init)
+                potential = make(data, seconds, args.seed, folder)
+                rows.append([f"dynamics of {args.label}, {init}", len(data.train), seconds, *_errors(potential, test)])
     head = ["labels from", "labels", "CPU s of training", "F MAE meV/A", "F RMSE meV/A", "E MAE meV"]
     print(f"\n{rounds_table(rounds)}\n")
     show(f"{len(test)} test frames", head, rows)

@@ -28,7 +28,7 @@ from ase.calculators.singlepoint import SinglePointCalculator
 from ase.io import read, write
 
 from nbody_pyg.active.labels import calculator
-from nbody_pyg.active.settings import AUTO, FIRST, FIRST_TRAINED, NO_INIT, VALIDATION, LearnConfig
+from nbody_pyg.active.settings import AUTO, FIRST, FIRST_TRAINED, VALIDATION, LearnConfig
 from nbody_pyg.atomic_write import atomic_write, write_json
 from nbody_pyg.data import AtomicData
 from nbody_pyg.datasets.frames import Frames
@@ -39,6 +39,7 @@ from nbody_pyg.io.model_file import load_potential, require_potential, save_mode
 from nbody_pyg.messages import short, symbols
 from nbody_pyg.network import frame_states
 from nbody_pyg.potential import Potential
+from nbody_pyg.required import required
 from nbody_pyg.system import DEFAULT_STATE
 from nbody_pyg.training.config import Config, parse_config
 from nbody_pyg.training.defaults import choose_defaults
@@ -46,6 +47,7 @@ from nbody_pyg.training.finetune import tuned_model
 from nbody_pyg.training.inherited import with_architecture
 from nbody_pyg.training.prepare import DataSets, build_potential
 from nbody_pyg.training.run import fit
+from nbody_pyg.training.settings import NO_INIT
 
 #: Structures with larger forces (eV/angstrom) are no part of what a potential is for.
 _LARGEST_FORCE = 40.0
@@ -101,8 +103,8 @@ def learn(
         starts: one or more structures of the same atoms.
         note: takes a line after each step.
     Raises: ValueError: no structure, structures of other atoms, charge or spin, wrong settings, a model to start from
-        that lacks an element, a folder of another run, or a damaged record in it; ImportError: a calculator that is
-        not installed; RuntimeError: the calculator labels too few of the first structures.
+        that lacks an element or cannot be tuned, a folder of another run, or a damaged record in it; ImportError: a
+        calculator that is not installed; RuntimeError: the calculator labels too few of the first structures.
     """
     config, folder = config or LearnConfig(), Path(folder)
     if not starts:
@@ -110,10 +112,10 @@ def learn(
     if any(a.get_chemical_symbols() != starts[0].get_chemical_symbols() for a in starts):
         raise ValueError("starts must hold structures of the same atoms in one order; learn each molecule by itself")
     state = _state_of(starts)
-    init = _first_model(config, starts[0], state)
+    config = _decided(config, starts[0], state)
     folder.mkdir(parents=True, exist_ok=True)
     _claim(folder, config, starts[0], state)
-    run = _Run(folder, config, state, note, init)
+    run = _Run(folder, config, state, note)
     with _pool(config.processes) as work:
         if not run.labelled:
             run.begin(work, starts)
@@ -128,10 +130,8 @@ def learn(
 class _Run:
     """The state of a run, in memory and in its folder."""
 
-    def __init__(
-        self, folder: Path, config: LearnConfig, state: dict[str, float], note: Callable[[str], None], init: str | None
-    ) -> None:
-        self.folder, self.config, self.state, self.note, self.init = folder, config, state, note, init
+    def __init__(self, folder: Path, config: LearnConfig, state: dict[str, float], note: Callable[[str], None]) -> None:
+        self.folder, self.config, self.state, self.note = folder, config, state, note
         self.labelled: list[Atoms] = []
         self.rounds: list[Round] = []
         self._began, self._before, self._settled = time.monotonic(), 0.0, False
@@ -163,13 +163,12 @@ class _Run:
 
         Raises: RuntimeError: the calculator labels too few structures.
         """
-        config, found, place = self.config, [], "near the start"
-        count = config.first or (FIRST if self.init is None else FIRST_TRAINED)
-        if self.init is not None:
-            place = f"from dynamics of {self.init}"
+        config, count, found, place = self.config, required(self.config.first), [], "near the start"
+        if config.init != NO_INIT:
+            place = f"from dynamics of {config.init}"
             each = math.ceil(count / config.walkers)
             jobs = [
-                (self.init, starts[walker % len(starts)], config, each, [config.seed, 998, walker])
+                (starts[walker % len(starts)], config, each, [config.seed, 998, walker])
                 for walker in range(config.walkers)
             ]
             # One of each run in turn, so that none is left out
@@ -221,7 +220,7 @@ class _Run:
         number = len(self.rounds)
         labelled, first = str(self.folder / "labelled.xyz"), self.config.seed + 1000 * number
         jobs = [
-            (path, labelled, self.validation(), seconds, first + k, self.init, 1.0 if k == 0 else _SHARE)
+            (path, labelled, self.validation(), seconds, first + k, self.config.init, 1.0 if k == 0 else _SHARE)
             for k, path in enumerate(self.models)
         ]
         for _ in work(_train_member, jobs):
@@ -312,26 +311,25 @@ def _claim(folder: Path, config: LearnConfig, first: Atoms, state: dict[str, flo
         raise ValueError(f"{folder} holds a run with other settings ({words}); repeat them, or choose another folder")
 
 
-def _first_model(config: LearnConfig, atoms: Atoms, state: dict[str, float]) -> str | None:
-    """Name or file of the model that members start from, or None.
+def _decided(config: LearnConfig, atoms: Atoms, state: dict[str, float]) -> LearnConfig:
+    """The settings with the model that members start from, or "none", and the number of first labels.
 
-    Raises: ValueError: the given one lacks an element. FileNotFoundError: there is no such model.
+    Raises: ValueError: the given model lacks an element, or cannot be tuned. FileNotFoundError: there is no such model.
     """
-    elements = set(atoms.numbers.tolist())
-    if config.init == AUTO:
-        if atoms.pbc.any() or "spin" in state:
-            return None
-        return next((n for n in shipped_models() if elements <= set(load_potential(n).species or ())), None)
-    if config.init == NO_INIT:
-        return None
-    model = load_potential(config.init)
-    if lacking := elements.difference(model.species or elements):
-        raise ValueError(
-            f"init must know the atoms, but {config.init} lacks {symbols(sorted(lacking))}; choose another model, or "
-            f"{NO_INIT} for random weights"
-        )
-    _tuning(config.init, model, 1.0, 0)  # finds a model that cannot be tuned before anything is labelled
-    return config.init
+    elements, init = set(atoms.numbers.tolist()), config.init
+    if init == AUTO:
+        names = [] if atoms.pbc.any() or "spin" in state else shipped_models()
+        init = next((name for name in names if elements <= set(load_potential(name).species or ())), NO_INIT)
+    elif init != NO_INIT:
+        model = load_potential(init)
+        if lacking := elements.difference(model.species or elements):
+            raise ValueError(
+                f"init must know the atoms, but {init} lacks {symbols(sorted(lacking))}; choose another model, or "
+                f"{NO_INIT} for random weights"
+            )
+        _tuning(init, model, 1.0, 0)
+    first = config.first or (FIRST if init == NO_INIT else FIRST_TRAINED)
+    return dataclasses.replace(config, init=init, first=first)
 
 
 def _rattled(starts: Sequence[Atoms], config: LearnConfig, count: int) -> list[Atoms]:
@@ -354,7 +352,7 @@ def _frames(structures: Sequence[Atoms]) -> Frames:
     return Frames([AtomicData.from_ase(atoms) for atoms in structures])
 
 
-def _train_member(job: tuple[str, str, list[int], float, int, str | None, float]) -> None:
+def _train_member(job: tuple[str, str, list[int], float, int, str, float]) -> None:
     """Train one member and write it; with random weights its network and settings are chosen in the first round."""
     path, labelled, validation, seconds, seed, init, share = job
     torch.set_num_threads(1)
@@ -362,7 +360,7 @@ def _train_member(job: tuple[str, str, list[int], float, int, str | None, float]
     val = frames.select(validation)
     places = [place for place in range(len(frames)) if place not in set(validation)]
     log = Path(path).with_suffix("") / f"{len(frames)}-labels-{seed}"
-    if init is None:
+    if init == NO_INIT:
         first = load_potential(path) if Path(path).is_file() else None
         potential = trained(DataSets(frames.select(places), val), seconds, seed, log, first)
     else:
@@ -402,12 +400,12 @@ def _config(seconds: float, seed: int, **sections: Any) -> Config:
     return parse_config({"data": {"train": "in memory"}, "training": training, **sections})
 
 
-def _walk(job: tuple[str, Atoms, LearnConfig, int, list[int]]) -> list[Atoms]:
+def _walk(job: tuple[Atoms, LearnConfig, int, list[int]]) -> list[Atoms]:
     """Structures at equal times of the dynamics of a trained model; fewer if these stop early."""
-    model, start, config, count, seed = job
+    start, config, count, seed = job
     torch.set_num_threads(1)
     atoms = start.copy()
-    atoms.calc = NBodyCalculator(model)
+    atoms.calc = NBodyCalculator(config.init)
     met: list[Atoms] = []
     every, step = max(config.steps // count, 1), 0
 
@@ -454,7 +452,7 @@ def _explore(job: tuple[list[str], Atoms, LearnConfig, float, int, list[int]]) -
     report = _dynamics(atoms, config, seed, stop)
     if report.stopped is not None and not met:
         met.append((step, _bare(atoms)))
-    held = met[0][0] if met else step
+    held = met[0][0] - 1 if met else step
     return [structure for _, structure in met], min(1.0, held / config.steps)
 
 

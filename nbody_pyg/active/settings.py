@@ -11,8 +11,8 @@ from typing import Any
 VALIDATION = 5
 #: Labels before the first round: with random weights, and where the members start from a trained model.
 FIRST, FIRST_TRAINED = 30, 15
-#: Values of ``init`` that name no model.
-AUTO, NO_INIT = "auto", "none"
+#: Value of ``init`` that leaves the choice to the loop.
+AUTO = "auto"
 
 
 def _setting(default: Any, text: str) -> Any:
@@ -25,11 +25,6 @@ class LearnConfig:
 
     label: str = _setting("gfn2", "gfn2, gfn1, emt, or module:name or file.py:name of an ASE calculator")
     temperature: float = _setting(500.0, "of the dynamics, K")
-    init: str = _setting(
-        AUTO,
-        "model file or shipped model that the members start from; none: random weights; auto: a "
-        "shipped model that knows the atoms, if there is one",
-    )
     first: int | None = _setting(None, "labels before the first round; none: 15 with a trained model, else 30")
     per_round: int = _setting(20, "largest number of new labels per round")
     rounds: int = _setting(20, "largest number of rounds")
@@ -44,6 +39,11 @@ class LearnConfig:
     rattle: float = _setting(0.04, "mean standard deviation of the first displacements, angstrom")
     processes: int = _setting(2, "processes; 0: none but this one")
     seed: int = _setting(0, "of everything that is random")
+    init: str = _setting(
+        AUTO,
+        "model file or shipped model that the members start from; none: random weights; auto: a shipped model that "
+        "knows the atoms, if there is one",
+    )
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):

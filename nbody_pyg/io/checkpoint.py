@@ -133,7 +133,7 @@ def changes(stored: Mapping[str, Any], given: Mapping[str, Any], free: Collectio
 
 
 def with_defaults(stored: Mapping[str, Any] | None, kind: type) -> dict[str, Any]:
-    """Stored fields of a dataclass; fields that an older version did not have get their defaults (same effect)."""
+    """Stored fields of a dataclass, with the defaults of fields that an older version did not have."""
     fields = dataclasses.fields(kind)
     known = {field.name: field.default for field in fields if field.default is not dataclasses.MISSING}
     return known | dict(stored or {})

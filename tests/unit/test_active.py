@@ -108,7 +108,7 @@ def test_members_start_from_a_shipped_model_and_its_dynamics(tmp_path):
     assert again == []
     for one, other in zip(first, read(tmp_path / "again" / "labelled.xyz", ":"), strict=True):
         np.testing.assert_allclose(other.positions, one.positions, rtol=0, atol=1e-7)
-    with pytest.raises(ValueError, match=r"other settings .init is 'auto' there, 'none' here"):
+    with pytest.raises(ValueError, match=r"other settings .*init is 'organic' there, 'none' here"):
         learn([start], tmp_path / "l", dataclasses.replace(config, init="none"))
 
 
@@ -124,6 +124,20 @@ def test_the_model_to_start_from_may_be_chosen(tmp_path):
     with pytest.raises(FileNotFoundError):
         learn([cluster()], tmp_path / "c", dataclasses.replace(QUICK, init="absent.nbody"))
     assert not (tmp_path / "b").exists() and not (tmp_path / "c").exists()
+
+
+def test_a_run_of_an_earlier_version_goes_on_without_a_trained_model(tmp_path):
+    """Its record holds no model, and 30 first labels where they were not given."""
+    config = LearnConfig(label="emt", rounds=1, minutes=1e-9, final_seconds=0.1, processes=0, init="none")
+    learn([molecule("CH3OH")], tmp_path, config, note=str)
+    record = json.loads((tmp_path / "learn.json").read_text())
+    assert record["first"] == 30 and record.pop("init") == "none"
+    (tmp_path / "learn.json").write_text(json.dumps(record))
+    lines = []
+    learn([molecule("CH3OH")], tmp_path, config, note=lines.append)
+    assert lines == ["training the last models on 30 labels"]
+    with pytest.raises(ValueError, match=r"init is 'none' there, 'organic' here"):
+        learn([molecule("CH3OH")], tmp_path, dataclasses.replace(config, init="auto"))
 
 
 def test_a_model_that_cannot_be_tuned_is_refused_before_anything_is_labelled(tmp_path, monkeypatch):
@@ -162,10 +176,10 @@ def test_dynamics_give_structures_beyond_the_limit_that_lie_apart(run, monkeypat
 
     assert explored(1e9) == ([], 1.0)
     far, held = explored(1e-9)
-    assert len(far) == 1 and held == 1 / 48, "far beyond the limit the run ends"
+    assert len(far) == 1 and held == 0, "far beyond the limit the run ends"
     monkeypatch.setattr(loop_module, "_FAR", 1e12)
     met, held = explored(1e-9)
-    assert len(met) == 3 and held == 1 / 48
+    assert len(met) == 3 and held == 0
     np.testing.assert_allclose(met[0].positions, far[0].positions, rtol=0, atol=1e-12)
     monkeypatch.setattr(loop_module, "_GAPS", 48)  # every step
     near, _ = explored(1e-9, 6)
