@@ -8,11 +8,15 @@ from __future__ import annotations
 
 import os
 import random
+import sys
 from pathlib import Path
 
 # Before torch and matplotlib are imported: they read these once
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
+# A network of a few channels is compiled for longer than it runs. `make test` once more with NBODY_CFLAGS empty runs the
+# products as users have them, see .ci/run
+os.environ.setdefault("NBODY_CFLAGS", "-O1")
 
 import hypothesis
 import numpy as np
@@ -80,6 +84,15 @@ def _fixed_seeds() -> None:
     random.seed(0)
     np.random.seed(0)  # noqa: NPY002 (for third parties that draw from numpy's global state)
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _plots_without_layout(request, monkeypatch):
+    """Every command draws plots, and half of the time of a short training run is their layout. A module or test with the
+    mark ``layout`` has it."""
+    if request.node.get_closest_marker("layout") is None and "matplotlib.layout_engine" in sys.modules:
+        engine = sys.modules["matplotlib.layout_engine"].ConstrainedLayoutEngine
+        monkeypatch.setattr(engine, "execute", lambda self, figure: None)
 
 
 @pytest.fixture(autouse=True)

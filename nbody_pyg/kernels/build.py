@@ -82,7 +82,16 @@ def one_at_a_time(function: Callable[..., R]) -> Callable[..., R]:
 def _flags(source: str, effort: str | None) -> tuple[str, ...]:
     by_length = "-O3" if len(source) < _SHORT else "-O2" if len(source) < _LONG else "-O1"
     threads = source == _OPENMP_PROBE or (source != _PROBE and no_threads() is None)
-    return (effort or by_length, *_FLAGS, *([_OPENMP] if threads else []))
+    return (effort or by_length, *_FLAGS, *([_OPENMP] if threads else []), *_given_flags())
+
+
+def _given_flags() -> list[str]:
+    """Those of the environment, after ours, so that they win."""
+    given = os.environ.get("NBODY_CFLAGS", "")
+    try:
+        return shlex.split(given)
+    except ValueError as error:  # an unclosed quotation mark
+        raise RuntimeError(f"NBODY_CFLAGS={given} cannot be read ({error}); correct it") from error
 
 
 @functools.lru_cache(maxsize=1)
@@ -115,12 +124,14 @@ def trusted(path: Path) -> str | None:
     """Reason why code must not be loaded from a file or folder, because another user could have written it; or None.
 
     It and every folder above it must belong to the user or to root and must not be writable for others, unless others
-    cannot rename or remove its files, as in /tmp.
+    cannot rename or remove its files, as in /tmp. What does not exist yet will belong to the user.
     """
     if not hasattr(os, "getuid"):  # no Unix permissions
         return None
     path = Path(os.path.realpath(path))
     for place in (path, *path.parents):
+        if place == path and not place.exists():
+            continue
         found = place.stat()
         if found.st_uid not in (0, os.getuid()) and (place == path or found.st_uid != _unknown_owner()):
             return f"{place} belongs to another user (number {found.st_uid})"
@@ -160,7 +171,7 @@ def own_cache() -> Path:
     """
     folder = Path(os.path.realpath(cache_folder()))
     missing = [place for place in (folder, *folder.parents) if not place.exists()]
-    if missing and (problem := trusted(missing[-1].parent)):
+    if missing and (problem := trusted(missing[-1])):
         raise RuntimeError(problem)
     for place in reversed(missing):
         place.mkdir(mode=0o700, exist_ok=True)

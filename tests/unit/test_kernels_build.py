@@ -218,6 +218,19 @@ def test_a_folder_where_others_cannot_rename_is_fine(cache, compilations):
     assert answer() == 42 and not compilations
 
 
+def test_a_new_folder_where_others_cannot_rename_is_made(cache, compilations):
+    cache.parent.parent.chmod(0o1777)
+    assert answer() == 42 and kept(cache) and compilations
+    assert cache.stat().st_mode & 0o777 == cache.parent.stat().st_mode & 0o777 == 0o700
+
+
+def test_no_folder_is_made_where_others_can_rename_it(cache):
+    cache.parent.parent.chmod(0o777)
+    with pytest.warns(RuntimeWarning, match=r"cannot be kept \(.*can be written by others"):
+        assert build.load(SOURCE).answer() == 42
+    assert not cache.parent.exists()
+
+
 @pytest.mark.parametrize(("mode", "owner"), [(0o777, None), pytest.param(None, 12345, marks=as_root)])
 def test_a_file_of_others_is_built_anew(cache, compilations, mode, owner):
     answer()
@@ -322,6 +335,19 @@ def test_the_compiler_may_have_arguments(cache, monkeypatch, tmp_path):
     build.forget()
     assert build.compiler()[1:] == ("NBODY_TEST=1", build.compiler.__wrapped__()[2], "-DUNUSED=a b")
     assert answer() == 42 and available_backends()[0] == "c"
+
+
+def test_the_arguments_of_the_environment_win(cache, monkeypatch, compilations):
+    source = "int level(void) { return NBODY_LEVEL * 10 + __OPTIMIZE__; }"
+    monkeypatch.setenv("NBODY_CFLAGS", "-DNBODY_LEVEL=4 -O1 -O0 -O1")
+    assert build.load(source, "-O3").level() == 41
+    monkeypatch.setenv("NBODY_CFLAGS", "-DNBODY_LEVEL=5")
+    build.forget()
+    assert build.load(source, "-O3").level() == 51, "libraries of other arguments are not taken"
+    monkeypatch.setenv("NBODY_CFLAGS", "-O1 'x")
+    build.forget()
+    with pytest.raises(RuntimeError, match="NBODY_CFLAGS=-O1 'x cannot be read"):
+        build.load(source)
 
 
 @pytest.mark.parametrize(("value", "match"), [("pytorch", "must be one of auto, c, triton, torch, got 'pytorch'"),
