@@ -158,6 +158,7 @@ def particles(root, tmp_path):
     return tmp_path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(TINY))
 def test_script_prints_a_table_and_writes_json(name, script, model, dimers, rmd17, root, request, tmp_path, capsys):
     out = tmp_path / "result" / f"{name}.json"
@@ -257,6 +258,7 @@ def _large(found, out):
     assert out.with_suffix(".md").read_text().count("\n| small") == 2
 
 
+@pytest.mark.slow
 def test_training_step_with_threads(script, tmp_path, capsys):
     out = tmp_path / "t.json"
     assert script("scaling").main(["--training", "--batch", "2", "--rounds", "1", "--out", str(out)]) == 0
@@ -327,6 +329,7 @@ def test_salt_bridge_pulls_the_ions_apart(script, root, tmp_path, capsys, monkey
         np.testing.assert_allclose(apart[ion].get_all_distances(), frame[ion].get_all_distances(), atol=1e-10)
 
 
+@pytest.mark.slow
 def test_large_finds_its_networks(script, root, tmp_path, capsys):
     large = script("large")
     assert large.model("flat2+charges", {})["long_range"] == "direct" and large.model("painn", {}) is None

@@ -20,6 +20,7 @@ def page(request) -> Path:
     return request.param
 
 
+@pytest.mark.slow
 def test_python_blocks_run(page, run_blocks):
     run_blocks([match["body"] for match in FENCE.finditer(page.read_text(encoding="utf-8"))])
 

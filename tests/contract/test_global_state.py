@@ -50,6 +50,7 @@ print(json.dumps([key for key in before if before[key] != after[key]]))
 """
 
 
+@pytest.mark.slow
 def test_import_changes_nothing(root):
     environment = os.environ | {"PYTHONPATH": str(root)}
     run = subprocess.run(

@@ -46,6 +46,7 @@ LIGHT = [
 ]
 
 
+@pytest.mark.slow
 def test_importing_loads_nothing_heavy(root):
     """The last two lines, which do, show that it would be seen."""
     dynamics, pictures = "from nbody_pyg.deploy import run_md", "import nbody_pyg, matplotlib.figure"

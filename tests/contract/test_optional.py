@@ -91,11 +91,13 @@ def without(root) -> dict:
     return _run(root, OPTIONAL)
 
 
+@pytest.mark.slow
 def test_everything_works_without_the_optional_packages(without):
     assert without["modules"] == []
     assert abs(without["energy"][0]) > 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("torch_scatter") is None, reason="torch-scatter is not installed")
 def test_torch_scatter_changes_no_number(root, without):
     present = _run(root, [])

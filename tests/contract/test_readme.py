@@ -56,6 +56,7 @@ def test_relative_links_lead_somewhere(root, readme):
     assert not broken, f"the README links to nothing at {broken}"
 
 
+@pytest.mark.slow
 def test_python_blocks_run(readme, run_blocks):
     run_blocks(
         [

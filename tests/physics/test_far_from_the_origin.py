@@ -48,6 +48,7 @@ def close(found: dict, wanted: dict) -> None:
     assert "forces" not in wanted or wanted["forces"].abs().max() > 1e-2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("distance", [1e2, 1e4, 1e6])
 @pytest.mark.parametrize("name", SCHEMES)
 def test_molecules(name, distance, molecules):
@@ -154,6 +155,7 @@ def test_models_of_others(molecules):
     assert torch.equal(rounded_positions(pos, batch[:9], torch.float64), pos)
 
 
+@pytest.mark.slow
 def test_properties(molecules):
     z, pos = molecules["ethanol"]
     wanted = [Property("dipole", "dipole", "e*angstrom")]

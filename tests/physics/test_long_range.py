@@ -40,6 +40,7 @@ def _charges(net, z, pos, charge=None, charges=None):
     return found[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", [NestedShells((4.0, 3.0)), BondTree(4.0)], ids=["shells", "tree"])
 def test_charge_is_conserved(scheme, molecules):
     z, pos = molecules["chiral"]
@@ -298,6 +299,7 @@ def test_energy_is_finite_and_smooth_where_atoms_meet():
     assert energy.abs() > 1e-3
 
 
+@pytest.mark.slow
 def test_configuration_comes_back_and_potentials_pass_the_charge(molecules):
     z, pos = molecules["methanol"]
     net = _net(BondTree(4.0, 6.0, 9.0), FULL | {"method": "hierarchy", "lmax": 2, "trained": True})

@@ -76,7 +76,7 @@ def _data(system):
 
 
 @pytest.mark.parametrize("preset", ["practical", "strict"])
-@pytest.mark.parametrize("parity", ["natural", "both"])
+@pytest.mark.parametrize("parity", ["natural", pytest.param("both", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("scheme", list(SCHEMES))
 def test_every_level_and_degree_is_covariant(scheme, parity, preset):
     """P4, for rotations, the inversion and their products; every block must be different from zero."""
@@ -94,6 +94,7 @@ def test_every_level_and_degree_is_covariant(scheme, parity, preset):
     assert all(top[:, part].abs().max() > 1e-9 for part in types[-1].slices())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", list(SCHEMES))
 def test_without_parity_it_is_covariant_to_rotations_and_separates_mirror_images(scheme):
     net = _net(scheme, "ignored")
@@ -103,6 +104,7 @@ def test_without_parity_it_is_covariant_to_rotations_and_separates_mirror_images
         assert_equivariant(call, types, systems=[random_molecule(7, SPECIES)], improper=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("preset", ["practical", "strict"])
 @pytest.mark.parametrize("scheme", [BondTree(4.0), NestedShells((3.0, 3.0))], ids=["tree", "shells"])
 def test_energies_of_mirror_images(scheme, preset, molecules, random_rotation):
@@ -186,6 +188,7 @@ def _differences(function, order: int):
     return [float(torch.diff(values, n=n, dim=0).abs().max() / scale) for n in (order, order + 1)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["tree", "shells"])
 @pytest.mark.parametrize("correlation", [2, 3])
 def test_strict_is_polynomial_in_the_states(scheme, correlation):
@@ -224,6 +227,7 @@ def test_practical_is_not_polynomial():
     assert beyond > 1e-6
 
 
+@pytest.mark.slow
 def test_strict_has_no_activation_and_no_norm():
     allowed = {"NBodyNet", "ModuleList", "ModuleDict", "ParameterList", "Identity", "EdgeEmbedding",
     "SolidHarmonics",
@@ -258,6 +262,7 @@ def _frozen(net: NBodyNet, system):
     return energy
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("preset", ["practical", "strict"])
 @pytest.mark.parametrize("scheme", ["tree", "shells"])
 @pytest.mark.parametrize("irreps_out", ["1o", "0e+2e", "2x0e+1x1o"])

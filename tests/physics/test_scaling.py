@@ -100,6 +100,7 @@ def long_range_work(method: str, length: int, levels: int) -> tuple[int, Work]:
     return len(z), found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SCHEMES)
 def test_energy_and_forces_of_local_schemes_are_linear(name):
     model, rods = potential(SCHEMES[name]), [rod(length) for length in (32, 64, 128)]
@@ -124,6 +125,7 @@ def test_parts_and_edges_of_local_schemes_are_linear(name):
         assert_grows(sizes, [topology.size(level) for topology in found], 1.0)
 
 
+@pytest.mark.slow
 def test_long_range_through_a_hierarchy_is_linear():
     """The hierarchy grows with the rod: its highest level with pairs, where all parts meet, keeps its size."""
     sizes, found = zip(*(long_range_work("hierarchy", 64 * 2**k, 5 + k) for k in range(2)), strict=True)
@@ -136,6 +138,7 @@ def test_long_range_by_the_direct_sum_is_quadratic():
     assert_grows(sizes, [w.elements for w in found], 2.0)
 
 
+@pytest.mark.slow
 def test_fast_multipole_is_linear_and_the_direct_sum_quadratic():
     sizes, fast, direct = [], [], []
     for k in range(3):

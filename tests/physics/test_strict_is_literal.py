@@ -226,12 +226,12 @@ def _two_methanols(molecules):
     ("scheme", "options", "name"),
     [
         (NestedShells((2.5, 3.0)), {"lmax": 2}, "methanol"),
-        (NestedShells((3.0, 3.0, 2.0)), {"parity": "both"}, "chiral"),
+        pytest.param(NestedShells((3.0, 3.0, 2.0)), {"parity": "both"}, "chiral", marks=pytest.mark.slow),
         (NestedShells((3.0, 2.0)), {"parity": "ignored", "correlation": 2}, "methanol"),
         (BondTree(3.0), {"lmax": 2}, "methanol"),
-        (BondTree(2.5, 4.0, 5.0), {"parity": "both"}, "chiral"),
+        pytest.param(BondTree(2.5, 4.0, 5.0), {"parity": "both"}, "chiral", marks=pytest.mark.slow),
         (BondTree(2.0), {}, "two methanols"),  # pairs of pieces
-        (BondTree(3.0, None, None), {"correlation": 4, "sweeps": "up"}, "ethanol"),
+        pytest.param(BondTree(3.0, None, None), {"correlation": 4, "sweeps": "up"}, "ethanol", marks=pytest.mark.slow),
     ],
     ids=["shells", "shells-full", "shells-ignored", "tree", "tree-full", "tree-pieces", "tree-up"],
 )

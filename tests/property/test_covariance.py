@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 
+import pytest
 import torch
 from e3nn import o3
 from hypothesis import given, settings
@@ -127,6 +128,7 @@ def test_a_batch_is_its_systems(which, sizes, seed):
         _close(together, torch.cat([net(s.z, s.pos) for s in systems]))
 
 
+@pytest.mark.slow
 def test_the_error_of_rotation_falls_with_the_dtype():
     """The dtype ladder: what is left is round-off of the dtype at hand, not of a table kept in float32."""
     system, g = random_molecule(7), _rotation(5)

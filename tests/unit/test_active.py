@@ -40,6 +40,7 @@ def run(tmp_path_factory):
     return SimpleNamespace(folder=folder, lines=lines, rounds=learn([cluster()], folder, QUICK, note=lines.append))
 
 
+@pytest.mark.slow
 def test_the_loop_labels_what_it_met_and_leaves_its_files(run):
     labelled = read(run.folder / "labelled.xyz", ":")
     assert [one.number for one in run.rounds] == [0, 1] and run.rounds[0].labels == 15
@@ -66,6 +67,7 @@ def test_the_loop_labels_what_it_met_and_leaves_its_files(run):
     assert any(line.startswith("round 1: ") for line in run.lines)
 
 
+@pytest.mark.slow
 def test_a_finished_run_goes_on_with_more_rounds_and_never_labels_twice(run, tmp_path, monkeypatch):
     folder = tmp_path / "again"
     shutil.copytree(run.folder, folder)
@@ -89,6 +91,7 @@ def test_a_finished_run_goes_on_with_more_rounds_and_never_labels_twice(run, tmp
     assert (foreign / "labelled.xyz").read_text() == "mine"
 
 
+@pytest.mark.slow
 def test_members_start_from_a_shipped_model_and_its_dynamics(tmp_path):
     start, lines = molecule("CH3OH"), []
     config = dataclasses.replace(QUICK, first=None, rounds=1, steps=40)
@@ -126,6 +129,7 @@ def test_the_model_to_start_from_may_be_chosen(tmp_path):
     assert not (tmp_path / "b").exists() and not (tmp_path / "c").exists()
 
 
+@pytest.mark.slow
 def test_a_run_of_an_earlier_version_goes_on_without_a_trained_model(tmp_path):
     """Its record holds no model, and 30 first labels where they were not given."""
     config = LearnConfig(label="emt", rounds=1, minutes=1e-9, final_seconds=0.1, processes=0, init="none")
@@ -317,6 +321,7 @@ def made(monkeypatch):
     return Charged.made
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "state", [{"charge": 1}, {"total_charge": 1.0}, {"initial_charges": [1, 0, 0, 0, 0]}, {"charge": -1, "spin": 2}]
 )

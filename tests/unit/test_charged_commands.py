@@ -150,6 +150,7 @@ def test_charges_among_results_are_results():
     assert not {"charge", "charges"} & set(AtomicData.from_ase(atoms).keys())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["inputs", "long range", "both"])
 def test_one_energy_in_every_command(name, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
@@ -238,13 +239,15 @@ def labelled(states, offset=lambda q, s: 9.0 * q + 2.0 * (s - 1)) -> list[Atoms]
 @pytest.mark.parametrize(
     ("states", "inputs", "assumed"),
     [
-        ([{}], None, {}),
-        ([{"charge": 0}], None, {}),
-        ([{"charge": 0, "spin": 1}, {}], None, {}),
+        pytest.param([{}], None, {}, marks=pytest.mark.slow),
+        pytest.param([{"charge": 0}], None, {}, marks=pytest.mark.slow),
+        pytest.param([{"charge": 0, "spin": 1}, {}], None, {}, marks=pytest.mark.slow),
         ([{"charge": -1, "spin": 2}], None, {"charge": -1.0, "spin": 2.0}),
-        ([{"charge": 0}, {"charge": 1}], ["charge"], {}),
-        ([{}, {"charge": 1}], ["charge"], {}),
-        ([{"charge": 1, "spin": 1}, {"charge": 1, "spin": 3}], ["spin"], {"charge": 1.0}),
+        pytest.param([{"charge": 0}, {"charge": 1}], ["charge"], {}, marks=pytest.mark.slow),
+        pytest.param([{}, {"charge": 1}], ["charge"], {}, marks=pytest.mark.slow),
+        pytest.param(
+            [{"charge": 1, "spin": 1}, {"charge": 1, "spin": 3}], ["spin"], {"charge": 1.0}, marks=pytest.mark.slow
+        ),
         ([{"charge": 0, "spin": 1}, {"charge": 1, "spin": 2}], ["charge", "spin"], {}),
     ],
 )

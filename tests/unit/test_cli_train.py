@@ -140,6 +140,7 @@ def test_more_frames_go_to_training_under_the_old_split_and_scale(here, capsys):
     assert grown["train"] == [*split["train"], 8, 9, 10, 11] and grown["val"] == split["val"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["a label", "order", "fewer"])
 def test_a_changed_file_is_refused(here, capsys, how):
     assert train(*OWN) == 0
@@ -291,6 +292,7 @@ def nbody(*words: str, **environment: str) -> subprocess.CompletedProcess:
 PROPERTY = ("--target.dipole.readout", "dipole")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("count", "words"),
     [

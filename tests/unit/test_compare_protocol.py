@@ -315,6 +315,7 @@ def test_variants_are_overrides_of_model_and_training(tmp_path):
         contestants(CompareConfig(ablation=str(path)))
 
 
+@pytest.mark.slow
 def test_every_variant_that_we_ship_can_be_built():
     found = contestants(CompareConfig(ablation=str(ROOT / "configs" / "ablations.yaml")))
     assert len(found) > 30

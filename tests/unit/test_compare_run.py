@@ -59,6 +59,7 @@ def folder(frames, tmp_path_factory) -> Path:
     return out
 
 
+@pytest.mark.slow
 def test_a_comparison_leaves_records_tables_and_plots(folder):
     records = load_records(folder)
     searches = [r for r in records if r["point"]["purpose"] == "search"]
@@ -88,6 +89,7 @@ def test_a_comparison_leaves_records_tables_and_plots(folder):
     assert not list(folder.rglob("*.ckpt"))
 
 
+@pytest.mark.slow
 def test_what_was_chosen_is_best_on_the_validation_frames(folder):
     records = load_records(folder)
     for model in ("nbody", "schnet"):
@@ -98,6 +100,7 @@ def test_what_was_chosen_is_best_on_the_validation_frames(folder):
             assert final["point"]["training"][key] == best["point"]["training"][key]
 
 
+@pytest.mark.slow
 def test_finished_runs_are_not_run_again(frames, folder, capsys):
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("record.json")}
     extra = "--isolate false --steps 8 --search 1e-3 1e-2 --search_steps 4 --extend 0 --optimizers soap"
@@ -200,6 +203,7 @@ def test_a_signal_that_takes_long_to_hand_on_does_not_stop_the_watch(frames, tmp
         runner(_point(frames, max_steps=3))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("does", "reason"),
     [
@@ -255,6 +259,7 @@ def test_a_stopped_comparison_goes_on(frames, tmp_path):
     assert len(record["curve"]) == 3
 
 
+@pytest.mark.slow
 def test_one_model_that_dies_does_not_end_the_others(frames, tmp_path, capsys):
     """The row says so, the others go on, the table is written, the exit status tells."""
     words = [*_words(frames, tmp_path / "out", "--steps 3 --optimizers adam --seeds 0"), "--isolate", "false"]
@@ -272,6 +277,7 @@ def test_one_model_that_dies_does_not_end_the_others(frames, tmp_path, capsys):
     assert not list((tmp_path / "out").rglob("failed.json"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("content", ['{"point": {"na', "", "[]", '{"point": {}}', "\x00\xff"])
 def test_a_damaged_record_is_named_and_done_again(frames, tmp_path, content):
     point, notes = _point(frames, max_steps=2), []
@@ -287,6 +293,7 @@ def test_a_damaged_record_is_named_and_done_again(frames, tmp_path, content):
     assert len(load_records(tmp_path)) == 1
 
 
+@pytest.mark.slow
 def test_results_of_other_files_are_not_taken(frames, tmp_path):
     """A file that has changed under its name is another run."""
     for name in ("train", "test"):
@@ -335,6 +342,7 @@ def test_runs_that_differ_in_more_than_the_seed_are_other_rows(frames):
     assert "num_val 3" in first.title and "num_val 4" in second.title
 
 
+@pytest.mark.slow
 def test_tables_of_another_comparison_are_kept(tmp_path, frames, capsys):
     words = [*_words(frames, tmp_path, "--steps 2 --optimizers adam --isolate false")]
     one, other = [w for w in words if w != "nbody"], [w for w in words if w != "schnet"]

@@ -235,6 +235,7 @@ def test_a_damaged_unit_is_refused_or_right(here):
     assert_error_or_right(unit, content, 100, 20)
 
 
+@pytest.mark.slow
 def test_a_killed_process_leaves_no_half_file(here):
     write("a.xyz", periodic(12))
     script = (
@@ -295,6 +296,7 @@ def test_few_frames_are_in_memory(here, monkeypatch):
 
 
 # -- training ----------------------------------------------------------------------------------------------------
+@pytest.mark.slow
 def test_converted_frames_train_and_give_reports(here, capsys):
     write("a.xyz", [*kinds(), *periodic(10, seed=9)])
     assert main(["convert", "a.xyz", "--out", "u", "--frames-per-file", "6", "--num-val", "9"]) == 0
@@ -338,6 +340,7 @@ def test_the_loss_is_that_of_frames_in_memory(here):
 ATOMS_E0 = {29: ATOMS["Cu"], 13: ATOMS["Al"]}
 
 
+@pytest.mark.slow
 def test_a_run_on_periodic_units_goes_on_with_the_same_bits(here):
     write("a.xyz", [*periodic(12), *kinds()])
     convert("a.xyz", "u", ConvertConfig(num_val=5, frames_per_file=5))

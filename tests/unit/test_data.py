@@ -179,6 +179,7 @@ def test_without_hierarchy_drops_what_schemes_wrote(molecule):
 
 
 # ------------------------------------------------------------------ in the hands of PyG
+@pytest.mark.slow
 def test_data_with_and_without_a_hierarchy_do_not_mix(molecules):
     plain = [AtomicData(z=z, pos=pos) for z, pos in molecules.values()]
     stored = BondTree()(plain[0])

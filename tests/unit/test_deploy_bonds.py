@@ -61,6 +61,7 @@ def energies(calculator, frames, order) -> np.ndarray:
     return np.array([out[k] for k in range(len(frames))])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("skin", [0.0, 0.5, 3.0])
 @pytest.mark.parametrize("make", ["single", "committee"])
 def test_the_order_of_evaluation_changes_nothing(hot, skin, make):
@@ -181,6 +182,7 @@ def departing() -> Atoms:
     return atoms
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", ["single", "committee"])
 def test_a_broken_bond_is_told_once(make, tmp_path):
     atoms = departing()
@@ -220,6 +222,7 @@ def test_a_quiet_run_says_nothing():
         assert last == report.potential[-1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", ["single", "committee", "sum"])
 def test_a_run_keeps_its_bonds_for_itself(make):
     """Whoever else asks the same calculator in between, or after an end that was not planned, gets bonds as found."""

@@ -79,6 +79,7 @@ def test_a_run_goes_on_bit_for_bit(potential, tmp_path, ensemble):
         assert state.variables or state.random["state"] != np.random.default_rng(3).bit_generator.state["state"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("ensemble", "lost"),
     [("langevin", "random"), ("bussi", "random"), ("nose-hoover", "variables"), ("npt", "variables"),
@@ -253,6 +254,7 @@ class Springs(Calculator):
         }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ensemble", ["langevin", "bussi", "nose-hoover", "npt", "npt-full"])
 def test_thermostats_reach_their_temperature(ensemble):
     """Mean and standard deviation are those of 3 N degrees of freedom; the cell fluctuates."""

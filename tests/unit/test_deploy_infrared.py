@@ -91,6 +91,7 @@ def case(request) -> tuple[Potential, Atoms]:
     return potential(atoms, stretched), start
 
 
+@pytest.mark.slow
 def test_frequencies_and_intensities_are_those_of_finite_differences(case, tmp_path):
     model, start = case
     moment = dipole(Property("alpha", "extensive"))

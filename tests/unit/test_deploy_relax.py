@@ -80,6 +80,7 @@ def test_steps_are_those_of_ase(frames, generator):
     beside_ase(model, frames, 12)
 
 
+@pytest.mark.slow
 def test_parts_of_a_tree_stay_those_of_the_start(frames):
     model = potential(BondTree(cutoff=4.0))
     beside_ase(model, frames, 1)
@@ -134,6 +135,7 @@ def strained(strain: np.ndarray) -> Atoms:
 STRAINS = (np.diag([0.97, 0.96, 0.98]), np.diag([1.03, 1.04, 1.02]), np.eye(3) + 0.04 * np.eye(3, k=1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pressure", [0.0, 0.02])
 @pytest.mark.parametrize("kind", ["full", "isotropic"])
 def test_cells_relax_as_with_the_filter_of_ase(kind, pressure):

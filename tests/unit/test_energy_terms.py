@@ -211,6 +211,7 @@ def test_a_file_imports_nothing(tmp_path, monkeypatch):
         Forgets(1.0).config()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("cutoff", "reach"), [(2.5, {"C-H": 1.4}), (6.0, {"C-C": 3.5})], ids=["edges", "lists"])
 def test_recorded_programs_hold_all_terms(cutoff, reach):
     frames = load_embedded("ethanol")[:6]
@@ -240,6 +241,7 @@ def test_recorded_programs_hold_all_terms(cutoff, reach):
     assert compiled["md"].compiled_calls == 4 and captured.replays > 0 and step.replays > 0
 
 
+@pytest.mark.slow
 def test_elements_are_looked_up_once_by_compiled_programs(ethanol, monkeypatch):
     model, calls = potential(), []
     number = model.model._number

@@ -49,6 +49,7 @@ def test_a_network_of_our_convolutions_is_explained(molecules):
 SURVIVORS = SmoothSurvivors((2.0, 3.5), cutoffs=(3.2, 5.0, 8.0))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", [NestedShells((4.0, 4.0)), BondTree(), SURVIVORS], ids=lambda s: type(s).__name__)
 def test_every_part_and_membership_of_a_hierarchy_is_explained(scheme, molecules):
     torch.manual_seed(1)

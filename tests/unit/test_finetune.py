@@ -81,6 +81,7 @@ KINDS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_old_elements_keep_their_energies_and_forces(kind):
     init = trained(**KINDS[kind])
@@ -228,6 +229,7 @@ def test_other_kinds_and_lonely_settings_are_refused(tmp_path):
 
 
 # -- what is trained -----------------------------------------------------------------------------------------
+@pytest.mark.slow
 def test_only_the_named_parts_change(tmp_path):
     for parts, changed in (
         ("readouts", {"readouts", "shift"}),
@@ -292,6 +294,7 @@ def test_a_run_with_adapters_gives_an_ordinary_model(tmp_path):
         assert torch.equal(state[f"potential.{name}"], p), "the checkpoint holds folded weights"
 
 
+@pytest.mark.slow
 def test_an_anchor_pulls_back_to_the_first_weights(tmp_path):
     gaps = []
     for anchor in (0.0, 5.0, 1 / SETTINGS.lr):
@@ -320,6 +323,7 @@ def test_replayed_frames_get_the_new_e0():
 
 
 # -- resume --------------------------------------------------------------------------------------------------
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [{"parts": "adapters", "rank": 2, "anchor": 0.5}, {"parts": "readouts"}])
 def test_a_resumed_run_gives_the_same_bits(tmp_path, settings):
     init, ends = trained(), []
@@ -425,6 +429,7 @@ def test_the_command_refuses_another_architecture(here, tmp_path, capsys, words,
     assert message in error and error.count("\n") == 1 and not folder.exists()
 
 
+@pytest.mark.slow
 def test_what_is_given_and_equal_is_taken(here, tmp_path):
     words = ["--model.irreps", "4x0e + 4x1o", "--model.scheme.radii", "[3.0]", "--model.repulsion", "zbl"]
     assert main(["train", "--init", "base/model.nbody", *TINY, *words, "--output.folder", str(tmp_path / "r")]) == 0
@@ -601,7 +606,16 @@ def test_the_start_is_the_shipped_model_with_the_nearest_forces(here, shipped, t
     assert "a_hydrocarbon_one" not in printed and ancestor(tmp_path / "few")["name"] == "organic"
 
 
-@pytest.mark.parametrize("case", ["none", "own network", "many", "wide ions", "periodic", "element", "energies only"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        "none",
+        *(
+            pytest.param(case, marks=pytest.mark.slow)
+            for case in ("own network", "many", "wide ions", "periodic", "element", "energies only")
+        ),
+    ],
+)
 def test_other_runs_start_from_random_weights(here, shipped, tmp_path, capsys, monkeypatch, case):
     frames = [frame.to_ase() for frame in load_embedded("ethanol")[:8]]
     words = {"none": ["--init", "none"], "own network": OWN}.get(case, [])

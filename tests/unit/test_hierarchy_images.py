@@ -71,6 +71,7 @@ def assert_same(model, system, changes, pbc) -> None:
             torch.testing.assert_close(found[key], value, rtol=0, atol=1e-8, msg=lambda text, key=key: f"{key}: {text}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SCHEMES)
 @pytest.mark.parametrize("periodic", ["xyz", "xy", "z"])
 def test_energies_do_not_depend_on_how_a_crystal_is_written(name, periodic, generator):

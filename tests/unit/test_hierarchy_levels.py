@@ -42,6 +42,7 @@ def frames(generator) -> list[AtomicData]:
     return out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SCHEMES)
 def test_every_level_has_a_say(name, frames):
     """The radial functions of each step are sized by the level of its edges, and each level changes the energy."""
@@ -76,6 +77,7 @@ def test_stored_batched_and_kept(name, frames):
     assert select.num_clusters == int(stored[0][f"num_parts_{LEVELS}"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SCHEMES)
 def test_trained_saved_and_loaded(name, frames, tmp_path):
     potential = Potential(net(SCHEMES[name]), {1: -1.0, 6: -2.0, 8: -3.0})

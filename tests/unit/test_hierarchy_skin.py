@@ -45,6 +45,7 @@ def assert_same_topology(found: Topology, wanted: Topology) -> None:
         assert found.size(k) == wanted.size(k) and torch.equal(found.batch(k), wanted.batch(k))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("periodic", [False, True], ids=["open", "cell"])
 @pytest.mark.parametrize("name", SCHEMES)
 def test_a_trajectory_is_the_same_with_and_without_skin(name, periodic):

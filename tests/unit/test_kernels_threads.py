@@ -54,6 +54,7 @@ def potential(scheme, dtype=torch.float64, channels: int = 4) -> Potential:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("scheme", [NestedShells(), BondTree()])
 def test_results_have_the_same_bits_for_any_number_of_threads(scheme, dtype):

@@ -68,6 +68,7 @@ def test_the_check_rejects_wide_vectors():
     assert found.returncode != 0 and "vector operation will be expanded" in found.stderr
 
 
+@pytest.mark.slow
 def test_narrow_registers_give_the_same_numbers(tmp_path, monkeypatch):
     monkeypatch.setenv("NBODY_CACHE", str(tmp_path))
     monkeypatch.setenv("CC", " ".join(["gcc", *MACHINES["SSE"]]))

@@ -78,6 +78,7 @@ def test_ions_of_the_salt_bridge_are_at_the_distance_of_the_walker(script):
         assert apart.min() > 1.2
 
 
+@pytest.mark.slow
 def test_charged_peptides_of_the_test_are_longer(script):
     lengths = {}
     for split in ("train", "test"):

@@ -48,6 +48,7 @@ def used(net: NBodyNet, kind: type[nn.Module]) -> list[nn.Module]:
     return [module for module in net.modules() if type(module) is kind]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_a_network_raises_where_the_forward_of_one_of_its_modules_does(scheme, ethanol):
     net = network(scheme)
@@ -162,6 +163,7 @@ def test_parametrised_weights_count(ethanol):
     torch.testing.assert_close(net(*ethanol), wanted, rtol=0, atol=1e-10)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("preset", ["practical", "strict"])
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_the_compiled_layer_is_the_forward_with_both_derivatives(scheme, preset, ethanol):

@@ -57,6 +57,7 @@ def potential(*arguments, **options) -> Potential:
     return Potential(net(*arguments, **options), repulsion=None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("preset", [NBodyNet.practical, NBodyNet.strict], ids=["practical", "strict"])
 @pytest.mark.parametrize("name", SCHEMES)
 def test_neutral_singlets_keep_their_energies_and_forces_feel_the_rest(name, preset, ethanol):
@@ -141,6 +142,7 @@ def test_long_range_spreads_the_total_by_the_same_rule(ethanol):
     assert float(seen[-1].detach().std()) > 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("charges", [False, True], ids=["total", "formal"])
 @pytest.mark.parametrize("inputs", [("charge",), None], ids=["with", "without"])
 def test_long_range_in_single_precision(inputs, charges, ethanol):

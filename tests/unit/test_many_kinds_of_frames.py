@@ -147,6 +147,7 @@ def test_every_kind_is_read_and_the_audit_counts_the_labels(here):
     assert np.abs(as_stress).max() > 1e-3
 
 
+@pytest.mark.slow
 def test_the_file_trains_evaluates_and_predicts(here, capsys):
     assert main(["train", "--data.train", "all.xyz", "--data.val", "all.xyz", *TINY]) == 0
     out = capsys.readouterr().out

@@ -35,6 +35,7 @@ def network(name: str) -> NBodyNet:
     return NBodyNet([1, 6, 8], SCHEMES[name], channels=2, lmax=1, correlation=2, num_basis=4).double()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SCHEMES)
 def test_twelve_levels(name, tmp_path):
     net, data = network(name), system()
@@ -71,6 +72,7 @@ def test_twelve_levels(name, tmp_path):
     torch.testing.assert_close(loaded(data), value, rtol=0, atol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["shells", "survivors"])
 def test_physics(name):
     potential = Potential(network(name), {1: -1.0, 6: -2.0, 8: -3.0}).double()

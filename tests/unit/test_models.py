@@ -121,6 +121,7 @@ def test_presets():
     assert isinstance(NBodyNet([1], channels=2).scheme, NestedShells)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", [BondTree(), NestedShells()], ids=["tree", "shells"])
 def test_a_fresh_network_starts_in_range_however_deep_it_is(scheme):
     """Forces in the size of eV per angstrom: products of products, over ten steps of a tree, do not tower up."""
@@ -230,6 +231,7 @@ def test_typical_degrees_are_means_over_frames(molecules):
     assert compute_avg_num_neighbors(scheme, [scheme(f) for f in frames]) == degrees, "stored hierarchies are read"
 
 
+@pytest.mark.slow
 def test_scalar_networks_and_single_channels(molecules):
     z, pos = molecules["methanol"]
     for options in (
@@ -246,6 +248,7 @@ def test_scalar_networks_and_single_channels(molecules):
         torch.testing.assert_close(force.sum(0), torch.zeros(3, dtype=torch.float64), rtol=0, atol=1e-9)
 
 
+@pytest.mark.slow
 def test_an_untrained_network_is_of_order_one(molecules):
     """Weights that keep the size of states: no overflow at the start of training."""
     z, pos = molecules["ethanol"]
@@ -271,6 +274,7 @@ def _in_every_way(scheme, **options) -> list[NBodyNet]:
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"num_basis": 6}, {"num_basis": 8}], ids=["default", "6", "8"])
 @pytest.mark.parametrize("scheme", SCHEMES, ids=["tree", "shells", "labels"])
 def test_the_strict_preset_has_one_meaning(scheme, options):
@@ -284,6 +288,7 @@ def test_the_strict_preset_has_one_meaning(scheme, options):
     assert NBodyNet.practical([1]).config() == NBodyNet([1]).config() == NBodyNet([1], preset="practical").config()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", [*SCHEMES[:2], NestedShells((4.0, 4.0, 4.0)), SmoothSurvivors()], ids=str)
 def test_the_strict_preset_starts_in_range(scheme, molecules):
     z, pos = molecules["ethanol"]
@@ -371,6 +376,7 @@ def test_a_copy_and_a_subclass_can_be_reset():
 
 
 # ------------------------------------------------------------------ order of components
+@pytest.mark.slow
 @pytest.mark.parametrize("preset", ["practical", "strict"])
 @pytest.mark.parametrize("irreps", ["2x1o", "2x0e + 3x1o + 2x2e", "0e + 2x1o + 0e", "2x1o + 0e"])
 @pytest.mark.parametrize("scheme", [BondTree(4.0), NestedShells((3.0, 3.0))], ids=["tree", "shells"])
@@ -393,6 +399,7 @@ def test_targets_come_in_the_order_of_e3nn(scheme, irreps, preset, molecules, ro
 EMPTIES = [BondTree(4.0), NestedShells((3.0, 3.0)), SmoothSurvivors(), FromAssignment()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stored", [False, True], ids=["built", "stored"])
 @pytest.mark.parametrize("long_range", [None, "direct"])
 @pytest.mark.parametrize("scheme", EMPTIES, ids=lambda s: type(s).__name__)

@@ -150,11 +150,13 @@ def test_architectures(preset, lmax, correlation):
     assert_native_is_torch(model, crystal())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("parity", ["both", "ignored"])
 def test_parities(parity):
     assert_native_is_torch(potential(parity=parity), ethanol())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("channels", [3, 20])
 def test_channels_that_are_no_whole_vectors(channels):
     assert_native_is_torch(potential(channels=channels), ethanol())
@@ -213,6 +215,7 @@ def test_repulsion_acts_where_atoms_are_close():
         assert_native_is_torch(model, atoms, without)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("repulsion", ["auto", None])
 @pytest.mark.parametrize("name", ["close atoms", "ethanol", "triclinic"])
 def test_inner_cutoffs(name, repulsion):
@@ -608,6 +611,7 @@ def test_torch_runs_where_the_program_does_not_compile(monkeypatch):
     assert_same(found, results_of(atoms, NBodyCalculator(model, engine="torch")))
 
 
+@pytest.mark.slow
 def test_copies_and_committees():
     model, atoms = potential(), ethanol()
     calculator = NBodyCalculator(model)
@@ -629,6 +633,7 @@ def compiled_example(folder, *flags: str) -> str:
     return subprocess.run(["./example"], cwd=folder, check=True, capture_output=True, text=True).stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("preset", ["practical", "strict"])
 def test_exported_example_prints_the_energy(tmp_path, preset):
     model = potential(preset=preset)

@@ -79,6 +79,7 @@ def assert_native_is_torch(model: Potential, atoms: Atoms) -> None:
 
 
 # ---------------------------------------------------------------------- numbers
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OPTIONS)
 def test_options(name):
     model, atoms = potential(OPTIONS[name]), methanol()
@@ -92,6 +93,7 @@ def test_options(name):
         assert (found["forces"] - local["forces"]).abs().max() > 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [

@@ -78,6 +78,7 @@ def test_vectors_above_are_the_same_tensor():
     assert InnerCutoff([1], {"H-H": 1.4})(torch.tensor([[0], [1]]), vec, torch.tensor([0, 0])) is vec
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_schemes(scheme, molecules):
     model = potential(SCHEMES[scheme]())

@@ -92,6 +92,7 @@ def test_every_step_has_the_gate(scheme, ethanol):
     assert sum(size > 1e-9 for _, size in calls) >= 2  # some levels of a small molecule have no edges
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["shells", "bonds", "survivors"])
 def test_physics(scheme):
     assert_physics(potential(scheme))
@@ -164,6 +165,7 @@ def test_one_for_a_kind_of_step(ethanol):
     assert again.gates == net.gates and list(again.state_dict()) == list(net.state_dict())
 
 
+@pytest.mark.slow
 def test_everything_else_works(ethanol):
     model = potential("bonds")
     compiled = compile_potential(model, backend="eager")

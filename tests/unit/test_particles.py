@@ -72,6 +72,7 @@ def test_every_input_changes_every_node(scheme, frames):
         assert float((net(None, data.pos, x=x) - net(data)).norm(dim=1).min()) > 1e-6
 
 
+@pytest.mark.slow
 def test_values_of_graphs_of_any_type_from_node_inputs(frames, rotation):
     data = frames[0]
     for options in ({"readout": "sum"}, {"readout": "root"}, {"preset": "strict"}, {"parity": "both"}):
@@ -149,6 +150,7 @@ def test_inputs_that_do_not_fit_are_refused(frames):
         NBodyNet([1, 6])(Data(pos=data.pos))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("correlation", [1, 2, 3])
 def test_states_keep_their_size_in_a_stack_of_layers(correlation):
     torch.manual_seed(0)
@@ -161,6 +163,7 @@ def test_states_keep_their_size_in_a_stack_of_layers(correlation):
             assert 0.1 < float(x.std()) < (20.0 if correlation == 1 else 10.0)
 
 
+@pytest.mark.slow
 def test_a_stack_with_the_gate_of_e3nn_is_covariant(rotation):
     torch.manual_seed(0)
     gate = Gate("8x0e", [torch.nn.functional.silu], "8x0e", [torch.sigmoid], "8x1o")

@@ -40,6 +40,7 @@ def batch(molecules):
     return next(iter(DataLoader(frames, batch_size=len(frames))))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", [NestedShells((3.0, 3.0)), BondTree()], ids=lambda s: type(s).__name__)
 def test_readouts_are_covariant_and_batch(scheme, batch, molecules, rotation):
     model = model_of(ALL, scheme)
@@ -139,6 +140,7 @@ def labelled(scheme, count=24):
     return frames
 
 
+@pytest.mark.slow
 def test_the_trainer_learns_vectors_and_scalars_at_once(tmp_path):
     scheme = NestedShells((4.0,))
     frames = labelled(scheme)

@@ -36,13 +36,21 @@ def batch_of(frames, scheme, count: int) -> Batch:
 
 
 SHELLS, TREE, PIECES = NestedShells((3.0, 3.0)), BondTree(3.0, 4.0, 5.0), ShellsAndPieces((3.0, 3.5), 5.0)
-SCHEMES = pytest.mark.parametrize("scheme", [SHELLS, TREE, PIECES], ids=["shells", "tree", "pieces"])
 # The compiler takes half a minute for each
 COMPILED = pytest.mark.parametrize("scheme", [SHELLS, PIECES], ids=["shells", "pieces"])
 
 
-@SCHEMES
-@pytest.mark.parametrize("mode", ["md", "training"])
+@pytest.mark.parametrize(
+    ("scheme", "mode"),
+    [
+        (SHELLS, "training"),
+        *(
+            pytest.param(*one, marks=pytest.mark.slow)
+            for one in ((SHELLS, "md"), (TREE, "training"), (PIECES, "md"), (PIECES, "training"))
+        ),
+    ],
+    ids=["shells", "shells md", "tree", "pieces md", "pieces"],
+)
 def test_recorded_once_right_for_every_size(frames, mode, scheme):
     """Values and, in training, gradients of all parameters by the operators' own derivatives."""
     potential, training = network(scheme), mode == "training"
@@ -63,6 +71,7 @@ def test_recorded_once_right_for_every_size(frames, mode, scheme):
     assert_same_results(compiled(batch, create_graph=training), potential(batch, create_graph=training))
 
 
+@pytest.mark.slow
 def test_batches_of_another_kind_run_in_eager_mode(frames):
     """And nothing is left behind: neither settings of torch nor of the products."""
     before = {k: v for k, v in vars(torch._dynamo.config).items() if isinstance(v, (bool, int))}

@@ -473,6 +473,7 @@ def test_orders_are_renewed_in_place():
     renew_orders(other.clone())  # nothing is known of it
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     not build.available() or not build.interpreted(), reason="Triton is not installed, or runs for real"
 )

@@ -38,6 +38,7 @@ def _steps_to(optimizer, loss, tolerance: float, most: int) -> int:
     return most
 
 
+@pytest.mark.slow
 def test_needs_far_fewer_steps_than_adam():
     counts = {}
     for name, make in (("soap", Soap), ("adam", torch.optim.Adam)):

@@ -277,6 +277,7 @@ def test_a_run_on_files_goes_on_with_the_same_bits(folder, units, tmp_path):
         fit(model, val, val, SETTINGS, tmp_path / "three")
 
 
+@pytest.mark.slow
 def test_the_recipe_runs_and_leaves_new_files_out(folder, tmp_path, request, capsys):
     here = tmp_path / "units"
     here.mkdir()

@@ -166,6 +166,7 @@ def test_survivors_keep_their_distance_and_reach_everyone():
     assert torch.cdist(system.pos, level.pos).min(dim=1).values.max() < 1.35 * radius
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_candidates_of_weight_zero_change_nothing(both, seed):
     """Energy, forces and their derivative are those of the full list of candidates, bit for bit or to round-off."""
@@ -237,6 +238,7 @@ def _drag() -> tuple:
     return system.z, system.pos, end
 
 
+@pytest.mark.slow
 def test_smooth_through_changes_of_the_hierarchy(both):
     assert (
         assert_smooth(_net(both, channels=2), paths=[_drag()], continuity=2, through_changes=True, tolerance=1e-8) > 2.5
@@ -375,6 +377,7 @@ def test_stored_and_batched_as_alone(net, scheme):
     assert torch.equal(moved.centre[2], together.centre[2])
 
 
+@pytest.mark.slow
 def test_float32_agrees_with_float64(scheme, fluid):
     net = _net(scheme)
     potential, single = Potential(net), Potential(_net(scheme).float())

@@ -165,6 +165,7 @@ def test_modes_that_count_or_change_precision(kind):
         assert fake(subject).shape == wanted.shape
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # torch to itself
 @pytest.mark.parametrize("kind", ["layer", "atoms", "potential", "linear", "product", "gate"])
 def test_compile_breaks_its_graph_at_a_layer(kind):
@@ -211,6 +212,7 @@ def test_symbolic_tracing_and_tensors_without_numbers():
         net.to("meta")(Z.to("meta"), POS.to("meta"))
 
 
+@pytest.mark.slow
 def test_a_network_that_is_built_on_the_meta_device_spoils_no_other():
     """Tables of coefficients are shared by all networks."""
     with torch.device("meta"), pytest.raises(RuntimeError, match="meta"):

@@ -46,6 +46,7 @@ def test_errors_by_hand():
     torch.testing.assert_close(error, torch.tensor([[-0.25, -0.2], [0.0, 0.0]]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("weight", "met"), [(1.0, True), (0.0, False)])
 def test_sums_become_the_charge_that_all_frames_have(tmp_path, weight, met):
     frames, potential = _frames(2.0, 2.0), _potential()

@@ -148,6 +148,7 @@ def test_isolated_atoms_do_not_count_among_the_sizes():
     assert FrameStatistics.of(data(lone).train).sizes == (1, 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "key"),
     [
@@ -167,6 +168,7 @@ def test_what_the_user_names_stays(words, key):
     assert key in chosen(silicon()) and key not in chosen(silicon(), *words)
 
 
+@pytest.mark.slow
 def test_a_run_says_stores_and_resumes_its_choices(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     write("si.xyz", silicon(1) + silicon(1, stress=False))
@@ -264,6 +266,7 @@ def test_wide_frames_with_a_charge_get_latent_charges(frames, words, chosen):
         assert "frames have a charge and are 19 angstrom wide, more than 10" in str(found[0])
 
 
+@pytest.mark.slow
 def test_the_command_trains_latent_charges_and_goes_on(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     write("chains.xyz", chains(1.0, length=3))

@@ -307,6 +307,7 @@ def test_missing_labels_are_left_out():
     assert loss.item() == pytest.approx(expected.item(), rel=1e-12) and loss.item() > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("missing", [("energy",), ("forces",), ("energy", "forces")])
 @pytest.mark.parametrize("energy_per", ["molecule", "atom"])
 def test_batches_without_any_label_are_stepped_through(tmp_path, missing, energy_per):

@@ -66,6 +66,7 @@ def test_units_and_reference_energies_are_those_of_pyg():
     assert [n for n, kind in readouts.items() if kind == "intensive"] == ["homo", "lumo", "gap"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", REGRESSION_TARGETS)
 def test_every_target_has_data_and_a_model(name, raw, small_split):
     config = load_config(None, ["--data.qm9", name, "--data.root", str(raw), "--training.max_steps", "1",

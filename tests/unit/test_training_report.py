@@ -171,6 +171,7 @@ SMALL = ["--model.channels", "4", "--model.lmax", "1", "--model.scheme.radii", "
          "--training.log_every", "1", "--training.validate_every", "2", "--training.max_steps", "3"]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_the_commands_report(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     write_solids("t.xyz")
@@ -208,6 +209,7 @@ class Board:
     close = finish
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["wandb", "tensorboard"])
 def test_further_logs_have_the_values_of_the_run(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -270,6 +270,7 @@ def labelled(**missing):
     return out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", [None, float("nan")])
 def test_the_best_weights_are_chosen_by_the_labels_there_are(tmp_path, caplog, how):
     result = run(tmp_path / "a", val=labelled(forces=how))

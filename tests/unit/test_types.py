@@ -74,7 +74,7 @@ def levels_of(net: NBodyNet):
 
 
 # ------------------------------------------------------------------ covariance
-@pytest.mark.parametrize("preset", ["practical", "strict"])
+@pytest.mark.parametrize("preset", ["practical", pytest.param("strict", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_every_level_is_covariant(scheme, preset):
     net = network(scheme, preset=preset, irreps_out="0e + 1o + 2e")
@@ -91,6 +91,7 @@ def test_every_level_is_covariant(scheme, preset):
     assert assert_equivariant(levels_of(net), irreps_out=types, systems=[system]) < 1e-10
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("parity", "irreps", "target"),
     [
@@ -108,7 +109,9 @@ def test_symmetries(parity, irreps, target):
     assert assert_equivariant(levels_of(net), irreps_out=types, systems=[system], **settings) < 1e-10
 
 
-@pytest.mark.parametrize("scheme", ["shells", "bonds", "survivors"])
+@pytest.mark.parametrize(
+    "scheme", ["shells", *(pytest.param(s, marks=pytest.mark.slow) for s in ("bonds", "survivors"))]
+)
 def test_physics(scheme):
     assert_physics(potential(scheme), step=2e-4)
 
@@ -163,6 +166,7 @@ def test_one_multiplicity_is_the_short_form(ethanol):
 
 
 # ------------------------------------------------------------------ the code that runs
+@pytest.mark.slow
 @pytest.mark.skipif("c" not in available_backends(), reason="no C compiler: there is no other path")
 @pytest.mark.parametrize("preset", ["practical", "strict"])
 @pytest.mark.parametrize("scheme", ["shells", "bonds", "survivors"])
@@ -220,6 +224,7 @@ class Flat(OverlapGate):
         return super().forward(x, edges)[:, :1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["shells", "bonds", "survivors"])
 def test_own_gates(scheme, ethanol, tmp_path):
     model = potential(scheme, gate=OverlapGate)
@@ -232,6 +237,7 @@ def test_own_gates(scheme, ethanol, tmp_path):
     assert torch.equal(load_model(tmp_path / "own.nbody")(ethanol)["energy"], model(ethanol)["energy"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["pair", "up", "down"])
 def test_a_result_of_the_wrong_shape_is_refused(kind, ethanol):
     with pytest.raises(ValueError, match=r"Flat must return states of shape \[\d+, \d+, \d\]"):
@@ -241,6 +247,7 @@ def test_a_result_of_the_wrong_shape_is_refused(kind, ethanol):
 LONG_RANGE = {"method": "direct", "dipoles": True}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["shells", "bonds", "survivors"])
 @pytest.mark.parametrize("options", [{}, {"long_range": LONG_RANGE, "inputs": ["charge", "spin"]}], ids=["", "charged"])
 def test_everything_else_works(scheme, options, ethanol, tmp_path):
