@@ -23,7 +23,7 @@ from nbody_pyg.training.loader import FrameLoader
 def latency(
     potential: Potential | PropertyModel, frame: Data, seconds: float = 2.0, device: str = "cpu"
 ) -> dict[str, float]:
-    """Time of energy and forces (or of a property alone) of one frame with its edges given: median and minimum, seconds.
+    """Time of energy and forces, or of a property, of one frame with its edges given: median and minimum, seconds.
 
     On the CPU it is the CPU time of this process, which other processes do not add to.
     """

@@ -30,7 +30,8 @@ _MARKERS = "osD^vP*Xh<>"
 
 
 def learning_curves(group: Group, path: str | Path) -> Figure:
-    """Errors of forces and energies (those there are), or of the property, on the fixed frames of every run against CPU seconds, log-log.
+    """Errors on the fixed frames of every run against CPU seconds, log-log: of forces and energies (those there are), or
+    of the property.
 
     Where runs were limited by steps, the axis is still time. Of several seeds the curves are drawn thin.
     """

@@ -127,7 +127,8 @@ def read_record(path: Path) -> dict[str, Any]:
 def groups(records: Iterable[Record]) -> list[Group]:
     """Final records by frames and limit; rows in the order of their error of the forces, best first.
 
-    Where no forces are learned, in that of the energies or of the property. Runs that differ in anything but the seed are other rows.
+    Where no forces are learned, in that of the energies or of the property. Runs that differ in anything but the seed
+    are other rows.
     """
     found: dict[tuple[str, str, str], dict[str, list[Record]]] = {}
     for record in records:
@@ -293,8 +294,10 @@ def _figures(group: Group) -> list[tuple[str, str, tuple[str, ...], float, int]]
     found = []
     for name in group.tests:
         suffix = "" if len(group.tests) == 1 else f" ({name})"
-        for q in reversed(group.quantities):
-            found.append((f"{q.word} MAE{suffix}", q.unit, ("test", name, q.key), q.factor, q.digits))
+        found += [
+            (f"{q.word} MAE{suffix}", q.unit, ("test", name, q.key), q.factor, q.digits)
+            for q in reversed(group.quantities)
+        ]
     return [
         *found,
         (f"{group.timed} of one molecule", "ms", ("latency", "median_s"), 1e3, 2),
