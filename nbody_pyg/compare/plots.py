@@ -30,9 +30,9 @@ _MARKERS = "osD^vP*Xh<>"
 
 
 def learning_curves(group: Group, path: str | Path) -> Figure:
-    """Errors on the fixed frames of every run against CPU seconds, log-log: of forces and energies (those there are), or
-    of the property.
+    """Errors on the fixed frames of every run against CPU seconds, log-log.
 
+    They are those of forces and energies (where there are any), or of the property.
     Where runs were limited by steps, the axis is still time. Of several seeds the curves are drawn thin.
     """
     name = group.tests[0] if group.tests else "val"
