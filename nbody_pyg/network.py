@@ -32,8 +32,9 @@ class Network:
     """A model of any kind, ``model(z, pos, batch, **inputs)``, as a potential and a model of properties use it.
 
     Optional attributes of the model are looked up here, once: ``scheme`` (builds its topology), ``species`` (the
-    elements that it knows), ``config()`` (its arguments). ``assumed`` holds the charge and spin of all its training
-    frames.
+    elements that it knows), ``config()`` (its arguments), ``property_readout`` (the readout of
+    :class:`~nbody_pyg.properties.Property` whose value it computes). ``assumed`` holds the charge and spin of all its
+    training frames.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -44,6 +45,8 @@ class Network:
         self.scheme: Scheme | None = getattr(model, "scheme", None)
         species = getattr(model, "species", None)
         self.species = None if species is None else tuple(int(n) for n in species)
+        #: The readout of a property that its output is; None where it does not say.
+        self.property_readout: str | None = getattr(model, "property_readout", None)
         #: Inputs of charge and spin that every frame must state.
         self.inputs: tuple[str, ...] = ()
         #: Whether atoms act on each other at any distance; whether a repulsion of nuclei is added by default.

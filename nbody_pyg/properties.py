@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch_geometric.data import Data
 
 from nbody_pyg.data import elements_of
-from nbody_pyg.geometry import rounded_positions, safe_norm
+from nbody_pyg.geometry import safe_norm
 from nbody_pyg.hierarchy import Hierarchy, Scheme
 from nbody_pyg.hierarchy.positions import atomic_masses
 from nbody_pyg.models import NBodyNet
@@ -111,7 +111,9 @@ class PropertyModel(nn.Module):
 
     Args:
         model: an :class:`~nbody_pyg.models.NBodyNet` of type :func:`property_irreps`; or any
-            ``model(z, pos, batch)`` that returns one number per graph, for one scalar property.
+            ``model(z, pos, batch)`` that returns one number per graph, for one scalar property. Its readout is
+            "extensive" or "intensive", or that of the model's attribute ``property_readout``; the number is taken as it
+            comes.
         properties: what it learns.
         statistics: by the name of the property; none if its label is learned unchanged.
 
@@ -154,11 +156,15 @@ class PropertyModel(nn.Module):
                     "readout 'root' needs a network with readout='root', and the others one with 'sum'; "
                     f"got {[p.readout for p in self.properties]} and {model.readout!r}"
                 )
-        elif len(names) > 1 or self.properties[0].readout not in ("extensive", "intensive"):
-            raise ValueError(
-                f"{type(model).__name__} gives one number per graph, so one property with readout 'extensive' or "
-                f"'intensive' (both taken as they come); use an NBodyNet for {[p.readout for p in self.properties]}"
-            )
+        else:
+            own = self.network.property_readout
+            given = ("extensive", "intensive") if own is None else (own,)
+            if len(names) > 1 or self.properties[0].readout not in given or self.properties[0].shape:
+                raise ValueError(
+                    f"{type(model).__name__} gives one number per graph, so one property with readout "
+                    f"{' or '.join(map(repr, given))} (taken as it comes), got {[p.readout for p in self.properties]}; "
+                    "use an NBodyNet, or name the readout that the model computes in its attribute property_readout"
+                )
 
     def reset_parameters(self) -> None:
         """Initialise the weights of the network again. The statistics belong to the data and are kept."""
@@ -186,10 +192,13 @@ class PropertyModel(nn.Module):
 
     def forward(self, data: Data) -> dict[str, Tensor]:
         """Value of each property, float64, (graphs, *shape)."""
-        own = self.model if isinstance(self.model, NBodyNet) else None
-        system = self.network.known(System.from_data(data) if own is None else own.read(data))
+        own, network = self.model if isinstance(self.model, NBodyNet) else None, self.network
+        system = network.known(network.read(data))
         centre = self._centre(system)
-        raw = self._from_other(system) if own is None else self._from_network(own, system, centre)
+        if own is None:
+            raw = {self.properties[0].name: network.energy(network.structure(system))}
+        else:
+            raw = self._from_network(own, system, centre)
         return {p.name: self._restored(p, raw[p.name], system, centre) for p in self.properties}
 
     def jacobian(self, data: Data, name: str) -> Tensor:
@@ -248,21 +257,11 @@ class PropertyModel(nn.Module):
             each = a
         return sum_into(each, here.batch, hierarchy.num_graphs)
 
-    def _from_other(self, system: System) -> dict[str, Tensor]:
-        state = {"charge": system.total_charge, "charges": system.formal_charges, "spin": system.spin}
-        given = {key: value.to(self.dtype) for key, value in state.items() if value is not None}
-        output = self.model(system.z, rounded_positions(system.pos, system.batch, self.dtype), system.batch, **given)
-        output = output[0] if isinstance(output, (tuple, list)) else output
-        return {self.properties[0].name: output.reshape(-1)}
-
     def _centre(self, system: System) -> Tensor:
         """Centre of mass of each graph, float64."""
         if system.pbc is not None and any(p.readout in _PLACED for p in self.properties):
             raise ValueError(f"data must not be periodic for {sorted(_PLACED)}: a cell has no centre of mass")
-        mass = atomic_masses(system.z, torch.float64).unsqueeze(-1)
-        total = sum_into(mass * system.pos.double(), system.batch, system.num_graphs)
-        whole = sum_into(mass, system.batch, system.num_graphs)
-        return total / torch.where(whole > 0, whole, torch.ones_like(whole))  # a graph may have no atoms
+        return centre_of_mass(system.z, system.pos.double(), system.batch, system.num_graphs)
 
     def _restored(self, p: Property, raw: Tensor, system: System, centre: Tensor) -> Tensor:
         """Scale, mean and the values of the elements, in float64."""
@@ -298,6 +297,13 @@ class PropertyModel(nn.Module):
 
 
 _PLACED = frozenset({"dipole", "dipole_norm", "r2"})
+
+
+def centre_of_mass(z: Tensor, pos: Tensor, batch: Tensor, num_graphs: int) -> Tensor:
+    """Centre of mass of each graph, (graphs, 3), in the dtype of the positions; zero where a graph has no atoms."""
+    mass = atomic_masses(z, pos.dtype).unsqueeze(-1)
+    whole = sum_into(mass, batch, num_graphs)
+    return sum_into(mass * pos, batch, num_graphs) / torch.where(whole > 0, whole, torch.ones_like(whole))
 
 
 def _table(values: Mapping[int, float], z: Tensor) -> Tensor:

@@ -24,6 +24,7 @@ from nbody_pyg.compare.report import (
     load_records,
     markdown,
     search_rows,
+    target_rows,
     verdicts,
 )
 from nbody_pyg.compare.runner import Runner, Stopped
@@ -84,7 +85,11 @@ def _show(outcome: Outcome, out: Path) -> int:
         title = "Search: MAE on the validation frames, of forces (meV/A) unless stated"
         print(f"\n{title}\n{aligned(head, rows, range(2, len(head)))}")
         page += [f"### {title}", markdown(head, rows)]
-    for group in groups(outcome.finals):
+    found = groups(outcome.finals)
+    for title, head, rows in target_rows(found):
+        print(f"\n{title}\n{aligned(head, rows, range(2, len(head)))}")
+        page += [f"### {title}", markdown(head, rows)]
+    for group in found:
         head, rows = comparison_rows(group)
         lines = verdicts(group)
         if not group.tests and any(record["status"] != "failed" for row in group.rows for record in row.records):

@@ -14,6 +14,7 @@ from typing import Any
 import jsonargparse
 
 from nbody_pyg.compare.registry import MODELS, entry
+from nbody_pyg.datasets.qm9 import target_labels
 from nbody_pyg.messages import check_choice, nearest
 from nbody_pyg.training.config import (
     expand_path,
@@ -26,6 +27,7 @@ from nbody_pyg.training.config import (
     typed,
 )
 from nbody_pyg.training.optim import optimizer_names
+from nbody_pyg.training.prepare import wanted_properties
 from nbody_pyg.training.settings import setting
 
 #: Keys of the nested sections; everything in them is a key of ``nbody train`` too.
@@ -116,7 +118,9 @@ class CompareConfig:
                 f"training.{found[0]} is set by the comparison: use budget, steps, batch_size, lr, optimizers or seeds"
             )
         for data in self.datasets():  # finds a wrong key before anything runs
-            parse_config({"data": data, "training": self.training | {"max_steps": 1}, "model": self.model})
+            wanted_properties(
+                parse_config({"data": data, "training": self.training | {"max_steps": 1}, "model": self.model})
+            )
 
     @property
     def limit(self) -> dict[str, Any]:
@@ -133,9 +137,14 @@ class CompareConfig:
         return {"budget_seconds": float(self.search_seconds)}
 
     def datasets(self) -> list[dict[str, Any]]:
-        """The data sections: one for each molecule where several are named."""
+        """The data sections: one for each molecule, or each target of QM9, where several are named.
+
+        Raises: ValueError: a target named twice.
+        """
         data = dict(self.data) or dict(_FIRST_TRY)
-        for key in ("rmd17", "embedded"):
+        if isinstance(targets := data.get("qm9"), list) or targets == "all":
+            data["qm9"] = list(target_labels(targets))
+        for key in ("rmd17", "embedded", "qm9"):
             if isinstance(data.get(key), list):
                 return [{**data, key: name} for name in data[key]]
         return [data]
@@ -186,7 +195,8 @@ def compare_parser() -> jsonargparse.ArgumentParser:
         exit_on_error=False, add_help=False,
         description="Train models on the same frames for the same time, and report where ours is better or worse. "
         "Keys of data, training and model are those of nbody train, e.g. --data.rmd17 aspirin ethanol "
-        "--data.root FOLDER, --training.energy_weight 0.05, --model.channels 48.",
+        "--data.root FOLDER, --training.energy_weight 0.05, --model.channels 48. Several targets of QM9 (--data.qm9 "
+        "homo mu, or all) are learned one by one, each in a run of its own; nbody train makes one model of them.",
     )  # fmt: skip
     hints, defaults = typing.get_type_hints(CompareConfig), CompareConfig()
     for each in dataclasses.fields(CompareConfig):

@@ -8,8 +8,7 @@ from typing import Any
 import numpy as np
 from torch_geometric.data import Data
 
-from nbody_pyg.potential import Potential
-from nbody_pyg.training.evaluation import evaluate
+from nbody_pyg.compare.errors import errors_on, listed
 from nbody_pyg.training.trainer import Callback, Trainer
 
 
@@ -25,7 +24,7 @@ class LearningCurve(Callback):
         first: share of the run of the first point.
         note: called with one line for each point.
 
-    ``rows`` holds one dictionary for each point: step, cpu_seconds, and {set: errors} in meV and meV/angstrom.
+    ``rows`` holds one dictionary for each point: step, cpu_seconds, and {set: errors} in the units of training.
     """
 
     def __init__(
@@ -49,19 +48,11 @@ class LearningCurve(Callback):
         with trainer.averaged():
             row: dict[str, Any] = {"step": trainer.step, "cpu_seconds": trainer.clock.elapsed, **self._errors(trainer)}
         self.rows.append(row)
-        parts = [
-            f"{name} E {row[name].get('energy_mae', float('nan')):.1f} meV"
-            + (f" F {row[name]['forces_mae']:.1f} meV/A" if "forces_mae" in row[name] else "")
-            for name in self.sets
-        ]
+        parts = [f"{name} {listed(row[name])}" for name in self.sets]
         self.note(f"{row['cpu_seconds']:8.1f} CPU s  step {row['step']:6d}  {'  '.join(parts)}")
 
     def _errors(self, trainer: Trainer) -> dict[str, dict[str, float]]:
-        found, potential = {}, trainer.task.potential
-        assert isinstance(potential, Potential)  # models of properties are refused before
-        for name, frames in self.sets.items():
-            forces = "forces" in frames[0]
-            found[name] = evaluate(potential, frames, device=trainer.device, compute_forces=forces).errors
+        found = {name: errors_on(trainer.task.potential, frames, trainer.device) for name, frames in self.sets.items()}
         return {name: {k: v for k, v in e.items() if k.endswith(("_mae", "_rmse"))} for name, e in found.items()}
 
     def state_dict(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What a model costs: time of energy and forces of one molecule, memory, and on what machine."""
+"""What a model costs: time of energy and forces, or of a property, of one molecule, memory, and on what machine."""
 
 from __future__ import annotations
 
@@ -16,11 +16,14 @@ import torch
 from torch_geometric.data import Data
 
 from nbody_pyg.potential import Potential
+from nbody_pyg.properties import PropertyModel
 from nbody_pyg.training.loader import FrameLoader
 
 
-def latency(potential: Potential, frame: Data, seconds: float = 2.0, device: str = "cpu") -> dict[str, float]:
-    """Time of energy and forces of one frame with its edges given: median and minimum, seconds.
+def latency(
+    potential: Potential | PropertyModel, frame: Data, seconds: float = 2.0, device: str = "cpu"
+) -> dict[str, float]:
+    """Time of energy and forces, or of a property, of one frame with its edges given: median and minimum, seconds.
 
     On the CPU it is the CPU time of this process, which other processes do not add to.
     """
@@ -29,15 +32,16 @@ def latency(potential: Potential, frame: Data, seconds: float = 2.0, device: str
     on_gpu = torch.device(device).type == "cuda"
     clock = time.perf_counter if on_gpu else time.process_time
     samples: list[float] = []
-    for _ in range(3):
-        potential(batch)
-    end = clock() + seconds
-    while len(samples) < 5 or (clock() < end and len(samples) < 300):
-        start = clock()
-        potential(batch)
-        if on_gpu:
-            torch.cuda.synchronize()
-        samples.append(clock() - start)
+    with torch.set_grad_enabled(not isinstance(potential, PropertyModel)):
+        for _ in range(3):
+            potential(batch)
+        end = clock() + seconds
+        while len(samples) < 5 or (clock() < end and len(samples) < 300):
+            start = clock()
+            potential(batch)
+            if on_gpu:
+                torch.cuda.synchronize()
+            samples.append(clock() - start)
     return {"median_s": statistics.median(samples), "minimum_s": min(samples), "samples": len(samples)}
 
 

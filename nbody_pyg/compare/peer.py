@@ -9,6 +9,7 @@ import random
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import ClassVar
 
 import e3nn
 import numpy as np
@@ -30,33 +31,48 @@ class Facts:
     """Statistics of the training frames that a peer gets before it is built.
 
     ``species`` are atomic numbers, ascending; ``cutoff`` is in angstrom; ``degree`` is the mean number of
-    neighbours within it.
+    neighbours within it. ``readout`` is that of the property to learn (a readout of
+    :class:`~nbody_pyg.properties.Property`); an energy is "extensive".
     """
 
     species: tuple[int, ...]
     cutoff: float = 5.0
     degree: float = 12.0
     dtype: torch.dtype = torch.float32
+    readout: str = "extensive"
 
 
 class Peer(nn.Module):
-    r"""A model of another package as ``model(z, pos, batch, topology=...) -> energies``.
+    r"""A model of another package as ``model(z, pos, batch, topology=...) -> energies``, or values of a property.
 
     Energies and forces come from :class:`~nbody_pyg.potential.Potential`, as ours do. The edges are those of
     :class:`CutoffGraph`: row 0 the source j, row 1 the target i, :math:`\mathbf r_j - \mathbf r_i` from target
     to source. Nothing is kept from one call to the next.
 
     A new peer is a subclass of some twenty lines: build the model in ``__init__``, write :meth:`energy`, and
-    enter it in :mod:`nbody_pyg.compare.registry`.
+    enter it in :mod:`nbody_pyg.compare.registry`. An energy that is a sum over atoms also gives extensive properties,
+    and divided by their number intensive ones. A model with further readouts names them in ``readouts``, and its
+    :meth:`energy` is the value of ``property_readout``.
 
     Args:
-        facts: elements, cutoff, mean number of neighbours, precision.
+        facts: elements, cutoff, mean number of neighbours, precision, readout.
+
+    Raises: ValueError: a readout that the model does not have.
     """
+
+    #: Readouts of properties that the model has.
+    readouts: ClassVar[tuple[str, ...]] = ("extensive", "intensive")
 
     type_of: Tensor
 
     def __init__(self, facts: Facts) -> None:
         super().__init__()
+        if facts.readout not in self.readouts:
+            raise ValueError(
+                f"{type(self).__name__} must learn a property with the readout {' or '.join(self.readouts)}, got "
+                f"{facts.readout!r}; leave this model out"
+            )
+        self.property_readout = facts.readout
         self.scheme = CutoffGraph(facts.cutoff)
         table = torch.full((119,), -1, dtype=torch.long)
         table[list(facts.species)] = torch.arange(len(facts.species))
@@ -70,10 +86,12 @@ class Peer(nn.Module):
         *,
         topology: Topology | None = None,
     ) -> Tensor:
-        """Energy of each graph; the edges are found here only where no topology is given."""
+        """Energy (or property) of each graph; the edges are found here only where no topology is given."""
         if topology is None:
             topology = self.scheme.topology(z, pos, batch)
-        return self.energy(z, pos, batch, required(topology.pair_index[0]), topology.num_parts[0])
+        num_atoms = topology.num_parts[0]
+        value = self.energy(z, pos, batch, required(topology.pair_index[0]), num_atoms)
+        return value.reshape(-1) / num_atoms.to(value.dtype) if self.property_readout == "intensive" else value
 
     def energy(
         self,
@@ -83,7 +101,10 @@ class Peer(nn.Module):
         index: Int[Tensor, "2 edges"],
         num_atoms: Int[Tensor, " graphs"],
     ) -> Tensor:
-        """Energies, [graphs] or [graphs, 1]; ``num_atoms`` counts the atoms of each graph."""
+        """Energies, or values of the property before a mean is taken, [graphs] or [graphs, 1].
+
+        ``num_atoms`` counts the atoms of each graph.
+        """
         raise NotImplementedError
 
     def types(self, z: Int[Tensor, " atoms"]) -> Int[Tensor, " atoms"]:

@@ -10,10 +10,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter
 
 from nbody_pyg.atomic_write import save_figure
+from nbody_pyg.compare.errors import Quantity
 from nbody_pyg.compare.report import Group, Row
 
-#: What plots name: error, words, unit.
-_ERRORS = {"forces_mae": ("force", "meV/Å"), "energy_mae": ("energy", "meV")}
 _OURS = "#c4301b"
 _COLOURS = (
     "#1f5fa8",
@@ -31,19 +30,22 @@ _MARKERS = "osD^vP*Xh<>"
 
 
 def learning_curves(group: Group, path: str | Path) -> Figure:
-    """Errors of forces and energies (those there are) on the fixed frames of every run against CPU seconds, log-log.
+    """Errors on the fixed frames of every run against CPU seconds, log-log.
 
+    They are those of forces and energies (where there are any), or of the property.
     Where runs were limited by steps, the axis is still time. Of several seeds the curves are drawn thin.
     """
     name = group.tests[0] if group.tests else "val"
     found = {key for row in group.rows for r in row.records for point in r["curve"] for key in point.get(name, {})}
-    keys = [key for key in _ERRORS if key in found] or [group.error]
-    figure = Figure(figsize=(1.0 + 5.25 * len(keys), 5.0), layout="constrained")
-    panels = figure.subplots(1, len(keys), squeeze=False)[0]
-    for axes, key in zip(panels, keys, strict=True):
+    every = group.quantities[::-1]
+    shown = [q for q in every if q.key in found] or [q for q in every if q.key == group.error]
+    figure = Figure(figsize=(1.0 + 5.25 * len(shown), 5.0), layout="constrained")
+    panels = figure.subplots(1, len(shown), squeeze=False)[0]
+    for axes, q in zip(panels, shown, strict=True):
         for row, (colour, marker, zorder) in styles(group).items():
             for number, record in enumerate(row.records):
-                points = [(r["cpu_seconds"], r[name][key]) for r in record["curve"] if key in r.get(name, {})]
+                rows = [r for r in record["curve"] if q.key in r.get(name, {})]
+                points = [(r["cpu_seconds"], q.factor * r[name][q.key]) for r in rows]
                 if not points:
                     continue
                 x, y = zip(*points, strict=True)
@@ -51,8 +53,7 @@ def learning_curves(group: Group, path: str | Path) -> Figure:
                     x, y, color=colour, marker=marker, ms=4, lw=2.4 if row.ours else 1.4, zorder=zorder,
                     label=row.label if number == 0 else None, alpha=1.0 if number == 0 else 0.5,
                 )  # fmt: skip
-        what, unit = _ERRORS[key]
-        _logarithmic(axes, "training, CPU seconds", f"{what} MAE on {name} frames, {unit}")
+        _logarithmic(axes, "training, CPU seconds", _words(q, f" on {name} frames"))
     if panels[0].get_legend_handles_labels()[0]:
         panels[0].legend(frameon=False, fontsize=8.5)
     figure.suptitle(group.title, fontsize=11)
@@ -61,16 +62,18 @@ def learning_curves(group: Group, path: str | Path) -> Figure:
 
 
 def pareto(group: Group, path: str | Path) -> Figure:
-    """Error that orders the group against the time of energy and forces of one molecule; better is down and left."""
+    """Error that orders the group against the time of one molecule; better is down and left."""
     figure = Figure(figsize=(7.2, 5.4), layout="constrained")
     axes = figure.subplots()
     name = group.tests[0] if group.tests else None
+    (q,) = (q for q in group.quantities if q.key == group.error)
     points: list[tuple[float, float]] = []
     for row, (colour, marker, zorder) in styles(group).items():
         time = row.mean("latency", "median_s")
         error = row.mean("test", name, group.error) if name else row.mean("val", group.error)
         if time is None or error is None:
             continue
+        error *= q.factor
         points.append((1e3 * time, error))
         axes.plot(1e3 * time, error, marker, color=colour, ms=12 if row.ours else 8, zorder=zorder, label=row.label)
     if points:
@@ -82,11 +85,15 @@ def pareto(group: Group, path: str | Path) -> Figure:
                 front.append((time, error))
         axes.step(*zip(*front, strict=True), where="post", color="0.6", lw=1.0, ls="--", zorder=0)
         axes.legend(frameon=False, fontsize=8.5)
-    what, unit = _ERRORS[group.error]
-    _logarithmic(axes, "energy and forces of one molecule, CPU ms", f"{what} MAE, {unit}")
+    what = {"E+F": "energy and forces"}.get(group.timed, group.timed)
+    _logarithmic(axes, f"{what} of one molecule, CPU ms", _words(q))
     axes.set_title(group.title, fontsize=10)
     save_figure(figure, Path(path), dpi=150)
     return figure
+
+
+def _words(q: Quantity, where: str = "") -> str:
+    return f"{q.word} MAE{where}, {q.unit.replace('meV/A', 'meV/Å')}".removesuffix(", ")
 
 
 def styles(group: Group) -> dict[Row, tuple[str, str, int]]:

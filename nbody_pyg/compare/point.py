@@ -20,23 +20,33 @@ from torch_geometric.data import Data
 
 from nbody_pyg.atomic_write import write_json
 from nbody_pyg.compare.curve import LearningCurve
+from nbody_pyg.compare.errors import OF_POTENTIALS, errors_on
 from nbody_pyg.compare.graph import CutoffGraph
 from nbody_pyg.compare.measure import latency, machine, peak_memory
 from nbody_pyg.compare.peer import Facts
 from nbody_pyg.compare.registry import build_peer, version
 from nbody_pyg.data import elements_of
 from nbody_pyg.datasets import fit_atomic_energies
+from nbody_pyg.datasets.qm9 import target_labels
 from nbody_pyg.datasets.readers import find_files
 from nbody_pyg.energy import AtomicReference
 from nbody_pyg.models import compute_avg_num_neighbors
 from nbody_pyg.potential import Potential
+from nbody_pyg.properties import PropertyModel
 from nbody_pyg.required import required
 from nbody_pyg.training.config import Config, DataConfig, parse_config
-from nbody_pyg.training.evaluation import evaluate
 from nbody_pyg.training.labels import force_variance, label_shapes
 from nbody_pyg.training.loader import FrameLoader
 from nbody_pyg.training.loss import EnergyForceLoss
-from nbody_pyg.training.prepare import DataSets, build_potential, explicit, known_states, load_data
+from nbody_pyg.training.prepare import (
+    DataSets,
+    build_potential,
+    explicit,
+    known_states,
+    load_data,
+    property_statistics,
+    wanted_properties,
+)
 from nbody_pyg.training.run import fit, require_elements
 from nbody_pyg.training.settings import TrainingConfig
 
@@ -145,13 +155,23 @@ def failed_record(point: Point, reason: str) -> dict[str, Any]:
 
 
 def deciding_error(records: Iterable[Mapping[str, Any]]) -> str:
-    """By which error runs are chosen and ordered: "forces_mae", or "energy_mae" where no run has learned forces."""
+    """By which error runs are chosen and ordered: "forces_mae", "energy_mae" where no run has learned forces, or that
+    of the target of QM9."""
     found: set[str] = set()
     for record in records:
+        if (error := _target_error(record["point"].get("data") or {})) not in (None, *OF_POTENTIALS):
+            return required(error)
         weight = record["point"]["training"].get("force_weight", TrainingConfig.force_weight)
         for errors in (record["val"], *record["test"].values()):
             found.update(errors if weight > 0 else ("energy_mae",))
     return "energy_mae" if "energy_mae" in found and "forces_mae" not in found else "forces_mae"
+
+
+def _target_error(data: Mapping[str, Any]) -> str | None:
+    """The error of the first target of QM9 that a section "data" names; None where it names none."""
+    if (target := data.get("qm9")) is None:
+        return None
+    return f"{'dipole' if target == 'dipole' else next(iter(target_labels(target)))}_mae"
 
 
 def validation_scores(tried: Mapping[float, Mapping[str, Any]]) -> tuple[str, dict[float, float]]:
@@ -207,24 +227,34 @@ def run_point(point: Point, folder: Path, note: Callable[[str], None] = print) -
     record |= {"steps": result.steps, "cpu_seconds": result.cpu_seconds, "wall_seconds": time.time() - began}
     device = "cuda" if config.training.device == "cuda" else "cpu"
     record["latency"] = latency(potential, data.train[0], 0.0 if point.purpose == "search" else 3.0, device)
-    record["val"] = _errors(potential, data.val, device) if len(data.val) else {}
-    record["test"] = {name: _errors(potential, frames, device) for name, frames in data.tests.items()}
+    record["val"] = errors_on(potential, data.val, device) if len(data.val) else {}
+    record["test"] = {name: errors_on(potential, frames, device) for name, frames in data.tests.items()}
     finite = all(math.isfinite(v) for errors in (record["val"], *record["test"].values()) for v in errors.values())
     status = {"status": "done"} if finite else {"status": "failed", "reason": "errors are not finite"}
     return record | {"curve": curve.rows} | status
 
 
-def build(point: Point, config: Config, data: DataSets) -> Potential:
-    """A potential with fresh weights; E0 and the scale of the energies are found in the same way for every model."""
+def build(point: Point, config: Config, data: DataSets) -> Potential | PropertyModel:
+    """A potential, or a model of a property, with fresh weights.
+
+    What is taken off the labels (E0, a mean, values of the elements) and their scale are the same for every model.
+
+    Raises: ValueError: several properties, or one with a readout that the peer does not have.
+    """
     if point.model == "nbody":
-        found = build_potential(config, data)
-        if not isinstance(found, Potential):
-            raise WrongData(f"frames must have energies to compare models by, data.qm9 is {config.data.qm9!r}")
-        return found
+        return build_potential(config, data)
+    properties = wanted_properties(config)
+    if len(properties) > 1:
+        names = [p.name for p in properties]
+        raise ValueError(f"data.qm9 must be one target for {point.model}, got {names}; give each a run of its own")
     species = tuple(elements_of(data.train))
     degree = compute_avg_num_neighbors(CutoffGraph(point.cutoff), data.train[:200])["pair_0"]
-    facts = Facts(species, point.cutoff, degree, getattr(torch, config.training.dtype))
+    readout = properties[0].readout if properties else "extensive"
+    facts = Facts(species, point.cutoff, degree, getattr(torch, config.training.dtype), readout)
     peer = build_peer(point.model, facts, config.training.seed, **point.arguments)
+    if properties:
+        model = PropertyModel(peer, properties, property_statistics(data, properties)).to(facts.dtype)
+        return known_states(model, data)
     scale = config.model.scale
     potential = Potential(
         peer,
@@ -234,7 +264,9 @@ def build(point: Point, config: Config, data: DataSets) -> Potential:
     return known_states(potential, data)
 
 
-def warm_up(potential: Potential, frames: Sequence[Data], settings: TrainingConfig, steps: int = 3) -> float | None:
+def warm_up(
+    potential: Potential | PropertyModel, frames: Sequence[Data], settings: TrainingConfig, steps: int = 3
+) -> float | None:
     """Take gradients that are thrown away, so that what a first call compiles is not in the budget.
 
     Returns: bytes of memory that such a step takes; None where that cannot be told, or on a GPU.
@@ -245,6 +277,10 @@ def warm_up(potential: Potential, frames: Sequence[Data], settings: TrainingConf
     loss = EnergyForceLoss()
 
     def step(batch: Data) -> None:
+        if isinstance(potential, PropertyModel):
+            torch.cat([value.flatten() for value in potential(batch).values()]).square().mean().backward()
+            potential.zero_grad(set_to_none=True)
+            return
         forces = "forces" in batch
         result = potential(batch, compute_forces=forces, create_graph=True)
         error = result["interaction_energy"] / len(batch.z)
@@ -254,10 +290,6 @@ def warm_up(potential: Potential, frames: Sequence[Data], settings: TrainingConf
     for batch in loader:
         step(batch)
     return peak_memory(lambda: step(loader.batch(range(min(settings.batch_size, loader.num_frames)))))
-
-
-def _errors(potential: Potential, frames: Sequence[Data], device: str) -> dict[str, float]:
-    return evaluate(potential, frames, device=device, compute_forces="forces" in frames[0]).errors
 
 
 def _curve_sets(data: DataSets) -> dict[str, Sequence[Data]]:

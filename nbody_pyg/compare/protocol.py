@@ -9,6 +9,7 @@ from typing import Any
 
 from nbody_pyg.compare.config import CompareConfig
 from nbody_pyg.compare.contestants import Contestant, contestants
+from nbody_pyg.compare.errors import quantity
 from nbody_pyg.compare.peer import MissingPeer
 from nbody_pyg.compare.point import Point, validation_scores
 
@@ -20,7 +21,8 @@ class Choice:
     """The learning rate that a search chose for one optimizer.
 
     ``edge`` says that the best lies at the end of what was tried; ``score`` is the ``error`` on the validation frames,
-    infinite where every run failed: the MAE of the forces, meV/angstrom, or where none are learned of energies, meV.
+    infinite where every run failed: the MAE of the forces, meV/angstrom, or where none are learned of energies, meV, or
+    of a property, in its unit.
     """
 
     optimizer: str
@@ -112,8 +114,9 @@ def beyond(scores: Mapping[float, float]) -> float | None:
 def describe(choice: Choice) -> str:
     """A choice in words."""
     edge = ", at the edge of what was tried" if choice.edge else ""
-    what, unit = ("energies", "meV") if choice.error == "energy_mae" else ("forces", "meV/A")
-    return f"{choice.optimizer}: learning rate {choice.lr:g}, validation {what} {choice.score:.1f} {unit}{edge}"
+    q = quantity(choice.error)
+    score = f"{q.plural} {q.text(choice.score)} {q.unit}".rstrip()
+    return f"{choice.optimizer}: learning rate {choice.lr:g}, validation {score}{edge}"
 
 
 def _point(

@@ -15,7 +15,7 @@ from nbody_pyg.messages import nearest
 
 _TORCHMD = "pip install --no-deps torchmd-net && pip install warp-lang h5py"
 _SCHNETPACK = (
-    "pip install --no-deps schnetpack torch-ema && "
+    "pip install --no-deps schnetpack torch-ema pytorch-lightning lightning-utilities torchmetrics && "
     "pip install fasteners dirsync hydra-core tensorboardX progressbar2 h5py matscipy"
 )
 #: mace-torch pins e3nn 0.4.4, older than what nbody_pyg asks for; 0.3.16 was seen to run with e3nn 0.6.

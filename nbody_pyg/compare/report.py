@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nbody_pyg.compare.errors import OF_POTENTIALS, Quantity, quantity
 from nbody_pyg.compare.point import Point, deciding_error, validation_scores
+from nbody_pyg.datasets.qm9 import TARGETS
 
 Record = Mapping[str, Any]
 
@@ -76,6 +78,16 @@ class Group:
         return list(dict.fromkeys(name for row in self.rows for record in row.records for name in record["test"]))
 
     @property
+    def quantities(self) -> list[Quantity]:
+        """What tables show errors of: energies and forces, or the property that is learned."""
+        return [quantity(key) for key in (OF_POTENTIALS if self.error in OF_POTENTIALS else (self.error,))]
+
+    @property
+    def timed(self) -> str:
+        """What the time of one molecule is the time of."""
+        return "E+F" if self.error in OF_POTENTIALS else quantity(self.error).head
+
+    @property
     def title(self) -> str:
         every = (record.get("frames") for row in self.rows for record in row.records)
         frames: Mapping[str, int] = next((found for found in every if found), {})
@@ -115,7 +127,8 @@ def read_record(path: Path) -> dict[str, Any]:
 def groups(records: Iterable[Record]) -> list[Group]:
     """Final records by frames and limit; rows in the order of their error of the forces, best first.
 
-    Where no forces are learned, in that of the energies. Runs that differ in anything but the seed are other rows.
+    Where no forces are learned, in that of the energies or of the property. Runs that differ in anything but the seed
+    are other rows.
     """
     found: dict[tuple[str, str, str], dict[str, list[Record]]] = {}
     for record in records:
@@ -177,10 +190,10 @@ def failures(records: Iterable[Record]) -> list[str]:
 def comparison_rows(group: Group) -> tuple[list[str], list[list[str]]]:
     """Head and cells of the table of a group."""
     sets = group.tests or [""]
-    head = ["model", "optimizer", "lr", "batch", "parameters", "steps", "ms/step", "E+F ms", "memory MB"]
+    head = ["model", "optimizer", "lr", "batch", "parameters", "steps", "ms/step", f"{group.timed} ms", "memory MB"]
     for name in sets:
         suffix = "" if len(sets) == 1 else f" {name}"
-        head += [f"E MAE{suffix} meV", f"F MAE{suffix} meV/A"]
+        head += [f"{q.head} MAE{suffix} {q.unit}".rstrip() for q in group.quantities]
     rows = []
     for row in group.rows:
         t = row.training
@@ -189,11 +202,47 @@ def comparison_rows(group: Group) -> tuple[list[str], list[list[str]]]:
         cells += [_number(_times(row.mean("latency", "median_s"), 1e3), 1)]
         cells += [_number(_times(row.mean("memory_bytes"), 1e-6), 0)]
         for name in sets:
-            cells += [_spread(row.values("test", name, key), 2) for key in ("energy_mae", "forces_mae")]
+            cells += [_error(row, name, q) for q in group.quantities]
         if all(record["status"] == "failed" for record in row.records):
-            cells[9:] = ["failed"] * (2 * len(sets))
+            cells[9:] = ["failed"] * (len(group.quantities) * len(sets))
         rows.append(cells)
     return head, rows
+
+
+def _error(row: Row, name: str, q: Quantity) -> str:
+    return _spread([q.factor * value for value in row.values("test", name, q.key)], q.digits)
+
+
+def target_rows(found: Sequence[Group]) -> list[tuple[str, list[str], list[list[str]]]]:
+    """Title, head and cells of one table over the targets of QM9 for the groups that differ in nothing else.
+
+    A row is a model with its optimizer; a column is a target, with the mean absolute error on the first test set. There
+    is no table where there is one target.
+    """
+    alike: dict[str, dict[str, Group]] = {}
+    for group in found:
+        settings = Point(**group.rows[0].records[0]["point"]).settings["data"]
+        target = settings.get("qm9")
+        if target in TARGETS and group.tests:
+            rest = {"limit": group.limit, **{k: v for k, v in settings.items() if k != "qm9"}}
+            alike.setdefault(json.dumps(rest, sort_keys=True, default=str), {})[target] = group
+    out = []
+    for members in alike.values():
+        targets = [name for name in TARGETS if name in members]
+        if len(targets) < 2:
+            continue
+        units = {name: quantity(members[name].error).unit for name in targets}
+        lines: dict[tuple[str, str], list[str]] = {}
+        for place, name in enumerate(targets):
+            group = members[name]
+            for row in group.rows:
+                line = lines.setdefault((row.label, row.training["optimizer"]), ["-"] * len(targets))
+                failed = all(record["status"] == "failed" for record in row.records)
+                line[place] = "failed" if failed else _error(row, group.tests[0], quantity(group.error))
+        head = ["model", "optimizer", *(f"{name} {units[name]}" for name in targets)]
+        title = members[targets[0]].title.removeprefix(targets[0]).lstrip("-")
+        out.append((f"QM9, MAE by target: {title}", head, [[*key, *line] for key, line in lines.items()]))
+    return out
 
 
 def _step(row: Row) -> float | None:
@@ -226,7 +275,7 @@ def verdicts(group: Group) -> list[str]:
     # Chosen as a user would, who has no test frames; of the peers, the best on the test counts.
     mine = min(ours, key=lambda row: row.mean("val", group.error) or math.inf)
     lines = []
-    for title, unit, path, factor in _figures(group):
+    for title, unit, path, factor, digits in _figures(group):
         my = _times(mine.mean(*path), factor)
         others = {row: value for row in peers if (value := _times(row.mean(*path), factor)) is not None}
         if my is None or not others:
@@ -234,33 +283,33 @@ def verdicts(group: Group) -> list[str]:
         best = min(others, key=lambda row: others[row])
         ratio = my / others[best] if others[best] else math.inf
         word = "WINS" if ratio < 0.995 else "LOSES" if ratio > 1.005 else "equal"
-        lines.append(
-            (word, f"{word:5}  {title}: {my:.2f} {unit} against {others[best]:.2f} of {best.title}, {ratio:.2f} x")
-        )
+        values = f"{my:.{digits}f} {unit} against {others[best]:.{digits}f} of {best.title}, {ratio:.2f} x"
+        lines.append((word, f"{word:5}  {title}: {values}"))
     order = {"LOSES": 0, "equal": 1, "WINS": 2}
     return [line for _, line in sorted(lines, key=lambda pair: order[pair[0]])]
 
 
-def _figures(group: Group) -> list[tuple[str, str, tuple[str, ...], float]]:
+def _figures(group: Group) -> list[tuple[str, str, tuple[str, ...], float, int]]:
+    """Title, unit, place in the records, factor into the unit, digits."""
     found = []
     for name in group.tests:
         suffix = "" if len(group.tests) == 1 else f" ({name})"
         found += [
-            (f"force MAE{suffix}", "meV/A", ("test", name, "forces_mae"), 1.0),
-            (f"energy MAE{suffix}", "meV", ("test", name, "energy_mae"), 1.0),
+            (f"{q.word} MAE{suffix}", q.unit, ("test", name, q.key), q.factor, q.digits)
+            for q in reversed(group.quantities)
         ]
     return [
         *found,
-        ("E+F of one molecule", "ms", ("latency", "median_s"), 1e3),
-        ("memory of a step", "MB", ("memory_bytes",), 1e-6),
-        ("parameters", "k", ("parameters",), 1e-3),
+        (f"{group.timed} of one molecule", "ms", ("latency", "median_s"), 1e3, 2),
+        ("memory of a step", "MB", ("memory_bytes",), 1e-6, 2),
+        ("parameters", "k", ("parameters",), 1e-3, 2),
     ]
 
 
 def search_rows(records: Iterable[Record]) -> tuple[list[str], list[list[str]]]:
     """The searches: one line for each molecule, model and optimizer, with the error at every learning rate.
 
-    It is that of the forces; where none are learned that of the energies, in meV, which the line says.
+    It is that of the forces; where none are learned that of the energies or of the property, which the line says.
     """
     found: dict[tuple[str, ...], dict[float, Record]] = {}
     for record in records:
@@ -273,15 +322,16 @@ def search_rows(records: Iterable[Record]) -> tuple[list[str], list[list[str]]]:
     for (dataset, *words), tried in sorted(found.items(), key=lambda pair: pair[0]):
         error, scores = validation_scores(tried)
         best = min(scores, key=lambda lr: scores[lr])
-        dataset = f"{dataset} (energies, meV)" if error == "energy_mae" else dataset
-        rows.append([dataset, *words, *(_score(scores, lr) for lr in rates), f"{best:g}"])
+        q = quantity(error)
+        dataset = dataset if error == "forces_mae" else f"{dataset} ({', '.join(filter(None, (q.plural, q.unit)))})"
+        rows.append([dataset, *words, *(_score(scores, lr, q) for lr in rates), f"{best:g}"])
     return ["frames", "model", "optimizer", "limit", *(f"{lr:g}" for lr in rates), "chosen"], rows
 
 
-def _score(scores: Mapping[float, float], lr: float) -> str:
+def _score(scores: Mapping[float, float], lr: float, q: Quantity) -> str:
     if lr not in scores:
         return "-"
-    return f"{scores[lr]:.1f}" if math.isfinite(scores[lr]) else "failed"
+    return q.text(scores[lr]) if math.isfinite(scores[lr]) else "failed"
 
 
 def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -18,6 +18,7 @@ from types import FrameType
 from typing import Any
 
 from nbody_pyg.atomic_write import write_json
+from nbody_pyg.compare.errors import listed
 from nbody_pyg.compare.peer import MissingPeer
 from nbody_pyg.compare.point import Point, WrongData, data_files, failed_record, run_point
 from nbody_pyg.compare.report import read_record
@@ -253,6 +254,6 @@ def summary(record: Mapping[str, Any]) -> str:
         return f"failed: {record['reason']}"
     parts = [f"{record['steps']} steps, {1000 * record['cpu_seconds'] / max(record['steps'], 1):.1f} ms each"]
     for name, errors in {"val": record["val"], **record["test"]}.items():
-        if "forces_mae" in errors:
-            parts.append(f"{name} E {errors['energy_mae']:.2f} meV F {errors['forces_mae']:.2f} meV/A")
+        if errors:
+            parts.append(f"{name} {listed(errors, fewer=0)}")
     return ", ".join(parts)

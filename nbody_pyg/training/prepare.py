@@ -46,7 +46,7 @@ from nbody_pyg.nn.electronic import check_inputs
 from nbody_pyg.nn.inner_cutoff import inner_cutoffs
 from nbody_pyg.nn.repulsion import ZBLRepulsion
 from nbody_pyg.potential import Potential
-from nbody_pyg.properties import Property, PropertyModel, fit_statistics, property_irreps
+from nbody_pyg.properties import Property, PropertyModel, Statistics, fit_statistics, property_irreps
 from nbody_pyg.required import required
 from nbody_pyg.system import DEFAULT_STATE, System
 from nbody_pyg.training.config import Config, DataConfig, ModelConfig
@@ -425,16 +425,24 @@ def _for_reference(data: DataSets, e0: typing.Any) -> Sequence[Data]:
     return [*data.train, *(f for f in others if is_isolated_atom(f) and int(f.z) in known and has_label(f, "energy"))]
 
 
-def _build_properties(config: Config, data: DataSets, properties: tuple[Property, ...]) -> PropertyModel:
+def property_statistics(data: DataSets, properties: Sequence[Property]) -> dict[str, Statistics]:
+    """Mean, values per element and scale of each property over the training frames that have it.
+
+    Raises: ValueError: no training frame has the label.
+    """
     require_labels({"train": data.train}, [p.name for p in properties], partial=True)
+    known = {p: [frame for frame in data.train if has_label(frame, p.name)] for p in properties}
+    return {p.name: fit_statistics(frames, p) for p, frames in known.items()}
+
+
+def _build_properties(config: Config, data: DataSets, properties: tuple[Property, ...]) -> PropertyModel:
+    statistics = property_statistics(data, properties)
     for key in ("irreps_out", "readout"):
         if key in config.model.arguments:
             raise ValueError(f"model.{key} must not be given for properties: it follows from their readouts")
     given = {"irreps_out": str(property_irreps(properties))}
     if any(p.readout == "root" for p in properties):
         given["readout"] = "root"
-    known = {p: [frame for frame in data.train if has_label(frame, p.name)] for p in properties}
-    statistics = {p.name: fit_statistics(frames, p) for p, frames in known.items()}
     network = _network(config, data, network_inputs(config.model, data.train), None, **given)
     model = PropertyModel(network, properties, statistics)
     return model.to(getattr(torch, config.training.dtype))

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import random
 import sys
 
+import ase.data
 import numpy as np
 import pytest
 import torch
 
 from nbody_pyg import NestedShells
+from nbody_pyg.compare import registry
 from nbody_pyg.compare.graph import CutoffGraph
 from nbody_pyg.compare.peer import Facts, MissingPeer, undisturbed
 from nbody_pyg.compare.registry import MODELS, build_peer, entry, version
 from nbody_pyg.data import AtomicData
 from nbody_pyg.potential import Potential
+from nbody_pyg.properties import Property, PropertyModel, Statistics
 from nbody_pyg.training.loader import FrameLoader
 
 #: Arguments with which every peer is small.
@@ -110,6 +114,125 @@ def test_the_edges_are_those_that_are_handed_in(peer, molecules):
     assert abs(peer(z, pos, topology=fewer)["energy"] - full) > 1e-6
 
 
+#: The readouts that each peer has; the others have sums and means over the atoms.
+PLACED = {"schnet": "centre", "dimenet": "sum", "painn": "centre", "schnet-spk": "centre"}
+READOUTS = [
+    (n, kind) for n in PEERS for kind in ("intensive", "dipole_norm", "r2") if kind == "intensive" or n in PLACED
+]
+
+
+def of_property(name: str, readout: str) -> PropertyModel:
+    """A tiny peer that learns a property, with every part of its statistics."""
+    try:
+        peer = build_peer(name, dataclasses.replace(FACTS, readout=readout), seed=1, **TINY[name])
+    except MissingPeer as error:
+        pytest.skip(str(error))
+    table = {z: 0.1 * z for z in FACTS.species}
+    known = Statistics(0.5, 2.0, table, table if readout == "r2" else None)
+    return PropertyModel(peer, [Property("p", readout)], {"p": known}).eval()
+
+
+def _baseline(model: PropertyModel, frame: AtomicData) -> torch.Tensor:
+    """Mean and values of the elements, which the statistics add to the output of the peer."""
+    known = model.statistics["p"]
+    model.statistics = {"p": dataclasses.replace(known, scale=0.0)}
+    value = model(frame)["p"].detach()
+    model.statistics = {"p": known}
+    return value
+
+
+@pytest.mark.parametrize(("name", "readout"), READOUTS)
+def test_a_property_does_not_know_the_frame(name, readout, molecules, random_rotation):
+    model = of_property(name, readout)
+    z, pos = molecules["chiral"]
+    frame = model.scheme(AtomicData(z=z, pos=pos))
+    value = model(frame)["p"]
+    assert value.shape == (1,) and value.dtype == torch.float64
+    raw = (value - _baseline(model, frame)) / 2.0
+    assert abs(raw.item()) > 1e-3
+    order = torch.tensor([3, 0, 7, 5, 1, 2, 6, 4])
+    for determinant in (1, -1):
+        turn = random_rotation(determinant)
+        moved = AtomicData(z=z[order], pos=(pos @ turn.T + 3.0)[order])
+        # nequip and mace store tables in float32
+        tolerance = 1e-6 if name.startswith(("nequip", "mace")) else 1e-10
+        assert model(moved)["p"].item() == pytest.approx(value.item(), rel=0, abs=tolerance)
+
+
+@pytest.mark.parametrize(("name", "readout"), READOUTS)
+def test_a_property_of_a_batch_is_that_of_its_molecules_and_trains(name, readout, molecules):
+    model = of_property(name, readout)
+    frames = [AtomicData(z=z, pos=pos) for z, pos in (molecules[n] for n in ("methanol", "chiral", "ethanol"))]
+    frames = [model.scheme(frame) for frame in frames]
+    together = model(FrameLoader(frames, 3).batch([0, 1, 2]))["p"]
+    alone = torch.cat([model(frame)["p"] for frame in frames])
+    torch.testing.assert_close(together, alone, rtol=0, atol=1e-9)
+    assert len({round(v, 6) for v in alone.tolist()}) == 3
+    together.square().sum().backward()
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    assert all(bool(g.isfinite().all()) for g in gradients) and sum(float(g.abs().sum()) for g in gradients) > 0
+
+
+@pytest.mark.parametrize("name", PEERS)
+def test_a_mean_is_the_sum_over_the_number_of_atoms(name, molecules):
+    mean, total = (of_property(name, readout) for readout in ("intensive", "extensive"))
+    frame = mean.scheme(AtomicData(z=molecules["chiral"][0], pos=molecules["chiral"][1]))
+    base = _baseline(mean, frame)
+    found, wanted = (float(model(frame)["p"] - base) for model in (mean, total))
+    assert abs(found) > 1e-6
+    assert len(frame.z) * found == pytest.approx(wanted, rel=1e-9)
+
+
+@pytest.mark.parametrize("name", sorted(PLACED))
+@pytest.mark.parametrize("readout", ["dipole_norm", "r2"])
+def test_dipoles_and_extents_are_those_of_charges_about_the_centre_of_mass(name, readout, molecules):
+    """The charges are taken from inside the models, and the equation is written out."""
+    model = of_property(name, readout)
+    z, pos = molecules["chiral"]
+    frame = model.scheme(AtomicData(z=z, pos=pos))
+    inside = model.model.model
+    if PLACED[name] == "sum":  # the sum over atoms of the authors of DimeNet++
+        energy = Potential(build_peer(name, FACTS, seed=1, **TINY[name]))(z, pos, compute_forces=False)["energy"]
+        assert float((model(frame)["p"] - _baseline(model, frame)) / 2.0) == pytest.approx(energy.item(), rel=1e-9)
+        return
+    last = inside.lin2 if name == "schnet" else inside["readout"].outnet
+    found: list = []
+    last.register_forward_pre_hook(lambda module, inputs: found.append(inputs[0]))
+    value = (model(frame)["p"] - _baseline(model, frame)) / 2.0
+    charges = last.forward(found[0])
+    local = torch.zeros(1, 3)
+    if isinstance(charges, tuple):
+        charges, local = charges[0], charges[1].squeeze(-1)
+        assert local.abs().max() > 1e-4
+    if name != "schnet" and readout == "dipole_norm":
+        charges = charges - charges.mean()  # neutral
+    mass = torch.tensor(ase.data.atomic_masses)[z].unsqueeze(1)
+    arm = pos - (mass * pos).sum(0) / mass.sum()
+    if readout == "dipole_norm":
+        wanted = (charges * arm + local).sum(0).norm()
+    else:
+        wanted = (charges * arm.square().sum(1, keepdim=True)).sum()
+    assert abs(wanted.item()) > 1e-3
+    assert value.item() == pytest.approx(wanted.item(), rel=1e-9)
+
+
+@pytest.mark.parametrize("name", [name for name in PEERS if name not in PLACED])
+@pytest.mark.parametrize("readout", ["dipole_norm", "r2", "dipole"])
+def test_a_readout_that_a_peer_does_not_have_is_refused(name, readout):
+    of_property(name, "extensive")  # it is installed
+    with pytest.raises(ValueError, match=f"with the readout extensive or intensive, got '{readout}'; leave this model"):
+        of_property(name, readout)
+
+
+def test_a_peer_of_one_readout_is_no_model_of_another():
+    peer = build_peer("schnet", dataclasses.replace(FACTS, readout="r2"), **TINY["schnet"])
+    for readout in ("dipole_norm", "extensive"):
+        with pytest.raises(ValueError, match=rf"one property with readout 'r2' .*, got \['{readout}'\]"):
+            PropertyModel(peer, [Property("p", readout)])
+    with pytest.raises(ValueError, match="'dipole'; leave this model out"):
+        build_peer("schnet", dataclasses.replace(FACTS, readout="dipole"), **TINY["schnet"])
+
+
 def test_triplets_are_all_paths_of_two_edges(molecules):
     from nbody_pyg.compare.adapters.pyg import triplets
 
@@ -177,6 +300,7 @@ def test_a_missing_peer_is_named_with_its_pip_line(name, package, monkeypatch):
     for loaded in [key for key in sys.modules if key == package or key.startswith(package + ".")]:
         monkeypatch.delitem(sys.modules, loaded)
     monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.setattr(registry, "_version", lambda distribution: None)
     with pytest.raises(MissingPeer, match=rf"is not installed: pip install .*{entry(name).distribution}"):
         build_peer(name, FACTS)
 

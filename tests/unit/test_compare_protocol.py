@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from nbody_pyg.compare.peer import MissingPeer
 from nbody_pyg.compare.point import Point
 from nbody_pyg.compare.protocol import beyond, compare, describe
 from nbody_pyg.compare.registry import MODELS
+from nbody_pyg.datasets.qm9 import REGRESSION_TARGETS
 from nbody_pyg.models import PRESETS
 from nbody_pyg.training.config import parse_config
 
@@ -174,6 +176,40 @@ def test_targets_and_sizes_of_qm9_are_other_data():
     assert (name(train="x/water.xyz"), name(embedded="ethanol"), name()) == ("water", "ethanol", "data")
 
 
+def test_several_targets_of_qm9_are_several_data_sets():
+    """`nbody train` makes one model of them; a comparison trains each alone."""
+    config = load_compare(ROOT / "configs" / "compare_qm9.yaml", ["--data.qm9", "homo", "mu", "U0", "--budget", "5"])
+    assert [data["qm9"] for data in config.datasets()] == ["homo", "mu", "U0"]
+    assert load_compare(None, ["--data.qm9", "[r2]"]).datasets() == [{"qm9": "r2"}]
+    every = load_compare(ROOT / "configs" / "compare_qm9.yaml", ["--data.qm9", "all"]).datasets()
+    assert [data["qm9"] for data in every] == list(REGRESSION_TARGETS) and len(every) == 12
+    assert {data["num_train"] for data in every} == {10_000}
+    run = Fake({"soap": 1e-2, "adam": 1e-2}, errors=("homo_mae",))
+    compare(dataclasses.replace(config, models=["nbody", "schnet"]), run, quiet)
+    found = [(p.model, p.data["qm9"], p.dataset) for p in run.points]
+    assert found == [
+        (model, name, f"{name}-dimenet-10000") for model in ("nbody", "schnet") for name in ("homo", "mu", "U0")
+    ]
+    assert len({p.folder for p in run.points}) == 6
+
+
+@pytest.mark.parametrize(
+    ("target", "words"),
+    [("homo", "homo 10000.0 meV"), ("mu", "mu 10.000 D"), ("alpha", "alpha 10.000 a0^3"), ("r2", "r2 10.000 a0^2"),
+     ("Cv", "Cv 10.000 cal/mol/K"), ("zpve", "zpve 10000.0 meV"), ("U0", "energies 10.0 meV")],
+)  # fmt: skip
+def test_the_target_decides_in_its_usual_unit(target, words):
+    """The records hold eV, as `nbody train` does; R2 of the fit is no error."""
+    name = "energy" if target == "U0" else target
+    config = CompareConfig(
+        models=["schnet"], data={"qm9": target}, search=[1e-3, 3e-3, 1e-2], optimizers=["adam"], finals="none"
+    )
+    run = Fake({"adam": 3e-3}, errors=(f"{name}_mae", f"{name}_rmse", f"{name}_r2"))
+    (choice,) = compare(config, run, quiet).choices["schnet"]
+    assert (choice.lr, choice.score, choice.error) == (3e-3, 10.0, f"{name}_mae")
+    assert describe(choice) == f"adam: learning rate 0.003, validation {words}"
+
+
 def test_command_line_lies_over_the_file(tmp_path):
     path = tmp_path / "c.yaml"
     path.write_text("models: [nbody, painn]\nbudget: 100\ndata: {rmd17: aspirin, root: a}\n")
@@ -206,6 +242,10 @@ def test_command_line_lies_over_the_file(tmp_path):
         ("--training.lr 0.1", "training.lr is set by the comparison"),
         ("--training.learning_rate 0.1", "unknown key training.learning_rate"),
         ("--data.rmd17 aspirin", "needs data.root"),
+        ("--data.qm9 muu", "target 'muu' is not in QM9; did you mean mu"),
+        ("--data.qm9 mu muu", "target 'muu' is not in QM9; did you mean mu"),
+        ("--data.qm9 mu mu", "target must list different targets of QM9"),
+        ("--data.qm9 mu mulliken_charges", "must name targets of .* to learn, got 'mulliken_charges'"),
         ("--model.chanels 8", "did you mean model.channels"),
         ("--python mace", "MODEL=PATH"),
         ("--budget", "--budget needs a value"),

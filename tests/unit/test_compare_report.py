@@ -7,7 +7,8 @@ import math
 import pytest
 
 from nbody_pyg.compare.plots import learning_curves, pareto
-from nbody_pyg.compare.report import comparison_rows, groups, markdown, search_rows, verdicts
+from nbody_pyg.compare.report import comparison_rows, groups, markdown, search_rows, target_rows, verdicts
+from nbody_pyg.compare.runner import summary
 from nbody_pyg.messages import aligned
 
 
@@ -120,6 +121,84 @@ def test_searches_without_forces_show_energies():
     records = [energies_only("painn", "painn", e, purpose="search", lr=lr) for lr, e in ((1e-3, 9.0), (3e-3, 8.0))]
     _, rows = search_rows(records)
     assert rows == [["U0-dimenet-100 (energies, meV)", "PAINN", "soap", "300 s", "9.0", "8.0", "0.003"]]
+
+
+def of_target(name, model, error, target="homo", **point) -> dict:
+    """A record of a run on a target of QM9, with the error in the unit of training."""
+    found = record(name, model, 1.0, 1.0, data={"qm9": target, "num_train": 100}, **point)
+    found["point"]["training"]["force_weight"] = 0
+    key = "energy_mae" if target == "U0" else f"{target}_mae"
+    errors = {key: error, "homo_r2": 0.5}
+    found["val"], found["test"] = errors, {"test": errors} if found["test"] else {}
+    for row in found["curve"]:
+        row["test"] = {key: error * 100 / row["step"]}
+    return found
+
+
+def test_a_table_of_a_property_has_its_name_and_the_usual_unit():
+    (found,) = groups([of_target("painn", "painn", 0.05), of_target("nbody", "nbody", 0.0401)])
+    head, rows = comparison_rows(found)
+    assert head[-3:] == ["homo ms", "memory MB", "homo MAE meV"]
+    assert [(row[0], row[-1]) for row in rows] == [("NBODY", "40.10"), ("PAINN", "50.00")]
+    assert found.dataset == "homo-dimenet-100"
+    assert verdicts(found)[-1] == "WINS   homo MAE: 40.10 meV against 50.00 of PAINN, 0.80 x"
+    assert not any("energy" in line or "force" in line or "E+F" in line for line in verdicts(found))
+    (small,) = groups([of_target("painn", "painn", 0.0123, "mu"), of_target("nbody", "nbody", 0.0117, "mu")])
+    head, rows = comparison_rows(small)
+    assert head[-1] == "mu MAE D" and [row[-1] for row in rows] == ["0.0117", "0.0123"]
+    assert "WINS   mu MAE: 0.0117 D against 0.0123 of PAINN, 0.95 x" in verdicts(small)
+
+
+def test_a_failed_run_of_a_property_has_one_column_of_errors():
+    failed = of_target("visnet", "visnet", math.nan, "mu", status="failed")
+    failed |= {"test": {}, "val": {}, "latency": {}, "curve": []}
+    (found,) = groups([failed, of_target("nbody", "nbody", 0.5, "mu")])
+    head, rows = comparison_rows(found)
+    assert [row[-1] for row in rows] == ["0.5000", "failed"] and {len(row) for row in rows} == {len(head)}
+
+
+def test_one_table_over_the_targets():
+    values = {"mu": 0.0301, "homo": 0.041, "r2": 0.331, "U0": 14.0}
+    records = [
+        of_target(m, m, e * (2 if m == "painn" else 1), t) for t, e in values.items() for m in ("nbody", "painn")
+    ]
+    records.append(of_target("schnet", "schnet", 0.5, "r2"))
+    failed = of_target("schnet", "schnet", math.nan, "mu", status="failed")
+    records.append(failed | {"test": {}, "val": {}})
+    few = of_target("nbody", "nbody", 9.0, "mu")
+    few["point"]["data"]["num_train"] = 50  # alone: no table of its own
+    ((title, head, rows),) = target_rows(groups([*records, few]))
+    assert title == "QM9, MAE by target: dimenet-100, 300 s of training CPU time (950 train, 50 val, 1000 test)"
+    assert head == ["model", "optimizer", "mu D", "homo meV", "r2 a0^2", "U0 meV"]
+    assert {row[0]: row[2:] for row in rows} == {
+        "NBODY": ["0.0301", "41.00", "0.3310", "14.00"],
+        "PAINN": ["0.0602", "82.00", "0.6620", "28.00"],
+        "SCHNET": ["failed", "-", "0.5000", "-"],
+    }
+    assert target_rows(groups([few])) == []
+
+
+def test_searches_on_a_property_say_which():
+    records = [of_target("painn", "painn", e, purpose="search", lr=lr) for lr, e in ((1e-3, 0.09), (3e-3, 0.08))]
+    _, rows = search_rows(records)
+    assert rows == [["homo-dimenet-100 (homo, meV)", "PAINN", "soap", "300 s", "90.0", "80.0", "0.003"]]
+
+
+def test_plots_of_a_property_have_its_unit(tmp_path):
+    (found,) = groups([of_target("painn", "painn", 0.05), of_target("nbody", "nbody", 0.04)])
+    (panel,) = learning_curves(found, tmp_path / "curves.png").axes
+    assert panel.get_ylabel() == "homo MAE on test frames, meV"
+    assert panel.lines[0].get_ydata().tolist() == pytest.approx([4000.0, 400.0, 40.0])
+    front = pareto(found, tmp_path / "pareto.png").axes[0]
+    assert (front.get_xlabel(), front.get_ylabel()) == ("homo of one molecule, CPU ms", "homo MAE, meV")
+    assert {line.get_label(): line.get_ydata()[0] for line in front.lines[:2]} == {"NBODY": 40.0, "PAINN": 50.0}
+
+
+def test_the_line_of_a_finished_run_names_what_was_learned():
+    homo, energy = of_target("nbody", "nbody", 0.0412), energies_only("nbody", "nbody", 4.2)
+    assert summary(homo) == "3000 steps, 100.0 ms each, val homo 41.20 meV, test homo 41.20 meV"
+    assert summary(energy).endswith("val E 4.20 meV, test E 4.20 meV")
+    assert summary(record("nbody", "nbody", 2.0, 4.0)).endswith("test E 4.00 meV F 2.00 meV/A")
 
 
 def test_plots_have_a_curve_and_a_point_for_each_model(group, tmp_path):

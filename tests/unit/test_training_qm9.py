@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +11,11 @@ from ase.data import chemical_symbols
 from torch_geometric.datasets.qm9 import atomrefs, conversion
 
 from nbody_pyg.cli import main
+from nbody_pyg.compare import point
+from nbody_pyg.compare.measure import latency
+from nbody_pyg.compare.peer import MissingPeer
+from nbody_pyg.compare.point import Point, build, deciding_error, run_point
+from nbody_pyg.compare.report import load_records
 from nbody_pyg.datasets import Split, load_qm9, qm9_atomref, qm9_split
 from nbody_pyg.datasets.qm9 import REGRESSION_TARGETS, TARGETS
 from nbody_pyg.deploy import load_model, read_metadata
@@ -16,6 +23,7 @@ from nbody_pyg.potential import Potential
 from nbody_pyg.properties import PropertyModel
 from nbody_pyg.training import prepare
 from nbody_pyg.training.config import load_config
+from nbody_pyg.training.property_task import evaluate_properties
 from nbody_pyg.units import HARTREE
 
 COUNT = 24
@@ -163,6 +171,130 @@ def test_one_model_of_several_targets(wanted, raw, small_split, tmp_path, pytest
     with np.load(tmp_path / "one_predictions.npz") as found:
         for name in names:
             assert found[name].item() == pytest.approx(values[0][name], rel=1e-4)
+
+
+#: Peers that learn every target, tiny.
+PEERS = {
+    "schnet": {"hidden_channels": 8, "num_filters": 8, "num_interactions": 1, "num_gaussians": 8},
+    "dimenet": {
+        "hidden_channels": 8, "num_blocks": 1, "int_emb_size": 4, "basis_emb_size": 4, "out_emb_channels": 8,
+        "num_spherical": 2, "num_radial": 2,
+    },
+    "painn": {"features": 8, "layers": 1, "num_basis": 8},
+}  # fmt: skip
+OURS = {"channels": 2, "scheme": {"name": "NestedShells", "radii": [3.0]}}
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """The time of a molecule is measured a few times only."""
+    monkeypatch.setattr(point, "latency", lambda model, frame, seconds, device: latency(model, frame, 0.0, device))
+
+
+def _point(name: str, raw: Path, model: str, arguments: dict, **training) -> Point:
+    settings = {"optimizer": "soap", "lr": 1e-2, "batch_size": 4, "seed": 0, "max_steps": 3, "force_weight": 0}
+    data = {"qm9": name, "root": str(raw)}
+    return Point(model, model, model, arguments, data, settings | training, points=2)
+
+
+@pytest.mark.parametrize(
+    ("model", "name"),
+    [
+        (m, n)
+        for m in ("nbody", *PEERS)
+        for n in REGRESSION_TARGETS
+        if m != "dimenet" or n in ("mu", "homo", "r2", "U0")
+    ],
+)  # the functions of DimeNet++ take sympy a second for each
+@pytest.mark.filterwarnings("ignore")  # of the peers' own making
+def test_every_model_of_a_comparison_learns_every_target(model, name, raw, small_split, quick, tmp_path):
+    """The statistics are those of our network, the error is that of the target, the curve ends at it."""
+    one = _point(name, raw, model, PEERS.get(model, OURS))
+    config = one.config(tmp_path)
+    data = prepare.load_data(config.data)
+    try:
+        built = build(one, config, data)
+    except MissingPeer as error:
+        pytest.skip(str(error))
+    ours = prepare.build_potential(
+        config if model == "nbody" else _point(name, raw, "nbody", OURS).config(tmp_path), data
+    )
+    label = "energy" if name in ("U0", "U", "H", "G") else name
+    if label == "energy":
+        assert built.reference.energies == ours.reference.energies and built.scale == ours.scale
+    else:
+        assert built.statistics == ours.statistics and built.properties == ours.properties
+        assert built.statistics[name].scale not in (0.0, 1.0)
+    notes: list[str] = []
+    record = run_point(one, tmp_path, note=notes.append)
+    assert (record["status"], record["steps"], record["frames"]) == ("done", 3, {"train": 16, "val": 4, "test": 4})
+    error = record["test"]["test"][f"{label}_mae"]
+    assert error > 0 and record["val"][f"{label}_mae"] > 0 and "forces_mae" not in record["val"]
+    assert record["curve"][-1]["test"][f"{label}_mae"] == pytest.approx(error)
+    assert deciding_error([record]) == f"{label}_mae"
+    unit = "meV" if TARGETS[name].unit == "eV" else TARGETS[name].unit
+    assert notes[-1].endswith(f" {unit}") and f"test {'E' if label == 'energy' else name} " in notes[-1]
+
+
+def test_a_comparison_trains_ours_as_the_command_does(raw, small_split, quick, tmp_path, pytestconfig):
+    words = ["--data.qm9", "homo", "--data.root", str(raw), "--training.max_steps", "6", "--training.batch_size", "4"]
+    words += ["--model.channels", "2", "--output.folder", str(tmp_path / "train"), "--training.validate_every", "6"]
+    words += ["--training.budget_seconds", "null"]
+    assert main(["--debug", "train", str(pytestconfig.rootpath / "configs" / "qm9.yaml"), *words]) == 0
+    trained = load_model(tmp_path / "train" / "model.nbody")
+    words = [
+        "--data.qm9",
+        "homo",
+        "--data.root",
+        str(raw),
+        "--steps",
+        "6",
+        "--batch_size",
+        "4",
+        "--model.channels",
+        "2",
+    ]
+    words += ["--budget", "null", "--models", "nbody", "--out", str(tmp_path / "compare"), "--isolate", "false"]
+    assert main(["--debug", "compare", str(pytestconfig.rootpath / "configs" / "compare_qm9.yaml"), *words]) == 0
+    (record,) = load_records(tmp_path / "compare")
+    frames = prepare.load_data(Point(**record["point"]).config(tmp_path).data).tests["test"]
+    errors = evaluate_properties(trained, frames).errors
+    assert record["test"]["test"]["homo_mae"] == pytest.approx(errors["homo_mae"], rel=1e-5)
+
+
+def test_targets_of_a_comparison_in_one_table(raw, small_split, quick, tmp_path, pytestconfig, capsys):
+    """A peer without the readout fails on that target alone, and the reason is said."""
+    words = [
+        "--data.qm9",
+        "homo",
+        "mu",
+        "--data.root",
+        str(raw),
+        "--steps",
+        "2",
+        "--budget",
+        "null",
+        "--batch_size",
+        "4",
+    ]
+    words += ["--models", "nbody", "schnet", "visnet", "--out", str(tmp_path), "--isolate", "false", "--points", "2"]
+    words += ["--model.channels", "2", "--arguments.schnet", str(PEERS["schnet"])]
+    words += ["--arguments.visnet", "{hidden_channels: 8, num_heads: 2, num_layers: 1, num_rbf: 8}"]
+    assert main(["compare", str(pytestconfig.rootpath / "configs" / "compare_qm9.yaml"), *words]) == 3
+    printed = capsys.readouterr().out
+    assert "ViSNet must learn a property with the readout extensive or intensive, got 'dipole_norm'" in printed
+    page = (tmp_path / "table.md").read_text()
+    assert "| model | optimizer | mu D | homo meV |" in page and "homo MAE meV |" in page and "mu MAE D |" in page
+    (visnet,) = (line for line in page.splitlines() if line.startswith("| ViSNet") and line.count("|") == 5)
+    cells = visnet.split(" | ")
+    assert cells[2] == "failed" and float(cells[3].strip(" |")) > 0
+    assert len(list(tmp_path.glob("*.png"))) == 4
+
+
+def test_several_targets_in_one_model_are_no_run_of_a_peer(raw, small_split, tmp_path):
+    one = _point(["mu", "homo"], raw, "schnet", PEERS["schnet"])
+    with pytest.raises(ValueError, match=r"data.qm9 must be one target for schnet, got \['mu', 'homo'\]"):
+        run_point(one, tmp_path, note=lambda _: None)
 
 
 def test_the_data_come_from_the_package_without_a_folder(small_split, monkeypatch):

@@ -7,26 +7,38 @@ from unittest import mock
 
 import torch
 from jaxtyping import Int
-from torch import Tensor
+from torch import Tensor, nn
 from torch_geometric.nn.models import DimeNetPlusPlus, dimenet
 from torch_geometric.nn.models import SchNet as SchNetModel
 from torch_geometric.nn.models import ViSNet as ViSNetModel
 
 from nbody_pyg.compare.peer import Facts, Peer, loop_vectors, with_loops
 from nbody_pyg.geometry import ragged
+from nbody_pyg.properties import centre_of_mass
 
 
 class SchNet(Peer):
-    """PyG's SchNet.
+    r"""PyG's SchNet.
+
+    A dipole is :math:`|\sum_i q_i (r_i - r_0)|`, the spatial extent :math:`\sum_i q_i |r_i - r_0|^2`, about the centre
+    of mass.
 
     Args:
         facts: see :class:`Peer`.
         arguments: of PyG's class.
     """
 
+    readouts = (*Peer.readouts, "dipole_norm", "r2")
+
     def __init__(self, facts: Facts, **arguments: Any) -> None:
         super().__init__(facts)
-        self.model = SchNetModel(cutoff=facts.cutoff, interaction_graph=self._graph, **arguments).to(facts.dtype)
+        given = {"cutoff": facts.cutoff, "dipole": facts.readout == "dipole_norm", **arguments}
+        self.model = SchNetModel(interaction_graph=self._graph, **given).to(facts.dtype)
+        if facts.readout == "r2":  # PyG's class has no readout for it: its last layer gives the charges
+            self.model.lin2.register_forward_hook(self._spread)
+
+    def _spread(self, module: nn.Module, inputs: Any, charges: Tensor) -> Tensor:
+        return charges * self._square
 
     def _graph(self, pos: Tensor, batch: Tensor) -> tuple[Tensor, Tensor]:
         source, target = self._index
@@ -34,6 +46,9 @@ class SchNet(Peer):
 
     def energy(self, z: Tensor, pos: Tensor, batch: Tensor, index: Tensor, num_atoms: Tensor) -> Tensor:
         self._index = index
+        if self.property_readout == "r2":
+            arm = pos - centre_of_mass(z, pos, batch, num_atoms.shape[0]).index_select(0, batch)
+            self._square = arm.square().sum(-1, keepdim=True)
         energy: Tensor = self.model(z, pos, batch)
         return energy
 
@@ -41,10 +56,14 @@ class SchNet(Peer):
 class DimeNet(Peer):
     """PyG's DimeNet++, whose triplets are counted off the sorted edges.
 
+    Every property that is no mean is a sum over the atoms, as with its authors.
+
     Args:
         facts: see :class:`Peer`.
         arguments: of PyG's class.
     """
+
+    readouts = (*Peer.readouts, "dipole_norm", "r2")
 
     def __init__(self, facts: Facts, **arguments: Any) -> None:
         super().__init__(facts)
