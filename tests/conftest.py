@@ -14,8 +14,7 @@ from pathlib import Path
 # Before torch and matplotlib are imported: they read these once
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
-# A network of a few channels is compiled for longer than it runs. `make test` once more with NBODY_CFLAGS empty runs the
-# products as users have them, see .ci/run
+# Networks of tests are compiled for longer than they run. NBODY_CFLAGS= (empty) compiles them as users have them
 os.environ.setdefault("NBODY_CFLAGS", "-O1")
 
 import hypothesis
@@ -88,8 +87,7 @@ def _fixed_seeds() -> None:
 
 @pytest.fixture(autouse=True)
 def _plots_without_layout(request, monkeypatch):
-    """Every command draws plots, and half of the time of a short training run is their layout. A module or test with the
-    mark ``layout`` has it."""
+    """Half of the time of a short training run is the layout of its plots. A test with the mark ``layout`` has it."""
     if request.node.get_closest_marker("layout") is None and "matplotlib.layout_engine" in sys.modules:
         engine = sys.modules["matplotlib.layout_engine"].ConstrainedLayoutEngine
         monkeypatch.setattr(engine, "execute", lambda self, figure: None)
