@@ -75,6 +75,8 @@ HELPERS = (
     "finetune",
     "large",
     "salt_bridge",
+    "active",
+    "extrapolation",
     "timing",
     "report",
     "systems",
@@ -344,6 +346,39 @@ def test_large_finds_its_networks(script, root, tmp_path, capsys):
     for times in (0, 1):  # the second time the run is there
         assert large.main([*command.split(), "--out", str(tmp_path / "a.json")]) == 0
         assert capsys.readouterr().out.count("there already") == times
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:Use thermalize_momenta:DeprecationWarning")
+def test_extrapolation_turns_bonds_and_tests_every_set(script, model, tmp_path, monkeypatch, capsys):
+    module, start = script("extrapolation"), load_embedded("ethanol")[0].to_ase()
+    for one in (module, script("active")):
+        monkeypatch.setattr(one, "calculator", lambda *_: EMT())
+    monkeypatch.setattr(module, "from_smiles", lambda smiles, seed: [start.copy()])
+    monkeypatch.setattr(module, "rotatable", lambda smiles: [((0, 2), [2, 8])])
+    copies = module.turned(start, "CCO", 90.0)
+    assert len(copies) == 3
+    for atoms, angle in zip(copies, (90.0, 180.0, 270.0), strict=True):
+        assert (atoms.get_dihedral(1, 0, 2, 8) - start.get_dihedral(1, 0, 2, 8)) % 360 == pytest.approx(angle)
+        np.testing.assert_allclose(atoms.positions[:8], start.positions[:8], atol=1e-12)
+        assert atoms.get_distance(2, 8) == pytest.approx(start.get_distance(2, 8))
+    highest = sorted(EMT().get_potential_energy(atoms) for atoms in copies)[1]
+    assert len(module.labelled(copies, EMT(), highest)) == 2
+    words = "--frames 4 --test 2 --every 1 --seconds 0.1 --temperatures 600 --molecules some"
+    out = tmp_path / "extrapolation.json"
+    assert module.main([*words.split(), "--init", str(model), "--out", str(out)]) == 0
+    found = json.loads(out.read_text())["results"]
+    assert [(r["way"], r["test"]) for r in found] == [
+        (way, test) for way in ("scratch", "all") for test in ("300 K", "600 K", "torsions")
+    ]
+    assert all(r["forces_mae"] > 0 and r["force_rms"] > 0 for r in found) and "torsions" in capsys.readouterr().out
+
+
+def test_rotatable_bonds(script):
+    pytest.importorskip("rdkit", reason="rdkit is not installed")
+    bonds = script("extrapolation").rotatable("CCCO")  # C0 C1 C2 O3, H of O last
+    assert [pair for pair, _ in bonds] == [(1, 2)]
+    assert {0, 1}.isdisjoint(bonds[0][1]) and {2, 3} <= set(bonds[0][1]) and len(bonds[0][1]) == 5
 
 
 def _smoothness(found, out):
