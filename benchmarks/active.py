@@ -39,7 +39,9 @@ def trajectory(start: Atoms, label: str, temperature: float, count: int, every: 
     atoms.calc = calculator(label, float(start.info.get("charge", 0)), float(start.info.get("spin", 1)))
     rng = np.random.default_rng(seed)
     MaxwellBoltzmannDistribution(atoms, temperature_K=temperature, rng=rng)
-    dynamics = Langevin(atoms, 0.5 * units.fs, temperature_K=temperature, friction=0.02 / units.fs, rng=rng)
+    dynamics = Langevin(
+        atoms, 0.5 * units.fs, temperature_K=temperature, friction=0.02 / units.fs, fixcm=False, rng=rng
+    )
     dynamics.run(500)
     for _ in range(count):
         dynamics.run(every)

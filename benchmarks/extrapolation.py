@@ -3,8 +3,8 @@
     python benchmarks/extrapolation.py --init organic --label gfn1
 
 Training and test frames are those of Langevin dynamics with the reference method; each test set has its own trajectory.
-Torsions: each bond that rdkit calls rotatable is turned in a test frame at 300 K in steps of 15 degrees. Structures with
-reference energies more than --above eV over that of the frame are left out. Nothing is chosen on test frames. The level
+Torsions: each bond that rdkit calls rotatable is turned in a test frame at 300 K in steps of 15 degrees. Structures
+with energies more than --above eV over that of the frame are left out. Nothing is chosen on test frames. The level
 of the labels should not be that of the pretrained model. Needs rdkit and the package of the calculator.
 """
 
