@@ -18,6 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from nbody_pyg.compare.graph import CutoffGraph
+from nbody_pyg.geometry import edge_vectors
 from nbody_pyg.hierarchy.topology import Topology
 from nbody_pyg.required import required
 
@@ -42,12 +43,23 @@ class Facts:
     readout: str = "extensive"
 
 
+@dataclass(frozen=True)
+class Edges:
+    """Pairs of atoms within the cutoff, both directions, sorted by target.
+
+    ``index`` [2, edges]: row 0 the source j, row 1 the target i; ``vec`` [edges, 3]: r_j - r_i, in a periodic cell to
+    the image within the cutoff, with gradients.
+    """
+
+    index: Int[Tensor, "2 edges"]
+    vec: Float[Tensor, "edges 3"]
+
+
 class Peer(nn.Module):
     r"""A model of another package as ``model(z, pos, batch, topology=...) -> energies``, or values of a property.
 
-    Energies and forces come from :class:`~nbody_pyg.potential.Potential`, as ours do. The edges are those of
-    :class:`CutoffGraph`: row 0 the source j, row 1 the target i, :math:`\mathbf r_j - \mathbf r_i` from target
-    to source. Nothing is kept from one call to the next.
+    Energies, forces and stress come from :class:`~nbody_pyg.potential.Potential`, as ours do. The edges are those of
+    :class:`CutoffGraph`. Nothing is kept from one call to the next.
 
     A new peer is a subclass of some twenty lines: build the model in ``__init__``, write :meth:`energy`, and
     enter it in :mod:`nbody_pyg.compare.registry`. An energy that is a sum over atoms also gives extensive properties,
@@ -62,6 +74,9 @@ class Peer(nn.Module):
 
     #: Readouts of properties that the model has.
     readouts: ClassVar[tuple[str, ...]] = ("extensive", "intensive")
+
+    #: Whether the model takes periodic cells.
+    periodic: ClassVar[bool] = True
 
     type_of: Tensor
 
@@ -84,13 +99,22 @@ class Peer(nn.Module):
         pos: Float[Tensor, "atoms 3"],
         batch: Int[Tensor, " atoms"],
         *,
+        cell: Float[Tensor, "graphs 3 3"] | None = None,
+        pbc: Tensor | None = None,
         topology: Topology | None = None,
     ) -> Tensor:
-        """Energy (or property) of each graph; the edges are found here only where no topology is given."""
+        """Energy (or property) of each graph; the edges are found here only where no topology is given.
+
+        Raises: ValueError: a periodic cell, for a model that takes none.
+        """
         if topology is None:
-            topology = self.scheme.topology(z, pos, batch)
-        num_atoms = topology.num_parts[0]
-        value = self.energy(z, pos, batch, required(topology.pair_index[0]), num_atoms)
+            topology = self.scheme.topology(z, pos, batch, cell, pbc)
+        if topology.periodic and not self.periodic:
+            raise ValueError(f"{type(self).__name__} takes no periodic cells; leave this model out")
+        index, shift = topology.edges("pair", 0)
+        num_atoms, index = topology.num_parts[0], required(index)
+        edges = Edges(index, edge_vectors(pos, index, shift, cell, batch))
+        value = self.energy(z, pos, batch, edges, num_atoms)
         return value.reshape(-1) / num_atoms.to(value.dtype) if self.property_readout == "intensive" else value
 
     def energy(
@@ -98,7 +122,7 @@ class Peer(nn.Module):
         z: Int[Tensor, " atoms"],
         pos: Float[Tensor, "atoms 3"],
         batch: Int[Tensor, " atoms"],
-        index: Int[Tensor, "2 edges"],
+        edges: Edges,
         num_atoms: Int[Tensor, " graphs"],
     ) -> Tensor:
         """Energies, or values of the property before a mean is taken, [graphs] or [graphs, 1].
@@ -119,16 +143,13 @@ def with_loops(index: Int[Tensor, "2 edges"], num_atoms: int) -> Int[Tensor, "2 
 
 
 def loop_vectors(
-    pos: Float[Tensor, "atoms 3"], index: Int[Tensor, "2 edges"]
-) -> tuple[Float[Tensor, " edges"], Float[Tensor, "edges 3"]]:
-    """Length and vector r_source - r_target of every edge; loops, which must stand last, have length 0.
+    vec: Float[Tensor, "edges 3"], num_atoms: int
+) -> tuple[Float[Tensor, " edges_and_atoms"], Float[Tensor, "edges_and_atoms 3"]]:
+    """Length and vector of every edge, and zeros for the loops after them.
 
     The norm is not taken of the loops, where it has no derivative.
     """
-    vec = pos.index_select(0, index[0]) - pos.index_select(0, index[1])
-    bonded = index.shape[1] - pos.shape[0]
-    length = torch.cat([vec[:bonded].norm(dim=-1), vec.new_zeros(pos.shape[0])])
-    return length, vec
+    return torch.cat([vec.norm(dim=-1), vec.new_zeros(num_atoms)]), torch.cat([vec, vec.new_zeros(num_atoms, 3)])
 
 
 @contextlib.contextmanager

@@ -105,6 +105,40 @@ def test_batch_equals_singles(peer, molecules):
     torch.testing.assert_close(again["forces"], alone[0]["forces"], rtol=0, atol=1e-12)
 
 
+def test_cells(peer, generator):
+    """Narrower than the cutoff, so that atoms see their own images."""
+    cell = torch.diag(torch.tensor([3.1, 3.5, 4.2], dtype=torch.float64)) + 0.2 * torch.randn(
+        3, 3, dtype=torch.float64, generator=generator
+    )
+    z = torch.tensor([1, 6, 8, 6])
+    corners = torch.tensor([[0.0, 0, 0], [0.5, 0.5, 0], [0.5, 0, 0.5], [0, 0.5, 0.5]], dtype=torch.float64)
+    pos = (corners + 0.05 * torch.randn(4, 3, dtype=torch.float64, generator=generator)) @ cell
+    pbc = torch.tensor([True] * 3)
+    if not peer.model.periodic:
+        with pytest.raises(ValueError, match="takes no periodic cells; leave this model out"):
+            peer(z, pos, cell=cell, pbc=pbc)
+        return
+    found = peer(z, pos, cell=cell, pbc=pbc, compute_stress=True)
+    assert found["forces"].abs().max() > 1e-4 and found["stress"].abs().min() > 1e-8
+    assert abs(found["energy"] - peer(z, pos)["energy"]).item() > 1e-3, "images count"
+    both = torch.cat([pos, pos + cell[0]])
+    twice = torch.cat([2 * cell[:1], cell[1:]])
+    double = peer(torch.cat([z, z]), both, cell=twice, pbc=pbc, compute_stress=True)
+    torch.testing.assert_close(double["energy"], 2 * found["energy"], rtol=1e-7, atol=1e-7)
+    torch.testing.assert_close(double["forces"], torch.cat([found["forces"]] * 2), rtol=0, atol=1e-7)
+    torch.testing.assert_close(double["stress"], found["stress"], rtol=0, atol=1e-7)
+    strain = torch.tensor([[1.0, 0.3, 0], [0.3, -0.5, 0.2], [0, 0.2, 0.7]], dtype=torch.float64)
+
+    def energy(size: float) -> float:
+        turn = torch.eye(3, dtype=torch.float64) + size * strain
+        return peer(z, pos @ turn, cell=cell @ turn, pbc=pbc, compute_forces=False)["energy"].item()
+
+    slope = (energy(1e-4) - energy(-1e-4)) / 2e-4
+    assert slope == pytest.approx(
+        (found["stress"][0] * strain).sum().item() * cell.det().abs().item(), rel=1e-4, abs=1e-7
+    )
+
+
 def test_the_edges_are_those_that_are_handed_in(peer, molecules):
     z, pos = molecules["chiral"]
     topology = peer.model.scheme.topology(z, pos)

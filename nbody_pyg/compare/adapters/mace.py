@@ -6,7 +6,7 @@ import torch
 from e3nn import o3
 from torch import Tensor, nn
 
-from nbody_pyg.compare.peer import Facts, Peer
+from nbody_pyg.compare.peer import Edges, Facts, Peer
 
 
 class MACE(Peer):
@@ -39,14 +39,16 @@ class MACE(Peer):
             radial_type="bessel", atomic_inter_scale=1.0, atomic_inter_shift=0.0,
         ).to(facts.dtype)  # fmt: skip
 
-    def energy(self, z: Tensor, pos: Tensor, batch: Tensor, index: Tensor, num_atoms: Tensor) -> Tensor:
-        num_edges, num_graphs = index.shape[1], num_atoms.shape[0]
+    def energy(self, z: Tensor, pos: Tensor, batch: Tensor, edges: Edges, num_atoms: Tensor) -> Tensor:
+        num_graphs, (source, target) = num_atoms.shape[0], edges.index
+        # MACE adds them to the difference of the positions, target less source
+        shifts = pos.index_select(0, source) - pos.index_select(0, target) - edges.vec
         data = {
             "positions": pos,
             "node_attrs": nn.functional.one_hot(self.types(z), self.num_species).to(pos.dtype),
-            "edge_index": index,
-            "shifts": pos.new_zeros(num_edges, 3),
-            "unit_shifts": pos.new_zeros(num_edges, 3),
+            "edge_index": edges.index,
+            "shifts": shifts,
+            "unit_shifts": torch.zeros_like(shifts),
             "cell": pos.new_zeros(3 * num_graphs, 3),
             "batch": batch,
             "ptr": torch.cat([num_atoms.new_zeros(1), num_atoms.cumsum(0)]),

@@ -7,7 +7,7 @@ from typing import Any
 from ase.data import chemical_symbols
 from torch import Tensor
 
-from nbody_pyg.compare.peer import Facts, Peer
+from nbody_pyg.compare.peer import Edges, Facts, Peer
 
 
 class NequIP(Peer):
@@ -18,6 +18,8 @@ class NequIP(Peer):
         preset: "S", "M", "L" or "XL"; None takes ``arguments`` alone.
         arguments: of the builder, such as num_layers, l_max, num_features, parity.
     """
+
+    periodic = False  # not tried
 
     def __init__(self, facts: Facts, preset: str | None = None, **arguments: Any) -> None:
         from nequip.model import NequIPGNNModel, PresetNequIPGNNModel
@@ -36,12 +38,12 @@ class NequIP(Peer):
         common |= arguments
         self.model = NequIPGNNModel(**common) if preset is None else PresetNequIPGNNModel(preset=preset, **common)
 
-    def energy(self, z: Tensor, pos: Tensor, batch: Tensor, index: Tensor, num_atoms: Tensor) -> Tensor:
+    def energy(self, z: Tensor, pos: Tensor, batch: Tensor, edges: Edges, num_atoms: Tensor) -> Tensor:
         from nequip.data import AtomicDataDict as key
 
         data = {
             key.POSITIONS_KEY: pos,
-            key.EDGE_INDEX_KEY: index.flip(0),
+            key.EDGE_INDEX_KEY: edges.index.flip(0),
             key.ATOM_TYPE_KEY: self.types(z),
             key.BATCH_KEY: batch,
             key.NUM_NODES_KEY: num_atoms,

@@ -12,7 +12,7 @@ from torch_geometric.nn.models import DimeNetPlusPlus, dimenet
 from torch_geometric.nn.models import SchNet as SchNetModel
 from torch_geometric.nn.models import ViSNet as ViSNetModel
 
-from nbody_pyg.compare.peer import Facts, Peer, loop_vectors, with_loops
+from nbody_pyg.compare.peer import Edges, Facts, Peer, loop_vectors, with_loops
 from nbody_pyg.geometry import ragged
 from nbody_pyg.properties import centre_of_mass
 
@@ -41,11 +41,10 @@ class SchNet(Peer):
         return charges * self._square
 
     def _graph(self, pos: Tensor, batch: Tensor) -> tuple[Tensor, Tensor]:
-        source, target = self._index
-        return self._index, (pos.index_select(0, source) - pos.index_select(0, target)).norm(dim=-1)
+        return self._edges.index, self._edges.vec.norm(dim=-1)
 
-    def energy(self, z: Tensor, pos: Tensor, batch: Tensor, index: Tensor, num_atoms: Tensor) -> Tensor:
-        self._index = index
+    def energy(self, z: Tensor, pos: Tensor, batch: Tensor, edges: Edges, num_atoms: Tensor) -> Tensor:
+        self._edges = edges
         if self.property_readout == "r2":
             arm = pos - centre_of_mass(z, pos, batch, num_atoms.shape[0]).index_select(0, batch)
             self._square = arm.square().sum(-1, keepdim=True)
@@ -64,15 +63,16 @@ class DimeNet(Peer):
     """
 
     readouts = (*Peer.readouts, "dipole_norm", "r2")
+    periodic = False  # it takes angles from positions
 
     def __init__(self, facts: Facts, **arguments: Any) -> None:
         super().__init__(facts)
         self.model = DimeNetPlusPlus(cutoff=facts.cutoff, **arguments).to(facts.dtype)
 
-    def energy(self, z: Tensor, pos: Tensor, batch: Tensor, index: Tensor, num_atoms: Tensor) -> Tensor:
+    def energy(self, z: Tensor, pos: Tensor, batch: Tensor, edges: Edges, num_atoms: Tensor) -> Tensor:
         # The module looks both functions up by name when it is called.
         with (
-            mock.patch.object(dimenet, "radius_graph", return_value=index),
+            mock.patch.object(dimenet, "radius_graph", return_value=edges.index),
             mock.patch.object(dimenet, "triplets", triplets),
         ):
             energy: Tensor = self.model(z, pos, batch)
@@ -102,17 +102,19 @@ class ViSNet(Peer):
         arguments: of PyG's class.
     """
 
+    periodic = False  # it takes an edge to an atom's own image for a loop
+
     def __init__(self, facts: Facts, **arguments: Any) -> None:
         super().__init__(facts)
         self.model = ViSNetModel(cutoff=facts.cutoff, **arguments).to(facts.dtype)
         self.model.representation_model.distance.forward = self._distance
 
     def _distance(self, pos: Tensor, batch: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        index = with_loops(self._index, pos.shape[0])
-        length, vec = loop_vectors(pos, index)
+        index = with_loops(self._edges.index, pos.shape[0])
+        length, vec = loop_vectors(self._edges.vec, pos.shape[0])
         return index, length, vec.clone()  # the model normalizes it in place
 
-    def energy(self, z: Tensor, pos: Tensor, batch: Tensor, index: Tensor, num_atoms: Tensor) -> Tensor:
-        self._index = index
+    def energy(self, z: Tensor, pos: Tensor, batch: Tensor, edges: Edges, num_atoms: Tensor) -> Tensor:
+        self._edges = edges
         energy: Tensor = self.model(z, pos, batch)[0]
         return energy

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.utils.data import dataloader
 
-from nbody_pyg.compare.peer import Facts, Peer
+from nbody_pyg.compare.peer import Edges, Facts, Peer
 from nbody_pyg.nn.edges import sum_into
 from nbody_pyg.properties import centre_of_mass
 
@@ -51,10 +51,10 @@ class Schnetpack(Peer):
         self.model = nn.ModuleDict({"body": body, "readout": readout})
         self.model.to(facts.dtype)
 
-    def energy(self, z: Tensor, pos: Tensor, batch: Tensor, index: Tensor, num_atoms: Tensor) -> Tensor:
+    def energy(self, z: Tensor, pos: Tensor, batch: Tensor, edges: Edges, num_atoms: Tensor) -> Tensor:
         from schnetpack import properties as key
 
-        source, target = index
+        source, target = edges.index
         arm = pos
         if self.property_readout in ("dipole_norm", "r2"):
             arm = pos - centre_of_mass(z, pos, batch, num_atoms.shape[0]).index_select(0, batch)
@@ -64,7 +64,7 @@ class Schnetpack(Peer):
             key.idx_m: batch,
             key.idx_i: target,
             key.idx_j: source,
-            key.Rij: pos.index_select(0, source) - pos.index_select(0, target),
+            key.Rij: edges.vec,
             key.n_atoms: num_atoms,
         }
         value: Tensor = self.model["readout"](self.model["body"](inputs))["value"]

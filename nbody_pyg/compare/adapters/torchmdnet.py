@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from nbody_pyg.compare.peer import Facts, Peer, loop_vectors, with_loops
+from nbody_pyg.compare.peer import Edges, Facts, Peer, loop_vectors, with_loops
 
 
 class TensorNet(Peer):
@@ -18,6 +18,8 @@ class TensorNet(Peer):
         features: width.
         arguments: further ones of torchmd-net's class.
     """
+
+    periodic = False  # it takes an edge to an atom's own image for a loop
 
     def __init__(self, facts: Facts, features: int = 128, **arguments: Any) -> None:
         with contextlib.suppress(ImportError):
@@ -36,12 +38,12 @@ class TensorNet(Peer):
         self.model.to(facts.dtype)
 
     def _distance(self, pos: Tensor, batch: Tensor, box: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        index = with_loops(self._index, pos.shape[0])
-        length, vec = loop_vectors(pos, index)
+        index = with_loops(self._edges.index, pos.shape[0])
+        length, vec = loop_vectors(self._edges.vec, pos.shape[0])
         return index, length, vec
 
-    def energy(self, z: Tensor, pos: Tensor, batch: Tensor, index: Tensor, num_atoms: Tensor) -> Tensor:
-        self._index = index
+    def energy(self, z: Tensor, pos: Tensor, batch: Tensor, edges: Edges, num_atoms: Tensor) -> Tensor:
+        self._edges = edges
         states = self.model["body"](z, pos, batch)[0]
         readout: Any = self.model["readout"]
         atoms: Tensor = readout.pre_reduce(states, None, z, pos, batch)
