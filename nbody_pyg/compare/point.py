@@ -35,6 +35,7 @@ from nbody_pyg.potential import Potential
 from nbody_pyg.properties import PropertyModel
 from nbody_pyg.required import required
 from nbody_pyg.training.config import Config, DataConfig, parse_config
+from nbody_pyg.training.defaults import choose_defaults
 from nbody_pyg.training.labels import force_variance, label_shapes
 from nbody_pyg.training.loader import FrameLoader
 from nbody_pyg.training.loss import EnergyForceLoss
@@ -241,8 +242,9 @@ def build(point: Point, config: Config, data: DataSets) -> Potential | PropertyM
 
     Raises: ValueError: several properties, or one with a readout that the peer does not have.
     """
-    if point.model == "nbody":
-        return build_potential(config, data)
+    if point.model == "nbody":  # the network that ``nbody train`` would choose; training is the same for all models
+        chosen, _ = choose_defaults(config, data)
+        return build_potential(dataclasses.replace(config, model=chosen.model), data)
     properties = wanted_properties(config)
     if len(properties) > 1:
         names = [p.name for p in properties]
