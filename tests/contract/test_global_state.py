@@ -99,6 +99,7 @@ def _energy_and_forces(molecules, dtype):
     return result["energy"].detach(), result["forces"].detach()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("default_dtype", [torch.float32, torch.float64], indirect=True, ids=str)
 def test_a_forward_pass_neither_reads_nor_writes_the_default_dtype(molecules, default_dtype, dtype):

@@ -287,6 +287,7 @@ def test_a_polarizability_turns_as_a_tensor(rotation):
     torch.testing.assert_close(after, rotation @ before @ rotation.T, rtol=0, atol=1e-6 * float(before.abs().max()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["tree", "shells", "labels"])
 def test_an_intensive_target_is_read_off_the_root(scheme):
     net = _net(scheme, irreps_out="0e+1o", readout="root")
@@ -315,6 +316,7 @@ def test_an_intensive_root_is_not_additive_and_the_extensive_sum_is():
             assert bool((two - 2 * one).abs() < 1e-9) == additive
 
 
+@pytest.mark.slow
 def test_backends_agree_on_states_of_every_level():
     system = random_molecule(7, SPECIES)
     for scheme in SCHEMES:

@@ -170,6 +170,7 @@ def test_what_the_calculator_cannot_do_is_left_out(tmp_path, monkeypatch):
     assert sum("no label: CalculationFailed: no convergence" in line for line in lines) >= 4
 
 
+@pytest.mark.slow
 def test_dynamics_give_structures_beyond_the_limit_that_lie_apart(run, monkeypatch):
     start = read(run.folder / "labelled.xyz", "0")
     models = [str(run.folder / f"model-{k}.nbody") for k in range(2)]
@@ -279,6 +280,7 @@ def test_table_and_plot(run, tmp_path):
     assert isinstance(bare, Round) and set(active.__all__) <= set(dir(active))
 
 
+@pytest.mark.slow
 def test_the_command(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     write("cu.xyz", cluster())

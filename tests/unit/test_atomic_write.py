@@ -57,6 +57,7 @@ def test_a_full_disk_while_training_leaves_the_last_checkpoint(tmp_path, monkeyp
     assert state["global_step"] == 2
 
 
+@pytest.mark.slow
 def test_the_command_says_so_in_one_line(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(model_file, "save_file", lambda tensors, path, metadata: full_disk(path))
     words = ["--data.embedded", "ethanol", "--data.num_train", "4", "--data.num_val", "2", "--training.max_steps", "1"]

@@ -236,6 +236,7 @@ def labelled(states, offset=lambda q, s: 9.0 * q + 2.0 * (s - 1)) -> list[Atoms]
     return out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("states", "inputs", "assumed"),
     [

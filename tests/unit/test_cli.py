@@ -85,6 +85,7 @@ def test_train_leaves_model_log_and_plot(folder):
     assert image.imread(folder / "parity.png").std() > 0.05
 
 
+@pytest.mark.slow
 def test_train_prints_audit_and_table(tmp_path, capsys):
     words = ["--training.max_steps", "2", "--output.folder", str(tmp_path), "--output.plot", "false"]
     assert main(["train", *TINY, *words]) == 0
@@ -130,6 +131,7 @@ def test_evaluate_agrees_with_training_and_writes_predictions(folder, tmp_path, 
     assert (tmp_path / "parity.png").stat().st_size > 10_000
 
 
+@pytest.mark.slow
 def test_evaluate_two_models_and_frames_without_labels(folder, tmp_path, capsys):
     model = str(folder / "model.nbody")
     atoms = load_embedded("ethanol")[0].to_ase()
@@ -290,6 +292,7 @@ def test_a_trajectory_that_is_continued_is_not_erased(folder, tmp_path, monkeypa
     assert len(read("md/trajectory.xyz", ":")) == 2 and not Path("md/energy-20.png").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "path", "option"),
     [
@@ -449,6 +452,7 @@ def test_structures_that_cannot_be_read(folder, tmp_path, monkeypatch, capsys, c
     assert re.search(message, error) and error.count("\n") == 1 and "Traceback" not in error
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["a.db", "a.json", "a@1.xyz", "mark.xyz", "a.xyz.gz", "a.traj", "a.npz"])
 @pytest.mark.parametrize(("index", "atoms"), [(None, [9, 9, 9]), (0, [9]), (-1, [9]), (3, []), (-4, [])])
 def test_every_command_reads_the_files_that_training_reads(tmp_path, name, index, atoms):
@@ -733,6 +737,7 @@ def test_a_file_in_which_no_frame_can_be_read_is_an_error(folder, tmp_path, caps
     assert "frame 0 of t.xyz: pos of atom 0 is nan" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["nan", "absent"])
 def test_train_on_partly_labelled_frames(tmp_path, capsys, form):
     atoms = ethanol(16)
@@ -815,6 +820,7 @@ def kinds() -> list[Atoms]:
     return out
 
 
+@pytest.mark.slow
 def test_every_kind_of_frame_in_one_file(tmp_path, capsys):
     path, systems = tmp_path / "kinds.xyz", kinds()
     write(path, systems)

@@ -38,6 +38,7 @@ def end(folder: str) -> MDState:
     return MDState.load(Path(folder) / "checkpoint.npz")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("ensemble", "words"),
     [

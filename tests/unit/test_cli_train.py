@@ -46,6 +46,7 @@ def contents(folder: str = "r") -> dict:
     return {str(p): p.read_bytes() for p in Path(folder).rglob("*") if p.is_file()}
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_left_as_it_is(here, capsys):
     assert train(*OWN) == 0
     before = contents()
@@ -61,6 +62,7 @@ def test_a_finished_run_is_left_as_it_is(here, capsys):
     assert same and again["metadata"]["errors"] == errors and errors["val"]["forces_mae"] > 0
 
 
+@pytest.mark.slow
 def test_what_a_resumed_run_may_change_is_used_and_recorded(here):
     assert train(*OWN) == 0
     os.rename("m.xyz", "moved.xyz")  # what is in it counts, not its name
@@ -74,6 +76,7 @@ def test_what_a_resumed_run_may_change_is_used_and_recorded(here):
     assert metadata["run"] == read_checkpoint("r/last.ckpt")["run"]["id"] and metadata["weights"] == "last (step 6)"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -98,6 +101,7 @@ def test_other_changes_are_refused_by_name_before_data_are_read(finished, monkey
     assert contents() == before
 
 
+@pytest.mark.slow
 def test_a_run_of_a_version_without_a_setting_goes_on(here, capsys):
     assert train(*OWN) == 0
     checkpoint = read_checkpoint("r/last.ckpt")
@@ -119,6 +123,7 @@ def finished(tmp_path_factory):
     return path
 
 
+@pytest.mark.slow
 def test_more_frames_go_to_training_under_the_old_split_and_scale(here, capsys):
     """Active learning: frames are appended to the file; mean degrees, E0 and scale are those of the first run."""
     assert train("--data.train", "m.xyz", "--data.num_val", "2") == 0
@@ -155,6 +160,7 @@ def test_a_changed_file_is_refused(here, capsys, how):
     assert "frames must be those of the run that is resumed" in error or "check that the split belongs" in error
 
 
+@pytest.mark.slow
 def test_the_same_command_again_keeps_the_earlier_run(here, capsys):
     assert train(*OWN) == 0
     before = contents()
@@ -166,6 +172,7 @@ def test_the_same_command_again_keeps_the_earlier_run(here, capsys):
     assert "training.seed is 5 there, 0 here" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("edited", [True, False], ids=["edited", "written by a person"])
 def test_a_configuration_of_a_person_is_left_alone(here, edited):
     if edited:
@@ -181,6 +188,7 @@ def test_a_configuration_of_a_person_is_left_alone(here, edited):
     assert Path("r/before-1/model.nbody").is_file() == edited and not Path("r/before-1/config.yaml").exists()
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_another_run_and_a_damaged_split_are_refused(here, capsys):
     assert train(*OWN) == 0
     os.rename("r", "first")
@@ -217,6 +225,7 @@ def test_unknown_elements_are_found_before_training(here, capsys, name):
     assert not Path("r").exists()
 
 
+@pytest.mark.slow
 def test_the_model_is_saved_before_it_is_tested(here, capsys, monkeypatch):
     def fails(*_, **__):
         raise ValueError("a frame that cannot be evaluated")
@@ -232,6 +241,7 @@ def test_the_model_is_saved_before_it_is_tested(here, capsys, monkeypatch):
     assert read_metadata("r/model.nbody")["metadata"]["errors"]["train"]["forces_mae"] > 0
 
 
+@pytest.mark.slow
 def test_a_damaged_best_checkpoint_costs_no_model(here, capsys, monkeypatch):
     done = train_module.fit_in
 
@@ -264,6 +274,7 @@ def test_one_process_in_a_job_of_several_tasks(here, capsys, monkeypatch):
     assert "note: SLURM has 4 tasks for this job, this run is one process" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_sets_with_zero_forces_are_trained_on_energies(here, capsys):
     """An equation of state: forces vanish by symmetry, the energy changes."""
     frames = structures(8)

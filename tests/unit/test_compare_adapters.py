@@ -65,6 +65,7 @@ def test_every_peer_has_a_tiny_form():
     assert sorted(TINY) == sorted(PEERS)
 
 
+@pytest.mark.slow
 def test_forces_are_derivatives_and_train(peer, molecules):
     z, pos = molecules["chiral"]
     found = peer(z, pos)

@@ -230,6 +230,7 @@ def test_command_line_lies_over_the_file(tmp_path):
     assert "--search_seconds" in compare_parser().format_help()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -193,6 +193,7 @@ def test_databases_and_arrays(here):
 
 
 # -- stops -------------------------------------------------------------------------------------------------------
+@pytest.mark.slow
 def test_a_conversion_that_was_stopped_goes_on(here, monkeypatch):
     write("a.xyz", kinds())
     write("b.xyz", periodic(6))
@@ -317,6 +318,7 @@ def test_converted_frames_train_and_give_reports(here, capsys):
     assert len(read(next(Path("e").glob("*.xyz")), ":")) == 6
 
 
+@pytest.mark.slow
 def test_the_loss_is_that_of_frames_in_memory(here):
     """One step over all frames at once gives the same weights, from units of which each lacks other labels."""
     write("a.xyz", [atoms for atoms in kinds() if "charge" not in atoms.info])
@@ -392,6 +394,7 @@ def has_forces(frame: AtomicData) -> bool:
     return frame.get("forces") is not None
 
 
+@pytest.mark.slow
 def test_the_sample_of_the_start_is_drawn_once(here, monkeypatch):
     write("a.xyz", periodic(12))
     convert("a.xyz", "u", ConvertConfig(frames_per_file=5))

@@ -239,6 +239,7 @@ def test_a_hierarchy_of_which_keys_were_excluded_is_named(key, molecules):
         net(Batch.from_data_list(copies))
 
 
+@pytest.mark.slow
 def test_the_ways_of_pyg_with_stored_data(molecules, tmp_path):
     scheme = BondTree()
     net = NBodyNet([1, 6, 7, 8, 9], scheme, channels=2).double().requires_grad_(False)

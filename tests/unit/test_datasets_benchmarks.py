@@ -50,6 +50,7 @@ def test_rmd17(folder, molecule):
     assert float(ours) == pytest.approx(kcal, rel=1e-12)
 
 
+@pytest.mark.slow
 def test_rmd17_through_pyg(folder, tmp_path, capsys):
     """PyG's class on the same raw file, laid where it looks for it, agrees to float32."""
     from torch_geometric.datasets import MD17

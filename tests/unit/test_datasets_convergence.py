@@ -114,6 +114,7 @@ def test_runs_in_many_folders_are_told_apart(tmp_path, monkeypatch):
     assert len(whole) == 52 and whole.name == "13 files"
 
 
+@pytest.mark.slow
 def test_files_of_ase_tell_it_by_a_key(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     systems = []

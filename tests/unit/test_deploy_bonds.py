@@ -88,6 +88,7 @@ def test_other_bonds_than_before_are_told_once(hot):
     assert len(told) == 1 and calculator.bonds_from == "found in each structure"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("source", ["first", "atoms", "data", "file"])
 def test_bonds_of_a_reference(source, tmp_path):
     """Stretched O-H: beyond its covalent radii the bond is kept, from whatever reference."""
@@ -114,6 +115,7 @@ def test_bonds_of_a_reference(source, tmp_path):
     assert calculator.bonds_from == words.get(source, "the structure given as bonds")
 
 
+@pytest.mark.slow
 def test_periodic_models_bring_their_bonds(tmp_path):
     """A water that lies across the faces of its cell in the reference."""
     atoms = molecule("H2O", cell=[8, 8, 8], pbc=True)
@@ -275,6 +277,7 @@ def test_what_was_cached_in_a_run_is_forgotten_at_any_end():
     )
 
 
+@pytest.mark.slow
 def test_a_continued_run_keeps_the_bonds_of_its_first_frame(tmp_path):
     """And says so where its energy is another than it was."""
     files = {"trajectory": tmp_path / "t.traj", "timestep": 0.25, "sample_every": 8}
@@ -299,6 +302,7 @@ def test_a_continued_run_keeps_the_bonds_of_its_first_frame(tmp_path):
         run_md(other, 0, restart=True, **files)
 
 
+@pytest.mark.slow
 def test_commands_take_the_bonds_of_the_model_file(tmp_path, capsys):
     """md, relax, evaluate and energies on a structure whose O-H is too long to be found."""
     model = potential()

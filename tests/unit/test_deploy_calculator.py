@@ -40,6 +40,7 @@ def ethanol() -> Atoms:
     return atoms
 
 
+@pytest.mark.slow
 def test_forces_are_the_slope_of_the_energy(calculator, ethanol):
     ethanol.calc = calculator
     forces = ethanol.get_forces()
@@ -49,6 +50,7 @@ def test_forces_are_the_slope_of_the_energy(calculator, ethanol):
     assert ethanol.get_potential_energy(force_consistent=True) == ethanol.get_potential_energy()
 
 
+@pytest.mark.slow
 def test_energies_of_atoms_sum_to_the_energy(ethanol):
     ethanol.calc = NBodyCalculator(Potential(network(), E0, 0.6), dtype="float64")
     energies = ethanol.get_potential_energies()

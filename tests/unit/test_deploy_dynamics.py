@@ -97,6 +97,7 @@ def test_a_cut_frame_is_taken_away_before_a_run_goes_on(tmp_path):
         cut_to_whole_frames(path)
 
 
+@pytest.mark.slow
 def test_what_cannot_be_continued_is_said(tmp_path):
     path, atoms = tmp_path / "t.xyz", molecule()
     with pytest.raises(ValueError, match="restart needs the trajectory to go on from, got"):
@@ -137,6 +138,7 @@ def test_what_cannot_be_continued_is_said(tmp_path):
 
 
 # -- constraints and velocities ----------------------------------------------------------------------------
+@pytest.mark.slow
 @pytest.mark.parametrize("ensemble", ["nve", "langevin"])
 def test_constraints_hold_and_count_in_the_temperature(tmp_path, ensemble):
     atoms = molecule()
@@ -252,6 +254,7 @@ def test_a_run_that_blows_up_ends_with_the_reason(tmp_path, atoms, options, mess
     assert again.stopped is None and again.time[-1] > 0
 
 
+@pytest.mark.slow
 def test_an_atom_that_leaves_ends_the_run():
     atoms = molecule()
     atoms.calc = NBodyCalculator(Potential(_Nothing()))

@@ -60,6 +60,7 @@ def same(one: Atoms, other: Atoms) -> bool:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ensemble", list(ENSEMBLES))
 def test_a_run_goes_on_bit_for_bit(potential, tmp_path, ensemble):
     """Interrupted after 13 of 40 steps, in a new process: another calculator without lists."""

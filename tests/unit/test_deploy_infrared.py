@@ -115,6 +115,7 @@ def test_frequencies_and_intensities_are_those_of_finite_differences(case, tmp_p
     assert found.zero_point_energy == pytest.approx(float(ase.get_zero_point_energy()), abs=1e-5)
 
 
+@pytest.mark.slow
 def test_a_calculator_gives_the_same_intensities(case):
     model, start = case
     moment = dipole()

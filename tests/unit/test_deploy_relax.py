@@ -71,6 +71,7 @@ def beside_ase(model: Potential, frames: list[AtomicData], steps: int) -> None:
     assert not found.converged.any() and found.steps.tolist() == [steps] * len(frames)
 
 
+@pytest.mark.slow
 def test_steps_are_those_of_ase(frames, generator):
     model = potential(NestedShells((4.0,)))
     # Near a minimum: elsewhere ASE keeps steps along which the energy curves downwards, and goes uphill.
@@ -97,6 +98,7 @@ def test_parts_of_a_tree_stay_those_of_the_start(frames):
     assert float((found.start_energy - found.energy).min()) > 0.1
 
 
+@pytest.mark.slow
 def test_company_does_not_matter(frames):
     model = potential(NestedShells((4.0,)))
     together = relax(model, frames, fmax=0.3, max_steps=60)
@@ -153,6 +155,7 @@ def test_cells_relax_as_with_the_filter_of_ase(kind, pressure):
         assert np.abs(after.get_stress()).max() > 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pressure", [0.0, 0.05])
 def test_a_relaxed_cell_has_the_pressure_of_its_surroundings(pressure):
     """Strained crystals of eight atoms find the lattice of least enthalpy, from both sides and from a shear."""
@@ -208,6 +211,7 @@ def test_charges_stay_with_their_structures(frames):
             assert float(after.forces.abs().max()) > 1e-6
 
 
+@pytest.mark.slow
 def test_charged_structures_may_leave_the_batch(frames):
     model, charged = charged_potential(), with_charges(frames)
     together = relax(model, charged, fmax=1.0, max_steps=60)
@@ -221,6 +225,7 @@ def test_charged_structures_may_leave_the_batch(frames):
         torch.testing.assert_close(alone.frames[0].pos, together.frames[number].pos, rtol=0, atol=1e-7)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch_size", [1, 8])
 @pytest.mark.parametrize("cell", [False, True])
 def test_mixed_periodicity(frames, generator, batch_size, cell):

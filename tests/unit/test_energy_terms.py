@@ -82,6 +82,7 @@ CALLS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("call", CALLS)
 @pytest.mark.parametrize("term", TERMS)
 def test_the_forward_of_every_term_runs(term, call, squeezed, monkeypatch):
@@ -116,6 +117,7 @@ def structure(model: Potential, data) -> Structure:
     return model.network.structure(model.system(data))
 
 
+@pytest.mark.slow
 def test_derivatives_are_those_of_the_sum(squeezed):
     model = potential(Dispersion(), Well())
     systems = [(squeezed.z, squeezed.pos), (squeezed.z[:6], squeezed.pos[:6])]
@@ -166,6 +168,7 @@ def test_terms_without_weights_are_differentiated_by_the_cell(squeezed):
     torch.testing.assert_close(slope(True), expected, rtol=0, atol=1e-10)
 
 
+@pytest.mark.slow
 def test_trained_saved_loaded_and_run(tmp_path):
     frames = load_embedded("ethanol")[:6]
     model = potential(Dispersion(5.0))

@@ -398,6 +398,7 @@ def test_the_command_starts_from_a_model_and_remembers_it(here, tmp_path, capsys
     assert after["global_step"] == 6 and any(not torch.equal(after["state_dict"][k], v) for k, v in before.items())
 
 
+@pytest.mark.slow
 def test_the_command_tunes_a_model_of_properties(here, tmp_path):
     words = ["train", *TINY, "--output.folder"]
     target = ["--target.energy.readout", "extensive", "--target.energy.unit", "eV"]
@@ -438,6 +439,7 @@ def test_what_is_given_and_equal_is_taken(here, tmp_path):
     assert "parts: readouts" in (tmp_path / "s" / "config.yaml").read_text()
 
 
+@pytest.mark.slow
 def test_the_command_adds_latent_charges(here, tmp_path, capsys):
     words = ["--model.long_range", "{method: direct, states: true}", "--output.folder", str(tmp_path / "r")]
     assert main(["train", "--init", "base/model.nbody", *TINY, *words]) == 0
@@ -519,6 +521,7 @@ def test_a_common_charge_that_latent_charges_find_is_no_input(molecules, charges
     assert torch.isfinite(tuned(frames[0])["energy"]).all()
 
 
+@pytest.mark.slow
 def test_fit_takes_the_neutral_form_of_a_model_with_inputs(tmp_path):
     init = trained(inputs=["charge"], inner_cutoff={"H-N": 0.8, "H-C": 0.9})
     model, _ = tuned_model(init, frames(6))
@@ -556,6 +559,7 @@ def test_a_tuned_model_repels_below_the_distances_of_its_frames():
     assert kept.repulsion.reach == init.repulsion.reach
 
 
+@pytest.mark.slow
 def test_fit_takes_a_model_whose_inner_cutoffs_were_raised(tmp_path):
     init = trained(inner_cutoff={"H-H": 0.5})
     model, _ = tuned_model(init, frames(6))
@@ -579,6 +583,7 @@ def ancestor(folder: Path) -> dict | None:
     return read_metadata(folder / "model.nbody")["metadata"].get("ancestor")
 
 
+@pytest.mark.slow
 def test_few_frames_of_molecules_start_from_the_shipped_model(here, shipped, tmp_path, capsys):
     words = ["train", *TINY, "--output.folder"]
     assert main([*words, str(tmp_path / "few")]) == 0
@@ -606,6 +611,7 @@ def test_the_start_is_the_shipped_model_with_the_nearest_forces(here, shipped, t
     assert "a_hydrocarbon_one" not in printed and ancestor(tmp_path / "few")["name"] == "organic"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "case",
     [

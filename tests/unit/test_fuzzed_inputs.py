@@ -136,6 +136,7 @@ def test_damaged_files(name, reader, files, tmp_path, data):
     refuses_clearly(reader, tmp_path / name, ABOUT.get(name, "(?!)"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "reader"), READERS, ids=[name for name, _ in READERS])
 @FUZZ
 @given(content=st.binary(max_size=200) | st.text(max_size=100).map(str.encode))

@@ -63,6 +63,7 @@ def test_agrees_with_ase_on_skewed_cells_and_mixed_periodicity(backend, seed):
     assert (vec.norm(dim=1) < cutoff).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("pbc", list(itertools.product([True, False], repeat=3)))
 def test_agrees_with_an_enumeration_of_images(backend, pbc):

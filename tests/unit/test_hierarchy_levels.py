@@ -61,6 +61,7 @@ def test_every_level_has_a_say(name, frames):
     assert all(s is not None and bool(s.any()) for s in slopes[-4:])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SCHEMES)
 def test_stored_batched_and_kept(name, frames):
     scheme, model = SCHEMES[name], net(SCHEMES[name])

@@ -58,6 +58,7 @@ CHANGES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SCHEMES)
 @pytest.mark.parametrize("change", CHANGES)
 def test_changed_atoms_have_the_energy_of_a_fresh_hierarchy(name, change, molecules):

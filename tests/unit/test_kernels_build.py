@@ -163,6 +163,7 @@ def test_threads_that_ask_at_once_compile_once(cache, compilations):
     assert found == [42] * 6 and compilations.count(SOURCE) == 1
 
 
+@pytest.mark.slow
 def test_processes_that_build_at_once(cache):
     code = f"from nbody_pyg.kernels import build; print(build.load({SOURCE!r}).answer())"
     several = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(2)]
@@ -190,6 +191,7 @@ def spoiled(cache: Path, mode: int | None, owner: int | None, where: str) -> Non
         os.chown(place, owner, owner)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", ["folder", "above"])
 @pytest.mark.parametrize(
     ("mode", "owner"),

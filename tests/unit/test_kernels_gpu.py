@@ -82,6 +82,7 @@ def _same_edge_products(parity, lmax, channels, generator):
     _assert_same(call, [_randn(generator, 4, num_rows(irreps), channels), *edges[1:3]], gate.parameters())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("parity", "lmax", "channels"), [("natural", 0, 1), ("natural", 1, 33)])
 def test_edge_products_equal_plain_torch(parity, lmax, channels, generator):
     _same_edge_products(parity, lmax, channels, generator)

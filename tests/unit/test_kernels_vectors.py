@@ -52,6 +52,7 @@ def _compiled(source: str, options: list[str]) -> subprocess.CompletedProcess[st
     return subprocess.run(command, input=source, text=True, capture_output=True, check=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("machine", MACHINES)
 @pytest.mark.parametrize("dtype", ["float", "double"])
 def test_no_vector_is_wider_than_the_registers(machine, dtype):

@@ -80,6 +80,7 @@ def test_neutral_singlets_keep_their_energies_and_forces_feel_the_rest(name, pre
             assert float((one["forces"] - other["forces"]).abs().max()) > 1e-6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["shells", pytest.param("bonds", marks=pytest.mark.slow), "survivors"])
 def test_physics_of_charged_systems(name, molecules):
     model = potential(SCHEMES[name])
@@ -334,6 +335,7 @@ def test_configuration_comes_back(ethanol):
         net(inputs=("charge", "dipole"))
 
 
+@pytest.mark.slow
 def test_check_tests_charged_systems_as_charged(ethanol):
     model = potential(SCHEMES["shells"])
     data = AtomicData(z=ethanol.z, pos=ethanol.pos, **CHARGED)

@@ -165,6 +165,7 @@ def test_the_file_trains_evaluates_and_predicts(here, capsys):
     np.testing.assert_allclose([atoms.get_potential_energy() for atoms in back], direct, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_isolated_atoms_give_e0_wherever_the_split_puts_them(here):
     for seed in ("0", "1"):
         words = ["--data.num_val", "8", "--data.split_seed", seed]

@@ -97,6 +97,7 @@ def test_contributions_sum_to_the_value(molecules):
         assert all(v.dim() == 1 for v in parts.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("preset", ["practical", "strict"])
 @pytest.mark.parametrize("parity", ["natural", "both", "ignored"])
 @pytest.mark.parametrize("scheme", SCHEMES, ids=["tree", "shells", "labels"])
@@ -321,6 +322,7 @@ RESETS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RESETS)
 def test_a_reset_leaves_nothing_of_what_was_learned(name):
     """Filled with 7, then reset: every weight, of the whole and of each part, as in one that is built now."""
@@ -526,6 +528,7 @@ _WORDS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", range(len(_wrong_inputs())))
 def test_wrong_input_is_named(case):
     given, error, message = _wrong_inputs()[case]

@@ -104,6 +104,7 @@ def mutants() -> dict[str, Callable[[Potential], object]]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", mutants())
 def test_helpers_reject_mutants(change):
     model, atoms = potential(), crystal()
@@ -162,6 +163,7 @@ def test_channels_that_are_no_whole_vectors(channels):
     assert_native_is_torch(potential(channels=channels), ethanol())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("radii", "exponent"), [((4.0,), 3), ((4.0, 4.0), 3), ((4.5, 2.5), 6), ((2.5, 3.0, 4.0), 12)])
 def test_shells(radii, exponent):
     model = potential(NestedShells(radii, exponent), lmax=0 if len(radii) == 3 else 1)
@@ -551,6 +553,7 @@ CHANGES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", CHANGES)
 def test_every_change_of_the_numbers_is_seen(way):
     model, atoms = Potential(potential().model, {1: -13.0, 6: -38.0, 8: -75.0}).double(), ethanol()
@@ -659,6 +662,7 @@ def test_exported_example_prints_the_energy(tmp_path, preset):
     )
 
 
+@pytest.mark.slow
 def test_damaged_and_foreign_weights_are_refused(tmp_path):
     export_c(potential(), tmp_path / "a")
     export_c(potential(lmax=0), tmp_path / "b")
@@ -702,6 +706,7 @@ def test_programs_depend_on_the_architecture_alone():
 
 
 # ---------------------------------------------------------------------- commands
+@pytest.mark.slow
 def test_commands(tmp_path, capsys, monkeypatch):
     from nbody_pyg.cli.main import main
 

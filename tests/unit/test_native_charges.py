@@ -236,6 +236,7 @@ def test_export(tmp_path):
     assert float(printed.split("energy")[1].split()[0]) == pytest.approx(float(wanted["energy"]), abs=2e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(None in (shutil.which("c++"), shutil.which("make")), reason="no C++ compiler or make")
 def test_the_lammps_plugin_refuses_the_model(tmp_path):
     (tmp_path / "main.cpp").write_text(

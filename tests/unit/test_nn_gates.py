@@ -94,6 +94,7 @@ ONE_BODY = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("irreps_in", "irreps_out", "order", "parity"), ONE_BODY)
 def test_one_body_gate_is_the_sum_over_its_edges(irreps_in, irreps_out, order, parity, backend, generator):
     irreps_in, irreps_out = o3.Irreps(irreps_in), o3.Irreps(irreps_out)

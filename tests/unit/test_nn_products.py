@@ -104,6 +104,7 @@ def _e3nn_channelwise(product: ChannelwiseProduct, x, y):
     return torch.cat(blocks, 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize(
     ("irreps1", "irreps2", "irreps_out"),
@@ -149,6 +150,7 @@ def test_a_product_of_two_linear_maps_holds_the_fully_connected_product(generato
     torch.testing.assert_close(got, theirs(x, y), rtol=0, atol=1e-10)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("parity", ["natural", "both", "ignored"])
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_channelwise_product_turns(parity, symmetric, backend):

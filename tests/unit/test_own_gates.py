@@ -110,6 +110,7 @@ def test_every_level_is_covariant(scheme):
     assert assert_equivariant(levels, irreps_out=types, systems=[system]) < 1e-10
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["shells", "bonds", "survivors"])
 def test_train_save_load_and_run(scheme, molecules, tmp_path):
     z, pos = molecules["ethanol"]

@@ -218,6 +218,7 @@ def test_particles_follow_their_equations():
         charged_particles(1, seed=0, steps_before=-1)
 
 
+@pytest.mark.slow
 def test_networks_of_points_are_compiled_exported_and_differentiated_by_their_inputs(frames, request):
     if request.config.getoption("jaxtyping_packages", default=None):
         pytest.skip("torch's tracers cannot look through jaxtyping's hook")

@@ -45,6 +45,7 @@ def test_radicals_and_foreign_elements_are_left_out(script):
     assert script.build("[Na+]", np.random.default_rng(0)) is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [1, 3, 5])  # qm9, bond, cluster
 def test_a_unit_is_whole_and_the_same_again(script, tmp_path, number):
     texts = []
@@ -81,6 +82,7 @@ def test_dynamics_of_a_model_have_the_labels_of_the_reference(script):
         np.testing.assert_allclose(frame["forces"], atoms.get_forces(), atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_set_of_one_split_at_one_temperature(script, tmp_path):
     chains = ["C" * n + "O" * m for n in range(1, 14) for m in range(1, 6)]
     wanted = {smiles for smiles in chains if script.split_of(Chem.MolFromSmiles(smiles)) == "test"}

@@ -234,6 +234,7 @@ def test_mistakes_are_named(molecules):
         Potential("model")
 
 
+@pytest.mark.slow
 def test_vectors_and_tensors_of_several_properties_are_told_apart(molecules, rotation):
     """Two of each in one network: e3nn's order has one after the other, and every one turns as a whole."""
     torch.manual_seed(3)

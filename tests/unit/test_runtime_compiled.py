@@ -183,6 +183,7 @@ def test_errors(frames):
         compile_potential(potential, backend="eager")(batch)
 
 
+@pytest.mark.slow
 def test_a_size_that_became_a_constant_is_noticed(frames, monkeypatch):
     """Tracing turns ``int(size)`` into a constant; run on another system, its kernels would write out of bounds."""
     potential = network()

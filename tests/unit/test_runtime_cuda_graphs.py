@@ -285,6 +285,7 @@ def test_errors():
 
 
 # ---------------------------------------------------------------------------------------- dynamics
+@pytest.mark.slow
 @pytest.mark.parametrize("periodic", [False, True], ids=["open", "cell"])
 @pytest.mark.parametrize("scheme", [NestedShells((2.0, 3.0)), TREE], ids=["shells", "tree"])
 def test_untrimmed_lists_give_the_same_energies(frame, scheme, periodic):
@@ -312,6 +313,7 @@ def stand_in(monkeypatch):
     monkeypatch.setattr(cuda_graphs, "CudaRecorder", StandIn)
 
 
+@pytest.mark.slow
 def test_dynamics_of_a_crystal(stand_in):
     """The option of the calculator: energies, forces and stress along a trajectory with searches in between."""
     atoms = bulk("C", "diamond", a=3.7, cubic=True)
@@ -363,6 +365,7 @@ def batches(scheme, count: int = 6):
 WIDE = pytest.mark.parametrize("scheme", [NestedShells((9.0, 9.0)), BondTree(9.0, 9.0, 9.0)], ids=["shells", "tree"])
 
 
+@pytest.mark.slow
 @WIDE
 def test_steps_are_those_of_eager_mode(scheme):
     """Losses, gradients, and weights after several updates, through the repulsion and the reference energies."""

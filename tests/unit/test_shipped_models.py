@@ -36,6 +36,7 @@ def test_files_are_small_and_say_what_they_are(name):
     assert "/" not in str(header.get("config", {}).get("data", {}).get("train"))  # no path of the machine that made it
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ["auto", "torch"])
 def test_organic_is_near_gfn2(engine):
     calculator = NBodyCalculator("organic", engine=engine)

@@ -159,6 +159,7 @@ def test_files_with_checksums_are_refused_or_right(tmp_path, flips, cuts):
     assert_error_or_right(tmp_path / "a.h5", content, flips, cuts)
 
 
+@pytest.mark.slow
 def test_whatever_h5py_raises_names_the_file(tmp_path):
     """Files without checksums may give other numbers, but no error of the library."""
     with h5py.File(tmp_path / "a.h5", "w") as file:
@@ -255,6 +256,7 @@ def test_few_files_are_in_memory(units, monkeypatch):
 
 
 # -- runs --------------------------------------------------------------------------------------------------------
+@pytest.mark.slow
 def test_a_run_on_files_goes_on_with_the_same_bits(folder, units, tmp_path):
     ends = []
     for name, stops in (("one", (6,)), ("two", (2, 6))):

@@ -216,6 +216,7 @@ def test_every_level_is_covariant(both, fluid, rotation, generator):
         place = match
 
 
+@pytest.mark.slow
 def test_energy_is_invariant(both, fluid):
     """Relative to energies of some eV and forces of some 10 eV/A."""
     net, systems, tolerance = _net(both), [fluid, _fluid(30, seed=2)], 1e-12
@@ -277,6 +278,7 @@ def test_far_systems_know_nothing_of_each_other(net):
     assert_size_transfer(net, systems=systems[:1], counts=(5,), tolerance=1e-10)
 
 
+@pytest.mark.slow
 def test_cells_are_exact(net):
     """A repeated cell has twice the energy, however small the cell: images compete and pool like other atoms."""
     cell = torch.tensor([[[4.5, 0, 0], [0.4, 5.1, 0], [0.2, -0.3, 4.8]]], dtype=F64)

@@ -237,6 +237,7 @@ def test_periodic_systems_pass(helper):
     assert helper(sound, systems=items) < 1e-6
 
 
+@pytest.mark.slow
 def test_smoothness_reports_the_order():
     assert assert_smooth(sound, continuity=2) > 2.5
     assert 1.6 < assert_smooth(quadratic_window) < 2.5

@@ -105,6 +105,7 @@ def test_step_at_a_cutoff_is_named(net, frames):
     assert report["rotations"].passed and report["symmetric Jacobian"].passed
 
 
+@pytest.mark.slow
 def test_energy_that_depends_on_z_is_named(net, frames):
     report = check_potential(Potential(Upright(net), repulsion=repulsion()), frames, only=SYMMETRIC)
     # It tells mirror images in an oblique plane apart as well, and far copies are stretched along z.
@@ -113,6 +114,7 @@ def test_energy_that_depends_on_z_is_named(net, frames):
     assert report["forces = -dE/dr"].passed and report["permutation"].passed and report["smoothness"].passed
 
 
+@pytest.mark.slow
 def test_forces_that_are_no_gradient_are_named(net, frames):
     report = check_potential(Swirl(net, repulsion=repulsion()), frames, only=SYMMETRIC)
     assert {"forces = -dE/dr", "symmetric Jacobian"} <= {c.name for c in report.failures}
@@ -140,6 +142,7 @@ def test_fixed_parts_are_kept_along_paths(molecules):
     assert report["smoothness"].passed
 
 
+@pytest.mark.slow
 def test_periodic_structures(net):
     generator = torch.Generator().manual_seed(2)
     cell = torch.eye(3, dtype=torch.float64)[None] * 6.0

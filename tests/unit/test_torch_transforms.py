@@ -82,6 +82,7 @@ def _backend_is_left_alone():
     set_backend("auto")
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
 @pytest.mark.parametrize("kind", ["layer", "edges"])
 @pytest.mark.parametrize("how", HOW)
@@ -109,6 +110,7 @@ def test_neighbours_are_not_searched_where_positions_have_no_values(how):
     assert torch.equal(subject(POS).detach(), wanted)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["layer", "edges", "atoms"])
 def test_derivatives_by_torch_func(kind):
     subject, pos = Subject(kind), POS.clone().requires_grad_(True)

@@ -59,6 +59,7 @@ def test_sums_become_the_charge_that_all_frames_have(tmp_path, weight, met):
     assert not potential.model.long_range.charges._forward_hooks
 
 
+@pytest.mark.slow
 def test_frames_of_several_charges(tmp_path):
     frames, potential = _frames(2.0, 1.0, 2.0, 1.0), _potential(inputs=["charge"])
     fit(

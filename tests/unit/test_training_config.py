@@ -86,6 +86,7 @@ BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -123,6 +124,7 @@ def test_help_lists_every_key():
         assert f"--model.{name}" in text
 
 
+@pytest.mark.slow
 def test_data_and_potential_from_a_configuration():
     words = ["--data.num_train", "20", "--data.num_val", "4", "--model.channels", "4", "--model.lmax", "1"]
     config = load_config(overrides=[*BASE, *words, "--training.dtype", "float64"])

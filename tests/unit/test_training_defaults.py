@@ -90,6 +90,7 @@ def test_frames_without_neighbours_have_no_first_shell():
     assert chosen([labelled(Atoms("He"), 0)])["model.scheme.radii"] == [3.5, 5.0]
 
 
+@pytest.mark.slow
 def test_crystals():
     found = chosen(silicon())
     shell = FrameStatistics.of(data(silicon()).train).first_shell
@@ -117,6 +118,7 @@ def test_water_is_periodic_with_the_radii_of_molecules():
     assert "model.lmax" not in found
 
 
+@pytest.mark.slow
 def test_e0_of_single_atoms():
     lone = [labelled(Atoms(symbol), 1) for symbol in ("H", "C", "O")]
     assert chosen([*ethanol(), *lone])["data.e0"] == "isolated"
@@ -203,6 +205,7 @@ def test_limits_of_a_run_that_names_none():
     assert keep_choices(longer, kept).training.max_epochs is None, "unless it is given another"
 
 
+@pytest.mark.slow
 def test_a_trained_model_is_tuned_in_few_passes():
     """Ten passes for each atom of a frame, also beside a limit of time; not beside limits of passes or steps."""
     frames = [AtomicData(z=torch.ones(n).long(), pos=torch.randn(n, 3).double()) for n in (1, 4, 8)]
@@ -245,6 +248,7 @@ def chains(charge: float, length: int = 5) -> list[Atoms]:
     return frames
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("frames", "words", "chosen"),
     [

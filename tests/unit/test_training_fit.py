@@ -70,6 +70,7 @@ def rows(folder, kind):
         return [row for row in csv.DictReader(file) if row["kind"] == kind]
 
 
+@pytest.mark.slow
 def test_it_learns_and_leaves_its_files(tmp_path):
     model = potential()
     settings = TrainingConfig(max_epochs=40, lr=0.02, **COMMON)
@@ -145,6 +146,7 @@ class RaiseAt(StopAt):
             raise RuntimeError("crash")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("decay", [0.99, 0.0])
 def test_crash_without_validation_loses_little_and_goes_on_bit_by_bit(tmp_path, decay):
     settings = TrainingConfig(max_epochs=4, ema_decay=decay, **COMMON)
@@ -176,6 +178,7 @@ def test_weights_that_are_not_finite_replace_no_checkpoint(tmp_path):
     assert all(value.isfinite().all() for value in state["state_dict"].values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fails", [True, False])
 def test_threads_are_as_before(tmp_path, fails):
     threads, during = torch.get_num_threads(), []

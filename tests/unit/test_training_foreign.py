@@ -19,6 +19,7 @@ def schnet() -> SchNet:
     return SchNet(16, 16, 2, 10, cutoff=5.0, interaction_graph=InteractionGraph(5.0))
 
 
+@pytest.mark.slow
 def test_schnet_learns_forces_and_is_saved(tmp_path):
     frames = load_embedded("ethanol")[:24]
     potential = Potential(schnet(), fit_atomic_energies(frames), force_variance(frames) ** 0.5)

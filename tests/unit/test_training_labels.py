@@ -188,6 +188,7 @@ def test_training_on_partly_labelled_frames(tmp_path, caplog):
     assert math.isfinite(stiffness) and abs(stiffness - 0.3) > 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("key", "message"),
     [
@@ -218,6 +219,7 @@ def test_infinite_labels_are_refused_by_frame(tmp_path):
 
 
 # -- validation ---------------------------------------------------------------------------------------------
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("labels", "monitor"), [(("energy", "forces"), "forces_mae"), (("energy",), "energy_mae"), ((), None)]
 )

@@ -107,6 +107,7 @@ def test_atomref_leaves_the_atomization_energy(raw, small_split):
         prepare.build_potential(other, prepare.load_data(other.data))
 
 
+@pytest.mark.slow
 def test_a_property_is_trained_saved_and_evaluated_by_command(raw, small_split, tmp_path, capsys):
     folder = tmp_path / "run"
     words = ["--data.qm9", "mu", "--data.root", str(raw), "--training.max_steps", "4", "--training.batch_size", "4"]
@@ -149,6 +150,7 @@ def test_the_section_target_is_checked_and_kept(tmp_path):
         load_config(None, ["--data.qm9", "dipole", "--training.max_steps", "1"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wanted", ["[mu, r2, U0, homo]", "all"])
 def test_one_model_of_several_targets(wanted, raw, small_split, tmp_path, pytestconfig):
     """Each with its readout; the recipe of QM9 trains, saves, evaluates and predicts them together."""

@@ -140,6 +140,7 @@ def test_shears_in_another_order_are_told(order):
     assert shear_order(frames[10:], Evaluation({}, found.energy[10:], found.forces[10:], found.stress[10:])) is None
 
 
+@pytest.mark.slow
 def test_plots_are_drawn(tmp_path):
     frames = drawn()
     results = {"test": (frames, predicted(frames)), "other": (frames[:2], predicted(frames[:2]))}

@@ -95,6 +95,7 @@ def folder(finished, tmp_path):
     return shutil.copytree(finished[0], tmp_path / "run")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["soap", "adamw"])
 def test_a_new_rate_and_decay_are_used_and_recorded(tmp_path, optimizer, capsys):
     same = {"optimizer": optimizer, "constant_fraction": 1.0}
@@ -210,6 +211,7 @@ def test_a_trainer_with_no_step_left_leaves_the_average_too(folder, finished):
     assert torch.equal(weights(task.potential), weights(finished[1]))
 
 
+@pytest.mark.slow
 def test_a_new_run_moves_the_old_one_away(tmp_path, capsys):
     first, second = run(tmp_path), run(tmp_path, seed=3)
     assert first.run != second.run
@@ -231,6 +233,7 @@ def test_half_a_row_of_the_log_is_left_out(folder):
     assert [row["step"] for row in rows(folder)] == ["1", "2", "3", "4", "5", "6"] and rows(folder)[:4] == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lost", [True, False], ids=["no best.ckpt", "best.ckpt of another run"])
 def test_the_best_weights_of_another_run_do_not_count(folder, lost):
     state = read_checkpoint(folder / "last.ckpt")

@@ -109,6 +109,7 @@ def test_symmetries(parity, irreps, target):
     assert assert_equivariant(levels_of(net), irreps_out=types, systems=[system], **settings) < 1e-10
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "scheme", ["shells", *(pytest.param(s, marks=pytest.mark.slow) for s in ("bonds", "survivors"))]
 )
@@ -175,6 +176,7 @@ def test_the_compiled_layer_is_the_forward_with_both_derivatives(scheme, preset,
     assert_fused_is_forward(lambda: potential(scheme, preset=preset), least, ethanol)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["shells", "bonds", "survivors"])
 def test_what_is_replaced_or_hooked_counts(scheme, ethanol):
     net = network(scheme)
@@ -277,6 +279,7 @@ def test_everything_else_works(scheme, options, ethanol, tmp_path):
         torch.testing.assert_close(compiled(ethanol.z, ethanol.pos)["forces"], wanted["forces"], rtol=0, atol=1e-10)
 
 
+@pytest.mark.slow
 def test_reset_draws_weights_anew():
     net, before = network("bonds", WIDE), network("bonds", WIDE)
     torch.manual_seed(1)
