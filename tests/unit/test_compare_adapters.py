@@ -50,7 +50,12 @@ def built() -> dict[str, Potential]:
     return {}
 
 
-@pytest.fixture(params=PEERS)
+def marked(name: str, *more: str):
+    """sympy takes some ten seconds to write down the functions of DimeNet++."""
+    return pytest.param(name, *more, marks=pytest.mark.slow) if name == "dimenet" else (name, *more) if more else name
+
+
+@pytest.fixture(params=[marked(name) for name in PEERS])
 def peer(request, built) -> Potential:
     name = request.param
     if name not in built:
@@ -152,7 +157,7 @@ def test_the_edges_are_those_that_are_handed_in(peer, molecules):
 #: The readouts that each peer has; the others have sums and means over the atoms.
 PLACED = {"schnet": "centre", "dimenet": "sum", "painn": "centre", "schnet-spk": "centre"}
 READOUTS = [
-    (n, kind) for n in PEERS for kind in ("intensive", "dipole_norm", "r2") if kind == "intensive" or n in PLACED
+    marked(n, kind) for n in PEERS for kind in ("intensive", "dipole_norm", "r2") if kind == "intensive" or n in PLACED
 ]
 
 
@@ -208,7 +213,7 @@ def test_a_property_of_a_batch_is_that_of_its_molecules_and_trains(name, readout
     assert all(bool(g.isfinite().all()) for g in gradients) and sum(float(g.abs().sum()) for g in gradients) > 0
 
 
-@pytest.mark.parametrize("name", PEERS)
+@pytest.mark.parametrize("name", [marked(name) for name in PEERS])
 def test_a_mean_is_the_sum_over_the_number_of_atoms(name, molecules):
     mean, total = (of_property(name, readout) for readout in ("intensive", "extensive"))
     frame = mean.scheme(AtomicData(z=molecules["chiral"][0], pos=molecules["chiral"][1]))
@@ -218,7 +223,7 @@ def test_a_mean_is_the_sum_over_the_number_of_atoms(name, molecules):
     assert len(frame.z) * found == pytest.approx(wanted, rel=1e-9)
 
 
-@pytest.mark.parametrize("name", sorted(PLACED))
+@pytest.mark.parametrize("name", [marked(name) for name in sorted(PLACED)])
 @pytest.mark.parametrize("readout", ["dipole_norm", "r2"])
 def test_dipoles_and_extents_are_those_of_charges_about_the_centre_of_mass(name, readout, molecules):
     """The charges are taken from inside the models, and the equation is written out."""
@@ -251,7 +256,7 @@ def test_dipoles_and_extents_are_those_of_charges_about_the_centre_of_mass(name,
     assert value.item() == pytest.approx(wanted.item(), rel=1e-9)
 
 
-@pytest.mark.parametrize("name", [name for name in PEERS if name not in PLACED])
+@pytest.mark.parametrize("name", [marked(name) for name in PEERS if name not in PLACED])
 @pytest.mark.parametrize("readout", ["dipole_norm", "r2", "dipole"])
 def test_a_readout_that_a_peer_does_not_have_is_refused(name, readout):
     of_property(name, "extensive")  # it is installed

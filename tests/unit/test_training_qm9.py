@@ -208,6 +208,7 @@ def _point(name: str, raw: Path, model: str, arguments: dict, **training) -> Poi
         if m != "dimenet" or n in ("mu", "homo", "r2", "U0")
     ],
 )  # the functions of DimeNet++ take sympy a second for each
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of the peers' own making
 def test_every_model_of_a_comparison_learns_every_target(model, name, raw, small_split, quick, tmp_path):
     """The statistics are those of our network, the error is that of the target, the curve ends at it."""
@@ -238,6 +239,7 @@ def test_every_model_of_a_comparison_learns_every_target(model, name, raw, small
     assert notes[-1].endswith(f" {unit}") and f"test {'E' if label == 'energy' else name} " in notes[-1]
 
 
+@pytest.mark.slow
 def test_a_comparison_trains_ours_as_the_command_does(raw, small_split, quick, tmp_path, pytestconfig):
     words = ["--data.qm9", "homo", "--data.root", str(raw), "--training.max_steps", "6", "--training.batch_size", "4"]
     words += ["--model.channels", "2", "--output.folder", str(tmp_path / "train"), "--training.validate_every", "6"]
@@ -264,6 +266,7 @@ def test_a_comparison_trains_ours_as_the_command_does(raw, small_split, quick, t
     assert record["test"]["test"]["homo_mae"] == pytest.approx(errors["homo_mae"], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_targets_of_a_comparison_in_one_table(raw, small_split, quick, tmp_path, pytestconfig, capsys):
     """A peer without the readout fails on that target alone, and the reason is said."""
     words = [
