@@ -101,22 +101,16 @@ class EGNN(nn.Module):
 
 def load(folder: Path, name: str) -> list[AtomicData]:
     """The systems of one split, with targets and velocities relative to the motion of the whole system."""
-    frames = []
     with np.load(folder / f"{name}.npz") as arrays:
-        found = {key: torch.from_numpy(arrays[key]) for key in ("pos", "x", "y", "alone", "labels")}
-    for n in range(len(found["pos"])):
-        pos, x, y, alone, labels = (found[key][n] for key in found)
-        vel = x[:, 1:] - x[:, 1:].mean(0)
-        uniform = pos + x[:, 1:].mean(0) * CLUSTER_TIME_STEP * CLUSTER_STEPS_BETWEEN
-        frames.append(
-            AtomicData(
-                pos=pos,
-                x=torch.cat([x[:, :1], vel], dim=1),
-                y=(y - uniform).float(),
-                alone=(alone - uniform).float(),
-                labels=labels,
-            )  # fmt: skip
-        )
+        keys = ("pos", "x", "y", "alone", "labels")
+        rows = zip(*(torch.from_numpy(arrays[key]) for key in keys), strict=True)
+    frames = []
+    for pos, x, y, alone, labels in rows:
+        mean = x[:, 1:].mean(0)
+        uniform = pos + mean * CLUSTER_TIME_STEP * CLUSTER_STEPS_BETWEEN
+        x = torch.cat([x[:, :1], x[:, 1:] - mean], dim=1)
+        y, alone = (y - uniform).float(), (alone - uniform).float()
+        frames.append(AtomicData(pos=pos, x=x, y=y, alone=alone, labels=labels))
     return frames
 
 

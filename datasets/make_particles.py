@@ -6,7 +6,7 @@ equations are those of :func:`nbody_pyg.datasets.charged_particles`. Every split
 (positions 1,000 steps later), all float64 and without units.
 
 With ``--bound`` they are those of :func:`nbody_pyg.datasets.charged_clusters`: 1,000, 300 and 300 systems of ten bound
-clusters of ten particles (about 100 CPU seconds). ``y`` are positions 250 steps later, ``alone`` [systems, particles, 3]
+clusters of ten particles (about a CPU minute). ``y`` are positions 250 steps later, ``alone`` [systems, particles, 3]
 the same without forces between clusters, and ``labels`` [systems, particles] the numbers of the clusters.
 """
 
