@@ -41,7 +41,7 @@ SCHEMES: dict[str, Scheme] = {
     "all pairs": NestedShells((ALL, ALL)),
     "clusters": FromAssignment(cutoff=NEAR, part_cutoffs=(ALL,)),
     "clusters without pairs": FromAssignment(cutoff=NEAR, part_cutoffs=(None,)),
-    "survivors": SmoothSurvivors((2.5,), cutoffs=(NEAR, ALL), width=0.2),
+    "survivors": SmoothSurvivors((2.9,), cutoffs=(NEAR, ALL), centre="mean", width=0.02),
 }
 HEAD = ["model", "seed", "parameters", "steps", "ms/step", "CPU s", "MSE of validation", "MSE of the test",
         "of centres", "inside"]  # fmt: skip
