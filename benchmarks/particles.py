@@ -58,15 +58,19 @@ def displacement(net: torch.nn.Module, batch: Any, plain: bool) -> torch.Tensor:
     return out if plain else out - global_mean_pool(out, batch.batch)[batch.batch]
 
 
-def train(
-    frames: list[AtomicData], scheme: Scheme, seconds: float, seed: int, plain: bool, **size: int
-) -> tuple[Any, int]:
-    """A network fitted for some CPU seconds, and the number of epochs."""
+def network(scheme: Scheme, seed: int, **size: Any) -> NBodyNet:
+    """A network from charges and velocities to a vector for each particle."""
     torch.manual_seed(seed)
-    net = NBodyNet(None, scheme, **size, softening=0.1, node_inputs="0e + 1o", irreps_out="1o", readout="nodes")
+    return NBodyNet(None, scheme, **size, softening=0.1, node_inputs="0e + 1o", irreps_out="1o", readout="nodes")
+
+
+def train(
+    net: torch.nn.Module, frames: list[AtomicData], seconds: float, seed: int, plain: bool = False, systems: int = 100
+) -> tuple[Any, int]:
+    """The network fitted for some CPU seconds with batches of some systems, and the number of steps."""
     average = AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(0.99))
     optimizer = build_optimizer("soap", net, lr=0.01, weight_decay=0.3)
-    loader, rate = FrameLoader(frames, 100, shuffle=True, seed=seed, drop_last=True), WarmupCosine(50, 0.2)
+    loader, rate = FrameLoader(frames, systems, shuffle=True, seed=seed, drop_last=True), WarmupCosine(50, 0.2)
     net(next(iter(loader))).sum().backward()  # compiles kernels
     begin, step, epoch, used = time.process_time(), 0, 0, 0.0
     while used < seconds:
@@ -83,14 +87,16 @@ def train(
             optimizer.step()
             average.update_parameters(net)
             step, used = step + 1, time.process_time() - begin
+            if used >= seconds:
+                break
         epoch += 1
-    return average.module, epoch
+    return average.module, step
 
 
 @torch.no_grad()
-def predicted(net: torch.nn.Module, frames: list[AtomicData], plain: bool) -> torch.Tensor:
+def predicted(net: torch.nn.Module, frames: list[AtomicData], plain: bool = False, systems: int = 500) -> torch.Tensor:
     """Displacements of all particles, beyond uniform motion."""
-    return torch.cat([displacement(net, batch, plain) for batch in FrameLoader(frames, 500)])
+    return torch.cat([displacement(net, batch, plain) for batch in FrameLoader(frames, systems)])
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -118,7 +124,8 @@ def main(argv: list[str] | None = None) -> int:
     with start():
         for seed in args.seeds:
             begin = time.process_time()
-            net, epochs = train(frames["train"], scheme, args.seconds, seed, args.plain, **size)
+            net, steps = train(network(scheme, seed, **size), frames["train"], args.seconds, seed, args.plain)
+            epochs = max(1, steps // (len(frames["train"]) // 100))
             record = {"model": name, "seed": seed, "parameters": sum(p.numel() for p in net.parameters()),
                       "epochs": epochs, "cpu_seconds": time.process_time() - begin}  # fmt: skip
             for part, values in found.items():

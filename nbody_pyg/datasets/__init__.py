@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from nbody_pyg.datasets.arrays import read_npz
 from nbody_pyg.datasets.audit import LabelTable, label_audit, require_labels
+from nbody_pyg.datasets.clusters import charged_clusters
 from nbody_pyg.datasets.embedded import embedded, embedded_folder, embedded_manifest, load_embedded
 from nbody_pyg.datasets.frames import Frames
 from nbody_pyg.datasets.md17 import load_md17, load_rmd17
@@ -21,6 +22,7 @@ __all__ = [
     "LabelTable",
     "Split",
     "UnitFiles",
+    "charged_clusters",
     "charged_particles",
     "embedded",
     "embedded_folder",

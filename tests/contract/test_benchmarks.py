@@ -18,12 +18,15 @@ from ase.calculators.calculator import Calculator, all_changes
 from ase.calculators.emt import EMT
 from ase.io import read, write
 from ase.units import kcal, mol
+from torch_geometric.data import Batch
 
 from loading import load_script
-from nbody_pyg import NBodyNet, NestedShells
-from nbody_pyg.datasets import load_embedded
+from nbody_pyg import AtomicData, NBodyNet, NestedShells
+from nbody_pyg.datasets import charged_clusters, load_embedded
 from nbody_pyg.deploy import save_model
+from nbody_pyg.kernels import set_backend
 from nbody_pyg.potential import Potential
+from nbody_pyg.testing import rotate_features
 
 TINY = {
     "kernels": "--lmax 1 --nodes 12 --edges 40 --channels 16 --seconds 0.05",
@@ -37,6 +40,8 @@ TINY = {
     "sapt": "--data {dimers} --seconds 0.2 --batch 3",
     "large": "--data {large} --sets ac_ala3_nhme --only small+charges --seconds 0.3 --timing 0.05 "
     '--add small={{"lmax":1,"channels":16}}',
+    "clusters": "--data {clusters} --models near clusters EGNN --seconds 0.1 --channels 2 --lmax 1 --correlation 2 "
+    "--egnn-channels 4",
     "particles": "--data {particles} --seconds 0.1 --channels 2 --lmax 1 --correlation 2 --plain",
     "few_frames": "--data {rmd17} --molecules ethanol --members 2 --set training.max_steps=2 model.lmax=1 "
     "model.channels=16 data.num_train=6 data.num_val=2",
@@ -53,6 +58,7 @@ SHOWN = {
     "md": ["E\\+F alone", "no skin", "skin 0.5"],
     "smoothness": [r"max \|d2E\|/h\^2", "survivors", "hard"],
     "hierarchy": ["of it topology ms", r"all pairs: time ~ N\^"],
+    "clusters": ["no forces between clusters, exact", r"near +0 ", r"clusters +0 ", r"EGNN +0 "],
     "particles": ["EGNN", "SEGNN", "NBodyNet, pairs, plain"],
     "few_frames": [r"ethanol +1 ", r"ethanol +2 ", "MACE's F"],
     "finetune": [r"ethanol +6 +scratch +", r"ethanol +6 +all +", r"ethanol +6 +adapters +"],
@@ -72,6 +78,7 @@ HELPERS = (
     "sapt",
     "few_frames",
     "particles",
+    "clusters",
     "finetune",
     "large",
     "salt_bridge",
@@ -160,11 +167,20 @@ def particles(root, tmp_path):
     return tmp_path
 
 
+@pytest.fixture
+def clusters(root, tmp_path):
+    """A folder with a small set of bound clusters."""
+    make = load_script(root / "datasets" / "make_particles.py")
+    size = ["--particles", "6", "--clusters", "2", "--systems", "20", "4", "4"]
+    assert make.main(["--bound", "--out", str(tmp_path), *size]) == 0
+    return tmp_path
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(TINY))
 def test_script_prints_a_table_and_writes_json(name, script, model, dimers, rmd17, root, request, tmp_path, capsys):
     out = tmp_path / "result" / f"{name}.json"
-    folders = {"particles": request.getfixturevalue("particles")} if name == "particles" else {}
+    folders = {name: request.getfixturevalue(name)} if name in ("particles", "clusters") else {}
     folders["large"] = root / "tests" / "fixtures" / "large"
     arguments = TINY[name].format(model=model, dimers=dimers, rmd17=rmd17, **folders).split()
     assert script(name).main([*arguments, "--out", str(out)]) == 0
@@ -180,7 +196,8 @@ def test_script_prints_a_table_and_writes_json(name, script, model, dimers, rmd1
     check = {
         "kernels": _kernels, "speed": _speed, "models": _models, "scaling": _scaling, "nve": _nve,
         "md": _md, "smoothness": _smoothness, "hierarchy": _hierarchy, "sapt": _sapt,
-        "few_frames": _few_frames, "finetune": _finetune, "particles": _particles, "large": _large,
+        "few_frames": _few_frames, "finetune": _finetune, "particles": _particles, "clusters": _clusters,
+        "large": _large,
     }  # fmt: skip
     check[name](found, out)
 
@@ -249,6 +266,50 @@ def _few_frames(found, out):
 def _particles(found, out):
     (record,) = found["results"]
     assert record["seed"] == 0 and record["epochs"] >= 1 and 0 < record["val"] < 10 and 0 < record["test"] < 10
+
+
+def _clusters(found, out):
+    simple, trained = found["results"][:3], found["results"][3:]
+    assert [record["model"] for record in trained] == ["near", "clusters", "EGNN"]
+    for record in (*simple, *trained):
+        for values in (record["val"], record["test"]):
+            assert 0 < values["mse"] < 100 and values["mse"] == pytest.approx(values["centres"] + values["inside"])
+    assert simple[2]["test"]["mse"] < simple[0]["test"]["mse"]
+    assert all(record["steps"] >= 1 and record["parameters"] > 100 for record in trained)
+
+
+@pytest.mark.parametrize("name", ["near", "near and all", "clusters", "survivors", "EGNN"])
+def test_networks_for_clusters_are_covariant(name, script, rotation):
+    module = script("clusters")
+    set_backend("torch")  # which compiles nothing
+    frames = charged_clusters(2, seed=1, num_clusters=3, cluster_size=4, steps_before=5, steps_between=5)
+    for frame in frames:  # clusters at 14, 28 and 42, beyond three shells
+        frame.pos = frame.pos - frame.pos.view(3, 4, 3).mean(1)[frame.labels]
+        frame.pos[:, 0] += 14.0 * frame.labels
+    net = module.build(name, frames, 0, {"channels": 4, "lmax": 1, "correlation": 2}, 4)
+    net.double().requires_grad_(False)
+    data = Batch.from_data_list(frames)
+    value, turned = net(data), data.clone()
+    turned.pos, turned.x = data.pos @ rotation.T + 2.0, rotate_features(data.x, "0e + 1o", rotation)
+    torch.testing.assert_close(net(turned), value @ rotation.T, rtol=0, atol=1e-10)
+    assert float(value.norm(dim=1).min()) > 1e-4
+    # A charge of another cluster counts for all but the network of near shells
+    other = data.clone()
+    other.x = data.x * torch.where(torch.arange(len(data.x)) == 0, -1.0, 1.0).unsqueeze(1)
+    change = (net(other) - value)[4:8].norm(dim=1)
+    assert float(change.min()) > 1e-9 if name != "near" else not change.any()
+    assert torch.equal(net(other)[12:], value[12:])
+
+
+def test_errors_of_clusters_are_divided(script):
+    module = script("clusters")
+    labels = torch.tensor([0, 0, 1, 1])
+    frames = [AtomicData(pos=torch.zeros(4, 3), y=torch.zeros(4, 3), labels=labels) for _ in range(2)]
+    value = torch.zeros(8, 3)
+    value[:2] += 2.0  # the first cluster of the first system as a whole
+    value[6], value[7] = 1.0, -1.0  # inside the last
+    found = module.errors(value, frames)
+    assert found == pytest.approx({"mse": 1.25, "centres": 1.0, "inside": 0.25})
 
 
 def _large(found, out):
