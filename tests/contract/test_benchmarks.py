@@ -347,7 +347,7 @@ def test_speed_goes_on_without_a_contestant_that_fails(script):
     assert speed.row(record, found["second"])[1:4] == pytest.approx([200.0, 200.0, 1.0])
 
 
-@pytest.mark.parametrize("count", [8, 26, 334])
+@pytest.mark.parametrize("count", [8, 26, pytest.param(334, marks=pytest.mark.slow)])
 def test_boxes_of_water_have_the_density_of_the_liquid(script, count):
     box = script("systems").box(count)
     assert len(box) == 3 * count and box.pbc.all()

@@ -112,6 +112,7 @@ def test_a_forward_pass_neither_reads_nor_writes_the_default_dtype(molecules, de
     assert forces.abs().max() > 0
 
 
+@pytest.mark.slow
 def test_results_in_float64_do_not_depend_on_the_default_dtype(molecules):
     z, pos = molecules["methanol"]
     torch.manual_seed(0)

@@ -37,6 +37,7 @@ def _run(gpu, tmp_path, *words: str) -> tuple[int, dict]:
     return status, json.loads(out.read_text())
 
 
+@pytest.mark.slow
 @needs_interpreter
 def test_products_are_checked_then_timed(gpu, tmp_path, capsys):
     sizes = ("--lmax", "0", "--channels", "2", "--edges", "3")
@@ -58,6 +59,7 @@ def test_the_bound_is_the_larger_of_bytes_and_operations(gpu):
     assert gpu.bound(gpu.Problem({}, flop=10.0, bytes=8.0), peak) == (2.0, "bytes")
 
 
+@pytest.mark.slow
 @needs_interpreter
 def test_a_wrong_kernel_fails_the_check_and_other_sections_go_on(gpu, tmp_path, monkeypatch, capsys):
     from nbody_pyg.kernels.gpu.product import ProductProgram
@@ -82,6 +84,7 @@ def test_models_on_a_device_and_missing_peers(gpu, tmp_path, capsys):
     assert "eager us/atom" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_graphs_of_the_library_are_compared_then_timed(gpu, tmp_path, monkeypatch, capsys):
     """With a stand-in that runs again what it recorded; the mutant gives forces of before."""
     from nbody_pyg.runtime import cuda_graphs

@@ -66,6 +66,7 @@ def test_molecules(name, distance, molecules):
     assert hessian.dtype == torch.float32 and hessian.abs().max() > 1.0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["shells", "tree"])
 def test_two_molecules_of_one_graph_far_apart(name, molecules):
     """No centre helps here: both ends must keep their digits."""
@@ -210,6 +211,7 @@ def test_training(molecules):
         torch.testing.assert_close(gradient, gradients[0], rtol=0, atol=3e-6 * float(gradients[0].abs().max()))
 
 
+@pytest.mark.slow
 def test_deployment():
     """The ASE calculator, a committee, a relaxation and a run."""
     torch.manual_seed(0)

@@ -193,6 +193,7 @@ def test_dynamics_give_structures_beyond_the_limit_that_lie_apart(run, monkeypat
     assert np.abs(near[1].positions - near[0].positions).max() < np.abs(met[1].positions - met[0].positions).max()
 
 
+@pytest.mark.slow
 def test_errors_and_uncertainties_are_those_of_the_committee(run):
     labelled = read(run.folder / "labelled.xyz", ":")[:3]
     paths = [str(run.folder / f"model-{k}.nbody") for k in range(2)]
@@ -270,6 +271,7 @@ def test_starts_must_be_of_one_molecule(tmp_path):
         learn([molecule("CH3OH"), bulk("Cu")], tmp_path, QUICK)
 
 
+@pytest.mark.slow
 def test_table_and_plot(run, tmp_path):
     table = rounds_table(run.rounds)
     assert len(table.splitlines()) == 4 and "Spearman" in table.splitlines()[0]
@@ -352,6 +354,7 @@ def test_starts_of_two_charges_are_refused(made, tmp_path):
     assert not made and not (tmp_path / "l").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["learn.json", "rounds.json"])
 @pytest.mark.parametrize("content", ["{", "[1]"])
 def test_a_damaged_record_is_named(run, tmp_path, name, content):

@@ -100,6 +100,7 @@ def test_trained_saved_and_loaded(name, frames, tmp_path):
     assert loaded.model.scheme.signature == SCHEMES[name].signature
 
 
+@pytest.mark.slow
 def test_explained_and_drawn(frames):
     scheme = SCHEMES["labels"]
     model = net(scheme)

@@ -288,6 +288,7 @@ def test_a_third_derivative_is_an_error_and_torch_has_it(generator):
         third()
 
 
+@pytest.mark.slow
 @needs_c
 def test_float32_has_the_error_of_float32(generator):
     irreps = hidden_irreps(19, 2)

@@ -222,6 +222,7 @@ def test_the_same_numbers_every_time(generator):
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 
+@pytest.mark.slow
 def test_a_network_has_the_energies_forces_and_gradients_of_plain_torch(molecules):
     z, pos = (values[[0, 1, 5]] for values in molecules["methanol"])
     model = NBodyNet([1, 6, 8], NestedShells((1.5, 1.5)), channels=2, lmax=1, correlation=2, num_basis=1).double()

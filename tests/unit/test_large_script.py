@@ -89,6 +89,7 @@ def test_charged_peptides_of_the_test_are_longer(script):
     assert lengths == {"train": [2, 3], "test": [6, 7]}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dynamics", [None, "organic"])
 def test_an_interrupted_run_gives_the_same_file(script, tmp_path, monkeypatch, dynamics):
     settings = {"PIECE": 2, "EQUILIBRATION": 3, "STRIDE": 2}
