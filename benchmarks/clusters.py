@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from particles import network, predicted, train
+from particles import network, parsed, predicted, train
 from report import arguments, finish, num_parameters, start
 from torch import Tensor, nn
 from torch_geometric.nn import MLP, MessagePassing
@@ -163,14 +163,8 @@ def main(argv: list[str] | None = None) -> int:
     parser = arguments(__doc__, "clusters.json")
     parser.add_argument("--data", type=Path, required=True, help="folder of datasets/make_particles.py --bound")
     parser.add_argument("--models", nargs="+", choices=[*SCHEMES, "EGNN"], default=[*SCHEMES, "EGNN"])
-    parser.add_argument("--seconds", type=float, default=45.0, help="CPU time of training for each network")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--channels", type=int, default=8)
-    parser.add_argument("--lmax", type=int, default=2)
-    parser.add_argument("--correlation", type=int, default=3)
     parser.add_argument("--egnn-channels", type=int, default=20)
-    args = parser.parse_args(argv)
-    size = {"channels": args.channels, "lmax": args.lmax, "correlation": args.correlation}
+    args, size = parsed(parser, argv, seconds=45.0, correlation=3)
     sets = {name: load(args.data, name) for name in ("train", "val", "test")}
     records: list[dict[str, Any]] = []
     for name, predict in SIMPLE.items():

@@ -13,6 +13,7 @@ test systems, and the weights of the last step are tested. The last row averages
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import time
 from collections.abc import Iterable
@@ -21,7 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from report import arguments, finish, start
+from report import arguments, finish, num_parameters, start
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch_geometric.nn import global_mean_pool
 
@@ -99,18 +100,25 @@ def predicted(net: torch.nn.Module, frames: list[AtomicData], plain: bool = Fals
     return torch.cat([displacement(net, batch, plain) for batch in FrameLoader(frames, systems)])
 
 
+def parsed(
+    parser: argparse.ArgumentParser, argv: list[str] | None, seconds: float, correlation: int
+) -> tuple[argparse.Namespace, dict[str, int]]:
+    """The arguments, with those of training and of the size of the networks, and the latter by their names."""
+    parser.add_argument("--seconds", type=float, default=seconds, help="CPU time of training for each seed")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    sizes = {"channels": 8, "lmax": 2, "correlation": correlation}
+    for name, value in sizes.items():
+        parser.add_argument(f"--{name}", type=int, default=value)
+    args = parser.parse_args(argv)
+    return args, {name: getattr(args, name) for name in sizes}
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = arguments(__doc__, "particles.json")
     parser.add_argument("--data", type=Path, required=True, help="folder that datasets/make_particles.py wrote")
     parser.add_argument("--scheme", choices=["pairs", "shells"], default="pairs", help="hierarchy of the network")
     parser.add_argument("--plain", action="store_true", help="use none of the three facts of the equations")
-    parser.add_argument("--seconds", type=float, default=20.0, help="CPU time of training for each seed")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--channels", type=int, default=8)
-    parser.add_argument("--lmax", type=int, default=2)
-    parser.add_argument("--correlation", type=int, default=4)
-    args = parser.parse_args(argv)
-    size = {"channels": args.channels, "lmax": args.lmax, "correlation": args.correlation}
+    args, size = parsed(parser, argv, seconds=20.0, correlation=4)
     sets = {name: load(args.data, name) for name in ("train", "val", "test")}
     pairs = list(itertools.combinations(range(len(sets["train"][0].pos)), 2))
     scheme = NestedShells((10.0, 10.0, 10.0), exponent=6)
@@ -126,7 +134,7 @@ def main(argv: list[str] | None = None) -> int:
             begin = time.process_time()
             net, steps = train(network(scheme, seed, **size), frames["train"], args.seconds, seed, args.plain)
             epochs = max(1, steps // (len(frames["train"]) // 100))
-            record = {"model": name, "seed": seed, "parameters": sum(p.numel() for p in net.parameters()),
+            record = {"model": name, "seed": seed, "parameters": num_parameters(net),
                       "epochs": epochs, "cpu_seconds": time.process_time() - begin}  # fmt: skip
             for part, values in found.items():
                 values.append(predicted(net, frames[part], args.plain))

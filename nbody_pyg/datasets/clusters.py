@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from nbody_pyg.data import AtomicData
+from nbody_pyg.datasets.particles import require_numbers
 
 #: Length of a time step, and steps before the input and between the input and the target.
 CLUSTER_TIME_STEP, CLUSTER_STEPS_BEFORE, CLUSTER_STEPS_BETWEEN = 0.02, 50, 250
@@ -65,13 +66,7 @@ def charged_clusters(
     Raises: ValueError: a number below 1, or a negative ``steps_before``.
     """
     counts = {"num_samples": num_samples, "num_clusters": num_clusters, "cluster_size": cluster_size}
-    for name, count in (counts | {"steps_between": steps_between}).items():
-        if count < 1:
-            raise ValueError(f"{name} must be at least 1, got {count}")
-    if steps_before < 0:
-        raise ValueError(
-            f"steps_before must not be negative, got {steps_before}; 0 takes the first positions as inputs"
-        )
+    require_numbers(counts | {"steps_between": steps_between}, steps_before)
     labels = np.repeat(np.arange(num_clusters), cluster_size)
     drawn = [_start(np.random.default_rng([seed, n]), labels) for n in range(num_samples)]
     frames = []

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 import torch
 
@@ -53,13 +55,7 @@ def charged_particles(
     Raises: ValueError: a number below 1, or a negative ``steps_before``.
     """
     counts = {"num_samples": num_samples, "num_particles": num_particles, "num_clusters": num_clusters}
-    for name, count in (counts | {"steps_between": steps_between}).items():
-        if count < 1:
-            raise ValueError(f"{name} must be at least 1, got {count}")
-    if steps_before < 0:
-        raise ValueError(
-            f"steps_before must not be negative, got {steps_before}; 0 takes the first positions as inputs"
-        )
+    require_numbers(counts | {"steps_between": steps_between}, steps_before)
     drawn = [_start(np.random.default_rng([seed, n]), num_particles, num_clusters) for n in range(num_samples)]
     frames = []
     for first in range(0, num_samples, _TOGETHER):
@@ -73,6 +69,20 @@ def charged_particles(
             charge = torch.from_numpy(q[:, n].copy()).unsqueeze(1)
             frames.append(AtomicData(pos=pos, x=torch.cat([charge, vel], dim=1), y=later))
     return frames
+
+
+def require_numbers(counts: Mapping[str, int], steps_before: int) -> None:
+    """Check the sizes of a simulation.
+
+    Raises: ValueError: a count below 1, or a negative ``steps_before``.
+    """
+    for name, count in counts.items():
+        if count < 1:
+            raise ValueError(f"{name} must be at least 1, got {count}")
+    if steps_before < 0:
+        raise ValueError(
+            f"steps_before must not be negative, got {steps_before}; 0 takes the first positions as inputs"
+        )
 
 
 def _start(rng: np.random.Generator, particles: int, clusters: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

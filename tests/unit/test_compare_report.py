@@ -11,6 +11,8 @@ from nbody_pyg.compare.report import comparison_rows, groups, markdown, search_r
 from nbody_pyg.compare.runner import summary
 from nbody_pyg.messages import aligned
 
+pytestmark = pytest.mark.layout
+
 
 def record(name, model, force, energy, latency=5e-3, seed=0, purpose="final", lr=0.01, status="done", **point):
     training = {"optimizer": "soap", "lr": lr, "batch_size": 4, "seed": seed, "budget_seconds": 300.0}

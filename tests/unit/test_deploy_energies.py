@@ -14,6 +14,8 @@ from nbody_pyg.data import AtomicData
 from nbody_pyg.deploy import explain_energy, plot_energy_parts, save_model
 from nbody_pyg.nn.repulsion import ZBLRepulsion
 
+pytestmark = pytest.mark.layout
+
 SCHEMES = {
     "shells": NestedShells((4.0, 3.0)),
     "tree": BondTree(cutoff=4.0),

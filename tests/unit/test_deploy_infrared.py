@@ -26,6 +26,8 @@ from nbody_pyg.properties import Property, PropertyModel, property_irreps
 from nbody_pyg.radial import smooth_cutoff
 from nbody_pyg.units import ABSORPTION, DEBYE, WAVENUMBER
 
+pytestmark = pytest.mark.layout
+
 SPECIES = [1, 6, 7, 8, 9]
 WATER = Atoms("OH2", [[0.0, 0.1, 0.0], [0.9, 0.5, 0.3], [-0.7, 0.6, -0.4]])
 AXIS = np.array([0.6, -0.48, 0.64])  # a unit vector

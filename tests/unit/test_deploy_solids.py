@@ -17,6 +17,8 @@ from nbody_pyg.cli import main
 from nbody_pyg.deploy import NBodyCalculator, SolidProperties, plot_equation_of_state, save_model, solid_properties
 from nbody_pyg.units import GIGAPASCAL
 
+pytestmark = pytest.mark.layout
+
 
 @pytest.fixture(scope="module")
 def model() -> Potential:

@@ -12,6 +12,8 @@ from nbody_pyg.data import AtomicData
 from nbody_pyg.hierarchy import BondTree, FromAssignment, NestedShells, plot_hierarchy
 from nbody_pyg.hierarchy.outline import outlines
 
+pytestmark = pytest.mark.layout
+
 SCHEMES = [BondTree(), NestedShells((1.7, 3.0)), FromAssignment(parts=[[0, 1, 3, 4, 5, 6, 7], [0, 2, 8]])]
 
 

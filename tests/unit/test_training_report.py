@@ -27,6 +27,8 @@ from nbody_pyg.training.loggers import run_log
 from nbody_pyg.training.metrics import ErrorMeter
 from nbody_pyg.training.report import errors_by_kind, frame_errors, shear_order
 
+pytestmark = pytest.mark.layout
+
 KINDS = ["bulk", "slab", "bulk", "", "slab"]
 
 
