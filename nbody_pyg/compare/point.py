@@ -36,7 +36,7 @@ from nbody_pyg.properties import PropertyModel
 from nbody_pyg.required import required
 from nbody_pyg.training.config import Config, DataConfig, parse_config
 from nbody_pyg.training.defaults import choose_defaults
-from nbody_pyg.training.labels import force_variance, label_shapes
+from nbody_pyg.training.labels import label_shapes
 from nbody_pyg.training.loader import FrameLoader
 from nbody_pyg.training.loss import EnergyForceLoss
 from nbody_pyg.training.prepare import (
@@ -45,6 +45,7 @@ from nbody_pyg.training.prepare import (
     explicit,
     known_states,
     load_data,
+    output_scale,
     property_statistics,
     wanted_properties,
 )
@@ -257,13 +258,10 @@ def build(point: Point, config: Config, data: DataSets) -> Potential | PropertyM
     if properties:
         model = PropertyModel(peer, properties, property_statistics(data, properties)).to(facts.dtype)
         return known_states(model, data)
-    scale = config.model.scale
-    potential = Potential(
-        peer,
-        AtomicReference(fit_atomic_energies(data.train, config.data.e0)),
-        force_variance(data.train) ** 0.5 if scale == "forces" else float(scale),
-    ).to(getattr(torch, config.training.dtype))
-    return known_states(potential, data)
+    reference = AtomicReference(fit_atomic_energies(data.train, config.data.e0))
+    given = config.model.scale
+    scale = output_scale(data.train, reference) if given == "forces" else float(given)
+    return known_states(Potential(peer, reference, scale).to(facts.dtype), data)
 
 
 def warm_up(

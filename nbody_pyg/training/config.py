@@ -179,7 +179,8 @@ _MODEL_KEYS = {
     "preset": "practical (for potentials) or strict (polynomial, as in the paper)",
     "scheme": "composition scheme, e.g. {name: BondTree, cutoff: 5.0}; see --model.scheme.<argument>",
     "repulsion": "repulsion of nuclei at short range: zbl, none, or auto (zbl for the practical preset)",
-    "scale": "factor of the network's output: forces (their root mean square) or a number",
+    "scale": "factor of the network's output: forces (their root mean square; without them the spread of the energies "
+    "per atom) or a number",
 }
 _ARGUMENT_HELP = {
     "channels": "multiplicity of every fragment of the states (32, unless irreps is given)",

@@ -324,7 +324,7 @@ def build_potential(config: Config, data: DataSets) -> Potential | PropertyModel
     )
     scale = config.model.scale
     if scale == "forces":
-        scale = _scale(data.train, reference)
+        scale = output_scale(data.train, reference)
     repulsion = _repulsion(config.model, data)
     model = _network(config, data, inputs, repulsion)
     if terms is not None and model.electrons is not None and model.electrons.offset is not None:
@@ -354,9 +354,14 @@ def network_inputs(config: ModelConfig, frames: Sequence[Data]) -> list[str]:
     return [key for key, values in frame_states(frames).items() if len(set(values)) > 1]
 
 
-def _scale(frames: Sequence[Data], reference: AtomicReference | None) -> float:
-    """Root mean square of the forces; if they vanish, spread of the interaction energy per atom; else 1."""
-    forces = force_variance(frames) ** 0.5
+def output_scale(frames: Sequence[Data], reference: AtomicReference | None) -> float:
+    """Scale of the output of a network, from the training frames.
+
+    Root mean square of the forces. Where there are none, or all are zero, the spread of the interaction energy per
+    atom: half of the distance between the quantiles 0.16 and 0.84, which is the standard deviation of a normal
+    distribution and which single wild energies do not change. 1 where that is zero too.
+    """
+    forces = force_variance(frames) ** 0.5 if any(has_label(frame, "forces") for frame in frames) else 0.0
     if forces > NO_FORCES or reference is None:
         return forces if forces > NO_FORCES else 1.0
     e0 = reference.energies
@@ -365,7 +370,8 @@ def _scale(frames: Sequence[Data], reference: AtomicReference | None) -> float:
         for frame in frames
         if has_label(frame, "energy")
     ]
-    spread = float(torch.tensor(rest, dtype=torch.float64).std(unbiased=False)) if rest else 0.0
+    low, high = np.quantile(rest, (0.16, 0.84)) if rest else (0.0, 0.0)
+    spread = float(high - low) / 2
     return spread if spread > NO_FORCES else 1.0
 
 

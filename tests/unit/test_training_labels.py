@@ -14,6 +14,7 @@ from torch_geometric.data import Batch, Data
 from factories import Springs
 from nbody_pyg.data import AtomicData
 from nbody_pyg.datasets import Frames
+from nbody_pyg.energy import AtomicReference
 from nbody_pyg.hierarchy import NestedShells
 from nbody_pyg.models import NBodyNet
 from nbody_pyg.potential import Potential
@@ -22,7 +23,7 @@ from nbody_pyg.training import FrameLoader, TrainingConfig, fit, force_variance
 from nbody_pyg.training.config import parse_config
 from nbody_pyg.training.evaluation import evaluate
 from nbody_pyg.training.labels import aligned, label_shapes, targets, uniform
-from nbody_pyg.training.prepare import DataSets, build_potential, load_data
+from nbody_pyg.training.prepare import DataSets, build_potential, load_data, output_scale
 from nbody_pyg.training.property_task import PropertyTask, evaluate_properties
 from nbody_pyg.training.task import PotentialTask
 
@@ -318,3 +319,23 @@ def test_one_wild_force_does_not_set_the_scale():
             frame.forces = frame.forces.sign() * 1e3
         assert force_variance(data) == pytest.approx(1e6)
     np.testing.assert_allclose(force_variance(frames(20)), torch.cat([f.forces for f in frames(20)]).square().mean())
+
+
+def test_without_forces_the_scale_is_the_spread_of_the_energies_per_atom():
+    data = frames(400)
+    reference = AtomicReference({8: -3.0, 6: 0.5, 1: 1.0})  # a molecule has -0.5 eV
+    for frame in data:
+        frame.energy = 4 * (0.3 + 0.02 * frame.energy) - 0.5
+    with_forces = output_scale(data, reference)
+    assert with_forces == pytest.approx(force_variance(data) ** 0.5, rel=1e-12)
+    for frame in data[:200]:
+        frame.forces = torch.zeros_like(frame.forces)
+    for frame in data[200:]:
+        del frame["forces"]
+    assert 0.017 < output_scale(data, reference) < 0.023
+    assert output_scale(data[200:], reference) == pytest.approx(output_scale(data, reference), rel=0.2)
+    usual = output_scale(data, reference)
+    data[7].energy = torch.tensor([1e5], dtype=torch.float64)  # one wild energy does not set it
+    assert output_scale(data, reference) == pytest.approx(usual, rel=0.05)
+    assert output_scale(data[:1], reference) == 1.0  # one frame has no spread
+    assert output_scale(data[200:], None) == 1.0
