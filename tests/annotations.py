@@ -1,31 +1,29 @@
-"""A type checker for jaxtyping's import hook that records what it finds and never stops a test.
+"""Annotations are true: no call of a run of tests takes or returns what its signature forbids.
 
-Tests pass wrong arguments on purpose and expect the package's own errors, so a call counts only once it has
-returned: an annotation is wrong if the function accepts what its annotation forbids, or returns what it does
-not promise. The findings are written, one JSON string a line, to the file named by ``SHAPE_REPORT``.
-
-    SHAPE_REPORT=report.txt PYTHONPATH=tests/contract \
-        python -m pytest tests/unit --jaxtyping-packages=nbody_pyg,shape_recorder.record
+Shapes are annotated in jaxtyping's notation and cost nothing at run time. With ``pytest --annotations`` the hook below
+checks them at every call. It records what it finds and never stops a test: tests pass wrong arguments on
+purpose and expect the package's own errors, so a call counts only once it has returned. An annotation is wrong if the
+function accepts what its annotation forbids, or returns what it does not promise. The run fails at its end if any is.
 """
 
 from __future__ import annotations
 
-import atexit
 import dataclasses
 import functools
 import inspect
-import json
-import os
 import re
 from collections.abc import Callable
 from typing import Any
 
 import beartype
+import jaxtyping
+import pytest
 from beartype.roar import BeartypeCallHintViolation, BeartypeException
 
 # An int is welcome where a float is annotated (PEP 484).
 _check = beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))
 _findings: dict[str, str] = {}
+_of_processes: set[str] = set()
 
 
 def record(function: Callable) -> Callable:
@@ -60,9 +58,32 @@ def record(function: Callable) -> Callable:
     return noting
 
 
-@atexit.register
-def _report() -> None:
-    if path := os.environ.get("SHAPE_REPORT"):
-        lines = [json.dumps(f"{key}\n    {text}") + "\n" for key, text in sorted(_findings.items())]
-        with open(path, "a", encoding="utf-8") as file:  # each process of the run adds its own
-            file.write("".join(lines))
+def findings() -> list[str]:
+    """What was found in this process, a text for each annotation."""
+    return [f"{key}\n    {text}" for key, text in sorted(_findings.items())]
+
+
+# --- hooks of pytest, if this module is registered as a plugin
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # Before the first import of the package
+    jaxtyping.install_import_hook("nbody_pyg", "annotations.record")
+
+
+def pytest_testnodedown(node: Any) -> None:
+    """What a process of pytest-xdist found."""
+    _of_processes.update(getattr(node, "workeroutput", {}).get("annotations", ()))
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["annotations"] = findings()
+    elif _of_processes or _findings:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    if false := sorted({*_of_processes, *findings()}):
+        terminalreporter.section("annotations that calls do not keep")
+        terminalreporter.write_line("\n".join(false))

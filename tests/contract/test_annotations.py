@@ -1,0 +1,37 @@
+"""``pytest --annotations`` notices a false annotation, and nothing else."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("beartype", reason="checking shapes needs beartype, from the extra [dev]")
+
+# A norm of integers works, although its signature says floats
+TEST = """
+import torch
+
+def test_norm():
+    from nbody_pyg.geometry import safe_norm
+    assert safe_norm(torch.ones(4, 3, dtype=torch.{dtype})).shape == (4,)
+"""
+
+
+@pytest.mark.parametrize("processes", ["0", "1"])
+@pytest.mark.parametrize("dtype", ["int64", "float64"])
+def test_a_false_annotation_is_noticed(root, tmp_path, dtype, processes):
+    (tmp_path / "test_norm.py").write_text(TEST.format(dtype=dtype))
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n", processes, "-p", "annotations"],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(root), str(root / "tests")])},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert "1 passed" in run.stdout, run.stdout + run.stderr
+    assert run.returncode == (dtype == "int64")
+    assert ("nbody_pyg.geometry.safe_norm: parameter vec" in run.stdout) == (dtype == "int64")
