@@ -30,7 +30,7 @@ from nbody_pyg.datasets import fit_atomic_energies
 from nbody_pyg.datasets.qm9 import target_labels
 from nbody_pyg.datasets.readers import find_files
 from nbody_pyg.energy import AtomicReference
-from nbody_pyg.models import compute_avg_num_neighbors
+from nbody_pyg.models import NBodyNet, compute_avg_num_neighbors
 from nbody_pyg.potential import Potential
 from nbody_pyg.properties import PropertyModel
 from nbody_pyg.required import required
@@ -213,6 +213,8 @@ def run_point(point: Point, folder: Path, note: Callable[[str], None] = print) -
         "machine": machine(), "parameters": sum(p.numel() for p in potential.parameters() if p.requires_grad),
         "frames": {name: len(frames) for name, frames in data.named().items()}, "files": data_files(config.data),
     }  # fmt: skip
+    if isinstance(potential.model, NBodyNet):  # with what was chosen for these frames
+        record["network"] = potential.model.config()
     record["memory_bytes"] = warm_up(potential, data.train, config.training)
     curve = LearningCurve(_curve_sets(data), point.points, note=note)
     checkpoint = folder / "last.ckpt"

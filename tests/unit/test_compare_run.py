@@ -75,6 +75,8 @@ def test_a_comparison_leaves_records_tables_and_plots(folder):
         assert record["frames"] == {"train": 10, "val": 3, "test": 4}
         assert record["test"]["test"]["forces_mae"] > 0
         assert record["cpu_seconds"] > 0
+        # The network as it was built for these frames
+        assert record.get("network", {}).get("channels") == (4 if record["point"]["model"] == "nbody" else None)
         assert record["latency"]["median_s"] >= record["latency"]["minimum_s"] > 0
         steps = [row["step"] for row in record["curve"]]
         assert steps == sorted(set(steps))
