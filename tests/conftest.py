@@ -36,38 +36,34 @@ hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "nbody"))
 
 
 def pytest_addoption(parser) -> None:
-    parser.addoption(
-        "--slow-part",
-        metavar="K/N",
-        help="of the slow tests run only part K (0 to N - 1) of N, as .ci/run does",
-    )
+    parser.addoption("--part", metavar="K/N", help="run only part K (0 to N - 1) of N of the tests, as .ci/run does")
     parser.addoption("--annotations", action="store_true", help="check the annotated shapes and types at every call")
 
 
 def pytest_configure(config) -> None:
-    if config.getoption("--annotations"):
+    if config.getoption("annotations"):
         import annotations  # here, because it needs beartype
 
         config.pluginmanager.register(annotations)
 
 
 def pytest_collection_modifyitems(config, items) -> None:
-    """Leave out the slow tests of other parts; a function stays whole, so that its fixtures are made once."""
-    if (given := config.getoption("--slow-part")) is None:
+    """Leave out the tests of other parts; a function stays whole, so that its fixtures are made once."""
+    if (given := config.getoption("part")) is None:
         return
-    part, parts = slow_part(given)
-    others = [item for item in items if item.get_closest_marker("slow") and part_of(item.nodeid, parts) != part]
+    part, parts = read_part(given)
+    others = [item for item in items if part_of(item.nodeid, parts) != part]
     if others:
         config.hook.pytest_deselected(items=others)
         left_out = set(others)
         items[:] = [item for item in items if item not in left_out]
 
 
-def slow_part(text: str) -> tuple[int, int]:
+def read_part(text: str) -> tuple[int, int]:
     """``"K/N"`` as two numbers with 0 <= K < N."""
     part, _, parts = text.partition("/")
     if not (part.isdecimal() and parts.isdecimal() and int(part) < int(parts)):
-        raise pytest.UsageError(f"--slow-part must be K/N with 0 <= K < N, got {text!r}; try 0/6")
+        raise pytest.UsageError(f"--part must be K/N with 0 <= K < N, got {text!r}; try 0/10")
     return int(part), int(parts)
 
 

@@ -236,13 +236,6 @@ def test_float32_positions_and_gradients_are_no_obstacle():
 
 
 # ------------------------------------------------------------------------------------------ errors
-@pytest.fixture
-def unchecked(request):
-    """Our own messages: where jaxtyping's hook is on, it refuses a wrong shape before we can."""
-    if request.config.getoption("jaxtyping_packages", default=None):
-        pytest.skip("the import hook reports wrong shapes first")
-
-
 def bad_calls():
     pos = torch.randn(5, 3, dtype=F64, generator=torch.Generator().manual_seed(0))
     nan, inf = pos.clone(), pos.clone()
@@ -289,7 +282,7 @@ def bad_calls():
 
 
 @pytest.mark.parametrize("case", range(len(bad_calls())))
-def test_bad_input_is_named(case, unchecked):
+def test_bad_input_is_named(case):
     args, kwargs, error, message = bad_calls()[case]
     with pytest.raises(error, match=message):
         neighbour_list(*args, **kwargs)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import replace
 
 import pytest
@@ -12,11 +11,6 @@ from hypothesis import strategies as st
 from torch_geometric.data import Data
 
 from nbody_pyg.hierarchy import BondTree, Hierarchy, NestedShells, Topology
-
-# With jaxtyping's import hook on, wrong types never reach the checks whose messages are tested here
-own_checks = pytest.mark.skipif(
-    any("jaxtyping-packages" in argument for argument in sys.argv), reason="the import hook refuses it first"
-)
 
 
 def _two_graphs() -> Topology:
@@ -51,7 +45,6 @@ def _edit(level: int, edges: list[list[int]], which: str = "child_index") -> Top
     return replace(topology, **{which: tuple(values)})
 
 
-@own_checks
 @pytest.mark.parametrize(
     ("broken", "message"),
     [
@@ -130,7 +123,6 @@ def test_to_moves_everything():
     assert moved.child_shift == (None, None, None)
 
 
-@own_checks
 @pytest.mark.parametrize(
     ("edges", "num_atoms", "message"),
     [
@@ -217,7 +209,6 @@ def test_hierarchy_is_a_sequence_of_levels(molecule):
     assert repr(hierarchy.root) == f"Level(parts=1, children={n}, pairs=0)"
 
 
-@own_checks
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [

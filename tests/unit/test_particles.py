@@ -220,8 +220,8 @@ def test_particles_follow_their_equations():
 
 @pytest.mark.slow
 def test_networks_of_points_are_compiled_exported_and_differentiated_by_their_inputs(frames, request):
-    if request.config.getoption("jaxtyping_packages", default=None):
-        pytest.skip("torch's tracers cannot look through jaxtyping's hook")
+    if request.config.getoption("annotations"):
+        pytest.skip("torch's tracers cannot look through the hook of --annotations")
     net, data = _net(NestedShells((9.0,))), frames[0]
     z = torch.zeros(5, dtype=torch.long)
     topology = net.scheme.topology(z, data.pos)

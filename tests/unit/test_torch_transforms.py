@@ -28,8 +28,8 @@ POS = torch.tensor(
 @pytest.fixture(autouse=True)
 def _without_the_hook(request):
     """jaxtyping's hook wraps every function that torch's tracers look into here: they stumble over it, not over us."""
-    if request.config.getoption("jaxtyping_packages", default=None):
-        pytest.skip("torch's tracers cannot look through jaxtyping's hook")
+    if request.config.getoption("annotations"):
+        pytest.skip("torch's tracers cannot look through the hook of --annotations")
 
 
 class Subject(torch.nn.Module):

@@ -1,4 +1,4 @@
-"""``pytest --annotations`` notices a false annotation, and nothing else."""
+"""Options of our tests: ``--annotations`` notices a false annotation, and nothing else; parts are the whole."""
 
 from __future__ import annotations
 
@@ -35,3 +35,24 @@ def test_a_false_annotation_is_noticed(root, tmp_path, dtype, processes):
     assert "1 passed" in run.stdout, run.stdout + run.stderr
     assert run.returncode == (dtype == "int64")
     assert ("nbody_pyg.geometry.safe_norm: parameter vec" in run.stdout) == (dtype == "int64")
+
+
+@pytest.mark.slow
+def test_parts_of_the_tests_are_the_whole(root):
+    """``--part K/N``, by which CI runs a part of the slow tests."""
+
+    def collect(*options: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "pytest", "-q", "--collect-only", "tests/unit/test_geometry.py", *options]
+        return subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
+
+    def names(*options: str) -> list[str]:
+        return [line for line in collect(*options).stdout.splitlines() if "::" in line]
+
+    parts = [names("--part", f"{part}/2") for part in (0, 1)]
+    assert all(parts)
+    assert sorted(parts[0] + parts[1]) == sorted(names())
+    functions = [{name.partition("[")[0] for name in part} for part in parts]
+    assert not functions[0] & functions[1]
+    wrong = collect("--part", "2/2")
+    assert wrong.returncode == 4
+    assert "--part must be K/N with 0 <= K < N, got '2/2'" in wrong.stderr
