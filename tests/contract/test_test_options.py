@@ -20,6 +20,7 @@ def test_norm():
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("processes", ["0", "1"])
 @pytest.mark.parametrize("dtype", ["int64", "float64"])
 def test_a_false_annotation_is_noticed(root, tmp_path, dtype, processes):

@@ -55,7 +55,12 @@ def test_charge_is_conserved(scheme, molecules):
 
 
 @pytest.mark.parametrize(
-    "long_range", [FULL, FULL | {"method": "hierarchy", "lmax": 3}, FULL | OWN], ids=["direct", "hierarchy", "states"]
+    "long_range",
+    [
+        pytest.param(FULL, marks=pytest.mark.slow, id="direct"),
+        pytest.param(FULL | {"method": "hierarchy", "lmax": 3}, marks=pytest.mark.slow, id="hierarchy"),
+        pytest.param(FULL | OWN, id="states"),
+    ],
 )
 def test_symmetries_and_forces(long_range):
     potential = Potential(_net(BondTree(3.0, 4.0, 6.0), long_range))

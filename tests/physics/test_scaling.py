@@ -133,6 +133,7 @@ def test_long_range_through_a_hierarchy_is_linear():
     assert_grows(sizes, [w.flops for w in found], 1.0)
 
 
+@pytest.mark.slow
 def test_long_range_by_the_direct_sum_is_quadratic():
     sizes, found = zip(*(long_range_work("direct", length, 2) for length in (16, 32, 64)), strict=True)
     assert_grows(sizes, [w.elements for w in found], 2.0)

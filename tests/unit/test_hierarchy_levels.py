@@ -110,6 +110,7 @@ def test_explained_and_drawn(frames):
     assert plot_hierarchy(frames[0], scheme) is not None
 
 
+@pytest.mark.slow
 def test_long_range_over_twelve_levels(frames):
     """The fast multipole method over every level follows the direct sum; parts as near as here keep an error."""
     near, far = (

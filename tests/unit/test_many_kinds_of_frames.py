@@ -219,6 +219,7 @@ def test_stress_in_kbar_and_gpa(here, unit, per_unit):
     assert float(one.abs().max()) > 1e-3
 
 
+@pytest.mark.slow
 def test_several_files_folders_and_patterns_are_one_set(here, capsys):
     frames, whole = list(KINDS.values()), read_frames("all.xyz")
     Path("parts").mkdir()

@@ -70,6 +70,7 @@ def test_a_unit_is_whole_and_the_same_again(script, tmp_path, number):
     assert not list(tmp_path.rglob("*.part"))
 
 
+@pytest.mark.slow
 def test_dynamics_of_a_model_have_the_labels_of_the_reference(script):
     structure, _ = next(script.structures("qm9", LISTS, np.random.default_rng(0)))
     frames, temperature = script.sample("qm9", structure, None, np.random.default_rng(1), "organic")

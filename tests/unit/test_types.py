@@ -308,6 +308,7 @@ def test_train_save_load_and_run(ethanol, tmp_path):
     assert abs(atoms.get_forces()).max() > 1e-6
 
 
+@pytest.mark.slow
 def test_configurations():
     words = ["--data.embedded", "ethanol", "--training.max_steps", "2", "--model.scheme", "{name: BondTree}"]
     for given in (WIDE, TYPES["bonds"]):
