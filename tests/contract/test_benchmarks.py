@@ -16,6 +16,7 @@ from ase import Atoms
 from ase.build import bulk
 from ase.calculators.calculator import Calculator, all_changes
 from ase.calculators.emt import EMT
+from ase.calculators.singlepoint import SinglePointCalculator
 from ase.io import read, write
 from ase.units import kcal, mol
 from torch_geometric.data import Batch
@@ -504,6 +505,28 @@ def test_snap_compares_energies_up_to_a_constant(script, tmp_path, monkeypatch):
     rms = np.sqrt(np.mean([np.square(atoms.get_forces()) for atoms in frames]))
     assert energy == pytest.approx(1.5, abs=1e-4) and share == pytest.approx(10.0, abs=1e-3)
     assert force == pytest.approx(100.0 * rms, rel=1e-4) and rms > 0.1
+
+
+def test_crystal_finds_the_constants_of_stretched_cells(script):
+    """Of cells whose stress is known: sigma = C e + 300 GPa e^2; other cells are left out."""
+    crystal, gigapascal, cells = script("crystal"), 1 / 160.21766208, []
+    constants = np.array([[160.0, 60.0, 60.0], [60.0, 160.0, 60.0], [60.0, 60.0, 160.0]]) * gigapascal
+    for axis in range(3):
+        for strain in (-0.06, -0.02, 0.0, 0.03, 0.07, 0.2):
+            stretch = np.eye(3)[axis] * strain
+            cells.append(bulk("Cu", cubic=True))
+            cells[-1].set_cell(cells[-1].cell.array * (1 + stretch), scale_atoms=True)
+            stress = [*(constants @ stretch + 300 * gigapascal * strain**2), 0, 0, 0]
+            cells[-1].calc = SinglePointCalculator(cells[-1], energy=0.0, forces=np.zeros((4, 3)), stress=stress)
+    sheared = bulk("Cu", cubic=True)
+    sheared.set_cell(sheared.cell.array + 0.1 * np.eye(3, k=1), scale_atoms=True)
+    sheared.calc = SinglePointCalculator(sheared, energy=0.0, forces=np.zeros((4, 3)), stress=np.ones(6))
+    kept, axes, strains, length = crystal.stretched([sheared, *cells])
+    assert len(kept) == 15 and length == pytest.approx(3.61)
+    found = crystal.cubic_constants(np.stack([a.get_stress() for a in kept]), axes, strains)
+    assert found == pytest.approx((160.0, 60.0), rel=1e-6)
+    with pytest.raises(SystemExit, match="must hold 6 or more cells stretched along one axis, got 1"):
+        crystal.stretched([sheared, cells[2]])
 
 
 def test_every_path_can_fail_the_comparison(script):
