@@ -24,6 +24,7 @@ from nbody_pyg.kernels.threads import Argument, in_blocks
 _PRELUDE = """
 #include <stdint.h>
 typedef {real} real;
+#define real_is_{real} 1
 /* Bytes and number of the vector registers: gcc keeps a wider vector in memory, which costs a factor of ten. */
 #if defined(__AVX512F__)
 #define VECTOR_BYTES 64
@@ -48,11 +49,52 @@ typedef real half __attribute__((vector_size(VECTOR_BYTES / 2), aligned(sizeof(r
 typedef real quarter __attribute__((vector_size(VECTOR_BYTES / 4), aligned(sizeof(real)), may_alias));
 #endif
 static inline real vec_total(vec v) {{ real s = 0; for (int k = 0; k < WIDTH; k++) s += v[k]; return s; }}
-static inline real real_total(real v) {{ return v; }}
+"""
+
+# Channels that fill no whole vector: one masked vector where the processor has such loads, else numbers one by one.
+_TAIL = """
+#ifndef TAIL_LOOP
+#if defined(__AVX__)
+#include <immintrin.h>
+typedef vec tail;
+#define tail_total vec_total
+#if defined(__AVX512F__)
+typedef unsigned lanes;
+#define TAIL_LANES(n) ((1u << (n)) - 1)
+#if real_is_float
+#define TAIL_LOAD(p) ((vec)_mm512_maskz_loadu_ps(used, p))
+#define TAIL_STORE(p, v) _mm512_mask_storeu_ps(p, used, (__m512)(v))
+#else
+#define TAIL_LOAD(p) ((vec)_mm512_maskz_loadu_pd(used, p))
+#define TAIL_STORE(p, v) _mm512_mask_storeu_pd(p, used, (__m512d)(v))
+#endif
+#else
+typedef __m256i lanes;
+static const int32_t tail_bits[16] = {-1, -1, -1, -1, -1, -1, -1, -1};
+#define TAIL_LANES(n) _mm256_loadu_si256((const __m256i*)(tail_bits + 8 - (n) * (int)(sizeof(real) / 4)))
+#if real_is_float
+#define TAIL_LOAD(p) ((vec)_mm256_maskload_ps(p, used))
+#define TAIL_STORE(p, v) _mm256_maskstore_ps(p, used, (__m256)(v))
+#else
+#define TAIL_LOAD(p) ((vec)_mm256_maskload_pd(p, used))
+#define TAIL_STORE(p, v) _mm256_maskstore_pd(p, used, (__m256d)(v))
+#endif
+#endif
+#define TAIL_LOOP if (c < C)
+#else
+typedef real tail;
+typedef int lanes;
+#define tail_total(v) (v)
+#define TAIL_LANES(n) 0
+#define TAIL_LOAD(p) (*(p))
+#define TAIL_STORE(p, v) (*(p) = (v))
+#define TAIL_LOOP for (; c < C; c++)
+#endif
+#endif
 """
 
 
-#: Lines of code for one kind of number: vectors or reals.
+#: Lines of code for one kind of number: "vec", a whole vector of channels, or "tail", the channels that are left.
 Body = Callable[[str], list[str]]
 
 
@@ -96,17 +138,29 @@ def _weighted(pairs: list[tuple[float, str]]) -> str:
 
 
 def _over_channels(body: Body, tail: bool) -> list[str]:
-    """Loop over whole vectors of channels; with ``tail`` also a scalar loop over the rest."""
+    """Loop over whole vectors of channels; with ``tail`` also over the rest."""
     lines = ["    int64_t c = 0;", "    for (; c + WIDTH <= C; c += WIDTH) {", *body("vec"), "    }"]
-    return [*lines, "    for (; c < C; c++) {", *body("real"), "    }"] if tail else lines
+    return [*lines, "    TAIL_LOOP { const lanes used = TAIL_LANES(C - c);", *body("tail"), "    }"] if tail else lines
+
+
+def _get(kind: str, address: str) -> str:
+    """The values at an address."""
+    return f"*(const vec*)({address})" if kind == "vec" else f"TAIL_LOAD({address})"
+
+
+def _put(kind: str, address: str, value: str, add: bool = False) -> str:
+    """A statement that stores values at an address."""
+    if kind == "vec":
+        return f"*(vec*)({address}) {'+=' if add else '='} {value};"
+    return f"TAIL_STORE({address}, {f'{_get(kind, address)} + ' if add else ''}{value});"
 
 
 def _load(kind: str, name: str, pointer: str, rows: Iterable[int]) -> list[str]:
-    return [f"        const {kind} {name}{r} = *(const {kind}*)({pointer} + {r} * C + c);" for r in rows]
+    return [f"        const {kind} {name}{r} = {_get(kind, f'{pointer} + {r} * C + c')};" for r in rows]
 
 
 def _store(kind: str, pointer: str, row: int, value: str, add: bool = False) -> str:
-    return f"        *({kind}*)({pointer} + {row} * C + c) {'+=' if add else '='} {value};"
+    return f"        {_put(kind, f'{pointer} + {row} * C + c', value, add)}"
 
 
 def _zero(kind: str, names: Iterable[str]) -> list[str]:
@@ -164,7 +218,7 @@ def product_source(
     if second:
         pointers = [g, x, y, a, b, gg, gx, gy]
         functions.append(function("product_double", pointers, {"gg", "gx", "gy"}, lambda kind: gradients(kind, True)))
-    return "\n".join(functions)
+    return (_TAIL if tail else "") + "\n".join(functions)
 
 
 def one_body_source(product: EdgeProduct, tail: bool = True, second: bool = True) -> str:
@@ -194,11 +248,11 @@ def one_body_source(product: EdgeProduct, tail: bool = True, second: bool = True
     def dot(name: str, state: str, row: int) -> str:
         return " + ".join(f"{name}[{number[row, i]}] * {state}{i}" for i in by_row[row])
 
-    def at(kind: str, pointer: str, p: int) -> str:
-        return f"*({kind}*)({pointer} + (b * {paths} + {p}) * C + c)"
+    def at(pointer: str, p: int) -> str:
+        return f"{pointer} + (b * {paths} + {p}) * C + c"
 
     def radial(kind: str, name: str, functions: str, p: int, pointer: str = "W") -> str:
-        return f"for (int b = 0; b < {basis}; b++) {name} += {functions}[b] * {at('const ' + kind, pointer, p)};"
+        return f"for (int b = 0; b < {basis}; b++) {name} += {functions}[b] * {_get(kind, at(pointer, p))};"
 
     def forward(kind: str) -> list[str]:
         lines = _load(kind, "x", "xe", used)
@@ -209,31 +263,31 @@ def one_body_source(product: EdgeProduct, tail: bool = True, second: bool = True
         return lines
 
     def backward(kind: str) -> list[str]:
-        sums = "bv" if kind == "vec" else "br"
+        sums = f"b{kind[0]}"
         lines = _load(kind, "x", "xe", used) + _zero(kind, [f"p{i}" for i in used])
         for p in range(paths):
             lines.append(f"        {{ {kind} w0 = ({kind}){{0}}, s = ({kind}){{0}}; {radial(kind, 'w0', 'Be', p)}")
             for r in rows_of_path[p]:
-                lines.append(
-                    f"        {{ const {kind} g0 = *(const {kind}*)(ge + {r} * C + c); const {kind} h = w0 * g0;"
-                )
+                g0 = _get(kind, f"ge + {r} * C + c")
+                lines.append(f"        {{ const {kind} g0 = {g0}; const {kind} h = w0 * g0;")
                 lines.append(f"          s += g0 * ({dot('M', 'x', r)});")
                 lines += [f"          p{i} += M[{number[r, i]}] * h;" for i in by_row[r]]
                 lines += _harmonic_gradient(kind, entries, r, by_row[r], ["h * x{i}"])
                 lines.append("        }")
-            lines.append(f"        for (int b = 0; b < {basis}; b++) {sums}[b] += s * {at('const ' + kind, 'W', p)};")
-            lines.append(f"        if (gW) for (int b = 0; b < {basis}; b++) {at(kind, 'gW', p)} += Be[b] * s; }}")
+            lines.append(f"        for (int b = 0; b < {basis}; b++) {sums}[b] += s * {_get(kind, at('W', p))};")
+            weights = _put(kind, at("gW", p), "Be[b] * s", add=True)
+            lines.append(f"        if (gW) for (int b = 0; b < {basis}; b++) {weights} }}")
         return lines + [_store(kind, "gxe", i, f"p{i}", add=True) for i in used]
 
     def double(kind: str) -> list[str]:
-        sums = "bv" if kind == "vec" else "br"
+        sums = f"b{kind[0]}"
         lines = _load(kind, "x", "xe", used) + _load(kind, "a", "ae", used) + _zero(kind, [f"p{i}" for i in used])
         for p in range(paths):
             lines.append(f"        {{ {kind} w0 = ({kind}){{0}}, k0 = w0, s = w0, s0 = w0;")
             lines.append(f"          {radial(kind, 'w0', 'Be', p)} {radial(kind, 'k0', 'De', p)}")
             lines.append(f"          if (U) {radial(kind, 'k0', 'Be', p, 'U')}")
             for r in rows_of_path[p]:
-                lines.append(f"        {{ const {kind} g0 = *(const {kind}*)(ge + {r} * C + c);")
+                lines.append(f"        {{ const {kind} g0 = {_get(kind, f'ge + {r} * C + c')};")
                 lines.append(f"          const {kind} h = w0 * g0, d = k0 * g0, y = {dot('M', 'x', r)};")
                 lines.append(f"          const {kind} z = {dot('M', 'a', r)} + {dot('N', 'x', r)};")
                 lines.append("          s += g0 * z; s0 += g0 * y;")
@@ -241,12 +295,10 @@ def one_body_source(product: EdgeProduct, tail: bool = True, second: bool = True
                 lines += [f"          p{i} += N[{number[r, i]}] * h + M[{number[r, i]}] * d;" for i in by_row[r]]
                 lines += _harmonic_gradient(kind, entries, r, by_row[r], ["h * a{i} + d * x{i}"])
                 lines.append("        }")
+            lines.append(f"        for (int b = 0; b < {basis}; b++) {{ {sums}[b] += s * {_get(kind, at('W', p))};")
+            lines.append(f"          {_put(kind, at('gW', p), 'Be[b] * s + De[b] * s0', add=True)} }}")
             lines.append(
-                f"        for (int b = 0; b < {basis}; b++) {{ {sums}[b] += s * {at('const ' + kind, 'W', p)};"
-            )
-            lines.append(f"          {at(kind, 'gW', p)} += Be[b] * s + De[b] * s0; }}")
-            lines.append(
-                f"        if (U) for (int b = 0; b < {basis}; b++) {sums}[b] += s0 * {at('const ' + kind, 'U', p)}; }}"
+                f"        if (U) for (int b = 0; b < {basis}; b++) {sums}[b] += s0 * {_get(kind, at('U', p))}; }}"
             )
         return lines + [_store(kind, "gxe", i, f"p{i}", add=True) for i in used]
 
@@ -258,13 +310,18 @@ def one_body_source(product: EdgeProduct, tail: bool = True, second: bool = True
         ends = [Argument("const int64_t*", end, "1") for end in ("source", "target")]
         return inner + "\n" + in_blocks(name, "E", [_CHANNELS, *ends, *arguments], _EDGES)
 
+    kinds = ("vec", "tail") if tail else ("vec",)
     size_in, size_out = f"{rows_in} * C", f"{rows_out} * C"
     state = [f"    const real *xe = x + source[e] * {size_in}, *Be = B + e * {basis}, *Ye = Y + e * {harmonics};"]
     grads = [f"    const real *ge = g + target[e] * {size_out};", f"    real *gxe = gx + source[e] * {size_in};",
-             f"    vec bv[{basis}] = {{0}}; real br[{basis}] = {{0}};",
-             "    " + " ".join(f"vec yv{m} = (vec){{0}}; real yr{m} = 0;" for m in range(harmonics))]  # fmt: skip
-    finish = [f"    gY[e * {harmonics} + {m}] = vec_total(yv{m}) + yr{m};" for m in range(harmonics)]
-    finish.append(f"    for (int b = 0; b < {basis}; b++) gB[e * {basis} + b] = vec_total(bv[b]) + br[b];")
+             *(f"    {kind} b{kind[0]}[{basis}] = {{0}};" for kind in kinds),
+             *(f"    {kind} y{kind[0]}{m} = ({kind}){{0}};" for kind in kinds for m in range(harmonics))]  # fmt: skip
+
+    def total(name: str) -> str:
+        return " + ".join(f"{kind}_total({name.replace('?', kind[0])})" for kind in kinds)
+
+    finish = [f"    gY[e * {harmonics} + {m}] = {total(f'y?{m}')};" for m in range(harmonics)]
+    finish.append(f"    for (int b = 0; b < {basis}; b++) gB[e * {basis} + b] = {total('b?[b]')};")
 
     def given(*names: tuple[str, str]) -> list[Argument]:
         return [Argument("const real*", name, step) for name, step in names]
@@ -287,14 +344,14 @@ def one_body_source(product: EdgeProduct, tail: bool = True, second: bool = True
         arguments = [*given(("g", "")), *common, *cotangents_given, result, *results]
         setup = state + grads + [out, cotangents] + matrix("M", "Ye") + matrix("N", "Ne")
         functions.append(function("one_body_double", arguments, setup, double, finish))
-    return "\n".join(functions)
+    return (_TAIL if tail else "") + "\n".join(functions)
 
 
 def _harmonic_gradient(
     kind: str, entries: dict[tuple[int, int], list[Term]], row: int, columns: list[int], forms: list[str]
 ) -> list[str]:
-    """Accumulate the gradient of the harmonics of one output row; vector and scalar sums are kept apart."""
-    sums, lines = ("yv" if kind == "vec" else "yr"), []
+    """Accumulate the gradient of the harmonics of one output row; those of whole vectors and of the tail are kept apart."""
+    sums, lines = f"y{kind[0]}", []
     for i in columns:
         lines.append(f"          {{ const {kind} t = {' + '.join(form.format(i=i) for form in forms)};")
         lines += [f"            {sums}{t.j} += {_number(t.value)} * t;" for t in entries[row, i]]

@@ -71,12 +71,22 @@ class Argument(NamedTuple):
     node: str = ""
 
 
+#: Names of variables in the functions below, which arguments must not have.
+_LOCAL = frozenset(
+    {"threads", "blocks", "block", "first", "end", "count", "in_order", "room", "held", "need", "failed", "next"}
+)
+
+
 def in_blocks(name: str, items: str, arguments: Sequence[Argument], grain: int) -> str:
     """The function ``name``, which calls ``NAME_rows`` for each block of at least ``grain`` items.
 
     Both take the number of items (by the name of ``items``) and then the arguments; the first of all is the number of
     threads. Blocks follow the nodes of the first argument that has them.
+
+    Raises: ValueError: an argument has the name of a variable of the function.
     """
+    if hidden := _LOCAL.intersection((items, *(a.name for a in arguments))):
+        raise ValueError(f"arguments of {name} must not be called {', '.join(sorted(hidden))}; rename them")
     declared = ", ".join(f"{a.type} {a.name}" for a in arguments)
     body = (_with_sums if any(a.total for a in arguments) else _without_sums)(name, items, arguments)
     return f"""void {name}(int64_t threads, int64_t {items}, {declared}) {{
@@ -99,8 +109,8 @@ def _without_sums(name: str, items: str, arguments: Sequence[Argument]) -> str:
     """Body of a function all of whose results are arrays of items."""
     return f"""  if (threads < 2 || blocks < 2) {{ {_call(name, items, arguments, {})} return; }}
   #pragma omp parallel for schedule(static) num_threads(team(threads, blocks))
-  for (int64_t b = 0; b < blocks; b++) {{
-    const int64_t first = {items} * b / blocks, count = {items} * (b + 1) / blocks - first;
+  for (int64_t block = 0; block < blocks; block++) {{
+    const int64_t first = {items} * block / blocks, count = {items} * (block + 1) / blocks - first;
     {_call(name, "count", arguments, _steps(arguments))}
   }}
 """
@@ -145,8 +155,8 @@ def _with_sums(name: str, items: str, arguments: Sequence[Argument]) -> str:
   {{
     real* room = 0; int64_t held = 0;
     #pragma omp for ordered schedule(static, 1)
-    for (int64_t b = 0; b < blocks; b++) {{
-      int64_t first = {items} * b / blocks, end = {items} * (b + 1) / blocks;
+    for (int64_t block = 0; block < blocks; block++) {{
+      int64_t first = {items} * block / blocks, end = {items} * (block + 1) / blocks;
       {cut}
       const int64_t count = end - first;
       {lines}

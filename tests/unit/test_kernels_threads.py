@@ -109,6 +109,30 @@ def test_a_forked_process_goes_on_alone():
     assert threads.num_threads() == 2 and torch.equal(product(x, x), wanted)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_derivatives_of_products_in_several_threads(dtype):
+    """Of a product on its own, outside of an update."""
+    irreps = hidden_irreps(4, 1)
+    product = ChannelwiseProduct(irreps, irreps, irreps).to(dtype)
+    generator, results = torch.Generator().manual_seed(0), []
+    x, y = (torch.randn(700, 4, 4, dtype=dtype, generator=generator).requires_grad_() for _ in range(2))
+    for name, count in (("torch", 1), ("c", 1), ("c", 3)):
+        torch.set_num_threads(count)
+        set_backend(name)
+        first = torch.autograd.grad(product(x, y).square().sum(), (x, y), create_graph=True)
+        results.append([*first, *torch.autograd.grad((first[0] * first[1]).sum(), (x, y))])
+    tolerance = 1e-10 if dtype == torch.float64 else 1e-4
+    for plain, one, three in zip(*results, strict=True):
+        assert plain.abs().max() > 1
+        torch.testing.assert_close(one, plain, rtol=tolerance, atol=tolerance * float(plain.detach().abs().max()))
+        assert torch.equal(one, three)
+
+
+def test_arguments_must_not_hide_variables():
+    with pytest.raises(ValueError, match="arguments of count must not be called block"):
+        in_blocks("count", "E", [*ARGUMENTS, Argument("const real*", "block", "1")], 8)
+
+
 SUMS = """
 static void count_rows(int64_t E, const int64_t* index, const real* x, real* out, real* all) {
   for (int64_t e = 0; e < E; e++) { out[2 * index[e]] += x[e]; out[2 * index[e] + 1] += 1; if (all) all[0] += x[e]; } }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import platform
 import shutil
 import subprocess
@@ -9,8 +10,10 @@ import sys
 
 import pytest
 
+from nbody_pyg import BondTree, NBodyNet, NestedShells
 from nbody_pyg.kernels import codegen
 from nbody_pyg.kernels.codegen import EdgeProduct, Term
+from nbody_pyg.kernels.library import Library
 from nbody_pyg.kernels.panels import panels_source
 
 pytestmark = [
@@ -58,6 +61,7 @@ def _compiled(source: str, options: list[str]) -> subprocess.CompletedProcess[st
 def test_no_vector_is_wider_than_the_registers(machine, dtype):
     product = codegen.product_source(TERMS, 2, 2, 3)
     edges = codegen.one_body_source(EdgeProduct(TERMS, 2, 2, 3, 2, 4))
+    assert "TAIL_LOOP" in product and "TAIL_LOOP" in edges
     for source in (panels_source(), product, edges):
         found = _compiled(codegen.prelude(dtype) + source, MACHINES[machine])
         assert found.returncode == 0, found.stderr
@@ -67,6 +71,30 @@ def test_the_check_rejects_wide_vectors():
     source = codegen.prelude("float").replace("BYTES 16", "BYTES 32") + panels_source()
     found = _compiled(source, MACHINES["SSE"])
     assert found.returncode != 0 and "vector operation will be expanded" in found.stderr
+
+
+#: Errors of gcc from version 14 and of clang from version 16; our own builds silence warnings, so nothing told of them.
+ERRORS = ["int-conversion", "incompatible-pointer-types", "implicit-function-declaration", "implicit-int"]
+
+
+def _accepted(source: str) -> str:
+    """What gcc says to a source that newer compilers would refuse; empty if nothing."""
+    command = ["gcc", "-fsyntax-only", "-march=native", "-fopenmp", *(f"-Werror={name}" for name in ERRORS)]
+    found = subprocess.run([*command, "-x", "c", "-"], input=source, text=True, capture_output=True, check=False)
+    return found.stderr if found.returncode else ""
+
+
+def test_newer_compilers_accept_every_source():
+    nets = [
+        NBodyNet([1, 6, 8], NestedShells((3.0, 4.0)), channels=5, lmax=1, correlation=2),
+        NBodyNet([1, 6], BondTree(), channels=16, lmax=1, preset="strict"),
+    ]
+    sources = {found.source for found in gc.get_objects() if type(found) is Library}
+    assert len(sources) > 10 and all(net is not None for net in nets)
+    for source in sources:
+        assert not _accepted(codegen.prelude("double") + source)
+    wrong = "static void takes(const real* x) {} void passes(int64_t n) { takes(n); }"
+    assert "int-conversion" in _accepted(codegen.prelude("double") + wrong)
 
 
 @pytest.mark.slow
