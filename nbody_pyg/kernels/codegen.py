@@ -24,7 +24,6 @@ from nbody_pyg.kernels.threads import Argument, in_blocks
 _PRELUDE = """
 #include <stdint.h>
 typedef {real} real;
-#define real_is_{real} 1
 /* Bytes and number of the vector registers: gcc keeps a wider vector in memory, which costs a factor of ten. */
 #if defined(__AVX512F__)
 #define VECTOR_BYTES 64
@@ -53,43 +52,40 @@ static inline real vec_total(vec v) {{ real s = 0; for (int k = 0; k < WIDTH; k+
 
 # Channels that fill no whole vector: one masked vector where the processor has such loads, else numbers one by one.
 _TAIL = """
-#ifndef TAIL_LOOP
 #if defined(__AVX__)
 #include <immintrin.h>
 typedef vec tail;
 #define tail_total vec_total
+#define TAIL_LOOP if (c < C)
+#define TAIL_LOAD(p) tail_load(p, used)
+#define TAIL_STORE(p, v) tail_store(p, used, v)
 #if defined(__AVX512F__)
 typedef unsigned lanes;
 #define TAIL_LANES(n) ((1u << (n)) - 1)
-#if real_is_float
-#define TAIL_LOAD(p) ((vec)_mm512_maskz_loadu_ps(used, p))
-#define TAIL_STORE(p, v) _mm512_mask_storeu_ps(p, used, (__m512)(v))
-#else
-#define TAIL_LOAD(p) ((vec)_mm512_maskz_loadu_pd(used, p))
-#define TAIL_STORE(p, v) _mm512_mask_storeu_pd(p, used, (__m512d)(v))
-#endif
+static inline tail tail_load(const real* p, lanes used) {
+  return sizeof(real) == 4 ? (tail)_mm512_maskz_loadu_ps(used, p) : (tail)_mm512_maskz_loadu_pd(used, p); }
+static inline void tail_store(real* p, lanes used, tail v) {
+  if (sizeof(real) == 4) _mm512_mask_storeu_ps(p, used, (__m512)v); else _mm512_mask_storeu_pd(p, used, (__m512d)v); }
 #else
 typedef __m256i lanes;
-static const int32_t tail_bits[16] = {-1, -1, -1, -1, -1, -1, -1, -1};
-#define TAIL_LANES(n) _mm256_loadu_si256((const __m256i*)(tail_bits + 8 - (n) * (int)(sizeof(real) / 4)))
-#if real_is_float
-#define TAIL_LOAD(p) ((vec)_mm256_maskload_ps(p, used))
-#define TAIL_STORE(p, v) _mm256_maskstore_ps(p, used, (__m256)(v))
-#else
-#define TAIL_LOAD(p) ((vec)_mm256_maskload_pd(p, used))
-#define TAIL_STORE(p, v) _mm256_maskstore_pd(p, used, (__m256d)(v))
+static inline lanes TAIL_LANES(int64_t n) {
+  static const int32_t bits[16] = {-1, -1, -1, -1, -1, -1, -1, -1};
+  return _mm256_loadu_si256((const __m256i*)(bits + 8 - n * (int64_t)(sizeof(real) / 4))); }
+static inline tail tail_load(const real* p, lanes used) {
+  return sizeof(real) == 4 ? (tail)_mm256_maskload_ps((const float*)p, used)
+                           : (tail)_mm256_maskload_pd((const double*)p, used); }
+static inline void tail_store(real* p, lanes used, tail v) {
+  if (sizeof(real) == 4) _mm256_maskstore_ps((float*)p, used, (__m256)v);
+  else _mm256_maskstore_pd((double*)p, used, (__m256d)v); }
 #endif
-#endif
-#define TAIL_LOOP if (c < C)
 #else
 typedef real tail;
 typedef int lanes;
 #define tail_total(v) (v)
+#define TAIL_LOOP for (; c < C; c++)
 #define TAIL_LANES(n) 0
 #define TAIL_LOAD(p) (*(p))
 #define TAIL_STORE(p, v) (*(p) = (v))
-#define TAIL_LOOP for (; c < C; c++)
-#endif
 #endif
 """
 
@@ -124,9 +120,9 @@ _NODES, _EDGES, _DENSITY_EDGES = 32, 512, 2048
 _CHANNELS = Argument("int64_t", "C")
 
 
-def prelude(dtype: str) -> str:
-    """Types shared by all functions; ``dtype`` is "float" or "double"."""
-    return _PRELUDE.format(real=dtype) + threads.PRELUDE
+def prelude(dtype: str, source: str = "") -> str:
+    """What must stand before a source: types and functions that it shares with others; ``dtype`` is "float" or "double"."""
+    return _PRELUDE.format(real=dtype) + (_TAIL if "TAIL_LOOP" in source else "") + threads.PRELUDE
 
 
 def _number(value: float) -> str:
@@ -218,7 +214,7 @@ def product_source(
     if second:
         pointers = [g, x, y, a, b, gg, gx, gy]
         functions.append(function("product_double", pointers, {"gg", "gx", "gy"}, lambda kind: gradients(kind, True)))
-    return (_TAIL if tail else "") + "\n".join(functions)
+    return "\n".join(functions)
 
 
 def one_body_source(product: EdgeProduct, tail: bool = True, second: bool = True) -> str:
@@ -344,7 +340,7 @@ def one_body_source(product: EdgeProduct, tail: bool = True, second: bool = True
         arguments = [*given(("g", "")), *common, *cotangents_given, result, *results]
         setup = state + grads + [out, cotangents] + matrix("M", "Ye") + matrix("N", "Ne")
         functions.append(function("one_body_double", arguments, setup, double, finish))
-    return (_TAIL if tail else "") + "\n".join(functions)
+    return "\n".join(functions)
 
 
 def _harmonic_gradient(

@@ -124,7 +124,7 @@ class Library:
 
     @build.one_at_a_time  # a function must not be called before it is linked
     def _load(self, dtype: torch.dtype) -> dict[str, tuple[Any, _Signature]]:
-        library = build.load(prelude(_C_NAMES[dtype]) + self._source)
+        library = build.load(prelude(_C_NAMES[dtype], self._source) + self._source)
         functions = {}
         for name, signature in self._signatures.items():
             function = getattr(library, name)

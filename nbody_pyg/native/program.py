@@ -68,9 +68,10 @@ def write_program(potential: Potential, dtype: torch.dtype | None = None) -> Pro
     functions = [_functions(*one, pieces) for one in zip(shells, weights, offsets, strict=True)]
     values = torch.cat([w.detach().double().cpu() for w in numbers])
     charges = "" if cast(NBodyNet, potential.model).long_range is None else c_text("charges.c")
+    products = pieces.source()
     body = "\n".join([
-        c_text("nbody_model.h"), _tables(potential, shells, end, len(values)), prelude("NBODY_REAL"),
-        panels_source().replace("\nvoid ", "\nstatic void "), pieces.source(), c_text("memory.c"), charges, *functions,
+        c_text("nbody_model.h"), _tables(potential, shells, end, len(values)), prelude("NBODY_REAL", products),
+        panels_source().replace("\nvoid ", "\nstatic void "), products, c_text("memory.c"), charges, *functions,
         _lists(shells), c_text("compute.c"),
     ])  # fmt: skip
     fingerprint = hashlib.sha256(body.encode()).hexdigest()

@@ -63,7 +63,7 @@ def test_no_vector_is_wider_than_the_registers(machine, dtype):
     edges = codegen.one_body_source(EdgeProduct(TERMS, 2, 2, 3, 2, 4))
     assert "TAIL_LOOP" in product and "TAIL_LOOP" in edges
     for source in (panels_source(), product, edges):
-        found = _compiled(codegen.prelude(dtype) + source, MACHINES[machine])
+        found = _compiled(codegen.prelude(dtype, source) + source, MACHINES[machine])
         assert found.returncode == 0, found.stderr
 
 
@@ -92,7 +92,7 @@ def test_newer_compilers_accept_every_source():
     sources = {found.source for found in gc.get_objects() if type(found) is Library}
     assert len(sources) > 10 and all(net is not None for net in nets)
     for source in sources:
-        assert not _accepted(codegen.prelude("double") + source)
+        assert not _accepted(codegen.prelude("double", source) + source)
     wrong = "static void takes(const real* x) {} void passes(int64_t n) { takes(n); }"
     assert "int-conversion" in _accepted(codegen.prelude("double") + wrong)
 
