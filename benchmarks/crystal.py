@@ -39,7 +39,11 @@ def stretched(frames: Sequence[Atoms]) -> tuple[list[Atoms], np.ndarray, np.ndar
     for atoms in straight:
         strain = atoms.cell.lengths() / length - 1
         axis = int(abs(strain).argmax())
-        if len(atoms) == len(rest) and np.allclose(np.delete(strain, axis), 0, atol=1e-6) and strain[axis] < _LARGEST:
+        if (
+            len(atoms) == len(rest)
+            and np.allclose(np.delete(strain, axis), 0, atol=1e-6)
+            and abs(strain[axis]) < _LARGEST
+        ):
             kept.append(atoms)
             axes.append(axis)
             strains.append(strain[axis])

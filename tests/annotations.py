@@ -1,9 +1,9 @@
 """Annotations are true: no call of a run of tests takes or returns what its signature forbids.
 
 Shapes are annotated in jaxtyping's notation and cost nothing at run time. With ``pytest --annotations`` the hook below
-checks them at every call. It records what it finds and never stops a test: tests pass wrong arguments on
-purpose and expect the package's own errors, so a call counts only once it has returned. An annotation is wrong if the
-function accepts what its annotation forbids, or returns what it does not promise. The run fails at its end if any is.
+checks them at every call. It records what it finds and never stops a test: tests pass wrong arguments on purpose and
+expect the package's own errors, so a call counts only once it has returned. An annotation is wrong if the function
+accepts what its annotation forbids, or returns what it does not promise. The run fails at its end if any is.
 """
 
 from __future__ import annotations

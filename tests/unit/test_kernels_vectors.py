@@ -85,12 +85,12 @@ def _accepted(source: str) -> str:
 
 
 def test_newer_compilers_accept_every_source():
-    nets = [
+    _alive = [  # while their sources are looked for
         NBodyNet([1, 6, 8], NestedShells((3.0, 4.0)), channels=5, lmax=1, correlation=2),
         NBodyNet([1, 6], BondTree(), channels=16, lmax=1, preset="strict"),
     ]
     sources = {found.source for found in gc.get_objects() if type(found) is Library}
-    assert len(sources) > 10 and all(net is not None for net in nets)
+    assert len(sources) > 10
     for source in sources:
         assert not _accepted(codegen.prelude("double", source) + source)
     wrong = "static void takes(const real* x) {} void passes(int64_t n) { takes(n); }"
