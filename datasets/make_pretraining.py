@@ -70,9 +70,12 @@ STRUCTURES = 40  # structures in a unit
 FRAMES = 10  # frames of a structure
 STRUCTURES_OF_MODEL, FRAMES_OF_MODEL = 150, 3  # the same for dynamics of a model
 TIMESTEP, FRICTION, EQUILIBRATION, STRIDE = 1.0, 0.02, 40, 7  # fs, 1/fs, steps, steps
+TOGETHER, APART = 25, 100.0  # structures whose dynamics of a model run in one system; their distance, A
 MAX_FORCE = 40.0  # eV/A; a frame above it is left out
 ELEMENTS = {1, 6, 7, 8, 9, 15, 16, 17, 35, 53}
 SPLITS = ("train", "val", "test")
+#: What ends the frames of one structure.
+FAILURES = (CalculationFailed, RuntimeError, ValueError)
 #: Share of the units of each kind.
 MIXTURE = {"qm9": 30, "drug": 12, "fragment": 18, "hetero": 12, "ion": 9, "peptide": 5, "cluster": 9, "bond": 5}
 
@@ -310,7 +313,8 @@ def heat(atoms: Atoms, temperature: float, rng: np.random.Generator) -> None:
         ZeroRotation(atoms)
 
 
-def langevin(atoms: Atoms, temperature: float, rng: np.random.Generator) -> Langevin:
+def langevin(atoms: Atoms, temperature: float | np.ndarray, rng: np.random.Generator) -> Langevin:
+    """Langevin dynamics at one temperature, or at one for each atom, shape (N, 1)."""
     return Langevin(
         atoms,
         TIMESTEP * units.fs,
@@ -329,25 +333,44 @@ def model_forces(name: str) -> Calculator:
     return NBodyCalculator(name)
 
 
-def dynamics(
-    structure: Structure, temperature: float, rng: np.random.Generator, model: str | None = None
-) -> Iterator[dict[str, np.ndarray]]:
-    """Frames of a short Langevin run that starts with the kinetic energy of twice the temperature at a minimum.
-
-    It follows the forces of ``model``, or those of GFN2-xTB. Frames of a model are further apart, as they are few.
-    """
+def dynamics(structure: Structure, temperature: float, rng: np.random.Generator) -> Iterator[dict[str, np.ndarray]]:
+    """Frames of a short Langevin run that starts with the kinetic energy of twice the temperature at a minimum."""
     atoms = structure.atoms.copy()
-    atoms.info["charge"] = structure.charge
-    reference = calculator(structure.charge)
-    atoms.calc = reference if model is None else model_forces(model)
+    atoms.calc = calculator(structure.charge)
     heat(atoms, temperature, rng)
     run = langevin(atoms, temperature, rng)
     run.run(EQUILIBRATION)
-    for _ in range(FRAMES if model is None else FRAMES_OF_MODEL):
-        run.run(STRIDE if model is None else 2 * STRIDE)
+    for _ in range(FRAMES):
+        run.run(STRIDE)
         frame = atoms.copy()
-        frame.calc = reference
+        frame.calc = atoms.calc
         yield labels(frame)
+
+
+def dynamics_of_model(
+    structures: Sequence[Structure], temperatures: Sequence[float], rng: np.random.Generator, model: str
+) -> list[list[np.ndarray]]:
+    """Positions of the frames of each structure, by Langevin dynamics with the forces of a model.
+
+    Structures of one call have one total charge. They are far apart in one system, which takes less time than one
+    after another. Frames are further apart than those of :func:`dynamics`, as they are few.
+    """
+    whole = Atoms()
+    for number, (structure, temperature) in enumerate(zip(structures, temperatures, strict=True)):
+        atoms = structure.atoms.copy()
+        heat(atoms, temperature, rng)
+        atoms.positions += np.array([number, 0.0, 0.0]) * APART - atoms.positions.mean(0)
+        whole += atoms
+    whole.info["charge"] = structures[0].charge
+    whole.calc = model_forces(model)
+    sizes = [len(structure.atoms) for structure in structures]
+    run = langevin(whole, np.repeat(temperatures, sizes)[:, None], rng)
+    run.run(EQUILIBRATION)
+    frames = []
+    for _ in range(FRAMES_OF_MODEL):
+        run.run(2 * STRIDE)
+        frames.append(np.split(whole.positions.copy(), np.cumsum(sizes)[:-1]))
+    return [list(of_structure) for of_structure in zip(*frames, strict=True)]
 
 
 def stretched(
@@ -376,27 +399,63 @@ def sound(frame: dict[str, np.ndarray]) -> bool:
     return finite and np.abs(forces).max() < MAX_FORCE and np.abs(forces.sum(0)).max() < 1e-3
 
 
+def temperature_of(kind: str, rng: np.random.Generator, given: float | None) -> float:
+    """Of the dynamics of one structure, K, drawn if it is not given; 0 where there are no dynamics."""
+    if kind == "bond":
+        return 0.0
+    if given is not None:
+        return given
+    return float(np.exp(rng.uniform(np.log(100.0), np.log(500.0 if kind == "cluster" else 1000.0))))
+
+
+def sound_ones(frames: Iterator[dict[str, np.ndarray]]) -> list[dict[str, np.ndarray]]:
+    """The sound ones of labelled frames, up to the first without a self-consistent solution."""
+    found = []
+    with contextlib.suppress(*FAILURES):
+        found.extend(frame for frame in frames if sound(frame))
+    return found
+
+
 def sample(
     kind: str,
     structure: Structure,
     molecule: Chem.Mol | None,
+    temperature: float,
     rng: np.random.Generator,
-    model: str | None = None,
-    temperature: float | None = None,
-) -> tuple[list, float]:
-    """Sound frames of a structure and their temperature, K (0 where there is none; drawn if it is not given)."""
+    frames: int = FRAMES,
+) -> list[dict[str, np.ndarray]]:
+    """Sound frames of a structure without the help of a model."""
     if kind == "bond":
-        temperature = 0.0
-    elif temperature is None:
-        temperature = float(np.exp(rng.uniform(np.log(100.0), np.log(500.0 if kind == "cluster" else 1000.0))))
-    if kind == "bond":
-        source = stretched(structure, molecule, rng, FRAMES if model is None else FRAMES_OF_MODEL)
-    else:
-        source = dynamics(structure, temperature, rng, model)
-    frames = []
-    with contextlib.suppress(CalculationFailed, RuntimeError, ValueError):  # no self-consistent solution: keep the rest
-        frames.extend(frame for frame in source if sound(frame))
-    return frames, temperature
+        return sound_ones(stretched(structure, molecule, rng, frames))
+    return sound_ones(dynamics(structure, temperature, rng))
+
+
+def sample_by_model(
+    structures: Sequence[Structure], temperatures: Sequence[float], rng: np.random.Generator, model: str
+) -> list[list[dict[str, np.ndarray]]]:
+    """Sound frames of each structure by the dynamics of a model, neutral structures together."""
+    neutral = [n for n, structure in enumerate(structures) if structure.charge == 0]
+    jobs = [neutral] * bool(neutral) + [[n] for n, structure in enumerate(structures) if structure.charge != 0]
+    found: list[list[dict[str, np.ndarray]]] = [[] for _ in structures]
+    while jobs:
+        job = jobs.pop(0)
+        try:
+            frames = dynamics_of_model([structures[n] for n in job], [temperatures[n] for n in job], rng, model)
+        except FAILURES:
+            if len(job) > 1:  # one of them: the others alone
+                jobs[:0] = [[n] for n in job]
+            continue
+        for n, of_structure in zip(job, frames, strict=True):
+            found[n] = sound_ones(labelled(structures[n], positions) for positions in of_structure)
+    return found
+
+
+def labelled(structure: Structure, positions: np.ndarray) -> dict[str, np.ndarray]:
+    """Labels of a structure at other positions."""
+    atoms = structure.atoms.copy()
+    atoms.positions = positions
+    atoms.calc = calculator(structure.charge)
+    return labels(atoms)
 
 
 # -- units ---------------------------------------------------------------------------------------------------
@@ -421,22 +480,30 @@ def make_unit(
                                                     "total_charge", "structure", "temperature", "split")}  # fmt: skip
     names, failed = [], 0
     source = structures(kind, lists, rng, split)
+    by_model = model is not None and kind != "bond"
     while len(names) < count and failed < 10 * count:
-        structure, molecule = next(source)
-        frames, temperature = sample(kind, structure, molecule, rng, model, temperature)
-        if not frames:
-            failed += 1
-            continue
-        for frame in frames:
-            columns["z"].append(structure.atoms.numbers)
-            for key, value in frame.items():
-                columns[key].append(value)
-            columns["natoms"].append(len(structure.atoms))
-            columns["total_charge"].append(structure.charge)
-            columns["structure"].append(len(names))
-            columns["temperature"].append(temperature)
-            columns["split"].append(SPLITS.index(structure.split))
-        names.append(structure.name)
+        drawn = [next(source) for _ in range(min(TOGETHER, count - len(names)) if by_model else 1)]
+        temperatures = [temperature_of(kind, rng, temperature) for _ in drawn]
+        if by_model:
+            sampled = sample_by_model([structure for structure, _ in drawn], temperatures, rng, model)
+        else:
+            (structure, molecule), *_ = drawn
+            frames = FRAMES if model is None else FRAMES_OF_MODEL
+            sampled = [sample(kind, structure, molecule, temperatures[0], rng, frames)]
+        for (structure, _), kelvin, frames in zip(drawn, temperatures, sampled, strict=True):
+            if not frames:
+                failed += 1
+                continue
+            for frame in frames:
+                columns["z"].append(structure.atoms.numbers)
+                for key, value in frame.items():
+                    columns[key].append(value)
+                columns["natoms"].append(len(structure.atoms))
+                columns["total_charge"].append(structure.charge)
+                columns["structure"].append(len(names))
+                columns["temperature"].append(kelvin)
+                columns["split"].append(SPLITS.index(structure.split))
+            names.append(structure.name)
     path = out / f"unit_{number:05d}.h5"
     unfinished = path.with_suffix(f".{os.getpid()}.part")
     # With checksums of the data (fletcher32) and of what describes them (format 1.10), so that damage is noticed

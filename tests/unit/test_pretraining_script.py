@@ -57,6 +57,8 @@ def test_a_unit_is_whole_and_the_same_again(script, tmp_path, number):
             assert all(file[key].fletcher32 for key in file if key != "smiles")
         texts.append(arrays)
         atoms, frames = len(arrays["z"]), len(arrays["natoms"])
+        drawn = set(arrays["temperature"].tolist())
+        assert drawn == {0.0} if script.kind_of(number) == "bond" else len(drawn) == 2  # one for each structure
         assert done["frames"] == frames > 4 and done["kind"] == script.kind_of(number)
         assert arrays["pos"].shape == arrays["forces"].shape == (atoms, 3) and arrays["natoms"].sum() == atoms
         starts = np.concatenate([[0], np.cumsum(arrays["natoms"])[:-1]])
@@ -72,15 +74,59 @@ def test_a_unit_is_whole_and_the_same_again(script, tmp_path, number):
 
 @pytest.mark.slow
 def test_dynamics_of_a_model_have_the_labels_of_the_reference(script):
-    structure, _ = next(script.structures("qm9", LISTS, np.random.default_rng(0)))
-    frames, temperature = script.sample("qm9", structure, None, np.random.default_rng(1), "organic")
-    assert len(frames) == script.FRAMES_OF_MODEL and temperature >= 100.0
-    for frame in frames:
-        atoms = structure.atoms.copy()
-        atoms.positions = frame["pos"]
-        atoms.calc = script.calculator(0)
-        assert frame["energy"] == pytest.approx(atoms.get_potential_energy(), abs=1e-5)
-        np.testing.assert_allclose(frame["forces"], atoms.get_forces(), atol=1e-4)
+    source = script.structures("qm9", LISTS, np.random.default_rng(0))
+    structures = [next(source)[0] for _ in range(3)]
+    _, ion = script.build("CC(=O)[O-]", np.random.default_rng(0))
+    structures.insert(1, script.Structure("CC(=O)[O-]", ion, -1, "train"))
+    found = script.sample_by_model(structures, [100.0, 300.0, 500.0, 1000.0], np.random.default_rng(1), "organic")
+    for structure, frames in zip(structures, found, strict=True):
+        assert len(frames) == script.FRAMES_OF_MODEL
+        for frame in frames:
+            atoms = structure.atoms.copy()
+            atoms.positions = frame["pos"]
+            atoms.calc = script.calculator(structure.charge)
+            assert frame["energy"] == pytest.approx(atoms.get_potential_energy(), abs=1e-5)
+            np.testing.assert_allclose(frame["forces"], atoms.get_forces(), atol=1e-4)
+
+
+@pytest.mark.slow
+def test_structures_in_one_system_move_as_alone(script, monkeypatch):
+    """Without random numbers: the same positions."""
+
+    class Still:
+        standard_normal = staticmethod(lambda size=None: np.full(size, 0.1))
+
+    source = script.structures("qm9", LISTS, np.random.default_rng(0))
+    structures = [next(source)[0] for _ in range(3)]
+    temperatures = [100.0, 300.0, 1000.0]
+    monkeypatch.setattr(script, "EQUILIBRATION", 5)
+    together = script.dynamics_of_model(structures, temperatures, Still(), "organic")
+    for structure, temperature, frames in zip(structures, temperatures, together, strict=True):
+        (alone,) = script.dynamics_of_model([structure], [temperature], Still(), "organic")
+        assert np.ptp(alone[-1] - structure.atoms.positions, axis=0).max() > 0.01
+        for moved, expected in zip(frames, alone, strict=True):
+            np.testing.assert_allclose(moved - moved[0], expected - expected[0], atol=1e-5)
+
+
+def test_each_structure_has_its_own_temperature(script):
+    rng = np.random.default_rng(0)
+    drawn = [script.temperature_of("qm9", rng, None) for _ in range(20)]
+    assert len(set(drawn)) == 20 and min(drawn) >= 100.0 and max(drawn) <= 1000.0
+    assert script.temperature_of("qm9", rng, 300.0) == 300.0 and script.temperature_of("bond", rng, None) == 0.0
+
+
+def test_one_failed_structure_leaves_the_others(script, monkeypatch):
+    def fails(structures, *arguments):
+        if any(structure.name == "bad" for structure in structures):
+            raise RuntimeError("positions that are not finite")
+        return [[structure.atoms.positions] for structure in structures]
+
+    monkeypatch.setattr(script, "dynamics_of_model", fails)
+    monkeypatch.setattr(script, "labelled", lambda structure, positions: structure.name)
+    monkeypatch.setattr(script, "sound", lambda frame: True)
+    _, atoms = script.build("CO", np.random.default_rng(0))
+    structures = [script.Structure(name, atoms, 0, "train") for name in ("a", "bad", "b")]
+    assert script.sample_by_model(structures, [300.0] * 3, np.random.default_rng(0), "organic") == [["a"], [], ["b"]]
 
 
 @pytest.mark.slow
