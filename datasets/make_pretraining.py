@@ -19,6 +19,8 @@ ion          fragments that have lost or gained protons at acids, alcohols, amin
 peptide      capped peptides of one to three of twenty amino acids
 cluster      two to four small molecules, ions and waters at contact distances
 bond         fragments with one bond compressed or stretched, up to 2.5 times its length
+proton       molecules with an internal hydrogen bond, half of them enols of 1,3-dicarbonyls: in two of three frames
+             the hydrogen stands anywhere between donor and acceptor. Only with ``--kind proton``
 ===========  ======================================================================================================
 
 All kinds but the last are sampled by Langevin dynamics at temperatures between 100 and 1000 K (clusters up to 500 K).
@@ -84,6 +86,12 @@ AMINO_ACIDS = {
     "W": "Cc1c[nH]c2ccccc12", "S": "CO", "T": "[C@H](C)O", "C": "CS", "Y": "Cc1ccc(O)cc1", "N": "CC(N)=O",
     "Q": "CCC(N)=O", "D": "CC(O)=O", "E": "CCC(O)=O", "K": "CCCCN", "R": "CCCNC(N)=N", "H": "Cc1c[nH]cn1",
 }  # fmt: skip
+#: Substituents of the kind "proton" and its molecules; the first is hydrogen.
+SUBSTITUENTS = ("[H]", "C", "CC", "C(C)C", "F", "Cl", "OC", "N", "N(C)C", "c9ccccc9", "C#N", "C(F)(F)F", "C=C", "SC")
+CHELATES = ("O=C({0})C({1})=C({2})O", "O=C({0})C({1})=C({2})N", "N=C({0})C({1})=C({2})O", "O=C({0})c1ccccc1O",
+            "O=C({0})C({1})=C({2})S", "CN=C({0})c1cccc({1})c1O", "O=C({0})c1c(O)cc({1})cc1{2}")  # fmt: skip
+#: Molecules on which fine-tuned models are tested (malonaldehyde and acetylacetone), by their substituents.
+NO_CHELATES = {("[H]", "[H]", "[H]"), ("C", "[H]", "C")}
 #: Small partners of clusters, beside molecules of QM9.
 PARTNERS = ("O", "O", "O", "O", "CO", "N", "CC(O)=O", "CC(N)=O", "C", "F", "S",
             "[NH4+]", "[OH3+]", "CC(=O)[O-]", "[Cl-]", "[Br-]")  # fmt: skip
@@ -213,6 +221,10 @@ def molecules(kind: str, lists: dict[str, list[str]], rng: np.random.Generator) 
             yield pick(lists["qm9"], rng)
         elif kind == "peptide":
             yield peptide(rng)
+        elif kind == "proton" and rng.random() < 0.5:
+            substituents = tuple(pick(SUBSTITUENTS[: 4 if rng.random() < 0.5 else None], rng) for _ in range(3))
+            if substituents not in NO_CHELATES:
+                yield pick(CHELATES, rng).format(*substituents)
         elif kind == "drug":
             smiles = pick(lists["moses"], rng)
             if Chem.MolFromSmiles(smiles).GetNumHeavyAtoms() <= 20:
@@ -268,6 +280,37 @@ def cluster(lists: dict[str, list[str]], rng: np.random.Generator) -> Structure 
     return Structure(".".join(names), whole, charge, split)
 
 
+def hydrogen_bonds(atoms: Atoms) -> list[tuple[int, int, int]]:
+    """Donor, hydrogen and acceptor (N, O, S) of each hydrogen bond: D-A below 3.2 A, angle D-H-A above 110 degrees."""
+    polar = np.flatnonzero(np.isin(atoms.numbers, [7, 8, 16]))
+    distances = atoms.get_all_distances()
+    found = []
+    for hydrogen in np.flatnonzero(atoms.numbers == 1):
+        donor = int(distances[hydrogen].argsort()[1])  # the nearest atom
+        if donor not in polar:
+            continue
+        found += [
+            (donor, int(hydrogen), int(acceptor))
+            for acceptor in polar
+            if acceptor != donor
+            and 2.0 < distances[donor, acceptor] < 3.2
+            and distances[hydrogen, acceptor] > 1.3
+            and atoms.get_angle(donor, hydrogen, acceptor) > 110.0
+        ]
+    return found
+
+
+def shift_proton(atoms: Atoms, rng: np.random.Generator) -> None:
+    """Put the hydrogen of one of the hydrogen bonds near the line from donor to acceptor, 0.9 A from both or more."""
+    bonds = hydrogen_bonds(atoms)
+    if bonds:
+        donor, hydrogen, acceptor = pick(bonds, rng)
+        line = atoms.positions[acceptor] - atoms.positions[donor]
+        length = np.linalg.norm(line)
+        place = atoms.positions[donor] + rng.uniform(0.9, length - 0.9) / length * line
+        atoms.positions[hydrogen] = place + rng.normal(scale=0.1, size=3)
+
+
 def structures(
     kind: str, lists: dict[str, list[str]], rng: np.random.Generator, split: str | None = None
 ) -> Iterator[tuple[Structure, Chem.Mol | None]]:
@@ -281,7 +324,7 @@ def structures(
         if split is not None and (plain := Chem.MolFromSmiles(smiles)) is not None and split_of(plain) != split:
             continue  # before the atoms are placed, which takes time
         built = build(smiles, rng)
-        if built is not None:
+        if built is not None and (kind != "proton" or hydrogen_bonds(built[1])):
             molecule, atoms = built
             structure = Structure(smiles, atoms, Chem.GetFormalCharge(molecule), split_of(Chem.RemoveHs(molecule)))
             if split in (None, structure.split):
@@ -431,7 +474,7 @@ def sample(
 
 
 def sample_by_model(
-    structures: Sequence[Structure], temperatures: Sequence[float], rng: np.random.Generator, model: str
+    kind: str, structures: Sequence[Structure], temperatures: Sequence[float], rng: np.random.Generator, model: str
 ) -> list[list[dict[str, np.ndarray]]]:
     """Sound frames of each structure by the dynamics of a model, neutral structures together."""
     neutral = [n for n, structure in enumerate(structures) if structure.charge == 0]
@@ -446,15 +489,18 @@ def sample_by_model(
                 jobs[:0] = [[n] for n in job]
             continue
         for n, of_structure in zip(job, frames, strict=True):
-            found[n] = sound_ones(labelled(structures[n], positions) for positions in of_structure)
+            moved = [structures[n].atoms.copy() for _ in of_structure]
+            for atoms, positions in zip(moved, of_structure, strict=True):
+                atoms.positions = positions
+                if kind == "proton" and rng.random() < 2 / 3:
+                    shift_proton(atoms, rng)
+            found[n] = sound_ones(labelled(atoms, structures[n].charge) for atoms in moved)
     return found
 
 
-def labelled(structure: Structure, positions: np.ndarray) -> dict[str, np.ndarray]:
-    """Labels of a structure at other positions."""
-    atoms = structure.atoms.copy()
-    atoms.positions = positions
-    atoms.calc = calculator(structure.charge)
+def labelled(atoms: Atoms, charge: int) -> dict[str, np.ndarray]:
+    """Labels of atoms with this total charge."""
+    atoms.calc = calculator(charge)
     return labels(atoms)
 
 
@@ -473,9 +519,11 @@ def make_unit(
     model: str | None = None,
     split: str | None = None,
     temperature: float | None = None,
+    kind: str | None = None,
 ) -> dict[str, float]:
     """Make one unit and write its file whole; returns what is printed of it."""
-    kind, rng, begin = kind_of(number), np.random.default_rng([SEED, number]), time.process_time()
+    kind = kind or kind_of(number)
+    rng, begin = np.random.default_rng([SEED, number]), time.process_time()
     columns: dict[str, list] = {key: [] for key in ("z", "pos", "forces", "charges", "energy", "dipole", "natoms",
                                                     "total_charge", "structure", "temperature", "split")}  # fmt: skip
     names, failed = [], 0
@@ -485,7 +533,7 @@ def make_unit(
         drawn = [next(source) for _ in range(min(TOGETHER, count - len(names)) if by_model else 1)]
         temperatures = [temperature_of(kind, rng, temperature) for _ in drawn]
         if by_model:
-            sampled = sample_by_model([structure for structure, _ in drawn], temperatures, rng, model)
+            sampled = sample_by_model(kind, [structure for structure, _ in drawn], temperatures, rng, model)
         else:
             (structure, molecule), *_ = drawn
             frames = FRAMES if model is None else FRAMES_OF_MODEL
@@ -555,7 +603,7 @@ def manifest(out: Path) -> dict:
     }
 
 
-def _work(job: tuple[int, Path, int, str | None, str | None, float | None]) -> dict[str, float]:
+def _work(job: tuple[int, Path, int, str | None, str | None, float | None, str | None]) -> dict[str, float]:
     number, out, *settings = job
     return make_unit(number, out, _lists(), *settings)
 
@@ -579,19 +627,22 @@ def main() -> int:
     parser.add_argument("--dynamics", metavar="MODEL", help="model that the dynamics follow (default: GFN2-xTB)")
     parser.add_argument("--first", type=int, default=0, help="number of the first unit")
     parser.add_argument("--split", choices=SPLITS, help="molecules of this split only (default: all)")
+    parser.add_argument("--kind", choices=[*MIXTURE, "proton"], help="of all units (default: the mixture)")
     parser.add_argument("--temperature", type=float, help="of all dynamics, K (default: drawn for each structure)")
     parser.add_argument(
         "--structures", type=int, help=f"in a unit (default: {STRUCTURES}; of a model {STRUCTURES_OF_MODEL})"
     )
     args = parser.parse_args()
+    if args.kind == "proton" and args.dynamics is None:
+        parser.error("--kind proton needs the dynamics of a model; add --dynamics organic")
     args.out.mkdir(parents=True, exist_ok=True)
     count, each = (STRUCTURES, FRAMES) if args.dynamics is None else (STRUCTURES_OF_MODEL, FRAMES_OF_MODEL)
     count = args.structures or count
     wanted = range(args.first, args.first - (-args.frames // (count * each)))
     if args.temperature is not None:
-        wanted = [number for number in wanted if kind_of(number) != "bond"]
+        wanted = [number for number in wanted if (args.kind or kind_of(number)) != "bond"]
     missing = [number for number in wanted if not (args.out / f"unit_{number:05d}.h5").exists()]
-    jobs = [(number, args.out, count, args.dynamics, args.split, args.temperature) for number in missing]
+    jobs = [(number, args.out, count, args.dynamics, args.split, args.temperature, args.kind) for number in missing]
     print(f"{len(wanted)} units, {len(wanted) - len(jobs)} of them done", flush=True)
     with multiprocessing.get_context("spawn").Pool(args.processes) as pool:
         for done in pool.imap_unordered(_work, jobs):

@@ -78,7 +78,9 @@ def test_dynamics_of_a_model_have_the_labels_of_the_reference(script):
     structures = [next(source)[0] for _ in range(3)]
     _, ion = script.build("CC(=O)[O-]", np.random.default_rng(0))
     structures.insert(1, script.Structure("CC(=O)[O-]", ion, -1, "train"))
-    found = script.sample_by_model(structures, [100.0, 300.0, 500.0, 1000.0], np.random.default_rng(1), "organic")
+    found = script.sample_by_model(
+        "qm9", structures, [100.0, 300.0, 500.0, 1000.0], np.random.default_rng(1), "organic"
+    )
     for structure, frames in zip(structures, found, strict=True):
         assert len(frames) == script.FRAMES_OF_MODEL
         for frame in frames:
@@ -115,6 +117,33 @@ def test_each_structure_has_its_own_temperature(script):
     assert script.temperature_of("qm9", rng, 300.0) == 300.0 and script.temperature_of("bond", rng, None) == 0.0
 
 
+def test_protons_stand_between_donor_and_acceptor(script):
+    rng = np.random.default_rng(0)
+    source = script.structures("proton", LISTS, rng)
+    for _ in range(5):
+        structure, _ = next(source)
+        bonds = script.hydrogen_bonds(structure.atoms)
+        assert bonds
+        moved = structure.atoms.copy()
+        script.shift_proton(moved, rng)
+        (hydrogen,) = np.flatnonzero((moved.positions != structure.atoms.positions).any(1))
+        assert any(
+            min(moved.get_distance(hydrogen, donor), moved.get_distance(hydrogen, acceptor)) > 0.6
+            and moved.get_angle(donor, hydrogen, acceptor) > 110.0
+            for donor, of_bond, acceptor in bonds
+            if of_bond == hydrogen
+        )
+    assert script.hydrogen_bonds(script.build("CCC", rng)[1]) == []
+
+
+def test_tested_enols_are_left_out(script):
+    tested = {Chem.CanonSmiles(smiles) for smiles in ("O=CC=CO", "CC(=O)C=C(C)O")}
+    rng = np.random.default_rng(0)
+    source = script.molecules("proton", {"qm9": ["OCCO"], "moses": LISTS["moses"]}, rng)
+    found = {Chem.CanonSmiles(next(source)) for _ in range(2000)}
+    assert len(found) > 300 and not found & tested
+
+
 def test_one_failed_structure_leaves_the_others(script, monkeypatch):
     def fails(structures, *arguments):
         if any(structure.name == "bad" for structure in structures):
@@ -122,11 +151,18 @@ def test_one_failed_structure_leaves_the_others(script, monkeypatch):
         return [[structure.atoms.positions] for structure in structures]
 
     monkeypatch.setattr(script, "dynamics_of_model", fails)
-    monkeypatch.setattr(script, "labelled", lambda structure, positions: structure.name)
+    monkeypatch.setattr(script, "labelled", lambda atoms, charge: atoms.info["name"])
     monkeypatch.setattr(script, "sound", lambda frame: True)
-    _, atoms = script.build("CO", np.random.default_rng(0))
-    structures = [script.Structure(name, atoms, 0, "train") for name in ("a", "bad", "b")]
-    assert script.sample_by_model(structures, [300.0] * 3, np.random.default_rng(0), "organic") == [["a"], [], ["b"]]
+    structures = []
+    for name in ("a", "bad", "b"):
+        _, atoms = script.build("CO", np.random.default_rng(0))
+        atoms.info["name"] = name
+        structures.append(script.Structure(name, atoms, 0, "train"))
+    assert script.sample_by_model("qm9", structures, [300.0] * 3, np.random.default_rng(0), "organic") == [
+        ["a"],
+        [],
+        ["b"],
+    ]
 
 
 @pytest.mark.slow
