@@ -376,6 +376,32 @@ def model_forces(name: str) -> Calculator:
     return NBodyCalculator(name)
 
 
+class ChargedForces(Calculator):
+    """Forces of a model on structures in one system, each with its total charge, as one batch of graphs."""
+
+    implemented_properties = ["energy", "forces"]  # noqa: RUF012 (ASE's interface)
+
+    def __init__(self, name: str, structures: Sequence[Structure]) -> None:
+        import torch
+        from torch_geometric.data import Batch
+
+        from nbody_pyg.data import AtomicData
+        from nbody_pyg.system import System
+
+        super().__init__()
+        frames = [structure.atoms.copy() for structure in structures]
+        for frame, structure in zip(frames, structures, strict=True):
+            frame.info["charge"] = structure.charge
+        self.potential = model_forces(name).potential
+        self.system = System.from_data(Batch.from_data_list([AtomicData.from_ase(frame) for frame in frames]))
+        self.tensor = torch.as_tensor
+
+    def calculate(self, atoms: Atoms | None = None, properties: Any = None, system_changes: Any = None) -> None:
+        super().calculate(atoms, properties, system_changes)
+        out = self.potential(self.system.replace(pos=self.tensor(self.atoms.positions)))
+        self.results = {"energy": float(out["energy"].sum()), "forces": out["forces"].double().numpy()}
+
+
 def dynamics(structure: Structure, temperature: float, rng: np.random.Generator) -> Iterator[dict[str, np.ndarray]]:
     """Frames of a short Langevin run that starts with the kinetic energy of twice the temperature at a minimum."""
     atoms = structure.atoms.copy()
@@ -395,8 +421,8 @@ def dynamics_of_model(
 ) -> list[list[np.ndarray]]:
     """Positions of the frames of each structure, by Langevin dynamics with the forces of a model.
 
-    Structures of one call have one total charge. They are far apart in one system, which takes less time than one
-    after another. Frames are further apart than those of :func:`dynamics`, as they are few.
+    They are far apart in one system, which takes less time than one after another. Frames are further apart than those
+    of :func:`dynamics`, as they are few.
     """
     whole = Atoms()
     for number, (structure, temperature) in enumerate(zip(structures, temperatures, strict=True)):
@@ -404,8 +430,8 @@ def dynamics_of_model(
         heat(atoms, temperature, rng)
         atoms.positions += np.array([number, 0.0, 0.0]) * APART - atoms.positions.mean(0)
         whole += atoms
-    whole.info["charge"] = structures[0].charge
-    whole.calc = model_forces(model)
+    charged = any(structure.charge for structure in structures)
+    whole.calc = ChargedForces(model, structures) if charged else model_forces(model)
     sizes = [len(structure.atoms) for structure in structures]
     run = langevin(whole, np.repeat(temperatures, sizes)[:, None], rng)
     run.run(EQUILIBRATION)
@@ -476,9 +502,10 @@ def sample(
 def sample_by_model(
     kind: str, structures: Sequence[Structure], temperatures: Sequence[float], rng: np.random.Generator, model: str
 ) -> list[list[dict[str, np.ndarray]]]:
-    """Sound frames of each structure by the dynamics of a model, neutral structures together."""
+    """Sound frames of each structure by the dynamics of a model: neutral structures together, and charged ones."""
     neutral = [n for n, structure in enumerate(structures) if structure.charge == 0]
-    jobs = [neutral] * bool(neutral) + [[n] for n, structure in enumerate(structures) if structure.charge != 0]
+    charged = [n for n, structure in enumerate(structures) if structure.charge != 0]
+    jobs = [job for job in (neutral, charged) if job]
     found: list[list[dict[str, np.ndarray]]] = [[] for _ in structures]
     while jobs:
         job = jobs.pop(0)

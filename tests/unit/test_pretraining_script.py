@@ -92,14 +92,19 @@ def test_dynamics_of_a_model_have_the_labels_of_the_reference(script):
 
 
 @pytest.mark.slow
-def test_structures_in_one_system_move_as_alone(script, monkeypatch):
+@pytest.mark.parametrize("charged", [False, True])
+def test_structures_in_one_system_move_as_alone(script, monkeypatch, charged):
     """Without random numbers: the same positions."""
 
     class Still:
         standard_normal = staticmethod(lambda size=None: np.full(size, 0.1))
 
-    source = script.structures("qm9", LISTS, np.random.default_rng(0))
-    structures = [next(source)[0] for _ in range(3)]
+    if charged:
+        _, ion = script.build("CC(=O)[O-]", np.random.default_rng(0))
+        structures = [script.Structure("CC(=O)[O-]", ion, charge, "train") for charge in (-1, 1, 0)]
+    else:
+        source = script.structures("qm9", LISTS, np.random.default_rng(0))
+        structures = [next(source)[0] for _ in range(3)]
     temperatures = [100.0, 300.0, 1000.0]
     monkeypatch.setattr(script, "EQUILIBRATION", 5)
     together = script.dynamics_of_model(structures, temperatures, Still(), "organic")
