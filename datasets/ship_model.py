@@ -4,14 +4,13 @@ The file holds the weights, the settings and errors of the training, and what us
 where it is described. Paths of the machine on which it was trained are left out.
 
 With ``--units FOLDER``, the files of the training, the model only repels below the distances that it was trained on:
-inner cutoffs and repulsion are raised to 0.95 and 0.9 times the shortest distance of each pair of elements, the frames
-with the 19 shortest ones left out.
+inner cutoffs and repulsion are raised to 0.95 and 0.9 times the shortest distance of each pair of elements, one in a
+thousand of the frames, and at most 19, left out.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +18,9 @@ from nbody_pyg.datasets import UnitFiles
 from nbody_pyg.deploy import load_model, read_metadata, save_model
 from nbody_pyg.io.model_file import SHIPPED
 from nbody_pyg.nn.inner_cutoff import INNER_FACTOR
-from nbody_pyg.nn.repulsion import SEEN_FACTOR, ZBLRepulsion, shortest_distances
+from nbody_pyg.nn.repulsion import SEEN_FACTOR, ZBLRepulsion
 from nbody_pyg.potential import Potential
+from nbody_pyg.training.stream import shortest_in_units
 
 LARGEST = 5_000_000  # bytes
 ABOUT = {
@@ -31,7 +31,6 @@ ABOUT = {
         "description": "docs/organic.md",
     }
 }
-LEFT_OUT = 19  # frames with shorter distances: a broken molecule among thousands must not decide
 KEPT = ("steps", "epochs", "cpu_seconds", "weights", "num_frames", "sample", "errors", "errors_unit")
 
 
@@ -43,17 +42,6 @@ def metadata_of(path: str | Path, name: str) -> dict[str, Any]:
     for section, keys in paths.items():
         config[section] = {key: value for key, value in config.get(section, {}).items() if key not in keys}
     return {**ABOUT[name], "config": config, **{key: found[key] for key in KEPT}}
-
-
-def distances(folder: Path) -> dict[str, float]:
-    """The shortest distance of each pair of elements within 3 angstrom in the training frames of some units, angstrom,
-    without the frames with the shortest ones; of pairs in fewer frames the shortest of all."""
-    units, found = UnitFiles(sorted(folder.glob("*.h5"))), defaultdict[str, list[float]](list)
-    for number in range(len(units.files)):
-        for frame in units.read(number, units.rows(number)):
-            for name, length in shortest_distances([frame]).items():
-                found[name].append(length)
-    return {name: sorted(values)[LEFT_OUT if len(values) > LEFT_OUT else 0] for name, values in found.items()}
 
 
 def repelling(potential: Potential, shortest: dict[str, float]) -> Potential:
@@ -82,7 +70,7 @@ def main(argv: list[str] | None = None) -> int:
     new = path.with_suffix(".part")
     model = load_model(args.model)
     if args.units is not None:
-        model = repelling(model, distances(args.units))
+        model = repelling(model, shortest_in_units(UnitFiles(sorted(args.units.glob("*.h5")))))
     save_model(model, new, metadata_of(args.model, args.name))
     if new.stat().st_size > LARGEST:
         new.unlink()

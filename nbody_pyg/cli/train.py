@@ -56,6 +56,7 @@ from nbody_pyg.training.processes import is_first_process
 from nbody_pyg.training.property_task import PropertyEvaluation, evaluate_properties
 from nbody_pyg.training.run import FIT_FILES, FitResult, fit_in, require_device, require_elements
 from nbody_pyg.training.settings import RESUMABLE, FineTuneConfig
+from nbody_pyg.training.stream import shortest_in_units
 from nbody_pyg.training.trainer import Callback, Trainer
 
 # Largest structure that is stored in the model file as a sample, in atoms.
@@ -164,10 +165,12 @@ def _train(config: Config, run: RunFolder) -> int:
         else:
             given = config.finetune
             keep = given.keep_inputs or given.replay is not None or config.model.arguments.get("inputs") is not None
-            partial = given.keep_elements or given.replay is not None or data.stream is not None
+            shortest: dict[str, float] | None = {} if given.keep_elements or given.replay is not None else None
+            if data.stream is not None:
+                shortest = shortest_in_units(data.stream)
             e0 = reference_mode(config.data)
             charges = config.model.arguments.get("long_range")
-            tuned, heirs = tuned_model(init, data.train, e0, given.keep_elements, keep, partial, charges)
+            tuned, heirs = tuned_model(init, data.train, e0, given.keep_elements, keep, shortest, charges)
             potential = known_states(tuned.to(getattr(torch, config.training.dtype)), data)
     require_elements(potential, data.named())
     _describe(potential, config, choices, heirs)

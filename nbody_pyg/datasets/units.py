@@ -33,6 +33,7 @@ _FRAMES: Mapping[str, tuple[str, tuple[int, ...]]] = {
     "polarizability": ("polarizability", (3, 3)), "charge": ("total_charge", ()), "spin": ("spin", ()),
     "cell": ("cell", (3, 3)), "pbc": ("pbc", (3,)),
 }  # fmt: skip
+_GEOMETRY = {"z": "z", "pos": "pos", "cell": "cell", "pbc": "pbc"}
 _INTEGERS = {"z": np.uint8, "pbc": np.uint8}
 #: Training frames of a sample, from which E0, scale, labels and charges are taken.
 SAMPLE = 2000
@@ -295,6 +296,23 @@ class UnitFiles:
             notes=notes or (), numbers=numbers[chosen].tolist(),
             kinds=[str(kinds[row if len(kinds) > 1 else 0]) for row in chosen],
         )  # fmt: skip
+
+    def geometry(self, number: int, split: str = "train") -> AtomicData:
+        """Elements, positions and cells of the frames of a split in a file as one batch, without checks and labels:
+        ``z``, ``pos``, ``batch``, and ``cell`` and ``pbc`` if the file has them."""
+        with _open(self.files[number]) as file:
+            held = {key: file[name][:] for key, name in _GEOMETRY.items() if name in file}
+        frames = np.isin(np.arange(len(self.num_atoms[number])), self.rows(number, split))
+        atoms = np.repeat(frames, self.num_atoms[number])
+        found = AtomicData(
+            z=torch.from_numpy(held["z"][atoms]).long(),
+            pos=torch.from_numpy(held["pos"][atoms]).double(),
+            batch=torch.from_numpy(np.repeat(np.arange(frames.sum()), self.num_atoms[number][frames])),
+        )
+        if "cell" in held and "pbc" in held:
+            found.cell = torch.from_numpy(held["cell"][frames]).double()
+            found.pbc = torch.from_numpy(held["pbc"][frames]).bool()
+        return found
 
     def sample(self, split: str = "train", count: int | None = None, seed: int = 0) -> Frames:
         """Frames of a split, drawn at random from all files; of training frames also some of every element, label,

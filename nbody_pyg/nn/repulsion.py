@@ -101,7 +101,12 @@ class ZBLRepulsion(EnergyTerm, Float64Buffers):
         The reach is 0.9 times that distance; pairs that do not come within 3 angstrom use the reach without data. At
         most 2,000 frames are used.
         """
-        return cls(species, {name: SEEN_FACTOR * length for name, length in shortest_distances(frames).items()})
+        return cls.below(species, shortest_distances(frames))
+
+    @classmethod
+    def below(cls, species: Sequence[int], shortest: Mapping[str, float]) -> ZBLRepulsion:
+        """A repulsion that ends below shortest distances (angstrom) of pairs, by symbols, as in :meth:`from_frames`."""
+        return cls(species, {name: SEEN_FACTOR * length for name, length in shortest.items()})
 
     def forward(self, structure: Structure) -> Float[Tensor, " atoms"]:
         """Share of each atom in the repulsion, eV: half of each of its pairs."""
@@ -151,15 +156,24 @@ def shortest_distances(frames: Sequence[Data]) -> dict[str, float]:
     frames are used."""
     shortest: dict[str, float] = {}
     for frame in frames[:: max(1, len(frames) // _MAX_FRAMES)]:
-        cell, pbc = (frame.get("cell"), frame.get("pbc")) if frame.get("pbc") is not None else (None, None)
-        index, shift = neighbour_list(frame.pos, _SEEN_WITHIN, None, cell, pbc)
-        length = edge_vectors(frame.pos, index, shift, cell).norm(dim=-1)
-        first, second = frame.z[index].sort(dim=0).values
-        for pair in (first * 119 + second).unique().tolist():
-            a, b = divmod(pair, 119)
-            least = float(length[(first == a) & (second == b)].min())
-            shortest[pair_name(a, b)] = min(least, shortest.get(pair_name(a, b), math.inf))
+        for name, lengths in shortest_in_frames(frame).items():
+            shortest[name] = min(float(lengths.min()), shortest.get(name, math.inf))
     return shortest
+
+
+def shortest_in_frames(frames: Data) -> dict[str, Float[Tensor, " frames_with_the_pair"]]:
+    """For each pair of elements the shortest distance (angstrom) in each frame of a batch, or in one frame, that has
+    one within 3 angstrom."""
+    batch = frames.get("batch")
+    cell, pbc = (frames.get("cell"), frames.get("pbc")) if frames.get("pbc") is not None else (None, None)
+    index, shift = neighbour_list(frames.pos, _SEEN_WITHIN, batch, cell, pbc)
+    length = edge_vectors(frames.pos, index, shift, cell, batch).norm(dim=-1)
+    first, second = frames.z[index].sort(dim=0).values
+    frame = torch.zeros_like(first) if batch is None else batch[index[1]]
+    keys, place = ((frame * 119 + first) * 119 + second).unique(return_inverse=True)
+    least = length.new_full((len(keys),), math.inf).scatter_reduce(0, place, length, "amin")
+    pairs = keys % 119**2
+    return {pair_name(*divmod(pair, 119)): least[pairs == pair] for pair in pairs.unique().tolist()}
 
 
 def pair_lengths(

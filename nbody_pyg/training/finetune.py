@@ -34,6 +34,8 @@ _FRAMES = 500
 #: Lengths below which a tuned model only repels, in units of those of a new model: it knows a little more of shorter
 #: distances.
 _SHORTER = 0.85
+#: Lengths of a trained model are rounded, angstrom.
+_ROUNDED = 1e-3
 #: Latent charges that are added to a trained model start this much smaller than those of a new one.
 _SMALL_CHARGES = 0.1
 #: Atomic numbers of the noble gases, which end the periods.
@@ -186,7 +188,7 @@ def tuned_model(
     e0: str | Energies = "lstsq",
     keep_elements: bool = False,
     keep_inputs: bool = False,
-    keep_short_range: bool = False,
+    shortest: Mapping[str, float] | None = None,
     long_range: str | Mapping[str, Any] | None = None,
 ) -> tuple[Potential | PropertyModel, Inheritance]:
     r"""A model to fine-tune: the network and the weights of ``init`` for the elements of the training frames.
@@ -208,7 +210,9 @@ def tuned_model(
         keep_inputs: keep the inputs charge and spin also where all frames are neutral singlets; otherwise the network
             loses them there (:meth:`~nbody_pyg.models.NBodyNet.neutral`), which makes it faster. So it does where
             all frames have one charge, if the network gets latent charges that find it.
-        keep_short_range: keep repulsion and inner cutoffs, for frames that are a sample, or not all that is trained on.
+        shortest: the shortest distances (angstrom) of pairs of elements, by symbols (``{"C-H": 1.02}``), if ``train``
+            is not all that is trained on; by default those of ``train``. An empty mapping keeps repulsion and inner
+            cutoffs.
         long_range: latent charges that an NBodyNet without any gets, as for :class:`~nbody_pyg.NBodyNet`.
 
     Raises: ValueError: elements that a network which is not ours does not know, or as ``fit_atomic_energies``.
@@ -225,7 +229,7 @@ def tuned_model(
         species = tuple(sorted(wanted)) if known is None else known
     else:
         species = tuple(sorted(wanted | set(init.model.species) if keep_elements else wanted))
-        model = _rebuilt(init, species, train, keep_inputs, keep_short_range, long_range)
+        model = _rebuilt(init, species, train, keep_inputs, shortest, long_range)
     return model, _inherit(model, init, train, e0, species)
 
 
@@ -261,7 +265,7 @@ def _rebuilt(
     species: Sequence[int],
     train: Sequence[Data],
     keep_inputs: bool,
-    keep_short_range: bool,
+    shortest: Mapping[str, float] | None,
     long_range: str | Mapping[str, Any] | None,
 ) -> Any:
     """A model as ``init`` for other elements, with its weights; without E0 and statistics."""
@@ -281,7 +285,7 @@ def _rebuilt(
         changes["long_range"] = long_range
     repulsion = None
     if isinstance(init, Potential) and init.repulsion is not None:
-        shortest = {} if keep_short_range else shortest_distances(train)
+        shortest = shortest_distances(train) if shortest is None else shortest
         reach = pair_lengths("reach", changes["species"], init.repulsion.reach, strict=False)
         repulsion = ZBLRepulsion(species, _limits(reach, shortest, SEEN_FACTOR))
         if source.inner_cutoff is not None:
@@ -308,7 +312,8 @@ def _limits(known: Mapping[str, float], shortest: Mapping[str, float], factor: f
     out = dict(known)
     for name in known.keys() & shortest.keys():
         new = factor * shortest[name]
-        out[name] = _SHORTER * new if known[name] > new else max(known[name], _SHORTER * new)
+        inside = known[name] > new + _ROUNDED
+        out[name] = _SHORTER * new if inside else max(known[name], _SHORTER * new)
     return out
 
 

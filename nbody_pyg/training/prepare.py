@@ -44,13 +44,14 @@ from nbody_pyg.messages import check_choice
 from nbody_pyg.network import check_states, frame_states, learn_state, without_ions
 from nbody_pyg.nn.electronic import check_inputs
 from nbody_pyg.nn.inner_cutoff import inner_cutoffs
-from nbody_pyg.nn.repulsion import ZBLRepulsion
+from nbody_pyg.nn.repulsion import ZBLRepulsion, shortest_distances
 from nbody_pyg.potential import Potential
 from nbody_pyg.properties import Property, PropertyModel, Statistics, fit_statistics, property_irreps
 from nbody_pyg.required import required
 from nbody_pyg.system import DEFAULT_STATE, System
 from nbody_pyg.training.config import Config, DataConfig, ModelConfig
 from nbody_pyg.training.labels import NO_FORCES, force_variance, uniform
+from nbody_pyg.training.stream import shortest_in_units
 
 if typing.TYPE_CHECKING:
     from nbody_pyg.models import NBodyNet
@@ -492,14 +493,13 @@ def _preset(config: ModelConfig) -> Callable[..., NBodyNet]:
 
 
 def _repulsion(config: ModelConfig, data: DataSets) -> ZBLRepulsion | None:
-    """Repulsion that ends below the shortest distances of the training frames, so that it is zero on them.
-
-    If the frames are a sample, in which the shortest distance of a rare pair may be missing, it ends within bonds.
-    """
+    """Repulsion that ends below the shortest distances of the training frames, so that it is zero on them. Of many
+    frames in files it is not zero on a few."""
     if config.repulsion != "zbl" and not (config.repulsion == "auto" and config.preset == "practical"):
         return None
     species = elements_of(data.train)
-    return ZBLRepulsion.from_frames(species, data.train) if data.stream is None else ZBLRepulsion(species)
+    shortest = shortest_distances(data.train) if data.stream is None else shortest_in_units(data.stream)
+    return ZBLRepulsion.below(species, shortest)
 
 
 def _wanted(config: Config) -> list[str]:

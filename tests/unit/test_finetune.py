@@ -554,7 +554,7 @@ def test_a_tuned_model_repels_below_the_distances_of_its_frames():
         before, after = safe(frame)["forces"], model(frame)["forces"]
         torch.testing.assert_close(after, before, rtol=0, atol=1e-10)
         assert before.abs().max() > 0.1
-    kept, _ = tuned_model(init, given, keep_elements=True, keep_short_range=True)
+    kept, _ = tuned_model(init, given, keep_elements=True, shortest={})
     assert kept.model.inner_cutoff.lengths == init.model.inner_cutoff.lengths
     assert kept.repulsion.reach == init.repulsion.reach
 

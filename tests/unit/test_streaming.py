@@ -17,9 +17,10 @@ from nbody_pyg.cli import main
 from nbody_pyg.datasets import UnitFiles, fit_atomic_energies, load_embedded, read_frames
 from nbody_pyg.deploy import load_model, read_metadata
 from nbody_pyg.io.checkpoint import read_checkpoint
+from nbody_pyg.nn.repulsion import shortest_distances
 from nbody_pyg.training import TrainingConfig, fit
 from nbody_pyg.training.config import load_config
-from nbody_pyg.training.stream import StreamLoader
+from nbody_pyg.training.stream import StreamLoader, shortest_in_units
 
 h5py = pytest.importorskip("h5py", reason="units are HDF5 files, which need h5py")
 
@@ -94,6 +95,45 @@ def test_a_file_is_read_in_our_units_and_splits(units, folder):
     assert len(read_frames(folder / "unit_00000.h5")) == 6
     fitted = fit_atomic_energies(units.sample("train", 15))
     assert fitted[1] == pytest.approx(E0[1], abs=2.0)
+
+
+def test_shortest_distances_of_all_training_frames(units, folder, monkeypatch):
+    monkeypatch.setattr("nbody_pyg.training.stream._LEFT_OUT", 0.0)
+    frames = [units.read(number, units.rows(number)) for number in range(5)]
+    every = [frame for of_file in frames for frame in of_file]
+    assert len(every) == 20
+    expected = shortest_distances(every)
+    found = shortest_in_units(units)
+    assert found.keys() == expected.keys() == {"H-H", "H-C", "H-O", "C-C", "C-O"} and found["H-C"] > 0.9
+    assert found == pytest.approx(expected, abs=1e-10)
+    # One of twenty left out: the second shortest
+    monkeypatch.setattr("nbody_pyg.training.stream._LEFT_OUT", 0.05)
+    single = sorted(shortest_distances([frame])["C-C"] for frame in every)
+    assert shortest_in_units(units)["C-C"] == pytest.approx(single[1], abs=1e-10) and single[1] > single[0]
+
+
+def test_shortest_distances_across_a_cell(tmp_path):
+    given = {"cell": [3.5 * np.eye(3), np.zeros((3, 3))], "pbc": [[1, 1, 1], [0, 0, 0]]}
+    one = {"z": [8, 1, 8, 1], "natoms": [2, 2], "total_charge": [0, 0], "split": [0, 0], "energy": [1.0, 2.0]}
+    pos = [[0.1, 0.0, 0.0], [3.2, 0.0, 0.0], [0.1, 0.0, 0.0], [1.3, 0.0, 0.0]]
+    write_unit(tmp_path / "a.h5", 0, pos=pos, forces=np.ones((4, 3)), dipole=None, **one, **given)
+    assert shortest_in_units(UnitFiles([tmp_path / "a.h5"]))["H-O"] == pytest.approx(0.4, abs=1e-10)
+
+
+@pytest.mark.slow
+def test_runs_on_files_only_repel_below_their_distances(folder, units, tmp_path):
+    shortest = shortest_in_units(units)
+    words = [f"--data.train={folder}", "--model.channels=4", "--training.max_steps=2", "--output.plot=false"]
+    assert main(["train", *words, f"--output.folder={tmp_path / 'a'}"]) == 0
+    first = load_model(tmp_path / "a" / "model.nbody")
+    assert first.repulsion.reach["C-O"] == pytest.approx(0.9 * shortest["C-O"])
+    assert (
+        main(["train", *words, "--init", str(tmp_path / "a" / "model.nbody"), f"--output.folder={tmp_path / 'b'}"]) == 0
+    )
+    second = load_model(tmp_path / "b" / "model.nbody")
+    assert second.repulsion.reach["C-O"] == pytest.approx(0.9 * shortest["C-O"])
+    lengths = second.model.inner_cutoff.lengths
+    assert lengths["C-O"] == pytest.approx(0.95 * shortest["C-O"], abs=1e-3)
 
 
 def test_samples_are_seeded_and_of_one_split(units):
@@ -293,7 +333,8 @@ def test_the_recipe_runs_and_leaves_new_files_out(folder, tmp_path, request, cap
     first = read_metadata(tmp_path / "r" / "model.nbody")
     assert first["metadata"]["num_frames"] == {"train": 20, "val": 5, "test": 5}
     reach = first["repulsion"]["reach"]
-    assert reach["H-O"] == pytest.approx(0.75 * (0.31 + 0.66)) and reach["O-O"] == pytest.approx(0.75 * 2 * 0.66)
+    shortest = shortest_in_units(UnitFiles(sorted(here.glob("*.h5"))))
+    assert reach["H-O"] == pytest.approx(0.9 * shortest["H-O"]) and reach["O-O"] == pytest.approx(0.75 * 2 * 0.66)
     assert first["e0"].keys() == {"1", "6", "8"} and first["metadata"]["errors"]["test"]["forces_mae"] > 0
     write_unit(here / "unit_00005.h5", 5)
     assert main([*words, "--training.max_steps", "5", "--output.resume", "true"]) == 0
