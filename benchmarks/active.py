@@ -79,6 +79,11 @@ def main() -> None:
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as place:
         rounds = learn([start], Path(place) / "learned", config)
+        if not rounds:
+            raise SystemExit(
+                f"no round began within --minutes {args.minutes:g}, the time of the first labels counts; give more "
+                "minutes, or take fewer labels with --first"
+            )
         labels = rounds[-1].labels + rounds[-1].new_labels
         seconds = len(rounds) * args.train_seconds + args.final_seconds
         rows = [

@@ -18,6 +18,10 @@ from torch_geometric.data import Data
 from nbody_pyg.data import has_hierarchy, no_elements, points, refuse_unstated, require_atoms
 from nbody_pyg.hierarchy import EdgeSet, Hierarchy, NestedShells, Scheme, Topology
 from nbody_pyg.kernels.autograd_flags import has_values, in_own_precision, is_tracing, opaque_to_compile
+from nbody_pyg.kernels.edges import FeatureKernel
+from nbody_pyg.kernels.library import compile_together
+from nbody_pyg.kernels.ops import DensityKernel, OneBodyKernel, ProductKernel
+from nbody_pyg.kernels.update import UpdateKernel
 from nbody_pyg.longrange import LongRange, LongRangeConfig, charge_shares
 from nbody_pyg.messages import check_choice, short
 from nbody_pyg.nn.custom import GateFactory, checked_state, gate_factories, gate_names
@@ -51,6 +55,8 @@ READOUTS = ("sum", "root", "nodes")
 NUM_LAYERS = 2
 #: Typical number of sources per target if the caller gives none.
 _NUM_NEIGHBORS = {"pair": 12.0, "child": 3.0}
+#: Operations with compiled code of one network. Linear maps share theirs.
+_KERNELS = (DensityKernel, FeatureKernel, OneBodyKernel, ProductKernel, UpdateKernel)
 
 
 class Step(NamedTuple):
@@ -353,6 +359,8 @@ class NBodyNet(Resettable):
             irreps = None if self._atom_level is None else types[self._atom_level]
             functions = num_basis if self._atom_step else 0
             self.long_range = LongRange(config, self.scheme, len(self.species), irreps, functions)
+        kernels = [getattr(module, "kernel", None) for module in self.modules()]
+        compile_together(kernel.library for kernel in kernels if isinstance(kernel, _KERNELS))
 
     def _between_atoms(self, step: Step) -> bool:
         """Whether the edges of a step join parts that each represent one atom, in both directions."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import math
 import multiprocessing
 import time
@@ -180,6 +181,12 @@ class _Run:
             raise RuntimeError(
                 f"{config.label} labelled {len(self.labelled)} of {count} structures {place}; check that "
                 "it computes the first structure, its charge and its spin"
+            )
+        elements = sorted(set(self.labelled[0].numbers.tolist()))
+        if len(elements) > 1:
+            self.note(
+                f"reference energies: structures of one composition cannot determine those of {symbols(elements)} one "
+                "by one (the fit of the energies is not affected)"
             )
 
     def validation(self) -> list[int]:
@@ -360,13 +367,28 @@ def _train_member(job: tuple[str, str, list[int], float, int, str, float]) -> No
     val = frames.select(validation)
     places = [place for place in range(len(frames)) if place not in set(validation)]
     log = Path(path).with_suffix("") / f"{len(frames)}-labels-{seed}"
-    if init == NO_INIT:
-        first = load_potential(path) if Path(path).is_file() else None
-        potential = trained(DataSets(frames.select(places), val), seconds, seed, log, first)
-    else:
-        kept = np.random.default_rng(seed).permutation(places)[: math.ceil(share * len(places))]
-        potential = tuned(DataSets(frames.select(sorted(kept.tolist())), val), seconds, seed, log, init)
+    with _silent("nbody_pyg.datasets.reference"):  # the same in every round; the run says it once
+        if init == NO_INIT:
+            first = load_potential(path) if Path(path).is_file() else None
+            potential = trained(DataSets(frames.select(places), val), seconds, seed, log, first)
+        else:
+            kept = np.random.default_rng(seed).permutation(places)[: math.ceil(share * len(places))]
+            potential = tuned(DataSets(frames.select(sorted(kept.tolist())), val), seconds, seed, log, init)
     save_model(potential, path, {"labels": len(frames)})
+
+
+@contextmanager
+def _silent(logger: str) -> Iterator[None]:
+    """Without the messages of a logger."""
+
+    def nothing(record: logging.LogRecord) -> bool:
+        return False
+
+    logging.getLogger(logger).addFilter(nothing)
+    try:
+        yield
+    finally:
+        logging.getLogger(logger).removeFilter(nothing)
 
 
 def trained(data: DataSets, seconds: float, seed: int, folder: Path, potential: Potential | None = None) -> Potential:

@@ -21,14 +21,17 @@ import stat
 import subprocess
 import tempfile
 import threading
+import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 from nbody_pyg.required import required
 
 R = TypeVar("R")
+#: Work that yields while a compiler runs, with its result.
+Steps = Generator[None, None, R]
 
 _FLAGS = (
     "-march=native",
@@ -45,6 +48,8 @@ _FLAGS = (
 _SHORT, _LONG = 30_000, 250_000
 #: Timeouts of the compiler, seconds: for a function of one line, and for any source.
 _PROBE_TIMEOUT, _TIMEOUT = 60.0, 900.0
+#: Seconds between two looks at the running compilers.
+_POLL = 0.005
 _PROBE = "int nbody_probe(void) { return 1; }"
 _OPENMP = "-fopenmp"
 _OPENMP_PROBE = """int nbody_sum(int n) {
@@ -207,17 +212,42 @@ def load(source: str, effort: str | None = None) -> ctypes.CDLL:
     """
     found = _libraries.get((source, effort))
     if found is None:
-        with _lock:
-            found = _libraries.get((source, effort))
-            if found is None:
-                try:
-                    found = _load(source, effort)
-                except (RuntimeError, OSError) as error:
-                    found = str(error)
-                _libraries[source, effort] = found
+        load_all([source], effort)
+        found = _libraries[source, effort]
     if isinstance(found, str):
         raise RuntimeError(found)
     return found
+
+
+@one_at_a_time
+def load_all(sources: Iterable[str], effort: str | None = None) -> None:
+    """Load several sources; as many are compiled at once as this process may use cores.
+
+    It does not raise if one fails: :func:`load` of that source does, without another try.
+    """
+    waiting = sorted((source for source in dict.fromkeys(sources) if (source, effort) not in _libraries), key=len)
+    running: dict[str, Steps[ctypes.CDLL]] = {}
+    with contextlib.ExitStack() as stack:  # an interrupt ends all compilers
+        while waiting or running:
+            while waiting and len(running) < _num_cores():  # the longest first
+                source = waiting.pop()
+                running[source] = stack.enter_context(contextlib.closing(_load(source, effort)))
+            for source, steps in list(running.items()):
+                try:
+                    next(steps)
+                    continue
+                except StopIteration as end:
+                    _libraries[source, effort] = end.value
+                except (RuntimeError, OSError) as error:
+                    _libraries[source, effort] = str(error)
+                del running[source]
+            if running:
+                time.sleep(_POLL)
+
+
+def _num_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def broken() -> str | None:
@@ -249,7 +279,7 @@ def forget() -> None:
         _said.clear()
 
 
-def _load(source: str, effort: str | None) -> ctypes.CDLL:
+def _load(source: str, effort: str | None) -> Steps[ctypes.CDLL]:
     command = compiler()
     if command is None:
         given = f"CC={os.environ['CC']} is no program" if os.environ.get("CC") else "no C compiler was found"
@@ -266,7 +296,7 @@ def _load(source: str, effort: str | None) -> ctypes.CDLL:
             load(_PROBE)  # the next lines find out whether it works
             _announce(folder)
         timeout = _PROBE_TIMEOUT if source in (_PROBE, _OPENMP_PROBE) else _TIMEOUT
-        code = _compile([*command, *_flags(source, effort)], source, timeout)
+        code = yield from _compile([*command, *_flags(source, effort)], source, timeout)
         if folder is not None:
             try:
                 _keep(folder, key, code)
@@ -291,7 +321,7 @@ def _announce(folder: Path | None) -> None:
         _said.add("compiling")
         kept = folder is not None and os.access(folder, os.W_OK)
         where = f"once for this kind of network; kept in {folder}" if kept else "for this process alone"
-        _log.warning("Compiling products of the network (about half a minute), %s", where)
+        _log.warning("Compiling products of the network (about ten seconds), %s", where)
 
 
 def _path(folder: Path, key: str, code: bytes) -> Path:
@@ -362,7 +392,7 @@ def _load_once(code: bytes, problem: str) -> ctypes.CDLL:
         ) from error
 
 
-def _compile(command: Sequence[str], source: str, timeout: float) -> bytes:
+def _compile(command: Sequence[str], source: str, timeout: float) -> Steps[bytes]:
     with _private_folder() as folder:
         code, built, log = folder / "kernel.c", folder / "kernel.so", folder / "errors.txt"
         code.write_text(source)
@@ -375,9 +405,13 @@ def _compile(command: Sequence[str], source: str, timeout: float) -> bytes:
                     words, stdin=subprocess.DEVNULL, stdout=errors, stderr=errors, start_new_session=True,
                     env=os.environ | {"TMPDIR": str(folder)},
                 )  # fmt: skip
+                end = time.monotonic() + timeout
                 try:
-                    status = process.wait(timeout)
-                except BaseException:
+                    while (status := process.poll()) is None:
+                        if time.monotonic() > end:
+                            raise subprocess.TimeoutExpired(words, timeout)
+                        yield
+                except BaseException:  # also GeneratorExit, of a caller that was interrupted
                     with contextlib.suppress(OSError):
                         os.killpg(process.pid, signal.SIGKILL) if hasattr(os, "killpg") else process.kill()
                     process.wait()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -83,6 +83,7 @@ class Library:
     def __init__(self, source: str, signatures: dict[str, str], links: Sequence[tuple[Library, str]] = ()) -> None:
         self._source, self._signatures, self._links = source, signatures, tuple(links)
         self._loaded: dict[torch.dtype, dict[str, tuple[Any, _Signature]]] = {}
+        self._together = self._with_links()
 
     @property
     def source(self) -> str:
@@ -94,6 +95,13 @@ class Library:
         """Whether compiling would take minutes, as for high degrees in both parities. Such products run in plain
         torch."""
         return len(self._source) > MAX_SOURCE or any(library.too_long for library, _ in self._links)
+
+    def _with_links(self) -> tuple[Library, ...]:
+        """This library and all that it calls."""
+        return self, *(one for library, _ in self._links for one in library._with_links())
+
+    def _text(self, dtype: torch.dtype) -> str:
+        return prelude(_C_NAMES[dtype], self._source) + self._source
 
     def call(self, name: str, dtype: torch.dtype, *arguments: Tensor | Several | float | int | None) -> None:
         """Call one function; every tensor is checked against the signature, see :func:`~operands.addresses`."""
@@ -124,7 +132,9 @@ class Library:
 
     @build.one_at_a_time  # a function must not be called before it is linked
     def _load(self, dtype: torch.dtype) -> dict[str, tuple[Any, _Signature]]:
-        library = build.load(prelude(_C_NAMES[dtype], self._source) + self._source)
+        needed = [one for one in self._together if dtype not in one._loaded and not one.too_long]
+        build.load_all(one._text(dtype) for one in needed)
+        library = build.load(self._text(dtype))
         functions = {}
         for name, signature in self._signatures.items():
             function = getattr(library, name)
@@ -155,4 +165,15 @@ class Library:
         return self  # compiled code is shared; ctypes objects cannot be copied
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Library, (self._source, self._signatures, self._links)
+        return Library, (self._source, self._signatures, self._links), {"_together": self._together}
+
+
+def compile_together(libraries: Iterable[Library]) -> None:
+    """Compile all of these and those that they call, several at once, when one of them is first needed.
+
+    Pass only libraries of one network: one that other networks use too is found by its links.
+    """
+    libraries = list(libraries)
+    group = tuple(dict.fromkeys(one for library in libraries for one in library._with_links()))
+    for library in libraries:
+        library._together = group

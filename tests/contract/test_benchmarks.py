@@ -177,6 +177,17 @@ def clusters(root, tmp_path):
     return tmp_path
 
 
+def test_active_learning_without_time_for_a_round_says_so(script, monkeypatch, tmp_path):
+    module = script("active")
+    write(tmp_path / "cu.xyz", bulk("Cu"))
+    monkeypatch.setattr(module, "trajectory", lambda *_: ())
+    monkeypatch.setattr(module, "learn", lambda *_: [])
+    monkeypatch.setattr(sys, "argv", ["active.py", str(tmp_path / "cu.xyz"), "--minutes", "0.5"])
+    with pytest.raises(SystemExit, match=r"no round began within --minutes 0\.5") as end:
+        module.main()
+    assert isinstance(end.value.code, str), "a message and exit status 1"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(TINY))
 def test_script_prints_a_table_and_writes_json(name, script, model, dimers, rmd17, root, request, tmp_path, capsys):

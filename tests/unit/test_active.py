@@ -283,7 +283,7 @@ def test_table_and_plot(run, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_command(tmp_path, monkeypatch, capsys):
+def test_the_command(tmp_path, monkeypatch, capsys, caplog):
     monkeypatch.chdir(tmp_path)
     write("cu.xyz", cluster())
     words = ["learn", "cu.xyz", "--label", "emt", "--first", "10", "--rounds", "1", "--walkers", "1", "--steps", "5",
@@ -291,6 +291,8 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     assert main(words) == 0
     out = capsys.readouterr().out
     assert "round 0: 10 labels" in out and "learned/model.nbody" in out
+    assert out.count("reference energies: ") == 1 and "those of O, Cu one by one" in out
+    assert not [record for record in caplog.records if "reference energies" in record.getMessage()]
     for name in ("model.nbody", "model-1.nbody", "learning.png", "rounds.txt", "labelled.xyz", "learn.json"):
         assert (tmp_path / "learned" / name).is_file()
     assert load_model("learned/model.nbody").species == (8, 29)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import logging
 import os
+import pickle
 import random
+import shlex
 import subprocess
 import sys
 import threading
+import time
 import warnings
 from pathlib import Path
 
@@ -41,11 +45,25 @@ def cache(monkeypatch, tmp_path):
 @pytest.fixture
 def compilations(monkeypatch):
     """What is compiled, beside the probe."""
-    done, run = [], build._compile
-    monkeypatch.setattr(
-        build, "_compile", lambda command, source, timeout: done.append(source) or run(command, source, timeout)
-    )
+    done, run = Compilations(), build._compile
+
+    def watched(command, source, timeout):
+        done.append(source)
+        done.running += 1
+        done.at_once = max(done.at_once, done.running)
+        try:
+            return (yield from run(command, source, timeout))
+        finally:
+            done.running -= 1
+
+    monkeypatch.setattr(build, "_compile", watched)
     return done
+
+
+class Compilations(list):
+    """The compiled sources, and how many were compiled at the same time."""
+
+    running = at_once = 0
 
 
 def answer() -> int:
@@ -67,9 +85,13 @@ def script(path: Path, text: str) -> str:
     return str(path)
 
 
-def energy() -> torch.Tensor:
+def network() -> NBodyNet:
     torch.manual_seed(0)
-    net = NBodyNet([1, 8], NestedShells((3.0,)), channels=2, lmax=1).double()
+    return NBodyNet([1, 8], NestedShells((3.0,)), channels=2, lmax=1).double()
+
+
+def energy(net: NBodyNet | None = None) -> torch.Tensor:
+    net = network() if net is None else net
     pos = torch.tensor([[0.0, 0, 0], [0.96, 0, 0], [-0.2, 0.9, 0.3], [0.1, 0.5, 2.1]], dtype=torch.float64)
     with torch.no_grad():
         return net(torch.tensor([8, 1, 1, 8]), pos)
@@ -176,10 +198,105 @@ def test_the_first_compilation_is_announced_once(cache, caplog):
         build.load(SOURCE)
         build.load("int other(void) { return 1; }")
     assert [r.getMessage() for r in caplog.records] == [
-        f"Compiling products of the network (about half a minute), once for this kind of network; kept in {cache}"
+        f"Compiling products of the network (about ten seconds), once for this kind of network; kept in {cache}"
     ]
     caplog.clear()
     assert answer() == 42 and not caplog.records
+
+
+# -- several at once -----------------------------------------------------------------------------------------
+SEVERAL = [f"int number(void) {{ return {n}; }}" for n in range(5)]
+
+
+@pytest.mark.parametrize("cores", [1, 2, 8])
+def test_several_sources_are_compiled_at_once(cache, compilations, monkeypatch, cores):
+    monkeypatch.setattr(build, "_num_cores", lambda: cores)
+    build.load_all([*SEVERAL, SEVERAL[0]])
+    assert sorted(s for s in compilations if s in SEVERAL) == SEVERAL, "each once"
+    assert compilations.at_once == min(cores, 5)
+    for _ in range(2):
+        compilations.clear()
+        assert [build.load(source).number() for source in SEVERAL] == [0, 1, 2, 3, 4] and not compilations
+        build.forget()
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="processes are not bound to cores")
+def test_no_more_at_once_than_cores_of_this_process(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {3, 5, 7})
+    assert build._num_cores() == 3
+
+
+def test_the_sources_of_a_network_are_compiled_at_once(cache, compilations, monkeypatch):
+    monkeypatch.setattr(build, "_num_cores", lambda: 8)
+    monkeypatch.setenv("NBODY_CFLAGS", "-O0")
+    set_backend("torch")
+    expected = energy()
+    set_backend("auto")
+    net = network()
+    torch.testing.assert_close(energy(net), expected, rtol=0, atol=1e-12)
+    assert expected.abs().max() > 0
+    assert compilations.at_once >= 4 and len(compilations) == len(set(compilations))
+    together = net.interactions[0].kernel.library._together
+    assert len(together) > 5 and all(one._loaded[torch.float64] for one in together), "none is compiled in vain"
+
+
+def test_a_copy_and_a_pickled_network_are_compiled_at_once():
+    net = network()
+    for made in (copy.deepcopy(net), pickle.loads(pickle.dumps(net))):
+        interaction = made.interactions[0]
+        update, density = interaction.kernel.library, interaction.density.kernel.library
+        assert update._together == density._together and {update, density} < set(update._together)
+
+
+def special(tmp_path: Path, text: str, then: str) -> str:
+    """A compiler that does something else for sources with a text."""
+    return script(
+        tmp_path / "cc",
+        f"""for word; do case "$word" in *.c) file=$word;; esac; done
+if grep -q {text} "$file"; then {then}; fi
+exec {shlex.join(build.compiler())} "$@\"""",
+    )
+
+
+def test_one_source_that_does_not_compile_leaves_plain_torch_with_one_warning(cache, monkeypatch, tmp_path):
+    set_backend("torch")
+    expected = energy()
+    set_backend("auto")
+    tries = tmp_path / "tries"
+    monkeypatch.setenv("NBODY_CFLAGS", "-O0")
+    monkeypatch.setenv("CC", special(tmp_path, "density_forward", f"echo once >> {tries}; echo no density >&2; exit 1"))
+    build.forget()
+    with pytest.warns(RuntimeWarning, match=r"(?s)plain torch runs .*compiler failed.*no density") as seen:
+        found = energy()
+    assert len(seen) == 1 and len(tries.read_text().splitlines()) == 1 and expected.abs().max() > 0
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+
+
+def test_an_interrupt_ends_all_compilers(cache, monkeypatch, tmp_path):
+    (tmp_path / "build").mkdir(mode=0o700)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "build"))
+    monkeypatch.setattr(build, "_num_cores", lambda: 2)
+    started = tmp_path / "started"
+    monkeypatch.setenv("CC", special(tmp_path, "number", f"echo $$ >> {started}; exec sleep 1000"))
+    build.forget()
+    build.broken(), build.no_threads()
+    wait = time.sleep
+
+    def interrupted(seconds):
+        wait(seconds)
+        if started.exists() and len(started.read_text().splitlines()) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(build.time, "sleep", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        build.load_all(SEVERAL)
+    monkeypatch.setattr(build.time, "sleep", wait)
+    for process in map(int, started.read_text().split()):
+        with pytest.raises(ProcessLookupError):
+            os.kill(process, 0)
+    assert not list((tmp_path / "build").iterdir())
+    monkeypatch.delenv("CC")
+    assert answer() == 42, "the lock is free"
 
 
 # -- whose code it is ----------------------------------------------------------------------------------------
