@@ -337,13 +337,14 @@ def calculator(charge: int) -> TBLite:
 
 
 def labels(atoms: Atoms) -> dict[str, np.ndarray]:
-    """What a frame keeps; energies and forces are those of the positions as they are stored (float64)."""
+    """What a frame keeps: all of it belongs to the positions as they are stored (float64), about their centre."""
+    centre, charges = atoms.positions.mean(0), atoms.get_charges()
     return {
-        "pos": atoms.positions - atoms.positions.mean(0),
+        "pos": atoms.positions - centre,
         "energy": np.float64(atoms.get_potential_energy(apply_constraint=False)),
         "forces": atoms.get_forces(apply_constraint=False),
-        "dipole": atoms.get_dipole_moment(),
-        "charges": atoms.get_charges(),
+        "dipole": atoms.get_dipole_moment() - charges.sum() * centre,
+        "charges": charges,
     }
 
 

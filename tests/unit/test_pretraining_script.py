@@ -115,6 +115,16 @@ def test_structures_in_one_system_move_as_alone(script, monkeypatch, charged):
             np.testing.assert_allclose(moved - moved[0], expected - expected[0], atol=1e-5)
 
 
+def test_labels_of_an_ion_do_not_depend_on_its_place(script):
+    _, atoms = script.build("CC(=O)[O-]", np.random.default_rng(0))
+    here = script.labelled(atoms, -1)
+    atoms.positions += [100.0, -30.0, 7.0]
+    there = script.labelled(atoms, -1)
+    assert np.linalg.norm(here["dipole"]) > 0.1
+    for key, value in here.items():
+        np.testing.assert_allclose(there[key], value, atol=1e-4, err_msg=key)
+
+
 def test_each_structure_has_its_own_temperature(script):
     rng = np.random.default_rng(0)
     drawn = [script.temperature_of("qm9", rng, None) for _ in range(20)]
