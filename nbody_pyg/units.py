@@ -39,6 +39,13 @@ ENERGY_UNITS: Mapping[str, float] = {
 }
 LENGTH_UNITS: Mapping[str, float] = {"angstrom": 1.0, "bohr": BOHR, "nm": 10.0, "pm": 1e-2}
 DIPOLE_UNITS: Mapping[str, float] = {"e*angstrom": 1.0, "debye": DEBYE, "e*bohr": BOHR}
+#: Polarizabilities as volumes, alpha / (4 pi epsilon_0).
+POLARIZABILITY_UNITS: Mapping[str, float] = {
+    "angstrom^3": 1.0,
+    "bohr^3": BOHR**3,
+    "e^2*angstrom^2/eV": COULOMB,
+    "e^2*bohr^2/Ha": BOHR**3,
+}
 GIGAPASCAL = 1e-21 / ELEMENTARY_CHARGE  # eV/angstrom^3
 #: Wavenumber of a vibration whose stiffness is 1 eV/angstrom^2 and whose mass is 1 amu, cm^-1.
 WAVENUMBER = (ELEMENTARY_CHARGE / ATOMIC_MASS) ** 0.5 * 1e10 / (200.0 * math.pi * SPEED_OF_LIGHT)
@@ -93,6 +100,24 @@ _SPELLINGS: Mapping[str, str] = {
     "e*a0": "e*bohr",
     "ea0": "e*bohr",
     "ebohr": "e*bohr",
+    "a^3": "angstrom^3",
+    "å^3": "angstrom^3",
+    "å³": "angstrom^3",
+    "ang^3": "angstrom^3",
+    "angstrom3": "angstrom^3",
+    "angstrom**3": "angstrom^3",
+    "a0^3": "bohr^3",
+    "a0**3": "bohr^3",
+    "bohr3": "bohr^3",
+    "bohr**3": "bohr^3",
+    "e^2a^2/ev": "e^2*angstrom^2/eV",
+    "e^2*a^2/ev": "e^2*angstrom^2/eV",
+    "e^2angstrom^2/ev": "e^2*angstrom^2/eV",
+    "e*angstrom^2/v": "e^2*angstrom^2/eV",
+    "e^2a0^2/eh": "e^2*bohr^2/Ha",
+    "e^2*a0^2/ha": "e^2*bohr^2/Ha",
+    "e^2*a0^2/eh": "e^2*bohr^2/Ha",
+    "e^2*bohr^2/hartree": "e^2*bohr^2/Ha",
     "ev/a^3": "eV/angstrom^3",
     "ev/a**3": "eV/angstrom^3",
     "ev/a3": "eV/angstrom^3",
@@ -159,6 +184,15 @@ def length_factor(unit: str) -> float:
 def dipole_factor(unit: str) -> float:
     """How many e*angstrom one ``unit`` of dipole moment is."""
     return DIPOLE_UNITS[_canonical(unit, DIPOLE_UNITS, "dipole")]
+
+
+def polarizability_factor(unit: str) -> float:
+    """How many angstrom^3 one ``unit`` of polarizability is, as a volume.
+
+    >>> round(polarizability_factor("a0^3"), 7)
+    0.1481847
+    """
+    return POLARIZABILITY_UNITS[_canonical(unit, POLARIZABILITY_UNITS, "polarizability")]
 
 
 @dataclass(frozen=True)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 
 from nbody_pyg import units
-from nbody_pyg.units import Units, dipole_factor, energy_factor, length_factor
+from nbody_pyg.units import Units, dipole_factor, energy_factor, length_factor, polarizability_factor
 
 
 @pytest.mark.parametrize(
@@ -34,6 +36,18 @@ def test_length_dipole_and_coulomb() -> None:
     assert dipole_factor("e*bohr") / dipole_factor("D") == pytest.approx(2.541746, abs=1e-6)
     assert pytest.approx(14.3996454, abs=1e-6) == units.COULOMB
     assert pytest.approx(8.617333262e-5, abs=1e-13) == units.BOLTZMANN
+
+
+def test_polarizabilities() -> None:
+    """As volumes; 1 e^2 a0^2 / Ha is 1.6487772e-41 C^2 m^2/J (CODATA), and 1 a0^3 when divided by 4 pi epsilon_0."""
+    volume = 1.64877727436e-41 / (4 * math.pi * 8.8541878188e-12) * 1e30
+    for spelling in ("a0^3", "bohr^3", "Bohr3", "e^2*bohr^2/Ha", "e^2 a0^2/Eh"):
+        assert polarizability_factor(spelling) == pytest.approx(volume, rel=1e-8)
+    for spelling in ("angstrom^3", "A^3", "Å³", "Angstrom**3"):
+        assert polarizability_factor(spelling) == 1.0
+    of_two_charges = polarizability_factor("e^2*angstrom^2/eV")  # the field of e at 1 angstrom is 14.4 V/angstrom
+    assert of_two_charges == pytest.approx(14.3996454, abs=1e-6)
+    assert polarizability_factor("e*angstrom^2/V") == polarizability_factor("e^2 A^2/eV") == of_two_charges
 
 
 def test_the_constants_agree_with_ase() -> None:
@@ -94,6 +108,8 @@ def test_stress_factors(unit: str, factor: float) -> None:
         (lambda: energy_factor("MeV"), ValueError, "did you mean 'meV'"),
         (lambda: energy_factor("furlong"), ValueError, r"unknown energy unit 'furlong'.*Known: eV, meV"),
         (lambda: length_factor("angstorm"), ValueError, "did you mean 'angstrom'"),
+        (lambda: polarizability_factor("bohr^2"), ValueError, r"unknown polarizability unit 'bohr\^2'; did you mean"),
+        (lambda: polarizability_factor("furlong"), ValueError, r"'furlong'\. Known: angstrom\^3, bohr\^3, e\^2"),
         (lambda: dipole_factor("deby"), ValueError, "did you mean 'debye'"),
         (lambda: Units(energy=1.0), TypeError, "energy unit must be a string|Expected type"),
         (lambda: Units.parse("eV,"), ValueError, "units must read 'energy"),
