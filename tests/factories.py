@@ -63,6 +63,23 @@ class LennardJones(EnergyTerm):
         return energy.new_zeros(structure.z.shape).index_add(0, index[1], 0.5 * energy)
 
 
+class Morse(EnergyTerm):
+    """A spring that softens between each pair of atoms of one molecule, at rest at ``lengths`` [atoms][atoms]."""
+
+    cutoff = 9.0
+
+    def __init__(self, lengths: list[list[float]], depth: float = 2.0, sharpness: float = 1.8) -> None:
+        super().__init__()
+        self.lengths, self.depth, self.sharpness = lengths, depth, sharpness
+
+    def forward(self, structure: Structure) -> Tensor:
+        index, vec = structure.pairs(self.cutoff)
+        r = vec.norm(dim=-1)
+        rest = torch.tensor(self.lengths, dtype=torch.float64).to(r)[index[0], index[1]]
+        energy = self.depth * (1 - torch.exp(-self.sharpness * (r - rest))) ** 2 * smooth_cutoff(r, self.cutoff)
+        return energy.new_zeros(structure.z.shape).index_add(0, index[1], 0.5 * energy)
+
+
 def only(term: EnergyTerm, species: Sequence[int]) -> Potential:
     """A potential that is this term alone: the network gives nothing."""
     silent = net(species=species)

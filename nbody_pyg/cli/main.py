@@ -38,7 +38,7 @@ Covariant hierarchical N-body networks for atoms.
   nbody learn CCO --label gfn2                      active learning: a potential from few labels
   nbody export runs/embedded/model.nbody --to c     source code for programs without Python
   nbody solid runs/si/model.nbody si.cif            cell, bulk modulus and elastic constants of a crystal
-  nbody infrared model.nbody start.xyz --dipole d.nbody   vibrations and infrared spectrum of a molecule
+  nbody infrared model.nbody start.xyz --dipole d.nbody   vibrations, infrared and Raman spectrum
   nbody energies runs/embedded/model.nbody my.xyz   energy of each part of a molecule
   nbody hierarchy molecule.xyz --scheme BondTree    build, check and draw a hierarchy
   nbody compare --models nbody painn --budget 300   compare with other models
@@ -278,11 +278,13 @@ def build_parser() -> _Parser:
     solid.add_argument("--strain", type=positive_number, default=0.005, help="of elastic constants (default: 0.005)")
     _add_out(solid, "folder (default: solid; a number is added if it holds results)")
 
-    infrared = commands.add_parser("infrared", help="vibrations and infrared spectrum of a molecule")
+    infrared = commands.add_parser("infrared", help="vibrations, infrared and Raman spectrum of a molecule")
     infrared.add_argument("model", help="model file")
     infrared.add_argument("file", help="a molecule in any file that ASE reads")
     infrared.add_argument("--dipole", default=None, metavar="MODEL",
-                          help="model file of dipoles, for intensities (default: frequencies only)")  # fmt: skip
+                          help="model file of dipoles, for intensities (default: none)")  # fmt: skip
+    infrared.add_argument("--polarizability", default=None, metavar="MODEL",
+                          help="model file of polarizabilities, for Raman activities (default: none)")  # fmt: skip
     infrared.add_argument("--index", type=whole, default=0, help="structure of the file (default: 0)")
     infrared.add_argument(
         "--fmax", type=positive_number, default=1e-4, help="largest force left, eV/A (default: 0.0001)"

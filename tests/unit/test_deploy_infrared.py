@@ -15,13 +15,11 @@ from ase.constraints import FixAtoms
 from ase.io import read, write
 from ase.vibrations import Infrared
 from scipy.spatial.distance import cdist
-from torch import Tensor
 
 import factories
-from nbody_pyg import AtomicData, EnergyTerm, NBodyNet, NestedShells, Potential
+from nbody_pyg import AtomicData, NBodyNet, NestedShells, Potential
 from nbody_pyg.cli import main
 from nbody_pyg.deploy import InfraredSpectrum, NBodyCalculator, infrared_spectrum, plot_infrared, save_model
-from nbody_pyg.energy import Structure
 from nbody_pyg.properties import Property, PropertyModel, property_irreps
 from nbody_pyg.radial import smooth_cutoff
 from nbody_pyg.units import ABSORPTION, DEBYE, WAVENUMBER
@@ -34,23 +32,6 @@ AXIS = np.array([0.6, -0.48, 0.64])  # a unit vector
 CO2 = Atoms("COO", [0 * AXIS, 1.16 * AXIS, -1.16 * AXIS])
 ODD = molecule("CH3CHO")
 ODD.rattle(0.1, seed=5)  # no symmetry is left
-
-
-class Morse(EnergyTerm):
-    """A spring that softens between each pair of atoms of one molecule, at rest at ``lengths`` [atoms][atoms]."""
-
-    cutoff = 9.0
-
-    def __init__(self, lengths: list[list[float]], depth: float = 2.0, sharpness: float = 1.8) -> None:
-        super().__init__()
-        self.lengths, self.depth, self.sharpness = lengths, depth, sharpness
-
-    def forward(self, structure: Structure) -> Tensor:
-        index, vec = structure.pairs(self.cutoff)
-        r = vec.norm(dim=-1)
-        rest = torch.tensor(self.lengths, dtype=torch.float64).to(r)[index[0], index[1]]
-        energy = self.depth * (1 - torch.exp(-self.sharpness * (r - rest))) ** 2 * smooth_cutoff(r, self.cutoff)
-        return energy.new_zeros(structure.z.shape).index_add(0, index[1], 0.5 * energy)
 
 
 class Both(Calculator):
@@ -73,7 +54,7 @@ def potential(atoms: Atoms, stretched: float = 1.0) -> Potential:
     """Springs between all atoms; that between atoms 1 and 2 is stretched."""
     lengths = cdist(atoms.positions, atoms.positions)
     lengths[1:3, 1:3] *= stretched
-    return factories.only(Morse(lengths.tolist()), SPECIES)
+    return factories.only(factories.Morse(lengths.tolist()), SPECIES)
 
 
 def dipole(*more: Property) -> PropertyModel:
