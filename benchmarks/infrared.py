@@ -1,11 +1,12 @@
-"""Infrared spectra beside the method that the potential was trained on: harmonic frequencies and intensities.
+"""Infrared and Raman spectra beside the method that the models were trained on: frequencies, intensities, activities.
 
     python benchmarks/infrared.py --seconds 60
 
-For each molecule GFN2-xTB labels 300 frames with energy, forces and dipole: two thirds from Langevin dynamics at 300
-and 500 K, one third displaced along normal modes. A potential and a model of dipoles are trained on them, each for
-``--seconds`` of CPU time. Frequencies and intensities are compared with finite differences of GFN2-xTB
-(ase.vibrations). Needs the package tblite.
+For each molecule GFN2-xTB labels 300 frames with energy, forces, dipole and polarizability: two thirds from Langevin
+dynamics at 300 and 500 K, one third displaced along normal modes. A potential, a model of dipoles and a model of
+polarizabilities are trained on them, each for ``--seconds`` of CPU time. Frequencies, intensities and activities are
+compared with finite differences of GFN2-xTB (ase.vibrations; of polarizabilities along its modes). Needs the package
+tblite.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from ase import Atoms, units
 from ase.build import molecule
 from ase.calculators.singlepoint import SinglePointCalculator
@@ -30,14 +32,14 @@ from nbody_pyg.atomic_write import save_figure
 from nbody_pyg.data import AtomicData
 from nbody_pyg.datasets.frames import Frames
 from nbody_pyg.deploy import InfraredSpectrum, infrared_spectrum
-from nbody_pyg.deploy.infrared import normal_modes
+from nbody_pyg.deploy.infrared import normal_modes, raman_activities
 from nbody_pyg.training import fit
 from nbody_pyg.training.config import parse_config
 from nbody_pyg.training.defaults import choose_defaults
 from nbody_pyg.training.evaluation import evaluate
 from nbody_pyg.training.prepare import DataSets, build_potential
 from nbody_pyg.training.property_task import evaluate_properties
-from nbody_pyg.units import WAVENUMBER
+from nbody_pyg.units import BOHR, WAVENUMBER, polarizability_factor
 
 FORMAMIDE = Atoms("OCNH3", [[1.2, 0.23, 0], [0, 0.42, 0], [-0.93, -0.56, 0], [-0.44, 1.43, 0], [-0.65, -1.53, 0],
                             [-1.91, -0.33, 0]])  # fmt: skip
@@ -50,8 +52,40 @@ MOLECULES = {
 }
 HEAD = ["molecule", "modes", "F MAE meV/A", "mean cm^-1", "largest cm^-1", "at cm^-1", "I mean km/mol", "I largest",
         "I sum", "I sum of GFN2"]  # fmt: skip
+RAMAN = ["molecule", "alpha MAE A^3", "S mean A^4/amu", "S largest", "S sum", "S sum of GFN2", "depolarization mean",
+         "largest"]  # fmt: skip
+#: Models of properties that are trained beside the potential: readout (and name), unit.
+TARGETS = {"dipole": "e*angstrom", "polarizability": "angstrom^3"}
+#: Strength of the electric field, Ha/(e bohr), and accuracy of tblite in it: dipoles differ by little.
+FIELD, ACCURACY = 1e-3, 0.01
+#: Of each mode, with its unit in the tables.
+SHOWN = {"frequencies": "cm^-1", "intensities": "km/mol", "activities": "A^4/amu", "depolarization": "rho"}
 #: Frames that nothing is trained on, one in ten.
 TEST = 10
+
+
+def in_field(atoms: Atoms, field: np.ndarray) -> tuple[float, np.ndarray]:
+    """Energy (Ha) and dipole (e bohr) of GFN2-xTB for a neutral molecule in a field, Ha/(e bohr).
+
+    The energy falls where the field and the dipole are parallel: its derivative by the field is minus the dipole.
+    """
+    from tblite.interface import Calculator
+    from tblite.library import ffi
+
+    found = Calculator("GFN2-xTB", atoms.numbers, atoms.positions / BOHR)
+    found.set("verbosity", 0)
+    found.set("accuracy", ACCURACY)
+    # tblite 0.8 takes a pointer alone, not an array
+    found.add("electric-field", ffi.from_buffer("double[]", np.array(field, dtype=float)))
+    result = found.singlepoint()
+    return float(result.get("energy")), np.array(result.get("dipole"))
+
+
+def polarizability(atoms: Atoms) -> np.ndarray:
+    """Of GFN2-xTB: differences of the dipole in a field, [3, 3], angstrom^3."""
+    rows = [in_field(atoms, FIELD * axis)[1] - in_field(atoms, -FIELD * axis)[1] for axis in np.eye(3)]
+    alpha = np.stack(rows) / (2 * FIELD) * polarizability_factor("bohr^3")
+    return 0.5 * (alpha + alpha.T)
 
 
 def reference(atoms: Atoms, delta: float) -> tuple[InfraredSpectrum, np.ndarray]:
@@ -63,17 +97,26 @@ def reference(atoms: Atoms, delta: float) -> tuple[InfraredSpectrum, np.ndarray]
         frequencies, hessian = found.get_frequencies(), found.get_vibrations().get_hessian_2d()
     _, modes = normal_modes(hessian, atoms)
     rigid = len(frequencies) - len(modes)  # translations and rotations, the smallest ones
-    return InfraredSpectrum(atoms, frequencies.real[rigid:], modes, 42.2561 * found.intensities[rigid:]), hessian
+    slopes = []
+    for mode in modes:
+        step = delta / np.linalg.norm(mode, axis=1).max()
+        ends = [Atoms(atoms.numbers, atoms.positions + sign * step * mode) for sign in (1, -1)]
+        slopes.append((polarizability(ends[0]) - polarizability(ends[1])) / (2 * step))
+    intensities = 42.2561 * found.intensities[rigid:]
+    raman = raman_activities(np.array(slopes))
+    return InfraredSpectrum(atoms, frequencies.real[rigid:], modes, intensities, *raman), hessian
 
 
 def labelled(atoms: Atoms, positions: np.ndarray) -> AtomicData:
-    """A frame with energy, forces and dipole of the calculator of the atoms."""
+    """A frame with energy, forces and dipole of the calculator of the atoms, and the polarizability of GFN2-xTB."""
     frame = atoms.copy()
     frame.positions[:] = positions
     frame.calc = atoms.calc
     energy, forces, dipole = frame.get_potential_energy(), frame.get_forces(), frame.get_dipole_moment()
     frame.calc = SinglePointCalculator(frame, energy=energy, forces=forces, dipole=dipole)
-    return AtomicData.from_ase(frame)
+    data = AtomicData.from_ase(frame)
+    data.polarizability = torch.from_numpy(polarizability(frame)).unsqueeze(0).to(data.dipole)
+    return data
 
 
 def sampled(rest: Atoms, hessian: np.ndarray, count: int, seed: int) -> Frames:
@@ -118,34 +161,42 @@ def compare(name: str, args: Any) -> tuple[dict[str, Any], InfraredSpectrum, Inf
     train, test = frames.select([i for i in range(len(frames)) if i not in held]), frames.select(held)
     folder = args.out.parent / "infrared" / name
     potential = learned(train, args, folder / "energy", {})
-    dipole = learned(
-        train, args, folder / "dipole", {"target": {"dipole": {"readout": "dipole", "unit": "e*angstrom"}}}
-    )
-    found = infrared_spectrum(potential.double(), rest, dipole)
+    models = {key: learned(train, args, folder / key, {"target": {key: {"readout": key, "unit": unit}}})
+              for key, unit in TARGETS.items()}  # fmt: skip
+    found = infrared_spectrum(potential.double(), rest, models["dipole"], models["polarizability"])
     off = found.frequencies - true.frequencies
-    more = found.intensities - true.intensities
+    more, brighter, turned = (
+        np.abs(getattr(found, key) - getattr(true, key)) for key in ("intensities", "activities", "depolarization")
+    )
     worst = int(np.abs(off).argmax())
     record = {
         "molecule": name, "forces_mae": evaluate(potential, test).errors["forces_mae"],
-        "dipole_mae": evaluate_properties(dipole, test).errors["dipole_mae"],
+        **{f"{key}_mae": evaluate_properties(model, test).errors[f"{key}_mae"] for key, model in models.items()},
         "mean": float(np.abs(off).mean()), "largest": float(np.abs(off).max()), "at": float(true.frequencies[worst]),
-        "intensity_mean": float(np.abs(more).mean()), "intensity_largest": float(np.abs(more).max()),
+        "intensity_mean": float(more.mean()), "intensity_largest": float(more.max()),
+        "activity_mean": float(brighter.mean()), "activity_largest": float(brighter.max()),
+        "depolarization_mean": float(turned.mean()), "depolarization_largest": float(turned.max()),
         **{f"{key}_{what}": getattr(one, key).tolist() for what, one in (("model", found), ("gfn2", true))
-           for key in ("frequencies", "intensities")},
+           for key in SHOWN},
     }  # fmt: skip
     return record, found, true
 
 
 def draw(spectra: dict[str, tuple[InfraredSpectrum, InfraredSpectrum]], path: Path, width: float = 15.0) -> None:
-    """The spectrum of the model upwards, that of GFN2-xTB downwards, a panel for each molecule."""
-    figure = Figure(figsize=(7.5, 2.1 * len(spectra)), layout="constrained")
-    for axes, (name, pair) in zip(figure.subplots(len(spectra), squeeze=False)[:, 0], spectra.items(), strict=True):
-        grid = np.arange(0.0, 4000.0, 2.0)
-        for one, sign, colour, label in zip(pair, (1, -1), ("#1f5fa8", "#c4501b"), ("model", "GFN2-xTB"), strict=True):
-            axes.fill_between(grid, sign * one.spectrum(grid, width), color=colour, alpha=0.8, lw=0, label=label)
-        axes.axhline(0.0, color="0.3", lw=0.6)
-        axes.set(title=name, xlim=(4000, 0), yticks=[])
-    axes.set(xlabel="wavenumber (cm⁻¹)")
+    """The spectrum of the model upwards, that of GFN2-xTB downwards: infrared left, Raman right, a row per molecule."""
+    figure = Figure(figsize=(11, 2.1 * len(spectra)), layout="constrained")
+    grid = np.arange(0.0, 4000.0, 2.0)
+    for row, (name, pair) in zip(figure.subplots(len(spectra), 2, squeeze=False), spectra.items(), strict=True):
+        for axes, curve in zip(row, ("spectrum", "raman_spectrum"), strict=True):
+            for one, sign, colour, label in zip(
+                pair, (1, -1), ("#1f5fa8", "#c4501b"), ("model", "GFN2-xTB"), strict=True
+            ):
+                height = sign * getattr(one, curve)(grid, width)
+                axes.fill_between(grid, height, color=colour, alpha=0.8, lw=0, label=label)
+            axes.axhline(0.0, color="0.3", lw=0.6)
+            axes.set(title=f"{name}, {'infrared' if curve == 'spectrum' else 'Raman'}", xlim=(4000, 0), yticks=[])
+    for axes in row:
+        axes.set(xlabel="wavenumber (cm⁻¹)")
     figure.legend(*axes.get_legend_handles_labels(), loc="outside upper right", ncols=2, frameon=False)
     save_figure(figure, path, dpi=160)
 
@@ -163,10 +214,9 @@ def main(argv: list[str] | None = None) -> int:
         for name in args.molecules:
             record, *spectra[name] = compare(name, args)
             records.append(record)
-            pairs = zip(
-                *(record[f"{k}_{w}"] for k in ("frequencies", "intensities") for w in ("gfn2", "model")), strict=True
-            )
-            show(name, ["GFN2 cm^-1", "model cm^-1", "GFN2 km/mol", "model km/mol"], list(pairs))
+            columns = {f"{who} {unit}": record[f"{key}_{who.lower()}"] for key, unit in SHOWN.items()
+                       for who in ("GFN2", "model")}  # fmt: skip
+            show(name, list(columns), list(zip(*columns.values(), strict=True)))
             write(args.out, {"results": records})
     rows = [
         [r["molecule"], len(r["frequencies_gfn2"]), r["forces_mae"], r["mean"], r["largest"], f"{r['at']:.0f}",
@@ -174,6 +224,12 @@ def main(argv: list[str] | None = None) -> int:
         for r in records
     ]  # fmt: skip
     show("", HEAD, rows)
+    rows = [
+        [r["molecule"], r["polarizability_mae"], r["activity_mean"], r["activity_largest"], sum(r["activities_model"]),
+         sum(r["activities_gfn2"]), r["depolarization_mean"], r["depolarization_largest"]]
+        for r in records
+    ]  # fmt: skip
+    show("", RAMAN, rows)
     draw(spectra, args.out.with_suffix(".png"))
     return 0
 

@@ -28,6 +28,7 @@ from nbody_pyg.deploy import save_model
 from nbody_pyg.kernels import set_backend
 from nbody_pyg.potential import Potential
 from nbody_pyg.testing import rotate_features
+from nbody_pyg.units import BOHR
 
 TINY = {
     "kernels": "--lmax 1 --nodes 12 --edges 40 --channels 16 --seconds 0.05",
@@ -85,6 +86,7 @@ HELPERS = (
     "salt_bridge",
     "active",
     "extrapolation",
+    "infrared",
     "timing",
     "report",
     "systems",
@@ -419,6 +421,17 @@ def test_large_finds_its_networks(script, root, tmp_path, capsys):
     for times in (0, 1):  # the second time the run is there
         assert large.main([*command.split(), "--out", str(tmp_path / "a.json")]) == 0
         assert capsys.readouterr().out.count("there already") == times
+
+
+def test_polarizabilities_of_gfn2_are_derivatives_of_the_energy_in_a_field(script):
+    pytest.importorskip("tblite.interface", reason="needs tblite, from the extra [data]")
+    module = script("infrared")
+    water = Atoms("OH2", [[0.0, 0.1, 0.0], [0.9, 0.5, 0.3], [-0.7, 0.6, -0.4]])
+    axis, step = np.array([0.6, -0.48, 0.64]), 3e-3
+    (energy, dipole), (up, _), (down, _) = (module.in_field(water, sign * step * axis) for sign in (0, 1, -1))
+    assert (down - up) / (2 * step) == pytest.approx(dipole @ axis, abs=1e-4)
+    volume = (2 * energy - up - down) / step**2 * BOHR**3
+    assert volume == pytest.approx(axis @ module.polarizability(water) @ axis, abs=1e-3) and volume > 0.1
 
 
 @pytest.mark.slow
