@@ -300,15 +300,18 @@ def _loss(config: Config, found: FrameStatistics) -> list[Choice]:
     if config.target or config.data.qm9 is not None:
         return []
     training, given, choices = config.training, config.given, []
-    if "training.energy_per" not in given and "training.energy_weight" not in given:
+    per = training.energy_per
+    if "training.energy_per" not in given:
         low, high = found.sizes
         if found.one_molecule_size:
-            per, weight, reason = "molecule", training.energy_weight, f"all frames are molecules of {low} atoms"
+            per, reason = "molecule", f"all frames are molecules of {low} atoms"
         else:
             what = "periodic cells" if found.periodic else "molecules"
-            per, weight = "atom", PER_ATOM_WEIGHT
-            reason = f"{what} of {low} to {high} atoms; per molecule the largest would outweigh the forces"
-        choices = [Choice("training.energy_per", per, reason), Choice("training.energy_weight", weight, "angstrom^-2")]
+            per, reason = "atom", f"{what} of {low} to {high} atoms; per molecule the largest would outweigh the forces"
+        choices.append(Choice("training.energy_per", per, reason))
+    if "training.energy_weight" not in given:
+        weight = PER_ATOM_WEIGHT if per == "atom" else training.energy_weight
+        choices.append(Choice("training.energy_weight", weight, "angstrom^-2"))
     if "training.stress_weight" not in given and "stress" in found.labels:
         choices.append(Choice("training.stress_weight", STRESS_WEIGHT, "frames have a stress; angstrom^-2"))
     return choices

@@ -108,8 +108,13 @@ def test_molecules_of_one_size_keep_their_defaults():
     assert (found["training.energy_per"], found["training.energy_weight"]) == ("molecule", 0.05)
     assert found["training.batch_size"] == 5 and "training.stress_weight" not in found
     assert not {"model.lmax", "model.channels"} & found.keys()
-    mixed = chosen([*ethanol(), labelled(molecule("CH4"), 0)])
-    assert mixed["training.energy_per"] == "atom" and mixed["model.scheme.radii"] == [3.5, 5.0]
+    mixed = [*ethanol(), labelled(molecule("CH4"), 0)]
+    assert chosen(mixed)["training.energy_per"] == "atom" and chosen(mixed)["model.scheme.radii"] == [3.5, 5.0]
+    # A weight does not change what energies are divided by, and the other way round
+    weighted = chosen(mixed, "--training.energy_weight", "30")
+    assert weighted["training.energy_per"] == "atom" and "training.energy_weight" not in weighted
+    assert chosen(mixed, "--training.energy_per", "molecule")["training.energy_weight"] == 0.05
+    assert chosen(ethanol(), "--training.energy_per", "atom")["training.energy_weight"] == 5.0
 
 
 def test_water_is_periodic_with_the_radii_of_molecules():
