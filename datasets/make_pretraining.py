@@ -383,7 +383,6 @@ class ChargedForces(Calculator):
     implemented_properties = ["energy", "forces"]  # noqa: RUF012 (ASE's interface)
 
     def __init__(self, name: str, structures: Sequence[Structure]) -> None:
-        import torch
         from torch_geometric.data import Batch
 
         from nbody_pyg.data import AtomicData
@@ -394,12 +393,12 @@ class ChargedForces(Calculator):
         for frame, structure in zip(frames, structures, strict=True):
             frame.info["charge"] = structure.charge
         self.potential = model_forces(name).potential
-        self.system = System.from_data(Batch.from_data_list([AtomicData.from_ase(frame) for frame in frames]))
-        self.tensor = torch.as_tensor
+        system = System.from_data(Batch.from_data_list([AtomicData.from_ase(frame) for frame in frames]))
+        self.system = system.replace(pos=system.pos.double())  # they are far apart
 
     def calculate(self, atoms: Atoms | None = None, properties: Any = None, system_changes: Any = None) -> None:
         super().calculate(atoms, properties, system_changes)
-        out = self.potential(self.system.replace(pos=self.tensor(self.atoms.positions)))
+        out = self.potential(self.system.replace(pos=self.system.pos.new_tensor(self.atoms.positions)))
         self.results = {"energy": float(out["energy"].sum()), "forces": out["forces"].double().numpy()}
 
 

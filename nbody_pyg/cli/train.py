@@ -166,7 +166,7 @@ def _train(config: Config, run: RunFolder) -> int:
             given = config.finetune
             keep = given.keep_inputs or given.replay is not None or config.model.arguments.get("inputs") is not None
             shortest: dict[str, float] | None = {} if given.keep_elements or given.replay is not None else None
-            if data.stream is not None:
+            if data.stream is not None and isinstance(init, Potential):
                 shortest = shortest_in_units(data.stream)
             e0 = reference_mode(config.data)
             charges = config.model.arguments.get("long_range")

@@ -33,7 +33,7 @@ _FRAMES: Mapping[str, tuple[str, tuple[int, ...]]] = {
     "polarizability": ("polarizability", (3, 3)), "charge": ("total_charge", ()), "spin": ("spin", ()),
     "cell": ("cell", (3, 3)), "pbc": ("pbc", (3,)),
 }  # fmt: skip
-_GEOMETRY = {"z": "z", "pos": "pos", "cell": "cell", "pbc": "pbc"}
+_GEOMETRY = ("z", "pos", "cell", "pbc")
 _INTEGERS = {"z": np.uint8, "pbc": np.uint8}
 #: Training frames of a sample, from which E0, scale, labels and charges are taken.
 SAMPLE = 2000
@@ -301,8 +301,8 @@ class UnitFiles:
         """Elements, positions and cells of the frames of a split in a file as one batch, without checks and labels:
         ``z``, ``pos``, ``batch``, and ``cell`` and ``pbc`` if the file has them."""
         with _open(self.files[number]) as file:
-            held = {key: file[name][:] for key, name in _GEOMETRY.items() if name in file}
-        frames = np.isin(np.arange(len(self.num_atoms[number])), self.rows(number, split))
+            held = {name: file[name][:] for name in _GEOMETRY if name in file}
+        frames = self.splits[number] == SPLITS.index(split)
         atoms = np.repeat(frames, self.num_atoms[number])
         found = AtomicData(
             z=torch.from_numpy(held["z"][atoms]).long(),

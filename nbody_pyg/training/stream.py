@@ -26,10 +26,17 @@ def shortest_in_units(units: UnitFiles) -> dict[str, float]:
 
     One in a thousand of the frames that have the pair, and at most 19, are left out: a broken molecule among thousands
     must not decide.
+
+    Raises: ValueError: NaN, infinite values, or atoms at one place; the message names the file.
     """
     found = defaultdict[str, list[torch.Tensor]](list)
-    for number in range(len(units.files)):
-        for name, lengths in shortest_in_frames(units.geometry(number)).items():
+    for number, path in enumerate(units.files):
+        try:
+            of_file = shortest_in_frames(units.geometry(number))
+        except ValueError as error:
+            units.read(number, units.rows(number))  # names the frame, where it finds the fault too
+            raise ValueError(f"{path.name}, training frames: {error}") from error
+        for name, lengths in of_file.items():
             found[name].append(lengths)
     shortest = {}
     for name, parts in sorted(found.items()):

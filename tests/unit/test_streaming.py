@@ -120,6 +120,17 @@ def test_shortest_distances_across_a_cell(tmp_path):
     assert shortest_in_units(UnitFiles([tmp_path / "a.h5"]))["H-O"] == pytest.approx(0.4, abs=1e-10)
 
 
+@pytest.mark.parametrize(
+    ("value", "message"), [(np.nan, "frame 1 of a.h5"), (None, "a.h5, training frames: .*coincident")]
+)
+def test_damaged_positions_name_the_file(tmp_path, value, message):
+    pos = [[0.1, 0.0, 0.0], [1.3, 0.0, 0.0], [0.1, 0.0, 0.0], [0.1 if value is None else value, 0.0, 0.0]]
+    one = {"z": [8, 1, 8, 1], "natoms": [2, 2], "total_charge": [0, 0], "split": [0, 0], "energy": [1.0, 2.0]}
+    write_unit(tmp_path / "a.h5", 0, pos=pos, forces=np.ones((4, 3)), dipole=None, **one)
+    with pytest.raises(ValueError, match=message):
+        shortest_in_units(UnitFiles([tmp_path / "a.h5"]))
+
+
 @pytest.mark.slow
 def test_runs_on_files_only_repel_below_their_distances(folder, units, tmp_path):
     shortest = shortest_in_units(units)
