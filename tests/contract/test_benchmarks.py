@@ -44,6 +44,9 @@ TINY = {
     '--add small={{"lmax":1,"channels":16}}',
     "clusters": "--data {clusters} --models near clusters EGNN --seconds 0.1 --channels 2 --lmax 1 --correlation 2 "
     "--egnn-channels 4",
+    "longrange": "--data {longrange} --tasks cumulene --models survivors --seconds 0.2",
+    "charges": "--data {longrange} --tasks two_atoms --networks charges --seconds 0.2",
+    "native": "--water 4 --threads 1 --seconds 0.05",
     "particles": "--data {particles} --seconds 0.1 --channels 2 --lmax 1 --correlation 2 --plain",
     "few_frames": "--data {rmd17} --molecules ethanol --members 2 --set training.max_steps=2 model.lmax=1 "
     "model.channels=16 data.num_train=6 data.num_val=2",
@@ -61,6 +64,9 @@ SHOWN = {
     "smoothness": [r"max \|d2E\|/h\^2", "survivors", "hard"],
     "hierarchy": ["of it topology ms", r"all pairs: time ~ N\^"],
     "clusters": ["no forces between clusters, exact", r"near +0 ", r"clusters +0 ", r"EGNN +0 "],
+    "longrange": ["median MAE eV", r"cumulene +survivors +\d+ +\d+ +test +10 "],
+    "charges": ["far: energy MAE meV", r"two_atoms +charges +\d+ "],
+    "native": ["native", "torch"],
     "particles": ["EGNN", "SEGNN", "NBodyNet, pairs, plain"],
     "few_frames": [r"ethanol +1 ", r"ethanol +2 ", "MACE's F"],
     "finetune": [r"ethanol +6 +scratch +", r"ethanol +6 +all +", r"ethanol +6 +adapters +"],
@@ -87,6 +93,9 @@ HELPERS = (
     "active",
     "extrapolation",
     "infrared",
+    "longrange",
+    "charges",
+    "native",
     "timing",
     "report",
     "systems",
@@ -163,6 +172,24 @@ def rmd17(tmp_path):
 
 
 @pytest.fixture
+def longrange(tmp_path):
+    """A folder with files of the form of cumulene_profile.npz and two_atoms.npz, as many frames as the splits take."""
+    rng = np.random.default_rng(0)
+    chain = np.array([[x, 0.0, 0.0] for x in (0.0, 1.3, 2.6)] + [[-0.6, 0.9, 0.0], [-0.6, -0.9, 0.0],
+                     [3.2, 0.0, 0.9], [3.2, 0.0, -0.9]])  # fmt: skip
+    for name, count, pos, z in (
+        ("cumulene_profile", 610, chain, [6, 6, 6, 1, 1, 1, 1]),
+        ("two_atoms", 3210, np.array([[0.0, 0.0, 0.0], [4.0, 0.0, 0.0]]), [11, 17]),
+    ):
+        moved = pos + rng.normal(scale=0.05, size=(count, *pos.shape)) + rng.uniform(0, 3, (count, 1, 1)) * pos / 4
+        np.savez(
+            tmp_path / f"{name}.npz", positions=moved, atomic_numbers=np.tile(z, (count, 1)),
+            energy=np.square(moved).sum((1, 2)), forces=-2.0 * (moved - moved.mean(1, keepdims=True)),
+        )  # fmt: skip
+    return tmp_path
+
+
+@pytest.fixture
 def particles(root, tmp_path):
     """A folder with a small set of charged particles."""
     make = load_script(root / "datasets" / "make_particles.py")
@@ -195,6 +222,8 @@ def test_active_learning_without_time_for_a_round_says_so(script, monkeypatch, t
 def test_script_prints_a_table_and_writes_json(name, script, model, dimers, rmd17, root, request, tmp_path, capsys):
     out = tmp_path / "result" / f"{name}.json"
     folders = {name: request.getfixturevalue(name)} if name in ("particles", "clusters") else {}
+    if "{longrange}" in TINY[name]:
+        folders["longrange"] = request.getfixturevalue("longrange")
     folders["large"] = root / "tests" / "fixtures" / "large"
     arguments = TINY[name].format(model=model, dimers=dimers, rmd17=rmd17, **folders).split()
     assert script(name).main([*arguments, "--out", str(out)]) == 0
@@ -211,9 +240,23 @@ def test_script_prints_a_table_and_writes_json(name, script, model, dimers, rmd1
         "kernels": _kernels, "speed": _speed, "models": _models, "scaling": _scaling, "nve": _nve,
         "md": _md, "smoothness": _smoothness, "hierarchy": _hierarchy, "sapt": _sapt,
         "few_frames": _few_frames, "finetune": _finetune, "particles": _particles, "clusters": _clusters,
-        "large": _large,
+        "large": _large, "longrange": _longrange, "charges": _charges, "native": _native,
     }  # fmt: skip
     check[name](found, out)
+
+
+def _longrange(found, out):
+    (record,) = found["results"]
+    assert record["median_mae_ev"] > 0 and record["errors"]["energy_mae"] > 0
+
+
+def _charges(found, out):
+    (record,) = found["results"]
+    assert record["steps"] > 0
+
+
+def _native(found, out):
+    assert len(found["results"]) >= 2
 
 
 def _kernels(found, out):
