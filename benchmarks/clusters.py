@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,14 +36,8 @@ NEAR, ALL = 4.0, 40.0
 SYSTEMS, SYSTEMS_EGNN = 10, 2
 
 
-def long_survivors(length: float) -> SmoothSurvivors:
-    """Parts that are found, whose radial functions of the members have another length than the reach of a part."""
-    scheme = SmoothSurvivors((2.9,), cutoffs=(NEAR, ALL), centre="mean", width=0.02)
-    atoms, parts, root = scheme.levels
-    scheme.levels = (atoms, replace(parts, child_radius=length), root)
-    return scheme
-
-
+#: Settings of the parts that are found; their radial functions have the length that FromAssignment takes.
+FOUND: dict[str, Any] = {"radii": (2.9,), "cutoffs": (NEAR, ALL), "centre": "mean", "width": 0.02}
 SCHEMES: dict[str, Scheme] = {
     "near": NestedShells((NEAR, NEAR, NEAR)),
     "wide": NestedShells((NEAR, 10.0, 10.0)),
@@ -52,8 +45,8 @@ SCHEMES: dict[str, Scheme] = {
     "all pairs": NestedShells((ALL, ALL)),
     "clusters": FromAssignment(cutoff=NEAR, part_cutoffs=(ALL,)),
     "clusters without pairs": FromAssignment(cutoff=NEAR, part_cutoffs=(None,)),
-    "survivors": SmoothSurvivors((2.9,), cutoffs=(NEAR, ALL), centre="mean", width=0.02),
-    "survivors, length 20": long_survivors(20.0),  # the length that FromAssignment takes: half the cutoff of pairs
+    "survivors": SmoothSurvivors(**FOUND),
+    "survivors, length 5.9": SmoothSurvivors(**FOUND, lengths=(5.8725,)),  # the reach of a part
 }
 HEAD = ["model", "seed", "parameters", "steps", "ms/step", "CPU s", "MSE of validation", "MSE of the test",
         "of centres", "inside"]  # fmt: skip

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch_geometric.data.datapipes import functional_transform
 
 from nbody_pyg.geometry import edge_vectors, safe_norm
-from nbody_pyg.hierarchy.levels import Hierarchy, Level
+from nbody_pyg.hierarchy.levels import EdgeSet, Hierarchy, Level
 from nbody_pyg.hierarchy.positions import atomic_masses, lattice_vectors
 from nbody_pyg.hierarchy.scheme import LevelSpec, Scheme, check_radius
 from nbody_pyg.hierarchy.thinning import REACH, Share, membership, share_out, thin
@@ -76,6 +76,10 @@ class SmoothSurvivors(Scheme):
         noise: :math:`\eta`, 0 for exact symmetry; 100 orders nearly all pairs of atoms.
         width: difference of priorities that decides completely; a larger one is smoother near ties and gives more
             parts.
+        lengths: length of the radial functions between the members of a part and its centre, angstrom, for each entry
+            of ``radii``. By default half the cutoff of the pairs of the parts, and at least the reach of a part (1.35
+            radii, with means 1.5 times that): parts that act on each other from afar should not change much with the
+            place of a member in them. Members end with their weights, not with these functions.
 
     Symmetry: E(3) and permutations, exact (without noise).
     Continuity: C2. The scale is that of the windows, 0.3 and 0.35 of each radius (radii below 2.5 give stiff forces),
@@ -86,13 +90,14 @@ class SmoothSurvivors(Scheme):
     interactions beyond the last cutoff are missing, as for every scheme with cutoffs.
     Cost: O(N) for disordered systems, about 1.4 N nodes; crystals keep all equivalent atoms at every level.
     Raises:
-        ValueError: radii not growing, a cutoff too short for the thinning of the next level, unknown ``centre``.
+        ValueError: radii not growing, a cutoff too short for the thinning of the next level, unknown ``centre``, not
+            one length per radius.
 
     Source: ours; the partition of unity follows Shepard (1968), the thinning Luby (1986).
 
     Example:
-        >>> SmoothSurvivors((3.0, 6.0), cutoffs=(5.0, 9.0, 18.0))
-        SmoothSurvivors(radii=[3.0, 6.0], cutoffs=[5.0, 9.0, 18.0], centre='atom', rounds=2, noise=0.0, width=2.0)
+        >>> SmoothSurvivors((3.0,), cutoffs=(5.0, 9.0))
+        SmoothSurvivors(radii=[3.0], cutoffs=[5.0, 9.0], centre='atom', rounds=2, noise=0.0, width=2.0, lengths=[4.5])
     """
 
     symmetry = "E(3) and permutations of the atoms (permutations only without noise)"
@@ -106,6 +111,7 @@ class SmoothSurvivors(Scheme):
         rounds: int = 2,
         noise: float = 0.0,
         width: float = 2.0,
+        lengths: Sequence[float] | None = None,
     ) -> None:
         if isinstance(radii, (int, float)) or len(radii) == 0:
             raise ValueError(f"radii must list at least one radius in angstrom, got {radii!r}; try (3.0, 6.0)")
@@ -134,9 +140,22 @@ class SmoothSurvivors(Scheme):
             raise ValueError(f"width must be a positive finite difference of priorities, got {width!r}; try 2.0")
         self.centre, self.rounds, self.noise, self.width = centre, int(rounds), float(noise), float(width)
         reach = [REACH * radius * (1.0 if centre == "atom" else 1.5) for radius in self.radii]
+        usual = [max(least, 0.5 * (pairs or 0.0)) for least, pairs in zip(reach, self.cutoffs[1:], strict=True)]
+        if isinstance(lengths, (int, float)) or len(usual if lengths is None else lengths) != len(usual):
+            raise ValueError(
+                f"lengths must list one length in angstrom per entry of radii ({len(usual)}), got {lengths!r}; leave "
+                f"it out for {usual}"
+            )
+        self.lengths = tuple(
+            check_radius(f"lengths[{k}]", length) for k, length in enumerate(usual if lengths is None else lengths)
+        )
         names = ["survivors"] if len(reach) == 1 else [f"survivors {k + 1}" for k in range(len(reach))]
         specs = map(LevelSpec, names, reach, self.cutoffs[1:])
         self.levels = (LevelSpec("atoms", None, self.cutoffs[0]), *specs, LevelSpec("root", 2.0 * reach[-1]))
+
+    @property
+    def edge_sets(self) -> dict[EdgeSet, float]:
+        return super().edge_sets | {EdgeSet("child", k): length for k, length in enumerate(self.lengths, start=1)}
 
     # ------------------------------------------------------------------ integers
     def build(self, system: System, *, every: bool = False) -> Topology:

@@ -57,10 +57,26 @@ def _from_4(described: Described) -> Described:
     return described | {"model": model | {"config": present_names(model["config"], FORMER_ARGUMENTS, stacklevel=0)}}
 
 
+def _from_5(described: Described) -> Described:
+    """The radial functions of members of :class:`SmoothSurvivors` have a length, which was the reach of a part."""
+    scheme = _network(described).get("scheme", {})
+    if scheme.get("name") != "SmoothSurvivors" or "lengths" in scheme:
+        return described
+    reach = [spec.child_radius for spec in Scheme.from_config(scheme).levels[1:-1]]
+    return _with_network(described, scheme=scheme | {"lengths": reach})
+
+
 #: The function that upgrades each format to the next.
-UPGRADES: Mapping[int, Callable[[Described], Described]] = {1: _from_1, 2: _from_2, 3: _from_3, 4: _from_4}
+UPGRADES: Mapping[int, Callable[[Described], Described]] = {
+    1: _from_1,
+    2: _from_2,
+    3: _from_3,
+    4: _from_4,
+    5: _from_5,
+}
 #: Format of the model files that are written now. 2: potentials have a repulsion, which a reader of format 1 would
 #: leave out. 3: windows have an exponent. 4: the checksum covers the settings. 5: names of the field.
+#: 6: lengths of the radial functions in survivors.
 FORMAT_VERSION = 1 + max(UPGRADES)
 
 

@@ -92,7 +92,7 @@ def rewrite(path, change, seal: bool = True, tensors=None) -> None:
 
 def test_newer_format(path):
     rewrite(path, lambda h: h.update(format_version=99))
-    with pytest.raises(ValueError, match=r"has format version 99, this nbody_pyg .* reads up to 5; upgrade"):
+    with pytest.raises(ValueError, match=r"has format version 99, this nbody_pyg .* reads up to 6; upgrade"):
         load_model(path)
 
 
@@ -213,7 +213,7 @@ def test_the_checksum_covers_dtype_and_shape(path, change):
 def test_versions_that_do_not_exist(path, version):
     rewrite(path, lambda h: h.update(format_version=version))
     new = isinstance(version, int) and version is not True and version > FORMAT_VERSION
-    match = "upgrade nbody_pyg" if new else r"format version from 1 to 5, got|is damaged: its weights do not match"
+    match = "upgrade nbody_pyg" if new else r"format version from 1 to 6, got|is damaged: its weights do not match"
     with pytest.raises(ValueError, match=match):
         load_model(path)
 
@@ -455,6 +455,28 @@ def test_an_old_file_with_layers_that_did_nothing(path, molecules):
     again = load_model(path)
     torch.testing.assert_close(again(*molecules["ethanol"])["energy"], expected, rtol=0, atol=1e-10)
     assert expected.abs().min() > 1.0 and again.model.config()["num_layers"] == 2
+
+
+@pytest.mark.parametrize("centre", ["atom", "mean"])
+def test_survivors_of_an_old_file_keep_the_length_of_their_radial_functions(path, molecules, centre):
+    """It was the reach of a part before it was an argument."""
+    radii, factor = (2.0, 4.0), 1.35 if centre == "atom" else 1.5 * 1.35
+    scheme = SmoothSurvivors(radii, (4.0, 12.0, 24.0), centre, lengths=[factor * r for r in radii])
+    torch.manual_seed(0)
+    network = NBodyNet([1, 6, 8], scheme, channels=2, lmax=1).double()
+    save_model(Potential(network), path)
+    expected = load_model(path)(*molecules["ethanol"])["energy"]
+    with safe_open(path, framework="pt") as file:
+        header = json.loads(file.metadata()["nbody_pyg"])
+    tensors = load_file(path)
+    del header["model"]["config"]["scheme"]["lengths"]
+    header["format_version"] = 5
+    header["sha256"] = model_file.checksum(header, tensors)
+    save_file(tensors, path, metadata={"nbody_pyg": json.dumps(header)})
+    again = load_model(path)
+    torch.testing.assert_close(again(*molecules["ethanol"])["energy"], expected, rtol=0, atol=1e-12)
+    assert expected.abs().min() > 1e-3 and again.model.scheme.lengths == scheme.lengths
+    assert SmoothSurvivors(radii, (4.0, 12.0, 24.0), centre).lengths != scheme.lengths
 
 
 def fuzzed(path, flips: int, truncations: int, z, pos) -> dict[str, int]:

@@ -11,7 +11,7 @@ from torch_geometric.data import Batch
 import factories
 from nbody_pyg import AtomicData, NBodyNet, NestedShells, SmoothSurvivors
 from nbody_pyg.geometry import edge_vectors
-from nbody_pyg.hierarchy import FromAssignment, Scheme, Topology, thinning
+from nbody_pyg.hierarchy import EdgeSet, FromAssignment, Scheme, Topology, thinning
 from nbody_pyg.hierarchy.thinning import share_out, thin
 from nbody_pyg.potential import Potential
 from nbody_pyg.radial import plateau_window, quintic_step
@@ -444,3 +444,35 @@ def test_own_priorities(fluid):
 def test_bad_arguments_are_named(arguments, message):
     with pytest.raises(ValueError, match=message):
         SmoothSurvivors(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "lengths"),
+    [
+        ({}, (4.5, 9.0)),
+        ({"cutoffs": (5.0, 9.0, None)}, (4.5, 8.1)),
+        ({"centre": "mean", "cutoffs": (5.0, 9.0, 18.0)}, (6.075, 12.15)),
+        ({"cutoffs": (5.0, 40.0, 50.0)}, (20.0, 25.0)),
+        ({"lengths": [3.0, 6.0]}, (3.0, 6.0)),
+    ],
+)
+def test_lengths_of_radial_functions(arguments, lengths):
+    """Half the cutoff of the pairs, and no less than the reach of a part; the support of the members is the reach."""
+    scheme = SmoothSurvivors(**arguments)
+    assert scheme.lengths == pytest.approx(lengths, abs=1e-12)
+    assert [scheme.edge_sets[EdgeSet("child", k)] for k in (1, 2)] == pytest.approx(lengths, abs=1e-12)
+    assert scheme.levels[1].child_radius == SmoothSurvivors(centre=scheme.centre).levels[1].child_radius
+    assert Scheme.from_config(scheme.config()).lengths == scheme.lengths
+
+
+@pytest.mark.parametrize(("lengths", "error"), [((3.0,), ValueError), (4.0, ValueError), ((3.0, -1.0), ValueError)])
+def test_wrong_lengths(lengths, error):
+    with pytest.raises(error, match=r"lengths"):
+        SmoothSurvivors(lengths=lengths)
+
+
+def test_lengths_change_the_states(fluid):
+    """They are arguments of the network: another length is another energy."""
+    usual, short = (_net(scheme=SmoothSurvivors(**SMALL, lengths=lengths)) for lengths in (None, (2.0, 3.0)))
+    short.load_state_dict(usual.state_dict())
+    assert (usual(fluid.z, fluid.pos) - short(fluid.z, fluid.pos)).abs().max() > 1e-6
