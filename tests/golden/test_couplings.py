@@ -53,6 +53,8 @@ def test_no_golden_file_without_a_script():
         "model_format_4.nbody",
         "model_format_5.json",
         "model_format_5.nbody",
+        "model_format_6.json",
+        "model_format_6.nbody",
         "models.py",
         "regenerate.py",
         "test_couplings.py",
