@@ -348,7 +348,8 @@ class AtomicData(Data):  # type: ignore[misc]  # PyG has no py.typed
         if self.get("cell") is not None:
             pbc = self.get("pbc")
             lattice = {"cell": self.cell[0].detach().cpu().numpy()}
-            lattice["pbc"] = True if pbc is None else pbc[0].cpu().numpy()
+            # Without pbc a cell repeats along each of its non-zero vectors
+            lattice["pbc"] = (lattice["cell"] != 0).any(-1) if pbc is None else pbc[0].cpu().numpy()
         atoms = Atoms(numbers=self.z.cpu().numpy(), positions=self.pos.detach().cpu().numpy(), **lattice)
         for key in ("charge", "spin"):
             if self.get(key) is not None:

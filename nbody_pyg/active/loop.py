@@ -118,7 +118,7 @@ def learn(
     _claim(folder, config, starts[0], state)
     run = _Run(folder, config, state, note)
     with _pool(config.processes) as work:
-        if not run.labelled:
+        if not run.rounds and len(run.labelled) < required(config.first):
             run.begin(work, starts)
         while not run.over:
             run.round(work)
@@ -175,8 +175,9 @@ class _Run:
             # One of each run in turn, so that none is left out
             found = [atoms for met in zip_longest(*work(_walk, jobs)) for atoms in met if atoms is not None][:count]
         found += _rattled(starts, config, count - len(found))
-        self.note(f"labelling {count} structures {place} with {config.label}")
-        self.add(found)
+        new = [atoms for atoms in found if not any(_same(atoms, known) for known in self.labelled)]  # after a stop
+        self.note(f"labelling {len(new)} structures {place} with {config.label}")
+        self.add(new)
         if len(self.labelled) < 2 * VALIDATION:
             raise RuntimeError(
                 f"{config.label} labelled {len(self.labelled)} of {count} structures {place}; check that "
@@ -200,14 +201,14 @@ class _Run:
         return from_dynamics if len(from_dynamics) >= _FEW else known
 
     def add(self, structures: Sequence[Atoms]) -> int:
-        """Label structures and keep them; those that the calculator cannot do are left out."""
-        labeller, new = calculator(self.config.label, **self.state), []
+        """Label structures and keep each at once; those that the calculator cannot do are left out."""
+        labeller, before = calculator(self.config.label, **self.state), len(self.labelled)
         for atoms in structures:
             try:
                 atoms = atoms.copy()
                 atoms.calc = labeller
                 results = {"energy": atoms.get_potential_energy(), "forces": atoms.get_forces()}
-            except (CalculationFailed, RuntimeError) as error:
+            except (CalculationFailed, RuntimeError, ValueError, ArithmeticError) as error:
                 self.note(f"no label: {type(error).__name__}: {error}")
                 continue
             if np.isfinite(results["forces"]).all() and np.abs(results["forces"]).max() < _LARGEST_FORCE:
@@ -216,11 +217,10 @@ class _Run:
                 if "round" in atoms.info:
                     labelled.info["round"] = atoms.info["round"]
                 labelled.calc = SinglePointCalculator(labelled, **results)
-                new.append(labelled)
-        self.labelled = [*self.labelled, *new]
-        with atomic_write(self.folder / "labelled.xyz") as temporary:
-            write(temporary, self.labelled, format="extxyz")
-        return len(new)
+                self.labelled = [*self.labelled, labelled]
+                with atomic_write(self.folder / "labelled.xyz") as temporary:
+                    write(temporary, self.labelled, format="extxyz")
+        return len(self.labelled) - before
 
     def train(self, work: Callable[..., Iterator[Any]], seconds: float) -> None:
         """Train every member, from the trained model or from its last weights."""
@@ -277,6 +277,11 @@ class _Run:
             f"round {number}: {now.labels} labels, error {now.error:.3f} eV/A (limit {limit:.3f}), rank correlation "
             f"{now.spearman:.2f}, dynamics held {100 * held:.0f} %, {added} new labels{told}; {now.minutes:.1f} min"
         )
+
+
+def _same(first: Atoms, second: Atoms) -> bool:
+    """Whether two structures are one, but for the digits of a file."""
+    return len(first) == len(second) and np.allclose(first.positions, second.positions, rtol=0, atol=1e-6)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

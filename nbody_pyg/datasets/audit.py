@@ -240,7 +240,7 @@ def repeated(
 
 def fingerprint(frame: AtomicData) -> int:
     """A number that equal structures share: elements, positions to 1e-4 angstrom, and the cell."""
-    cell = frame.get("cell") if frame.get("pbc") is not None else None
+    cell = frame.get("cell")
     parts = [frame.pos] if cell is None else [frame.pos, cell]
     whole = [(part.detach().double() * 1e4).round().long().cpu().numpy().tobytes() for part in parts]
     return hash((frame.z.cpu().numpy().astype("int64").tobytes(), *whole))

@@ -96,6 +96,8 @@ def write_unit(path: Path, frames: Frames, splits: Sequence[int]) -> None:
 
 def _rows(frame: AtomicData, key: str, shape: tuple[int, ...]) -> np.ndarray:
     value = frame.get(key)
+    if value is None and key == "pbc" and frame.get("cell") is not None:
+        value = (frame.cell != 0).any(dim=-1)  # a cell without pbc repeats along each of its non-zero vectors
     if value is None:
         return np.zeros(shape) if key in ("cell", "pbc") else np.full(shape, np.nan)
     return value.detach().cpu().numpy().reshape(shape)  # type: ignore[no-any-return]  # PyG has no py.typed

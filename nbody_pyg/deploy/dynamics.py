@@ -588,12 +588,14 @@ class _ExtxyzWriter:
     def __init__(self, path: Path, atoms: Atoms, append: bool):
         self.atoms, self.path = atoms, path
         self.handle = os.open(path, os.O_WRONLY | os.O_CREAT | (os.O_APPEND if append else os.O_TRUNC), 0o666)
-        if left_out := _not_kept(atoms):
-            atoms.info["constraints_left_out"] = " ".join(left_out)
+        self.left_out = " ".join(_not_kept(atoms))
 
     def write(self) -> None:
         text, atoms = io.StringIO(), without_labels(self.atoms)  # those of the first structure
         atoms.calc = self.atoms.calc
+        atoms.info.pop("constraints_left_out", None)  # of the file that the atoms come from
+        if self.left_out:
+            atoms.info["constraints_left_out"] = self.left_out
         write(text, atoms, format="extxyz")
         data, end = text.getvalue().encode(), os.lseek(self.handle, 0, os.SEEK_END)
         try:

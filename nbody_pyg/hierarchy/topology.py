@@ -234,8 +234,10 @@ class Topology:
         else:
             num_atoms = torch.full_like(stored["num_parts_1"], stored["pos"].shape[0])
         levels = range(num_levels)
-        pbc = stored.get("pbc")
-        periodic = pbc is not None and "child_shift_1" in stored
+        pbc, cell = stored.get("pbc"), stored.get("cell")
+        if pbc is None and cell is not None:  # periodic along each of its non-zero vectors
+            pbc = (cell.detach() != 0).any(dim=-1)
+        repeats = any(stored.get(f"{name}_shift_{k}") is not None for name in ("child", "pair") for k in levels)
         topology = cls(
             num_parts=(num_atoms, *(stored[f"num_parts_{k}"] for k in levels[1:])),
             child_index=tuple(stored.get(f"child_{k}") for k in levels),
@@ -243,7 +245,7 @@ class Topology:
             child_shift=tuple(stored.get(f"child_shift_{k}") for k in levels),
             pair_shift=tuple(stored.get(f"pair_shift_{k}") for k in levels),
             bonds=stored.get("bonds"),
-            periodic=pbc.reshape(-1, 3).any(dim=1) if periodic else None,
+            periodic=pbc.reshape(-1, 3).any(dim=1) if repeats and pbc is not None else None,
             centre=tuple(stored.get(f"centre_{k}") for k in levels),
         )
         if batch is not None:

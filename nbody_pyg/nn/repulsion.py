@@ -164,9 +164,8 @@ def shortest_distances(frames: Sequence[Data]) -> dict[str, float]:
 def shortest_in_frames(frames: Data) -> dict[str, Float[Tensor, " frames_with_the_pair"]]:
     """For each pair of elements the shortest distance (angstrom) in each frame of a batch, or in one frame, that has
     one within 3 angstrom."""
-    batch = frames.get("batch")
-    cell, pbc = (frames.get("cell"), frames.get("pbc")) if frames.get("pbc") is not None else (None, None)
-    index, shift = neighbour_list(frames.pos, _SEEN_WITHIN, batch, cell, pbc)
+    batch, cell = frames.get("batch"), frames.get("cell")
+    index, shift = neighbour_list(frames.pos, _SEEN_WITHIN, batch, cell, frames.get("pbc"))
     length = edge_vectors(frames.pos, index, shift, cell, batch).norm(dim=-1)
     first, second = frames.z[index].sort(dim=0).values
     frame = torch.zeros_like(first) if batch is None else batch[index[1]]

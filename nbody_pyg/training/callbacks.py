@@ -25,12 +25,11 @@ class MetricsCSV(Callback):
                "energy_mae", "energy_rmse", "forces_mae", "forces_rmse")  # fmt: skip
 
     def __init__(self, path: str | Path, every: int = 50, steps_per_epoch: int = 1):
-        self.path, self.every, self._began = Path(path), every, 0.0
+        self.path, self.every = Path(path), every
         self.steps_per_epoch = steps_per_epoch
         self.latest: dict[str, float] = {}
 
     def on_start(self, trainer: Trainer) -> None:
-        self._began = time.perf_counter()
         if not trainer.first:
             return
         rows = []
@@ -53,7 +52,7 @@ class MetricsCSV(Callback):
             "step": trainer.step,
             "epoch": trainer.step // self.steps_per_epoch,
             "cpu_seconds": f"{trainer.clock.elapsed:.3f}",
-            "wall_seconds": f"{time.perf_counter() - self._began:.3f}",
+            "wall_seconds": f"{trainer.wall_seconds:.3f}",
             "lr": f"{trainer.learning_rate:.6g}",
         }
         row |= {key: f"{value:.6g}" for key, value in values.items() if key in self.columns}

@@ -253,7 +253,7 @@ class Trainer:
             "wall_seconds": self.wall_seconds,
             "hyper_parameters": self.task.hparams,
             "callbacks": {
-                **{type(callback).__name__: callback.state_dict() for callback in self.callbacks},
+                **{name: callback.state_dict() for name, callback in self._named_callbacks()},
                 "WeightEMA": {"steps": self.ema.steps},
                 "Checkpoints": own,
             },
@@ -285,13 +285,22 @@ class Trainer:
             group.update(values)
         self.step, self.clock = checkpoint["global_step"], ProcessClock(checkpoint["cpu_seconds"])
         self._wall_before = checkpoint.get("wall_seconds", 0.0)
-        for callback in self.callbacks:
-            if found := states.get(type(callback).__name__):
+        for name, callback in self._named_callbacks():
+            if found := states.get(name):
                 callback.load_state_dict(found)
         own = states["Checkpoints"]
         if own["best_step"] >= 0 and self._has_best(own["best_step"]):  # otherwise it is chosen again from here on
             self.best_score, self.best_step = own["best_score"], own["best_step"]
         set_random_state(own)
+
+    def _named_callbacks(self) -> list[tuple[str, Callback]]:
+        """Callbacks by the names of their classes, further ones of a class with a number: "Name", "Name 2", ..."""
+        found: list[tuple[str, Callback]] = []
+        for callback in self.callbacks:
+            name = type(callback).__name__
+            count = sum(type(other) is type(callback) for _, other in found)
+            found.append((f"{name} {count + 1}" if count else name, callback))
+        return found
 
     def _has_best(self, step: int) -> bool:
         """Whether best.ckpt belongs to this run and to the recorded step; it may be missing, or later."""

@@ -170,6 +170,33 @@ def test_what_the_calculator_cannot_do_is_left_out(tmp_path, monkeypatch):
     assert sum("no label: CalculationFailed: no convergence" in line for line in lines) >= 4
 
 
+def test_labels_are_kept_when_the_run_is_stopped_between_them(tmp_path, monkeypatch):
+    """Each label is in the file before the next is computed, and the first structures are not labelled again."""
+    count = 0
+
+    class Stopping(EMT):
+        def calculate(self, *arguments, **keywords):
+            nonlocal count
+            count += 1
+            if count == 5:
+                raise KeyboardInterrupt
+            super().calculate(*arguments, **keywords)
+
+    monkeypatch.setattr(loop_module, "calculator", lambda *_: Stopping())
+    monkeypatch.setattr(loop_module._Run, "round", lambda self, work: setattr(self, "_settled", True))
+    monkeypatch.setattr(loop_module._Run, "train", lambda *_: None)
+    settings, lines = dataclasses.replace(QUICK, init="none", first=15), []
+    with pytest.raises(KeyboardInterrupt):
+        learn([cluster()], tmp_path, settings)
+    kept = read(tmp_path / "labelled.xyz", ":")
+    assert len(kept) == 4
+    learn([cluster()], tmp_path, settings, note=lines.append)
+    found = read(tmp_path / "labelled.xyz", ":")
+    assert any("labelling 11 structures" in line for line in lines) and count == 5 + 11
+    np.testing.assert_allclose([a.positions for a in found[:4]], [a.positions for a in kept], rtol=0, atol=1e-12)
+    assert len({round(a.get_potential_energy(), 8) for a in found}) == 15
+
+
 @pytest.mark.slow
 def test_dynamics_give_structures_beyond_the_limit_that_lie_apart(run, monkeypatch):
     start = read(run.folder / "labelled.xyz", "0")

@@ -293,3 +293,10 @@ def test_a_key_that_only_some_of_a_batch_have_is_named(key):
         plain[key]
     assert plain.stores and key not in Batch.from_data_list([plain, plain])  # what failed is forgotten
     assert plain.get(key) is None and Batch.from_data_list([marked, marked])[key].shape[0] == 2 * len(value)
+
+
+def test_a_cell_without_pbc_repeats_along_its_vectors_also_in_ase():
+    cell = torch.diag(torch.tensor([7.0, 8.0, 0.0], dtype=torch.float64))[None]
+    atoms = AtomicData(z=torch.tensor([8, 1]), pos=torch.eye(2, 3, dtype=torch.float64), cell=cell).to_ase()
+    assert atoms.pbc.tolist() == [True, True, False]
+    assert AtomicData.from_ase(atoms).pbc.tolist() == [[True, True, False]]

@@ -128,6 +128,7 @@ def test_what_cannot_be_continued_is_said(tmp_path):
     held = molecule()
     held.set_constraint(FixBondLengths([(0, 1)]))
     run_md(held, 3, trajectory=path, temperature=10)
+    assert "constraints_left_out" not in held.info, "what the file lacks is no property of the atoms"
     with pytest.raises(ValueError, match="atoms must have the constraints of the trajectory, FixBondLengths, got none"):
         run_md(molecule(), 3, trajectory=path, restart=True)
     free = held.copy()

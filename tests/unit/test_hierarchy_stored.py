@@ -263,3 +263,18 @@ def test_a_dataset_with_a_transform_after_the_scheme(tmp_path, molecules):
     torch.testing.assert_close(model(batch), wanted, rtol=0, atol=1e-10)
     still = next(iter(DataLoader(Frames(str(tmp_path), pre_transform=scheme), batch_size=2)))
     torch.testing.assert_close(model(still), torch.cat([model(f.z, f.pos) for f in frames]), rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("scheme", [SCHEMES[name] for name in ("shells", "tree", "survivors")], ids=repr)
+@pytest.mark.parametrize("given", [True, False], ids=["pbc", "cell alone"])
+def test_a_stored_hierarchy_of_a_cell_gives_the_value_of_the_structure(molecules, scheme, given):
+    """The place of the root means nothing in a cell, with or without pbc, so the image of an atom changes nothing."""
+    network = net(scheme=scheme, readout="root").double()
+    values = []
+    for image in (0, 1):
+        data = frame(molecules, cell=7.0)
+        data.pos = data.pos + 7.0 * image * (torch.arange(len(data.z)) == 3)[:, None] * torch.eye(3)[0]
+        if not given:
+            del data["pbc"]
+        values += [network(structure).item() for structure in (data.clone(), scheme(data))]
+    assert values == pytest.approx([values[0]] * 4, abs=1e-10) and abs(values[0]) > 1e-6

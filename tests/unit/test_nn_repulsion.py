@@ -14,7 +14,7 @@ from nbody_pyg import BondTree, NestedShells, Potential
 from nbody_pyg.data import AtomicData
 from nbody_pyg.deploy import load_model, save_model
 from nbody_pyg.energy import Structure
-from nbody_pyg.nn.repulsion import COULOMB, SCREEN_LENGTH, ZBLRepulsion
+from nbody_pyg.nn.repulsion import COULOMB, SCREEN_LENGTH, ZBLRepulsion, shortest_distances
 from nbody_pyg.system import System
 from nbody_pyg.testing import assert_conservative, assert_equivariant, assert_extensive, assert_smooth
 
@@ -206,3 +206,13 @@ def test_unknown_element_is_named():
         energy_of(ZBLRepulsion([1]), *dimer(1, 7, 0.4))
     with pytest.raises(ValueError, match="name of a repulsion must be 'zbl', got 'born'"):
         ZBLRepulsion.from_config({"name": "born"})
+
+
+@pytest.mark.parametrize("given", [True, False], ids=["pbc", "cell alone"])
+def test_reach_from_frames_sees_through_the_cell(given):
+    """A cell without pbc is periodic, as everywhere."""
+    pos = torch.tensor([[0.2, 1.0, 1.0], [5.3, 1.0, 1.0]], dtype=torch.float64)
+    frame = AtomicData(z=torch.tensor([8, 8]), pos=pos, cell=6.0 * torch.eye(3, dtype=torch.float64)[None])
+    if given:
+        frame.pbc = torch.ones(1, 3, dtype=torch.bool)
+    assert shortest_distances([frame]) == pytest.approx({"O-O": 0.9}, abs=1e-12)

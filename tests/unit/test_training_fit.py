@@ -421,3 +421,37 @@ def test_without_a_terminal_it_speaks_every_half_minute(tmp_path, monkeypatch, c
     assert [int(line.split()[1]) for line in lines] == [4, 7, 10, 13, 17, 20]
     assert "train E" in lines[1] and "meV/A" in lines[1] and "100 s left" not in lines[1]
     assert lines[1].endswith("2 min left") and "| val E" in lines[3], "13 of 20 steps are left, of 10 seconds"
+
+
+class Count(Callback):
+    """Counts by ones of its own."""
+
+    def __init__(self, by: int) -> None:
+        self.by = by
+        self.count = 0
+
+    def on_step(self, trainer):
+        self.count += self.by
+
+    def state_dict(self):
+        return {"count": self.count}
+
+    def load_state_dict(self, state):
+        self.count = state["count"]
+
+
+def test_callbacks_of_one_class_have_states_of_their_own(tmp_path):
+    settings = TrainingConfig(max_epochs=2, **COMMON)
+    fit(potential(), frames(), (), settings, tmp_path, callbacks=[Count(1), Count(100), StopAt(5)])
+    counts = [Count(1), Count(100)]
+    result = fit(potential(), frames(), (), settings, tmp_path, resume=tmp_path / "last.ckpt", callbacks=counts)
+    assert [c.count for c in counts] == [result.steps, 100 * result.steps] and result.steps > 5
+
+
+def test_wall_seconds_of_the_metrics_go_on(tmp_path):
+    settings = TrainingConfig(max_epochs=3, **(COMMON | {"log_every": 1}))
+    fit(potential(), frames(), (), settings, tmp_path, callbacks=[StopAt(6)])
+    fit(potential(), frames(), (), settings, tmp_path, resume=tmp_path / "last.ckpt")
+    with (tmp_path / "metrics.csv").open(newline="") as file:
+        seconds = [float(row["wall_seconds"]) for row in csv.DictReader(file) if row["kind"] == "train"]
+    assert len(seconds) > 6 and seconds == sorted(seconds)
