@@ -140,7 +140,9 @@ class SmoothSurvivors(Scheme):
             raise ValueError(f"width must be a positive finite difference of priorities, got {width!r}; try 2.0")
         self.centre, self.rounds, self.noise, self.width = centre, int(rounds), float(noise), float(width)
         reach = [REACH * radius * (1.0 if centre == "atom" else 1.5) for radius in self.radii]
-        usual = [round(max(least, 0.5 * (pairs or 0.0)), 9) for least, pairs in zip(reach, self.cutoffs[1:], strict=True)]
+        usual = [
+            round(max(least, 0.5 * (pairs or 0.0)), 9) for least, pairs in zip(reach, self.cutoffs[1:], strict=True)
+        ]
         if isinstance(lengths, (int, float)) or len(usual if lengths is None else lengths) != len(usual):
             raise ValueError(
                 f"lengths must list one length in angstrom per entry of radii ({len(usual)}), got {lengths!r}; leave "

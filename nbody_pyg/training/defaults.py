@@ -23,6 +23,7 @@ from nbody_pyg.potential import Potential
 from nbody_pyg.required import required
 from nbody_pyg.training.config import LIMIT_KEYS, LIMITS, Config, insert, parse_config
 from nbody_pyg.training.evaluation import evaluate
+from nbody_pyg.training.finetune import start_for
 from nbody_pyg.training.prepare import DataSets
 from nbody_pyg.training.settings import NO_INIT
 
@@ -155,7 +156,9 @@ def choose_defaults(config: Config, data: DataSets) -> tuple[Config, tuple[Choic
 def choose_init(config: Config, data: DataSets, models: Callable[[], Mapping[str, Potential]]) -> Choice | None:
     """The shipped model to start from if the user gives none: for few frames of molecules with forces.
 
-    Of the models that know all elements it is the one whose forces are nearest to those of the training frames.
+    Of the models that know all elements it is the one whose forces, as they are where training starts, are nearest to
+    those of the training frames (by the median frame). None if in half of them its errors are larger than the forces
+    and than 300 meV/angstrom: then it does not know such structures.
 
     Args:
         models: gives the shipped models by their names; asked last, because it reads their files.
@@ -175,24 +178,33 @@ def choose_init(config: Config, data: DataSets, models: Callable[[], Mapping[str
         return None
     elements = elements_of(frames)
     compared = _some(molecules, COMPARED)
-    errors = {
-        name: _force_error(model, compared)
+    starts = {
+        name: start_for(model, molecules)
         for name, model in models().items()
         if set(elements) <= set(model.species or ())
     }
-    if not errors:
+    found = {name: _force_errors(start, compared) for name, start in starts.items()}
+    errors = {name: statistics.median(each) for name, each in found.items()}
+    best = min(errors, key=lambda name: (errors[name], name), default=None)
+    if best is None:
         return None
-    best = min(errors, key=lambda name: (errors[name], name))
+    if statistics.median(e / _mean_force(f) for e, f in zip(found[best], compared, strict=True)) >= 1.0:
+        return None
     words = f"{len(frames)} frames of molecules of {symbols(elements)}; before training its forces are off by "
     words += f"{errors[best]:.0f} meV/angstrom"
     words += "".join(f", those of {name} by {error:.0f}" for name, error in errors.items() if name != best)
     return Choice("finetune.init", best, f"{words}; --init {NO_INIT} for random weights")
 
 
-def _force_error(model: Potential, frames: Sequence[Data]) -> float:
-    """Mean absolute error of the forces, meV/angstrom."""
+def _force_errors(model: Potential, frames: Sequence[Data]) -> list[float]:
+    """Mean absolute error of the forces of each frame, meV/angstrom."""
     scheme = required(model.scheme)
-    return evaluate(model, [scheme(frame) for frame in frames]).errors["forces_mae"]
+    return [evaluate(model, [scheme(frame)]).errors["forces_mae"] for frame in frames]
+
+
+def _mean_force(frame: Data) -> float:
+    """Mean absolute value of the forces, meV/angstrom, at least 300: near minima every error is larger than that."""
+    return max(1000.0 * float(frame.forces.abs().nanmean()), 300.0)
 
 
 def _tuning(config: Config) -> list[Choice]:

@@ -7,7 +7,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from ase.data import chemical_symbols
@@ -24,7 +24,7 @@ from nbody_pyg.messages import symbols
 from nbody_pyg.models import NBodyNet
 from nbody_pyg.network import frame_states, without_ions
 from nbody_pyg.nn.inner_cutoff import INNER_FACTOR
-from nbody_pyg.nn.repulsion import SEEN_FACTOR, ZBLRepulsion, pair_lengths, shortest_distances
+from nbody_pyg.nn.repulsion import SEEN_FACTOR, ZBLRepulsion, pair_lengths, shortest_distances, shortest_in_frames
 from nbody_pyg.potential import Potential
 from nbody_pyg.properties import PropertyModel, Statistics, fit_statistics
 from nbody_pyg.system import DEFAULT_STATE
@@ -333,13 +333,34 @@ def _inherit(
         old = None if init.reference is None else init.reference.energies
         model.scale.copy_(init.scale)
         kept = {z: e for z, e in (old or {}).items() if z in species}
-        new = kept | (refitted(model, train, old or {}, e0) or {})
+        some = _few([frame for frame in train if has_label(frame, "energy")])
+        new = kept | (refitted(model, _familiar(some, init), old or {}, e0) or {})
         model.reference = AtomicReference(dict(sorted(new.items()))) if set(species) <= set(new) else None
         new = None if model.reference is None else model.reference.energies
     model.ancestor, model.origin = ancestor, None
     copied = {z: nearest_element(z, before) for z in species if before and z not in before}
     charges = _has_charges(model) and not had_charges
     return Inheritance(ancestor["name"], copied, tuple(z for z in before if z not in species), old, new, charges)
+
+
+def start_for(init: Potential, frames: Sequence[Data]) -> Potential:
+    """The model that :func:`tuned_model` makes of ``init`` for some frames, without reference energies."""
+    return cast(Potential, _rebuilt(init, elements_of(frames), frames, False, None, None))
+
+
+def _familiar(frames: Sequence[Data], init: Potential) -> Sequence[Data]:
+    """The frames without atoms nearer than the inner cutoffs of ``init``, which does not know such distances: its
+    energies there would end up in E0. All frames if the others lack an element."""
+    cutoffs = getattr(init.model, "inner_cutoff", None)
+    if cutoffs is None:
+        return frames
+    known = cutoffs.lengths
+    kept = [
+        frame
+        for frame in frames
+        if all(float(length.min()) >= known.get(name, 0.0) for name, length in shortest_in_frames(frame).items())
+    ]
+    return kept if len(kept) < len(frames) and set(elements_of(kept)) == set(elements_of(frames)) else frames
 
 
 def _has_charges(model: Potential | PropertyModel) -> bool:
@@ -372,7 +393,7 @@ def refitted(
 
 def _few(frames: Sequence[Data]) -> list[Data]:
     """At most some hundred frames, evenly spaced, and those that bring further elements or are single atoms."""
-    kept = frames[:: -(-len(frames) // _FRAMES)]
+    kept = frames[:: max(1, -(-len(frames) // _FRAMES))]
     seen = set(elements_of(kept))
     more = []
     for frame in frames if len(kept) < len(frames) else ():

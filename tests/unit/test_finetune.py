@@ -611,6 +611,31 @@ def test_the_start_is_the_shipped_model_with_the_nearest_forces(here, shipped, t
     assert "a_hydrocarbon_one" not in printed and ancestor(tmp_path / "few")["name"] == "organic"
 
 
+def test_a_model_that_does_not_know_the_structures_is_no_start(here, shipped, tmp_path, capsys):
+    """Its forces are farther off than none would be."""
+    wrong = load_model("organic")
+    wrong.scale.mul_(300.0)
+    save_model(wrong, model_file.SHIPPED / "organic.nbody")
+    assert main(["train", *TINY, "--output.folder", str(tmp_path / "few")]) == 0
+    assert "finetune.init" not in capsys.readouterr().out and ancestor(tmp_path / "few") is None
+
+
+def test_distances_that_the_model_does_not_know_do_not_spoil_the_reference_energies():
+    """H2 lies inside the inner cutoffs of organic, where its energies mean nothing; ethanol alone tells E0."""
+    ethanol = list(load_embedded("ethanol")[:6])
+    hydrogen = []
+    for length in (0.70, 0.74, 0.80):
+        pos = torch.tensor([[0.0, 0.0, 0.0], [0.0, 0.0, length]], dtype=torch.float64)
+        labels = {"energy": torch.tensor([-26.7], dtype=torch.float64), "forces": torch.zeros(2, 3).double()}
+        hydrogen.append(AtomicData(z=torch.tensor([1, 1]), pos=pos, **labels))
+    organic = load_model("organic")
+    alone, _ = tuned_model(organic, ethanol)
+    both, _ = tuned_model(organic, ethanol + hydrogen)
+    assert both.model.inner_cutoff.lengths["H-H"] < alone.model.inner_cutoff.lengths["H-H"]
+    assert both.reference.energies == pytest.approx(alone.reference.energies, abs=1e-6)
+    assert abs(both.reference.energies[1] - organic.reference.energies[1]) < 0.1
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "case",
