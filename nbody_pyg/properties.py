@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from e3nn import o3
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch_geometric.data import Data
 
@@ -296,6 +297,8 @@ class PropertyModel(nn.Module):
         return ", ".join(f"{p.name} ({p.readout}{', ' + p.unit if p.unit else ''})" for p in self.properties)
 
 
+#: Spread of the dipoles of ions, e angstrom, from which on it is asked whether they follow the places of the ions.
+_FAR_DIPOLE = 1.0
 _PLACED = frozenset({"dipole", "dipole_norm", "r2"})
 
 
@@ -320,17 +323,40 @@ def _jsonable(values: dict[str, Any]) -> dict[str, Any]:
     return {k: {str(z): e for z, e in v.items()} if isinstance(v, dict) else v for k, v in values.items()}
 
 
+def _centre_of_mass(frame: Data) -> Float[Tensor, "3"]:
+    mass = atomic_masses(frame.z, torch.float64).unsqueeze(-1)
+    return (mass * frame.pos).sum(0) / mass.sum()
+
+
+def _check_origin(frames: Sequence[Data], name: str) -> None:
+    """Raise ValueError if dipoles of ions follow the places of the ions: they are about the origin of coordinates."""
+    ions = [frame for frame in frames if frame.get("charge") is not None and float(frame.charge) != 0.0]
+    if not ions:
+        return
+    label = torch.stack([frame[name].double().reshape(3) for frame in ions])
+    moved = torch.stack([float(frame.charge) * _centre_of_mass(frame) for frame in ions])
+    # Spreads, because a dipole may well point from the origin to an ion that stays where it is
+    given, about = (float(d.var(dim=0, correction=0).sum().sqrt()) for d in (label, label - moved))
+    if given > _FAR_DIPOLE and about < 0.5 * given:
+        raise ValueError(
+            f"{name} of ions must be about their centre of mass, but follows their places: its spread is {given:.2f} e "
+            f"angstrom, {about:.2f} with charge times centre of mass taken off; take that off"
+        )
+
+
 def fit_statistics(frames: Sequence[Data], wanted: Property) -> Statistics:
     """Mean, values per element (float64 least squares) and scale of a label over the training frames.
 
     Extensive properties get a value per element, "r2" also one per element and squared distance, intensive ones
     a mean; vectors and tensors only a scale. Frames whose label is missing (NaN) do not count.
 
-    Raises: ValueError: no frame has the label.
+    Raises: ValueError: no frame has the label, or dipoles of ions are about another origin than the centre of mass.
     """
     frames = [frame for frame in frames if not bool(frame[wanted.name].isnan().any())]
     if not frames:
         raise ValueError(f"frames must hold {wanted.name!r} for one molecule at least, all are missing (NaN)")
+    if wanted.readout == "dipole":
+        _check_origin(frames, wanted.name)
     label = torch.cat([frame[wanted.name].double().reshape(1, *wanted.shape) for frame in frames])
     if wanted.readout in ("intensive", "root"):
         return Statistics(float(label.mean()), float(label.std(correction=0)) or 1.0)
@@ -342,8 +368,7 @@ def fit_statistics(frames: Sequence[Data], wanted: Property) -> Statistics:
         which = (frame.z.unsqueeze(-1) == torch.tensor(species)).double()
         row = [which.sum(0)]
         if wanted.readout == "r2":
-            mass = atomic_masses(frame.z, torch.float64).unsqueeze(-1)
-            arm = frame.pos.double() - (mass * frame.pos).sum(0) / mass.sum()
+            arm = frame.pos.double() - _centre_of_mass(frame)
             row.append((which * arm.square().sum(-1, keepdim=True)).sum(0))
         rows.append(torch.cat(row))
     design = torch.stack(rows)

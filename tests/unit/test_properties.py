@@ -279,3 +279,26 @@ def test_values_of_old_files_stay_what_they_were():
     for name, numbers in expected.items():
         found = out[name].flatten()[:3]
         torch.testing.assert_close(found, torch.tensor(numbers, dtype=torch.float64), rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("case", ["origin", "centre", "at one place"])
+def test_dipoles_of_ions_are_about_the_centre_of_mass(molecules, case):
+    """Labels about the origin of the coordinates follow the places of the ions and are refused."""
+    generator = torch.Generator().manual_seed(0)
+    z, pos = molecules["methanol"]
+    mass = atomic_masses(z)
+    frames = []
+    for _ in range(8):
+        where = pos + (
+            5.0 if case == "at one place" else 5.0 * torch.randn(3, generator=generator, dtype=torch.float64)
+        )
+        dipole = 0.3 * torch.randn(3, generator=generator, dtype=torch.float64)
+        if case != "centre":
+            dipole = dipole + 2.0 * (mass @ where) / mass.sum()
+        frames.append(AtomicData(z=z, pos=where, charge=torch.tensor([2.0]), dipole=dipole[None]))
+    wanted = Property("dipole", "dipole")
+    if case == "origin":
+        with pytest.raises(ValueError, match=r"dipole of ions must be about their centre of mass.* take that off"):
+            fit_statistics(frames, wanted)
+    else:
+        assert fit_statistics(frames, wanted).scale > 0.1
