@@ -325,7 +325,8 @@ def _jsonable(values: dict[str, Any]) -> dict[str, Any]:
 
 def _centre_of_mass(frame: Data) -> Float[Tensor, "3"]:
     mass = atomic_masses(frame.z, torch.float64).unsqueeze(-1)
-    return (mass * frame.pos).sum(0) / mass.sum()
+    centre: Tensor = (mass * frame.pos).sum(0) / mass.sum()
+    return centre
 
 
 def _check_origin(frames: Sequence[Data], name: str) -> None:
