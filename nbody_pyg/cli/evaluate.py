@@ -175,7 +175,8 @@ def _read(path: str, args: argparse.Namespace) -> EvaluationSet:
             frames = load_embedded(*path.split(":", 1))
         else:
             frames = read_frames(path, units=args.units, keys=keys)
-        return EvaluationSet(frames, len(frames))
+        # By their places: those of an HDF5 file know their numbers in the files that it was made from
+        return EvaluationSet(frames.replaced(frames, numbers=range(len(frames))), len(frames))
     systems, metadata = read_systems(path)
     frames, odd = frames_of(systems, path, keys, args.units or named_units(metadata, path))
     if not frames:

@@ -109,7 +109,7 @@ class Peer(nn.Module):
         """
         if topology is None:
             topology = self.scheme.topology(z, pos, batch, cell, pbc)
-        if topology.periodic and not self.periodic:
+        if not self.periodic and topology.periodic is not None and bool(topology.periodic.any()):
             raise ValueError(f"{type(self).__name__} takes no periodic cells; leave this model out")
         index, shift = topology.edges("pair", 0)
         num_atoms, index = topology.num_parts[0], required(index)

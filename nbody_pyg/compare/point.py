@@ -203,6 +203,11 @@ def run_point(point: Point, folder: Path, note: Callable[[str], None] = print) -
         data = load_data(config.data)
     except (ValueError, OSError) as error:
         raise WrongData(str(error)) from error
+    if data.stream is not None:  # data.train is a sample of them
+        raise WrongData(
+            "data.train must hold frames in memory for nbody compare, got HDF5 files, which nbody train reads a few at "
+            "a time; give extended xyz files or an ASE database"
+        )
     if point.purpose == "search":
         data = DataSets(data.train, data.val)  # it must not see the test frames at all
     potential = build(point, config, data)
@@ -217,11 +222,11 @@ def run_point(point: Point, folder: Path, note: Callable[[str], None] = print) -
         record["network"] = potential.model.config()
     record["memory_bytes"] = warm_up(potential, data.train, config.training)
     curve = LearningCurve(_curve_sets(data), point.points, note=note)
-    checkpoint = folder / "last.ckpt"
+    checkpoint = _own_checkpoint(point, folder, record["files"], note)
     began = time.time()
     try:
         result = fit(
-            potential, data.train, (), config.training, folder, resume=checkpoint if checkpoint.is_file() else None,
+            potential, data.train, (), config.training, folder, resume=checkpoint,
             show_progress=False, callbacks=[curve],
         )  # fmt: skip
     except FloatingPointError as error:
@@ -236,6 +241,19 @@ def run_point(point: Point, folder: Path, note: Callable[[str], None] = print) -
     finite = all(math.isfinite(v) for errors in (record["val"], *record["test"].values()) for v in errors.values())
     status = {"status": "done"} if finite else {"status": "failed", "reason": "errors are not finite"}
     return record | {"curve": curve.rows} | status
+
+
+def _own_checkpoint(point: Point, folder: Path, files: Mapping[str, str], note: Callable[[str], None]) -> Path | None:
+    """The checkpoint in the folder, if it is of this run on these very files; another one is removed."""
+    checkpoint, started = folder / "last.ckpt", folder / "started.json"
+    now = json.loads(json.dumps({"settings": point.settings, "files": dict(files)}, default=str))
+    # Earlier versions left no note
+    if checkpoint.is_file() and started.is_file() and json.loads(started.read_text(encoding="utf-8")) != now:
+        note(f"{checkpoint.name} is of other data or settings; the run starts again")
+        checkpoint.unlink()
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(started, now)
+    return checkpoint if checkpoint.is_file() else None
 
 
 def build(point: Point, config: Config, data: DataSets) -> Potential | PropertyModel:

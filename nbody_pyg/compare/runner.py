@@ -102,12 +102,12 @@ class Runner:
             self.note(f"{error}; it is kept as damaged.json, and the run is done again")
             return None
         if _plain(Point(**record["point"]).settings) != _plain(point.settings):
-            self.note(f"{path} is of another run; the run is done again")
+            self.note(f"{path} is of another run; {_aside(path)}, and the run is done again")
             return None
         now = data_files(point.config(path.parent).data)
         changed = [name for name, content in record.get("files", {}).items() if now.get(name, content) != content]
         if changed:
-            self.note(f"{point}: {', '.join(changed)} has changed since; the run is done again")
+            self.note(f"{point}: {', '.join(changed)} has changed since; {_aside(path)}, and the run is done again")
             return None
         return record
 
@@ -241,6 +241,12 @@ def _end(process: subprocess.Popen[str], asked: bool = False) -> None:
 def _patience(point: Point) -> float:
     seconds = point.training.get("budget_seconds")
     return 86_400.0 if seconds is None else 600.0 + 20.0 * float(seconds)
+
+
+def _aside(path: Path) -> str:
+    """Move a record that holds no longer, which reports would show if the next run fails; says where it is now."""
+    path.replace(path.with_name("outdated.json"))
+    return "its record is kept as outdated.json"
 
 
 def _plain(value: Any) -> Any:

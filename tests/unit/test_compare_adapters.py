@@ -11,6 +11,7 @@ import ase.data
 import numpy as np
 import pytest
 import torch
+from torch_geometric.data import Batch
 
 from nbody_pyg import NestedShells
 from nbody_pyg.compare import registry
@@ -123,7 +124,14 @@ def test_cells(peer, generator):
     if not peer.model.periodic:
         with pytest.raises(ValueError, match="takes no periodic cells; leave this model out"):
             peer(z, pos, cell=cell, pbc=pbc)
+        stored = peer.model.scheme(AtomicData(z=z, pos=pos, cell=cell[None], pbc=pbc[None]))
+        with pytest.raises(ValueError, match="takes no periodic cells; leave this model out"):
+            peer(stored)
         return
+    two = Batch.from_data_list([AtomicData(z=z, pos=pos, cell=cell[None], pbc=pbc[None]) for _ in range(2)])
+    given = two.z, two.pos, two.batch, two.cell, two.pbc
+    assert peer.model.scheme.topology(*given).periodic.tolist() == [True, True]
+    torch.testing.assert_close(*peer(two)["energy"], rtol=0, atol=1e-9)
     found = peer(z, pos, cell=cell, pbc=pbc, compute_stress=True)
     assert found["forces"].abs().max() > 1e-4 and found["stress"].abs().min() > 1e-8
     assert abs(found["energy"] - peer(z, pos)["energy"]).item() > 1e-3, "images count"

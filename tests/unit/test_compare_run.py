@@ -18,11 +18,13 @@ import torch
 from ase.calculators.singlepoint import SinglePointCalculator
 
 from nbody_pyg.cli import main
+from nbody_pyg.compare import runner as runner_module
 from nbody_pyg.compare.peer import MissingPeer
-from nbody_pyg.compare.point import Point, WrongData, failed_record, run_point
+from nbody_pyg.compare.point import Point, WrongData, _own_checkpoint, failed_record, run_point
 from nbody_pyg.compare.report import comparison_rows, groups, load_records
 from nbody_pyg.compare.runner import Runner, Stopped
 from nbody_pyg.datasets import load_embedded
+from nbody_pyg.datasets.convert import ConvertConfig, convert
 
 SMALL = (
     "--models nbody schnet --model.channels 4 --model.lmax 1 --batch_size 2 --points 3 "
@@ -307,7 +309,7 @@ def test_results_of_other_files_are_not_taken(frames, tmp_path):
     lines = (tmp_path / "train.xyz").read_text().splitlines(keepends=True)
     (tmp_path / "train.xyz").write_text("".join(lines[11:] + lines[:11]))  # the first frame is the last now
     second = runner(point)
-    assert any("train.xyz has changed since; the run is done again" in note for note in notes)
+    assert any("train.xyz has changed since; its record is kept as outdated.json" in note for note in notes)
     assert second["val"] != first["val"]
 
 
@@ -354,3 +356,42 @@ def test_tables_of_another_comparison_are_kept(tmp_path, frames, capsys):
     assert main(other[: other.index("--arguments.schnet")]) == 0
     assert (tmp_path / "table-1.md").read_text() == before
     assert "it is kept as table-1.md" in capsys.readouterr().out
+
+
+def test_a_record_that_holds_no_longer_is_not_reported(frames, tmp_path, monkeypatch):
+    """The data have changed, and the new run fails: a report must not show the errors of the old one."""
+    for name in ("train", "test"):
+        (tmp_path / f"{name}.xyz").write_bytes((frames / f"{name}.xyz").read_bytes())
+    point = _point(tmp_path, max_steps=2)
+    path = tmp_path / "out" / "points" / point.folder / "record.json"
+    path.parent.mkdir(parents=True)
+    done = failed_record(point, "") | {"status": "done", "files": {str(tmp_path / "train.xyz"): "other"}}
+    path.write_text(json.dumps(done))
+
+    def fails(*_):
+        raise RuntimeError("broken")
+
+    monkeypatch.setattr(runner_module, "run_point", fails)
+    runner = Runner(tmp_path / "out", isolate=False, note=lambda line: None)
+    assert runner(point)["status"] == "failed"
+    assert [record["status"] for record in load_records(tmp_path / "out")] == ["failed"]
+    assert json.loads(path.with_name("outdated.json").read_text())["status"] == "done"
+
+
+def test_a_checkpoint_of_other_data_is_not_resumed(frames, tmp_path):
+    point, notes, files = _point(frames, max_steps=2), [], {"train.xyz": "a"}
+    assert _own_checkpoint(point, tmp_path, files, notes.append) is None
+    (tmp_path / "last.ckpt").touch()
+    assert _own_checkpoint(point, tmp_path, files, notes.append) == tmp_path / "last.ckpt" and not notes
+    assert _own_checkpoint(point, tmp_path, {"train.xyz": "b"}, notes.append) is None
+    assert not (tmp_path / "last.ckpt").exists() and "is of other data or settings" in notes[0]
+
+
+def test_frames_in_hdf5_files_are_refused(frames, tmp_path):
+    """data.train is a sample of them, on which alone the models would be trained."""
+    pytest.importorskip("h5py")
+    convert(frames / "train.xyz", tmp_path / "units", ConvertConfig(num_val=1))
+    point = _point(frames, max_steps=2)
+    point = dataclasses.replace(point, data={**point.data, "train": str(tmp_path / "units"), "val": None})
+    with pytest.raises(WrongData, match="HDF5 files"):
+        run_point(point, tmp_path / "run")
