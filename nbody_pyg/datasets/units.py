@@ -171,6 +171,7 @@ class UnitFiles:
             self._index(path)
         if not self.files:
             raise ValueError("paths must name at least one HDF5 file with frames, got none; name a folder of units")
+        self._num_train = num_train
         if num_train is not None:
             self.require(num_train)
             self._keep(num_train)
@@ -238,6 +239,10 @@ class UnitFiles:
         out = object.__new__(UnitFiles)
         for name, values in vars(self).items():
             setattr(out, name, [values[n] for n in kept] if isinstance(values, list) else values)
+        if out._num_train is not None:  # counted over these files alone
+            out.splits = [np.where(split == len(SPLITS), 0, split).astype(np.uint8) for split in out.splits]
+            out.require(out._num_train)
+            out._keep(out._num_train)
         return out
 
     @property
@@ -260,6 +265,18 @@ class UnitFiles:
     def digest(self) -> str:
         """SHA-256 over sizes, splits and energies of all frames, in the order of the files."""
         return hashlib.sha256(b"".join(self._marks) + b"".join(s.tobytes() for s in self.splits)).hexdigest()
+
+    def content(self) -> str:
+        """SHA-256 over all numbers in the files, positions and every label included; it reads them once."""
+        found = hashlib.sha256()
+        for path in self.files:
+            with _open(path) as file:
+                for name in sorted(file):
+                    if file[name].dtype.kind in "biuf":  # no text
+                        values = file[name][:]
+                        found.update(f"{name} {values.dtype} {values.shape}".encode())
+                        found.update(np.ascontiguousarray(values).data)
+        return found.hexdigest()
 
     def read(self, number: int, rows: Sequence[int] | np.ndarray | None = None) -> Frames:
         """Frames of a file in float64 positions, in the order of ``rows``; all of them by default.

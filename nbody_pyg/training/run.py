@@ -346,7 +346,7 @@ def _described(loader: FrameLoader | StreamLoader | None) -> dict[str, Any]:
         return {"count": 0, "sha256": ""}
     files: dict[str, Any] = {}
     if isinstance(loader, StreamLoader):  # the order of the frames depends on both
-        files = {"files": loader.units.names, "in_memory": loader.window}
+        files = {"files": loader.units.names, "in_memory": loader.window, "content": loader.units.content()}
     return {"count": loader.num_frames, "sha256": loader.digest(), **files}
 
 
@@ -403,7 +403,9 @@ def _require_same(
             f"in_memory must be as in the run that is resumed, {held}, got {holds}: the order of the frames depends on "
             "it; resume with the same, or start anew"
         )
-    if count > train.num_frames or found != old["train"]["sha256"]:
+    contents = old["train"].get("content"), new["train"].get("content")  # checkpoints of earlier versions have none
+    changed = found != old["train"]["sha256"] or (contents[0] is not None and contents[0] != contents[1])
+    if count > train.num_frames or changed:
         raise ValueError(
             f"training frames must be those of the run that is resumed, and new ones stand behind them: {count} there, "
             f"{train.num_frames} here, or changed; resume with the same, or start anew"

@@ -171,6 +171,11 @@ def test_fewer_frames_are_the_first_ones(folder):
     assert sorted(n for b in loader(few) for n in numbers(b)) == [1, 2, 3, 4, 7, 8]
     with pytest.raises(ValueError, match="must hold 99 training frames, got 20; name more files"):
         UnitFiles(files, num_train=99)
+    # A file that stands before the others now changes nothing for those that are kept
+    later = UnitFiles(files[1:], num_train=6)
+    same = UnitFiles(files, num_train=6).only(later.names)
+    assert len(same) == 6 and same.digest() == later.digest()
+    assert [s.tolist() for s in same.splits] == [s.tolist() for s in later.splits]
 
 
 @pytest.mark.parametrize(
@@ -328,6 +333,23 @@ def test_a_run_on_files_goes_on_with_the_same_bits(folder, units, tmp_path):
         UnitFiles(units.files, in_memory=0)
     with pytest.raises(ValueError, match="batch_atoms is for frames in HDF5 files, got 20; use batch_size"):
         fit(model, val, val, SETTINGS, tmp_path / "three")
+
+
+@pytest.mark.parametrize("name", ["pos", "forces", "dipole"])
+def test_a_run_does_not_go_on_with_other_positions_or_labels(tmp_path, name):
+    """The energies, sizes and splits are the same."""
+    for number in range(2):
+        write_unit(tmp_path / f"{number}.h5", number)
+    units = UnitFiles(sorted(tmp_path.glob("*.h5")))
+    before, settings = units.content(), dataclasses.replace(SETTINGS, max_steps=1)
+    fit(factories.potential(e0=E0), units, (), settings, tmp_path / "run")
+    with h5py.File(tmp_path / "1.h5", "r+") as file:
+        file[name][2, 1] += 0.01
+    changed = UnitFiles(units.files)
+    assert changed.digest() == units.digest() and changed.content() != before
+    with pytest.raises(ValueError, match="training frames must be those of the run that is resumed"):
+        fit(factories.potential(e0=E0), changed, (), dataclasses.replace(settings, max_steps=2), tmp_path / "run",
+            tmp_path / "run" / "last.ckpt")  # fmt: skip
 
 
 @pytest.mark.slow
