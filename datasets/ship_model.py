@@ -5,7 +5,8 @@ where it is described. Paths of the machine on which it was trained are left out
 
 With ``--units FOLDER``, the files of the training, the model only repels below the distances that it was trained on:
 inner cutoffs and repulsion are raised to 0.95 and 0.9 times the shortest distance of each pair of elements, one in a
-thousand of the frames, and at most 19, left out.
+thousand of the frames, and at most 19, left out. ``--reach H-S=1.13`` raises the repulsion of a pair to a length
+(angstrom), and its inner cutoff with it, where ``nbody check`` finds a hole because few frames are that short.
 """
 
 from __future__ import annotations
@@ -64,13 +65,17 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("name", choices=sorted(ABOUT))
     parser.add_argument("--out", type=Path, default=SHIPPED, help="folder (default: that of the package)")
     parser.add_argument("--units", type=Path, help="folder of the training frames, for the short range")
+    parser.add_argument("--reach", nargs="*", default=[], metavar="PAIR=LENGTH", help="longer repulsion of pairs")
     args = parser.parse_args(argv)
     args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / f"{args.name}.nbody"
     new = path.with_suffix(".part")
     model = load_model(args.model)
     if args.units is not None:
-        model = repelling(model, shortest_in_units(UnitFiles(sorted(args.units.glob("*.h5")))))
+        shortest = shortest_in_units(UnitFiles(sorted(args.units.glob("*.h5"))))
+        for name, length in (word.split("=") for word in args.reach):
+            shortest[name] = float(length) / SEEN_FACTOR
+        model = repelling(model, shortest)
     save_model(model, new, metadata_of(args.model, args.name))
     if new.stat().st_size > LARGEST:
         new.unlink()
