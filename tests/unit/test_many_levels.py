@@ -83,7 +83,7 @@ def test_physics(name):
 
 def test_edge_sets():
     scheme = SCHEMES["survivors"]
-    assert scheme.edge_sets[EdgeSet("child", 10)] == scheme.levels[10].child_radius
+    assert scheme.edge_sets[EdgeSet("child", 10)] == scheme.lengths[9]
     assert set(scheme.edge_sets) == {EdgeSet("child", k) for k in range(1, 12)} | {
         EdgeSet("pair", k) for k in range(11)
     }
