@@ -12,6 +12,7 @@ thousand of the frames, and at most 19, left out. ``--reach H-S=1.13`` raises th
 from __future__ import annotations
 
 import argparse
+import re
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,18 @@ def repelling(potential: Potential, shortest: dict[str, float]) -> Potential:
     return out.to(model.dtype)
 
 
+def lengths_of(words: list[str], parser: argparse.ArgumentParser, potential: Potential) -> dict[str, float]:
+    """The lengths of ``--reach``, by pairs. Ends the program for a pair that the model has not, or no length."""
+    found = {}
+    for word in words:
+        name, _, length = word.partition("=")
+        if name not in potential.repulsion.reach or not re.fullmatch(r"\d+(\.\d+)?", length):
+            known = ", ".join(potential.repulsion.reach)
+            parser.error(f"--reach must be PAIR=LENGTH with a pair of the model ({known}), got {word!r}")
+        found[name] = float(length)
+    return found
+
+
 def main(argv: list[str] | None = None) -> int:
     """Read the command line and write the file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -71,11 +84,10 @@ def main(argv: list[str] | None = None) -> int:
     path = args.out / f"{args.name}.nbody"
     new = path.with_suffix(".part")
     model = load_model(args.model)
-    if args.units is not None:
-        shortest = shortest_in_units(UnitFiles(sorted(args.units.glob("*.h5"))))
-        for name, length in (word.split("=") for word in args.reach):
-            shortest[name] = float(length) / SEEN_FACTOR
-        model = repelling(model, shortest)
+    longer = lengths_of(args.reach, parser, model)
+    if args.units is not None or longer:
+        shortest = {} if args.units is None else shortest_in_units(UnitFiles(sorted(args.units.glob("*.h5"))))
+        model = repelling(model, shortest | {name: length / SEEN_FACTOR for name, length in longer.items()})
     save_model(model, new, metadata_of(args.model, args.name))
     if new.stat().st_size > LARGEST:
         new.unlink()

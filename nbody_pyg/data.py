@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Bool, Float
 from torch import Tensor
 from torch_geometric.data import Batch, Data
 from torch_geometric.data.storage import GlobalStorage
@@ -34,6 +35,11 @@ _GRAPH_SHAPES: dict[str, tuple[int, ...]] = {
     "polarizability": (1, 3, 3),
 }
 _ATOM_SHAPES: dict[str, tuple[int, ...]] = {"z": (), "pos": (3,), "forces": (3,), "energies": (), "charges": ()}
+
+
+def implied_pbc(cell: Float[Tensor, "*graphs 3 3"]) -> Bool[Tensor, "*graphs 3"]:
+    """Periodic directions of a cell without ``pbc``: each of its non-zero vectors."""
+    return (cell.detach() != 0).any(dim=-1)
 
 
 def is_topology_key(key: str) -> bool:
@@ -348,8 +354,7 @@ class AtomicData(Data):  # type: ignore[misc]  # PyG has no py.typed
         if self.get("cell") is not None:
             pbc = self.get("pbc")
             lattice = {"cell": self.cell[0].detach().cpu().numpy()}
-            # Without pbc a cell repeats along each of its non-zero vectors
-            lattice["pbc"] = (lattice["cell"] != 0).any(-1) if pbc is None else pbc[0].cpu().numpy()
+            lattice["pbc"] = (implied_pbc(self.cell) if pbc is None else pbc)[0].cpu().numpy()
         atoms = Atoms(numbers=self.z.cpu().numpy(), positions=self.pos.detach().cpu().numpy(), **lattice)
         for key in ("charge", "spin"):
             if self.get(key) is not None:

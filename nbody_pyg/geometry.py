@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from nbody_pyg.data import implied_pbc
 from nbody_pyg.required import required
 
 # Two atoms nearer than this (angstrom) are an error in the input, not a geometry.
@@ -156,7 +157,7 @@ def check_cell(
     if pbc is None:
         if cell is None:
             return None, None
-        pbc = (cell.detach() != 0).any(dim=-1)
+        pbc = implied_pbc(cell)
     pbc = torch.as_tensor(pbc, dtype=torch.bool, device=like.device)
     if pbc.dim() == 0:
         pbc = pbc.expand(1, 3)

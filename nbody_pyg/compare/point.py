@@ -150,6 +150,11 @@ def _content(path: str, changed: int, size: int) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
+def plain(value: Any) -> Any:
+    """As it comes back from JSON."""
+    return json.loads(json.dumps(value, sort_keys=True, default=str))
+
+
 def failed_record(point: Point, reason: str) -> dict[str, Any]:
     """The record of a run that has no result."""
     nothing: dict[str, Any] = {"val": {}, "test": {}, "curve": [], "latency": {}, "frames": {}}
@@ -246,7 +251,7 @@ def run_point(point: Point, folder: Path, note: Callable[[str], None] = print) -
 def _own_checkpoint(point: Point, folder: Path, files: Mapping[str, str], note: Callable[[str], None]) -> Path | None:
     """The checkpoint in the folder, if it is of this run on these very files; another one is removed."""
     checkpoint, started = folder / "last.ckpt", folder / "started.json"
-    now = json.loads(json.dumps({"settings": point.settings, "files": dict(files)}, default=str))
+    now = plain({"settings": point.settings, "files": files})
     # Earlier versions left no note
     if checkpoint.is_file() and started.is_file() and json.loads(started.read_text(encoding="utf-8")) != now:
         note(f"{checkpoint.name} is of other data or settings; the run starts again")

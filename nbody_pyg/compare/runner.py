@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import queue
 import signal
@@ -20,7 +19,7 @@ from typing import Any
 from nbody_pyg.atomic_write import write_json
 from nbody_pyg.compare.errors import listed
 from nbody_pyg.compare.peer import MissingPeer
-from nbody_pyg.compare.point import Point, WrongData, data_files, failed_record, run_point
+from nbody_pyg.compare.point import Point, WrongData, data_files, failed_record, plain, run_point
 from nbody_pyg.compare.report import read_record
 from nbody_pyg.required import required
 
@@ -101,7 +100,7 @@ class Runner:
             path.replace(path.with_name("damaged.json"))
             self.note(f"{error}; it is kept as damaged.json, and the run is done again")
             return None
-        if _plain(Point(**record["point"]).settings) != _plain(point.settings):
+        if plain(Point(**record["point"]).settings) != plain(point.settings):
             self.note(f"{path} is of another run; {_aside(path)}, and the run is done again")
             return None
         now = data_files(point.config(path.parent).data)
@@ -247,11 +246,6 @@ def _aside(path: Path) -> str:
     """Move a record that holds no longer, which reports would show if the next run fails; says where it is now."""
     path.replace(path.with_name("outdated.json"))
     return "its record is kept as outdated.json"
-
-
-def _plain(value: Any) -> Any:
-    """As it comes back from JSON."""
-    return json.loads(json.dumps(value, sort_keys=True, default=str))
 
 
 def summary(record: Mapping[str, Any]) -> str:

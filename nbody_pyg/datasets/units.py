@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from nbody_pyg.atomic_write import atomic_write
-from nbody_pyg.data import AtomicData, complete_states
+from nbody_pyg.data import AtomicData, complete_states, implied_pbc
 from nbody_pyg.datasets.frames import LABEL_SHAPES, Frames, check_frame, has_label
 from nbody_pyg.datasets.reference import is_isolated_atom
 from nbody_pyg.messages import symbols
@@ -97,7 +97,7 @@ def write_unit(path: Path, frames: Frames, splits: Sequence[int]) -> None:
 def _rows(frame: AtomicData, key: str, shape: tuple[int, ...]) -> np.ndarray:
     value = frame.get(key)
     if value is None and key == "pbc" and frame.get("cell") is not None:
-        value = (frame.cell != 0).any(dim=-1)  # a cell without pbc repeats along each of its non-zero vectors
+        value = implied_pbc(frame.cell)
     if value is None:
         return np.zeros(shape) if key in ("cell", "pbc") else np.full(shape, np.nan)
     return value.detach().cpu().numpy().reshape(shape)  # type: ignore[no-any-return]  # PyG has no py.typed

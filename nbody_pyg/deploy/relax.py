@@ -18,7 +18,7 @@ from ase.stress import full_3x3_to_voigt_6_stress
 from torch import Tensor, nn
 from torch_geometric.data import Batch, Data
 
-from nbody_pyg.data import AtomicData, has_hierarchy
+from nbody_pyg.data import AtomicData, has_hierarchy, implied_pbc
 from nbody_pyg.datasets.readers import without_labels
 from nbody_pyg.deploy.reference import bond_changes, with_reference
 from nbody_pyg.hierarchy import Topology, TopologyCache
@@ -398,7 +398,7 @@ def _alike(model: nn.Module, frames: Sequence[AtomicData]) -> list[AtomicData]:
         keys = {"z": frame.z, "pos": frame.pos}
         if periodic:
             keys["cell"] = frame.cell
-            keys["pbc"] = (frame.cell != 0).any(dim=-1) if frame.get("pbc") is None else frame.pbc
+            keys["pbc"] = implied_pbc(frame.cell) if frame.get("pbc") is None else frame.pbc
         keys |= {key: frame[key] for key in ("charge", "charges", "spin") if frame.get(key) is not None}
         out.append(AtomicData(**keys))
     return out

@@ -143,14 +143,13 @@ class SmoothSurvivors(Scheme):
         usual = [
             round(max(least, 0.5 * (pairs or 0.0)), 9) for least, pairs in zip(reach, self.cutoffs[1:], strict=True)
         ]
-        if isinstance(lengths, (int, float)) or len(usual if lengths is None else lengths) != len(usual):
+        given = usual if lengths is None else lengths
+        if isinstance(given, (int, float)) or len(given) != len(usual):
             raise ValueError(
                 f"lengths must list one length in angstrom per entry of radii ({len(usual)}), got {lengths!r}; leave "
                 f"it out for {usual}"
             )
-        self.lengths = tuple(
-            check_radius(f"lengths[{k}]", length) for k, length in enumerate(usual if lengths is None else lengths)
-        )
+        self.lengths = tuple(check_radius(f"lengths[{k}]", length) for k, length in enumerate(given))
         names = ["survivors"] if len(reach) == 1 else [f"survivors {k + 1}" for k in range(len(reach))]
         specs = map(LevelSpec, names, reach, self.cutoffs[1:])
         self.levels = (LevelSpec("atoms", None, self.cutoffs[0]), *specs, LevelSpec("root", 2.0 * reach[-1]))

@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch_geometric.data import Data
 
-from nbody_pyg.data import is_topology_key
+from nbody_pyg.data import implied_pbc, is_topology_key
 from nbody_pyg.hierarchy.dag import levels_of_dag
 from nbody_pyg.hierarchy.validation import validate_parts
 from nbody_pyg.kernels.autograd_flags import is_transformed
@@ -235,8 +235,8 @@ class Topology:
             num_atoms = torch.full_like(stored["num_parts_1"], stored["pos"].shape[0])
         levels = range(num_levels)
         pbc, cell = stored.get("pbc"), stored.get("cell")
-        if pbc is None and cell is not None:  # periodic along each of its non-zero vectors
-            pbc = (cell.detach() != 0).any(dim=-1)
+        if pbc is None and cell is not None:
+            pbc = implied_pbc(cell)
         repeats = any(stored.get(f"{name}_shift_{k}") is not None for name in ("child", "pair") for k in levels)
         topology = cls(
             num_parts=(num_atoms, *(stored[f"num_parts_{k}"] for k in levels[1:])),

@@ -333,8 +333,7 @@ def _inherit(
         old = None if init.reference is None else init.reference.energies
         model.scale.copy_(init.scale)
         kept = {z: e for z, e in (old or {}).items() if z in species}
-        some = _few([frame for frame in train if has_label(frame, "energy")])
-        new = kept | (refitted(model, _familiar(some, init), old or {}, e0) or {})
+        new = kept | (_refitted(model, train, init, e0) or {})
         model.reference = AtomicReference(dict(sorted(new.items()))) if set(species) <= set(new) else None
         new = None if model.reference is None else model.reference.energies
     model.ancestor, model.origin = ancestor, None
@@ -368,18 +367,20 @@ def _has_charges(model: Potential | PropertyModel) -> bool:
 
 
 @torch.no_grad()
-def refitted(
-    potential: Potential, train: Sequence[Data], old: Mapping[int, float], e0: str | Energies
+def _refitted(
+    potential: Potential, train: Sequence[Data], init: Potential, e0: str | Energies
 ) -> dict[int, float] | None:
-    """E0 of the elements of some frames, eV, from what the interactions leave over; None if no frame has an energy."""
+    """E0 of the elements of some frames, eV, from what the interactions of a model made of ``init`` leave over; None
+    if no frame has an energy."""
     known = [frame for frame in train if has_label(frame, "energy")]
     if not known:
         return None
     if isinstance(e0, Mapping):
         return fit_atomic_energies(known, e0)
+    old = {} if init.reference is None else init.reference.energies
     left = []
     potential.eval()
-    for frame in _few(known):
+    for frame in _familiar(_few(known), init):
         energy = potential(frame, compute_forces=False)["interaction_energy"].double().cpu()
         start = sum(old.get(z, 0.0) for z in frame.z.tolist())
         one = copy.copy(frame)
@@ -393,7 +394,7 @@ def refitted(
 
 def _few(frames: Sequence[Data]) -> list[Data]:
     """At most some hundred frames, evenly spaced, and those that bring further elements or are single atoms."""
-    kept = frames[:: max(1, -(-len(frames) // _FRAMES))]
+    kept = frames[:: -(-len(frames) // _FRAMES)]
     seen = set(elements_of(kept))
     more = []
     for frame in frames if len(kept) < len(frames) else ():

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch_geometric.data import Data
 
-from nbody_pyg.data import VOIGT, is_topology_key
+from nbody_pyg.data import VOIGT, implied_pbc, is_topology_key
 from nbody_pyg.datasets.audit import outliers, require_labels
 from nbody_pyg.datasets.frames import LABEL_SHAPES, Frames, has_label, listed, shaped_label
 from nbody_pyg.geometry import complete_cell, has_volume
@@ -146,9 +146,9 @@ def _filler(frame: Data, key: str, number: int) -> Tensor:
     if key == "cell":
         return torch.eye(3, dtype=torch.float64, device=frame.pos.device).reshape(1, 3, 3)
     if key == "pbc":
-        own = frame.get("cell")  # a cell without pbc is periodic along each of its vectors
+        own = frame.get("cell")
         own = torch.zeros(1, 3, 3, device=frame.pos.device) if own is None else own
-        return (own.reshape(1, 3, 3) != 0).any(dim=-1)
+        return implied_pbc(own.reshape(1, 3, 3))
     if key == "charge":
         return torch.zeros(1, dtype=torch.float64, device=frame.pos.device)
     if "_shift_" in key and (index := frame.get(key.replace("_shift", ""))) is not None:
