@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import shlex
+import textwrap
 from typing import Any
 
 import torch
@@ -68,7 +69,7 @@ def _show(path: str, header: dict[str, Any]) -> None:
     for key in ("steps", "epochs", "cpu_seconds", "weights", "num_frames"):
         if key in record:
             rows.append((key.replace("_", " "), _short(record[key])))
-    print(table(["", path], [(key, str(value)) for key, value in rows]))
+    print(table(["", path], [line for key, value in rows for line in _folded(key, str(value))]))
     if header["e0"]:
         print("\nE0, eV")
         print(
@@ -90,6 +91,12 @@ def _shown(value: Any) -> Any:
     if isinstance(value, list):
         return [_shown(inner) for inner in value]
     return printable(value) if isinstance(value, str) else value
+
+
+def _folded(key: str, value: str) -> list[tuple[str, str]]:
+    """Rows of one entry: a long value takes several lines."""
+    lines = textwrap.wrap(value, 100, break_long_words=False, break_on_hyphens=False) or [""]
+    return [(key, lines[0]), *(("", line) for line in lines[1:])]
 
 
 def _scales(header: dict[str, Any]) -> list[tuple[str, str]]:

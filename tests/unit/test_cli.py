@@ -156,6 +156,12 @@ def test_info(folder, capsys):
     assert json.loads(capsys.readouterr().out)["format_version"] == FORMAT_VERSION
 
 
+def test_info_folds_long_values(capsys):
+    assert main(["info", "organic"]) == 0
+    out = capsys.readouterr().out
+    assert max(map(len, out.splitlines())) <= 119 and "I-I " in out
+
+
 def test_info_verifies_and_controls_no_terminal(folder, tmp_path, capsys):
     assert main(["info", str(folder / "model.nbody")]) == 0
     out = capsys.readouterr().out
