@@ -56,11 +56,12 @@ def md(args: argparse.Namespace) -> int:
         flush=True,
     )
     first = getattr(atoms.calc, "members", [atoms.calc])[0]
-    reason = "" if first.engine_reason is None else f" ({first.engine_reason})"
-    print(f"engine: {first.engine}{reason}", flush=True)
     stop_file, progress = folder / _STOP, Progress(args.steps, args.timestep)
 
     def report(done: int) -> None:
+        if not progress.begun:  # which engine it is depends on the structure
+            reason = "" if first.engine_reason is None else f" ({first.engine_reason})"
+            print(f"engine: {first.engine}{reason}", flush=True)
         if done == 0 and not args.restart:
             _replace_old(folder, trajectory, atoms)
         progress(done)
@@ -207,6 +208,11 @@ class Progress:
         self.steps, self.timestep, self.shown = steps, timestep, sys.stderr.isatty()
         self._begun: tuple[int, float] | None = None
         self._last, self._done = -_PROGRESS_SECONDS, (0, 0.0)
+
+    @property
+    def begun(self) -> bool:
+        """Whether it has been called."""
+        return self._begun is not None
 
     def __call__(self, done: int) -> None:
         """Called with the number of steps done."""

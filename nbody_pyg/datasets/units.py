@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -235,7 +236,7 @@ class UnitFiles:
                 f"{len(missing)} files must be there for the run that goes on, from {missing[0]} on, but are not in "
                 f"{self.files[0].parent}; bring them back, or start anew"
             )
-        kept = [n for n, path in enumerate(self.files) if path.name in set(names)]
+        kept = [n for n, name in enumerate(self.names) if name in set(names)]
         out = object.__new__(UnitFiles)
         for name, values in vars(self).items():
             setattr(out, name, [values[n] for n in kept] if isinstance(values, list) else values)
@@ -247,8 +248,13 @@ class UnitFiles:
 
     @property
     def names(self) -> list[str]:
-        """Names of the files, without their folders."""
-        return [path.name for path in self.files]
+        """Names of the files, with their folders where there are several."""
+        folders = [path.resolve().parent for path in self.files]
+        common = os.path.commonpath(folders)
+        return [
+            (folder / path.name).relative_to(common).as_posix()
+            for folder, path in zip(folders, self.files, strict=True)
+        ]
 
     def count(self, split: str = "train") -> int:
         """Number of frames of a split."""

@@ -160,7 +160,8 @@ class NBodyCalculator(SharedCalculator):
         bonds: "each", "first", or a structure (ASE's Atoms, or Data with what the scheme reads), see above.
         engine: "native": a generated C program (:class:`~nbody_pyg.native.NativeEvaluator`), compiled at the first
             step; "torch"; "auto": native where it can compute this potential on the CPU and a C compiler exists. The
-            attribute ``engine`` is the choice, ``engine_reason`` the reason why it is not native.
+            attribute ``engine`` is that of the last evaluation (before the first one: of neutral singlets),
+            ``engine_reason`` the reason why it is not native.
     Raises:
         ValueError: an element that the model does not know, an unknown dtype, ``cuda_graphs`` without a GPU or together
         with ``compile``, an unknown value of ``bonds`` or ``engine``, a structure with other atoms than that of
@@ -365,16 +366,19 @@ class NBodyCalculator(SharedCalculator):
                     "engine 'native' computes neutral singlets only, without formal charges; use engine='auto' for "
                     "other systems"
                 )
+            self.engine, self.engine_reason = "torch", "the native program computes neutral singlets only"
             return None
         if reason := native.changed():
             self._use_torch(reason)
             return None
         try:
-            return functools.partial(native.evaluate, native.model())
+            program = functools.partial(native.evaluate, native.model())
         except RuntimeError as error:
             self._use_torch(str(error))
             build.warn_once("native", f"torch runs instead of the native program, which failed to compile: {error}")
             return None
+        self.engine, self.engine_reason = "native", None
+        return program
 
     def _check_species(self, atoms: Atoms) -> None:
         species = self.potential.species

@@ -445,11 +445,12 @@ def test_inputs_of_charge_and_spin():
         NBodyCalculator(model, engine="native").get_potential_energy(charged)
     neutral = ethanol()
     energies = []
-    for atoms in (neutral, charged, neutral):
+    for atoms, engine in ((neutral, "native"), (charged, "torch"), (neutral, "native")):
         atoms.calc = calculator
         energies.append(atoms.get_potential_energy())
         assert abs(energies[-1] - float(model(System.from_ase(atoms))["energy"])) < 1e-9
-    assert calculator.engine == "native" and energies[0] == energies[2] and abs(energies[1] - energies[0]) > 1e-3
+        assert calculator.engine == engine and (calculator.engine_reason is None) == (engine == "native")
+    assert energies[0] == energies[2] and abs(energies[1] - energies[0]) > 1e-3
 
 
 def test_the_charge_of_all_training_frames_is_no_input():

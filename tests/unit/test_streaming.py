@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import gc
+import shutil
 import weakref
 
 import numpy as np
@@ -176,6 +177,16 @@ def test_fewer_frames_are_the_first_ones(folder):
     same = UnitFiles(files, num_train=6).only(later.names)
     assert len(same) == 6 and same.digest() == later.digest()
     assert [s.tolist() for s in same.splits] == [s.tolist() for s in later.splits]
+
+
+def test_files_of_one_name_in_two_folders_are_told_apart(folder, tmp_path):
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        shutil.copy(sorted(folder.glob("*.h5"))[name == "two"], tmp_path / name / "a.h5")
+    both = UnitFiles(sorted(tmp_path.glob("*/a.h5")))
+    assert both.names == ["one/a.h5", "two/a.h5"]
+    kept = both.only(["two/a.h5"])
+    assert kept.files == [tmp_path / "two" / "a.h5"] and kept.digest() == UnitFiles(kept.files).digest()
 
 
 @pytest.mark.parametrize(
