@@ -21,6 +21,7 @@ from torch_geometric.data import Batch, Data
 from nbody_pyg.data import AtomicData, has_hierarchy, implied_pbc
 from nbody_pyg.datasets.readers import without_labels
 from nbody_pyg.deploy.reference import bond_changes, with_reference
+from nbody_pyg.geometry import has_volume
 from nbody_pyg.hierarchy import Topology, TopologyCache
 from nbody_pyg.messages import check_choice
 from nbody_pyg.network import check_states, model_frames
@@ -287,7 +288,7 @@ def relax(
     if pressure and kind == "fixed":
         raise ValueError(f"pressure must be 0 where cells are fixed, got {pressure}; pass cell=True as well")
     data: Sequence[Data] = [as_data(frame, number) for number, frame in enumerate(frames)]
-    periodic = _periodicity(data)
+    periodic = _periodicity(data, kind != "fixed")
     if reference is not None:
         data = with_reference(data, reference, potential.scheme)
     check_states(potential.model, data)  # frames of a batch do not have their number
@@ -381,12 +382,18 @@ def _periodic(frame: Data) -> bool:
     return given is not None and bool(torch.as_tensor(given).any())
 
 
-def _periodicity(frames: Sequence[Data]) -> list[bool]:
-    """Whether each frame is periodic. Raises: ValueError: one is, and has no cell."""
+def _periodicity(frames: Sequence[Data], strained: bool) -> list[bool]:
+    """Whether each frame is periodic. Raises: ValueError: one is, and has no cell, or ``strained`` and no volume."""
     periodic = [_periodic(frame) for frame in frames]
     for number, frame in enumerate(frames):
         if periodic[number] and frame.get("cell") is None:
             raise ValueError(f"frames must have a cell where pbc is set, got frame {number} without; give it a cell")
+        if periodic[number] and strained and not has_volume(torch.as_tensor(frame.cell)):
+            raise ValueError(
+                f"cells that are relaxed must have a volume, got frame {number} with "
+                f"{torch.as_tensor(frame.cell).reshape(3, 3).tolist()}; give it a vector along each direction, also "
+                "along one that is not periodic, which keeps its length"
+            )
     return periodic
 
 

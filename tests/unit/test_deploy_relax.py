@@ -192,6 +192,12 @@ def test_cells_of_atoms_and_wrong_arguments(frames):
         relax(model, frames, cell=True, pressure=float("inf"))
     with pytest.raises(ValueError, match="cell must be one of fixed, full, isotropic, got 'volume'"):
         relax(model, frames, cell="volume")
+    slab = strained(STRAINS[0])
+    slab.set_cell([*slab.cell.array[:2], [0.0, 0.0, 0.0]])
+    slab.pbc = [True, True, False]
+    assert len(relax(model, [slab], max_steps=1).frames) == 1
+    with pytest.raises(ValueError, match=r"must have a volume, got frame 1 .*give it a vector along each"):
+        relax(model, [atoms, slab], cell=True)
 
 
 def test_charges_stay_with_their_structures(frames):
