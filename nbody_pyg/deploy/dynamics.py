@@ -21,12 +21,12 @@ from ase.io import read, write
 from ase.io.trajectory import Trajectory
 from ase.md import MDLogger
 from ase.md.md import MolecularDynamics
-from ase.md.velocitydistribution import Stationary, ZeroRotation
 
 from nbody_pyg.data import electronic_state_of
 from nbody_pyg.datasets.readers import without_labels
 from nbody_pyg.deploy.ensembles import ENSEMBLES, has_pressure, integrator, restore, variables
 from nbody_pyg.deploy.md_checkpoint import MDState, move_to
+from nbody_pyg.deploy.momenta import degrees_of_freedom, draw_momenta, kelvin
 from nbody_pyg.deploy.trajectory_files import LIBRARY_FORMATS, LibraryWriter
 from nbody_pyg.messages import check_choice
 
@@ -145,7 +145,8 @@ def run_md(
 
     If velocities are drawn from the Maxwell-Boltzmann distribution, the total momentum is removed, for isolated
     molecules also the angular momentum; but not if constraints hold some atoms, which absorb both. ASE applies the
-    constraints of the atoms; the temperature counts the remaining degrees of freedom.
+    constraints of the atoms. Temperatures and thermostats count the degrees of freedom that share the kinetic energy
+    (:func:`~nbody_pyg.deploy.momenta.degrees_of_freedom`), for a molecule of N atoms 3 N - 6, with "langevin" 3 N.
 
     A run that fails ends with the reason in ``stopped``: energy, forces or positions that are not finite, a temperature
     above ``max_temperature``, an atom with ten times the mean kinetic energy at that temperature, an atom that would
@@ -206,15 +207,21 @@ def run_md(
     repeated = max(written - first, 0)  # steps of a killed run that are later than its checkpoint
     steps += repeated
     rng = np.random.default_rng([seed, first] if first else seed)
-    origin = _set_velocities(atoms, "given" if restart else velocities, temperature, rng, seed)
+    drawn = _set_velocities(atoms, "given" if restart else velocities, temperature, rng)
     if state is not None:
         state.apply(atoms)  # momenta once more: constraints have changed their last digits
-    origin = f"those of step {first} of the {'trajectory' if state is None else 'checkpoint'}" if restart else origin
+    freedom = degrees_of_freedom(atoms, ensemble)
+    if restart:
+        origin = f"those of step {first} of the {'trajectory' if state is None else 'checkpoint'}"
+    elif drawn:
+        origin = f"drawn at {temperature:g} K, seed {seed}"
+    else:
+        origin = f"those of the first structure ({kelvin(atoms, freedom):.1f} K)"
     options: dict[str, Any] = {
         "timestep": timestep, "temperature": temperature, "friction": friction, "pressure": pressure,
         "thermostat_time": thermostat_time, "barostat_time": barostat_time,
     }  # fmt: skip
-    dyn = integrator(ensemble, atoms, rng=rng, **options)
+    dyn = integrator(ensemble, atoms, freedom=freedom, rng=rng, **options)
     kind = f"{ensemble} {sorted(options.items())}"
     if state is not None and state.ensemble == kind:
         rng.bit_generator.state = state.random
@@ -227,7 +234,7 @@ def run_md(
         )
     dyn.nsteps = first
     hottest = max(_HOTTEST, 10.0 * temperature) if max_temperature is None else max_temperature
-    failed = _Failure(atoms, timestep * units.fs, hottest)
+    failed = _Failure(atoms, timestep * units.fs, hottest, freedom)
     bonded = _with_bonds(atoms.calc)
     stopped = changes = None
     with contextlib.ExitStack() as kept:
@@ -247,7 +254,8 @@ def run_md(
         if resumed.energy is not None:
             place = f"the last frame of {trajectory}" if state is None else f"step {first} of {checkpoint}"
             _check_energy(atoms, resumed.energy, place)
-        record = _Record(atoms, dyn, log, trajectory, written if restart else None, stress)  # last: it replaces files
+        # Last, because it replaces files
+        record = _Record(atoms, dyn, log, trajectory, written if restart else None, stress, freedom)
         kept.callback(record.close)
         saved = -math.inf
         for _ in dyn.irun(steps):
@@ -272,9 +280,11 @@ def run_md(
             if reason:
                 stopped = f"stopped after step {dyn.nsteps} ({dyn.get_time() / units.fs:.2f} fs): {reason}"
                 break
-    time, total, potential, kelvin = np.array(record.samples).reshape(-1, 4).T
+    time, total, potential, temperatures = np.array(record.samples).reshape(-1, 4).T
     volume = np.array(record.volumes)
-    return MDReport(time, total, potential, kelvin, len(atoms), stopped, first, origin, bonds_from, changes, volume)
+    return MDReport(
+        time, total, potential, temperatures, len(atoms), stopped, first, origin, bonds_from, changes, volume
+    )
 
 
 class _Resumed(NamedTuple):
@@ -363,21 +373,16 @@ def _check_numbers(
             raise ValueError(f"{name} must be zero or positive, got {value}")
 
 
-def _set_velocities(atoms: Atoms, which: str, temperature: float, rng: np.random.Generator, seed: int) -> str:
-    """Give the atoms their first velocities; returns a description of their source."""
+def _set_velocities(atoms: Atoms, which: str, temperature: float, rng: np.random.Generator) -> bool:
+    """Give the atoms their first velocities; returns whether they were drawn."""
     momenta = atoms.get_momenta()
     if not np.isfinite(momenta).all():
         raise ValueError("momenta of the atoms must be finite; draw new ones with velocities='drawn'")
     if which == "given" or (which == "auto" and momenta.any()):
         atoms.set_momenta(momenta)  # set again, so that constraints apply to them
-        return f"those of the first structure ({atoms.get_temperature():.1f} K)"
-    width = np.sqrt(units.kB * temperature * atoms.get_masses())
-    atoms.set_momenta(width[:, None] * rng.standard_normal((len(atoms), 3)))
-    if not atoms.constraints:
-        Stationary(atoms)
-        if not atoms.pbc.any() and len(atoms) > 2:
-            ZeroRotation(atoms)
-    return f"drawn at {temperature:g} K, seed {seed}"
+        return False
+    draw_momenta(atoms, temperature, rng)
+    return True
 
 
 def _not_kept(atoms: Atoms) -> list[str]:
@@ -466,9 +471,9 @@ def _check_repeated(atoms: Atoms, last: np.ndarray, trajectory: str) -> None:
 class _Failure:
     """Says why a run has no meaning any more; ``broken`` where its numbers are not finite."""
 
-    def __init__(self, atoms: Atoms, timestep: float, hottest: float):
+    def __init__(self, atoms: Atoms, timestep: float, hottest: float, freedom: int):
         self.atoms, self.timestep, self.hottest, self.broken = atoms, timestep, hottest, False
-        self.masses, self.freedom = atoms.get_masses()[:, None], atoms.get_number_of_degrees_of_freedom()
+        self.masses, self.freedom = atoms.get_masses()[:, None], freedom
         self.apart = max(_LOST, 3.0 * self._outermost()[1]) if self._open else math.inf
 
     @property
@@ -501,9 +506,8 @@ class _Failure:
         if math.isinf(self.hottest):
             return None
         kinetic = 0.5 * (momenta**2 / self.masses).sum(axis=1)
-        kelvin = 2.0 * float(kinetic.sum()) / (self.freedom * units.kB)
-        if kelvin > self.hottest:
-            return f"the temperature is {kelvin:.3g} K, more than {self.hottest:g} K; {_CURE}"
+        if (hot := 2.0 * float(kinetic.sum()) / (self.freedom * units.kB)) > self.hottest:
+            return f"the temperature is {hot:.3g} K, more than {self.hottest:g} K; {_CURE}"
         limit, fastest = _FASTEST * 1.5 * units.kB * self.hottest, int(kinetic.argmax())
         if kinetic[fastest] > limit:
             return f"{self._name(fastest)} has a kinetic energy of {kinetic[fastest]:.3g} eV; {_CURE}"
@@ -524,6 +528,19 @@ class _Failure:
 _CURE = "try a shorter time step, or a structure that is nearer to the training data"
 
 
+class _Thermometer:
+    """Atoms whose temperature counts the degrees of freedom of the run."""
+
+    def __init__(self, atoms: Atoms, freedom: int):
+        self._atoms, self._freedom = atoms, freedom
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._atoms, name)
+
+    def get_temperature(self) -> float:
+        return kelvin(self._atoms, self._freedom)
+
+
 class _Record:
     """Writes samples, log and frames of a run, each structure once."""
 
@@ -535,8 +552,10 @@ class _Record:
         trajectory: str | Path | None,
         continued: int | None,
         stress: bool,
+        freedom: int,
     ):
         self.atoms, self.dyn, append = atoms, dyn, continued is not None
+        self.freedom = freedom
         self.samples: list[tuple[float, float, float, float]] = []
         self.volumes: list[float] = []
         self.frames: Any = None
@@ -550,12 +569,14 @@ class _Record:
         if log is not None:
             append = append and Path(log).is_file()
             mode = "a" if append else "w"
-            self.logger = MDLogger(dyn, atoms, str(log), header=not append, stress=stress, peratom=False, mode=mode)
+            seen: Any = _Thermometer(atoms, freedom)
+            header = not append
+            self.logger = MDLogger(dyn, seen, str(log), header=header, stress=stress, peratom=False, mode=mode)
 
     def __call__(self, write: bool) -> None:
         atoms, fs = self.atoms, self.dyn.get_time() / units.fs
         potential = atoms.get_potential_energy()
-        self.samples.append((fs / 1000, potential + atoms.get_kinetic_energy(), potential, atoms.get_temperature()))
+        self.samples.append((fs / 1000, potential + atoms.get_kinetic_energy(), potential, kelvin(atoms, self.freedom)))
         if atoms.pbc.all():
             self.volumes.append(atoms.get_volume())
         atoms.info |= {"step": self.dyn.nsteps, "time_fs": round(fs, 9)}

@@ -24,7 +24,7 @@ ENSEMBLES = {
     "npt": "constant temperature and pressure: isotropic changes of the cell, Martyna-Tobias-Klein",
     "npt-full": "constant temperature and pressure: changes of all lengths and angles, Martyna-Tobias-Klein",
 }
-#: Ensembles whose thermostat counts 3 N degrees of freedom.
+#: Ensembles whose thermostat takes no constraints.
 _ALL_FREE = ("nose-hoover", "npt", "npt-full")
 #: Relaxation times where none is given, in time steps, as ASE advises.
 _THERMOSTAT_STEPS, _BAROSTAT_STEPS = 100.0, 1000.0
@@ -52,6 +52,7 @@ def integrator(
     pressure: float,
     thermostat_time: float | None,
     barostat_time: float | None,
+    freedom: int,
     rng: np.random.Generator,
 ) -> MolecularDynamics:
     """An integrator of ASE.
@@ -63,6 +64,7 @@ def integrator(
         friction: 1/fs, of "langevin".
         pressure: bar, of "npt" and "npt-full".
         thermostat_time, barostat_time: relaxation times, fs; None: 100 and 1000 time steps.
+        freedom: degrees of freedom that share the kinetic energy, for all thermostats but "langevin".
         rng: of "langevin" and "bussi".
     Raises: ValueError: an unknown ensemble; constraints, where ASE's thermostat counts all degrees of freedom; no
         periodic cell for a pressure; a relaxation time shorter than a time step.
@@ -96,12 +98,27 @@ def integrator(
         # fixcm=True samples a wrong distribution for small systems, so the centre of mass moves here.
         return Langevin(atoms, dt, friction=friction / units.fs, rng=rng, fixcm=False, **bath)
     if ensemble == "bussi":
-        return Bussi(atoms, dt, taut=times["thermostat_time"], rng=rng, **bath)
+        bussi = Bussi(atoms, dt, taut=times["thermostat_time"], rng=rng, **bath)
+        bussi.ndof, bussi.target_kinetic_energy = freedom, 0.5 * freedom * units.kB * temperature
+        return bussi
     bath["tdamp"] = times["thermostat_time"]
     if ensemble == "nose-hoover":
-        return NoseHooverChainNVT(atoms, dt, **bath)
+        return _counting(NoseHooverChainNVT(atoms, dt, **bath), freedom)
     bath |= {"pdamp": times["barostat_time"], "pressure_au": pressure * STRESS_UNITS["bar"]}
-    return (IsotropicMTKNPT if ensemble == "npt" else MTKNPT)(atoms, dt, **bath)
+    return _counting((IsotropicMTKNPT if ensemble == "npt" else MTKNPT)(atoms, dt, **bath), freedom)
+
+
+def _counting(dyn: MolecularDynamics, freedom: int) -> MolecularDynamics:
+    """The integrator with another number of degrees of freedom than 3 N, for which ASE has no argument.
+
+    Raises: RuntimeError: a version of ASE that counts in another way.
+    """
+    counted = [holder for _, holder in _holders(dyn) if "_num_atoms_global" in vars(holder)]
+    if not counted:
+        raise RuntimeError(f"{type(dyn).__name__} of this version of ASE counts atoms in an unknown way; report this")
+    for holder in counted:
+        holder._num_atoms_global = freedom / 3.0
+    return dyn
 
 
 def variables(dyn: MolecularDynamics) -> dict[str, np.ndarray]:

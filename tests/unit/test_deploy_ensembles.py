@@ -258,7 +258,7 @@ class Springs(Calculator):
 @pytest.mark.slow
 @pytest.mark.parametrize("ensemble", ["langevin", "bussi", "nose-hoover", "npt", "npt-full"])
 def test_thermostats_reach_their_temperature(ensemble):
-    """Mean and standard deviation are those of 3 N degrees of freedom; the cell fluctuates."""
+    """Mean and standard deviation are those of the degrees of freedom; the cell fluctuates."""
     atoms = bulk("Ar", "fcc", a=5.0, cubic=True) * (2, 2, 2)
     atoms.calc = Springs(atoms)
     settings = {"thermostat_time": 100.0, "barostat_time": 300.0, "friction": 0.01, "timestep": 5.0, "pressure": 100.0}
