@@ -7,9 +7,11 @@ import pytest
 from ase import Atoms, units
 from ase.build import bulk, molecule
 from ase.calculators.calculator import Calculator, all_changes
+from ase.calculators.lj import LennardJones
 from ase.constraints import FixAtoms
 
 from nbody_pyg.deploy import run_md
+from nbody_pyg.deploy.ensembles import integrator
 from nbody_pyg.deploy.momenta import degrees_of_freedom, draw_momenta, kelvin
 
 METHANOL, LINE, PAIR, ATOM, CELL = (
@@ -104,3 +106,23 @@ def test_motion_inside_a_molecule_has_the_temperature(ensemble):
     np.testing.assert_allclose(report.temperature, found, rtol=1e-12)
     if ensemble != "nve":  # whose energy is that of its first momenta
         assert abs(report.temperature[500:].mean() - 300.0) < 35.0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ensemble", ["nose-hoover", "npt", "npt-full"])
+def test_a_small_cell_has_the_temperature_and_keeps_what_is_conserved(ensemble):
+    """Of 9 degrees of freedom; a thermostat that counts all 12 would give 80 K."""
+    atoms = bulk("Ar", "fcc", a=5.3, cubic=True)
+    atoms.rattle(0.05, seed=1)
+    atoms.calc = LennardJones(sigma=3.4, epsilon=0.0104, rc=9.0, smooth=True)
+    rng = np.random.default_rng(0)
+    draw_momenta(atoms, 60.0, rng)
+    freedom = degrees_of_freedom(atoms, ensemble)
+    assert freedom == 9
+    dyn = integrator(
+        ensemble, atoms, timestep=2.0, temperature=60.0, friction=0.01, pressure=1.0, thermostat_time=100.0,
+        barostat_time=500.0, freedom=freedom, rng=rng,
+    )  # fmt: skip
+    seen = [(dyn.get_conserved_energy(), kelvin(atoms, freedom)) for _ in dyn.irun(1200)]
+    conserved, temperatures = np.array(seen).T
+    assert np.ptp(conserved) < 1e-4 and abs(temperatures[300:].mean() - 60.0) < 8.0
