@@ -78,7 +78,8 @@ def model(name: str, added: Mapping[str, Any]) -> dict[str, Any] | None:
         return None
     if base not in known or suffix not in {"", *CHARGES}:
         raise ValueError(f"--only must hold names of networks, got {name!r}; {nearest(base, [*known, *MODELS])}")
-    return {**known[base], **({"long_range": CHARGES[suffix]} if suffix else {})}
+    # None: no charges, also where nbody train would choose them
+    return {"long_range": None, **known[base], **({"long_range": CHARGES[suffix]} if suffix else {})}
 
 
 def added(text: str) -> tuple[str, dict[str, Any]]:
@@ -178,7 +179,7 @@ def main(argv: list[str] | None = None) -> int:
                         points[name] = one
                     except MissingPeer as error:
                         missing[name] = str(error)
-            reference = {REFERENCE: point(REFERENCE, NETWORKS[REFERENCE], section, training, 0)}
+            reference = {REFERENCE: point(REFERENCE, model(REFERENCE, {}), section, training, 0)}
             times = evaluation_times(reference | points, data, args.timing)
             sets = ["val", *section["test"]]
             rows = rows_of(records, times, sets)
