@@ -190,7 +190,7 @@ _MD22 = {"train": (5, 500), "val": (2, 50), "test": (4, 200)}
 #: In the order in which they are made.
 KINDS = {
     "ac_ala3_nhme": Kind(_molecule("ac_ala3_nhme"), 500.0, _MD22),
-    "charged_peptides": Kind(peptide, 300.0, {"train": (24, 600), "val": (8, 80), "test": (10, 200)}),
+    "charged_peptides": Kind(peptide, 300.0, {"train": (120, 600), "val": (8, 80), "test": (10, 200)}),
     "dha": Kind(_molecule("dha"), 500.0, _MD22),
     "salt_bridge": Kind(salt_bridge, 300.0, {"train": (30, 300), "val": (10, 50), "test": (10, 100), "far": (18, 180)}),
     "at_at": Kind(_stack("at_at", "AT AT"), 500.0, _MD22),
