@@ -23,6 +23,7 @@ from nbody_pyg.cli.arguments import (
     positive_number,
     whole,
 )
+from nbody_pyg.cli.reserved import unused_removed
 from nbody_pyg.messages import closest, nearest, printable
 
 _DESCRIPTION = """\
@@ -428,5 +429,7 @@ def _run(args: argparse.Namespace, rest: list[str]) -> int:
         # A list may follow an option, so only the first word can be the file.
         path = expand_path(rest.pop(0)) if rest and not rest[0].startswith("-") else None
         return compare(path, rest)
-    status: int = getattr(importlib.import_module(f"nbody_pyg.cli.{args.command}"), args.command)(args)
+    command = importlib.import_module(f"nbody_pyg.cli.{args.command}")
+    with unused_removed():
+        status: int = getattr(command, args.command)(args)
     return status
