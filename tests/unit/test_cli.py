@@ -268,7 +268,7 @@ def test_sigterm_ends_with_its_status_and_a_checkpoint_to_go_on_from(tmp_path):
         time.sleep(0.2)
     process.send_signal(signal.SIGTERM)
     out, _ = process.communicate(timeout=60)
-    assert process.returncode == 143 and "stopped by signal 15 after step" in out
+    assert process.returncode == 143 and "stopped by SIGTERM after step" in out
     assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] > 2
 
 
