@@ -7,6 +7,13 @@ import threading
 from typing import Any
 
 
+def signal_name(number: int) -> str:
+    """The name of a signal in messages, such as "SIGTERM", or "Ctrl-C"."""
+    if number == signal.SIGINT:
+        return "Ctrl-C"
+    return signal.Signals(number).name if number in set(signal.Signals) else f"signal {number}"
+
+
 class GracefulStop:
     """Context in which SIGTERM or Ctrl-C is recorded, so that a long run ends after its step and keeps its results. A
     second signal kills at once.
@@ -39,9 +46,7 @@ class GracefulStop:
     @property
     def reason(self) -> str | None:
         """The signal in words."""
-        if self.received is None:
-            return None
-        return "by Ctrl-C" if self.received == signal.SIGINT else f"by signal {self.received}"
+        return None if self.received is None else f"by {signal_name(self.received)}"
 
     @property
     def status(self) -> int | None:

@@ -39,6 +39,8 @@ def infrared(args: argparse.Namespace) -> int:
     rows = [[number, *row] for number, row in enumerate(zip(*known.values(), strict=True), 1)]
     print(table(head, rows))
     print(f"\nzero-point energy  {found.zero_point_energy:.6f} eV")
+    if found.free_motions:
+        print(f"frequencies below 1 cm^-1, which count as zero (free motions): {found.free_motions}")
     if not found.is_minimum:
         print("warning: negative frequencies are imaginary; the structure is no minimum")
     folder.mkdir(parents=True, exist_ok=True)

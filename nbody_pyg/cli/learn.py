@@ -11,6 +11,7 @@ from nbody_pyg.active import LearnConfig, from_smiles, plot_rounds, rounds_table
 from nbody_pyg.active import learn as run
 from nbody_pyg.atomic_write import atomic_write, write_text
 from nbody_pyg.cli.frames import read_atoms
+from nbody_pyg.training.folder import RunFolder
 
 
 def learn(args: argparse.Namespace) -> int:
@@ -21,7 +22,8 @@ def learn(args: argparse.Namespace) -> int:
     if folder.exists() and any(folder.iterdir()) and not args.resume:
         raise ValueError(f"{folder} holds files; continue its run with --resume, or choose another folder with --out")
     starts = read_atoms(args.start) if Path(args.start).exists() else from_smiles(args.start, 4, config.seed)
-    rounds = run(starts, folder, config, note=lambda line: print(line, flush=True))
+    with RunFolder(folder):
+        rounds = run(starts, folder, config, note=lambda line: print(line, flush=True))
     table = rounds_table(rounds)
     write_text(folder / "rounds.txt", table + "\n")
     plot_rounds(rounds, folder / "learning.png")

@@ -23,6 +23,7 @@ from nbody_pyg.cli.arguments import (
     positive_number,
     whole,
 )
+from nbody_pyg.cli.reserved import unused_removed
 from nbody_pyg.messages import closest, nearest, printable
 
 _DESCRIPTION = """\
@@ -147,7 +148,7 @@ def build_parser() -> _Parser:
     )  # fmt: skip
     _add_out(
         evaluate, "folder for parity.png, predictions and errors.json (default: evaluate beside the model file; a "
-        "number is added if it holds results)",
+        "number is added if it exists)",
     )  # fmt: skip
     evaluate.add_argument("--batch-size", type=positive, default=20, help="frames per batch (default: 20)")
     evaluate.add_argument("--units", default=None, help="units of the files, e.g. 'kcal/mol' or 'eV, angstrom, kbar'")
@@ -241,8 +242,8 @@ def build_parser() -> _Parser:
                     help="stop at the first sample whose bonds differ from those in use (BondTree)")  # fmt: skip
     _add_out(
         md,
-        "folder for md.log, trajectory.xyz, checkpoint.npz, energy.png (default: md; a number is added if it holds a "
-        "run); a file STOP in it ends the run",
+        "folder for md.log, trajectory.xyz, checkpoint.npz, energy.png (default: md; a number is added if it "
+        "exists); a file STOP in it ends the run",
     )
 
     export = commands.add_parser("export", help="write a model as source code for programs without Python")
@@ -250,7 +251,7 @@ def build_parser() -> _Parser:
     export.add_argument("--to", choices=("c",), default="c", help="language: c (default: c)")
     export.add_argument("--dtype", choices=("float32", "float64"), default=None, help="(default: the model's)")
     _add_out(export, "folder of the source, header, weights and example (default: exported; a number is added if it "
-             "holds an export)")  # fmt: skip
+             "exists)")  # fmt: skip
 
     relax = commands.add_parser("relax", help="relax many structures at once")
     relax.add_argument("model", help="model file")
@@ -276,7 +277,7 @@ def build_parser() -> _Parser:
     solid.add_argument("--steps", type=positive, default=500, help="largest number of steps (default: 500)")
     solid.add_argument("--range", type=positive_number, default=0.06, help="largest change of volume (default: 0.06)")
     solid.add_argument("--strain", type=positive_number, default=0.005, help="of elastic constants (default: 0.005)")
-    _add_out(solid, "folder (default: solid; a number is added if it holds results)")
+    _add_out(solid, "folder (default: solid; a number is added if it exists)")
 
     infrared = commands.add_parser("infrared", help="vibrations, infrared and Raman spectrum of a molecule")
     infrared.add_argument("model", help="model file")
@@ -292,7 +293,7 @@ def build_parser() -> _Parser:
     infrared.add_argument("--steps", type=positive, default=1000, help="largest number of steps (default: 1000)")
     infrared.add_argument("--width", type=positive_number, default=10.0,
                           help="of the lines in the plot, full width at half maximum, cm^-1 (default: 10)")  # fmt: skip
-    _add_out(infrared, "folder (default: infrared; a number is added if it holds results)")
+    _add_out(infrared, "folder (default: infrared; a number is added if it exists)")
 
     learn = commands.add_parser("learn", help="active learning: a potential from few labels")
     learn.add_argument("start", help="structures of one molecule or crystal, or a SMILES string")
@@ -428,5 +429,7 @@ def _run(args: argparse.Namespace, rest: list[str]) -> int:
         # A list may follow an option, so only the first word can be the file.
         path = expand_path(rest.pop(0)) if rest and not rest[0].startswith("-") else None
         return compare(path, rest)
-    status: int = getattr(importlib.import_module(f"nbody_pyg.cli.{args.command}"), args.command)(args)
+    command = importlib.import_module(f"nbody_pyg.cli.{args.command}")
+    with unused_removed():
+        status: int = getattr(command, args.command)(args)
     return status

@@ -4,25 +4,21 @@ from __future__ import annotations
 
 import errno
 import fnmatch
-import itertools
 import os
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from matplotlib.backend_bases import FigureCanvasBase
 
+from nbody_pyg.cli.reserved import first_free, reserve_file, reserve_folder
 from nbody_pyg.required import required
-
-if TYPE_CHECKING:
-    pass
 
 
 def output_file(
     given: str | None, default: str | None, overwrite: bool, inputs: Iterable[str | None], option: str = "--out"
 ) -> Path:
-    """The file to write to.
+    """The file to write to. A new one is created at once, so that no other command takes its name.
 
     Args:
         given: path from the command line. If None, ``default``; a number is added if that exists.
@@ -32,16 +28,21 @@ def output_file(
     Raises: ValueError: the file exists, is read by the same command, or is a folder. PermissionError: it cannot be
         written.
     """
-    path = Path(given if given is not None else required(default))
     if given is None and not overwrite:
-        path = _fresh(path)
+        return first_free(Path(required(default)), reserve_file)
+    path = Path(given if given is not None else required(default))
     if path.is_dir():
         raise ValueError(f"{option} must be a file, got the folder {path}")
     if any(_same(path, name) for name in inputs):
         raise ValueError(f"{option} must not be an input of this command, got {path}; choose another file")
-    if path.exists() and not overwrite:
-        raise ValueError(f"{path} exists; replace it with --overwrite, or choose another file with {option}")
     path.parent.mkdir(parents=True, exist_ok=True)
+    if not overwrite:
+        try:
+            return reserve_file(path)
+        except FileExistsError:
+            raise ValueError(
+                f"{path} exists; replace it with --overwrite, or choose another file with {option}"
+            ) from None
     if not os.access(path if path.exists() and not path.is_file() else path.parent, os.W_OK):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))  # now rather than after the work
     return path
@@ -64,19 +65,20 @@ def output_folder(
     given: str | None, default: str, overwrite: bool, inputs: Iterable[str | None], names: Sequence[str],
     cure: str = "replace it with --overwrite, or choose another folder with --out",
 ) -> Path:  # fmt: skip
-    """The folder to write into; other files in it are not touched.
+    """The folder to write into; other files in it are not touched. A default one is created at once, so that no other
+    command takes its name.
 
     Args:
-        given: path from the command line. If None, ``default``; a number is added if that holds results.
+        given: path from the command line. If None, ``default``; a number is added if that exists.
         overwrite: results may be replaced.
         inputs: paths that the command reads.
         names: patterns of the files that will be written.
         cure: advice in the message if there are results.
     Raises: ValueError: the folder holds results or inputs of the command, or is a file.
     """
-    path = Path(given) if given is not None else Path(default)
     if given is None and not overwrite:
-        path = _fresh(path, lambda folder: _held(folder, names) is not None)
+        return first_free(Path(default), reserve_folder)
+    path = Path(given) if given is not None else Path(default)
     if path.exists() and not path.is_dir():
         raise ValueError(f"--out must be a folder, got the file {path}")
     for name in inputs:
@@ -99,11 +101,6 @@ def latest(default: str, name: str) -> Path:
 
 def _held(folder: Path, names: Sequence[str]) -> Path | None:
     return next((path for name in names for path in sorted(folder.glob(name))), None)
-
-
-def _fresh(path: Path, taken: Any = Path.exists) -> Path:
-    numbered = (path.with_name(f"{path.stem}-{n}{path.suffix}") for n in itertools.count(1))
-    return next(p for p in itertools.chain([path], numbered) if not taken(p))
 
 
 def _same(path: Path, name: str | None) -> bool:

@@ -26,6 +26,7 @@ from nbody_pyg.datasets.readers import find_files
 from nbody_pyg.datasets.splits import Split, read_split
 from nbody_pyg.datasets.units import are_units, unit_files
 from nbody_pyg.deploy import load_model, read_metadata, reference_record, save_model, shipped_models
+from nbody_pyg.interrupt import signal_name
 from nbody_pyg.io.checkpoint import changes, read_checkpoint
 from nbody_pyg.io.description import potential_from_config
 from nbody_pyg.io.model_file import load_potential
@@ -193,7 +194,7 @@ def _train(config: Config, run: RunFolder) -> int:
         return 0  # only the first process tests, saves and reports
     if result.interrupted is not None:
         print(
-            f"stopped by signal {result.interrupted} after step {result.steps}; continue with the same command "
+            f"stopped by {signal_name(result.interrupted)} after step {result.steps}; continue with the same command "
             "and --output.resume true"
         )
         return 128 + result.interrupted

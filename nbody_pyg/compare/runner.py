@@ -21,6 +21,7 @@ from nbody_pyg.compare.errors import listed
 from nbody_pyg.compare.peer import MissingPeer
 from nbody_pyg.compare.point import Point, WrongData, data_files, failed_record, plain, run_point
 from nbody_pyg.compare.report import read_record
+from nbody_pyg.interrupt import signal_name
 from nbody_pyg.required import required
 
 # Seconds for a process to write its checkpoint after SIGTERM.
@@ -36,7 +37,7 @@ class Stopped(Exception):
 
     def __init__(self, status: int) -> None:
         super().__init__(
-            f"stopped by signal {status - 128}; the same command goes on from there. Finished runs are kept, "
+            f"stopped by {signal_name(status - 128)}; the same command goes on from there. Finished runs are kept, "
             "and --report shows them"
         )
         self.status = status
@@ -168,7 +169,7 @@ class Runner:
             raise Stopped(128 + number)
         if status < 0 or number in (signal.SIGINT, signal.SIGTERM):
             hint = "; is there memory enough?" if number == signal.SIGKILL else ""
-            return self._died(point, f"the process was ended by signal {number}{hint}", folder)
+            return self._died(point, f"the process was ended by {signal_name(number)}{hint}", folder)
         if status != 0:
             return self._died(point, f"{tail[-1] if tail else 'an error'} (status {status})", folder)
         try:

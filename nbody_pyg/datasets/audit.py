@@ -97,7 +97,8 @@ def label_audit(
 
     Energy and forces are always listed, found or not; other labels where at least one frame has them. A label that is
     NaN is not there. Notes below the table name frames without any label, keys that look like a label that was not
-    found, keys whose values were not taken, and structures that stand in ``"train"`` and in another group as well.
+    found, keys whose values were not taken, energies that are all equal, and structures that stand in ``"train"`` and
+    in another group as well.
 
     Args:
         frames: frames, or a mapping from a title (such as ``"train"``) to frames.
@@ -187,7 +188,7 @@ def outliers(frames: Sequence[AtomicData], label: str) -> list[int]:
 
 
 def _of_the_file(title: str, group: Sequence[AtomicData]) -> list[str]:
-    """Outliers, notes of the reader, and keys that look like labels that were not found."""
+    """Outliers, energies that are all equal, notes of the reader, and keys that look like labels not found."""
     found = {label: outliers(group, label) for label in _LARGE}
     notes = []
     for label, odd in found.items():
@@ -197,6 +198,11 @@ def _of_the_file(title: str, group: Sequence[AtomicData]) -> list[str]:
                 f"{title}: {label} up to {largest:.4g} {_UNITS[label]} in {listed(group, odd)} ({len(odd)} of "
                 f"{len(group)}), far beyond the others"
             )
+    if (constant := _constant_energy(group)) is not None:
+        notes.append(
+            f"{title}: every energy is {constant:.6g} eV while the forces differ, so they may be placeholders; name "
+            "others with energy_key, or remove them from the file"
+        )
     if not isinstance(group, Frames):
         return notes
     notes += group.notes
@@ -207,6 +213,16 @@ def _of_the_file(title: str, group: Sequence[AtomicData]) -> list[str]:
                 words = ", ".join(map(repr, keys))
                 notes.append(f"{title}: no {label}, but the file holds {words}; name one with {label}_key")
     return notes
+
+
+def _constant_energy(group: Sequence[AtomicData]) -> float | None:
+    """The one energy of all frames that have it, where their forces are not those of one structure, turned or not."""
+    both = [frame for frame in group if has_label(frame, "energy") and has_label(frame, "forces")]
+    energies = {float(frame.energy) for frame in group if has_label(frame, "energy")}
+    if len(both) < 2 or len(energies) > 1:
+        return None
+    sizes = torch.tensor([float(frame.forces.norm()) for frame in both], dtype=torch.float64)
+    return None if torch.allclose(sizes, sizes[:1], rtol=1e-6, atol=1e-6) else energies.pop()
 
 
 def repeated(

@@ -13,6 +13,7 @@ from typing import Any
 from ase import Atoms
 
 from nbody_pyg.datasets.convergence import converged_steps, mark_unconverged
+from nbody_pyg.datasets.guesses import GuessedError, reader_options, without_guesses
 from nbody_pyg.units import Units
 
 # Of VASP's files.
@@ -33,7 +34,8 @@ def read_systems(
     Raises:
         FileNotFoundError: no such file.
         OSError: the system refuses to read it.
-        ValueError: ASE cannot read it, or it holds no such frame.
+        ValueError: ASE cannot read it, it does not name the elements or which atoms are there, or it holds no such
+            frame.
     """
     path, chosen = Path(path), as_slice(index)
     systems = list(iter_systems(path, chosen, file_format))
@@ -62,8 +64,11 @@ def iter_systems(path: Path, chosen: slice = slice(None), file_format: str | Non
             return
         source, known = _without_mark(path, file_format)
         known = known or filetype(source)
-        systems = iread(source, index=chosen, format=known, do_not_split_by_at_sign=True)
+        systems = iread(source, index=chosen, format=known, do_not_split_by_at_sign=True, **reader_options(known))
+        systems = without_guesses(systems, path, known)
         yield from mark_unconverged(systems, _convergence(path, known, chosen), known)
+    except GuessedError as error:
+        raise ValueError(f"path {str(path)!r} {error}") from None
     except MemoryError as error:
         raise MemoryError(f"path {str(path)!r} needs more memory than there is, or is damaged") from error
     except Exception as error:  # ASE's parsers raise whatever they meet, OSError without a number too

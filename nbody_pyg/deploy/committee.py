@@ -28,6 +28,7 @@ class Committee(SharedCalculator):
     key of ``results``    shape, unit           meaning
     ====================  ====================  ============================================================
     ``energy``            eV                    mean; likewise ``free_energy``, ``forces``, ``stress``
+    ``energies``          [N], eV               mean, if asked for and every member has it
     ``energy_std``        eV                    standard deviation over the members
     ``forces_std``        [N], eV/A             :math:`\sigma_i` of each atom
     ``stress_std``        [6], eV/A^3           only if the stress is computed
@@ -40,11 +41,12 @@ class Committee(SharedCalculator):
     Args:
         members: at least two potentials, or paths of model files.
         options: further arguments of each :class:`NBodyCalculator` (device, dtype, skin).
-    Raises: ValueError: fewer than two members, or members that know different elements.
+    Raises: ValueError: fewer than two members, or members that know different elements. PropertyNotImplementedError:
+        ``energies`` of members whose parts are not centred on atoms.
     """
 
     implemented_properties: ClassVar[list[str]] = [  # type: ignore[misc]  # ASE has no ClassVar there
-        "energy", "free_energy", "forces", "stress", "energy_std", "forces_std", "stress_std",
+        "energy", "free_energy", "forces", "stress", "energies", "energy_std", "forces_std", "stress_std",
     ]  # fmt: skip
 
     def __init__(self, members: Sequence[Potential | str | Path], **options: Any):
@@ -73,10 +75,12 @@ class Committee(SharedCalculator):
         system_changes: list[str] = all_changes,
     ) -> None:
         super().calculate(atoms, properties, system_changes)
-        wants_stress = any(name.startswith("stress") for name in properties)
+        wanted = ["energy", "forces"]
+        wanted += ["stress"] if any(name.startswith("stress") for name in properties) else []
+        wanted += ["energies"] if "energies" in properties else []
         found = []
         for member in self.members:
-            member.calculate(self.atoms, ["energy", "forces", *(["stress"] if wants_stress else [])], all_changes)
+            member.calculate(self.atoms, wanted, all_changes)
             found.append(member.results)
         energy = np.array([result["energy"] for result in found])
         forces = np.stack([result["forces"] for result in found])
@@ -90,6 +94,8 @@ class Committee(SharedCalculator):
         if all("stress" in result for result in found):  # members whose stress was asked for once give it always
             stress = np.stack([result["stress"] for result in found])
             self.results |= {"stress": stress.mean(axis=0), "stress_std": stress.std(axis=0, ddof=1)}
+        if "energies" in wanted:
+            self.results["energies"] = np.mean([result["energies"] for result in found], axis=0)
 
     @contextlib.contextmanager
     def fixed_bonds(self, atoms: Atoms) -> Iterator[None]:

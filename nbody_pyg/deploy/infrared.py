@@ -27,6 +27,8 @@ from nbody_pyg.units import ABSORPTION, ENERGY_UNITS, WAVENUMBER, dipole_factor,
 
 #: A molecule is linear if its width is less than this times its length (roots of its moments of inertia).
 _LINEAR = 0.01
+#: Smaller frequencies, real or imaginary, are free motions with round-off, cm^-1.
+_ZERO = 1.0
 
 
 @dataclass(frozen=True)
@@ -59,13 +61,18 @@ class InfraredSpectrum:
 
     @property
     def is_minimum(self) -> bool:
-        """Whether no frequency is imaginary."""
-        return bool((self.frequencies > 0).all())
+        """Whether no frequency is imaginary, other than those of :attr:`free_motions`."""
+        return bool((self.frequencies > -_ZERO).all())
+
+    @property
+    def free_motions(self) -> int:
+        """Number of frequencies below 1 cm^-1 in absolute value, which count as zero: parts that do not interact."""
+        return int((np.abs(self.frequencies) < _ZERO).sum())
 
     @property
     def zero_point_energy(self) -> float:
         """Half the sum of the real frequencies, eV."""
-        return float(0.5 * self.frequencies.clip(min=0.0).sum() * ENERGY_UNITS["cm^-1"])
+        return float(0.5 * self.frequencies[self.frequencies >= _ZERO].sum() * ENERGY_UNITS["cm^-1"])
 
     def spectrum(self, wavenumbers: np.ndarray, width: float = 10.0) -> np.ndarray:
         """Absorption at some wavenumbers, km/mol per cm^-1, with a Lorentzian for each real mode.
@@ -99,7 +106,7 @@ class InfraredSpectrum:
         """Sum of the Lorentzians of the real modes, of areas ``heights``."""
         if not width > 0:
             raise ValueError(f"width must be positive, got {width}")
-        real = self.frequencies > 0
+        real = self.frequencies >= _ZERO
         away = np.asarray(wavenumbers)[:, None] - self.frequencies[real]
         shape = (0.5 * width / np.pi) / (away**2 + (0.5 * width) ** 2)
         return np.asarray(shape @ heights[real])
@@ -112,7 +119,8 @@ class InfraredSpectrum:
             "intensities": None if self.intensities is None else self.intensities.tolist(),
             "activities": None if self.activities is None else self.activities.tolist(),
             "depolarization": None if self.depolarization is None else self.depolarization.tolist(),
-            "zero_point_energy": self.zero_point_energy, "minimum": self.is_minimum, "modes": self.modes.tolist(),
+            "zero_point_energy": self.zero_point_energy, "minimum": self.is_minimum,
+            "free_motions": self.free_motions, "modes": self.modes.tolist(),
         }  # fmt: skip
 
 

@@ -16,6 +16,7 @@ from ase.io import read
 
 from nbody_pyg.data import electronic_state_of
 from nbody_pyg.engines.batched import BatchedEvaluator
+from nbody_pyg.io.model_file import find_model
 from nbody_pyg.potential import Potential
 from nbody_pyg.units import BOHR, HARTREE
 
@@ -118,15 +119,16 @@ def ffdirect(
     """The ``<ffdirect>`` element of i-PI's input (i-PI 3.2 or newer).
 
     Args:
-        model: a model file.
+        model: a model file, or the name of a shipped model.
         template: a structure file, see :class:`IPIDriver`.
         beads: structures of one evaluation: the number of beads. It must divide the number of structures that i-PI
             evaluates at each step; with several replicas or systems leave it 1.
         name: name of the force field, for ``<force forcefield="...">``.
         options: device, dtype and skin of :class:`IPIDriver`.
-    Raises: ValueError: a path with characters that i-PI's lists of parameters do not allow.
+    Raises: ValueError: a path with characters that i-PI's lists of parameters do not allow. FileNotFoundError: a bare
+        name that is neither a file nor a shipped model.
     """
-    pars = {"model": str(Path(model).resolve()), "template": str(Path(template).resolve()), **options}
+    pars = {"model": str(find_model(model).resolve()), "template": str(Path(template).resolve()), **options}
     for key, value in pars.items():
         if set(str(value)) & set(",:{}"):
             raise ValueError(f"{key} must have none of the characters , : {{ }}, got {value!r}; rename or move it")

@@ -17,7 +17,7 @@ from ase import Atoms
 
 from nbody_pyg.engines.host import HostAtoms
 from nbody_pyg.engines.installed import require_engine
-from nbody_pyg.io.model_file import read_metadata
+from nbody_pyg.io.model_file import find_model, read_metadata
 from nbody_pyg.units import KJ_PER_MOL, LENGTH_UNITS
 
 #: First version of OpenMM with PythonForce.
@@ -29,7 +29,7 @@ class ModelFunction:
     """Energy (kJ/mol) and forces (kJ/mol/nm) of a model at the positions of a ``State``; can be pickled.
 
     Args:
-        model: a model file.
+        model: a model file, or the name of a shipped model.
         numbers: atomic numbers of the particles, in their order.
         periodic: use the box of the State, periodic in all directions.
         info: charge and spin, as in ``atoms.info`` (docs/conventions.md).
@@ -53,7 +53,7 @@ class ModelFunction:
                 f"model must be the path of a model file, got {type(model).__name__}: a serialized System names the "
                 "file; write one with save_model"
             )
-        self.path, self.fingerprint = str(Path(model).resolve()), str(read_metadata(model)["sha256"])
+        self.path, self.fingerprint = str(find_model(model).resolve()), str(read_metadata(model)["sha256"])
         self.numbers, self.periodic = [int(n) for n in numbers], bool(periodic)
         self.info, self.options = dict(info or {}), options
         self._host: HostAtoms | None = None
@@ -101,7 +101,7 @@ def model_force(
     """An ``openmm.PythonForce`` with the energy and forces of a model.
 
     Args:
-        model: a model file.
+        model: a model file, or the name of a shipped model.
         numbers: atomic numbers of the particles that the force acts on, in their order.
         particles: indices of these particles; None: all particles of the System.
         periodic: use the periodic box of the System.

@@ -23,6 +23,7 @@ from nbody_pyg.active import loop as loop_module
 from nbody_pyg.active.loop import _compare, _spearman
 from nbody_pyg.cli import main
 from nbody_pyg.deploy import Committee, NBodyCalculator, load_model
+from nbody_pyg.training.folder import RunFolder
 
 QUICK = LearnConfig(
     label="emt", temperature=300.0, first=15, per_round=4, rounds=2, walkers=2, steps=20, train_seconds=0.6,
@@ -327,6 +328,14 @@ def test_the_command(tmp_path, monkeypatch, capsys, caplog):
     assert "learned holds files; continue its run with --resume, or choose another folder" in capsys.readouterr().err
     assert main([*words, "--resume"]) == 0
     assert "near the start" not in capsys.readouterr().out
+
+
+def test_a_folder_of_another_command_that_runs_is_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write("cu.xyz", cluster())
+    with RunFolder("learned"):
+        assert main(["learn", "cu.xyz", "--label", "emt", "--resume"]) == 1
+    assert "another run (process " in capsys.readouterr().err and not (tmp_path / "learned").exists()
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ import csv
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -30,6 +31,7 @@ from nbody_pyg.cli.evaluate import distinct_names
 from nbody_pyg.cli.frames import read_atoms
 from nbody_pyg.cli.main import build_parser
 from nbody_pyg.cli.outputs import output_file, output_folder
+from nbody_pyg.cli.reserved import unused_removed
 from nbody_pyg.cli.tables import error_table, table
 from nbody_pyg.data import AtomicData
 from nbody_pyg.datasets import load_embedded
@@ -266,7 +268,7 @@ def test_sigterm_ends_with_its_status_and_a_checkpoint_to_go_on_from(tmp_path):
         time.sleep(0.2)
     process.send_signal(signal.SIGTERM)
     out, _ = process.communicate(timeout=60)
-    assert process.returncode == 143 and "stopped by signal 15 after step" in out
+    assert process.returncode == 143 and "stopped by SIGTERM after step" in out
     assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] > 2
 
 
@@ -350,21 +352,38 @@ def test_options_of_dynamics_that_contradict_each_other(folder, tmp_path, monkey
     assert message in capsys.readouterr().err and not Path("md").exists()
 
 
-def test_a_default_folder_gets_a_number(tmp_path):
-    assert output_folder(None, str(tmp_path / "a"), False, [], ["x*"]).name == "a"
-    (tmp_path / "a").mkdir()
-    assert output_folder(None, str(tmp_path / "a"), False, [], ["x*"]).name == "a", "it is empty"
-    (tmp_path / "a/x1").write_text("")
-    assert output_folder(None, str(tmp_path / "a"), False, [], ["x*"]).name == "a-1"
-    assert output_folder(None, str(tmp_path / "a"), True, [], ["x*"]).name == "a"
-    (tmp_path / "b.xyz").write_text("")
-    assert output_file(None, str(tmp_path / "b.xyz"), False, []).name == "b-1.xyz"
+def test_commands_that_begin_together_take_other_names(tmp_path):
+    """Names are taken before anything is written, and given back where nothing was."""
+    default, file = str(tmp_path / "a"), str(tmp_path / "b.xyz")
+    with unused_removed():
+        folders = [output_folder(None, default, False, [], ["x*"]).name for _ in range(3)]
+        assert folders == ["a", "a-1", "a-2"]
+        assert [output_file(None, file, False, []).name for _ in range(3)] == ["b.xyz", "b-1.xyz", "b-2.xyz"]
+        assert output_folder(None, default, True, [], ["x*"]).name == "a"
+        assert output_file(None, file, True, []).name == "b.xyz"
+        output_file(str(tmp_path / "c.xyz"), None, False, [])
+        with pytest.raises(ValueError, match=r"c.xyz exists; replace it with --overwrite, or choose another file"):
+            output_file(str(tmp_path / "c.xyz"), None, False, [])
+        (tmp_path / "a-1/x").write_text("result")
+        (tmp_path / "b-1.xyz").write_text("result")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a-1", "b-1.xyz"]
+
+
+@pytest.mark.parametrize("command", ["relax", "solid", "infrared", "evaluate", "export"])
+def test_a_failed_command_leaves_no_empty_result(folder, tmp_path, monkeypatch, capsys, command):
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(folder / "model.nbody", "m.nbody")
+    Path("empty.xyz").write_text("")
+    words = ["--to", "c", "--dtype", "float64"] if command == "export" else ["empty.xyz"]
+    model = "none.nbody" if command == "export" else "m.nbody"
+    assert main([command, model, *words]) == 1 and "error" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty.xyz", "m.nbody"]
 
 
 def test_a_place_where_nothing_can_be_written_is_found_before_the_work(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)
     with pytest.raises(PermissionError) as error:
-        output_file(str(tmp_path / "a.xyz"), None, False, [])
+        output_file(str(tmp_path / "a.xyz"), None, True, [])
     assert error.value.filename == str(tmp_path / "a.xyz")
 
 

@@ -67,7 +67,7 @@ def test_an_interrupted_command_goes_on_bit_for_bit(model, capsys, ensemble, wor
     ("stop", "status", "reason"),
     [
         (lambda: Path("md/STOP").touch(), 0, "by the file md/STOP"),
-        (lambda: os.kill(os.getpid(), signal.SIGTERM), 143, "by signal 15"),
+        (lambda: os.kill(os.getpid(), signal.SIGTERM), 143, "by SIGTERM"),
     ],
 )
 def test_a_stopped_run_goes_on_bit_for_bit(model, capsys, monkeypatch, stop, status, reason):

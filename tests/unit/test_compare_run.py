@@ -182,7 +182,7 @@ def _interpreter(folder: Path, does: str) -> str:
     [
         ("echo 'missing: pip install it'; exit 3", MissingPeer, "^pip install it$"),
         ("echo 'data: no such file'; exit 4", WrongData, "^no such file$"),
-        ("sleep 1; kill -TERM $PPID; sleep 0.5; exit 143", Stopped, "stopped by signal 15; the same command goes on"),
+        ("sleep 1; kill -TERM $PPID; sleep 0.5; exit 143", Stopped, "stopped by SIGTERM; the same command goes on"),
     ],
 )
 def test_what_ends_more_than_one_run(frames, tmp_path, does, error, message):
@@ -203,7 +203,7 @@ def test_a_signal_that_takes_long_to_hand_on_does_not_stop_the_watch(frames, tmp
     monkeypatch.setattr(subprocess.Popen, "send_signal", slowly)
     does = "sleep 1; kill -TERM $PPID; sleep 30"
     runner = Runner(tmp_path, {"schnet": _interpreter(tmp_path, does)}, note=lambda _: None)
-    with pytest.raises(Stopped, match="stopped by signal 15"):
+    with pytest.raises(Stopped, match="stopped by SIGTERM"):
         runner(_point(frames, max_steps=3))
 
 
@@ -213,8 +213,8 @@ def test_a_signal_that_takes_long_to_hand_on_does_not_stop_the_watch(frames, tmp
     [
         ("echo 'KeyError: no such thing' >&2; exit 1", r"KeyError: no such thing \(status 1\) \(more in .*errors.txt"),
         ("exit 3", r"an error \(status 3\)"),
-        ("kill -TERM $$", "the process was ended by signal 15"),
-        ("kill -KILL $$", "ended by signal 9; is there memory enough"),
+        ("kill -TERM $$", "the process was ended by SIGTERM"),
+        ("kill -KILL $$", "ended by SIGKILL; is there memory enough"),
         ("exit 0", "the process left no record"),
         ("echo alive; exec sleep 60", "not ready after 1 s, and ended; --timeout allows more"),
     ],

@@ -105,3 +105,21 @@ def test_structures_of_another_set_that_stand_in_train_are_told():
     assert note.startswith("1 of the 3 structures of test stand in train too, for example frame 1 as frame 2 of a.xyz")
     moved.pos = systems[2].pos + 0.01
     assert not label_audit(groups).notes
+
+
+def test_equal_energies_of_different_frames():
+    """Such as the zeros of a file that was converted from one without energies."""
+    torch.manual_seed(0)
+    forces = torch.randn(4, 3, dtype=torch.float64)
+    turned = forces.flip(0)[:, [1, 2, 0]]
+
+    def notes(*frames):
+        return "\n".join(label_audit({"train": frames}).notes)
+
+    one = frame(energy=energy(0.0), forces=forces)
+    assert "train: every energy is 0 eV while the forces differ" in notes(
+        one, frame(energy=energy(0.0), forces=2 * forces)
+    )
+    assert "every energy" not in notes(one, frame(energy=energy(-1.0), forces=2 * forces))
+    assert "every energy" not in notes(one, frame(energy=energy(0.0), forces=turned))
+    assert "every energy" not in notes(one, frame(forces=2 * forces))

@@ -8,10 +8,11 @@ import torch
 from ase import Atoms
 from ase.build import bulk
 from ase.build import molecule as ase_molecule
+from ase.calculators.calculator import PropertyNotImplementedError
 from ase.calculators.fd import calculate_numerical_forces
 from ase.io import read
 
-from nbody_pyg import NBodyNet, NestedShells, Potential
+from nbody_pyg import BondTree, NBodyNet, NestedShells, Potential
 from nbody_pyg.cli import main
 from nbody_pyg.deploy import Committee, NBodyCalculator, run_md, save_model, stop_on_uncertainty
 
@@ -49,6 +50,17 @@ def test_mean_and_standard_deviation(members, ethanol):
     lengths = np.linalg.norm(forces - forces.mean(0), axis=2)
     assert np.abs(found["forces_std"] - np.sqrt((lengths**2).sum(0) / 2)).max() < 1e-10
     assert found["forces_std"].shape == (9,) and found["forces_std"].min() > 1e-4
+
+
+def test_energies_of_the_atoms(members, ethanol):
+    ethanol.calc = Committee(members)
+    found = ethanol.get_potential_energies()
+    alone = np.stack([NBodyCalculator(potential).get_property("energies", ethanol) for potential in members])
+    assert np.abs(found - alone.mean(0)).max() < 1e-10 < alone.std(0).min()
+    assert found.sum() == pytest.approx(ethanol.get_potential_energy(), abs=1e-9)
+    tree = Potential(NBodyNet((1, 6, 8), BondTree(), channels=4)).double()
+    with pytest.raises(PropertyNotImplementedError, match="energies need a hierarchy in which every part is centred"):
+        Committee([members[0], tree]).get_property("energies", ethanol)
 
 
 def test_mean_forces_are_the_slope_of_the_mean_energy(members, ethanol):

@@ -11,6 +11,7 @@ import torch
 from ase import Atoms
 from ase.build import molecule
 from ase.calculators.calculator import Calculator, all_changes
+from ase.calculators.singlepoint import SinglePointCalculator
 from ase.constraints import FixAtoms
 from ase.io import read, write
 from ase.vibrations import Infrared
@@ -240,6 +241,30 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     write("c.xyz", CO2)
     assert main(["infrared", "saddle.nbody", "c.xyz", "--out", "saddle"]) == 3
     assert "negative frequencies are imaginary" in capsys.readouterr().out
+
+
+def test_free_motions_are_zero(tmp_path, monkeypatch, capsys):
+    """Two molecules that do not interact: the soft modes are round-off, not a saddle point."""
+    atoms = CO2.copy()
+    atoms.calc = SinglePointCalculator(atoms, energy=-1.0)
+
+    def spectrum(*frequencies: float) -> InfraredSpectrum:
+        return InfraredSpectrum(atoms, np.array(frequencies), np.zeros((3, 3, 3)), np.array([5.0, 5.0, 100.0]))
+
+    free, soft, saddle = spectrum(-0.1, 0.2, 1500.0), spectrum(2.0, 3.0, 1500.0), spectrum(-5.0, 0.2, 1500.0)
+    assert [found.is_minimum for found in (free, soft, saddle)] == [True, True, False]
+    assert [found.free_motions for found in (free, soft, saddle)] == [2, 0, 1]
+    assert free.zero_point_energy == pytest.approx(750.0 / 8065.544, rel=1e-6)
+    grid = np.arange(0.0, 20.0)
+    assert soft.spectrum(grid).max() > 0.1 > 0.01 > free.spectrum(grid).max() > 0
+    monkeypatch.chdir(tmp_path)
+    write("c.xyz", CO2)
+    for found, status in ((free, 0), (saddle, 3)):
+        monkeypatch.setattr("nbody_pyg.cli.infrared.infrared_spectrum", lambda *a, found=found, **k: found)
+        assert main(["infrared", "m.nbody", "c.xyz"]) == status
+        out = capsys.readouterr().out
+        assert f"frequencies below 1 cm^-1, which count as zero (free motions): {found.free_motions}\n" in out
+        assert ("the structure is no minimum" in out) == (status == 3)
 
 
 def test_the_plot(tmp_path):

@@ -22,7 +22,7 @@ from ase.units import GPa
 
 import factories
 from nbody_pyg import BondTree
-from nbody_pyg.deploy import Committee, NBodyCalculator, save_model
+from nbody_pyg.deploy import Committee, NBodyCalculator, find_model, save_model
 from nbody_pyg.engines import installed
 from nbody_pyg.engines.batched import BatchedEvaluator
 from nbody_pyg.engines.host import HostAtoms, as_calculator
@@ -434,6 +434,20 @@ def test_the_function_of_openmm(potential, model, tmp_path):
         pickle.loads(stored)(state_of(atoms))
     with pytest.raises(TypeError, match="model must be the path of a model file, got Potential"):
         ModelFunction(potential, atoms.numbers)
+
+
+def test_a_shipped_model_by_its_name():
+    """Programs that keep a path keep that of its file."""
+    path, atoms = str(find_model("organic")), ethanol()
+    function = ModelFunction("organic", atoms.numbers)
+    energy, forces = function(state_of(atoms))
+    assert function.path == path and np.abs(forces).max() > 1
+    assert f"{{model: {path}, " in ffdirect("organic", "start.xyz")
+    driven = IPIDriver("organic", atoms)(np.eye(3), atoms.positions / BOHR)
+    assert driven[0] * HARTREE == pytest.approx(energy * KJ_PER_MOL, rel=1e-6)
+    for make in (lambda: ModelFunction("orgnic", atoms.numbers), lambda: ffdirect("orgnic", "start.xyz")):
+        with pytest.raises(FileNotFoundError, match="no model file at orgnic, and no shipped model of that name"):
+            make()
 
 
 # ---------------------------------------------------------------------- i-PI
