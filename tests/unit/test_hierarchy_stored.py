@@ -97,6 +97,32 @@ def test_changed_cells(name, change, molecules):
     assert model(stored).item() != model(scheme(frame(molecules, cell=4.6))).item()
 
 
+@pytest.mark.parametrize("loader", [DataLoader, FrameLoader])
+@pytest.mark.parametrize("name", SCHEMES)
+def test_open_and_periodic_graphs_in_one_batch(name, loader, molecules):
+    """All data have a cell; PyG takes the keys of the first, whose cell may be empty."""
+    scheme, model = SCHEMES[name], Potential(net(SCHEMES[name]))
+    crystal, still = frame(molecules, cell=5.0), frame(molecules, cell=5.0)
+    still.cell, still.pbc = 0.0 * still.cell, ~still.pbc
+    wanted = [model(data, compute_forces=True) for data in (crystal, still)]
+    assert (wanted[0]["energy"] - wanted[1]["energy"]).abs() > 1e-3, "the images of the crystal act"
+    for order in ([0, 1], [1, 0], [1, 1]):
+        stored = [scheme((crystal, still)[k]) for k in order]
+        batch = next(iter(loader(stored, batch_size=2)))
+        found = model(batch, compute_forces=True)
+        for key in ("energy", "forces"):
+            expected = torch.cat([wanted[k][key] for k in order])
+            torch.testing.assert_close(found[key], expected, rtol=0, atol=1e-10)
+        assert (scheme.read(batch).child_shift[1] is not None) == (0 in order), "open graphs cost no more than before"
+    older = scheme(still)
+    for key in [key for key in older.keys() if "_shift_" in key]:  # noqa: SIM118  (Data is no dict)
+        del older[key]
+    torch.testing.assert_close(model(older)["energy"], wanted[1]["energy"], rtol=0, atol=1e-10)
+    for frames in ([older, scheme(crystal)], [scheme(crystal), older]):
+        with pytest.raises(ValueError, match=r"'(child|pair)_shift_\d'.* another one \(or that of an earlier version"):
+            Batch.from_data_list(frames)
+
+
 def test_nothing_is_built_again_while_nothing_changes(molecules, monkeypatch):
     frames = [SCHEMES["shells"](frame(molecules, n)) for n in ("ethanol", "methanol", "ethanol", "methanol")]
     model = net(SCHEMES["shells"])
