@@ -109,7 +109,7 @@ def count_graphs(data: Data) -> int | None:
 
 
 # Keys that change results: if one is lost in a batch the results are wrong, while a lost label raises an error.
-_INPUT_KEYS = ("charge", "charges", "spin", "cell", "pbc")
+_INPUT_KEYS = ("charge", "charges", "spin", "cell", "pbc", "bonds")
 
 
 def refuse_unstated(data: Data, inputs: Collection[str]) -> None:
@@ -140,10 +140,10 @@ def _cure(key: str) -> str:
             ": no scheme was applied to it, or another one (or that of an earlier version) than to the rest of its "
             "batch; apply one scheme to all data of a batch, or to none"
         )
-    return (
-        "; where others of a batch have one all must have it, for PyG takes the keys of the first "
-        "(nbody_pyg.data.complete_states adds charge, charges and spin)"
-    )
+    rule = "; where others of a batch have one all must have it, for PyG takes the keys of the first"
+    if key == "bonds":
+        return f"{rule} (a BondTree that is applied to each adds the bonds that it finds)"
+    return f"{rule} (nbody_pyg.data.complete_states adds charge, charges and spin)"
 
 
 class MissingKey(ValueError, KeyError):

@@ -295,6 +295,25 @@ def test_a_key_that_only_some_of_a_batch_have_is_named(key):
     assert plain.get(key) is None and Batch.from_data_list([marked, marked])[key].shape[0] == 2 * len(value)
 
 
+def test_bonds_that_only_some_of_a_batch_have_are_named(molecules):
+    """Without its given bonds a molecule would have those that are found; a scheme applied to each keeps both right."""
+    scheme, (z, pos) = BondTree(), molecules["methanol"]
+    net = NBodyNet([1, 6, 8], scheme, channels=2).double()
+    found = AtomicData(z=z, pos=pos)
+    bonds = scheme(found).bonds
+    given = AtomicData(z=z, pos=pos, bonds=bonds[:, (bonds != bonds[0, 0]).all(dim=0)])
+    with pytest.raises(ValueError, match=r"data has no 'bonds'; where others .*\(a BondTree that is applied to each"):
+        Batch.from_data_list([given, found])
+    with pytest.raises(
+        ValueError, match="data 1 of a batch has 'bonds', which PyG would drop, for data 0 has no 'bonds'"
+    ):
+        Batch.from_data_list([found, given])
+    alone = torch.cat([net(found), net(given)])
+    assert (alone[0] - alone[1]).abs() > 1e-4 and alone.abs().min() > 1e-4
+    batch = Batch.from_data_list([scheme(found), scheme(given)])
+    torch.testing.assert_close(net(batch), alone, rtol=0, atol=1e-10)
+
+
 def test_a_cell_without_pbc_repeats_along_its_vectors_also_in_ase():
     cell = torch.diag(torch.tensor([7.0, 8.0, 0.0], dtype=torch.float64))[None]
     atoms = AtomicData(z=torch.tensor([8, 1]), pos=torch.eye(2, 3, dtype=torch.float64), cell=cell).to_ase()
