@@ -150,7 +150,12 @@ class BondTree(Scheme):
         return sorted(kept - now), sorted(now - kept)
 
     def check_kept(self, topology: Topology, system: System) -> None:
-        check_lengths(system, required(topology.bonds))
+        if topology.bonds is None:
+            raise ValueError(
+                "data whose atoms have moved must hold 'bonds', along which their given or shared parts are kept, but "
+                "have none; do not exclude that key"
+            )
+        check_lengths(system, topology.bonds)
 
     def widened(self, skin: float) -> BondTree:
         return widen_pairs(self, skin)
