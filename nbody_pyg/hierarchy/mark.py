@@ -43,9 +43,8 @@ def mark_of(
     mixed = _placed(torch.cat(values, dim=1), number)
     columns = [mixed[:, 0], mixed[:, 1:4].sum(dim=1), mixed[:, 4:].sum(dim=1)]
     found = _sums(torch.stack(columns, dim=1), batch, len(first))
-    lattice = [_bits(data[key]).reshape(len(first), -1) for key in ("cell", "pbc") if isinstance(data.get(key), Tensor)]
-    if lattice:
-        found[:, PLACE] += _placed(torch.cat(lattice, dim=1), -1 - torch.zeros_like(first)).sum(dim=1)  # after no atom
+    if (lattice := _lattice(data, len(first))) is not None:  # no atom has the number -1
+        found[:, PLACE] += (_placed(lattice, -torch.ones_like(first)) * (lattice != 0)).sum(dim=1)
     last = torch.as_tensor(kind, dtype=torch.long, device=pos.device).expand(len(first))
     bonds = bonds_mark(data)
     if bonds_key not in (None, "bonds"):
@@ -79,6 +78,18 @@ def found_bonds(data: Data) -> Tensor:
     if whole:
         found &= mark[:, INPUTS] == bonds_mark(data)
     return found
+
+
+def _lattice(data: Data, num_graphs: int) -> Tensor | None:
+    """Bits of the vectors of the periodic directions, and of those directions; zeros for what does not repeat."""
+    cell, pbc = data.get("cell"), data.get("pbc")
+    if not isinstance(cell, Tensor):
+        return None
+    cell = cell.reshape(num_graphs, 3, 3)
+    if isinstance(pbc, Tensor):
+        pbc = pbc.bool().reshape(num_graphs, -1, 1).expand(-1, 3, 1)
+        cell = torch.cat([torch.where(pbc, cell, torch.zeros_like(cell)), pbc.to(cell.dtype)], dim=2)
+    return _bits(cell).flatten(1)
 
 
 def _first(data: Data) -> Tensor:

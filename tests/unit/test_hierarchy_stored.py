@@ -13,6 +13,7 @@ from nbody_pyg import BondTree, FromAssignment, NestedShells, Potential, ShellsA
 from nbody_pyg.data import AtomicData
 from nbody_pyg.hierarchy import share_topology
 from nbody_pyg.hierarchy.mark import KEPT, MARK, mark_of
+from nbody_pyg.training.evaluation import evaluate
 from nbody_pyg.training.loader import FrameLoader
 
 SCHEMES = {
@@ -332,6 +333,20 @@ def test_no_exchange_leaves_the_mark(what):
         data.cell, data.pbc = cell * torch.ones(1, 3, 3, dtype=torch.float64), torch.full((1, 3), pbc)
         marks[tuple(mark_of(data, KEPT, "labels")[0].tolist())] = data.pbc
     assert len({mark for mark, value in marks.items() if value.dtype == torch.bool}) == 2
+
+
+@pytest.mark.parametrize("name", ["shells", "tree"])
+def test_an_empty_cell_is_no_cell(name, molecules, monkeypatch):
+    """Where open and periodic frames are mixed, ``uniform`` gives the open ones a cell after the scheme."""
+    scheme, model = SCHEMES[name], Potential(net(SCHEMES[name]))
+    shared = share_topology([frame(molecules)], scheme)[0]
+    frames = [shared, scheme(frame(molecules, cell=5.0))]
+    wanted = torch.cat([model(data, compute_forces=False)["energy"] for data in frames])
+    monkeypatch.setattr(type(scheme), "compose", lambda *_: pytest.fail("built again"))
+    for order in ([0, 1], [1, 0]):
+        found = evaluate(model, [frames[k] for k in order], compute_forces=False)
+        torch.testing.assert_close(found.energy, wanted[order], rtol=0, atol=1e-10)
+    assert (wanted[0] - wanted[1]).abs() > 1e-3
 
 
 @pytest.mark.parametrize("name", ["shells", "tree", "survivors"])
