@@ -243,7 +243,7 @@ class Scheme(BaseTransform):  # type: ignore[misc]  # PyG has no py.typed
         Args:
             dtype: of vectors and weights; None for that of the positions.
         """
-        self._check_levels(topology)
+        self._check_levels(topology, system)
         given = system.pos
         dtype = given.dtype if dtype is None else dtype
         cell = None if system.cell is None else system.cell.double()
@@ -282,14 +282,19 @@ class Scheme(BaseTransform):  # type: ignore[misc]  # PyG has no py.typed
             return self.child_weight(edges.level, vec)
         return vector_window(vec, required(self.levels[edges.level].pair_radius))
 
-    def _check_levels(self, topology: Topology) -> None:
-        """Raise ValueError unless the topology has the levels and pairs of this scheme."""
+    def _check_levels(self, topology: Topology, system: System) -> None:
+        """Raise ValueError unless the topology has the levels and pairs of this scheme, and the system its cell."""
         wanted = [spec.pair_radius is not None for spec in self.levels]
         if [index is not None for index in topology.pair_index] != wanted:
             raise ValueError(
                 f"topology must have {len(wanted)} levels, with pairs at levels "
                 f"{[k for k, pairs in enumerate(wanted) if pairs]}, for {self!r}, got "
                 f"{topology!r}, which another scheme made; apply this scheme"
+            )
+        if topology.periodic is not None and system.cell is None:
+            raise ValueError(
+                "cell must be given with the topology of a periodic system, got None; pass the cell, and pbc, with "
+                "which it was made"
             )
 
     def with_pairs(self, tree: Topology, system: System) -> Topology:
