@@ -109,7 +109,7 @@ def count_graphs(data: Data) -> int | None:
 
 
 # Keys that change results: if one is lost in a batch the results are wrong, while a lost label raises an error.
-_INPUT_KEYS = ("charge", "charges", "spin", "cell", "pbc")
+_INPUT_KEYS = ("charge", "charges", "spin", "cell", "pbc", "bonds")
 
 
 def refuse_unstated(data: Data, inputs: Collection[str]) -> None:
@@ -128,6 +128,24 @@ def refuse_unstated(data: Data, inputs: Collection[str]) -> None:
                 )
 
 
+def _must_agree(key: str) -> bool:
+    """Whether all data of a batch must have a key where one has it: results are wrong where it is lost."""
+    return is_topology_key(key) or key == "scheme" or key in _INPUT_KEYS
+
+
+def _cure(key: str) -> str:
+    """What is wrong where only some data of a batch have the key, and what helps."""
+    if is_topology_key(key) or key == "scheme":
+        return (
+            ": no scheme was applied to it, or another one (or that of an earlier version) than to the rest of its "
+            "batch; apply one scheme to all data of a batch, or to none"
+        )
+    rule = "; where others of a batch have one all must have it, for PyG takes the keys of the first"
+    if key == "bonds":
+        return f"{rule} (a BondTree that is applied to each adds the bonds that it finds)"
+    return f"{rule} (nbody_pyg.data.complete_states adds charge, charges and spin)"
+
+
 class MissingKey(ValueError, KeyError):
     """A key that other data of a batch have and these do not; a KeyError, as for any other key."""
 
@@ -141,16 +159,8 @@ class _Storage(GlobalStorage):  # type: ignore[misc]  # PyG has no py.typed
         try:
             return super().__getitem__(key)
         except KeyError:
-            if is_topology_key(key) or key == "scheme":
-                raise MissingKey(
-                    f"data has no {key!r}: no scheme was applied to it, or another one than to the rest of its batch; "
-                    "apply one scheme to all data of a batch, or to none"
-                ) from None
-            if key in _INPUT_KEYS:
-                raise MissingKey(
-                    f"data has no {key!r}; where others of a batch have one all must have it, for PyG takes the keys "
-                    "of the first (nbody_pyg.data.complete_states adds charge, charges and spin)"
-                ) from None
+            if _must_agree(key):
+                raise MissingKey(f"data has no {key!r}{_cure(key)}") from None
             raise
 
 
@@ -180,8 +190,8 @@ class AtomicData(Data):  # type: ignore[misc]  # PyG has no py.typed
     ``num_parts_k``     [1] long              number of parts at level k >= 1 of the hierarchy
     ``child_k``         [2, E] long           row 0: part at level k - 1, row 1: its parent at level k
     ``pair_k``          [2, P] long           ordered neighbours at level k
-    ``child_shift_k``   [E, 3]                lattice shifts of the children, only for periodic systems
-    ``pair_shift_k``    [P, 3]                lattice shifts of the pairs, only for periodic systems
+    ``child_shift_k``   [E, 3]                lattice shifts of the children, only where there is a cell
+    ``pair_shift_k``    [P, 3]                lattice shifts of the pairs, only where there is a cell
     ``centre_k``        [n] long              part of level k - 1 on which each part of level k sits (some schemes)
     ``bonds``           [2, M] long           covalent bonds, both directions (only where a scheme uses them)
     ``scheme``          str                   the scheme that wrote the hierarchy
@@ -541,14 +551,15 @@ def complete_states(frames: Sequence[Data], inputs: Collection[str] = ()) -> Seq
 
 
 def _refuse_lost(frames: Sequence[Data]) -> None:
-    """Raise where a later frame has an input that the first has not, for a batch of them would be without it."""
+    """Raise where a later frame has a hierarchy or an input that the first has not: a batch would be without it."""
+    first = set(frames[0].keys()) if frames else set()
     for number, frame in enumerate(frames):
-        for key in _INPUT_KEYS:
-            if frame.get(key) is not None and frames[0].get(key) is None:
-                raise MissingKey(
-                    f"data 0 of a batch has no {key!r}, but data {number} has one, which PyG would drop; give all of "
-                    "them one (nbody_pyg.data.complete_states adds charge, charges and spin)"
-                )
+        lost = sorted(filter(_must_agree, set(frame.keys()) - first), key=lambda key: (key in _INPUT_KEYS, key))
+        if lost:
+            raise MissingKey(
+                f"data {number} of a batch has {lost[0]!r}, which PyG would drop, for data 0 has no "
+                f"{lost[0]!r}{_cure(lost[0])}"
+            )
 
 
 def _with_graph_shape(key: str, value: Any) -> Any:

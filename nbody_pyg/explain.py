@@ -14,18 +14,18 @@ from nbody_pyg.models import NBodyNet
 
 
 class Membership(MessagePassing):  # type: ignore[misc]  # PyG has no py.typed
-    """The weights of one edge set of a hierarchy, in a form that an explainer can mask."""
+    """Factors of the weights of one edge set of a hierarchy, in a form that an explainer can mask."""
 
     def __init__(self) -> None:
         super().__init__(aggr="sum", node_dim=0)
 
-    def forward(self, weight: Tensor, part: slice) -> Tensor:
-        """The weights of the edges, ``part`` of all that the explainer knows."""
+    def forward(self, factor: Tensor, part: slice) -> Tensor:
+        """The factors of the edges, ``part`` of all that the explainer knows."""
         mask: Tensor | None = self._edge_mask
         if not self.explain or mask is None:
-            return weight
+            return factor
         mask = mask[part]
-        return weight * (mask.sigmoid() if self._apply_sigmoid else mask)
+        return factor * (mask.sigmoid() if self._apply_sigmoid else mask)
 
 
 class ExplainableNet(nn.Module):
@@ -82,13 +82,15 @@ class ExplainableNet(nn.Module):
             {"weight": level.weight * x[offsets[k] : offsets[k] + level.num_parts, 0]}
             for k, level in enumerate(hierarchy)
         ]
+        masks: dict[EdgeSet, Tensor] = {}
         for edges, index in _edge_sets(hierarchy):
             k = edges.level
             part = slice(num_edges, num_edges + index.shape[1])
             num_edges = part.stop
+            masks[edges] = self.memberships[str(edges)](x[index[0], 0], part)
             for weight in ("child_weight", "pool_weight") if edges.kind == "child" else ("pair_weight",):
                 if (value := getattr(hierarchy[k], weight)) is not None:
-                    changed[k][weight] = self.memberships[str(edges)](value * x[index[0], 0], part)
+                    changed[k][weight] = value * masks[edges]
         if x.shape[0] != num_nodes or edge_index.shape[1] != num_edges:
             raise ValueError(
                 f"x and edge_index must be those of graph(data): {num_nodes} nodes and {num_edges} edges, "
@@ -98,7 +100,7 @@ class ExplainableNet(nn.Module):
             dataclasses.replace(level, **new) for level, new in zip(hierarchy, changed, strict=True)
         )
         # No edge sets are shared: shells of equal radius have separate masks.
-        total: Tensor = self.model.total(Hierarchy(levels, hierarchy.system))
+        total: Tensor = self.model.total(Hierarchy(levels, hierarchy.system, masks=masks))
         return total.unsqueeze(-1).flatten(1)
 
 

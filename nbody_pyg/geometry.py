@@ -16,6 +16,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from nbody_pyg.data import implied_pbc
+from nbody_pyg.kernels.autograd_flags import has_values
 from nbody_pyg.required import required
 
 # Two atoms nearer than this (angstrom) are an error in the input, not a geometry.
@@ -618,11 +619,13 @@ def edge_vectors(
 ) -> Float[Tensor, "edges 3"]:
     """Vectors ``pos[source] - pos[target] + shift @ cell``, from target to source, with gradients.
 
-    Without ``cell`` the shifts are taken to be zero, as :func:`neighbour_list` returns them for open systems.
+    Without ``cell`` the shifts must be zero, as :func:`neighbour_list` returns them for open systems.
     ``batch`` is needed only when there is more than one cell.
 
     Smoothness: linear in ``pos`` and ``cell``.
+    Raises: ValueError: shifts other than zero without ``cell``; several cells without ``batch``.
     """
+    check_shift(shift, cell)
     vec = pos.index_select(0, index[0]) - pos.index_select(0, index[1])
     if shift is None or cell is None:
         return vec
@@ -633,6 +636,16 @@ def edge_vectors(
     if batch is None:
         raise ValueError(f"batch must be given with {cell.shape[0]} cells; pass the graph number of each atom")
     return vec + torch.bmm(shift.unsqueeze(1), cell[batch[index[1]]]).squeeze(1)
+
+
+def check_shift(shift: Tensor | None, cell: Tensor | None) -> None:
+    """Raise ValueError for lattice shifts other than zero without a cell, unless a tracer holds them."""
+    if shift is not None and cell is None and has_values(shift) and bool(shift.any()):
+        edge = int(shift.any(dim=1).nonzero()[0])
+        raise ValueError(
+            f"cell must be given with lattice shifts, got None and the shift {shift[edge].tolist()} of edge {edge}; "
+            "pass the cell with which neighbour_list found them"
+        )
 
 
 def rounded_positions(

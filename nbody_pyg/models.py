@@ -675,6 +675,7 @@ class NBodyNet(Resettable):
                 limited = self.inner_cutoff(index, vec, self._species_index(hierarchy.system))
                 if limited is not vec:
                     vec, window = limited, self.scheme.edge_window(edges, limited)
+                    window = window * hierarchy.masks[edges] if edges in hierarchy.masks else window
             if step.kind == "down":
                 index, vec = required(index).flip(0), -required(vec)
             features[key] = self.embeddings[str(step.edges)](index, vec, window, hierarchy[step.level].num_parts)

@@ -136,8 +136,8 @@ class BondTree(Scheme):
         return replace(nothing, bonds=nothing.child_index[1])
 
     def holds(self, topology: Topology, system: System) -> bool:
-        """Whether the bonds found at these positions equal those of the topology."""
-        return torch.equal(covalent_bonds(system), required(topology.bonds))
+        """Whether the bonds found at these positions equal those of the topology; given ones do not change."""
+        return "bonds" in system.given or torch.equal(covalent_bonds(system), required(topology.bonds))
 
     def bond_changes(self, topology: Topology, system: System) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
         """Bonds of a topology that the covalent radii do not give at these positions, and bonds that they give in
@@ -150,7 +150,12 @@ class BondTree(Scheme):
         return sorted(kept - now), sorted(now - kept)
 
     def check_kept(self, topology: Topology, system: System) -> None:
-        check_lengths(system, required(topology.bonds))
+        if topology.bonds is None:
+            raise ValueError(
+                "data whose atoms have moved must hold 'bonds', along which their given or shared parts are kept, but "
+                "have none; do not exclude that key"
+            )
+        check_lengths(system, topology.bonds)
 
     def widened(self, skin: float) -> BondTree:
         return widen_pairs(self, skin)

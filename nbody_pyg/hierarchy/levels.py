@@ -87,11 +87,14 @@ class Hierarchy:
         system: the atoms, with cell, charge and spin.
         same: edge sets that equal an earlier one in indices, vectors and weights; see
             :attr:`~nbody_pyg.hierarchy.Scheme.same_edges`.
+        masks: [edges] factors in the weights of edge sets, by which weights that are computed again are multiplied as
+            well; by default none.
     """
 
     levels: tuple[Level, ...]
     system: System
     same: Mapping[EdgeSet, EdgeSet] = field(default_factory=dict)
+    masks: Mapping[EdgeSet, Float[Tensor, " edges"]] = field(default_factory=dict)
 
     @property
     def z(self) -> Integer[Tensor, " atoms"]:

@@ -19,7 +19,18 @@ from torch_geometric.transforms import BaseTransform
 from nbody_pyg.data import AtomicData, has_hierarchy, is_topology_key, points, require_atoms
 from nbody_pyg.geometry import edge_vectors
 from nbody_pyg.hierarchy.levels import EdgeSet, Hierarchy, Level
-from nbody_pyg.hierarchy.mark import ATOMS, FOUND, FOUND_BONDS, INPUTS, KEPT, KIND, MARK, found_bonds, mark_of
+from nbody_pyg.hierarchy.mark import (
+    ATOMS,
+    EARLIER_KEPT,
+    FOUND,
+    FOUND_BONDS,
+    INPUTS,
+    KEPT,
+    KIND,
+    MARK,
+    found_bonds,
+    mark_of,
+)
 from nbody_pyg.hierarchy.positions import child_vectors, tree_positions
 from nbody_pyg.hierarchy.topology import Topology, stored_levels
 from nbody_pyg.radial import vector_window
@@ -59,12 +70,14 @@ class Scheme(BaseTransform):  # type: ignore[misc]  # PyG has no py.typed
         continuity: smoothness of the energy of a smooth model on it.
         centred: every part below the root represents one atom, in the order of the atoms.
         reads_elements: the parts follow from the elements, so points that are no atoms have none.
+        bonds_key: key of given bonds on the data that determine parts, or None; may be set on the instance.
     """
 
     symmetry: ClassVar[str]
     continuity: ClassVar[str]
     centred: ClassVar[bool] = False
     reads_elements: ClassVar[bool] = False
+    bonds_key: str | None = None
     levels: tuple[LevelSpec, ...]
 
     def __init_subclass__(cls, **keywords: Any) -> None:
@@ -230,7 +243,7 @@ class Scheme(BaseTransform):  # type: ignore[misc]  # PyG has no py.typed
         Args:
             dtype: of vectors and weights; None for that of the positions.
         """
-        self._check_levels(topology)
+        self._check_levels(topology, system)
         given = system.pos
         dtype = given.dtype if dtype is None else dtype
         cell = None if system.cell is None else system.cell.double()
@@ -269,14 +282,19 @@ class Scheme(BaseTransform):  # type: ignore[misc]  # PyG has no py.typed
             return self.child_weight(edges.level, vec)
         return vector_window(vec, required(self.levels[edges.level].pair_radius))
 
-    def _check_levels(self, topology: Topology) -> None:
-        """Raise ValueError unless the topology has the levels and pairs of this scheme."""
+    def _check_levels(self, topology: Topology, system: System) -> None:
+        """Raise ValueError unless the topology has the levels and pairs of this scheme, and the system its cell."""
         wanted = [spec.pair_radius is not None for spec in self.levels]
         if [index is not None for index in topology.pair_index] != wanted:
             raise ValueError(
                 f"topology must have {len(wanted)} levels, with pairs at levels "
                 f"{[k for k, pairs in enumerate(wanted) if pairs]}, for {self!r}, got "
                 f"{topology!r}, which another scheme made; apply this scheme"
+            )
+        if topology.periodic is not None and system.cell is None:
+            raise ValueError(
+                "cell must be given with the topology of a periodic system, got None; pass the cell, and pbc, with "
+                "which it was made"
             )
 
     def with_pairs(self, tree: Topology, system: System) -> Topology:
@@ -322,7 +340,7 @@ class Scheme(BaseTransform):  # type: ignore[misc]  # PyG has no py.typed
         out = data if isinstance(data, Batch) else AtomicData.from_data(data)
         given = self.inputs(out)
         topology = self.compose(System.from_data(out).replace(given=given))
-        if fresh and topology.bonds is not None and getattr(self, "bonds_key", "") != "bonds" and "bonds" in data:
+        if fresh and topology.bonds is not None and self.bonds_key != "bonds" and "bonds" in data:
             raise ValueError(
                 f"data has the key 'bonds' of its own, under which {type(self).__name__} would store those it used; "
                 "rename it"
@@ -341,7 +359,7 @@ class Scheme(BaseTransform):  # type: ignore[misc]  # PyG has no py.typed
         signed = self.signature
         data["scheme"] = [signed] * topology.num_graphs if isinstance(data, Batch) else signed
         kind = KEPT if kept else FOUND if topology.bonds is None else FOUND_BONDS
-        data[MARK] = mark_of(data, kind, self.atom_key)
+        data[MARK] = mark_of(data, kind, self.atom_key, self.bonds_key)
         return data
 
     def read(self, data: Data) -> Topology:
@@ -350,7 +368,7 @@ class Scheme(BaseTransform):  # type: ignore[misc]  # PyG has no py.typed
 
         It belongs to the atoms, positions, cell, bonds and labels with which it was stored. If these have changed
         since, it is built again by :meth:`compose`. Parts that were given or shared are kept, and only what depends on
-        positions is computed again (:meth:`rebuild`). Costs about 20 small integer operations, O(atoms).
+        positions is computed again (:meth:`rebuild`). Costs about 30 small integer operations, O(atoms).
 
         Raises:
             ValueError: no hierarchy, or that of another scheme or of other radii (its windows would not end where the
@@ -373,14 +391,16 @@ class Scheme(BaseTransform):  # type: ignore[misc]  # PyG has no py.typed
                     stacklevel=2,
                 )
             return Topology.from_data(data)
-        now = mark_of(data, mark[:, KIND], self.atom_key)
-        if self.atom_key is not None and data.get(self.atom_key) is None:
-            now[:, INPUTS] = mark[:, INPUTS]  # missing labels count as unchanged
+        now = mark_of(data, mark[:, KIND], self.atom_key, self.bonds_key)
+        if any(key is not None and data.get(key) is None for key in (self.atom_key, self.bonds_key)):
+            now[:, INPUTS] = mark[:, INPUTS]  # missing labels or bonds count as unchanged
         return Topology.from_data(data) if torch.equal(now, mark) else self._renewed(data, mark, now)
 
     def _renewed(self, data: Data, mark: Tensor, now: Tensor) -> Topology:
         """The topology of data that changed since their topology was stored."""
         stored_levels(data.to_dict())  # keys that were batched wrongly also differ from their mark
+        if bool((mark[:, KIND] < FOUND).any()):
+            self._refuse_earlier(mark)
         kept = mark[:, KIND] == KEPT
         other = (kept & (mark[:, ATOMS] != now[:, ATOMS])).nonzero().flatten().tolist()
         if other:
@@ -398,6 +418,20 @@ class Scheme(BaseTransform):  # type: ignore[misc]  # PyG has no py.typed
         topology, system = Topology.from_data(data), System.from_data(data).detached()
         self.check_kept(topology, system)
         return self.rebuild(topology, system)
+
+    @staticmethod
+    def _refuse_earlier(mark: Tensor) -> None:
+        """Warn that hierarchies with marks of an earlier version are built again; raise if their parts were kept."""
+        which = "the hierarchy on the data was stored by an earlier version, whose mark misses some changes of atoms"
+        if bool((mark[:, KIND] == EARLIER_KEPT).any()):
+            raise ValueError(
+                f"{which}, and its parts were given or shared; apply the scheme (or share_topology) again (delete "
+                "processed files of a dataset)"
+            )
+        warnings.warn(
+            f"{which}, so it is built anew in every step. Apply the scheme again (delete processed files of a dataset)",
+            stacklevel=4,
+        )
 
     def check_kept(self, topology: Topology, system: System) -> None:
         """Raise ValueError if kept parts are implausible at these positions; by default never."""

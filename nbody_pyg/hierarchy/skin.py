@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -37,7 +38,8 @@ class TopologyCache:
     atoms within the skin   the kept lists are used
     further, other parts    new search (:meth:`Scheme.compose`), or for the parts of ``start``
                             (:meth:`Scheme.rebuild`)
-    other atoms or pbc      likewise, and ``start`` is called again
+    other atoms or inputs   likewise, and ``start`` is called again; inputs are pbc, given bonds and labels, and the
+                            number of graphs
     ======================  ==================================================================================
 
     Results do not depend on earlier calls. Without ``start`` the parts are those found at the current positions
@@ -83,21 +85,26 @@ class TopologyCache:
         self.topology: Topology | None = None
         self._kept: Topology | None = None
         self.parts: Topology | None = None
-        self._identity: tuple[Tensor | None, ...] = ()
+        self._identity: dict[str, Any] = {}
         self._origin: tuple[Tensor, Tensor | None] | None = None
 
     def __call__(self, *atoms: Any) -> Topology:
-        """The topology of a :class:`~nbody_pyg.system.System`, or of tensors as for :meth:`Scheme.topology`."""
+        """The topology of a :class:`~nbody_pyg.system.System`, or of tensors as for :meth:`Scheme.topology`.
+
+        Bonds and labels are read from ``given`` of the system; a topology that it holds is not used.
+        """
         system = (atoms[0] if isinstance(atoms[0], System) else System.from_tensors(*atoms)).detached()
         self.calls += 1
-        identity = (system.z, system.batch, system.pbc)
-        known = self._kept is not None and all(map(_same, identity, self._identity))
+        identity = {"z": system.z, "batch": system.batch, "pbc": system.pbc, "graphs": system.num_graphs}
+        identity |= {f"given {key}": value for key, value in system.given.items()}
+        known = self._kept is not None and identity.keys() == self._identity.keys()
+        known = known and all(_same(value, self._identity[key]) for key, value in identity.items())
         if not (known and self._wide is not None and self._holds(system)):
             if not known:
                 self.parts = None if self._start is None else self._start(system.z, system.pbc)
             self._search(system)
             # Copies, because the caller may change its tensors in place
-            self._identity = tuple(None if t is None else t.clone() for t in identity)
+            self._identity = {key: copy.deepcopy(value) for key, value in identity.items()}
             self._origin = (system.pos.clone(), None if system.cell is None else system.cell.clone())
         whole = self._wide is None or not self.trim
         kept = required(self._kept)
@@ -161,8 +168,10 @@ def refuse_carry_on(carry_on: float | None) -> None:
         )
 
 
-def _same(a: Tensor | None, b: Tensor | None) -> bool:
-    return a is b if a is None or b is None else a.shape == b.shape and torch.equal(a, b)
+def _same(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return a.shape == b.shape and torch.equal(a, b)
+    return bool(a == b)
 
 
 def _longest(vec: Tensor) -> float:

@@ -229,7 +229,7 @@ class SmoothSurvivors(Scheme):
         ratios of small numbers where a part vanishes. At the root of a periodic graph vectors are zero, as in
         :meth:`Scheme.place`.
         """
-        self._check_levels(topology)
+        self._check_levels(topology, system)
         z, pos, cell = system.z, system.pos, system.cell
         dtype = pos.dtype if dtype is None else dtype
         cell = None if cell is None or topology.child_shift[1] is None else cell.double()

@@ -14,7 +14,7 @@ from torch_geometric.data import Data
 from nbody_pyg.data import implied_pbc, is_topology_key
 from nbody_pyg.hierarchy.dag import levels_of_dag
 from nbody_pyg.hierarchy.validation import validate_parts
-from nbody_pyg.kernels.autograd_flags import is_transformed
+from nbody_pyg.kernels.autograd_flags import has_values, is_transformed
 from nbody_pyg.required import required
 
 
@@ -199,7 +199,11 @@ class Topology:
         return Topology(**{f.name: move(getattr(self, f.name)) for f in fields(self) if f.init})
 
     def store(self, data: Data) -> Data:
-        """Write the topology on ``data`` in place, as the keys of :class:`~nbody_pyg.data.AtomicData`."""
+        """Write the topology on ``data`` in place, as the keys of :class:`~nbody_pyg.data.AtomicData`.
+
+        Data with a cell get shifts, which are zero where nothing repeats: PyG takes the keys of the first graph of a
+        batch, and a later one may be periodic.
+        """
         for key in filter(is_topology_key, list(data.to_dict())):
             del data[key]
         for level in range(self.num_levels):
@@ -211,6 +215,8 @@ class Topology:
                 index, shift = self.edges(name, level)
                 if index is not None:
                     data[f"{name}_{level}"] = index
+                    if shift is None and data.get("cell") is not None:
+                        shift = data["pos"].new_zeros(index.shape[1], 3)
                 if shift is not None:
                     data[f"{name}_shift_{level}"] = shift
         if self.bonds is not None:
@@ -237,13 +243,16 @@ class Topology:
         pbc, cell = stored.get("pbc"), stored.get("cell")
         if pbc is None and cell is not None:
             pbc = implied_pbc(cell)
-        repeats = any(stored.get(f"{name}_shift_{k}") is not None for name in ("child", "pair") for k in levels)
+        shifts = {key: stored.get(key) for k in levels for key in (f"child_shift_{k}", f"pair_shift_{k}")}
+        if pbc is not None and has_values(pbc) and not bool(pbc.any()):
+            shifts = dict.fromkeys(shifts)  # all zero
+        repeats = any(shift is not None for shift in shifts.values())
         topology = cls(
             num_parts=(num_atoms, *(stored[f"num_parts_{k}"] for k in levels[1:])),
             child_index=tuple(stored.get(f"child_{k}") for k in levels),
             pair_index=tuple(stored.get(f"pair_{k}") for k in levels),
-            child_shift=tuple(stored.get(f"child_shift_{k}") for k in levels),
-            pair_shift=tuple(stored.get(f"pair_shift_{k}") for k in levels),
+            child_shift=tuple(shifts[f"child_shift_{k}"] for k in levels),
+            pair_shift=tuple(shifts[f"pair_shift_{k}"] for k in levels),
             bonds=stored.get("bonds"),
             periodic=pbc.reshape(-1, 3).any(dim=1) if repeats and pbc is not None else None,
             centre=tuple(stored.get(f"centre_{k}") for k in levels),

@@ -12,7 +12,7 @@ from torch_geometric import EdgeIndex
 from torch_geometric.nn import MessagePassing
 from torch_geometric.utils import is_sparse, to_edge_index
 
-from nbody_pyg.geometry import check_positions
+from nbody_pyg.geometry import check_positions, check_shift
 from nbody_pyg.hierarchy.positions import lattice_vectors
 from nbody_pyg.kernels.autograd_flags import in_own_precision, is_tracing, opaque_to_compile
 from nbody_pyg.nn.edges import EdgeEmbedding
@@ -132,7 +132,7 @@ class NBodyConv(Resettable, MessagePassing):  # type: ignore[misc]  # PyG has no
             edge_index: sources and targets; or a sparse matrix with a row for each target, PyG's ``adj_t``.
             pos: positions of the nodes, or of (sources, targets), in any floating dtype.
             shift: lattice shifts of the edges, as :func:`~nbody_pyg.geometry.neighbour_list` gives them.
-            cell: lattice vectors (graphs, 3, 3), with ``shift``.
+            cell: lattice vectors (graphs, 3, 3), with ``shift``; without them every shift must be zero.
             batch: graph of each target, with ``cell`` of several graphs.
             size: numbers of sources and targets; if given, they must match ``pos``.
         """
@@ -140,6 +140,7 @@ class NBodyConv(Resettable, MessagePassing):  # type: ignore[misc]  # PyG has no
         self._check_nodes(states, places, size)
         source, target = states
         edge_index = _edges(edge_index, shift, places)
+        check_shift(shift, cell)
         num_targets = places[1].shape[0]
         vec = places[0].index_select(0, edge_index[0]) - places[1].index_select(0, edge_index[1])
         if cell is not None:

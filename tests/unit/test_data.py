@@ -16,7 +16,7 @@ from torch_geometric.loader import DataLoader
 
 from nbody_pyg import NBodyNet
 from nbody_pyg.data import AtomicData
-from nbody_pyg.hierarchy import BondTree, NestedShells, SmoothSurvivors, Topology
+from nbody_pyg.hierarchy import BondTree, NestedShells, SmoothSurvivors, Topology, share_topology
 
 
 def _labelled(z, pos, energy=-1.5) -> AtomicData:
@@ -189,11 +189,11 @@ def test_data_with_and_without_a_hierarchy_do_not_mix(molecules):
     with pytest.raises(KeyError, match="child_1"):
         plain[0]["child_1"]
     assert plain[0].get("child_1") is None and "child_1" not in plain[0]
-    # The first one decides: where it has no hierarchy, that of the others is left out, and built where it is needed
-    batch = next(iter(DataLoader([plain[1], stored], batch_size=2)))
-    net = NBodyNet([1, 6, 7, 8, 9], BondTree(), channels=2).double()
-    alone = torch.cat([net(plain[1]), net(plain[0])])
-    torch.testing.assert_close(net(batch), alone, rtol=0, atol=1e-12)
+    # Parts that were given or shared would be lost where they are not on the first
+    (shared,) = share_topology([plain[0]], BondTree())
+    for other in (stored, shared):
+        with pytest.raises(ValueError, match="data 1 of a batch has 'child_1', which PyG would drop, for data 0 "):
+            next(iter(DataLoader([plain[1], other], batch_size=2)))
 
 
 def test_keys_of_ones_own_are_left_alone(molecules):
@@ -287,12 +287,31 @@ def test_a_key_that_only_some_of_a_batch_have_is_named(key):
     marked = AtomicData(**plain.to_dict(), **{key: value})
     with pytest.raises(ValueError, match=f"data has no '{key}'; where others of a batch have one all must have it"):
         Batch.from_data_list([marked, plain])
-    with pytest.raises(ValueError, match=f"data 0 of a batch has no '{key}', but data 2 has one, which PyG would drop"):
+    with pytest.raises(ValueError, match=f"data 2 of a batch has '{key}', which PyG would drop, for data 0 has"):
         Batch.from_data_list([plain, plain, marked])
     with pytest.raises(KeyError, match=key):
         plain[key]
     assert plain.stores and key not in Batch.from_data_list([plain, plain])  # what failed is forgotten
     assert plain.get(key) is None and Batch.from_data_list([marked, marked])[key].shape[0] == 2 * len(value)
+
+
+def test_bonds_that_only_some_of_a_batch_have_are_named(molecules):
+    """Without its given bonds a molecule would have those that are found; a scheme applied to each keeps both right."""
+    scheme, (z, pos) = BondTree(), molecules["methanol"]
+    net = NBodyNet([1, 6, 8], scheme, channels=2).double()
+    found = AtomicData(z=z, pos=pos)
+    bonds = scheme(found).bonds
+    given = AtomicData(z=z, pos=pos, bonds=bonds[:, (bonds != bonds[0, 0]).all(dim=0)])
+    with pytest.raises(ValueError, match=r"data has no 'bonds'; where others .*\(a BondTree that is applied to each"):
+        Batch.from_data_list([given, found])
+    with pytest.raises(
+        ValueError, match="data 1 of a batch has 'bonds', which PyG would drop, for data 0 has no 'bonds'"
+    ):
+        Batch.from_data_list([found, given])
+    alone = torch.cat([net(found), net(given)])
+    assert (alone[0] - alone[1]).abs() > 1e-4 and alone.abs().min() > 1e-4
+    batch = Batch.from_data_list([scheme(found), scheme(given)])
+    torch.testing.assert_close(net(batch), alone, rtol=0, atol=1e-10)
 
 
 def test_a_cell_without_pbc_repeats_along_its_vectors_also_in_ase():

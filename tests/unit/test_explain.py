@@ -99,6 +99,33 @@ def test_masks_act_on_the_way_up_to_survivors(masked, molecules):
     assert found[0].abs().max() > 1e-3 and (difference > 1e-3 if masked == "nothing" else difference < 1e-12)
 
 
+@pytest.mark.parametrize("scheme", [NestedShells((4.0,)), BondTree()], ids=lambda s: type(s).__name__)
+@pytest.mark.parametrize("masked", ["nothing", "atoms", "memberships"])
+def test_masks_act_where_an_inner_cutoff_limits_vectors(scheme, masked, molecules):
+    """Only the window is computed again: with a limit below all distances the values are the same."""
+    z, pos = molecules["ethanol"]
+    data = scheme(Data(z=z, pos=pos))
+    values = []
+    for length in (0.2, 1.5):
+        torch.manual_seed(3)
+        model = NBodyNet([1, 6, 8], scheme, channels=4, inner_cutoff={"C-H": length, "C-O": length}).double()
+        net = ExplainableNet(model)
+        x, edges = net.graph(data)
+        levels, mask = net.parts(data), torch.ones(edges.shape[1], dtype=torch.float64)
+        if masked == "atoms":
+            x[levels == 0] = 0.0
+        elif masked == "memberships":
+            mask[levels[edges[0]] == 0] = 0.0
+        for membership in net.memberships.values():  # as an explainer sets them
+            membership.explain, membership._edge_mask, membership._apply_sigmoid = True, mask, False
+        values.append(net(x, edges, data).flatten())
+        if masked == "nothing":
+            torch.testing.assert_close(values[-1], model(data), rtol=0, atol=1e-12)
+    assert values[0].abs() > 1e-4 and ((values[0] - values[1]).abs() > 1e-4) == (masked == "nothing")
+    if masked != "nothing":  # what the edges of the atoms bring is all that differs
+        torch.testing.assert_close(*values, rtol=0, atol=1e-12)
+
+
 def test_a_missing_part_takes_its_share_away(molecules):
     z, pos = molecules["methanol"]
     scheme = NestedShells((4.0, 4.0))

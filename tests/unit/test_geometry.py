@@ -189,6 +189,19 @@ def test_batch_of_cells_with_different_periodicity_is_the_union(backend):
     assert (vec.norm(dim=1) < 4.5).all()
 
 
+def test_shifts_without_a_cell_are_refused():
+    """Without the cell the vectors would be those between the given images."""
+    pos, _, cell, _ = random_case(4, size=4)
+    index, shift = neighbour_list(pos, 4.0, cell=cell, pbc=True)
+    assert (edge_vectors(pos, index, shift, cell).norm(dim=1) < 4.0).all() and len(shift) > 10
+    with pytest.raises(
+        ValueError, match=r"cell must be given with lattice shifts, got None and the shift \[.*\] of edge"
+    ):
+        edge_vectors(pos, index, shift)
+    index, shift = neighbour_list(pos, 40.0)
+    assert torch.equal(edge_vectors(pos, index, shift), edge_vectors(pos, index)) and len(shift) == 12
+
+
 def test_shared_cell_and_single_cell_shapes():
     pos, _, cell, _ = random_case(4, size=3)
     alone = neighbour_list(pos, 4.0, cell=cell, pbc=True)

@@ -150,6 +150,41 @@ def test_batches_of_copies():
     assert cache.rebuilds == 1
 
 
+@pytest.mark.parametrize("name", ["bonds", "labels"])
+def test_other_bonds_and_labels_are_searched_again(name):
+    """Parts that are given belong to the atoms; while they stay the same, the lists are kept."""
+    z, pos, _ = waters(4)
+    scheme = BondTree(3.0, 3.5, 4.0) if name == "bonds" else FromAssignment(cutoff=3.0, part_cutoffs=(4.5,))
+    found = BondTree().topology(z, pos).bonds
+    one, two = (found, found[:, (found != 1).all(dim=0)]) if name == "bonds" else (torch.arange(12) // 3, z)
+    cache, rebuilds = TopologyCache(scheme, skin=0.5), []
+    for given in (one, one, two.clone(), two, one, one):
+        pos = pos + 0.01 * torch.randn_like(pos)
+        system = System.from_tensors(z, pos, given={name: given})
+        assert_same_topology(cache(system), scheme.compose(system))
+        rebuilds.append(cache.rebuilds)
+    assert rebuilds == [1, 1, 2, 2, 3, 3]
+    if name == "bonds":
+        given = System.from_tensors(z, pos, given={name: two})
+        assert_same_topology(cache(System.from_tensors(z, pos)), scheme.compose(System.from_tensors(z, pos)))
+        assert_same_topology(cache(given), scheme.compose(given))
+        assert cache(given).size(3) == 5 and cache(System.from_tensors(z, pos)).size(3) == 4
+    changed = two.clone()
+    cache(System.from_tensors(z, pos, given={name: changed}))
+    changed[..., 0] = changed[..., -1]  # in place: the cache must have kept a copy
+    system = System.from_tensors(z, pos, given={name: changed})
+    assert_same_topology(cache(system), scheme.compose(system))
+
+
+def test_graphs_without_atoms_at_the_end_are_counted():
+    z, pos, _ = waters(4)
+    cache, batch = TopologyCache(NestedShells((3.0,)), skin=0.5), torch.zeros(12, dtype=torch.long)
+    for number in (2, 4, 1):
+        system = System.from_tensors(z, pos, batch, batch_size=number)
+        assert_same_topology(cache(system), NestedShells((3.0,)).compose(system))
+        assert cache(system).num_graphs == number
+
+
 class Nearest(Scheme):
     """A scheme of somebody else that does not say how its lists could be kept."""
 

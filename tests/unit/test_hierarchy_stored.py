@@ -12,7 +12,8 @@ from factories import net
 from nbody_pyg import BondTree, FromAssignment, NestedShells, Potential, ShellsAndPieces, SmoothSurvivors
 from nbody_pyg.data import AtomicData
 from nbody_pyg.hierarchy import share_topology
-from nbody_pyg.hierarchy.mark import MARK
+from nbody_pyg.hierarchy.mark import KEPT, MARK, mark_of
+from nbody_pyg.training.evaluation import evaluate
 from nbody_pyg.training.loader import FrameLoader
 
 SCHEMES = {
@@ -95,6 +96,32 @@ def test_changed_cells(name, change, molecules):
     fresh = scheme(AtomicData(**{key: stored[key] for key in keys}))
     assert torch.equal(model(stored), model(fresh))
     assert model(stored).item() != model(scheme(frame(molecules, cell=4.6))).item()
+
+
+@pytest.mark.parametrize("loader", [DataLoader, FrameLoader])
+@pytest.mark.parametrize("name", SCHEMES)
+def test_open_and_periodic_graphs_in_one_batch(name, loader, molecules):
+    """All data have a cell; PyG takes the keys of the first, whose cell may be empty."""
+    scheme, model = SCHEMES[name], Potential(net(SCHEMES[name]))
+    crystal, still = frame(molecules, cell=5.0), frame(molecules, cell=5.0)
+    still.cell, still.pbc = 0.0 * still.cell, ~still.pbc
+    wanted = [model(data, compute_forces=True) for data in (crystal, still)]
+    assert (wanted[0]["energy"] - wanted[1]["energy"]).abs() > 1e-3, "the images of the crystal act"
+    for order in ([0, 1], [1, 0], [1, 1]):
+        stored = [scheme((crystal, still)[k]) for k in order]
+        batch = next(iter(loader(stored, batch_size=2)))
+        found = model(batch, compute_forces=True)
+        for key in ("energy", "forces"):
+            expected = torch.cat([wanted[k][key] for k in order])
+            torch.testing.assert_close(found[key], expected, rtol=0, atol=1e-10)
+        assert (scheme.read(batch).child_shift[1] is not None) == (0 in order), "open graphs cost no more than before"
+    older = scheme(still)
+    for key in [key for key in older.keys() if "_shift_" in key]:  # noqa: SIM118  (Data is no dict)
+        del older[key]
+    torch.testing.assert_close(model(older)["energy"], wanted[1]["energy"], rtol=0, atol=1e-10)
+    for frames in ([older, scheme(crystal)], [scheme(crystal), older]):
+        with pytest.raises(ValueError, match=r"'(child|pair)_shift_\d'.* another one \(or that of an earlier version"):
+            Batch.from_data_list(frames)
 
 
 def test_nothing_is_built_again_while_nothing_changes(molecules, monkeypatch):
@@ -237,6 +264,151 @@ def test_every_small_change_changes_the_mark(molecules):
     marks.add(tuple(NestedShells()(single)[MARK][0].tolist()))
     assert len(marks) == 1 + 27 + 2 + 1 + 1
     assert "hierarchy_mark" not in data.without_hierarchy()
+
+
+#: Marks that version 0.2 stored for methanol.
+EARLIER = {
+    "shells": [670746349654981678, -8915076775377396487, 0, 0],
+    "tree": [670746349654981678, -8915076775377396487, -4329172309392800004, 2],
+    "shared": [670746349654981678, -8915076775377396487, -4329172309392800004, 1],
+}
+
+
+@pytest.mark.parametrize("moved", [False, True])
+@pytest.mark.parametrize("name", ["shells", "tree"])
+def test_hierarchies_of_an_earlier_version_are_built_again(name, moved, molecules):
+    """Bonds that were found then do not count as given ones now, where a hydrogen has left."""
+    scheme, model = SCHEMES[name], net(SCHEMES[name])
+    stored = scheme(frame(molecules, "methanol"))
+    stored[MARK] = torch.tensor([EARLIER[name]])
+    if moved:
+        stored.pos[3] += 2.0 * (stored.pos[3] - stored.pos[0])
+    wanted = model(stored.z, stored.pos)
+    for data in (stored, Batch.from_data_list([stored, stored])):
+        with pytest.warns(
+            UserWarning, match="stored by an earlier version, whose mark misses some changes of atoms, so"
+        ):
+            torch.testing.assert_close(model(data), wanted.expand(data[MARK].shape[0]), rtol=0, atol=1e-10)
+    assert wanted.abs() > 1e-4
+    torch.testing.assert_close(model(scheme(stored)), wanted, rtol=0, atol=0)
+
+
+def test_kept_parts_of_an_earlier_version_are_refused(molecules):
+    scheme, model = SCHEMES["tree"], net(SCHEMES["tree"])
+    (shared,) = share_topology([frame(molecules, "methanol")], scheme)
+    wanted = model(shared)
+    shared[MARK] = torch.tensor([EARLIER["shared"]])
+    with pytest.raises(
+        ValueError, match=r"by an earlier version, whose .* and its parts were given or shared; apply the"
+    ):
+        model(shared)
+    assert torch.equal(model(scheme(shared)), wanted) and wanted.abs() > 1e-4
+
+
+def _permutations(length: int, count: int = 2000):
+    generator = torch.Generator().manual_seed(3)
+    for _ in range(count):
+        yield torch.randperm(length, generator=generator)
+
+
+@pytest.mark.parametrize("what", ["elements", "points", "labels", "table", "cell"])
+def test_no_exchange_leaves_the_mark(what):
+    """Values from a few numbers, as in alloys and on grids: sums of products of a value and its place would agree."""
+    grid = 2.0 * torch.cartesian_prod(*[torch.arange(2.0, dtype=torch.float64)] * 3)
+    data = AtomicData(z=torch.tensor([6, 8, 8, 6, 1, 1, 6, 8]), pos=grid, labels=torch.tensor([0, 1, 1, 0, 2, 2, 0, 1]))
+    data.cell = torch.tensor([[[4.0, 0, 0], [2.0, 4.0, 0], [2.0, 0.0, 4.0]]], dtype=torch.float64)
+    data.pbc = torch.ones(1, 3, dtype=torch.bool)
+    if what == "table":
+        data.labels = torch.stack([data.labels, data.labels.flip(0), data.labels.roll(1), data.labels.roll(3)], dim=1)
+    key = {"elements": "z", "points": "pos", "cell": "cell"}.get(what, "labels")
+    values = data[key] if what == "points" else data[key].flatten()
+    marks: dict[tuple[int, ...], torch.Tensor] = {}
+    for order in _permutations(len(values)):
+        data[key] = values[order].view(data[key].shape)
+        mark = tuple(mark_of(data, KEPT, "labels")[0].tolist())
+        assert torch.equal(marks.setdefault(mark, data[key]), data[key])
+    assert len(marks) > 100
+    # Each number of the cell differs from one of pbc in the same place
+    for cell, pbc in ((1.0, False), (0.0, True)):
+        data.cell, data.pbc = cell * torch.ones(1, 3, 3, dtype=torch.float64), torch.full((1, 3), pbc)
+        marks[tuple(mark_of(data, KEPT, "labels")[0].tolist())] = data.pbc
+    assert len({mark for mark, value in marks.items() if value.dtype == torch.bool}) == 2
+
+
+@pytest.mark.parametrize("name", ["shells", "tree"])
+def test_an_empty_cell_is_no_cell(name, molecules, monkeypatch):
+    """Where open and periodic frames are mixed, ``uniform`` gives the open ones a cell after the scheme."""
+    scheme, model = SCHEMES[name], Potential(net(SCHEMES[name]))
+    shared = share_topology([frame(molecules)], scheme)[0]
+    frames = [shared, scheme(frame(molecules, cell=5.0))]
+    wanted = torch.cat([model(data, compute_forces=False)["energy"] for data in frames])
+    monkeypatch.setattr(type(scheme), "compose", lambda *_: pytest.fail("built again"))
+    for order in ([0, 1], [1, 0]):
+        found = evaluate(model, [frames[k] for k in order], compute_forces=False)
+        torch.testing.assert_close(found.energy, wanted[order], rtol=0, atol=1e-10)
+    assert (wanted[0] - wanted[1]).abs() > 1e-3
+
+
+@pytest.mark.parametrize("name", ["shells", "tree", "survivors"])
+def test_exchanged_elements_have_the_energy_of_a_fresh_hierarchy(name):
+    """The mark of version 0.2 was the same for both: a sum over the atoms of element times place."""
+    scheme, model = SCHEMES[name], net(SCHEMES[name])
+    pos = torch.tensor([[0, 0, 0], [1.2, 0, 0], [2.4, 0, 0.2], [3.6, 0.3, 0]], dtype=torch.float64)
+    stored = scheme(AtomicData(z=torch.tensor([1, 6, 6, 1]), pos=pos))
+    before = model(stored)
+    for z in ([6, 1, 1, 6], [6, 1, 6, 1]):
+        stored.z = torch.tensor(z)
+        wanted = model(stored.z, pos)
+        assert torch.equal(model(stored), wanted) and (wanted - before).abs() > 1e-3
+
+
+def test_kept_parts_of_atoms_in_another_order_are_refused():
+    """H-C-C-H as C-H-H-C, whose bonds would all have a plausible length."""
+    scheme = SCHEMES["tree"]
+    z, pos = torch.tensor([6, 1, 1, 6]), torch.tensor([[0, 0, 0], [-1.06, 0, 0], [2.26, 0, 0], [1.2, 0, 0.1]]).double()
+    stored = scheme(AtomicData(z=z, pos=pos, bonds=torch.tensor([[0, 3, 0], [1, 2, 3]])))
+    order = [1, 0, 3, 2]
+    stored.z, stored.pos = z[order], pos[order]
+    with pytest.raises(ValueError, match="parts were given or shared, but graph 0 has others, or in another order"):
+        net(scheme)(stored)
+
+
+def test_bonds_under_a_key_of_ones_own(molecules):
+    """Bonds that change after the scheme, or come to data whose bonds were found, in the key that the scheme reads."""
+    scheme = BondTree(2.5, 3.0, 4.0, bonds_key="edge_index")
+    model = net(scheme)
+    z, pos = molecules["ethanol"]
+    found = scheme(AtomicData(z=z, pos=pos))
+    first = found.bonds
+    given = scheme(AtomicData(z=z, pos=pos, edge_index=first))
+    before = model(given)
+    assert torch.equal(before, model(found))
+    less = first[:, (first != 0).all(dim=0)]
+    wanted = model(scheme(AtomicData(z=z, pos=pos, edge_index=less)))
+    assert (wanted - before).abs() > 1e-3
+    for stored in (found, given):
+        batch = Batch.from_data_list([stored, stored])
+        stored.edge_index = less
+        assert torch.equal(model(stored), wanted)
+        changed = Batch.from_data_list([stored, stored])
+        torch.testing.assert_close(model(changed), wanted.repeat(2), rtol=0, atol=1e-10)
+        torch.testing.assert_close(model(batch), before.repeat(2), rtol=0, atol=1e-10)
+        assert torch.equal(model(scheme(stored)), wanted), "the scheme applied again"
+    kept = scheme(AtomicData(z=z, pos=pos, edge_index=less))
+    del kept["edge_index"]
+    assert torch.equal(model(kept), wanted), "bonds are not needed under this key once the parts are stored"
+
+
+def test_kept_parts_of_which_the_bonds_are_gone(molecules):
+    scheme, model = SCHEMES["tree"], net(SCHEMES["tree"])
+    bonds = scheme(frame(molecules)).bonds
+    stored = scheme(_set(frame(molecules), "bonds", bonds[:, (bonds != 0).all(dim=0)]))
+    wanted = model(stored)
+    del stored["bonds"]
+    assert torch.equal(model(stored), wanted) and (wanted - model(frame(molecules))).abs() > 1e-3
+    stored.pos = 1.01 * stored.pos
+    with pytest.raises(ValueError, match="data whose atoms have moved must hold 'bonds', along which their given or"):
+        model(stored)
 
 
 def test_a_dataset_with_a_transform_after_the_scheme(tmp_path, molecules):

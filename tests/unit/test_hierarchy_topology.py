@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch_geometric.data import Data
 
-from nbody_pyg.hierarchy import BondTree, Hierarchy, NestedShells, Topology
+from factories import net
+from nbody_pyg.hierarchy import BondTree, Hierarchy, NestedShells, SmoothSurvivors, Topology
 
 
 def _two_graphs() -> Topology:
@@ -223,3 +224,15 @@ def test_hierarchy_validate_names_the_tensor(molecule, name, value, message):
     level = replace(hierarchy[1], **{name: value(hierarchy[1])})
     with pytest.raises(ValueError, match=message):
         replace(hierarchy, levels=(hierarchy[0], level, hierarchy[2])).validate()
+
+
+@pytest.mark.parametrize("scheme", [NestedShells(), BondTree(), SmoothSurvivors()], ids=lambda s: type(s).__name__)
+def test_a_periodic_topology_needs_its_cell(scheme, molecules):
+    """Without the cell the images of the atoms would be taken to be in one place."""
+    z, pos = molecules["ethanol"]
+    network, cell, pbc = net(scheme), 6.0 * torch.eye(3, dtype=torch.float64), torch.ones(3, dtype=torch.bool)
+    topology = scheme.topology(z, pos, cell=cell, pbc=pbc)
+    value = network(z, pos, cell=cell, pbc=pbc, topology=topology)
+    assert (value - network(z, pos)).abs() > 1e-4
+    with pytest.raises(ValueError, match="cell must be given with the topology of a periodic system, got None; pass"):
+        network(z, pos, topology=topology)

@@ -342,9 +342,21 @@ def _wrong_for_a_layer() -> list:
         ((x, edges + 1, pos), {}, ValueError, "edge_index must name target nodes 0 to 5 in row 1, got 1 to 6"),
         ((x, edges, pos), {"size": (6, 5)}, ValueError, r"size must be \(6, 6\)"),
         ((x, edges, pos), {"cell": cell}, ValueError, "shift must be given with cell"),
+        (
+            (x, edges, pos),
+            {"shift": pos[:4].round()},
+            ValueError,
+            r"cell must be given with lattice shifts, got None and",
+        ),
         ((x, edges, pos), {"shift": pos[:2], "cell": cell}, ValueError, r"shift must have shape \[4, 3\]"),
         ((x, edges, pos), {"shift": pos[:4], "cell": cell.expand(2, 3, 3)}, ValueError, "with 2 cells"),
     ]
+
+
+def test_shifts_of_zero_need_no_cell(layer):
+    """``neighbour_list`` gives them for open systems."""
+    conv, x, edges, pos, out = layer
+    assert torch.equal(conv(x, edges, pos, torch.zeros(edges.shape[1], 3)), out)
 
 
 @pytest.mark.parametrize("case", range(len(_wrong_for_a_layer())))
