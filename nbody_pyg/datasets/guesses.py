@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import re
-import sys
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
@@ -76,8 +75,11 @@ def _check_types(atoms: Atoms, path: Path, file_format: str) -> None:
         if np.array_equal(atoms.numbers, atoms.arrays["type"]):
             raise GuessedError("has atom types but no elements; add its section Masses, with real masses")
     elif file_format == "netcdftrajectory":
-        with sys.modules["netCDF4"].Dataset(path) as data:  # ASE has just read the file with it
-            if "Z" not in data.variables and getattr(data, "program", "") != "ASE":
+        from ase.io.netcdftrajectory import NetCDFTrajectory
+
+        with NetCDFTrajectory(str(path)) as trajectory:
+            len(trajectory)  # opens it
+            if "Z" not in trajectory.nc.variables and getattr(trajectory.nc, "program", "") != "ASE":
                 raise GuessedError("names no elements; convert it to extended xyz, with the elements of its topology")
 
 
