@@ -156,6 +156,24 @@ def test_parts_are_found_inside_torch_func(name, cell, molecules):
     torch.testing.assert_close(slope, torch.autograd.grad(first.square().sum(), start)[0], rtol=0, atol=1e-9)
 
 
+@pytest.mark.parametrize("name", SCHEMES)
+def test_which_schemes_run_in_vmap(name, molecules):
+    """With a topology, as the table in docs/pyg.md says."""
+    z, pos = molecules["ethanol"]
+    model = net(SCHEMES[name])
+    topology = model.scheme.topology(z, pos)
+    many, call = torch.stack([pos, 1.001 * pos]), torch.vmap(lambda q: model(z, q, topology=topology))
+    if name == "survivors":
+        with pytest.raises(
+            RuntimeError, match="vmap: We do not support batching operators that can output dynamic shape"
+        ):
+            call(many)
+        return
+    wanted = torch.stack([model(z, q, topology=topology) for q in many])
+    torch.testing.assert_close(call(many), wanted, **EXACT)
+    assert wanted.abs().min() > 1e-3 and (wanted[0] - wanted[1]).abs() > 1e-6
+
+
 def test_lists_of_many_atoms_are_found_inside_torch_func():
     """Beyond some two hundred atoms a compiled search takes over."""
     scheme, generator = NestedShells((1.5,)), torch.Generator().manual_seed(1)
