@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Float, Int, Integer
 from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map_only
 from torch_geometric.data import Data
 from torch_geometric.data.data import BaseData
 
@@ -22,7 +23,10 @@ from nbody_pyg.geometry import (
     check_cell,
     neighbour_list,
 )
-from nbody_pyg.kernels.autograd_flags import has_values
+from nbody_pyg.kernels.autograd_flags import below_func, has_values, inside_func, outside_func
+from nbody_pyg.required import required
+
+Result = TypeVar("Result")
 
 #: Precisions in which a potential can be evaluated.
 PRECISIONS: Mapping[str, torch.dtype] = {"float32": torch.float32, "float64": torch.float64}
@@ -181,6 +185,20 @@ class System:
         if not (self.pos.requires_grad or (self.cell is not None and self.cell.requires_grad)):
             return self
         return self.replace(pos=self.pos.detach(), cell=None if self.cell is None else self.cell.detach())
+
+    def searched(self, search: Callable[[System], Result]) -> Result:
+        """What a search finds for the system without gradients: lists and parts, which have none.
+
+        It runs outside of the derivatives of ``torch.func``, whose tensors numpy and vesin cannot read.
+        """
+        if inside_func():
+            values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+            values |= {"given": dict(self.given), "species": None, "topology": None}
+            if all(below_func(value) is not None for value in tree_leaves(values) if isinstance(value, Tensor)):
+                with outside_func():
+                    plain = tree_map_only(Tensor, lambda value: required(below_func(value)).detach(), values)
+                    return search(System(**plain))
+        return search(self.detached())
 
     def select(self, graphs: Tensor) -> System:
         """The graphs of a mask [B], renumbered; without topology and given inputs, which number the atoms."""

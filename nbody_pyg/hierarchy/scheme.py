@@ -117,7 +117,7 @@ class Scheme(BaseTransform):  # type: ignore[misc]  # PyG has no py.typed
     ) -> Topology:
         """The topology at new positions of the same atoms; where children are fixed, only pairs change."""
         system = System.from_tensors(z, pos, batch, cell, pbc)
-        return self.rebuild(topology, system.detached())
+        return system.searched(lambda plain: self.rebuild(topology, plain))
 
     def hierarchy(
         self,
@@ -143,7 +143,9 @@ class Scheme(BaseTransform):  # type: ignore[misc]  # PyG has no py.typed
 
     def compose(self, system: System) -> Topology:
         """The topology of a system; graphs without atoms have no parts at any level. It has no gradient."""
-        system = system.detached()
+        return system.searched(self._compose)
+
+    def _compose(self, system: System) -> Topology:
         if system.num_graphs == 1 and len(system.z):
             return self.build(system, **system.given)
         present = system.num_atoms > 0

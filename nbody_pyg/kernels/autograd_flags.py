@@ -16,6 +16,7 @@ from contextvars import ContextVar
 from typing import Any, TypeVar
 
 import torch
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.utils._pytree import tree_map
 
 #: Replacement of operations; None if they run unchanged.
@@ -96,6 +97,23 @@ def has_values(tensor: torch.Tensor) -> bool:
     key, mode = torch._C._TorchDispatchModeKey, torch._C._get_dispatch_mode
     recorded = torch._C._get_tracing_state() is not None or mode(key.PROXY) is not None or mode(key.FAKE) is not None
     return not recorded and not torch._C._functorch.is_batchedtensor(tensor)
+
+
+def inside_func() -> bool:
+    """Whether a transform of ``torch.func`` is under way."""
+    return not torch.compiler.is_dynamo_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def outside_func() -> contextlib.AbstractContextManager[Any]:
+    """Context without the transforms of ``torch.func``, for tensors that :func:`below_func` found."""
+    return temporarily_clear_interpreter_stack()
+
+
+def below_func(tensor: torch.Tensor) -> torch.Tensor | None:
+    """The tensor whose derivatives ``torch.func`` takes; None where ``torch.vmap`` or another transform hides it."""
+    while torch._C._functorch.is_gradtrackingtensor(tensor):
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return None if torch._C._functorch.is_functorch_wrapped_tensor(tensor) else tensor
 
 
 _REASON = (

@@ -349,10 +349,9 @@ def test_an_empty_cell_is_no_cell(name, molecules, monkeypatch):
     assert (wanted[0] - wanted[1]).abs() > 1e-3
 
 
-@pytest.mark.parametrize("name", ["shells", "tree", "survivors"])
-def test_exchanged_elements_have_the_energy_of_a_fresh_hierarchy(name):
+def test_exchanged_elements_have_the_energy_of_a_fresh_hierarchy():
     """The mark of version 0.2 was the same for both: a sum over the atoms of element times place."""
-    scheme, model = SCHEMES[name], net(SCHEMES[name])
+    scheme, model = SCHEMES["tree"], net(SCHEMES["tree"])
     pos = torch.tensor([[0, 0, 0], [1.2, 0, 0], [2.4, 0, 0.2], [3.6, 0.3, 0]], dtype=torch.float64)
     stored = scheme(AtomicData(z=torch.tensor([1, 6, 6, 1]), pos=pos))
     before = model(stored)

@@ -10,7 +10,8 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.flop_counter import FlopCounterMode
 
-from nbody_pyg import BondTree, NBodyNet, NestedShells, Potential
+from factories import net
+from nbody_pyg import BondTree, FromAssignment, NBodyNet, NestedShells, Potential, ShellsAndPieces, SmoothSurvivors
 from nbody_pyg.hierarchy.positions import atomic_masses
 from nbody_pyg.kernels import autograd_flags, available_backends, backend, operands, set_backend
 from nbody_pyg.nn import FullProduct, IrrepsLinear, NBodyConv, OneBodyGate
@@ -127,6 +128,63 @@ def test_derivatives_by_torch_func(kind):
     found = torch.func.grad(call)(weights)
     for name, wanted in zip(weights, torch.autograd.grad(total(POS), list(subject.layer.parameters())), strict=True):
         torch.testing.assert_close(found[name], wanted, **EXACT)
+
+
+SCHEMES = {
+    "tree": BondTree(3.0, 3.5, 4.0),
+    "pieces": ShellsAndPieces((2.5,), 4.0),
+    "survivors": SmoothSurvivors((1.5,), (2.4, 4.0)),
+    "labels": FromAssignment(labels=[k // 3 for k in range(9)], cutoff=3.0, part_cutoffs=(4.0,)),
+}
+
+
+@pytest.mark.parametrize("cell", [None, 9.0], ids=["open", "cell"])
+@pytest.mark.parametrize("name", SCHEMES)
+def test_parts_are_found_inside_torch_func(name, cell, molecules):
+    """Bonds and labels are followed in numpy, which cannot read the tensors of a transform."""
+    z, pos = molecules["ethanol"]
+    model, where = net(SCHEMES[name]), {}
+    if cell is not None:
+        where = {"cell": cell * torch.eye(3, dtype=torch.float64)[None], "pbc": torch.ones(1, 3, dtype=torch.bool)}
+    start = pos.clone().requires_grad_(True)
+    (wanted,) = torch.autograd.grad(model(z, start, **where).sum(), start)
+    assert wanted.abs().max() > 1e-3
+    for transform in (torch.func.grad, torch.func.jacrev, torch.func.jacfwd):
+        torch.testing.assert_close(transform(lambda q: model(z, q, **where).sum())(pos), wanted, **EXACT)
+    slope = torch.func.grad(lambda q: torch.func.grad(lambda p: model(z, p, **where).sum())(q).square().sum())(pos)
+    (first,) = torch.autograd.grad(model(z, start, **where).sum(), start, create_graph=True)
+    torch.testing.assert_close(slope, torch.autograd.grad(first.square().sum(), start)[0], rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+def test_which_schemes_run_in_vmap(name, molecules):
+    """With a topology, as the table in docs/pyg.md says."""
+    z, pos = molecules["ethanol"]
+    model = net(SCHEMES[name])
+    topology = model.scheme.topology(z, pos)
+    many, call = torch.stack([pos, 1.001 * pos]), torch.vmap(lambda q: model(z, q, topology=topology))
+    if name == "survivors":
+        with pytest.raises(
+            RuntimeError, match="vmap: We do not support batching operators that can output dynamic shape"
+        ):
+            call(many)
+        return
+    wanted = torch.stack([model(z, q, topology=topology) for q in many])
+    torch.testing.assert_close(call(many), wanted, **EXACT)
+    assert wanted.abs().min() > 1e-3 and (wanted[0] - wanted[1]).abs() > 1e-6
+
+
+def test_lists_of_many_atoms_are_found_inside_torch_func():
+    """Beyond some two hundred atoms a compiled search takes over."""
+    scheme, generator = NestedShells((1.5,)), torch.Generator().manual_seed(1)
+    pos = torch.cartesian_prod(*[torch.arange(7.0, dtype=torch.float64)] * 3)
+    pos = pos + 0.1 * torch.rand(pos.shape, generator=generator, dtype=torch.float64)
+    model, z = net(scheme), torch.tensor([1, 6, 8] * 115)[: len(pos)]
+    start = pos.clone().requires_grad_(True)
+    (wanted,) = torch.autograd.grad(model(z, start).sum(), start)
+    found = torch.func.grad(lambda q: model(z, q).sum())(pos)
+    torch.testing.assert_close(found, wanted, **EXACT)
+    assert wanted.abs().max() > 1e-3
 
 
 def test_a_potential_inside_torch_func_says_what_to_do():
