@@ -74,6 +74,12 @@ def _check_types(atoms: Atoms, path: Path, file_format: str) -> None:
     if file_format == "lammps-data" and "masses" not in atoms.arrays:
         if np.array_equal(atoms.numbers, atoms.arrays["type"]):
             raise GuessedError("has atom types but no elements; add its section Masses, with real masses")
+    elif file_format in _DUMPS and "type" in atoms.arrays:
+        if len(np.unique(atoms.arrays["type"])) > 1 and set(atoms.symbols) == {"C"}:
+            raise GuessedError(
+                "names carbon for all of its types, as LAMMPS does where it is not told the elements; write it with "
+                "'dump_modify ... element Si O', or give types of one element one number"
+            )
     elif file_format == "netcdftrajectory":
         from ase.io.netcdftrajectory import NetCDFTrajectory
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import ase.io
 import numpy as np
 import pytest
@@ -43,6 +45,14 @@ def test_types_of_a_dump_are_no_elements(tmp_path):
     for read in (read_frames, read_atoms):
         with pytest.raises(ValueError, match=r"a.lammpstrj' has atom types but no elements; write it with .*specorder"):
             read(str(path))
+
+
+def test_carbon_for_several_types_is_what_lammps_writes_unasked(tmp_path):
+    with pytest.raises(ValueError, match=r"a.lammpstrj' names carbon for all of its types"):
+        read_frames(dump(tmp_path / "a.lammpstrj", "element ", "C "))
+    text = dump(tmp_path / "b.lammpstrj", "element ", "C ").read_text()
+    (tmp_path / "b.lammpstrj").write_text(re.sub(r"(?m)^(\d) \d C", r"\1 1 C", text))
+    assert read_frames(tmp_path / "b.lammpstrj")[0].z.tolist() == [6] * 4
 
 
 def test_types_of_a_data_file_are_no_elements(tmp_path):
