@@ -88,7 +88,7 @@ class Hierarchy:
         same: edge sets that equal an earlier one in indices, vectors and weights; see
             :attr:`~nbody_pyg.hierarchy.Scheme.same_edges`.
         masks: [edges] factors in the weights of edge sets, by which weights that are computed again are multiplied as
-            well; by default none.
+            well; empty where there are none.
     """
 
     levels: tuple[Level, ...]
