@@ -87,8 +87,8 @@ class Hierarchy:
         system: the atoms, with cell, charge and spin.
         same: edge sets that equal an earlier one in indices, vectors and weights; see
             :attr:`~nbody_pyg.hierarchy.Scheme.same_edges`.
-        masks: [edges] factors in the weights of some edge sets, by which weights that are computed again are
-            multiplied as well.
+        masks: [edges] factors in the weights of edge sets, by which weights that are computed again are multiplied as
+            well; empty where there are none.
     """
 
     levels: tuple[Level, ...]
