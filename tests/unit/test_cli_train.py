@@ -8,8 +8,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from ase import Atoms
+from ase.calculators.singlepoint import SinglePointCalculator
 from ase.io import write
 
 from nbody_pyg.cli import main
@@ -367,3 +370,15 @@ def test_a_mistake_ends_two_processes_with_one_message(here):
     done = nbody("train", *TINY, *words)
     assert done.returncode == 1
     assert done.stderr.count("nbody train: error: loss became") == 1 and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_isolated_atoms_are_for_training(here, seed):
+    """So that E0 does not depend on the seed of the split."""
+    atoms = [Atoms(symbol) for symbol in "HCO"]
+    for number, one in enumerate(atoms):
+        one.calc = SinglePointCalculator(one, energy=-10.0 * (number + 1), forces=np.zeros((1, 3)))
+    write("m.xyz", [atoms[0], *structures(6), atoms[1], *structures(6), atoms[2]])
+    assert train(*OWN, "--data.split_seed", str(seed), "--data.num_val", "6") == 0
+    rows = json.loads(Path("r/split.json").read_text())
+    assert {0, 7, 14} <= set(rows["train"]) and len(rows["val"]) == 6 and not {0, 7, 14} & set(rows["val"])
