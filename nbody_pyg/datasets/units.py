@@ -231,12 +231,13 @@ class UnitFiles:
 
         Raises: ValueError: a file of these names is missing.
         """
-        if missing := sorted(set(names) - set(self.names)):
+        wanted, own = set(names), self.names
+        if missing := sorted(wanted.difference(own)):
             raise ValueError(
                 f"{len(missing)} files must be there for the run that goes on, from {missing[0]} on, but are not in "
                 f"{self.files[0].parent}; bring them back, or start anew"
             )
-        kept = [n for n, name in enumerate(self.names) if name in set(names)]
+        kept = [n for n, name in enumerate(own) if name in wanted]
         out = object.__new__(UnitFiles)
         for name, values in vars(self).items():
             setattr(out, name, [values[n] for n in kept] if isinstance(values, list) else values)

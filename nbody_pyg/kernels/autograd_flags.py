@@ -16,7 +16,6 @@ from contextvars import ContextVar
 from typing import Any, TypeVar
 
 import torch
-from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.utils._pytree import tree_map
 
 #: Replacement of operations; None if they run unchanged.
@@ -106,6 +105,9 @@ def inside_func() -> bool:
 
 def outside_func() -> contextlib.AbstractContextManager[Any]:
     """Context without the transforms of ``torch.func``, for tensors that :func:`below_func` found."""
+    # Here, because it is no public part of torch, and only torch.func needs it
+    from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+
     return temporarily_clear_interpreter_stack()
 
 

@@ -394,7 +394,7 @@ def _refitted(
 
 def _few(frames: Sequence[Data]) -> list[Data]:
     """At most some hundred frames, evenly spaced, and those that bring further elements or are single atoms."""
-    kept = frames[:: -(-len(frames) // _FRAMES)]
+    kept = frames[:: max(1, -(-len(frames) // _FRAMES))]
     seen = set(elements_of(kept))
     more = []
     for frame in frames if len(kept) < len(frames) else ():

@@ -276,26 +276,29 @@ def _split(
     config: DataConfig,
     kept: Split | None,
 ) -> DataSets:
-    # Isolated atoms are always for training, so that E0 does not depend on the seed
+    if kept is None:
+        split = _drawn_split(frames, val is not None, config)
+    else:
+        new = range(sum(len(rows) for rows in (kept.train, kept.val, kept.test)), len(frames))
+        train, test = (new, ()) if config.num_train is None else ((), new)
+        split = Split([*kept.train.tolist(), *train], kept.val, [*kept.test.tolist(), *test])
+    part = split.apply(frames)
+    if not tests and config.num_train is not None and len(part.test):
+        tests = {"rest": part.test}  # frames that are not for training
+    return DataSets(part.train, part.val if val is None else val, dict(tests), split)
+
+
+def _drawn_split(frames: Sequence[Data], has_val: bool, config: DataConfig) -> Split:
+    """A random split. Isolated atoms are always for training, so that E0 does not depend on the seed."""
     single = [number for number, frame in enumerate(frames) if is_isolated_atom(frame)]
     single = single if len(single) < len(frames) else []
     others = np.setdiff1d(np.arange(len(frames)), single)
     num_val = config.num_val
     if num_val is None:
-        num_val = 0 if val is not None else min(50, len(others) // 10)
+        num_val = 0 if has_val else min(50, len(others) // 10)
     num_train = config.num_train or len(others) - num_val
-    if kept is None:
-        drawn = split_indices(len(others), num_train, num_val, seed=config.split_seed)
-        train, held, rest = (others[np.asarray(rows)].tolist() for rows in (drawn.train, drawn.val, drawn.test))
-        split = Split([*train, *single], held, rest)
-    else:
-        new = range(sum(len(rows) for rows in (kept.train, kept.val, kept.test)), len(frames))
-        more, test = (new, ()) if config.num_train is None else ((), new)
-        split = Split([*kept.train.tolist(), *more], kept.val, [*kept.test.tolist(), *test])
-    part = split.apply(frames)
-    if not tests and config.num_train is not None and len(part.test):
-        tests = {"rest": part.test}  # frames that are not for training
-    return DataSets(part.train, part.val if val is None else val, dict(tests), split)
+    drawn = split_indices(len(others), num_train, num_val, seed=config.split_seed)
+    return Split([*others[drawn.train].tolist(), *single], others[drawn.val], others[drawn.test])
 
 
 def reference_mode(config: DataConfig) -> str | Mapping[str, float] | Mapping[int, float]:
